@@ -1,0 +1,117 @@
+"""A bundle is whole or it is not there, and a reader believes nothing unchecked."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from wan22.bundle import (
+    MANIFEST,
+    Component,
+    Manifest,
+    Source,
+    Tensor,
+    file_entry,
+    open_bundle,
+    staged,
+    write_manifest,
+)
+from wan22.errors import UserError
+from wan22.specs import SPECS, Precision
+
+
+def write_bundle(folder: Path, **changes: object) -> Manifest:
+    with staged(folder) as temporary:
+        (temporary / "dit.onnx").write_bytes(b"graph")
+        graph = file_entry(temporary, temporary / "dit.onnx")
+        inputs = (Tensor("latents", "float32", (1, 16, "frames", "height", "width")),)
+        manifest = Manifest(
+            kind="graphs",
+            spec=SPECS["t2v-a14b-tiny"],
+            precision=Precision.FP32,
+            components=(Component("dit", graph, (), inputs, (), Precision.FP32),),
+            tokenizer=(),
+            source=Source("checkpoint", "official", "f" * 64),
+            command="wan-trt export",
+        )
+        manifest = replace(manifest, **changes)
+        write_manifest(temporary, manifest)
+    return manifest
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    manifest = write_bundle(tmp_path / "b")
+    assert open_bundle(tmp_path / "b", "graphs").manifest == manifest
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_write_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), staged(tmp_path / "b") as temporary:
+        (temporary / "half").write_bytes(b"x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_full_is_the_users_to_mend(tmp_path):
+    with pytest.raises(UserError, match="disk full"), staged(tmp_path / "b"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_edited_file_is_named(tmp_path):
+    write_bundle(tmp_path / "b")
+    (tmp_path / "b" / "dit.onnx").write_bytes(b"grapf")
+    with pytest.raises(UserError, match=r"dit\.onnx: sha256"):
+        open_bundle(tmp_path / "b", "graphs")
+
+
+def test_a_resized_file_is_named_with_both_sizes(tmp_path):
+    write_bundle(tmp_path / "b")
+    (tmp_path / "b" / "dit.onnx").write_bytes(b"gra")
+    with pytest.raises(UserError, match=r"3 bytes \| expected 5 bytes"):
+        open_bundle(tmp_path / "b", "graphs")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    write_bundle(tmp_path / "b")
+    (tmp_path / "b" / "dit.onnx").unlink()
+    with pytest.raises(UserError, match="is missing"):
+        open_bundle(tmp_path / "b", "graphs")
+
+
+def test_another_kind_or_version_is_refused(tmp_path):
+    write_bundle(tmp_path / "b")
+    with pytest.raises(UserError, match=r"kind graphs \| expected format 1, kind engines"):
+        open_bundle(tmp_path / "b", "engines")
+    write_bundle(tmp_path / "c", format_version=99)
+    with pytest.raises(UserError, match="format 99"):
+        open_bundle(tmp_path / "c", "graphs")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"format_version": 1, "kind": "graphs"}', b"\xff"])
+def test_a_broken_manifest_is_one_line(tmp_path, content):
+    write_bundle(tmp_path / "b")
+    (tmp_path / "b" / MANIFEST).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        open_bundle(tmp_path / "b", "graphs")
+    assert "\n" not in str(error.value)
+
+
+def test_a_path_out_of_the_bundle_is_refused(tmp_path):
+    (tmp_path / "secret").write_bytes(b"s")
+    write_bundle(tmp_path / "b", tokenizer=(replace(file_entry(tmp_path, tmp_path / "secret"), path="../secret"),))
+    with pytest.raises(UserError, match="inside the bundle"):
+        open_bundle(tmp_path / "b", "graphs")
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+    write_bundle(tmp_path / "b")
+    with pytest.raises(UserError, match="--overwrite"), staged(tmp_path / "b"):
+        pass
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "photo").touch()
+    with pytest.raises(UserError, match="is no bundle"), staged(tmp_path / "home", overwrite=True):
+        pass
+    with staged(tmp_path / "b", overwrite=True) as temporary:
+        (temporary / "new").touch()
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["new"]

@@ -1,0 +1,1 @@
+"""What every stage shares: model specs, bundles, errors. Numpy at most."""

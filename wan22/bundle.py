@@ -1,0 +1,213 @@
+"""A bundle: the folder that one stage writes and the next one reads, described by its ``bundle.json``.
+
+A bundle is written into a hidden neighbour folder and renamed at the end, so whatever carries the final name is whole.
+A reader checks format, kind and every hash before it believes a word of it, and says which field is wrong.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from wan22.errors import UserError
+from wan22.specs import ModelSpec, Precision
+
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+HASHED_AT_OPEN_MAX_BYTES = 2**30  # larger files are checked by size when opened, by hash when built or verified
+
+Kind = Literal["graphs", "engines"]
+STAGE_OF: dict[Kind, str] = {"graphs": "wan-trt export", "engines": "wan-trt build"}
+
+
+@dataclass(frozen=True)
+class File:
+    path: str  # relative to the bundle, forward slashes
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of a graph. A dimension is a number, or a name that every tensor of the graph shares."""
+
+    name: str
+    dtype: str  # numpy's name: "float32", "int64"
+    dims: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Component:
+    name: str
+    graph: File
+    weights: tuple[File, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    precision: Precision
+    why_higher: str = ""  # the reason when ``precision`` is above the bundle's
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from. ``fingerprint`` covers names, dtypes, shapes and sizes of all files read."""
+
+    checkpoint: str
+    layout: Literal["official", "diffusers"]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class MergedLora:
+    file: str
+    sha256: str
+    strength: float
+    experts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Build:
+    """What made the engines of a bundle of kind "engines"."""
+
+    target: str
+    backend: str
+    backend_version: str
+    compute_capability: str  # "8.9", or "" where the backend has none
+    profile: dict[str, tuple[int, int, int]]  # named dimension → min, opt, max; empty: any shape
+    options: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    kind: Kind
+    spec: ModelSpec
+    precision: Precision
+    components: tuple[Component, ...]
+    tokenizer: tuple[File, ...]
+    source: Source
+    command: str
+    size: tuple[int, int, int] | None = None  # width, height, frames when the shapes are fixed
+    loras: tuple[MergedLora, ...] = ()
+    build: Build | None = None
+    format_version: int = FORMAT_VERSION
+
+    def files(self) -> dict[str, File]:
+        """Every file of the bundle by path; weights that graphs share appear once."""
+        parts = [file for c in self.components for file in (c.graph, *c.weights)]
+        return {file.path: file for file in (*parts, *self.tokenizer)}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    folder: Path
+    manifest: Manifest
+
+    def component(self, name: str) -> Component:
+        for component in self.manifest.components:
+            if component.name == name:
+                return component
+        have = ", ".join(c.name for c in self.manifest.components)
+        raise UserError(f"component {name!r} of {self.folder}", f"one of {have}", "export the model that has it")
+
+    def path(self, file: File) -> Path:
+        return self.folder / file.path
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_entry(folder: Path, path: Path) -> File:
+    """The manifest's entry for a file inside ``folder``."""
+    return File(path.relative_to(folder).as_posix(), sha256_of(path), path.stat().st_size)
+
+
+@contextmanager
+def staged(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder that becomes ``folder`` when the block ends well and vanishes when it does not."""
+    refuse_existing(folder, overwrite=overwrite)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}", "a writable place", "choose another") from error
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (28, 122):  # ENOSPC, EDQUOT: the user's to mend; anything else is a bug
+            raise
+        raise UserError(f"disk full while writing {folder}", "free space", "free some and run again") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(folder: Path, *, overwrite: bool) -> None:
+    """Refuses to write over anything but an earlier bundle that the user gave up."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{folder} exists", "a new folder", "choose another or add --overwrite")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} is no bundle", "an earlier bundle to overwrite", "choose another folder")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    text = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    (folder / MANIFEST).write_bytes(text + b"\n")
+
+
+def open_bundle(folder: Path, kind: Kind, *, full_check: bool = False) -> Bundle:
+    """Reads ``folder`` and checks it. ``full_check`` hashes also the files over 1 GiB.
+
+    Raises:
+        UserError: no bundle there, another kind or version, an unreadable manifest, a missing, resized or edited file.
+    """
+    manifest = _read_manifest(folder, kind)
+    for file in manifest.files().values():
+        _check_file(folder, file, STAGE_OF[kind], full_check=full_check)
+    return Bundle(folder, manifest)
+
+
+def _read_manifest(folder: Path, kind: Kind) -> Manifest:
+    stage, path = STAGE_OF[kind], folder / MANIFEST
+    try:
+        content = path.read_bytes()
+    except OSError:
+        raise UserError(f"{folder} has no {MANIFEST}", f"a folder made by {stage}", f"run {stage} first") from None
+    try:
+        head = msgspec.json.decode(content)
+        found = (head.get("format_version"), head.get("kind"))
+        if found != (FORMAT_VERSION, kind):
+            raise UserError(
+                f"{path}: format {found[0]}, kind {found[1]}",
+                f"format {FORMAT_VERSION}, kind {kind}",
+                f"run {stage} of this version",
+            )
+        return msgspec.json.decode(content, type=Manifest)
+    except (msgspec.DecodeError, AttributeError) as error:
+        raise UserError(f"{path}: {error}", "the manifest as written", f"run {stage} again") from None
+
+
+def _check_file(folder: Path, file: File, stage: str, *, full_check: bool) -> None:
+    path, again = folder / file.path, f"run {stage} again"
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder / MANIFEST}: path {file.path}", "a path inside the bundle", again)
+    if not path.is_file():
+        raise UserError(f"{path} is missing", "every file the manifest names", again)
+    if (size := path.stat().st_size) != file.size_bytes:
+        raise UserError(f"{path}: {size} bytes", f"{file.size_bytes} bytes", again)
+    if (full_check or size <= HASHED_AT_OPEN_MAX_BYTES) and (digest := sha256_of(path)) != file.sha256:
+        raise UserError(f"{path}: sha256 {digest[:12]}…", f"{file.sha256[:12]}… of {MANIFEST}", again)
