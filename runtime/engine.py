@@ -1,0 +1,54 @@
+"""An engine stands where the module stood: ``velocity = engine(latents=..., time_features=..., ...)``.
+
+Every backend checks names, types and shapes here before it touches a device.
+"""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+
+from wan22.bundle import Tensor
+from wan22.shapes import bind, check_profile
+
+Arrays = np.ndarray | tuple[np.ndarray, ...]
+
+
+class Engine(Protocol):
+    """A compiled graph. Opened as a context manager, it holds its weights until it is left."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
+        """The output, or the outputs in graph order where there are several."""
+        ...
+
+
+def check_inputs(
+    name: str,
+    expected: tuple[Tensor, ...],
+    given: Mapping[str, np.ndarray],
+    profile: Mapping[str, tuple[int, int, int]],
+) -> dict[str, int]:
+    """The value of every named dimension of a call.
+
+    Raises:
+        ValueError: names, types or shapes that are not the graph's (a caller's bug).
+        UserError: shapes outside the profile that the engine was built for.
+    """
+    if given.keys() != {tensor.name for tensor in expected}:
+        raise ValueError(f"{name} takes {sorted(t.name for t in expected)}, not {sorted(given)}")
+    for tensor in expected:
+        if str(given[tensor.name].dtype) != tensor.dtype:
+            raise ValueError(f"{name}: {tensor.name} is {given[tensor.name].dtype} | expected {tensor.dtype}")
+    values = bind(expected, {key: array.shape for key, array in given.items()})
+    check_profile(values, profile, name)
+    return values
