@@ -78,7 +78,7 @@ class Build:
     backend: str
     backend_version: str
     compute_capability: str  # "8.9", or "" where the backend has none
-    profile: dict[str, tuple[int, int, int]]  # named dimension → min, opt, max; empty: any shape
+    profiles: tuple[dict[str, tuple[int, int, int]], ...]  # named dimension → min, opt, max; none: any shape
     options: dict[str, str]
     seconds: float
 

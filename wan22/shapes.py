@@ -1,62 +1,89 @@
-"""Named dimensions: what an engine checks before it touches a device, and what shape profiles are made of.
+"""Named dimensions: what "height" is in a call, which shapes follow from it, and whether an engine was built for it.
 
-A dimension of a tensor is a number, a name ("height"), or a multiple of a name ("8*height").
+A graph's inputs and outputs share dimension names (``wan22.bundle.Tensor``): "frames", "height" and "width" of the
+latents, "rows" and "columns" of the token grid (half of those), "tokens" of text, and multiples such as "8*height".
+Engines know ranges of the names only; everything else is derived here, once for the builder and once for the runtime.
 """
 
-from collections.abc import Iterable, Mapping
-from math import prod
+from collections.abc import Iterable, Mapping, Sequence
 
 from wan22.bundle import Tensor
 from wan22.errors import UserError
+from wan22.specs import PATCH
+
+Profile = dict[str, tuple[int, int, int]]  # named dimension → min, opt, max
+HALVES = {"rows": ("height", PATCH[1]), "columns": ("width", PATCH[2])}
 
 
-def dimension(dim: int | str, values: Mapping[str, int]) -> int:
-    """The number that ``dim`` stands for, given its names' values."""
-    if isinstance(dim, int):
-        return dim
-    return prod(int(part) if part.isdigit() else values[part] for part in dim.split("*"))
+def parts_of(dim: str) -> tuple[int, str]:
+    """Factor and name of a dimension: ``"8*height"`` → 8, "height"."""
+    factor, star, name = dim.partition("*")
+    return (int(factor), name.strip()) if star else (1, dim)
 
 
-def names_in(tensors: Iterable[Tensor]) -> set[str]:
-    """Every dimension name of ``tensors``, multiples reduced to their name."""
-    dims = (dim for tensor in tensors for dim in tensor.dims if isinstance(dim, str))
-    return {part for dim in dims for part in dim.split("*") if not part.isdigit()}
+def names_in(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+    """The dimension names that occur in ``tensors``, in order of appearance."""
+    named = (parts_of(dim)[1] for tensor in tensors for dim in tensor.dims if isinstance(dim, str))
+    return tuple(dict.fromkeys(named))
 
 
-def bind(tensors: Iterable[Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The value of every dimension name that makes ``shapes`` fit ``tensors``.
+def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of ``tensor`` where every name has the size given."""
+    return tuple(dim if isinstance(dim, int) else parts_of(dim)[0] * sizes[parts_of(dim)[1]] for dim in tensor.dims)
+
+
+def sizes_of(tensors: Iterable[Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """The size of every dimension name, read off the shapes of a call.
 
     Raises:
-        ValueError: a rank or number that differs, or a name that would need two values; the tensor is named.
+        ValueError: a rank or a fixed dimension differs, or one name would have two sizes.
     """
-    values: dict[str, int] = {}
+    found: dict[str, tuple[int, str]] = {}
     for tensor in tensors:
-        shape = shapes[tensor.name]
+        shape = tuple(shapes[tensor.name])
         if len(shape) != len(tensor.dims):
-            raise ValueError(f"{tensor.name} has shape {list(shape)} | expected {list(tensor.dims)}")
+            raise ValueError(f"{tensor.name} has shape {shape}, expected {len(tensor.dims)} dimensions {tensor.dims}")
         for dim, size in zip(tensor.dims, shape, strict=True):
-            if not _fits(dim, size, values):
-                known = {n: values[n] for n in names_in([tensor]) if n in values}
-                raise ValueError(f"{tensor.name} has shape {list(shape)} | expected {list(tensor.dims)} with {known}")
-    return values
+            _agree(found, tensor.name, dim, size)
+    for half, (whole, parts) in HALVES.items():
+        if half in found and whole in found and found[half][0] * parts != found[whole][0]:
+            told = f"{half} is {found[half][0]} in {found[half][1]}"
+            raise ValueError(f"{told}, expected {whole} / {parts} = {found[whole][0] / parts:g} ({found[whole][1]})")
+    return {name: size for name, (size, _) in found.items()}
 
 
-def _fits(dim: int | str, size: int, values: dict[str, int]) -> bool:
+def _agree(found: dict[str, tuple[int, str]], tensor: str, dim: int | str, size: int) -> None:
     if isinstance(dim, int):
-        return dim == size
-    parts = dim.split("*")
-    factor = prod(int(part) for part in parts if part.isdigit())
-    name = next(part for part in parts if not part.isdigit())
-    return size % factor == 0 and values.setdefault(name, size // factor) == size // factor
+        if size != dim:
+            raise ValueError(f"{tensor} has a dimension of {size}, expected {dim}")
+        return
+    factor, name = parts_of(dim)
+    known, where = found.setdefault(name, (size // factor, tensor))
+    if known * factor != size:
+        raise ValueError(f"{dim} is {size} in {tensor}, expected {known * factor} as in {where}")
 
 
-def check_profile(values: Mapping[str, int], profile: Mapping[str, tuple[int, int, int]], what: str) -> None:
-    """Refuses dimension ``values`` outside ``profile`` (name → min, opt, max). An empty profile admits all."""
-    for name, value in values.items():
-        low, _, high = profile.get(name, (value, value, value))
-        if not low <= value <= high:
-            raise UserError(
-                f"{what}: {name} = {value}",
-                f"{low} to {high}, the shapes it was built for",
-                "generate at another size or build again with a wider --size and --frames",
-            )
+def fitting_profile(sizes: Mapping[str, int], profiles: Sequence[Profile]) -> int:
+    """Index of the first profile that holds ``sizes``; 0 where there is no profile at all.
+
+    Raises:
+        UserError: none does. Names the dimension that is outside of the profile that comes closest.
+    """
+    outside = [_outside(sizes, profile) for profile in profiles]
+    for index, dims in enumerate(outside):
+        if not dims:
+            return index
+    if not profiles:
+        return 0
+    closest = min(range(len(profiles)), key=lambda index: len(outside[index]))
+    found = ", ".join(f"{name} {sizes[name]}" for name in outside[closest])
+    ranges = " or ".join(_told(profile, outside[closest]) for profile in profiles)
+    raise UserError(f"{found} (in latents)", ranges, "run wan-trt build with a --size and --frames that cover it")
+
+
+def _outside(sizes: Mapping[str, int], profile: Profile) -> list[str]:
+    return [name for name in profile if name in sizes and not profile[name][0] <= sizes[name] <= profile[name][2]]
+
+
+def _told(profile: Profile, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {profile[name][0]}…{profile[name][2]}" for name in names if name in profile)

@@ -1,42 +1,57 @@
-"""Named dimensions tie the shapes of a graph's tensors together."""
+"""Named dimensions are read off a call, agree with each other, and are held by a profile or not."""
 
 import pytest
 
 from wan22.bundle import Tensor
 from wan22.errors import UserError
-from wan22.shapes import bind, check_profile, dimension, names_in
+from wan22.shapes import fitting_profile, names_in, shape_of, sizes_of
 
-LATENTS = Tensor("latents", "float32", (1, 16, "height", "width"))
-CACHE = Tensor("cache", "float32", (1, 96, "8*height", "8*width"))
+LATENTS = Tensor("latents", "float32", (1, 16, "frames", "height", "width"))
+ROPE = Tensor("rope_cos", "float32", ("frames", "rows", "columns", 64))
+CACHE = Tensor("cache_31", "float32", (1, 96, 2, "8*height", "8*width"))
+SHAPES = {"latents": (1, 16, 21, 60, 104), "rope_cos": (21, 30, 52, 64)}
+LANDSCAPE = {"frames": (1, 21, 21), "height": (60, 60, 60), "width": (104, 104, 104)}
+PORTRAIT = {"frames": (1, 21, 21), "height": (104, 104, 104), "width": (60, 60, 60)}
 
 
-def test_names_get_the_values_that_fit():
-    values = bind([CACHE, LATENTS], {"latents": (1, 16, 4, 6), "cache": (1, 96, 32, 48)})
-    assert values == {"height": 4, "width": 6}
+def test_sizes_are_read_off_the_shapes_of_a_call():
+    sizes = sizes_of([LATENTS, ROPE], SHAPES)
+    assert sizes == {"frames": 21, "height": 60, "width": 104, "rows": 30, "columns": 52}
+    assert sizes_of([CACHE], {"cache_31": (1, 96, 2, 480, 832)}) == {"height": 60, "width": 104}
+
+
+def test_shapes_follow_from_sizes():
+    assert shape_of(CACHE, {"height": 60, "width": 104}) == (1, 96, 2, 480, 832)
+    assert names_in([CACHE, ROPE]) == ("height", "width", "frames", "rows", "columns")
 
 
 @pytest.mark.parametrize(
-    "shapes",
+    ("changed", "message"),
     [
-        {"latents": (1, 16, 4), "cache": (1, 96, 32, 48)},
-        {"latents": (1, 17, 4, 6), "cache": (1, 96, 32, 48)},
-        {"latents": (1, 16, 4, 6), "cache": (1, 96, 32, 40)},
-        {"latents": (1, 16, 4, 6), "cache": (1, 96, 33, 48)},
+        ({"rope_cos": (20, 30, 52, 64)}, "frames is 20 in rope_cos, expected 21 as in latents"),
+        ({"rope_cos": (21, 31, 52, 64)}, r"rows is 31 in rope_cos, expected height / 2 = 30 \(latents\)"),
+        ({"latents": (1, 16, 21, 60)}, "latents has shape .* expected 5 dimensions"),
+        ({"latents": (1, 48, 21, 60, 104)}, "latents has a dimension of 48, expected 16"),
     ],
-    ids=["rank", "number", "two values", "no multiple"],
 )
-def test_shapes_that_do_not_fit_name_their_tensor(shapes):
-    with pytest.raises(ValueError, match=r"(latents|cache) has shape"):
-        bind([LATENTS, CACHE], shapes)
+def test_shapes_that_contradict_each_other_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        sizes_of([LATENTS, ROPE], SHAPES | changed)
 
 
-def test_dimensions_of_a_multiple():
-    assert names_in([CACHE]) == {"height", "width"}
-    assert dimension("8*height", {"height": 4}) == 32
+def test_a_multiple_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"8\*height is 484 in cache_31, expected 480"):
+        sizes_of([CACHE], {"cache_31": (1, 96, 2, 484, 832)})
 
 
-def test_a_size_outside_the_profile_names_dimension_and_range():
-    check_profile({"height": 60}, {"height": (30, 60, 90)}, "high_noise")
-    check_profile({"height": 60}, {}, "high_noise")
-    with pytest.raises(UserError, match=r"height = 91 \| expected 30 to 90"):
-        check_profile({"height": 91}, {"height": (30, 60, 90)}, "high_noise")
+def test_the_profile_that_holds_the_call_is_chosen():
+    assert fitting_profile({"frames": 5, "height": 104, "width": 60}, [LANDSCAPE, PORTRAIT]) == 1
+
+
+def test_a_call_outside_every_profile_is_told_the_dimension_and_the_ranges():
+    with pytest.raises(UserError, match=r"frames 22 \(in latents\) \| expected frames 1…21 or frames 1…21 \| run"):
+        fitting_profile({"frames": 22, "height": 60, "width": 104}, [LANDSCAPE, PORTRAIT])
+
+
+def test_an_engine_without_profiles_takes_any_size():
+    assert fitting_profile({"frames": 999}, []) == 0

@@ -1,0 +1,92 @@
+"""Which shapes an engine is built for, said in the user's words: pixels and frames.
+
+One size (``832x480``), several (``832x480,480x832``: one optimisation profile each, so that each runs kernels chosen
+for it) or a range (``480x480..1280x720``: one profile for all of it, with scratch memory for its largest corner).
+Frames are one number or a range likewise. Presets name the sizes of the official release.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from wan22.bundle import Tensor
+from wan22.errors import UserError
+from wan22.shapes import Profile, names_in, shape_of
+from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
+
+PRESETS = {"480p": "832x480,480x832", "720p": "1280x720,720x1280", "5b": "1280x704,704x1280"}
+TYPICAL_TEXT_TOKENS = 128  # the default negative prompt has about as many
+
+Video = tuple[int, int, int]  # width, height in pixels; frames
+
+
+def profiles_for(spec: ModelSpec, size: str | None = None, frames: str | None = None) -> tuple[Profile, ...]:
+    """The profiles that ``--size`` and ``--frames`` ask for; the model's default video where they say nothing.
+
+    Raises:
+        UserError: text that is no size, a size or number of frames that the model cannot make, a range upside down.
+    """
+    size = PRESETS.get(size or "", size) or "{}x{}".format(*spec.sampling.sizes[0])
+    counts = _frames(frames or str(spec.sampling.frames))
+    corners = [_corners(part) for part in size.split(",")]
+    return tuple(
+        profile_between(spec, (*small, counts[0]), (*large, counts[1])) for small, large in dict.fromkeys(corners)
+    )
+
+
+def profile_between(spec: ModelSpec, small: Video, large: Video) -> Profile:
+    """The profile that holds every video from ``small`` to ``large``, tuned for ``large``."""
+    low, high = (spec.latent_shape(*video)[-3:] for video in (small, large))
+    if any(a > b for a, b in zip(low, high, strict=True)):
+        told = "{}x{}, {} frames".format(*small) + " to {}x{}, {} frames".format(*large)
+        raise UserError(f"the range {told}", "no side larger at its start than at its end", "give two ranges or sizes")
+    names = ("frames", "height", "width")
+    profile = {name: (a, b, b) for name, a, b in zip(names, low, high, strict=True)}
+    for half, whole in (("rows", "height"), ("columns", "width")):
+        a, b, _ = profile[whole]
+        profile[half] = (a // PATCH[1], b // PATCH[1], b // PATCH[1])
+    return profile | {"tokens": (1, TYPICAL_TEXT_TOKENS, TEXT_TOKENS)}
+
+
+def restricted(profile: Profile, tensors: Iterable[Tensor]) -> Profile:
+    """The part of ``profile`` that speaks about dimensions of ``tensors``."""
+    return {name: profile[name] for name in names_in(tensors)}
+
+
+def input_shapes(tensor: Tensor, profile: Profile) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shapes of ``tensor`` at the profile's minimum, optimum and maximum."""
+    low, best, high = ({name: sizes[which] for name, sizes in profile.items()} for which in range(3))
+    return shape_of(tensor, low), shape_of(tensor, best), shape_of(tensor, high)
+
+
+def is_static(profile: Profile) -> bool:
+    """Every dimension has one size: an engine of that profile can be captured into a CUDA graph."""
+    return all(low == high for low, _, high in profile.values())
+
+
+def covering(profiles: Sequence[Profile]) -> Profile:
+    """The smallest single profile that holds all of ``profiles``, tuned for the first."""
+    names = profiles[0]
+    return {
+        name: (min(p[name][0] for p in profiles), profiles[0][name][1], max(p[name][2] for p in profiles))
+        for name in names
+    }
+
+
+def _corners(text: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    small, _, large = text.partition("..")
+    return _size(small), _size(large or small)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*(\d{1,6})[xX×](\d{1,6})\s*", text)
+    if not match:
+        expected = f"WIDTHxHEIGHT, several of them, SMALL..LARGE, or one of {', '.join(PRESETS)}"
+        raise UserError(f"size {text!r}", expected, "for example --size 832x480")
+    return int(match[1]), int(match[2])
+
+
+def _frames(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*(\d{1,6})(?:\.\.(\d{1,6}))?\s*", text)
+    if not match:
+        raise UserError(f"frames {text!r}", "a number, or FEWEST..MOST", "for example --frames 81 or --frames 17..81")
+    return int(match[1]), int(match[2] or match[1])
