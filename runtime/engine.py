@@ -3,14 +3,14 @@
 Every backend checks names, types and shapes here before it touches a device.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
 
 from wan22.bundle import Tensor
-from wan22.shapes import bind, check_profile
+from wan22.shapes import Profile, fitting_profile, sizes_of
 
 Arrays = np.ndarray | tuple[np.ndarray, ...]
 
@@ -33,22 +33,18 @@ class Engine(Protocol):
 
 
 def check_inputs(
-    name: str,
-    expected: tuple[Tensor, ...],
-    given: Mapping[str, np.ndarray],
-    profile: Mapping[str, tuple[int, int, int]],
-) -> dict[str, int]:
-    """The value of every named dimension of a call.
+    name: str, expected: Sequence[Tensor], given: Mapping[str, np.ndarray], profiles: Sequence[Profile]
+) -> int:
+    """The index of the shape profile that fits a call, 0 where there is none.
 
     Raises:
         ValueError: names, types or shapes that are not the graph's (a caller's bug).
-        UserError: shapes outside the profile that the engine was built for.
+        UserError: shapes outside every profile that the engine was built for.
     """
     if given.keys() != {tensor.name for tensor in expected}:
         raise ValueError(f"{name} takes {sorted(t.name for t in expected)}, not {sorted(given)}")
     for tensor in expected:
         if str(given[tensor.name].dtype) != tensor.dtype:
-            raise ValueError(f"{name}: {tensor.name} is {given[tensor.name].dtype} | expected {tensor.dtype}")
-    values = bind(expected, {key: array.shape for key, array in given.items()})
-    check_profile(values, profile, name)
-    return values
+            raise ValueError(f"{name}: {tensor.name} is {given[tensor.name].dtype}, expected {tensor.dtype}")
+    sizes = sizes_of(expected, {key: array.shape for key, array in given.items()})
+    return fitting_profile(sizes, profiles)

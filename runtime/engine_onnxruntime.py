@@ -1,6 +1,6 @@
 """Engines on ONNX Runtime: the default on CPU, the reference in CI, and CUDA where onnxruntime-gpu is installed."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime.engine import Arrays, check_inputs
 from wan22.bundle import Component
+from wan22.shapes import Profile
 
 
 class OnnxRuntimeEngine:
@@ -18,11 +19,11 @@ class OnnxRuntimeEngine:
         self,
         folder: Path,
         component: Component,
-        profile: Mapping[str, tuple[int, int, int]],
+        profiles: Sequence[Profile] = (),
         providers: tuple[str, ...] = ("CPUExecutionProvider",),
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
-        self._path, self._profile, self._providers = folder / component.graph.path, profile, list(providers)
+        self._path, self._profiles, self._providers = folder / component.graph.path, profiles, list(providers)
         self._session: Any = None
 
     def __enter__(self) -> Self:
@@ -39,6 +40,6 @@ class OnnxRuntimeEngine:
         self._session = None
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
-        check_inputs(self.name, self.inputs, inputs, self._profile)
+        check_inputs(self.name, self.inputs, inputs, self._profiles)
         outputs = self._session.run(None, inputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
