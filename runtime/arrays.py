@@ -1,0 +1,29 @@
+"""Which array library a tensor belongs to, so that one solver serves numpy on the CPU and CuPy on the GPU.
+
+Nothing here imports CuPy: a CuPy array brings its own library with it.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+
+
+class NonFiniteError(RuntimeError):
+    """A model computed NaN or infinity. No input of the user explains that, so it is no ``UserError``."""
+
+
+def array_namespace(x: Any) -> Any:
+    """The module whose functions work on ``x``: numpy, or the top package of its class (cupy)."""
+    return np if isinstance(x, np.ndarray) else sys.modules[type(x).__module__.partition(".")[0]]
+
+
+def require_finite(x: Any, what: str) -> None:
+    """Raises NonFiniteError, with how many of how many values are bad, unless every value of ``x`` is finite."""
+    finite = array_namespace(x).isfinite(x)
+    if not finite.all():
+        bad = x.size - int(finite.sum())
+        raise NonFiniteError(f"{what}: {bad} of {x.size} values are NaN or infinite")

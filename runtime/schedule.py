@@ -1,0 +1,107 @@
+"""Which noise levels a run visits: the lists of sigmas and timesteps (wan22.md §5.2).
+
+Every list is an even grid ``u`` bent by the shift, ``sigma = s u / (1 + (s - 1) u)``, with a final 0. The references
+differ in the grid and in how a sigma becomes the timestep that the model sees:
+
+========  ===========  =========================================  ===================================
+solver    convention   grid (i < N)                               timestep
+========  ===========  =========================================  ===================================
+unipc     official     ``0.999 (1 - i/N)``                        truncated to an integer
+dpm++     official     ``1 - i/N``                                truncated to an integer
+euler     official     ``1 - i/N`` (Wan2.2-Lightning)             fractional
+unipc     diffusers    ``1 - 0.999 i/N``, first sigma below 1     truncated to an integer
+dpm++     diffusers    ``0.999 (1 - i/N)``                        truncated to an integer
+euler     diffusers    even between the shifted bounds, shifted   fractional
+                       a second time
+========  ===========  =========================================  ===================================
+
+The last row is what diffusers' FlowMatchEulerDiscreteScheduler does when it is given only a number of steps. It is here
+for parity with pipelines that use it; four-step models are trained on the official row.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.arrays import F32
+from wan22.errors import UserError
+from wan22.specs import TRAIN_TIMESTEPS
+
+SolverName = Literal["unipc", "dpm++", "euler"]
+Convention = Literal["official", "diffusers"]
+Reals = NDArray[np.floating[Any]]
+
+SIGMA_MAX = float(np.float32(0.999))  # the official grid starts at a float32 value
+BELOW_ONE = 1e-6  # diffusers keeps the first sigma of UniPC this far from 1, where log(alpha) is infinite
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Sigmas, float32 [N+1], falling to 0; timesteps, float32 [N], on the model's scale of 0…1000."""
+
+    sigmas: F32
+    timesteps: F32
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+
+def make_schedule(solver: SolverName, steps: int, shift: float, convention: Convention = "official") -> Schedule:
+    """The schedule that the reference named by ``convention`` runs ``solver`` with.
+
+    Raises:
+        UserError: an unknown name, fewer than one step, a shift that is not positive, or so many steps or so strong a
+            shift that two neighbouring sigmas are the same float32 number.
+    """
+    _check(solver, steps, shift, convention)
+    sigmas = _sigmas(solver, steps, shift, convention)
+    timesteps = TRAIN_TIMESTEPS * sigmas
+    if solver != "euler":
+        timesteps = np.trunc(timesteps)
+    single = np.append(sigmas, 0).astype(np.float32)
+    if not (np.diff(single) < 0).all():
+        raise UserError(
+            f"{steps} steps with shift {shift:g}",
+            "sigmas that float32 can tell apart",
+            "use fewer steps or a shift nearer to 1",
+        )
+    return Schedule(single, timesteps.astype(np.float32))
+
+
+def _check(solver: str, steps: int, shift: float, convention: str) -> None:
+    for what, value, known in (("solver", solver, SolverName), ("schedule", convention, Convention)):
+        if value not in get_args(known):
+            raise UserError(f"{what} {value!r}", f"one of {', '.join(get_args(known))}", "name one of them")
+    if steps < 1:
+        raise UserError(f"{steps} steps", "at least 1", "use more steps")
+    if not (math.isfinite(shift) and shift > 0):
+        raise UserError(f"shift {shift}", "a finite number above 0", "the models use 5 or 12")
+
+
+def _sigmas(solver: SolverName, steps: int, shift: float, convention: Convention) -> Reals:
+    """The N sigmas before the final 0, each list in the reference's own arithmetic: truncation forgives no last bit."""
+    low = 1 / TRAIN_TIMESTEPS
+    match solver, convention:
+        case "unipc", "official":
+            return _shifted(np.linspace(SIGMA_MAX, 0, steps + 1)[:-1], shift)
+        case "dpm++", "official":
+            return _shifted(np.linspace(1, 0, steps + 1)[:-1], shift)
+        case "euler", "official":
+            grid = np.linspace(TRAIN_TIMESTEPS, 0, steps + 1, dtype=np.float32)[:-1]
+            return _shifted(grid / np.float32(TRAIN_TIMESTEPS), shift)
+        case "dpm++", "diffusers":
+            return _shifted(1 - np.linspace(1, low, steps + 1)[:0:-1], shift)
+        case "euler", "diffusers":
+            bounds = _shifted(np.array([1, low]), shift)
+            return _shifted(np.linspace(bounds[0], bounds[1], steps), shift)
+    sigmas = _shifted(np.linspace(1, low, steps + 1)[:-1], shift)
+    sigmas[0] -= BELOW_ONE
+    return sigmas
+
+
+def _shifted(grid: Reals, shift: float) -> Reals:
+    return shift * grid / (1 + (shift - 1) * grid)
