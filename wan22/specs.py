@@ -59,6 +59,12 @@ class Task(StrEnum):
     TI2V = "ti2v"
 
 
+def rope_split(head_width: int) -> tuple[int, int, int]:
+    """Complex pairs of a head that turn with the latent frame, row and column: 22, 21, 21 of a 128-wide head."""
+    side = head_width // 6
+    return head_width // 2 - 2 * side, side, side
+
+
 @dataclass(frozen=True)
 class DitSpec:
     """The diffusion transformer; one spec serves both experts."""
@@ -85,9 +91,7 @@ class DitSpec:
 
     @property
     def rope_split(self) -> tuple[int, int, int]:
-        """Complex pairs of a head that turn with the latent frame, row and column: 22, 21, 21 of a 128-wide head."""
-        side = self.head_width // 6
-        return self.head_width // 2 - 2 * side, side, side
+        return rope_split(self.head_width)
 
 
 @dataclass(frozen=True)
