@@ -24,6 +24,9 @@ FLOAT, BFLOAT16, FLOAT16, INT64 = (
     ir.DataType.INT64,
 )
 
+# What an operator's outputs are made of; every other operator used here keeps the type of its first input.
+CHANGES_TYPE = {"Shape": INT64, "QuantizeLinear": None, "DequantizeLinear": None, "Cast": None}
+
 Attribute = int | float | str | Sequence[int] | Sequence[float]
 
 
@@ -80,12 +83,15 @@ class GraphBuilder:
         """An operator with several outputs, such as Split."""
         name = self._unique("/".join([*self._scope, op_type]))
         node = ir.node(op_type, list(inputs), attributes, num_outputs=outputs, name=name, domain=domain)
+        first = next((value.dtype for value in inputs if value is not None), None)
+        dtype = CHANGES_TYPE.get(op_type, first)
         for index, value in enumerate(node.outputs):
             value.name = f"{name}:{index}"
+            value.type = ir.TensorType(dtype) if dtype is not None else None
         self.graph.append(node)
         return tuple(node.outputs)
 
-    def constant(self, value: np.ndarray | int | float | Sequence[int], dtype: ir.DataType = INT64) -> ir.Value:
+    def constant(self, value: np.ndarray | float | Sequence[float], dtype: ir.DataType = INT64) -> ir.Value:
         """A small tensor inside the graph file; equal constants are one initializer."""
         array = np.asarray(value, dtype.numpy())
         key = (dtype, array.shape, array.tobytes())
