@@ -1,0 +1,75 @@
+"""The streaming VAE: one latent frame or four pixel frames at a time, memory in explicit caches (wan22.md §4.5).
+
+The first chunk has a graph of its own, which takes no caches; every later chunk takes those that the one before it
+left. Only one set of caches is alive beside the set being written: at 720p one set is 8.7 GB in float32.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runtime.arrays import F32, array_namespace, require_finite
+from runtime.engine import Engine
+from wan22.progress import Progress, silent
+
+CACHE, NEXT = "cache_", "next_"
+CHUNK_FRAMES = 4  # pixel frames per latent frame, except for the first, which is one frame
+
+
+def decode(first: Engine, next: Engine | None, latents: F32) -> Iterator[F32]:
+    """Yields frames ``[1, 3, 1, H, W]``, then ``[1, 3, 4, H, W]`` for each further latent frame, in [-1, 1].
+
+    Args:
+        first: ``vae_decoder_first``.
+        next: ``vae_decoder_next``; None is enough for one latent frame.
+        latents: ``[1, z, T, h, w]`` as the sampler leaves them.
+    """
+    for frames, _ in _stream(first, next, latents, chunk=1):
+        yield frames
+
+
+def encode(first: Engine, next: Engine | None, frames: F32, progress: Progress = silent) -> F32:
+    """Normalised latents ``[1, z, T, h, w]`` of frames ``[1, 3, 4 (T - 1) + 1, H, W]`` in about [-1, 1].
+
+    Args:
+        first: ``vae_encoder_first``.
+        next: ``vae_encoder_next``; None is enough for one frame.
+        frames: the video; the chunks are copied out of it one by one.
+        progress: told the frames done.
+
+    Raises:
+        ValueError: a number of frames that is no multiple of 4 plus 1.
+        NonFiniteError: latents with NaN or infinity.
+    """
+    total = frames.shape[2]
+    if total % CHUNK_FRAMES != 1:
+        raise ValueError(f"{total} frames; the encoder takes a multiple of {CHUNK_FRAMES} plus 1")
+    parts = []
+    for latents, done in _stream(first, next, frames, chunk=CHUNK_FRAMES):
+        parts.append(latents)
+        progress("encode image", done, total, "frames")
+    joined: F32 = array_namespace(frames).concatenate(parts, axis=2)
+    require_finite(joined, "encoded image")
+    return joined
+
+
+def _stream(first: Engine, next: Engine | None, video: F32, *, chunk: int) -> Iterator[tuple[F32, int]]:
+    """What the graphs make of frame 0 and of each further ``chunk`` frames, with the count of frames done."""
+    result, caches = _run(first, video[:, :, :1], {})
+    yield result, 1
+    for start in range(1, video.shape[2], chunk):
+        if next is None:
+            raise ValueError(f"{video.shape[2]} frames need the graph for later chunks")
+        result, caches = _run(next, video[:, :, start : start + chunk], caches)
+        yield result, start + chunk
+
+
+def _run(engine: Engine, part: F32, caches: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
+    """One call: what it computed, and its caches under the names that the next call takes them by."""
+    (name,) = (tensor.name for tensor in engine.inputs if not tensor.name.startswith(CACHE))
+    outputs: Any = engine(**{name: array_namespace(part).ascontiguousarray(part)}, **caches)
+    if not isinstance(outputs, tuple):
+        outputs = (outputs,)
+    values = {tensor.name: value for tensor, value in zip(engine.outputs, outputs, strict=True)}
+    carried = {key.removeprefix(NEXT): values.pop(key) for key in list(values) if key.startswith(NEXT + CACHE)}
+    (result,) = values.values()
+    return result, carried
