@@ -109,15 +109,22 @@ def write_safetensors(
     path: Path, tensors: Mapping[str, Planned], pieces: Pieces, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes ``tensors`` in the order given; ``pieces(name)`` yields the elements, blocks of zeros become holes."""
+    with HoleyFile(path, "w") as stream:
+        stream.write(header_bytes(tensors, metadata))
+        for name, planned in tensors.items():
+            for piece in pieces(name):
+                stream.write(np.ascontiguousarray(piece, planned.dtype).view(np.uint8))
+
+
+def header_bytes(
+    tensors: Mapping[str, Planned], metadata: Mapping[str, str] | None = None, alignment_bytes: int = 8
+) -> bytes:
+    """All that stands before the data, which starts at a multiple of ``alignment_bytes``."""
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     offset = 0
     for name, planned in tensors.items():
         ends = (offset, offset := offset + planned.size_bytes)
         header[name] = {"dtype": NAMES[planned.dtype], "shape": list(planned.shape), "data_offsets": ends}
     content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % 8)  # the data starts at a multiple of 8
-    with HoleyFile(path, "w") as stream:
-        stream.write(struct.pack("<Q", len(content)) + content)
-        for name, planned in tensors.items():
-            for piece in pieces(name):
-                stream.write(np.ascontiguousarray(piece, planned.dtype).view(np.uint8))
+    content += b" " * (-(len(content) + 8) % alignment_bytes)
+    return struct.pack("<Q", len(content)) + content

@@ -5,56 +5,34 @@ that reads safetensors can look inside; ONNX addresses the same bytes by offset.
 """
 
 import hashlib
-import json
-import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-import onnx_ir as ir
 
-from export.graph import GraphBuilder, Placed
+from export.graph import FLOAT, GraphBuilder, Placed
+from export.safetensors_file import header_bytes
+from export.tensor_file import BFLOAT16, Array, Planned
 from wan22.bundle import File
 from wan22.errors import UserError
 
-HEADER_ALIGNMENT_BYTES = 4096  # a page, so that readers may map the data without copying
-SAFETENSORS_DTYPES = {
-    ir.DataType.FLOAT: "F32",
-    ir.DataType.BFLOAT16: "BF16",
-    ir.DataType.FLOAT16: "F16",
-    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
-}
+PAGE_BYTES = 4096  # the data starts at a page, so that readers may map it without copying
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as it will stand in the file."""
-
-    shape: tuple[int, ...]
-    dtype: ir.DataType
-
-    @property
-    def size_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.numpy().itemsize
-
-
-def declared(graphs: Iterable[GraphBuilder]) -> dict[str, Stored]:
+def declared(graphs: Iterable[GraphBuilder]) -> dict[str, Planned]:
     """Every weight that ``graphs`` share a file for; they must agree on type and shape."""
-    weights: dict[str, Stored] = {}
+    weights: dict[str, Planned] = {}
     for graph in graphs:
         for key, value in graph.weights.items():
-            stored = Stored(value.shape.numpy() if value.shape else (), value.dtype or ir.DataType.FLOAT)
+            stored = Planned((value.dtype or FLOAT).numpy(), value.shape.numpy() if value.shape else ())
             if weights.setdefault(key, stored) != stored:
                 raise ValueError(f"{key}: graphs disagree, {weights[key]} and {stored}")
     return weights
 
 
-def placements(location: str, weights: Mapping[str, Stored]) -> dict[str, Placed]:
+def placements(location: str, weights: Mapping[str, Planned]) -> dict[str, Placed]:
     """Where each tensor will lie in the file named ``location``."""
-    offset, placed = len(_header(weights)), {}
+    offset, placed = len(header_bytes(weights, alignment_bytes=PAGE_BYTES)), {}
     for key, stored in weights.items():
         placed[key] = Placed(location, offset, stored.size_bytes)
         offset += stored.size_bytes
@@ -63,8 +41,8 @@ def placements(location: str, weights: Mapping[str, Stored]) -> dict[str, Placed
 
 def write_weights(
     path: Path,
-    weights: Mapping[str, Stored],
-    read: Callable[[str], np.ndarray],
+    weights: Mapping[str, Planned],
+    read: Callable[[str], Array],
     written: Callable[[str, int], None] = lambda _key, _size_bytes: None,
 ) -> File:
     """Streams ``weights`` to ``path`` in order and returns the manifest's entry for it.
@@ -78,7 +56,7 @@ def write_weights(
     Raises:
         UserError: a NaN or infinity in a source tensor, or a value that the stored type cannot hold.
     """
-    digest, header = hashlib.sha256(), _header(weights)
+    digest, header = hashlib.sha256(), header_bytes(weights, alignment_bytes=PAGE_BYTES)
     with path.open("wb") as file:
         for chunk in _chunks(header, weights, read, written):
             digest.update(chunk)
@@ -88,8 +66,8 @@ def write_weights(
 
 def _chunks(
     header: bytes,
-    weights: Mapping[str, Stored],
-    read: Callable[[str], np.ndarray],
+    weights: Mapping[str, Planned],
+    read: Callable[[str], Array],
     written: Callable[[str, int], None],
 ) -> Iterable[bytes | memoryview]:
     yield header
@@ -101,41 +79,23 @@ def _chunks(
         written(key, stored.size_bytes)
 
 
-def converted(key: str, array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
+def converted(key: str, array: Array, dtype: np.dtype[np.generic]) -> Array:
     """``array`` in ``dtype``, rounded to nearest even; refuses what is no number, before or after."""
     if not _all_finite(array):
         raise UserError(f"{key} holds NaN or infinity", "finite weights", "download or train the checkpoint again")
-    target = dtype.numpy()
-    if array.dtype == target:
+    if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
-        array = array.astype(target)
+        array = array.astype(dtype)
     if not _all_finite(array):
-        raise UserError(
-            f"{key} holds values beyond {np.dtype(target).name}", "weights that it can hold", "use --precision bf16"
-        )
+        raise UserError(f"{key} holds values beyond {dtype.name}", "weights that it can hold", "use --precision bf16")
     return array
 
 
-def _all_finite(array: np.ndarray) -> bool:
+def _all_finite(array: Array) -> bool:
     """One pass without a mask as large as the tensor: the extremes of a NaN or infinity show it."""
     if array.size == 0:
         return True
-    if array.dtype == ml_dtypes.bfloat16:  # the upper half of a float32: an exponent of all ones is no number
+    if array.dtype == BFLOAT16:  # the upper half of a float32: an exponent of all ones is no number
         return int((array.view(np.uint16) & 0x7F80).max()) != 0x7F80
     return bool(np.isfinite(array.min()) and np.isfinite(array.max()))
-
-
-def _header(weights: Mapping[str, Stored]) -> bytes:
-    entries, start = {}, 0
-    for key, stored in weights.items():
-        end = start + stored.size_bytes
-        entries[key] = {
-            "dtype": SAFETENSORS_DTYPES[stored.dtype],
-            "shape": list(stored.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % HEADER_ALIGNMENT_BYTES)
-    return struct.pack("<Q", len(text)) + text
