@@ -1,0 +1,226 @@
+"""Synthetic checkpoints: the folders that Wan2.2 is published as, with random weights that behave.
+
+Real file names, key names, dtypes and shards, in the official and in the -Diffusers layout (wan22.md §1.1, §1.3).
+Tensors are made and written one after the other, so even a full-size checkpoint needs little memory; ``sparse`` writes
+files of the true size whose data is holes, to try the handling of 130 GB on a laptop.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from export.keys import diffusers_names, dit_config, text_encoder_config, vae_config
+from export.safetensors_file import write_safetensors
+from export.schema import part_tensors
+from export.synth_tokenizer import write_tokenizer
+from export.synth_weights import PIECE_ELEMENTS, pieces
+from export.tensor_file import BFLOAT16, Pieces, Planned
+from export.torch_file import write_torch
+from wan22.bundle import staged
+from wan22.errors import UserError
+from wan22.progress import Progress, silent
+from wan22.specs import TEXT_TOKENS, ModelSpec, Task
+
+Layout = Literal["official", "diffusers"]
+
+TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+TOKENIZER_FOLDER = "google/umt5-xxl"
+TRANSFORMER_STEM = "diffusion_pytorch_model"
+SHARD_MAX_BYTES = 10**10
+FLOAT32 = np.dtype(np.float32)
+
+
+def vae_file(generation: str) -> str:
+    """The official file of a VAE of generation "2.1" or "2.2"."""
+    return f"Wan{generation}_VAE.pth"
+
+
+def expert_folder(expert: str, layout: Layout) -> str:
+    """Where an expert's files lie within a checkpoint; the 5B has its single transformer in the official root."""
+    if layout == "official":
+        return "." if expert == "dit" else f"{expert}_model"
+    return "transformer_2" if expert == "low_noise" else "transformer"
+
+
+def synthesise(
+    spec: ModelSpec, folder: Path, layout: Layout, seed: int, *, sparse: bool = False, progress: Progress = silent
+) -> None:
+    """Writes a checkpoint of ``spec`` into the new ``folder``; the same seed gives the same bytes.
+
+    Raises:
+        UserError: the folder exists or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists", "a new folder", "choose another")
+    source = _Source(spec, seed, sparse, progress)
+    with staged(folder) as temporary:
+        if layout == "official":
+            _write_official(temporary, source)
+        else:
+            _write_diffusers(temporary, source)
+
+
+@dataclass
+class _Source:
+    """Makes the tensors and counts them."""
+
+    spec: ModelSpec
+    seed: int
+    sparse: bool
+    progress: Progress
+    done: int = 0
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = sum(len(part_tensors(part, self.spec)) for part in (*self.spec.experts, "text_encoder", "vae"))
+
+    def plan(self, part: str, dtype: np.dtype[Any], names: dict[str, str] | None = None) -> dict[str, Planned]:
+        """The tensors of a part, called by ``names`` (official → written)."""
+        shapes = part_tensors(part, self.spec)
+        return {(names or {}).get(name, name): Planned(dtype, shape) for name, shape in shapes.items()}
+
+    def pieces(self, part: str, names: dict[str, str] | None = None) -> Pieces:
+        """The elements of a tensor of ``part`` by its written name."""
+        official = {written: name for name, written in (names or {}).items()}
+        shapes = part_tensors(part, self.spec)
+
+        def elements(written: str) -> Iterator[npt.NDArray[np.float32]]:
+            name = official.get(written, written)
+            if self.sparse:
+                yield from _zeros(int(np.prod(shapes[name])))
+            else:
+                yield from pieces(self.spec, self.seed, part, name, shapes[name])
+            self.done += 1
+            self.progress("synthesise", self.done, self.total, "tensors")
+
+        return elements
+
+
+def _zeros(count: int) -> Iterator[npt.NDArray[np.float32]]:
+    buffer = np.zeros(min(count, PIECE_ELEMENTS), np.float32)
+    for start in range(0, count, PIECE_ELEMENTS):
+        yield buffer[: count - start]
+
+
+def _write_official(folder: Path, source: _Source) -> None:
+    spec = source.spec
+    for expert in spec.experts:
+        part = folder / expert_folder(expert, "official")
+        part.mkdir(exist_ok=True)
+        _write_json(part / "config.json", _official_config(spec))
+        _write_shards(part, TRANSFORMER_STEM, source.plan(expert, FLOAT32), source.pieces(expert))
+    text = source.plan("text_encoder", BFLOAT16)
+    write_torch(folder / TEXT_ENCODER_FILE, text, source.pieces("text_encoder"))
+    write_torch(folder / vae_file(spec.vae.generation), source.plan("vae", FLOAT32), source.pieces("vae"))
+    write_tokenizer(folder / TOKENIZER_FOLDER)
+
+
+def _official_config(spec: ModelSpec) -> dict[str, Any]:
+    dit = spec.dit
+    return {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.33.0",
+        "dim": dit.width,
+        "eps": dit.eps,
+        "ffn_dim": dit.ffn_width,
+        "freq_dim": dit.freq_width,
+        "in_dim": dit.in_channels,
+        "model_type": str(spec.task),
+        "num_heads": dit.heads,
+        "num_layers": dit.layers,
+        "out_dim": dit.out_channels,
+        "text_len": TEXT_TOKENS,
+    }
+
+
+def _write_diffusers(folder: Path, source: _Source) -> None:
+    spec = source.spec
+    _write_json(folder / "model_index.json", _model_index(spec))
+    _write_json(_new(folder / "scheduler") / "scheduler_config.json", _scheduler_config(spec))
+    for expert in spec.experts:
+        part, names = _new(folder / expert_folder(expert, "diffusers")), diffusers_names(expert, spec)
+        _write_json(part / "config.json", dit_config(spec))
+        _write_shards(part, TRANSFORMER_STEM, source.plan(expert, FLOAT32, names), source.pieces(expert, names))
+    part, names = _new(folder / "vae"), diffusers_names("vae", spec)
+    _write_json(part / "config.json", vae_config(spec))
+    write_safetensors(
+        part / f"{TRANSFORMER_STEM}.safetensors", source.plan("vae", FLOAT32, names), source.pieces("vae", names)
+    )
+    part, names = _new(folder / "text_encoder"), diffusers_names("text_encoder", spec)
+    _write_json(part / "config.json", text_encoder_config(spec))
+    _write_shards(part, "model", source.plan("text_encoder", BFLOAT16, names), source.pieces("text_encoder", names))
+    write_tokenizer(folder / "tokenizer")
+
+
+def _model_index(spec: ModelSpec) -> dict[str, Any]:
+    index: dict[str, Any] = {
+        "_class_name": "WanImageToVideoPipeline" if spec.task == Task.I2V else "WanPipeline",
+        "_diffusers_version": "0.35.0",
+        "boundary_ratio": spec.sampling.boundary,
+        "expand_timesteps": spec.task == Task.TI2V,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"] if len(spec.experts) > 1 else [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    if spec.task == Task.I2V:
+        index |= {"image_encoder": [None, None], "image_processor": [None, None]}
+    return index
+
+
+def _scheduler_config(spec: ModelSpec) -> dict[str, Any]:
+    """As the converter writes it: its shift is not the one the official code samples with (wan22.md §0.2)."""
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "_diffusers_version": "0.35.0",
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "final_sigmas_type": "zero",
+        "flow_shift": 5.0 if spec.task == Task.TI2V else 3.0,
+        "lower_order_final": True,
+        "num_train_timesteps": 1000,
+        "predict_x0": True,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "timestep_spacing": "linspace",
+        "use_flow_sigmas": True,
+    }
+
+
+def _write_shards(folder: Path, stem: str, plan: dict[str, Planned], elements: Pieces) -> None:
+    """At least two safetensors shards and the index that says which tensor is in which."""
+    total = sum(planned.size_bytes for planned in plan.values())
+    limit = min(SHARD_MAX_BYTES, total * 3 // 5)
+    shards: list[dict[str, Planned]] = [{}]
+    filled = 0
+    for name, planned in plan.items():
+        if filled and filled + planned.size_bytes > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = planned
+        filled += planned.size_bytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        write_safetensors(folder / file, shard, elements)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
