@@ -21,6 +21,12 @@ def array_namespace(x: Any) -> Any:
     return np if isinstance(x, np.ndarray) else sys.modules[type(x).__module__.partition(".")[0]]
 
 
+def to_numpy(x: Any) -> NDArray[Any]:
+    """``x`` itself, or the copy on the host of an array on a device."""
+    host: NDArray[Any] = x if isinstance(x, np.ndarray) else x.get()
+    return host
+
+
 def require_finite(x: Any, what: str) -> None:
     """Raises NonFiniteError, with how many of how many values are bad, unless every value of ``x`` is finite."""
     finite = array_namespace(x).isfinite(x)
