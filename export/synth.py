@@ -9,12 +9,23 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from export.keys import diffusers_names, dit_config, text_encoder_config, vae_config
+from export.layout import (
+    MODEL_INDEX,
+    TEXT_ENCODER_FILE,
+    TEXT_ENCODER_STEM,
+    TRANSFORMER_STEM,
+    Layout,
+    expert_folder,
+    index_file,
+    tokenizer_folder,
+    vae_file,
+)
 from export.safetensors_file import write_safetensors
 from export.schema import part_tensors
 from export.synth_tokenizer import write_tokenizer
@@ -26,25 +37,8 @@ from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.specs import TEXT_TOKENS, ModelSpec, Task
 
-Layout = Literal["official", "diffusers"]
-
-TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-TOKENIZER_FOLDER = "google/umt5-xxl"
-TRANSFORMER_STEM = "diffusion_pytorch_model"
 SHARD_MAX_BYTES = 10**10
 FLOAT32 = np.dtype(np.float32)
-
-
-def vae_file(generation: str) -> str:
-    """The official file of a VAE of generation "2.1" or "2.2"."""
-    return f"Wan{generation}_VAE.pth"
-
-
-def expert_folder(expert: str, layout: Layout) -> str:
-    """Where an expert's files lie within a checkpoint; the 5B has its single transformer in the official root."""
-    if layout == "official":
-        return "." if expert == "dit" else f"{expert}_model"
-    return "transformer_2" if expert == "low_noise" else "transformer"
 
 
 def synthesise(
@@ -117,7 +111,7 @@ def _write_official(folder: Path, source: _Source) -> None:
     text = source.plan("text_encoder", BFLOAT16)
     write_torch(folder / TEXT_ENCODER_FILE, text, source.pieces("text_encoder"))
     write_torch(folder / vae_file(spec.vae.generation), source.plan("vae", FLOAT32), source.pieces("vae"))
-    write_tokenizer(folder / TOKENIZER_FOLDER)
+    write_tokenizer(folder / tokenizer_folder("official"))
 
 
 def _official_config(spec: ModelSpec) -> dict[str, Any]:
@@ -140,7 +134,7 @@ def _official_config(spec: ModelSpec) -> dict[str, Any]:
 
 def _write_diffusers(folder: Path, source: _Source) -> None:
     spec = source.spec
-    _write_json(folder / "model_index.json", _model_index(spec))
+    _write_json(folder / MODEL_INDEX, _model_index(spec))
     _write_json(_new(folder / "scheduler") / "scheduler_config.json", _scheduler_config(spec))
     for expert in spec.experts:
         part, names = _new(folder / expert_folder(expert, "diffusers")), diffusers_names(expert, spec)
@@ -153,8 +147,10 @@ def _write_diffusers(folder: Path, source: _Source) -> None:
     )
     part, names = _new(folder / "text_encoder"), diffusers_names("text_encoder", spec)
     _write_json(part / "config.json", text_encoder_config(spec))
-    _write_shards(part, "model", source.plan("text_encoder", BFLOAT16, names), source.pieces("text_encoder", names))
-    write_tokenizer(folder / "tokenizer")
+    _write_shards(
+        part, TEXT_ENCODER_STEM, source.plan("text_encoder", BFLOAT16, names), source.pieces("text_encoder", names)
+    )
+    write_tokenizer(folder / tokenizer_folder("diffusers"))
 
 
 def _model_index(spec: ModelSpec) -> dict[str, Any]:
@@ -214,7 +210,7 @@ def _write_shards(folder: Path, stem: str, plan: dict[str, Planned], elements: P
         weight_map |= dict.fromkeys(shard, file)
         write_safetensors(folder / file, shard, elements)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / f"{stem}.safetensors.index.json", index)
+    _write_json(folder / index_file(stem), index)
 
 
 def _new(folder: Path) -> Path:
