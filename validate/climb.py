@@ -1,0 +1,89 @@
+"""Both sides of a comparison, and everything they computed for it so far.
+
+Every tensor is computed once, when a rung first needs it. A run of ours that stops at a NaN ends there and says so; the
+steps it did make still count.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TypeVar
+
+from runtime.arrays import NonFiniteError
+from runtime.denoise import Step
+from runtime.request import CompleteRequest
+from validate.ours import Ours
+from validate.reference import F32, Reference
+from validate.reference_run import ReferenceStep, run
+from validate.thresholds import Thresholds
+from wan22.progress import Progress
+
+Watched = TypeVar("Watched")
+
+
+class Climb:
+    """What the rungs of the ladder stand on. ``limits`` are those of every component and of the whole "run"."""
+
+    def __init__(
+        self,
+        ours: Ours,
+        reference: Reference,
+        request: CompleteRequest,
+        limits: dict[str, Thresholds],
+        progress: Progress,
+    ) -> None:
+        self.ours, self.reference, self.request, self.limits = ours, reference, request, limits
+        self.spec = reference.spec
+        self._progress = progress
+        self.stopped = ""  # why our run ended early
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """What is encoded, by name; a run without guidance has no negative prompt."""
+        negative = {"negative prompt": self.request.negative_prompt} if self.request.guided else {}
+        return {"prompt": self.request.prompt, **negative}
+
+    @cached_property
+    def text(self) -> dict[str, F32]:
+        """The reference's embeddings ``[1, 512, width]`` by the name of the prompt."""
+        encode = self.reference.embeddings
+        return {name: encode(self.reference.token_ids(text)) for name, text in self.prompts.items()}
+
+    @cached_property
+    def reference_steps(self) -> list[ReferenceStep]:
+        steps = run(self.reference, self.request, self.text["prompt"], self.text.get("negative prompt"))
+        return list(self._watched(steps, "PyTorch run"))
+
+    @cached_property
+    def our_steps(self) -> list[Step]:
+        """As many as were made; ``stopped`` says why some are missing."""
+        steps: list[Step] = []
+        try:
+            steps.extend(self._watched(self.ours.run(self.request), "engine run"))
+        except NonFiniteError as error:
+            self.stopped = str(error)
+        return steps
+
+    @property
+    def latents(self) -> F32:
+        """The reference's finished latents ``[1, z, T, h, w]``."""
+        return self.reference_steps[-1].after
+
+    @cached_property
+    def our_decode(self) -> F32:
+        """Frames ``[1, 3, F, H, W]`` that our VAE makes of the reference's latents."""
+        return self.ours.decode(self.latents)
+
+    @cached_property
+    def reference_frames(self) -> F32:
+        return self.reference.decode(self.latents)
+
+    @cached_property
+    def our_frames(self) -> F32 | None:
+        """Our video from prompt to pixels, None when the run stopped on the way."""
+        steps = self.our_steps
+        return None if self.stopped else self.ours.decode(steps[-1].latents)
+
+    def _watched(self, steps: Iterator[Watched], task: str) -> Iterator[Watched]:
+        for done, step in enumerate(steps, 1):
+            self._progress(task, done, self.request.steps, "steps")
+            yield step

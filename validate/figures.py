@@ -1,0 +1,172 @@
+"""The pictures of the report: drift per step as a plot, frames side by side. Every one becomes a PNG data URI.
+
+Plots come twice, for light and dark pages, on transparent ground. matplotlib is used without pyplot: no global state,
+no display.
+"""
+
+import base64
+import io
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from validate.ladder import Row
+from validate.reference import F32
+
+Pixels = NDArray[np.uint8]  # [H, W, 3]
+
+FILMSTRIP_FRAMES = 6
+THUMBNAIL_WIDTH = 320
+PLOT_DPI = 200
+FLOOR = 1e-9  # drawn in place of a drift of exactly zero, which a logarithmic axis has no room for
+
+
+@dataclass(frozen=True)
+class Theme:
+    text: str
+    grid: str
+    line: str
+    limit: str
+    failed: str
+
+
+LIGHT = Theme(text="#3d4451", grid="#d9dde5", line="#2563c9", limit="#b4232f", failed="#b4232f")
+DARK = Theme(text="#b8c0cf", grid="#333b4a", line="#7aa8f8", limit="#f2777f", failed="#f2777f")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A frame of the filmstrip: ours, the reference's, their difference, as data URIs."""
+
+    number: int  # from 1
+    ours: str
+    reference: str
+    difference: str
+
+
+@dataclass(frozen=True)
+class Filmstrip:
+    pictures: tuple[Picture, ...]
+    amplification: float  # of the difference; 0 when there is none
+
+
+def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float]) -> str:
+    """Relative L2 distance of the latents after every step (rows with a step), logarithmic, as a PNG data URI."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size_inches, layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes, theme)
+    limit, numbers = steps[0].limit.value, [row.step or 0 for row in steps]
+    drift = [max(row.metrics.relative_l2, FLOOR) for row in steps]  # NaN stays NaN: a gap in the line
+    axes.plot(numbers, drift, color=theme.line, linewidth=1.8, marker="o", markersize=4.5, zorder=3)
+    _scale(axes, drift, limit, len(steps))
+    _threshold(axes, limit, theme)
+    _switch(axes, steps, theme)
+    _failures(axes, steps, theme)
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(stream, format="png", dpi=PLOT_DPI, transparent=True)
+    return data_uri(stream.getvalue())
+
+
+def _style(axes: Any, theme: Theme) -> None:
+    axes.set_yscale("log")
+    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(theme.grid)
+    axes.tick_params(colors=theme.text, which="both", length=0, labelsize=10)
+    axes.set_xlabel("step", color=theme.text, fontsize=10)
+
+
+def _scale(axes: Any, drift: list[float], limit: float, steps: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    finite = [value for value in (*drift, limit) if math.isfinite(value)]
+    axes.set_ylim(min(finite) / 8, max(finite) * 6)
+    axes.set_xlim(0.5, steps + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
+
+
+def _threshold(axes: Any, limit: float, theme: Theme) -> None:
+    axes.axhline(limit, color=theme.limit, linewidth=1.4, linestyle=(0, (5, 3)))
+    label = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "color": theme.limit, "fontsize": 10}
+    axes.annotate(f"limit {limit:g}", (0, limit), (4, 4), **label)
+
+
+def _failures(axes: Any, steps: list[Row], theme: Theme) -> None:
+    """Crosses over failed steps; at the upper edge where there is no number to draw."""
+    top = axes.get_ylim()[1]
+    for row in steps:
+        if not row.passed:
+            drift = row.metrics.relative_l2
+            place = max(drift, FLOOR) if math.isfinite(drift) else top
+            axes.plot([row.step], [place], "X", color=theme.failed, markersize=9, zorder=4, clip_on=False)
+
+
+def _switch(axes: Any, steps: list[Row], theme: Theme) -> None:
+    """A vertical line where one expert hands over to the other, and their names on both sides of it."""
+    for before, after in itertools.pairwise(steps):
+        if before.component != after.component:
+            place = (before.step or 0) + 0.5
+            axes.axvline(place, color=theme.text, linewidth=1, linestyle=":")
+            for name, side, offset in ((before.component, "right", -6), (after.component, "left", 6)):
+                axes.annotate(
+                    name, (place, 0), (offset, 6), xycoords=("data", "axes fraction"), textcoords="offset points",
+                    ha=side, color=theme.text, fontsize=10,
+                )  # fmt: skip
+
+
+def filmstrip(ours: F32, reference: F32) -> Filmstrip:
+    """Frames evenly over two videos ``[1, 3, F, H, W]`` in [-1, 1], with their difference made visible."""
+    frames = reference.shape[2]
+    chosen = sorted({round(i) for i in np.linspace(0, frames - 1, min(frames, FILMSTRIP_FRAMES))})
+    amplification = _amplification(ours, reference)
+    pictures = [
+        Picture(
+            index + 1,
+            _thumbnail(to_pixels(ours[0, :, index])),
+            _thumbnail(to_pixels(reference[0, :, index])),
+            _thumbnail(_difference(ours[0, :, index], reference[0, :, index], amplification)),
+        )
+        for index in chosen
+    ]
+    return Filmstrip(tuple(pictures), amplification)
+
+
+def to_pixels(frame: F32) -> Pixels:
+    """8-bit pixels ``[H, W, 3]`` of a frame ``[3, H, W]``, cut as wan22.md §7 says; NaN is black."""
+    shade = np.nan_to_num((np.clip(frame, -1, 1) + 1) / 2)
+    return np.moveaxis((shade * 255).astype(np.uint8), 0, -1)
+
+
+def _amplification(ours: F32, reference: F32) -> float:
+    """The power of ten that makes the largest difference a visible one."""
+    largest = float(np.nan_to_num(np.abs(ours - reference), nan=2.0, posinf=2.0).max())
+    return 0.0 if largest == 0 else 10.0 ** max(0, math.floor(math.log10(2 / largest)))
+
+
+def _difference(ours: F32, reference: F32, amplification: float) -> Pixels:
+    error = np.nan_to_num(np.abs(ours - reference), nan=2.0, posinf=2.0) * max(amplification, 1.0)
+    return to_pixels(np.clip(error, 0, 2).astype(np.float32) - 1)
+
+
+def _thumbnail(pixels: Pixels) -> str:
+    image = Image.fromarray(pixels)
+    if image.width > THUMBNAIL_WIDTH:
+        height = round(image.height * THUMBNAIL_WIDTH / image.width)
+        image = image.resize((THUMBNAIL_WIDTH, height), Image.Resampling.BOX)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return data_uri(stream.getvalue())
+
+
+def data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,145 @@
+"""The parity ladder: one row per claim that the engines compute what PyTorch computes, from token ids to the video.
+
+Every rung belongs to a component, and a model climbs the rungs of the components it has (``spec.components``). Rungs
+that isolate a component feed both sides the reference's tensors; the run and the video share nothing with it but the
+checkpoint and the request.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from validate import thresholds
+from validate.climb import Climb
+from validate.metrics import FRAME_RANGE, Metrics, compare, difference_per_frame, incomparable
+from validate.reference import F32
+from validate.reference_run import lists, noise
+from validate.thresholds import Limit
+from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
+
+VELOCITY_POINTS = 4  # timesteps per expert, evenly over the range it works in
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim. ``component`` is a graph of the model, "tokenizer", "sampler" or "video"."""
+
+    name: str
+    component: str
+    metrics: Metrics
+    limit: Limit
+    note: str = ""
+    step: int | None = None  # of the run, from 1
+    timestep: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.limit.accepts(self.metrics)
+
+
+Rung = Callable[[Climb], Iterator[Row]]
+
+
+def rungs(spec: ModelSpec) -> tuple[Rung, ...]:
+    """The ladder of a model, from the bottom."""
+    experts = tuple(partial(velocities, expert=expert) for expert in spec.experts)
+    known: tuple[tuple[str, tuple[Rung, ...]], ...] = (
+        ("text_encoder", (token_ids, embeddings)),
+        (spec.experts[0], (schedule, initial_noise, *experts, trajectory)),
+        ("vae_decoder_first", (decoder, video)),
+    )
+    return tuple(rung for component, its in known if component in spec.components for rung in its)
+
+
+def token_ids(climb: Climb) -> Iterator[Row]:
+    for name, prompt in climb.prompts.items():
+        theirs = climb.reference.token_ids(prompt)
+        metrics = compare(climb.ours.token_ids(prompt), theirs)
+        yield Row(f"token ids, {name}", "tokenizer", metrics, thresholds.TOKEN_IDS, f"{theirs.shape[1]} tokens")
+
+
+def embeddings(climb: Climb) -> Iterator[Row]:
+    limit = climb.limits["text_encoder"].text
+    for name, prompt in climb.prompts.items():
+        metrics = compare(climb.ours.embeddings(prompt), climb.text[name])
+        yield Row(f"embeddings, {name}", "text_encoder", metrics, limit, "512 rows, zeros after the last token")
+
+
+def schedule(climb: Climb) -> Iterator[Row]:
+    sigmas, timesteps = lists(climb.request)
+    our_sigmas, our_timesteps = climb.ours.lists(climb.request)
+    note = f"{climb.request.solver}, {climb.request.schedule}, shift {climb.request.shift:g}"
+    yield Row("sigmas", "sampler", compare(our_sigmas, sigmas), thresholds.SIGMAS, note)
+    whole = np.issubdtype(timesteps.dtype, np.integer)
+    limit = thresholds.TIMESTEPS if whole else thresholds.FRACTIONAL_TIMESTEPS
+    shown = " ".join(f"{t:g}" for t in timesteps)
+    yield Row("timesteps", "sampler", compare(our_timesteps, timesteps), limit, shown)
+
+
+def initial_noise(climb: Climb) -> Iterator[Row]:
+    shape, seed = climb.latents.shape, climb.request.seed
+    metrics = compare(climb.ours.noise(shape, seed), noise(shape, seed))
+    yield Row("initial noise", "sampler", metrics, thresholds.NOISE, f"torch.randn on the CPU, seed {seed}")
+
+
+def velocities(climb: Climb, expert: str) -> Iterator[Row]:
+    """The first step of the run that ``expert`` makes, with both prompts, then timesteps over its whole range."""
+    first = next((step for step in climb.reference_steps if step.expert == expert), None)
+    if first is not None:
+        for name in climb.text:
+            row = f"velocity at its first step, {name}"
+            yield _velocity(climb, expert, row, (first.before, first.timestep, climb.text[name]))
+    start = noise(climb.latents.shape, climb.request.seed)
+    for timestep in velocity_points(climb.spec, expert):
+        sigma = np.float32(timestep / TRAIN_TIMESTEPS)
+        noisy = (1 - sigma) * climb.latents + sigma * start
+        row = f"velocity at t = {timestep:g}"
+        yield _velocity(climb, expert, row, (noisy, timestep, climb.text["prompt"]))
+
+
+def velocity_points(spec: ModelSpec, expert: str) -> list[float]:
+    """Falling timesteps, whole and fractional, from the first to the last that ``expert`` can meet."""
+    boundary = TRAIN_TIMESTEPS * (spec.sampling.boundary or 0)
+    first, last = {"high_noise": (999.0, boundary), "low_noise": (boundary - 1, 1.0), "dit": (999.0, 1.0)}[expert]
+    return [round(float(t), 1) for t in np.linspace(first, last, VELOCITY_POINTS)]
+
+
+def _velocity(climb: Climb, expert: str, name: str, inputs: tuple[F32, float, F32]) -> Row:
+    metrics = compare(climb.ours.velocity(expert, *inputs), climb.reference.velocity(expert, *inputs))
+    return Row(name, expert, metrics, climb.limits[expert].velocity, timestep=inputs[1])
+
+
+def trajectory(climb: Climb) -> Iterator[Row]:
+    """Latents after every step of two runs that each go their own way."""
+    limit, our_steps = climb.limits["run"].latents, climb.our_steps
+    for theirs in climb.reference_steps:
+        ours = our_steps[theirs.index] if theirs.index < len(our_steps) else None
+        metrics = incomparable(climb.stopped or "no such step") if ours is None else compare(ours.latents, theirs.after)
+        note = "" if ours is None or ours.expert == theirs.expert else f"ours ran {ours.expert}"
+        name = f"latents after step {theirs.index + 1}"
+        yield Row(name, theirs.expert, metrics, limit, note, theirs.index + 1, theirs.timestep)
+
+
+def decoder(climb: Climb) -> Iterator[Row]:
+    """Our VAE on the reference's latents; its two graphs apart, then the whole video."""
+    ours, theirs = climb.our_decode, climb.reference_frames
+    for component, frames in (("vae_decoder_first", slice(0, 1)), ("vae_decoder_next", slice(1, None))):
+        if theirs[:, :, frames].size:
+            metrics = compare(ours[:, :, frames], theirs[:, :, frames], signal_range=FRAME_RANGE)
+            name = "decode of the first latent" if frames.stop else "decode of the later latents"
+            yield Row(name, component, metrics, climb.limits[component].vae, "the reference's latents")
+    metrics = compare(ours, theirs, signal_range=FRAME_RANGE)
+    limit = climb.limits["vae_decoder_next"].streaming
+    yield Row("streaming decode against whole decode", "vae_decoder_next", metrics, limit, "the reference's latents")
+
+
+def video(climb: Climb) -> Iterator[Row]:
+    limit, ours, theirs = climb.limits["run"].frames, climb.our_frames, climb.reference_frames
+    if ours is None:
+        yield Row("frames, end to end", "video", incomparable(climb.stopped), limit)
+        return
+    metrics = compare(ours, theirs, signal_range=FRAME_RANGE)
+    note = "" if metrics.problem else f"worst frame: {int(np.argmax(difference_per_frame(ours, theirs))) + 1}"
+    yield Row("frames, end to end", "video", metrics, limit, note)

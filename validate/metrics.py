@@ -1,0 +1,110 @@
+"""How far one tensor is from another. Sums run in float64 over slices, so a 720p video needs no second copy.
+
+A value that is not finite on either side makes every number NaN and no comparison with a limit true: what is not a
+number cannot agree. The same holds for two shapes that differ.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+SLICE_VALUES = 2**22
+FRAME_RANGE = 2.0  # frames lie in [-1, 1]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Distance of ``ours`` from ``reference``; all NaN when ``problem`` says why they cannot be compared."""
+
+    max_abs: float
+    relative_l2: float  # ‖ours − reference‖ / ‖reference‖; against an all-zero reference 0 or inf
+    cosine: float  # 1 for two all-zero tensors, 0 when only one is
+    psnr_db: float | None  # only where a signal range was given; inf for identical tensors
+    values: int
+    problem: str = ""
+
+
+@dataclass
+class _Sums:
+    max_abs: float = 0.0
+    error: float = 0.0
+    reference: float = 0.0
+    ours: float = 0.0
+    product: float = 0.0
+
+    def add(self, ours: NDArray[np.float64], reference: NDArray[np.float64]) -> None:
+        error = ours - reference
+        self.max_abs = max(self.max_abs, float(np.abs(error).max()))
+        self.error += float(error @ error)
+        self.reference += float(reference @ reference)
+        self.ours += float(ours @ ours)
+        self.product += float(ours @ reference)
+
+
+def compare(ours: ArrayLike, reference: ArrayLike, *, signal_range: float | None = None) -> Metrics:
+    """Compares two tensors of the same shape and any real dtype.
+
+    ``signal_range`` is the width of the interval in which the values live (``FRAME_RANGE``); with it comes a PSNR.
+    """
+    a, b = np.asarray(ours), np.asarray(reference)
+    if problem := _problem(a, b):
+        return incomparable(problem)
+    sums = _Sums()
+    for piece, other in zip(_slices(a), _slices(b), strict=True):
+        sums.add(piece, other)
+    psnr = None if signal_range is None else _psnr_db(sums.error / a.size, signal_range)
+    return Metrics(sums.max_abs, _relative(sums), _cosine(sums), psnr, a.size)
+
+
+def incomparable(problem: str) -> Metrics:
+    """The metrics of what was not computed, or cannot be compared; no limit accepts them."""
+    return Metrics(math.nan, math.nan, math.nan, None, 0, problem)
+
+
+def difference_per_frame(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> list[float]:
+    """Largest absolute difference of every frame of two videos ``[1, 3, F, H, W]``."""
+    return [float(np.abs(ours[:, :, i] - reference[:, :, i]).max()) for i in range(ours.shape[2])]
+
+
+def _problem(ours: NDArray[np.generic], reference: NDArray[np.generic]) -> str:
+    if ours.shape != reference.shape:
+        return f"shape {list(ours.shape)} against {list(reference.shape)}"
+    if ours.size == 0:
+        return f"no values: shape {list(ours.shape)}"
+    sides = (("ours", ours), ("reference", reference))
+    return "; ".join(found for side, array in sides if (found := _not_finite(side, array)))
+
+
+def _not_finite(side: str, array: NDArray[np.generic]) -> str:
+    if not np.issubdtype(array.dtype, np.inexact):
+        return ""
+    bad = ~np.isfinite(array.astype(np.float64, copy=False))
+    if not bad.any():
+        return ""
+    first = [int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape)]
+    return f"{side}: {int(bad.sum())} of {bad.size} values are NaN or infinite, the first at {first}"
+
+
+def _slices(array: NDArray[np.generic]) -> Iterator[NDArray[np.float64]]:
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, SLICE_VALUES):
+        yield flat[start : start + SLICE_VALUES].astype(np.float64)
+
+
+def _relative(sums: _Sums) -> float:
+    if sums.reference == 0:
+        return 0.0 if sums.error == 0 else math.inf
+    return math.sqrt(sums.error / sums.reference)
+
+
+def _cosine(sums: _Sums) -> float:
+    if sums.ours == 0 or sums.reference == 0:
+        return 1.0 if sums.ours == sums.reference else 0.0
+    return sums.product / math.sqrt(sums.ours) / math.sqrt(sums.reference)
+
+
+def _psnr_db(mean_square: float, signal_range: float) -> float:
+    return math.inf if mean_square == 0 else 10 * math.log10(signal_range**2 / mean_square)

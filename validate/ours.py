@@ -1,0 +1,52 @@
+"""Our side of the comparison: the runtime's own pipeline, asked in the words of the reference."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from runtime.arrays import F32
+from runtime.conditioning import rope_tables, time_features
+from runtime.denoise import Step
+from runtime.noise import standard_normal
+from runtime.pipeline import Pipeline
+from runtime.request import CompleteRequest
+from runtime.schedule import make_schedule
+from validate.reference import I64
+from wan22.specs import PATCH
+
+
+class Ours:
+    """The engines behind an open pipeline; what each method returns is what the reference's namesake returns."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline, self._dit = pipeline, pipeline.spec.dit
+
+    def token_ids(self, prompt: str) -> I64:
+        return self._pipeline.tokenizer.encode(prompt, allow_empty=True).ids
+
+    def embeddings(self, prompt: str) -> F32:
+        """From the prompt, through our own tokenizer."""
+        return self._pipeline.text(prompt, allow_empty=True)
+
+    def lists(self, request: CompleteRequest) -> tuple[F32, F32]:
+        schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
+        return schedule.sigmas, schedule.timesteps
+
+    def noise(self, shape: tuple[int, ...], seed: int) -> F32:
+        return standard_normal(shape, seed)
+
+    def velocity(self, expert: str, latents: F32, timestep: float, text: F32) -> F32:
+        frames, height, width = latents.shape[-3:]
+        cos, sin = rope_tables(self._dit.head_width, frames, height // PATCH[1], width // PATCH[2])
+        times = time_features([timestep] * self._dit.time_rows, self._dit.freq_width)
+        velocity: Any = self._pipeline.engine(expert)(
+            latents=latents, time_features=times, text=text, rope_cos=cos, rope_sin=sin
+        )
+        return np.asarray(velocity)
+
+    def run(self, request: CompleteRequest) -> Iterator[Step]:
+        return self._pipeline.denoise(request)
+
+    def decode(self, latents: F32) -> F32:
+        return np.concatenate(list(self._pipeline.decode(latents)), axis=2)

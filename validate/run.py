@@ -1,0 +1,179 @@
+"""One validation from two folders to a report."""
+
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.pipeline import Pipeline
+from runtime.request import CompleteRequest, Request
+from runtime.schedule import Convention, SolverName
+from wan22.bundle import Manifest
+from wan22.errors import UserError
+from wan22.progress import Progress, silent
+from wan22.specs import Task
+
+if TYPE_CHECKING:
+    from export.checkpoint import Checkpoint
+    from validate.report import ValidationReport
+    from validate.thresholds import Thresholds
+
+PROMPT = "A red fox runs through fresh snow at sunrise, 一只红狐狸在雪地里奔跑"
+LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """The run that is compared. ``None`` means the model's default."""
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    # video
+    size: tuple[int, int] | None = None  # width, height in pixels
+    frames: int | None = None
+    # sampling
+    seed: int = 0
+    steps: int | None = None
+    shift: float | None = None
+    guidance: dict[str, float] = field(default_factory=dict)  # by expert
+    solver: SolverName = "unipc"
+    schedule: Convention = "official"
+    # for the report
+    command: str = ""
+
+    def request(self, manifest: Manifest) -> CompleteRequest:
+        """Everything filled in; a bundle of fixed shapes gives its own size and frames."""
+        fixed = manifest.size
+        request = Request(
+            prompt=self.prompt or PROMPT,
+            negative_prompt=self.negative_prompt,
+            size=self.size or (fixed[:2] if fixed else None),
+            frames=self.frames if self.frames is not None or not fixed else fixed[2],
+            seed=self.seed,
+            steps=self.steps,
+            shift=self.shift,
+            guidance=self.guidance,
+            solver=self.solver,
+            schedule=self.schedule,
+        )
+        return request.completed(manifest.spec)
+
+
+def validate(
+    engines: Path,
+    checkpoint: Path | str,
+    out: Path,
+    options: ValidateOptions | None = None,
+    progress: Progress = silent,
+) -> "ValidationReport":
+    """Climbs the parity ladder and writes ``report.json`` and ``report.html`` into ``out``.
+
+    Returns:
+        The report, true when every row passed.
+
+    Raises:
+        UserError: engines of another checkpoint, a precision or model without limits, ``out`` not writable, or
+            anything wrong with the folders or the request.
+    """
+    options = options or ValidateOptions()
+    with Pipeline.open(engines, keep_experts=False) as pipeline:
+        manifest = pipeline.bundle.manifest
+        _check_supported(manifest)
+        request = options.request(manifest)
+        source = _open_same_model(checkpoint, engines, manifest, progress)
+        return _climb(pipeline, source, request, Target(out, options.command), progress)
+
+
+def _check_supported(manifest: Manifest) -> None:
+    if manifest.spec.task is Task.I2V:
+        raise UserError(f"model {manifest.spec.name}", "a text-to-video model", "image conditions have no parity rows")
+    if manifest.loras:
+        merged = ", ".join(lora.file for lora in manifest.loras)
+        raise UserError(
+            f"engines with merged LoRAs ({merged})", "the checkpoint as it is", "validate an export without"
+        )
+
+
+def _open_same_model(where: Path | str, engines: Path, manifest: Manifest, progress: Progress) -> "Checkpoint":
+    """The checkpoint at ``where``. Raises UserError when it is not the one the engines were made from."""
+    from export.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(where, progress)
+    ours = (manifest.spec.name, manifest.source.fingerprint)
+    theirs = (checkpoint.spec.name, checkpoint.source.fingerprint)
+    if ours != theirs or manifest.spec != checkpoint.spec:
+        raise UserError(
+            f"{engines} was made from {ours[0]}, fingerprint {ours[1][:12]} ({manifest.source.checkpoint})",
+            f"{theirs[0]}, fingerprint {theirs[1][:12]} ({where})",
+            "name the checkpoint that was exported, or export this one",
+        )
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the report goes and what it says it was made by."""
+
+    folder: Path
+    command: str
+
+
+def _climb(
+    pipeline: Pipeline, checkpoint: "Checkpoint", request: CompleteRequest, target: Target, progress: Progress
+) -> "ValidationReport":
+    from validate.climb import Climb
+    from validate.figures import filmstrip
+    from validate.ladder import Row, rungs
+    from validate.ours import Ours
+    from validate.reference import Reference
+    from validate.report import ValidationReport, check_writable, write_report
+
+    check_writable(target.folder)
+    manifest = pipeline.bundle.manifest
+    climb = Climb(Ours(pipeline), Reference(checkpoint, progress), request, _limits(manifest), progress)
+    ladder, rows = rungs(manifest.spec), list[Row]()
+    for done, rung in enumerate(ladder, 1):
+        rows.extend(rung(climb))
+        progress("parity ladder", done, len(ladder), "rungs")
+    pictures = None if climb.our_frames is None else filmstrip(climb.our_frames, climb.reference_frames)
+    report = ValidationReport(tuple(rows), facts(manifest, checkpoint, request, target.command), pictures)
+    write_report(report, target.folder)
+    return report
+
+
+def _limits(manifest: Manifest) -> dict[str, "Thresholds"]:
+    """By component, each held to its own precision; what the whole chain computes, "run", to the bundle's."""
+    from validate.thresholds import thresholds_for
+
+    own = {component.name: thresholds_for(component.precision) for component in manifest.components}
+    return own | {"run": thresholds_for(manifest.precision)}
+
+
+def facts(manifest: Manifest, checkpoint: "Checkpoint", request: CompleteRequest, command: str) -> dict[str, str]:
+    """What was compared, by the label that the report prints it under."""
+    build = manifest.build
+    higher = [f"{c.name} {c.precision}: {c.why_higher}" for c in manifest.components if c.why_higher]
+    guidance = ", ".join(f"{name} {scale:g}" for name, scale in request.guidance.items())
+    return {
+        "model": manifest.spec.name,
+        "precision": "; ".join((str(manifest.precision), *higher)),
+        "target": build.target if build else "",
+        "backend": f"{build.backend} {build.backend_version}" if build else "",
+        "checkpoint": f"{checkpoint.folder} ({checkpoint.source.layout} layout)",
+        "fingerprint": checkpoint.source.fingerprint,
+        "video": f"{request.width}x{request.height}, {request.frames} frames",
+        "prompt": request.prompt,
+        "negative prompt": request.negative_prompt,
+        "sampling": f"{request.solver}, {request.schedule} schedule, {request.steps} steps, shift {request.shift:g}, "
+        f"seed {request.seed}, guidance {guidance}",
+        "reference": "PyTorch in fp32 on the CPU",
+        "versions": ", ".join([*(f"{name} {metadata.version(name)}" for name in LIBRARIES), _python()]),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "exported by": manifest.command,
+        "command": command,
+    }
+
+
+def _python() -> str:
+    return f"Python {platform.python_version()}"
