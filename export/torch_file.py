@@ -31,7 +31,9 @@ def read_torch(path: Path) -> dict[str, Stored]:
         UserError: no such file, cut off, no state dict, or a pickle that wants to run code.
     """
     if not path.is_file():
-        raise UserError(f"{path} is missing", "the file of the official release", "download it again")
+        raise UserError(
+            f"{path} is missing", "the file of the official release", "name its root folder, or download it"
+        )
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is no torch zip", "a whole file written by torch.save", "download it again")
     state = _unpickled(path)
