@@ -73,30 +73,26 @@ class _Source:
     def __post_init__(self) -> None:
         self.total = sum(len(part_tensors(part, self.spec)) for part in (*self.spec.experts, "text_encoder", "vae"))
 
-    def plan(self, part: str, dtype: np.dtype[Any], names: dict[str, str] | None = None) -> dict[str, Planned]:
-        """The tensors of a part, called by ``names`` (official → written)."""
+    def part(self, part: str, names: dict[str, str] | None = None) -> tuple[dict[str, Planned], Pieces]:
+        """The tensors of a part, called by ``names`` (official → written), and what yields their elements."""
+        dtype = BFLOAT16 if part == "text_encoder" else FLOAT32
         shapes = part_tensors(part, self.spec)
-        return {(names or {}).get(name, name): Planned(dtype, shape) for name, shape in shapes.items()}
+        official = {(names or {}).get(name, name): name for name in shapes}
 
-    def pieces(self, part: str, names: dict[str, str] | None = None) -> Pieces:
-        """The elements of a tensor of ``part`` by its written name."""
-        official = {written: name for name, written in (names or {}).items()}
-        shapes = part_tensors(part, self.spec)
-
-        def elements(written: str) -> Iterator[npt.NDArray[np.float32]]:
-            name = official.get(written, written)
+        def elements(written: str) -> Iterator[npt.NDArray[Any]]:
+            name = official[written]
             if self.sparse:
-                yield from _zeros(int(np.prod(shapes[name])))
+                yield from _zeros(int(np.prod(shapes[name])), dtype)
             else:
                 yield from pieces(self.spec, self.seed, part, name, shapes[name])
             self.done += 1
             self.progress("synthesise", self.done, self.total, "tensors")
 
-        return elements
+        return {written: Planned(dtype, shapes[name]) for written, name in official.items()}, elements
 
 
-def _zeros(count: int) -> Iterator[npt.NDArray[np.float32]]:
-    buffer = np.zeros(min(count, PIECE_ELEMENTS), np.float32)
+def _zeros(count: int, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
+    buffer = np.zeros(min(count, PIECE_ELEMENTS), dtype)
     for start in range(0, count, PIECE_ELEMENTS):
         yield buffer[: count - start]
 
@@ -107,10 +103,9 @@ def _write_official(folder: Path, source: _Source) -> None:
         part = folder / expert_folder(expert, "official")
         part.mkdir(exist_ok=True)
         _write_json(part / "config.json", _official_config(spec))
-        _write_shards(part, TRANSFORMER_STEM, source.plan(expert, FLOAT32), source.pieces(expert))
-    text = source.plan("text_encoder", BFLOAT16)
-    write_torch(folder / TEXT_ENCODER_FILE, text, source.pieces("text_encoder"))
-    write_torch(folder / vae_file(spec.vae.generation), source.plan("vae", FLOAT32), source.pieces("vae"))
+        _write_shards(part, TRANSFORMER_STEM, *source.part(expert))
+    write_torch(folder / TEXT_ENCODER_FILE, *source.part("text_encoder"))
+    write_torch(folder / vae_file(spec.vae.generation), *source.part("vae"))
     write_tokenizer(folder / tokenizer_folder("official"))
 
 
@@ -137,19 +132,15 @@ def _write_diffusers(folder: Path, source: _Source) -> None:
     _write_json(folder / MODEL_INDEX, _model_index(spec))
     _write_json(_new(folder / "scheduler") / "scheduler_config.json", _scheduler_config(spec))
     for expert in spec.experts:
-        part, names = _new(folder / expert_folder(expert, "diffusers")), diffusers_names(expert, spec)
+        part = _new(folder / expert_folder(expert, "diffusers"))
         _write_json(part / "config.json", dit_config(spec))
-        _write_shards(part, TRANSFORMER_STEM, source.plan(expert, FLOAT32, names), source.pieces(expert, names))
-    part, names = _new(folder / "vae"), diffusers_names("vae", spec)
+        _write_shards(part, TRANSFORMER_STEM, *source.part(expert, diffusers_names(expert, spec)))
+    part = _new(folder / "vae")
     _write_json(part / "config.json", vae_config(spec))
-    write_safetensors(
-        part / f"{TRANSFORMER_STEM}.safetensors", source.plan("vae", FLOAT32, names), source.pieces("vae", names)
-    )
-    part, names = _new(folder / "text_encoder"), diffusers_names("text_encoder", spec)
+    write_safetensors(part / f"{TRANSFORMER_STEM}.safetensors", *source.part("vae", diffusers_names("vae", spec)))
+    part = _new(folder / "text_encoder")
     _write_json(part / "config.json", text_encoder_config(spec))
-    _write_shards(
-        part, TEXT_ENCODER_STEM, source.plan("text_encoder", BFLOAT16, names), source.pieces("text_encoder", names)
-    )
+    _write_shards(part, TEXT_ENCODER_STEM, *source.part("text_encoder", diffusers_names("text_encoder", spec)))
     write_tokenizer(folder / tokenizer_folder("diffusers"))
 
 

@@ -59,9 +59,15 @@ class HoleyFile(io.FileIO):
 
     def write(self, data: object) -> int:
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
-        if len(view) < 4096 or np.frombuffer(view, np.uint8).any():
+        if len(view) < 4096 or _any(view):
             return super().write(view)
         end = self.seek(len(view), io.SEEK_CUR)
         if end > os.fstat(self.fileno()).st_size:
             self.truncate(end)
         return len(view)
+
+
+def _any(view: memoryview) -> bool:
+    """Whether any byte is not zero; eight at a time, which is as fast as memory."""
+    words = len(view) // 8 * 8
+    return bool(np.bitwise_or.reduce(np.frombuffer(view[:words], np.uint64))) or any(view[words:])
