@@ -1,0 +1,35 @@
+"""Wan2.2 from PyTorch checkpoints to ONNX, engines and Triton: the command line and the public names.
+
+``wan_trt.export_checkpoint``, ``build_engines``, ``Pipeline``, ``generate``, ``validate`` and ``synthesise`` are the
+same functions that the subcommands call. They load on first use, so importing this package is free.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_WHERE = {
+    "BuildOptions": "engines.build",
+    "ExportOptions": "export.exporter",
+    "Pipeline": "runtime.pipeline",
+    "Precision": "wan22.specs",
+    "Request": "runtime.pipeline",
+    "SPECS": "wan22.specs",
+    "UserError": "wan22.errors",
+    "ValidateOptions": "validate",
+    "build_engines": "engines.build",
+    "export_checkpoint": "export.exporter",
+    "generate": "runtime.generate",
+    "synthesise": "export.synth",
+    "validate": "validate",
+}
+__all__ = sorted(_WHERE)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

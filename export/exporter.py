@@ -1,0 +1,161 @@
+"""Checkpoint → ONNX bundle: author the graphs, stream the weights, write the manifest."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from export.checkpoint import Checkpoint, open_checkpoint
+from export.dit import LatentDims, dit_graph
+from export.graph import BFLOAT16, FLOAT, FLOAT16, GraphBuilder
+from export.text_encoder import text_encoder_graph
+from export.vae_decoder import vae_decoder
+from export.vae_encoder import vae_encoder
+from export.weights_file import declared, placements, write_weights
+from wan22.bundle import (
+    Bundle,
+    Component,
+    File,
+    Manifest,
+    file_entry,
+    refuse_existing,
+    staged,
+    write_manifest,
+)
+from wan22.errors import UserError
+from wan22.progress import Progress, silent
+from wan22.specs import ModelSpec, Precision
+
+COMPUTE = {Precision.FP32: FLOAT, Precision.BF16: BFLOAT16, Precision.FP16: FLOAT16}
+VAE_WHY_FP32 = "0.1 % of the work of a run; 16-bit shifts colours and, in the encoder, the image condition"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    precision: Precision = Precision.FP32
+    size: tuple[int, int] | None = None  # width, height in pixels; with frames: fixed shapes
+    frames: int | None = None
+    overwrite: bool = False
+    command: str = field(default="export.export_checkpoint(...)", compare=False)  # recorded in the manifest
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Components whose graphs share one weights file."""
+
+    weights: str  # key of Checkpoint.weights
+    precision: Precision
+    why_higher: str
+    graphs: dict[str, GraphBuilder]
+
+
+def export_checkpoint(
+    checkpoint: str | Path, folder: Path, options: ExportOptions | None = None, progress: Progress = silent
+) -> Bundle:
+    """Writes the ONNX bundle of ``checkpoint`` (a folder of either layout, or a hub name) to ``folder``.
+
+    Raises:
+        UserError: whatever is wrong with checkpoint, options or disk. Nothing is left behind then, nor on Ctrl-C.
+    """
+    options = options or ExportOptions()
+    if options.precision not in COMPUTE:
+        raise UserError(f"precision {options.precision}", f"one of {', '.join(COMPUTE)}", "choose one of them")
+    refuse_existing(folder, overwrite=options.overwrite)
+    source = open_checkpoint(checkpoint, progress)
+    parts = _parts(source.spec, options)
+    needed = sum(s.size_bytes for part in parts.values() for s in declared(part.graphs.values()).values())
+    _check_disk(folder, needed)
+    with staged(folder, overwrite=options.overwrite) as temporary:
+        components = _write_parts(temporary, source, parts, _Meter(progress, needed))
+        manifest = Manifest(
+            kind="graphs",
+            spec=source.spec,
+            precision=options.precision,
+            components=tuple(c for name in source.spec.components for c in components if c.name == name),
+            tokenizer=_copy_tokenizer(source.tokenizer, temporary),
+            source=source.source,
+            command=options.command,
+            size=_fixed_size(options),
+        )
+        write_manifest(temporary, manifest)
+    return Bundle(folder, manifest)
+
+
+def _fixed_size(options: ExportOptions) -> tuple[int, int, int] | None:
+    if (options.size is None) != (options.frames is None):
+        raise UserError(
+            "--size without --frames or the reverse", "both for fixed shapes, none for dynamic", "give both"
+        )
+    return None if options.size is None or options.frames is None else (*options.size, options.frames)
+
+
+def _parts(spec: ModelSpec, options: ExportOptions) -> dict[str, _Part]:
+    """Name of the weights file → its graphs, for every component of the model."""
+    size, compute = _fixed_size(options), COMPUTE[options.precision]
+    shape = spec.latent_shape(*size) if size else None
+    dims = LatentDims(*shape[2:]) if shape else LatentDims()
+    exact = (options.precision, "")
+    parts = {
+        "text_encoder": _Part("text_encoder", *exact, {"text_encoder": text_encoder_graph(spec.text_encoder, compute)})
+    }
+    for expert in spec.experts:
+        parts[expert] = _Part(expert, *exact, {expert: dit_graph(spec.dit, compute, dims)})
+    vae = (Precision.FP32, "" if options.precision == Precision.FP32 else VAE_WHY_FP32)
+    for coder, graph in (("vae_encoder", vae_encoder), ("vae_decoder", vae_decoder)):
+        chunks = {name: name == f"{coder}_first" for name in spec.components if name.startswith(coder)}
+        graphs = {name: graph(spec.vae, first, size=shape[3:] if shape else None) for name, first in chunks.items()}
+        if graphs:
+            parts[coder] = _Part("vae", *vae, graphs)
+    return parts
+
+
+class _Meter:
+    """Adds up stored bytes over all files for one progress bar."""
+
+    def __init__(self, progress: Progress, total_bytes: int) -> None:
+        self._progress, self._total, self._done = progress, total_bytes, 0
+
+    def __call__(self, _key: str, size_bytes: int) -> None:
+        self._done += size_bytes
+        self._progress("export weights", self._done, self._total, "bytes")
+
+
+def _write_parts(folder: Path, source: Checkpoint, parts: Mapping[str, _Part], meter: _Meter) -> list[Component]:
+    components = []
+    for name, part in parts.items():
+        weights = declared(part.graphs.values())
+        location = f"{name}.safetensors"
+        file = write_weights(folder / location, weights, source.weights[part.weights].read, meter)
+        placed = placements(location, weights)
+        for component, graph in part.graphs.items():
+            graph.bind(placed, folder)
+            graph.save(folder / f"{component}.onnx")
+            entry = file_entry(folder, folder / f"{component}.onnx")
+            edges = graph.edges()
+            components.append(Component(component, entry, (file,), *edges, part.precision, part.why_higher))
+    return components
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> tuple[File, ...]:
+    target = folder / "tokenizer"
+    target.mkdir()
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if TOKENIZER_FILES[0] not in found:
+        raise UserError(
+            f"{source} has no {TOKENIZER_FILES[0]}", "the tokenizer of umt5", "copy it from google/umt5-xxl"
+        )
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+    return tuple(file_entry(folder, target / name) for name in found)
+
+
+def _check_disk(folder: Path, needed_bytes: int) -> None:
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise UserError(
+            f"{free_bytes / 2**30:.1f} GiB free at {existing}",
+            f"{needed_bytes / 2**30:.1f} GiB for the bundle",
+            "free some or choose another disk",
+        )

@@ -1,0 +1,97 @@
+"""Prompt → video file: the whole run, timed stage by stage."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from runtime.arrays import F32
+from runtime.pipeline import Pipeline
+from runtime.request import Request
+from runtime.video import check_destination, write_video
+from wan22.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    index: int
+    timestep: float
+    expert: str
+    engine_seconds: float
+    total_seconds: float
+
+
+@dataclass
+class Timings:
+    """Where the time of a run went, in seconds."""
+
+    stages: dict[str, float] = field(default_factory=dict)
+    steps: list[StepTiming] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - started
+
+    @property
+    def sampler_overhead(self) -> float:
+        """Share of the step time spent outside engines, 0…1; the median over steps, the first one apart."""
+        steps = self.steps[1:] or self.steps
+        return float(np.median([1 - s.engine_seconds / s.total_seconds for s in steps])) if steps else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    path: Path
+    seed: int
+    width: int
+    height: int
+    frames: int
+    fps: int
+    latents: F32  # [1, z, T, h, w], clean
+    timings: Timings
+
+
+def generate(
+    engines: Path | Pipeline,
+    request: Request,
+    output: Path,
+    *,
+    fps: int | None = None,
+    progress: Progress = silent,
+) -> Generated:
+    """Runs ``request`` and writes ``output``: .mp4, .png or .jpg for one frame, or a folder of numbered PNGs.
+
+    Raises:
+        UserError: anything wrong with request, engines or output, told before any work where it can be.
+    """
+    if isinstance(engines, Path):
+        with Pipeline.open(engines) as pipeline:
+            return generate(pipeline, request, output, fps=fps, progress=progress)
+    pipeline, timings = engines, Timings()
+    complete, rate = request.completed(pipeline.spec), fps or pipeline.spec.sampling.fps
+    check_destination(output, complete.frames)
+    with timings.stage("denoise"):
+        for step in pipeline.denoise(complete):
+            timings.steps.append(
+                StepTiming(step.index, step.timestep, step.expert, step.seconds_engine, step.seconds_total)
+            )
+            progress("denoise", step.index + 1, step.total, "steps")
+    with timings.stage("decode and write"):
+        shown = _reported(pipeline.decode(step.latents), complete.frames, progress)
+        write_video(shown, output, rate)
+    return Generated(
+        output, complete.seed, complete.width, complete.height, complete.frames, rate, step.latents, timings
+    )
+
+
+def _reported(chunks: Iterator[F32], frames: int, progress: Progress) -> Iterator[F32]:
+    done = 0
+    for chunk in chunks:
+        done += chunk.shape[2]
+        progress("decode frames", done, frames, "frames")
+        yield chunk

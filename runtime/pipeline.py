@@ -1,0 +1,139 @@
+"""From a prompt to frames: the engines of one bundle, opened when they are needed and called in order."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from runtime.arrays import F32
+from runtime.denoise import Conditions, Step, denoise
+from runtime.engine import Engine
+from runtime.noise import standard_normal
+from runtime.request import CompleteRequest
+from runtime.schedule import make_schedule
+from runtime.solver import make_solver
+from runtime.tokenizer import TokenIds, Tokenizer
+from runtime.vae import decode
+from wan22.bundle import Bundle, open_bundle
+from wan22.errors import UserError
+from wan22.specs import TEXT_TOKENS, ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """A model ready to generate. Use it as a context manager: engines hold memory until it is left.
+
+    One expert is resident at a time unless ``keep_experts``; the text encoder and VAE stay once opened.
+    """
+
+    def __init__(self, bundle: Bundle, *, keep_experts: bool = True) -> None:
+        self.bundle, self.keep_experts = bundle, keep_experts
+        self.tokenizer = Tokenizer(bundle.folder / "tokenizer")
+        self._open: dict[str, ExitStack] = {}
+        self._engines: dict[str, Engine] = {}
+
+    @classmethod
+    def open(cls, engines: Path, *, keep_experts: bool = True) -> Self:
+        """The pipeline of the engine bundle at ``engines``.
+
+        Raises:
+            UserError: no engine bundle there, or not as its manifest says.
+        """
+        return cls(open_bundle(engines, "engines"), keep_experts=keep_experts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in tuple(self._open):
+            self.release(name)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.bundle.manifest.spec
+
+    # -- engines
+
+    def engine(self, name: str) -> Engine:
+        """The engine of component ``name``, opened on first use."""
+        if name not in self._engines:
+            if name in self.spec.experts and not self.keep_experts:
+                for other in self.spec.experts:
+                    self.release(other)
+            stack = ExitStack()
+            self._engines[name] = stack.enter_context(_new_engine(self.bundle, name))
+            self._open[name] = stack
+        return self._engines[name]
+
+    def release(self, name: str) -> None:
+        """Frees the engine of component ``name`` if it is open."""
+        if name in self._open:
+            del self._engines[name]
+            self._open.pop(name).close()
+
+    # -- stages
+
+    def encode_text(self, prompt: str, *, allow_empty: bool = False) -> tuple[TokenIds, F32]:
+        """Token ids and their embeddings, float32 ``[1, tokens, text width]``; warns when the prompt was cut."""
+        tokens = self.tokenizer.encode(prompt, allow_empty=allow_empty)
+        if tokens.truncated:
+            log.warning("prompt cut to %d tokens: %s…", TEXT_TOKENS, prompt[:60])
+        return tokens, _single(self.engine("text_encoder")(input_ids=tokens.ids))
+
+    def text(self, prompt: str, *, allow_empty: bool = False) -> F32:
+        """The embeddings as the transformer takes them: ``[1, 512, text width]``, rows after the end exact zeros."""
+        _, embeddings = self.encode_text(prompt, allow_empty=allow_empty)
+        padded = np.zeros((1, TEXT_TOKENS, embeddings.shape[2]), np.float32)
+        padded[:, : embeddings.shape[1]] = embeddings
+        return padded
+
+    def denoise(self, request: CompleteRequest) -> Iterator[Step]:
+        """Runs the sampler, yielding after every step; the last step carries the clean latents."""
+        positive = self.text(request.prompt)
+        negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None
+        schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
+        yield from denoise(
+            self.spec,
+            self.engine,
+            standard_normal(request.latent_shape, request.seed),
+            Conditions(positive, negative),
+            request.guidance,
+            schedule,
+            make_solver(request.solver, schedule),
+        )
+
+    def decode(self, latents: F32) -> Iterator[F32]:
+        """Frames ``[1, 3, f, H, W]`` in [-1, 1] of clean latents ``[1, z, T, h, w]``, one latent frame at a time."""
+        more = latents.shape[2] > 1
+        following = self.engine("vae_decoder_next") if more else None
+        yield from decode(self.engine("vae_decoder_first"), following, latents)
+
+
+def _single(outputs: np.ndarray | tuple[np.ndarray, ...]) -> F32:
+    assert isinstance(outputs, np.ndarray)
+    return outputs
+
+
+def _new_engine(bundle: Bundle, name: str) -> Engine:
+    build, component = bundle.manifest.build, bundle.component(name)
+    if build is None or build.backend not in BACKENDS:
+        found = build.backend if build else None
+        raise UserError(f"{bundle.folder}: backend {found!r}", f"one of {', '.join(BACKENDS)}", "build it again")
+    return BACKENDS[build.backend](bundle, component.name)
+
+
+def _onnxruntime(bundle: Bundle, name: str) -> Engine:
+    from runtime.engine_onnxruntime import OnnxRuntimeEngine
+
+    build = bundle.manifest.build
+    return OnnxRuntimeEngine(bundle.folder, bundle.component(name), build.profiles if build else ())
+
+
+BACKENDS: dict[str, Callable[[Bundle, str], Engine]] = {"onnxruntime": _onnxruntime}

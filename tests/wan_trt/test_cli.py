@@ -1,0 +1,98 @@
+"""The command line answers at once, tells bad input in one line and leaves with the right code."""
+
+import subprocess
+import sys
+
+import pytest
+
+from wan_trt.cli import app
+
+FLOW = ("synth", "export", "build", "generate", "validate", "demo")
+HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "diffusers", "transformers")
+
+
+def status(arguments):
+    """Exit code of one command line."""
+    with pytest.raises(SystemExit) as left:
+        app(arguments)
+    return left.value.code
+
+
+def refused(capsys, *arguments):
+    """The one line that a bad command prints."""
+    assert status(list(map(str, arguments))) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1, told
+    return told[0]
+
+
+def test_help_names_every_stage_without_loading_torch_or_tensorrt():
+    code = (
+        "import sys; from wan_trt.cli import app; app(['--help'], standalone_mode=False);"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert all(command in told for command in FLOW)
+    assert told.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("command", FLOW)
+def test_every_command_has_help(command, capsys):
+    assert status([command, "--help"]) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_an_unknown_model_lists_the_known_ones(tmp_path, capsys):
+    assert "t2v-a14b-tiny" in refused(capsys, "synth", "wan3", tmp_path / "c")
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path, capsys):
+    assert str(tmp_path) in refused(capsys, "export", tmp_path, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_engine_folder_is_not_an_onnx_bundle(tmp_path, tiny_engines, capsys):
+    assert "kind engines" in refused(capsys, "build", tiny_engines, tmp_path / "e")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--frames", "16"], "16 frames"),
+        (["--size", "100x100"], "size 100x100"),
+        (["--size", "big"], "size 'big'"),
+        (["--steps", "0"], "0 steps"),
+        (["--guidance", "nan"], "guidance nan"),
+        (["--shift", "-1"], "shift -1"),
+    ],
+)
+def test_bad_options_of_generate(tmp_path, tiny_engines, capsys, options, told):
+    assert told in refused(capsys, "generate", tiny_engines, "a cat", "-o", tmp_path / "out.mp4", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_prompt(tmp_path, tiny_engines, capsys):
+    assert "prompt ' '" in refused(capsys, "generate", tiny_engines, " ", "-o", tmp_path / "out.mp4")
+
+
+def test_a_wrong_option_is_the_parsers_to_refuse(capsys):
+    assert status(["synth", "--nonsense"]) == 2
+
+
+def test_the_demo_does_not_remove_what_it_did_not_make(tmp_path, capsys):
+    (tmp_path / "t2v-a14b-tiny").mkdir()
+    (tmp_path / "t2v-a14b-tiny" / "mine").touch()
+    assert "made by an earlier demo" in refused(capsys, "demo", tmp_path)
+    assert (tmp_path / "t2v-a14b-tiny" / "mine").exists()
+
+
+def test_ctrl_c_leaves_nothing_and_says_so(tmp_path, tiny_checkpoint, monkeypatch, capsys):
+    import export.exporter
+
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export.exporter, "write_weights", interrupted)
+    assert status(["export", str(tiny_checkpoint), str(tmp_path / "b"), "--precision", "fp32"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,50 @@
+"""The ``wan-trt`` command: collects the subcommands and turns errors into exit codes.
+
+0: done. 1: a validation row failed. 2: bad input, told in one line. 130: interrupted. A bug keeps its traceback.
+"""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from wan22.errors import UserError
+from wan_trt.commands import build, demo, export, generate, synth, validate
+
+app = typer.Typer(
+    name="wan-trt",
+    help="Wan2.2 video generation: PyTorch checkpoint → ONNX → engines → video, with proof of parity.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
+    """``run`` with its result as exit code, bad input as one line and Ctrl-C as 130."""
+
+    @functools.wraps(run)
+    def guard(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = run(*args, **kwargs)
+        except UserError as error:
+            print(f"wan-trt: {error}", file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt:
+            print("wan-trt: interrupted, nothing half-written is left behind", file=sys.stderr)
+            code = 130
+        raise typer.Exit(code or 0)
+
+    return guard
+
+
+for command in (synth, export, build, generate, validate, demo):
+    app.command(command.__name__.rpartition(".")[2])(guarded(command.run))
+
+
+def main() -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    app()

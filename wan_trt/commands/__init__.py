@@ -1,0 +1,1 @@
+"""One file per subcommand; each has one function ``run``, whose parameters are the command's."""

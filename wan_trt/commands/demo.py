@@ -1,0 +1,48 @@
+"""``wan-trt demo``: the whole flow on a tiny model with made-up weights."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wan22.errors import UserError
+from wan22.specs import Precision, spec_named
+from wan_trt.commands import build, export, generate, synth, validate
+from wan_trt.console import console
+
+MARK = ".made-by-wan-trt-demo"
+PROMPT = "A red panda rides a bicycle through the rain, cinematic light"
+
+
+def run(
+    folder: Annotated[Path, typer.Argument(help="Where to put checkpoint, engines, video and report.")] = Path("demo"),
+    model: Annotated[str, typer.Option(help="A tiny model.")] = "t2v-a14b-tiny",
+    prompt: Annotated[str, typer.Option(help="What the video shows, in any language.")] = PROMPT,
+    seed: Annotated[int, typer.Option(help="Of weights and noise.")] = 0,
+) -> int:
+    """Synthesise a checkpoint, export, build, generate a video and validate it against PyTorch."""
+    name = spec_named(model).name
+    work = _fresh(folder / name)
+    checkpoint, bundle, engines = (work / stage for stage in ("checkpoint", "onnx", "engines"))
+    console.rule(f"{name}: checkpoint")
+    synth.run(name, checkpoint, "official", seed)
+    console.rule("export")
+    export.run(str(checkpoint), bundle, Precision.FP32)
+    console.rule("build")
+    build.run(bundle, engines, "cpu")
+    console.rule("generate")
+    generate.run(engines, prompt, folder / "out.mp4", seed=seed)
+    console.rule("validate against PyTorch")
+    return validate.run(engines, str(checkpoint), folder, prompt=prompt, seed=seed)
+
+
+def _fresh(work: Path) -> Path:
+    """An empty folder for the demo's files; only what an earlier demo made is removed."""
+    if work.exists():
+        if not (work / MARK).is_file():
+            raise UserError(f"{work} exists", "a folder made by an earlier demo, or none", "name another folder")
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    (work / MARK).touch()
+    return work

@@ -1,0 +1,32 @@
+"""``wan-trt export``: checkpoint → ONNX bundle."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wan22.specs import Precision
+from wan_trt.arguments import Frames, Overwrite, Size, size_of
+from wan_trt.console import bars, command_line, console
+
+
+def run(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder in the official or -Diffusers layout, or a hub name.", show_default=False)
+    ],
+    bundle: Annotated[Path, typer.Argument(help="Folder to write the ONNX bundle to.", show_default=False)],
+    precision: Annotated[Precision, typer.Option(help="Of the matrix multiplications.")] = Precision.BF16,
+    size: Size = None,
+    frames: Frames = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Export a checkpoint to ONNX. Shapes are dynamic unless --size and --frames fix them."""
+    fixed = size_of(size)
+    from export.exporter import ExportOptions, export_checkpoint
+
+    options = ExportOptions(precision, fixed, frames, overwrite=overwrite, command=command_line())
+    with bars() as progress:
+        result = export_checkpoint(checkpoint, bundle, options, progress)
+    size_bytes = sum(file.size_bytes for file in result.manifest.files().values())
+    parts = ", ".join(component.name for component in result.manifest.components)
+    console.print(f"{result.manifest.spec.name} {precision}, {size_bytes / 2**30:.2f} GiB: {bundle} ({parts})")

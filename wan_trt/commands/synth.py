@@ -1,0 +1,26 @@
+"""``wan-trt synth``: a checkpoint with made-up weights in the layout of a real one."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from wan22.specs import spec_named
+from wan_trt.arguments import Seed
+from wan_trt.console import bars, console
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="A model, such as t2v-a14b-tiny.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Where to write it; must not exist.", show_default=False)],
+    layout: Annotated[Literal["official", "diffusers"], typer.Option(help="Which release it looks like.")] = "official",
+    seed: Seed = 0,
+    sparse: Annotated[bool, typer.Option("--sparse", help="Files of the true size that take no disk space.")] = False,
+) -> None:
+    """Make a checkpoint with seeded random weights: real file names, keys and types."""
+    spec = spec_named(model)
+    from export.synth import synthesise
+
+    with bars() as progress:
+        synthesise(spec, folder, layout, seed, sparse=sparse, progress=progress)
+    console.print(f"{spec.name} in the {layout} layout: {folder}")

@@ -1,0 +1,55 @@
+"""What a person sees: progress bars and lines of text."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+
+from wan22.progress import Progress
+
+console = Console(highlight=False, soft_wrap=True)
+GIBIBYTE = 2**30
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """One bar for every task that reports, kept on screen when it is full."""
+    with Bars(
+        TextColumn("{task.description:<18}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    ) as shown:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(task: str, done: int, total: int, unit: str = "") -> None:
+            if task not in tasks:
+                tasks[task] = shown.add_task(task, total=total, amount="")
+            seconds = shown.tasks[tasks[task]].elapsed or 0.0
+            shown.update(tasks[task], completed=done, total=total, amount=_amount(done, total, unit, seconds))
+
+        yield progress
+
+
+def _amount(done: int, total: int, unit: str, seconds: float) -> str:
+    if unit != "bytes":
+        return f"{done}/{total} {unit}"
+    rate = f", {done / GIBIBYTE / seconds:.2f} GiB/s" if seconds > 0 else ""
+    return f"{done / GIBIBYTE:.2f}/{total / GIBIBYTE:.2f} GiB{rate}"
+
+
+def command_line() -> str:
+    """The command as the user typed it, for manifests and reports."""
+    return shlex.join(["wan-trt", *sys.argv[1:]])
