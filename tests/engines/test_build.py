@@ -1,0 +1,53 @@
+"""For target cpu an engine is the graph, proven to load, in a folder of its own."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from engines.build import BuildOptions, build_engines
+from export.exporter import ExportOptions, export_checkpoint
+from wan22.bundle import open_bundle
+from wan22.errors import UserError
+from wan22.specs import Precision
+
+
+def test_the_manifest_says_what_built_it(tiny_engines):
+    manifest = open_bundle(tiny_engines, "engines").manifest
+    assert (manifest.build.target, manifest.build.backend) == ("cpu", "onnxruntime")
+    assert manifest.build.seconds > 0
+
+
+def test_engines_do_not_need_the_onnx_bundle_any_more(tmp_path, tiny_bundle):
+    shutil.copytree(tiny_bundle, tmp_path / "onnx")
+    build_engines(tmp_path / "onnx", tmp_path / "engines")
+    shutil.rmtree(tmp_path / "onnx")
+    bundle = open_bundle(tmp_path / "engines", "engines", full_check=True)
+    assert len(bundle.manifest.components) == 5
+
+
+def test_bfloat16_on_the_cpu_is_refused_with_the_way_out(tmp_path, tiny_checkpoint):
+    export_checkpoint(tiny_checkpoint, tmp_path / "onnx", ExportOptions(Precision.BF16))
+    with pytest.raises(UserError, match=r"text_encoder in bf16 .* export with --precision fp32"):
+        build_engines(tmp_path / "onnx", tmp_path / "engines")
+    assert not (tmp_path / "engines").exists()
+
+
+def test_float16_on_the_cpu_loads(tmp_path, tiny_checkpoint):
+    export_checkpoint(tiny_checkpoint, tmp_path / "onnx", ExportOptions(Precision.FP16))
+    assert build_engines(tmp_path / "onnx", tmp_path / "engines").manifest.precision == Precision.FP16
+
+
+def test_an_edited_bundle_is_not_built(tmp_path, tiny_bundle):
+    shutil.copytree(tiny_bundle, tmp_path / "onnx")
+    weights = tmp_path / "onnx" / "low_noise.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"low_noise\.safetensors: sha256"):
+        build_engines(tmp_path / "onnx", tmp_path / "engines")
+
+
+def test_an_unknown_target_is_refused(tmp_path, tiny_bundle):
+    with pytest.raises(UserError, match="target 'gtx1080'"):
+        build_engines(tiny_bundle, tmp_path / "e", replace(BuildOptions(), target="gtx1080"))
