@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from export.graph import FLOAT, GraphBuilder
 from export.schema import vae_tensors
+from wan22.errors import UserError
 from wan22.specs import Cache, VaeSpec
 
 LatentSize = tuple[int, int]  # rows and columns of the latent grid
@@ -57,7 +58,7 @@ class VaeGraph(GraphBuilder):
 
     def recall(self) -> ir.Value:
         """The frames that the convolution whose turn it is kept from the previous chunk."""
-        return self.to_compute(self._entering[len(self._leaving)])
+        return self.cast(self._entering[len(self._leaving)], self.compute)
 
     def remember(self, frames: ir.Value) -> None:
         """Keeps ``frames`` for the next chunk."""
@@ -68,15 +69,9 @@ class VaeGraph(GraphBuilder):
         with self.scope("caches"):
             for index, (cache, value) in enumerate(zip(caches, self._leaving, strict=True)):
                 dims = self.video(cache.channels, cache.frames, cache.scale)
-                self.output(f"next_cache_{index:02d}", self.to_float(value), dims)
+                self.output(f"next_cache_{index:02d}", self.cast(value, FLOAT), dims)
 
-    # -- types and parameters
-
-    def to_compute(self, x: ir.Value) -> ir.Value:
-        return x if self.compute == FLOAT else self.cast(x, self.compute)
-
-    def to_float(self, x: ir.Value) -> ir.Value:
-        return x if self.compute == FLOAT else self.cast(x, FLOAT)
+    # -- parameters
 
     def parameter(self, leaf: str, dtype: ir.DataType) -> ir.Value:
         """The parameter of the module whose scope is open."""
@@ -144,7 +139,7 @@ def after_zeros(g: VaeGraph, x: ir.Value) -> ir.Value:
 
 def norm(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
     """``x / max(|x|, 1e-12) · sqrt(width) · gamma`` over the channels of each position, in float32 to the end."""
-    x = g.to_float(x)
+    x = g.cast(x, FLOAT)
     gamma = g.parameter("gamma", FLOAT)
     gamma = g.reshape(g.mul(gamma, g.constant(width**0.5, FLOAT)), [1, width, 1, 1, 1])
     length = g.op("Sqrt", g.op("ReduceSum", g.mul(x, x), g.constant([1]), keepdims=1))
@@ -153,7 +148,7 @@ def norm(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
 
 def activation(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
     """Channel norm, then SiLU: what stands before every convolution over three frames but the first."""
-    return g.to_compute(g.silu(norm(g, x, width)))
+    return g.cast(g.silu(norm(g, x, width)), g.compute)
 
 
 def residual_block(g: VaeGraph, x: ir.Value, entering: int, leaving: int) -> ir.Value:
@@ -176,12 +171,13 @@ def attention(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
     Written as MatMul, Softmax, MatMul: TensorRT has no fused kernel for heads this wide, and none for float32.
     """
     with g.scope("norm"):
-        y = g.to_compute(norm(g, x, width))
+        y = g.cast(norm(g, x, width), g.compute)
     with g.scope("to_qkv"):
         y = g.reshape(conv(g, y), [1, 3 * width, -1])
     q, k, v = g.split(g.transpose(y, 0, 2, 1), 3, axis=2)
     q = g.mul(q, g.constant(width**-0.5, g.compute))  # scaled before fp16 can overflow
-    weights = g.to_compute(g.op("Softmax", g.to_float(g.op("MatMul", q, g.transpose(k, 0, 2, 1))), axis=-1))
+    scores = g.cast(g.op("MatMul", q, g.transpose(k, 0, 2, 1)), FLOAT)
+    weights = g.cast(g.op("Softmax", scores, axis=-1), g.compute)
     y = g.transpose(g.op("MatMul", weights, v), 0, 2, 1)
     y = g.op("Reshape", y, g.op("Shape", x))
     with g.scope("proj"):
@@ -203,6 +199,11 @@ def head(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
         x = activation(g, x, width)
     with g.scope("head.2"):
         return causal_conv(g, x)
+
+
+def unsupported_shortcut(entering: int, leaving: int) -> UserError:
+    """For widths that no published VAE 2.2 has, whose parameter-free shortcuts would mix channels otherwise."""
+    return UserError(f"a VAE stage of {entering} to {leaving} channels", "multipliers 1, 2, 4, 4", "use such a VAE")
 
 
 # -- pixels between places

@@ -19,6 +19,7 @@ from export.vae_blocks import (
     merge_pixels,
     middle,
     residual_block,
+    unsupported_shortcut,
 )
 from wan22.specs import VaeSpec
 
@@ -38,12 +39,12 @@ def vae_decoder(
     mean, inverse_std = latent_statistics(g)
     x = g.add(g.op("Div", latents, inverse_std), mean)
     with g.scope("conv2"):
-        x = conv(g, g.to_compute(x))
+        x = conv(g, g.cast(x, g.compute))
     with g.scope("decoder"):
         x, frames = _decoder(g, x)
     if spec.patch > 1:
         x = _unpatchified(g, x, frames)
-    x = g.op("Clip", g.to_float(x), g.constant(-1.0, FLOAT), g.constant(1.0, FLOAT))
+    x = g.op("Clip", g.cast(x, FLOAT), g.constant(-1.0, FLOAT), g.constant(1.0, FLOAT))
     g.output("frames", x, g.video(3, frames, spec.spatial_stride))
     g.give_caches(spec.decoder_caches)
     return g
@@ -90,7 +91,7 @@ def _upsampled(g: VaeGraph, x: ir.Value, width: int, frames: int) -> tuple[ir.Va
 def _first_in_time(g: VaeGraph, x: ir.Value, width: int) -> tuple[ir.Value, int]:
     """The first frame passes by: it is neither doubled nor remembered."""
     shape = g.concat([g.constant([1, width, 2]), g.op("Shape", x, start=3, end=5)], 0)
-    g.remember(g.op("ConstantOfShape", shape))
+    g.remember(g.op("Expand", g.constant(0.0, FLOAT), shape))
     return x, 1
 
 
@@ -120,6 +121,8 @@ def _enlarged(g: VaeGraph, x: ir.Value, width: int, frames: int, sources: int = 
 def _duplicated(g: VaeGraph, x: ir.Value, widths: tuple[int, int], frames: int, leaving_frames: int) -> ir.Value:
     """The shortcut around a stage of VAE 2.2 (DupUp3D, §4.1): every value repeated over the box that it becomes."""
     entering, leaving = widths
+    if entering not in (leaving, *([] if leaving_frames > frames else [2 * leaving, 4 * leaving])):
+        raise unsupported_shortcut(entering, leaving)
     if leaving_frames > frames:
         x = g.op("Expand", g.reshape(x, [entering, frames, 1, 0, 0]), g.constant([1, 1, 2, 1, 1]))
         x = g.reshape(x, [1, entering, leaving_frames, 0, 0])

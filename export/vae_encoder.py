@@ -20,6 +20,7 @@ from export.vae_blocks import (
     middle,
     residual_block,
     split_pixels,
+    unsupported_shortcut,
 )
 from wan22.specs import VaeSpec
 
@@ -40,10 +41,10 @@ def vae_encoder(
     if spec.patch > 1:
         x = _patchified(g, x, frames)
     with g.scope("encoder"):
-        x = _encoder(g, g.to_compute(x), frames)
+        x = _encoder(g, g.cast(x, g.compute), frames)
     with g.scope("conv1"):
         mean_and_variance = conv(g, x)
-    x = g.to_float(g.slice(mean_and_variance, 1, 0, spec.latent_channels))
+    x = g.cast(g.slice(mean_and_variance, 1, 0, spec.latent_channels), FLOAT)
     mean, inverse_std = latent_statistics(g)
     latents = g.mul(g.op("Sub", x, mean), inverse_std)
     g.output("latents", latents, g.video(spec.latent_channels, 1, 1))
@@ -96,7 +97,9 @@ def _averaged(g: VaeGraph, x: ir.Value, stage: int, frames: int) -> ir.Value:
 
     A first frame alone is the second of a pair whose first is zero.
     """
-    width, in_time = g.spec.encoder_widths[stage], g.spec.temporal_down[stage]
+    (width, leaving), in_time = g.spec.encoder_widths[stage : stage + 2], g.spec.temporal_down[stage]
+    if leaving != (2 * width if in_time else width):
+        raise unsupported_shortcut(width, leaving)
     if in_time and g.first:
         x, frames = after_zeros(g, x), 2
     x = g.op("AveragePool", x, kernel_shape=[1, 2, 2], strides=[1, 2, 2])
