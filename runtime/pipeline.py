@@ -12,15 +12,16 @@ import numpy as np
 from runtime.arrays import F32
 from runtime.denoise import Conditions, Step, denoise
 from runtime.engine import Engine
+from runtime.image_condition import conditioning_video, fitted, i2v_condition
 from runtime.noise import standard_normal
 from runtime.request import CompleteRequest
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from runtime.tokenizer import TokenIds, Tokenizer
-from runtime.vae import decode
+from runtime.vae import decode, encode
 from wan22.bundle import Bundle, open_bundle
 from wan22.errors import UserError
-from wan22.specs import TEXT_TOKENS, ModelSpec
+from wan22.specs import TEXT_TOKENS, ModelSpec, Task
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,21 @@ class Pipeline:
         padded[:, : embeddings.shape[1]] = embeddings
         return padded
 
+    def image_condition(self, request: CompleteRequest) -> dict[str, F32]:
+        """What the sampler is given of the request's images: ``condition`` (I2V), ``first_frame`` (TI2V) or nothing."""
+        if request.image is None:
+            return {}
+        size = (request.width, request.height)
+        first = fitted(request.image, self.spec.task, size, request.fit)
+        if self.spec.task == Task.TI2V:
+            return {"first_frame": encode(self.engine("vae_encoder_first"), None, first)}
+        has_last = request.last_image is not None
+        last = fitted(request.last_image, self.spec.task, size, request.fit) if request.last_image else None
+        video = conditioning_video(first, request.frames, last)
+        following = self.engine("vae_encoder_next") if request.frames > 1 else None
+        latents = encode(self.engine("vae_encoder_first"), following, video)
+        return {"condition": i2v_condition(latents, has_last=has_last)}
+
     def denoise(self, request: CompleteRequest) -> Iterator[Step]:
         """Runs the sampler, yielding after every step; the last step carries the clean latents."""
         positive = self.text(request.prompt)
@@ -103,7 +119,7 @@ class Pipeline:
             self.spec,
             self.engine,
             standard_normal(request.latent_shape, request.seed),
-            Conditions(positive, negative),
+            Conditions(positive, negative, **self.image_condition(request)),
             request.guidance,
             schedule,
             make_solver(request.solver, schedule),

@@ -22,6 +22,15 @@ def run(
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid; the official one unless given.")] = None,
     size: Size = None,
     frames: Frames = None,
+    image: Annotated[Path | None, typer.Option(help="Image to start from (I2V, TI2V): JPEG, PNG or WebP.")] = None,
+    last_image: Annotated[Path | None, typer.Option(help="Image to end with (I2V).")] = None,
+    fit: Annotated[
+        Literal["official", "crop"], typer.Option(help="Keep the image's shape, or crop it to exactly --size.")
+    ] = "official",
+    exact_official: Annotated[
+        bool, typer.Option("--exact-official", help="Round sizes as the official code does, float errors included.")
+    ] = False,
+    preset: Annotated[str | None, typer.Option(help="lightning: 4 Euler steps without guidance.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Seed = 0,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.", min=1, max=240)] = None,
@@ -29,7 +38,7 @@ def run(
     guidance_high_noise: Guidance = None,
     guidance_low_noise: Guidance = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of all experts.")] = None,
-    solver: Annotated[Literal["unipc", "dpm++", "euler"], typer.Option()] = "unipc",
+    solver: Annotated[Literal["unipc", "dpm++", "euler"] | None, typer.Option(help="unipc unless given.")] = None,
     schedule: Annotated[Literal["official", "diffusers"], typer.Option(help="Whose list of timesteps.")] = "official",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print where the time went.")] = False,
 ) -> None:
@@ -46,7 +55,12 @@ def run(
             negative_prompt,
             size_of(size),
             frames,
+            image=image,
+            last_image=last_image,
+            fit=fit,
+            exact_official=exact_official,
             seed=seed,
+            preset=preset,
             steps=steps,
             shift=shift,
             guidance=chosen | {name: value for name, value in by_expert.items() if value is not None},
