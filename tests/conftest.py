@@ -1,6 +1,9 @@
-"""One tiny model goes through the whole flow once per session; tests of every room look at its folders."""
+"""Tiny models go through the whole flow once per session; tests of every room look at their folders."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -9,33 +12,42 @@ from wan22.specs import SPECS, Precision
 TINY = "t2v-a14b-tiny"
 
 
-@pytest.fixture(scope="session")
-def flow(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("flow")
+class Flow(NamedTuple):
+    checkpoint: Path  # official layout
+    bundle: Path  # fp32, dynamic shapes
+    engines: Path  # target cpu
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(flow) -> Path:
-    """A tiny T2V-A14B checkpoint in the official layout."""
-    from export.synth import synthesise
+def flow_of(tmp_path_factory) -> Callable[[str], Flow]:
+    """``flow_of(name)`` → the folders of a tiny model, made on first use."""
 
-    synthesise(SPECS[TINY], flow / "checkpoint", "official", seed=0)
-    return flow / "checkpoint"
+    @cache
+    def made(name: str) -> Flow:
+        from engines.build import build_engines
+        from export.exporter import ExportOptions, export_checkpoint
+        from export.synth import synthesise
+
+        root = tmp_path_factory.mktemp(name)
+        flow = Flow(root / "checkpoint", root / "onnx", root / "engines")
+        synthesise(SPECS[name], flow.checkpoint, "official", seed=0)
+        export_checkpoint(flow.checkpoint, flow.bundle, ExportOptions(Precision.FP32))
+        build_engines(flow.bundle, flow.engines)
+        return flow
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(flow, tiny_checkpoint) -> Path:
-    """Its ONNX bundle in fp32, dynamic shapes."""
-    from export.exporter import ExportOptions, export_checkpoint
-
-    export_checkpoint(tiny_checkpoint, flow / "onnx", ExportOptions(Precision.FP32))
-    return flow / "onnx"
+def tiny_checkpoint(flow_of) -> Path:
+    return flow_of(TINY).checkpoint
 
 
 @pytest.fixture(scope="session")
-def tiny_engines(flow, tiny_bundle) -> Path:
-    """Its engines for target cpu."""
-    from engines.build import build_engines
+def tiny_bundle(flow_of) -> Path:
+    return flow_of(TINY).bundle
 
-    build_engines(tiny_bundle, flow / "engines")
-    return flow / "engines"
+
+@pytest.fixture(scope="session")
+def tiny_engines(flow_of) -> Path:
+    return flow_of(TINY).engines

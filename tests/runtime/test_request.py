@@ -1,0 +1,116 @@
+"""A request is completed with preset and model defaults, and images go where they belong."""
+
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime.pipeline import Pipeline
+from runtime.request import Request
+from runtime.schedule import make_schedule
+from wan22.errors import UserError
+from wan22.specs import NEGATIVE_PROMPT, SPECS, T2V_A14B, TI2V_5B
+
+I2V, TI2V, T2V = (SPECS[f"{name}-tiny"] for name in ("i2v-a14b", "ti2v-5b", "t2v-a14b"))
+
+
+def picture(width=96, height=64, seed=0):
+    stream = BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_defaults_are_the_official_ones():
+    complete = Request("x").completed(T2V_A14B)
+    assert (complete.width, complete.height, complete.frames, complete.steps) == (1280, 720, 81, 40)
+    assert complete.guidance == {"high_noise": 4.0, "low_noise": 3.0}
+    assert (complete.shift, complete.solver, complete.negative_prompt) == (12.0, "unipc", NEGATIVE_PROMPT)
+    assert Request("x", size=(704, 1280)).completed(TI2V_5B).latent_shape == (1, 48, 31, 80, 44)
+
+
+def test_lightning_is_four_euler_steps_without_guidance():
+    complete = Request("x", preset="lightning").completed(T2V_A14B)
+    assert not complete.guided
+    schedule = make_schedule(complete.solver, complete.steps, complete.shift, complete.schedule)
+    assert schedule.timesteps.tolist() == [1000.0, 937.5, pytest.approx(833.3333), 625.0]
+    for spec in (T2V_A14B, SPECS["i2v-a14b"]):
+        experts = [spec.expert_at(t) for t in schedule.timesteps]
+        assert experts == ["high_noise", "high_noise", "low_noise", "low_noise"]
+
+
+def test_what_the_user_says_beats_the_preset():
+    complete = Request("x", preset="lightning", steps=8, guidance={"low_noise": 2.0}).completed(T2V)
+    assert (complete.steps, complete.solver) == (8, "euler")
+    assert complete.guidance == {"high_noise": 1.0, "low_noise": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("spec", "request_", "told"),
+    [
+        (T2V, Request("x", image=picture()), "an image for t2v-a14b-tiny"),
+        (I2V, Request("x"), "no image for i2v-a14b-tiny"),
+        (TI2V, Request("x", image=picture(), last_image=picture()), "a last image for ti2v-5b-tiny"),
+        (I2V, Request("x", image=b"GIF?"), "image"),
+        (I2V, Request("x", image=picture(1, 1)), "1x1"),
+        (T2V, Request("x", preset="thunder"), "preset 'thunder'"),
+    ],
+    ids=["text only", "no image", "no last image", "not an image", "one pixel", "preset"],
+)
+def test_images_and_presets_that_do_not_belong(spec, request_, told):
+    with pytest.raises(UserError, match=told):
+        request_.completed(spec)
+
+
+def test_the_video_has_the_shape_of_the_image_or_exactly_the_size_asked_for():
+    request = Request("x", image=picture(64, 128), size=(128, 64))
+    assert (request.completed(I2V).width, request.completed(I2V).height) == (64, 128)
+    cropped = replace(request, fit="crop").completed(I2V)
+    assert (cropped.width, cropped.height) == (128, 64)
+
+
+def test_an_832x480_image_gives_an_832x480_video_unless_exactly_official():
+    request = Request("x", image=picture(832, 480), size=(832, 480))
+    assert request.completed(I2V).height == 480
+    assert replace(request, exact_official=True).completed(I2V).height == 464
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_i2v_condition_is_mask_and_encoded_video(flow_of, frames):
+    with Pipeline.open(flow_of(I2V.name).engines) as pipeline:
+        request = Request("x", image=picture(64, 48), size=(64, 48), frames=frames)
+        condition = pipeline.image_condition(request.completed(I2V))["condition"]
+    assert condition.shape == (1, 20, (frames - 1) // 4 + 1, 6, 8)
+    assert (condition[:, :4, 0] == 1).all()
+    assert (condition[:, :4, 1:] == 0).all()
+    assert 0.1 < condition[:, 4:].std() < 10
+
+
+def test_a_last_image_changes_the_condition_and_its_mask(flow_of):
+    request = Request("x", image=picture(64, 48), last_image=picture(64, 48, seed=1), size=(64, 48), frames=9)
+    with Pipeline.open(flow_of(I2V.name).engines) as pipeline:
+        with_last = pipeline.image_condition(request.completed(I2V))["condition"]
+        without = pipeline.image_condition(replace(request, last_image=None).completed(I2V))["condition"]
+    assert (with_last[0, :4, -1, 0, 0] == [0, 0, 0, 1]).all()
+    assert np.abs(with_last[:, 4:, -1] - without[:, 4:, -1]).max() > 1e-3
+    assert np.abs(with_last[:, 4:, 0] - without[:, 4:, 0]).max() == 0
+
+
+def test_ti2v_keeps_the_image_in_latent_frame_0(flow_of):
+    request = Request("x", image=picture(64, 64), size=(64, 64), frames=9, steps=3)
+    with Pipeline.open(flow_of(TI2V.name).engines) as pipeline:
+        complete = request.completed(TI2V)
+        first = pipeline.image_condition(complete)["first_frame"]
+        steps = list(pipeline.denoise(complete))
+    assert all((step.latents[:, :, :1] == first).all() for step in steps)
+    assert np.abs(steps[-1].latents[:, :, 1:]).max() > 0.1
+
+
+def test_ti2v_makes_videos_of_text_alone(flow_of):
+    with Pipeline.open(flow_of(TI2V.name).engines) as pipeline:
+        complete = Request("x", size=(64, 64), frames=5, steps=2).completed(TI2V)
+        *_, last = pipeline.denoise(complete)
+        frames = list(pipeline.decode(last.latents))
+    assert [chunk.shape for chunk in frames] == [(1, 3, 1, 64, 64), (1, 3, 4, 64, 64)]
