@@ -1,13 +1,15 @@
 """Checkpoint → ONNX bundle: author the graphs, stream the weights, write the manifest."""
 
+import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.dit import LatentDims, dit_graph
 from export.graph import BFLOAT16, FLOAT, FLOAT16, GraphBuilder
+from export.lora import Lora, LoraChoice, merged, open_lora
 from export.text_encoder import text_encoder_graph
 from export.vae_decoder import vae_decoder
 from export.vae_encoder import vae_encoder
@@ -26,6 +28,8 @@ from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec, Precision
 
+log = logging.getLogger(__name__)
+
 COMPUTE = {Precision.FP32: FLOAT, Precision.BF16: BFLOAT16, Precision.FP16: FLOAT16}
 VAE_WHY_FP32 = "0.1 % of the work of a run; 16-bit shifts colours and, in the encoder, the image condition"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
@@ -36,6 +40,10 @@ class ExportOptions:
     precision: Precision = Precision.FP32
     size: tuple[int, int] | None = None  # width, height in pixels; with frames: fixed shapes
     frames: int | None = None
+    # LoRAs, added to the experts in this order
+    loras: tuple[LoraChoice, ...] = ()
+    lora_ignore_unmatched: bool = False
+    # writing
     overwrite: bool = False
     command: str = field(default="export.export_checkpoint(...)", compare=False)  # recorded in the manifest
 
@@ -63,11 +71,12 @@ def export_checkpoint(
         raise UserError(f"precision {options.precision}", f"one of {', '.join(COMPUTE)}", "choose one of them")
     refuse_existing(folder, overwrite=options.overwrite)
     source = open_checkpoint(checkpoint, progress)
+    loras = _opened(options, source.spec)
     parts = _parts(source.spec, options)
     needed = sum(s.size_bytes for part in parts.values() for s in declared(part.graphs.values()).values())
     _check_disk(folder, needed)
     with staged(folder, overwrite=options.overwrite) as temporary:
-        components = _write_parts(temporary, source, parts, _Meter(progress, needed))
+        components = _write_parts(temporary, _with_loras(source, loras), parts, _Meter(progress, needed))
         manifest = Manifest(
             kind="graphs",
             spec=source.spec,
@@ -77,9 +86,23 @@ def export_checkpoint(
             source=source.source,
             command=options.command,
             size=_fixed_size(options),
+            loras=tuple(lora.record() for lora in loras),
         )
         write_manifest(temporary, manifest)
     return Bundle(folder, manifest)
+
+
+def _opened(options: ExportOptions, spec: ModelSpec) -> list[Lora]:
+    loras = [open_lora(lora, spec, ignore_unmatched=options.lora_ignore_unmatched) for lora in options.loras]
+    for lora in loras:
+        for warning in lora.warnings:
+            log.warning(warning)
+    return loras
+
+
+def _with_loras(source: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
+    experts = {name: merged(source.weights[name], loras, name) for name in source.spec.experts}
+    return replace(source, weights={**source.weights, **experts})
 
 
 def _fixed_size(options: ExportOptions) -> tuple[int, int, int] | None:

@@ -18,13 +18,29 @@ def run(
     precision: Annotated[Precision, typer.Option(help="Of the matrix multiplications.")] = Precision.BF16,
     size: Size = None,
     frames: Frames = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE.safetensors[@strength][:high|:low], merged into the experts; repeatable."),
+    ] = None,
+    lora_ignore_unmatched: Annotated[
+        bool, typer.Option("--lora-ignore-unmatched", help="Drop LoRA keys that the model has no weight for.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a checkpoint to ONNX. Shapes are dynamic unless --size and --frames fix them."""
     fixed = size_of(size)
     from export.exporter import ExportOptions, export_checkpoint
+    from export.lora import parse_lora
 
-    options = ExportOptions(precision, fixed, frames, overwrite=overwrite, command=command_line())
+    options = ExportOptions(
+        precision,
+        fixed,
+        frames,
+        loras=tuple(map(parse_lora, lora or ())),
+        lora_ignore_unmatched=lora_ignore_unmatched,
+        overwrite=overwrite,
+        command=command_line(),
+    )
     with bars() as progress:
         result = export_checkpoint(checkpoint, bundle, options, progress)
     size_bytes = sum(file.size_bytes for file in result.manifest.files().values())
