@@ -1,0 +1,82 @@
+"""The tensors that an FP8 graph stores beside the official ones, computed while the weights stream by.
+
+A matrix is quantised with one scale, its largest magnitude over 448, so that the scale stays in float32 inside the
+multiplication. ``qkv`` and ``kv`` join their parts' rows. The scales of Q and K follow from the norm weights alone.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+
+import ml_dtypes
+import numpy as np
+
+from export.linear import FLOAT8_MAX
+from wan22.specs import DitSpec
+
+Read = Callable[[str], np.ndarray]
+
+JOINED = ("qkv", "kv")
+MARGIN = 1.01  # over the bound of Q and K: the norms compute in float32, their weights may have been rounded
+
+
+class Fp8Weights:
+    """``read`` for :func:`export.weights_file.write_weights`, over ``official``, the reader of a transformer's tensors.
+
+    Args:
+        official: gives a tensor by its official name, in any floating type.
+        spec: the transformer's dimensions.
+        quantised: names of the weights that the graph stores in FP8.
+        input_scales: static activation scales of the linears that have one ("blocks.0.ffn.0" → largest input / 448).
+    """
+
+    def __init__(
+        self, official: Read, spec: DitSpec, quantised: Collection[str], input_scales: Mapping[str, float] | None = None
+    ) -> None:
+        self._official, self._spec = official, spec
+        self._quantised, self._input_scales = frozenset(quantised), input_scales or {}
+        self._scales: dict[str, float] = {}
+
+    def __call__(self, key: str) -> np.ndarray:
+        stem, leaf = key.rsplit(".", 1)
+        if key in self._quantised:
+            return self._matrix(key)
+        if leaf == "weight_scale":
+            return np.array(self._scale_of(f"{stem}.weight"), np.float32)
+        if leaf == "input_scale":
+            return np.array(self._input_scales[stem], np.float32)
+        if leaf in ("q_scale", "k_scale"):
+            return self._head_scale(stem, leaf[0])
+        return self._official(key)
+
+    def _matrix(self, key: str) -> np.ndarray:
+        """FP8 ``[out, in]``; multiplied in blocks of rows, so that no second float32 copy of the matrix is made."""
+        parts = self._parts(key)
+        scale = self._scales[key] = _scale_of(parts)
+        quantised = np.empty((sum(len(part) for part in parts), parts[0].shape[1]), ml_dtypes.float8_e4m3fn)
+        start = 0
+        for part in parts:
+            for rows in range(0, len(part), 256):
+                block = part[rows : rows + 256].astype(np.float32) / np.float32(scale)
+                quantised[start + rows : start + rows + len(block)] = np.clip(block, -FLOAT8_MAX, FLOAT8_MAX)
+            start += len(part)
+        return quantised
+
+    def _scale_of(self, key: str) -> float:
+        if key not in self._scales:
+            self._scales[key] = _scale_of(self._parts(key))
+        return self._scales[key]
+
+    def _parts(self, key: str) -> list[np.ndarray]:
+        module, name, leaf = key.rsplit(".", 2)
+        names = name if name in JOINED else [name]
+        return [self._official(f"{module}.{part}.{leaf}") for part in names]
+
+    def _head_scale(self, module: str, name: str) -> np.ndarray:
+        """No value of RMSNorm over D channels exceeds sqrt(D) times its weight; K may double when centred."""
+        largest = float(np.abs(self._official(f"{module}.norm_{name}.weight").astype(np.float32)).max())
+        bound = largest * self._spec.width**0.5 * (self._spec.head_width**-0.5 if name == "q" else 2.0)
+        return np.array(max(bound, 1e-6) * MARGIN / FLOAT8_MAX, np.float32)
+
+
+def _scale_of(parts: list[np.ndarray]) -> float:
+    largest = max(max(float(part.max()), -float(part.min())) for part in parts)
+    return max(largest, 1e-12) / FLOAT8_MAX

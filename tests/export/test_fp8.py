@@ -1,0 +1,102 @@
+"""FP8 graphs compute the float32 graph's velocity within what eight bits allow; their stored tensors are what they say.
+
+ONNX Runtime computes FP8 graphs whose other type is float32: quantisation is emulated exactly, sums are float32. Three
+bits of mantissa are 2.6 % of error in every factor, 3.7 % in every product of two; random weights average none of it
+away, and two layers have little residual stream to dilute it, so the limits here are that and not a model's quality.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from export.dit import dit_graph
+from export.fp8_weights import Fp8Weights
+from export.graph import BFLOAT16, FLOAT
+from export.linear import FLOAT8, Fp8
+from export.schema import dit_tensors
+from tests.export.conftest import made_up
+from tests.export.test_dit import inputs_for, relative_l2
+from wan22.specs import SPECS
+
+SPEC = SPECS["t2v-a14b-tiny"].dit
+BOTH = Fp8(self_attention=True, cross_attention=True)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    made = made_up(dit_tensors(SPEC))
+    for layer in range(SPEC.layers):  # channels of K and V that are large for every token
+        made[f"blocks.{layer}.self_attn.norm_k.weight"][[3, 130]] *= 8
+        made[f"blocks.{layer}.self_attn.k.bias"][[3, 130]] += 6
+        made[f"blocks.{layer}.self_attn.v.weight"][[5, 200]] *= 10
+    return made
+
+
+def run_fp8(run_graph, weights, fp8, spec=SPEC, input_scales=None):
+    g = dit_graph(spec, FLOAT, None, fp8)
+    quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
+    read = Fp8Weights(weights.__getitem__, spec, quantised, input_scales)
+    stored = {key: np.asarray(read(key)) for key in g.weights}
+    return run_graph(g, stored)(**inputs_for(spec, 3, 8, 8, [900.0]))[0]
+
+
+@pytest.fixture
+def exact(run_graph, weights):
+    return run_graph(dit_graph(SPEC), weights)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0]
+
+
+def test_fp8_linears_err_no_more_than_a_product_of_two_fp8_numbers(run_graph, weights, exact):
+    assert 0.005 < relative_l2(run_fp8(run_graph, weights, Fp8()), exact) < 0.037
+
+
+def test_fp8_attention_adds_little_to_the_error_of_fp8_linears(run_graph, weights, exact):
+    linears = relative_l2(run_fp8(run_graph, weights, Fp8()), exact)
+    assert relative_l2(run_fp8(run_graph, weights, BOTH), exact) < linears + 0.005
+
+
+def test_smoothing_k_pays_where_k_has_outlier_channels(run_graph, weights, exact):
+    smooth = relative_l2(run_fp8(run_graph, weights, BOTH), exact)
+    rough = relative_l2(run_fp8(run_graph, weights, Fp8(True, True, smooth_k=False)), exact)
+    assert smooth < rough
+
+
+def test_a_block_kept_in_high_precision_is_computed_as_in_float32(run_graph, weights, exact):
+    everything = Fp8(True, True, high_precision_blocks=frozenset(range(SPEC.layers)))
+    assert relative_l2(run_fp8(run_graph, weights, everything), exact) < 1e-6
+
+
+def test_a_generous_static_scale_computes_much_the_same(run_graph, weights, exact):
+    static = {"blocks.0.ffn.0": 8 / 448, "blocks.1.cross_attn.o": 4 / 448}
+    fp8 = Fp8(static=frozenset(static))
+    found = run_fp8(run_graph, weights, fp8, input_scales=static)
+    assert relative_l2(found, exact) < 0.037
+    assert not np.array_equal(found, run_fp8(run_graph, weights, Fp8()))
+
+
+def test_a_row_of_zeros_is_no_division_by_zero(run_graph, weights, exact):
+    silent = weights | {k: np.zeros_like(v) for k, v in weights.items() if ".ffn.0." in k}
+    assert np.isfinite(run_fp8(run_graph, silent, BOTH)).all()
+
+
+def test_joined_matrices_hold_their_parts_in_order(weights):
+    key = "blocks.0.self_attn.qkv.weight"
+    read = Fp8Weights(weights.__getitem__, SPEC, [key])
+    found = read(key).astype(np.float32) * read(key.replace("weight", "weight_scale"))
+    expected = np.concatenate([weights[f"blocks.0.self_attn.{part}.weight"] for part in "qkv"])
+    assert found.shape == (3 * SPEC.width, SPEC.width)
+    assert relative_l2(found, expected) < 0.03
+
+
+def test_the_largest_weight_becomes_the_largest_fp8_number(weights):
+    key = "blocks.1.ffn.2.weight"
+    matrix = Fp8Weights(weights.__getitem__, SPEC, [key])(key)
+    assert matrix.dtype == ml_dtypes.float8_e4m3fn
+    assert np.abs(matrix.astype(np.float32)).max() == 448
+
+
+def test_what_is_sensitive_is_never_stored_in_fp8():
+    stored = dit_graph(SPEC, BFLOAT16, None, BOTH).weights
+    in_fp8 = {key.split(".", 2)[2] for key, value in stored.items() if value.dtype == FLOAT8}
+    linears = ("self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.kv", "cross_attn.o", "ffn.0", "ffn.2")
+    assert in_fp8 == {f"{name}.weight" for name in linears}
+    assert all(key.startswith("blocks.") for key, value in stored.items() if value.dtype == FLOAT8)
