@@ -148,9 +148,9 @@ def to_pixels(frame: F32) -> Pixels:
 
 
 def _amplification(ours: F32, reference: F32) -> float:
-    """The power of ten that makes the largest difference a visible one."""
+    """The power of ten that brings the largest difference to full brightness or beyond, so that the rest shows too."""
     largest = float(np.nan_to_num(np.abs(ours - reference), nan=2.0, posinf=2.0).max())
-    return 0.0 if largest == 0 else 10.0 ** max(0, math.floor(math.log10(2 / largest)))
+    return 0.0 if largest == 0 else 10.0 ** max(0, math.ceil(math.log10(2 / largest)))
 
 
 def _difference(ours: F32, reference: F32, amplification: float) -> Pixels:

@@ -14,7 +14,7 @@ import numpy as np
 from validate import thresholds
 from validate.climb import Climb
 from validate.metrics import FRAME_RANGE, Metrics, compare, difference_per_frame, incomparable
-from validate.reference import F32
+from validate.reference import F32, time_features
 from validate.reference_run import lists, noise
 from validate.thresholds import Limit
 from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
@@ -47,7 +47,7 @@ def rungs(spec: ModelSpec) -> tuple[Rung, ...]:
     experts = tuple(partial(velocities, expert=expert) for expert in spec.experts)
     known: tuple[tuple[str, tuple[Rung, ...]], ...] = (
         ("text_encoder", (token_ids, embeddings)),
-        (spec.experts[0], (schedule, initial_noise, *experts, trajectory)),
+        (spec.experts[0], (schedule, initial_noise, time_conditions, *experts, trajectory)),
         ("vae_decoder_first", (decoder, video)),
     )
     return tuple(rung for component, its in known if component in spec.components for rung in its)
@@ -79,9 +79,20 @@ def schedule(climb: Climb) -> Iterator[Row]:
 
 
 def initial_noise(climb: Climb) -> Iterator[Row]:
-    shape, seed = climb.latents.shape, climb.request.seed
+    shape, seed = climb.request.latent_shape, climb.request.seed
     metrics = compare(climb.ours.noise(shape, seed), noise(shape, seed))
     yield Row("initial noise", "sampler", metrics, thresholds.NOISE, f"torch.randn on the CPU, seed {seed}")
+
+
+def time_conditions(climb: Climb) -> Iterator[Row]:
+    """What the transformer is told of the timesteps of the run."""
+    _, timesteps = lists(climb.request)
+    width = climb.spec.dit.freq_width
+    limits = {"float64": thresholds.SINUSOID, "float32": thresholds.SINUSOID_OF_DIFFUSERS}
+    whose = {"float64": "the official formula in float64", "float32": "diffusers' own, computed in float32"}
+    for precision, theirs in time_features(timesteps, width).items():
+        metrics = compare(climb.ours.time_features(timesteps.tolist()), theirs)
+        yield Row(f"time features, {precision} reference", "sampler", metrics, limits[precision], whose[precision])
 
 
 def velocities(climb: Climb, expert: str) -> Iterator[Row]:
@@ -91,7 +102,7 @@ def velocities(climb: Climb, expert: str) -> Iterator[Row]:
         for name in climb.text:
             row = f"velocity at its first step, {name}"
             yield _velocity(climb, expert, row, (first.before, first.timestep, climb.text[name]))
-    start = noise(climb.latents.shape, climb.request.seed)
+    start = noise(climb.request.latent_shape, climb.request.seed)
     for timestep in velocity_points(climb.spec, expert):
         sigma = np.float32(timestep / TRAIN_TIMESTEPS)
         noisy = (1 - sigma) * climb.latents + sigma * start
@@ -103,7 +114,7 @@ def velocity_points(spec: ModelSpec, expert: str) -> list[float]:
     """Falling timesteps, whole and fractional, from the first to the last that ``expert`` can meet."""
     boundary = TRAIN_TIMESTEPS * (spec.sampling.boundary or 0)
     first, last = {"high_noise": (999.0, boundary), "low_noise": (boundary - 1, 1.0), "dit": (999.0, 1.0)}[expert]
-    return [round(float(t), 1) for t in np.linspace(first, last, VELOCITY_POINTS)]
+    return [round(4 * float(t)) / 4 for t in np.linspace(first, last, VELOCITY_POINTS)]  # exact in float32
 
 
 def _velocity(climb: Climb, expert: str, name: str, inputs: tuple[F32, float, F32]) -> Row:

@@ -1,6 +1,6 @@
 """Our side of the comparison: the runtime's own pipeline, asked in the words of the reference."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,10 @@ class Ours:
 
     def noise(self, shape: tuple[int, ...], seed: int) -> F32:
         return standard_normal(shape, seed)
+
+    def time_features(self, timesteps: Sequence[float]) -> F32:
+        """``[steps, freq_width]``."""
+        return time_features(timesteps, self._dit.freq_width)
 
     def velocity(self, expert: str, latents: F32, timestep: float, text: F32) -> F32:
         frames, height, width = latents.shape[-3:]

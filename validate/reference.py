@@ -4,9 +4,14 @@ Their modules are filled from the project's own reading of the checkpoint, throu
 that is missing, left over or of another shape stops the load. diffusers' single-file loaders are no alternative, they
 configure every Wan2.2 transformer as one of Wan2.1 (wan22.md §1.3). Everything is float32. Nothing here is shared with
 the runtime, so that a mistake has to be made twice to go unseen.
+
+One thing in diffusers is changed: the sinusoid of the timestep. The official code computes it in float64 (§2.3),
+diffusers in float32, where the angle of t = 999 is already 3e-5 off. That alone moves a velocity by 1e-5 and would hide
+as much of our own error, so the reference does as the official code does, and the ladder holds ours against both.
 """
 
 import html
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -98,9 +103,37 @@ def _transformer(checkpoint: Checkpoint) -> Any:
 
     config = _arguments(dit_config(checkpoint.spec))
     module = WanTransformer3DModel(**config)
+    module.condition_embedder.timesteps_proj = _Sinusoid(config["freq_dim"])
     with torch.device("cpu"):  # its tables are computed, not loaded
         module.rope = WanRotaryPosEmbed(config["attention_head_dim"], config["patch_size"], config["rope_max_seq_len"])
     return module
+
+
+class _Sinusoid(torch.nn.Module):
+    """Timesteps ``[B]`` to ``[B, width]``, as the official code has it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return sinusoid(timesteps, self.width)
+
+
+def sinusoid(timesteps: torch.Tensor, width: int) -> torch.Tensor:
+    """``[B, width]`` in float32, computed in float64: cosines, then sines (wan22.md §2.3)."""
+    frequencies = torch.exp(torch.arange(width // 2, dtype=torch.float64) * (-math.log(10000) / (width // 2)))
+    angles = timesteps.to(torch.float64)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def time_features(timesteps: F32 | I64, width: int) -> dict[str, F32]:
+    """``[steps, width]`` in the official precision, float64, and as diffusers computes it, in float32."""
+    from diffusers.models.embeddings import Timesteps
+
+    times = torch.from_numpy(timesteps)
+    own = Timesteps(num_channels=width, flip_sin_to_cos=True, downscale_freq_shift=0)
+    return {"float64": _numpy(sinusoid(times, width)), "float32": _numpy(own(times.float()))}
 
 
 def _autoencoder(checkpoint: Checkpoint) -> Any:

@@ -37,7 +37,7 @@ class ValidateOptions:
     steps: int | None = None
     shift: float | None = None
     guidance: dict[str, float] = field(default_factory=dict)  # by expert
-    solver: SolverName = "unipc"
+    solver: SolverName | None = None
     schedule: Convention = "official"
     # for the report
     command: str = ""
@@ -167,10 +167,10 @@ def facts(manifest: Manifest, checkpoint: "Checkpoint", request: CompleteRequest
         "negative prompt": request.negative_prompt,
         "sampling": f"{request.solver}, {request.schedule} schedule, {request.steps} steps, shift {request.shift:g}, "
         f"seed {request.seed}, guidance {guidance}",
-        "reference": "PyTorch in fp32 on the CPU",
+        "reference": "PyTorch in fp32 on the CPU, with the official float64 sinusoid of the timestep",
         "versions": ", ".join([*(f"{name} {metadata.version(name)}" for name in LIBRARIES), _python()]),
         "machine": f"{platform.system()} {platform.machine()}",
-        "exported by": manifest.command,
+        "built by": manifest.command,
         "command": command,
     }
 

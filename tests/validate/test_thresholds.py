@@ -1,0 +1,36 @@
+"""The limits are what the project promises, and coarser arithmetic gets coarser ones."""
+
+from dataclasses import fields
+
+import pytest
+
+from validate.thresholds import BF16, FP16, FP32, SIGMAS, TIMESTEPS, TOKEN_IDS, Thresholds, thresholds_for
+from wan22.errors import UserError
+from wan22.specs import Precision
+
+
+def test_the_promise_of_float32():
+    assert (TOKEN_IDS.value, TIMESTEPS.value, SIGMAS.value) == (0, 0, 1e-6)
+    promised = Thresholds.__annotations__.keys()
+    assert {name: getattr(FP32, name).value for name in promised} == {
+        "text": 1e-4,
+        "velocity": 1e-5,
+        "latents": 1e-3,
+        "vae": 1e-4,
+        "streaming": 1e-5,
+        "frames": 60,
+    }
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Thresholds)])
+def test_limits_widen_from_fp32_over_fp16_to_bf16(name):
+    fp32, fp16, bf16 = (getattr(limits, name) for limits in (FP32, FP16, BF16))
+    assert fp32.measure == fp16.measure == bf16.measure
+    ordered = sorted((fp32.value, fp16.value, bf16.value), reverse=fp32.measure == "psnr_db")
+    assert ordered == [fp32.value, fp16.value, bf16.value]
+    assert all(limit.reason for limit in (fp32, fp16, bf16))
+
+
+def test_a_precision_without_limits_is_refused():
+    with pytest.raises(UserError, match="precision fp8 "):
+        thresholds_for(Precision.FP8)
