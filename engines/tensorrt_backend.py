@@ -2,7 +2,7 @@
 
 What differs is asked of the module, not of its name: TensorRT-RTX is told the compute capability and needs no GPU to
 build, TensorRT times kernels on the GPU it finds and remembers them in a timing cache. Networks are strongly typed, so
-precision is what the graph says. TF32 is off unless asked for: the float32 islands of the graphs are there for a reason.
+precision is what the graph says. TF32 is off unless asked for: the graphs' float32 islands are there for a reason.
 
 The builder's verbose log is kept beside the engine; ``engines.fusion`` reads the compiled kernels from it.
 """
@@ -108,7 +108,7 @@ class _Build:
     def run(self, graph: Path, engine: Path) -> None:
         self.parse(graph)
         self.configure()
-        with _timing_cache(self.trt, self.config, self.options), engine.open("wb") as stream:
+        with _timing_cache(self.config, self.options), engine.open("wb") as stream:
             done = _in_background(lambda: self.write(stream), self.monitor)
         if not done:
             raise self.failure(graph)
@@ -178,7 +178,7 @@ def _aim(trt: Any, config: Any, target: Target) -> None:
 
 
 @contextlib.contextmanager
-def _timing_cache(trt: Any, config: Any, options: EngineOptions) -> Iterator[None]:
+def _timing_cache(config: Any, options: EngineOptions) -> Iterator[None]:
     """Kernel timings of earlier builds: loaded before the build, saved after it. TensorRT-RTX times nothing."""
     path = options.timing_cache
     if path is None or options.target.backend != "tensorrt":
@@ -270,8 +270,7 @@ def _stream_writer(trt: Any, stream: BinaryIO) -> Any:
 
         def write(self, data: Any, size: int | None = None) -> int:
             try:
-                piece = ctypes.string_at(pointer_of(data, None), size) if type(data).__name__ == "PyCapsule" else data
-                return stream.write(piece)
+                return stream.write(data if size is None else ctypes.string_at(pointer_of(data, None), size))
             except OSError as error:  # the binding would only log it
                 self.error = error
                 return 0
