@@ -1,0 +1,152 @@
+"""What the report says, to programs and to people."""
+
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from validate.figures import DARK, LIGHT, drift_plot, filmstrip, to_pixels
+from validate.ladder import Row
+from validate.metrics import compare, incomparable
+from validate.page import as_html, sections
+from validate.report import ValidationReport, write_report
+from validate.thresholds import FP32, TOKEN_IDS, Limit
+from validate.wording import margin, number
+from wan22.errors import UserError
+
+FACTS = {"model": "t2v-a14b-tiny", "precision": "fp32", "target": "cpu", "prompt": "<script>alert('fox')</script>"}
+
+
+def off_by(share):
+    """Metrics of a tensor that is ``share`` of its norm away."""
+    return compare(np.array([1.0 + share, 0.0]), np.array([1.0, 0.0]))
+
+
+def step(number, expert, metrics):
+    return Row(f"latents after step {number}", expert, metrics, FP32.latents, "", number, 1000 - 100.0 * number)
+
+
+def report_of(*drifts):
+    rows = [Row("token ids, prompt", "tokenizer", compare([1, 2], [1, 2]), TOKEN_IDS)]
+    for index, drift in enumerate(drifts, 1):
+        metrics = incomparable("ours: NaN") if math.isnan(drift) else off_by(drift)
+        rows.append(step(index, "high_noise" if index < 3 else "low_noise", metrics))
+    return ValidationReport(tuple(rows), FACTS)
+
+
+def test_a_report_is_true_when_every_row_passed():
+    assert report_of(1e-6, 1e-5)
+    assert not report_of(1e-6, 2e-3)
+    assert not report_of(math.nan)
+    assert not ValidationReport((), FACTS)
+
+
+def test_the_first_diverging_step_is_named():
+    failed = report_of(1e-6, 1e-5, 2e-3, 1e-2)
+    assert failed.first_diverging_step.step == 3
+    assert failed.summary() == (
+        "2 of 5 checks failed, the first: latents after step 3 (low_noise); first diverging step: 3, t = 700, low_noise"
+    )
+    page = as_html(failed)
+    assert "First diverging step: <b>3 of 4</b>, t = 700, low_noise." in page
+
+
+def test_the_json_can_be_read_by_any_reader(tmp_path):
+    write_report(report_of(1e-6, math.nan), tmp_path / "new" / "folder")
+    text = (tmp_path / "new" / "folder" / "report.json").read_text()
+    found = json.loads(text, parse_constant=pytest.fail)  # bare NaN or Infinity are no JSON
+    assert found["passed"] is False
+    assert found["first_diverging_step"] == 2
+    assert found["rows"][2]["metrics"]["relative_l2"] == "nan"
+    assert found["rows"][2]["metrics"]["problem"] == "ours: NaN"
+    assert found["rows"][1]["limit"] == 1e-3
+    assert found["facts"] == FACTS
+
+
+def test_the_page_stands_alone_and_trusts_no_text():
+    page = as_html(report_of(1e-6, 1e-5, 1e-4))
+    assert "<script" not in page
+    assert "&lt;script&gt;alert" in page
+    assert not re.findall(r"https?://|<link|@import|url\(", page)
+    assert all(source.startswith("data:") for source in re.findall(r'(?:src|srcset)="([^"]{0,8})', page))
+
+
+def test_files_are_replaced_whole(tmp_path):
+    write_report(report_of(1e-6), tmp_path)
+    write_report(report_of(1e-2), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert "differ from" in (tmp_path / "report.html").read_text()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_report(report_of(1e-6), tmp_path / "file" / "report")
+
+
+def test_the_terminal_gets_a_line_per_row():
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report_of(1e-6, 2e-3).table())
+    told = console.export_text()
+    assert told.count("✓") == 2
+    assert told.count("✗") == 1
+    assert "2.0× over" in told
+
+
+def test_sections_follow_the_subject_and_long_passed_ones_are_folded():
+    found = sections(report_of(*[1e-6] * 20))
+    assert [(section.title, section.open) for section in found] == [("Text", True), ("Latents, step by step", False)]
+    assert sections(report_of(*[1e-6] * 19, 1.0))[1].open
+
+
+@pytest.mark.parametrize(
+    ("metrics", "limit", "told"),
+    [
+        (off_by(1e-5), FP32.latents, "100× below"),
+        (off_by(2e-3), FP32.latents, "2.0× over"),
+        (off_by(0), FP32.latents, "equal"),
+        (compare([1], [2]), TOKEN_IDS, "differs"),
+        (incomparable("shape"), FP32.latents, "cannot be compared"),
+        (compare([0.2], [0.0], signal_range=2.0), FP32.frames, "40 dB short"),
+        (compare([0.2], [0.0], signal_range=2.0), Limit("psnr_db", 10, ""), "10 dB above"),
+        (compare([0.2], [0.2], signal_range=2.0), FP32.frames, "identical"),
+    ],
+)
+def test_margins_in_words(metrics, limit, told):
+    assert margin(Row("", "", metrics, limit)) == told
+
+
+def test_numbers_in_words():
+    assert [number(value) for value in (0, 12.345, 1.5e-7, math.inf, math.nan)] == [
+        "0",
+        "12.3",
+        "1.5e-07",
+        "∞",
+        "not a number",
+    ]
+
+
+def test_the_difference_of_frames_is_amplified_until_it_shows():
+    reference = np.zeros((1, 3, 9, 8, 8), np.float32)
+    ours = reference.copy()
+    ours[0, :, 4] = 3e-5
+    strip = filmstrip(ours, reference)
+    assert strip.amplification == 1e5  # 3e-5 becomes 3, beyond the range of 2
+    assert [picture.number for picture in strip.pictures] == [1, 3, 4, 6, 7, 9]
+    assert filmstrip(reference, reference).amplification == 0
+    assert [picture.number for picture in filmstrip(reference[:, :, :1], reference[:, :, :1]).pictures] == [1]
+
+
+def test_pixels_are_cut_as_the_official_code_cuts():
+    frame = np.array([-1.0, -0.0001, 1.0, 2.0, math.nan], np.float32)
+    assert to_pixels(np.tile(frame, (3, 1, 1)))[0, :, 0].tolist() == [0, 127, 255, 255, 0]
+
+
+@pytest.mark.parametrize("drifts", [(0.0, 1e-8), (1e-6,), (math.nan, math.nan), (1e-6, math.nan, 1e9)])
+def test_any_drift_can_be_drawn(drifts):
+    images = {drift_plot(report_of(*drifts).steps, theme, (4, 3)) for theme in (LIGHT, DARK)}
+    assert len(images) == 2
