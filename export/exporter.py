@@ -2,14 +2,18 @@
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.dit import LatentDims, dit_graph
+from export.fp8_weights import Fp8Weights
 from export.graph import BFLOAT16, FLOAT, FLOAT16, GraphBuilder
+from export.input_scales import read_input_scales
+from export.linear import Fp8
 from export.lora import Lora, LoraChoice, merged, open_lora
+from export.tensor_file import FLOAT8, Array, Planned
 from export.text_encoder import text_encoder_graph
 from export.vae_decoder import vae_decoder
 from export.vae_encoder import vae_encoder
@@ -30,14 +34,30 @@ from wan22.specs import ModelSpec, Precision
 
 log = logging.getLogger(__name__)
 
-COMPUTE = {Precision.FP32: FLOAT, Precision.BF16: BFLOAT16, Precision.FP16: FLOAT16}
-VAE_WHY_FP32 = "0.1 % of the work of a run; 16-bit shifts colours and, in the encoder, the image condition"
+COMPUTE = {  # what is not FP8
+    Precision.FP32: FLOAT,
+    Precision.BF16: BFLOAT16,
+    Precision.FP16: FLOAT16,
+    Precision.FP8: BFLOAT16,
+    Precision.FP8_ATTN: BFLOAT16,
+}
+FP8_PRECISIONS = (Precision.FP8, Precision.FP8_ATTN)
+WHY_HIGHER = {
+    "text_encoder": "runs twice per video; FP8 saves memory only",
+    "vae_encoder": "bfloat16 shifts the image condition",
+    "vae_decoder": "0.1 % of the work of a run; 16 bits shift colours",
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
+    # precision
     precision: Precision = Precision.FP32
+    precisions: Mapping[str, Precision] = field(default_factory=dict)  # of single parts: experts, text encoder, decoder
+    keep_high_precision: frozenset[int] = frozenset()  # transformer blocks without FP8
+    input_scales: Path | None = None  # static FP8 scales of activations; dynamic per token where there are none
+    # shapes
     size: tuple[int, int] | None = None  # width, height in pixels; with frames: fixed shapes
     frames: int | None = None
     # LoRAs, added to the experts in this order
@@ -54,8 +74,8 @@ class _Part:
 
     weights: str  # key of Checkpoint.weights
     precision: Precision
-    why_higher: str
     graphs: dict[str, GraphBuilder]
+    input_scales: Mapping[str, float] = field(default_factory=dict)
 
 
 def export_checkpoint(
@@ -67,8 +87,6 @@ def export_checkpoint(
         UserError: whatever is wrong with checkpoint, options or disk. Nothing is left behind then, nor on Ctrl-C.
     """
     options = options or ExportOptions()
-    if options.precision not in COMPUTE:
-        raise UserError(f"precision {options.precision}", f"one of {', '.join(COMPUTE)}", "choose one of them")
     refuse_existing(folder, overwrite=options.overwrite)
     source = open_checkpoint(checkpoint, progress)
     loras = _opened(options, source.spec)
@@ -76,7 +94,9 @@ def export_checkpoint(
     needed = sum(s.size_bytes for part in parts.values() for s in declared(part.graphs.values()).values())
     _check_disk(folder, needed)
     with staged(folder, overwrite=options.overwrite) as temporary:
-        components = _write_parts(temporary, _with_loras(source, loras), parts, _Meter(progress, needed))
+        components = _write_parts(
+            temporary, _with_loras(source, loras), parts, options.precision, _Meter(progress, needed)
+        )
         manifest = Manifest(
             kind="graphs",
             spec=source.spec,
@@ -115,22 +135,46 @@ def _fixed_size(options: ExportOptions) -> tuple[int, int, int] | None:
 
 def _parts(spec: ModelSpec, options: ExportOptions) -> dict[str, _Part]:
     """Name of the weights file → its graphs, for every component of the model."""
-    size, compute = _fixed_size(options), COMPUTE[options.precision]
+    size, precisions = _fixed_size(options), _precisions(spec, options)
     shape = spec.latent_shape(*size) if size else None
+    compute = {part: COMPUTE[precision] for part, precision in precisions.items()}
+    text = text_encoder_graph(spec.text_encoder, compute["text_encoder"])
+    parts = {"text_encoder": _Part("text_encoder", precisions["text_encoder"], {"text_encoder": text})}
+    scales = {} if options.input_scales is None else read_input_scales(options.input_scales, spec)
     dims = LatentDims(*shape[2:]) if shape else LatentDims()
-    exact = (options.precision, "")
-    parts = {
-        "text_encoder": _Part("text_encoder", *exact, {"text_encoder": text_encoder_graph(spec.text_encoder, compute)})
-    }
     for expert in spec.experts:
-        parts[expert] = _Part(expert, *exact, {expert: dit_graph(spec.dit, compute, dims)})
-    vae = (Precision.FP32, "" if options.precision == Precision.FP32 else VAE_WHY_FP32)
-    for coder, graph in (("vae_encoder", vae_encoder), ("vae_decoder", vae_decoder)):
+        fp8 = _fp8(precisions[expert], options, scales)
+        graph = dit_graph(spec.dit, compute[expert], dims, fp8)
+        parts[expert] = _Part(expert, precisions[expert], {expert: graph}, scales)
+    for coder, vae in (("vae_encoder", vae_encoder), ("vae_decoder", vae_decoder)):
         chunks = {name: name == f"{coder}_first" for name in spec.components if name.startswith(coder)}
-        graphs = {name: graph(spec.vae, first, size=shape[3:] if shape else None) for name, first in chunks.items()}
+        latent_size = shape[3:] if shape else None
+        graphs = {name: vae(spec.vae, first, compute[coder], latent_size) for name, first in chunks.items()}
         if graphs:
-            parts[coder] = _Part("vae", *vae, graphs)
+            parts[coder] = _Part("vae", precisions[coder], graphs)
     return parts
+
+
+def _precisions(spec: ModelSpec, options: ExportOptions) -> dict[str, Precision]:
+    """Of every part. What is not said follows ``options.precision`` as far as it is good for the part."""
+    asked = options.precision
+    sixteen = Precision.BF16 if asked in FP8_PRECISIONS else asked
+    usual = dict.fromkeys(spec.experts, asked)
+    usual |= {"text_encoder": sixteen, "vae_encoder": Precision.FP32, "vae_decoder": Precision.FP32}
+    for part, precision in options.precisions.items():
+        if part not in usual or part == "vae_encoder":
+            known = ", ".join(p for p in usual if p != "vae_encoder")
+            raise UserError(f"a precision for {part!r}", f"one of {known}", "leave it out")
+        if part not in spec.experts and precision in FP8_PRECISIONS:
+            raise UserError(f"{part} in {precision}", "fp32, bf16 or fp16", "FP8 is for the transformer")
+    return {**usual, **options.precisions}
+
+
+def _fp8(precision: Precision, options: ExportOptions, scales: Mapping[str, float]) -> Fp8 | None:
+    if precision not in FP8_PRECISIONS:
+        return None
+    attention = precision == Precision.FP8_ATTN
+    return Fp8(attention, attention, options.keep_high_precision, frozenset(scales))
 
 
 class _Meter:
@@ -144,20 +188,32 @@ class _Meter:
         self._progress("export weights", self._done, self._total, "bytes")
 
 
-def _write_parts(folder: Path, source: Checkpoint, parts: Mapping[str, _Part], meter: _Meter) -> list[Component]:
+def _write_parts(
+    folder: Path, source: Checkpoint, parts: Mapping[str, _Part], precision: Precision, meter: _Meter
+) -> list[Component]:
     components = []
     for name, part in parts.items():
         weights = declared(part.graphs.values())
         location = f"{name}.safetensors"
-        file = write_weights(folder / location, weights, source.weights[part.weights].read, meter)
+        file = write_weights(folder / location, weights, _reader(source, part, weights), meter)
         placed = placements(location, weights)
         for component, graph in part.graphs.items():
             graph.bind(placed, folder)
             graph.save(folder / f"{component}.onnx")
             entry = file_entry(folder, folder / f"{component}.onnx")
             edges = graph.edges()
-            components.append(Component(component, entry, (file,), *edges, part.precision, part.why_higher))
+            why = WHY_HIGHER.get(name, "") if part.precision != precision else ""
+            components.append(Component(component, entry, (file,), *edges, part.precision, why))
     return components
+
+
+def _reader(source: Checkpoint, part: _Part, declared_weights: Mapping[str, Planned]) -> Callable[[str], Array]:
+    """Gives the tensors that the part's graphs declare: the checkpoint's, or what FP8 makes of them."""
+    read = source.weights[part.weights].read
+    if part.precision not in FP8_PRECISIONS:
+        return read
+    quantised = [key for key, planned in declared_weights.items() if planned.dtype in FLOAT8]
+    return Fp8Weights(read, source.spec.dit, quantised, part.input_scales)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> tuple[File, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from export.graph import FLOAT, GraphBuilder, Placed
 from export.safetensors_file import header_bytes
-from export.tensor_file import BFLOAT16, Array, Planned
+from export.tensor_file import BFLOAT16, FLOAT8, Array, Planned
 from wan22.bundle import File
 from wan22.errors import UserError
 
@@ -72,7 +72,7 @@ def _chunks(
 ) -> Iterable[bytes | memoryview]:
     yield header
     for key, stored in weights.items():
-        array = np.ascontiguousarray(converted(key, read(key), stored.dtype))
+        array = np.asarray(converted(key, read(key), stored.dtype), order="C")
         if array.shape != stored.shape:
             raise ValueError(f"{key}: shape {array.shape}, graph wants {stored.shape}")
         yield array.reshape(-1).view(np.uint8).data
@@ -95,6 +95,8 @@ def converted(key: str, array: Array, dtype: np.dtype[np.generic]) -> Array:
 def _all_finite(array: Array) -> bool:
     """One pass without a mask as large as the tensor: the extremes of a NaN or infinity show it."""
     if array.size == 0:
+        return True
+    if array.dtype in FLOAT8:  # quantised here, from finite values
         return True
     if array.dtype == BFLOAT16:  # the upper half of a float32: an exponent of all ones is no number
         return int((array.view(np.uint16) & 0x7F80).max()) != 0x7F80

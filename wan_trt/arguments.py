@@ -23,3 +23,14 @@ def size_of(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise UserError(f"size {text!r}", "width x height in pixels", "write it as 832x480")
     return int(match[1]), int(match[2])
+
+
+def numbers_of(text: str) -> frozenset[int]:
+    """``"0-2,39"`` → {0, 1, 2, 39}."""
+    numbers: set[int] = set()
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part.strip())
+        if not match:
+            raise UserError(f"blocks {text!r}", "numbers and ranges", "write them as 0-2,39")
+        numbers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return frozenset(numbers)

@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import save_file
 
 from export import exporter
 from export.exporter import ExportOptions, export_checkpoint
+from export.lora import parse_lora
 from export.safetensors_file import read_safetensors
 from export.synth import synthesise
-from wan22.bundle import open_bundle
+from wan22.bundle import open_bundle, sha256_of
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
 
@@ -133,3 +135,87 @@ def test_a_checkpoint_without_tokenizer_json_is_refused(tmp_path, tiny_checkpoin
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         export_checkpoint(tmp_path / "c", tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_fp8_stores_matrices_of_the_blocks_in_eight_bits_with_a_scale_each(tmp_path, tiny_checkpoint, tiny_bundle):
+    options = ExportOptions(Precision.FP8, keep_high_precision=frozenset({1}))
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
+    stored = read_safetensors(tmp_path / "b" / "high_noise.safetensors")
+    full = read_safetensors(tiny_bundle / "high_noise.safetensors")
+    in_fp8 = {name for name, tensor in stored.items() if tensor.dtype.itemsize == 1}
+    leaves = ("self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.kv", "cross_attn.o", "ffn.0", "ffn.2")
+    assert in_fp8 == {f"blocks.0.{leaf}.weight" for leaf in leaves}
+    scale = stored["blocks.0.ffn.0.weight_scale"].read()
+    original = full["blocks.0.ffn.0.weight"].read()
+    assert scale == pytest.approx(np.abs(original).max() / 448)
+    restored = stored["blocks.0.ffn.0.weight"].read().astype(np.float32) * scale
+    assert np.abs(restored - original).max() <= 16.001 * scale  # half a step of E4M3 between 256 and 448
+    assert (bundle.component("text_encoder").precision, bundle.component("high_noise").precision) == ("bf16", "fp8")
+    assert "FP8 saves memory only" in bundle.component("text_encoder").why_higher
+
+
+def test_one_expert_may_have_a_precision_of_its_own(tmp_path, tiny_checkpoint):
+    options = ExportOptions(Precision.FP8, {"high_noise": Precision.FP8_ATTN, "vae_decoder": Precision.FP16})
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
+    told = {c.name: c.precision.value for c in bundle.manifest.components}
+    assert (told["high_noise"], told["low_noise"], told["vae_decoder_next"]) == ("fp8-attn", "fp8", "fp16")
+    assert "blocks.0.self_attn.q_scale" in read_safetensors(tmp_path / "b" / "high_noise.safetensors")
+
+
+@pytest.mark.parametrize(
+    "precisions", [{"dit": Precision.FP8}, {"vae_encoder": Precision.BF16}, {"text_encoder": Precision.FP8}]
+)
+def test_precisions_of_parts_that_make_no_sense(tmp_path, tiny_checkpoint, precisions):
+    with pytest.raises(UserError, match=next(iter(precisions))):
+        export_checkpoint(tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.BF16, precisions))
+
+
+def test_loras_are_merged_and_recorded(tmp_path, tiny_checkpoint, tiny_bundle):
+    lora, key = tmp_path / "style.safetensors", "blocks.0.ffn.0.weight"
+    original = read_safetensors(tiny_bundle / "high_noise.safetensors")[key].read()
+    save_file({f"diffusion_model.{key.removesuffix('.weight')}.diff": np.ones_like(original)}, lora)
+    options = ExportOptions(Precision.FP32, loras=(parse_lora(f"{lora}@0.5:high"),))
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
+    high, low = (read_safetensors(tmp_path / "b" / f"{e}_noise.safetensors")[key].read() for e in ("high", "low"))
+    assert (high == original + np.float32(0.5)).all()
+    assert (low == read_safetensors(tiny_bundle / "low_noise.safetensors")[key].read()).all()
+    record = bundle.manifest.loras[0]
+    assert (record.strength, record.experts) == (0.5, ("high_noise",))
+    assert record.sha256 == sha256_of(lora)
+
+
+def test_a_lora_in_the_wrong_expert_warns(tmp_path, tiny_checkpoint, tiny_bundle, caplog):
+    lora = tmp_path / "low_noise_model.safetensors"
+    key = "blocks.0.ffn.0"
+    shape = read_safetensors(tiny_bundle / "high_noise.safetensors")[f"{key}.weight"].shape
+    save_file({f"{key}.diff": np.zeros(shape, np.float32)}, lora)
+    export_checkpoint(tiny_checkpoint, tmp_path / "b", ExportOptions(loras=(parse_lora(f"{lora}:high"),)))
+    assert "merged into the high-noise expert" in caplog.text
+
+
+def test_static_scales_enter_the_graph(tmp_path, tiny_checkpoint):
+    (tmp_path / "scales.json").write_text(json.dumps({"blocks.0.ffn.net.0.proj": {"input_scale": 0.02}}))
+    export_checkpoint(
+        tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.FP8, input_scales=tmp_path / "scales.json")
+    )
+    stored = read_safetensors(tmp_path / "b" / "low_noise.safetensors")
+    assert stored["blocks.0.ffn.0.input_scale"].read() == np.float32(0.02)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"blocks.99.ffn.net.2": {"input_scale": 1}}', r"blocks\.99"),
+        ('{"blocks.0.ffn.net.2": {"input_scale": -1}}', "scale -1"),
+        ('{"blocks.0.ffn.net.2": {}}', "KeyError"),
+        ("[", "JSON"),
+        ("[]", "AttributeError"),
+    ],
+)
+def test_scales_that_are_none(tmp_path, tiny_checkpoint, content, told):
+    (tmp_path / "scales.json").write_text(content)
+    with pytest.raises(UserError, match=told):
+        export_checkpoint(
+            tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.FP8, input_scales=tmp_path / "scales.json")
+        )
+    assert not (tmp_path / "b").exists()

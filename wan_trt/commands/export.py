@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 
 from wan22.specs import Precision
-from wan_trt.arguments import Frames, Overwrite, Size, size_of
+from wan_trt.arguments import Frames, Overwrite, Size, numbers_of, size_of
 from wan_trt.console import bars, command_line, console
+
+PartPrecision = Annotated[Precision | None, typer.Option(help="Precision of this part alone.")]
 
 
 def run(
@@ -16,6 +18,17 @@ def run(
     ],
     bundle: Annotated[Path, typer.Argument(help="Folder to write the ONNX bundle to.", show_default=False)],
     precision: Annotated[Precision, typer.Option(help="Of the matrix multiplications.")] = Precision.BF16,
+    text_encoder: PartPrecision = None,
+    high_noise: PartPrecision = None,
+    low_noise: PartPrecision = None,
+    dit: PartPrecision = None,
+    vae_decoder: PartPrecision = None,
+    keep_high_precision: Annotated[
+        str, typer.Option(metavar="BLOCKS", help="Transformer blocks without FP8, such as 0-2,37-39.")
+    ] = "",
+    input_scales: Annotated[
+        Path | None, typer.Option(help="JSON of static FP8 scales; per token and dynamic without one.")
+    ] = None,
     size: Size = None,
     frames: Frames = None,
     lora: Annotated[
@@ -32,10 +45,20 @@ def run(
     from export.exporter import ExportOptions, export_checkpoint
     from export.lora import parse_lora
 
+    parts = {
+        "text_encoder": text_encoder,
+        "high_noise": high_noise,
+        "low_noise": low_noise,
+        "dit": dit,
+        "vae_decoder": vae_decoder,
+    }
     options = ExportOptions(
         precision,
-        fixed,
-        frames,
+        {part: chosen for part, chosen in parts.items() if chosen is not None},
+        numbers_of(keep_high_precision),
+        input_scales,
+        size=fixed,
+        frames=frames,
         loras=tuple(map(parse_lora, lora or ())),
         lora_ignore_unmatched=lora_ignore_unmatched,
         overwrite=overwrite,
@@ -44,5 +67,5 @@ def run(
     with bars() as progress:
         result = export_checkpoint(checkpoint, bundle, options, progress)
     size_bytes = sum(file.size_bytes for file in result.manifest.files().values())
-    parts = ", ".join(component.name for component in result.manifest.components)
-    console.print(f"{result.manifest.spec.name} {precision}, {size_bytes / 2**30:.2f} GiB: {bundle} ({parts})")
+    names = ", ".join(component.name for component in result.manifest.components)
+    console.print(f"{result.manifest.spec.name} {precision}, {size_bytes / 2**30:.2f} GiB: {bundle} ({names})")
