@@ -1,0 +1,215 @@
+"""What the compiler made of a graph, read from its verbose log: every kernel with its operands and the nodes inside.
+
+TensorRT prints the compiled kernels as a section ``Layers:`` (the engine inspector's one-line format is the same text),
+with or without a GPU, so a build on any machine shows whether attention is one kernel, what runs in FP8 and whether a
+matrix of tokens times tokens lies in memory. Graph nodes carry module paths, so every kernel finds its block.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from wan22.errors import UserError
+
+DTYPES = {
+    "Float": ("fp32", 4), "BFloat16": ("bf16", 2), "Half": ("fp16", 2), "FP8": ("fp8", 1), "FP4": ("fp4", 0.5),
+    "Int64": ("int64", 8), "Int32": ("int32", 4), "Int8": ("int8", 1), "UInt8": ("uint8", 1), "Bool": ("bool", 1),
+}  # fmt: skip
+BYTES: dict[str, float] = dict(DTYPES.values())
+# steps of a generated kernel that compute nothing: a kernel of only these moves or converts data
+MOVES = {"Tran", "Move", "Resh", "Slic", "Conc", "Cast", "Unsq", "Sque", "Expa", "Copy", "Iden"}
+NO_KERNEL = {"shape_call", "dummy", "signal", "wait", "constant", "noop"}
+BEFORE_BLOCKS = ("patch_embedding", "time_embedding", "time_projection")
+
+Role = Literal["gemm", "attention", "convolution", "elementwise", "copy"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that a kernel reads or writes; -1 is a size that is known at run time only."""
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size_bytes(self) -> float:
+        return prod(self.dims) * BYTES.get(self.dtype, 4)
+
+    def is_square_of(self, tokens: int) -> bool:
+        """A row for every token with a column for every token: attention that was not fused."""
+        return self.dims[-2:] == (tokens, tokens)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    kind: str  # the compiler's: gemm, kgen (generated), runtime_fusion, correlation, ...
+    inputs: tuple[Operand, ...]
+    constants: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    nodes: tuple[str, ...]  # of the ONNX graph
+
+    @cached_property
+    def steps(self) -> list[str]:
+        """What a generated kernel does, in the compiler's abbreviations: ``["Cast", "Mul", "Mean"]``."""
+        return re.findall(r"r?[A-Z][a-z0-9]*", self.name.split("_myl_")[-1].split("_")[0])
+
+    @cached_property
+    def role(self) -> Role:
+        if "mha" in self.name:
+            return "attention"
+        if self.kind == "gemm" or (self.kind == "runtime_fusion" and "Fc" in self.name):
+            return "gemm"
+        if self.kind in ("correlation", "convolution", "conv"):
+            return "convolution"
+        return "copy" if self.steps and set(self.steps) <= MOVES else "elementwise"
+
+    @property
+    def dtype(self) -> str:
+        """The type of what it multiplies or, for other kernels, reads first."""
+        operands = (*self.inputs, *self.constants, *self.outputs)
+        return operands[0].dtype if operands else ""
+
+    @cached_property
+    def block(self) -> str:
+        """``blocks.3``; "all blocks" for what the compiler joined across blocks, "" outside them.
+
+        The kernel that ends a block also begins the next (its residual addition and the next normalisation); it
+        counts for the one it ends.
+        """
+        if any(node.startswith(BEFORE_BLOCKS) for node in self.nodes):
+            return ""
+        found = sorted({int(match[1]) for node in self.nodes if (match := re.match(r"blocks\.(\d+)/", node))})
+        if not found:
+            return ""
+        together = found[-1] - found[0] == len(found) - 1 <= 1
+        return f"blocks.{found[0]}" if together else "all blocks"
+
+    @property
+    def flops(self) -> float:
+        """Of matrix multiplications, attention and convolutions; the rest is bound by memory."""
+        if self.role == "attention":
+            q, k, v = (operand.dims for operand in self.inputs[:3])
+            return 2.0 * prod(q[:-1]) * (prod(k[-2:]) + prod(v[-2:]))
+        if self.role == "gemm":
+            return 2.0 * prod(self.outputs[0].dims) * self.inputs[0].dims[-1]
+        if self.role == "convolution" and self.constants:
+            return 2.0 * prod(self.outputs[0].dims) * prod(self.constants[0].dims[1:])
+        return 0.0
+
+    @property
+    def size_bytes(self) -> float:
+        """Bytes read and written if every operand passes once."""
+        operands = {o.name: o.size_bytes for o in (*self.inputs, *self.constants, *self.outputs)}
+        return float(sum(operands.values()))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The kernels of an engine's first profile and its memory, all sizes at the profile's maximum."""
+
+    kernels: tuple[Kernel, ...]
+    scratch_bytes: int
+    weights_bytes: int
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of inputs at the maximum
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the transformer; None for other graphs."""
+        table = self.shapes.get("rope_cos")
+        return prod(table[:3]) if table else None
+
+
+def read_log(path: Path) -> Compiled:
+    """The kernels in a builder's log.
+
+    Raises:
+        UserError: no such file, or a log of a build that did not end.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        raise UserError(f"no builder log {path}", "the log beside the engine", "run wan-trt build again") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, origin: str = "the log") -> Compiled:
+    """The kernels in a builder's log or an engine inspector's answer."""
+    _, found, section = text.rpartition("Layers:\n")
+    if not found:
+        raise UserError(f"{origin} lists no compiled kernels", "a build that ended well", "run wan-trt build again")
+    lines, _, edges = section.partition("I/O Tensors:")
+    shapes = _input_shapes(edges)
+    first = _first_profile([line for line in lines.splitlines() if line.startswith("Name: ")])
+    kernels = (_kernel(line, shapes) for line in first)
+    return Compiled(
+        tuple(kernel for kernel in kernels if kernel.kind not in NO_KERNEL),
+        scratch_bytes=_largest(text, "Total Activation Memory"),
+        weights_bytes=_largest(text, "Total Weights Memory"),
+        shapes=shapes,
+    )
+
+
+def _largest(text: str, what: str) -> int:
+    return max((int(n) for n in re.findall(rf"{what}: (\d+) bytes", text)), default=0)
+
+
+def _input_shapes(edges: str) -> dict[str, tuple[int, ...]]:
+    found = re.findall(r"Name: (\S+), IOMode: Input, .*?MaxShape: \[([\d,]*)\]", edges)
+    return {name: tuple(int(size) for size in dims.split(",") if size) for name, dims in found}
+
+
+def _first_profile(lines: list[str]) -> list[str]:
+    """The lines of profile 0. Kernels carry the number of their region, and some lines of a region its profile."""
+    regions = [match[1] if (match := re.search(r"_myl(\d+)_\d+,", line)) else "" for line in lines]
+    later = {region for region, line in zip(regions, lines, strict=True) if re.search(r"\[profile [1-9]", line)}
+    return [line for region, line in zip(regions, lines, strict=True) if region not in later or not region]
+
+
+_LAYER = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], "
+    r"(?:Constants: \[(?P<constants>.*?)\], )?Outputs: \[(?P<outputs>.*?)\], TacticName: .*?Metadata: ?(?P<nodes>.*)$"
+)
+_OPERAND = re.compile(r"Name: (.+?), Dimensions: \[([-\d,]*)\],.*?Datatype: (\w+)")
+
+
+def _kernel(line: str, shapes: Mapping[str, tuple[int, ...]]) -> Kernel:
+    match = _LAYER.match(line)
+    if not match:
+        raise UserError(f"line {line[:80]!r} of the log", "a kernel as TensorRT 10.13 to 11 prints it", "report it")
+    inputs, constants, outputs = (
+        tuple(_operands(match[part] or "", shapes)) for part in ("inputs", "constants", "outputs")
+    )
+    nodes = tuple(dict.fromkeys(re.findall(r"\[ONNX Layer: (.*?)(?: \[profile \d+\])?\]", match["nodes"])))
+    return Kernel(match["name"], match["kind"], inputs, constants, outputs, nodes)
+
+
+def _operands(text: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Operand]:
+    for name, dims, dtype in _OPERAND.findall(text):
+        sizes = tuple(int(size) for size in dims.split(",") if size)
+        yield Operand(name, _resolved(name, sizes, shapes), DTYPES.get(dtype, (dtype.lower(), 4))[0])
+
+
+def _resolved(name: str, dims: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Sizes known at run time only, at the profile's maximum where the graph tells which they are."""
+    if len(shapes.get(name, ())) == len(dims):
+        return shapes[name]
+    sizes = iter(_unknown_sizes(dims, shapes))
+    return tuple(next(sizes, -1) if size == -1 else size for size in dims)
+
+
+def _unknown_sizes(dims: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """What the -1 of ``dims`` are: of a transformer tokens, frames and tokens of a frame, or the token grid."""
+    grid, text = shapes.get("rope_cos", ())[:3], shapes.get("input_ids", ())
+    if not grid:
+        return (text[-1],) * len(dims) if text else ()
+    if dims.count(-1) == 1:
+        return (grid[0] if len(dims) == 5 else prod(grid),)
+    if dims.count(-1) == 2:
+        return (prod(grid), prod(grid)) if dims[-2:] == (-1, -1) else (grid[0], prod(grid[1:]))
+    return grid
