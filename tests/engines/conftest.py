@@ -49,7 +49,8 @@ def compiled(tmp_path):
         g.save(tmp_path / "dit.onnx")
         options = EngineOptions(TARGETS[target], profiles_for(spec, size, frames), g.edges()[0])
         built = build_engine(tmp_path / "dit.onnx", tmp_path / "dit.engine", options)
-        built.path.unlink()
+        for large in (built.path, *tmp_path.glob("*.bin")):
+            large.unlink()
         return FusionReport("dit", TARGETS[target], read_log(built.log), precision)
 
     return build
