@@ -2,21 +2,40 @@
 
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from wan22.bundle import Build, Bundle, Component, File, open_bundle, refuse_existing, staged, write_manifest
+from engines.profiles import profile_between, profiles_for, restricted
+from engines.targets import Target, check_precision, target_named
+from engines.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
+from wan22.bundle import (
+    Build,
+    Bundle,
+    Component,
+    File,
+    Manifest,
+    file_entry,
+    open_bundle,
+    refuse_existing,
+    staged,
+    write_manifest,
+)
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
-from wan22.specs import Precision
-
-CPU_PRECISIONS = (Precision.FP32, Precision.FP16)  # ONNX Runtime has no bfloat16 or FP8 matrix kernels on CPU
+from wan22.shapes import Profile
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    target: str = "cpu"
+    target: str = "cpu"  # a name of engines.targets, or "auto"
+    # shapes; the model's default video where nothing is said, whatever the graphs fix where they fix it
+    size: str | None = None  # "832x480", several with commas, a range "480x480..1280x720", or a preset
+    frames: str | None = None  # "81" or "5..81"
+    # TensorRT
+    tf32: bool = False
+    timing_cache: Path | None = None
+    # writing
     overwrite: bool = False
     command: str = field(default="engines.build_engines(...)", compare=False)  # recorded in the manifest
 
@@ -27,49 +46,68 @@ def build_engines(
     """Builds every component of the ONNX bundle at ``bundle`` and writes the engine bundle ``folder``.
 
     Raises:
-        UserError: no or another bundle, a target that cannot do its precision. Nothing is left behind then.
+        UserError: no or another bundle, a target that cannot do its precision or lacks its module, a size that the
+            model cannot make, a graph that does not compile. Nothing is left behind then but the builder's log.
     """
     options = options or BuildOptions()
     refuse_existing(folder, overwrite=options.overwrite)
+    target = target_named(options.target)
     source = open_bundle(bundle, "graphs", full_check=True)
-    if options.target != "cpu":
-        raise UserError(f"target {options.target!r}", "cpu", "use --target cpu")
+    for component in source.manifest.components:
+        check_precision(target, component.precision)
+    profiles = _profiles(source.manifest, target, options)
+    started = time.perf_counter()
     with staged(folder, overwrite=options.overwrite) as temporary:
-        build = _build_onnxruntime(source, temporary, progress)
-        manifest = replace(source.manifest, kind="engines", command=options.command, build=build)
+        if target.backend == "onnxruntime":
+            components, version = _load_onnxruntime(source, temporary, progress)
+        else:
+            components, version = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
+        build = Build(
+            target=target.name,
+            backend=target.backend,
+            backend_version=version,
+            compute_capability=target.compute_capability,
+            profiles=profiles,
+            options={} if target.backend == "onnxruntime" else {"tf32": str(options.tf32).lower()},
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        manifest = replace(source.manifest, kind="engines", command=options.command, build=build, components=components)
         write_manifest(temporary, manifest)
     return Bundle(folder, manifest)
 
 
-def _build_onnxruntime(source: Bundle, folder: Path, progress: Progress) -> Build:
+def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tuple[Profile, ...]:
+    """The shapes that engines are compiled for; none for ONNX Runtime, which takes any."""
+    asked = options.size is not None or options.frames is not None
+    if target.backend == "onnxruntime":
+        if asked:
+            raise UserError(
+                "--size or --frames for target cpu", "neither", "its engines take every size; leave them out"
+            )
+        return ()
+    if manifest.size is None:
+        return profiles_for(manifest.spec, options.size, options.frames)
+    if asked:
+        fixed = "{}x{}, {} frames".format(*manifest.size)
+        raise UserError(
+            "--size or --frames", f"neither: the graphs are fixed to {fixed}", "export without fixed shapes"
+        )
+    return (profile_between(manifest.spec, manifest.size, manifest.size),)
+
+
+# -- ONNX Runtime
+
+
+def _load_onnxruntime(source: Bundle, folder: Path, progress: Progress) -> tuple[tuple[Component, ...], str]:
     """ONNX Runtime compiles at load: the engine is the graph, proven to load here, beside the same weights."""
     import onnxruntime
 
-    started = time.perf_counter()
-    for component in source.manifest.components:
-        _check_cpu_precision(component)
+    components = source.manifest.components
     _place(source, folder, source.manifest.files().values())
-    for done, component in enumerate(source.manifest.components, 1):
+    for done, component in enumerate(components, 1):
         onnxruntime.InferenceSession(folder / component.graph.path, providers=["CPUExecutionProvider"])
-        progress("build engines", done, len(source.manifest.components), "components")
-    return Build(
-        target="cpu",
-        backend="onnxruntime",
-        backend_version=onnxruntime.__version__,
-        compute_capability="",
-        profiles=(),
-        options={},
-        seconds=round(time.perf_counter() - started, 3),
-    )
-
-
-def _check_cpu_precision(component: Component) -> None:
-    if component.precision not in CPU_PRECISIONS:
-        raise UserError(
-            f"{component.name} in {component.precision}",
-            " or ".join(CPU_PRECISIONS) + " for target cpu, where ONNX Runtime has no such kernels",
-            "export with --precision fp32",
-        )
+        progress("build engines", done, len(components), "components")
+    return components, str(onnxruntime.__version__)
 
 
 def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:
@@ -78,3 +116,40 @@ def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.path(file), target)
+
+
+# -- TensorRT and TensorRT-RTX
+
+
+def _compile_tensorrt(
+    source: Bundle, folder: Path, asked: tuple[Target, Sequence[Profile], BuildOptions], progress: Progress
+) -> tuple[tuple[Component, ...], str]:
+    """One plan per component, weights inside, the builder's log beside it."""
+    target, profiles, options = asked
+    version = str(load_module(target.backend).__version__)
+    _place(source, folder, source.manifest.tokenizer)
+    components = source.manifest.components
+    compiled = []
+    for done, component in enumerate(components, 1):
+        plan = folder / f"{component.name}.plan"
+        settings = EngineOptions(
+            target, _own(profiles, component), component.inputs, options.tf32, options.timing_cache
+        )
+        try:
+            build_engine(source.path(component.graph), plan, settings, progress)
+        except UserError:
+            kept = folder.parent / f"{component.name}.build.log"
+            shutil.copyfile(log_beside(plan), kept)
+            raise
+        compiled.append(replace(component, graph=file_entry(folder, plan), weights=()))
+        progress("build engines", done, len(components), "components")
+    return tuple(compiled), version
+
+
+def _own(profiles: Sequence[Profile], component: Component) -> tuple[Profile, ...]:
+    """``profiles`` as far as they speak about the component, each once: a text encoder does not see video sizes."""
+    own: list[Profile] = []
+    for profile in profiles:
+        if (part := restricted(profile, component.inputs)) not in own:
+            own.append(part)
+    return tuple(own)

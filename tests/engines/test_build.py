@@ -28,7 +28,7 @@ def test_engines_do_not_need_the_onnx_bundle_any_more(tmp_path, tiny_bundle):
 
 def test_bfloat16_on_the_cpu_is_refused_with_the_way_out(tmp_path, tiny_checkpoint):
     export_checkpoint(tiny_checkpoint, tmp_path / "onnx", ExportOptions(Precision.BF16))
-    with pytest.raises(UserError, match=r"text_encoder in bf16 .* export with --precision fp32"):
+    with pytest.raises(UserError, match=r"precision bf16 for cpu .* use --precision fp32"):
         build_engines(tmp_path / "onnx", tmp_path / "engines")
     assert not (tmp_path / "engines").exists()
 

@@ -12,15 +12,22 @@ from wan_trt.console import bars, command_line, console
 def run(
     bundle: Annotated[Path, typer.Argument(help="ONNX bundle made by wan-trt export.", show_default=False)],
     engines: Annotated[Path, typer.Argument(help="Folder to write the engines to.", show_default=False)],
-    target: Annotated[str, typer.Option(help="GPU to build for, or cpu.")] = "cpu",
+    target: Annotated[str, typer.Option(help="GPU such as rtx4090 or h100, cpu, or auto.")] = "cpu",
+    size: Annotated[
+        str | None, typer.Option(help="832x480, several with commas, a range 480x480..1280x720, 480p, 720p or 5b.")
+    ] = None,
+    frames: Annotated[str | None, typer.Option(help="81, or a range 5..81.")] = None,
+    tf32: Annotated[bool, typer.Option("--tf32", help="Let float32 parts run in TF32.")] = False,
+    timing_cache: Annotated[Path | None, typer.Option(help="Kernel timings to reuse and extend (TensorRT).")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Build the engines of an ONNX bundle for a target."""
     from engines.build import BuildOptions, build_engines
 
     with bars() as progress:
-        result = build_engines(bundle, engines, BuildOptions(target, overwrite, command_line()), progress)
+        options = BuildOptions(target, size, frames, tf32, timing_cache, overwrite, command_line())
+        result = build_engines(bundle, engines, options, progress)
     build = result.manifest.build
     assert build is not None
     told = f"{build.backend} {build.backend_version}, {build.seconds:.1f} s"
-    console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {target} ({told}): {engines}")
+    console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {build.target} ({told}): {engines}")
