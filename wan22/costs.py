@@ -1,0 +1,189 @@
+"""What a model costs, from its spec alone: parameters and arithmetic, before a weight or a GPU is there.
+
+Formulas of the transformer are wan22.md §2.8; the VAE is walked layer by layer (§4.2), which gives its parameters and
+its arithmetic in one go. Two operations per multiplication with addition.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from wan22.specs import PATCH, TEXT_TOKENS, DitSpec, ModelSpec, TextEncoderSpec, VaeSpec
+
+
+@dataclass(frozen=True)
+class BlockParameters:
+    """Of one transformer block: ``linear`` are matrices, what FP8 quantises; ``other`` biases, norms, modulation."""
+
+    linear: int
+    bias: int
+    other: int
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.bias + self.other
+
+
+@dataclass(frozen=True)
+class DitFlops:
+    """Of one forward: one expert, one step, one of the two guidance branches."""
+
+    linears: float  # of the tokens and of the text
+    self_attention: float
+    cross_attention: float
+
+    @property
+    def total(self) -> float:
+        return self.linears + self.self_attention + self.cross_attention
+
+
+def block_parameters(spec: DitSpec) -> BlockParameters:
+    width, ffn = spec.width, spec.ffn_width
+    norms = 4 * width + 2 * width  # q and k of both attentions; the affine norm before cross-attention
+    return BlockParameters(8 * width**2 + 2 * width * ffn, 8 * width + ffn + width, norms + 6 * width)
+
+
+def dit_parameters(spec: DitSpec) -> int:
+    """Of one expert, or of the only transformer."""
+    width = spec.width
+    patch = PATCH[0] * PATCH[1] * PATCH[2]
+    ends = _linear(spec.in_channels * patch, width) + _linear(width, spec.out_channels * patch) + 2 * width
+    text = _linear(spec.text_width, width) + _linear(width, width)
+    time = _linear(spec.freq_width, width) + _linear(width, width) + _linear(width, 6 * width)
+    return ends + text + time + spec.layers * block_parameters(spec).total
+
+
+def text_encoder_parameters(spec: TextEncoderSpec) -> int:
+    inner = spec.heads * spec.head_width
+    layer = 4 * spec.width * inner + 3 * spec.width * spec.ffn_width + 2 * spec.width + spec.buckets * spec.heads
+    return spec.vocab * spec.width + spec.layers * layer + spec.width
+
+
+def dit_flops(spec: DitSpec, tokens: int) -> DitFlops:
+    """wan22.md §2.8; the embeddings and the head are left out, they are under 0.1 %."""
+    n, width = spec.layers, spec.width
+    return DitFlops(
+        linears=n * tokens * (12 * width**2 + 4 * width * spec.ffn_width) + n * TEXT_TOKENS * 4 * width**2,
+        self_attention=4 * n * tokens**2 * width,
+        cross_attention=4 * n * tokens * TEXT_TOKENS * width,
+    )
+
+
+def text_encoder_flops(spec: TextEncoderSpec, tokens: int = TEXT_TOKENS) -> float:
+    inner = spec.heads * spec.head_width
+    per_token = 2 * (4 * spec.width * inner + 3 * spec.width * spec.ffn_width)
+    return spec.layers * (tokens * per_token + 4 * tokens**2 * inner)
+
+
+# -- the VAE
+
+
+@dataclass(frozen=True)
+class VaeLayer:
+    """A convolution with its norm, or an attention; sizes are relative to the latent grid."""
+
+    entering: int
+    leaving: int
+    taps: int = 0
+    scale: int = 1  # of the rows and columns that it writes
+    frames: int = 1  # that it writes
+    norm: int = 0  # channels of the norm before it
+    attends: bool = False
+
+    @property
+    def parameters(self) -> int:
+        return self.norm + ((self.entering * self.taps + 1) * self.leaving if self.taps else 0)
+
+    def flops(self, latent_size: tuple[int, int]) -> float:
+        positions = latent_size[0] * latent_size[1] * self.scale**2
+        if self.attends:
+            return 4.0 * self.frames * positions**2 * self.leaving
+        return 2.0 * self.entering * self.taps * self.leaving * self.frames * positions
+
+
+def decoder_layers(spec: VaeSpec, first: bool = False) -> Iterator[VaeLayer]:
+    """The decoder for one latent frame; the ``first`` one makes a single frame and skips the time convolutions."""
+    widths, z, frames = spec.decoder_widths, spec.latent_channels, 1
+    yield VaeLayer(z, z, 1)
+    yield VaeLayer(z, widths[0], 27)
+    yield from _middle(widths[0])
+    for stage, width in enumerate(widths[1:]):
+        scale, entering = 2**stage, spec.decoder_stage_input(stage)
+        for index in range(spec.blocks_per_stage + 1):
+            yield from _residual(entering if index == 0 else width, width, scale, frames)
+        if stage == len(spec.temporal_down):
+            continue
+        if spec.temporal_down[::-1][stage]:
+            yield VaeLayer(width, 2 * width, 3, scale, 0 if first else frames)
+            frames *= 1 if first else 2
+        yield VaeLayer(width, width if spec.residual else width // 2, 9, 2 * scale, frames)
+    yield VaeLayer(widths[-1], 3 * spec.patch**2, 27, 2 ** (len(widths) - 2), frames, widths[-1])
+
+
+def encoder_layers(spec: VaeSpec, first: bool = False) -> Iterator[VaeLayer]:
+    """The encoder for one latent frame: of four frames, or of the ``first`` one."""
+    widths, z = spec.encoder_widths, spec.latent_channels
+    scale, frames = 2 ** len(spec.temporal_down), 1 if first else spec.temporal_stride
+    yield VaeLayer(3 * spec.patch**2, widths[0], 27, scale, frames)
+    for stage, (entering, width) in enumerate(itertools.pairwise(widths)):
+        for index in range(spec.blocks_per_stage):
+            yield from _residual(entering if index == 0 else width, width, scale, frames)
+        if stage == len(spec.temporal_down):
+            continue
+        scale //= 2
+        yield VaeLayer(width, width, 9, scale, frames)
+        if spec.temporal_down[stage]:
+            frames = frames if first else frames // 2
+            yield VaeLayer(width, width, 3, scale, 0 if first else frames)
+    yield from _middle(widths[-1])
+    yield VaeLayer(widths[-1], 2 * z, 27, 1, 1, widths[-1])
+    yield VaeLayer(2 * z, 2 * z, 1)
+
+
+def _residual(entering: int, leaving: int, scale: int = 1, frames: int = 1) -> Iterator[VaeLayer]:
+    yield VaeLayer(entering, leaving, 27, scale, frames, entering)
+    yield VaeLayer(leaving, leaving, 27, scale, frames, leaving)
+    if entering != leaving:
+        yield VaeLayer(entering, leaving, 1, scale, frames)
+
+
+def _middle(width: int) -> Iterator[VaeLayer]:
+    yield from _residual(width, width)
+    yield VaeLayer(width, 3 * width, 1, norm=width)
+    yield VaeLayer(width, width, attends=True)
+    yield VaeLayer(width, width, 1)
+    yield from _residual(width, width)
+
+
+def vae_parameters(spec: VaeSpec) -> dict[str, int]:
+    """By half, each with the 1×1×1 convolution beside the latent."""
+    return {
+        "vae_decoder": sum(layer.parameters for layer in decoder_layers(spec)),
+        "vae_encoder": sum(layer.parameters for layer in encoder_layers(spec)),
+    }
+
+
+def vae_flops(spec: VaeSpec, half: str, latent_size: tuple[int, int], latent_frames: int) -> float:
+    """Of decoding or encoding ``latent_frames`` frames of ``latent_size`` (rows, columns), chunk by chunk."""
+    layers = decoder_layers if half == "vae_decoder" else encoder_layers
+    first, later = (sum(layer.flops(latent_size) for layer in layers(spec, first)) for first in (True, False))
+    return first + (latent_frames - 1) * later
+
+
+def model_parameters(spec: ModelSpec) -> dict[str, int]:
+    """By part, both experts where there are two; the encoder of the VAE only where the model uses it."""
+    vae = vae_parameters(spec.vae)
+    used = [half for half in ("vae_encoder", "vae_decoder") if any(name.startswith(half) for name in spec.components)]
+    experts = {expert: dit_parameters(spec.dit) for expert in spec.experts}
+    return {"text_encoder": text_encoder_parameters(spec.text_encoder)} | experts | {half: vae[half] for half in used}
+
+
+def cache_elements(spec: VaeSpec, half: str, latent_size: tuple[int, int]) -> int:
+    """Numbers that a streaming half hands from chunk to chunk."""
+    caches = spec.decoder_caches if half == "vae_decoder" else spec.encoder_caches
+    positions = latent_size[0] * latent_size[1]
+    return sum(cache.channels * cache.frames * cache.scale**2 * positions for cache in caches)
+
+
+def _linear(entering: int, leaving: int) -> int:
+    return (entering + 1) * leaving
