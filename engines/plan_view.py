@@ -1,0 +1,73 @@
+"""A plan in the terminal."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from engines.plan import EXPORT_RAM_GIB, Plan
+from wan22.costs import dit_flops, model_parameters
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def as_text(plan: Plan) -> "list[RenderableType]":
+    """What ``wan-trt plan`` prints: components, then the machine that is needed and the time it takes."""
+    return [_components(plan), _totals(plan)]
+
+
+def _components(plan: Plan) -> "RenderableType":
+    from rich.table import Table
+
+    width, height, frames = plan.request.video
+    what = f"{plan.request.spec.name}, {plan.request.precision}, for {plan.request.target.name}"
+    table = Table(
+        "component", "parameters", "weights", "scratch", "inputs, outputs",
+        title=f"{what}: {width}x{height}, {frames} frames, {plan.tokens:,} tokens", title_justify="left",
+    )  # fmt: skip
+    parameters = model_parameters(plan.request.spec)
+    for memory in plan.memory:
+        sizes = (memory.weights, memory.scratch, memory.inputs_and_outputs)
+        table.add_row(memory.component, f"{parameters[memory.component]:,}", *map(gib, sizes))
+    return table
+
+
+def _totals(plan: Plan) -> "RenderableType":
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in (*_host(plan), *_card(plan), *_work(plan)):
+        table.add_row(name, value)
+    return table
+
+
+def _host(plan: Plan) -> Iterable[tuple[str, str]]:
+    yield "disk: bundle, engines", f"{gib(plan.bundle_bytes)}, {gib(plan.engines_bytes)}"
+    yield "host memory: export, build", f"{EXPORT_RAM_GIB:.1f} GiB, {gib(plan.build_ram_bytes)}"
+
+
+def _card(plan: Plan) -> Iterable[tuple[str, str]]:
+    usable = gib(plan.usable_vram_bytes)
+    for way, size in plan.vram.items():
+        verdict = "" if not plan.usable_vram_bytes else f"; {'fits' if plan.fits[way] else 'exceeds'} {usable}"
+        yield f"GPU memory, {way}", gib(size) + verdict
+
+
+def _work(plan: Plan) -> Iterable[tuple[str, str]]:
+    forward, steps = dit_flops(plan.request.spec.dit, plan.tokens), plan.request.steps
+    shares = {"linears": forward.linears, "self-attention": forward.self_attention, "cross": forward.cross_attention}
+    told = ", ".join(f"{name} {flops / forward.total:.0%}" for name, flops in shares.items())
+    yield "arithmetic of a forward", f"{forward.total / 1e15:.3f} PFLOP ({told})"
+    yield (
+        f"arithmetic of a step, of {steps}",
+        f"{plan.step_flops / 1e15:.2f}, {steps * plan.step_flops / 1e15:.0f} PFLOP",
+    )
+    yield "arithmetic of the VAE", f"{plan.vae_flops / 1e15:.2f} PFLOP"
+    if plan.step_seconds is None or plan.video_seconds is None:
+        yield "time", f"no figures for {plan.request.target.name}"
+    else:
+        yield "at least, by roofline", f"{plan.step_seconds:.2f} s a step, {plan.video_seconds / 60:.1f} min a video"
+    yield "peaks from", plan.request.target.source
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

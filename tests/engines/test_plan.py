@@ -1,0 +1,111 @@
+"""Plans agree with the facts about the models, and say what fits."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from engines.plan import dit_scratch_bytes, dit_weights_bytes, make_plan
+from engines.plan_view import as_text
+from engines.targets import TARGETS
+from export.dit import dit_graph
+from export.graph import BFLOAT16
+from export.linear import Fp8
+from export.weights_file import declared
+from wan22.errors import UserError
+from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
+
+HD, SD = (1280, 720, 81), (832, 480, 81)
+
+
+@pytest.mark.parametrize(
+    ("spec", "video", "petaflop"), [(T2V_A14B, HD, 522), (T2V_A14B, SD, 134), (TI2V_5B, (1280, 704, 121), 52)]
+)
+def test_arithmetic_of_a_whole_video(spec, video, petaflop):
+    plan = make_plan(spec, TARGETS["h100"], Precision.BF16, video)
+    assert plan.request.steps * plan.step_flops / 1e15 == pytest.approx(petaflop, rel=6e-3)
+
+
+@pytest.mark.parametrize(
+    ("precision", "compute", "fp8"),
+    [
+        (Precision.BF16, BFLOAT16, None),
+        (Precision.FP8, BFLOAT16, Fp8()),
+        (Precision.FP8_ATTN, BFLOAT16, Fp8(True, True)),
+    ],
+)
+@pytest.mark.parametrize("name", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
+def test_weights_are_what_the_graph_stores(name, precision, fp8):
+    """All but the scalar scales of FP8, a few kilobytes."""
+    spec = SPECS[name].dit
+    stored = sum(s.size_bytes for s in declared([dit_graph(spec, BFLOAT16, None, fp8)]).values())
+    assert dit_weights_bytes(spec, precision) == pytest.approx(stored, abs=4096)
+
+
+@pytest.mark.parametrize(
+    ("spec", "count", "built_bytes"),
+    [
+        (T2V_A14B, 75_600, {Precision.BF16: 7.813e9, Precision.FP8: 7.029e9, Precision.FP8_ATTN: 6.640e9}),
+        (TI2V_5B, 27_280, {Precision.BF16: 1.821e9, Precision.FP8: 2.039e9, Precision.FP8_ATTN: 2.038e9}),
+    ],
+    ids=["a14b", "5b"],
+)
+def test_scratch_memory_is_near_that_of_three_block_builds(spec, count, built_bytes):
+    """Built with TensorRT-RTX 1.7.1 for SM89."""
+    for precision, built in built_bytes.items():
+        assert dit_scratch_bytes(spec.dit, count, precision) == pytest.approx(built, rel=0.15)
+
+
+def test_the_experts_of_720p_do_not_share_a_4090_but_one_in_fp8_runs():
+    plan = make_plan(T2V_A14B, TARGETS["rtx4090"], Precision.FP8_ATTN, HD)
+    assert plan.fits == {
+        "everything resident": False,
+        "one expert resident": False,
+        "one component at a time": True,
+    }
+
+
+def test_both_experts_share_a_b200():
+    assert all(make_plan(T2V_A14B, TARGETS["b200"], Precision.BF16, HD).fits.values())
+
+
+def test_a_model_with_one_transformer_has_no_choice_of_experts():
+    assert "one expert resident" not in make_plan(TI2V_5B, TARGETS["rtx5090"], Precision.FP8).vram
+
+
+def test_a_faster_type_takes_less_time_and_fewer_bytes():
+    plans = [
+        make_plan(T2V_A14B, TARGETS["rtx5090"], p, SD) for p in (Precision.BF16, Precision.FP8, Precision.FP8_ATTN)
+    ]
+    times, sizes = ([getattr(plan, name) for plan in plans] for name in ("step_seconds", "bundle_bytes"))
+    assert times == sorted(times, reverse=True)
+    assert times[0] / times[2] == pytest.approx(2, rel=0.01)
+    assert sizes[0] > 1.5 * sizes[1]
+
+
+def test_the_cpu_has_no_figures_for_time():
+    plan = make_plan(SPECS["t2v-a14b-tiny"], TARGETS["cpu"], Precision.FP32)
+    assert (plan.step_seconds, plan.video_seconds) == (None, None)
+
+
+def test_a_precision_that_the_target_lacks_is_refused():
+    with pytest.raises(UserError, match="a100"):
+        make_plan(T2V_A14B, TARGETS["a100"], Precision.FP8)
+
+
+def test_a_size_that_the_model_cannot_make_is_refused():
+    with pytest.raises(UserError, match="size 1280x700"):
+        make_plan(T2V_A14B, TARGETS["h100"], Precision.BF16, (1280, 700, 81))
+
+
+@pytest.mark.parametrize("target", ["rtx4090", "cpu"])
+def test_a_plan_is_told_in_text_and_json(target):
+    precision = Precision.FP8 if target == "rtx4090" else Precision.FP32
+    plan = make_plan(TI2V_5B, TARGETS[target], precision)
+    told = json.loads(json.dumps(plan.as_json()))
+    assert told["forward_pflop"]["total"] == pytest.approx(0.517, abs=1e-3)
+    console = Console(record=True, width=160)
+    console.print(*as_text(plan))
+    text = console.export_text()
+    assert "4,999,787,712" in text
+    assert ("fits 22.56 GiB" in text) == (target == "rtx4090")
