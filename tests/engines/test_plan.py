@@ -27,11 +27,11 @@ def test_arithmetic_of_a_whole_video(spec, video, petaflop):
 
 
 @pytest.mark.parametrize(
-    ("precision", "compute", "fp8"),
+    ("precision", "fp8"),
     [
-        (Precision.BF16, BFLOAT16, None),
-        (Precision.FP8, BFLOAT16, Fp8()),
-        (Precision.FP8_ATTN, BFLOAT16, Fp8(True, True)),
+        (Precision.BF16, None),
+        (Precision.FP8, Fp8()),
+        (Precision.FP8_ATTN, Fp8(True, True)),
     ],
 )
 @pytest.mark.parametrize("name", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
