@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from engines.profiles import profile_between, profiles_for, restricted
+from engines.profiles import profile_between, profiles_for
 from engines.targets import Target, check_precision, target_named
 from engines.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
 from wan22.bundle import (
@@ -132,9 +132,7 @@ def _compile_tensorrt(
     compiled = []
     for done, component in enumerate(components, 1):
         plan = folder / f"{component.name}.plan"
-        settings = EngineOptions(
-            target, _own(profiles, component), component.inputs, options.tf32, options.timing_cache
-        )
+        settings = EngineOptions(target, tuple(profiles), component.inputs, options.tf32, options.timing_cache)
         try:
             build_engine(source.path(component.graph), plan, settings, progress)
         except UserError:
@@ -144,12 +142,3 @@ def _compile_tensorrt(
         compiled.append(replace(component, graph=file_entry(folder, plan), weights=()))
         progress("build engines", done, len(components), "components")
     return tuple(compiled), version
-
-
-def _own(profiles: Sequence[Profile], component: Component) -> tuple[Profile, ...]:
-    """``profiles`` as far as they speak about the component, each once: a text encoder does not see video sizes."""
-    own: list[Profile] = []
-    for profile in profiles:
-        if (part := restricted(profile, component.inputs)) not in own:
-            own.append(part)
-    return tuple(own)

@@ -6,11 +6,11 @@ Frames are one number or a range likewise. Presets name the sizes of the officia
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from wan22.bundle import Tensor
 from wan22.errors import UserError
-from wan22.shapes import Profile, names_in, shape_of
+from wan22.shapes import Profile, shape_of
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 PRESETS = {"480p": "832x480,480x832", "720p": "1280x720,720x1280", "5b": "1280x704,704x1280"}
@@ -47,20 +47,10 @@ def profile_between(spec: ModelSpec, small: Video, large: Video) -> Profile:
     return profile | {"tokens": (1, TYPICAL_TEXT_TOKENS, TEXT_TOKENS)}
 
 
-def restricted(profile: Profile, tensors: Iterable[Tensor]) -> Profile:
-    """The part of ``profile`` that speaks about dimensions of ``tensors``."""
-    return {name: profile[name] for name in names_in(tensors)}
-
-
 def input_shapes(tensor: Tensor, profile: Profile) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Shapes of ``tensor`` at the profile's minimum, optimum and maximum."""
     low, best, high = ({name: sizes[which] for name, sizes in profile.items()} for which in range(3))
     return shape_of(tensor, low), shape_of(tensor, best), shape_of(tensor, high)
-
-
-def is_static(profile: Profile) -> bool:
-    """Every dimension has one size: an engine of that profile can be captured into a CUDA graph."""
-    return all(low == high for low, _, high in profile.values())
 
 
 def covering(profiles: Sequence[Profile]) -> Profile:

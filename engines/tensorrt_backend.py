@@ -19,12 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, TextIO
 
-from engines.profiles import input_shapes, restricted
+from engines.profiles import input_shapes
 from engines.targets import MODULES, PACKAGES, Backend, Target
 from wan22.bundle import Tensor
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
-from wan22.shapes import Profile, names_in
+from wan22.shapes import Profile, own_profiles
 
 OLDEST_TENSORRT = (10, 13)
 ERRORS_KEPT = 20
@@ -131,15 +131,15 @@ class _Build:
             config.max_aux_streams = options.aux_streams
         if hasattr(config, "set_compute_capability"):
             _aim(trt, config, options.target)
-        if names_in(options.inputs):
-            for profile in options.profiles:
-                self.add_profile(profile)
+        if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # scratch memory by the shapes of a call
+            config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+        for profile in own_profiles(options.profiles, options.inputs):
+            self.add_profile(profile)
 
     def add_profile(self, profile: Profile) -> None:
         shapes = self.builder.create_optimization_profile()
-        needed = restricted(profile, self.options.inputs)
         for tensor in self.options.inputs:
-            shapes.set_shape(tensor.name, *input_shapes(tensor, needed))
+            shapes.set_shape(tensor.name, *input_shapes(tensor, profile))
         self.config.add_optimization_profile(shapes)
 
     def write(self, stream: BinaryIO) -> bool:

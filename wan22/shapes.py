@@ -32,6 +32,28 @@ def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(dim if isinstance(dim, int) else parts_of(dim)[0] * sizes[parts_of(dim)[1]] for dim in tensor.dims)
 
 
+def restricted(profile: Profile, tensors: Iterable[Tensor]) -> Profile:
+    """The part of ``profile`` that speaks about dimensions of ``tensors``."""
+    return {name: profile[name] for name in names_in(tensors)}
+
+
+def own_profiles(profiles: Sequence[Profile], tensors: Sequence[Tensor]) -> tuple[Profile, ...]:
+    """``profiles`` as far as they concern a graph with inputs ``tensors``, each once and in order.
+
+    The builder makes one optimisation profile of each, the runtime chooses among them by index.
+    """
+    own: list[Profile] = []
+    for profile in profiles:
+        if (part := restricted(profile, tensors)) and part not in own:
+            own.append(part)
+    return tuple(own)
+
+
+def is_static(profile: Profile) -> bool:
+    """Every dimension has one size: an engine of that profile can be captured into a CUDA graph."""
+    return all(low == high for low, _, high in profile.values())
+
+
 def sizes_of(tensors: Iterable[Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """The size of every dimension name, read off the shapes of a call.
 

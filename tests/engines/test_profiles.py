@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.profiles import PRESETS, covering, input_shapes, is_static, profile_between, profiles_for, restricted
+from engines.profiles import PRESETS, covering, input_shapes, profile_between, profiles_for
 from wan22.bundle import Tensor
 from wan22.errors import UserError
-from wan22.shapes import fitting_profile, sizes_of
+from wan22.shapes import fitting_profile, is_static, own_profiles, restricted, sizes_of
 from wan22.specs import T2V_A14B, TI2V_5B
 
 LATENTS = Tensor("latents", "float32", (1, 16, "frames", "height", "width"))
@@ -22,6 +22,14 @@ def test_one_size_is_one_fixed_profile():
     assert input_shapes(ROPE, profile)[2] == (21, 45, 80, 64)
     assert input_shapes(CACHE, profile)[1] == (1, 96, 2, 720, 1280)
     assert is_static(restricted(profile, [LATENTS, ROPE]))
+
+
+def test_a_graph_has_the_profiles_that_concern_it_and_no_twins():
+    text = Tensor("input_ids", "int64", (1, "tokens"))
+    profiles = profiles_for(T2V_A14B, "720p")
+    assert len(own_profiles(profiles, [LATENTS])) == 2
+    assert own_profiles(profiles, [text]) == ({"tokens": (1, 128, 512)},)
+    assert own_profiles(profiles, [Tensor("fixed", "float32", (1, 2))]) == ()
 
 
 def test_several_sizes_are_a_profile_each():
