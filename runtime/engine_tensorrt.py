@@ -1,0 +1,285 @@
+"""Engines on TensorRT and TensorRT-RTX, without PyTorch: the raw API, with memory from CuPy.
+
+All engines of a pipeline share one :class:`Device`: a runtime, a stream and one arena of scratch memory, as large as
+the largest engine needs, since only one runs at a time. Weights belong to the engine and go when it is closed.
+
+Arrays may be numpy's or CuPy's. Results come back as numpy arrays unless an input was CuPy's; state that only travels
+to the next call (outputs ``next_...``) stays on the device, so the VAE's gigabytes of caches never cross the bus.
+"""
+
+import importlib
+import mmap
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from runtime.engine import Arrays, check_inputs
+from wan22.bundle import Build, Component, Manifest, Tensor
+from wan22.errors import UserError
+from wan22.shapes import Profile, is_static, own_profiles, shape_of, sizes_of
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "cupy": "cupy-cuda13x"}
+STATE = ("next_",)  # outputs that are handed back to the engine, not to the caller
+
+
+def check_build(manifest: Manifest, version: str, compute_capability: str) -> Build:
+    """The manifest's build record, if engines made so run with TensorRT ``version`` on this compute capability.
+
+    Raises:
+        UserError: names the field that differs, both values and the command that builds anew.
+    """
+    build = manifest.build
+    if build is None:
+        raise UserError("a bundle without engines", "one made by wan-trt build", "run wan-trt build")
+    here = {"backend_version": version, "compute_capability": compute_capability}
+    for field, value in here.items():
+        if getattr(build, field) != value:
+            found = f"{field} {getattr(build, field)} of the engines for {build.target}"
+            raise UserError(found, f"{value} of this machine", f"build here: {manifest.command}")
+    return build
+
+
+class Device:
+    """A GPU as the engines of a pipeline share it. Use it as a context manager around them."""
+
+    def __init__(self, trt: Any, cupy: Any) -> None:
+        self.trt, self.cupy = trt, cupy
+        self.logger = trt.Logger(trt.Logger.WARNING)
+        self.runtime = trt.Runtime(self.logger)
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self._arena: Any = None
+
+    @classmethod
+    def open(cls, manifest: Manifest) -> Self:
+        """The GPU of this machine, checked against the bundle that is to run on it.
+
+        Raises:
+            UserError: TensorRT or CuPy missing, no GPU, or engines that were built for another machine.
+        """
+        backend = manifest.build.backend if manifest.build else "tensorrt"
+        trt, cupy = _imported(MODULES[backend]), _imported("cupy")
+        try:
+            capability = cupy.cuda.Device().compute_capability  # "89"
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise UserError(
+                f"no usable GPU ({error})", "one that the engines were built for", "check nvidia-smi"
+            ) from None
+        check_build(manifest, trt.__version__, f"{capability[:-1]}.{capability[-1]}")
+        return cls(trt, cupy)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def engine(self, folder: Path, component: Component, profiles: Sequence[Profile]) -> "TensorRTEngine":
+        """The engine of ``component`` in the bundle at ``folder``; ``profiles`` are the bundle's."""
+        return TensorRTEngine(self, folder, component, profiles)
+
+    def arena(self, size_bytes: int) -> int:
+        """Address of scratch memory of at least ``size_bytes``; what lay there before is lost."""
+        if self._arena is None or self._arena.mem.size < size_bytes:
+            self.release()
+            try:
+                self._arena = self.cupy.cuda.alloc(size_bytes)
+            except self.cupy.cuda.memory.OutOfMemoryError:
+                raise self.out_of_memory(f"{size_bytes / 2**30:.1f} GiB of scratch memory") from None
+        return int(self._arena.ptr)
+
+    def release(self) -> None:
+        """Gives scratch memory and what CuPy keeps in reserve back to the GPU."""
+        self.stream.synchronize()
+        self._arena = None
+        self.cupy.get_default_memory_pool().free_all_blocks()
+
+    def out_of_memory(self, wanted: str) -> UserError:
+        free, total = self.cupy.cuda.runtime.memGetInfo()
+        there = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB"
+        return UserError(f"no room for {wanted}", there, "keep one expert resident, or build for a smaller size")
+
+
+class TensorRTEngine:
+    """The engine of one component of a bundle of kind "engines"."""
+
+    def __init__(self, device: Device, folder: Path, component: Component, profiles: Sequence[Profile]) -> None:
+        self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
+        self._device, self._path = device, folder / component.graph.path
+        self._profiles = own_profiles(profiles, component.inputs)
+        self._engine: Any = None
+        self._context: Any = None
+        self._profile_in_use = self._scratch = 0
+        self._replay = _Replay(device) if self.replays else None
+
+    @property
+    def replays(self) -> bool:
+        """Whether a call is recorded once as a CUDA graph and replayed: fixed shapes, and no state on the device.
+
+        TensorRT-RTX records by itself (see :meth:`_new_context`).
+        """
+        fixed = all(is_static(profile) for profile in self._profiles)
+        stateful = any(tensor.name.startswith(STATE) for tensor in self.outputs)
+        return fixed and not stateful and not hasattr(self._device.trt, "CudaGraphStrategy")
+
+    def __enter__(self) -> Self:
+        self._device.release()
+        with ExitStack() as stack:
+            file = stack.enter_context(self._path.open("rb"))
+            plan = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            self._engine = self._device.runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            size = self._path.stat().st_size / 2**30
+            raise self._device.out_of_memory(f"{self._path.name} ({size:.1f} GiB), or it is damaged")
+        self._context = self._new_context()
+        self._profile_in_use = 0
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._device.stream.synchronize()
+        if self._replay:
+            self._replay.forget()
+        self._context = self._engine = None
+
+    def _new_context(self) -> Any:
+        """An execution context without memory of its own."""
+        trt, engine = self._device.trt, self._engine
+        if not hasattr(engine, "create_runtime_config"):
+            return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if hasattr(trt, "CudaGraphStrategy") and all(is_static(profile) for profile in self._profiles):
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return engine.create_execution_context(config)
+
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
+        """Runs the engine; see the module's docstring for where arrays live.
+
+        Raises:
+            ValueError: names, types or shapes that are not the graph's.
+            UserError: shapes that the engine was not built for, or too little memory.
+        """
+        index = check_inputs(self.name, self.inputs, inputs, self._profiles)
+        sizes = sizes_of(self.inputs, {name: array.shape for name, array in inputs.items()})
+        with self._device.stream:
+            self._use_profile(index)
+            arrays = self._placed(inputs) | self._made(output_shapes(self.outputs, sizes))
+            self._bind(arrays)
+            self._run(tuple(int(array.data.ptr) for array in arrays.values()))
+            on_device = self._asks_for_device(inputs)
+            results = tuple(self._delivered(tensor, arrays[tensor.name], on_device) for tensor in self.outputs)
+            self._device.stream.synchronize()
+        return results[0] if len(results) == 1 else results
+
+    def _asks_for_device(self, inputs: Mapping[str, np.ndarray]) -> bool:
+        """Whether an input lies on the device that is not merely state coming back."""
+        names = {tensor.name for tensor in self.outputs}
+        return any(isinstance(x, self._device.cupy.ndarray) for n, x in inputs.items() if f"next_{n}" not in names)
+
+    # -- one call
+
+    def _use_profile(self, index: int) -> None:
+        if index != self._profile_in_use:
+            if not self._context.set_optimization_profile_async(index, self._device.stream.ptr):
+                raise RuntimeError(f"{self.name}: TensorRT refused optimisation profile {index}")
+            self._profile_in_use = index
+
+    def _placed(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The inputs on the device, contiguous; in the places of the recorded call where there is one."""
+        cupy = self._device.cupy
+        placed = {name: cupy.ascontiguousarray(cupy.asarray(array)) for name, array in inputs.items()}
+        return self._replay.kept("in", placed, copy=True) if self._replay else placed
+
+    def _made(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Room for the outputs."""
+        dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
+        made = {name: self._device.cupy.empty(shape, dtypes[name]) for name, shape in shapes.items()}
+        return self._replay.kept("out", made, copy=False) if self._replay else made
+
+    def _bind(self, arrays: Mapping[str, Any]) -> None:
+        context = self._context
+        for tensor in self.inputs:
+            if not context.set_input_shape(tensor.name, tuple(arrays[tensor.name].shape)):
+                raise RuntimeError(f"{self.name}: TensorRT refused shape {arrays[tensor.name].shape} of {tensor.name}")
+        for name, array in arrays.items():
+            context.set_tensor_address(name, int(array.data.ptr))
+        needed = int(context.update_device_memory_size_for_shapes())
+        self._scratch = self._device.arena(needed) if needed else 0
+        context.set_device_memory(self._scratch, needed)
+
+    def _run(self, addresses: tuple[int, ...]) -> None:
+        def enqueue() -> None:
+            if not self._context.execute_async_v3(self._device.stream.ptr):
+                raise RuntimeError(f"{self.name}: TensorRT could not run the engine; its log tells why")
+
+        if self._replay is None:
+            enqueue()
+        else:
+            self._replay.run((self._profile_in_use, *addresses, self._scratch), enqueue)
+
+    def _delivered(self, tensor: Tensor, array: Any, on_device: bool) -> Any:
+        if tensor.name.startswith(STATE):
+            return array
+        if not on_device:
+            return array.get(stream=self._device.stream)
+        return array.copy() if self._replay else array
+
+
+class _Replay:
+    """A call recorded as a CUDA graph: the same kernels on the same addresses, launched as one."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._arrays: dict[tuple[Any, ...], Any] = {}
+        self._graphs: dict[tuple[int, ...], Any] = {}
+
+    def kept(self, side: str, arrays: Mapping[str, Any], *, copy: bool) -> dict[str, Any]:
+        """``arrays`` at the addresses that earlier calls used for these names and shapes."""
+        found = {}
+        for name, array in arrays.items():
+            key = (side, name, tuple(array.shape))
+            if key not in self._arrays:
+                self._arrays[key] = array.copy() if copy else array
+            elif copy:
+                self._arrays[key][...] = array
+            found[name] = self._arrays[key]
+        return found
+
+    def run(self, key: tuple[int, ...], enqueue: Any) -> None:
+        """The first call of a kind just runs (kernels load), the second is recorded, later ones are replayed."""
+        stream = self._device.stream
+        if key not in self._graphs:
+            enqueue()
+            self._graphs[key] = None
+            return
+        if self._graphs[key] is None:
+            stream.begin_capture()
+            enqueue()
+            self._graphs[key] = stream.end_capture()
+        self._graphs[key].launch(stream)
+
+    def forget(self) -> None:
+        self._arrays.clear()
+        self._graphs.clear()
+
+
+def output_shapes(outputs: Sequence[Tensor], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shape of every output of a call whose dimensions have these sizes."""
+    return {tensor.name: shape_of(tensor, sizes) for tensor in outputs}
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"no module {name} ({error})", "it to run these engines", f"pip install {PACKAGES[name]}"
+        ) from None
