@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from engines.cpu_attention import fuse_attention
 from engines.profiles import profile_between, profiles_for
 from engines.targets import Target, check_precision, target_named
 from engines.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
@@ -24,6 +25,7 @@ from wan22.bundle import (
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.shapes import Profile
+from wan22.specs import Precision
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,30 @@ def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tupl
 
 
 def _load_onnxruntime(source: Bundle, folder: Path, progress: Progress) -> tuple[tuple[Component, ...], str]:
-    """ONNX Runtime compiles at load: the engine is the graph, proven to load here, beside the same weights."""
+    """ONNX Runtime compiles at load: the engine is a graph for it, proven to load here, beside the same weights."""
     import onnxruntime
 
     components = source.manifest.components
     _place(source, folder, source.manifest.files().values())
+    prepared = []
     for done, component in enumerate(components, 1):
+        prepared.append(_for_cpu(source, component, folder))
         onnxruntime.InferenceSession(folder / component.graph.path, providers=["CPUExecutionProvider"])
         progress("build engines", done, len(components), "components")
-    return components, str(onnxruntime.__version__)
+    return tuple(prepared), str(onnxruntime.__version__)
+
+
+def _for_cpu(source: Bundle, component: Component, folder: Path) -> Component:
+    """The component with a transformer's attention fused; ONNX Runtime's fused operator has no 16-bit kernel on CPU."""
+    spec, path = source.manifest.spec, folder / component.graph.path
+    if component.name not in spec.experts or component.precision != Precision.FP32:
+        return component
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    fuse_attention(model, spec.dit.heads, spec.dit.head_width)
+    ir.save(model, path)
+    return replace(component, graph=file_entry(folder, path))
 
 
 def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:

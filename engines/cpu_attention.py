@@ -1,0 +1,99 @@
+"""A graph pass for target cpu: attention as ONNX Runtime's fused ``MultiHeadAttention``.
+
+The exported graphs write attention as MatMul, Softmax, MatMul, which GPU compilers fuse. ONNX Runtime would store the
+whole ``[heads, L, S]`` matrix of probabilities; its fused operator works through it in blocks that fit the cache
+(FlashAttention), and takes q, k and v as rows of tokens, which saves the transposes as well.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DOMAIN = "com.microsoft"
+BY_HEAD, TURNED, BY_TOKEN = (1, 0, 2), (1, 2, 0), (0, 2, 1, 3)  # orders of axes
+
+
+def fuse_attention(model: "ir.Model", heads: int, head_width: int) -> int:
+    """Replaces every attention of the exported form by one operator, in place; returns how many.
+
+    The form: ``q, k, v [tokens, heads, head]``, each transposed by head and unsqueezed, ``Softmax(q kᵀ) v``, transposed
+    back and squeezed to ``[tokens, heads, head]``. The scale is in q already. Attention of another form is left alone.
+    """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    fused = 0
+    for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
+        if (found := _matched(softmax)) is not None:
+            _replace(model.graph, softmax.name or "attention", found, (heads, head_width))
+            fused += 1
+    if fused:
+        model.opset_imports[DOMAIN] = 1
+        RemoveUnusedNodesPass()(model)
+    return fused
+
+
+def _matched(softmax: "ir.Node") -> "tuple[list[ir.Value], ir.Node] | None":
+    """q, k and v as rows of tokens, and the node that yields the result as rows of tokens."""
+    scores, mixed = _producer(softmax.inputs[0], "MatMul"), _consumer(softmax, "MatMul")
+    if scores is None or mixed is None:
+        return None
+    entering = [(scores.inputs[0], BY_HEAD), (scores.inputs[1], TURNED), (mixed.inputs[1], BY_HEAD)]
+    qkv = [rows for value, order in entering if (rows := _rows(value, order)) is not None]
+    transposed = _consumer(mixed, "Transpose")
+    squeezed = _consumer(transposed, "Squeeze") if transposed is not None and _order(transposed) == BY_TOKEN else None
+    return (qkv, squeezed) if len(qkv) == len(entering) and squeezed is not None else None
+
+
+def _replace(graph: "ir.Graph", name: str, found: "tuple[list[ir.Value], ir.Node]", split: tuple[int, int]) -> None:
+    import onnx_ir as ir
+
+    (qkv, squeezed), (heads, head_width) = found, split
+    flat, by_head = _constant(graph, [1, -1, heads * head_width]), _constant(graph, [-1, heads, head_width])
+    rows = [ir.node("Reshape", [value, flat], name=f"{name}/rows_{n}") for value, n in zip(qkv, "qkv", strict=True)]
+    attention = ir.node(
+        "MultiHeadAttention",
+        [row.outputs[0] for row in rows],
+        {"num_heads": heads, "scale": 1.0},
+        domain=DOMAIN,
+        name=f"{name}/fused",
+    )
+    back = ir.node("Reshape", [attention.outputs[0], by_head], name=f"{name}/by_token")
+    back.outputs[0].name = squeezed.outputs[0].name
+    graph.insert_after(squeezed, [*rows, attention, back])
+    ir.convenience.replace_all_uses_with(squeezed.outputs[0], back.outputs[0], replace_graph_outputs=True)
+
+
+def _constant(graph: "ir.Graph", shape: list[int]) -> "ir.Value":
+    import onnx_ir as ir
+
+    name = "shape_" + "x".join(map(str, shape))
+    if name not in graph.initializers:
+        tensor = ir.tensor(shape, ir.DataType.INT64, name=name)
+        graph.initializers[name] = ir.Value(
+            name=name, shape=ir.Shape([len(shape)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
+        )
+    return graph.initializers[name]
+
+
+def _rows(value: "ir.Value | None", order: tuple[int, ...]) -> "ir.Value | None":
+    """What was transposed in ``order`` and unsqueezed to become ``value``."""
+    unsqueezed = _producer(value, "Unsqueeze")
+    transposed = _producer(unsqueezed.inputs[0], "Transpose") if unsqueezed is not None else None
+    return transposed.inputs[0] if transposed is not None and _order(transposed) == order else None
+
+
+def _producer(value: "ir.Value | None", kind: str) -> "ir.Node | None":
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == kind else None
+
+
+def _consumer(node: "ir.Node", kind: str) -> "ir.Node | None":
+    """The only reader of ``node``'s output, if it is of that kind."""
+    uses = list(node.outputs[0].uses())
+    return uses[0].node if len(uses) == 1 and uses[0].node.op_type == kind else None
+
+
+def _order(transpose: "ir.Node") -> tuple[int, ...]:
+    order: Any = transpose.attributes["perm"].as_ints()
+    return tuple(order)
