@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+TRITON := .venv-triton/installed
 
-.PHONY: demo test check clean
+.PHONY: demo test check triton clean
 
 demo: $(INSTALLED)
 	$(BIN)/wan-trt demo demo
 
-test: $(INSTALLED) check
+test: $(INSTALLED) $(TRITON) check
 	$(BIN)/python -m pytest -q
 
 check: $(INSTALLED)
@@ -24,5 +25,14 @@ $(INSTALLED): requirements-cpu.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
+# The environment of models inside tritonserver: the server's wheel, and numpy 1, which its stub needs.
+triton: $(TRITON)
+
+$(TRITON): requirements-triton.txt pyproject.toml
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/pip install --quiet --no-deps --requirement requirements-triton.txt
+	.venv-triton/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-triton demo

@@ -1,0 +1,80 @@
+"""What a served model does before it is ready: trust the bundle or refuse it, open the engines, run them once.
+
+A plan is code. It is loaded only if the manifest is the very one that the repository was made for and every file has
+the hash that the manifest states.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime.request import Request
+from triton_repo.served_pipeline import ServedPipeline
+from triton_repo.settings import Settings
+from wan22.bundle import MANIFEST, Bundle, open_bundle, sha256_of
+from wan22.errors import UserError
+from wan22.specs import ModelSpec, Task
+
+MakePipeline = Callable[[Bundle], ServedPipeline]
+WARM_UP_PROMPT = "warm up"
+
+
+def load(settings: Settings, make_pipeline: MakePipeline | None = None) -> ServedPipeline:
+    """A pipeline that has generated once.
+
+    Raises:
+        UserError: the bundle is not the one that the settings pin, or not as its manifest says.
+    """
+    bundle = trusted_bundle(settings)
+    if make_pipeline is None:
+        pipeline = ServedPipeline(bundle, keep_experts=settings.keep_experts)
+    else:
+        pipeline = make_pipeline(bundle)
+    if settings.warm_up:
+        warm_up(pipeline)
+    return pipeline
+
+
+def trusted_bundle(settings: Settings) -> Bundle:
+    """The engine bundle at ``settings.engines``, if it is unchanged since the repository was made."""
+    folder = Path(settings.engines)
+    again = "run wan-trt triton again for these engines"
+    if (folder / MANIFEST).is_file() and (found := sha256_of(folder / MANIFEST)) != settings.bundle_sha256:
+        raise UserError(f"{folder / MANIFEST}: sha256 {found[:12]}…", f"{settings.bundle_sha256[:12]}…", again)
+    bundle = open_bundle(folder, "engines", full_check=settings.full_check)
+    if bundle.manifest.spec.name != settings.model:
+        raise UserError(f"{folder} holds {bundle.manifest.spec.name}", settings.model, again)
+    return bundle
+
+
+def warm_up(pipeline: ServedPipeline) -> None:
+    """Opens every engine and runs one step of the smallest video they take."""
+    for component in pipeline.spec.components:
+        pipeline.engine(component)
+    build = pipeline.bundle.manifest.build
+    width, height, frames = smallest_video(pipeline.spec, build.profiles if build else ())
+    request = Request(WARM_UP_PROMPT, size=(width, height), frames=frames, steps=1, image=_grey(pipeline.spec))
+    (step,) = pipeline.denoise(request.completed(pipeline.spec))
+    for _ in pipeline.decode(step.latents):
+        pass
+
+
+def smallest_video(spec: ModelSpec, profiles: tuple[dict[str, tuple[int, int, int]], ...]) -> tuple[int, int, int]:
+    """Width, height and frames of the smallest video that a profile has room for, at least two latent frames."""
+    profile = profiles[0] if profiles else {}
+    stride, least = spec.vae.spatial_stride, spec.size_multiple
+    width, height = (max(least, stride * profile.get(name, (0,))[0]) for name in ("width", "height"))
+    latent_frames = max(profile.get("frames", (0,))[0], min(2, profile.get("frames", (0, 0, 2))[2]))
+    return width, height, spec.vae.temporal_stride * (latent_frames - 1) + 1
+
+
+def _grey(spec: ModelSpec) -> bytes | None:
+    """An image for models that cannot do without."""
+    if spec.task != Task.I2V:
+        return None
+    from io import BytesIO
+
+    from PIL import Image
+
+    png = BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(png, "PNG")
+    return png.getvalue()

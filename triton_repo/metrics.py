@@ -1,0 +1,85 @@
+"""Numbers for Prometheus that Triton itself does not have: its own stand still until a job ends, or leave jobs out."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+from runtime.denoise import Step
+from triton_repo.served_pipeline import ServedPipeline
+
+Outcome = Literal["done", "refused", "cancelled", "out_of_time", "failed"]
+OUTCOMES: tuple[Outcome, ...] = ("done", "refused", "cancelled", "out_of_time", "failed")
+Kind = Literal["counter", "gauge"]
+NewFamily = Callable[[str, str, Kind], Any]  # name, help, kind → what has Triton's ``Metric(labels=...)``
+HEARTBEAT_S = 5.0
+
+
+class Metrics:
+    """All series of one model, from zero on, so that rates and alerts work before the first job."""
+
+    def __init__(self, new_family: NewFamily, model: str, pipeline: ServedPipeline) -> None:
+        self._model, self._pipeline = model, pipeline
+        self._families: list[Any] = []  # a family that is collected takes its metrics with it
+        self._new_family = new_family
+        self.in_flight = self._one("wan22_in_flight", "Jobs running now.", "gauge")
+        self.heartbeat = self._one("wan22_heartbeat_timestamp_seconds", "When the model last gave a sign.", "gauge")
+        self.last_step = self._one("wan22_last_step_timestamp_seconds", "When a denoising step last ended.", "gauge")
+        self.steps = self._one("wan22_steps_total", "Denoising steps done.", "counter")
+        self.step_seconds = self._one("wan22_step_seconds_total", "Seconds spent in denoising steps.", "counter")
+        self.swaps = self._one("wan22_expert_swaps_total", "Experts that made room for the other.", "counter")
+        self.requests = self._each("wan22_requests_total", "Jobs ended.", "outcome", OUTCOMES)
+        stages = pipeline.spec.components
+        self.stages = self._each("wan22_stage_seconds_total", "Seconds inside engines.", "stage", stages)
+        self._seen = {stage: pipeline.seconds[stage] for stage in stages}
+        self._swaps_seen = pipeline.swaps
+
+    def _one(self, name: str, told: str, kind: Kind) -> Any:
+        family = self._new_family(name, told, kind)
+        self._families.append(family)
+        return family.Metric(labels={"model": self._model})
+
+    def _each(self, name: str, told: str, label: str, values: tuple[str, ...]) -> dict[str, Any]:
+        family = self._new_family(name, told, "counter")
+        self._families.append(family)
+        return {value: family.Metric(labels={"model": self._model, label: value}) for value in values}
+
+    def step(self, step: Step) -> None:
+        self.steps.increment(1)
+        self.step_seconds.increment(step.seconds_total)
+        self.last_step.set(time.time())
+
+    def began(self) -> None:
+        self.in_flight.set(1)
+        self.last_step.set(time.time())  # a job that hangs before its first step must look old too
+
+    def ended(self, outcome: Outcome) -> None:
+        self.in_flight.set(0)
+        self.requests[outcome].increment(1)
+        for stage, metric in self.stages.items():
+            seconds = self._pipeline.seconds[stage]
+            metric.increment(seconds - self._seen[stage])
+            self._seen[stage] = seconds
+        self.swaps.increment(self._pipeline.swaps - self._swaps_seen)
+        self._swaps_seen = self._pipeline.swaps
+
+
+class Heartbeat:
+    """A thread that tells the time while its process lives; Triton answers "healthy" long after a model's death."""
+
+    def __init__(self, beat: Callable[[float], None], every_s: float = HEARTBEAT_S) -> None:
+        self._beat, self._every_s, self._over = beat, every_s, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._beat(time.time())
+            if self._over.wait(self._every_s):
+                return

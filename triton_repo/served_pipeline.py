@@ -1,0 +1,62 @@
+"""The pipeline of a server: it looks up between engine calls, where a job can be given up, and times every call."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from time import perf_counter
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from runtime.engine import Arrays, Engine
+from runtime.pipeline import Pipeline
+from wan22.bundle import Bundle
+
+Pause = Callable[[], None]  # raises to give the job up
+
+
+def go_on() -> None:
+    """The pause of work that nothing interrupts."""
+
+
+class ServedPipeline(Pipeline):
+    """A pipeline whose ``pause`` is called before every engine call.
+
+    Denoising with guidance makes two calls per step, and the VAE one per latent frame, so whoever gives a job up waits
+    for one call. ``seconds`` and ``swaps`` only ever grow.
+    """
+
+    def __init__(self, bundle: Bundle, *, keep_experts: bool = True) -> None:
+        super().__init__(bundle, keep_experts=keep_experts)
+        self.pause: Pause = go_on
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by component, inside engines
+        self.swaps = 0  # how often an expert made room for the other
+
+    def engine(self, name: str) -> Engine:
+        resident = set(self.spec.experts) & set(self._engines)
+        if name in self.spec.experts and resident and name not in resident and not self.keep_experts:
+            self.swaps += 1
+        return TimedEngine(super().engine(name), name, self)
+
+
+class TimedEngine:
+    """An engine that reports to its pipeline; opened and closed by the pipeline, not through this."""
+
+    def __init__(self, engine: Engine, name: str, pipeline: ServedPipeline) -> None:
+        self._engine, self._name, self._pipeline = engine, name, pipeline
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing: the pipeline owns the engine."""
+
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
+        self._pipeline.pause()
+        started = perf_counter()
+        outputs = self._engine(**inputs)
+        self._pipeline.seconds[self._name] += perf_counter() - started
+        return outputs

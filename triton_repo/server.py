@@ -1,0 +1,249 @@
+"""Finding a ``tritonserver`` on this machine and running it with settings that are safe to begin with.
+
+Three places are looked at: the path of NVIDIA's container, ``PATH``, and the wheel ``nvidia-pytriton``, whose binary is
+an old release with the Python backend only: good for laptops and CI, on loopback. The wheel keeps one stub per Python
+version apart from its backend, so the backend folder is put together from links.
+"""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from triton_repo.settings import Limits
+from wan22.errors import UserError
+
+CONTAINER_BINARY = Path("/opt/tritonserver/bin/tritonserver")
+WHEEL = Path("lib", "python*", "site-packages", "pytriton", "tritonserver")
+ADMIN_APIS = ("model-repository", "logging", "trace", "shared-memory")
+EXIT_MARGIN_S = 30  # beyond the longest job: unloading, writing the answer
+KEEPALIVE_MS = 60_000
+LOAD_S = 1800  # for a stub to open its engines
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A ``tritonserver`` with its Python backend."""
+
+    binary: Path
+    stub: Path | None = None  # only where it lies apart from the backend, as in the wheel
+    environment: Path | None = None  # the virtual environment whose packages the models import
+
+    @property
+    def backends(self) -> Path:
+        return self.binary.parent.parent / "backends"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    address: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    config_name: str = ""  # variant of the configurations, configs/NAME.pbtxt
+    verbose: int = 0
+    # an own prefix tells the regions of this server from anybody else's, so that they can be cleaned up
+    region_prefix: str = field(default_factory=lambda: f"wan22_{secrets.token_hex(4)}_")
+
+
+def find_installation(environments: Sequence[Path], binary: Path | None = None) -> Installation:
+    """The first of: ``binary``, the container's, the one on ``PATH``, a wheel in one of ``environments``.
+
+    Raises:
+        UserError: none of them is there.
+    """
+    on_path = shutil.which("tritonserver")
+    for candidate in (binary, CONTAINER_BINARY, Path(on_path) if on_path else None):
+        if candidate is not None and candidate.is_file():
+            return Installation(candidate.resolve())
+        if candidate is not None and candidate is binary:
+            raise UserError(f"no tritonserver at {binary}", "an executable", "name another, or leave --server out")
+    for environment in environments:
+        for folder in sorted(environment.glob(str(WHEEL))):
+            return _from_wheel(environment, folder)
+    raise UserError(
+        "no tritonserver", "a Triton container, one on PATH, or the nvidia-pytriton wheel", "run make triton"
+    )
+
+
+def _from_wheel(environment: Path, folder: Path) -> Installation:
+    version = folder.parents[2].name.removeprefix("python")
+    stub = folder / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise UserError(f"no stub for Python {version} in {folder}", "one", "make the environment with Python 3.11")
+    return Installation(folder / "bin" / "tritonserver", stub, environment)
+
+
+def arguments(installation: Installation, repository: Path, limits: Limits, options: ServeOptions) -> list[str]:
+    """The command line, without options that this release of the server does not know."""
+    key = secrets.token_hex(16)  # told to nobody, so the APIs behind it are closed
+    admin = f"{','.join(ADMIN_APIS)}:wan22-admin={key}"
+    asked = {
+        "model-repository": repository,
+        "model-control-mode": "none",
+        "model-config-name": options.config_name,
+        "disable-auto-complete-config": None,
+        "exit-on-error": "true",
+        "strict-readiness": "true",
+        "exit-timeout-secs": limits.longest_job_s + EXIT_MARGIN_S,
+        "http-address": options.address,
+        "http-port": options.http_port,
+        "http-restricted-api": admin,
+        "http-max-input-size": 2 * limits.max_image_bytes,
+        "grpc-address": options.address,
+        "grpc-port": options.grpc_port,
+        "grpc-restricted-protocol": admin,
+        "grpc-keepalive-time": KEEPALIVE_MS,  # finds clients that vanished, whose jobs are then cancelled
+        "metrics-address": options.address,
+        "metrics-port": options.metrics_port,
+        "allow-sagemaker": "false",
+        "allow-vertex-ai": "false",
+        "allow-client-shm": "false",
+        "log-verbose": options.verbose,
+    }
+    known = _known_options(installation)
+    flags = [_flag(name, value) for name, value in asked.items() if name in known and value != ""]
+    backend = {"shm-region-prefix-name": options.region_prefix, "stub-timeout-seconds": LOAD_S}
+    return [str(installation.binary), *flags, *(f"--backend-config=python,{k}={v}" for k, v in backend.items())]
+
+
+def _flag(name: str, value: object) -> str:
+    return f"--{name}" if value is None else f"--{name}={value}"
+
+
+def _known_options(installation: Installation) -> set[str]:
+    done = subprocess.run([installation.binary, "--help"], capture_output=True, text=True, timeout=60, check=False)
+    words = (line.split() for line in (done.stdout + done.stderr).splitlines())
+    return {parts[0].removeprefix("--") for parts in words if parts and parts[0].startswith("--")}
+
+
+@contextmanager
+def running(
+    installation: Installation,
+    repository: Path,
+    limits: Limits,
+    options: ServeOptions,
+    environment: Mapping[str, str],
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A started server; at the end of the block it is told to stop, waited for, and its shared memory is removed.
+
+    Its output goes to this process's. It runs in a session of its own, so that Ctrl-C reaches it as one SIGTERM.
+
+    Raises:
+        UserError: a port is taken.
+    """
+    for port in (options.http_port, options.grpc_port, options.metrics_port):
+        _check_free(options.address, port)
+    with _backend_folder(installation) as backends:
+        command = [*arguments(installation, repository, limits, options), *_backend_argument(backends)]
+        process = subprocess.Popen(command, env=_environment(installation, environment), start_new_session=True)
+        try:
+            yield process
+        finally:
+            stop(process, limits.longest_job_s + 2 * EXIT_MARGIN_S)
+            remove_regions(options.region_prefix)
+
+
+def _backend_argument(backends: Path | None) -> list[str]:
+    return [f"--backend-directory={backends}"] if backends else []
+
+
+def stop(process: "subprocess.Popen[bytes]", within_s: float) -> None:
+    """SIGTERM, which lets the running job finish; SIGKILL after ``within_s`` or at Ctrl-C."""
+    if process.poll() is None:
+        process.terminate()
+    try:
+        process.wait(within_s)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()
+        process.wait()
+
+
+def remove_regions(prefix: str) -> None:
+    """Shared memory that a killed server or stub left behind."""
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
+
+
+def wait_until_ready(process: "subprocess.Popen[bytes]", options: ServeOptions, within_s: float = LOAD_S) -> None:
+    """Returns when the server answers that every model is ready.
+
+    Raises:
+        UserError: it ended before, or did not get ready in time.
+    """
+    give_up = time.monotonic() + within_s
+    while time.monotonic() < give_up:
+        if process.poll() is not None:
+            raise UserError(
+                f"tritonserver ended with {process.returncode} before it was ready", "models that load", "see its log"
+            )
+        if is_ready(f"http://{options.address}:{options.http_port}"):
+            return
+        time.sleep(0.1)
+    raise UserError(f"tritonserver not ready after {within_s:g} s", "models that load", "see its log")
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _check_free(address: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise UserError(f"{address}:{port}: {error.strerror}", "a free port", "choose another") from None
+
+
+@contextmanager
+def _backend_folder(installation: Installation) -> Iterator[Path | None]:
+    """The folder of backends; None where the server finds its own."""
+    if installation.stub is None:
+        yield None
+        return
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="wan22-backends-") as folder:
+        python = Path(folder, "python")
+        python.mkdir()
+        for file in (*installation.backends.joinpath("python").iterdir(), installation.stub):
+            (python / file.name).symlink_to(file.resolve())
+        yield Path(folder)
+
+
+def _environment(installation: Installation, outer: Mapping[str, str]) -> dict[str, str]:
+    """``outer`` with the models' Python first: the stub takes its packages from the first ``python3`` on PATH."""
+    inner = dict(outer)
+    if installation.environment is not None:
+        inner["PATH"] = f"{installation.environment / 'bin'}{os.pathsep}{outer.get('PATH', os.defpath)}"
+        libraries = _library_folder(installation.environment)
+        inner["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (libraries, outer.get("LD_LIBRARY_PATH"))))
+    return inner
+
+
+def _library_folder(environment: Path) -> str:
+    """Where the environment's own libpython is, which must match its standard library; empty if there is none."""
+    script = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'), sysconfig.get_config_var('INSTSONAME'))"
+    done = subprocess.run([environment / "bin" / "python3", "-c", script], capture_output=True, text=True, check=True)
+    folder, name = done.stdout.split()
+    return folder if Path(folder, name).is_file() and name.endswith((".so", ".so.1.0")) else ""
+
+
+def default_environments() -> tuple[Path, ...]:
+    """Where ``make triton`` puts the wheel, and the environment of this process."""
+    return (Path(".venv-triton"), Path(sys.prefix).parent / ".venv-triton", Path(sys.prefix))

@@ -1,0 +1,184 @@
+"""A request off the wire → what the runtime is asked for. All of it is judged here, before any work is done.
+
+Numbers come as the client's types and are checked for sense, text is decoded strictly, images are judged by size and
+header. What is wrong is said in one line: found | expected | remedy.
+"""
+
+import io
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+from PIL import Image
+
+from runtime.image import FORMATS
+from runtime.image_condition import Fit
+from runtime.request import CompleteRequest, Request
+from runtime.schedule import SolverName, make_schedule
+from triton_repo.schema import ANY, INPUTS_BY_NAME, VIDEO_FORMATS
+from triton_repo.settings import Limits
+from wan22.bundle import Build
+from wan22.errors import UserError
+from wan22.shapes import fitting_profile
+from wan22.specs import ModelSpec
+
+VideoFormat = Literal["mp4", "png", "jpg"]
+EXPERT_GUIDANCE = {"guidance_high_noise": "high_noise", "guidance_low_noise": "low_noise"}
+PROMPTS = ("prompt", "negative_prompt")
+MAX_WORD_BYTES = 64  # of a name such as a solver's
+MAX_SEED = 2**63 - 1
+MAX_FPS = 240
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One job, complete and checked."""
+
+    request: CompleteRequest
+    fps: int
+    output_format: VideoFormat
+    progress_every: int
+    preview: bool
+    deadline_unix_s: float  # infinite where there is none
+
+
+def wanted(tensors: Mapping[str, np.ndarray], spec: ModelSpec, build: Build | None, limits: Limits) -> Wanted:
+    """The job that the input tensors of one request describe.
+
+    Raises:
+        UserError: anything that the model cannot or must not do.
+    """
+    for name, tensor in tensors.items():
+        _check_bytes(name, tensor, limits)
+    given = {name: _value(name, tensor) for name, tensor in tensors.items()}
+    _check_amounts(given, spec, limits)
+    request = _request(given, spec)
+    complete = request.completed(spec)
+    _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
+    make_schedule(complete.solver, complete.steps, complete.shift, complete.schedule)
+    frames, height, width = complete.latent_shape[2:]
+    fitting_profile({"frames": frames, "height": height, "width": width}, build.profiles if build else ())
+    return Wanted(
+        request=complete,
+        fps=_within("fps", given.get("fps", spec.sampling.fps), 1, MAX_FPS),
+        output_format=_format(given.get("output_format", "mp4"), complete.frames),
+        progress_every=_within("progress_every", given.get("progress_every", 1), 1, limits.max_steps),
+        preview=given.get("preview", False),
+        deadline_unix_s=_deadline(given.get("deadline_unix_ms")),
+    )
+
+
+def _value(name: str, tensor: np.ndarray) -> Any:
+    """A Python value: text, number, truth, or the bytes of an image."""
+    field = INPUTS_BY_NAME[name]
+    if field.length == ANY:
+        return tensor.tobytes()
+    value = tensor.flat[0]
+    if field.dtype == "STRING":
+        return _text(name, value)
+    if field.dtype != "FP32":
+        return value.item()
+    if not math.isfinite(value):
+        raise UserError(f"{name} {value}", "a finite number", "leave it out for the model's own")
+    return float(str(np.float32(value)))  # 3.3 stays 3.3, not 3.299999952
+
+
+def _text(name: str, value: bytes) -> str:
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not UTF-8", "text in UTF-8", "encode it so") from None
+    if "\0" in text:
+        raise UserError(f"{name} holds a NUL", "text", "remove it")
+    return text
+
+
+def _request(given: Mapping[str, Any], spec: ModelSpec) -> Request:
+    guidance = dict.fromkeys(spec.experts, given["guidance"]) if "guidance" in given else {}
+    guidance |= {expert: given[name] for name, expert in EXPERT_GUIDANCE.items() if name in given}
+    return Request(
+        given["prompt"],
+        given.get("negative_prompt"),
+        _size(given),
+        given.get("num_frames"),
+        image=given.get("image"),
+        last_image=given.get("last_image"),
+        fit=cast(Fit, _one_of("fit", given.get("fit", "official"), get_args(Fit))),
+        seed=_within("seed", given["seed"], 0, MAX_SEED) if "seed" in given else secrets.randbelow(2**32),
+        preset=given.get("preset"),
+        steps=given.get("steps"),
+        shift=given.get("shift"),
+        guidance=guidance,
+        solver=cast(SolverName | None, given.get("solver")),
+    )
+
+
+def _size(given: Mapping[str, Any]) -> tuple[int, int] | None:
+    if ("width" in given) != ("height" in given):
+        raise UserError("width without height, or height without width", "both or neither", "state both")
+    return (given["width"], given["height"]) if "width" in given else None
+
+
+def _check_amounts(given: Mapping[str, Any], spec: ModelSpec, limits: Limits) -> None:
+    """Sides, frames and steps as they were asked for, so that no image is opened and no list made for absurd ones."""
+    width, height = _size(given) or spec.sampling.sizes[0]
+    if min(width, height) < 1:
+        raise UserError(f"size {width}x{height}", "a width and height above 0", "state another")
+    _at_most("video of", width * height, limits.max_pixels, "pixels")
+    _at_most("video of", given.get("num_frames", 1), limits.max_frames, "frames")
+    _at_most("run of", given.get("steps", 1), limits.max_steps, "steps")
+
+
+def _check_bytes(name: str, tensor: np.ndarray, limits: Limits) -> None:
+    field = INPUTS_BY_NAME[name]
+    if field.dtype == "STRING":
+        most = limits.max_prompt_bytes if name in PROMPTS else MAX_WORD_BYTES
+        _at_most(f"{name} of", len(tensor.flat[0]), most, "bytes")
+    elif field.length == ANY:
+        _at_most(f"{name} of", tensor.nbytes, limits.max_image_bytes, "bytes")
+        _check_pixels(name, tensor.tobytes(), limits)
+
+
+def _check_pixels(name: str, content: bytes, limits: Limits) -> None:
+    """Pixels of an image by its header; what is no image at all the runtime says."""
+    try:
+        width, height = Image.open(io.BytesIO(content), formats=FORMATS).size
+    except Exception:  # whatever Pillow raises on hostile headers; opening it for real gives the reason
+        return
+    _at_most(f"{name} of", width * height, limits.max_image_pixels, "pixels")
+
+
+def _at_most(what: str, found: int, most: int, unit: str) -> None:
+    if found > most:
+        raise UserError(f"{what} {found} {unit}", f"at most {most} on this server", "ask for less")
+
+
+def _within(name: str, value: int, least: int, most: int) -> int:
+    if least <= value <= most:
+        return value
+    raise UserError(f"{name} {value}", f"{least} to {most}", "choose another")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value in known:
+        return value
+    raise UserError(f"{name} {value!r}", f"one of {', '.join(known)}", "name one of them")
+
+
+def _format(name: str, frames: int) -> VideoFormat:
+    _one_of("output_format", name, VIDEO_FORMATS)
+    if name != "mp4" and frames > 1:
+        raise UserError(f"{frames} frames as {name}", "one frame", "ask for mp4, or for 1 frame")
+    return cast(VideoFormat, name)
+
+
+def _deadline(unix_ms: int | None) -> float:
+    if unix_ms is None:
+        return math.inf
+    if unix_ms <= time.time() * 1000:
+        raise UserError("a deadline that has passed", "one in the future", "ask again with a later deadline")
+    return unix_ms / 1000

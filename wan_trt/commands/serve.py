@@ -1,0 +1,57 @@
+"""``wan-trt serve``: engines behind a Triton server on this machine."""
+
+import os
+import signal
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wan_trt.commands.triton import Limit
+from wan_trt.console import console
+
+
+def run(
+    engines: Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)],
+    server: Annotated[Path | None, typer.Option(help="The tritonserver to start, if not the first found.")] = None,
+    environment: Annotated[Path | None, typer.Option(help="Environment with the nvidia-pytriton wheel.")] = None,
+    name: Annotated[str, typer.Option(help="Name to serve the model under.")] = "wan22",
+    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="For health and server-sent events.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="For wan-trt client.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="For Prometheus.")] = 8002,
+    max_pixels: Limit = None,
+    max_frames: Limit = None,
+    max_steps: Limit = None,
+    queue_size: Annotated[int, typer.Option(help="Jobs that may wait, per priority.", min=1)] = 8,
+    longest_job: Annotated[int, typer.Option(help="Seconds a job may run, and a shutdown waits.", min=1)] = 3600,
+    one_expert: Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")] = False,
+) -> int:
+    """Serve engines until Ctrl-C or SIGTERM; the running job is finished first, a second Ctrl-C ends it."""
+    from triton_repo import server as triton_server
+    from triton_repo.repository import RepositoryOptions, write_repository
+
+    options = triton_server.ServeOptions(address, http_port, grpc_port, metrics_port)
+    environments = triton_server.default_environments() if environment is None else (environment,)
+    installation = triton_server.find_installation(environments, server)
+    changed = {
+        "max_pixels": max_pixels,
+        "max_frames": max_frames,
+        "max_steps": max_steps,
+        "max_queue_size": queue_size,
+        "longest_job_s": longest_job,
+    }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="wan22-") as folder:
+        repository = Path(folder, "repository")
+        written = write_repository(
+            engines, repository, RepositoryOptions(name, limits=changed, keep_experts=not one_expert)
+        )
+        try:
+            with triton_server.running(installation, repository, written.limits, options, os.environ) as process:
+                triton_server.wait_until_ready(process, options)
+                console.print(f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4")
+                return process.wait()
+        except KeyboardInterrupt:
+            return 0
