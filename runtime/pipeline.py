@@ -19,11 +19,13 @@ from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
-from wan22.bundle import Bundle, open_bundle
+from wan22.bundle import Bundle, Component, open_bundle
 from wan22.errors import UserError
 from wan22.specs import TEXT_TOKENS, ModelSpec, Task
 
 log = logging.getLogger(__name__)
+
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 class Pipeline:
@@ -35,6 +37,8 @@ class Pipeline:
     def __init__(self, bundle: Bundle, *, keep_experts: bool = True) -> None:
         self.bundle, self.keep_experts = bundle, keep_experts
         self.tokenizer = Tokenizer(bundle.folder / "tokenizer")
+        self._shared = ExitStack()  # closed after all engines
+        self._new_engine = _opener(bundle, self._shared)
         self._open: dict[str, ExitStack] = {}
         self._engines: dict[str, Engine] = {}
 
@@ -55,6 +59,7 @@ class Pipeline:
     ) -> None:
         for name in tuple(self._open):
             self.release(name)
+        self._shared.close()
 
     @property
     def spec(self) -> ModelSpec:
@@ -69,7 +74,7 @@ class Pipeline:
                 for other in self.spec.experts:
                     self.release(other)
             stack = ExitStack()
-            self._engines[name] = stack.enter_context(_new_engine(self.bundle, name))
+            self._engines[name] = stack.enter_context(self._new_engine(self.bundle.component(name)))
             self._open[name] = stack
         return self._engines[name]
 
@@ -137,19 +142,22 @@ def _single(outputs: np.ndarray | tuple[np.ndarray, ...]) -> F32:
     return outputs
 
 
-def _new_engine(bundle: Bundle, name: str) -> Engine:
-    build, component = bundle.manifest.build, bundle.component(name)
+def _opener(bundle: Bundle, stack: ExitStack) -> Callable[[Component], Engine]:
+    """How engines of ``bundle`` are made; what they share is opened on ``stack``.
+
+    Raises:
+        UserError: a backend that this version does not know, that is not installed, or that finds no fitting GPU.
+    """
+    folder, build = bundle.folder, bundle.manifest.build
     if build is None or build.backend not in BACKENDS:
         found = build.backend if build else None
-        raise UserError(f"{bundle.folder}: backend {found!r}", f"one of {', '.join(BACKENDS)}", "build it again")
-    return BACKENDS[build.backend](bundle, component.name)
+        raise UserError(f"{folder}: backend {found!r}", f"one of {', '.join(BACKENDS)}", "build it again")
+    profiles = build.profiles
+    if build.backend == "onnxruntime":
+        from runtime.engine_onnxruntime import OnnxRuntimeEngine
 
+        return lambda component: OnnxRuntimeEngine(folder, component, profiles)
+    from runtime.engine_tensorrt import Device
 
-def _onnxruntime(bundle: Bundle, name: str) -> Engine:
-    from runtime.engine_onnxruntime import OnnxRuntimeEngine
-
-    build = bundle.manifest.build
-    return OnnxRuntimeEngine(bundle.folder, bundle.component(name), build.profiles if build else ())
-
-
-BACKENDS: dict[str, Callable[[Bundle, str], Engine]] = {"onnxruntime": _onnxruntime}
+    device = stack.enter_context(Device.open(bundle.manifest))
+    return lambda component: device.engine(folder, component, profiles)
