@@ -21,7 +21,7 @@ from export.hub import downloaded, is_hub_name
 from export.keys import diffusers_names
 from export.layout import MODEL_INDEX, TEXT_ENCODER_FILE, Layout, expert_folder, tokenizer_folder
 from export.schema import Shapes, part_tensors
-from export.tensor_file import BFLOAT16, Stored
+from export.tensor_file import BFLOAT16, Array, Stored
 from wan22.bundle import Source
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
@@ -32,12 +32,13 @@ NAMES_SHOWN = 3
 
 
 class Weights(Protocol):
-    """Tensors by official name. ``read`` yields one of them, read-only and in its own dtype, mapped from its file."""
+    """Tensors by official name. ``read`` gives one in its own dtype, ``pieces`` its elements a few at a time."""
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> np.dtype[Any]: ...
     def read(self, name: str) -> npt.NDArray[Any]: ...
+    def pieces(self, name: str) -> Iterable[Array]: ...
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class FileWeights:
 
     def read(self, name: str) -> npt.NDArray[Any]:
         return self.tensors[name].read()
+
+    def pieces(self, name: str) -> Iterable[Array]:
+        return self.tensors[name].pieces()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Checkpoint → ONNX bundle: author the graphs, stream the weights, write the manifest."""
 
+import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from export.graph import BFLOAT16, FLOAT, FLOAT16, GraphBuilder
 from export.input_scales import read_input_scales
 from export.linear import Fp8
 from export.lora import Lora, LoraChoice, merged, open_lora
-from export.tensor_file import FLOAT8, Array, Planned
+from export.partial import Journal, kept_bytes, resumable
+from export.tensor_file import FLOAT8, Pieces, Planned
 from export.text_encoder import text_encoder_graph
 from export.vae_decoder import vae_decoder
 from export.vae_encoder import vae_encoder
@@ -25,7 +27,6 @@ from wan22.bundle import (
     Manifest,
     file_entry,
     refuse_existing,
-    staged,
     write_manifest,
 )
 from wan22.errors import UserError
@@ -84,7 +85,8 @@ def export_checkpoint(
     """Writes the ONNX bundle of ``checkpoint`` (a folder of either layout, or a hub name) to ``folder``.
 
     Raises:
-        UserError: whatever is wrong with checkpoint, options or disk. Nothing is left behind then, nor on Ctrl-C.
+        UserError: whatever is wrong with checkpoint, options or disk. Nothing is left behind then; a killed or
+            interrupted export leaves a hidden folder that the next one of the same goes on with.
     """
     options = options or ExportOptions()
     refuse_existing(folder, overwrite=options.overwrite)
@@ -92,11 +94,10 @@ def export_checkpoint(
     loras = _opened(options, source.spec)
     parts = _parts(source.spec, options)
     needed = sum(s.size_bytes for part in parts.values() for s in declared(part.graphs.values()).values())
-    _check_disk(folder, needed)
-    with staged(folder, overwrite=options.overwrite) as temporary:
-        components = _write_parts(
-            temporary, _with_loras(source, loras), parts, options.precision, _Meter(progress, needed)
-        )
+    _check_disk(folder, needed - kept_bytes(folder))
+    with resumable(folder, _made_of(source, loras, parts), overwrite=options.overwrite) as (temporary, journal):
+        meter = _Meter(progress, needed, journal)
+        components = _write_parts(temporary, _with_loras(source, loras), parts, options.precision, meter)
         manifest = Manifest(
             kind="graphs",
             spec=source.spec,
@@ -178,10 +179,10 @@ def _fp8(precision: Precision, options: ExportOptions, scales: Mapping[str, floa
 
 
 class _Meter:
-    """Adds up stored bytes over all files for one progress bar."""
+    """Adds up stored bytes over all files for one progress bar; carries the journal to where they are written."""
 
-    def __init__(self, progress: Progress, total_bytes: int) -> None:
-        self._progress, self._total, self._done = progress, total_bytes, 0
+    def __init__(self, progress: Progress, total_bytes: int, journal: Journal) -> None:
+        self._progress, self._total, self._done, self.journal = progress, total_bytes, 0, journal
 
     def __call__(self, _key: str, size_bytes: int) -> None:
         self._done += size_bytes
@@ -195,7 +196,7 @@ def _write_parts(
     for name, part in parts.items():
         weights = declared(part.graphs.values())
         location = f"{name}.safetensors"
-        file = write_weights(folder / location, weights, _reader(source, part, weights), meter)
+        file = write_weights(folder / location, weights, _pieces(source, part, weights), meter, meter.journal)
         placed = placements(location, weights)
         for component, graph in part.graphs.items():
             graph.bind(placed, folder)
@@ -207,18 +208,29 @@ def _write_parts(
     return components
 
 
-def _reader(source: Checkpoint, part: _Part, declared_weights: Mapping[str, Planned]) -> Callable[[str], Array]:
+def _pieces(source: Checkpoint, part: _Part, declared_weights: Mapping[str, Planned]) -> Pieces:
     """Gives the tensors that the part's graphs declare: the checkpoint's, or what FP8 makes of them."""
-    read = source.weights[part.weights].read
+    weights = source.weights[part.weights]
     if part.precision not in FP8_PRECISIONS:
-        return read
+        return weights.pieces
     quantised = [key for key, planned in declared_weights.items() if planned.dtype in FLOAT8]
-    return Fp8Weights(read, source.spec.dit, quantised, part.input_scales)
+    fp8 = Fp8Weights(weights.read, source.spec.dit, quantised, part.input_scales)
+    stored = frozenset(weights.names()) - frozenset(quantised)
+    return lambda key: weights.pieces(key) if key in stored else [fp8(key)]
+
+
+def _made_of(source: Checkpoint, loras: Sequence[Lora], parts: Mapping[str, _Part]) -> str:
+    """A hash of all that decides the weights' bytes; source files count as changed when their time did."""
+    files = [path for path in sorted(source.folder.rglob("*")) if path.is_file()]
+    times = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stored = {name: (declared(part.graphs.values()), dict(part.input_scales)) for name, part in parts.items()}
+    told = (source.source.fingerprint, times, [lora.record() for lora in loras], stored)
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> tuple[File, ...]:
     target = folder / "tokenizer"
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if TOKENIZER_FILES[0] not in found:
         raise UserError(

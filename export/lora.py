@@ -6,7 +6,7 @@ the merged weights equal a merge in PyTorch bit for bit.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,7 @@ class MergedWeights:
         return self.base.shape(name)
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        changed = any(name in lora.deltas for lora in self.loras)
-        return np.dtype(np.float32) if changed else self.base.dtype(name)
+        return np.dtype(np.float32) if self._changes(name) else self.base.dtype(name)
 
     def read(self, name: str) -> npt.NDArray[Any]:
         weight = self.base.read(name)
@@ -75,6 +74,12 @@ class MergedWeights:
                 _check_finite(lora, name, change)
                 weight = np.add(weight.astype(np.float32, copy=False), change, out=change)
         return weight
+
+    def pieces(self, name: str) -> Iterable[npt.NDArray[Any]]:
+        return [self.read(name)] if self._changes(name) else self.base.pieces(name)
+
+    def _changes(self, name: str) -> bool:
+        return any(name in lora.deltas for lora in self.loras)
 
 
 def parse_lora(argument: str) -> LoraChoice:

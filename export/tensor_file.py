@@ -1,15 +1,16 @@
 """A tensor inside a file, and files that are written without ever holding a model in memory.
 
 Both formats of a checkpoint (safetensors, torch's zip) store tensors as plain little-endian rows at some offset. So one
-description serves both, and reading maps only the tensor asked for, for as long as the array lives.
+description serves both.
 """
 
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,8 @@ import numpy.typing as npt
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+
+PIECE_BYTES = 2**24
 
 Array = npt.NDArray[np.generic]
 Pieces = Callable[[str], Iterable[Array]]  # name → the tensor's elements in order, in pieces of any size
@@ -36,10 +39,25 @@ class Stored:
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Array:
-        """The tensor, read-only, mapped from the file."""
-        if self.size_bytes == 0:
-            return np.empty(self.shape, self.dtype)
-        return np.asarray(np.memmap(self.path, self.dtype, mode="r", offset=self.offset, shape=self.shape))
+        """The whole tensor, in memory of its own."""
+        result, filled = np.empty(prod(self.shape), self.dtype), 0
+        for piece in self.pieces():
+            result[filled : filled + piece.size] = piece
+            filled += piece.size
+        return result.reshape(self.shape)
+
+    def pieces(self) -> Iterator[Array]:
+        """The elements in order, flat, at most ``PIECE_BYTES`` at a time, each piece in memory of its own.
+
+        Not mapped, because what is mapped counts as memory used; and the system is told to forget what was read, or
+        126 GB of checkpoint would push everything else out of its cache.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            for start in range(0, self.size_bytes, PIECE_BYTES):
+                count = min(PIECE_BYTES, self.size_bytes - start)
+                yield np.fromfile(file, np.uint8, count).view(self.dtype)
+                os.posix_fadvise(file.fileno(), self.offset + start, count, os.POSIX_FADV_DONTNEED)
 
 
 @dataclass(frozen=True)
@@ -54,17 +72,41 @@ class Planned:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def as_torch(array: Array) -> Any:
+    """A ``torch.Tensor`` over the memory of ``array``; torch does not know numpy's bfloat16 by itself."""
+    import torch
+
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def extremes(array: Array) -> npt.NDArray[np.float32]:
+    """Smallest and largest element: what is no number shows in them, in one pass and without a mask."""
+    import torch
+
+    smallest, largest = torch.aminmax(as_torch(array))
+    return np.array([float(smallest), float(largest)], np.float32)
+
+
 class HoleyFile(io.FileIO):
     """A file whose blocks of zeros take no space on the disk."""
 
     def write(self, data: object) -> int:
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
-        if len(view) < 4096 or _any(view):
-            return super().write(view)
+        if len(view) < 4096 or any(view[:64]) or _any(view):
+            return self._write_all(view)
         end = self.seek(len(view), io.SEEK_CUR)
         if end > os.fstat(self.fileno()).st_size:
             self.truncate(end)
         return len(view)
+
+    def _write_all(self, view: memoryview) -> int:
+        """The system may take less than it is given, on a disk that is nearly full."""
+        done = 0
+        while done < len(view):
+            done += super().write(view[done:]) or 0
+        return done
 
 
 def _any(view: memoryview) -> bool:
