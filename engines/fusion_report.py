@@ -25,6 +25,7 @@ class FusionReport:
     target: Target
     compiled: Compiled
     precision: Precision
+    blocks_in_model: int = 0  # where only some of its blocks were compiled to look at
 
     # -- counts
 
@@ -62,6 +63,10 @@ class FusionReport:
 
     def total(self, kernels: Iterable[Kernel]) -> float:
         return sum(self.seconds(kernel) or 0.0 for kernel in kernels)
+
+    @property
+    def blocks_left_out(self) -> int:
+        return max(0, self.blocks_in_model - len(self.kernels_per_block))
 
     # -- what is wrong
 
@@ -102,12 +107,14 @@ class FusionReport:
     # -- plain data
 
     def summary(self) -> dict[str, Any]:
-        """Counts and figures with their units in the keys."""
-        per_block, kernels = self.kernels_per_block, self.compiled.kernels
+        """Counts of what was compiled, figures of the whole model, with their units in the keys."""
+        per_block, kernels, more = self.kernels_per_block, self.compiled.kernels, self.blocks_left_out
         return {
             "component": self.component,
             "target": self.target.name,
             "precision": str(self.precision),
+            "blocks_compiled": len(per_block),
+            "blocks_left_out": more,
             "kernels": len(kernels),
             "kernels_per_block": statistics.median_high(per_block) if per_block else None,
             "gemms": self.by_dtype("gemm"),
@@ -120,8 +127,8 @@ class FusionReport:
             "tokens": self.compiled.tokens,
             "scratch_bytes": self.compiled.scratch_bytes,
             "weights_bytes": self.compiled.weights_bytes,
-            "tflop": sum(k.flops for k in kernels) / 1e12,
-            "roofline_s": self.total(kernels),
+            "tflop": (sum(k.flops for k in kernels) + more * sum(k.flops for k in self.typical_block)) / 1e12,
+            "roofline_s": self.total(kernels) + more * self.total(self.typical_block),
             "roofline_block_s": self.total(self.typical_block),
             "problems": self.problems,
         }

@@ -54,7 +54,9 @@ def _counts(report: FusionReport) -> "RenderableType":
     table = Table(
         title=f"{s['component']} for {s['target']}, {s['precision']}", show_header=False, title_justify="left"
     )
+    left_out = f", {s['blocks_left_out']} left out: alike" if s["blocks_left_out"] else ""
     rows = {
+        "blocks compiled": f"{s['blocks_compiled']}{left_out}",
         "kernels": f"{s['kernels']}, {s['kernels_per_block']} per block" if s["kernels_per_block"] else s["kernels"],
         "matrix multiplications": f"{by_dtype(s['gemms'])}; {s['gemms_per_block']} per block",
         "attention kernels": by_dtype(s["attention"]),
