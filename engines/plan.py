@@ -105,7 +105,8 @@ class Plan:
         for part, weights in self.weights_bytes.items():
             if part == "text_encoder":
                 text = spec.text_encoder
-                scratch = PLANNER_FACTOR * TEXT_TOKENS * (2 * text.ffn_width + 4 * text.width) * wide
+                biases = text.layers * text.heads * TEXT_TOKENS  # of positions, made for all layers first
+                scratch = PLANNER_FACTOR * TEXT_TOKENS * (2 * text.ffn_width + 2 * text.width + biases) * wide
                 found.append(Memory(part, weights, scratch, 4.0 * TEXT_TOKENS * text.width))
             elif part.startswith("vae"):
                 found.append(self._vae_memory(part, weights))
