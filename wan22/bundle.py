@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -96,6 +96,7 @@ class Manifest:
     loras: tuple[MergedLora, ...] = ()
     build: Build | None = None
     format_version: int = FORMAT_VERSION
+    own_sha256: str = ""  # of the manifest with this field empty
 
     def files(self) -> dict[str, File]:
         """Every file of the bundle by path; weights that graphs share appear once."""
@@ -165,8 +166,13 @@ def refuse_existing(folder: Path, *, overwrite: bool) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    text = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    signed = replace(manifest, own_sha256=_own_sha256(manifest))
+    text = msgspec.json.format(msgspec.json.encode(signed), indent=2)
     (folder / MANIFEST).write_bytes(text + b"\n")
+
+
+def _own_sha256(manifest: Manifest) -> str:
+    return hashlib.sha256(msgspec.json.encode(replace(manifest, own_sha256=""))).hexdigest()
 
 
 def open_bundle(folder: Path, kind: Kind, *, full_check: bool = False) -> Bundle:
@@ -196,9 +202,13 @@ def _read_manifest(folder: Path, kind: Kind) -> Manifest:
                 f"format {FORMAT_VERSION}, kind {kind}",
                 f"run {stage} of this version",
             )
-        return msgspec.json.decode(content, type=Manifest)
+        manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, AttributeError) as error:
         raise UserError(f"{path}: {error}", "the manifest as written", f"run {stage} again") from None
+    if (digest := _own_sha256(manifest)) != manifest.own_sha256:
+        told = f"{manifest.own_sha256[:12]}… written in it"
+        raise UserError(f"{path} was edited: sha256 {digest[:12]}…", told, f"run {stage} again")
+    return manifest
 
 
 def _check_file(folder: Path, file: File, stage: str, *, full_check: bool) -> None:

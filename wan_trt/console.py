@@ -23,24 +23,29 @@ GIBIBYTE = 2**30
 
 @contextmanager
 def bars() -> Iterator[Progress]:
-    """One bar for every task that reports, kept on screen when it is full."""
-    with Bars(
+    """One bar for every task that reports, kept on screen when it is full; nothing before the first one does."""
+    shown = Bars(
         TextColumn("{task.description:<18}"),
         BarColumn(bar_width=30),
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-    ) as shown:
-        tasks: dict[str, TaskID] = {}
+    )
+    tasks: dict[str, TaskID] = {}
 
-        def progress(task: str, done: int, total: int, unit: str = "") -> None:
-            if task not in tasks:
-                tasks[task] = shown.add_task(task, total=total, amount="")
-            seconds = shown.tasks[tasks[task]].elapsed or 0.0
-            shown.update(tasks[task], completed=done, total=total, amount=_amount(done, total, unit, seconds))
+    def progress(task: str, done: int, total: int, unit: str = "") -> None:
+        if task not in tasks:
+            shown.start()
+            tasks[task] = shown.add_task(task, total=total, amount="")
+        seconds = shown.tasks[tasks[task]].elapsed or 0.0
+        shown.update(tasks[task], completed=done, total=total, amount=_amount(done, total, unit, seconds))
 
+    try:
         yield progress
+    finally:
+        if tasks:
+            shown.stop()
 
 
 def _amount(done: int, total: int, unit: str, seconds: float) -> str:

@@ -1,12 +1,12 @@
 """A pipeline opens the backend that built its engines, or says what is missing."""
 
-import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from runtime.pipeline import Pipeline
-from wan22.bundle import MANIFEST
+from wan22.bundle import open_bundle, write_manifest
 from wan22.errors import UserError
 
 
@@ -16,9 +16,8 @@ def edited(tmp_path, tiny_engines):
 
     def copy(backend):
         shutil.copytree(tiny_engines, tmp_path / "engines")
-        manifest = json.loads((tmp_path / "engines" / MANIFEST).read_text())
-        manifest["build"]["backend"] = backend
-        (tmp_path / "engines" / MANIFEST).write_text(json.dumps(manifest))
+        manifest = open_bundle(tiny_engines, "engines").manifest
+        write_manifest(tmp_path / "engines", replace(manifest, build=replace(manifest.build, backend=backend)))
         return tmp_path / "engines"
 
     return copy

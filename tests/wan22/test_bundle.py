@@ -41,7 +41,8 @@ def write_bundle(folder: Path, **changes: object) -> Manifest:
 
 def test_what_is_written_is_read_back(tmp_path):
     manifest = write_bundle(tmp_path / "b")
-    assert open_bundle(tmp_path / "b", "graphs").manifest == manifest
+    read = open_bundle(tmp_path / "b", "graphs").manifest
+    assert replace(read, own_sha256="") == manifest
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -115,3 +116,11 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     with staged(tmp_path / "b", overwrite=True) as temporary:
         (temporary / "new").touch()
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["new"]
+
+
+def test_an_edited_manifest_is_refused(tmp_path):
+    write_bundle(tmp_path / "b")
+    path = tmp_path / "b" / MANIFEST
+    path.write_text(path.read_text().replace('"fp32"', '"fp16"', 1))
+    with pytest.raises(UserError, match=r"bundle\.json was edited"):
+        open_bundle(tmp_path / "b", "graphs")
