@@ -208,8 +208,12 @@ def _unknown_sizes(dims: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]])
     grid, text = shapes.get("rope_cos", ())[:3], shapes.get("input_ids", ())
     if not grid:
         return (text[-1],) * len(dims) if text else ()
+    if len(dims) == 5 and dims[0] == 1:  # a video [1, C, T, h, w]: of latents, or of tokens after the patch embedding
+        latents = shapes.get("latents", ())
+        video = latents[2:] if latents and dims[1] < 4 * latents[1] else grid
+        return tuple(size for dim, size in zip(dims[2:], video, strict=True) if dim == -1)
     if dims.count(-1) == 1:
-        return (grid[0] if len(dims) == 5 else prod(grid),)
+        return (prod(grid),)
     if dims.count(-1) == 2:
         return (prod(grid), prod(grid)) if dims[-2:] == (-1, -1) else (grid[0], prod(grid[1:]))
     return grid

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from wan22.errors import UserError
-from wan_trt.commands import build, client, demo, export, generate, serve, synth, triton, validate
+from wan_trt.commands import build, client, demo, export, generate, inspect, plan, serve, synth, triton, validate
 
 app = typer.Typer(
     name="wan-trt",
@@ -41,7 +41,7 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
     return guard
 
 
-for command in (synth, export, build, generate, validate, demo, triton, serve, client):
+for command in (plan, synth, export, build, inspect, generate, validate, demo, triton, serve, client):
     app.command(command.__name__.rpartition(".")[2])(guarded(command.run))
 
 

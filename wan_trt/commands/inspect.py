@@ -1,0 +1,40 @@
+"""``wan-trt inspect``: which kernels the compiler made of the graphs."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wan22.errors import UserError
+from wan_trt.console import bars, console
+
+
+def run(
+    folder: Annotated[Path, typer.Argument(help="Engines, or an ONNX bundle to look at.", show_default=False)],
+    target: Annotated[str | None, typer.Option(help="GPU to compile an ONNX bundle for.")] = None,
+    component: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
+    size: Annotated[str | None, typer.Option(help="As for build.")] = None,
+    frames: Annotated[str | None, typer.Option(help="As for build.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with a diagram of a block.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of tables.")] = False,
+) -> int:
+    """Show kernels, types, copies, memory and roofline times. Exit code 1 when something is badly compiled."""
+    from engines.fusion_views import as_html, as_text
+    from engines.inspection import inspect_bundle, inspect_engines
+
+    if target is None:
+        if component or size or frames:
+            raise UserError("--component, --size or --frames", "an ONNX bundle to compile", "name a --target as well")
+        reports = inspect_engines(folder)
+    else:
+        with bars() as progress:
+            reports = inspect_bundle(folder, target, (size, frames), component or (), progress)
+    if html is not None:
+        html.write_text(as_html(reports, str(folder)), encoding="utf-8")
+    if as_json:
+        print(json.dumps([report.summary() for report in reports]))
+    else:
+        for part in (part for report in reports for part in as_text(report)):
+            console.print(part)
+    return 1 if any(report.problems for report in reports) else 0

@@ -1,0 +1,35 @@
+"""``wan-trt plan``: what a model costs on a target, before anything is downloaded."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from wan22.specs import Precision, spec_named
+from wan_trt.arguments import Frames, Size, size_of
+from wan_trt.console import console
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="A model, such as t2v-a14b.", show_default=False)],
+    target: Annotated[str, typer.Option(help="GPU such as rtx4090 or h100, cpu, or auto.")],
+    precision: Annotated[Precision, typer.Option(help="Of the transformer.")] = Precision.BF16,
+    size: Size = None,
+    frames: Frames = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Print parameters, sizes, memory, arithmetic and roofline times. Needs neither weights nor a GPU."""
+    from engines.plan import make_plan
+    from engines.plan_view import as_text
+    from engines.targets import target_named
+
+    spec = spec_named(model)
+    width, height = size_of(size) or spec.sampling.sizes[0]
+    video = (width, height, spec.sampling.frames if frames is None else frames)
+    plan = make_plan(spec, target_named(target), precision, video, steps)
+    if as_json:
+        print(json.dumps(plan.as_json()))
+        return
+    for part in as_text(plan):
+        console.print(part)
