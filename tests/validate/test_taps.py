@@ -1,0 +1,64 @@
+"""A tapped graph tells the largest magnitude of what enters every linear, and computes what it computed before."""
+
+import numpy as np
+import pytest
+
+from export.dit import dit_graph
+from export.graph import BFLOAT16, FLOAT
+from export.schema import DIT_LINEARS_PER_BLOCK, dit_tensors
+from tests.export.conftest import made_up
+from tests.export.test_dit import inputs_for
+from validate.emulation import emulate
+from validate.graph_session import filled, opened
+from validate.taps import Tapped, add_taps, linear_inputs
+from wan22.specs import SPECS
+
+SPEC = SPECS["ti2v-5b-tiny"].dit
+INPUTS = inputs_for(SPEC, 2, 8, 8, [0.0, 900.0])
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return made_up(dit_tensors(SPEC))
+
+
+def test_every_linear_of_every_block_is_found(weights):
+    expected = {f"blocks.{layer}.{name}" for layer in range(SPEC.layers) for name in DIT_LINEARS_PER_BLOCK}
+    assert set(linear_inputs(filled(dit_graph(SPEC), weights.__getitem__))) == expected
+
+
+def test_the_maxima_are_those_of_the_tensors(weights):
+    plain = filled(dit_graph(SPEC), weights.__getitem__)
+    values = linear_inputs(plain)
+    plain.graph.outputs.append(values["blocks.1.ffn.2"])
+    velocity, rows = opened(plain)(**INPUTS)
+    model = filled(dit_graph(SPEC), weights.__getitem__)
+    tapped = linear_inputs(model)
+    add_taps(model, tapped)
+    forward = Tapped(opened(model), tapped)
+    assert np.array_equal(forward(**INPUTS), velocity)
+    assert forward.largest["blocks.1.ffn.2"] == np.abs(rows).max()
+    assert forward.largest["blocks.0.self_attn.q"] == forward.largest["blocks.0.self_attn.v"]
+
+
+def test_maxima_grow_over_calls(weights):
+    model = filled(dit_graph(SPEC), weights.__getitem__)
+    tapped = linear_inputs(model)
+    add_taps(model, tapped)
+    forward = Tapped(opened(model), tapped)
+    forward(**INPUTS)
+    once = forward.largest
+    forward(**INPUTS | {"latents": 0 * INPUTS["latents"]})
+    assert forward.calls == 2
+    assert all(forward.largest[label] >= once[label] for label in once)
+
+
+def test_a_bfloat16_graph_is_tapped_and_then_emulated(weights):
+    model = filled(dit_graph(SPEC, BFLOAT16), weights.__getitem__)
+    tapped = linear_inputs(model)
+    add_taps(model, tapped)
+    emulate(model)
+    forward = Tapped(opened(model), tapped)
+    forward(**INPUTS)
+    assert all(value > 0 for value in forward.largest.values())
+    assert {output.dtype for output in model.graph.outputs} == {FLOAT}

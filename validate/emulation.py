@@ -1,0 +1,65 @@
+"""A graph in 16 bits, rewritten so that a CPU computes its numbers: float32 arithmetic, rounded where 16 bits are kept.
+
+ONNX Runtime has no bfloat16 kernels for the CPU, but it casts to bfloat16 and back. So every tensor of the type becomes
+float32, and each result that the compiled graph would keep in 16 bits goes through that cast and back. Kept in full, as
+fused kernels keep them, are an attention's logits (they stay in registers between the two matrix products), what FP8
+quantisation reads, and dequantised FP8 numbers (they enter the matrix product as they are, its scale applied in
+float32). FP8 itself needs no emulation: ONNX Runtime quantises on the CPU, and the products of FP8 numbers are exact in
+float32.
+"""
+
+import onnx_ir as ir
+
+# Operators that hand on numbers without computing any.
+MOVING = frozenset(
+    {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Split", "Concat", "Identity", "Expand", "Gather"}
+)
+IN_REGISTERS = frozenset({"Softmax", "QuantizeLinear"})  # these read what comes before them unrounded
+FLOAT = ir.DataType.FLOAT
+
+
+def emulate(model: ir.Model, emulated: ir.DataType = ir.DataType.BFLOAT16) -> None:
+    """Rewrites ``model`` in place; all its inputs and outputs are float32 or integers, and stay what they are."""
+    graph = model.graph
+    for weight in list(graph.initializers.values()):
+        if weight.dtype == emulated:
+            _widen(graph, weight)
+    for node in list(graph):
+        for index, output in enumerate(node.outputs):
+            if output.dtype == emulated:
+                output.type = ir.TensorType(FLOAT)
+                if _rounds(node, output):
+                    _round(graph, node, index, emulated)
+        if node.op_type == "DequantizeLinear":
+            node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(FLOAT))
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == emulated:
+            node.attributes["to"] = ir.AttrInt64("to", int(FLOAT))
+
+
+def _widen(graph: ir.Graph, weight: ir.Value) -> None:
+    """A stored weight keeps its 16 bits; what reads it reads a float32 copy."""
+    cast = ir.node("Cast", [weight], {"to": int(FLOAT)}, name=f"{weight.name}/widened")
+    wide = cast.outputs[0]
+    wide.name, wide.type, wide.shape = f"{weight.name}/float32", ir.TensorType(FLOAT), weight.shape
+    weight.replace_all_uses_with(wide)
+    cast.replace_input_with(0, weight)
+    graph.insert_before(graph[0], cast)
+
+
+def _rounds(node: ir.Node, output: ir.Value) -> bool:
+    """Whether the compiled graph keeps this result in 16 bits."""
+    if node.op_type in MOVING or node.op_type == "DequantizeLinear":
+        return False
+    readers = {use.node.op_type for use in output.uses()}
+    return not readers or not readers <= IN_REGISTERS
+
+
+def _round(graph: ir.Graph, node: ir.Node, index: int, emulated: ir.DataType) -> None:
+    value = node.outputs[index]
+    there = ir.node("Cast", [value], {"to": int(emulated)}, name=f"{value.name}/rounded")
+    back = ir.node("Cast", [there.outputs[0]], {"to": int(FLOAT)}, name=f"{value.name}/restored")
+    there.outputs[0].name, there.outputs[0].type = f"{value.name}/16", ir.TensorType(emulated)
+    back.outputs[0].name, back.outputs[0].type = f"{value.name}/32", ir.TensorType(FLOAT)
+    value.replace_all_uses_with(back.outputs[0])
+    there.replace_input_with(0, value)
+    graph.insert_after(node, [there, back])
