@@ -55,9 +55,11 @@ class Stored:
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
             for start in range(0, self.size_bytes, PIECE_BYTES):
-                count = min(PIECE_BYTES, self.size_bytes - start)
-                yield np.fromfile(file, np.uint8, count).view(self.dtype)
-                os.posix_fadvise(file.fileno(), self.offset + start, count, os.POSIX_FADV_DONTNEED)
+                count, here = min(PIECE_BYTES, self.size_bytes - start), self.offset + start
+                piece = np.fromfile(file, np.uint8, count).view(self.dtype)
+                os.posix_fadvise(file.fileno(), here + count, PIECE_BYTES, os.POSIX_FADV_WILLNEED)
+                yield piece
+                os.posix_fadvise(file.fileno(), here, count, os.POSIX_FADV_DONTNEED)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ tool that reads safetensors can look inside; ONNX addresses the same bytes by of
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +70,7 @@ def write_weights(
     """
     header = header_bytes(weights, alignment_bytes=PAGE_BYTES)
     begun, digest = journal.verified(path) if journal else (0, hashlib.sha256())
-    with HoleyFile(path, "r+" if begun else "w") as file, ThreadPoolExecutor(2) as pool:
+    with HoleyFile(path, "r+" if begun else "w") as file, ThreadPoolExecutor(2) as pool, _one_thread():
         file.truncate(begun)
         sink, marked, end = _Sink(file, digest, pool), begun, len(header)
         sink.put(b"" if begun else header)
@@ -85,6 +86,19 @@ def write_weights(
     if journal and entry.size_bytes > marked:
         journal.record(entry)
     return entry
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch with one thread: several wait for each other by spinning, and leave no core for hashing and writing."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Sink:
