@@ -11,6 +11,8 @@ from runtime.engine import Arrays, check_inputs
 from wan22.bundle import Component
 from wan22.shapes import Profile
 
+PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")  # the first comes with onnxruntime-gpu
+
 
 class OnnxRuntimeEngine:
     """The engine of one component of a bundle of kind "engines" with backend ``onnxruntime``."""
@@ -20,10 +22,10 @@ class OnnxRuntimeEngine:
         folder: Path,
         component: Component,
         profiles: Sequence[Profile] = (),
-        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        providers: tuple[str, ...] = PREFERRED,
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
-        self._path, self._profiles, self._providers = folder / component.graph.path, profiles, list(providers)
+        self._path, self._profiles, self._providers = folder / component.graph.path, profiles, providers
         self._session: Any = None
 
     def __enter__(self) -> Self:
@@ -31,7 +33,9 @@ class OnnxRuntimeEngine:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # warnings about fusions that did not apply are of no use to a user
-        self._session = onnxruntime.InferenceSession(self._path, options, providers=self._providers)
+        there = onnxruntime.get_available_providers()
+        usable = [provider for provider in self._providers if provider in there]
+        self._session = onnxruntime.InferenceSession(self._path, options, providers=usable)
         return self
 
     def __exit__(
