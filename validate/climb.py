@@ -5,14 +5,18 @@ steps it did make still count.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
+
+from PIL import Image
 
 from runtime.arrays import NonFiniteError
 from runtime.denoise import Step
 from runtime.request import CompleteRequest
 from validate.ours import Ours
-from validate.reference import F32, Reference
+from validate.reference import NOTHING, Given, ImageCondition, Reference
+from validate.reference_parts import F32
 from validate.reference_run import ReferenceStep, run
 from validate.thresholds import Thresholds
 from wan22.progress import Progress
@@ -48,9 +52,44 @@ class Climb:
         encode = self.reference.embeddings
         return {name: encode(self.reference.token_ids(text)) for name, text in self.prompts.items()}
 
+    @property
+    def images(self) -> dict[str, Image.Image]:
+        """The request's, by name."""
+        named = {"first image": self.request.image, "last image": self.request.last_image}
+        return {name: image for name, image in named.items() if image is not None}
+
+    @cached_property
+    def pixels(self) -> dict[str, F32]:
+        """The reference's ``[1, 3, H, W]`` by the name of the image."""
+        size, fit = (self.request.width, self.request.height), self.request.fit
+        return {name: self.reference.pixels(image, size, fit) for name, image in self.images.items()}
+
+    @cached_property
+    def condition(self) -> ImageCondition:
+        """The reference's; only where there is an image."""
+        return self.reference.condition(self.pixels["first image"], self.request.frames, self.pixels.get("last image"))
+
+    @property
+    def given(self) -> Given:
+        """What the reference's transformer is given of the image; nothing without one."""
+        return self.condition.given if self.images else NOTHING
+
+    @cached_property
+    def our_given(self) -> Given:
+        return self.ours.given(self.request)
+
+    @cached_property
+    def without_image(self) -> "Climb":
+        """The text to video that a model for both makes of the same request."""
+        request = replace(self.request, image=None, last_image=None)
+        other = Climb(self.ours, self.reference, request, self.limits, self._progress)
+        other.text = self.text
+        return other
+
     @cached_property
     def reference_steps(self) -> list[ReferenceStep]:
-        steps = run(self.reference, self.request, self.text["prompt"], self.text.get("negative prompt"))
+        text, negative = self.text["prompt"], self.text.get("negative prompt")
+        steps = run(self.reference, self.request, text, negative, self.given)
         return list(self._watched(steps, "PyTorch run"))
 
     @cached_property

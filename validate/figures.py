@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from validate.ladder import Row
-from validate.reference import F32
+from validate.reference_parts import F32
+from validate.row import Row
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 

@@ -6,37 +6,20 @@ checkpoint and the request.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from validate import thresholds
+from validate import ladder_image, thresholds
 from validate.climb import Climb
-from validate.metrics import FRAME_RANGE, Metrics, compare, difference_per_frame, incomparable
-from validate.reference import F32, time_features
+from validate.metrics import FRAME_RANGE, compare, difference_per_frame, incomparable
+from validate.reference_parts import F32, time_features
 from validate.reference_run import lists, noise
-from validate.thresholds import Limit
-from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
+from validate.row import Row
+from wan22.specs import TRAIN_TIMESTEPS, ModelSpec, Task
 
 VELOCITY_POINTS = 4  # timesteps per expert, evenly over the range it works in
-
-
-@dataclass(frozen=True)
-class Row:
-    """One claim. ``component`` is a graph of the model, "tokenizer", "sampler" or "video"."""
-
-    name: str
-    component: str
-    metrics: Metrics
-    limit: Limit
-    note: str = ""
-    step: int | None = None  # of the run, from 1
-    timestep: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        return self.limit.accepts(self.metrics)
 
 
 Rung = Callable[[Climb], Iterator[Row]]
@@ -45,9 +28,11 @@ Rung = Callable[[Climb], Iterator[Row]]
 def rungs(spec: ModelSpec) -> tuple[Rung, ...]:
     """The ladder of a model, from the bottom."""
     experts = tuple(partial(velocities, expert=expert) for expert in spec.experts)
+    both_modes = (text_mode,) if spec.task == Task.TI2V else ()
     known: tuple[tuple[str, tuple[Rung, ...]], ...] = (
         ("text_encoder", (token_ids, embeddings)),
-        (spec.experts[0], (schedule, initial_noise, time_conditions, *experts, trajectory)),
+        ("vae_encoder_first", (ladder_image.pixels, ladder_image.encoder, ladder_image.condition)),
+        (spec.experts[0], (schedule, initial_noise, time_conditions, *experts, trajectory, *both_modes)),
         ("vae_decoder_first", (decoder, video)),
     )
     return tuple(rung for component, its in known if component in spec.components for rung in its)
@@ -102,12 +87,18 @@ def velocities(climb: Climb, expert: str) -> Iterator[Row]:
         for name in climb.text:
             row = f"velocity at its first step, {name}"
             yield _velocity(climb, expert, row, (first.before, first.timestep, climb.text[name]))
-    start = noise(climb.request.latent_shape, climb.request.seed)
+    yield from _velocities_everywhere(climb, expert, "velocity at t = {:g}")
+
+
+def _velocities_everywhere(climb: Climb, expert: str, name: str) -> Iterator[Row]:
+    """With the reference's finished latents, noisy as they are at each timestep; ``name`` has room for it."""
+    start, image = noise(climb.request.latent_shape, climb.request.seed), climb.given.first_frame
     for timestep in velocity_points(climb.spec, expert):
         sigma = np.float32(timestep / TRAIN_TIMESTEPS)
         noisy = (1 - sigma) * climb.latents + sigma * start
-        row = f"velocity at t = {timestep:g}"
-        yield _velocity(climb, expert, row, (noisy, timestep, climb.text["prompt"]))
+        if image is not None:
+            noisy[:, :, :1] = image
+        yield _velocity(climb, expert, name.format(timestep), (noisy, timestep, climb.text["prompt"]))
 
 
 def velocity_points(spec: ModelSpec, expert: str) -> list[float]:
@@ -118,7 +109,8 @@ def velocity_points(spec: ModelSpec, expert: str) -> list[float]:
 
 
 def _velocity(climb: Climb, expert: str, name: str, inputs: tuple[F32, float, F32]) -> Row:
-    metrics = compare(climb.ours.velocity(expert, *inputs), climb.reference.velocity(expert, *inputs))
+    ours, theirs = (side.velocity(expert, *inputs, climb.given) for side in (climb.ours, climb.reference))
+    metrics = compare(ours, theirs)
     return Row(name, expert, metrics, climb.limits[expert].velocity, timestep=inputs[1])
 
 
@@ -131,6 +123,16 @@ def trajectory(climb: Climb) -> Iterator[Row]:
         note = "" if ours is None or ours.expert == theirs.expert else f"ours ran {ours.expert}"
         name = f"latents after step {theirs.index + 1}"
         yield Row(name, theirs.expert, metrics, limit, note, theirs.index + 1, theirs.timestep)
+
+
+def text_mode(climb: Climb) -> Iterator[Row]:
+    """The same request as text to video, for models that can do both: no frame is given, every token has the same t."""
+    plain = climb.without_image
+    for expert in climb.spec.experts:
+        yield from _velocities_everywhere(plain, expert, "text mode, velocity at t = {:g}")
+    *_, last = trajectory(plain)
+    name, note = "text mode, latents after the last step", last.note or f"{last.step} steps on each side"
+    yield replace(last, name=name, note=note, step=None)
 
 
 def decoder(climb: Climb) -> Iterator[Row]:

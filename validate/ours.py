@@ -1,18 +1,21 @@
 """Our side of the comparison: the runtime's own pipeline, asked in the words of the reference."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from runtime.arrays import F32
 from runtime.conditioning import rope_tables, time_features
 from runtime.denoise import Step
+from runtime.image_condition import Fit, fitted
 from runtime.noise import standard_normal
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
 from runtime.schedule import make_schedule
-from validate.reference import I64
+from runtime.vae import encode
+from validate.reference import NOTHING, Given
+from validate.reference_parts import I64
 from wan22.specs import PATCH
 
 
@@ -40,14 +43,28 @@ class Ours:
         """``[steps, freq_width]``."""
         return time_features(timesteps, self._dit.freq_width)
 
-    def velocity(self, expert: str, latents: F32, timestep: float, text: F32) -> F32:
+    def pixels(self, image: Image.Image, size: tuple[int, int], fit: Fit) -> F32:
+        """``[1, 3, H, W]``."""
+        return fitted(image, self._pipeline.spec.task, size, fit)[:, :, 0]
+
+    def encode(self, video: F32) -> F32:
+        """Normalised latents of frames ``[1, 3, F, H, W]``, chunk by chunk."""
+        following = self._pipeline.engine("vae_encoder_next") if video.shape[2] > 1 else None
+        return encode(self._pipeline.engine("vae_encoder_first"), following, video)
+
+    def given(self, request: CompleteRequest) -> Given:
+        return Given(**self._pipeline.image_condition(request))
+
+    def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = NOTHING) -> F32:
         frames, height, width = latents.shape[-3:]
         cos, sin = rope_tables(self._dit.head_width, frames, height // PATCH[1], width // PATCH[2])
-        times = time_features([timestep] * self._dit.time_rows, self._dit.freq_width)
-        velocity: Any = self._pipeline.engine(expert)(
-            latents=latents, time_features=times, text=text, rope_cos=cos, rope_sin=sin
-        )
-        return np.asarray(velocity)
+        times = [timestep] * self._dit.time_rows
+        if given.first_frame is not None:
+            times[0] = 0.0
+        inputs = {"latents": latents, "time_features": self.time_features(times), "text": text}
+        if given.condition is not None:
+            inputs["condition"] = given.condition
+        return np.asarray(self._pipeline.engine(expert)(**inputs, rope_cos=cos, rope_sin=sin))
 
     def run(self, request: CompleteRequest) -> Iterator[Step]:
         return self._pipeline.denoise(request)

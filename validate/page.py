@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from validate.figures import DARK, LIGHT, drift_plot
-from validate.ladder import Row
+from validate.row import Row
 from validate.wording import Line, line
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def section_title(row: Row) -> str:
     if row.step is not None:
         return "Latents, step by step"
     fixed = {"tokenizer": "Text", "text_encoder": "Text", "sampler": "Schedule and noise", "video": "Video"}
+    if row.component == "image" or row.component.startswith("vae_encoder"):
+        return "Image"
     if row.component.startswith("vae_"):
         return "VAE"
     return fixed.get(row.component, f"Transformer, {row.component}")

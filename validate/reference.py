@@ -1,39 +1,54 @@
-"""What PyTorch computes from the same checkpoint: transformers' UMT5 encoder, diffusers' Wan transformers and VAE.
+"""What PyTorch computes from the same checkpoint, tensor by tensor.
 
-Their modules are filled from the project's own reading of the checkpoint, through its own key maps, strictly: a tensor
-that is missing, left over or of another shape stops the load. diffusers' single-file loaders are no alternative, they
-configure every Wan2.2 transformer as one of Wan2.1 (wan22.md §1.3). Everything is float32. Nothing here is shared with
-the runtime, so that a mistake has to be made twice to go unseen.
-
-One thing in diffusers is changed: the sinusoid of the timestep. The official code computes it in float64 (§2.3),
-diffusers in float32, where the angle of t = 999 is already 3e-5 off. That alone moves a velocity by 1e-5 and would hide
-as much of our own error, so the reference does as the official code does, and the ladder holds ours against both.
+Nothing here is shared with the runtime, so that a mistake has to be made twice to go unseen. The modules are those of
+:mod:`validate.reference_parts`; tensors enter and leave as numpy arrays, so nobody outside needs torch.
 """
 
 import html
-import math
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL import Image
 
 from export.checkpoint import Checkpoint
-from export.keys import diffusers_names, dit_config, text_encoder_config, vae_config
+from validate.convolution import OneDnnConvolutions
+from validate.reference_image import conditioning, pixels
+from validate.reference_parts import F32, I64, load_part, to_numpy
 from wan22.progress import Progress, silent
-from wan22.specs import TEXT_TOKENS
+from wan22.specs import PATCH, TEXT_TOKENS, Task
 
-F32 = NDArray[np.float32]
-I64 = NDArray[np.int64]
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What an image tells the transformer. Nothing: text to video."""
+
+    condition: F32 | None = None  # [1, 20, T, h, w], mask and encoded video (I2V)
+    first_frame: F32 | None = None  # [1, z, 1, h, w], the encoded image (TI2V)
+
+
+NOTHING = Given()
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCondition:
+    """The way from an image to what the transformer is given."""
+
+    video: F32  # [1, 3, F, H, W] that the VAE encodes; F is 1 for TI2V
+    mask: F32 | None  # [1, 4, T, h, w], I2V only
+    latents: F32  # [1, z, T, h, w], normalised
+
+    @property
+    def given(self) -> Given:
+        if self.mask is None:
+            return Given(first_frame=self.latents)
+        return Given(condition=np.concatenate([self.mask, self.latents], axis=1))
 
 
 class Reference:
-    """The PyTorch side of one checkpoint. Parts are loaded when first asked for; of the experts one at a time stays.
-
-    Tensors enter and leave as numpy arrays: nobody outside needs torch.
-    """
+    """The PyTorch side of one checkpoint. Parts are loaded when first asked for; of the experts one at a time stays."""
 
     def __init__(self, checkpoint: Checkpoint, progress: Progress = silent) -> None:
         self.checkpoint, self.spec = checkpoint, checkpoint.spec
@@ -56,17 +71,41 @@ class Reference:
         ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.int64)
         ids[:, :tokens] = torch.from_numpy(token_ids)
         mask = (torch.arange(TEXT_TOKENS) < tokens).to(torch.int64)[None]
-        hidden = self._part("text_encoder", _text_encoder)(input_ids=ids, attention_mask=mask).last_hidden_state
-        return _numpy(hidden * mask[..., None])
+        hidden = self._part("text_encoder")(input_ids=ids, attention_mask=mask).last_hidden_state
+        return to_numpy(hidden * mask[..., None])
+
+    def pixels(self, image: Image.Image, size: tuple[int, int], fit: str) -> F32:
+        """An RGB image as ``[1, 3, H, W]`` of ``size`` (width, height), in about [-1, 1]."""
+        return to_numpy(pixels(image, self.spec.task, size, fit))
 
     @torch.inference_mode()
-    def velocity(self, expert: str, latents: F32, timestep: float, text: F32) -> F32:
+    def condition(self, first: F32, frames: int, last: F32 | None = None) -> ImageCondition:
+        """What a video of ``frames`` is conditioned on by its first frame ``[1, 3, H, W]``, and maybe its last."""
+        other = None if last is None else torch.from_numpy(last)
+        with OneDnnConvolutions():
+            found = conditioning(self._part("vae"), self.spec.task, frames, torch.from_numpy(first), other)
+        video, mask, latents = found
+        return ImageCondition(to_numpy(video), None if mask is None else to_numpy(mask), to_numpy(latents))
+
+    @torch.inference_mode()
+    def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = NOTHING) -> F32:
         """``[1, z, T, h, w]`` from ``expert`` for ``timestep`` on the 0…1000 scale and text ``[1, 512, width]``."""
         for other in set(self.spec.experts) - {expert}:
             self._parts.pop(other, None)
-        time = torch.tensor([timestep], dtype=torch.float32)
-        inputs = {"hidden_states": torch.from_numpy(latents), "encoder_hidden_states": torch.from_numpy(text)}
-        return _numpy(self._part(expert, _transformer)(timestep=time, return_dict=False, **inputs)[0])
+        seen = latents if given.condition is None else np.concatenate([latents, given.condition], axis=1)
+        inputs = {"hidden_states": torch.from_numpy(seen), "encoder_hidden_states": torch.from_numpy(text)}
+        time = self._timestep(timestep, latents, given)
+        return to_numpy(self._part(expert)(timestep=time, return_dict=False, **inputs)[0])
+
+    def _timestep(self, timestep: float, latents: F32, given: Given) -> torch.Tensor:
+        """``[1]``, or for TI2V one of every token, ``[1, L]``: those of a frame that is given are at time 0 (§2.6)."""
+        if self.spec.task != Task.TI2V:
+            return torch.tensor([timestep], dtype=torch.float32)
+        frames, height, width = latents.shape[2:]
+        times = torch.full((frames, height // PATCH[1], width // PATCH[2]), timestep, dtype=torch.float32)
+        if given.first_frame is not None:
+            times[0] = 0
+        return times.reshape(1, -1)
 
     @torch.inference_mode()
     def decode(self, latents: F32) -> F32:
@@ -74,14 +113,12 @@ class Reference:
         vae = self.spec.vae
         mean, std = (torch.tensor(values).reshape(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
         latent = torch.from_numpy(latents) / (1 / std) + mean  # wan22.md §4.3
-        return _numpy(self._part("vae", _autoencoder).decode(latent, return_dict=False)[0])
+        with OneDnnConvolutions():
+            return to_numpy(self._part("vae").decode(latent, return_dict=False)[0])
 
-    def _part(self, name: str, build: Callable[[Checkpoint], Any]) -> Any:
+    def _part(self, name: str) -> Any:
         if name not in self._parts:
-            with torch.device("meta"):
-                module = build(self.checkpoint)
-            _fill(module, self.checkpoint, name, self._progress)
-            self._parts[name] = module.eval()
+            self._parts[name] = load_part(self.checkpoint, name, self._progress)
         return self._parts[name]
 
 
@@ -89,75 +126,3 @@ def _cleaned(prompt: str) -> str:
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()).strip()
-
-
-def _text_encoder(checkpoint: Checkpoint) -> Any:
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    return UMT5EncoderModel(UMT5Config(**text_encoder_config(checkpoint.spec)))
-
-
-def _transformer(checkpoint: Checkpoint) -> Any:
-    from diffusers import WanTransformer3DModel
-    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-
-    config = _arguments(dit_config(checkpoint.spec))
-    module = WanTransformer3DModel(**config)
-    module.condition_embedder.timesteps_proj = _Sinusoid(config["freq_dim"])
-    with torch.device("cpu"):  # its tables are computed, not loaded
-        module.rope = WanRotaryPosEmbed(config["attention_head_dim"], config["patch_size"], config["rope_max_seq_len"])
-    return module
-
-
-class _Sinusoid(torch.nn.Module):
-    """Timesteps ``[B]`` to ``[B, width]``, as the official code has it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        return sinusoid(timesteps, self.width)
-
-
-def sinusoid(timesteps: torch.Tensor, width: int) -> torch.Tensor:
-    """``[B, width]`` in float32, computed in float64: cosines, then sines (wan22.md §2.3)."""
-    frequencies = torch.exp(torch.arange(width // 2, dtype=torch.float64) * (-math.log(10000) / (width // 2)))
-    angles = timesteps.to(torch.float64)[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
-
-
-def time_features(timesteps: F32 | I64, width: int) -> dict[str, F32]:
-    """``[steps, width]`` in the official precision, float64, and as diffusers computes it, in float32."""
-    from diffusers.models.embeddings import Timesteps
-
-    times = torch.from_numpy(timesteps)
-    own = Timesteps(num_channels=width, flip_sin_to_cos=True, downscale_freq_shift=0)
-    return {"float64": _numpy(sinusoid(times, width)), "float32": _numpy(own(times.float()))}
-
-
-def _autoencoder(checkpoint: Checkpoint) -> Any:
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(**_arguments(vae_config(checkpoint.spec)))
-
-
-def _arguments(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def _fill(module: Any, checkpoint: Checkpoint, part: str, progress: Progress) -> None:
-    """Gives the meta tensors of ``module`` the checkpoint's values, as float32. Raises RuntimeError on any mismatch."""
-    names, weights, state = diffusers_names(part, checkpoint.spec), checkpoint.weights[part], {}
-    for done, (official, theirs) in enumerate(names.items(), 1):
-        state[theirs] = torch.from_numpy(np.array(weights.read(official), np.float32))
-        progress(f"reference {part}", done, len(names), "tensors")
-    if "shared.weight" in state:  # transformers keeps the same tensor under a second name
-        state["encoder.embed_tokens.weight"] = state["shared.weight"]
-    module.load_state_dict(state, strict=True, assign=True)
-    module.requires_grad_(False)
-
-
-def _numpy(tensor: Any) -> F32:
-    array: F32 = tensor.float().contiguous().numpy()
-    return array

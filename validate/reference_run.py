@@ -15,7 +15,8 @@ import torch
 
 from runtime.request import CompleteRequest
 from runtime.schedule import SolverName
-from validate.reference import F32, I64, Reference
+from validate.reference import NOTHING, Given, Reference
+from validate.reference_parts import F32, I64
 from wan22.specs import TRAIN_TIMESTEPS
 
 
@@ -37,24 +38,32 @@ def noise(shape: tuple[int, ...], seed: int) -> F32:
     return values
 
 
-def run(reference: Reference, request: CompleteRequest, text: F32, negative: F32 | None) -> Iterator[ReferenceStep]:
-    """Denoises from noise, yielding after every step.
+def run(
+    reference: Reference, request: CompleteRequest, text: F32, negative: F32 | None, given: Given = NOTHING
+) -> Iterator[ReferenceStep]:
+    """Denoises from noise, yielding after every step; a frame that is given is put back after each, as officially.
 
     ``text`` and ``negative`` are ``[1, 512, text width]``; a run without guidance needs no ``negative``.
     """
     boundary, scheduler = reference.spec.sampling.boundary, scheduler_for(request)
-    latents = noise(request.latent_shape, request.seed)
+    latents = _with_first_frame(noise(request.latent_shape, request.seed), given)
     for index, timestep in enumerate(scheduler.timesteps):
         t = float(timestep)
         expert = "dit" if boundary is None else "high_noise" if t >= boundary * TRAIN_TIMESTEPS else "low_noise"
-        velocity = reference.velocity(expert, latents, t, text)
+        velocity = reference.velocity(expert, latents, t, text, given)
         if negative is not None and (scale := request.guidance[expert]) != 1:
-            unconditional = reference.velocity(expert, latents, t, negative)
+            unconditional = reference.velocity(expert, latents, t, negative, given)
             velocity = unconditional + np.float32(scale) * (velocity - unconditional)
         stepped = scheduler.step(torch.from_numpy(velocity), timestep, torch.from_numpy(latents), return_dict=False)
-        after: F32 = stepped[0].numpy()
+        after = _with_first_frame(stepped[0].numpy(), given)
         yield ReferenceStep(index, t, expert, latents, after)
         latents = after
+
+
+def _with_first_frame(latents: F32, given: Given) -> F32:
+    if given.first_frame is None:
+        return latents
+    return np.concatenate([given.first_frame, latents[:, :, 1:]], axis=2)
 
 
 def scheduler_for(request: CompleteRequest) -> Any:

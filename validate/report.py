@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from validate.figures import Filmstrip
-from validate.ladder import Row
 from validate.page import as_html
+from validate.row import Row
 from validate.wording import line
 from wan22.errors import UserError
 

@@ -1,14 +1,18 @@
 """One validation from two folders to a report."""
 
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.image_condition import Fit
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest, Request
 from runtime.schedule import Convention, SolverName
+from validate.loras import with_loras
+from validate.picture import built_in_picture
 from wan22.bundle import Manifest
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
@@ -32,32 +36,60 @@ class ValidateOptions:
     # video
     size: tuple[int, int] | None = None  # width, height in pixels
     frames: int | None = None
+    # image to video
+    image: Path | bytes | None = None  # None: a built-in picture for models that take one
+    last_image: Path | bytes | None = None
+    fit: Fit = "official"
+    exact_official: bool = False
     # sampling
     seed: int = 0
+    preset: str | None = None
     steps: int | None = None
     shift: float | None = None
-    guidance: dict[str, float] = field(default_factory=dict)  # by expert
+    guidance: float | None = None  # of every expert
+    guidance_of: dict[str, float] = field(default_factory=dict)  # of one expert, over that of every
     solver: SolverName | None = None
     schedule: Convention = "official"
     # for the report
     command: str = ""
 
     def request(self, manifest: Manifest) -> CompleteRequest:
-        """Everything filled in; a bundle of fixed shapes gives its own size and frames."""
-        fixed = manifest.size
+        """Everything filled in; a bundle of fixed shapes gives its own size and frames.
+
+        Raises:
+            UserError: what the model or the shapes of the bundle do not allow.
+        """
+        spec, fixed = manifest.spec, manifest.size
+        size = self.size or (fixed[:2] if fixed else spec.sampling.sizes[0])
+        shared = {} if self.guidance is None else dict.fromkeys(spec.experts, self.guidance)
         request = Request(
             prompt=self.prompt or PROMPT,
             negative_prompt=self.negative_prompt,
-            size=self.size or (fixed[:2] if fixed else None),
+            size=size,
             frames=self.frames if self.frames is not None or not fixed else fixed[2],
+            image=_picture_for(size) if self.image is None and spec.task != Task.T2V else self.image,
+            last_image=self.last_image,
+            fit=self.fit,
+            exact_official=self.exact_official,
             seed=self.seed,
+            preset=self.preset,
             steps=self.steps,
             shift=self.shift,
-            guidance=self.guidance,
+            guidance=shared | self.guidance_of,
             solver=self.solver,
             schedule=self.schedule,
         )
-        return request.completed(manifest.spec)
+        complete = request.completed(spec)
+        if fixed and fixed != (made := (complete.width, complete.height, complete.frames)):
+            found, expected = ("{}x{}, {} frames".format(*shape) for shape in (made, fixed))
+            raise UserError(f"a video of {found}", f"{expected}, which the engines are made for", "try --fit crop")
+        return complete
+
+
+def _picture_for(size: tuple[int, int]) -> bytes:
+    """The built-in picture in the shape of a video of ``size``, larger than it, so that it has to be scaled."""
+    width, height = size
+    return built_in_picture(3 * width // 2, 3 * height // 2)
 
 
 def validate(
@@ -79,20 +111,9 @@ def validate(
     options = options or ValidateOptions()
     with Pipeline.open(engines, keep_experts=False) as pipeline:
         manifest = pipeline.bundle.manifest
-        _check_supported(manifest)
         request = options.request(manifest)
-        source = _open_same_model(checkpoint, engines, manifest, progress)
-        return _climb(pipeline, source, request, Target(out, options.command), progress)
-
-
-def _check_supported(manifest: Manifest) -> None:
-    if manifest.spec.task is Task.I2V:
-        raise UserError(f"model {manifest.spec.name}", "a text-to-video model", "image conditions have no parity rows")
-    if manifest.loras:
-        merged = ", ".join(lora.file for lora in manifest.loras)
-        raise UserError(
-            f"engines with merged LoRAs ({merged})", "the checkpoint as it is", "validate an export without"
-        )
+        source = with_loras(_open_same_model(checkpoint, engines, manifest, progress), manifest)
+        return _climb(pipeline, source, request, Target(out, options), progress)
 
 
 def _open_same_model(where: Path | str, engines: Path, manifest: Manifest, progress: Progress) -> "Checkpoint":
@@ -113,10 +134,10 @@ def _open_same_model(where: Path | str, engines: Path, manifest: Manifest, progr
 
 @dataclass(frozen=True)
 class Target:
-    """Where the report goes and what it says it was made by."""
+    """Where the report goes, and what was asked for, which it repeats."""
 
     folder: Path
-    command: str
+    options: ValidateOptions
 
 
 def _climb(
@@ -124,10 +145,11 @@ def _climb(
 ) -> "ValidationReport":
     from validate.climb import Climb
     from validate.figures import filmstrip
-    from validate.ladder import Row, rungs
+    from validate.ladder import rungs
     from validate.ours import Ours
     from validate.reference import Reference
     from validate.report import ValidationReport, check_writable, write_report
+    from validate.row import Row
 
     check_writable(target.folder)
     manifest = pipeline.bundle.manifest
@@ -137,7 +159,7 @@ def _climb(
         rows.extend(rung(climb))
         progress("parity ladder", done, len(ladder), "rungs")
     pictures = None if climb.our_frames is None else filmstrip(climb.our_frames, climb.reference_frames)
-    report = ValidationReport(tuple(rows), facts(manifest, checkpoint, request, target.command), pictures)
+    report = ValidationReport(tuple(rows), facts(manifest, checkpoint, request, target.options), pictures)
     write_report(report, target.folder)
     return report
 
@@ -150,11 +172,14 @@ def _limits(manifest: Manifest) -> dict[str, "Thresholds"]:
     return own | {"run": thresholds_for(manifest.precision)}
 
 
-def facts(manifest: Manifest, checkpoint: "Checkpoint", request: CompleteRequest, command: str) -> dict[str, str]:
+def facts(
+    manifest: Manifest, checkpoint: "Checkpoint", request: CompleteRequest, options: ValidateOptions
+) -> dict[str, str]:
     """What was compared, by the label that the report prints it under."""
     build = manifest.build
     higher = [f"{c.name} {c.precision}: {c.why_higher}" for c in manifest.components if c.why_higher]
     guidance = ", ".join(f"{name} {scale:g}" for name, scale in request.guidance.items())
+    loras = [f"{lora.file} at {lora.strength:g} in {', '.join(lora.experts)}" for lora in manifest.loras]
     return {
         "model": manifest.spec.name,
         "precision": "; ".join((str(manifest.precision), *higher)),
@@ -162,7 +187,9 @@ def facts(manifest: Manifest, checkpoint: "Checkpoint", request: CompleteRequest
         "backend": f"{build.backend} {build.backend_version}" if build else "",
         "checkpoint": f"{checkpoint.folder} ({checkpoint.source.layout} layout)",
         "fingerprint": checkpoint.source.fingerprint,
+        **({"LoRAs": "; ".join(loras)} if loras else {}),
         "video": f"{request.width}x{request.height}, {request.frames} frames",
+        **dict(_images(options, request)),
         "prompt": request.prompt,
         "negative prompt": request.negative_prompt,
         "sampling": f"{request.solver}, {request.schedule} schedule, {request.steps} steps, shift {request.shift:g}, "
@@ -171,8 +198,19 @@ def facts(manifest: Manifest, checkpoint: "Checkpoint", request: CompleteRequest
         "versions": ", ".join([*(f"{name} {metadata.version(name)}" for name in LIBRARIES), _python()]),
         "machine": f"{platform.system()} {platform.machine()}",
         "built by": manifest.command,
-        "command": command,
+        "command": options.command,
     }
+
+
+def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
+    """Label and description of every image of the request."""
+    for label, source, image in (
+        ("image", options.image, request.image),
+        ("last image", options.last_image, request.last_image),
+    ):
+        if image is not None:
+            name = "built-in picture" if source is None else "an image" if isinstance(source, bytes) else str(source)
+            yield label, f"{name}, {image.width}x{image.height}, {request.fit} fit"
 
 
 def _python() -> str:

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from validate.ladder import Row
 from validate.metrics import Metrics
+from validate.row import Row
 from validate.thresholds import Limit
 
 

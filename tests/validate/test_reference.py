@@ -8,7 +8,8 @@ import torch
 
 from export.checkpoint import open_checkpoint
 from export.synth import synthesise
-from validate.reference import Reference, sinusoid, time_features
+from validate.reference import Reference
+from validate.reference_parts import sinusoid, time_features
 from wan22.specs import SPECS, TEXT_TOKENS
 
 SPEC = SPECS["t2v-a14b-tiny"]
@@ -62,13 +63,13 @@ def test_text_is_zero_after_its_last_token(official):
 
 
 def test_a_tensor_left_out_stops_the_load(official, monkeypatch):
-    import validate.reference
+    import validate.reference_parts
 
     def without_one(part, spec):
         return dict(list(diffusers_names(part, spec).items())[:-1])
 
-    diffusers_names = validate.reference.diffusers_names
-    monkeypatch.setattr(validate.reference, "diffusers_names", without_one)
+    diffusers_names = validate.reference_parts.diffusers_names
+    monkeypatch.setattr(validate.reference_parts, "diffusers_names", without_one)
     with pytest.raises(RuntimeError, match="Missing key"):
         Reference(official).decode(LATENTS)
 

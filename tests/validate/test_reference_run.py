@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from runtime.request import Request
+from validate.reference import NOTHING, Given
 from validate.reference_run import lists, noise, run
 from wan22.specs import SPECS, T2V_A14B
 
@@ -62,7 +63,7 @@ class Toward:
     def __init__(self, spec, goal):
         self.spec, self.goal, self.asked = spec, goal, []
 
-    def velocity(self, expert, latents, timestep, text):
+    def velocity(self, expert, latents, timestep, text, given=NOTHING):
         self.asked.append((expert, timestep, float(text[0])))
         sigma = self.sigmas[timestep] if isinstance(self.sigmas, dict) else self.sigmas
         return (latents - self.goal) / np.float32(sigma)
@@ -97,3 +98,13 @@ def test_two_steps_of_one_timestep_do_not_stop_the_run():
     model = Toward(T2V_A14B, np.float32(0))
     model.sigmas = 1.0
     assert len(list(run(model, asked, np.ones(1), None))) == 100
+
+
+def test_a_given_frame_stays_through_the_run():
+    asked = request(steps=5, shift=5.0, guidance=dict.fromkeys(TINY.experts, 1.0))
+    frame = np.full((*asked.latent_shape[:2], 1, *asked.latent_shape[3:]), 7, np.float32)
+    model = Toward(TINY, np.float32(0))
+    model.sigmas = 1.0
+    for step in run(model, asked, np.ones(1), None, Given(first_frame=frame)):
+        assert np.array_equal(step.before[:, :, :1], frame)
+        assert np.array_equal(step.after[:, :, :1], frame)

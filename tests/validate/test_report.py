@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from validate.figures import DARK, LIGHT, drift_plot, filmstrip, to_pixels
-from validate.ladder import Row
 from validate.metrics import compare, incomparable
 from validate.page import as_html, sections
 from validate.report import ValidationReport, write_report
+from validate.row import Row
 from validate.thresholds import FP32, TOKEN_IDS, Limit
 from validate.wording import margin, number
 from wan22.errors import UserError
