@@ -32,13 +32,16 @@ NAMES_SHOWN = 3
 
 
 class Weights(Protocol):
-    """Tensors by official name. ``read`` gives one in its own dtype, ``pieces`` its elements a few at a time."""
+    """Tensors by official name. ``read`` gives one in its own dtype, ``pieces`` its elements a few at a time,
+    ``stored`` the place in a file where it lies just so, if it does.
+    """
 
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> np.dtype[Any]: ...
     def read(self, name: str) -> npt.NDArray[Any]: ...
     def pieces(self, name: str) -> Iterable[Array]: ...
+    def stored(self, name: str) -> Stored | None: ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class FileWeights:
 
     def pieces(self, name: str) -> Iterable[Array]:
         return self.tensors[name].pieces()
+
+    def stored(self, name: str) -> Stored | None:
+        return self.tensors[name]
 
 
 @dataclass(frozen=True)

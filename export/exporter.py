@@ -3,19 +3,21 @@
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.dit import LatentDims, dit_graph
 from export.fp8_weights import Fp8Weights
-from export.graph import BFLOAT16, FLOAT, FLOAT16, GraphBuilder
-from export.input_scales import read_input_scales
+from export.graph import BFLOAT16, FLOAT, FLOAT16, GraphBuilder, Placed
+from export.input_scales import Scales, check_weights, read_input_scales
 from export.linear import Fp8
 from export.lora import Lora, LoraChoice, merged, open_lora
 from export.partial import Journal, kept_bytes, resumable
-from export.tensor_file import FLOAT8, Pieces, Planned
+from export.shared_files import share, shareable, shared_name, shared_placements
+from export.tensor_file import FLOAT8, Pieces, Planned, Stored
 from export.text_encoder import text_encoder_graph
 from export.vae_decoder import vae_decoder
 from export.vae_encoder import vae_encoder
@@ -25,6 +27,7 @@ from wan22.bundle import (
     Component,
     File,
     Manifest,
+    check_disk,
     file_entry,
     refuse_existing,
     write_manifest,
@@ -43,6 +46,7 @@ COMPUTE = {  # what is not FP8
     Precision.FP8_ATTN: BFLOAT16,
 }
 FP8_PRECISIONS = (Precision.FP8, Precision.FP8_ATTN)
+TEXT_ENCODER_IN_FP8 = ("text_encoder", Precision.FP8)  # its feed-forward, when asked for
 WHY_HIGHER = {
     "text_encoder": "runs twice per video; FP8 saves memory only",
     "vae_encoder": "bfloat16 shifts the image condition",
@@ -65,6 +69,7 @@ class ExportOptions:
     loras: tuple[LoraChoice, ...] = ()
     lora_ignore_unmatched: bool = False
     # writing
+    link: bool = False  # tensors stored as the graphs want them stay in the checkpoint's files, shared with the bundle
     overwrite: bool = False
     command: str = field(default="export.export_checkpoint(...)", compare=False)  # recorded in the manifest
 
@@ -77,6 +82,19 @@ class _Part:
     precision: Precision
     graphs: dict[str, GraphBuilder]
     input_scales: Mapping[str, float] = field(default_factory=dict)
+    shared: Mapping[str, Stored] = field(default_factory=dict)  # tensors that stay in the checkpoint's files
+
+    @cached_property
+    def declared(self) -> dict[str, Planned]:
+        return declared(self.graphs.values())
+
+    @property
+    def written(self) -> dict[str, Planned]:
+        return {key: planned for key, planned in self.declared.items() if key not in self.shared}
+
+    @property
+    def shared_files(self) -> list[Path]:
+        return sorted({stored.path for stored in self.shared.values()})
 
 
 def export_checkpoint(
@@ -90,14 +108,17 @@ def export_checkpoint(
     """
     options = options or ExportOptions()
     refuse_existing(folder, overwrite=options.overwrite)
-    source = open_checkpoint(checkpoint, progress)
-    loras = _opened(options, source.spec)
-    parts = _parts(source.spec, options)
-    needed = sum(s.size_bytes for part in parts.values() for s in declared(part.graphs.values()).values())
-    _check_disk(folder, needed - kept_bytes(folder))
+    opened = open_checkpoint(checkpoint, progress)
+    loras = _opened(options, opened.spec)
+    source = _with_loras(opened, loras)
+    parts = _parts(source.spec, options, _read_scales(opened, options))
+    if options.link:
+        parts = {n: replace(p, shared=shareable(source.weights[p.weights], p.declared)) for n, p in parts.items()}
+    meter = _Meter(progress, parts.values())
+    check_disk(folder, meter.written_bytes - kept_bytes(folder))
     with resumable(folder, _made_of(source, loras, parts), overwrite=options.overwrite) as (temporary, journal):
-        meter = _Meter(progress, needed, journal)
-        components = _write_parts(temporary, _with_loras(source, loras), parts, options.precision, meter)
+        writer = _Writer(temporary, source, options.precision, meter, journal)
+        components = [component for name, part in parts.items() for component in writer.components(name, part)]
         manifest = Manifest(
             kind="graphs",
             spec=source.spec,
@@ -134,19 +155,30 @@ def _fixed_size(options: ExportOptions) -> tuple[int, int, int] | None:
     return None if options.size is None or options.frames is None else (*options.size, options.frames)
 
 
-def _parts(spec: ModelSpec, options: ExportOptions) -> dict[str, _Part]:
+def _read_scales(source: Checkpoint, options: ExportOptions) -> dict[str, Scales]:
+    """Static scales by expert, none where none are given; refused when they belong to other weights."""
+    if options.input_scales is None:
+        return {}
+    scales = read_input_scales(options.input_scales, source.spec)
+    for expert, part in scales.items():
+        check_weights(options.input_scales, part, expert, source.weights[expert].read)
+    return scales
+
+
+def _parts(spec: ModelSpec, options: ExportOptions, scales: Mapping[str, Scales]) -> dict[str, _Part]:
     """Name of the weights file → its graphs, for every component of the model."""
     size, precisions = _fixed_size(options), _precisions(spec, options)
     shape = spec.latent_shape(*size) if size else None
     compute = {part: COMPUTE[precision] for part, precision in precisions.items()}
-    text = text_encoder_graph(spec.text_encoder, compute["text_encoder"])
+    text_in_fp8 = precisions["text_encoder"] == Precision.FP8
+    text = text_encoder_graph(spec.text_encoder, compute["text_encoder"], fp8_feed_forward=text_in_fp8)
     parts = {"text_encoder": _Part("text_encoder", precisions["text_encoder"], {"text_encoder": text})}
-    scales = {} if options.input_scales is None else read_input_scales(options.input_scales, spec)
     dims = LatentDims(*shape[2:]) if shape else LatentDims()
     for expert in spec.experts:
-        fp8 = _fp8(precisions[expert], options, scales)
+        static = {linear: found.input for linear, found in scales.get(expert, {}).items()}
+        fp8 = _fp8(precisions[expert], options, static)
         graph = dit_graph(spec.dit, compute[expert], dims, fp8)
-        parts[expert] = _Part(expert, precisions[expert], {expert: graph}, scales)
+        parts[expert] = _Part(expert, precisions[expert], {expert: graph}, static)
     for coder, vae in (("vae_encoder", vae_encoder), ("vae_decoder", vae_decoder)):
         chunks = {name: name == f"{coder}_first" for name in spec.components if name.startswith(coder)}
         latent_size = shape[3:] if shape else None
@@ -166,8 +198,8 @@ def _precisions(spec: ModelSpec, options: ExportOptions) -> dict[str, Precision]
         if part not in usual or part == "vae_encoder":
             known = ", ".join(p for p in usual if p != "vae_encoder")
             raise UserError(f"a precision for {part!r}", f"one of {known}", "leave it out")
-        if part not in spec.experts and precision in FP8_PRECISIONS:
-            raise UserError(f"{part} in {precision}", "fp32, bf16 or fp16", "FP8 is for the transformer")
+        if part not in spec.experts and precision in FP8_PRECISIONS and (part, precision) != TEXT_ENCODER_IN_FP8:
+            raise UserError(f"{part} in {precision}", "fp32, bf16 or fp16", "FP8 attention is for the transformer")
     return {**usual, **options.precisions}
 
 
@@ -179,41 +211,59 @@ def _fp8(precision: Precision, options: ExportOptions, scales: Mapping[str, floa
 
 
 class _Meter:
-    """Adds up stored bytes over all files for one progress bar; carries the journal to where they are written."""
+    """Adds up stored bytes over all files for one progress bar."""
 
-    def __init__(self, progress: Progress, total_bytes: int, journal: Journal) -> None:
-        self._progress, self._total, self._done, self.journal = progress, total_bytes, 0, journal
+    def __init__(self, progress: Progress, parts: Collection[_Part]) -> None:
+        self.written_bytes = sum(planned.size_bytes for part in parts for planned in part.written.values())
+        shared_bytes = sum(path.stat().st_size for part in parts for path in part.shared_files)
+        self._progress, self._done, self._total = progress, 0, self.written_bytes + shared_bytes
 
     def __call__(self, _key: str, size_bytes: int) -> None:
         self._done += size_bytes
         self._progress("export weights", self._done, self._total, "bytes")
 
 
-def _write_parts(
-    folder: Path, source: Checkpoint, parts: Mapping[str, _Part], precision: Precision, meter: _Meter
-) -> list[Component]:
-    components = []
-    for name, part in parts.items():
-        weights = declared(part.graphs.values())
-        location = f"{name}.safetensors"
-        file = write_weights(folder / location, weights, _pieces(source, part, weights), meter, meter.journal)
-        placed = placements(location, weights)
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the parts of one bundle."""
+
+    folder: Path
+    source: Checkpoint
+    precision: Precision  # the bundle's
+    meter: _Meter
+    journal: Journal
+
+    def components(self, name: str, part: _Part) -> list[Component]:
+        files, placed = self.weights(name, part)
+        components = []
         for component, graph in part.graphs.items():
-            graph.bind(placed, folder)
-            graph.save(folder / f"{component}.onnx")
-            entry = file_entry(folder, folder / f"{component}.onnx")
-            edges = graph.edges()
-            why = WHY_HIGHER.get(name, "") if part.precision != precision else ""
-            components.append(Component(component, entry, (file,), *edges, part.precision, why))
-    return components
+            graph.bind(placed, self.folder)
+            graph.save(self.folder / f"{component}.onnx")
+            entry = file_entry(self.folder, self.folder / f"{component}.onnx")
+            why = WHY_HIGHER.get(name, "") if part.precision != self.precision else ""
+            components.append(Component(component, entry, files, *graph.edges(), part.precision, why))
+        return components
+
+    def weights(self, name: str, part: _Part) -> tuple[tuple[File, ...], dict[str, Placed]]:
+        """The part's files, and where in them its tensors lie."""
+        location, files = f"{name}.safetensors", []
+        if part.written:
+            pieces = _pieces(self.source, part)
+            files.append(write_weights(self.folder / location, part.written, pieces, self.meter, self.journal))
+        for path in part.shared_files:
+            target = self.folder / shared_name(name, path)
+            share(path, target)
+            files.append(file_entry(self.folder, target))
+            self.meter(path.name, files[-1].size_bytes)
+        return tuple(files), placements(location, part.written) | shared_placements(name, part.shared)
 
 
-def _pieces(source: Checkpoint, part: _Part, declared_weights: Mapping[str, Planned]) -> Pieces:
+def _pieces(source: Checkpoint, part: _Part) -> Pieces:
     """Gives the tensors that the part's graphs declare: the checkpoint's, or what FP8 makes of them."""
     weights = source.weights[part.weights]
     if part.precision not in FP8_PRECISIONS:
         return weights.pieces
-    quantised = [key for key, planned in declared_weights.items() if planned.dtype in FLOAT8]
+    quantised = [key for key, planned in part.declared.items() if planned.dtype in FLOAT8]
     fp8 = Fp8Weights(weights.read, source.spec.dit, quantised, part.input_scales)
     stored = frozenset(weights.names()) - frozenset(quantised)
     return lambda key: weights.pieces(key) if key in stored else [fp8(key)]
@@ -223,7 +273,7 @@ def _made_of(source: Checkpoint, loras: Sequence[Lora], parts: Mapping[str, _Par
     """A hash of all that decides the weights' bytes; source files count as changed when their time did."""
     files = [path for path in sorted(source.folder.rglob("*")) if path.is_file()]
     times = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    stored = {name: (declared(part.graphs.values()), dict(part.input_scales)) for name, part in parts.items()}
+    stored = {name: (part.written, dict(part.input_scales)) for name, part in parts.items()}
     told = (source.source.fingerprint, times, [lora.record() for lora in loras], stored)
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
@@ -239,14 +289,3 @@ def _copy_tokenizer(source: Path, folder: Path) -> tuple[File, ...]:
     for name in found:
         shutil.copyfile(source / name, target / name)
     return tuple(file_entry(folder, target / name) for name in found)
-
-
-def _check_disk(folder: Path, needed_bytes: int) -> None:
-    existing = next(parent for parent in folder.absolute().parents if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
-        raise UserError(
-            f"{free_bytes / 2**30:.1f} GiB free at {existing}",
-            f"{needed_bytes / 2**30:.1f} GiB for the bundle",
-            "free some or choose another disk",
-        )

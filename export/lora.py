@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from export.checkpoint import Weights
 from export.lora_file import Deltas, read_lora
+from export.tensor_file import Stored
 from wan22.bundle import MergedLora, sha256_of
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
@@ -77,6 +78,9 @@ class MergedWeights:
 
     def pieces(self, name: str) -> Iterable[npt.NDArray[Any]]:
         return [self.read(name)] if self._changes(name) else self.base.pieces(name)
+
+    def stored(self, name: str) -> Stored | None:
+        return None if self._changes(name) else self.base.stored(name)
 
     def _changes(self, name: str) -> bool:
         return any(name in lora.deltas for lora in self.loras)

@@ -165,6 +165,15 @@ def refuse_existing(folder: Path, *, overwrite: bool) -> None:
         raise UserError(f"{folder} is no bundle", "an earlier bundle to overwrite", "choose another folder")
 
 
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Refuses to begin what the disk of ``folder``, which need not exist, cannot hold."""
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        found, expected = f"{free_bytes / 2**30:.1f} GiB free at {existing}", f"{needed_bytes / 2**30:.1f} GiB"
+        raise UserError(found, f"{expected} for {folder.name}", "free some or choose another disk")
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     signed = replace(manifest, own_sha256=_own_sha256(manifest))
     text = msgspec.json.format(msgspec.json.encode(signed), indent=2)

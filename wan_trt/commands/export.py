@@ -38,6 +38,9 @@ def run(
     lora_ignore_unmatched: Annotated[
         bool, typer.Option("--lora-ignore-unmatched", help="Drop LoRA keys that the model has no weight for.")
     ] = False,
+    link: Annotated[
+        bool, typer.Option("--link", help="Share unconverted files with the checkpoint (clones or hard links).")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Export a checkpoint to ONNX. Shapes are dynamic unless --size and --frames fix them."""
@@ -61,6 +64,7 @@ def run(
         frames=frames,
         loras=tuple(map(parse_lora, lora or ())),
         lora_ignore_unmatched=lora_ignore_unmatched,
+        link=link,
         overwrite=overwrite,
         command=command_line(),
     )
