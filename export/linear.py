@@ -112,12 +112,16 @@ class Linears:
 
     def _fp8_product(self, x: Operand, name: str, shape: tuple[int, int], key: str, parts: str) -> Product:
         """Several parts are one stored matrix with one scale: graphs cannot join FP8 constants."""
+        raw = self.fp8_matmul(x, name, shape)
+        each = shape[0] // len(parts)
+        return Product(raw, x.scale, self._joined([f"{key}.{part}.bias" for part in parts], (each,), FLOAT))
+
+    def fp8_matmul(self, x: Operand, name: str, shape: tuple[int, int]) -> ir.Value:
+        """``x [L, in]`` times the stored matrix ``name [out, in]``, transposed, in the compute type."""
         g = self.g
         stored = g.weight(f"{name}.weight", shape, FLOAT8)
         weight = self._dequantised(stored, g.weight(f"{name}.weight_scale", (), FLOAT))
-        raw = g.op("MatMul", x.value, g.transpose(weight, 1, 0))
-        each = shape[0] // len(parts)
-        return Product(raw, x.scale, self._joined([f"{key}.{part}.bias" for part in parts], (each,), FLOAT))
+        return g.op("MatMul", x.value, g.transpose(weight, 1, 0))
 
     def _joined(self, keys: Sequence[str], shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
         weights = [self.g.weight(key, shape, dtype) for key in keys]

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.graph import FLOAT, FLOAT16, INT64, GraphBuilder
+from export.linear import Fp8, Linears
 from wan22.specs import TEXT_TOKENS, TextEncoderSpec
 
 
@@ -28,10 +29,12 @@ def relative_buckets(spec: TextEncoderSpec) -> np.ndarray:
     return np.asarray(bucket + np.where(distance > 0, side, 0), np.int64)
 
 
-def text_encoder_graph(spec: TextEncoderSpec, compute: ir.DataType = FLOAT) -> GraphBuilder:
+def text_encoder_graph(
+    spec: TextEncoderSpec, compute: ir.DataType = FLOAT, *, fp8_feed_forward: bool = False
+) -> GraphBuilder:
     """``input_ids`` int64 [1, tokens] → ``embeddings`` float32 [1, tokens, width]."""
     g = GraphBuilder("text_encoder")
-    writer = _TextEncoder(g, spec, compute)
+    writer = _TextEncoder(g, spec, compute, Linears(g, compute, Fp8()) if fp8_feed_forward else None)
     ids = g.input("input_ids", INT64, [1, "tokens"])
     buckets = writer.buckets(ids)
     table = g.weight("token_embedding.weight", (spec.vocab, spec.width), compute)
@@ -47,8 +50,10 @@ def text_encoder_graph(spec: TextEncoderSpec, compute: ir.DataType = FLOAT) -> G
 class _TextEncoder:
     """The parts of the encoder, named as the official modules; ``g`` collects their nodes."""
 
-    def __init__(self, g: GraphBuilder, spec: TextEncoderSpec, compute: ir.DataType) -> None:
-        self.g, self.spec, self.compute = g, spec, compute
+    def __init__(
+        self, g: GraphBuilder, spec: TextEncoderSpec, compute: ir.DataType, fp8_linears: Linears | None
+    ) -> None:
+        self.g, self.spec, self.compute, self.fp8_linears = g, spec, compute, fp8_linears
 
     def buckets(self, ids: ir.Value) -> ir.Value:
         """Bias row of every pair of tokens: int64 [tokens, tokens], shared by all layers."""
@@ -100,6 +105,9 @@ class _TextEncoder:
 
     def feed_forward(self, key: str, x: ir.Value) -> ir.Value:
         g, widths = self.g, (self.spec.width, self.spec.ffn_width)
+        if self.fp8_linears is not None:
+            gate = g.op("Gelu", self.fp8_linear(x, f"{key}.gate.0", widths), approximate="tanh")
+            return self.fp8_linear(g.mul(gate, self.fp8_linear(x, f"{key}.fc1", widths)), f"{key}.fc2", widths[::-1])
         x = g.cast(x, self.compute)
         gate = g.op("Gelu", self.linear(x, f"{key}.gate.0", widths, self.compute), approximate="tanh")
         hidden = self.linear(x, f"{key}.fc1", widths, self.compute)
@@ -107,3 +115,12 @@ class _TextEncoder:
         last = FLOAT if self.compute == FLOAT16 else self.compute
         product = g.mul(g.cast(gate, last), g.cast(hidden, last))
         return self.linear(product, f"{key}.fc2", widths[::-1], last)
+
+    def fp8_linear(self, x: ir.Value, key: str, width: tuple[int, int]) -> ir.Value:
+        """``x [tokens, in] → [tokens, out]``, float32 in and out, multiplied in FP8; ``width`` is (in, out)."""
+        g, linears = self.g, self.fp8_linears
+        assert linears is not None
+        with g.scope(key.rsplit(".", 1)[-1]):
+            rows = linears.per_token(x)
+            assert rows.scale is not None
+            return g.mul(g.cast(linears.fp8_matmul(rows, key, width[::-1]), FLOAT), rows.scale)
