@@ -163,7 +163,7 @@ def test_one_expert_may_have_a_precision_of_its_own(tmp_path, tiny_checkpoint):
 
 
 @pytest.mark.parametrize(
-    "precisions", [{"dit": Precision.FP8}, {"vae_encoder": Precision.BF16}, {"text_encoder": Precision.FP8}]
+    "precisions", [{"dit": Precision.FP8}, {"vae_encoder": Precision.BF16}, {"text_encoder": Precision.FP8_ATTN}]
 )
 def test_precisions_of_parts_that_make_no_sense(tmp_path, tiny_checkpoint, precisions):
     with pytest.raises(UserError, match=next(iter(precisions))):
