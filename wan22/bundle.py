@@ -196,6 +196,18 @@ def open_bundle(folder: Path, kind: Kind, *, full_check: bool = False) -> Bundle
     return Bundle(folder, manifest)
 
 
+def kind_of(folder: Path) -> Kind:
+    """What kind of bundle lies in ``folder``, before anything else of it is believed."""
+    try:
+        found = msgspec.json.decode((folder / MANIFEST).read_bytes()).get("kind")
+    except (OSError, msgspec.DecodeError, AttributeError):
+        found = None
+    for kind in STAGE_OF:
+        if found == kind:
+            return kind
+    raise UserError(f"{folder} is no bundle", f"a folder made by {' or '.join(STAGE_OF.values())}", "name that folder")
+
+
 def _read_manifest(folder: Path, kind: Kind) -> Manifest:
     stage, path = STAGE_OF[kind], folder / MANIFEST
     try:

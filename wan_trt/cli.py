@@ -12,7 +12,20 @@ from typing import Any
 import typer
 
 from wan22.errors import UserError
-from wan_trt.commands import build, client, demo, export, generate, inspect, plan, serve, synth, triton, validate
+from wan_trt.commands import (
+    build,
+    bundle,
+    client,
+    demo,
+    export,
+    generate,
+    inspect,
+    plan,
+    serve,
+    synth,
+    triton,
+    validate,
+)
 
 app = typer.Typer(
     name="wan-trt",
@@ -34,7 +47,7 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
             print(f"wan-trt: {error}", file=sys.stderr)
             code = 2
         except KeyboardInterrupt:
-            print("wan-trt: interrupted, nothing half-written is left behind", file=sys.stderr)
+            print("wan-trt: interrupted; nothing unfinished has its final name", file=sys.stderr)
             code = 130
         raise typer.Exit(code or 0)
 
@@ -43,6 +56,12 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
 
 for command in (plan, synth, export, build, inspect, generate, validate, demo, triton, serve, client):
     app.command(command.__name__.rpartition(".")[2])(guarded(command.run))
+
+
+bundles = typer.Typer(no_args_is_help=True, help="Check a bundle, or make one that can be moved.")
+for verb in (bundle.verify, bundle.pack):
+    bundles.command(verb.__name__)(guarded(verb))
+app.add_typer(bundles, name="bundle")
 
 
 def main() -> None:
