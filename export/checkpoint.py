@@ -182,7 +182,20 @@ def _checked(part: str, spec: ModelSpec, tensors: Mapping[str, Stored]) -> dict[
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise UserError(f"{part}: {name} has shape {list(tensors[name].shape)}", f"{list(shape)}", remedy)
+    _refuse_mixed_types(part, tensors)
     return {name: tensors[name] for name in expected}
+
+
+def _refuse_mixed_types(part: str, tensors: Mapping[str, Stored]) -> None:
+    """Releases keep some vectors and embeddings in float32, but all matrices of the blocks are of one type."""
+    first: tuple[str, Stored] | None = None
+    for name, stored in tensors.items():
+        if not name.startswith("blocks.") or len(stored.shape) != 2 or "embedding" in name:
+            continue
+        first = first or (name, stored)
+        if stored.dtype != first[1].dtype:
+            found = f"{part}: {name} is {stored.dtype} in {stored.path.name}, {first[0]} {first[1].dtype}"
+            raise UserError(found, "one type, not shards of two downloads", "download that shard again")
 
 
 def _shown(names: list[str]) -> str:

@@ -1,5 +1,6 @@
 """The files of one part of a checkpoint → its tensors, under the names that stand in the files."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,32 @@ def _sharded(folder: Path, stem: str) -> dict[str, Stored]:
             raise UserError(f"{folder} has neither {index.name} nor {single.name}", "the weights", AGAIN)
         return read_safetensors(single)
     weight_map = read_config(index, _Index).weight_map
+    _refuse_repeated_keys(index)
     tensors: dict[str, Stored] = {}
     for shard in sorted(set(weight_map.values())):
         if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise UserError(f"{index} names the file {shard!r}", "a safetensors file beside it", AGAIN)
         if not (folder / shard).is_file():
             raise UserError(f"{folder / shard} is missing", f"every shard that {index.name} names", AGAIN)
-        tensors |= read_safetensors(folder / shard)
+        held = read_safetensors(folder / shard)
+        if twice := sorted(held.keys() & tensors.keys()):
+            other = tensors[twice[0]].path.name
+            raise UserError(f"{twice[0]} lies in {other} and in {folder / shard}", "every tensor once", AGAIN)
+        tensors |= held
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].path.name != shard:
             raise UserError(f"{folder / shard} does not hold {name}", f"what {index.name} says", AGAIN)
     return tensors
+
+
+def _refuse_repeated_keys(index: Path) -> None:
+    """JSON readers take the last of two equal keys in silence; here they would name two shards for one tensor."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise UserError(f"{index} names {key} twice", "every tensor once", AGAIN)
+            seen.add(key)
+
+    json.loads(index.read_bytes(), object_pairs_hook=unique)

@@ -233,6 +233,23 @@ def test_an_index_that_lies(official, weight_map, words):
     refused(official, words)
 
 
+def test_an_index_that_names_a_tensor_twice(official):
+    path = official / "high_noise_model" / INDEX
+    again = f'"weight_map": {{"patch_embedding.weight": "{SHARD.format(2)}",'
+    path.write_text(path.read_text().replace('"weight_map": {', again))
+    refused(official, "names patch_embedding.weight twice")
+
+
+def test_a_tensor_in_two_shards(official):
+    rewrite(official / "low_noise_model", SHARD.format(2), lambda t: t | {"patch_embedding.bias": torch.ones(256)})
+    refused(official, "patch_embedding.bias lies in .*00001-of.* and in .*00002-of")
+
+
+def test_a_shard_of_another_type(official):
+    rewrite(official / "low_noise_model", SHARD.format(2), lambda t: {k: v.bfloat16() for k, v in t.items()})
+    refused(official, r"low_noise: blocks\.\d+.* is bfloat16 in .*00002-of.*, blocks\.0.* float32")
+
+
 def test_an_index_or_config_that_is_no_json(official):
     (official / "low_noise_model/config.json").write_text("{'dim': 5}")
     refused(official, r"low_noise_model/config\.json: JSON is malformed")
