@@ -21,6 +21,12 @@ LETTERS = {"W": (17, 17, 17, 21, 21, 27, 17), "A": (14, 17, 17, 31, 17, 17, 17),
 STROKES = (1, 2, 3)  # pixels
 
 
+def picture_for(size: tuple[int, int]) -> bytes:
+    """A PNG in the shape of a video of ``size`` (width, height), but larger, so that it has to be scaled."""
+    width, height = size
+    return built_in_picture(3 * width // 2, 3 * height // 2)
+
+
 def built_in_picture(width: int, height: int) -> bytes:
     """A PNG of that many pixels."""
     pixels = (_landscape(width, height) * 255).round().astype(np.uint8)

@@ -12,7 +12,7 @@ from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest, Request
 from runtime.schedule import Convention, SolverName
 from validate.loras import with_loras
-from validate.picture import built_in_picture
+from validate.picture import picture_for
 from wan22.bundle import Manifest
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
@@ -67,7 +67,7 @@ class ValidateOptions:
             negative_prompt=self.negative_prompt,
             size=size,
             frames=self.frames if self.frames is not None or not fixed else fixed[2],
-            image=_picture_for(size) if self.image is None and spec.task != Task.T2V else self.image,
+            image=picture_for(size) if self.image is None and spec.task != Task.T2V else self.image,
             last_image=self.last_image,
             fit=self.fit,
             exact_official=self.exact_official,
@@ -84,12 +84,6 @@ class ValidateOptions:
             found, expected = ("{}x{}, {} frames".format(*shape) for shape in (made, fixed))
             raise UserError(f"a video of {found}", f"{expected}, which the engines are made for", "try --fit crop")
         return complete
-
-
-def _picture_for(size: tuple[int, int]) -> bytes:
-    """The built-in picture in the shape of a video of ``size``, larger than it, so that it has to be scaled."""
-    width, height = size
-    return built_in_picture(3 * width // 2, 3 * height // 2)
 
 
 def validate(

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,22 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 Size = Annotated[str | None, typer.Option("--size", help="Width x height in pixels, such as 832x480.")]
 Frames = Annotated[int | None, typer.Option("--frames", help="Video frames, a multiple of 4 plus 1.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**64 - 1, help="The noise torch.Generator makes of it.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What to avoid; the official one unless given.")]
+Image = Annotated[Path | None, typer.Option(help="Image to start from (I2V, TI2V): JPEG, PNG or WebP.")]
+LastImage = Annotated[Path | None, typer.Option(help="Image to end with (I2V).")]
+Fit = Annotated[Literal["official", "crop"], typer.Option(help="Keep the image's shape, or crop it to exactly --size.")]
+ExactOfficial = Annotated[
+    bool, typer.Option("--exact-official", help="Round sizes as the official code does, float errors included.")
+]
+Preset = Annotated[str | None, typer.Option(help="lightning: 4 Euler steps without guidance.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Shift = Annotated[float | None, typer.Option(help="Bend of the noise schedule.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale of all experts.")]
+ExpertGuidance = Annotated[
+    float | None, typer.Option(help="Guidance scale of this expert; 1 skips the unconditional pass.")
+]
+Solver = Annotated[Literal["unipc", "dpm++", "euler"] | None, typer.Option(help="unipc unless given.")]
+Schedule = Annotated[Literal["official", "diffusers"], typer.Option(help="Whose list of timesteps.")]
 Folder = Annotated[Path, typer.Argument(file_okay=False, show_default=False)]
 
 
@@ -34,3 +50,9 @@ def numbers_of(text: str) -> frozenset[int]:
             raise UserError(f"blocks {text!r}", "numbers and ranges", "write them as 0-2,39")
         numbers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(numbers)
+
+
+def by_expert(high_noise: float | None, low_noise: float | None) -> dict[str, float]:
+    """The guidance scales that were given, by expert."""
+    scales = {"high_noise": high_noise, "low_noise": low_noise}
+    return {name: value for name, value in scales.items() if value is not None}

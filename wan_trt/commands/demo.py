@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from wan22.errors import UserError
-from wan22.specs import Precision, spec_named
+from wan22.specs import Precision, Task, spec_named
 from wan_trt.commands import build, export, generate, synth, validate
 from wan_trt.console import console
 
@@ -22,7 +22,8 @@ def run(
     seed: Annotated[int, typer.Option(help="Of weights and noise.")] = 0,
 ) -> int:
     """Synthesise a checkpoint, export, build, generate a video and validate it against PyTorch."""
-    name = spec_named(model).name
+    spec = spec_named(model)
+    name = spec.name
     work = _fresh(folder / name)
     checkpoint, bundle, engines = (work / stage for stage in ("checkpoint", "onnx", "engines"))
     console.rule(f"{name}: checkpoint")
@@ -32,9 +33,19 @@ def run(
     console.rule("build")
     build.run(bundle, engines, "cpu")
     console.rule("generate")
-    generate.run(engines, prompt, folder / "out.mp4", seed=seed)
+    image = None if spec.task == Task.T2V else _picture(folder / "image.png", spec.sampling.sizes[0])
+    generate.run(engines, prompt, folder / "out.mp4", image=image, seed=seed)
     console.rule("validate against PyTorch")
-    return validate.run(engines, str(checkpoint), folder, prompt=prompt, seed=seed)
+    return validate.run(engines, str(checkpoint), folder, prompt=prompt, image=image, seed=seed)
+
+
+def _picture(path: Path, size: tuple[int, int]) -> Path:
+    """Writes the picture that the video starts from, for a video of ``size``."""
+    from validate.picture import picture_for
+
+    path.write_bytes(picture_for(size))
+    console.print(f"{path}: the image to start from")
+    return path
 
 
 def _fresh(work: Path) -> Path:

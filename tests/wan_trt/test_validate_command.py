@@ -1,0 +1,81 @@
+"""``wan-trt validate`` passes on what the user asks for, and tells bad input in one line before any work."""
+
+import json
+
+import pytest
+
+from validate.picture import built_in_picture
+from wan_trt.cli import app
+
+
+def status(*arguments):
+    with pytest.raises(SystemExit) as left:
+        app(list(map(str, arguments)))
+    return left.value.code
+
+
+@pytest.fixture(scope="module")
+def i2v(flow_of):
+    return flow_of("i2v-a14b-tiny")
+
+
+def test_every_option_reaches_the_report(i2v, tmp_path):
+    (tmp_path / "photo.png").write_bytes(built_in_picture(90, 60))
+    options = ["--prompt", "a fox", "--negative-prompt", "a hen", "--size", "48x48", "--frames", 5, "--steps", 2]
+    options += ["--image", tmp_path / "photo.png", "--last-image", tmp_path / "photo.png", "--fit", "crop"]
+    options += ["--guidance", 2, "--guidance-low-noise", 1.5, "--shift", 3, "--solver", "euler", "--seed", 9]
+    options += ["--schedule", "diffusers"]
+    assert status("validate", i2v.engines, i2v.checkpoint, "-o", tmp_path / "out", *options) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["passed"]
+    facts = report["facts"]
+    photo = f"{tmp_path / 'photo.png'}, 90x60, crop fit"
+    assert (facts["image"], facts["last image"]) == (photo, photo)
+    assert (facts["prompt"], facts["negative prompt"], facts["video"]) == ("a fox", "a hen", "48x48, 5 frames")
+    assert facts["sampling"] == (
+        "euler, diffusers schedule, 2 steps, shift 3, seed 9, guidance high_noise 2, low_noise 1.5"
+    )
+
+
+def test_the_preset_runs_without_guidance(i2v, tmp_path):
+    options = ["--preset", "lightning", "--size", "48x48", "--frames", 1]
+    assert status("validate", i2v.engines, i2v.checkpoint, "-o", tmp_path, *options) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["facts"]["sampling"].startswith("euler, official schedule, 4 steps, shift 5")
+    assert not [row["name"] for row in report["rows"] if "negative" in row["name"]]
+    steps = [row["timestep"] for row in report["rows"] if row["step"]]
+    assert steps == pytest.approx([1000, 937.5, 833.3333, 625])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--image", "nowhere.png"], "nowhere.png"),
+        (["--preset", "fast"], "preset 'fast'"),
+        (["--guidance-low-noise", "nan"], "guidance nan"),
+        (["--size", "50x50"], "size 50x50"),
+    ],
+)
+def test_bad_options(i2v, tmp_path, capsys, options, told):
+    assert status("validate", i2v.engines, i2v.checkpoint, "-o", tmp_path / "out", *options) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert told in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_is_not_for_a_text_model(tiny_engines, tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "photo.png").write_bytes(built_in_picture(90, 60))
+    options = ["--image", tmp_path / "photo.png"]
+    assert status("validate", tiny_engines, tiny_checkpoint, "-o", tmp_path / "out", *options) == 2
+    assert "an image for t2v-a14b-tiny" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["i2v-a14b-tiny", "ti2v-5b-tiny"])
+def test_the_demo_of_image_models_starts_from_the_built_in_picture(tmp_path, model):
+    assert status("demo", tmp_path, "--model", model) == 0
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {model, "image.png", "out.mp4", "report.html", "report.json"}
+    facts = json.loads((tmp_path / "report.json").read_text())["facts"]
+    assert facts["image"].startswith(f"{tmp_path / 'image.png'}, 384x240")
+    assert facts["video"] == "256x160, 17 frames"
