@@ -10,6 +10,7 @@ import math
 import queue
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -120,33 +121,34 @@ class _Stream:
     def __init__(self, client: Any, within_s: float) -> None:
         self._client, self._give_up = client, time.monotonic() + within_s
         self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        self._over = False  # the server has said its last word
 
     def run(self, model: str, inputs: list[Any], options: Mapping[str, Any], on_progress: OnProgress) -> Result:
+        from tritonclient.utils import InferenceServerException
+
         # tritonclient calls with the keywords ``result`` and ``error``; other names would fail in its thread, unheard
         self._client.start_stream(callback=lambda result, error: self._answers.put((result, error)))
-        finished = False
         try:
-            self._client.async_stream_infer(model, inputs, enable_empty_final_response=True, **options)
-            result = self._read(on_progress)
-            finished = True
-            return result
-        except JobError as error:
-            finished = error.status != "DEADLINE_EXCEEDED"
-            raise
+            # a connection that has failed already refuses here, and has told why to the callback
+            with suppress(InferenceServerException):
+                self._client.async_stream_infer(model, inputs, enable_empty_final_response=True, **options)
+            return self._read(on_progress)
         finally:
-            self._client.stop_stream(cancel_requests=not finished)
+            self._client.stop_stream(cancel_requests=not self._over)
 
     def _read(self, on_progress: OnProgress) -> Result:
         last: Result | None = None
         while True:
             result, error = self._next()
             if error is not None:
+                self._over = True
                 raise _job_error(error)
             event = result.as_numpy("event")
             if event is not None:
                 last = Result(result.as_numpy("video").tobytes(), json.loads(event[0]))
                 on_progress({**last.event, "preview": result.as_numpy("preview").tobytes()})
             if result.get_response().parameters["triton_final_response"].bool_param:
+                self._over = True
                 break
         if last is None or last.event["phase"] != "done":
             raise JobError("INTERNAL", "the server ended the stream without a video")

@@ -64,6 +64,7 @@ class Job:
     longest_s: float
     on_step: Callable[[Step], None]
     _started: float = field(default_factory=time.monotonic)
+    _started_unix_ms: int = field(default_factory=lambda: int(time.time() * 1000))
 
     def run(self) -> Answer:
         """Raises CancelledError or OutOfTimeError within an engine call of the cause; else what the pipeline raises."""
@@ -87,6 +88,7 @@ class Job:
             "fps": wanted.fps,
             "steps": request.steps,
             "format": wanted.output_format,
+            "started_unix_ms": self._started_unix_ms,
         }
 
     def _go_on(self) -> None:

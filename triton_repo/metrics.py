@@ -24,7 +24,7 @@ class Metrics:
         self._new_family = new_family
         self.in_flight = self._one("wan22_in_flight", "Jobs running now.", "gauge")
         self.heartbeat = self._one("wan22_heartbeat_timestamp_seconds", "When the model last gave a sign.", "gauge")
-        self.last_step = self._one("wan22_last_step_timestamp_seconds", "When a denoising step last ended.", "gauge")
+        self.last_step = self._one("wan22_last_step_timestamp_seconds", "When a job last got on.", "gauge")
         self.steps = self._one("wan22_steps_total", "Denoising steps done.", "counter")
         self.step_seconds = self._one("wan22_step_seconds_total", "Seconds spent in denoising steps.", "counter")
         self.swaps = self._one("wan22_expert_swaps_total", "Experts that made room for the other.", "counter")
@@ -47,11 +47,15 @@ class Metrics:
     def step(self, step: Step) -> None:
         self.steps.increment(1)
         self.step_seconds.increment(step.seconds_total)
+        self.got_on()
+
+    def got_on(self) -> None:
+        """Between two of these a job can hang."""
         self.last_step.set(time.time())
 
     def began(self) -> None:
+        self.got_on()
         self.in_flight.set(1)
-        self.last_step.set(time.time())  # a job that hangs before its first step must look old too
 
     def ended(self, outcome: Outcome) -> None:
         self.in_flight.set(0)

@@ -85,11 +85,15 @@ class Owner:
         return Job(
             self.pipeline,
             asked,
-            send=lambda answer: sender.send(_response(answer)),
+            send=lambda answer: self._tell(sender, answer),
             is_cancelled=sender.is_cancelled,
             longest_s=limits.longest_job_s,
             on_step=self.metrics.step,
         ).run()
+
+    def _tell(self, sender: Any, answer: Answer) -> None:
+        self.metrics.got_on()
+        sender.send(_response(answer))
 
 
 def _response(answer: Answer) -> Any:

@@ -1,47 +1,31 @@
-"""Finding a ``tritonserver`` on this machine and running it with settings that are safe to begin with.
+"""Running ``tritonserver`` with settings that are safe to begin with, until it is told to stop.
 
-Three places are looked at: the path of NVIDIA's container, ``PATH``, and the wheel ``nvidia-pytriton``, whose binary is
-an old release with the Python backend only: good for laptops and CI, on loopback. The wheel keeps one stub per Python
-version apart from its backend, so the backend folder is put together from links.
+Nobody but this machine can reach it, nobody can load models or read traces, what a request may weigh is bounded, and a
+stop waits for the running job. Options that a release of the server does not know yet are left out.
 """
 
-import os
 import secrets
-import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from triton_repo import probe
+from triton_repo.installation import Installation, backend_folder, stub_environment
 from triton_repo.settings import Limits
 from wan22.errors import UserError
 
-CONTAINER_BINARY = Path("/opt/tritonserver/bin/tritonserver")
-WHEEL = Path("lib", "python*", "site-packages", "pytriton", "tritonserver")
 ADMIN_APIS = ("model-repository", "logging", "trace", "shared-memory")
 EXIT_MARGIN_S = 30  # beyond the longest job: unloading, writing the answer
 KEEPALIVE_MS = 60_000
+WATCH_EVERY_S = 1.0
 LOAD_S = 1800  # for a stub to open its engines
 SHARED_MEMORY = Path("/dev/shm")
-
-
-@dataclass(frozen=True)
-class Installation:
-    """A ``tritonserver`` with its Python backend."""
-
-    binary: Path
-    stub: Path | None = None  # only where it lies apart from the backend, as in the wheel
-    environment: Path | None = None  # the virtual environment whose packages the models import
-
-    @property
-    def backends(self) -> Path:
-        return self.binary.parent.parent / "backends"
 
 
 @dataclass(frozen=True)
@@ -55,33 +39,9 @@ class ServeOptions:
     # an own prefix tells the regions of this server from anybody else's, so that they can be cleaned up
     region_prefix: str = field(default_factory=lambda: f"wan22_{secrets.token_hex(4)}_")
 
-
-def find_installation(environments: Sequence[Path], binary: Path | None = None) -> Installation:
-    """The first of: ``binary``, the container's, the one on ``PATH``, a wheel in one of ``environments``.
-
-    Raises:
-        UserError: none of them is there.
-    """
-    on_path = shutil.which("tritonserver")
-    for candidate in (binary, CONTAINER_BINARY, Path(on_path) if on_path else None):
-        if candidate is not None and candidate.is_file():
-            return Installation(candidate.resolve())
-        if candidate is not None and candidate is binary:
-            raise UserError(f"no tritonserver at {binary}", "an executable", "name another, or leave --server out")
-    for environment in environments:
-        for folder in sorted(environment.glob(str(WHEEL))):
-            return _from_wheel(environment, folder)
-    raise UserError(
-        "no tritonserver", "a Triton container, one on PATH, or the nvidia-pytriton wheel", "run make triton"
-    )
-
-
-def _from_wheel(environment: Path, folder: Path) -> Installation:
-    version = folder.parents[2].name.removeprefix("python")
-    stub = folder / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.is_file():
-        raise UserError(f"no stub for Python {version} in {folder}", "one", "make the environment with Python 3.11")
-    return Installation(folder / "bin" / "tritonserver", stub, environment)
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{self.address}:{self.metrics_port}/metrics"
 
 
 def arguments(installation: Installation, repository: Path, limits: Limits, options: ServeOptions) -> list[str]:
@@ -144,9 +104,9 @@ def running(
     """
     for port in (options.http_port, options.grpc_port, options.metrics_port):
         _check_free(options.address, port)
-    with _backend_folder(installation) as backends:
+    with backend_folder(installation) as backends:
         command = [*arguments(installation, repository, limits, options), *_backend_argument(backends)]
-        process = subprocess.Popen(command, env=_environment(installation, environment), start_new_session=True)
+        process = subprocess.Popen(command, env=stub_environment(installation, environment), start_new_session=True)
         try:
             yield process
         finally:
@@ -193,6 +153,28 @@ def wait_until_ready(process: "subprocess.Popen[bytes]", options: ServeOptions, 
     raise UserError(f"tritonserver not ready after {within_s:g} s", "models that load", "see its log")
 
 
+def watch(process: "subprocess.Popen[bytes]", options: ServeOptions, max_silence_s: float = probe.MAX_SILENCE_S) -> int:
+    """Returns the exit status when the server ends; kills one whose model has died.
+
+    Such a server answers that it is healthy, fails every job, and would take its whole exit timeout to stop.
+
+    Raises:
+        UserError: a model died or hangs.
+    """
+    while process.poll() is None:
+        time.sleep(WATCH_EVERY_S)
+        try:
+            found = list(
+                probe.troubles(probe.read(f"http://{options.address}:{options.metrics_port}/metrics"), max_silence_s)
+            )
+        except OSError:  # it is stopping, or too busy to answer; the process tells
+            continue
+        if found:
+            process.kill()
+            raise UserError(f"{found[0]}; the server was stopped", "models that live", "start it again")
+    return process.returncode
+
+
 def is_ready(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=5) as answer:
@@ -208,42 +190,3 @@ def _check_free(address: str, port: int) -> None:
             probe.bind((address, port))
         except OSError as error:
             raise UserError(f"{address}:{port}: {error.strerror}", "a free port", "choose another") from None
-
-
-@contextmanager
-def _backend_folder(installation: Installation) -> Iterator[Path | None]:
-    """The folder of backends; None where the server finds its own."""
-    if installation.stub is None:
-        yield None
-        return
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="wan22-backends-") as folder:
-        python = Path(folder, "python")
-        python.mkdir()
-        for file in (*installation.backends.joinpath("python").iterdir(), installation.stub):
-            (python / file.name).symlink_to(file.resolve())
-        yield Path(folder)
-
-
-def _environment(installation: Installation, outer: Mapping[str, str]) -> dict[str, str]:
-    """``outer`` with the models' Python first: the stub takes its packages from the first ``python3`` on PATH."""
-    inner = dict(outer)
-    if installation.environment is not None:
-        inner["PATH"] = f"{installation.environment / 'bin'}{os.pathsep}{outer.get('PATH', os.defpath)}"
-        libraries = _library_folder(installation.environment)
-        inner["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (libraries, outer.get("LD_LIBRARY_PATH"))))
-    return inner
-
-
-def _library_folder(environment: Path) -> str:
-    """Where the environment's own libpython is, which must match its standard library; empty if there is none."""
-    script = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'), sysconfig.get_config_var('INSTSONAME'))"
-    done = subprocess.run([environment / "bin" / "python3", "-c", script], capture_output=True, text=True, check=True)
-    folder, name = done.stdout.split()
-    return folder if Path(folder, name).is_file() and name.endswith((".so", ".so.1.0")) else ""
-
-
-def default_environments() -> tuple[Path, ...]:
-    """Where ``make triton`` puts the wheel, and the environment of this process."""
-    return (Path(".venv-triton"), Path(sys.prefix).parent / ".venv-triton", Path(sys.prefix))

@@ -26,15 +26,19 @@ def run(
     max_steps: Limit = None,
     queue_size: Annotated[int, typer.Option(help="Jobs that may wait, per priority.", min=1)] = 8,
     longest_job: Annotated[int, typer.Option(help="Seconds a job may run, and a shutdown waits.", min=1)] = 3600,
+    max_silence: Annotated[
+        float, typer.Option(help="Seconds without a sign of the model before it counts as dead.")
+    ] = 120,
     one_expert: Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")] = False,
 ) -> int:
     """Serve engines until Ctrl-C or SIGTERM; the running job is finished first, a second Ctrl-C ends it."""
-    from triton_repo import server as triton_server
+    from triton_repo.installation import default_environments, find_installation
     from triton_repo.repository import RepositoryOptions, write_repository
+    from triton_repo.server import ServeOptions, running, wait_until_ready, watch
 
-    options = triton_server.ServeOptions(address, http_port, grpc_port, metrics_port)
-    environments = triton_server.default_environments() if environment is None else (environment,)
-    installation = triton_server.find_installation(environments, server)
+    options = ServeOptions(address, http_port, grpc_port, metrics_port)
+    environments = default_environments() if environment is None else (environment,)
+    installation = find_installation(environments, server)
     changed = {
         "max_pixels": max_pixels,
         "max_frames": max_frames,
@@ -49,9 +53,9 @@ def run(
             engines, repository, RepositoryOptions(name, limits=changed, keep_experts=not one_expert)
         )
         try:
-            with triton_server.running(installation, repository, written.limits, options, os.environ) as process:
-                triton_server.wait_until_ready(process, options)
+            with running(installation, repository, written.limits, options, os.environ) as process:
+                wait_until_ready(process, options)
                 console.print(f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4")
-                return process.wait()
+                return watch(process, options, max_silence)
         except KeyboardInterrupt:
             return 0

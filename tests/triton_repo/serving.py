@@ -1,0 +1,93 @@
+"""A real tritonserver on free ports of loopback, and what tests look at from outside."""
+
+import os
+import shutil
+import socket
+import time
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from triton_repo.client import WanClient
+from triton_repo.repository import RepositoryOptions, write_repository
+from triton_repo.server import ServeOptions, is_ready, running, wait_until_ready
+from triton_repo.settings import Limits
+
+SMALL = {"width": 64, "height": 64, "num_frames": 5, "steps": 3}
+LONG = {"width": 256, "height": 160, "num_frames": 17, "steps": 60}  # 0.1 s a step or so
+
+
+@dataclass(frozen=True)
+class Served:
+    process: object
+    options: ServeOptions
+
+    @property
+    def url(self):
+        return f"127.0.0.1:{self.options.grpc_port}"
+
+    @property
+    def http(self):
+        return f"http://127.0.0.1:{self.options.http_port}"
+
+    def is_ready(self):
+        return is_ready(self.http)
+
+    def client(self, model="wan22"):
+        return WanClient(self.url, model)
+
+    def metrics(self):
+        """Every series as it is printed, by name with labels."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.options.metrics_port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] not in "#")}
+
+    def metric(self, name, model="wan22", **labels):
+        shown = "".join(f',{key}="{value}"' for key, value in labels.items())
+        return self.metrics()[f'{name}{{model="{model}"{shown}}}']
+
+    def wait_for(self, name, value, within_s=30.0, **labels):
+        """Seconds until a metric has that value."""
+        started = time.monotonic()
+        while self.metric(name, **labels) != value:
+            assert time.monotonic() - started < within_s, f"{name} is {self.metric(name, **labels)}, not {value}"
+            time.sleep(0.005)
+        return time.monotonic() - started
+
+    def stubs(self):
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if "stub" in child.name()]
+
+    def rss_bytes(self):
+        return sum(p.memory_info().rss for p in (psutil.Process(self.process.pid), *self.stubs()))
+
+    def regions(self):
+        return sorted(Path("/dev/shm").glob(f"{self.options.region_prefix}*"))
+
+
+def free_ports(count):
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@contextmanager
+def serving(installation, folder, engines, **limits):
+    """A server of ``engines``, bundles by model name, that is ready; it and its shared memory are gone afterwards."""
+    repository = folder / "repository"
+    repository.mkdir()
+    for name, bundle in engines.items():
+        write_repository(bundle, folder / name, RepositoryOptions(name, limits=limits))
+        shutil.move(folder / name / name, repository / name)
+    options = ServeOptions("127.0.0.1", *free_ports(3))
+    enough = Limits(1, 1, longest_job_s=limits.get("longest_job_s", 60))
+    with running(installation, repository, enough, options, os.environ) as process:
+        wait_until_ready(process, options, within_s=60)
+        yield Served(process, options)

@@ -1,0 +1,209 @@
+"""The real server makes the same video as ``wan-trt generate``, and tells how far it is."""
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime.generate import generate
+from runtime.request import Request
+from tests.triton_repo.serving import SMALL, free_ports, serving
+from triton_repo.client import JobError, WanClient
+from wan_trt.cli import app
+
+MODELS = {"wan22_t2v": "t2v-a14b-tiny", "wan22_i2v": "i2v-a14b-tiny", "wan22_ti2v": "ti2v-5b-tiny"}
+PROMPT = "灯塔 and a lighthouse in a storm"
+SEED = 7
+
+
+def photo() -> bytes:
+    """A picture with a gradient, as a PNG."""
+    rows, columns = np.mgrid[0:96, 0:128]
+    pixels = np.stack([2 * rows, columns, rows + columns], -1).astype(np.uint8)
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG")
+    return png.getvalue()
+
+
+CASES = {
+    "text": ("wan22_t2v", None),
+    "image": ("wan22_i2v", photo()),
+    "image and text": ("wan22_ti2v", photo()),
+    "text of a model that also takes images": ("wan22_ti2v", None),
+}
+
+
+@pytest.fixture(scope="module")
+def engines(flow_of):
+    return {name: flow_of(model).engines for name, model in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def server(installation, engines, tmp_path_factory):
+    with serving(installation, tmp_path_factory.mktemp("served"), engines) as served:
+        yield served
+
+
+SCRIPT = """
+import hashlib, json, sys
+from pathlib import Path
+import numpy
+from runtime.generate import generate
+from runtime.request import Request
+for case in json.load(sys.stdin):
+    image = bytes.fromhex(case["image"]) or None
+    request = Request(case["prompt"], size=(64, 64), frames=5, image=image, steps=3, seed=case["seed"])
+    latents = generate(Path(case["engines"]), request, Path(case["output"])).latents
+    numpy.save(case["output"] + ".npy", latents)
+    print(json.dumps([numpy.__version__, hashlib.sha256(latents.tobytes()).hexdigest()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def generated(installation, engines, tmp_path_factory):
+    """``wan-trt generate`` of every case, by the Python that the server's models run in: numpy version, hash, file."""
+    if installation.environment is None:
+        pytest.skip("the server's models run in a Python of their own")
+    folder = tmp_path_factory.mktemp("generated")
+    cases = [
+        {
+            "engines": str(engines[model]),
+            "prompt": PROMPT,
+            "seed": SEED,
+            "image": (image or b"").hex(),
+            "output": str(folder / f"{case}.mp4"),
+        }
+        for case, (model, image) in CASES.items()
+    ]
+    python = installation.environment / "bin" / "python3"
+    done = subprocess.run([python, "-c", SCRIPT], input=json.dumps(cases), capture_output=True, text=True, check=True)
+    lines = map(json.loads, done.stdout.splitlines())
+    return {case: (*line, folder / f"{case}.mp4") for case, line in zip(CASES, lines, strict=True)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_server_makes_what_generate_makes_to_the_last_bit(server, generated, case):
+    model, image = CASES[case]
+    _, digest, path = generated[case]
+    with server.client(model) as client:
+        result = client.generate(PROMPT, image=image, seed=SEED, **SMALL)
+    assert result.event["latents_sha256"] == digest
+    assert result.video == path.read_bytes()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_runtime_computes_the_same_with_numpy_1_and_2(generated, engines, case, tmp_path):
+    model, image = CASES[case]
+    version, _, path = generated[case]
+    assert (version.split(".")[0], np.__version__.split(".")[0]) == ("1", "2")
+    request = Request(PROMPT, size=(64, 64), frames=5, image=image, steps=3, seed=SEED)
+    here = generate(engines[model], request, tmp_path / "out.mp4").latents
+    np.testing.assert_allclose(here, np.load(f"{path}.npy"), atol=1e-5)
+
+
+def test_progress_comes_in_order_and_says_who_works(server):
+    events = []
+    with server.client("wan22_t2v") as client:
+        client.generate("x", on_progress=events.append, **{**SMALL, "steps": 6})
+    phases = [phase for phase, _ in itertools.groupby(event["phase"] for event in events)]
+    assert phases == ["start", "denoise", "decode", "done"]
+    steps = [event for event in events if event["phase"] == "denoise"]
+    assert [event["step"] for event in steps] == [1, 2, 3, 4, 5, 6]
+    assert [expert for expert, _ in itertools.groupby(event["expert"] for event in steps)] == [
+        "high_noise",
+        "low_noise",
+    ]
+    assert steps[0]["eta_s"] > steps[-1]["eta_s"] == 0
+    assert [event["step"] for event in events if event["phase"] == "decode"] == [1, 5]
+    assert len({event["seed"] for event in events}) == 1
+
+
+def test_progress_every_other_step_still_tells_the_last(server):
+    events = []
+    with server.client("wan22_t2v") as client:
+        client.generate("x", on_progress=events.append, progress_every=2, **{**SMALL, "steps": 5})
+    assert [event["step"] for event in events if event["phase"] == "denoise"] == [2, 4, 5]
+
+
+def test_a_seed_that_the_server_drew_repeats_the_video(server):
+    with server.client("wan22_t2v") as client:
+        first = client.generate("x", **SMALL)
+        again = client.generate("x", seed=first.seed, **SMALL)
+        other = client.generate("x", **SMALL)
+    assert first.video == again.video
+    assert other.seed != first.seed
+    assert other.video != first.video
+
+
+def test_previews_are_pictures_of_the_video(server):
+    previews = []
+    with server.client("wan22_t2v") as client:
+        result = client.generate("x", preview=True, on_progress=lambda e: previews.append(e["preview"]), **SMALL)
+    shown = [Image.open(io.BytesIO(preview)) for preview in previews if preview]
+    assert len(shown) == 2  # steps 2 and 3: before the second there is nothing to go by
+    with av.open(io.BytesIO(result.video)) as file:
+        first = next(file.decode(video=0)).to_ndarray(format="rgb24").astype(int)
+    assert np.abs(np.asarray(shown[-1]).astype(int) - first).mean() < 8
+
+
+@pytest.mark.parametrize(("ending", "kind"), [("png", "PNG"), ("jpg", "JPEG")])
+def test_one_frame_can_be_an_image(server, ending, kind):
+    with server.client("wan22_t2v") as client:
+        result = client.generate("x", output_format=ending, **{**SMALL, "num_frames": 1})
+    image = Image.open(io.BytesIO(result.video))
+    assert (image.format, image.size) == (kind, (64, 64))
+
+
+def test_the_client_command_writes_the_file(server, tmp_path, capsys):
+    photo_file, out = tmp_path / "photo.png", tmp_path / "out.mp4"
+    photo_file.write_bytes(photo())
+    line = ["client", server.url, "a cat", "-o", str(out), "--image", str(photo_file), "--model", "wan22_i2v"]
+    with pytest.raises(SystemExit) as left:
+        app([*line, "--size", "64x64", "--frames", "5", "--steps", "2", "--seed", "3"])
+    assert left.value.code == 0
+    assert "64x48, 5 frames at 16 fps, seed 3" in capsys.readouterr().out
+    with av.open(str(out)) as file:
+        assert sum(1 for _ in file.decode(video=0)) == 5
+
+
+def test_the_client_command_passes_a_refusal_on_in_one_line(server, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        app(["client", server.url, "a cat", "-o", str(tmp_path / "out.mp4"), "--model", "wan22_i2v"])
+    assert left.value.code == 2
+    assert "no image for i2v-a14b-tiny | expected an image to start from" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_client_needs_no_torch(server):
+    code = (
+        "import sys; from triton_repo.client import JobError, WanClient\n"
+        f"with WanClient({server.url!r}, 'wan22_t2v') as client: client.generate('x', **{SMALL!r})\n"
+        "print([m for m in ('torch', 'onnxruntime', 'diffusers', 'transformers', 'cupy') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_curl_can_follow_a_job_as_server_sent_events(server):
+    body = {"prompt": "x", **SMALL}
+    address = f"{server.http}/v2/models/wan22_t2v/generate_stream"
+    done = subprocess.run(
+        ["curl", "-sN", "--max-time", "30", address, "-d", json.dumps(body)], capture_output=True, text=True, check=True
+    )
+    answers = [json.loads(line.removeprefix("data: ")) for line in done.stdout.splitlines() if line]
+    assert json.loads(answers[0]["event"])["phase"] == "start"
+    assert json.loads(answers[-1]["event"])["phase"] == "done"
+    assert bytes(answers[-1]["video"])[4:8] == b"ftyp"
+
+
+def test_a_client_without_a_server_says_so():
+    with WanClient(f"127.0.0.1:{free_ports(1)[0]}") as client, pytest.raises(JobError) as error:
+        client.generate("x")
+    assert error.value.status == "UNAVAILABLE"

@@ -1,0 +1,200 @@
+"""Who is served when, who is refused, and how soon a job that nobody wants is over. All on a real server."""
+
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.triton_repo.serving import LONG, serving
+from triton_repo.client import JobError
+
+QUEUE = 3  # jobs that may wait, per priority
+MEDIUM = {"width": 256, "height": 160, "num_frames": 1, "steps": 100}  # 2 s or so
+TINY_JOB = {"width": 64, "height": 64, "num_frames": 1, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def server(installation, tiny_engines, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    with serving(installation, folder, {"wan22": tiny_engines}, max_queue_size=QUEUE) as served:
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def idle(server):
+    """Every test finds and leaves the server without work."""
+    yield
+    server.wait_for("wan22_in_flight", 0)
+    server.wait_for("nv_inference_pending_request_count", 0, version="1")
+
+
+class Background:
+    """A job in a thread of its own, with all its events and its end."""
+
+    def __init__(self, server, **settings):
+        self.events, self.started, self.give_up = [], threading.Event(), threading.Event()
+        self.result = self.error = None
+        self._thread = threading.Thread(target=self._run, args=(server, settings), daemon=True)
+        self._thread.start()
+
+    def _run(self, server, settings):
+        try:
+            with server.client() as client:
+                self.result = client.generate("x", on_progress=self._told, **settings)
+        except (JobError, StoppedError) as error:
+            self.error = error
+
+    def _told(self, event):
+        self.events.append(event)
+        self.started.set()
+        if self.give_up.is_set():
+            self.given_up_at = time.monotonic()
+            raise StoppedError
+
+    def join(self):
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return self
+
+
+class StoppedError(Exception):
+    """What a progress callback raises to cancel."""
+
+
+def running_job(server, **settings):
+    job = Background(server, **{**LONG, **settings})
+    assert job.started.wait(30), job.error
+    return job
+
+
+def waiting_jobs(server, *settings):
+    """Jobs that wait behind a running one, in this order."""
+    jobs = []
+    for each in settings:
+        before = server.metric("nv_inference_pending_request_count", version="1")
+        jobs.append(Background(server, **each))
+        server.wait_for("nv_inference_pending_request_count", before + 1, version="1")
+    return jobs
+
+
+def median_step_s(job):
+    ticks = [event for event in job.events if event["phase"] == "denoise"]
+    return ticks[-1]["eta_s"] / (ticks[-1]["total"] - ticks[-1]["step"])
+
+
+def test_a_running_job_ends_within_a_step_of_its_cancellation(server):
+    job = running_job(server)
+    while len(job.events) < 4:
+        time.sleep(0.01)
+    cancelled = server.metric("wan22_requests_total", outcome="cancelled")
+    job.give_up.set()
+    job.join()
+    server.wait_for("wan22_in_flight", 0)
+    latency_s, step_s = time.monotonic() - job.given_up_at, median_step_s(job)
+    print(f"cancel latency {1000 * latency_s:.0f} ms, step {1000 * step_s:.0f} ms")
+    assert server.metric("wan22_requests_total", outcome="cancelled") == cancelled + 1
+    assert latency_s <= step_s + 0.1
+
+
+def test_a_cancelled_job_that_waited_never_starts(server):
+    done = server.metric("wan22_requests_total", outcome="done")
+    running = running_job(server, **MEDIUM)
+    (waiting,) = waiting_jobs(server, {**TINY_JOB, "deadline_s": 0.3})
+    waiting.join()
+    assert waiting.error.status == "DEADLINE_EXCEEDED"
+    running.join()
+    server.wait_for("nv_inference_pending_request_count", 0, version="1")
+    assert (running.result is not None, waiting.events) == (True, [])
+    assert server.metric("wan22_requests_total", outcome="done") == done + 1
+
+
+def test_a_client_that_is_killed_takes_its_job_along(server):
+    cancelled = server.metric("wan22_requests_total", outcome="cancelled")
+    code = (
+        "from triton_repo.client import WanClient\n"
+        f"WanClient({server.url!r}).generate('x', on_progress=lambda e: print(e['phase'], flush=True), **{LONG!r})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as client:
+        while "denoise" not in client.stdout.readline():
+            pass
+        client.kill()
+    server.wait_for("wan22_requests_total", cancelled + 1, outcome="cancelled", within_s=5)
+
+
+def test_ctrl_c_of_the_client_command_cancels_the_job(server, tmp_path):
+    cancelled = server.metric("wan22_requests_total", outcome="cancelled")
+    line = ["client", server.url, "x", "-o", str(tmp_path / "o.mp4"), "--size", "256x160", "--steps", "60"]
+    code = f"from wan_trt.cli import app; app({line!r})"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as client:
+        server.wait_for("wan22_in_flight", 1)
+        client.send_signal(signal.SIGINT)
+        assert b"interrupted" in client.communicate(timeout=20)[1]
+        assert client.returncode == 130
+    server.wait_for("wan22_requests_total", cancelled + 1, outcome="cancelled", within_s=5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_browser_that_leaves_takes_its_job_along(server):
+    cancelled = server.metric("wan22_requests_total", outcome="cancelled")
+    connection = http.client.HTTPConnection("127.0.0.1", server.options.http_port, timeout=20)
+    connection.request("POST", "/v2/models/wan22/generate_stream", json.dumps({"prompt": "x", **LONG}))
+    assert b"start" in connection.getresponse().readline()
+    connection.close()
+    server.wait_for("wan22_requests_total", cancelled + 1, outcome="cancelled", within_s=5)
+
+
+def test_a_full_queue_refuses_at_once_and_says_so(server):
+    running = running_job(server)
+    waiting_jobs(server, *[{**TINY_JOB, "deadline_s": 1}] * QUEUE)
+    started = time.monotonic()
+    one_too_many = Background(server, **TINY_JOB).join()
+    assert time.monotonic() - started < 1
+    assert one_too_many.error.status == "UNAVAILABLE"
+    assert "Exceeds maximum queue size" in str(one_too_many.error)
+    running.give_up.set()
+
+
+def test_urgent_jobs_go_first(server):
+    running = running_job(server, **MEDIUM)
+    jobs = waiting_jobs(server, TINY_JOB, TINY_JOB, {**TINY_JOB, "priority": 1})
+    running.join()
+    first, second, urgent = (job.join().result.event["started_unix_ms"] for job in jobs)
+    assert urgent < first < second
+
+
+def test_a_deadline_ends_a_running_job(server):
+    job = Background(server, **LONG, deadline_s=1.5).join()
+    assert job.error.status == "DEADLINE_EXCEEDED"
+    assert "deadline of the request has passed" in str(job.error)
+    assert job.events
+
+
+def test_fifty_requests_from_eight_clients_leave_nothing_behind(server):
+    def ask(client):
+        try:
+            return client.generate("x", **TINY_JOB).event["phase"]
+        except JobError as error:
+            return error.status
+
+    def caller(count):
+        with server.client() as client:
+            return [ask(client) for _ in range(count)]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(caller, [2] * 8))  # buffers grow to their size
+        rss, regions = server.rss_bytes(), server.regions()
+        answers = Counter(answer for part in pool.map(caller, [7, 7, 6, 6, 6, 6, 6, 6]) for answer in part)
+    grown = server.rss_bytes() - rss
+    print(f"{dict(answers)}, RSS {rss / 2**20:.0f} MiB {grown / 2**20:+.1f} MiB, {len(regions)} regions")
+    assert answers.total() == 50
+    assert set(answers) <= {"done", "UNAVAILABLE"}
+    assert answers["done"] >= 10
+    assert grown < 32 * 2**20
+    assert server.regions() == regions

@@ -1,0 +1,137 @@
+"""What happens when things break or end: a killed model, a stopped server, engines that are not those that were packed."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.triton_repo.serving import SMALL, free_ports, serving
+from triton_repo import probe
+from triton_repo.client import JobError, WanClient
+from triton_repo.repository import write_repository
+from triton_repo.server import ServeOptions, running, stop, wait_until_ready, watch
+from triton_repo.settings import Limits
+from wan22.bundle import MANIFEST
+from wan22.errors import UserError
+
+SILENCE_S = 7.0  # a little more than one heartbeat
+
+
+def test_a_killed_model_is_noticed_and_the_server_taken_down(installation, tiny_engines, tmp_path):
+    with serving(installation, tmp_path, {"wan22": tiny_engines}) as server:
+        (stub,) = server.stubs()
+        with server.client() as client:
+
+            def kill(event):
+                if event["step"] == 2:
+                    stub.kill()
+
+            with pytest.raises(JobError) as error:  # the client is told, it does not hang
+                client.generate("x", on_progress=kill, **{**SMALL, "steps": 50})
+            assert error.value.status == "INTERNAL"
+            with pytest.raises(JobError) as error:
+                client.generate("x", **SMALL)
+            assert error.value.status == "INTERNAL"
+        assert server.is_ready()  # Triton has not noticed: this is why there is a heartbeat
+        with pytest.raises(UserError, match="a model gave its last sign"):
+            watch(server.process, server.options, SILENCE_S)
+        regions = server.regions()
+    assert regions
+    assert server.regions() == []
+
+
+def test_a_started_server_serves_again_where_a_killed_one_left_its_memory(installation, tiny_engines, tmp_path):
+    with serving(installation, tmp_path, {"wan22": tiny_engines}) as server:
+        for process in (*server.stubs(), server.process):
+            process.kill()
+        server.process.wait()
+        assert server.regions()
+        with running(installation, tmp_path / "repository", Limits(1, 1), server.options, os.environ) as process:
+            wait_until_ready(process, server.options, within_s=60)
+            with server.client() as client:
+                assert client.generate("x", **SMALL).video
+    assert server.regions() == []
+
+
+def test_sigterm_lets_the_running_job_finish(installation, tiny_engines, tmp_path):
+    with serving(installation, tmp_path, {"wan22": tiny_engines}) as server, server.client() as client:
+        told = []
+
+        def terminate(event):
+            told.append(event["phase"])
+            if event["step"] == 2 and event["phase"] == "denoise":
+                server.process.terminate()
+
+        result = client.generate("x", on_progress=terminate, **{**SMALL, "steps": 40})
+        assert result.event["phase"] == "done"
+        assert told.count("denoise") == 40
+        assert server.process.wait(60) == 0
+
+
+def refusal(capfd, installation, repository):
+    """What the log says when the server of a repository does not come up."""
+    options = ServeOptions("127.0.0.1", *free_ports(3))
+    with running(installation, repository, Limits(1, 1), options, os.environ) as process:
+        with pytest.raises(UserError, match="before it was ready"):
+            wait_until_ready(process, options, within_s=60)
+        stop(process, 10)
+    return capfd.readouterr().err
+
+
+@pytest.fixture
+def copy(tiny_engines, tmp_path):
+    """Engines that may be damaged."""
+    subprocess.run(["cp", "-r", tiny_engines, tmp_path / "engines"], check=True)
+    return tmp_path / "engines"
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / MANIFEST).write_text("{}"), "bundle.json: sha256"),
+        (lambda folder: (folder / "low_noise.onnx").write_bytes(b"other code"), "low_noise.onnx: 10 bytes"),
+        (lambda folder: (folder / MANIFEST).unlink(), "has no bundle.json"),
+    ],
+    ids=["another manifest", "another graph", "no engines"],
+)
+def test_engines_that_are_not_those_that_were_packed_do_not_load(copy, installation, tmp_path, capfd, damage, reason):
+    write_repository(copy, tmp_path / "repository")
+    damage(copy)
+    assert reason in refusal(capfd, installation, tmp_path / "repository")
+
+
+def test_serve_runs_until_it_is_told_to_stop(installation, tiny_engines):
+    http, grpc, metrics = free_ports(3)
+    ports = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
+    before = set(Path("/dev/shm").glob("wan22_*"))
+    code = f"from wan_trt.cli import app; app({['serve', str(tiny_engines), *ports]!r})"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as serve:
+        late = threading.Timer(90, serve.kill)
+        late.start()
+        while "wan22 is ready" not in serve.stdout.readline():
+            assert serve.poll() is None
+        with WanClient(f"127.0.0.1:{grpc}") as client:
+            assert client.generate("x", **SMALL).video
+        metrics_url = f"http://127.0.0.1:{metrics}/metrics"
+        assert list(probe.troubles(probe.read(metrics_url))) == []
+        assert probe.work(probe.read(metrics_url)) == 0
+        serve.send_signal(signal.SIGTERM)
+        assert serve.wait(30) == 0
+        late.cancel()
+    assert set(Path("/dev/shm").glob("wan22_*")) == before
+
+
+def test_a_taken_port_is_told(installation, tiny_engines, tmp_path):
+    with serving(installation, tmp_path, {"wan22": tiny_engines}) as server:
+        started = time.monotonic()
+        with (
+            pytest.raises(UserError, match="expected a free port"),
+            running(installation, tmp_path, Limits(1, 1), server.options, os.environ),
+        ):
+            pass
+        assert time.monotonic() - started < 5

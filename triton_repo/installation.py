@@ -1,0 +1,99 @@
+"""Finding a ``tritonserver`` on this machine, and what surrounds it when it runs.
+
+Three places are looked at: the path of NVIDIA's container, ``PATH``, and the wheel ``nvidia-pytriton``, whose binary is
+an old release with the Python backend only: good for laptops and CI, on loopback. The wheel keeps one stub per Python
+version apart from its backend, so the backend folder is put together from links.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from wan22.errors import UserError
+
+CONTAINER_BINARY = Path("/opt/tritonserver/bin/tritonserver")
+WHEEL = Path("lib", "python*", "site-packages", "pytriton", "tritonserver")
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A ``tritonserver`` with its Python backend."""
+
+    binary: Path
+    stub: Path | None = None  # only where it lies apart from the backend, as in the wheel
+    environment: Path | None = None  # the virtual environment whose packages the models import
+
+    @property
+    def backends(self) -> Path:
+        return self.binary.parent.parent / "backends"
+
+
+def find_installation(environments: Sequence[Path], binary: Path | None = None) -> Installation:
+    """The first of: ``binary``, the container's, the one on ``PATH``, a wheel in one of ``environments``.
+
+    Raises:
+        UserError: none of them is there.
+    """
+    on_path = shutil.which("tritonserver")
+    for candidate in (binary, CONTAINER_BINARY, Path(on_path) if on_path else None):
+        if candidate is not None and candidate.is_file():
+            return Installation(candidate.resolve())
+        if candidate is not None and candidate is binary:
+            raise UserError(f"no tritonserver at {binary}", "an executable", "name another, or leave --server out")
+    for environment in environments:
+        for folder in sorted(environment.glob(str(WHEEL))):
+            return _from_wheel(environment, folder)
+    raise UserError(
+        "no tritonserver", "a Triton container, one on PATH, or the nvidia-pytriton wheel", "run make triton"
+    )
+
+
+def _from_wheel(environment: Path, folder: Path) -> Installation:
+    version = folder.parents[2].name.removeprefix("python")
+    stub = folder / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise UserError(f"no stub for Python {version} in {folder}", "one", "make the environment with Python 3.11")
+    return Installation(folder / "bin" / "tritonserver", stub, environment)
+
+
+@contextmanager
+def backend_folder(installation: Installation) -> Iterator[Path | None]:
+    """The folder of backends; None where the server finds its own."""
+    if installation.stub is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="wan22-backends-") as folder:
+        python = Path(folder, "python")
+        python.mkdir()
+        for file in (*installation.backends.joinpath("python").iterdir(), installation.stub):
+            (python / file.name).symlink_to(file.resolve())
+        yield Path(folder)
+
+
+def stub_environment(installation: Installation, outer: Mapping[str, str]) -> dict[str, str]:
+    """``outer`` with the models' Python first: the stub takes its packages from the first ``python3`` on PATH."""
+    inner = dict(outer)
+    if installation.environment is not None:
+        inner["PATH"] = f"{installation.environment / 'bin'}{os.pathsep}{outer.get('PATH', os.defpath)}"
+        libraries = _library_folder(installation.environment)
+        inner["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (libraries, outer.get("LD_LIBRARY_PATH"))))
+    return inner
+
+
+def _library_folder(environment: Path) -> str:
+    """Where the environment's own libpython is, which must match its standard library; empty if there is none."""
+    script = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'), sysconfig.get_config_var('INSTSONAME'))"
+    done = subprocess.run([environment / "bin" / "python3", "-c", script], capture_output=True, text=True, check=True)
+    folder, name = done.stdout.split()
+    return folder if Path(folder, name).is_file() and name.endswith((".so", ".so.1.0")) else ""
+
+
+def default_environments() -> tuple[Path, ...]:
+    """Where ``make triton`` puts the wheel, and the environment of this process."""
+    return (Path(".venv-triton"), Path(sys.prefix).parent / ".venv-triton", Path(sys.prefix))

@@ -1,0 +1,85 @@
+"""What an orchestrator asks a pod: is the model alive, and has it finished its work? Standard library only.
+
+``python3 -m triton_repo.probe alive`` for a liveness probe: Triton's own says "alive" after the model's process died.
+``python3 -m triton_repo.probe drain`` for a preStop hook: raises the drain flag and returns when nothing runs or waits.
+"""
+
+import argparse
+import re
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+METRICS = "http://127.0.0.1:8002/metrics"
+SERIES = re.compile(r"(?m)^(\w+)(?:\{[^}]*\})? (\S+)$")
+HEARTBEAT = "wan22_heartbeat_timestamp_seconds"
+LAST_STEP = "wan22_last_step_timestamp_seconds"
+IN_FLIGHT, PENDING = "wan22_in_flight", "nv_inference_pending_request_count"
+MAX_SILENCE_S = 120.0  # reading an expert from disk may keep a model from beating
+MAX_STEP_S = 1800.0
+
+
+def read(url: str = METRICS) -> dict[str, list[float]]:
+    """Values by name of the series, over all models."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        text = answer.read().decode()
+    found: dict[str, list[float]] = {}
+    for name, value in SERIES.findall(text):
+        found.setdefault(name, []).append(float(value))
+    return found
+
+
+def troubles(
+    metrics: dict[str, list[float]], max_silence_s: float = MAX_SILENCE_S, max_step_s: float = MAX_STEP_S
+) -> Iterator[str]:
+    """What is wrong with the models of a server; nothing while all is well."""
+    now = time.time()
+    if not metrics.get(HEARTBEAT):
+        yield "no model has ever given a sign"
+    for beat in metrics.get(HEARTBEAT, []):
+        if now - beat > max_silence_s:
+            yield f"a model gave its last sign {now - beat:.0f} s ago"
+    for busy, step in zip(metrics.get(IN_FLIGHT, []), metrics.get(LAST_STEP, []), strict=False):
+        if busy and now - step > max_step_s:
+            yield f"a job got on {now - step:.0f} s ago for the last time"
+
+
+def work(metrics: dict[str, list[float]]) -> int:
+    """Jobs that run or wait."""
+    return int(sum(metrics.get(IN_FLIGHT, []) + metrics.get(PENDING, [])))
+
+
+def drain(url: str, flag: Path, within_s: float, every_s: float = 1.0) -> bool:
+    """Raises ``flag``, which makes the model unready, and waits for the last job; False when time is up."""
+    flag.touch()
+    give_up = time.monotonic() + within_s
+    while work(read(url)):
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(every_s)
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("question", choices=("alive", "drain"))
+    parser.add_argument("--metrics", default=METRICS)
+    parser.add_argument("--max-silence-s", type=float, default=MAX_SILENCE_S)
+    parser.add_argument("--max-step-s", type=float, default=MAX_STEP_S)
+    parser.add_argument("--flag", type=Path, default=Path("/tmp/wan22-drain"))
+    parser.add_argument("--within-s", type=float, default=3600)
+    asked = parser.parse_args()
+    if asked.question == "drain":
+        return 0 if drain(asked.metrics, asked.flag, asked.within_s) else 1
+    try:
+        found = list(troubles(read(asked.metrics), asked.max_silence_s, asked.max_step_s))
+    except OSError as error:
+        found = [f"no answer from {asked.metrics}: {error}"]
+    print("\n".join(found) or "alive", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
