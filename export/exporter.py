@@ -111,7 +111,7 @@ def export_checkpoint(
     opened = open_checkpoint(checkpoint, progress)
     loras = _opened(options, opened.spec)
     source = _with_loras(opened, loras)
-    parts = _parts(source.spec, options, _read_scales(opened, options))
+    parts = _parts(source.spec, options, _read_scales(source, options))
     if options.link:
         parts = {n: replace(p, shared=shareable(source.weights[p.weights], p.declared)) for n, p in parts.items()}
     meter = _Meter(progress, parts.values())

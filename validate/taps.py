@@ -16,12 +16,12 @@ class Tapped:
     """A tapped graph in the place of the plain one; remembers the maxima over all its calls."""
 
     def __init__(self, graph: Callable[..., tuple[np.ndarray, ...]], labels: Iterable[str]) -> None:
-        self._graph, self.labels, self.calls = graph, tuple(labels), 0
+        self.graph, self.labels, self.calls = graph, tuple(labels), 0
         self._largest = np.zeros(len(self.labels), np.float32)
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """The graph's first output."""
-        first, *_, amax = self._graph(**inputs)
+        first, *_, amax = self.graph(**inputs)
         np.maximum(self._largest, amax, out=self._largest)  # NaN stays
         self.calls += 1
         return first

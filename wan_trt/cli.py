@@ -15,6 +15,7 @@ from wan22.errors import UserError
 from wan_trt.commands import (
     build,
     bundle,
+    calibrate,
     client,
     demo,
     export,
@@ -54,7 +55,7 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
     return guard
 
 
-for command in (plan, synth, export, build, inspect, generate, validate, demo, triton, serve, client):
+for command in (plan, synth, export, calibrate, build, inspect, generate, validate, demo, triton, serve, client):
     app.command(command.__name__.rpartition(".")[2])(guarded(command.run))
 
 

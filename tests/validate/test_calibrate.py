@@ -1,0 +1,141 @@
+"""Scales measured on prompts: every linear of every expert, at its own timesteps, good enough to quantise with."""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from export.exporter import ExportOptions, export_checkpoint
+from export.graph import BFLOAT16
+from export.input_scales import read_input_scales
+from export.linear import FLOAT8_MAX
+from export.safetensors_file import read_safetensors
+from export.schema import DIT_LINEARS_PER_BLOCK
+from tests.export.test_dit import inputs_for, relative_l2
+from validate.calibrate import CalibrateOptions, calibrate
+from validate.emulation import emulate
+from validate.graph_session import opened
+from wan22.errors import UserError
+from wan22.specs import SPECS, Precision
+
+TINY = SPECS["t2v-a14b-tiny"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("# two of them\nA red fox in the snow\n\n雪中的城市\n")
+    return path
+
+
+def options(prompts, **more):
+    return CalibrateOptions(prompts, **{"steps": 4, "size": (64, 48), "frames": 5, **more})
+
+
+@pytest.fixture(scope="module")
+def bf16_bundle(tmp_path_factory, tiny_checkpoint):
+    folder = tmp_path_factory.mktemp("bf16") / "onnx"
+    export_checkpoint(tiny_checkpoint, folder, ExportOptions(Precision.BF16))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory, bf16_bundle, prompts):
+    out = tmp_path_factory.mktemp("scales") / "scales.json"
+    return out, calibrate(bf16_bundle, out, options(prompts))
+
+
+def test_every_linear_of_both_experts_is_covered(calibrated):
+    out, calibration = calibrated
+    expected = {f"blocks.{layer}.{name}" for layer in range(TINY.dit.layers) for name in DIT_LINEARS_PER_BLOCK}
+    scales = read_input_scales(out, TINY)
+    assert {expert: set(part) for expert, part in scales.items()} == dict.fromkeys(TINY.experts, expected)
+    assert calibration.coverage.startswith("40 linears, 2 prompts of 4 steps")
+
+
+def test_each_expert_ran_its_own_steps_with_and_without_the_prompt(calibrated):
+    assert calibrated[1].forwards == {"high_noise": 2 * 3 * 2, "low_noise": 2 * 1 * 2}
+
+
+def test_scales_are_maxima_with_a_margin(calibrated, tiny_bundle):
+    out, calibration = calibrated
+    found = read_input_scales(out, TINY)["low_noise"]["blocks.1.ffn.2"]
+    assert found.input * FLOAT8_MAX == pytest.approx(1.1 * calibration.inputs["low_noise"]["blocks.1.ffn.2"])
+    weight = read_safetensors(tiny_bundle / "low_noise.safetensors")["blocks.1.ffn.2.weight"].read()
+    assert found.weight * FLOAT8_MAX == pytest.approx(np.abs(weight).max(), rel=2**-8)
+
+
+def test_a_bundle_in_float32_has_nearly_the_maxima_of_one_in_bfloat16(tmp_path, calibrated, tiny_bundle, prompts):
+    exact = calibrate(tiny_bundle, tmp_path / "s.json", options(prompts))
+    for expert, linears in exact.inputs.items():
+        for name, largest in linears.items():
+            assert calibrated[1].inputs[expert][name] == pytest.approx(largest, rel=0.05), name
+
+
+def test_a_graph_with_measured_scales_errs_little_more_than_one_that_scales_every_token(
+    tmp_path, calibrated, tiny_checkpoint, tiny_bundle
+):
+    def velocity(bundle, emulated):
+        model = ir.load(bundle / "low_noise.onnx")
+        for value in model.graph.initializers.values():  # from files into memory
+            value.const_value = ir.Tensor(value.const_value.numpy(), dtype=value.dtype, name=value.name)
+        if emulated:
+            emulate(model, BFLOAT16)
+        return opened(model)(**inputs)[0]
+
+    inputs = inputs_for(TINY.dit, 2, 6, 8, [500.0])
+    inputs["text"] *= np.where(np.arange(512) < 20, 0.3, 0.0)[:, None].astype(np.float32)  # as prompts are
+
+    dynamic, static = ExportOptions(Precision.FP8), ExportOptions(Precision.FP8, input_scales=calibrated[0])
+    export_checkpoint(tiny_checkpoint, tmp_path / "dynamic", dynamic)
+    export_checkpoint(tiny_checkpoint, tmp_path / "static", static)
+    assert "blocks.0.self_attn.q.input_scale" in read_safetensors(tmp_path / "static" / "low_noise.safetensors")
+    exact = velocity(tiny_bundle, False)
+    per_token, measured = (relative_l2(velocity(tmp_path / name, True), exact) for name in ("dynamic", "static"))
+    assert 0.01 < measured < 1.2 * per_token
+
+
+def test_one_expert_has_a_file_without_parts(tmp_path, flow_of, prompts):
+    calibrate(flow_of("ti2v-5b-tiny").bundle, tmp_path / "s.json", options(prompts, size=(64, 64), steps=1))
+    assert "blocks.0.attn1.to_q" in json.loads((tmp_path / "s.json").read_text())
+
+
+def test_images_are_calibrated_with(tmp_path, flow_of):
+    from PIL import Image
+
+    Image.new("RGB", (90, 60), (200, 30, 60)).save(tmp_path / "red.png")
+    lines = [{"prompt": "A red wall", "image": "red.png"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = calibrate(flow_of("i2v-a14b-tiny").bundle, tmp_path / "s.json", options(tmp_path / "p.jsonl"))
+    assert set(found.forwards) == {"high_noise", "low_noise"}
+
+
+def test_a_bundle_in_fp8_is_refused(tmp_path, tiny_checkpoint, prompts):
+    export_checkpoint(tiny_checkpoint, tmp_path / "fp8", ExportOptions(Precision.FP8))
+    with pytest.raises(UserError, match="high_noise in fp8"):
+        calibrate(tmp_path / "fp8", tmp_path / "s.json", options(prompts))
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_too_few_steps_for_both_experts(tmp_path, tiny_bundle, prompts):
+    with pytest.raises(UserError, match="1 steps, none of them by low_noise"):
+        calibrate(tiny_bundle, tmp_path / "s.json", options(prompts, steps=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("", "no prompts"), ("# none\n", "no prompts"), ('{"prompt": "a"', "line 1"), ('{"image": "a.png"}', "KeyError")],
+)
+def test_files_without_prompts(tmp_path, tiny_bundle, content, told):
+    (tmp_path / "p.txt").write_text(content)
+    with pytest.raises(UserError, match=told):
+        calibrate(tiny_bundle, tmp_path / "s.json", options(tmp_path / "p.txt"))
+
+
+def test_an_earlier_file_is_kept_unless_told(tmp_path, tiny_bundle, prompts):
+    (tmp_path / "s.json").write_text("mine")
+    with pytest.raises(UserError, match="--overwrite"):
+        calibrate(tiny_bundle, tmp_path / "s.json", options(prompts))
+    assert (tmp_path / "s.json").read_text() == "mine"

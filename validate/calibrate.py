@@ -1,0 +1,246 @@
+"""Static FP8 scales from prompts: runs a 16- or 32-bit bundle and notes the largest input of every linear.
+
+The bundle's transformers get one more output, the largest magnitude of what enters each linear (:mod:`validate.taps`),
+are built for any target, and sample the prompts as a user's run would: each expert at its own timesteps, with and
+without the prompt where guidance asks for both. What FP8 would round does not matter to the maxima, so one pass over
+the full-precision model is all there is to it.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engines.build import BuildOptions, build_engines
+from engines.targets import target_named
+from export.input_scales import LinearScales, Scales, largest_magnitude, write_input_scales
+from export.linear import FLOAT8_MAX
+from export.schema import DIT_LINEARS_PER_BLOCK
+from runtime.pipeline import Pipeline
+from runtime.request import CompleteRequest, Request
+from validate.prompts import Prompt, read_prompts
+from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
+from wan22.errors import UserError
+from wan22.progress import Progress, silent
+from wan22.specs import Precision
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from validate.taps import Tapped
+
+MARGIN = 1.1  # over the largest input seen, as NVIDIA's file has it
+UNQUANTISED = (Precision.FP32, Precision.BF16, Precision.FP16)
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """The runs that are measured. ``None`` means the model's default, or what the bundle is fixed to."""
+
+    prompts: Path  # see :func:`validate.prompts.read_prompts`
+    steps: int | None = None
+    size: tuple[int, int] | None = None  # width, height in pixels
+    frames: int | None = None
+    seed: int = 0  # of the first prompt; the others count up
+    margin: float = MARGIN
+    target: str = "cpu"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured and on how much."""
+
+    inputs: Mapping[str, Mapping[str, float]]  # largest input by expert and linear, without margin
+    scales: Mapping[str, Scales] = field(repr=False)
+    forwards: Mapping[str, int]  # by expert, prompts and steps and both branches of guidance together
+    prompts: int
+    steps: int
+
+    @property
+    def coverage(self) -> str:
+        linears = sum(map(len, self.inputs.values()))
+        runs = ", ".join(f"{count} forwards of {expert}" for expert, count in self.forwards.items())
+        return f"{linears} linears, {self.prompts} prompts of {self.steps} steps: {runs}"
+
+    def table(self) -> "Table":
+        """Largest inputs over the blocks, by expert and kind of linear."""
+        from rich.table import Table
+
+        table = Table("expert", "linear", "blocks", "min", "median", "max", title="Largest inputs")
+        for expert, found in self.inputs.items():
+            for kind in DIT_LINEARS_PER_BLOCK:
+                values = [value for name, value in found.items() if name.split(".", 2)[2] == kind]
+                figures = (f"{of(values):.3g}" for of in (min, median, max))
+                table.add_row(expert, kind, str(len(values)), *figures)
+        return table
+
+
+def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Progress = silent) -> Calibration:
+    """Measures the ONNX bundle at ``bundle`` and writes the scales to ``out``, for ``wan-trt export --input-scales``.
+
+    Raises:
+        UserError: no bundle of graphs, one that is quantised already, no prompts, too few steps for both experts,
+            numbers that overflow, a target that cannot run it, a file in the way.
+    """
+    if out.exists() and not options.overwrite:
+        raise UserError(f"{out} exists", "a new file", "choose another or add --overwrite")
+    source = open_bundle(bundle, "graphs")
+    spec = source.manifest.spec
+    _check_precision(source)
+    requests = _requests(read_prompts(options.prompts, spec.task), source, options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as temporary:
+        folder = Path(temporary)
+        labels = write_tapped(source, folder / "graphs", options.target)
+        build_engines(folder / "graphs", folder / "engines", _build_options(source, requests[0], options), progress)
+        with TappedPipeline(open_bundle(folder / "engines", "engines"), labels) as pipeline:
+            _run(pipeline, requests, progress)
+            found = pipeline.tapped
+    inputs = {expert: _largest(expert, found.get(expert), requests[0].steps) for expert in spec.experts}
+    scales = {expert: _scales(source, expert, part, options.margin) for expert, part in inputs.items()}
+    write_input_scales(out, scales, spec)
+    forwards = {expert: found[expert].calls for expert in spec.experts}
+    return Calibration(inputs, scales, forwards, len(requests), requests[0].steps)
+
+
+def _check_precision(source: Bundle) -> None:
+    for expert in source.manifest.spec.experts:
+        if (found := source.component(expert).precision) not in UNQUANTISED:
+            expected = ", ".join(UNQUANTISED)
+            raise UserError(
+                f"{expert} in {found}", f"one of {expected}", "export the model in 16 bits and calibrate that"
+            )
+
+
+def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) -> list[CompleteRequest]:
+    spec, fixed = source.manifest.spec, source.manifest.size
+    size = options.size or (fixed[:2] if fixed else None)
+    frames = options.frames or (fixed[2] if fixed else None)
+    if fixed and (*(size or ()), frames) != fixed:
+        raise UserError(f"--size or --frames other than {fixed}", "what the graphs are fixed to", "leave them out")
+    return [
+        Request(
+            prompt.text, size=size, frames=frames, image=prompt.image, fit="crop", seed=seed, steps=options.steps
+        ).completed(spec)
+        for seed, prompt in enumerate(prompts, options.seed)
+    ]
+
+
+def _build_options(source: Bundle, request: CompleteRequest, options: CalibrateOptions) -> BuildOptions:
+    if source.manifest.size or target_named(options.target).backend == "onnxruntime":
+        return BuildOptions(options.target)
+    return BuildOptions(options.target, f"{request.width}x{request.height}", str(request.frames))
+
+
+# -- the tapped bundle
+
+
+def write_tapped(source: Bundle, folder: Path, target: str) -> dict[str, list[str]]:
+    """A bundle like ``source``, without the decoder, whose transformers have taps: expert → what their output lists."""
+    folder.mkdir()
+    on_cpu = target_named(target).backend == "onnxruntime"
+    labels: dict[str, list[str]] = {}
+    components = []
+    for component in source.manifest.components:
+        if not component.name.startswith("vae_decoder"):
+            components.append(_written(source, component, folder, labels, on_cpu=on_cpu))
+    manifest = replace(source.manifest, components=tuple(components))
+    for file in {file.path: file for c in components for file in c.weights}.values():
+        _link(source.path(file), folder / file.path)
+    for file in manifest.tokenizer:
+        _link(source.path(file), folder / file.path)
+    write_manifest(folder, manifest)
+    return labels
+
+
+def _written(
+    source: Bundle, component: Component, folder: Path, labels: dict[str, list[str]], *, on_cpu: bool
+) -> Component:
+    import onnx_ir as ir
+
+    from validate.emulation import emulate
+    from validate.taps import add_taps, linear_inputs
+
+    model = ir.load(source.path(component.graph))
+    if component.name in source.manifest.spec.experts:
+        tapped = linear_inputs(model)
+        labels[component.name] = list(tapped)
+        component = replace(component, outputs=(*component.outputs, add_taps(model, tapped)))
+    if on_cpu and component.precision == Precision.BF16:
+        emulate(model)
+        component = replace(component, precision=Precision.FP32)
+    path = folder / component.graph.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ir.save(model, path)
+    return replace(component, graph=file_entry(folder, path))
+
+
+def _link(source: Path, target: Path) -> None:
+    """The file under another name, or a copy where the file system has no such thing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+# -- the runs
+
+
+class TappedPipeline(Pipeline):
+    """A pipeline whose experts note their maxima."""
+
+    def __init__(self, bundle: Bundle, labels: Mapping[str, list[str]]) -> None:
+        super().__init__(bundle, keep_experts=False)
+        self._labels = labels
+        self.tapped: dict[str, Tapped] = {}
+
+    def engine(self, name: str) -> Any:
+        from validate.taps import Tapped
+
+        engine: Any = super().engine(name)
+        if name not in self._labels:
+            return engine
+        tapped = self.tapped.setdefault(name, Tapped(engine, self._labels[name]))
+        tapped.graph = engine
+        return tapped
+
+
+def _run(pipeline: Pipeline, requests: list[CompleteRequest], progress: Progress) -> None:
+    done, total = 0, sum(request.steps for request in requests)
+    for request in requests:
+        for _ in pipeline.denoise(request):
+            done += 1
+            progress("calibrate", done, total, "steps")
+
+
+def _largest(expert: str, tapped: "Tapped | None", steps: int) -> dict[str, float]:
+    if tapped is None:
+        raise UserError(f"{steps} steps, none of them by {expert}", "steps of every expert", "use more --steps")
+    if bad := [name for name, value in tapped.largest.items() if not isfinite(value)]:
+        raise UserError(f"{expert}: {bad[0]} reads values that overflow", "finite ones", "calibrate a bf16 bundle")
+    return tapped.largest
+
+
+def _scales(source: Bundle, expert: str, inputs: Mapping[str, float], margin: float) -> Scales:
+    import onnx_ir as ir
+
+    stored = ir.load(source.path(source.component(expert).graph)).graph.initializers
+
+    def weight(name: str) -> float:
+        tensor = stored[f"{name}.weight"].const_value
+        return largest_magnitude(np.asarray(tensor)) if tensor is not None else 0.0
+
+    smallest = 1e-6  # of an input that is always zero
+    return {
+        name: LinearScales(max(value * margin, smallest) / FLOAT8_MAX, max(weight(name), smallest) / FLOAT8_MAX)
+        for name, value in inputs.items()
+    }

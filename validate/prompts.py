@@ -1,0 +1,51 @@
+"""Files of prompts: what a model is calibrated on."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from wan22.errors import UserError
+from wan22.specs import Task
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    image: Path | None = None
+
+
+def read_prompts(path: Path, task: Task) -> list[Prompt]:
+    """One prompt a line, as text or as JSON: ``{"prompt": "A cat", "image": "cat.jpg"}``, the image beside the file.
+
+    Empty lines and those that begin with ``#`` are left out.
+
+    Raises:
+        UserError: no such file, no prompts in it, a line of JSON without a prompt, an image missing or out of place.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(f"{path}: {reason}", "a text file", "write one prompt a line") from None
+    prompts = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line and line[0] != "#"]
+    if not prompts:
+        raise UserError(f"{path} has no prompts", "at least one", "write one prompt a line")
+    for prompt in prompts:
+        if task == Task.I2V and prompt.image is None:
+            expected = 'lines such as {"prompt": "A cat", "image": "cat.jpg"}'
+            raise UserError(f"{path}: no image for {prompt.text!r}", expected, "name an image for every prompt")
+        if task == Task.T2V and prompt.image is not None:
+            raise UserError(f"{path}: an image for {prompt.text!r}", "text only", "leave it out")
+    return prompts
+
+
+def _prompt(path: Path, number: int, line: str) -> Prompt:
+    if not line.startswith("{"):
+        return Prompt(line)
+    try:
+        entry = json.loads(line)
+        image = entry.get("image")
+        return Prompt(str(entry["prompt"]), None if image is None else path.parent / image)
+    except (ValueError, KeyError, TypeError) as error:
+        found = f"{path}, line {number}: {type(error).__name__} {error}"
+        raise UserError(found, '{"prompt": ..., "image": ...}', "mend the line") from None
