@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from export.checkpoint import Checkpoint, open_checkpoint
+from export.checkpoint import Checkpoint, Weights, open_checkpoint
 from export.dit import LatentDims, dit_graph
-from export.fp8_weights import Fp8Weights
+from export.fp8_weights import Fp8Weights, moved_biases
 from export.graph import BFLOAT16, FLOAT, FLOAT16, GraphBuilder, Placed
 from export.input_scales import Scales, check_weights, read_input_scales
 from export.linear import Fp8
@@ -89,8 +89,22 @@ class _Part:
         return declared(self.graphs.values())
 
     @property
+    def quantised(self) -> list[str]:
+        return [key for key, planned in self.declared.items() if planned.dtype in FLOAT8]
+
+    @cached_property
+    def remade(self) -> frozenset[str]:
+        """Official names whose tensors are not the checkpoint's."""
+        return frozenset(self.quantised) | moved_biases(self.quantised, self.input_scales)
+
+    @property
     def written(self) -> dict[str, Planned]:
         return {key: planned for key, planned in self.declared.items() if key not in self.shared}
+
+    def sharing(self, weights: Weights) -> "_Part":
+        """The part with what it can share of ``weights``."""
+        same = {key: planned for key, planned in self.declared.items() if key not in self.remade}
+        return replace(self, shared=shareable(weights, same))
 
     @property
     def shared_files(self) -> list[Path]:
@@ -113,7 +127,7 @@ def export_checkpoint(
     source = _with_loras(opened, loras)
     parts = _parts(source.spec, options, _read_scales(source, options))
     if options.link:
-        parts = {n: replace(p, shared=shareable(source.weights[p.weights], p.declared)) for n, p in parts.items()}
+        parts = {name: part.sharing(source.weights[part.weights]) for name, part in parts.items()}
     meter = _Meter(progress, parts.values())
     check_disk(folder, meter.written_bytes - kept_bytes(folder))
     with resumable(folder, _made_of(source, loras, parts), overwrite=options.overwrite) as (temporary, journal):
@@ -263,9 +277,8 @@ def _pieces(source: Checkpoint, part: _Part) -> Pieces:
     weights = source.weights[part.weights]
     if part.precision not in FP8_PRECISIONS:
         return weights.pieces
-    quantised = [key for key, planned in part.declared.items() if planned.dtype in FLOAT8]
-    fp8 = Fp8Weights(weights.read, source.spec.dit, quantised, part.input_scales)
-    stored = frozenset(weights.names()) - frozenset(quantised)
+    fp8 = Fp8Weights(weights.read, source.spec.dit, part.quantised, part.input_scales)
+    stored = frozenset(weights.names()) - part.remade
     return lambda key: weights.pieces(key) if key in stored else [fp8(key)]
 
 

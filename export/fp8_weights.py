@@ -2,6 +2,10 @@
 
 A matrix is quantised with one scale, its largest magnitude over 448, so that the scale stays in float32 inside the
 multiplication. ``qkv`` and ``kv`` join their parts' rows. The scales of Q and K follow from the norm weights alone.
+
+The bias of V moves behind the output projection: probabilities sum to 1, so ``O(P (V + b)) = O(P V) + O b``, and what
+is added there in float32 needs not pass through FP8. Where the input of O has a static scale it stays, because that
+scale was measured with it.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -36,6 +40,7 @@ class Fp8Weights:
         self._official, self._spec = official, spec
         self._quantised, self._input_scales = frozenset(quantised), input_scales or {}
         self._scales: dict[str, float] = {}
+        self._moved = moved_biases(quantised, self._input_scales)
 
     def __call__(self, key: str) -> np.ndarray:
         stem, leaf = key.rsplit(".", 1)
@@ -47,7 +52,16 @@ class Fp8Weights:
             return np.array(self._input_scales[stem], np.float32)
         if leaf in ("q_scale", "k_scale"):
             return self._head_scale(stem, leaf[0])
-        return self._official(key)
+        return self._bias_of_attention(stem) if key in self._moved else self._official(key)
+
+    def _bias_of_attention(self, linear: str) -> np.ndarray:
+        """None is left of V's; O's takes it over, projected in float32."""
+        module, name = linear.rsplit(".", 1)
+        bias = self._official(f"{linear}.bias").astype(np.float32)
+        if name == "v":
+            return np.zeros_like(bias)
+        weight, moved = (self._official(f"{module}.{key}").astype(np.float32) for key in ("o.weight", "v.bias"))
+        return np.asarray(bias + weight @ moved)
 
     def _matrix(self, key: str) -> np.ndarray:
         """FP8 ``[out, in]``; converted in blocks of rows, so that no second float32 copy of the matrix is made."""
@@ -81,6 +95,14 @@ class Fp8Weights:
         largest = float(np.abs(self._official(f"{module}.norm_{name}.weight").astype(np.float32)).max())
         bound = largest * self._spec.width**0.5 * (self._spec.head_width**-0.5 if name == "q" else 2.0)
         return np.array(max(bound, 1e-6) * MARGIN / FLOAT8_MAX, np.float32)
+
+
+def moved_biases(quantised: Collection[str], input_scales: Collection[str]) -> frozenset[str]:
+    """Biases of V and O that are not the checkpoint's, where ``quantised`` are the weights stored in FP8."""
+    modules = [key.removesuffix(".o.weight") for key in quantised if key.endswith("_attn.o.weight")]
+    return frozenset(
+        f"{module}.{part}.bias" for module in modules if f"{module}.o" not in input_scales for part in "vo"
+    )
 
 
 def _scale_of(parts: list[np.ndarray]) -> float:

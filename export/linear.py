@@ -30,7 +30,8 @@ class Fp8:
     cross_attention: bool = False
     high_precision_blocks: frozenset[int] = frozenset()  # blocks without any FP8
     static: frozenset[str] = frozenset()  # linears ("blocks.0.ffn.0") with a stored ``input_scale``
-    # ablations of FP8 attention, for the precision study
+    # ablations, for the precision study
+    high_precision_linears: frozenset[str] = frozenset()  # without FP8 in any block ("ffn.2", "self_attn.q" for qkv)
     smooth_k: bool = True
     v_per_channel: bool = True
 
@@ -64,7 +65,8 @@ class Linears:
         """Whether the linear ``blocks.N. ...`` multiplies FP8 numbers."""
         if self.fp8 is None or not key.startswith("blocks."):
             return False
-        return int(key.split(".")[1]) not in self.fp8.high_precision_blocks
+        _, block, linear = key.split(".", 2)
+        return int(block) not in self.fp8.high_precision_blocks and linear not in self.fp8.high_precision_linears
 
     # -- what enters
 

@@ -100,3 +100,32 @@ def test_what_is_sensitive_is_never_stored_in_fp8():
     linears = ("self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.kv", "cross_attn.o", "ffn.0", "ffn.2")
     assert in_fp8 == {f"{name}.weight" for name in linears}
     assert all(key.startswith("blocks.") for key, value in stored.items() if value.dtype == FLOAT8)
+
+
+def test_the_bias_of_v_is_added_behind_the_output_projection(weights):
+    read = Fp8Weights(weights.__getitem__, SPEC, ["blocks.0.self_attn.o.weight"])
+    key = "blocks.0.self_attn"
+    moved = weights[f"{key}.o.weight"] @ weights[f"{key}.v.bias"]
+    assert np.abs(read(f"{key}.o.bias") - weights[f"{key}.o.bias"] - moved).max() < 1e-5
+    assert not read(f"{key}.v.bias").any()
+
+
+def test_it_stays_where_the_input_of_o_was_measured_with_it(weights):
+    key = "blocks.0.self_attn"
+    read = Fp8Weights(weights.__getitem__, SPEC, [f"{key}.o.weight"], {f"{key}.o": 0.01})
+    assert np.array_equal(read(f"{key}.v.bias"), weights[f"{key}.v.bias"])
+    assert np.array_equal(read(f"{key}.o.bias"), weights[f"{key}.o.bias"])
+
+
+def test_a_large_bias_of_v_does_not_cost_accuracy(run_graph, weights, exact):
+    biased = weights | {k: v + 20 for k, v in weights.items() if k.endswith("self_attn.v.bias")}
+    full = run_graph(dit_graph(SPEC), biased)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0]
+    for fp8 in (Fp8(), BOTH):
+        assert relative_l2(run_fp8(run_graph, biased, fp8), full) < 0.037
+
+
+def test_a_kind_of_linear_kept_in_high_precision_is_computed_as_in_float32(run_graph, weights, exact):
+    linears = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2")
+    assert relative_l2(run_fp8(run_graph, weights, Fp8(high_precision_linears=frozenset(linears))), exact) < 1e-6
+    some = relative_l2(run_fp8(run_graph, weights, Fp8(high_precision_linears=frozenset(linears[:-1]))), exact)
+    assert 0.001 < some < relative_l2(run_fp8(run_graph, weights, Fp8()), exact)
