@@ -12,6 +12,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED) $(TRITON) check
 	$(BIN)/python -m pytest -q
 
+# Export at full size: memory, throughput beside cp. Needs some 30 GB of disk for a while, and minutes.
+scale: $(INSTALLED)
+	$(BIN)/wan-trt scale
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

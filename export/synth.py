@@ -42,16 +42,25 @@ FLOAT32 = np.dtype(np.float32)
 
 
 def synthesise(
-    spec: ModelSpec, folder: Path, layout: Layout, seed: int, *, sparse: bool = False, progress: Progress = silent
+    spec: ModelSpec,
+    folder: Path,
+    layout: Layout,
+    seed: int,
+    *,
+    sparse: bool = False,
+    half: bool = False,
+    progress: Progress = silent,
 ) -> None:
     """Writes a checkpoint of ``spec`` into the new ``folder``; the same seed gives the same bytes.
+
+    ``half`` stores the transformers in bfloat16, as converted checkpoints have them.
 
     Raises:
         UserError: the folder exists or cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists", "a new folder", "choose another")
-    source = _Source(spec, seed, sparse, progress)
+    source = _Source(spec, seed, sparse, half, progress)
     with staged(folder) as temporary:
         if layout == "official":
             _write_official(temporary, source)
@@ -66,6 +75,7 @@ class _Source:
     spec: ModelSpec
     seed: int
     sparse: bool
+    half: bool
     progress: Progress
     done: int = 0
     total: int = field(init=False)
@@ -75,7 +85,7 @@ class _Source:
 
     def part(self, part: str, names: dict[str, str] | None = None) -> tuple[dict[str, Planned], Pieces]:
         """The tensors of a part, called by ``names`` (official → written), and what yields their elements."""
-        dtype = BFLOAT16 if part == "text_encoder" else FLOAT32
+        dtype = BFLOAT16 if part == "text_encoder" or (self.half and part != "vae") else FLOAT32
         shapes = part_tensors(part, self.spec)
         official = {(names or {}).get(name, name): name for name in shapes}
 

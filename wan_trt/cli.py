@@ -22,6 +22,7 @@ from wan_trt.commands import (
     generate,
     inspect,
     plan,
+    scale,
     serve,
     synth,
     triton,
@@ -55,7 +56,7 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
     return guard
 
 
-for command in (plan, synth, export, calibrate, build, inspect, generate, validate, demo, triton, serve, client):
+for command in (plan, synth, export, calibrate, build, inspect, generate, validate, demo, triton, serve, client, scale):
     app.command(command.__name__.rpartition(".")[2])(guarded(command.run))
 
 

@@ -1,0 +1,158 @@
+"""``wan-trt scale``: what an export costs at full size, beside ``cp`` on the same disk, in one run.
+
+Memory and time to write a graph come from the whole model with sparse files, which take no disk. Throughput comes from
+real-size blocks with dense random weights, as many as ``--layers`` says, since zeros in holes would flatter it. Every
+file is pushed out of the system's cache before it is read, and written bytes are synced, for export and cp alike.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from wan22.bundle import check_disk
+from wan22.memory import peak_rss_bytes
+from wan22.specs import ModelSpec, Precision, spec_named
+from wan_trt.console import console
+
+MEMORY_LIMIT_BYTES = 2 * 10**9
+CP_SHARE = 0.6  # of cp's throughput, at least
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    layout: Literal["official", "diffusers"]
+    half: bool  # transformers of the checkpoint in bfloat16
+    precision: Precision
+    link: bool = False
+
+
+CASES = (
+    Case("fp32 → bf16", "official", False, Precision.BF16),
+    Case("fp32 → fp8", "official", False, Precision.FP8),
+    Case("bf16 → bf16, linked", "diffusers", True, Precision.BF16, link=True),
+)
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="The model to measure with.")] = "t2v-a14b",
+    folder: Annotated[Path, typer.Option(help="An empty place on the disk to measure.")] = Path("scale"),
+    layers: Annotated[int, typer.Option(min=1, help="Real-size blocks of the dense checkpoint.")] = 2,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the figures go.")] = Path("scale.json"),
+) -> int:
+    """Measure export at full size: throughput beside cp, peak memory, time to write a graph."""
+    spec = spec_named(model)
+    small = replace(spec, dit=replace(spec.dit, layers=layers), text_encoder=replace(spec.text_encoder, layers=layers))
+    folder.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any] = {"model": spec.name, "layers_dense": layers, "graph_seconds": _graph_seconds(spec)}
+    figures["cases"] = []
+    for case in CASES:
+        whole = _measured(case, spec, folder, sparse=True)
+        dense = _measured(case, small, folder, sparse=False)
+        figures["cases"].append({"case": case.name, "whole_sparse": whole, "dense": dense})
+        _print(case, whole, dense)
+    output.write_text(json.dumps(figures, indent=2) + "\n")
+    console.print(f"graph of one transformer: {figures['graph_seconds']:.1f} s; figures in {output}")
+    return 0 if all(map(_good, figures["cases"])) else 1
+
+
+def _good(case: dict[str, Any]) -> bool:
+    rate = case["dense"].get("throughput_of_cp", 1.0)
+    return bool(case["whole_sparse"]["peak_rss_bytes"] <= MEMORY_LIMIT_BYTES and rate >= CP_SHARE)
+
+
+def _print(case: Case, whole: dict[str, Any], dense: dict[str, Any]) -> None:
+    size = f"{whole['checkpoint_bytes'] / 1e9:.1f} → {whole['bundle_bytes'] / 1e9:.1f} GB"
+    console.print(f"{case.name}: {size} (sparse), peak {whole['peak_rss_bytes'] / 1e9:.2f} GB")
+    moved = f"{dense['checkpoint_bytes'] / 1e9:.1f} → {dense['bundle_bytes'] / 1e9:.1f} GB"
+    told = f"  dense {moved}: export {dense['export_seconds']:.1f} s"
+    if "cp_seconds" in dense:
+        told += f" ({dense['export_gb_s']:.2f} GB/s), cp {dense['cp_seconds']:.1f} s ({dense['cp_gb_s']:.2f} GB/s)"
+        told += f", {dense['throughput_of_cp']:.0%} of cp"
+    console.print(told)
+
+
+def _graph_seconds(spec: ModelSpec) -> float:
+    """Authoring the graph of one transformer, in memory."""
+    from export.dit import dit_graph
+
+    started = time.perf_counter()
+    dit_graph(spec.dit)
+    return time.perf_counter() - started
+
+
+def _measured(case: Case, spec: ModelSpec, folder: Path, *, sparse: bool) -> dict[str, Any]:
+    """Makes the checkpoint, exports it in a process of its own, copies the result with cp; leaves nothing behind."""
+    from export.synth import synthesise
+
+    checkpoint, bundle, copy = folder / "checkpoint", folder / "bundle", folder / "copy"
+    try:
+        if not sparse:
+            check_disk(checkpoint, 3 * 4 * 2 * spec.dit.layers * 351_394_304)
+        synthesise(spec, checkpoint, case.layout, 0, sparse=sparse, half=case.half)
+        found = {"checkpoint_bytes": _size(checkpoint)}
+        found |= _timed(checkpoint, bundle, case)
+        found["bundle_bytes"] = _size(bundle)
+        if not sparse and not case.link:
+            found |= _beside_cp(found, bundle, copy)
+        return found
+    finally:
+        for made in (checkpoint, bundle, copy):
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _timed(checkpoint: Path, bundle: Path, case: Case) -> dict[str, Any]:
+    _forget(checkpoint)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        seconds, peak = process.submit(_export, checkpoint, bundle, case).result()
+    return {"export_seconds": seconds, "peak_rss_bytes": peak}
+
+
+def _export(checkpoint: Path, bundle: Path, case: Case) -> tuple[float, int]:
+    from export.exporter import ExportOptions, export_checkpoint
+
+    options = ExportOptions(case.precision, link=case.link)
+    seconds = _seconds(lambda: export_checkpoint(checkpoint, bundle, options))
+    return seconds, peak_rss_bytes()
+
+
+def _beside_cp(export: dict[str, Any], bundle: Path, copy: Path) -> dict[str, Any]:
+    """Throughput is bytes read plus bytes written, in a second; cp copies the bundle."""
+    _forget(bundle)
+    seconds = _seconds(lambda: subprocess.run(["cp", "-r", "--sparse=never", str(bundle), str(copy)], check=True))
+    export_rate = (export["checkpoint_bytes"] + export["bundle_bytes"]) / export["export_seconds"] / 1e9
+    cp_rate = 2 * export["bundle_bytes"] / seconds / 1e9
+    rates = {"export_gb_s": export_rate, "cp_gb_s": cp_rate, "throughput_of_cp": export_rate / cp_rate}
+    return {"cp_seconds": seconds, **rates, "seconds_of_cp": export["export_seconds"] / seconds}
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    os.sync()
+    return time.perf_counter() - started
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in _files(folder))
+
+
+def _forget(folder: Path) -> None:
+    os.sync()
+    for path in _files(folder):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
