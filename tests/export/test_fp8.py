@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from export import fp8_weights
 from export.dit import dit_graph
 from export.fp8_weights import Fp8Weights
 from export.graph import BFLOAT16, FLOAT
@@ -117,11 +118,12 @@ def test_it_stays_where_the_input_of_o_was_measured_with_it(weights):
     assert np.array_equal(read(f"{key}.o.bias"), weights[f"{key}.o.bias"])
 
 
-def test_a_large_bias_of_v_does_not_cost_accuracy(run_graph, weights, exact):
+def test_moving_the_bias_pays_where_it_is_large(run_graph, weights, monkeypatch):
     biased = weights | {k: v + 20 for k, v in weights.items() if k.endswith("self_attn.v.bias")}
     full = run_graph(dit_graph(SPEC), biased)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0]
-    for fp8 in (Fp8(), BOTH):
-        assert relative_l2(run_fp8(run_graph, biased, fp8), full) < 0.037
+    moved = relative_l2(run_fp8(run_graph, biased, BOTH), full)
+    monkeypatch.setattr(fp8_weights, "moved_biases", lambda *_: frozenset())
+    assert moved < 0.6 * relative_l2(run_fp8(run_graph, biased, BOTH), full)
 
 
 def test_a_kind_of_linear_kept_in_high_precision_is_computed_as_in_float32(run_graph, weights, exact):
