@@ -1,0 +1,247 @@
+"""Weights as inputs of an engine instead of constants inside it: one small engine for both experts and every LoRA.
+
+The compiler then never sees a weight: it needs a few GB for a 14B model, and the engine is kernels only. It cannot
+prepare weights either, so what it would do to constants is done here: matrices lie as [in, out], the parts of ``qkv``
+are one matrix. An FP8 matrix is dequantised with the constant scale 1 (a scale that is an input costs the FP8 kernel)
+and its own scale, an input, multiplies the float32 result.
+
+All weights of a component are one file, each at a fixed place; a component that shares the engine has a file of the
+same layout. The layout lies beside the engine as JSON.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+
+from wan22.bundle import File
+from wan22.errors import UserError
+from wan22.progress import Progress, silent
+
+ALIGNMENT_BYTES = 256  # of every weight, as CUDA allocates
+FLOAT, FLOAT8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
+BEFORE_CAST = ("Slice", "Reshape", "Split")  # between a product and its conversion to float32
+
+
+@dataclass(frozen=True)
+class Source:
+    """Bytes of a stored tensor."""
+
+    location: str  # relative to the ONNX bundle
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An input of the engine, made of one stored tensor or of several side by side along the last axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    turned: bool  # stored [out, in], given [in, out]
+    sources: tuple[Source, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * ir.DataType[self.dtype].numpy().itemsize
+
+    @property
+    def layout(self) -> tuple[str, str, tuple[int, ...]]:
+        """What weights that share an engine agree in."""
+        return self.name, self.dtype, self.shape
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a weight lies in the file of its component."""
+
+    name: str
+    offset: int
+    size_bytes: int
+
+
+def externalised(path: Path) -> tuple[ir.Model, tuple[Weight, ...]]:
+    """The graph at ``path`` with every stored weight an input, and what those inputs are made of.
+
+    Raises:
+        UserError: static FP8 scales, which compilers need as constants.
+    """
+    model = ir.load(path)
+    graph = model.graph
+    joined = dict(_joins(graph))
+    weights = [_one(graph, value) for value in _stored(graph) if not any(value in parts for parts in joined.values())]
+    weights += [_joined(graph, concat, parts) for concat, parts in joined.items()]
+    return model, tuple(sorted(weights, key=lambda weight: weight.name))
+
+
+def _stored(graph: ir.Graph) -> list[ir.Value]:
+    return [value for value in graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)]
+
+
+def _joins(graph: ir.Graph) -> Iterator[tuple[ir.Node, tuple[ir.Value, ...]]]:
+    """Concatenations of whole stored tensors, along their first axis."""
+    stored = set(_stored(graph))
+    for node in graph:
+        inputs = tuple(value for value in node.inputs if value is not None)
+        if node.op_type == "Concat" and node.attributes["axis"].as_int() == 0 and stored.issuperset(inputs):
+            yield node, inputs
+
+
+def _source(value: ir.Value) -> Source:
+    tensor = value.const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    return Source(str(tensor.location), tensor.offset or 0, tuple(tensor.shape.numpy()))
+
+
+def _one(graph: ir.Graph, value: ir.Value) -> Weight:
+    """Turns an initializer into an input, as a matrix of [in, out] where it is multiplied by."""
+    source, name = _source(value), str(value.name)
+    if name.endswith(".input_scale"):
+        raise UserError(f"static FP8 scale {name}", "scales computed for each token", "export without --input-scales")
+    del graph.initializers[name]
+    turned = _turn_products(value) or (value.dtype == FLOAT8 and _turn_fp8(graph, value))
+    shape = source.shape[::-1] if turned else source.shape
+    return _as_input(graph, value, shape, turned, (source,))
+
+
+def _joined(graph: ir.Graph, concat: ir.Node, parts: Sequence[ir.Value]) -> Weight:
+    """One input for the concatenation of ``parts``."""
+    value, sources = concat.outputs[0], tuple(map(_source, parts))
+    for part in parts:
+        del graph.initializers[str(part.name)]
+    module, _, leaf = str(parts[0].name).rsplit(".", 2)
+    letters = "".join(str(part.name).rsplit(".", 2)[1] for part in parts)
+    whole = ir.Value(name=f"{module}.{letters}.{leaf}", type=parts[0].type)
+    for user, index in tuple(value.uses()):
+        user.replace_input_with(index, whole)
+    graph.remove(concat, safe=True)
+    rows = sum(source.shape[0] for source in sources)
+    turned = _turn_products(whole)
+    shape = (rows, *sources[0].shape[1:])
+    return _as_input(graph, whole, shape[::-1] if turned else shape, turned, sources)
+
+
+def _as_input(
+    graph: ir.Graph, value: ir.Value, shape: Sequence[int], turned: bool, sources: tuple[Source, ...]
+) -> Weight:
+    assert value.dtype is not None
+    value.const_value, value.shape = None, ir.Shape(shape)
+    graph.inputs.append(value)
+    return Weight(str(value.name), value.dtype.name, tuple(shape), turned, sources)
+
+
+def _turn_products(value: ir.Value) -> bool:
+    """Makes ``Gemm(x, W, transB=1)`` a ``Gemm`` with the turned matrix; False where that is not how it is used."""
+    users = [(user, index) for user, index in value.uses()]
+    if not all(user.op_type == "Gemm" and index == 1 and user.attributes["transB"].as_int() for user, index in users):
+        return False
+    for user, _ in users:
+        user.attributes["transB"] = ir.AttrInt64("transB", 0)
+    return True
+
+
+def _turn_fp8(graph: ir.Graph, value: ir.Value) -> bool:
+    """``Dequantize(W, s) → Transpose → MatMul`` becomes ``Dequantize(W', 1) → MatMul``, times ``s`` in float32."""
+    (dequantise, _), *others = value.uses()
+    (transpose, _), *more = dequantise.outputs[0].uses()
+    assert not others and not more and transpose.op_type == "Transpose"
+    scale = dequantise.inputs[1]
+    assert scale is not None
+    dequantise.replace_input_with(1, _unit(graph))
+    dequantised = dequantise.outputs[0]
+    dequantised.shape = None
+    for product, index in tuple(transpose.outputs[0].uses()):
+        product.replace_input_with(index, dequantised)
+        in_float = dequantise.attributes["output_dtype"].as_int() == FLOAT
+        for node in (product,) if in_float else tuple(_casts(product.outputs[0])):
+            _scale(graph, node, scale)
+    graph.remove(transpose, safe=True)
+    return True
+
+
+def _unit(graph: ir.Graph) -> ir.Value:
+    if "unit_scale" not in graph.initializers:
+        tensor = ir.tensor(np.array(1.0, np.float32), name="unit_scale")
+        graph.initializers["unit_scale"] = ir.Value(
+            name="unit_scale", shape=ir.Shape(()), type=ir.TensorType(FLOAT), const_value=tensor
+        )
+    return graph.initializers["unit_scale"]
+
+
+def _casts(value: ir.Value) -> Iterator[ir.Node]:
+    """The conversions to float32 of a product, of all of it or of some columns."""
+    for user, _ in value.uses():
+        if user.op_type in BEFORE_CAST:
+            for output in user.outputs:
+                yield from _casts(output)
+        elif user.op_type == "Cast" and user.attributes["to"].as_int() == FLOAT:
+            yield user
+        else:
+            raise ValueError(f"{user.name} reads an FP8 product before it is float32")
+
+
+def _scale(graph: ir.Graph, node: ir.Node, scale: ir.Value) -> None:
+    """Multiplies what ``node`` gives by ``scale``."""
+    users, name = tuple(node.outputs[0].uses()), f"{node.name}/weight_scale"
+    scaled = ir.node("Mul", [node.outputs[0], scale], name=name)
+    scaled.outputs[0].name, scaled.outputs[0].type = f"{name}:0", ir.TensorType(FLOAT)
+    graph.insert_after(node, scaled)
+    for user, index in users:
+        user.replace_input_with(index, scaled.outputs[0])
+
+
+# -- files
+
+
+def layout(weights: Sequence[Weight]) -> tuple[tuple[Place, ...], int]:
+    """The place of every weight in a component's file, and the size of that in bytes."""
+    places, end = [], 0
+    for weight in weights:
+        places.append(Place(weight.name, end, weight.size_bytes))
+        end += -(-weight.size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return tuple(places), end
+
+
+def write_layout(path: Path, weights: Sequence[Weight]) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(layout(weights)[0]), indent=1))
+
+
+def write_weights(folder: Path, weights: Sequence[Weight], target: Path, progress: Progress = silent) -> File:
+    """Writes the file of a component from the weights of the ONNX bundle ``folder``, one weight in memory at a time."""
+    digest, (places, total) = hashlib.sha256(), layout(weights)
+    with target.open("wb") as file:
+        for place, weight in zip(places, weights, strict=True):
+            content = _content(folder, weight)
+            padding = bytes(-len(content) % ALIGNMENT_BYTES)
+            for piece in (content, padding):
+                digest.update(piece)
+                file.write(piece)
+            progress(f"{target.stem}: weights", place.offset + place.size_bytes, total, "bytes")
+    return File(target.name, digest.hexdigest(), total)
+
+
+def _content(folder: Path, weight: Weight) -> "memoryview[int]":
+    dtype = np.dtype(f"u{ir.DataType[weight.dtype].numpy().itemsize}")
+    parts = [_read(folder, source, dtype) for source in weight.sources]
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return np.ascontiguousarray(whole.T if weight.turned else whole).reshape(-1).view(np.uint8).data
+
+
+def _read(folder: Path, source: Source, dtype: np.dtype[Any]) -> np.ndarray:
+    count = prod(source.shape)
+    return np.fromfile(folder / source.location, dtype, count, offset=source.offset).reshape(source.shape)
+
+
+def check_alike(weights: Mapping[str, Sequence[Weight]]) -> None:
+    """Refuses components that are to share an engine and differ in a weight."""
+    (first, reference), *others = weights.items()
+    for name, found in others:
+        for ours, theirs in zip(reference, found, strict=False):
+            if ours.layout != theirs.layout:
+                raise UserError(f"{theirs.layout} of {name}", f"{ours.layout} of {first}", "export both alike")
