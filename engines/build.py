@@ -5,8 +5,10 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from engines.cpu_attention import fuse_attention
+from engines.external_build import ExternalBuild
 from engines.profiles import profile_between, profiles_for
 from engines.targets import Target, check_precision, target_named
 from engines.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
@@ -16,6 +18,7 @@ from wan22.bundle import (
     Component,
     File,
     Manifest,
+    check_disk,
     file_entry,
     open_bundle,
     refuse_existing,
@@ -23,9 +26,12 @@ from wan22.bundle import (
     write_manifest,
 )
 from wan22.errors import UserError
+from wan22.memory import peak_rss_bytes
 from wan22.progress import Progress, silent
 from wan22.shapes import Profile
 from wan22.specs import Precision
+
+Weights = Literal["embedded", "external"]  # compiled into the engine, or inputs of it
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class BuildOptions:
     # TensorRT
     tf32: bool = False
     timing_cache: Path | None = None
+    weights: Weights = "embedded"
     # writing
     overwrite: bool = False
     command: str = field(default="engines.build_engines(...)", compare=False)  # recorded in the manifest
@@ -57,7 +64,10 @@ def build_engines(
     source = open_bundle(bundle, "graphs", full_check=True)
     for component in source.manifest.components:
         check_precision(target, component.precision)
+    if options.weights == "external" and target.backend == "onnxruntime":
+        raise UserError("--weights external for target cpu", "a GPU target", "leave it out")
     profiles = _profiles(source.manifest, target, options)
+    check_disk(folder, sum(file.size_bytes for file in source.manifest.files().values()))
     started = time.perf_counter()
     with staged(folder, overwrite=options.overwrite) as temporary:
         if target.backend == "onnxruntime":
@@ -70,12 +80,20 @@ def build_engines(
             backend_version=version,
             compute_capability=target.compute_capability,
             profiles=profiles,
-            options={} if target.backend == "onnxruntime" else {"tf32": str(options.tf32).lower()},
+            options=_told(target, options),
             seconds=round(time.perf_counter() - started, 3),
+            peak_rss_bytes=peak_rss_bytes(),
         )
         manifest = replace(source.manifest, kind="engines", command=options.command, build=build, components=components)
         write_manifest(temporary, manifest)
     return Bundle(folder, manifest)
+
+
+def _told(target: Target, options: BuildOptions) -> dict[str, str]:
+    """The options that change the engines, for the manifest."""
+    if target.backend == "onnxruntime":
+        return {}
+    return {"tf32": str(options.tf32).lower(), "weights": options.weights}
 
 
 def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tuple[Profile, ...]:
@@ -141,21 +159,25 @@ def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:
 def _compile_tensorrt(
     source: Bundle, folder: Path, asked: tuple[Target, Sequence[Profile], BuildOptions], progress: Progress
 ) -> tuple[tuple[Component, ...], str]:
-    """One plan per component, weights inside, the builder's log beside it."""
+    """One plan per component, or per graph where weights are outside, the builder's log beside it."""
     target, profiles, options = asked
     version = str(load_module(target.backend).__version__)
     _place(source, folder, source.manifest.tokenizer)
     components = source.manifest.components
-    compiled = []
+    compiled, external = [], ExternalBuild(source, folder, progress)
     for done, component in enumerate(components, 1):
-        plan = folder / f"{component.name}.plan"
+        outside = options.weights == "external" and external.applies_to(component)
+        plan = external.plan(component) if outside else folder / f"{component.name}.plan"
         settings = EngineOptions(target, tuple(profiles), component.inputs, options.tf32, options.timing_cache)
         try:
-            build_engine(source.path(component.graph), plan, settings, progress)
+            if outside:
+                compiled.append(external.component(component, settings))
+            else:
+                build_engine(source.path(component.graph), plan, settings, progress)
+                compiled.append(replace(component, graph=file_entry(folder, plan), weights=()))
         except UserError:
-            kept = folder.parent / f"{component.name}.build.log"
-            shutil.copyfile(log_beside(plan), kept)
+            if log_beside(plan).exists():
+                shutil.copyfile(log_beside(plan), folder.parent / f"{component.name}.build.log")
             raise
-        compiled.append(replace(component, graph=file_entry(folder, plan), weights=()))
         progress("build engines", done, len(components), "components")
     return tuple(compiled), version

@@ -81,6 +81,7 @@ class Build:
     profiles: tuple[dict[str, tuple[int, int, int]], ...]  # named dimension → min, opt, max; none: any shape
     options: dict[str, str]
     seconds: float
+    peak_rss_bytes: int = 0  # most memory that the build had resident
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """``wan-trt build``: ONNX bundle → engines for one target."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,15 +19,21 @@ def run(
     frames: Annotated[str | None, typer.Option(help="81, or a range 5..81.")] = None,
     tf32: Annotated[bool, typer.Option("--tf32", help="Let float32 parts run in TF32.")] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="Kernel timings to reuse and extend (TensorRT).")] = None,
+    weights: Annotated[
+        Literal["embedded", "external"],
+        typer.Option(help="Compiled into the engines, or inputs of one engine for both experts."),
+    ] = "embedded",
     overwrite: Overwrite = False,
 ) -> None:
     """Build the engines of an ONNX bundle for a target."""
     from engines.build import BuildOptions, build_engines
 
     with bars() as progress:
-        options = BuildOptions(target, size, frames, tf32, timing_cache, overwrite, command_line())
+        options = BuildOptions(target, size, frames, tf32, timing_cache, weights, overwrite, command_line())
         result = build_engines(bundle, engines, options, progress)
     build = result.manifest.build
     assert build is not None
-    told = f"{build.backend} {build.backend_version}, {build.seconds:.1f} s"
+    told = (
+        f"{build.backend} {build.backend_version}, {build.seconds:.1f} s, {build.peak_rss_bytes / 1e9:.1f} GB of memory"
+    )
     console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {build.target} ({told}): {engines}")

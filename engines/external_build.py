@@ -1,0 +1,60 @@
+"""Engines whose weights are inputs (``--weights external``): one per graph, and a file of weights per component.
+
+The two experts of a model have one graph, so they share ``experts.plan``. What is small stays as it is: a VAE's weights
+are compiled in, which fuses best.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from engines.external_weights import Weight, check_alike, externalised, write_layout, write_weights
+from engines.tensorrt_backend import EngineOptions, build_engine
+from wan22.bundle import Bundle, Component, File, file_entry
+from wan22.progress import Progress
+
+
+class ExternalBuild:
+    """Builds the components of ``source`` into ``folder``, each graph once."""
+
+    def __init__(self, source: Bundle, folder: Path, progress: Progress) -> None:
+        self._source, self._folder, self._progress = source, folder, progress
+        self._experts = source.manifest.spec.experts
+        self._built: dict[str, tuple[File, File, str, Sequence[Weight]]] = {}
+
+    def applies_to(self, component: Component) -> bool:
+        return component.name in (*self._experts, "text_encoder")
+
+    def plan(self, component: Component) -> Path:
+        shared = component.name in self._experts and len(self._experts) > 1
+        return self._folder / f"{'experts' if shared else component.name}.plan"
+
+    def component(self, component: Component, options: EngineOptions) -> Component:
+        """The component with its engine, its layout and its weights.
+
+        Raises:
+            UserError: as :func:`engines.tensorrt_backend.build_engine`; or experts whose graphs differ.
+        """
+        graph, weights = externalised(self._source.path(component.graph))
+        plan = self.plan(component)
+        if plan.name not in self._built:
+            layout = plan.with_suffix(".layout.json")
+            write_layout(layout, weights)
+            self._compile(graph, plan, options)
+            entries = file_entry(self._folder, plan), file_entry(self._folder, layout)
+            self._built[plan.name] = (*entries, component.name, weights)
+        engine, layout_entry, first, reference = self._built[plan.name]
+        check_alike({first: reference, component.name: weights})
+        written = write_weights(
+            self._source.folder, weights, self._folder / f"{component.name}.weights", self._progress
+        )
+        return replace(component, graph=engine, weights=(layout_entry, written))
+
+    def _compile(self, graph: ir.Model, plan: Path, options: EngineOptions) -> None:
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / f"{plan.stem}.onnx"
+            ir.save(graph, path)
+            build_engine(path, plan, options, self._progress)
