@@ -10,7 +10,6 @@ to the next call (outputs ``next_...``) stays on the device, so the VAE's gigaby
 import importlib
 import mmap
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from runtime.engine import Arrays, check_inputs
+from runtime.external_weights import ExternalWeights, HostCopies
 from wan22.bundle import Build, Component, Manifest, Tensor
 from wan22.errors import UserError
 from wan22.shapes import Profile, is_static, own_profiles, shape_of, sizes_of
@@ -53,6 +53,8 @@ class Device:
         self.runtime = trt.Runtime(self.logger)
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._arena: Any = None
+        self.host_copies = HostCopies(cupy)
+        self._shared_plans: dict[Path, Any] = {}
 
     @classmethod
     def open(cls, manifest: Manifest) -> Self:
@@ -78,7 +80,22 @@ class Device:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._shared_plans.clear()
+        self.host_copies.clear()
         self.release()
+
+    def plan(self, path: Path, *, shared: bool) -> Any:
+        """The engine in the file ``path``; one that components share is loaded once and stays."""
+        if path in self._shared_plans:
+            return self._shared_plans[path]
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
+            engine = self.runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            size = path.stat().st_size / 2**30
+            raise self.out_of_memory(f"{path.name} ({size:.1f} GiB), or it is damaged")
+        if shared:
+            self._shared_plans[path] = engine
+        return engine
 
     def engine(self, folder: Path, component: Component, profiles: Sequence[Profile]) -> "TensorRTEngine":
         """The engine of ``component`` in the bundle at ``folder``; ``profiles`` are the bundle's."""
@@ -112,6 +129,8 @@ class TensorRTEngine:
     def __init__(self, device: Device, folder: Path, component: Component, profiles: Sequence[Profile]) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self._device, self._path = device, folder / component.graph.path
+        external = bool(component.weights)
+        self._weights = ExternalWeights(device.cupy, device.host_copies, folder, component) if external else None
         self._profiles = own_profiles(profiles, component.inputs)
         self._engine: Any = None
         self._context: Any = None
@@ -130,16 +149,22 @@ class TensorRTEngine:
 
     def __enter__(self) -> Self:
         self._device.release()
-        with ExitStack() as stack:
-            file = stack.enter_context(self._path.open("rb"))
-            plan = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-            self._engine = self._device.runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            size = self._path.stat().st_size / 2**30
-            raise self._device.out_of_memory(f"{self._path.name} ({size:.1f} GiB), or it is damaged")
+        self._engine = self._device.plan(self._path, shared=self._weights is not None)
         self._context = self._new_context()
         self._profile_in_use = 0
+        if self._weights:
+            self._bind_weights(self._weights)
         return self
+
+    def _bind_weights(self, weights: ExternalWeights) -> None:
+        """Swapping experts is this: the same engine, other addresses."""
+        try:
+            addresses = weights.load(self._device.stream)
+        except self._device.cupy.cuda.memory.OutOfMemoryError:
+            found = f"{weights.path.name} ({weights.size_bytes / 2**30:.1f} GiB)"
+            raise self._device.out_of_memory(found) from None
+        for name, address in addresses.items():
+            self._context.set_tensor_address(name, address)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -148,6 +173,8 @@ class TensorRTEngine:
         if self._replay:
             self._replay.forget()
         self._context = self._engine = None
+        if self._weights:
+            self._weights.release()
 
     def _new_context(self) -> Any:
         """An execution context without memory of its own."""
