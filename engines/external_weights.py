@@ -212,6 +212,13 @@ def write_layout(path: Path, weights: Sequence[Weight]) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(layout(weights)[0]), indent=1))
 
 
+def check_layout(path: Path, weights: Sequence[Weight]) -> None:
+    """Refuses weights that do not fit the engine whose layout lies at ``path``."""
+    if msgspec.json.decode(path.read_bytes(), type=list[Place]) != list(layout(weights)[0]):
+        found = f"{len(weights)} weights of another layout than {path}"
+        raise UserError(found, "an export with the options of the engine's", "export and build again")
+
+
 def write_weights(folder: Path, weights: Sequence[Weight], target: Path, progress: Progress = silent) -> File:
     """Writes the file of a component from the weights of the ONNX bundle ``folder``, one weight in memory at a time."""
     digest, (places, total) = hashlib.sha256(), layout(weights)

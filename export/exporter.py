@@ -69,6 +69,7 @@ class ExportOptions:
     loras: tuple[LoraChoice, ...] = ()
     lora_ignore_unmatched: bool = False
     # writing
+    parts: frozenset[str] = frozenset()  # experts, text_encoder, vae_encoder, vae_decoder; all where empty
     link: bool = False  # tensors stored as the graphs want them stay in the checkpoint's files, shared with the bundle
     overwrite: bool = False
     command: str = field(default="export.export_checkpoint(...)", compare=False)  # recorded in the manifest
@@ -126,6 +127,7 @@ def export_checkpoint(
     loras = _opened(options, opened.spec)
     source = _with_loras(opened, loras)
     parts = _parts(source.spec, options, _read_scales(source, options))
+    parts = {name: part for name, part in parts.items() if not options.parts or name in options.parts}
     if options.link:
         parts = {name: part.sharing(source.weights[part.weights]) for name, part in parts.items()}
     meter = _Meter(progress, parts.values())

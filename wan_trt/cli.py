@@ -21,6 +21,7 @@ from wan_trt.commands import (
     export,
     generate,
     inspect,
+    lora,
     plan,
     scale,
     serve,
@@ -64,6 +65,10 @@ bundles = typer.Typer(no_args_is_help=True, help="Check a bundle, or make one th
 for verb in (bundle.verify, bundle.pack):
     bundles.command(verb.__name__)(guarded(verb))
 app.add_typer(bundles, name="bundle")
+loras = typer.Typer(no_args_is_help=True, help="Other LoRAs for engines with external weights.")
+loras.command("apply")(guarded(lora.apply))
+loras.callback()(lambda: None)  # keeps "apply" a word of its own while it is the only one
+app.add_typer(loras, name="lora")
 
 
 def main() -> None:

@@ -1,13 +1,19 @@
 """``--weights external``: both experts share one engine, each has its file of weights, the VAE keeps its own inside."""
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from engines.build import BuildOptions, build_engines
 from engines.inspection import inspect_engines
 from export.exporter import ExportOptions, export_checkpoint
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.specs import Precision
+from wan22.specs import SPECS, Precision
+from wan_trt.cli import app
+
+TINY = "t2v-a14b-tiny"
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +23,17 @@ def fp8_bundle(tmp_path_factory, tiny_checkpoint):
     return folder
 
 
-@pytest.mark.slow
-def test_one_engine_for_both_experts(tmp_path, fp8_bundle):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, fp8_bundle):
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
-    options = BuildOptions("rtx4090", "256x160", "5..17", weights="external")
-    build_engines(fp8_bundle, tmp_path / "e", options)
-    built = open_bundle(tmp_path / "e", "engines", full_check=True)
+    folder = tmp_path_factory.mktemp("built") / "e"
+    build_engines(fp8_bundle, folder, BuildOptions("rtx4090", "256x160", "5..17", weights="external"))
+    return folder
+
+
+@pytest.mark.slow
+def test_one_engine_for_both_experts(built):
+    folder, built = built, open_bundle(built, "engines", full_check=True)
     high, low = (built.component(f"{name}_noise") for name in ("high", "low"))
     assert high.graph == low.graph
     assert high.graph.path == "experts.plan"
@@ -33,7 +44,21 @@ def test_one_engine_for_both_experts(tmp_path, fp8_bundle):
     assert built.component("vae_decoder_next").weights == ()
     assert built.manifest.build.options["weights"] == "external"
     assert built.manifest.build.peak_rss_bytes > 10**8
-    assert {tuple(r.kernels_per_block) for r in inspect_engines(tmp_path / "e") if "noise" in r.component} != set()
+    assert {tuple(r.kernels_per_block) for r in inspect_engines(folder) if "noise" in r.component} != set()
+
+
+@pytest.mark.slow
+def test_loras_make_new_weight_files_for_the_engine_that_is_there(tmp_path, tiny_checkpoint, fp8_bundle, built):
+    lora, shape = tmp_path / "style.safetensors", (SPECS[TINY].dit.ffn_width, SPECS[TINY].dit.width)
+    save_file({"diffusion_model.blocks.0.ffn.0.diff": np.full(shape, 0.1, np.float32)}, lora)
+    told = CliRunner().invoke(app, ["lora", "apply", str(built), f"{lora}:high", "-o", str(tmp_path / "styled")])
+    assert told.exit_code == 0, told.output
+    old, new = (open_bundle(folder, "engines", full_check=True) for folder in (built, tmp_path / "styled"))
+    assert new.component("high_noise").graph == old.component("high_noise").graph
+    assert new.component("high_noise").weights[1].sha256 != old.component("high_noise").weights[1].sha256
+    assert new.component("low_noise").weights == old.component("low_noise").weights
+    assert new.manifest.loras[0].experts == ("high_noise",)
+    assert (tmp_path / "styled" / "experts.plan").samefile(built / "experts.plan")
 
 
 def test_no_external_weights_on_the_cpu(tmp_path, tiny_bundle):

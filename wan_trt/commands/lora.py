@@ -1,0 +1,90 @@
+"""``wan-trt lora``: other LoRAs for engines that are built, where their weights are outside (``--weights external``).
+
+The weights are made from the checkpoint again, LoRAs merged before anything is rounded or quantised: the same bytes as
+an export with them. The engine and everything else are shared with the first bundle, not copied.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wan22.bundle import Bundle, Component, Manifest, check_disk, open_bundle, refuse_existing, staged, write_manifest
+from wan22.errors import UserError
+from wan22.progress import Progress
+from wan_trt.arguments import Overwrite
+from wan_trt.console import bars, command_line, console
+
+
+def apply(
+    engines: Annotated[Path, typer.Argument(help="Engines built with --weights external.", show_default=False)],
+    lora: Annotated[list[str], typer.Argument(metavar="FILE...", help="FILE.safetensors[@strength][:high|:low]")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The engines with the LoRAs.")],
+    checkpoint: Annotated[str | None, typer.Option(help="Where it is not where it was at export.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make new weight files with LoRAs merged, and an engine bundle with them; nothing is compiled."""
+    refuse_existing(output, overwrite=overwrite)
+    old = open_bundle(engines, "engines")
+    manifest = old.manifest
+    if manifest.build is None or manifest.build.options.get("weights") != "external":
+        raise UserError(f"{engines} has its weights inside", "engines with external weights", "build or export again")
+    check_disk(output, 2 * sum(old.component(e).weights[1].size_bytes for e in manifest.spec.experts))
+    where = checkpoint or manifest.source.checkpoint
+    with tempfile.TemporaryDirectory(prefix=".lora-", dir=output.absolute().parent) as place, bars() as progress:
+        merged = _exported(manifest, where, lora, Path(place) / "onnx", progress)
+        with staged(output, overwrite=overwrite) as temporary:
+            components = _replaced(old, merged, temporary, progress)
+            loras, command = merged.manifest.loras, command_line()
+            write_manifest(temporary, replace(manifest, components=components, loras=loras, command=command))
+    console.print(f"{len(lora)} LoRA(s) merged: {output}")
+
+
+def _exported(manifest: Manifest, where: str, loras: Sequence[str], folder: Path, progress: Progress) -> Bundle:
+    """The experts with the LoRAs, in the precisions of the engines."""
+    from export.exporter import ExportOptions, export_checkpoint
+    from export.lora import parse_lora
+
+    size, frames = (manifest.size[:2], manifest.size[2]) if manifest.size else (None, None)
+    experts = {c.name: c.precision for c in manifest.components if c.name in manifest.spec.experts}
+    options = ExportOptions(
+        manifest.precision,
+        experts,
+        size=size,
+        frames=frames,
+        loras=tuple(map(parse_lora, loras)),
+        parts=frozenset(experts),
+    )
+    bundle = export_checkpoint(where, folder, options, progress)
+    if bundle.manifest.source.fingerprint != manifest.source.fingerprint:
+        found = f"{where}: another checkpoint than that of the engines"
+        raise UserError(found, manifest.source.checkpoint, "name it with --checkpoint")
+    return bundle
+
+
+def _replaced(old: Bundle, merged: Bundle, folder: Path, progress: Progress) -> tuple[Component, ...]:
+    """The components, experts with new weights, in ``folder``; other files are shared with the old bundle."""
+    from engines.external_weights import check_layout, externalised, write_weights
+    from export.shared_files import share
+
+    experts = old.manifest.spec.experts
+    renewed = {old.component(name).weights[1].path for name in experts}
+    for file in [path for path in old.folder.rglob("*") if path.is_file()]:
+        target = folder / file.relative_to(old.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".json":
+            shutil.copyfile(file, target)
+        elif target.relative_to(folder).as_posix() not in renewed:
+            share(file, target)
+    components = {component.name: component for component in old.manifest.components}
+    for name in experts:
+        layout, stale = components[name].weights
+        _, weights = externalised(merged.path(merged.component(name).graph))
+        check_layout(old.path(layout), weights)
+        written = write_weights(merged.folder, weights, folder / stale.path, progress)
+        components[name] = replace(components[name], weights=(layout, written))
+    return tuple(components.values())
