@@ -27,9 +27,7 @@ def graph(a=FLOAT, b=FLOAT16):
 
 def test_the_file_is_safetensors_and_its_hash_is_told(tmp_path):
     told = []
-    entry = write_weights(
-        tmp_path / "w.safetensors", declared([graph()]), pieces, lambda *args: told.append(args)
-    )
+    entry = write_weights(tmp_path / "w.safetensors", declared([graph()]), pieces, lambda *args: told.append(args))
     loaded = load_file(tmp_path / "w.safetensors")
     assert (loaded["a"] == SOURCE["a"]).all()
     assert loaded["b"].dtype == np.float16

@@ -1,4 +1,4 @@
-"""What happens when things break or end: a killed model, a stopped server, engines that are not those that were packed."""
+"""What happens when things break or end: a killed model, a stopped server, engines that were not packed."""
 
 import os
 import signal
