@@ -102,7 +102,7 @@ def _write_mp4(frames: Frames, path: Path, fps: int) -> None:
     if height % 2 or width % 2:
         raise UserError(f"{width}x{height} for an mp4", "even sides", "write a folder of PNG frames")
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(CRF)})
+        stream = container.add_stream("libx264", rate=fps, options={"crf": str(CRF), **_repeatable(width, height)})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
@@ -110,6 +110,11 @@ def _write_mp4(frames: Frames, path: Path, fps: int) -> None:
         for frame in chain([first], frames):
             container.mux(stream.encode(_bt709(frame)))
         container.mux(stream.encode(None))
+
+
+def _repeatable(width: int, height: int) -> dict[str, str]:
+    """Below 128 pixels x264's macroblock tree does not always make the same file of the same frames."""
+    return {"x264-params": "mbtree=0"} if min(width, height) < 128 else {}
 
 
 def _bt709(frame: NDArray[np.uint8]) -> av.VideoFrame:

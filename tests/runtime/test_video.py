@@ -177,3 +177,12 @@ def test_odd_sides_have_no_mp4(tmp_path):
 def test_frames_per_second_must_be_positive(tmp_path):
     with pytest.raises(UserError, match="0 frames per second"):
         write_video(chunks(), tmp_path / "out.mp4", 0)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (160, 256)])
+def test_the_same_frames_make_the_same_file(tmp_path, size):
+    files = set()
+    for _ in range(20):
+        write_video(chunks(17, *size), tmp_path / "out.mp4", 16)
+        files.add((tmp_path / "out.mp4").read_bytes())
+    assert len(files) == 1
