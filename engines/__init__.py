@@ -1,0 +1,1 @@
+"""ONNX to engines for one target."""

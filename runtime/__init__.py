@@ -1,0 +1,1 @@
+"""From a prompt to a video with numpy and engines, without PyTorch."""
