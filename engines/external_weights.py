@@ -104,6 +104,12 @@ def _one(graph: ir.Graph, value: ir.Value) -> Weight:
     source, name = _source(value), str(value.name)
     if name.endswith(".input_scale"):
         raise UserError(f"static FP8 scale {name}", "scales computed for each token", "export without --input-scales")
+    if name.endswith((".q_scale", ".k_scale")):
+        raise UserError(
+            f"FP8 attention ({name}) beside external weights",
+            "16-bit attention: compilers do not fuse it when its scales come in from outside",
+            "export with --precision fp8, or build with --weights embedded",
+        )
     del graph.initializers[name]
     turned = _turn_products(value) or (value.dtype == FLOAT8 and _turn_fp8(graph, value))
     shape = source.shape[::-1] if turned else source.shape

@@ -6,7 +6,6 @@ Frames are one number or a range likewise. Presets name the sizes of the officia
 """
 
 import re
-from collections.abc import Sequence
 
 from wan22.bundle import Tensor
 from wan22.errors import UserError
@@ -51,15 +50,6 @@ def input_shapes(tensor: Tensor, profile: Profile) -> tuple[tuple[int, ...], tup
     """Shapes of ``tensor`` at the profile's minimum, optimum and maximum."""
     low, best, high = ({name: sizes[which] for name, sizes in profile.items()} for which in range(3))
     return shape_of(tensor, low), shape_of(tensor, best), shape_of(tensor, high)
-
-
-def covering(profiles: Sequence[Profile]) -> Profile:
-    """The smallest single profile that holds all of ``profiles``, tuned for the first."""
-    names = profiles[0]
-    return {
-        name: (min(p[name][0] for p in profiles), profiles[0][name][1], max(p[name][2] for p in profiles))
-        for name in names
-    }
 
 
 def _corners(text: str) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -90,7 +90,7 @@ def write_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
         "": _write_folder,
     }
     ending = path.suffix.lower()
-    with _renamed_at_end(path) as temporary:
+    with renamed_at_end(path) as temporary:
         writers.get(ending, _write_image)(frames(), temporary)
     return written
 
@@ -140,7 +140,7 @@ def _write_image(frames: Frames, path: Path) -> None:
 
 
 @contextmanager
-def _renamed_at_end(path: Path) -> Iterator[Path]:
+def renamed_at_end(path: Path) -> Iterator[Path]:
     """A temporary name in the same folder, with the same ending, that becomes ``path`` if the block ends well."""
     temporary = path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}{path.suffix}")
     try:

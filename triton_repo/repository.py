@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 from triton_repo.config import as_text, owner_config
 from triton_repo.settings import Limits, Settings, check_name, settings_of
 from wan22.bundle import Bundle, open_bundle, staged
 from wan22.errors import UserError
 
-Topology = Literal["owner", "bls"]
 MARK = ".made-by-wan-trt-triton"
 VERSION = "1"
 
@@ -24,7 +22,6 @@ VERSION = "1"
 @dataclass(frozen=True)
 class RepositoryOptions:
     name: str = "wan22"
-    topology: Topology = "owner"
     limits: Mapping[str, int | None] = field(default_factory=dict)  # by name; the model's where there is none
     engines_at: str = ""  # where the engines are on the serving machine, if not where they are here
     keep_experts: bool = True

@@ -39,10 +39,6 @@ class ServeOptions:
     # an own prefix tells the regions of this server from anybody else's, so that they can be cleaned up
     region_prefix: str = field(default_factory=lambda: f"wan22_{secrets.token_hex(4)}_")
 
-    @property
-    def metrics_url(self) -> str:
-        return f"http://{self.address}:{self.metrics_port}/metrics"
-
 
 def arguments(installation: Installation, repository: Path, limits: Limits, options: ServeOptions) -> list[str]:
     """The command line, without options that this release of the server does not know."""

@@ -28,7 +28,6 @@ ExpertGuidance = Annotated[
 ]
 Solver = Annotated[Literal["unipc", "dpm++", "euler"] | None, typer.Option(help="unipc unless given.")]
 Schedule = Annotated[Literal["official", "diffusers"], typer.Option(help="Whose list of timesteps.")]
-Folder = Annotated[Path, typer.Argument(file_okay=False, show_default=False)]
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:

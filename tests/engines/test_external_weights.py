@@ -119,6 +119,15 @@ def test_static_scales_are_refused(tmp_path):
         externalised(tmp_path / "dit.onnx")
 
 
+@pytest.mark.parametrize("attention", [Fp8(self_attention=True), Fp8(cross_attention=True)])
+def test_fp8_attention_is_refused_with_the_way_out(tmp_path, attention):
+    g = dit_graph(SPEC, FLOAT, None, attention)
+    g.bind(placements("w.safetensors", declared([g])), tmp_path)
+    g.save(tmp_path / "dit.onnx")
+    with pytest.raises(UserError, match=r"[qk]_scale.*--weights embedded"):
+        externalised(tmp_path / "dit.onnx")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8])
 def test_the_compiler_makes_few_more_kernels_of_it_and_the_same_fp8(tmp_path, precision):

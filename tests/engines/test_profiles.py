@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.profiles import PRESETS, covering, input_shapes, profile_between, profiles_for
+from engines.profiles import PRESETS, input_shapes, profile_between, profiles_for
 from wan22.bundle import Tensor
 from wan22.errors import UserError
 from wan22.shapes import fitting_profile, is_static, own_profiles, restricted, sizes_of
@@ -75,11 +75,6 @@ def test_what_is_no_size_is_refused(size, frames, message):
 
 def test_the_text_may_be_as_short_as_its_end_mark():
     assert profiles_for(T2V_A14B)[0]["tokens"] == (1, 128, 512)
-
-
-def test_one_profile_can_cover_several():
-    both = covering(profiles_for(T2V_A14B, "480p"))
-    assert (both["height"], both["width"]) == ((60, 60, 104), (60, 104, 104))
 
 
 sides, counts = st.integers(2, 80).map(lambda n: 16 * n), st.integers(0, 30).map(lambda n: 4 * n + 1)

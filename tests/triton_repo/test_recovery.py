@@ -19,6 +19,7 @@ from triton_repo.settings import Limits
 from wan22.bundle import MANIFEST
 from wan22.errors import UserError
 
+LONG_STEPS = {"width": 256, "height": 160, "num_frames": 17, "steps": 50}
 SILENCE_S = 7.0  # a little more than one heartbeat
 
 
@@ -26,13 +27,17 @@ def test_a_killed_model_is_noticed_and_the_server_taken_down(installation, tiny_
     with serving(installation, tmp_path, {"wan22": tiny_engines}) as server:
         (stub,) = server.stubs()
         with server.client() as client:
+            told = []
 
             def kill(event):
-                if event["step"] == 2:
+                """In the middle of a step: a model that dies while it sends takes the whole server with it at once."""
+                told.append(time.monotonic())
+                if event["phase"] == "denoise" and event["step"] == 2:
+                    time.sleep((told[-1] - told[-2]) / 2)
                     stub.kill()
 
             with pytest.raises(JobError) as error:  # the client is told, it does not hang
-                client.generate("x", on_progress=kill, **{**SMALL, "steps": 50})
+                client.generate("x", on_progress=kill, **LONG_STEPS)
             assert error.value.status == "INTERNAL"
             with pytest.raises(JobError) as error:
                 client.generate("x", **SMALL)
