@@ -5,23 +5,23 @@ import logging
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
-from export.checkpoint import Checkpoint, Weights, open_checkpoint
+from export.checkpoint import Checkpoint, open_checkpoint
 from export.dit import LatentDims, dit_graph
-from export.fp8_weights import Fp8Weights, moved_biases
-from export.graph import BFLOAT16, FLOAT, FLOAT16, GraphBuilder, Placed
-from export.input_scales import Scales, check_weights, read_input_scales
+from export.graph import BFLOAT16, FLOAT, FLOAT16, Placed
+from export.input_means import read_input_means
+from export.input_scales import check_weights, read_input_scales
 from export.linear import Fp8
 from export.lora import Lora, LoraChoice, merged, open_lora
+from export.part import FP8_PRECISIONS, Part
 from export.partial import Journal, kept_bytes, resumable
-from export.shared_files import share, shareable, shared_name, shared_placements
-from export.tensor_file import FLOAT8, Pieces, Planned, Stored
+from export.shared_files import share, shared_name, shared_placements
+from export.tensor_file import Array
 from export.text_encoder import text_encoder_graph
 from export.vae_decoder import vae_decoder
 from export.vae_encoder import vae_encoder
-from export.weights_file import declared, placements, write_weights
+from export.weights_file import placements, write_weights
 from wan22.bundle import (
     Bundle,
     Component,
@@ -45,7 +45,6 @@ COMPUTE = {  # what is not FP8
     Precision.FP8: BFLOAT16,
     Precision.FP8_ATTN: BFLOAT16,
 }
-FP8_PRECISIONS = (Precision.FP8, Precision.FP8_ATTN)
 TEXT_ENCODER_IN_FP8 = ("text_encoder", Precision.FP8)  # its feed-forward, when asked for
 WHY_HIGHER = {
     "text_encoder": "runs twice per video; FP8 saves memory only",
@@ -62,6 +61,7 @@ class ExportOptions:
     precisions: Mapping[str, Precision] = field(default_factory=dict)  # of single parts: experts, text encoder, decoder
     keep_high_precision: frozenset[int] = frozenset()  # transformer blocks without FP8
     input_scales: Path | None = None  # static FP8 scales of activations; dynamic per token where there are none
+    input_means: Path | None = None  # what FP8 linears subtract from their inputs before they scale them per token
     # shapes
     size: tuple[int, int] | None = None  # width, height in pixels; with frames: fixed shapes
     frames: int | None = None
@@ -73,43 +73,6 @@ class ExportOptions:
     link: bool = False  # tensors stored as the graphs want them stay in the checkpoint's files, shared with the bundle
     overwrite: bool = False
     command: str = field(default="export.export_checkpoint(...)", compare=False)  # recorded in the manifest
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Components whose graphs share one weights file."""
-
-    weights: str  # key of Checkpoint.weights
-    precision: Precision
-    graphs: dict[str, GraphBuilder]
-    input_scales: Mapping[str, float] = field(default_factory=dict)
-    shared: Mapping[str, Stored] = field(default_factory=dict)  # tensors that stay in the checkpoint's files
-
-    @cached_property
-    def declared(self) -> dict[str, Planned]:
-        return declared(self.graphs.values())
-
-    @property
-    def quantised(self) -> list[str]:
-        return [key for key, planned in self.declared.items() if planned.dtype in FLOAT8]
-
-    @cached_property
-    def remade(self) -> frozenset[str]:
-        """Official names whose tensors are not the checkpoint's."""
-        return frozenset(self.quantised) | moved_biases(self.quantised, self.input_scales)
-
-    @property
-    def written(self) -> dict[str, Planned]:
-        return {key: planned for key, planned in self.declared.items() if key not in self.shared}
-
-    def sharing(self, weights: Weights) -> "_Part":
-        """The part with what it can share of ``weights``."""
-        same = {key: planned for key, planned in self.declared.items() if key not in self.remade}
-        return replace(self, shared=shareable(weights, same))
-
-    @property
-    def shared_files(self) -> list[Path]:
-        return sorted({stored.path for stored in self.shared.values()})
 
 
 def export_checkpoint(
@@ -126,7 +89,7 @@ def export_checkpoint(
     opened = open_checkpoint(checkpoint, progress)
     loras = _opened(options, opened.spec)
     source = _with_loras(opened, loras)
-    parts = _parts(source.spec, options, _read_scales(source, options))
+    parts = _parts(source.spec, options, _read_measured(source, options))
     parts = {name: part for name, part in parts.items() if not options.parts or name in options.parts}
     if options.link:
         parts = {name: part.sharing(source.weights[part.weights]) for name, part in parts.items()}
@@ -171,36 +134,52 @@ def _fixed_size(options: ExportOptions) -> tuple[int, int, int] | None:
     return None if options.size is None or options.frames is None else (*options.size, options.frames)
 
 
-def _read_scales(source: Checkpoint, options: ExportOptions) -> dict[str, Scales]:
-    """Static scales by expert, none where none are given; refused when they belong to other weights."""
-    if options.input_scales is None:
-        return {}
-    scales = read_input_scales(options.input_scales, source.spec)
-    for expert, part in scales.items():
-        check_weights(options.input_scales, part, expert, source.weights[expert].read)
-    return scales
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """What is known of the inputs of an expert's linears."""
+
+    scales: Mapping[str, float] = field(default_factory=dict)
+    means: Mapping[str, Array] = field(default_factory=dict)
 
 
-def _parts(spec: ModelSpec, options: ExportOptions, scales: Mapping[str, Scales]) -> dict[str, _Part]:
+def _read_measured(source: Checkpoint, options: ExportOptions) -> dict[str, _Measured]:
+    """By expert; refused when it belongs to other weights."""
+    scales, means = options.input_scales, options.input_means
+    if scales is not None and means is not None:
+        expected = "one of them: scales are measured on inputs that are not centred"
+        raise UserError("--input-scales and --input-means", expected, "leave one out")
+    found: dict[str, _Measured] = {}
+    if scales is not None:
+        for expert, part in read_input_scales(scales, source.spec).items():
+            check_weights(scales, part, expert, source.weights[expert].read)
+            found[expert] = _Measured(scales={linear: entry.input for linear, entry in part.items()})
+    if means is not None:
+        for expert, of_expert in read_input_means(means, source.spec).items():
+            check_weights(means, of_expert.weights, expert, source.weights[expert].read)
+            found[expert] = _Measured(means=of_expert.inputs)
+    return found
+
+
+def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Measured]) -> dict[str, Part]:
     """Name of the weights file → its graphs, for every component of the model."""
     size, precisions = _fixed_size(options), _precisions(spec, options)
     shape = spec.latent_shape(*size) if size else None
     compute = {part: COMPUTE[precision] for part, precision in precisions.items()}
     text_in_fp8 = precisions["text_encoder"] == Precision.FP8
     text = text_encoder_graph(spec.text_encoder, compute["text_encoder"], fp8_feed_forward=text_in_fp8)
-    parts = {"text_encoder": _Part("text_encoder", precisions["text_encoder"], {"text_encoder": text})}
+    parts = {"text_encoder": Part("text_encoder", precisions["text_encoder"], {"text_encoder": text})}
     dims = LatentDims(*shape[2:]) if shape else LatentDims()
     for expert in spec.experts:
-        static = {linear: found.input for linear, found in scales.get(expert, {}).items()}
-        fp8 = _fp8(precisions[expert], options, static)
+        known = measured.get(expert, _Measured())
+        fp8 = _fp8(precisions[expert], options, known)
         graph = dit_graph(spec.dit, compute[expert], dims, fp8)
-        parts[expert] = _Part(expert, precisions[expert], {expert: graph}, static)
+        parts[expert] = Part(expert, precisions[expert], {expert: graph}, known.scales, known.means)
     for coder, vae in (("vae_encoder", vae_encoder), ("vae_decoder", vae_decoder)):
         chunks = {name: name == f"{coder}_first" for name in spec.components if name.startswith(coder)}
         latent_size = shape[3:] if shape else None
         graphs = {name: vae(spec.vae, first, compute[coder], latent_size) for name, first in chunks.items()}
         if graphs:
-            parts[coder] = _Part("vae", precisions[coder], graphs)
+            parts[coder] = Part("vae", precisions[coder], graphs)
     return parts
 
 
@@ -219,17 +198,17 @@ def _precisions(spec: ModelSpec, options: ExportOptions) -> dict[str, Precision]
     return {**usual, **options.precisions}
 
 
-def _fp8(precision: Precision, options: ExportOptions, scales: Mapping[str, float]) -> Fp8 | None:
+def _fp8(precision: Precision, options: ExportOptions, known: _Measured) -> Fp8 | None:
     if precision not in FP8_PRECISIONS:
         return None
-    attention = precision == Precision.FP8_ATTN
-    return Fp8(attention, attention, options.keep_high_precision, frozenset(scales))
+    attention, centred = precision == Precision.FP8_ATTN, {linear: len(mean) for linear, mean in known.means.items()}
+    return Fp8(attention, attention, options.keep_high_precision, frozenset(known.scales), centred)
 
 
 class _Meter:
     """Adds up stored bytes over all files for one progress bar."""
 
-    def __init__(self, progress: Progress, parts: Collection[_Part]) -> None:
+    def __init__(self, progress: Progress, parts: Collection[Part]) -> None:
         self.written_bytes = sum(planned.size_bytes for part in parts for planned in part.written.values())
         shared_bytes = sum(path.stat().st_size for part in parts for path in part.shared_files)
         self._progress, self._done, self._total = progress, 0, self.written_bytes + shared_bytes
@@ -249,7 +228,7 @@ class _Writer:
     meter: _Meter
     journal: Journal
 
-    def components(self, name: str, part: _Part) -> list[Component]:
+    def components(self, name: str, part: Part) -> list[Component]:
         files, placed = self.weights(name, part)
         components = []
         for component, graph in part.graphs.items():
@@ -260,11 +239,11 @@ class _Writer:
             components.append(Component(component, entry, files, *graph.edges(), part.precision, why))
         return components
 
-    def weights(self, name: str, part: _Part) -> tuple[tuple[File, ...], dict[str, Placed]]:
+    def weights(self, name: str, part: Part) -> tuple[tuple[File, ...], dict[str, Placed]]:
         """The part's files, and where in them its tensors lie."""
         location, files = f"{name}.safetensors", []
         if part.written:
-            pieces = _pieces(self.source, part)
+            pieces = part.pieces(self.source)
             files.append(write_weights(self.folder / location, part.written, pieces, self.meter, self.journal))
         for path in part.shared_files:
             target = self.folder / shared_name(name, path)
@@ -274,22 +253,13 @@ class _Writer:
         return tuple(files), placements(location, part.written) | shared_placements(name, part.shared)
 
 
-def _pieces(source: Checkpoint, part: _Part) -> Pieces:
-    """Gives the tensors that the part's graphs declare: the checkpoint's, or what FP8 makes of them."""
-    weights = source.weights[part.weights]
-    if part.precision not in FP8_PRECISIONS:
-        return weights.pieces
-    fp8 = Fp8Weights(weights.read, source.spec.dit, part.quantised, part.input_scales)
-    stored = frozenset(weights.names()) - part.remade
-    return lambda key: weights.pieces(key) if key in stored else [fp8(key)]
-
-
-def _made_of(source: Checkpoint, loras: Sequence[Lora], parts: Mapping[str, _Part]) -> str:
+def _made_of(source: Checkpoint, loras: Sequence[Lora], parts: Mapping[str, Part]) -> str:
     """A hash of all that decides the weights' bytes; source files count as changed when their time did."""
     files = [path for path in sorted(source.folder.rglob("*")) if path.is_file()]
     times = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     stored = {name: (part.written, dict(part.input_scales)) for name, part in parts.items()}
-    told = (source.source.fingerprint, times, [lora.record() for lora in loras], stored)
+    means = {name: [mean.tobytes() for mean in part.input_means.values()] for name, part in parts.items()}
+    told = (source.source.fingerprint, times, [lora.record() for lora in loras], stored, means)
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 

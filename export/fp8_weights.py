@@ -5,7 +5,7 @@ multiplication. ``qkv`` and ``kv`` join their parts' rows. The scales of Q and K
 
 The bias of V moves behind the output projection: probabilities sum to 1, so ``O(P (V + b)) = O(P V) + O b``, and what
 is added there in float32 needs not pass through FP8. Where the input of O has a static scale it stays, because that
-scale was measured with it.
+scale was measured with it. A mean that the graph subtracts from the input of a linear comes back through its bias.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -32,15 +32,22 @@ class Fp8Weights:
         spec: the transformer's dimensions.
         quantised: names of the weights that the graph stores in FP8.
         input_scales: static activation scales of the linears that have one ("blocks.0.ffn.0" → largest input / 448).
+        input_means: what enters the linears whose inputs the graph centres, on average, [in] each.
     """
 
     def __init__(
-        self, official: Read, spec: DitSpec, quantised: Collection[str], input_scales: Mapping[str, float] | None = None
+        self,
+        official: Read,
+        spec: DitSpec,
+        quantised: Collection[str],
+        input_scales: Mapping[str, float] | None = None,
+        input_means: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self._official, self._spec = official, spec
-        self._quantised, self._input_scales = frozenset(quantised), input_scales or {}
+        self._quantised, self._input_scales, self._means = frozenset(quantised), input_scales or {}, input_means or {}
         self._scales: dict[str, float] = {}
         self._moved = moved_biases(quantised, self._input_scales)
+        self._remade = remade_biases(quantised, self._input_scales, self._means)
 
     def __call__(self, key: str) -> np.ndarray:
         stem, leaf = key.rsplit(".", 1)
@@ -52,16 +59,31 @@ class Fp8Weights:
             return np.array(self._input_scales[stem], np.float32)
         if leaf in ("q_scale", "k_scale"):
             return self._head_scale(stem, leaf[0])
-        return self._bias_of_attention(stem) if key in self._moved else self._official(key)
+        if leaf == "input_mean":
+            return self._mean(stem)
+        return self._bias(stem) if key in self._remade else self._official(key)
 
-    def _bias_of_attention(self, linear: str) -> np.ndarray:
-        """None is left of V's; O's takes it over, projected in float32."""
+    def _bias(self, linear: str) -> np.ndarray:
+        """With what the mean of the input brings; none is left of V's, O's takes it over, projected in float32."""
         module, name = linear.rsplit(".", 1)
+        if f"{linear}.bias" not in self._moved:
+            return self._own_bias(linear)
+        bias = self._own_bias(linear)
+        return np.zeros_like(bias) if name == "v" else bias + self._weight(linear) @ self._own_bias(f"{module}.v")
+
+    def _own_bias(self, linear: str) -> np.ndarray:
         bias = self._official(f"{linear}.bias").astype(np.float32)
-        if name == "v":
-            return np.zeros_like(bias)
-        weight, moved = (self._official(f"{module}.{key}").astype(np.float32) for key in ("o.weight", "v.bias"))
-        return np.asarray(bias + weight @ moved)
+        entering = _entry(linear)
+        return np.asarray(bias + self._weight(linear) @ self._mean(entering) if entering in self._means else bias)
+
+    def _mean(self, linear: str) -> np.ndarray:
+        """Of what enters in this graph: without V's bias where that comes after O."""
+        mean = self._means[linear].astype(np.float32)
+        moved = linear.endswith(".o") and f"{linear}.bias" in self._moved
+        return np.asarray(mean - self._own_bias(f"{linear[:-1]}v") if moved else mean)
+
+    def _weight(self, linear: str) -> np.ndarray:
+        return np.asarray(self._official(f"{linear}.weight").astype(np.float32))
 
     def _matrix(self, key: str) -> np.ndarray:
         """FP8 ``[out, in]``; converted in blocks of rows, so that no second float32 copy of the matrix is made."""
@@ -103,6 +125,22 @@ def moved_biases(quantised: Collection[str], input_scales: Collection[str]) -> f
     return frozenset(
         f"{module}.{part}.bias" for module in modules if f"{module}.o" not in input_scales for part in "vo"
     )
+
+
+def remade_biases(
+    quantised: Collection[str], input_scales: Collection[str], input_means: Collection[str]
+) -> frozenset[str]:
+    """All biases that are not the checkpoint's."""
+    stems = [key.removesuffix(".weight").rsplit(".", 1) for key in quantised]
+    linears = [f"{module}.{part}" for module, name in stems for part in (name if name in JOINED else [name])]
+    centred = frozenset(f"{linear}.bias" for linear in linears if _entry(linear) in input_means)
+    return centred | moved_biases(quantised, input_scales)
+
+
+def _entry(linear: str) -> str:
+    """The linear whose name stands for what enters: q for q, k and v of self-attention."""
+    module, name = linear.rsplit(".", 1)
+    return f"{module}.q" if module.endswith("self_attn") and name in "qkv" else linear
 
 
 def _scale_of(parts: list[np.ndarray]) -> float:

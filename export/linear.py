@@ -9,8 +9,8 @@ What follows a linear asks for its float32 values, perhaps of some columns, perh
 that reads the 16-bit result once for its statistics and once to apply them keeps no float32 copy of it in memory.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -30,6 +30,7 @@ class Fp8:
     cross_attention: bool = False
     high_precision_blocks: frozenset[int] = frozenset()  # blocks without any FP8
     static: frozenset[str] = frozenset()  # linears ("blocks.0.ffn.0") with a stored ``input_scale``
+    centred: Mapping[str, int] = field(default_factory=dict)  # linears with a stored ``input_mean`` → its length
     # ablations, for the precision study
     high_precision_linears: frozenset[str] = frozenset()  # without FP8 in any block ("ffn.2", "self_attn.q" for qkv)
     smooth_k: bool = True
@@ -77,6 +78,9 @@ class Linears:
         if self.fp8 and key in self.fp8.static:
             scale = self.g.weight(f"{key}.input_scale", (), FLOAT)
             return Operand(self.through_fp8(self.g.cast(x, FLOAT), scale), fp8=True)
+        if self.fp8 and key in self.fp8.centred:
+            mean = self.g.weight(f"{key}.input_mean", (self.fp8.centred[key],), FLOAT)
+            return self.per_token(self.g.op("Sub", self.g.cast(x, FLOAT), mean))
         return self.per_token(x)
 
     def per_token(self, x: ir.Value) -> Operand:

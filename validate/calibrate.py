@@ -1,9 +1,9 @@
-"""Static FP8 scales from prompts: runs a 16- or 32-bit bundle and notes the largest input of every linear.
+"""What enters the linears, from prompts: runs a 16- or 32-bit bundle and notes the largest inputs and the mean ones.
 
-The bundle's transformers get one more output, the largest magnitude of what enters each linear (:mod:`validate.taps`),
-are built for any target, and sample the prompts as a user's run would: each expert at its own timesteps, with and
-without the prompt where guidance asks for both. What FP8 would round does not matter to the maxima, so one pass over
-the full-precision model is all there is to it.
+The bundle's transformers get two more outputs, the largest magnitude of what enters each linear and the mean of it over
+all tokens (:mod:`validate.taps`), are built for any target, and sample the prompts as a user's run would: each expert
+at its own timesteps, with and without the prompt where guidance asks for both. The maxima become static FP8 scales, the
+means are what FP8 linears may subtract from their inputs. One pass over the full-precision model is all there is to it.
 """
 
 import os
@@ -20,6 +20,7 @@ import numpy as np
 
 from engines.build import BuildOptions, build_engines
 from engines.targets import target_named
+from export.input_means import CENTRED, Means, input_width, write_input_means
 from export.input_scales import LinearScales, Scales, largest_magnitude, write_input_scales
 from export.linear import FLOAT8_MAX
 from export.schema import DIT_LINEARS_PER_BLOCK
@@ -34,7 +35,7 @@ from wan22.specs import Precision
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from validate.taps import Tapped
+    from validate.taps import Tapped, Taps
 
 MARGIN = 1.1  # over the largest input seen, as NVIDIA's file has it
 UNQUANTISED = (Precision.FP32, Precision.BF16, Precision.FP16)
@@ -51,6 +52,7 @@ class CalibrateOptions:
     seed: int = 0  # of the first prompt; the others count up
     margin: float = MARGIN
     target: str = "cpu"
+    means: Path | None = None  # also write the means of the inputs, for ``wan-trt export --input-means``
     overwrite: bool = False
 
 
@@ -90,8 +92,9 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
         UserError: no bundle of graphs, one that is quantised already, no prompts, too few steps for both experts,
             numbers that overflow, a target that cannot run it, a file in the way.
     """
-    if out.exists() and not options.overwrite:
-        raise UserError(f"{out} exists", "a new file", "choose another or add --overwrite")
+    for path in filter(None, (out, options.means)):
+        if path.exists() and not options.overwrite:
+            raise UserError(f"{path} exists", "a new file", "choose another or add --overwrite")
     source = open_bundle(bundle, "graphs")
     spec = source.manifest.spec
     _check_precision(source)
@@ -99,14 +102,18 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as temporary:
         folder = Path(temporary)
-        labels = write_tapped(source, folder / "graphs", options.target)
+        taps = write_tapped(source, folder / "graphs", options.target)
         build_engines(folder / "graphs", folder / "engines", _build_options(source, requests[0], options), progress)
-        with TappedPipeline(open_bundle(folder / "engines", "engines"), labels) as pipeline:
+        with TappedPipeline(open_bundle(folder / "engines", "engines"), taps) as pipeline:
             _run(pipeline, requests, progress)
             found = pipeline.tapped
     inputs = {expert: _largest(expert, found.get(expert), requests[0].steps) for expert in spec.experts}
     scales = {expert: _scales(source, expert, part, options.margin) for expert, part in inputs.items()}
     write_input_scales(out, scales, spec)
+    if options.means is not None:
+        write_input_means(
+            options.means, {expert: Means(found[expert].means, scales[expert]) for expert in spec.experts}
+        )
     forwards = {expert: found[expert].calls for expert in spec.experts}
     return Calibration(inputs, scales, forwards, len(requests), requests[0].steps)
 
@@ -143,27 +150,25 @@ def _build_options(source: Bundle, request: CompleteRequest, options: CalibrateO
 # -- the tapped bundle
 
 
-def write_tapped(source: Bundle, folder: Path, target: str) -> dict[str, list[str]]:
-    """A bundle like ``source``, without the decoder, whose transformers have taps: expert → what their output lists."""
+def write_tapped(source: Bundle, folder: Path, target: str) -> dict[str, "Taps"]:
+    """A bundle like ``source``, without the decoder, whose transformers have taps: expert → what their outputs list."""
     folder.mkdir()
     on_cpu = target_named(target).backend == "onnxruntime"
-    labels: dict[str, list[str]] = {}
+    taps: dict[str, Taps] = {}
     components = []
     for component in source.manifest.components:
         if not component.name.startswith("vae_decoder"):
-            components.append(_written(source, component, folder, labels, on_cpu=on_cpu))
+            components.append(_written(source, component, folder, taps, on_cpu=on_cpu))
     manifest = replace(source.manifest, components=tuple(components))
     for file in {file.path: file for c in components for file in c.weights}.values():
         _link(source.path(file), folder / file.path)
     for file in manifest.tokenizer:
         _link(source.path(file), folder / file.path)
     write_manifest(folder, manifest)
-    return labels
+    return taps
 
 
-def _written(
-    source: Bundle, component: Component, folder: Path, labels: dict[str, list[str]], *, on_cpu: bool
-) -> Component:
+def _written(source: Bundle, component: Component, folder: Path, taps: dict[str, "Taps"], *, on_cpu: bool) -> Component:
     import onnx_ir as ir
 
     from validate.emulation import emulate
@@ -171,9 +176,12 @@ def _written(
 
     model = ir.load(source.path(component.graph))
     if component.name in source.manifest.spec.experts:
-        tapped = linear_inputs(model)
-        labels[component.name] = list(tapped)
-        component = replace(component, outputs=(*component.outputs, add_taps(model, tapped)))
+        spec, entering = source.manifest.spec.dit, linear_inputs(model)
+        centred = {
+            name: (x, input_width(spec, name)) for name, x in entering.items() if name.split(".", 2)[2] in CENTRED
+        }
+        taps[component.name] = found = add_taps(model, entering, centred)
+        component = replace(component, outputs=(*component.outputs, *found.outputs))
     if on_cpu and component.precision == Precision.BF16:
         emulate(model)
         component = replace(component, precision=Precision.FP32)
@@ -198,18 +206,18 @@ def _link(source: Path, target: Path) -> None:
 class TappedPipeline(Pipeline):
     """A pipeline whose experts note their maxima."""
 
-    def __init__(self, bundle: Bundle, labels: Mapping[str, list[str]]) -> None:
+    def __init__(self, bundle: Bundle, taps: Mapping[str, "Taps"]) -> None:
         super().__init__(bundle, keep_experts=False)
-        self._labels = labels
+        self._taps = taps
         self.tapped: dict[str, Tapped] = {}
 
     def engine(self, name: str) -> Any:
         from validate.taps import Tapped
 
         engine: Any = super().engine(name)
-        if name not in self._labels:
+        if name not in self._taps:
             return engine
-        tapped = self.tapped.setdefault(name, Tapped(engine, self._labels[name]))
+        tapped = self.tapped.setdefault(name, Tapped(engine, self._taps[name]))
         tapped.graph = engine
         return tapped
 

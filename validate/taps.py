@@ -1,6 +1,7 @@
-"""A graph that also tells how large its tensors are: one more output with the largest magnitude of each of them."""
+"""A graph that also tells what its tensors are like: the largest magnitude of some, the mean row of others."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -9,54 +10,95 @@ from export.schema import DIT_LINEARS_PER_BLOCK
 from wan22.bundle import Tensor
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
-OUTPUT = "amax"
+LARGEST, MEANS = "amax", "means"
 
 
 class Tapped:
-    """A tapped graph in the place of the plain one; remembers the maxima over all its calls."""
+    """A tapped graph in the place of the plain one; sums up over all its calls what the taps tell."""
 
-    def __init__(self, graph: Callable[..., tuple[np.ndarray, ...]], labels: Iterable[str]) -> None:
-        self.graph, self.labels, self.calls = graph, tuple(labels), 0
-        self._largest = np.zeros(len(self.labels), np.float32)
+    def __init__(self, graph: Callable[..., tuple[np.ndarray, ...]], taps: "Taps") -> None:
+        self.graph, self.taps, self.calls = graph, taps, 0
+        self._largest = np.zeros(len(taps.largest), np.float32)
+        self._sums = np.zeros(sum(taps.means.values()))
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """The graph's first output."""
-        first, *_, amax = self.graph(**inputs)
-        np.maximum(self._largest, amax, out=self._largest)  # NaN stays
+        first, largest, *means = self.graph(**inputs)
+        np.maximum(self._largest, largest, out=self._largest)  # NaN stays
+        for mean in means:
+            self._sums += mean
         self.calls += 1
         return first
 
     @property
     def largest(self) -> dict[str, float]:
         """Largest magnitude by label, 0 before the first call."""
-        return dict(zip(self.labels, self._largest.tolist(), strict=True))
+        return dict(zip(self.taps.largest, self._largest.tolist(), strict=True))
+
+    @property
+    def means(self) -> dict[str, np.ndarray]:
+        """Mean row ``[columns]`` float32 by label, all calls counting the same."""
+        ends = np.cumsum(list(self.taps.means.values()))[:-1]
+        parts = np.split((self._sums / max(self.calls, 1)).astype(np.float32), ends)
+        return dict(zip(self.taps.means, parts, strict=True))
 
 
-def add_taps(model: ir.Model, tapped: Mapping[str, ir.Value]) -> Tensor:
-    """Appends the output ``amax``, float32 ``[len(tapped)]`` in the order of ``tapped``; returns its description."""
+@dataclass(frozen=True)
+class Taps:
+    """What the outputs of a tapped graph list: labels of maxima, labels of mean rows and their lengths."""
+
+    largest: tuple[str, ...]
+    means: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        maxima = Tensor(LARGEST, "float32", (len(self.largest),))
+        return (maxima, Tensor(MEANS, "float32", (sum(self.means.values()),))) if self.means else (maxima,)
+
+
+def add_taps(
+    model: ir.Model, largest: Mapping[str, ir.Value], means: Mapping[str, tuple[ir.Value, int]] | None = None
+) -> Taps:
+    """Appends outputs to ``model``: of ``largest`` the largest magnitude of each value; of ``means``, label → rows and
+    their length, the mean row of each.
+    """
     graph = model.graph
-    front = ir.Value(name=f"{OUTPUT}/front", shape=ir.Shape([1]), type=ir.TensorType(INT64))
-    front.const_value = ir.tensor([0], dtype=INT64, name=front.name)
-    graph.initializers[f"{OUTPUT}/front"] = front
-    largest = []
-    for label, value in tapped.items():
-        dtype = value.dtype or FLOAT
-        magnitude = _appended(graph, "Abs", [value], label, dtype)
-        top = _appended(graph, "ReduceMax", [magnitude], label, dtype, keepdims=0)
-        wide = top if dtype == FLOAT else _appended(graph, "Cast", [top], label, FLOAT, to=int(FLOAT))
-        largest.append(_appended(graph, "Unsqueeze", [wide, front], label, FLOAT))
-    joined = _appended(graph, "Concat", largest, "all", FLOAT, axis=0)
-    joined.name, joined.shape = OUTPUT, ir.Shape([len(largest)])
+    first = ir.Value(name=f"{LARGEST}/first", shape=ir.Shape([1]), type=ir.TensorType(INT64))
+    first.const_value = ir.tensor([0], dtype=INT64, name=first.name)
+    graph.initializers[f"{LARGEST}/first"] = first
+    maxima = []
+    for label, value in largest.items():
+        name, dtype = f"{LARGEST}/{label}", value.dtype or FLOAT
+        magnitude = _appended(graph, "Abs", [value], name, dtype)
+        top = _wide(graph, _appended(graph, "ReduceMax", [magnitude], name, dtype, keepdims=0), name)
+        maxima.append(_appended(graph, "Unsqueeze", [top, first], name, FLOAT))
+    _output(graph, LARGEST, maxima, len(maxima))
+    rows = []
+    for label, (value, _) in (means or {}).items():
+        wide = _wide(graph, value, f"{MEANS}/{label}")
+        rows.append(_appended(graph, "ReduceMean", [wide, first], f"{MEANS}/{label}", FLOAT, keepdims=0))
+    taps = Taps(tuple(largest), {label: length for label, (_, length) in (means or {}).items()})
+    if rows:
+        _output(graph, MEANS, rows, sum(taps.means.values()))
+    return taps
+
+
+def _output(graph: ir.Graph, name: str, parts: list[ir.Value], length: int) -> None:
+    joined = _appended(graph, "Concat", parts, f"{name}/all", FLOAT, axis=0)
+    joined.name, joined.shape = name, ir.Shape([length])
     graph.outputs.append(joined)
-    return Tensor(OUTPUT, "float32", (len(largest),))
+
+
+def _wide(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    return value if value.dtype == FLOAT else _appended(graph, "Cast", [value], name, FLOAT, to=int(FLOAT))
 
 
 def _appended(
-    graph: ir.Graph, op: str, inputs: Iterable[ir.Value], label: str, dtype: ir.DataType, **attributes: int
+    graph: ir.Graph, op: str, inputs: Iterable[ir.Value], name: str, dtype: ir.DataType, **attributes: int
 ) -> ir.Value:
-    node = ir.node(op, list(inputs), attributes, name=f"{OUTPUT}/{label}/{op}")
+    node = ir.node(op, list(inputs), attributes, name=f"{name}/{op}")
     value = node.outputs[0]
-    value.name, value.type = f"{OUTPUT}/{label}/{op}:0", ir.TensorType(dtype)
+    value.name, value.type = f"{name}/{op}:0", ir.TensorType(dtype)
     graph.append(node)
     return value
 

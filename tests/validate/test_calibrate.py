@@ -43,7 +43,7 @@ def bf16_bundle(tmp_path_factory, tiny_checkpoint):
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory, bf16_bundle, prompts):
     out = tmp_path_factory.mktemp("scales") / "scales.json"
-    return out, calibrate(bf16_bundle, out, options(prompts))
+    return out, calibrate(bf16_bundle, out, options(prompts, means=out.with_name("means")))
 
 
 def test_every_linear_of_both_experts_is_covered(calibrated):
@@ -73,9 +73,12 @@ def test_a_bundle_in_float32_has_nearly_the_maxima_of_one_in_bfloat16(tmp_path, 
             assert calibrated[1].inputs[expert][name] == pytest.approx(largest, rel=0.05), name
 
 
-def test_a_graph_with_measured_scales_errs_little_more_than_one_that_scales_every_token(
-    tmp_path, calibrated, tiny_checkpoint, tiny_bundle
-):
+@pytest.fixture(scope="module")
+def error_of(tmp_path_factory, tiny_checkpoint, tiny_bundle):
+    """``error_of(options)`` → relative L2 error of the velocity of the low-noise expert exported so."""
+    inputs = inputs_for(TINY.dit, 2, 6, 8, [500.0])
+    inputs["text"] *= np.where(np.arange(512) < 20, 0.3, 0.0)[:, None].astype(np.float32)  # as prompts are
+
     def velocity(bundle, emulated):
         model = ir.load(bundle / "low_noise.onnx")
         for value in model.graph.initializers.values():  # from files into memory
@@ -84,16 +87,27 @@ def test_a_graph_with_measured_scales_errs_little_more_than_one_that_scales_ever
             emulate(model, BFLOAT16)
         return opened(model)(**inputs)[0]
 
-    inputs = inputs_for(TINY.dit, 2, 6, 8, [500.0])
-    inputs["text"] *= np.where(np.arange(512) < 20, 0.3, 0.0)[:, None].astype(np.float32)  # as prompts are
+    def error(**options):
+        folder = tmp_path_factory.mktemp("export") / "onnx"
+        export_checkpoint(tiny_checkpoint, folder, ExportOptions(Precision.FP8, **options))
+        return relative_l2(velocity(folder, True), velocity(tiny_bundle, False))
 
-    dynamic, static = ExportOptions(Precision.FP8), ExportOptions(Precision.FP8, input_scales=calibrated[0])
-    export_checkpoint(tiny_checkpoint, tmp_path / "dynamic", dynamic)
-    export_checkpoint(tiny_checkpoint, tmp_path / "static", static)
-    assert "blocks.0.self_attn.q.input_scale" in read_safetensors(tmp_path / "static" / "low_noise.safetensors")
-    exact = velocity(tiny_bundle, False)
-    per_token, measured = (relative_l2(velocity(tmp_path / name, True), exact) for name in ("dynamic", "static"))
-    assert 0.01 < measured < 1.2 * per_token
+    return error
+
+
+@pytest.fixture(scope="module")
+def per_token(error_of):
+    return error_of()
+
+
+def test_a_graph_with_measured_scales_errs_little_more_than_one_that_scales_every_token(
+    calibrated, error_of, per_token
+):
+    assert 0.01 < error_of(input_scales=calibrated[0]) < 1.2 * per_token
+
+
+def test_a_graph_with_measured_means_errs_less(calibrated, error_of, per_token):
+    assert 0.01 < error_of(input_means=calibrated[0].with_name("means")) < 0.98 * per_token
 
 
 def test_one_expert_has_a_file_without_parts(tmp_path, flow_of, prompts):
@@ -132,6 +146,13 @@ def test_files_without_prompts(tmp_path, tiny_bundle, content, told):
     (tmp_path / "p.txt").write_text(content)
     with pytest.raises(UserError, match=told):
         calibrate(tiny_bundle, tmp_path / "s.json", options(tmp_path / "p.txt"))
+
+
+def test_an_earlier_file_of_means_is_kept_too(tmp_path, tiny_bundle, prompts):
+    (tmp_path / "m").write_text("mine")
+    with pytest.raises(UserError, match="--overwrite"):
+        calibrate(tiny_bundle, tmp_path / "s.json", options(prompts, means=tmp_path / "m"))
+    assert not (tmp_path / "s.json").exists()
 
 
 def test_an_earlier_file_is_kept_unless_told(tmp_path, tiny_bundle, prompts):

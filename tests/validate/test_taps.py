@@ -33,9 +33,8 @@ def test_the_maxima_are_those_of_the_tensors(weights):
     plain.graph.outputs.append(values["blocks.1.ffn.2"])
     velocity, rows = opened(plain)(**INPUTS)
     model = filled(dit_graph(SPEC), weights.__getitem__)
-    tapped = linear_inputs(model)
-    add_taps(model, tapped)
-    forward = Tapped(opened(model), tapped)
+    taps = add_taps(model, linear_inputs(model))
+    forward = Tapped(opened(model), taps)
     assert np.array_equal(forward(**INPUTS), velocity)
     assert forward.largest["blocks.1.ffn.2"] == np.abs(rows).max()
     assert forward.largest["blocks.0.self_attn.q"] == forward.largest["blocks.0.self_attn.v"]
@@ -43,9 +42,8 @@ def test_the_maxima_are_those_of_the_tensors(weights):
 
 def test_maxima_grow_over_calls(weights):
     model = filled(dit_graph(SPEC), weights.__getitem__)
-    tapped = linear_inputs(model)
-    add_taps(model, tapped)
-    forward = Tapped(opened(model), tapped)
+    taps = add_taps(model, linear_inputs(model))
+    forward = Tapped(opened(model), taps)
     forward(**INPUTS)
     once = forward.largest
     forward(**INPUTS | {"latents": 0 * INPUTS["latents"]})
@@ -55,10 +53,25 @@ def test_maxima_grow_over_calls(weights):
 
 def test_a_bfloat16_graph_is_tapped_and_then_emulated(weights):
     model = filled(dit_graph(SPEC, BFLOAT16), weights.__getitem__)
-    tapped = linear_inputs(model)
-    add_taps(model, tapped)
+    taps = add_taps(model, linear_inputs(model))
     emulate(model)
-    forward = Tapped(opened(model), tapped)
+    forward = Tapped(opened(model), taps)
     forward(**INPUTS)
     assert all(value > 0 for value in forward.largest.values())
     assert {output.dtype for output in model.graph.outputs} == {FLOAT}
+
+
+def test_means_are_taken_over_tokens_and_calls(weights):
+    plain = filled(dit_graph(SPEC), weights.__getitem__)
+    plain.graph.outputs.append(linear_inputs(plain)["blocks.0.ffn.0"])
+    calls = [INPUTS, INPUTS | {"latents": 2 * INPUTS["latents"]}]
+    expected = np.mean([opened(plain)(**inputs)[1].mean(0) for inputs in calls], axis=0)
+    model = filled(dit_graph(SPEC), weights.__getitem__)
+    entering = linear_inputs(model)
+    rows = {name: (entering[name], SPEC.width) for name in ("blocks.1.ffn.0", "blocks.0.ffn.0")}
+    taps = add_taps(model, {"one": entering["blocks.0.ffn.2"]}, rows)
+    forward = Tapped(opened(model), taps)
+    for inputs in calls:
+        forward(**inputs)
+    assert list(forward.means) == ["blocks.1.ffn.0", "blocks.0.ffn.0"]
+    assert np.abs(forward.means["blocks.0.ffn.0"] - expected).max() < 1e-5

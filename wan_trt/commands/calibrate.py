@@ -19,13 +19,16 @@ def run(
     seed: Seed = 0,
     margin: Annotated[float, typer.Option(help="Factor over the largest input seen.", min=1, max=4)] = 1.1,
     target: Annotated[str, typer.Option(help="What runs it, as in wan-trt build.")] = "cpu",
+    means: Annotated[
+        Path | None, typer.Option(help="Also write .safetensors for wan-trt export --input-means.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure the largest inputs of all linears over prompts; FP8 without static scales scales each token by itself."""
     pixels = size_of(size)
     from validate.calibrate import CalibrateOptions, calibrate
 
-    options = CalibrateOptions(prompts, steps, pixels, frames, seed, margin, target, overwrite)
+    options = CalibrateOptions(prompts, steps, pixels, frames, seed, margin, target, means, overwrite)
     with bars() as progress:
         calibration = calibrate(bundle, out, options, progress)
     console.print(calibration.table())

@@ -29,6 +29,9 @@ def run(
     input_scales: Annotated[
         Path | None, typer.Option(help="JSON of static FP8 scales; per token and dynamic without one.")
     ] = None,
+    input_means: Annotated[
+        Path | None, typer.Option(help="Means from wan-trt calibrate --means: FP8 linears err less, and run as fast.")
+    ] = None,
     size: Size = None,
     frames: Frames = None,
     lora: Annotated[
@@ -60,6 +63,7 @@ def run(
         {part: chosen for part, chosen in parts.items() if chosen is not None},
         numbers_of(keep_high_precision),
         input_scales,
+        input_means,
         size=fixed,
         frames=frames,
         loras=tuple(map(parse_lora, lora or ())),
