@@ -25,6 +25,7 @@ from wan22.specs import TEXT_TOKENS, ModelSpec, Task
 
 log = logging.getLogger(__name__)
 
+NewEngine = Callable[[Component], Engine]
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
@@ -34,11 +35,12 @@ class Pipeline:
     One expert is resident at a time unless ``keep_experts``; the text encoder and VAE stay once opened.
     """
 
-    def __init__(self, bundle: Bundle, *, keep_experts: bool = True) -> None:
+    def __init__(self, bundle: Bundle, *, keep_experts: bool = True, new_engine: NewEngine | None = None) -> None:
+        """``new_engine`` makes an engine of a component where the bundle's own backend is not to."""
         self.bundle, self.keep_experts = bundle, keep_experts
         self.tokenizer = Tokenizer(bundle.folder / "tokenizer")
         self._shared = ExitStack()  # closed after all engines
-        self._new_engine = _opener(bundle, self._shared)
+        self._new_engine = new_engine or _opener(bundle, self._shared)
         self._open: dict[str, ExitStack] = {}
         self._engines: dict[str, Engine] = {}
 
@@ -142,7 +144,7 @@ def _single(outputs: np.ndarray | tuple[np.ndarray, ...]) -> F32:
     return outputs
 
 
-def _opener(bundle: Bundle, stack: ExitStack) -> Callable[[Component], Engine]:
+def _opener(bundle: Bundle, stack: ExitStack) -> NewEngine:
     """How engines of ``bundle`` are made; what they share is opened on ``stack``.
 
     Raises:

@@ -34,7 +34,7 @@ class CancelledError(Exception):
 
 
 class OutOfTimeError(Exception):
-    """The deadline passed, or the job ran as long as any may."""
+    """The deadline passed, the job ran as long as any may, or the server is stopping."""
 
 
 @dataclass(frozen=True)

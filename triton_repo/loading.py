@@ -4,9 +4,9 @@ A plan is code. It is loaded only if the manifest is the very one that the repos
 the hash that the manifest states.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
+from runtime.pipeline import NewEngine
 from runtime.request import Request
 from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.settings import Settings
@@ -14,21 +14,17 @@ from wan22.bundle import MANIFEST, Bundle, open_bundle, sha256_of
 from wan22.errors import UserError
 from wan22.specs import ModelSpec, Task
 
-MakePipeline = Callable[[Bundle], ServedPipeline]
 WARM_UP_PROMPT = "warm up"
 
 
-def load(settings: Settings, make_pipeline: MakePipeline | None = None) -> ServedPipeline:
-    """A pipeline that has generated once.
+def load(settings: Settings, new_engine: NewEngine | None = None) -> ServedPipeline:
+    """A pipeline of the engines that ``settings`` pins, or of engines that ``new_engine`` makes of its components.
 
     Raises:
         UserError: the bundle is not the one that the settings pin, or not as its manifest says.
     """
     bundle = trusted_bundle(settings)
-    if make_pipeline is None:
-        pipeline = ServedPipeline(bundle, keep_experts=settings.keep_experts)
-    else:
-        pipeline = make_pipeline(bundle)
+    pipeline = ServedPipeline(bundle, keep_experts=settings.keep_experts, new_engine=new_engine)
     if settings.warm_up:
         warm_up(pipeline)
     return pipeline

@@ -7,14 +7,17 @@ pinned by the hash of the bundle's manifest, so that nothing in the repository c
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
+from typing import Literal
 
+from triton_repo.bls_repository import check_backends, check_resident, write_bls
 from triton_repo.config import as_text, owner_config
 from triton_repo.settings import Limits, Settings, check_name, settings_of
+from triton_repo.templates import place
 from wan22.bundle import Bundle, open_bundle, staged
 from wan22.errors import UserError
 
+Topology = Literal["owner", "bls"]
 MARK = ".made-by-wan-trt-triton"
 VERSION = "1"
 
@@ -22,9 +25,11 @@ VERSION = "1"
 @dataclass(frozen=True)
 class RepositoryOptions:
     name: str = "wan22"
+    topology: Topology = "owner"
     limits: Mapping[str, int | None] = field(default_factory=dict)  # by name; the model's where there is none
     engines_at: str = ""  # where the engines are on the serving machine, if not where they are here
     keep_experts: bool = True
+    memory_gib: float = 0.0  # of the GPU; 0: not known
     overwrite: bool = False
 
 
@@ -43,6 +48,8 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
     options = options or RepositoryOptions()
     check_name(options.name)
     bundle = open_bundle(engines, "engines", full_check=True)
+    if options.topology == "bls":
+        _check_bls(bundle, options)
     limits = Limits.of(bundle.manifest.spec, **options.limits)
     _make_room(folder, overwrite=options.overwrite)
     with staged(folder) as temporary:
@@ -53,21 +60,23 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
             engines_at=options.engines_at,
             keep_experts=options.keep_experts,
         )
-        write_owner(temporary, options.name, settings, on_gpu=is_for_gpu(bundle))
+        if options.topology == "owner":
+            _write_owner(temporary, options.name, settings, on_gpu=is_for_gpu(bundle))
+        else:
+            write_bls(temporary, options.name, bundle, settings)
     return Written(bundle, limits)
 
 
-def write_owner(repository: Path, name: str, settings: Settings, *, on_gpu: bool) -> None:
-    write_model(repository, name, as_text(owner_config(name, settings, on_gpu=on_gpu)), "owner.py")
+def _write_owner(repository: Path, name: str, settings: Settings, *, on_gpu: bool) -> None:
+    place("owner", repository / name / VERSION)
+    (repository / name / "config.pbtxt").write_text(as_text(owner_config(name, settings, on_gpu=on_gpu)))
 
 
-def write_model(repository: Path, name: str, config: str, template: str) -> None:
-    """One model of the repository: its configuration and the code of its only version."""
-    version = repository / name / VERSION
-    version.mkdir(parents=True)
-    (repository / name / "config.pbtxt").write_text(config)
-    code = resources.files("triton_repo").joinpath("templates", template)
-    (version / "model.py").write_text(code.read_text())
+def _check_bls(bundle: Bundle, options: RepositoryOptions) -> None:
+    if not options.keep_experts:
+        raise UserError("one expert at a time in topology bls", "topology owner", "leave --one-expert out")
+    check_backends(bundle)
+    check_resident(bundle, options.memory_gib)
 
 
 def is_for_gpu(bundle: Bundle) -> bool:

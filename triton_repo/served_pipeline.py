@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from runtime.engine import Arrays, Engine
-from runtime.pipeline import Pipeline
+from runtime.pipeline import NewEngine, Pipeline
 from wan22.bundle import Bundle
 
 Pause = Callable[[], None]  # raises to give the job up
@@ -26,8 +26,8 @@ class ServedPipeline(Pipeline):
     for one call. ``seconds`` and ``swaps`` only ever grow.
     """
 
-    def __init__(self, bundle: Bundle, *, keep_experts: bool = True) -> None:
-        super().__init__(bundle, keep_experts=keep_experts)
+    def __init__(self, bundle: Bundle, *, keep_experts: bool = True, new_engine: NewEngine | None = None) -> None:
+        super().__init__(bundle, keep_experts=keep_experts, new_engine=new_engine)
         self.pause: Pause = go_on
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by component, inside engines
         self.swaps = 0  # how often an expert made room for the other

@@ -56,7 +56,9 @@ class Settings:
     warm_up: bool = True  # one smallest job before the model is ready
     full_check: bool = True  # hash every file at load, not only those under 1 GiB
     drain_flag: str = ""  # while this file exists the model says that it is not ready
-    components: str = ""  # BLS only: prefix of the names of the models that hold the engines
+    # BLS only
+    components: str = ""  # the models that hold the engines have this name, an underscore, and the component's
+    component: str = ""  # the one component that this model holds
 
     def parameters(self) -> dict[str, str]:
         """Name and text of each value, limits beside the rest, as a Triton configuration holds them."""

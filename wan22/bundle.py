@@ -191,7 +191,7 @@ def open_bundle(folder: Path, kind: Kind, *, full_check: bool = False) -> Bundle
     Raises:
         UserError: no bundle there, another kind or version, an unreadable manifest, a missing, resized or edited file.
     """
-    manifest = _read_manifest(folder, kind)
+    manifest = read_manifest(folder, kind)
     for file in manifest.files().values():
         _check_file(folder, file, STAGE_OF[kind], full_check=full_check)
     return Bundle(folder, manifest)
@@ -209,7 +209,12 @@ def kind_of(folder: Path) -> Kind:
     raise UserError(f"{folder} is no bundle", f"a folder made by {' or '.join(STAGE_OF.values())}", "name that folder")
 
 
-def _read_manifest(folder: Path, kind: Kind) -> Manifest:
+def read_manifest(folder: Path, kind: Kind) -> Manifest:
+    """The manifest of ``folder``, without a look at the files that it names.
+
+    Raises:
+        UserError: none there, another kind or version, unreadable or edited.
+    """
     stage, path = STAGE_OF[kind], folder / MANIFEST
     try:
         content = path.read_bytes()

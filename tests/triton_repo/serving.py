@@ -49,11 +49,11 @@ class Served:
         shown = "".join(f',{key}="{value}"' for key, value in labels.items())
         return self.metrics()[f'{name}{{model="{model}"{shown}}}']
 
-    def wait_for(self, name, value, within_s=30.0, **labels):
+    def wait_for(self, name, value, within_s=30.0, model="wan22", **labels):
         """Seconds until a metric has that value."""
         started = time.monotonic()
-        while self.metric(name, **labels) != value:
-            assert time.monotonic() - started < within_s, f"{name} is {self.metric(name, **labels)}, not {value}"
+        while (found := self.metric(name, model, **labels)) != value:
+            assert time.monotonic() - started < within_s, f"{name} is {found}, not {value}"
             time.sleep(0.005)
         return time.monotonic() - started
 
@@ -79,14 +79,15 @@ def free_ports(count):
 
 
 @contextmanager
-def serving(installation, folder, engines, **limits):
+def serving(installation, folder, engines, topology="owner", **limits):
     """A server of ``engines``, bundles by model name, that is ready; it and its shared memory are gone afterwards."""
     repository = folder / "repository"
     repository.mkdir()
     for name, bundle in engines.items():
-        write_repository(bundle, folder / name, RepositoryOptions(name, limits=limits))
-        shutil.move(folder / name / name, repository / name)
-    options = ServeOptions("127.0.0.1", *free_ports(3))
+        write_repository(bundle, folder / name, RepositoryOptions(name, topology, limits))
+        for model in folder.glob(f"{name}/{name}*"):
+            shutil.move(model, repository / model.name)
+    options = ServeOptions("127.0.0.1", *free_ports(3), config_name="cpu" if topology == "bls" else "")
     enough = Limits(1, 1, longest_job_s=limits.get("longest_job_s", 60))
     with running(installation, repository, enough, options, os.environ) as process:
         wait_until_ready(process, options, within_s=60)

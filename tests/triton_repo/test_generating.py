@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 
 import av
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from runtime.generate import generate
 from runtime.request import Request
-from tests.triton_repo.serving import SMALL, free_ports, serving
+from tests.triton_repo.serving import LONG, SMALL, free_ports, serving
 from triton_repo.client import JobError, WanClient
 from wan_trt.cli import app
 
@@ -44,9 +45,9 @@ def engines(flow_of):
     return {name: flow_of(model).engines for name, model in MODELS.items()}
 
 
-@pytest.fixture(scope="module")
-def server(installation, engines, tmp_path_factory):
-    with serving(installation, tmp_path_factory.mktemp("served"), engines) as served:
+@pytest.fixture(scope="module", params=["owner", "bls"])
+def server(request, installation, engines, tmp_path_factory):
+    with serving(installation, tmp_path_factory.mktemp("served"), engines, request.param) as served:
         yield served
 
 
@@ -129,6 +130,24 @@ def test_progress_every_other_step_still_tells_the_last(server):
     with server.client("wan22_t2v") as client:
         client.generate("x", on_progress=events.append, progress_every=2, **{**SMALL, "steps": 5})
     assert [event["step"] for event in events if event["phase"] == "denoise"] == [2, 4, 5]
+
+
+class StoppedError(Exception):
+    """What a progress callback raises to cancel."""
+
+
+def test_a_job_that_is_cancelled_in_the_middle_ends(server):
+    def stop_after_two_steps(event):
+        if event["phase"] == "denoise" and event["step"] == 2:
+            raise StoppedError
+
+    before = server.metric("wan22_requests_total", "wan22_t2v", outcome="cancelled")
+    with server.client("wan22_t2v") as client, pytest.raises(StoppedError):
+        client.generate("x", on_progress=stop_after_two_steps, **LONG)
+    server.wait_for("wan22_requests_total", before + 1, 5, "wan22_t2v", outcome="cancelled")
+    steps = server.metric("wan22_steps_total", "wan22_t2v")
+    time.sleep(0.3)
+    assert server.metric("wan22_steps_total", "wan22_t2v") == steps
 
 
 def test_a_seed_that_the_server_drew_repeats_the_video(server):

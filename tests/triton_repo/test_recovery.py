@@ -78,6 +78,19 @@ def test_sigterm_lets_the_running_job_finish(installation, tiny_engines, tmp_pat
         assert server.process.wait(60) == 0
 
 
+def test_sigterm_in_topology_bls_ends_the_running_job_and_says_why(installation, tiny_engines, tmp_path):
+    with serving(installation, tmp_path, {"wan22": tiny_engines}, "bls") as server, server.client() as client:
+
+        def terminate(event):
+            if event["step"] == 2 and event["phase"] == "denoise":
+                server.process.terminate()
+
+        with pytest.raises(JobError, match="the server is stopping") as error:
+            client.generate("x", on_progress=terminate, **LONG_STEPS)
+        assert error.value.status == "UNAVAILABLE"
+        assert server.process.wait(60) == 0
+
+
 def refusal(capfd, installation, repository):
     """What the log says when the server of a repository does not come up."""
     options = ServeOptions("127.0.0.1", *free_ports(3))

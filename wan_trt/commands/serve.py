@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from wan_trt.commands.triton import Limit
+from wan_trt.commands.triton import GpuMemory, Limit, Topology, memory_gib
 from wan_trt.console import console
 
 
@@ -17,6 +17,8 @@ def run(
     server: Annotated[Path | None, typer.Option(help="The tritonserver to start, if not the first found.")] = None,
     environment: Annotated[Path | None, typer.Option(help="Environment with the nvidia-pytriton wheel.")] = None,
     name: Annotated[str, typer.Option(help="Name to serve the model under.")] = "wan22",
+    topology: Topology = "owner",
+    gpu_memory: GpuMemory = None,
     address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(help="For health and server-sent events.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="For wan-trt client.")] = 8001,
@@ -32,11 +34,11 @@ def run(
     one_expert: Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")] = False,
 ) -> int:
     """Serve engines until Ctrl-C or SIGTERM; the running job is finished first, a second Ctrl-C ends it."""
+    from triton_repo.bls_repository import CPU
     from triton_repo.installation import default_environments, find_installation
-    from triton_repo.repository import RepositoryOptions, write_repository
+    from triton_repo.repository import RepositoryOptions, is_for_gpu, write_repository
     from triton_repo.server import ServeOptions, running, wait_until_ready, watch
 
-    options = ServeOptions(address, http_port, grpc_port, metrics_port)
     environments = default_environments() if environment is None else (environment,)
     installation = find_installation(environments, server)
     changed = {
@@ -49,9 +51,16 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="wan22-") as folder:
         repository = Path(folder, "repository")
-        written = write_repository(
-            engines, repository, RepositoryOptions(name, limits=changed, keep_experts=not one_expert)
+        packing = RepositoryOptions(
+            name,
+            topology,
+            changed,
+            keep_experts=not one_expert,
+            memory_gib=memory_gib(engines, topology, gpu_memory),
         )
+        written = write_repository(engines, repository, packing)
+        variant = CPU if topology == "bls" and not is_for_gpu(written.bundle) else ""
+        options = ServeOptions(address, http_port, grpc_port, metrics_port, variant)
         try:
             with running(installation, repository, written.limits, options, os.environ) as process:
                 wait_until_ready(process, options)

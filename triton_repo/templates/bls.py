@@ -1,0 +1,5 @@
+"""The whole model: the code is installed, the engines are other models of this repository."""
+
+from triton_repo.bls import BlsPipeline as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
