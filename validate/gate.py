@@ -52,6 +52,9 @@ class Verdict:
         found = "not measured" if self.found is None else f"{self.found:.4g}"
         return f"{self.gate.measurement} {found}, {sign} {self.gate.limit:g}"
 
+    def as_json(self) -> dict[str, Any]:
+        return vars(self.gate) | {"found": self.found, "passed": bool(self)}
+
 
 def read_gates(path: Path, table: str, known: Collection[str]) -> tuple[Gate, ...]:
     """The gates of ``[table]`` in the file at ``path``, in its order.

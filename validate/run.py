@@ -106,11 +106,11 @@ def validate(
     with Pipeline.open(engines, keep_experts=False) as pipeline:
         manifest = pipeline.bundle.manifest
         request = options.request(manifest)
-        source = with_loras(_open_same_model(checkpoint, engines, manifest, progress), manifest)
+        source = with_loras(open_same_model(checkpoint, engines, manifest, progress), manifest)
         return _climb(pipeline, source, request, Target(out, options), progress)
 
 
-def _open_same_model(where: Path | str, engines: Path, manifest: Manifest, progress: Progress) -> "Checkpoint":
+def open_same_model(where: Path | str, engines: Path, manifest: Manifest, progress: Progress) -> "Checkpoint":
     """The checkpoint at ``where``. Raises UserError when it is not the one the engines were made from."""
     from export.checkpoint import open_checkpoint
 

@@ -13,6 +13,7 @@ import typer
 
 from wan22.errors import UserError
 from wan_trt.commands import (
+    bench,
     build,
     bundle,
     calibrate,
@@ -57,7 +58,22 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
     return guard
 
 
-for command in (plan, synth, export, calibrate, build, inspect, generate, validate, demo, triton, serve, client, scale):
+for command in (
+    plan,
+    synth,
+    export,
+    calibrate,
+    build,
+    inspect,
+    generate,
+    validate,
+    bench,
+    demo,
+    triton,
+    serve,
+    client,
+    scale,
+):
     app.command(command.__name__.rpartition(".")[2])(guarded(command.run))
 
 

@@ -1,0 +1,127 @@
+"""``wan-trt bench`` prints tables and one line of JSON, holds what it measured to gates, and tells bad input before any work."""
+
+import json
+
+import pytest
+
+from wan_trt.cli import app
+
+SMALL = ["--size", "32x32", "--frames", 5, "--steps", 2, "--runs", 1, "--whole-runs", 1, "--no-memory"]
+QUICK = ["--size", "32x32", "--frames", 1, "--runs", 1, "--whole-runs", 0, "--no-memory", "--only", "text_encoder"]
+
+
+def status(*arguments):
+    with pytest.raises(SystemExit) as left:
+        app(["bench", *map(str, arguments)])
+    return left.value.code
+
+
+def test_the_last_line_is_one_json_object_and_goes_into_a_file(tiny_engines, tmp_path, capsys):
+    assert status(tiny_engines, *SMALL, "--json", tmp_path / "bench.json") == 0
+    out = capsys.readouterr().out
+    line = out.strip().splitlines()[-1]
+    assert (tmp_path / "bench.json").read_text() == line + "\n"
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert list(found["pieces"]) == ["text_encoder", "high_noise", "low_noise", "vae_decoder"]
+    assert found["frames"] == 5
+    assert found["passed"] is True
+    for told in ("Time, ms", "Work", "From prompt to frames", "Steps", "machine:"):
+        assert told in out
+
+
+def test_gates_decide_the_exit_code(tiny_engines, tmp_path, capsys):
+    gate = tmp_path / "gate.toml"
+    gate.write_text("[bench]\ntext_encoder.median_ms.min = 1e9")
+    assert status(tiny_engines, *QUICK, "--gate", gate) == 1
+    out = capsys.readouterr().out
+    assert "✗ text_encoder.median_ms" in out
+    assert json.loads(out.strip().splitlines()[-1])["gates"][0]["passed"] is False
+    gate.write_text("[bench]\ntext_encoder.median_ms.max = 1e9")
+    assert status(tiny_engines, *QUICK, "--gate", gate) == 0
+
+
+def test_what_gates_may_name_can_be_listed(tiny_engines, capsys):
+    assert status(tiny_engines, "--list-gates") == 0
+    names = capsys.readouterr().out.split()
+    assert {"high_noise.speedup", "vae_decoder.memory_ratio", "end_to_end.total_s", "compare.regressions"} < set(names)
+
+
+def test_a_bench_beside_its_own_result_compares_everything(tiny_engines, tmp_path, capsys):
+    assert status(tiny_engines, *QUICK, "-o", tmp_path / "bench.json") == 0
+    assert status(tiny_engines, *QUICK, "--compare", tmp_path / "bench.json") == 0
+    out = capsys.readouterr().out
+    compared = json.loads(out.strip().splitlines()[-1])["compare"]
+    assert compared["same_machine"] is True
+    assert "another machine" not in out
+
+
+def test_a_baseline_of_another_machine_is_told(tiny_engines, tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert status(tiny_engines, *QUICK, "-o", path) == 0
+    baseline = json.loads(path.read_text())
+    baseline["machine"]["cpu"] = "Another"
+    path.write_text(json.dumps(baseline))
+    assert status(tiny_engines, *QUICK, "--compare", path) == 0
+    assert "of another machine (cpu 'Another', here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--only", "vae"], "piece 'vae' | expected one of text_encoder, high_noise, low_noise, vae_decoder"),
+        (["--only", "vae_encoder"], "piece 'vae_encoder' | expected one of text_encoder"),
+        (["--size", "50x50"], "size 50x50"),
+        (["--frames", 6], "6"),
+        (["--compile"], "torch.compile without a checkpoint"),
+        (["--image", "photo.png"], "an image for t2v-a14b-tiny"),
+        (["--values", "5,9"], "--values or --plot | expected a sweep"),
+        (["--plot", "x.png"], "--values or --plot | expected a sweep"),
+        (["--sweep", "frames", "--values", "5"], "a sweep over 5 | expected at least two values"),
+        (["--sweep", "frames", "--values", "5,5"], "a sweep over 5 | expected at least two values"),
+        (["--sweep", "frames", "--values", "5,many"], "frames 'many'"),
+        (["--sweep", "steps", "--values", "0,2"], "steps '0'"),
+        (["--sweep", "size", "--values", "32x32,64"], "size '64'"),
+        (["--sweep", "size", "--values", "32x32,50x50"], "size 50x50"),
+        (["--sweep", "frames", "--values", "5,9", "--plot", "x.pdf"], "plot x.pdf | expected a name ending in .png"),
+        (["--sweep", "frames", "--values", "5,9", "--plot", "no/x.png"], "plot no/x.png: no such folder"),
+        (["--sweep", "frames", "--gate", "gate.toml"], "--sweep with --gate or --compare"),
+        (["--gate", "nowhere.toml"], "gate file nowhere.toml: No such file"),
+        (["--compare", "nowhere.json"], "baseline nowhere.json: No such file"),
+        (["-o", "nowhere/bench.json"], "output nowhere/bench.json: no such folder"),
+    ],
+)
+def test_bad_options_in_one_line(tiny_engines, capsys, options, told):
+    assert status(tiny_engines, *options) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("gate", "[bench]\nhigh_noise.speedpu.min = 1", "unknown key bench.high_noise.speedpu | expected one like"),
+        ("gate", "[bench]\nvae_encoder.speed.min = 1", "unknown key bench.vae_encoder.speed"),
+        ("compare", "", "its last line is no JSON"),
+        ("compare", "[1]", "format 'list' | expected wan-trt bench 1"),
+        ("compare", '{"format": "wan-trt sweep 1"}', "format 'wan-trt sweep 1' | expected wan-trt bench 1"),
+        ("compare", '{"format": "wan-trt bench 1", "model": "ti2v-5b"}', "model 'ti2v-5b' | expected 't2v-a14b-tiny'"),
+    ],
+)
+def test_bad_files_in_one_line(tiny_engines, tmp_path, capsys, name, content, told):
+    (tmp_path / "file").write_text(content)
+    assert status(tiny_engines, f"--{name}", tmp_path / "file") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert told in line
+
+
+def test_a_checkpoint_of_another_model_is_named(tiny_engines, flow_of, capsys):
+    other = flow_of("ti2v-5b-tiny").checkpoint
+    assert status(tiny_engines, other, *QUICK) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "was made from t2v-a14b-tiny" in line
+    assert "ti2v-5b-tiny" in line
+
+
+def test_a_bundle_that_holds_no_engines(tiny_bundle, capsys):
+    assert status(tiny_bundle, *QUICK) == 2
+    assert "engines" in capsys.readouterr().err

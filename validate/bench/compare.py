@@ -1,0 +1,115 @@
+"""A bench beside an earlier one: what got slower or larger, and what may be compared at all.
+
+On the machine of the baseline everything is compared; on another one only ratios of sides that ran there together. A
+change counts when it is beyond the tolerance and, for timings, beyond the spread that both runs had themselves.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from validate.bench.result import FORMAT, BenchResult
+from wan22.errors import UserError
+
+TOLERANCE = 0.05
+HIGHER_IS_BETTER = ("speedup", "roofline_percent")
+RATIOS = ("speedup", "memory_ratio")  # what stays meaningful on another machine
+NEUTRAL = ("vae_share_percent", "speedup_p10", "p90_ms", "cpu_median_ms")  # told by their neighbours
+
+
+@dataclass(frozen=True)
+class Change:
+    measurement: str
+    before: float
+    after: float
+    spread: float  # relative, of the noisier run
+
+    @property
+    def worse(self) -> float:
+        """How much worse, relative: 0.1 is 10 %; negative is better."""
+        if not self.before or not self.after:
+            return 0.0
+        return (self.before / self.after if is_better_when_higher(self.measurement) else self.after / self.before) - 1
+
+    @property
+    def is_regression(self) -> bool:
+        return self.worse > max(TOLERANCE, self.spread)
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self) | {"worse_percent": 100 * self.worse}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    baseline: Path
+    same_machine: bool
+    told: str  # which machines, when they differ
+    changes: tuple[Change, ...]
+
+    @property
+    def regressions(self) -> tuple[Change, ...]:
+        return tuple(change for change in self.changes if change.is_regression)
+
+
+def is_better_when_higher(measurement: str) -> bool:
+    return any(part in measurement.rpartition(".")[2] for part in HIGHER_IS_BETTER)
+
+
+def read_baseline(path: Path) -> dict[str, Any]:
+    """The JSON of an earlier bench: a file of it, or a captured output whose last line it is.
+
+    Raises:
+        UserError: no such file, or no bench in it.
+    """
+    remedy = "name the output of an earlier wan-trt bench"
+    try:
+        lines = path.read_text(encoding="utf-8").strip().splitlines()
+        content = json.loads(lines[-1])
+    except OSError as error:
+        raise UserError(f"baseline {path}: {error.strerror}", "the JSON of a bench", remedy) from None
+    except (ValueError, IndexError):
+        raise UserError(f"baseline {path}: its last line is no JSON", "the JSON of a bench", remedy) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"baseline {path}: format {found!r}", FORMAT, remedy)
+    return content
+
+
+def check_comparable(path: Path, baseline: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Raises UserError, naming the first field, when the baseline measured something else."""
+    for field, value in facts.items():
+        if (found := baseline.get(field)) != value:
+            raise UserError(
+                f"baseline {path}: {field} {found!r}", f"{value!r} of this run", "run both with the same options"
+            )
+
+
+def compare(path: Path, baseline: Mapping[str, Any], result: BenchResult) -> Comparison:
+    """Of measurements that both have. ``baseline`` is what ``read_baseline`` gave."""
+    same = baseline["machine"] == dict(result.machine)
+    before, after, now = baseline["measurements"], result.measurements(), result.as_json()
+    names = [name for name in before if name in after and _counts(name, same)]
+    spread = {name: max(_spread(name, before), _spread(name, now["measurements"])) for name in names}
+    changes = tuple(Change(name, before[name], after[name], spread[name]) for name in names)
+    differing = [key for key in result.machine if baseline["machine"].get(key) != result.machine[key]]
+    told = ", ".join(f"{key} {baseline['machine'].get(key)!r}, here {result.machine[key]!r}" for key in differing)
+    return Comparison(path, same, told, changes)
+
+
+def _counts(name: str, same_machine: bool) -> bool:
+    leaf = name.rpartition(".")[2]
+    if leaf in NEUTRAL:
+        return False
+    return same_machine or any(part in leaf for part in RATIOS)
+
+
+def _spread(name: str, measurements: Mapping[str, float]) -> float:
+    """Relative, as far as the run tells: from median to p90 of a timing, from p10 to median of a speed-up."""
+    piece, _, leaf = name.rpartition(".")
+    if leaf == "median_ms":
+        return measurements[f"{piece}.p90_ms"] / measurements[name] - 1
+    if leaf == "speedup" and f"{piece}.speedup_p10" in measurements:
+        return measurements[name] / measurements[f"{piece}.speedup_p10"] - 1
+    return 0.0

@@ -1,0 +1,129 @@
+"""What a piece of work must cost at least: arithmetic, bytes, and the time that a target's peaks allow for them.
+
+Arithmetic is the model's (:mod:`wan22.costs`), whatever an engine leaves out or adds. Bytes are those that no
+implementation avoids: weights, inputs and outputs of every call. For GPUs peaks come from the table of targets; for a
+CPU they are measured here and now, on a large matrix product and a large copy.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import process_time
+
+import numpy as np
+
+from engines.targets import TARGETS
+from validate.bench.machine import usable_cores
+from validate.bench.work import DECODER, ENCODER, TEXT, Work, components_of
+from wan22.bundle import Bundle, Component, Tensor
+from wan22.costs import dit_flops, text_encoder_flops, vae_flops
+from wan22.shapes import shape_of
+from wan22.specs import PATCH, Precision
+
+MATRIX = 2048  # rows of the measured product: 50 MB of operands, beyond most caches
+COPY_BYTES = 2**28
+TRIES = 6
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that a machine can do."""
+
+    flops_per_s: Mapping[Precision, float | None]  # of matrix products with operands of that type
+    bytes_per_s: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    flop: Mapping[Precision, float]  # by the type that it is computed in
+    bytes: float
+
+    @property
+    def total_flop(self) -> float:
+        return sum(self.flop.values())
+
+    def roofline_s(self, peak: Peak) -> float | None:
+        """The shortest time that ``peak`` allows; None where it has no figure for a type."""
+        seconds = 0.0
+        for precision, flop in self.flop.items():
+            rate = peak.flops_per_s.get(precision)
+            if not rate:
+                return None
+            seconds += flop / rate
+        return max(seconds, self.bytes / peak.bytes_per_s)
+
+
+def costs_of(work: Work, bundle: Bundle) -> dict[str, Cost]:
+    """By piece."""
+    return {piece: Cost(_flop(piece, work, bundle), _bytes(piece, work, bundle)) for piece in work.pieces}
+
+
+def _flop(piece: str, work: Work, bundle: Bundle) -> dict[Precision, float]:
+    spec, (height, width) = work.spec, work.latents.shape[3:]
+    precision = bundle.component(components_of(piece, work)[0]).precision
+    if piece == TEXT:
+        return {precision: text_encoder_flops(spec.text_encoder, work.token_ids.shape[1])}
+    if piece in (ENCODER, DECODER):
+        chunks = sum(count for _, count in _calls(piece, work))
+        return {precision: vae_flops(spec.vae, piece, (height, width), chunks)}
+    flops = dit_flops(spec.dit, work.tokens)
+    attention = Precision.BF16 if precision == Precision.FP8 else precision  # "fp8" quantises linears only
+    by_type = {precision: flops.linears}
+    by_type[attention] = by_type.get(attention, 0.0) + flops.self_attention + flops.cross_attention
+    return by_type
+
+
+def _calls(piece: str, work: Work) -> list[tuple[str, int]]:
+    """Every graph that ``piece`` runs, and how often."""
+    first, *later = components_of(piece, work)
+    return [(first, 1), *((name, work.latents.shape[2] - 1) for name in later)]
+
+
+def _bytes(piece: str, work: Work, bundle: Bundle) -> float:
+    frames, height, width = work.latents.shape[2:]
+    sizes = {"frames": frames, "height": height, "width": width, "tokens": work.token_ids.shape[1]}
+    sizes |= {"rows": height // PATCH[1], "columns": width // PATCH[2]}
+    total = 0.0
+    for name, count in _calls(piece, work):
+        component = bundle.component(name)
+        edges = sum(_size_bytes(tensor, sizes) for tensor in (*component.inputs, *component.outputs))
+        total += count * (edges + _weights_bytes(component))
+    return total
+
+
+def _size_bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int:
+    return math.prod(shape_of(tensor, sizes)) * np.dtype(tensor.dtype).itemsize
+
+
+def _weights_bytes(component: Component) -> int:
+    """Weights lie beside a graph for ONNX Runtime, inside of an engine of TensorRT."""
+    return sum(file.size_bytes for file in (component.graph, *component.weights))
+
+
+def peak_of(bundle: Bundle) -> Peak:
+    """The peaks of the target that ``bundle`` was built for; measured, a second of work, where that is the CPU."""
+    build = bundle.manifest.build
+    target = TARGETS[build.target if build else "cpu"]
+    if target.backend == "onnxruntime":
+        return measured_peak()
+    rates = {p: None if (t := target.peak_tflops(p)) is None else t * 1e12 for p in Precision}
+    return Peak(rates, target.bandwidth_gb_s * 1e9, target.source)
+
+
+def measured_peak() -> Peak:
+    """In processor time, best of a few tries, so that other work on the machine does not lower it."""
+    a, b, out = (np.ones((MATRIX, MATRIX), np.float32) for _ in range(3))
+    product = min(_cpu_seconds(lambda: np.matmul(a, b, out=out)) for _ in range(TRIES))
+    source, target = np.ones(COPY_BYTES // 4, np.float32), np.ones(COPY_BYTES // 4, np.float32)
+    copy = min(_cpu_seconds(lambda: np.copyto(target, source)) for _ in range(TRIES))
+    cores = usable_cores()
+    rate = cores * 2 * MATRIX**3 / product
+    told = f"measured: numpy's float32 product of {MATRIX}x{MATRIX} on a core, times {cores} cores; one core's copy"
+    return Peak(dict.fromkeys((Precision.FP32, Precision.FP16), rate), 2 * COPY_BYTES / copy, told)
+
+
+def _cpu_seconds(work: Callable[[], object]) -> float:
+    started = process_time()
+    work()
+    return process_time() - started

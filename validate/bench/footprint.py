@@ -1,0 +1,92 @@
+"""Peak memory of a piece of work, each side in a process of its own, so that neither hides behind the other.
+
+Every process does one piece on one side and nothing else: libraries, load, two runs. Its peak is that of the runs, with
+libraries and weights in it; what the libraries alone take is told beside it.
+"""
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+
+from runtime.pipeline import Pipeline
+from validate.bench.machine import device_peak, peak_bytes, reset_peak, resident_bytes
+from validate.bench.work import COMPILED, OURS, TEXT, BenchOptions, Side, runner, work_for
+from wan22.bundle import open_bundle
+
+RUNS = 2  # the second may need more: planned memory, caches of kernels
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one process, in bytes. ``device`` is the GPU's memory in use by anyone at the peak, None without a GPU."""
+
+    libraries: int
+    loaded: int
+    peak: int
+    device: int | None = None
+
+    @property
+    def beyond_libraries(self) -> int:
+        return self.peak - self.libraries
+
+    def as_json(self) -> dict[str, int]:
+        return {f"{name}_bytes": value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Job:
+    side: str
+    piece: str
+    engines: Path
+    checkpoint: str | None
+    options: BenchOptions
+
+
+def footprint(job: Job) -> Footprint:
+    """Runs ``job`` in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_measured, job).result()
+
+
+def _measured(job: Job) -> Footprint:
+    bundle = open_bundle(job.engines, "engines")
+    _import_libraries(job, bundle.manifest.build.backend if bundle.manifest.build else "")
+    libraries = resident_bytes()
+    with device_peak() as device, Pipeline(bundle, keep_experts=False) as pipeline:
+        side = _side(job, pipeline)
+        side.open(job.piece)
+        loaded = resident_bytes()
+        reset_peak()
+        for _ in range(RUNS):
+            runner(side, job.piece)()
+        peak = peak_bytes()
+    return Footprint(libraries, loaded, peak, device.bytes if device else None)
+
+
+def _import_libraries(job: Job, backend: str) -> None:
+    """All that the piece will load, lazy parts of packages too."""
+    if job.side == OURS:
+        import_module({"tensorrt-rtx": "tensorrt_rtx"}.get(backend, backend))
+        return
+    import_module("validate.bench.torch_side")
+    if job.piece == TEXT:
+        from transformers import UMT5EncoderModel  # noqa: F401
+    else:
+        from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
+
+
+def _side(job: Job, pipeline: Pipeline) -> Side:
+    work, manifest = work_for(pipeline.bundle, job.options), pipeline.bundle.manifest
+    if job.side == OURS:
+        from validate.bench.our_side import OurSide
+
+        return OurSide(pipeline, work)
+    from export.checkpoint import open_checkpoint
+    from validate.bench.torch_side import TorchSide
+    from validate.loras import with_loras
+
+    assert job.checkpoint is not None
+    checkpoint = with_loras(open_checkpoint(job.checkpoint), manifest)
+    return TorchSide(checkpoint, manifest, work, compiled=job.side == COMPILED)

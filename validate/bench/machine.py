@@ -1,0 +1,152 @@
+"""The machine that a bench ran on: what it is, how busy it is, how much memory and energy it spends.
+
+NVIDIA's management library is asked where its Python package (``nvidia-ml-py``) and a GPU are; nothing needs them.
+"""
+
+import os
+import platform
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+BUSY = 0.5  # load average per core from which timings are not those of an idle machine
+LIBRARIES = ("onnxruntime", "torch", "diffusers", "transformers", "numpy")
+SAMPLING_SECONDS = 0.01  # between two looks at a GPU's memory
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def load_average() -> float:
+    """Processes that wanted a core, averaged over the last minute."""
+    return os.getloadavg()[0]
+
+
+def machine() -> dict[str, Any]:
+    """What decides how fast it is. Two runs compare in absolute terms where these agree."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpu = Nvml.open()
+    return {
+        "cpu": _cpu_name(),
+        "cores": usable_cores(),
+        "memory_gib": round(memory / 2**30),
+        "gpu": gpu.name if gpu else "",
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        name = None
+    return name[1].strip() if name else platform.processor()
+
+
+# -- memory of this process
+
+
+def reset_peak() -> None:
+    """Forgets the high-water mark of the process's memory, where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # the mark then also covers what came before
+
+
+def resident_bytes() -> int:
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Most memory resident since the start or the last reset, mapped files included."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+# -- the GPU
+
+
+@dataclass(frozen=True)
+class Nvml:
+    """The first GPU, as NVIDIA's management library sees it."""
+
+    library: Any
+    handle: Any
+
+    @classmethod
+    def open(cls) -> "Nvml | None":
+        """None without the package, the driver or a GPU."""
+        try:
+            library = import_module("pynvml")
+            library.nvmlInit()
+            return cls(library, library.nvmlDeviceGetHandleByIndex(0))
+        except Exception:  # the package's errors are classes of its own, which are not there without it
+            return None
+
+    @property
+    def name(self) -> str:
+        name = self.library.nvmlDeviceGetName(self.handle)
+        return name.decode() if isinstance(name, bytes) else str(name)
+
+    def joules(self) -> float | None:
+        """Energy spent since the driver was loaded; None where this GPU does not count it."""
+        try:
+            return float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
+        except Exception:
+            return None
+
+    def used_bytes(self) -> int:
+        """By every process."""
+        return int(self.library.nvmlDeviceGetMemoryInfo(self.handle).used)
+
+
+@dataclass
+class DevicePeak:
+    """The most device memory seen in use at once."""
+
+    bytes: int = 0
+    _over: threading.Event = field(default_factory=threading.Event)
+
+
+@contextmanager
+def device_peak() -> Iterator[DevicePeak | None]:
+    """Watches the GPU's memory while the block runs; None without a GPU. The same yardstick for every library."""
+    gpu = Nvml.open()
+    if gpu is None:
+        yield None
+        return
+    found = DevicePeak()
+
+    def watch() -> None:
+        while not found._over.wait(SAMPLING_SECONDS):
+            found.bytes = max(found.bytes, gpu.used_bytes())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        found.bytes = max(found.bytes, gpu.used_bytes())
+        found._over.set()
+        thread.join()

@@ -1,0 +1,239 @@
+"""``wan-trt bench``: what engines cost in time and memory, beside PyTorch in the same run.
+
+The order: memory of every piece, in processes of their own; then every piece on all sides in turns; then whole runs,
+in turns as well.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.arrays import F32, NonFiniteError
+from runtime.pipeline import Pipeline
+from validate.bench.compare import check_comparable, compare, read_baseline
+from validate.bench.costs import costs_of, peak_of
+from validate.bench.footprint import Footprint, Job, footprint
+from validate.bench.machine import Nvml, load_average, machine, versions
+from validate.bench.our_side import OurSide
+from validate.bench.report import BenchReport, HeldTo
+from validate.bench.result import REGRESSIONS, BenchResult, Piece, known_measurements
+from validate.bench.samples import Samples, in_turns
+from validate.bench.whole_run import Run, Runs
+from validate.bench.whole_run import in_turns as events_in_turns
+from validate.bench.work import COMPILED, EAGER, OURS, BenchOptions, Side, Work, runner, work_for
+from validate.gate import judge, read_gates
+from wan22.bundle import Bundle
+from wan22.errors import UserError
+from wan22.progress import Progress, silent
+
+ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")  # recorded: it decides how fast it is
+
+
+def bench(
+    engines: Path,
+    checkpoint: str | Path | None = None,
+    options: BenchOptions | None = None,
+    progress: Progress = silent,
+    held_to: HeldTo | None = None,
+) -> BenchReport:
+    """Measures the engine bundle at ``engines``, beside PyTorch where the ``checkpoint`` it came from is given.
+
+    Returns:
+        The report, true when every gate of ``held_to`` was passed.
+
+    Raises:
+        UserError: no engines, engines of another checkpoint, a request that they cannot serve, a piece that there is
+            not, torch.compile without a checkpoint, a gate file or baseline that cannot be used. All before any work.
+    """
+    options, held_to = options or BenchOptions(), held_to or HeldTo()
+    with opened(engines, checkpoint, options, progress) as setting:
+        bundle, work = setting.pipeline.bundle, setting.work
+        gates = () if held_to.gate is None else read_gates(held_to.gate, "bench", known_measurements(work.spec))
+        baseline = None if held_to.baseline is None else read_baseline(held_to.baseline)
+        if held_to.baseline and baseline:
+            check_comparable(held_to.baseline, baseline, facts(work, bundle))
+        result = setting.measured()
+    compared = compare(held_to.baseline, baseline, result) if held_to.baseline and baseline else None
+    measured = result.measurements() | ({REGRESSIONS: len(compared.regressions)} if compared else {})
+    return BenchReport(result, compared, judge(gates, measured))
+
+
+@contextmanager
+def opened(
+    engines: Path, checkpoint: str | Path | None, options: BenchOptions, progress: Progress
+) -> Iterator["Setting"]:
+    if options.compiled and checkpoint is None:
+        raise UserError("torch.compile without a checkpoint", "the checkpoint of the engines", "name it after them")
+    with Pipeline.open(engines, keep_experts=False) as pipeline:
+        work = work_for(pipeline.bundle, options)
+        yield Setting(pipeline, work, None if checkpoint is None else str(checkpoint), options, progress)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a bench works with. The pipeline keeps one expert at a time."""
+
+    pipeline: Pipeline
+    work: Work
+    checkpoint: str | None
+    options: BenchOptions
+    progress: Progress
+
+    def measured(self) -> BenchResult:
+        bundle, work = self.pipeline.bundle, self.work
+        chosen, load = work.chosen(self.options.only), load_average()
+        sides = self.sides()
+        peak, costs = peak_of(bundle), costs_of(work, bundle)
+        memory = [self._footprints(name, done, len(chosen)) for done, name in enumerate(chosen, 1)]
+        times = [self.times(name, sides, done / len(chosen)) for done, name in enumerate(chosen, 1)]
+        runs, stopped = self._whole_runs(sides)
+        pieces = tuple(
+            Piece(name, cost=costs[name], roofline_s=costs[name].roofline_s(peak), memory=used, **vars(found))
+            for name, found, used in zip(chosen, times, memory, strict=True)
+        )
+        conditions = _conditions(bundle, self.options) | {"load_average": [load, load_average()]}
+        return BenchResult(facts(work, bundle), machine(), conditions, peak, pieces, runs, stopped)
+
+    def sides(self) -> dict[str, Side]:
+        """Ours, then PyTorch's where there is a checkpoint. Raises UserError for another model's checkpoint."""
+        ours: dict[str, Side] = {OURS: OurSide(self.pipeline, self.work)}
+        if self.checkpoint is None:
+            return ours
+        from validate.bench.torch_side import TorchSide
+        from validate.loras import with_loras
+        from validate.run import open_same_model
+
+        bundle = self.pipeline.bundle
+        found = open_same_model(self.checkpoint, bundle.folder, bundle.manifest, self.progress)
+        source = with_loras(found, bundle.manifest)
+        names = (EAGER, *([COMPILED] if self.options.compiled else []))
+        return ours | {name: TorchSide(source, bundle.manifest, self.work, compiled=name == COMPILED) for name in names}
+
+    def _footprints(self, piece: str, done: int, total: int) -> dict[str, Footprint]:
+        """By side; of the experts, which are alike, the first speaks for both."""
+        if not self.options.memory or piece in self.work.spec.experts[1:]:
+            return {}
+        sides = [OURS, *([] if self.checkpoint is None else [EAGER])]
+        folder = self.pipeline.bundle.folder
+        found = {side: footprint(Job(side, piece, folder, self.checkpoint, self.options)) for side in sides}
+        self.progress("measure memory", done, total, "pieces")
+        return found
+
+    def times(self, piece: str, sides: Mapping[str, Side], share: float) -> "Times":
+        """``share`` of all pieces is done with this one."""
+        results = {}
+        for name, side in sides.items():
+            side.open(piece)
+            results[name] = side.joined(list(side.chunks(piece)))
+        runners = {name: runner(side, piece) for name, side in sides.items()}
+        for run in [*runners.values()] * (self.options.warmup - 1):
+            run()
+        side = sides[OURS]
+        graph_seconds = side.graph_seconds if isinstance(side, OurSide) else {}
+        graph_seconds.clear()
+        samples = in_turns(runners, self.options.runs, _counter())
+        graphs = {name: Samples(tuple(seconds)) for name, seconds in graph_seconds.items()}
+        self.progress("measure time", round(100 * share), 100, "%")
+        return Times(samples, *differences(results), graphs)
+
+    def _whole_runs(self, sides: Mapping[str, Side]) -> tuple[dict[str, Runs], str | None]:
+        """The runs, or none and what stopped them."""
+        try:
+            return self.whole_runs(sides, self.options.whole_runs), None
+        except NonFiniteError as error:
+            return {}, str(error)
+
+    def whole_runs(self, sides: Mapping[str, Side], count: int) -> dict[str, Runs]:
+        """By side; torch.compile is left out, it would compile anew whenever an expert is loaded.
+
+        Raises:
+            NonFiniteError: a side computed NaN or infinity.
+        """
+        sides = {name: side for name, side in sides.items() if name != COMPILED}
+        found: dict[str, list[Run]] = {name: [] for name in sides}
+        for done in range(count):
+            for side in sides.values():
+                side.close()
+            step = self._event_counter(done, count)
+            for name, run in events_in_turns({name: side.run() for name, side in sides.items()}, step).items():
+                found[name].append(run)
+        return {name: Runs(tuple(runs)) for name, runs in found.items() if runs}
+
+    def _event_counter(self, done: int, total: int) -> Callable[[], None]:
+        """Moves the bar when an event of whole run ``done`` is over."""
+        work = self.work
+        expected = len(work.spec.components) + 2 + work.request.steps + work.latents.shape[2]
+        events = itertools.count(1)
+
+        def over() -> None:
+            share = min(next(events) / expected, 1.0)
+            self.progress("whole runs", round(100 * (done + share) / total), 100, "%")
+
+        return over
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one piece: by side, and by graph of ours."""
+
+    samples: Mapping[str, Samples]
+    difference: Mapping[str, float]
+    not_finite: tuple[str, ...]
+    graphs: Mapping[str, Samples]
+
+
+def facts(work: Work, bundle: Bundle) -> dict[str, Any]:
+    """What was computed; runs compare where all of it is equal."""
+    request = work.request
+    return {
+        "model": work.spec.name,
+        "precision": str(bundle.manifest.precision),
+        "width": request.width,
+        "height": request.height,
+        "frames": request.frames,
+        "tokens": work.tokens,
+        "prompt_tokens": int(work.token_ids.shape[1]),
+        "steps": request.steps,
+        "guided": request.guided,
+    }
+
+
+def _conditions(bundle: Bundle, options: BenchOptions) -> dict[str, Any]:
+    build = bundle.manifest.build
+    return {
+        "command": options.command,
+        "target": build.target if build else "",
+        "backend": f"{build.backend} {build.backend_version}" if build else "",
+        "runs": options.runs,
+        "warmup": options.warmup,
+        "versions": versions(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+def _counter() -> Callable[[], float | None]:
+    """Reads the joules that the GPU has spent; always None without one."""
+    gpu = Nvml.open()
+    return gpu.joules if gpu else lambda: None
+
+
+def differences(results: Mapping[str, F32]) -> tuple[dict[str, float], tuple[str, ...]]:
+    """How far results of the same work are from ours, relative L2 by side, and the sides with NaN or infinity.
+
+    A side that is not finite has no distance; where it is ours, no side has.
+    """
+    not_finite = tuple(name for name, result in results.items() if not np.isfinite(result).all())
+    if OURS in not_finite:
+        return {}, not_finite
+    others = (name for name in results if name not in (OURS, *not_finite))
+    return {name: relative_l2(results[OURS], results[name]) for name in others}, not_finite
+
+
+def relative_l2(found: F32, expected: F32) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

@@ -1,0 +1,123 @@
+"""Our side of a bench: the engines of a bundle through the runtime, as ``wan-trt generate`` runs them."""
+
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import numpy as np
+
+from runtime.arrays import F32, to_numpy
+from runtime.conditioning import rope_tables, time_features
+from runtime.denoise import Conditions, denoise
+from runtime.engine import Engine
+from runtime.noise import standard_normal
+from runtime.pipeline import Pipeline
+from runtime.schedule import make_schedule
+from runtime.solver import make_solver
+from runtime.vae import encode
+from validate.bench.samples import timed
+from validate.bench.whole_run import Event
+from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work, components_of
+from wan22.specs import PATCH
+
+
+class OurSide:
+    """The pieces on the engines of ``pipeline``, which keeps one expert at a time."""
+
+    def __init__(self, pipeline: Pipeline, work: Work) -> None:
+        self._pipeline, self._work = pipeline, work
+        self.graph_seconds: dict[str, list[float]] = {}  # of calls of the decoder, by component
+
+    def open(self, piece: str) -> None:
+        wanted = components_of(piece, self._work)
+        for component in set(self._pipeline.spec.components) - set(wanted):
+            self._pipeline.release(component)
+        for component in wanted:
+            self._pipeline.engine(component)
+
+    def chunks(self, piece: str) -> Iterator[Any]:
+        if piece == DECODER:
+            yield from self._decode(self._work.latents)
+        elif piece == ENCODER:
+            assert self._work.video is not None
+            engines = [self._pipeline.engine(name) for name in components_of(piece, self._work)]
+            yield encode(engines[0], engines[1] if len(engines) > 1 else None, self._work.video)
+        elif piece == TEXT:
+            yield self._pipeline.engine(TEXT)(input_ids=self._work.token_ids)
+        else:
+            yield self._pipeline.engine(piece)(**self._inputs(piece))
+
+    def joined(self, chunks: list[Any]) -> F32:
+        return np.concatenate(list(map(to_numpy, chunks)), axis=2) if len(chunks) > 1 else to_numpy(chunks[0])
+
+    def close(self) -> None:
+        for component in self._pipeline.spec.components:
+            self._pipeline.release(component)
+
+    def run(self) -> Iterator[Event]:
+        return _run(self._pipeline, self._work)
+
+    def _decode(self, latents: F32) -> Iterator[F32]:
+        chunks = self._pipeline.decode(latents)
+        for index in range(latents.shape[2]):
+            chunk, seconds = timed(lambda: next(chunks))
+            self.graph_seconds.setdefault(f"{DECODER}_{'next' if index else 'first'}", []).append(seconds)
+            yield chunk
+
+    def _inputs(self, expert: str) -> dict[str, F32]:
+        work, spec = self._work, self._work.spec.dit
+        frames, height, width = work.latents.shape[2:]
+        times = [TIMESTEPS[expert]] * spec.time_rows
+        if work.first_frame is not None:
+            times[0] = 0.0
+        cos, sin = rope_tables(spec.head_width, frames, height // PATCH[1], width // PATCH[2])
+        inputs = {"latents": work.latents, "time_features": time_features(times, spec.freq_width), "text": work.text}
+        given = {} if work.condition is None else {"condition": work.condition}
+        return inputs | given | {"rope_cos": cos, "rope_sin": sin}
+
+
+# -- the whole run
+
+
+def _run(pipeline: Pipeline, work: Work) -> Iterator[Event]:
+    """The video is dropped chunk by chunk. Of the experts the first is opened before the run."""
+    spec, request = pipeline.spec, work.request
+    for component in spec.components:
+        if component not in spec.experts[1:]:
+            yield Event("open", component, _opening(pipeline, component))
+    positive, seconds = timed(lambda: pipeline.text(request.prompt))
+    yield Event("text", TEXT, seconds)
+    negative = None
+    if request.guided:
+        negative, seconds = timed(lambda: pipeline.text(request.negative_prompt, allow_empty=True))
+        yield Event("text", TEXT, seconds)
+    given, seconds = timed(lambda: pipeline.image_condition(request))
+    if given:
+        yield Event("image", ENCODER, seconds)
+    latents = yield from _denoise(pipeline, work, Conditions(positive, negative, **given))
+    chunks = pipeline.decode(latents)
+    for _ in range(latents.shape[2]):
+        yield Event("decode", DECODER, timed(lambda: next(chunks))[1])
+
+
+def _opening(pipeline: Pipeline, component: str) -> float:
+    return timed(lambda: pipeline.engine(component))[1]
+
+
+def _denoise(pipeline: Pipeline, work: Work, given: Conditions) -> Generator[Event, None, F32]:
+    """Yields steps and swaps of experts; returns the finished latents."""
+    request, opened = work.request, list[Event]()
+
+    def expert(name: str) -> Engine:
+        engine, seconds = timed(lambda: pipeline.engine(name))
+        opened.append(Event("swap", name, seconds))
+        return engine
+
+    schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
+    solver, noise = make_solver(request.solver, schedule), standard_normal(request.latent_shape, request.seed)
+    for step in denoise(pipeline.spec, expert, noise, given, request.guidance, schedule, solver):
+        if step.index and opened:
+            yield opened[-1]
+        opened.clear()
+        yield Event("step", step.expert, step.seconds_total, step.seconds_engine)
+        latents = step.latents
+    return latents

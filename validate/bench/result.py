@@ -1,0 +1,143 @@
+"""What a bench found: one object that the table, the JSON line, gates and comparisons all read.
+
+A *measurement* is a number with a name that a gate or a comparison can use: ``high_noise.median_ms``. Its unit is in
+the name; ``speedup`` says how many times as long PyTorch took, ``memory_ratio`` how much of PyTorch's peak we need.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from validate.bench.costs import Cost, Peak
+from validate.bench.footprint import Footprint
+from validate.bench.samples import Ratio, Samples
+from validate.bench.whole_run import Runs, step_ratio, total_ratio
+from validate.bench.work import COMPILED, EAGER, OURS, pieces_of
+from wan22.specs import ModelSpec, Precision
+
+FORMAT = "wan-trt bench 1"
+OF_A_PIECE = (
+    "median_ms", "p90_ms", "cpu_median_ms", "energy_j", "roofline_percent",
+    "speedup", "speedup_p10", "cpu_speedup", "speedup_compiled", "relative_l2",
+    "peak_host_bytes", "memory_ratio", "memory_ratio_beyond_libraries", "peak_device_bytes", "device_memory_ratio",
+)  # fmt: skip
+OF_A_RUN = (
+    "total_s", "total_p90_s", "first_frame_s", "text_s", "image_s", "denoise_s", "decode_s", "open_s", "expert_swap_s",
+    "vae_share_percent", "host_overhead_ms", "host_overhead_percent", "speedup", "step_speedup",
+)  # fmt: skip
+RUN = "end_to_end"
+REGRESSIONS = "compare.regressions"
+APART = 0.1  # relative L2: FP8 of random weights is nearer, another weight or input farther
+
+
+def known_measurements(spec: ModelSpec) -> tuple[str, ...]:
+    """Every name that a bench of this model can measure, with an image or without."""
+    pieces = pieces_of(spec, has_image=True)
+    names = [f"{piece}.{name}" for piece in pieces for name in OF_A_PIECE]
+    return (*names, *(f"{RUN}.{name}" for name in OF_A_RUN), REGRESSIONS)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece on every side that computed it, by the name of the side."""
+
+    name: str
+    samples: Mapping[str, Samples]
+    cost: Cost
+    roofline_s: float | None
+    difference: Mapping[str, float] = field(default_factory=dict)  # relative L2 to ours, of the other sides
+    not_finite: tuple[str, ...] = ()  # sides whose result has NaN or infinity
+    memory: Mapping[str, Footprint] = field(default_factory=dict)
+    graphs: Mapping[str, Samples] = field(default_factory=dict)  # of ours, where a piece is several calls
+
+    def ratio(self, side: str) -> Ratio | None:
+        """How many times as long ``side`` took as ours."""
+        if side not in self.samples:
+            return None
+        return Ratio.of(self.samples[side].seconds, self.samples[OURS].seconds)
+
+    @property
+    def roofline_percent(self) -> float | None:
+        return None if self.roofline_s is None else 100 * self.roofline_s / self.samples[OURS].median
+
+    def faults(self) -> Iterator[str]:
+        """Why the times say nothing: a side that computed no numbers, sides that did not do the same work."""
+        yield from (f"{self.name}: NaN or infinity computed by {side}" for side in self.not_finite)
+        for side, difference in self.difference.items():
+            if difference > APART:
+                yield f"{self.name}: {side} is {difference:.2g} away from ours, which is not the same work"
+
+    def measurements(self) -> Iterator[tuple[str, float | None]]:
+        ours = self.samples[OURS]
+        yield from (("median_ms", 1000 * ours.median), ("p90_ms", 1000 * ours.p90))
+        yield from (("cpu_median_ms", ours.as_json().get("cpu_median_ms")), ("energy_j", ours.energy_j))
+        yield "roofline_percent", self.roofline_percent
+        if (eager := self.ratio(EAGER)) is not None:
+            yield from (("speedup", eager.median), ("speedup_p10", eager.p10))
+            yield "cpu_speedup", Ratio.of(self.samples[EAGER].cpu_seconds, ours.cpu_seconds).median
+            yield "relative_l2", self.difference.get(EAGER)
+        if (compiled := self.ratio(COMPILED)) is not None:
+            yield "speedup_compiled", compiled.median
+        yield from self._of_memory()
+
+    def _of_memory(self) -> Iterator[tuple[str, float | None]]:
+        ours, eager = self.memory.get(OURS), self.memory.get(EAGER)
+        if ours is None:
+            return
+        yield from (("peak_host_bytes", ours.peak), ("peak_device_bytes", ours.device))
+        if eager is not None:
+            yield "memory_ratio", ours.peak / eager.peak
+            yield "memory_ratio_beyond_libraries", ours.beyond_libraries / eager.beyond_libraries
+            if ours.device and eager.device:
+                yield "device_memory_ratio", ours.device / eager.device
+
+    def as_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {side: samples.as_json() for side, samples in self.samples.items()}
+        found["flop"], found["bytes"] = self.cost.total_flop, self.cost.bytes
+        if self.roofline_s is not None:
+            found |= {"roofline_ms": 1000 * self.roofline_s, "roofline_percent": self.roofline_percent}
+        found["speedup"] = {side: vars(ratio) for side in self.samples if side != OURS and (ratio := self.ratio(side))}
+        found["relative_l2"], found["not_finite"] = dict(self.difference), list(self.not_finite)
+        found["memory"] = {side: memory.as_json() for side, memory in self.memory.items()}
+        found["graphs"] = {name: samples.as_json() for name, samples in self.graphs.items()}
+        return found
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    facts: Mapping[str, Any]  # what was asked and of what; equal in runs that compare
+    machine: Mapping[str, Any]
+    conditions: Mapping[str, Any]  # versions, load, environment
+    peak: Peak
+    pieces: tuple[Piece, ...]
+    runs: Mapping[str, Runs] = field(default_factory=dict)  # whole runs by side
+    stopped: str | None = None  # why a whole run could not be finished
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What forbids to trust the times, one line each."""
+        whole = [f"{RUN}: {self.stopped}"] if self.stopped else []
+        return (*(fault for piece in self.pieces for fault in piece.faults()), *whole)
+
+    def measurements(self) -> dict[str, float]:
+        found = {f"{p.name}.{name}": value for p in self.pieces for name, value in p.measurements()}
+        if (ours := self.runs.get(OURS)) is not None:
+            found |= {f"{RUN}.{name}": value for name, value in ours.figures().items()}
+            if (eager := self.runs.get(EAGER)) is not None:
+                found[f"{RUN}.speedup"] = total_ratio(eager, ours).median
+                found[f"{RUN}.step_speedup"] = step_ratio(eager, ours).median
+        return {name: value for name, value in found.items() if value is not None}
+
+    def as_json(self) -> dict[str, Any]:
+        rates = {str(p): rate and rate / 1e12 for p, rate in self.peak.flops_per_s.items() if p in Precision}
+        return {
+            "format": FORMAT,
+            **self.facts,
+            "machine": dict(self.machine),
+            "conditions": dict(self.conditions),
+            "peak": {"tflops": rates, "gb_s": self.peak.bytes_per_s / 1e9, "source": self.peak.source},
+            "pieces": {piece.name: piece.as_json() for piece in self.pieces},
+            RUN: {side: runs.as_json() for side, runs in self.runs.items()},
+            "measurements": self.measurements(),
+            "faults": list(self.faults),
+        }

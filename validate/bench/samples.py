@@ -1,0 +1,88 @@
+"""Timings of the same work on several sides, taken in turns, and what may be said about them.
+
+Sides alternate, A B A B, so that a busy or throttled machine slows both. The speed-up is the median of the ratios of
+neighbours, and its spread is theirs. Processor time is kept beside the time on the clock: where others want the same
+cores, it says how much work there was. It counts waiting in a spin as work, which PyTorch's threads do unless
+``OMP_WAIT_POLICY=passive``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter, process_time
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds of repeated runs: on the clock, and of all threads of the process; energy of the GPU, if known."""
+
+    seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...] = ()
+    joules: tuple[float, ...] = ()
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def p90(self) -> float:
+        return float(np.percentile(self.seconds, 90))
+
+    @property
+    def energy_j(self) -> float | None:
+        """Of a run, on average: the counter is too coarse for a median."""
+        return float(np.mean(self.joules)) if self.joules else None
+
+    def as_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"median_ms": 1000 * self.median, "p90_ms": 1000 * self.p90}
+        if self.cpu_seconds:
+            found["cpu_median_ms"] = 1000 * float(np.median(self.cpu_seconds))
+        if self.energy_j is not None:
+            found["energy_j"] = self.energy_j
+        return found | {"samples_ms": [round(1000 * value, 4) for value in self.seconds]}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long as another side one side took, from runs made in turns."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @classmethod
+    def of(cls, numerator: Sequence[float], denominator: Sequence[float]) -> "Ratio":
+        """Of pairs of neighbouring runs; both sequences in the order in which they were made."""
+        ratios = np.asarray(numerator) / np.asarray(denominator)
+        p10, median, p90 = np.percentile(ratios, [10, 50, 90])
+        return cls(float(median), float(p10), float(p90))
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """What ``work`` returns, and the seconds that it took."""
+    started = perf_counter()
+    result = work()
+    return result, perf_counter() - started
+
+
+def in_turns(
+    sides: Mapping[str, Callable[[], Any]], runs: int, joules: Callable[[], float | None] = lambda: None
+) -> dict[str, Samples]:
+    """Times every side ``runs`` times, one run of each after the other; ``joules`` reads a counter of energy."""
+    found: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in sides}
+    for _ in range(runs):
+        for name, work in sides.items():
+            cpu, energy = process_time(), joules()
+            seconds = timed(work)[1]
+            spent = None if energy is None else (joules() or energy) - energy
+            found[name].append((seconds, process_time() - cpu, spent))
+    return {name: _samples(rows) for name, rows in found.items()}
+
+
+def _samples(rows: Sequence[tuple[float, float, float | None]]) -> Samples:
+    clock, cpu, joules = zip(*rows, strict=True)
+    return Samples(clock, cpu, tuple(value for value in joules if value is not None))

@@ -1,0 +1,147 @@
+"""How time grows: the same work at several lengths, sizes or numbers of steps, and the exponent of the growth.
+
+The exponent is the slope of a straight line through the logarithms: 1 is linear, 2 is what attention alone would make.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from validate.bench.machine import machine
+from validate.bench.measure import Setting, opened
+from validate.bench.work import DECODER, BenchOptions
+from wan22.errors import UserError
+from wan22.progress import Progress, silent
+from wan22.specs import ModelSpec
+
+Axis = Literal["frames", "size", "steps"]
+FORMAT = "wan-trt sweep 1"
+FRAMES, STEPS, SHARES = (5, 9, 17, 33), (2, 4, 8), (0.5, 0.75, 1.0)  # unless values are given
+
+
+@dataclass(frozen=True)
+class Point:
+    x: int  # tokens, or steps
+    label: str  # the value swept: "17" frames, "256x160"
+    seconds: dict[str, float]  # by series: "high_noise, ours"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    axis: Axis
+    model: str
+    points: tuple[Point, ...]
+
+    @property
+    def unit(self) -> str:
+        return "steps" if self.axis == "steps" else "tokens"
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        return tuple(self.points[0].seconds)
+
+    def exponents(self) -> dict[str, float]:
+        """By series; of fewer than two different x there is none."""
+        if len({point.x for point in self.points}) < 2:
+            return {}
+        return {name: self.fit(name)[0] for name in self.series}
+
+    def fit(self, name: str) -> tuple[float, float]:
+        """``b, a`` of ``seconds = a · x ** b``."""
+        x = np.array([point.x for point in self.points], np.float64)
+        seconds = np.array([point.seconds[name] for point in self.points])
+        slope, intercept = np.polyfit(np.log(x), np.log(seconds), 1)
+        return float(slope), float(np.exp(intercept))
+
+    def as_json(self) -> dict[str, Any]:
+        points = [{self.axis: p.label, self.unit: p.x, "seconds": p.seconds} for p in self.points]
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "axis": self.axis,
+            "machine": machine(),
+            "points": points,
+            "exponents": self.exponents(),
+        }
+
+
+def sweep(
+    engines: Path,
+    checkpoint: str | Path | None,
+    axis: Axis,
+    values: Sequence[str] = (),
+    options: BenchOptions | None = None,
+    progress: Progress = silent,
+) -> Sweep:
+    """Benches ``values`` of ``axis``, the defaults where there are none; the rest is as ``options`` say.
+
+    Raises:
+        UserError: as ``bench``, and for values that are none; for every value, before any work.
+    """
+    options = replace(options or BenchOptions(), memory=False)
+    with opened(engines, checkpoint, options, progress) as setting:
+        chosen = options_of(axis, values, options, setting.work.spec)
+        for each in chosen.values():
+            each.request(setting.pipeline.bundle)
+    points = []
+    for done, (label, each) in enumerate(chosen.items(), 1):
+        with opened(engines, checkpoint, each, silent) as setting:
+            seconds = _run_seconds(setting) if axis == "steps" else _piece_seconds(setting)
+            points.append(Point(each.steps if axis == "steps" else setting.work.tokens, label, seconds))
+            model = setting.work.spec.name
+        progress(f"sweep {axis}", done, len(chosen), "points")
+    return Sweep(axis, model, tuple(points))
+
+
+def _run_seconds(setting: Setting) -> dict[str, float]:
+    """Of all steps of a run."""
+    runs = setting.whole_runs(setting.sides(), max(1, setting.options.whole_runs))
+    return {f"all steps, {side}": found.figures()["denoise_s"] for side, found in runs.items()}
+
+
+def _piece_seconds(setting: Setting) -> dict[str, float]:
+    """Medians of an expert and of the decoder, or of the pieces that were chosen."""
+    sides, spec = setting.sides(), setting.work.spec
+    pieces = setting.work.chosen(setting.options.only or (spec.experts[0], DECODER))
+    found = {}
+    for piece in pieces:
+        for side, samples in setting.times(piece, sides, 1.0).samples.items():
+            found[f"{piece}, {side}"] = samples.median
+    return found
+
+
+def options_of(axis: Axis, values: Sequence[str], options: BenchOptions, spec: ModelSpec) -> dict[str, BenchOptions]:
+    """By label. Raises UserError for what is no value of ``axis``, and for fewer than two."""
+    labels = list(dict.fromkeys(values)) or _defaults(axis, options, spec)
+    if len(labels) < 2:
+        raise UserError(f"a sweep over {labels[0]}", "at least two values", "give more with --values")
+    if axis == "size":
+        return {label: replace(options, size=_size(label)) for label in labels}
+    if axis == "frames":
+        return {label: replace(options, frames=_number(axis, label)) for label in labels}
+    return {label: replace(options, steps=_number(axis, label)) for label in labels}
+
+
+def _defaults(axis: Axis, options: BenchOptions, spec: ModelSpec) -> list[str]:
+    if axis != "size":
+        return [str(value) for value in (FRAMES if axis == "frames" else STEPS)]
+    width, height = options.size or spec.sampling.sizes[0]
+    grid = spec.size_multiple
+    sizes = [[max(grid, round(side * share / grid) * grid) for side in (width, height)] for share in SHARES]
+    return list(dict.fromkeys(f"{w}x{h}" for w, h in sizes))
+
+
+def _number(axis: Axis, text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"{axis} {text!r}", "positive whole numbers with commas", "write them as 5,9,17")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"size {text!r}", "sizes in pixels with commas", "write them as 256x160,512x320")
+    return int(sides[0]), int(sides[1])

@@ -1,0 +1,100 @@
+"""A sweep as a picture: a PNG, or a page that stands alone with the figures beside it. Both axes are logarithmic."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from validate.bench.sweep import Sweep
+from validate.figures import DARK, LIGHT, PLOT_DPI, Theme, data_uri
+from wan22.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SIZE_INCHES = (7.2, 4.2)
+TEMPLATES = Path(__file__).parents[1] / "templates"
+ENDINGS = (".png", ".html")
+COLOURS = ("#2563c9", "#d9730d", "#1a8754", "#9333ea", "#b4232f", "#5b6472")
+
+
+def check_plot(path: Path) -> None:
+    """Raises UserError for a name that says neither PNG nor HTML, or a place that cannot be written."""
+    if path.suffix not in ENDINGS:
+        raise UserError(f"plot {path}", "a name ending in .png or .html", "rename it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"plot {path}: no such folder", "an existing folder", "make it first")
+
+
+def write_plot(sweep: Sweep, path: Path) -> None:
+    content = as_html(sweep).encode() if path.suffix == ".html" else png(sweep, LIGHT, transparent=False)
+    path.write_bytes(content)
+
+
+def png(sweep: Sweep, theme: Theme, *, transparent: bool = True) -> bytes:
+    """Points and fitted lines of every series."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    axes = figure.add_subplot()
+    exponents = sweep.exponents()
+    for name, colour in zip(sweep.series, COLOURS * len(sweep.series), strict=False):
+        _draw(axes, sweep, name, colour, exponents.get(name))
+    _style(axes, sweep, theme)
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(stream, format="png", dpi=PLOT_DPI, transparent=transparent)
+    return stream.getvalue()
+
+
+def _draw(axes: Any, sweep: Sweep, name: str, colour: str, exponent: float | None) -> None:
+    x = [point.x for point in sweep.points]
+    label = name if exponent is None else f"{name}: {sweep.unit} to the {exponent:.2f}"
+    axes.plot(x, [point.seconds[name] for point in sweep.points], "o", color=colour, label=label, markersize=5)
+    if exponent is not None:
+        line = np.geomspace(min(x), max(x), 50)
+        axes.plot(line, sweep.fit(name)[1] * line**exponent, color=colour, linewidth=1.2, alpha=0.7)
+
+
+def _style(axes: Any, sweep: Sweep, theme: Theme) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks([point.x for point in sweep.points], [f"{point.x:,}\n{point.label}" for point in sweep.points])
+    axes.minorticks_off()
+    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(theme.grid)
+    axes.tick_params(colors=theme.text, which="both", length=0, labelsize=9)
+    axes.set_xlabel(sweep.unit if sweep.axis == "steps" else f"{sweep.unit}, {sweep.axis}", color=theme.text)
+    axes.set_ylabel("seconds", color=theme.text)
+    axes.legend(frameon=False, labelcolor=theme.text, fontsize=9)
+
+
+def as_html(sweep: Sweep) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    plots = {name: data_uri(png(sweep, theme)) for name, theme in (("light", LIGHT), ("dark", DARK))}
+    return environment.get_template("sweep.html.j2").render(sweep=sweep, exponents=sweep.exponents(), plots=plots)
+
+
+def as_table(sweep: Sweep) -> "Table":
+    """For a terminal."""
+    from rich.table import Table
+
+    table = Table(title=f"{sweep.model}: seconds by {sweep.axis}", title_justify="left", title_style="bold")
+    for heading in (sweep.axis, *([] if sweep.axis == "steps" else ["tokens"]), *sweep.series):
+        table.add_column(heading, justify="right")
+    for point in sweep.points:
+        tokens = [] if sweep.axis == "steps" else [f"{point.x:,}"]
+        table.add_row(point.label, *tokens, *(f"{point.seconds[name]:.4g}" for name in sweep.series))
+    if exponents := sweep.exponents():
+        blank = [] if sweep.axis == "steps" else [""]
+        table.add_row("exponent", *blank, *(f"{exponents[name]:.2f}" for name in sweep.series))
+    return table

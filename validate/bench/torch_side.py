@@ -1,0 +1,219 @@
+"""PyTorch's side of a bench: modules of diffusers and transformers with the checkpoint's weights, as users run them.
+
+Each part has the type that the bundle gives its component, but for what diffusers itself keeps in float32. Nothing of
+the parity check's care for equal arithmetic is in here: convolutions take whatever kernel torch picks.
+"""
+
+from collections.abc import Generator, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from export.checkpoint import Checkpoint
+from runtime.arrays import F32, NonFiniteError
+from validate.bench.samples import timed
+from validate.bench.whole_run import Event
+from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work
+from validate.reference_parts import load_part
+from validate.reference_run import noise, scheduler_for
+from wan22.bundle import Manifest
+from wan22.progress import Progress, silent
+from wan22.specs import PATCH, Precision, Task
+
+DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}  # bfloat16 for every other
+VAE = "vae"
+
+
+class TorchSide:
+    """The pieces on PyTorch; of the parts of the model one is loaded at a time."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        manifest: Manifest,
+        work: Work,
+        progress: Progress = silent,
+        compiled: bool = False,
+    ) -> None:
+        self._checkpoint, self._work, self._progress, self._compiled = checkpoint, work, progress, compiled
+        self._precisions = {component.name: component.precision for component in manifest.components}
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._parts: dict[str, Any] = {}
+
+    # -- pieces
+
+    def open(self, piece: str) -> None:
+        wanted = VAE if piece in (ENCODER, DECODER) else piece
+        for other in set(self._parts) - {wanted}:
+            del self._parts[other]
+        self._part(wanted)
+
+    def chunks(self, piece: str) -> Iterator[Any]:
+        """One tensor: PyTorch's pipelines have their frames when they have all of them."""
+        work = self._work
+        if piece == TEXT:
+            yield self._done(self._encoded(work.token_ids))
+        elif piece == ENCODER:
+            assert work.video is not None
+            yield self._done(self._latents_of(torch.from_numpy(work.video)))
+        elif piece == DECODER:
+            yield self._done(self._frames_of(torch.from_numpy(work.latents)))
+        else:
+            tensors = [torch.from_numpy(array) for array in (work.latents, work.text)]
+            yield self._done(self._velocity(piece, TIMESTEPS[piece], *tensors))
+
+    def joined(self, chunks: list[Any]) -> F32:
+        array: F32 = chunks[0].float().cpu().numpy()
+        return array
+
+    def close(self) -> None:
+        self._parts.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _done(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return tensor
+
+    # -- modules
+
+    def _part(self, name: str) -> Any:
+        if name not in self._parts:
+            module = load_part(self._checkpoint, name, self._progress).to(self.device)
+            dtype = self._dtype(name)
+            if dtype != torch.float32:
+                _lower(module, dtype)
+            self._parts[name] = torch.compile(module) if self._compiled and name != VAE else module
+        return self._parts[name]
+
+    def _dtype(self, part: str) -> torch.dtype:
+        precision = self._precisions[f"{DECODER}_first" if part == VAE else part]
+        return DTYPES.get(precision, torch.bfloat16)
+
+    @torch.inference_mode()
+    def _encoded(self, token_ids: np.ndarray) -> torch.Tensor:
+        """``[1, n, text width]`` of ids ``[1, n]``, without padding, as our engine takes them."""
+        ids = torch.from_numpy(token_ids).to(self.device)
+        hidden: torch.Tensor = self._part(TEXT)(input_ids=ids).last_hidden_state
+        return hidden
+
+    @torch.inference_mode()
+    def _velocity(self, expert: str, timestep: float, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        work, dtype = self._work, self._dtype(expert)
+        seen = latents.to(self.device)
+        if work.condition is not None:
+            seen = torch.cat([seen, torch.from_numpy(work.condition).to(self.device)], dim=1)
+        result: torch.Tensor = self._part(expert)(
+            hidden_states=seen.to(dtype),
+            encoder_hidden_states=text.to(self.device, dtype),
+            timestep=self._timestep(timestep),
+            return_dict=False,
+        )[0]
+        return result
+
+    def _timestep(self, timestep: float) -> torch.Tensor:
+        """``[1]``, or for TI2V one of every token, ``[1, L]``: a frame that is given is at time 0 (wan22.md §2.6)."""
+        if self._work.spec.task != Task.TI2V:
+            return torch.tensor([timestep], device=self.device)
+        frames, height, width = self._work.latents.shape[2:]
+        times = torch.full((frames, height // PATCH[1], width // PATCH[2]), timestep, device=self.device)
+        if self._work.first_frame is not None:
+            times[0] = 0
+        return times.reshape(1, -1)
+
+    @torch.inference_mode()
+    def _frames_of(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, std = self._statistics()
+        latent = latents.to(self.device) / (1 / std) + mean  # wan22.md §4.3
+        frames: torch.Tensor = self._part(VAE).decode(latent.to(self._dtype(VAE)), return_dict=False)[0]
+        return frames
+
+    @torch.inference_mode()
+    def _latents_of(self, video: torch.Tensor) -> torch.Tensor:
+        mean, std = self._statistics()
+        encoded = self._part(VAE).encode(video.to(self.device, self._dtype(VAE)), return_dict=False)[0]
+        latents: torch.Tensor = (encoded.mode().float() - mean) * (1 / std)
+        return latents
+
+    def _statistics(self) -> list[torch.Tensor]:
+        vae = self._work.spec.vae
+        both = (vae.latents_mean, vae.latents_std)
+        return [torch.tensor(values, device=self.device).reshape(1, -1, 1, 1, 1) for values in both]
+
+    # -- the whole run
+
+    def run(self) -> Iterator[Event]:
+        """All parts but the second expert are loaded before the run."""
+        work = self._work
+        for name in (TEXT, VAE, work.spec.experts[0]):
+            yield Event("open", name, timed(partial(self._part, name))[1])
+        texts = []
+        for ids in (work.token_ids, *([work.negative_ids] if work.request.guided else [])):
+            text, seconds = timed(partial(self._padded, ids))
+            texts.append(text)
+            yield Event("text", TEXT, seconds)
+        if work.video is not None:
+            video = torch.from_numpy(work.video)
+            yield Event("image", ENCODER, timed(lambda: self._done(self._latents_of(video)))[1])
+        latents = yield from self._denoise(texts)
+        yield Event("decode", DECODER, timed(lambda: self._done(self._frames_of(latents)))[1])
+
+    def _padded(self, token_ids: np.ndarray) -> torch.Tensor:
+        """``[1, 512, text width]``, zeros after the last token."""
+        text = torch.zeros(self._work.text.shape, device=self.device)
+        text[:, : token_ids.shape[1]] = self._encoded(token_ids)
+        return self._done(text)
+
+    def _denoise(self, texts: list[torch.Tensor]) -> Generator[Event, None, torch.Tensor]:
+        """Yields steps and swaps of experts; returns the finished latents."""
+        request, spec = self._work.request, self._work.spec
+        scheduler = scheduler_for(request)
+        latents = torch.from_numpy(noise(request.latent_shape, request.seed)).to(self.device)
+        for timestep in scheduler.timesteps:
+            expert = spec.expert_at(float(timestep))
+            if expert not in self._parts:
+                yield Event("swap", expert, timed(partial(self._swap, expert))[1])
+            (latents, engine_seconds), seconds = timed(partial(self._step, scheduler, texts, expert, timestep, latents))
+            require_finite(latents, f"PyTorch's latents after a step at t = {float(timestep):g} ({expert})")
+            yield Event("step", expert, seconds, engine_seconds)
+        return latents
+
+    def _swap(self, expert: str) -> None:
+        for other in self._work.spec.experts:
+            self._parts.pop(other, None)
+        self._part(expert)
+
+    @torch.inference_mode()
+    def _step(
+        self, scheduler: Any, texts: list[torch.Tensor], expert: str, timestep: torch.Tensor, latents: torch.Tensor
+    ) -> tuple[torch.Tensor, float]:
+        """The latents after a step, and the seconds inside its forwards."""
+        scale, t = self._work.request.guidance[expert], float(timestep)
+        used = texts if scale != 1 else texts[:1]
+        velocities, engine_seconds = timed(
+            lambda: [self._done(self._velocity(expert, t, latents, text)).float() for text in used]
+        )
+        velocity = velocities[0]
+        if len(velocities) > 1:
+            velocity = velocities[1] + scale * (velocity - velocities[1])
+        stepped: torch.Tensor = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        if self._work.first_frame is not None:
+            stepped = torch.cat([torch.from_numpy(self._work.first_frame).to(self.device), stepped[:, :, 1:]], dim=2)
+        return self._done(stepped), engine_seconds
+
+
+def require_finite(tensor: torch.Tensor, what: str) -> None:
+    """Raises NonFiniteError unless every value is finite."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise NonFiniteError(f"{what}: NaN or infinity")
+
+
+def _lower(module: Any, dtype: torch.dtype) -> None:
+    """Converts ``module`` but for what its class keeps in float32, as ``from_pretrained`` does."""
+    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in module.named_parameters():
+        if not any(part in name.split(".") for part in kept):
+            parameter.data = parameter.data.to(dtype)

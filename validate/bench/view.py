@@ -1,0 +1,214 @@
+"""A bench in the terminal: tables that fit 80 columns, then what was measured on."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from validate.bench.compare import TOLERANCE, Change, Comparison
+from validate.bench.machine import BUSY
+from validate.bench.report import BenchReport
+from validate.bench.result import BenchResult, Piece
+from validate.bench.samples import Ratio, Samples
+from validate.bench.whole_run import Runs, step_ratio, total_ratio
+from validate.bench.work import COMPILED, EAGER, OURS
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+NAMES = {OURS: "ours", EAGER: "PyTorch eager", COMPILED: "torch.compile"}
+CHANGES_SHOWN = 12
+TIMES = (
+    ("text", "text_s"), ("image", "image_s"), ("all steps", "denoise_s"), ("decode", "decode_s"),
+    ("first frame after", "first_frame_s"), ("total, without loading", "total_s"), ("total, p90", "total_p90_s"),
+    ("expert swap", "expert_swap_s"), ("opening", "open_s"),
+)  # fmt: skip
+SHARES = (
+    ("VAE's share of the total, %", "vae_share_percent"),
+    ("of a step outside engines, %", "host_overhead_percent"),
+)
+LOADING = ("expert_swap_s", "open_s")  # does not compare: each side reads other files
+
+
+def as_text(report: BenchReport) -> "Iterator[RenderableType]":
+    """What ``wan-trt bench`` prints for people."""
+    yield from _result(report.result)
+    if report.comparison is not None:
+        yield from _comparison(report.comparison)
+    for verdict in report.verdicts:
+        yield f"{'[green]✓[/]' if verdict else '[red]✗[/]'} {verdict}"
+    for fault in report.result.faults:
+        yield f"[red]✗ {fault}[/]"
+
+
+def _result(result: BenchResult) -> "Iterator[RenderableType]":
+    yield "[bold]{model} {precision}: {width}x{height}, {frames} frames, {tokens:,} tokens[/]".format(**result.facts)
+    yield _times(result.pieces)
+    if len(result.pieces[0].samples) > 1:
+        yield _ratios(result.pieces)
+    yield _work(result.pieces)
+    if any(piece.graphs for piece in result.pieces):
+        yield _graphs(result.pieces)
+    if any(piece.memory for piece in result.pieces):
+        yield _memory(result.pieces)
+    if result.runs:
+        yield _whole(result.runs)
+        yield _steps(result.runs)
+    yield from _remarks(result)
+
+
+# -- pieces
+
+
+def _times(pieces: Sequence[Piece]) -> "Table":
+    sides, has_energy = list(pieces[0].samples), any(piece.samples[OURS].joules for piece in pieces)
+    headings = [NAMES[side] for side in sides] + [f"{NAMES[side]}, J" for side in sides if has_energy]
+    table = _table("Time, ms: median (p90)", "", *headings)
+    for piece in pieces:
+        energy = [f"{piece.samples[side].energy_j or 0:,.1f}" for side in sides if has_energy]
+        table.add_row(piece.name, *(_milliseconds(piece.samples.get(side)) for side in sides), *energy)
+    return table
+
+
+def _ratios(pieces: Sequence[Piece]) -> "Table":
+    others = [side for side in pieces[0].samples if side != OURS]
+    table = _table("Times as long as ours: median (p10-p90)", "", *(NAMES[s] for s in others), "rel L2")
+    for piece in pieces:
+        table.add_row(piece.name, *(_ratio(piece.ratio(side)) for side in others), _difference(piece))
+    return table
+
+
+def _difference(piece: Piece) -> str:
+    """How far apart the results are, at most."""
+    if piece.not_finite:
+        return f"[red]NaN: {', '.join(piece.not_finite)}[/]"
+    return f"{max(piece.difference.values()):.0e}"
+
+
+def _work(pieces: Sequence[Piece]) -> "Table":
+    table = _table("Work, and the least time that the roofline allows", "", "GFLOP", "GB", "least ms", "reached, %")
+    for piece in pieces:
+        roof = ("", "")
+        if piece.roofline_s is not None:
+            roof = (f"{1000 * piece.roofline_s:,.3g}", f"{piece.roofline_percent:.0f}")
+        table.add_row(piece.name, f"{piece.cost.total_flop / 1e9:,.4g}", f"{piece.cost.bytes / 1e9:.3g}", *roof)
+    return table
+
+
+def _graphs(pieces: Sequence[Piece]) -> "Table":
+    table = _table("Graphs of pieces that are several calls, ms a call", "", "ours")
+    for name, samples in (item for piece in pieces for item in piece.graphs.items()):
+        table.add_row(name, _milliseconds(samples))
+    return table
+
+
+def _memory(pieces: Sequence[Piece]) -> "Table":
+    """Host memory; the device's where there is one."""
+    measured = [piece for piece in pieces if piece.memory]
+    sides = list(measured[0].memory)
+    title = "Peak memory, MiB, each in a process of its own: all (beyond the libraries)"
+    ratios = ["ours / PyTorch"] if EAGER in sides else []
+    device = [f"{NAMES[side]}, GPU" for side in sides if measured[0].memory[side].device is not None]
+    table = _table(title, "", *(NAMES[side] for side in sides), *ratios, *device)
+    for piece in measured:
+        found, prints = dict(piece.measurements()), list(piece.memory.values())
+        told = [f"{_mebibytes(used.peak)} ({_mebibytes(used.beyond_libraries)})" for used in prints]
+        if ratios:
+            told.append(f"{found['memory_ratio']:.2f} ({found['memory_ratio_beyond_libraries']:.2f})")
+        table.add_row(piece.name, *told, *(_mebibytes(used.device) for used in prints if used.device is not None))
+    return table
+
+
+# -- whole runs
+
+
+def _whole(runs: Mapping[str, Runs]) -> "Table":
+    figures = {side: found.figures() for side, found in runs.items()}
+    title = f"From prompt to frames, s: median of {len(runs[OURS].each)}"
+    table = _table(title, "", *(NAMES[side] for side in runs), *(["ratio"] if EAGER in runs else []))
+    for label, key in TIMES:
+        values = {side: figures[side].get(key) for side in runs}
+        if any(values.values()):
+            shown = ["" if value is None else f"{value:.3f}" for value in values.values()]
+            table.add_row(label, *shown, *([_quotient(key, values, runs)] if EAGER in runs else []))
+    for label, key in SHARES:
+        table.add_row(label, *(f"{figures[side][key]:.1f}" for side in runs))
+    return table
+
+
+def _quotient(key: str, values: Mapping[str, float | None], runs: Mapping[str, Runs]) -> str:
+    """PyTorch's time over ours."""
+    if key == "total_s":
+        return _ratio(total_ratio(runs[EAGER], runs[OURS]))
+    ours, eager = values[OURS], values[EAGER]
+    return f"{eager / ours:.2f}" if key not in LOADING and ours and eager else ""
+
+
+def _steps(runs: Mapping[str, Runs]) -> "Table":
+    title = f"Steps, ms: medians of {len(runs[OURS].each)}"
+    if EAGER in runs:
+        title += f"; PyTorch takes {_ratio(step_ratio(runs[EAGER], runs[OURS]))} times as long"
+    others = [found.steps for side, found in runs.items() if side != OURS]
+    table = _table(title, "step", "expert", "ours", "in engines", *(NAMES[side] for side in runs if side != OURS))
+    for index, step in enumerate(runs[OURS].steps):
+        times = [step.seconds, step.engine_seconds, *(steps[index].seconds for steps in others)]
+        table.add_row(str(index + 1), step.component, *(f"{1000 * seconds:,.1f}" for seconds in times))
+    return table
+
+
+def _remarks(result: BenchResult) -> Iterator[str]:
+    rates = [f"{rate / 1e12:.3g} TFLOPS {precision}" for precision, rate in result.peak.flops_per_s.items() if rate]
+    yield f"roofline: {', '.join(rates)}, {result.peak.bytes_per_s / 1e9:.3g} GB/s; {result.peak.source}"
+    machine, (before, after) = result.machine, result.conditions["load_average"]
+    told = f"{machine['cpu']}, {machine['cores']} cores" + (f", {machine['gpu']}" if machine["gpu"] else "")
+    yield f"machine: {told}; load average {before:.1f} before and {after:.1f} after"
+    if before > BUSY * machine["cores"]:
+        yield (
+            "the machine was busy: trust ratios, not times. PyTorch's threads spin while they wait and suffer most; "
+            "OMP_WAIT_POLICY=passive stops that"
+        )
+
+
+# -- comparisons
+
+
+def _comparison(comparison: Comparison) -> "Iterator[RenderableType]":
+    if not comparison.same_machine:
+        yield f"{comparison.baseline} is of another machine ({comparison.told}): only ratios are compared"
+    ordered = sorted(comparison.changes, key=lambda change: -change.worse)
+    title = f"Beside {comparison.baseline}: {len(comparison.regressions)} of {len(ordered)} measurements got worse"
+    table = _table(title, "", "before", "now", "change")
+    for change in ordered[:CHANGES_SHOWN]:
+        table.add_row(change.measurement, f"{change.before:.4g}", f"{change.after:.4g}", _change(change))
+    yield table
+
+
+def _change(change: Change) -> str:
+    percent = f"{100 * (change.after / change.before - 1):+.1f} %" if change.before else ""
+    if change.is_regression:
+        return f"[red]{percent} worse[/]"
+    return f"{percent} better" if change.worse < -max(TOLERANCE, change.spread) else f"{percent} within the spread"
+
+
+# -- words
+
+
+def _table(title: str, *headings: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    return table
+
+
+def _milliseconds(samples: Samples | None) -> str:
+    return "" if samples is None else f"{1000 * samples.median:,.1f} ({1000 * samples.p90:,.1f})"
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    return "" if ratio is None else f"{ratio.median:.2f} ({ratio.p10:.2f}-{ratio.p90:.2f})"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f}"

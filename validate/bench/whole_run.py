@@ -1,0 +1,135 @@
+"""A whole run, from the prompt to the last frame, as events with their times; and what release managers ask of it.
+
+Both sides take turns event by event: a step of ours, a step of PyTorch's. So every step is a pair of neighbours, and
+one run gives a ratio with a spread. Loading is told apart: neither side's total contains it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Literal
+
+import numpy as np
+
+from validate.bench.samples import Ratio
+
+Kind = Literal["open", "swap", "text", "image", "step", "decode"]
+LOADING = ("open", "swap")
+
+
+@dataclass(frozen=True)
+class Event:
+    kind: Kind
+    component: str
+    seconds: float
+    engine_seconds: float = 0.0  # of a step: inside the forwards
+
+
+@dataclass(frozen=True)
+class Run:
+    """The events of one run of one side, in order."""
+
+    events: tuple[Event, ...]
+
+    def seconds(self, *kinds: Kind) -> float:
+        return sum(event.seconds for event in self.events if event.kind in kinds)
+
+    @property
+    def steps(self) -> list[Event]:
+        return [event for event in self.events if event.kind == "step"]
+
+    @property
+    def total_s(self) -> float:
+        return sum(event.seconds for event in self.events if event.kind not in LOADING)
+
+    @property
+    def first_frame_s(self) -> float:
+        """Until the first frames can be shown."""
+        kinds = [event.kind for event in self.events]
+        until = kinds.index("decode") + 1
+        return sum(event.seconds for event in self.events[:until] if event.kind not in LOADING)
+
+    @property
+    def host_overhead_ms(self) -> float:
+        """Of a step, outside its forwards: guidance, solver, inputs. The median; the first step warms up."""
+        steps = self.steps[1:] or self.steps
+        return float(np.median([1000 * (step.seconds - step.engine_seconds) for step in steps]))
+
+    @property
+    def host_overhead_percent(self) -> float:
+        steps = self.steps[1:] or self.steps
+        return float(np.median([100 * (1 - step.engine_seconds / step.seconds) for step in steps]))
+
+    def figures(self) -> dict[str, float]:
+        """Every figure by its name in gates and JSON."""
+        figures = {
+            "total_s": self.total_s,
+            "first_frame_s": self.first_frame_s,
+            "text_s": self.seconds("text"),
+            "image_s": self.seconds("image"),
+            "denoise_s": self.seconds("step"),
+            "decode_s": self.seconds("decode"),
+            "vae_share_percent": 100 * self.seconds("image", "decode") / self.total_s,
+            "open_s": self.seconds("open"),
+            "host_overhead_ms": self.host_overhead_ms,
+            "host_overhead_percent": self.host_overhead_percent,
+        }
+        swaps = [event.seconds for event in self.events if event.kind == "swap"]
+        return figures | ({"expert_swap_s": float(np.median(swaps))} if swaps else {})
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Repeated runs of one side, of the same events each."""
+
+    each: tuple[Run, ...]
+
+    @property
+    def totals_s(self) -> list[float]:
+        return [run.total_s for run in self.each]
+
+    @property
+    def steps(self) -> list[Event]:
+        """The curve: of every step the median over the runs."""
+        together = zip(*(run.steps for run in self.each), strict=True)
+        return [_median(same) for same in together]
+
+    def figures(self) -> dict[str, float]:
+        """As a run has them, medians over the runs, and the p90 of the total."""
+        each = [run.figures() for run in self.each]
+        medians = {name: float(np.median([found[name] for found in each])) for name in each[0]}
+        return medians | {"total_p90_s": float(np.percentile(self.totals_s, 90))}
+
+    def as_json(self) -> dict[str, Any]:
+        steps = [
+            {"expert": s.component, "ms": 1000 * s.seconds, "engine_ms": 1000 * s.engine_seconds} for s in self.steps
+        ]
+        opens = {event.component: event.seconds for event in self.each[0].events if event.kind == "open"}
+        return self.figures() | {"totals_s": self.totals_s, "steps": steps, "open_by_component_s": opens}
+
+
+def _median(same: Sequence[Event]) -> Event:
+    """Of one step in several runs."""
+    seconds, inside = (float(np.median([getattr(e, key) for e in same])) for key in ("seconds", "engine_seconds"))
+    return Event("step", same[0].component, seconds, inside)
+
+
+def in_turns(sides: Mapping[str, Iterator[Event]], after_event: Callable[[], None]) -> dict[str, Run]:
+    """Advances one run of every side, event by event; ``after_event`` is called when each has made one."""
+    events: dict[str, list[Event]] = {name: [] for name in sides}
+    for row in zip_longest(*sides.values()):
+        for name, event in zip(sides, row, strict=True):
+            if event is not None:
+                events[name].append(event)
+        after_event()
+    return {name: Run(tuple(found)) for name, found in events.items()}
+
+
+def step_ratio(other: Runs, ours: Runs) -> Ratio:
+    """How many times as long the other side's steps took."""
+    return Ratio.of(*([step.seconds for run in side.each for step in run.steps] for side in (other, ours)))
+
+
+def total_ratio(other: Runs, ours: Runs) -> Ratio:
+    """How many times as long the other side's runs took."""
+    return Ratio.of(other.totals_s, ours.totals_s)

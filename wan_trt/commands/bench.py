@@ -1,0 +1,117 @@
+"""``wan-trt bench``: time and memory of engines, beside PyTorch."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from wan22.errors import UserError
+from wan_trt.arguments import Frames, Seed, Size, size_of
+from wan_trt.console import bars, command_line, console
+
+if TYPE_CHECKING:
+    from validate.bench.work import BenchOptions
+
+Axis = Literal["frames", "size", "steps"]
+
+
+def run(
+    engines: Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)],
+    checkpoint: Annotated[str | None, typer.Argument(help="The checkpoint it came from: PyTorch runs beside.")] = None,
+    size: Size = None,
+    frames: Frames = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a whole run.")] = 4,
+    image: Annotated[Path | None, typer.Option(help="Image (I2V, TI2V); a built-in one unless given.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Its length decides the text encoder's work.")] = None,
+    seed: Seed = 0,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of every piece.")] = 5,
+    warmup: Annotated[int, typer.Option(min=1, help="Runs before them.")] = 1,
+    whole_runs: Annotated[int, typer.Option(min=0, help="Runs from prompt to frames.")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="Only this piece, such as vae_decoder; repeatable.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile as a third side.")] = False,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, in processes of their own.")] = True,
+    compare: Annotated[Path | None, typer.Option(help="JSON of an earlier bench: show what got worse.")] = None,
+    gate: Annotated[Path | None, typer.Option(help="TOML of thresholds; exit code 1 when one is missed.")] = None,
+    list_gates: Annotated[bool, typer.Option("--list-gates", help="Only print what a gate may name.")] = False,
+    sweep: Annotated[Axis | None, typer.Option(help="Time several of these instead, and fit the growth.")] = None,
+    values: Annotated[str | None, typer.Option(help="Of the sweep, with commas: 5,9,17 or 256x160,512x320.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, .png or .html.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file.")] = None,
+) -> int:
+    """Measure time and memory. The last line is one JSON object, with units in its keys."""
+    from validate.bench.work import BenchOptions
+
+    options = BenchOptions(
+        prompt, size_of(size), frames, None if image is None else str(image), steps, seed,
+        tuple(only or ()), runs, warmup, compiled, memory, whole_runs, command_line(),
+    )  # fmt: skip
+    if list_gates:
+        return _list_gates(engines)
+    _check(sweep, values, plot, gate, compare, output)
+    if sweep is not None:
+        found, passed = _swept(engines, checkpoint, sweep, (values or "").split(","), options, plot), True
+    else:
+        found, passed = _benched(engines, checkpoint, options, gate, compare)
+    line = json.dumps(found, separators=(",", ":"), allow_nan=False)
+    if output is not None:
+        output.write_text(line + "\n", encoding="utf-8")
+    print(line)
+    return 0 if passed else 1
+
+
+def _list_gates(engines: Path) -> int:
+    from validate.bench.result import known_measurements
+    from wan22.bundle import open_bundle
+
+    for name in known_measurements(open_bundle(engines, "engines").manifest.spec):
+        print(name)
+    return 0
+
+
+def _check(
+    sweep: Axis | None,
+    values: str | None,
+    plot: Path | None,
+    gate: Path | None,
+    compare: Path | None,
+    output: Path | None,
+) -> None:
+    """Raises UserError for options that do not go together, and for a place that cannot be written."""
+    if sweep is None and (values or plot):
+        raise UserError("--values or --plot", "a sweep that they belong to", "add --sweep frames, size or steps")
+    if sweep is not None and (gate or compare):
+        raise UserError("--sweep with --gate or --compare", "one of them", "run the sweep on its own")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UserError(f"output {output}: no such folder", "an existing folder", "make it first")
+
+
+def _benched(
+    engines: Path, checkpoint: str | None, options: "BenchOptions", gate: Path | None, compare: Path | None
+) -> tuple[dict[str, Any], bool]:
+    from validate.bench.measure import bench
+    from validate.bench.report import HeldTo
+    from validate.bench.view import as_text
+
+    with bars() as progress:
+        report = bench(engines, checkpoint, options, progress, HeldTo(gate, compare))
+    for part in as_text(report):
+        console.print(part)
+    return report.as_json(), bool(report)
+
+
+def _swept(
+    engines: Path, checkpoint: str | None, axis: Axis, values: list[str], options: "BenchOptions", plot: Path | None
+) -> dict[str, Any]:
+    from validate.bench.sweep import sweep
+    from validate.bench.sweep_view import as_table, check_plot, write_plot
+
+    if plot is not None:
+        check_plot(plot)
+    given = [value.strip() for value in values if value.strip()]
+    with bars() as progress:
+        found = sweep(engines, checkpoint, axis, given, options, progress)
+    if plot is not None:
+        write_plot(found, plot)
+    console.print(as_table(found))
+    return found.as_json()
