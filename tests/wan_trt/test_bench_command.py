@@ -1,4 +1,4 @@
-"""``wan-trt bench`` prints tables and one line of JSON, holds what it measured to gates, and tells bad input before any work."""
+"""``wan-trt bench``: tables, one line of JSON, gates that decide the exit code, bad input told before any work."""
 
 import json
 
