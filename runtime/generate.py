@@ -64,7 +64,7 @@ def generate(
     fps: int | None = None,
     progress: Progress = silent,
 ) -> Generated:
-    """Runs ``request`` and writes ``output``: .mp4, .png or .jpg for one frame, or a folder of numbered PNGs.
+    """Runs ``request`` and writes ``output``, as ``write_video`` has it.
 
     Raises:
         UserError: anything wrong with request, engines or output, told before any work where it can be.

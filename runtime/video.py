@@ -1,6 +1,6 @@
-"""Frames to a file: H.264 in mp4, numbered PNGs in a folder, or one image; the name says which.
+"""Frames to a file: film as mp4 (H.264) or webm (VP9), raw as npz or numbered PNGs, or one image; the name says which.
 
-Frames are written as they come, so a video of any length needs the memory of one chunk. Everything goes under a
+Frames are written as they come, so a film of any length needs the memory of one chunk. Everything goes under a
 temporary name beside the destination and is renamed at the end: a broken run leaves nothing that looks whole.
 """
 
@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -23,10 +24,13 @@ from runtime.arrays import F32, array_namespace, require_finite, to_numpy
 from wan22.errors import UserError
 
 Frames = Iterator[NDArray[np.uint8]]  # each [H, W, 3], RGB
-CRF = 10  # what imageio makes of quality 8, the official setting: int((1 - 8 / 10) * 51)
+X264_CRF = 10  # what imageio makes of quality 8, the official setting: int((1 - 8 / 10) * 51)
+VP9_CRF = 10  # of 63: about as near to the frames
+VP9_SPEED = 4  # of 8: a fifth of the time of 0
 BT709 = 1  # its number as colour primaries and as transfer curve (ITU-T H.273)
 JPEG_QUALITY = 95
 IMAGES = (".png", ".jpg", ".jpeg")
+FILMS = (".mp4", ".webm")
 
 
 def to_uint8(frames: F32) -> NDArray[np.uint8]:
@@ -47,8 +51,10 @@ def check_destination(path: Path, frames: int) -> None:
         UserError: an unknown ending, many frames for one image, a folder with something in it, an unwritable place.
     """
     ending, shown = path.suffix.lower(), path.name or str(path)
-    if ending not in (".mp4", "", *IMAGES):
-        raise UserError(f"{shown}", "a name ending in .mp4, .png or .jpg, or a folder", "rename the output")
+    if ending not in (*FILMS, ".npz", "", *IMAGES):
+        raise UserError(
+            f"{shown}", "a name ending in .mp4, .webm, .npz, .png or .jpg, or a folder", "rename the output"
+        )
     if ending in IMAGES and frames > 1:
         raise UserError(f"{frames} frames for {shown}", "one frame", "use .mp4, a folder, or one frame")
     if ending and path.is_dir():
@@ -65,11 +71,12 @@ def write_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
 
     Args:
         chunks: consumed one by one; what they raise passes through and nothing is left behind.
-        path: ``.mp4``; ``.png`` or ``.jpg`` for a single frame; no ending: a folder of ``frame_00000.png`` and so on.
-        fps: frames per second, of an mp4.
+        path: ``.mp4`` or ``.webm``; ``.npz`` with ``frames``, uint8 ``[F, H, W, 3]``, and ``fps``; ``.png`` or ``.jpg``
+            for a single frame; no ending: a folder of ``frame_00000.png`` and so on.
+        fps: frames per second, where the format has it.
 
     Raises:
-        UserError: as ``check_destination``; a size that H.264 in yuv420p cannot hold; a full disk.
+        UserError: as ``check_destination``; a size that yuv420p cannot hold; a full disk.
         ValueError: no frames.
     """
     check_destination(path, frames=1)
@@ -86,7 +93,9 @@ def write_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
             raise ValueError("no frames to write")
 
     writers: dict[str, Callable[[Frames, Path], None]] = {
-        ".mp4": lambda images, name: _write_mp4(images, name, fps),
+        ".mp4": lambda images, name: _write_film(images, name, fps),
+        ".webm": lambda images, name: _write_film(images, name, fps),
+        ".npz": lambda images, name: np.savez(name, frames=np.stack([*images]), fps=fps),
         "": _write_folder,
     }
     ending = path.suffix.lower()
@@ -95,26 +104,40 @@ def write_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
     return written
 
 
-def _write_mp4(frames: Frames, path: Path, fps: int) -> None:
+@dataclass(frozen=True)
+class _Format:
+    """How one kind of film is written."""
+
+    encoder: str
+    options: dict[str, str]
+    container: dict[str, str]
+
+
+def _format_of(path: Path) -> _Format:
+    if path.suffix.lower() == ".webm":
+        options = {"crf": str(VP9_CRF), "deadline": "good", "cpu-used": str(VP9_SPEED)}
+        return _Format("libvpx-vp9", options, {"fflags": "+bitexact"})  # else the file gets a random name inside
+    # x264's macroblock tree does not always make the same file of the same frames
+    return _Format("libx264", {"crf": str(X264_CRF), "x264-params": "mbtree=0"}, {"movflags": "+faststart"})
+
+
+def _write_film(frames: Frames, path: Path, fps: int) -> None:
     """Converts to BT.709 and says so in the stream: unmarked colours are guessed from the size, and drift."""
     first = next(frames)
     height, width = first.shape[:2]
     if height % 2 or width % 2:
-        raise UserError(f"{width}x{height} for an mp4", "even sides", "write a folder of PNG frames")
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(CRF), **_repeatable(width, height)})
+        raise UserError(f"{width}x{height} for {path.suffix[1:]}", "even sides", "write a folder of PNG frames")
+    form = _format_of(path)
+    with av.open(str(path), "w", options=form.container) as container:
+        stream = container.add_stream(form.encoder, rate=fps, options=form.options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
+        context.bit_rate = 0  # the quality alone decides
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         context.color_primaries = context.color_trc = BT709
         for frame in chain([first], frames):
             container.mux(stream.encode(_bt709(frame)))
         container.mux(stream.encode(None))
-
-
-def _repeatable(width: int, height: int) -> dict[str, str]:
-    """Below 128 pixels x264's macroblock tree does not always make the same file of the same frames."""
-    return {"x264-params": "mbtree=0"} if min(width, height) < 128 else {}
 
 
 def _bt709(frame: NDArray[np.uint8]) -> av.VideoFrame:

@@ -23,6 +23,7 @@ from runtime.schedule import make_schedule
 from runtime.vae import decode
 from runtime.video import to_uint8, write_video
 from triton_repo.preview import clean_estimate
+from triton_repo.schema import VIDEO_FORMATS
 from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.wanted import Wanted
 
@@ -137,7 +138,7 @@ class Job:
 
     def _video(self, latents: F32) -> bytes:
         with tempfile.TemporaryDirectory(prefix="wan22-") as folder:
-            path = Path(folder, f"video.{self.wanted.output_format}")
+            path = Path(folder, f"video{VIDEO_FORMATS[self.wanted.output_format]}")
             write_video(self._told(self.pipeline.decode(latents)), path, self.wanted.fps)
             return path.read_bytes()
 

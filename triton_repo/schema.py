@@ -19,7 +19,8 @@ NUMPY: dict[Dtype, type] = {
     "FP32": np.float32,
     "BOOL": np.bool_,
 }
-VIDEO_FORMATS = ("mp4", "png", "jpg")  # png and jpg for one frame
+VIDEO_FORMATS = {"mp4": ".mp4", "webm": ".webm", "frames_npz": ".npz", "png": ".png", "jpg": ".jpg"}  # → file's ending
+ONE_FRAME = ("png", "jpg")
 ANY = -1  # a length that the request decides
 
 
@@ -53,7 +54,7 @@ INPUTS = (
     Field("guidance_low_noise", "FP32"),
     Field("solver", "STRING"),
     # the answer
-    Field("output_format", "STRING"),
+    Field("output_format", "STRING"),  # of VIDEO_FORMATS; mp4 unless said
     Field("progress_every", "INT32"),  # steps between progress events
     Field("preview", "BOOL"),  # a JPEG with every progress event of the denoising
     Field("deadline_unix_ms", "INT64"),  # the job is given up then, whether it waits or runs

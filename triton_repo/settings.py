@@ -27,6 +27,9 @@ class Limits:
     max_prompt_bytes: int = 16 * 1024  # of each prompt; 512 tokens are far less
     max_image_bytes: int = 32 * MEBIBYTE
     max_image_pixels: int = 33_000_000  # judged by the header, before a pixel is decoded
+    max_raw_bytes: int = (
+        128 * MEBIBYTE
+    )  # of frames_npz; holds 81 frames of 832x480. A server is slow with large answers
     max_queue_size: int = 8  # waiting jobs per priority; more are refused at once
     queue_timeout_s: int = 3600  # a job that waited this long is refused
     longest_job_s: int = 3600  # a job that runs this long is given up; also what a shutdown waits for

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from PIL import Image
@@ -19,14 +19,13 @@ from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
 from runtime.schedule import SolverName, make_schedule
-from triton_repo.schema import ANY, INPUTS_BY_NAME, VIDEO_FORMATS
+from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS
 from triton_repo.settings import Limits
 from wan22.bundle import Build
 from wan22.errors import UserError
 from wan22.shapes import fitting_profile
 from wan22.specs import ModelSpec
 
-VideoFormat = Literal["mp4", "png", "jpg"]
 EXPERT_GUIDANCE = {"guidance_high_noise": "high_noise", "guidance_low_noise": "low_noise"}
 PROMPTS = ("prompt", "negative_prompt")
 MAX_WORD_BYTES = 64  # of a name such as a solver's
@@ -40,7 +39,7 @@ class Wanted:
 
     request: CompleteRequest
     fps: int
-    output_format: VideoFormat
+    output_format: str  # of schema.VIDEO_FORMATS
     progress_every: int
     preview: bool
     deadline_unix_s: float  # infinite where there is none
@@ -65,7 +64,7 @@ def wanted(tensors: Mapping[str, np.ndarray], spec: ModelSpec, build: Build | No
     return Wanted(
         request=complete,
         fps=_within("fps", given.get("fps", spec.sampling.fps), 1, MAX_FPS),
-        output_format=_format(given.get("output_format", "mp4"), complete.frames),
+        output_format=_format(given.get("output_format", "mp4"), complete, limits),
         progress_every=_within("progress_every", given.get("progress_every", 1), 1, limits.max_steps),
         preview=given.get("preview", False),
         deadline_unix_s=_deadline(given.get("deadline_unix_ms")),
@@ -169,11 +168,14 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
     raise UserError(f"{name} {value!r}", f"one of {', '.join(known)}", "name one of them")
 
 
-def _format(name: str, frames: int) -> VideoFormat:
-    _one_of("output_format", name, VIDEO_FORMATS)
-    if name != "mp4" and frames > 1:
-        raise UserError(f"{frames} frames as {name}", "one frame", "ask for mp4, or for 1 frame")
-    return cast(VideoFormat, name)
+def _format(name: str, request: CompleteRequest, limits: Limits) -> str:
+    _one_of("output_format", name, tuple(VIDEO_FORMATS))
+    if name in ONE_FRAME and request.frames > 1:
+        raise UserError(f"{request.frames} frames as {name}", "one frame", "ask for mp4, or for 1 frame")
+    if name == "frames_npz":
+        raw_bytes = 3 * request.width * request.height * request.frames
+        _at_most("frames of", raw_bytes, limits.max_raw_bytes, "bytes")
+    return name
 
 
 def _deadline(unix_ms: int | None) -> float:

@@ -47,28 +47,38 @@ def test_frames_that_are_not_finite_are_never_shown():
         to_uint8(np.full((1, 3, 1, 2, 2), np.nan, np.float32))
 
 
-def test_mp4_holds_every_frame_as_h264(tmp_path):
-    assert write_video(chunks(), tmp_path / "out.mp4", 16) == 9
-    stream, frames = decoded(tmp_path / "out.mp4")
+@pytest.mark.parametrize(("name", "codec"), [("out.mp4", "h264"), ("out.webm", "vp9")])
+def test_a_film_holds_every_frame(tmp_path, name, codec):
+    assert write_video(chunks(), tmp_path / name, 16) == 9
+    stream, frames = decoded(tmp_path / name)
     assert len(frames) == 9
-    assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+    assert (stream.codec_context.name, stream.codec_context.pix_fmt) == (codec, "yuv420p")
     assert stream.average_rate == 16
     assert (stream.width, stream.height) == (W, H)
 
 
-def test_mp4_looks_like_its_frames(tmp_path):
-    write_video(chunks(), tmp_path / "out.mp4", 16)
-    for frame, chunk in zip(decoded(tmp_path / "out.mp4")[1], to_uint8(np.concatenate([*chunks()], 2)), strict=True):
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm"])
+def test_a_film_looks_like_its_frames(tmp_path, name):
+    write_video(chunks(), tmp_path / name, 16)
+    for frame, chunk in zip(decoded(tmp_path / name)[1], to_uint8(np.concatenate([*chunks()], 2)), strict=True):
         error = np.mean((frame.astype(float) - chunk) ** 2)
         assert 10 * np.log10(255**2 / error) > 38
 
 
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm"])
 @pytest.mark.parametrize("colour", [(1, -1, -1), (-1, 1, -1), (-1, -1, 1), (1, 1, 1), (-1, -1, -1)])
-def test_mp4_keeps_pure_colours(tmp_path, colour):
+def test_a_film_keeps_pure_colours(tmp_path, colour, name):
     frame = np.broadcast_to(np.float32(colour).reshape(1, 3, 1, 1, 1), (1, 3, 1, H, W))
-    write_video([frame], tmp_path / "out.mp4", 16)
-    shown = decoded(tmp_path / "out.mp4")[1][0].astype(int)
+    write_video([frame], tmp_path / name, 16)
+    shown = decoded(tmp_path / name)[1][0].astype(int)
     assert np.abs(shown - to_uint8(frame)[0]).max() <= 3
+
+
+def test_npz_holds_the_very_frames(tmp_path):
+    assert write_video(chunks(), tmp_path / "out.npz", 24) == 9
+    with np.load(tmp_path / "out.npz") as file:
+        np.testing.assert_array_equal(file["frames"], to_uint8(np.concatenate([*chunks()], 2)))
+        assert file["fps"] == 24
 
 
 def test_a_folder_gets_numbered_pngs(tmp_path):
@@ -102,7 +112,7 @@ def test_an_mp4_takes_the_place_of_an_older_one(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out.mp4"]
 
 
-@pytest.mark.parametrize("name", ["out.mp4", "frames", "out.png"])
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.npz", "frames", "out.png"])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, ValueError, lambda: OSError(errno.EIO, "broken")])
 def test_a_broken_run_leaves_nothing(tmp_path, name, failure):
     def broken():
@@ -179,10 +189,14 @@ def test_frames_per_second_must_be_positive(tmp_path):
         write_video(chunks(), tmp_path / "out.mp4", 0)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (160, 256)])
-def test_the_same_frames_make_the_same_file(tmp_path, size):
-    files = set()
-    for _ in range(20):
-        write_video(chunks(17, *size), tmp_path / "out.mp4", 16)
-        files.add((tmp_path / "out.mp4").read_bytes())
+@pytest.mark.parametrize(
+    ("ending", "size", "times"),
+    [("mp4", (64, 64), 20), ("mp4", (480, 832), 5), ("webm", (64, 64), 5), ("npz", (64, 64), 2)],
+)
+def test_the_same_frames_make_the_same_file(tmp_path, ending, size, times):
+    path, files = tmp_path / f"out.{ending}", set()
+    video = [*chunks(9, *size)]
+    for _ in range(times):
+        write_video(video, path, 16)
+        files.add(path.read_bytes())
     assert len(files) == 1

@@ -164,11 +164,40 @@ def test_previews_are_pictures_of_the_video(server):
     previews = []
     with server.client("wan22_t2v") as client:
         result = client.generate("x", preview=True, on_progress=lambda e: previews.append(e["preview"]), **SMALL)
-    shown = [Image.open(io.BytesIO(preview)) for preview in previews if preview]
-    assert len(shown) == 2  # steps 2 and 3: before the second there is nothing to go by
-    with av.open(io.BytesIO(result.video)) as file:
-        first = next(file.decode(video=0)).to_ndarray(format="rgb24").astype(int)
-    assert np.abs(np.asarray(shown[-1]).astype(int) - first).mean() < 8
+    pictures = [Image.open(io.BytesIO(preview)) for preview in previews if preview]
+    assert len(pictures) == 2  # steps 2 and 3: before the second there is nothing to go by
+    assert [picture.format for picture in pictures] == ["JPEG"] * 2
+    assert np.abs(np.asarray(pictures[-1]).astype(int) - shown(result.video)[0]).mean() < 8
+
+
+def shown(film):
+    """``[F, H, W, 3]`` of a film's bytes."""
+    with av.open(io.BytesIO(film)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]).astype(int)
+
+
+def luma(frames):
+    """Brightness, which films keep at full size; colours they halve, and the colours of a tiny model are noise."""
+    return frames @ (0.2126, 0.7152, 0.0722)
+
+
+def test_webm_and_npz_show_the_same_video_as_mp4(server):
+    with server.client("wan22_t2v") as client:
+        made = {
+            name: client.generate("x", output_format=name, seed=1, fps=24, **SMALL)
+            for name in ("mp4", "webm", "frames_npz")
+        }
+    with np.load(io.BytesIO(made["frames_npz"].video)) as file:
+        frames = file["frames"].astype(int)
+        assert file["fps"] == 24
+    assert frames.shape == (5, 64, 64, 3)
+    for name in ("mp4", "webm"):
+        assert np.abs(luma(shown(made[name].video)) - luma(frames)).mean() < 3
+    assert {(result.event["format"], result.event["fps"]) for result in made.values()} == {
+        ("mp4", 24),
+        ("webm", 24),
+        ("frames_npz", 24),
+    }
 
 
 @pytest.mark.parametrize(("ending", "kind"), [("png", "PNG"), ("jpg", "JPEG")])

@@ -19,6 +19,7 @@ LIMITS = {
     "max_steps": 20,
     "max_image_bytes": 200_000,
     "max_image_pixels": 10**6,
+    "max_raw_bytes": 60_000,
 }
 NUMPY = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "UINT8": np.uint8}
 
@@ -95,6 +96,8 @@ BAD = [
     ("t2v", {}, "expected"),
     # names that might be paths
     ("t2v", {**PROMPT, "output_format": text(b"../../etc/passwd")}, "output_format '../../etc/passwd'"),
+    ("t2v", {**PROMPT, "output_format": text(b"frames_npz")}, "frames of 61440 bytes"),
+    ("t2v", {**PROMPT, "output_format": text(b"png")}, "5 frames as png"),
     ("t2v", {**PROMPT, "preset": text(b"/etc/passwd")}, "preset '/etc/passwd'"),
     ("t2v", {**PROMPT, "solver": text(b"$(reboot)")}, "solver '$(reboot)'"),
     ("t2v", {**PROMPT, "fit": text(b"x" * 1000)}, "fit of 1000 bytes"),
@@ -112,6 +115,8 @@ BAD = [
     ("t2v", {**PROMPT, "steps": int32(0)}, "0 steps"),
     ("t2v", {**PROMPT, "steps": int32(1_000_000)}, "1000000 steps"),
     ("t2v", {**PROMPT, "fps": int32(0)}, "fps 0"),
+    ("t2v", {**PROMPT, "fps": int32(100_000)}, "fps 100000"),
+    ("t2v", {**PROMPT, "progress_every": int32(0)}, "progress_every 0"),
     ("t2v", {**PROMPT, "seed": ("INT64", [-1])}, "seed -1"),
     ("t2v", {**PROMPT, "deadline_unix_ms": ("INT64", [1])}, "a deadline that has passed"),
     # types and shapes, which Triton itself refuses

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def run(
     url: Annotated[str, typer.Argument(help="Host and gRPC port of the server.", show_default=False)],
     prompt: Annotated[str, typer.Argument(help="What the video shows, in any language.", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", "--output", help=".mp4, or .png or .jpg for one frame.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help=".mp4, .webm, .npz, or .png or .jpg for one frame.")],
     negative_prompt: NegativePrompt = None,
     size: Size = None,
     frames: Frames = None,
@@ -129,7 +129,9 @@ def _told(result: "Result") -> str:
 
 
 def _format(output: Path) -> str:
-    formats = {".mp4": "mp4", ".png": "png", ".jpg": "jpg", ".jpeg": "jpg"}
+    from triton_repo.schema import VIDEO_FORMATS
+
+    formats = {**{ending: name for name, ending in VIDEO_FORMATS.items()}, ".jpeg": "jpg"}
     if output.suffix.lower() not in formats:
-        raise UserError(str(output), "a name ending in .mp4, .png or .jpg", "rename the output")
+        raise UserError(str(output), f"a name ending in {', '.join(VIDEO_FORMATS.values())}", "rename the output")
     return formats[output.suffix.lower()]

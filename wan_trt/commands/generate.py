@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 def run(
     engines: Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)],
     prompt: Annotated[str, typer.Argument(help="What the video shows, in any language.", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", "--output", help=".mp4, .png, .jpg, or a folder for PNG frames.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help=".mp4, .webm, .npz, .png, .jpg, or a folder for PNG frames.")
+    ],
     negative_prompt: NegativePrompt = None,
     size: Size = None,
     frames: Frames = None,

@@ -26,6 +26,8 @@ def run(
     max_pixels: Limit = None,
     max_frames: Limit = None,
     max_steps: Limit = None,
+    max_prompt_bytes: Limit = None,
+    max_image_bytes: Limit = None,
     queue_size: Annotated[int, typer.Option(help="Jobs that may wait, per priority.", min=1)] = 8,
     longest_job: Annotated[int, typer.Option(help="Seconds a job may run, and a shutdown waits.", min=1)] = 3600,
     max_silence: Annotated[
@@ -45,6 +47,8 @@ def run(
         "max_pixels": max_pixels,
         "max_frames": max_frames,
         "max_steps": max_steps,
+        "max_prompt_bytes": max_prompt_bytes,
+        "max_image_bytes": max_image_bytes,
         "max_queue_size": queue_size,
         "longest_job_s": longest_job,
     }

@@ -12,7 +12,9 @@ Topology = Annotated[
     Literal["owner", "bls"], typer.Option(help="One model that owns the engines, or a model per engine.")
 ]
 GpuMemory = Annotated[float | None, typer.Option(help="GiB of the GPU, for bls; the target's unless given.")]
-Limit = Annotated[int | None, typer.Option(help="Largest request; the model's largest official one unless given.")]
+Limit = Annotated[
+    int | None, typer.Option(help="Largest request; sizes are the model's largest official one unless given.")
+]
 
 
 def run(
@@ -25,6 +27,8 @@ def run(
     max_pixels: Limit = None,
     max_frames: Limit = None,
     max_steps: Limit = None,
+    max_prompt_bytes: Limit = None,
+    max_image_bytes: Limit = None,
     queue_size: Annotated[int, typer.Option(help="Jobs that may wait, per priority.", min=1)] = 8,
     longest_job: Annotated[int, typer.Option(help="Seconds a job may run, and a shutdown waits.", min=1)] = 3600,
     one_expert: Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")] = False,
@@ -41,6 +45,8 @@ def run(
             "max_pixels": max_pixels,
             "max_frames": max_frames,
             "max_steps": max_steps,
+            "max_prompt_bytes": max_prompt_bytes,
+            "max_image_bytes": max_image_bytes,
             "max_queue_size": queue_size,
             "longest_job_s": longest_job,
         },
