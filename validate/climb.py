@@ -4,7 +4,7 @@ Every tensor is computed once, when a rung first needs it. A run of ours that st
 steps it did make still count.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
@@ -14,28 +14,36 @@ from PIL import Image
 from runtime.arrays import NonFiniteError
 from runtime.denoise import Step
 from runtime.request import CompleteRequest
+from validate.metrics import compare
 from validate.ours import Ours
 from validate.reference import NOTHING, Given, ImageCondition, Reference
 from validate.reference_parts import F32
 from validate.reference_run import ReferenceStep, run
+from validate.row import InPrecision
 from validate.thresholds import Thresholds
 from wan22.progress import Progress
+from wan22.specs import Precision
 
 Watched = TypeVar("Watched")
 
 
 class Climb:
-    """What the rungs of the ladder stand on. ``limits`` are those of every component and of the whole "run"."""
+    """What the rungs of the ladder stand on.
+
+    ``limits`` are those of every component and of the whole "run". ``lowered`` is the reference in the precision of
+    ours, where that is not float32.
+    """
 
     def __init__(
         self,
         ours: Ours,
         reference: Reference,
+        lowered: Reference | None,
         request: CompleteRequest,
         limits: dict[str, Thresholds],
         progress: Progress,
     ) -> None:
-        self.ours, self.reference, self.request, self.limits = ours, reference, request, limits
+        self.ours, self.reference, self.lowered, self.request, self.limits = ours, reference, lowered, request, limits
         self.spec = reference.spec
         self._progress = progress
         self.stopped = ""  # why our run ended early
@@ -82,15 +90,45 @@ class Climb:
     def without_image(self) -> "Climb":
         """The text to video that a model for both makes of the same request."""
         request = replace(self.request, image=None, last_image=None)
-        other = Climb(self.ours, self.reference, request, self.limits, self._progress)
+        other = Climb(self.ours, self.reference, self.lowered, request, self.limits, self._progress)
         other.text = self.text
         return other
+
+    def precision_of(self, component: str) -> Precision:
+        return Precision.FP32 if self.lowered is None else self.lowered.precision_of(component)
+
+    def in_precision(
+        self,
+        component: str,
+        compared: tuple[F32, F32],
+        compute: Callable[[Reference], F32],
+        signal_range: float | None = None,
+    ) -> InPrecision | None:
+        """What the precision of ``component`` costs by itself, where it is not float32.
+
+        ``compared`` are ours and the reference's in float32, ``compute`` makes the same of another reference.
+        """
+        precision = self.precision_of(component)
+        if self.lowered is None or precision is Precision.FP32:
+            return None
+        (ours, exact), theirs = compared, compute(self.lowered)
+        alone, between = (compare(*pair, signal_range=signal_range) for pair in ((theirs, exact), (ours, theirs)))
+        return InPrecision(precision, alone, between)
 
     @cached_property
     def reference_steps(self) -> list[ReferenceStep]:
         text, negative = self.text["prompt"], self.text.get("negative prompt")
         steps = run(self.reference, self.request, text, negative, self.given)
         return list(self._watched(steps, "PyTorch run"))
+
+    @cached_property
+    def lowered_steps(self) -> list[ReferenceStep]:
+        """The reference's run in the precision of ours, from its own embeddings; only where there is one."""
+        lowered = self.lowered
+        assert lowered is not None
+        text = {name: lowered.embeddings(lowered.token_ids(prompt)) for name, prompt in self.prompts.items()}
+        steps = run(lowered, self.request, text["prompt"], text.get("negative prompt"), self.given)
+        return list(self._watched(steps, f"PyTorch run, {self.precision_of('run')}"))
 
     @cached_property
     def our_steps(self) -> list[Step]:
@@ -115,6 +153,18 @@ class Climb:
     @cached_property
     def reference_frames(self) -> F32:
         return self.reference.decode(self.latents)
+
+    @cached_property
+    def lowered_decode(self) -> F32:
+        """The reference's latents, decoded by the reference in the precision of ours."""
+        assert self.lowered is not None
+        return self.lowered.decode(self.latents)
+
+    @cached_property
+    def lowered_frames(self) -> F32:
+        """The video of the reference's run in the precision of ours."""
+        assert self.lowered is not None
+        return self.lowered.decode(self.lowered_steps[-1].after)
 
     @cached_property
     def our_frames(self) -> F32 | None:

@@ -31,12 +31,13 @@ class Theme:
     text: str
     grid: str
     line: str
+    reference: str  # the reference in the precision of ours
     limit: str
     failed: str
 
 
-LIGHT = Theme(text="#3d4451", grid="#d9dde5", line="#2563c9", limit="#b4232f", failed="#b4232f")
-DARK = Theme(text="#b8c0cf", grid="#333b4a", line="#7aa8f8", limit="#f2777f", failed="#f2777f")
+LIGHT = Theme("#3d4451", "#d9dde5", line="#2563c9", reference="#b06a00", limit="#b4232f", failed="#b4232f")
+DARK = Theme("#b8c0cf", "#333b4a", line="#7aa8f8", reference="#e0a43c", limit="#f2777f", failed="#f2777f")
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,12 @@ def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float])
     axes = figure.add_subplot()
     _style(axes, theme)
     limit, numbers = steps[0].limit.value, [row.step or 0 for row in steps]
-    drift = [max(row.metrics.relative_l2, FLOOR) for row in steps]  # NaN stays NaN: a gap in the line
-    axes.plot(numbers, drift, color=theme.line, linewidth=1.8, marker="o", markersize=4.5, zorder=3)
-    _scale(axes, drift, limit, len(steps))
+    curves = _curves(steps, theme)
+    for label, (drift, colour, marker) in curves.items():
+        axes.plot(numbers, drift, color=colour, linewidth=1.8, marker=marker, markersize=4.5, zorder=3, label=label)
+    if len(curves) > 1:
+        axes.legend(frameon=False, labelcolor=theme.text, fontsize=10, loc="lower right")
+    _scale(axes, [value for drift, *_ in curves.values() for value in drift], limit, len(steps))
     _threshold(axes, limit, theme)
     _switch(axes, steps, theme)
     _failures(axes, steps, theme)
@@ -74,6 +78,16 @@ def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float])
     FigureCanvasAgg(figure)
     figure.savefig(stream, format="png", dpi=PLOT_DPI, transparent=True)
     return data_uri(stream.getvalue())
+
+
+def _curves(steps: list[Row], theme: Theme) -> dict[str, tuple[list[float], str, str]]:
+    """Drift, colour and marker by name; NaN stays NaN, a gap in the line."""
+    found = {"ours": ([max(row.metrics.relative_l2, FLOOR) for row in steps], theme.line, "o")}
+    low = [row.in_precision for row in steps if row.in_precision is not None]
+    if len(low) == len(steps):
+        drift = [max(its.alone.relative_l2, FLOOR) for its in low]
+        found[f"PyTorch in {low[0].precision}"] = (drift, theme.reference, "s")
+    return found
 
 
 def _style(axes: Any, theme: Theme) -> None:

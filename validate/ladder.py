@@ -6,7 +6,7 @@ checkpoint and the request.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -14,26 +14,40 @@ import numpy as np
 from validate import ladder_image, thresholds
 from validate.climb import Climb
 from validate.metrics import FRAME_RANGE, compare, difference_per_frame, incomparable
+from validate.ours import Ours
+from validate.reference import Reference
 from validate.reference_parts import F32, time_features
-from validate.reference_run import lists, noise
-from validate.row import Row
+from validate.reference_run import ReferenceStep, lists, noise
+from validate.row import Row, excess
+from validate.thresholds import Limit
 from wan22.specs import TRAIN_TIMESTEPS, ModelSpec, Task
 
 VELOCITY_POINTS = 4  # timesteps per expert, evenly over the range it works in
 
 
-Rung = Callable[[Climb], Iterator[Row]]
+Climbed = Callable[[Climb], Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """``subject`` is what gates call the rows."""
+
+    subject: str
+    climb: Climbed
+
+    def rows(self, climb: Climb) -> Iterator[Row]:
+        return (replace(row, subject=self.subject) for row in self.climb(climb))
 
 
 def rungs(spec: ModelSpec) -> tuple[Rung, ...]:
     """The ladder of a model, from the bottom."""
-    experts = tuple(partial(velocities, expert=expert) for expert in spec.experts)
-    both_modes = (text_mode,) if spec.task == Task.TI2V else ()
+    experts = tuple(Rung("velocity", partial(velocities, expert=expert)) for expert in spec.experts)
+    both_modes = (Rung("text_mode", text_mode),) if spec.task == Task.TI2V else ()
     known: tuple[tuple[str, tuple[Rung, ...]], ...] = (
-        ("text_encoder", (token_ids, embeddings)),
-        ("vae_encoder_first", (ladder_image.pixels, ladder_image.encoder, ladder_image.condition)),
-        (spec.experts[0], (schedule, initial_noise, time_conditions, *experts, trajectory, *both_modes)),
-        ("vae_decoder_first", (decoder, video)),
+        ("text_encoder", (Rung("token_ids", token_ids), Rung("embeddings", embeddings))),
+        ("vae_encoder_first", IMAGE_RUNGS),
+        (spec.experts[0], (*SAMPLER_RUNGS, *experts, Rung("latents", trajectory), *both_modes)),
+        ("vae_decoder_first", (Rung("decode", decoder), Rung("frames", video))),
     )
     return tuple(rung for component, its in known if component in spec.components for rung in its)
 
@@ -48,8 +62,11 @@ def token_ids(climb: Climb) -> Iterator[Row]:
 def embeddings(climb: Climb) -> Iterator[Row]:
     limit = climb.limits["text_encoder"].text
     for name, prompt in climb.prompts.items():
-        metrics = compare(climb.ours.embeddings(prompt), climb.text[name])
-        yield Row(f"embeddings, {name}", "text_encoder", metrics, limit, "512 rows, zeros after the last token")
+        ours, theirs = climb.ours.embeddings(prompt), climb.text[name]
+        ids = climb.reference.token_ids(prompt)
+        low = climb.in_precision("text_encoder", (ours, theirs), partial(Reference.embeddings, token_ids=ids))
+        note = "512 rows, zeros after the last token"
+        yield Row(f"embeddings, {name}", "text_encoder", compare(ours, theirs), limit, note, in_precision=low)
 
 
 def schedule(climb: Climb) -> Iterator[Row]:
@@ -82,12 +99,18 @@ def time_conditions(climb: Climb) -> Iterator[Row]:
 
 def velocities(climb: Climb, expert: str) -> Iterator[Row]:
     """The first step of the run that ``expert`` makes, with both prompts, then timesteps over its whole range."""
+    rows = [*_velocities_at_first(climb, expert), *_velocities_everywhere(climb, expert, "velocity at t = {:g}")]
+    yield from rows
+    if over := excess(rows, thresholds.EXCESS):
+        yield over
+
+
+def _velocities_at_first(climb: Climb, expert: str) -> Iterator[Row]:
     first = next((step for step in climb.reference_steps if step.expert == expert), None)
     if first is not None:
         for name in climb.text:
             row = f"velocity at its first step, {name}"
             yield _velocity(climb, expert, row, (first.before, first.timestep, climb.text[name]))
-    yield from _velocities_everywhere(climb, expert, "velocity at t = {:g}")
 
 
 def _velocities_everywhere(climb: Climb, expert: str, name: str) -> Iterator[Row]:
@@ -109,20 +132,32 @@ def velocity_points(spec: ModelSpec, expert: str) -> list[float]:
 
 
 def _velocity(climb: Climb, expert: str, name: str, inputs: tuple[F32, float, F32]) -> Row:
-    ours, theirs = (side.velocity(expert, *inputs, climb.given) for side in (climb.ours, climb.reference))
-    metrics = compare(ours, theirs)
-    return Row(name, expert, metrics, climb.limits[expert].velocity, timestep=inputs[1])
+    def of(side: Ours | Reference) -> F32:
+        return side.velocity(expert, *inputs, climb.given)
+
+    ours, theirs = of(climb.ours), of(climb.reference)
+    low = climb.in_precision(expert, (ours, theirs), of)
+    limit = climb.limits[expert].velocity
+    return Row(name, expert, compare(ours, theirs), limit, timestep=inputs[1], in_precision=low)
 
 
 def trajectory(climb: Climb) -> Iterator[Row]:
-    """Latents after every step of two runs that each go their own way."""
-    limit, our_steps = climb.limits["run"].latents, climb.our_steps
-    for theirs in climb.reference_steps:
-        ours = our_steps[theirs.index] if theirs.index < len(our_steps) else None
-        metrics = incomparable(climb.stopped or "no such step") if ours is None else compare(ours.latents, theirs.after)
-        note = "" if ours is None or ours.expert == theirs.expert else f"ours ran {ours.expert}"
-        name = f"latents after step {theirs.index + 1}"
-        yield Row(name, theirs.expert, metrics, limit, note, theirs.index + 1, theirs.timestep)
+    """Latents after every step of two runs that each go their own way; three where ours is not float32."""
+    rows = [_step(climb, theirs) for theirs in climb.reference_steps]
+    yield from rows
+    if over := excess(rows, thresholds.EXCESS):
+        yield replace(over, component="sampler")
+
+
+def _step(climb: Climb, theirs: ReferenceStep) -> Row:
+    name, limit = f"latents after step {theirs.index + 1}", climb.limits["run"].latents
+    row = Row(name, theirs.expert, incomparable(""), limit, step=theirs.index + 1, timestep=theirs.timestep)
+    if theirs.index >= len(climb.our_steps):
+        return replace(row, metrics=incomparable(climb.stopped or "no such step"))
+    ours = climb.our_steps[theirs.index]
+    note = "" if ours.expert == theirs.expert else f"ours ran {ours.expert}"
+    low = climb.in_precision("run", (ours.latents, theirs.after), lambda _: climb.lowered_steps[theirs.index].after)
+    return replace(row, metrics=compare(ours.latents, theirs.after), note=note, in_precision=low)
 
 
 def text_mode(climb: Climb) -> Iterator[Row]:
@@ -130,22 +165,26 @@ def text_mode(climb: Climb) -> Iterator[Row]:
     plain = climb.without_image
     for expert in climb.spec.experts:
         yield from _velocities_everywhere(plain, expert, "text mode, velocity at t = {:g}")
-    *_, last = trajectory(plain)
+    last = _step(plain, plain.reference_steps[-1])
     name, note = "text mode, latents after the last step", last.note or f"{last.step} steps on each side"
     yield replace(last, name=name, note=note, step=None)
 
 
 def decoder(climb: Climb) -> Iterator[Row]:
     """Our VAE on the reference's latents; its two graphs apart, then the whole video."""
-    ours, theirs = climb.our_decode, climb.reference_frames
-    for component, frames in (("vae_decoder_first", slice(0, 1)), ("vae_decoder_next", slice(1, None))):
-        if theirs[:, :, frames].size:
-            metrics = compare(ours[:, :, frames], theirs[:, :, frames], signal_range=FRAME_RANGE)
-            name = "decode of the first latent" if frames.stop else "decode of the later latents"
-            yield Row(name, component, metrics, climb.limits[component].vae, "the reference's latents")
+    first, following = climb.limits["vae_decoder_first"], climb.limits["vae_decoder_next"]
+    yield _decoded(climb, "decode of the first latent", "vae_decoder_first", first.vae, slice(0, 1))
+    if climb.reference_frames.shape[2] > 1:
+        yield _decoded(climb, "decode of the later latents", "vae_decoder_next", following.vae, slice(1, None))
+    name = "streaming decode against whole decode"
+    yield _decoded(climb, name, "vae_decoder_next", following.streaming, slice(None))
+
+
+def _decoded(climb: Climb, name: str, component: str, limit: Limit, frames: slice) -> Row:
+    ours, theirs = climb.our_decode[:, :, frames], climb.reference_frames[:, :, frames]
+    low = climb.in_precision(component, (ours, theirs), lambda _: climb.lowered_decode[:, :, frames], FRAME_RANGE)
     metrics = compare(ours, theirs, signal_range=FRAME_RANGE)
-    limit = climb.limits["vae_decoder_next"].streaming
-    yield Row("streaming decode against whole decode", "vae_decoder_next", metrics, limit, "the reference's latents")
+    return Row(name, component, metrics, limit, "the reference's latents", in_precision=low)
 
 
 def video(climb: Climb) -> Iterator[Row]:
@@ -155,4 +194,17 @@ def video(climb: Climb) -> Iterator[Row]:
         return
     metrics = compare(ours, theirs, signal_range=FRAME_RANGE)
     note = "" if metrics.problem else f"worst frame: {int(np.argmax(difference_per_frame(ours, theirs))) + 1}"
-    yield Row("frames, end to end", "video", metrics, limit, note)
+    low = climb.in_precision("run", (ours, theirs), lambda _: climb.lowered_frames, FRAME_RANGE)
+    yield Row("frames, end to end", "video", metrics, limit, note, in_precision=low)
+
+
+IMAGE_RUNGS = (
+    Rung("pixels", ladder_image.pixels),
+    Rung("encode", ladder_image.encoder),
+    Rung("condition", ladder_image.condition),
+)
+SAMPLER_RUNGS = (
+    Rung("schedule", schedule),
+    Rung("noise", initial_noise),
+    Rung("time_features", time_conditions),
+)

@@ -6,7 +6,7 @@ number cannot agree. The same holds for two shapes that differ.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,6 +25,7 @@ class Metrics:
     psnr_db: float | None  # only where a signal range was given; inf for identical tensors
     values: int
     problem: str = ""
+    excess: float | None = None  # error in units of what the reference loses in the same precision
 
 
 @dataclass
@@ -62,6 +63,11 @@ def compare(ours: ArrayLike, reference: ArrayLike, *, signal_range: float | None
 def incomparable(problem: str) -> Metrics:
     """The metrics of what was not computed, or cannot be compared; no limit accepts them."""
     return Metrics(math.nan, math.nan, math.nan, None, 0, problem)
+
+
+def of_excess(value: float) -> Metrics:
+    """Metrics of which only ``excess`` says anything."""
+    return replace(incomparable(""), excess=value)
 
 
 def difference_per_frame(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> list[float]:

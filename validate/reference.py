@@ -6,6 +6,7 @@ Nothing here is shared with the runtime, so that a mistake has to be made twice 
 
 import html
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ from export.checkpoint import Checkpoint
 from validate.convolution import OneDnnConvolutions
 from validate.reference_image import conditioning, pixels
 from validate.reference_parts import F32, I64, load_part, to_numpy
+from validate.reference_precision import attention_of, dtype_of, lowered
 from wan22.progress import Progress, silent
-from wan22.specs import PATCH, TEXT_TOKENS, Task
+from wan22.specs import PATCH, TEXT_TOKENS, Precision, Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +50,16 @@ class ImageCondition:
 
 
 class Reference:
-    """The PyTorch side of one checkpoint. Parts are loaded when first asked for; of the experts one at a time stays."""
+    """The PyTorch side of one checkpoint. Parts are loaded when first asked for; of the experts one at a time stays.
 
-    def __init__(self, checkpoint: Checkpoint, progress: Progress = silent) -> None:
+    ``precisions`` has those of the components that are not to be computed in float32.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, progress: Progress = silent, precisions: Mapping[str, Precision] | None = None
+    ) -> None:
         self.checkpoint, self.spec = checkpoint, checkpoint.spec
-        self._progress = progress
+        self._progress, self._precisions = progress, precisions or {}
         self._parts: dict[str, Any] = {}
 
     def token_ids(self, prompt: str) -> I64:
@@ -83,7 +90,8 @@ class Reference:
         """What a video of ``frames`` is conditioned on by its first frame ``[1, 3, H, W]``, and maybe its last."""
         other = None if last is None else torch.from_numpy(last)
         with OneDnnConvolutions():
-            found = conditioning(self._part("vae"), self.spec.task, frames, torch.from_numpy(first), other)
+            vae = self._part("vae", "vae_encoder_first")
+            found = conditioning(vae, self.spec.task, frames, torch.from_numpy(first), other)
         video, mask, latents = found
         return ImageCondition(to_numpy(video), None if mask is None else to_numpy(mask), to_numpy(latents))
 
@@ -92,10 +100,12 @@ class Reference:
         """``[1, z, T, h, w]`` from ``expert`` for ``timestep`` on the 0…1000 scale and text ``[1, 512, width]``."""
         for other in set(self.spec.experts) - {expert}:
             self._parts.pop(other, None)
+        precision = self.precision_of(expert)
         seen = latents if given.condition is None else np.concatenate([latents, given.condition], axis=1)
-        inputs = {"hidden_states": torch.from_numpy(seen), "encoder_hidden_states": torch.from_numpy(text)}
+        entering, context = (torch.from_numpy(array).to(dtype_of(precision)) for array in (seen, text))
         time = self._timestep(timestep, latents, given)
-        return to_numpy(self._part(expert)(timestep=time, return_dict=False, **inputs)[0])
+        with attention_of(precision):
+            return to_numpy(self._part(expert)(entering, time, context, return_dict=False)[0])
 
     def _timestep(self, timestep: float, latents: F32, given: Given) -> torch.Tensor:
         """``[1]``, or for TI2V one of every token, ``[1, L]``: those of a frame that is given are at time 0 (§2.6)."""
@@ -114,12 +124,19 @@ class Reference:
         mean, std = (torch.tensor(values).reshape(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
         latent = torch.from_numpy(latents) / (1 / std) + mean  # wan22.md §4.3
         with OneDnnConvolutions():
-            return to_numpy(self._part("vae").decode(latent, return_dict=False)[0])
+            module = self._part("vae", "vae_decoder_first")
+            return to_numpy(module.decode(latent.to(module.dtype), return_dict=False)[0])
 
-    def _part(self, name: str) -> Any:
-        if name not in self._parts:
-            self._parts[name] = load_part(self.checkpoint, name, self._progress)
-        return self._parts[name]
+    def precision_of(self, component: str) -> Precision:
+        return self._precisions.get(component, Precision.FP32)
+
+    def _part(self, name: str, component: str = "") -> Any:
+        """The module of ``name`` in the precision of ``component``, its own name unless given."""
+        precision = self.precision_of(component or name)
+        key = f"{name}, {precision}" if name == "vae" else name  # the VAE's halves may differ
+        if key not in self._parts:
+            self._parts[key] = lowered(load_part(self.checkpoint, name, self._progress), precision)
+        return self._parts[key]
 
 
 def _cleaned(prompt: str) -> str:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from validate.figures import Filmstrip
+from validate.metrics import Metrics
 from validate.page import as_html
-from validate.row import Row
+from validate.row import InPrecision, Row
 from validate.wording import line
 from wan22.errors import UserError
 
@@ -120,9 +121,9 @@ def as_json(report: ValidationReport) -> bytes:
 
 
 def _json_row(row: Row) -> dict[str, Any]:
-    numbers = {name: _json_number(value) for name, value in asdict(row.metrics).items()}
     return {
         "name": row.name,
+        "subject": row.subject,
         "component": row.component,
         "passed": row.passed,
         "measure": row.limit.measure,
@@ -131,8 +132,22 @@ def _json_row(row: Row) -> dict[str, Any]:
         "note": row.note,
         "step": row.step,
         "timestep": row.timestep,
-        "metrics": numbers,
+        "made": row.made,
+        "metrics": _json_metrics(row.metrics),
+        "in_precision": None if row.in_precision is None else _json_in_precision(row.in_precision),
     }
+
+
+def _json_in_precision(found: InPrecision) -> dict[str, Any]:
+    return {
+        "precision": str(found.precision),
+        "reference_alone": _json_metrics(found.alone),
+        "ours_against_it": _json_metrics(found.between),
+    }
+
+
+def _json_metrics(metrics: Metrics) -> dict[str, Any]:
+    return {name: _json_number(value) for name, value in asdict(metrics).items()}
 
 
 def _json_number(value: Any) -> Any:

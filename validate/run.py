@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,19 +11,22 @@ from runtime.image_condition import Fit
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest, Request
 from runtime.schedule import Convention, SolverName
+from validate.graphs import how_made, open_for_comparison
 from validate.loras import with_loras
 from validate.picture import picture_for
 from wan22.bundle import Manifest
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
-from wan22.specs import Task
+from wan22.specs import Precision, Task
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
     from validate.report import ValidationReport
+    from validate.row import Row
     from validate.thresholds import Thresholds
 
 PROMPT = "A red fox runs through fresh snow at sunrise, 一只红狐狸在雪地里奔跑"
+COARSER = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.FP8, Precision.FP8_ATTN)
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
 
 
@@ -103,7 +106,7 @@ def validate(
             anything wrong with the folders or the request.
     """
     options = options or ValidateOptions()
-    with Pipeline.open(engines, keep_experts=False) as pipeline:
+    with open_for_comparison(engines) as pipeline:
         manifest = pipeline.bundle.manifest
         request = options.request(manifest)
         source = with_loras(open_same_model(checkpoint, engines, manifest, progress), manifest)
@@ -147,10 +150,12 @@ def _climb(
 
     check_writable(target.folder)
     manifest = pipeline.bundle.manifest
-    climb = Climb(Ours(pipeline), Reference(checkpoint, progress), request, _limits(manifest), progress)
+    precisions, made = _precisions(manifest), how_made(manifest)
+    lowered = Reference(checkpoint, progress, precisions) if set(precisions.values()) != {Precision.FP32} else None
+    climb = Climb(Ours(pipeline), Reference(checkpoint, progress), lowered, request, _limits(precisions), progress)
     ladder, rows = rungs(manifest.spec), list[Row]()
     for done, rung in enumerate(ladder, 1):
-        rows.extend(rung(climb))
+        rows.extend(replace(row, made=_made(row, made)) for row in rung.rows(climb))
         progress("parity ladder", done, len(ladder), "rungs")
     pictures = None if climb.our_frames is None else filmstrip(climb.our_frames, climb.reference_frames)
     report = ValidationReport(tuple(rows), facts(manifest, checkpoint, request, target.options), pictures)
@@ -158,12 +163,23 @@ def _climb(
     return report
 
 
-def _limits(manifest: Manifest) -> dict[str, "Thresholds"]:
-    """By component, each held to its own precision; what the whole chain computes, "run", to the bundle's."""
+def _made(row: "Row", made: dict[str, str]) -> str:
+    """How ours of ``row`` was made; what several components make together has the less direct way of them."""
+    several = row.component == "video" or row.step is not None or row.subject == "latents"
+    return max(made.values()) if several else made.get(row.component, "")
+
+
+def _precisions(manifest: Manifest) -> dict[str, Precision]:
+    """By component; what the whole chain computes, "run", has the coarsest of them."""
+    of = {component.name: component.precision for component in manifest.components}
+    return of | {"run": max(of.values(), key=COARSER.index)}
+
+
+def _limits(precisions: dict[str, Precision]) -> dict[str, "Thresholds"]:
+    """Each component is held to its own precision."""
     from validate.thresholds import thresholds_for
 
-    own = {component.name: thresholds_for(component.precision) for component in manifest.components}
-    return own | {"run": thresholds_for(manifest.precision)}
+    return {name: thresholds_for(precision) for name, precision in precisions.items()}
 
 
 def facts(
@@ -188,12 +204,25 @@ def facts(
         "negative prompt": request.negative_prompt,
         "sampling": f"{request.solver}, {request.schedule} schedule, {request.steps} steps, shift {request.shift:g}, "
         f"seed {request.seed}, guidance {guidance}",
-        "reference": "PyTorch in fp32 on the CPU, with the official float64 sinusoid of the timestep",
+        "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in _ways(manifest).items()),
+        "reference": _reference(manifest),
         "versions": ", ".join([*(f"{name} {metadata.version(name)}" for name in LIBRARIES), _python()]),
         "machine": f"{platform.system()} {platform.machine()}",
         "built by": manifest.command,
         "command": options.command,
     }
+
+
+def _ways(manifest: Manifest) -> dict[str, list[str]]:
+    """The components by how their numbers are made."""
+    made = how_made(manifest)
+    return {way: [name for name, its in made.items() if its == way] for way in dict.fromkeys(made.values())}
+
+
+def _reference(manifest: Manifest) -> str:
+    low = sorted({str(c.precision) for c in manifest.components if c.precision is not Precision.FP32})
+    beside = f", and in {' and '.join(low)} where the bundle is" if low else ""
+    return f"PyTorch in fp32 on the CPU, with the official float64 sinusoid of the timestep{beside}"
 
 
 def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:

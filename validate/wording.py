@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from validate.metrics import Metrics
-from validate.row import Row
+from validate.row import InPrecision, Row
 from validate.thresholds import Limit
 
 
@@ -17,11 +17,21 @@ class Line:
     limit: str
     margin: str
     others: str  # the measures that the limit is not about
+    precision: str  # what the precision costs by itself
 
 
 def line(row: Row) -> Line:
     found = number(row.limit.found(row.metrics))
-    return Line(row, found, limit_text(row.limit), margin(row), others(row.metrics, row.limit.measure))
+    low = "" if row.in_precision is None else precision(row.in_precision)
+    return Line(row, found, limit_text(row.limit), margin(row), others(row.metrics, row.limit.measure), low)
+
+
+def precision(found: InPrecision) -> str:
+    """Where no number of ours is in it: the reference in the lower precision; and what is left between the two."""
+    alone, between = (
+        metrics.problem or f"{number(metrics.relative_l2)} rel L2" for metrics in (found.alone, found.between)
+    )
+    return f"PyTorch in {found.precision}: {alone} from its float32; ours from that: {between}"
 
 
 def number(value: float) -> str:
@@ -38,7 +48,7 @@ def number(value: float) -> str:
 def limit_text(limit: Limit) -> str:
     if limit.value == 0:
         return "equal"
-    unit = {"max_abs": "max abs", "relative_l2": "rel L2", "psnr_db": "dB"}[limit.measure]
+    unit = {"max_abs": "max abs", "relative_l2": "rel L2", "psnr_db": "dB", "excess": "times"}[limit.measure]
     return f"{limit.sign} {limit.value:g} {unit}"
 
 
@@ -60,7 +70,7 @@ def _decibels(margin: float) -> str:
 
 
 def others(metrics: Metrics, measure: str) -> str:
-    if metrics.problem:
+    if metrics.problem or not metrics.values:
         return metrics.problem
     shown = {"max_abs": ("max abs", metrics.max_abs), "relative_l2": ("rel L2", metrics.relative_l2)}
     parts = [f"{label} {number(value)}" for name, (label, value) in shown.items() if name != measure]

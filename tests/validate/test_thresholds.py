@@ -5,7 +5,6 @@ from dataclasses import fields
 import pytest
 
 from validate.thresholds import BF16, FP16, FP32, SIGMAS, TIMESTEPS, TOKEN_IDS, Thresholds, thresholds_for
-from wan22.errors import UserError
 from wan22.specs import Precision
 
 
@@ -31,6 +30,8 @@ def test_limits_widen_from_fp32_over_fp16_to_bf16(name):
     assert all(limit.reason for limit in (fp32, fp16, bf16))
 
 
-def test_a_precision_without_limits_is_refused():
-    with pytest.raises(UserError, match="precision fp8 "):
-        thresholds_for(Precision.FP8)
+def test_every_precision_has_limits_no_finer_than_those_of_the_one_before():
+    for name in (field.name for field in fields(Thresholds)):
+        values = [getattr(thresholds_for(precision), name).value for precision in (Precision.BF16, Precision.FP8)]
+        assert values == sorted(values, reverse=name == "frames")
+    assert thresholds_for(Precision.FP8_ATTN) is thresholds_for(Precision.FP8)

@@ -27,7 +27,7 @@ from wan_trt.console import bars, command_line, console
 
 
 def run(
-    engines: Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)],
+    engines: Annotated[Path, typer.Argument(help="Engine bundle, or the ONNX bundle.", show_default=False)],
     checkpoint: Annotated[str, typer.Argument(help="The checkpoint it was exported from.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for report.html and report.json.")],
     prompt: Annotated[str | None, typer.Option(help="Prompt of the compared run.")] = None,

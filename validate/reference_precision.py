@@ -1,0 +1,111 @@
+"""The reference in less than float32: what the precision alone costs, without anything of ours.
+
+16 bits are diffusers' and transformers' own: weights, activations and the residual stream in that type, the modules
+that they keep in float32 kept there. PyTorch has no FP8 transformer to compare with, so FP8 is the plain recipe put
+around those modules: every matrix of a block with one scale, its inputs with one per token, 16 bits around it; for FP8
+attention the recipe of SageAttention (arXiv 2410.02367) with one scale per tensor. What is kept higher in a bundle by
+choice, single blocks or linears, is not kept higher here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from wan22.specs import Precision
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max
+SMALLEST_SCALE = 1e-12
+QUERIES_AT_ONCE = 1024  # rows of an attention matrix in memory
+ONLY_FOR_FP16 = frozenset({"wo"})  # transformers keeps umt5's feed-forward in float32 where float16 would overflow
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The type of what is not FP8."""
+    whole = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}
+    return whole.get(precision, torch.bfloat16)
+
+
+def lowered(module: Any, precision: Precision) -> Any:
+    """``module``, whose weights are float32, for computing in ``precision``; changed in place."""
+    dtype = dtype_of(precision)
+    kept = set(module._keep_in_fp32_modules or ()) - (ONLY_FOR_FP16 if dtype == torch.bfloat16 else set())
+    if precision in (Precision.FP8, Precision.FP8_ATTN):
+        _quantise_linears(module)
+    for name, parameter in module.named_parameters():
+        if parameter.dtype != FLOAT8 and not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def _quantise_linears(module: Any) -> None:
+    for block in module.blocks:
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(parent, name, Fp8Linear(child.weight, child.bias))
+
+
+class Fp8Linear(torch.nn.Module):
+    """A linear that multiplies FP8 numbers exactly; the matrix has one scale, every token its own."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = _scale(weight, None)
+        self.weight = torch.nn.Parameter((weight / self.scale).to(FLOAT8), requires_grad=False)
+        self.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in] → [..., out]`` in the type of ``x``."""
+        values, scale = _through_fp8(x.float(), -1)
+        product = functional.linear(values, self.weight.float()) * (scale * self.scale)
+        return (product + self.bias.float()).to(x.dtype)
+
+
+def attention_of(precision: Precision) -> AbstractContextManager[Any]:
+    """Inside its ``with`` block attention is computed in ``precision``."""
+    return Fp8Attention() if precision is Precision.FP8_ATTN else nullcontext()
+
+
+class Fp8Attention(TorchFunctionMode):
+    """``scaled_dot_product_attention`` without a mask, of numbers rounded to FP8."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return _fp8_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fp8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+    """``[B, heads, L, head]``; K without its mean over the tokens, V with a scale per channel."""
+    centred = key.float() - key.float().mean(dim=-2, keepdim=True)
+    q, q_scale = _through_fp8(query.float(), None)
+    k, k_scale = _through_fp8(centred, None)
+    v, v_scale = _through_fp8(value.float(), -2)
+    factor = q_scale * k_scale * query.shape[-1] ** -0.5
+    rows = [
+        (torch.softmax(part @ k.transpose(-1, -2) * factor, dim=-1) * LARGEST).to(FLOAT8).float() @ v
+        for part in torch.split(q, QUERIES_AT_ONCE, dim=-2)
+    ]
+    return (torch.cat(rows, dim=-2) * (v_scale / LARGEST)).to(query.dtype)
+
+
+def _through_fp8(x: torch.Tensor, axis: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` over its scale, rounded to FP8 and back; the scale is one of all ``x``, or one along ``axis``."""
+    scale = _scale(x, axis)
+    return (x / scale).clamp(-LARGEST, LARGEST).to(FLOAT8).float(), scale
+
+
+def _scale(x: torch.Tensor, axis: int | None) -> torch.Tensor:
+    largest = x.abs().amax() if axis is None else x.abs().amax(dim=axis, keepdim=True)
+    return largest.clamp_min(SMALLEST_SCALE) / LARGEST
