@@ -13,12 +13,13 @@ import importlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, TextIO
 
+from engines.mapped_weights import MappedWeights
 from engines.profiles import input_shapes
 from engines.targets import MODULES, PACKAGES, Backend, Target
 from wan22.bundle import Tensor
@@ -104,22 +105,35 @@ class _Build:
         self.network = self.builder.create_network(_network_flags(trt))
         self.parser = trt.OnnxParser(self.network, logger)
         self.config = self.builder.create_builder_config()
+        self.weights: MappedWeights | None = None
 
     def run(self, graph: Path, engine: Path) -> None:
         self.parse(graph)
         self.configure()
         with _timing_cache(self.config, self.options), engine.open("wb") as stream:
-            done = _in_background(lambda: self.write(stream), self.monitor)
+            done = _in_background(lambda: self.write(stream), self.monitor, self.let_go)
         if not done:
             raise self.failure(graph)
 
     def parse(self, graph: Path) -> None:
-        """Reads the graph; external weights are mapped into memory, not read."""
-        if self.parser.parse_from_file(str(graph)):
+        """Reads the graph; its weights are mapped into memory, not read."""
+        if self._parsed(graph):
             return
         errors = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
         first = f"{errors[0].node_name() or errors[0].node_operator()}: {errors[0].desc()}" if errors else "no reason"
         raise UserError(f"{graph.name} does not parse: {first}", "operators that TensorRT knows", "export it again")
+
+    def _parsed(self, graph: Path) -> bool:
+        if not hasattr(self.parser, "load_initializer"):
+            return bool(self.parser.parse_from_file(str(graph)))
+        self.weights = MappedWeights(graph)
+        loaded = self.parser.load_model_proto(graph.read_bytes(), str(graph))
+        return bool(loaded and self.weights.give_to(self.parser) and self.parser.parse_model_proto())
+
+    def let_go(self) -> None:
+        """Gives memory back that the builder's reading of weights has taken."""
+        if self.weights is not None:
+            self.weights.let_go()
 
     def configure(self) -> None:
         trt, config, options = self.trt, self.config, self.options
@@ -192,7 +206,7 @@ def _timing_cache(config: Any, options: EngineOptions) -> Iterator[None]:
     path.with_suffix(".partial").rename(path)
 
 
-def _in_background(work: Any, monitor: Any) -> bool:
+def _in_background(work: Any, monitor: Any, meanwhile: Callable[[], None]) -> bool:
     """Runs ``work`` in a thread, so that this one hears Ctrl-C while the builder is busy; then waits for its end."""
     outcome: list[bool | BaseException] = []
 
@@ -207,6 +221,7 @@ def _in_background(work: Any, monitor: Any) -> bool:
     try:
         while thread.is_alive():
             thread.join(0.2)
+            meanwhile()
     except KeyboardInterrupt:
         monitor.cancelled = True
         thread.join()

@@ -15,6 +15,7 @@ def run(
     folder: Annotated[Path, typer.Argument(help="Where to write it; must not exist.", show_default=False)],
     layout: Annotated[Literal["official", "diffusers"], typer.Option(help="Which release it looks like.")] = "official",
     seed: Seed = 0,
+    half: Annotated[bool, typer.Option("--half", help="Transformers in bfloat16, as converted releases have.")] = False,
     sparse: Annotated[bool, typer.Option("--sparse", help="Files of the true size that take no disk space.")] = False,
 ) -> None:
     """Make a checkpoint with seeded random weights: real file names, keys and types."""
@@ -22,5 +23,5 @@ def run(
     from export.synth import synthesise
 
     with bars() as progress:
-        synthesise(spec, folder, layout, seed, sparse=sparse, progress=progress)
+        synthesise(spec, folder, layout, seed, sparse=sparse, half=half, progress=progress)
     console.print(f"{spec.name} in the {layout} layout: {folder}")
