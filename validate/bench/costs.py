@@ -1,18 +1,21 @@
 """What a piece of work must cost at least: arithmetic, bytes, and the time that a target's peaks allow for them.
 
-Arithmetic is the model's (:mod:`wan22.costs`), whatever an engine leaves out or adds. Bytes are those that no
-implementation avoids: weights, inputs and outputs of every call. For GPUs peaks come from the table of targets; for a
-CPU they are measured here and now, on a large matrix product and a large copy.
+Arithmetic is counted on the graphs where the engines are graphs (ONNX Runtime), and is the model's
+(:mod:`wan22.costs`) where they are a compiler's. Bytes are those that no implementation avoids: weights, inputs and
+outputs of every call. For GPUs peaks come from the table of targets; for a CPU they are measured here and now, on a
+large matrix product and a large copy.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import process_time
+from typing import Literal
 
 import numpy as np
 
 from engines.targets import TARGETS
+from validate.bench.graph_flops import GraphFlops, graph_flops
 from validate.bench.machine import usable_cores
 from validate.bench.work import DECODER, ENCODER, TEXT, Work, components_of
 from wan22.bundle import Bundle, Component, Tensor
@@ -23,6 +26,8 @@ from wan22.specs import PATCH, Precision
 MATRIX = 2048  # rows of the measured product: 50 MB of operands, beyond most caches
 COPY_BYTES = 2**28
 TRIES = 6
+
+Source = Literal["graph", "spec"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Peak:
 class Cost:
     flop: Mapping[Precision, float]  # by the type that it is computed in
     bytes: float
+    source: Source = "spec"  # of ``flop``
 
     @property
     def total_flop(self) -> float:
@@ -56,22 +62,43 @@ class Cost:
 
 def costs_of(work: Work, bundle: Bundle) -> dict[str, Cost]:
     """By piece."""
-    return {piece: Cost(_flop(piece, work, bundle), _bytes(piece, work, bundle)) for piece in work.pieces}
+    return {piece: _cost(piece, work, bundle) for piece in work.pieces}
 
 
-def _flop(piece: str, work: Work, bundle: Bundle) -> dict[Precision, float]:
-    spec, (height, width) = work.spec, work.latents.shape[3:]
+def _cost(piece: str, work: Work, bundle: Bundle) -> Cost:
+    counted = _of_graphs(piece, work, bundle)
+    flops = counted or _of_spec(piece, work)
     precision = bundle.component(components_of(piece, work)[0]).precision
+    of_attention = Precision.BF16 if precision == Precision.FP8 else precision  # "fp8" quantises linears only
+    by_type = {precision: flops.with_weights}
+    by_type[of_attention] = by_type.get(of_attention, 0.0) + flops.attention
+    return Cost(by_type, _bytes(piece, work, bundle), "graph" if counted else "spec")
+
+
+def _of_graphs(piece: str, work: Work, bundle: Bundle) -> GraphFlops | None:
+    """All calls of ``piece``; None where engines are no graphs, or have nodes that cannot be counted."""
+    if bundle.manifest.build is None or bundle.manifest.build.backend != "onnxruntime":
+        return None
+    total, sizes = GraphFlops(0.0, 0.0), _sizes(work)
+    for name, count in _calls(piece, work):
+        component = bundle.component(name)
+        inputs = {tensor.name: shape_of(tensor, sizes) for tensor in component.inputs}
+        flops = graph_flops(bundle.folder / component.graph.path, inputs)
+        if flops is None:
+            return None
+        total = total.plus(flops, count)
+    return total
+
+
+def _of_spec(piece: str, work: Work) -> GraphFlops:
+    spec, (height, width) = work.spec, work.latents.shape[3:]
     if piece == TEXT:
-        return {precision: text_encoder_flops(spec.text_encoder, work.token_ids.shape[1])}
+        return GraphFlops(text_encoder_flops(spec.text_encoder, work.token_ids.shape[1]), 0.0)
     if piece in (ENCODER, DECODER):
         chunks = sum(count for _, count in _calls(piece, work))
-        return {precision: vae_flops(spec.vae, piece, (height, width), chunks)}
+        return GraphFlops(vae_flops(spec.vae, piece, (height, width), chunks), 0.0)
     flops = dit_flops(spec.dit, work.tokens)
-    attention = Precision.BF16 if precision == Precision.FP8 else precision  # "fp8" quantises linears only
-    by_type = {precision: flops.linears}
-    by_type[attention] = by_type.get(attention, 0.0) + flops.self_attention + flops.cross_attention
-    return by_type
+    return GraphFlops(flops.linears, flops.self_attention + flops.cross_attention)
 
 
 def _calls(piece: str, work: Work) -> list[tuple[str, int]]:
@@ -81,15 +108,19 @@ def _calls(piece: str, work: Work) -> list[tuple[str, int]]:
 
 
 def _bytes(piece: str, work: Work, bundle: Bundle) -> float:
-    frames, height, width = work.latents.shape[2:]
-    sizes = {"frames": frames, "height": height, "width": width, "tokens": work.token_ids.shape[1]}
-    sizes |= {"rows": height // PATCH[1], "columns": width // PATCH[2]}
-    total = 0.0
+    total, sizes = 0.0, _sizes(work)
     for name, count in _calls(piece, work):
         component = bundle.component(name)
         edges = sum(_size_bytes(tensor, sizes) for tensor in (*component.inputs, *component.outputs))
         total += count * (edges + _weights_bytes(component))
     return total
+
+
+def _sizes(work: Work) -> dict[str, int]:
+    """Of every named dimension."""
+    frames, height, width = work.latents.shape[2:]
+    sizes = {"frames": frames, "height": height, "width": width, "tokens": work.token_ids.shape[1]}
+    return sizes | {"rows": height // PATCH[1], "columns": width // PATCH[2]}
 
 
 def _size_bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int:

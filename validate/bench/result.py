@@ -93,7 +93,7 @@ class Piece:
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {side: samples.as_json() for side, samples in self.samples.items()}
-        found["flop"], found["bytes"] = self.cost.total_flop, self.cost.bytes
+        found |= {"flop": self.cost.total_flop, "flop_source": self.cost.source, "bytes": self.cost.bytes}
         if self.roofline_s is not None:
             found |= {"roofline_ms": 1000 * self.roofline_s, "roofline_percent": self.roofline_percent}
         found["speedup"] = {side: vars(ratio) for side in self.samples if side != OURS and (ratio := self.ratio(side))}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NAMES = {OURS: "ours", EAGER: "PyTorch eager", COMPILED: "torch.compile"}
+COUNTED = {"graph": "counted on the graphs", "spec": "of the model's formulas"}
 CHANGES_SHOWN = 12
 TIMES = (
     ("text", "text_s"), ("image", "image_s"), ("all steps", "denoise_s"), ("decode", "decode_s"),
@@ -85,7 +86,14 @@ def _difference(piece: Piece) -> str:
 
 
 def _work(pieces: Sequence[Piece]) -> "Table":
-    table = _table("Work, and the least time that the roofline allows", "", "GFLOP", "GB", "least ms", "reached, %")
+    table = _table(
+        f"Work, and the least time that the roofline allows; {COUNTED[pieces[0].cost.source]}",
+        "",
+        "GFLOP",
+        "GB",
+        "least ms",
+        "reached, %",
+    )
     for piece in pieces:
         roof = ("", "")
         if piece.roofline_s is not None:

@@ -1,0 +1,76 @@
+"""Arithmetic counted on graphs: what the formulas of the models say, and nothing that a graph leaves out."""
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from validate.bench.graph_flops import GraphFlops, graph_flops
+from wan22.bundle import open_bundle
+from wan22.costs import dit_flops, text_encoder_flops, vae_flops
+from wan22.shapes import shape_of
+
+FRAMES, HEIGHT, WIDTH, TOKENS = 5, 30, 52, 39
+SIZES = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "rows": 15, "columns": 26, "tokens": TOKENS}
+
+
+@pytest.fixture(scope="module")
+def counted(tiny_engines):
+    bundle = open_bundle(tiny_engines, "engines")
+    return {
+        component.name: graph_flops(
+            bundle.folder / component.graph.path, {t.name: shape_of(t, SIZES) for t in component.inputs}
+        )
+        for component in bundle.manifest.components
+    }, bundle.manifest.spec
+
+
+def test_the_transformer_is_its_formula_and_its_small_ends(counted):
+    flops, spec = counted
+    formula = dit_flops(spec.dit, FRAMES * HEIGHT * WIDTH // 4)
+    for expert in spec.experts:
+        assert flops[expert].attention == formula.self_attention + formula.cross_attention
+        assert 1 < flops[expert].with_weights / formula.linears < 1.05
+
+
+def test_the_text_encoder_is_its_formula(counted):
+    flops, spec = counted
+    assert flops["text_encoder"].total == text_encoder_flops(spec.text_encoder, TOKENS)
+
+
+def test_a_later_chunk_of_the_decoder_is_its_formula_and_the_first_leaves_out_what_multiplies_zeros(counted):
+    flops, spec = counted
+    first, both = (vae_flops(spec.vae, "vae_decoder", (HEIGHT, WIDTH), frames) for frames in (1, 2))
+    assert flops["vae_decoder_next"].total == both - first
+    assert flops["vae_decoder_first"].total < 0.5 * first
+
+
+def graph_of(path, *nodes, weights=()):
+    """A graph from ``x`` [2, rows, 8] to ``y``; weights are (name, dims)."""
+    tensors = [helper.make_tensor(name, TensorProto.FLOAT, dims, bytes(4 * 8 * 8), raw=True) for name, dims in weights]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, "rows", 8])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    model = helper.make_model(helper.make_graph(list(nodes), "graph", [x], [y], tensors))
+    onnx.save(model, path)
+    return path
+
+
+def test_products_with_weights_and_of_activations_are_told_apart(tmp_path):
+    path = graph_of(
+        tmp_path / "graph.onnx",
+        helper.make_node("Transpose", ["w"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "turned"], ["h"]),
+        helper.make_node("Transpose", ["h"], ["columns"], perm=[0, 2, 1]),
+        helper.make_node("FusedMatMul", ["h", "columns"], ["y"], domain="com.microsoft", alpha=0.5),
+        weights=[("w", [8, 8])],
+    )
+    assert graph_flops(path, {"x": (2, 5, 8)}) == GraphFlops(2 * 2 * 5 * 8 * 8, 2 * 2 * 5 * 5 * 8)
+
+
+def test_a_graph_with_an_operator_that_cannot_be_counted_is_not_counted_by_half(tmp_path):
+    path = graph_of(
+        tmp_path / "graph.onnx",
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("QMoE", ["h"], ["y"], domain="com.microsoft"),
+        weights=[("w", [8, 8])],
+    )
+    assert graph_flops(path, {"x": (2, 5, 8)}) is None

@@ -1,0 +1,103 @@
+"""The arithmetic of an ONNX graph, counted node by node for given input shapes; no weight is read.
+
+Counted are matrix products, convolutions and attention, two operations per multiplication with addition. The rest is
+under a percent. Shapes inside of the graph come from ONNX's own inference.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Shape = tuple[int, ...]
+FUSED = {"MultiHeadAttention", "FusedMatMul"}  # ONNX Runtime's own operators that can be counted
+COUNTED = {"MatMul", "Gemm", "Conv", "Attention"} | FUSED
+
+
+@dataclass(frozen=True)
+class GraphFlops:
+    """``with_weights``: linears and convolutions. ``attention``: products of activations with each other."""
+
+    with_weights: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.with_weights + self.attention
+
+    def plus(self, other: "GraphFlops", times: int) -> "GraphFlops":
+        return GraphFlops(self.with_weights + times * other.with_weights, self.attention + times * other.attention)
+
+
+def graph_flops(path: Path, inputs: Mapping[str, Shape]) -> GraphFlops | None:
+    """Of one call of the graph at ``path`` with ``inputs`` of these shapes; None where a node cannot be counted."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    if any(node.domain and node.op_type not in FUSED for node in model.graph.node):
+        return None
+    constants = {tensor.name for tensor in model.graph.initializer}
+    shapes, with_weights, attention = _shapes(model, inputs), 0.0, 0.0
+    for node in model.graph.node:
+        operands = [name for name in node.input if name]
+        if node.op_type == "Constant" or (operands and constants.issuperset(operands)):
+            constants.update(node.output)  # so is a weight that is dequantised or transposed
+            continue
+        flops = _flops(node, shapes)
+        if flops is None:
+            return None
+        if constants.isdisjoint(operands[:2]):
+            attention += flops
+        else:
+            with_weights += flops
+    return GraphFlops(with_weights, attention)
+
+
+def _shapes(model: Any, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Of every value whose shape ``inputs`` decide."""
+    from onnx import shape_inference
+
+    standing_in = type(model)()
+    standing_in.CopyFrom(model)
+    for value in standing_in.graph.input:
+        for dim, size in zip(value.type.tensor_type.shape.dim, inputs[value.name], strict=True):
+            dim.dim_value = size
+    for value in standing_in.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    for node in standing_in.graph.node:
+        _make_known(node)
+    inferred = shape_inference.infer_shapes(standing_in, data_prop=True).graph
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        dims = value.type.tensor_type.shape.dim
+        if all(dim.HasField("dim_value") for dim in dims):
+            shapes[value.name] = tuple(dim.dim_value for dim in dims)
+    return shapes
+
+
+def _make_known(node: Any) -> None:
+    """Puts a standard operator with the same shapes in the place of one that ONNX does not know."""
+    if node.domain and node.op_type in FUSED:
+        node.domain = ""
+        if node.op_type == "MultiHeadAttention":
+            node.op_type = "Identity"  # of the queries
+            del node.input[1:], node.attribute[:]
+        else:
+            node.op_type = "MatMul"
+            del node.attribute[:]
+
+
+def _flops(node: Any, shapes: Mapping[str, Shape]) -> float | None:
+    """Of one node, 0 for those that are not counted; None where shapes are not known."""
+    if node.op_type not in COUNTED:
+        return 0.0
+    if not all(name in shapes for name in (node.output[0], *node.input[:2])):
+        return None
+    out, a, b = (shapes[name] for name in (node.output[0], *node.input[:2]))
+    if node.op_type == "Conv":
+        return 2.0 * math.prod(out) * math.prod(b[1:])
+    if "Attention" in node.op_type:  # queries and keys [B, L, D] or [B, heads, L, D]
+        return 4.0 * math.prod(a) * b[-2] if len(a) == len(b) else None
+    is_transposed = any(item.name == "transA" and item.i for item in node.attribute)
+    return 2.0 * math.prod(out) * a[-2 if is_transposed else -1]
