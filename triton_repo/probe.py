@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 METRICS = "http://127.0.0.1:8002/metrics"
+DRAIN_FLAG = Path("/tmp/wan22-drain")
 SERIES = re.compile(r"(?m)^(\w+)(?:\{[^}]*\})? (\S+)$")
 HEARTBEAT = "wan22_heartbeat_timestamp_seconds"
 LAST_STEP = "wan22_last_step_timestamp_seconds"
@@ -52,14 +53,23 @@ def work(metrics: dict[str, list[float]]) -> int:
 
 
 def drain(url: str, flag: Path, within_s: float, every_s: float = 1.0) -> bool:
-    """Raises ``flag``, which makes the model unready, and waits for the last job; False when time is up."""
+    """Raises ``flag``, which makes the model unready, and waits for the last job.
+
+    False when there is nothing to wait for any more: time is up, the server is gone, a model is dead.
+    """
     flag.touch()
     give_up = time.monotonic() + within_s
-    while work(read(url)):
-        if time.monotonic() > give_up:
+    while time.monotonic() < give_up:
+        try:
+            metrics = read(url)
+        except OSError:
+            return False
+        if not work(metrics):
+            return True
+        if list(troubles(metrics)):
             return False
         time.sleep(every_s)
-    return True
+    return False
 
 
 def main() -> int:
@@ -68,7 +78,7 @@ def main() -> int:
     parser.add_argument("--metrics", default=METRICS)
     parser.add_argument("--max-silence-s", type=float, default=MAX_SILENCE_S)
     parser.add_argument("--max-step-s", type=float, default=MAX_STEP_S)
-    parser.add_argument("--flag", type=Path, default=Path("/tmp/wan22-drain"))
+    parser.add_argument("--flag", type=Path, default=DRAIN_FLAG)
     parser.add_argument("--within-s", type=float, default=3600)
     asked = parser.parse_args()
     if asked.question == "drain":

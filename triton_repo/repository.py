@@ -29,6 +29,7 @@ class RepositoryOptions:
     limits: Mapping[str, int | None] = field(default_factory=dict)  # by name; the model's where there is none
     engines_at: str = ""  # where the engines are on the serving machine, if not where they are here
     keep_experts: bool = True
+    drain_flag: str = ""  # while this file exists the model says that it is not ready
     memory_gib: float = 0.0  # of the GPU; 0: not known
     overwrite: bool = False
 
@@ -51,7 +52,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
     if options.topology == "bls":
         _check_bls(bundle, options)
     limits = Limits.of(bundle.manifest.spec, **options.limits)
-    _make_room(folder, overwrite=options.overwrite)
+    make_room(folder, overwrite=options.overwrite)
     with staged(folder) as temporary:
         (temporary / MARK).touch()
         settings = settings_of(
@@ -59,6 +60,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
             limits,
             engines_at=options.engines_at,
             keep_experts=options.keep_experts,
+            drain_flag=options.drain_flag,
         )
         if options.topology == "owner":
             _write_owner(temporary, options.name, settings, on_gpu=is_for_gpu(bundle))
@@ -84,11 +86,12 @@ def is_for_gpu(bundle: Bundle) -> bool:
     return build is not None and build.target != "cpu"
 
 
-def _make_room(folder: Path, *, overwrite: bool) -> None:
+def make_room(folder: Path, *, overwrite: bool) -> None:
+    """Clears ``folder``, if it may: an empty one, or one of ours that is to be overwritten."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
         raise UserError(f"{folder} exists", "a new folder", "choose another or add --overwrite")
     if not (folder / MARK).is_file():
-        raise UserError(f"{folder} is no repository of ours", "one made by wan-trt triton", "choose another folder")
+        raise UserError(f"{folder} is not ours", "one made by wan-trt triton", "choose another folder")
     shutil.rmtree(folder)

@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 from triton_repo import probe
 from triton_repo.installation import Installation, backend_folder, stub_environment
 from triton_repo.settings import Limits
+from triton_repo.start import remove_regions
 from wan22.errors import UserError
 
 ADMIN_APIS = ("model-repository", "logging", "trace", "shared-memory")
@@ -25,7 +26,6 @@ EXIT_MARGIN_S = 30  # beyond the longest job: unloading, writing the answer
 KEEPALIVE_MS = 60_000
 WATCH_EVERY_S = 1.0
 LOAD_S = 1800  # for a stub to open its engines
-SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class ServeOptions:
     region_prefix: str = field(default_factory=lambda: f"wan22_{secrets.token_hex(4)}_")
 
 
-def arguments(installation: Installation, repository: Path, limits: Limits, options: ServeOptions) -> list[str]:
-    """The command line, without options that this release of the server does not know."""
-    key = secrets.token_hex(16)  # told to nobody, so the APIs behind it are closed
-    admin = f"{','.join(ADMIN_APIS)}:wan22-admin={key}"
+def arguments(
+    repository: Path, limits: Limits, options: ServeOptions, admin_key: str, known: Set[str] | None = None
+) -> list[str]:
+    """The options of ``tritonserver``, of those that its release has ``known``; None: of all."""
+    admin = f"{','.join(ADMIN_APIS)}:wan22-admin={admin_key}"
     asked = {
         "model-repository": repository,
         "model-control-mode": "none",
@@ -67,10 +68,9 @@ def arguments(installation: Installation, repository: Path, limits: Limits, opti
         "allow-client-shm": "false",
         "log-verbose": options.verbose,
     }
-    known = _known_options(installation)
-    flags = [_flag(name, value) for name, value in asked.items() if name in known and value != ""]
+    flags = [_flag(name, value) for name, value in asked.items() if value != "" and (known is None or name in known)]
     backend = {"shm-region-prefix-name": options.region_prefix, "stub-timeout-seconds": LOAD_S}
-    return [str(installation.binary), *flags, *(f"--backend-config=python,{k}={v}" for k, v in backend.items())]
+    return [*flags, *(f"--backend-config=python,{k}={v}" for k, v in backend.items())]
 
 
 def _flag(name: str, value: object) -> str:
@@ -100,8 +100,10 @@ def running(
     """
     for port in (options.http_port, options.grpc_port, options.metrics_port):
         _check_free(options.address, port)
+    key = secrets.token_hex(16)  # told to nobody, so the APIs behind it are closed
     with backend_folder(installation) as backends:
-        command = [*arguments(installation, repository, limits, options), *_backend_argument(backends)]
+        asked = arguments(repository, limits, options, key, _known_options(installation))
+        command = [str(installation.binary), *asked, *_backend_argument(backends)]
         process = subprocess.Popen(command, env=stub_environment(installation, environment), start_new_session=True)
         try:
             yield process
@@ -123,12 +125,6 @@ def stop(process: "subprocess.Popen[bytes]", within_s: float) -> None:
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         process.kill()
         process.wait()
-
-
-def remove_regions(prefix: str) -> None:
-    """Shared memory that a killed server or stub left behind."""
-    for region in SHARED_MEMORY.glob(f"{prefix}*"):
-        region.unlink(missing_ok=True)
 
 
 def wait_until_ready(process: "subprocess.Popen[bytes]", options: ServeOptions, within_s: float = LOAD_S) -> None:

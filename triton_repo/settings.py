@@ -84,7 +84,9 @@ class Settings:
             ) from None
 
 
-def settings_of(bundle: Bundle, limits: Limits, *, engines_at: str = "", keep_experts: bool = True) -> Settings:
+def settings_of(
+    bundle: Bundle, limits: Limits, *, engines_at: str = "", keep_experts: bool = True, drain_flag: str = ""
+) -> Settings:
     """Settings that pin ``bundle`` as it is now; ``engines_at`` is its folder where it will be served."""
     return Settings(
         engines=engines_at or str(bundle.folder.resolve()),
@@ -92,6 +94,7 @@ def settings_of(bundle: Bundle, limits: Limits, *, engines_at: str = "", keep_ex
         model=bundle.manifest.spec.name,
         limits=limits,
         keep_experts=keep_experts,
+        drain_flag=drain_flag,
     )
 
 

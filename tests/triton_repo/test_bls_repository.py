@@ -12,40 +12,11 @@ from runtime.request import Request
 from triton_repo.bls_repository import largest_call_bytes
 from triton_repo.repository import RepositoryOptions, write_repository
 from triton_repo.settings import Limits
-from wan22.bundle import file_entry, open_bundle, write_manifest
+from wan22.bundle import file_entry
 from wan22.errors import UserError
 
 BLS = RepositoryOptions(topology="bls")
 COMPONENTS = {"text_encoder", "high_noise", "low_noise", "vae_decoder_first", "vae_decoder_next"}
-PROFILES = (
-    {"frames": (1, 5, 21), "height": (60, 60, 60), "width": (104, 104, 104), "tokens": (1, 64, 512)},
-    {"frames": (1, 5, 21), "height": (90, 90, 90), "width": (160, 160, 160), "tokens": (1, 64, 512)},
-)
-
-
-@pytest.fixture
-def compiled(tiny_engines, tmp_path):
-    """Engines as they would be for an H100: plans of another content, a manifest of the same shape."""
-
-    def made(**changes):
-        folder = tmp_path / "engines"
-        shutil.copytree(tiny_engines, folder)
-        manifest = open_bundle(folder, "engines").manifest
-        components = []
-        for component in manifest.components:
-            plan = folder / f"{component.name}.plan"
-            plan.write_bytes(component.name.encode())
-            components.append(replace(component, graph=file_entry(folder, plan), weights=changes.get("weights", ())))
-        build = replace(
-            manifest.build,
-            target="h100",
-            backend=changes.get("backend", "tensorrt"),
-            profiles=tuple(part | {"rows": (30, 30, 30), "columns": (52, 52, 52)} for part in PROFILES),
-        )
-        write_manifest(folder, replace(manifest, components=tuple(components), build=build))
-        return folder
-
-    return made
 
 
 def config(path):

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.triton_repo.serving import LONG, serving
+from triton_repo import probe
 from triton_repo.client import JobError
 
 QUEUE = 3  # jobs that may wait, per priority
@@ -174,6 +175,18 @@ def test_a_deadline_ends_a_running_job(server):
     assert job.error.status == "DEADLINE_EXCEEDED"
     assert "deadline of the request has passed" in str(job.error)
     assert job.events
+
+
+def test_draining_waits_for_running_and_waiting_jobs(server, tmp_path):
+    flag = tmp_path / "drain"
+    running = running_job(server, **MEDIUM)
+    (waiting,) = waiting_jobs(server, TINY_JOB)
+    metrics = f"http://127.0.0.1:{server.options.metrics_port}/metrics"
+    assert not probe.drain(metrics, flag, within_s=0.2, every_s=0.05)
+    assert running.result is None
+    assert probe.drain(metrics, flag, within_s=60, every_s=0.05)
+    assert flag.exists()
+    assert (server.metric("wan22_in_flight"), running.join().error, waiting.join().error) == (0, None, None)
 
 
 def test_fifty_requests_from_eight_clients_leave_nothing_behind(server):

@@ -32,11 +32,21 @@ def run(
     queue_size: Annotated[int, typer.Option(help="Jobs that may wait, per priority.", min=1)] = 8,
     longest_job: Annotated[int, typer.Option(help="Seconds a job may run, and a shutdown waits.", min=1)] = 3600,
     one_expert: Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")] = False,
+    kubernetes: Annotated[Path | None, typer.Option(help="Folder to write Kubernetes manifests to as well.")] = None,
+    image: Annotated[
+        str, typer.Option(help="Of the pods: tritonserver 26.07 or later with wan-trt installed.")
+    ] = "wan-trt:26.07",
+    max_pods: Annotated[int, typer.Option(help="Most pods that the autoscaler may make.", min=1)] = 4,
+    prometheus: Annotated[
+        str, typer.Option(help="Where the autoscaler reads metrics.")
+    ] = "http://prometheus-server.monitoring.svc",
     overwrite: Overwrite = False,
 ) -> None:
     """Package engines as a Triton model repository."""
     from triton_repo.bls_repository import largest_call_bytes
-    from triton_repo.repository import RepositoryOptions, write_repository
+    from triton_repo.manifests import ENGINES_AT, ClusterOptions, check_image, write_manifests
+    from triton_repo.probe import DRAIN_FLAG
+    from triton_repo.repository import RepositoryOptions, make_room, write_repository
 
     options = RepositoryOptions(
         name,
@@ -50,13 +60,20 @@ def run(
             "max_queue_size": queue_size,
             "longest_job_s": longest_job,
         },
-        engines_at=engines_at,
+        engines_at=engines_at or (ENGINES_AT if kubernetes else ""),
         keep_experts=not one_expert,
+        drain_flag=str(DRAIN_FLAG) if kubernetes else "",
         memory_gib=memory_gib(engines, topology, gpu_memory),
         overwrite=overwrite,
     )
+    if kubernetes is not None:
+        check_image(image)
+        make_room(kubernetes, overwrite=overwrite)
     written = write_repository(engines, repository, options)
     console.print(f"{written.bundle.manifest.spec.name} as Triton model {name}: {repository}")
+    if kubernetes is not None:
+        write_manifests(kubernetes, written, options, ClusterOptions(image, max_pods, prometheus))
+        console.print(f"manifests: {kubernetes}")
     if topology == "bls":
         mebibytes = largest_call_bytes(written.bundle, written.limits) / 2**20
         console.print(f"its largest engine call moves {mebibytes:.0f} MiB through /dev/shm: give it 3 times that")
