@@ -5,7 +5,7 @@ steps it did make still count.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -15,6 +15,8 @@ from runtime.arrays import NonFiniteError
 from runtime.denoise import Step
 from runtime.request import CompleteRequest
 from validate.metrics import compare
+from validate.official import SOLVERS as OFFICIAL_SOLVERS
+from validate.official import Official
 from validate.ours import Ours
 from validate.reference import NOTHING, Given, ImageCondition, Reference
 from validate.reference_parts import F32
@@ -27,24 +29,25 @@ from wan22.specs import Precision
 Watched = TypeVar("Watched")
 
 
-class Climb:
-    """What the rungs of the ladder stand on.
+@dataclass(frozen=True)
+class Sides:
+    """Who computes. ``lowered`` is the reference in the precision of ours, where that is not float32."""
 
-    ``limits`` are those of every component and of the whole "run". ``lowered`` is the reference in the precision of
-    ours, where that is not float32.
-    """
+    ours: Ours
+    reference: Reference
+    lowered: Reference | None = None
+    official: Official | None = None  # where the user has a clone
+
+
+class Climb:
+    """What the rungs of the ladder stand on. ``limits`` are those of every component and of the whole "run"."""
 
     def __init__(
-        self,
-        ours: Ours,
-        reference: Reference,
-        lowered: Reference | None,
-        request: CompleteRequest,
-        limits: dict[str, Thresholds],
-        progress: Progress,
+        self, sides: Sides, request: CompleteRequest, limits: dict[str, Thresholds], progress: Progress
     ) -> None:
-        self.ours, self.reference, self.lowered, self.request, self.limits = ours, reference, lowered, request, limits
-        self.spec = reference.spec
+        self.sides, self.request, self.limits = sides, request, limits
+        self.ours, self.reference, self.lowered = sides.ours, sides.reference, sides.lowered
+        self.spec = sides.reference.spec
         self._progress = progress
         self.stopped = ""  # why our run ended early
 
@@ -90,7 +93,7 @@ class Climb:
     def without_image(self) -> "Climb":
         """The text to video that a model for both makes of the same request."""
         request = replace(self.request, image=None, last_image=None)
-        other = Climb(self.ours, self.reference, self.lowered, request, self.limits, self._progress)
+        other = Climb(self.sides, request, self.limits, self._progress)
         other.text = self.text
         return other
 
@@ -129,6 +132,27 @@ class Climb:
         text = {name: lowered.embeddings(lowered.token_ids(prompt)) for name, prompt in self.prompts.items()}
         steps = run(lowered, self.request, text["prompt"], text.get("negative prompt"), self.given)
         return list(self._watched(steps, f"PyTorch run, {self.precision_of('run')}"))
+
+    @property
+    def official(self) -> Official:
+        """Asked by the rungs of :mod:`validate.ladder_official` alone, which are climbed where there is one."""
+        assert self.sides.official is not None
+        return self.sides.official
+
+    @property
+    def official_runs(self) -> bool:
+        """Whether the official code can make the requested run."""
+        return self.request.solver in OFFICIAL_SOLVERS and self.request.schedule == "official"
+
+    @cached_property
+    def official_text(self) -> dict[str, F32]:
+        encode = self.official.embeddings
+        return {name: encode(self.official.token_ids(text)) for name, text in self.prompts.items()}
+
+    @cached_property
+    def official_steps(self) -> list[ReferenceStep]:
+        text, negative = self.official_text["prompt"], self.official_text.get("negative prompt")
+        return list(self._watched(self.official.run(self.request, text, negative, self.given), "official run"))
 
     @cached_property
     def our_steps(self) -> list[Step]:

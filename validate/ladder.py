@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from validate import ladder_image, thresholds
+from validate import ladder_image, ladder_official, thresholds
 from validate.climb import Climb
 from validate.metrics import FRAME_RANGE, compare, difference_per_frame, incomparable
 from validate.ours import Ours
@@ -39,8 +39,8 @@ class Rung:
         return (replace(row, subject=self.subject) for row in self.climb(climb))
 
 
-def rungs(spec: ModelSpec) -> tuple[Rung, ...]:
-    """The ladder of a model, from the bottom."""
+def rungs(spec: ModelSpec, *, official: bool = False) -> tuple[Rung, ...]:
+    """The ladder of a model, from the bottom; ``official`` adds the part that stands on the official code."""
     experts = tuple(Rung("velocity", partial(velocities, expert=expert)) for expert in spec.experts)
     both_modes = (Rung("text_mode", text_mode),) if spec.task == Task.TI2V else ()
     known: tuple[tuple[str, tuple[Rung, ...]], ...] = (
@@ -49,7 +49,8 @@ def rungs(spec: ModelSpec) -> tuple[Rung, ...]:
         (spec.experts[0], (*SAMPLER_RUNGS, *experts, Rung("latents", trajectory), *both_modes)),
         ("vae_decoder_first", (Rung("decode", decoder), Rung("frames", video))),
     )
-    return tuple(rung for component, its in known if component in spec.components for rung in its)
+    ladder = tuple(rung for component, its in known if component in spec.components for rung in its)
+    return (*ladder, *OFFICIAL_RUNGS) if official else ladder
 
 
 def token_ids(climb: Climb) -> Iterator[Row]:
@@ -207,4 +208,14 @@ SAMPLER_RUNGS = (
     Rung("schedule", schedule),
     Rung("noise", initial_noise),
     Rung("time_features", time_conditions),
+)
+OFFICIAL_RUNGS = (
+    Rung("official_token_ids", ladder_official.token_ids),
+    Rung("official_embeddings", ladder_official.embeddings),
+    Rung("official_schedule", ladder_official.schedule),
+    Rung("official_encode", ladder_official.encode),
+    Rung("official_velocity", ladder_official.velocities),
+    Rung("official_latents", ladder_official.latents),
+    Rung("official_decode", ladder_official.decode),
+    Rung("official_frames", ladder_official.video),
 )

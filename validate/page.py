@@ -62,6 +62,8 @@ def sections(report: "ValidationReport") -> list[Section]:
 
 
 def section_title(row: Row) -> str:
+    if row.subject.startswith("official"):
+        return "Official code"
     if row.step is not None:
         return "Latents, step by step"
     fixed = {"tokenizer": "Text", "text_encoder": "Text", "sampler": "Schedule and noise", "video": "Video"}

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +22,7 @@ from wan22.specs import Precision, Task
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
+    from validate.official import Official
     from validate.report import ValidationReport
     from validate.row import Row
     from validate.thresholds import Thresholds
@@ -53,6 +55,8 @@ class ValidateOptions:
     guidance_of: dict[str, float] = field(default_factory=dict)  # of one expert, over that of every
     solver: SolverName | None = None
     schedule: Convention = "official"
+    # the second reference
+    official_repo: Path | None = None  # a clone of the official code
     # for the report
     command: str = ""
 
@@ -110,7 +114,20 @@ def validate(
         manifest = pipeline.bundle.manifest
         request = options.request(manifest)
         source = with_loras(open_same_model(checkpoint, engines, manifest, progress), manifest)
-        return _climb(pipeline, source, request, Target(out, options), progress)
+        with official_code(options.official_repo, source) as official:
+            return _climb(pipeline, (source, official), request, Target(out, options), progress)
+
+
+@contextmanager
+def official_code(repo: Path | None, checkpoint: "Checkpoint") -> Iterator["Official | None"]:
+    """The official code at ``repo``, None where there is none."""
+    if repo is None:
+        yield None
+        return
+    from validate.official import Official
+
+    with Official(repo, checkpoint) as official:
+        yield official
 
 
 def open_same_model(where: Path | str, engines: Path, manifest: Manifest, progress: Progress) -> "Checkpoint":
@@ -138,9 +155,13 @@ class Target:
 
 
 def _climb(
-    pipeline: Pipeline, checkpoint: "Checkpoint", request: CompleteRequest, target: Target, progress: Progress
+    pipeline: Pipeline,
+    references: "tuple[Checkpoint, Official | None]",
+    request: CompleteRequest,
+    target: Target,
+    progress: Progress,
 ) -> "ValidationReport":
-    from validate.climb import Climb
+    from validate.climb import Climb, Sides
     from validate.figures import filmstrip
     from validate.ladder import rungs
     from validate.ours import Ours
@@ -149,11 +170,12 @@ def _climb(
     from validate.row import Row
 
     check_writable(target.folder)
-    manifest = pipeline.bundle.manifest
+    manifest, (checkpoint, official) = pipeline.bundle.manifest, references
     precisions, made = _precisions(manifest), how_made(manifest)
     lowered = Reference(checkpoint, progress, precisions) if set(precisions.values()) != {Precision.FP32} else None
-    climb = Climb(Ours(pipeline), Reference(checkpoint, progress), lowered, request, _limits(precisions), progress)
-    ladder, rows = rungs(manifest.spec), list[Row]()
+    sides = Sides(Ours(pipeline), Reference(checkpoint, progress), lowered, official)
+    climb = Climb(sides, request, _limits(precisions), progress)
+    ladder, rows = rungs(manifest.spec, official=official is not None), list[Row]()
     for done, rung in enumerate(ladder, 1):
         rows.extend(replace(row, made=_made(row, made)) for row in rung.rows(climb))
         progress("parity ladder", done, len(ladder), "rungs")
@@ -206,6 +228,7 @@ def facts(
         f"seed {request.seed}, guidance {guidance}",
         "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in _ways(manifest).items()),
         "reference": _reference(manifest),
+        **({} if options.official_repo is None else {"second reference": f"the code at {options.official_repo}, fp32"}),
         "versions": ", ".join([*(f"{name} {metadata.version(name)}" for name in LIBRARIES), _python()]),
         "machine": f"{platform.system()} {platform.machine()}",
         "built by": manifest.command,

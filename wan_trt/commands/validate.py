@@ -49,6 +49,9 @@ def run(
     guidance: Guidance = None,
     solver: Solver = None,
     schedule: Schedule = "official",
+    official_repo: Annotated[
+        Path | None, typer.Option(help="A clone of Wan-Video/Wan2.2, to compare with its code as well.")
+    ] = None,
 ) -> int:
     """Prove that the engines compute what PyTorch computes. Exit code 1 when a row fails."""
     fixed = size_of(size)
@@ -71,6 +74,7 @@ def run(
         guidance_of=by_expert(guidance_high_noise, guidance_low_noise),
         solver=solver,
         schedule=schedule,
+        official_repo=official_repo,
         command=command_line(),
     )
     with bars() as progress:

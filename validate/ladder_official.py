@@ -1,0 +1,95 @@
+"""The rungs against the official Wan2.2 code, where the user has a clone of it.
+
+Inputs are those of the first ladder, so that a row here and its neighbour there differ in the reference alone; the note
+says how far the two references are from each other. Precision is told from export there.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import numpy as np
+
+from validate import thresholds
+from validate.climb import Climb
+from validate.metrics import FRAME_RANGE, compare, incomparable
+from validate.reference_parts import F32
+from validate.reference_run import lists
+from validate.row import Row
+from validate.thresholds import Limit
+
+
+def token_ids(climb: Climb) -> Iterator[Row]:
+    for name, prompt in climb.prompts.items():
+        metrics = compare(climb.ours.token_ids(prompt), climb.official.token_ids(prompt))
+        yield Row(f"token ids, {name}", "tokenizer", metrics, thresholds.TOKEN_IDS)
+
+
+def embeddings(climb: Climb) -> Iterator[Row]:
+    limit = climb.limits["text_encoder"].text
+    for name, prompt in climb.prompts.items():
+        sides = (climb.ours.embeddings(prompt), climb.official_text[name], climb.text[name])
+        yield _row(f"embeddings, {name}", "text_encoder", limit, sides)
+
+
+def schedule(climb: Climb) -> Iterator[Row]:
+    if climb.official_runs:
+        ours, official = climb.ours.lists(climb.request), climb.official.lists(climb.request)
+        sides = (ours[0], official[0], lists(climb.request)[0])
+        yield _row("sigmas", "sampler", thresholds.SIGMAS, sides)
+        yield Row("timesteps", "sampler", compare(ours[1], official[1]), thresholds.TIMESTEPS)
+
+
+def encode(climb: Climb) -> Iterator[Row]:
+    if climb.images:
+        video, limit = climb.condition.video, climb.limits["vae_encoder_first"].vae
+        sides = (climb.ours.encode(video), climb.official.encode(video), climb.condition.latents)
+        yield _row("encode of the reference's pixels", "vae_encoder_first", limit, sides)
+
+
+def velocities(climb: Climb) -> Iterator[Row]:
+    """At the first and the last step that each expert makes in diffusers' run."""
+    for expert, group in groupby(climb.reference_steps, lambda step: step.expert):
+        steps, limit = list(group), climb.limits[expert].velocity
+        for step in {steps[0].index: steps[0], steps[-1].index: steps[-1]}.values():
+            inputs = (expert, step.before, step.timestep, climb.text["prompt"], climb.given)
+            ours, official, diffusers = (
+                side.velocity(*inputs) for side in (climb.ours, climb.official, climb.reference)
+            )
+            yield _row(f"velocity at t = {step.timestep:g}", expert, limit, (ours, official, diffusers))
+
+
+def latents(climb: Climb) -> Iterator[Row]:
+    """Two runs that each go their own way: after the step where they are farthest apart, and after the last."""
+    limit, ours = climb.limits["run"].latents, climb.our_steps
+    if not climb.official_runs:
+        return
+    if climb.stopped:
+        yield Row("latents of the run", "sampler", incomparable(climb.stopped), limit)
+        return
+    theirs, last = climb.official_steps, len(climb.official_steps) - 1
+    apart = [compare(mine.latents, its.after).relative_l2 for mine, its in zip(ours, theirs, strict=True)]
+    for index in dict.fromkeys((int(np.argmax(apart)), last)):  # the first NaN counts as the largest
+        sides = (ours[index].latents, theirs[index].after, climb.reference_steps[index].after)
+        yield _row(f"latents after step {index + 1} of {last + 1}", "sampler", limit, sides)
+
+
+def decode(climb: Climb) -> Iterator[Row]:
+    limit = climb.limits["vae_decoder_next"].vae
+    sides = (climb.our_decode, climb.official.decode(climb.latents), climb.reference_frames)
+    yield _row("decode of the reference's latents", "vae_decoder_next", limit, sides, FRAME_RANGE)
+
+
+def video(climb: Climb) -> Iterator[Row]:
+    if climb.official_runs and climb.our_frames is not None:
+        official = climb.official.decode(climb.official_steps[-1].after)
+        sides = (climb.our_frames, official, climb.reference_frames)
+        yield _row("frames, end to end", "video", climb.limits["run"].frames, sides, FRAME_RANGE)
+
+
+def _row(
+    name: str, component: str, limit: Limit, sides: tuple[F32, F32, F32], signal_range: float | None = None
+) -> Row:
+    """``sides`` are ours, the official code's and diffusers'."""
+    ours, official, diffusers = sides
+    note = f"diffusers is {compare(diffusers, official).relative_l2:.1e} from it"
+    return Row(name, component, compare(ours, official, signal_range=signal_range), limit, note)
