@@ -4,7 +4,7 @@ In the JSON a number that is not finite is written as the text ``"nan"`` or ``"i
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,13 +87,18 @@ def _refusing(folder: Path) -> Iterator[None]:
 
 
 def write_report(report: ValidationReport, folder: Path) -> None:
-    """Writes both files into ``folder``, over those of an earlier report.
+    """Writes both files into ``folder``, over those of an earlier report."""
+    write_files(folder, {"report.json": as_json(report), "report.html": as_html(report).encode()})
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes contents by name into ``folder``, each file whole or not at all.
 
     Raises:
         UserError: the folder cannot be made or written.
     """
     check_writable(folder)
-    for name, content in (("report.json", as_json(report)), ("report.html", as_html(report).encode())):
+    for name, content in files.items():
         with _refusing(folder):
             _replace(folder / name, content)
 

@@ -70,6 +70,26 @@ def test_an_image_is_not_for_a_text_model(tiny_engines, tiny_checkpoint, tmp_pat
     assert "an image for t2v-a14b-tiny" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "no ENGINES and CHECKPOINT"),
+        (["engines"], "no ENGINES and CHECKPOINT"),
+        (["engines", "checkpoint", "--model", "ti2v-5b"], "--model beside engines"),
+        (["engines", "checkpoint", "--precision-study"], "ENGINES beside --precision-study"),
+        (["--precision-study", "--size", "832x480"], "--size beside --precision-study"),
+        (["--precision-study", "--schedule", "diffusers"], "--schedule beside --precision-study"),
+        (["--precision-study", "--model", "wan3"], "model 'wan3'"),
+        (["--precision-study", "--steps", "0"], "0 steps"),
+    ],
+)
+def test_a_study_needs_no_engines_and_all_else_does(tmp_path, capsys, arguments, told):
+    assert status("validate", "-o", tmp_path / "out", *arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert told in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["i2v-a14b-tiny", "ti2v-5b-tiny"])
 def test_the_demo_of_image_models_starts_from_the_built_in_picture(tmp_path, model):

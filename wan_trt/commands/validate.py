@@ -1,10 +1,13 @@
-"""``wan-trt validate``: engines beside the PyTorch reference."""
+"""``wan-trt validate``: engines beside the PyTorch reference, or precisions beside float32 on a model of its own."""
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from wan22.errors import UserError
 from wan_trt.arguments import (
     ExactOfficial,
     ExpertGuidance,
@@ -25,11 +28,27 @@ from wan_trt.arguments import (
 )
 from wan_trt.console import bars, command_line, console
 
+STUDY_STEPS = 4
+STUDIED_WITH = ("precision_study", "output", "model", "steps", "seed")  # the options that a study heeds
+
 
 def run(
-    engines: Annotated[Path, typer.Argument(help="Engine bundle, or the ONNX bundle.", show_default=False)],
-    checkpoint: Annotated[str, typer.Argument(help="The checkpoint it was exported from.", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for report.html and report.json.")],
+    engines: Annotated[
+        Path | None, typer.Argument(help="Engine bundle, or the ONNX bundle.", show_default=False)
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="The checkpoint it was exported from.", show_default=False)
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the report, HTML and JSON.")] = Path(
+        "report"
+    ),
+    precision_study: Annotated[
+        bool,
+        typer.Option(
+            "--precision-study", help="Compare precisions on a small model with real magnitudes; takes no engines."
+        ),
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Whose small model a precision study makes; ti2v-5b.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Prompt of the compared run.")] = None,
     negative_prompt: NegativePrompt = None,
     size: Size = None,
@@ -53,7 +72,17 @@ def run(
         Path | None, typer.Option(help="A clone of Wan-Video/Wan2.2, to compare with its code as well.")
     ] = None,
 ) -> int:
-    """Prove that the engines compute what PyTorch computes. Exit code 1 when a row fails."""
+    """Prove that the engines compute what PyTorch computes. Exit code 1 when a row fails.
+
+    With --precision-study: what each precision costs in accuracy, exit code 1 when one that can be exported collapses.
+    """
+    if precision_study:
+        _refuse_others(locals())
+        return _study(output, model or "ti2v-5b", steps, seed)
+    if engines is None or checkpoint is None:
+        raise UserError("no ENGINES and CHECKPOINT", "both, or --precision-study", "see wan-trt validate --help")
+    if model is not None:
+        raise UserError("--model beside engines", "the engines' own", "leave it out, or add --precision-study")
     fixed = size_of(size)
     from validate import ValidateOptions, validate
 
@@ -82,3 +111,24 @@ def run(
     console.print(report.table())
     console.print(f"{report.summary()}: {output / 'report.html'}")
     return 0 if report else 1
+
+
+def _refuse_others(given: Mapping[str, object]) -> None:
+    """What a precision study has no use for must not seem to have been heard."""
+    for name, parameter in inspect.signature(run).parameters.items():
+        if name not in STUDIED_WITH and given[name] != parameter.default:
+            told = name.upper() if name in ("engines", "checkpoint") else f"--{name.replace('_', '-')}"
+            raise UserError(f"{told} beside --precision-study", "a study of its own model", f"leave {told} out")
+
+
+def _study(output: Path, model: str, steps: int | None, seed: int) -> int:
+    from validate.study import StudyOptions, precision_study
+
+    options = StudyOptions(model, steps=STUDY_STEPS if steps is None else steps, seed=seed, command=command_line())
+    with bars() as progress:
+        study = precision_study(options, output, progress)
+    console.print(study.table())
+    for sentence in study.sentences:
+        console.print(f"- {sentence}")
+    console.print(f"[dim]{output / 'study.html'}[/]")
+    return 0 if study else 1
