@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class ServeOptions:
     metrics_port: int = 8002
     config_name: str = ""  # variant of the configurations, configs/NAME.pbtxt
     verbose: int = 0
+    quiet: bool = False  # log errors only
     # an own prefix tells the regions of this server from anybody else's, so that they can be cleaned up
     region_prefix: str = field(default_factory=lambda: f"wan22_{secrets.token_hex(4)}_")
 
@@ -67,6 +68,7 @@ def arguments(
         "allow-vertex-ai": "false",
         "allow-client-shm": "false",
         "log-verbose": options.verbose,
+        **(dict.fromkeys(("log-info", "log-warning"), "false") if options.quiet else {}),
     }
     flags = [_flag(name, value) for name, value in asked.items() if value != "" and (known is None or name in known)]
     backend = {"shm-region-prefix-name": options.region_prefix, "stub-timeout-seconds": LOAD_S}
@@ -173,6 +175,15 @@ def is_ready(url: str) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on now."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in probes:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in probes]
 
 
 def _check_free(address: str, port: int) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import psutil
 
 from triton_repo.client import WanClient
 from triton_repo.repository import RepositoryOptions, write_repository
-from triton_repo.server import ServeOptions, is_ready, running, wait_until_ready
+from triton_repo.server import ServeOptions, free_ports, is_ready, running, wait_until_ready
 from triton_repo.settings import Limits
 
 SMALL = {"width": 64, "height": 64, "num_frames": 5, "steps": 3}
@@ -66,16 +65,6 @@ class Served:
 
     def regions(self):
         return sorted(Path("/dev/shm").glob(f"{self.options.region_prefix}*"))
-
-
-def free_ports(count):
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from PIL import Image
 
 from runtime.generate import generate
 from runtime.request import Request
-from tests.triton_repo.serving import LONG, SMALL, free_ports, serving
+from tests.triton_repo.serving import LONG, SMALL, serving
 from triton_repo.client import JobError, WanClient
+from triton_repo.server import free_ports
 from wan_trt.cli import app
 
 MODELS = {"wan22_t2v": "t2v-a14b-tiny", "wan22_i2v": "i2v-a14b-tiny", "wan22_ti2v": "ti2v-5b-tiny"}

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.triton_repo.serving import SMALL, free_ports, serving
+from tests.triton_repo.serving import SMALL, serving
 from triton_repo import probe
 from triton_repo.client import JobError, WanClient
 from triton_repo.repository import write_repository
-from triton_repo.server import ServeOptions, running, stop, wait_until_ready, watch
+from triton_repo.server import ServeOptions, free_ports, running, stop, wait_until_ready, watch
 from triton_repo.settings import Limits
 from wan22.bundle import MANIFEST
 from wan22.errors import UserError

@@ -26,7 +26,7 @@ OURS, EAGER, COMPILED = "ours", "eager", "compiled"  # sides
 TEXT, ENCODER, DECODER = "text_encoder", "vae_encoder", "vae_decoder"  # pieces beside the experts
 TIMESTEPS = {"high_noise": 950.0, "low_noise": 500.0, "dit": 500.0}  # where an expert is timed
 STEPS = 4  # of a whole run unless asked otherwise: enough for both experts
-WHOLE_RUNS = 3
+RUNS, WHOLE_RUNS = 5, 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class BenchOptions:
     seed: int = 0
     # what is measured
     only: tuple[str, ...] = ()  # pieces; none named: all of them
-    runs: int = 5  # timed runs of every piece and side
+    runs: int = RUNS  # timed runs of every piece and side
     warmup: int = 1  # runs before them
     compiled: bool = False  # torch.compile as a third side
     memory: bool = True

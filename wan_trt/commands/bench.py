@@ -1,6 +1,7 @@
 """``wan-trt bench``: time and memory of engines, beside PyTorch."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -8,6 +9,7 @@ import typer
 
 from wan22.errors import UserError
 from wan_trt.arguments import Frames, Seed, Size, size_of
+from wan_trt.commands.triton import Topology
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
@@ -21,11 +23,15 @@ def run(
     checkpoint: Annotated[str | None, typer.Argument(help="The checkpoint it came from: PyTorch runs beside.")] = None,
     size: Size = None,
     frames: Frames = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a whole run.")] = 4,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps of a whole run; 4, or 10 with --triton.")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Image (I2V, TI2V); a built-in one unless given.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Its length decides the text encoder's work.")] = None,
     seed: Seed = 0,
-    runs: Annotated[int, typer.Option(min=1, help="Timed runs of every piece.")] = 5,
+    runs: Annotated[
+        int | None, typer.Option(min=1, help="Timed runs of every piece; 5, or 10 of whole runs with --triton.")
+    ] = None,
     warmup: Annotated[int, typer.Option(min=1, help="Runs before them.")] = 1,
     whole_runs: Annotated[int, typer.Option(min=0, help="Runs from prompt to frames.")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Only this piece, such as vae_decoder; repeatable.")] = None,
@@ -37,19 +43,25 @@ def run(
     sweep: Annotated[Axis | None, typer.Option(help="Time several of these instead, and fit the growth.")] = None,
     values: Annotated[str | None, typer.Option(help="Of the sweep, with commas: 5,9,17 or 256x160,512x320.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, .png or .html.")] = None,
+    triton: Annotated[bool, typer.Option("--triton", help="Measure what a server adds to a run instead.")] = False,
+    topology: Topology = "owner",
     output: Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file.")] = None,
 ) -> int:
     """Measure time and memory. The last line is one JSON object, with units in its keys."""
-    from validate.bench.work import BenchOptions
+    from validate.bench.work import RUNS, STEPS, BenchOptions
 
     options = BenchOptions(
-        prompt, size_of(size), frames, None if image is None else str(image), steps, seed,
-        tuple(only or ()), runs, warmup, compiled, memory, whole_runs, command_line(),
+        prompt, size_of(size), frames, None if image is None else str(image), steps or STEPS, seed,
+        tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, command_line(),
     )  # fmt: skip
     if list_gates:
         return _list_gates(engines)
     _check(sweep, values, plot, gate, compare, output)
-    if sweep is not None:
+    if triton and (checkpoint or sweep or compare):
+        raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", "run it on its own")
+    if triton:
+        found, passed = _served(engines, options, steps, runs, image, topology, gate)
+    elif sweep is not None:
         found, passed = _swept(engines, checkpoint, sweep, (values or "").split(","), options, plot), True
     else:
         found, passed = _benched(engines, checkpoint, options, gate, compare)
@@ -84,6 +96,30 @@ def _check(
         raise UserError("--sweep with --gate or --compare", "one of them", "run the sweep on its own")
     if output is not None and not output.absolute().parent.is_dir():
         raise UserError(f"output {output}: no such folder", "an existing folder", "make it first")
+
+
+def _served(
+    engines: Path,
+    options: "BenchOptions",
+    steps: int | None,
+    runs: int | None,
+    image: Path | None,
+    topology: Literal["owner", "bls"],
+    gate: Path | None,
+) -> tuple[dict[str, Any], bool]:
+    from triton_repo.installation import default_environments, find_installation
+    from validate.bench.served import RUNS, STEPS, ServedOptions, bench_served
+
+    asked = ServedOptions(
+        options.prompt, options.size, options.frames, image, steps or STEPS, options.seed,
+        topology=topology, runs=runs or RUNS, gate=gate, command=options.command,
+    )  # fmt: skip
+    installation = find_installation(default_environments())
+    with bars() as progress:
+        found = bench_served(engines, asked, installation, os.environ, progress)
+    for part in found.as_text():
+        console.print(part)
+    return found.as_json(), bool(found)
 
 
 def _benched(

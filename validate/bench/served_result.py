@@ -1,0 +1,86 @@
+"""What a bench of a server found, for people and for programs, and the targets that it is held to."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from validate.bench.machine import BUSY, usable_cores
+from validate.bench.samples import Ratio, Samples
+from validate.gate import Gate, Verdict, judge
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+DIRECT, SERVED = "in process", "served"
+OVERHEAD, BEYOND_STEP = "triton.overhead_percent", "triton.cancel_beyond_step_ms"
+TARGETS = (Gate(OVERHEAD, "max", 10), Gate(BEYOND_STEP, "max", 100))
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """One job given up in the middle, in seconds."""
+
+    latency: float  # from the client's decision until the model is free
+    step: float  # a step of that job, the median
+
+
+@dataclass(frozen=True)
+class ServedBench:
+    """True when every target was met."""
+
+    facts: dict[str, Any]
+    samples: Mapping[str, Samples]  # by side, whole runs
+    inside_s: tuple[float, ...]  # of the served runs, as the model itself told them
+    cancels: tuple[Cancel, ...]
+    same_latents: bool  # to the last bit, which needs the same numpy on both sides
+    gates: tuple[Gate, ...] = TARGETS
+
+    @property
+    def ratio(self) -> Ratio:
+        """Served over in process, of neighbouring runs."""
+        return Ratio.of(self.samples[SERVED].seconds, self.samples[DIRECT].seconds)
+
+    def measured(self) -> dict[str, float]:
+        beyond = max(cancel.latency - cancel.step for cancel in self.cancels)
+        return {OVERHEAD: 100 * (self.ratio.median - 1), BEYOND_STEP: 1000 * beyond}
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        return judge(self.gates, self.measured())
+
+    def __bool__(self) -> bool:
+        return all(self.verdicts)
+
+    def as_json(self) -> dict[str, Any]:
+        ratio = self.ratio
+        return self.facts | {
+            "in_process": self.samples[DIRECT].as_json(),
+            "served": self.samples[SERVED].as_json(),
+            "served_inside_model_median_ms": 1000 * float(np.median(self.inside_s)),
+            "ratio": {"median": ratio.median, "p10": ratio.p10, "p90": ratio.p90},
+            "cancels": [{"latency_ms": 1000 * c.latency, "step_ms": 1000 * c.step} for c in self.cancels],
+            "same_latents": self.same_latents,
+            "measured": self.measured(),
+            "gates": [verdict.as_json() for verdict in self.verdicts],
+            "passed": bool(self),
+        }
+
+    def as_text(self) -> "Iterator[RenderableType]":
+        """What people are shown."""
+        from rich.table import Table
+
+        table = Table("one job, ms", "median", "p90", title="{model}: {width}x{height}, {frames} frames, {steps} steps")
+        table.title = str(table.title).format(**self.facts)
+        for side in (DIRECT, SERVED):
+            table.add_row(side, *(f"{1000 * s:.1f}" for s in (self.samples[side].median, self.samples[side].p90)))
+        table.add_row("of it inside the model", f"{1000 * float(np.median(self.inside_s)):.1f}", "")
+        yield table
+        ratio, latencies = self.ratio, [1000 * cancel.latency for cancel in self.cancels]
+        yield f"served / in process {ratio.median:.3f} (p10 {ratio.p10:.3f}, p90 {ratio.p90:.3f})"
+        step_ms = 1000 * float(np.median([cancel.step for cancel in self.cancels]))
+        yield f"cancel: {np.median(latencies):.0f} ms, {max(latencies):.0f} at most; a step is {step_ms:.0f} ms"
+        yield from (f"{'[green]✓[/]' if verdict else '[red]✗[/]'} {verdict}" for verdict in self.verdicts)
+        if self.facts["load_average"] > BUSY * usable_cores():
+            yield "[yellow]the machine was busy before this began: distrust the times[/]"
