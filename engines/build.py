@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.cpu_attention import fuse_attention
+from engines.cpu.passes import fit_transformer
 from engines.external_build import ExternalBuild
 from engines.profiles import profile_between, profiles_for
 from engines.targets import Target, check_precision, target_named
@@ -133,14 +133,14 @@ def _load_onnxruntime(source: Bundle, folder: Path, progress: Progress) -> tuple
 
 
 def _for_cpu(source: Bundle, component: Component, folder: Path) -> Component:
-    """The component with a transformer's attention fused; ONNX Runtime's fused operator has no 16-bit kernel on CPU."""
+    """The component with a transformer fitted to CPU kernels; the fused ones have no 16-bit form there."""
     spec, path = source.manifest.spec, folder / component.graph.path
     if component.name not in spec.experts or component.precision != Precision.FP32:
         return component
     import onnx_ir as ir
 
     model = ir.load(path)
-    fuse_attention(model, spec.dit.heads, spec.dit.head_width)
+    fit_transformer(model, spec.dit)
     ir.save(model, path)
     return replace(component, graph=file_entry(folder, path))
 

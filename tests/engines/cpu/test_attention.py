@@ -5,7 +5,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from engines.cpu_attention import fuse_attention
+from engines.cpu.attention import fuse_attention
 from export.attention import attention
 from export.graph import FLOAT, GraphBuilder
 from wan22.bundle import open_bundle

@@ -1,11 +1,13 @@
-"""A graph pass for target cpu: attention as ONNX Runtime's fused ``MultiHeadAttention``.
+"""Attention as ONNX Runtime's fused ``MultiHeadAttention``.
 
 The exported graphs write attention as MatMul, Softmax, MatMul, which GPU compilers fuse. ONNX Runtime would store the
 whole ``[heads, L, S]`` matrix of probabilities; its fused operator works through it in blocks that fit the cache
 (FlashAttention), and takes q, k and v as rows of tokens, which saves the transposes as well.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from engines.cpu.match import consumer, ints, producer, replaced, shape_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,13 +37,14 @@ def fuse_attention(model: "ir.Model", heads: int, head_width: int) -> int:
 
 def _matched(softmax: "ir.Node") -> "tuple[list[ir.Value], ir.Node] | None":
     """q, k and v as rows of tokens, and the node that yields the result as rows of tokens."""
-    scores, mixed = _producer(softmax.inputs[0], "MatMul"), _consumer(softmax, "MatMul")
+    scores, mixed = producer(softmax.inputs[0], "MatMul"), consumer(softmax, "MatMul")
     if scores is None or mixed is None:
         return None
     entering = [(scores.inputs[0], BY_HEAD), (scores.inputs[1], TURNED), (mixed.inputs[1], BY_HEAD)]
     qkv = [rows for value, order in entering if (rows := _rows(value, order)) is not None]
-    transposed = _consumer(mixed, "Transpose")
-    squeezed = _consumer(transposed, "Squeeze") if transposed is not None and _order(transposed) == BY_TOKEN else None
+    transposed = consumer(mixed, "Transpose")
+    ordered = transposed is not None and ints(transposed, "perm") == BY_TOKEN
+    squeezed = consumer(transposed, "Squeeze") if ordered else None
     return (qkv, squeezed) if len(qkv) == len(entering) and squeezed is not None else None
 
 
@@ -49,7 +52,7 @@ def _replace(graph: "ir.Graph", name: str, found: "tuple[list[ir.Value], ir.Node
     import onnx_ir as ir
 
     (qkv, squeezed), (heads, head_width) = found, split
-    flat, by_head = _constant(graph, [1, -1, heads * head_width]), _constant(graph, [-1, heads, head_width])
+    flat, by_head = (shape_constant(graph, shape) for shape in ([1, -1, heads * head_width], [-1, heads, head_width]))
     rows = [ir.node("Reshape", [value, flat], name=f"{name}/rows_{n}") for value, n in zip(qkv, "qkv", strict=True)]
     attention = ir.node(
         "MultiHeadAttention",
@@ -59,41 +62,11 @@ def _replace(graph: "ir.Graph", name: str, found: "tuple[list[ir.Value], ir.Node
         name=f"{name}/fused",
     )
     back = ir.node("Reshape", [attention.outputs[0], by_head], name=f"{name}/by_token")
-    back.outputs[0].name = squeezed.outputs[0].name
-    graph.insert_after(squeezed, [*rows, attention, back])
-    ir.convenience.replace_all_uses_with(squeezed.outputs[0], back.outputs[0], replace_graph_outputs=True)
-
-
-def _constant(graph: "ir.Graph", shape: list[int]) -> "ir.Value":
-    import onnx_ir as ir
-
-    name = "shape_" + "x".join(map(str, shape))
-    if name not in graph.initializers:
-        tensor = ir.tensor(shape, ir.DataType.INT64, name=name)
-        graph.initializers[name] = ir.Value(
-            name=name, shape=ir.Shape([len(shape)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
-        )
-    return graph.initializers[name]
+    replaced(graph, squeezed.outputs[0], [*rows, attention, back])
 
 
 def _rows(value: "ir.Value | None", order: tuple[int, ...]) -> "ir.Value | None":
     """What was transposed in ``order`` and unsqueezed to become ``value``."""
-    unsqueezed = _producer(value, "Unsqueeze")
-    transposed = _producer(unsqueezed.inputs[0], "Transpose") if unsqueezed is not None else None
-    return transposed.inputs[0] if transposed is not None and _order(transposed) == order else None
-
-
-def _producer(value: "ir.Value | None", kind: str) -> "ir.Node | None":
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == kind else None
-
-
-def _consumer(node: "ir.Node", kind: str) -> "ir.Node | None":
-    """The only reader of ``node``'s output, if it is of that kind."""
-    uses = list(node.outputs[0].uses())
-    return uses[0].node if len(uses) == 1 and uses[0].node.op_type == kind else None
-
-
-def _order(transpose: "ir.Node") -> tuple[int, ...]:
-    order: Any = transpose.attributes["perm"].as_ints()
-    return tuple(order)
+    unsqueezed = producer(value, "Unsqueeze")
+    transposed = producer(unsqueezed.inputs[0], "Transpose") if unsqueezed is not None else None
+    return transposed.inputs[0] if transposed is not None and ints(transposed, "perm") == order else None

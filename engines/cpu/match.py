@@ -1,0 +1,72 @@
+"""Finding an exported form in a graph, for passes that replace it."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def producer(value: "ir.Value | None", kind: str) -> "ir.Node | None":
+    """The node that makes ``value``, if it is of that kind."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == kind else None
+
+
+def consumer(node: "ir.Node | None", kind: str) -> "ir.Node | None":
+    """The only reader of ``node``'s output, if it is of that kind."""
+    uses = list(node.outputs[0].uses()) if node is not None else []
+    return uses[0].node if len(uses) == 1 and uses[0].node.op_type == kind else None
+
+
+def climb(value: "ir.Value | None", *steps: tuple[str, int]) -> "list[ir.Node] | None":
+    """The nodes above ``value``; a step is a kind and by which of its inputs to go on. None where a kind differs."""
+    found = []
+    for kind, index in steps:
+        node = producer(value, kind)
+        if node is None or len(node.inputs) <= index:
+            return None
+        found.append(node)
+        value = node.inputs[index]
+    return found
+
+
+def ints(node: "ir.Node", attribute: str) -> tuple[int, ...]:
+    values: Any = node.attributes[attribute].as_ints()
+    return tuple(values)
+
+
+def number(value: "ir.Value | None") -> float:
+    """A constant of one element."""
+    if value is None or value.const_value is None or value.const_value.size != 1:
+        raise ValueError("expected a constant of one element")
+    return float(value.const_value.numpy().reshape(()))
+
+
+def shape_constant(graph: "ir.Graph", shape: list[int]) -> "ir.Value":
+    """The initializer that a Reshape to ``shape`` reads; one for all."""
+    import numpy as np
+
+    return constant(graph, "shape_" + "x".join(map(str, shape)), np.array(shape, np.int64))
+
+
+def constant(graph: "ir.Graph", name: str, array: Any) -> "ir.Value":
+    """The initializer ``name``, made of ``array`` where the graph does not have it yet."""
+    import onnx_ir as ir
+
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        graph.initializers[name] = ir.Value(
+            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+    return graph.initializers[name]
+
+
+def replaced(graph: "ir.Graph", old: "ir.Value", nodes: "list[ir.Node]") -> None:
+    """Puts ``nodes`` behind the node of ``old``; everything that read ``old`` reads the last one's output."""
+    import onnx_ir as ir
+
+    node, new = old.producer(), nodes[-1].outputs[0]
+    assert node is not None
+    graph.insert_after(node, nodes)
+    new.name, new.shape, new.type = old.name, old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

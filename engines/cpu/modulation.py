@@ -1,0 +1,48 @@
+"""Modulation as scale and bias of the LayerNormalization before it: one pass over the rows instead of three."""
+
+from typing import TYPE_CHECKING
+
+from engines.cpu.match import consumer, replaced, shape_constant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def fold_modulation(model: "ir.Model") -> int:
+    """Folds ``LayerNormalization(x, ones) · scale + shift`` into one operator, in place; returns how many.
+
+    Scale and shift must be one row ``[1, D]`` for all tokens: models whose frames have times of their own (TI2V) write
+    another form, which is left alone.
+    """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    folded = 0
+    for norm in [node for node in model.graph if node.op_type == "LayerNormalization" and _is_plain(node)]:
+        scaled = consumer(norm, "Mul")
+        if (shifted := consumer(scaled, "Add")) is not None and scaled is not None:
+            _replace(model.graph, norm, scaled, shifted)
+            folded += 1
+    if folded:
+        RemoveUnusedNodesPass()(model)
+    return folded
+
+
+def _is_plain(norm: "ir.Node") -> bool:
+    """Whether its scale is ones and it has no bias."""
+    scale = norm.inputs[1].const_value if norm.inputs[1] is not None else None
+    return len(norm.inputs) == 2 and scale is not None and bool((scale.numpy() == 1).all())
+
+
+def _replace(graph: "ir.Graph", norm: "ir.Node", scaled: "ir.Node", shifted: "ir.Node") -> None:
+    import onnx_ir as ir
+
+    flat = shape_constant(graph, [-1])
+    (scale,) = (value for value in scaled.inputs if value is not norm.outputs[0])
+    (shift,) = (value for value in shifted.inputs if value is not scaled.outputs[0])
+    rows = [
+        ir.node("Reshape", [value, flat], name=f"{norm.name}/{name}")
+        for value, name in ((scale, "scale"), (shift, "shift"))
+    ]
+    inputs = [norm.inputs[0], *(row.outputs[0] for row in rows)]
+    modulated = ir.node("LayerNormalization", inputs, dict(norm.attributes), name=f"{norm.name}/modulated")
+    replaced(graph, shifted.outputs[0], [*rows, modulated])

@@ -1,0 +1,91 @@
+"""Padding of the text computed once instead of once a row.
+
+A prompt is followed by rows of zeros up to 512. They do take part in attention, all with the same key and value, so
+one row stands for ``n`` of them if its logit is raised by ``log n``: ``n·exp(s) = exp(s + log n)``. The fused operator
+takes no addend for a column unless it is stored for every token, hence every head of q gets one more channel, which is
+1, and of k one that is ``log n`` in the last row and 0 in the others.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from engines.cpu.match import constant, shape_constant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+TEXT, MODULE = "text", "/cross_attn/"
+
+
+def merge_padding(model: "ir.Model", heads: int, head_width: int) -> int:
+    """Lets only rows of the text ``[1, 512, width]`` up to the first of its last zeros into the graph, in place.
+
+    Returns how many attentions read it. To be run when they are fused: where one is not, nothing is done.
+    """
+    fused = [node for node in model.graph if node.op_type == "MultiHeadAttention" and MODULE in str(node.name)]
+    text = next((value for value in model.graph.inputs if value.name == TEXT), None)
+    if text is None or not fused or any(node.op_type == "Softmax" for node in model.graph):
+        return 0
+    logits = _shorten(model.graph, text, heads)
+    ones = _ones(model.graph, fused[0], heads)
+    for node in fused:
+        for index, channel in enumerate((ones, logits)):
+            _widen(model.graph, node, index, channel, (heads, head_width))
+    return len(fused)
+
+
+def _shorten(graph: "ir.Graph", text: "ir.Value", heads: int) -> "ir.Value":
+    """Puts the needed rows in the place of ``text``; returns the addends of their logits ``[1, rows, heads, 1]``."""
+    import numpy as np
+    import onnx_ir as ir
+
+    rows = (text.shape or ir.Shape([])).numpy()[1]
+    readers = list(text.uses())
+    add = _Writer(graph, graph[0])
+    zero, one, all_rows, batch, width = (add.integers(n) for n in (0, 1, rows, 1, 2))
+    empty = add("Equal", add("ReduceL1", text, width, keepdims=0), constant(graph, "padding/nothing", np.float32(0)))
+    numbers = constant(graph, "padding/numbers", np.arange(1, rows + 1)[None])
+    last = add("ReduceMax", add("Where", empty, zero, numbers), batch, keepdims=0)
+    kept = add("Min", add("Add", last, one), all_rows)
+    short = add("Slice", text, zero, kept, one)
+    for use in readers:
+        use.node.replace_input_with(use.idx, short)
+    count = add("Cast", add("Sub", add.integers(rows + 1), kept), to=int(ir.DataType.FLOAT))
+    none = add("Expand", constant(graph, "padding/nothing", np.float32(0)), add("Sub", kept, one))
+    column = add("Reshape", add("Concat", none, add("Log", count), axis=0), shape_constant(graph, [1, -1, 1, 1]))
+    return add("Expand", column, shape_constant(graph, [1, 1, heads, 1]))
+
+
+def _ones(graph: "ir.Graph", attention: "ir.Node", heads: int) -> "ir.Value":
+    """``[1, L, heads, 1]`` for the tokens of the video."""
+    import numpy as np
+
+    add = _Writer(graph, attention)
+    tokens = add("Shape", attention.inputs[0], start=1, end=2)
+    shape = add("Concat", add.integers(1), tokens, shape_constant(graph, [heads, 1]), axis=0)
+    return add("Expand", constant(graph, "padding/unit", np.float32(1)), shape)
+
+
+def _widen(graph: "ir.Graph", attention: "ir.Node", index: int, channel: "ir.Value", split: tuple[int, int]) -> None:
+    """Gives every head of an input ``[1, rows, D]`` one more channel."""
+    heads, head_width = split
+    add = _Writer(graph, attention)
+    by_head = add("Reshape", attention.inputs[index], shape_constant(graph, [1, -1, heads, head_width]))
+    wide = add("Concat", by_head, channel, axis=-1)
+    attention.replace_input_with(index, add("Reshape", wide, shape_constant(graph, [1, -1, heads * (head_width + 1)])))
+
+
+class _Writer:
+    """Adds nodes before ``place``."""
+
+    def __init__(self, graph: "ir.Graph", place: "ir.Node") -> None:
+        self._graph, self._place = graph, place
+
+    def __call__(self, kind: str, *inputs: "ir.Value | None", **attributes: Any) -> "ir.Value":
+        import onnx_ir as ir
+
+        node = ir.node(kind, list(inputs), attributes)
+        self._graph.insert_before(self._place, node)
+        return node.outputs[0]
+
+    def integers(self, value: int) -> "ir.Value":
+        return shape_constant(self._graph, [value])

@@ -1,0 +1,24 @@
+"""The passes for a transformer in the order in which they find each other's results."""
+
+from typing import TYPE_CHECKING
+
+from engines.cpu.attention import fuse_attention
+from engines.cpu.modulation import fold_modulation
+from engines.cpu.padding import merge_padding
+from engines.cpu.rms_norm import fuse_rms_norms
+from engines.cpu.rotary import separate_rotated
+from wan22.specs import DitSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def fit_transformer(model: "ir.Model", spec: DitSpec) -> None:
+    """Rewrites the fp32 graph of a transformer for ONNX Runtime's CPU kernels, in place."""
+    split = (spec.heads, spec.head_width)
+    if spec.time_rows == 1:
+        fold_modulation(model)
+    separate_rotated(model, *split)
+    fuse_rms_norms(model)
+    fuse_attention(model, *split)
+    merge_padding(model, *split)

@@ -1,0 +1,44 @@
+"""The norm of a cross-attention's q or k as ``RMSNormalization``: one pass over the rows instead of four."""
+
+from typing import TYPE_CHECKING
+
+from engines.cpu.match import climb, consumer, number, replaced, shape_constant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def fuse_rms_norms(model: "ir.Model") -> int:
+    """Fuses norms of the exported form, in place; returns how many.
+
+    The form: statistics of ``x [L, D]``, that is ``1 / Sqrt(ReduceMean(x · x) + eps)``, times ``x`` in heads, times a
+    weight in heads. Norms of q and k at once have another form and a pass of their own.
+    """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    fused = 0
+    for inverse in [node for node in model.graph if node.op_type == "Reciprocal"]:
+        statistics = climb(inverse.inputs[0], ("Sqrt", 0), ("Add", 0), ("ReduceMean", 0), ("Mul", 0))
+        scaled = consumer(consumer(inverse, "Reshape"), "Mul")
+        weighted = consumer(scaled, "Mul")
+        if statistics is None or scaled is None or weighted is None:
+            continue
+        in_heads = climb(scaled.inputs[0], ("Reshape", 0))
+        if in_heads is None or in_heads[0].inputs[0] is not statistics[-1].inputs[0]:
+            continue
+        _replace(model.graph, in_heads[0], number(statistics[1].inputs[1]), weighted)
+        fused += 1
+    if fused:
+        RemoveUnusedNodesPass()(model)
+    return fused
+
+
+def _replace(graph: "ir.Graph", in_heads: "ir.Node", epsilon: float, weighted: "ir.Node") -> None:
+    import onnx_ir as ir
+
+    name = str(weighted.name)
+    weight = ir.node("Reshape", [weighted.inputs[1], shape_constant(graph, [-1])], name=f"{name}/weight")
+    inputs = [in_heads.inputs[0], weight.outputs[0]]
+    norm = ir.node("RMSNormalization", inputs, {"axis": -1, "epsilon": epsilon}, name=f"{name}/fused")
+    back = ir.node("Reshape", [norm.outputs[0], in_heads.inputs[1]], name=f"{name}/heads")
+    replaced(graph, weighted.outputs[0], [weight, norm, back])

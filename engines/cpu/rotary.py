@@ -1,0 +1,130 @@
+"""q and k of self-attention by ``RMSNormalization`` and ``RotaryEmbedding``, each from a linear of its own.
+
+The exported graphs join q, k and v in one linear and rotate q and k at once, of which GPU compilers make the fewest
+kernels. ONNX Runtime would copy every part out of the joint rows, and pass over q and k a dozen times. Three linears
+read the same rows three times, which a CPU's caches do not mind, and copy nothing.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engines.cpu.match import climb, number, producer, replaced, shape_constant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# From the rotated halves up to the joint linear; input 1 of the second Mul is the weight of the norm, of the third its
+# statistics.
+PATH = [("Concat", 0), ("Sub", 0), ("Mul", 0), ("Split", 0), ("Mul", 0), ("Mul", 0), ("Reshape", 0), ("Slice", 0)]
+STATISTICS = [("Reshape", 0), ("Slice", 0), ("Reciprocal", 0), ("Sqrt", 0), ("Add", 1)]
+
+
+@dataclass(frozen=True)
+class _Found:
+    gemm: "ir.Node"
+    slice: "ir.Node"  # the columns of q and k
+    halves: "ir.Node"  # Split into q and k, rotated
+    norm_weights: "ir.Node"  # Concat of both
+    epsilon: float
+    tables: "tuple[ir.Value, ir.Value]"  # cos, sin [..., head/2]
+
+
+def separate_rotated(model: "ir.Model", heads: int, head_width: int) -> int:
+    """Rewrites every joint q, k and v of the exported form, in place; returns how many."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    found = [match for node in model.graph if node.op_type == "Split" and (match := _matched(node)) is not None]
+    for match in found:
+        _replace(model.graph, match, (heads, head_width))
+    if found:
+        RemoveUnusedNodesPass()(model)
+    return len(found)
+
+
+def _matched(halves: "ir.Node") -> _Found | None:
+    path = climb(halves.inputs[0], *PATH, ("Gemm", 1))
+    if path is None:
+        return None
+    joined, subtracted, times_cos, _, weighted, normed, _, sliced, gemm = path
+    weights, statistics = producer(weighted.inputs[1], "Concat"), climb(normed.inputs[1], *STATISTICS)
+    tables = _tables(subtracted, producer(joined.inputs[1], "Add"), times_cos)
+    parts = producer(gemm.inputs[1], "Concat")
+    if weights is None or statistics is None or tables is None or parts is None or len(parts.inputs) != 3:
+        return None
+    return _Found(gemm, sliced, halves, weights, number(statistics[-1].inputs[1]), tables)
+
+
+def _tables(subtracted: "ir.Node", added: "ir.Node | None", times_cos: "ir.Node") -> "tuple[ir.Value, ir.Value] | None":
+    """The inputs cos and sin, if the nodes compute ``a·cos - b·sin`` and ``a·sin + b·cos``."""
+    factors = [producer(value, "Mul") for node in (subtracted, added) if node is not None for value in node.inputs]
+    if len(factors) != 4 or any(node is None for node in factors):
+        return None
+    (a, cos), (b, sin), *second = (tuple(node.inputs) for node in factors if node is not None)
+    pair = producer(a, "Split")
+    if second != [(a, sin), (b, cos)] or pair is None or [*pair.outputs] != [a, b] or times_cos is not factors[0]:
+        return None
+    reshaped = [producer(value, "Reshape") for value in (cos, sin)]
+    entering = [node.inputs[0] for node in reshaped if node is not None and node.inputs[0] is not None]
+    return (entering[0], entering[1]) if len(entering) == 2 else None
+
+
+def _replace(graph: "ir.Graph", found: _Found, split: tuple[int, int]) -> None:
+    import onnx_ir as ir
+
+    heads, head_width = split
+    q, k, v = (_linear(found.gemm, part, "qkv"[part]) for part in range(3))
+    graph.insert_after(found.gemm, [q, k, v])
+    cos, sin = (_table(graph, value, head_width // 2) for value in found.tables)
+    by_head = shape_constant(graph, [-1, heads, head_width])
+    for part, (linear, rotated) in enumerate(zip((q, k), found.halves.outputs, strict=True)):
+        nodes = _normed_and_rotated(graph, found, part, (linear, cos, sin), split)
+        (reshaped,) = (use.node for use in rotated.uses())
+        back = ir.node("Reshape", [nodes[-1].outputs[0], by_head], name=f"{linear.name}/heads")
+        replaced(graph, reshaped.outputs[0], [*nodes, back])
+    for use in list(found.gemm.outputs[0].uses()):
+        if use.node.op_type == "Slice" and use.node is not found.slice:
+            ir.convenience.replace_all_uses_with(use.node.outputs[0], v.outputs[0])
+
+
+def _linear(gemm: "ir.Node", part: int, name: str) -> "ir.Node":
+    import onnx_ir as ir
+
+    joints = [producer(value, "Concat") for value in gemm.inputs[1:]]
+    own = [joint.inputs[part] for joint in joints if joint is not None]
+    return ir.node("Gemm", [gemm.inputs[0], *own], dict(gemm.attributes), name=f"{gemm.name}/{name}")
+
+
+def _table(graph: "ir.Graph", table: "ir.Value", pairs: int) -> "ir.Value":
+    """``[T, h, w, head/2] → [1, L, head/2]``, once for all blocks."""
+    import onnx_ir as ir
+
+    name = f"{table.name}/rows"
+    for use in table.uses():
+        if use.node.name == name:
+            return use.node.outputs[0]
+    node = ir.node("Reshape", [table, shape_constant(graph, [1, -1, pairs])], name=name)
+    graph.insert_before(graph[0], node)
+    return node.outputs[0]
+
+
+def _normed_and_rotated(
+    graph: "ir.Graph", found: _Found, part: int, operands: "tuple[ir.Node, ir.Value, ir.Value]", split: tuple[int, int]
+) -> "list[ir.Node]":
+    import onnx_ir as ir
+
+    (linear, cos, sin), (heads, head_width) = operands, split
+    name = str(linear.name)
+    weight = ir.node(
+        "Reshape", [found.norm_weights.inputs[part], shape_constant(graph, [-1])], name=f"{name}/norm_weight"
+    )
+    settings = {"axis": -1, "epsilon": found.epsilon}
+    norm = ir.node("RMSNormalization", [linear.outputs[0], weight.outputs[0]], settings, name=f"{name}/norm")
+    rows = shape_constant(graph, [1, -1, heads * head_width])
+    row = ir.node("Reshape", [norm.outputs[0], rows], name=f"{name}/rows")
+    turned = ir.node(
+        "RotaryEmbedding",
+        [row.outputs[0], cos, sin],
+        {"num_heads": heads, "interleaved": 1},
+        name=f"{name}/rotary",
+    )
+    return [weight, norm, row, turned]
