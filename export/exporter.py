@@ -6,16 +6,17 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.dit import LatentDims, dit_graph
-from export.graph import BFLOAT16, FLOAT, FLOAT16, Placed
+from export.graph import Placed
 from export.input_means import read_input_means
 from export.input_scales import check_weights, read_input_scales
-from export.linear import Fp8
 from export.lora import Lora, LoraChoice, merged, open_lora
-from export.part import FP8_PRECISIONS, Part
+from export.part import Part
 from export.partial import Journal, kept_bytes, resumable
+from export.precisions import COMPUTE, check_fp8, fp8_of, precisions_of, why_higher
 from export.shared_files import share, shared_name, shared_placements
 from export.tensor_file import Array
 from export.text_encoder import text_encoder_graph
@@ -38,19 +39,6 @@ from wan22.specs import ModelSpec, Precision
 
 log = logging.getLogger(__name__)
 
-COMPUTE = {  # what is not FP8
-    Precision.FP32: FLOAT,
-    Precision.BF16: BFLOAT16,
-    Precision.FP16: FLOAT16,
-    Precision.FP8: BFLOAT16,
-    Precision.FP8_ATTN: BFLOAT16,
-}
-TEXT_ENCODER_IN_FP8 = ("text_encoder", Precision.FP8)  # its feed-forward, when asked for
-WHY_HIGHER = {
-    "text_encoder": "runs twice per video; FP8 saves memory only",
-    "vae_encoder": "bfloat16 shifts the image condition",
-    "vae_decoder": "0.1 % of the work of a run; 16 bits shift colours",
-}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 
 
@@ -59,6 +47,7 @@ class ExportOptions:
     # precision
     precision: Precision = Precision.FP32
     precisions: Mapping[str, Precision] = field(default_factory=dict)  # of single parts: experts, text encoder, decoder
+    fp8_attention: Literal["both", "self", "cross"] = "both"  # which attention fp8-attn computes in FP8
     keep_high_precision: frozenset[int] = frozenset()  # transformer blocks without FP8
     input_scales: Path | None = None  # static FP8 scales of activations; dynamic per token where there are none
     input_means: Path | None = None  # what FP8 linears subtract from their inputs before they scale them per token
@@ -89,6 +78,7 @@ def export_checkpoint(
     opened = open_checkpoint(checkpoint, progress)
     loras = _opened(options, opened.spec)
     source = _with_loras(opened, loras)
+    check_fp8(source.spec, options)
     parts = _parts(source.spec, options, _read_measured(source, options))
     parts = {name: part for name, part in parts.items() if not options.parts or name in options.parts}
     if options.link:
@@ -96,7 +86,7 @@ def export_checkpoint(
     meter = _Meter(progress, parts.values())
     check_disk(folder, meter.written_bytes - kept_bytes(folder))
     with resumable(folder, _made_of(source, loras, parts), overwrite=options.overwrite) as (temporary, journal):
-        writer = _Writer(temporary, source, options.precision, meter, journal)
+        writer = _Writer(temporary, source, options, meter, journal)
         components = [component for name, part in parts.items() for component in writer.components(name, part)]
         manifest = Manifest(
             kind="graphs",
@@ -162,7 +152,7 @@ def _read_measured(source: Checkpoint, options: ExportOptions) -> dict[str, _Mea
 
 def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Measured]) -> dict[str, Part]:
     """Name of the weights file → its graphs, for every component of the model."""
-    size, precisions = _fixed_size(options), _precisions(spec, options)
+    size, precisions = _fixed_size(options), precisions_of(spec, options)
     shape = spec.latent_shape(*size) if size else None
     compute = {part: COMPUTE[precision] for part, precision in precisions.items()}
     text_in_fp8 = precisions["text_encoder"] == Precision.FP8
@@ -171,7 +161,8 @@ def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Meas
     dims = LatentDims(*shape[2:]) if shape else LatentDims()
     for expert in spec.experts:
         known = measured.get(expert, _Measured())
-        fp8 = _fp8(precisions[expert], options, known)
+        lengths = {linear: len(mean) for linear, mean in known.means.items()}
+        fp8 = fp8_of(precisions[expert], options, known.scales, lengths)
         graph = dit_graph(spec.dit, compute[expert], dims, fp8)
         parts[expert] = Part(expert, precisions[expert], {expert: graph}, known.scales, known.means)
     for coder, vae in (("vae_encoder", vae_encoder), ("vae_decoder", vae_decoder)):
@@ -181,28 +172,6 @@ def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Meas
         if graphs:
             parts[coder] = Part("vae", precisions[coder], graphs)
     return parts
-
-
-def _precisions(spec: ModelSpec, options: ExportOptions) -> dict[str, Precision]:
-    """Of every part. What is not said follows ``options.precision`` as far as it is good for the part."""
-    asked = options.precision
-    sixteen = Precision.BF16 if asked in FP8_PRECISIONS else asked
-    usual = dict.fromkeys(spec.experts, asked)
-    usual |= {"text_encoder": sixteen, "vae_encoder": Precision.FP32, "vae_decoder": Precision.FP32}
-    for part, precision in options.precisions.items():
-        if part not in usual or part == "vae_encoder":
-            known = ", ".join(p for p in usual if p != "vae_encoder")
-            raise UserError(f"a precision for {part!r}", f"one of {known}", "leave it out")
-        if part not in spec.experts and precision in FP8_PRECISIONS and (part, precision) != TEXT_ENCODER_IN_FP8:
-            raise UserError(f"{part} in {precision}", "fp32, bf16 or fp16", "FP8 attention is for the transformer")
-    return {**usual, **options.precisions}
-
-
-def _fp8(precision: Precision, options: ExportOptions, known: _Measured) -> Fp8 | None:
-    if precision not in FP8_PRECISIONS:
-        return None
-    attention, centred = precision == Precision.FP8_ATTN, {linear: len(mean) for linear, mean in known.means.items()}
-    return Fp8(attention, attention, options.keep_high_precision, frozenset(known.scales), centred)
 
 
 class _Meter:
@@ -224,7 +193,7 @@ class _Writer:
 
     folder: Path
     source: Checkpoint
-    precision: Precision  # the bundle's
+    options: ExportOptions
     meter: _Meter
     journal: Journal
 
@@ -235,7 +204,7 @@ class _Writer:
             graph.bind(placed, self.folder)
             graph.save(self.folder / f"{component}.onnx")
             entry = file_entry(self.folder, self.folder / f"{component}.onnx")
-            why = WHY_HIGHER.get(name, "") if part.precision != self.precision else ""
+            why = why_higher(name, part.precision, self.options)
             components.append(Component(component, entry, files, *graph.edges(), part.precision, why))
         return components
 

@@ -50,7 +50,7 @@ class Component:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     precision: Precision
-    why_higher: str = ""  # the reason when ``precision`` is above the bundle's
+    why_higher: str = ""  # the reason when it, or something in it, is above the bundle's precision
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -218,4 +219,35 @@ def test_scales_that_are_none(tmp_path, tiny_checkpoint, content, told):
         export_checkpoint(
             tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.FP8, input_scales=tmp_path / "scales.json")
         )
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("choice", ["self", "cross"])
+def test_either_attention_may_stay_in_sixteen_bits(tmp_path, tiny_checkpoint, choice):
+    options = ExportOptions(Precision.FP8_ATTN, fp8_attention=choice, keep_high_precision=frozenset({1}))
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
+    stored = read_safetensors(tmp_path / "b" / "low_noise.safetensors")
+    scales = {f"blocks.0.{choice}_attn.{name}_scale" for name in "qk"}
+    assert {name for name in stored if name.endswith((".q_scale", ".k_scale"))} == scales
+    assert bundle.component("low_noise").why_higher == (
+        f"asked for: no FP8 in blocks 1; asked for: only {choice}-attention in FP8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ExportOptions(Precision.FP8, keep_high_precision=frozenset({1, 2})),
+            "--keep-high-precision 2 .* blocks 0 to 1",
+        ),
+        (ExportOptions(Precision.BF16, keep_high_precision=frozenset({1})), "--keep-high-precision without FP8"),
+        (ExportOptions(Precision.BF16, input_scales=Path("s.json")), "--input-scales without FP8"),
+        (ExportOptions(Precision.FP32, input_means=Path("m")), "--input-means without FP8"),
+        (ExportOptions(Precision.FP8, fp8_attention="self"), "--fp8-attention self without FP8 attention"),
+    ],
+)
+def test_what_says_how_fp8_is_done_where_none_is_is_refused(tmp_path, tiny_checkpoint, options, told):
+    with pytest.raises(UserError, match=told):
+        export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
     assert not (tmp_path / "b").exists()

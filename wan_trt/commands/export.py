@@ -1,7 +1,7 @@
 """``wan-trt export``: checkpoint → ONNX bundle."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,6 +23,9 @@ def run(
     low_noise: PartPrecision = None,
     dit: PartPrecision = None,
     vae_decoder: PartPrecision = None,
+    fp8_attention: Annotated[
+        Literal["both", "self", "cross"], typer.Option(help="Which attention fp8-attn computes in FP8.")
+    ] = "both",
     keep_high_precision: Annotated[
         str, typer.Option(metavar="BLOCKS", help="Transformer blocks without FP8, such as 0-2,37-39.")
     ] = "",
@@ -61,6 +64,7 @@ def run(
     options = ExportOptions(
         precision,
         {part: chosen for part, chosen in parts.items() if chosen is not None},
+        fp8_attention,
         numbers_of(keep_high_precision),
         input_scales,
         input_means,
