@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from validate.bench.machine import Nvml, load_average, machine, versions
 from validate.bench.our_side import OurSide
 from validate.bench.report import BenchReport, HeldTo
 from validate.bench.result import REGRESSIONS, BenchResult, Piece, known_measurements
-from validate.bench.samples import Samples, in_turns
+from validate.bench.samples import Samples, in_turns, timed
 from validate.bench.whole_run import Run, Runs
 from validate.bench.whole_run import in_turns as events_in_turns
 from validate.bench.work import COMPILED, EAGER, OURS, BenchOptions, Side, Work, runner, work_for
@@ -105,7 +106,7 @@ class Setting:
         ours: dict[str, Side] = {OURS: OurSide(self.pipeline, self.work)}
         if self.checkpoint is None:
             return ours
-        from validate.bench.torch_side import TorchSide
+        from validate.bench.torch_side import TorchSide, check_compiles
         from validate.loras import with_loras
         from validate.run import open_same_model
 
@@ -113,7 +114,10 @@ class Setting:
         found = open_same_model(self.checkpoint, bundle.folder, bundle.manifest, self.progress)
         source = with_loras(found, bundle.manifest)
         names = (EAGER, *([COMPILED] if self.options.compiled else []))
-        return ours | {name: TorchSide(source, bundle.manifest, self.work, compiled=name == COMPILED) for name in names}
+        theirs = {name: TorchSide(source, bundle.manifest, self.work, compiled=name == COMPILED) for name in names}
+        if COMPILED in theirs:
+            check_compiles(theirs[COMPILED].device)
+        return {**ours, **theirs}
 
     def _footprints(self, piece: str, done: int, total: int) -> dict[str, Footprint]:
         """By side; of the experts, which are alike, the first speaks for both."""
@@ -127,10 +131,11 @@ class Setting:
 
     def times(self, piece: str, sides: Mapping[str, Side], share: float) -> "Times":
         """``share`` of all pieces is done with this one."""
-        results = {}
+        results, first = {}, {}
         for name, side in sides.items():
             side.open(piece)
-            results[name] = side.joined(list(side.chunks(piece)))
+            chunks, first[name] = timed(partial(_all, side, piece))
+            results[name] = side.joined(chunks)
         runners = {name: runner(side, piece) for name, side in sides.items()}
         for run in [*runners.values()] * (self.options.warmup - 1):
             run()
@@ -140,7 +145,7 @@ class Setting:
         samples = in_turns(runners, self.options.runs, _counter())
         graphs = {name: Samples(tuple(seconds)) for name, seconds in graph_seconds.items()}
         self.progress("measure time", round(100 * share), 100, "%")
-        return Times(samples, *differences(results), graphs)
+        return Times(samples, first, *differences(results), graphs)
 
     def _whole_runs(self, sides: Mapping[str, Side]) -> tuple[dict[str, Runs], str | None]:
         """The runs, or none and what stopped them."""
@@ -183,6 +188,7 @@ class Times:
     """Of one piece: by side, and by graph of ours."""
 
     samples: Mapping[str, Samples]
+    first_s: Mapping[str, float]
     difference: Mapping[str, float]
     not_finite: tuple[str, ...]
     graphs: Mapping[str, Samples]
@@ -202,6 +208,10 @@ def facts(work: Work, bundle: Bundle) -> dict[str, Any]:
         "steps": request.steps,
         "guided": request.guided,
     }
+
+
+def _all(side: Side, piece: str) -> list[Any]:
+    return list(side.chunks(piece))
 
 
 def _conditions(bundle: Bundle, options: BenchOptions) -> dict[str, Any]:

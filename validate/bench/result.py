@@ -45,6 +45,7 @@ class Piece:
     samples: Mapping[str, Samples]
     cost: Cost
     roofline_s: float | None
+    first_s: Mapping[str, float] = field(default_factory=dict)  # the first run by side: torch.compile compiles in it
     difference: Mapping[str, float] = field(default_factory=dict)  # relative L2 to ours, of the other sides
     not_finite: tuple[str, ...] = ()  # sides whose result has NaN or infinity
     memory: Mapping[str, Footprint] = field(default_factory=dict)
@@ -97,6 +98,7 @@ class Piece:
         if self.roofline_s is not None:
             found |= {"roofline_ms": 1000 * self.roofline_s, "roofline_percent": self.roofline_percent}
         found["speedup"] = {side: vars(ratio) for side in self.samples if side != OURS and (ratio := self.ratio(side))}
+        found["first_run_s"] = dict(self.first_s)
         found["relative_l2"], found["not_finite"] = dict(self.difference), list(self.not_finite)
         found["memory"] = {side: memory.as_json() for side, memory in self.memory.items()}
         found["graphs"] = {name: samples.as_json() for name, samples in self.graphs.items()}

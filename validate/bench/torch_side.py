@@ -5,11 +5,13 @@ the parity check's care for equal arithmetic is in here: convolutions take whate
 """
 
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from export.checkpoint import Checkpoint
 from runtime.arrays import F32, NonFiniteError
@@ -19,6 +21,7 @@ from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work
 from validate.reference_parts import load_part
 from validate.reference_run import noise, scheduler_for
 from wan22.bundle import Manifest
+from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.specs import PATCH, Precision, Task
 
@@ -51,7 +54,15 @@ class TorchSide:
         self._part(wanted)
 
     def chunks(self, piece: str) -> Iterator[Any]:
-        """One tensor: PyTorch's pipelines have their frames when they have all of them."""
+        """One tensor: PyTorch's pipelines have their frames when they have all of them.
+
+        Raises:
+            UserError: torch.compile cannot compile the piece.
+        """
+        with _refusing():
+            yield from self._chunks(piece)
+
+    def _chunks(self, piece: str) -> Iterator[Any]:
         work = self._work
         if piece == TEXT:
             yield self._done(self._encoded(work.token_ids))
@@ -86,7 +97,7 @@ class TorchSide:
             dtype = self._dtype(name)
             if dtype != torch.float32:
                 _lower(module, dtype)
-            self._parts[name] = torch.compile(module) if self._compiled and name != VAE else module
+            self._parts[name] = _compiled(module, name) if self._compiled else module
         return self._parts[name]
 
     def _dtype(self, part: str) -> torch.dtype:
@@ -203,6 +214,31 @@ class TorchSide:
         if self._work.first_frame is not None:
             stepped = torch.cat([torch.from_numpy(self._work.first_frame).to(self.device), stepped[:, :, 1:]], dim=2)
         return self._done(stepped), engine_seconds
+
+
+def check_compiles(device: torch.device) -> None:
+    """Compiles next to nothing, so that what torch.compile lacks is told before any work. Raises UserError."""
+    with _refusing():
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except TorchDynamoException as error:
+        found = f"torch.compile: {str(error).splitlines()[0]}"
+        raise UserError(
+            found, "a compiler that it can use", "install g++ (and triton for a GPU), or leave --compile out"
+        ) from error
+
+
+def _compiled(module: Any, part: str) -> Any:
+    """``module`` compiled; of the VAE its two halves, which its streaming loop calls."""
+    if part != VAE:
+        return torch.compile(module)
+    module.encoder, module.decoder = torch.compile(module.encoder), torch.compile(module.decoder)
+    return module
 
 
 def require_finite(tensor: torch.Tensor, what: str) -> None:

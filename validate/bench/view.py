@@ -164,6 +164,9 @@ def _steps(runs: Mapping[str, Runs]) -> "Table":
 
 
 def _remarks(result: BenchResult) -> Iterator[str]:
+    if compiling := {piece.name: piece.first_s[COMPILED] for piece in result.pieces if COMPILED in piece.first_s}:
+        told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in compiling.items())
+        yield f"torch.compile's first run, compiling included: {told}"
     rates = [f"{rate / 1e12:.3g} TFLOPS {precision}" for precision, rate in result.peak.flops_per_s.items() if rate]
     yield f"roofline: {', '.join(rates)}, {result.peak.bytes_per_s / 1e9:.3g} GB/s; {result.peak.source}"
     machine, (before, after) = result.machine, result.conditions["load_average"]
