@@ -4,19 +4,21 @@ On the machine of the baseline everything is compared; on another one only ratio
 change counts when it is beyond the tolerance and, for timings, beyond the spread that both runs had themselves.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from validate.bench.result import FORMAT, BenchResult
+from validate.bench.result import RUN, BenchResult
 from wan22.errors import UserError
 
 TOLERANCE = 0.05
 HIGHER_IS_BETTER = ("speedup", "roofline_percent")
 RATIOS = ("speedup", "memory_ratio")  # what stays meaningful on another machine
-NEUTRAL = ("vae_share_percent", "speedup_p10", "p90_ms", "cpu_median_ms")  # told by their neighbours
+NEUTRAL = (  # told by their neighbours, or no merit
+    "vae_share_percent", "host_overhead_percent", "speedup_p10", "cpu_speedup", "p90_ms", "total_p90_s",
+    "cpu_median_ms", "relative_l2",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,26 +59,6 @@ def is_better_when_higher(measurement: str) -> bool:
     return any(part in measurement.rpartition(".")[2] for part in HIGHER_IS_BETTER)
 
 
-def read_baseline(path: Path) -> dict[str, Any]:
-    """The JSON of an earlier bench: a file of it, or a captured output whose last line it is.
-
-    Raises:
-        UserError: no such file, or no bench in it.
-    """
-    remedy = "name the output of an earlier wan-trt bench"
-    try:
-        lines = path.read_text(encoding="utf-8").strip().splitlines()
-        content = json.loads(lines[-1])
-    except OSError as error:
-        raise UserError(f"baseline {path}: {error.strerror}", "the JSON of a bench", remedy) from None
-    except (ValueError, IndexError):
-        raise UserError(f"baseline {path}: its last line is no JSON", "the JSON of a bench", remedy) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"baseline {path}: format {found!r}", FORMAT, remedy)
-    return content
-
-
 def check_comparable(path: Path, baseline: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Raises UserError, naming the first field, when the baseline measured something else."""
     for field, value in facts.items():
@@ -87,7 +69,7 @@ def check_comparable(path: Path, baseline: Mapping[str, Any], facts: Mapping[str
 
 
 def compare(path: Path, baseline: Mapping[str, Any], result: BenchResult) -> Comparison:
-    """Of measurements that both have. ``baseline`` is what ``read_baseline`` gave."""
+    """Of measurements that both have. ``baseline`` is what ``read_bench`` gave."""
     same = baseline["machine"] == dict(result.machine)
     before, after, now = baseline["measurements"], result.measurements(), result.as_json()
     names = [name for name in before if name in after and _counts(name, same)]
@@ -106,8 +88,13 @@ def _counts(name: str, same_machine: bool) -> bool:
 
 
 def _spread(name: str, measurements: Mapping[str, float]) -> float:
-    """Relative, as far as the run tells: from median to p90 of a timing, from p10 to median of a speed-up."""
+    """Relative, as far as the run tells: from median to p90 of a timing, from p10 to median of a speed-up.
+
+    Whatever is timed in whole runs has the spread of their total.
+    """
     piece, _, leaf = name.rpartition(".")
+    if piece == RUN:
+        return measurements[f"{RUN}.total_p90_s"] / measurements[f"{RUN}.total_s"] - 1
     if leaf == "median_ms":
         return measurements[f"{piece}.p90_ms"] / measurements[name] - 1
     if leaf == "speedup" and f"{piece}.speedup_p10" in measurements:

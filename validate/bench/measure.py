@@ -17,11 +17,12 @@ import numpy as np
 
 from runtime.arrays import F32, NonFiniteError
 from runtime.pipeline import Pipeline
-from validate.bench.compare import check_comparable, compare, read_baseline
+from validate.bench.compare import check_comparable, compare
 from validate.bench.costs import costs_of, peak_of
 from validate.bench.footprint import Footprint, Job, footprint
 from validate.bench.machine import Nvml, load_average, machine, versions
 from validate.bench.our_side import OurSide
+from validate.bench.read import read_bench
 from validate.bench.report import BenchReport, HeldTo
 from validate.bench.result import REGRESSIONS, BenchResult, Piece, known_measurements
 from validate.bench.samples import Samples, in_turns, timed
@@ -56,7 +57,7 @@ def bench(
     with opened(engines, checkpoint, options, progress) as setting:
         bundle, work = setting.pipeline.bundle, setting.work
         gates = () if held_to.gate is None else read_gates(held_to.gate, "bench", known_measurements(work.spec))
-        baseline = None if held_to.baseline is None else read_baseline(held_to.baseline)
+        baseline = None if held_to.baseline is None else read_bench(held_to.baseline, "baseline")
         if held_to.baseline and baseline:
             check_comparable(held_to.baseline, baseline, facts(work, bundle))
         result = setting.measured()

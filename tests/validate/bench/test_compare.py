@@ -1,0 +1,81 @@
+"""What counts as a regression, and what may be compared with another machine."""
+
+from pathlib import Path
+
+import pytest
+
+from validate.bench.compare import Change, check_comparable, compare
+from wan22.errors import UserError
+
+HERE = {"cpu": "A", "cores": 2, "gpu": ""}
+BEFORE = {
+    "high_noise.median_ms": 100.0, "high_noise.p90_ms": 102.0, "high_noise.roofline_percent": 50.0,
+    "high_noise.speedup": 2.0, "high_noise.speedup_p10": 1.9, "high_noise.memory_ratio": 0.5,
+    "high_noise.relative_l2": 1e-6, "end_to_end.total_s": 10.0, "end_to_end.total_p90_s": 13.0,
+    "end_to_end.decode_s": 4.0,
+}  # fmt: skip
+
+
+class Result:
+    """As much of a result as a comparison reads."""
+
+    def __init__(self, machine=HERE, **changed):
+        self.machine, self._changed = machine, {name.replace("__", "."): value for name, value in changed.items()}
+
+    def measurements(self):
+        return BEFORE | self._changed
+
+    def as_json(self):
+        return {"measurements": self.measurements()}
+
+
+def compared(result, machine=HERE):
+    return compare(Path("old.json"), {"machine": machine, "measurements": BEFORE}, result)
+
+
+def regressions(result, machine=HERE):
+    return {change.measurement for change in compared(result, machine).regressions}
+
+
+def test_nothing_changed():
+    assert regressions(Result()) == set()
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"high_noise__median_ms": 110.0, "high_noise__p90_ms": 111.0}, {"high_noise.median_ms"}),
+        ({"high_noise__median_ms": 104.0}, set()),  # within the tolerance
+        ({"high_noise__median_ms": 110.0, "high_noise__p90_ms": 130.0}, set()),  # within the new run's spread
+        ({"high_noise__roofline_percent": 40.0}, {"high_noise.roofline_percent"}),  # higher is better
+        ({"high_noise__roofline_percent": 60.0}, set()),
+        ({"high_noise__speedup": 1.8, "high_noise__speedup_p10": 1.75}, {"high_noise.speedup"}),
+        ({"high_noise__memory_ratio": 0.6}, {"high_noise.memory_ratio"}),
+        ({"high_noise__relative_l2": 1e-3}, set()),  # parity is another command's business
+        ({"end_to_end__decode_s": 5.0}, set()),  # whole runs spread by 30 %
+        ({"end_to_end__decode_s": 6.0}, {"end_to_end.decode_s"}),
+    ],
+)
+def test_what_is_a_regression(changed, expected):
+    assert regressions(Result(**changed)) == expected
+
+
+def test_of_another_machine_only_ratios_are_compared():
+    found = compared(Result(high_noise__median_ms=500.0, high_noise__memory_ratio=0.6), HERE | {"cpu": "B"})
+    assert not found.same_machine
+    assert found.told == "cpu 'B', here 'A'"
+    assert {change.measurement for change in found.changes} == {"high_noise.speedup", "high_noise.memory_ratio"}
+    assert [change.measurement for change in found.regressions] == ["high_noise.memory_ratio"]
+
+
+def test_how_much_worse():
+    assert Change("x.median_ms", 100, 110, 0).worse == pytest.approx(0.1)
+    assert Change("x.speedup", 2.0, 1.0, 0).worse == pytest.approx(1.0)
+    assert Change("end_to_end.image_s", 0.0, 0.0, 0).worse == 0
+
+
+def test_a_baseline_of_something_else_names_the_field():
+    facts = {"model": "t2v-a14b-tiny", "frames": 5}
+    check_comparable(Path("old.json"), facts | {"machine": {}}, facts)
+    with pytest.raises(UserError, match=r"old.json: frames 9 \| expected 5 of this run"):
+        check_comparable(Path("old.json"), facts | {"frames": 9}, facts)

@@ -1,0 +1,14 @@
+"""Memory is measured in a process of its own, which has loaded what the piece needs and nothing else."""
+
+from validate.bench.footprint import Job, footprint
+from validate.bench.work import OURS, BenchOptions
+
+
+def test_a_piece_needs_its_weights_beyond_the_libraries(tiny_engines):
+    options = BenchOptions(size=(64, 64), frames=5)
+    found = footprint(Job(OURS, "vae_decoder", tiny_engines, None, options))
+    weights = (tiny_engines / "vae_decoder.safetensors").stat().st_size
+    assert 0 < found.libraries < found.loaded < found.peak
+    assert found.beyond_libraries > weights
+    assert found.device is None or found.device > 0
+    assert set(found.as_json()) >= {"libraries_bytes", "loaded_bytes", "peak_bytes"}
