@@ -207,28 +207,43 @@ def _timing_cache(config: Any, options: EngineOptions) -> Iterator[None]:
 
 
 def _in_background(work: Any, monitor: Any, meanwhile: Callable[[], None]) -> bool:
-    """Runs ``work`` in a thread, so that this one hears Ctrl-C while the builder is busy; then waits for its end."""
+    """Runs ``work`` in a thread, so that this one hears Ctrl-C while the builder is busy; then waits for its end.
+
+    It waits on an event: ``Thread.join`` that was interrupted takes the thread for finished, and a process that ends
+    while the builder works crashes.
+    """
     outcome: list[bool | BaseException] = []
+    finished = threading.Event()
 
     def run() -> None:
         try:
             outcome.append(work())
         except BaseException as error:  # handed to the waiting thread, which raises it
             outcome.append(error)
+        finally:
+            finished.set()
 
     thread = threading.Thread(target=run, name="engine-builder", daemon=True)
     thread.start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        while not finished.wait(0.2):
             meanwhile()
     except KeyboardInterrupt:
         monitor.cancelled = True
-        thread.join()
+        _wait_whatever_comes(finished)
         raise
+    finally:
+        thread.join()
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
+
+
+def _wait_whatever_comes(finished: threading.Event) -> None:
+    """However often Ctrl-C is pressed."""
+    while not finished.is_set():
+        with contextlib.suppress(KeyboardInterrupt):
+            finished.wait()
 
 
 def _logger(trt: Any, log: TextIO) -> Any:

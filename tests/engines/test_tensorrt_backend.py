@@ -1,6 +1,9 @@
 """The builder compiles ONNX files for GPUs that are not there, keeps its log, and says plainly what went wrong."""
 
+import os
+import signal
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -77,20 +80,21 @@ def test_an_architecture_that_the_module_cannot_compile_for_is_refused(tmp_path)
         build_engine(graph, tmp_path / "mlp.engine", options_for(inputs, hopper))
 
 
-def test_ctrl_c_stops_the_build_and_leaves_no_engine(tmp_path, monkeypatch):
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_stops_the_build_and_leaves_no_engine_and_no_builder_at_work(tmp_path, presses):
     graph, inputs = mlp(tmp_path)
-    stopped = []
-    original = threading.Thread.join
+    pressed = []
 
-    def interrupted(thread, timeout=None):
-        if thread.name == "engine-builder" and not stopped:
-            stopped.append(True)
-            raise KeyboardInterrupt
-        original(thread, timeout)
+    def progress(*_):
+        if len(pressed) < presses:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)  # until the waiting thread has heard it
 
-    monkeypatch.setattr(threading.Thread, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build_engine(graph, tmp_path / "mlp.engine", options_for(inputs))
+        build_engine(graph, tmp_path / "mlp.engine", options_for(inputs), progress)
+    assert len(pressed) == presses
+    assert "engine-builder" not in {thread.name for thread in threading.enumerate()}
     assert not list(tmp_path.glob("*.engine")) + list(tmp_path.glob("*.partial"))
 
 
