@@ -23,8 +23,8 @@ from wan22.specs import ModelSpec
 BLOCKS_TO_LOOK_AT = 3  # a first, a last and one in between
 
 
-def inspect_engines(folder: Path) -> list[FusionReport]:
-    """The reports of every engine of the bundle at ``folder``.
+def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[FusionReport]:
+    """The reports of the engines of the bundle at ``folder``, of all ``components`` where none is named.
 
     Raises:
         UserError: no engine bundle, or one for ONNX Runtime, which has no kernels of its own.
@@ -37,8 +37,12 @@ def inspect_engines(folder: Path) -> list[FusionReport]:
     target = TARGETS[build.target]
     return [
         FusionReport(component.name, target, _compiled(bundle, component, target), component.precision)
-        for component in bundle.manifest.components
+        for component in _chosen(bundle, components)
     ]
+
+
+def _chosen(bundle: Bundle, names: Sequence[str]) -> list[Component]:
+    return [bundle.component(name) for name in names] or list(bundle.manifest.components)
 
 
 def inspect_bundle(
@@ -63,8 +67,7 @@ def inspect_bundle(
     bundle, aim = open_bundle(folder, "graphs"), target_named(target)
     if aim.backend == "onnxruntime":
         raise UserError(f"target {aim.name}", "a GPU: ONNX Runtime has no kernels to show", "name one with --target")
-    names = components or [component.name for component in bundle.manifest.components]
-    chosen = [bundle.component(name) for name in names]
+    chosen = _chosen(bundle, components)
     for component in chosen:
         check_precision(aim, component.precision)
     return [_look_at(bundle, component, aim, video, progress) for component in chosen]

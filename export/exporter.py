@@ -12,7 +12,7 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.dit import LatentDims, dit_graph
 from export.graph import Placed
 from export.input_means import read_input_means
-from export.input_scales import check_weights, read_input_scales
+from export.input_scales import Scales, check_weights, read_input_scales
 from export.lora import Lora, LoraChoice, merged, open_lora
 from export.part import Part
 from export.partial import Journal, kept_bytes, resumable
@@ -79,7 +79,7 @@ def export_checkpoint(
     loras = _opened(options, opened.spec)
     source = _with_loras(opened, loras)
     check_fp8(source.spec, options)
-    parts = _parts(source.spec, options, _read_measured(source, options))
+    parts = _parts(source.spec, options, _read_measured(source, opened, options))
     parts = {name: part for name, part in parts.items() if not options.parts or name in options.parts}
     if options.link:
         parts = {name: part.sharing(source.weights[part.weights]) for name, part in parts.items()}
@@ -132,8 +132,8 @@ class _Measured:
     means: Mapping[str, Array] = field(default_factory=dict)
 
 
-def _read_measured(source: Checkpoint, options: ExportOptions) -> dict[str, _Measured]:
-    """By expert; refused when it belongs to other weights."""
+def _read_measured(source: Checkpoint, base: Checkpoint, options: ExportOptions) -> dict[str, _Measured]:
+    """By expert; refused when it belongs to other weights than those of ``source``, or of ``base`` without LoRAs."""
     scales, means = options.input_scales, options.input_means
     if scales is not None and means is not None:
         expected = "one of them: scales are measured on inputs that are not centred"
@@ -141,13 +141,21 @@ def _read_measured(source: Checkpoint, options: ExportOptions) -> dict[str, _Mea
     found: dict[str, _Measured] = {}
     if scales is not None:
         for expert, part in read_input_scales(scales, source.spec).items():
-            check_weights(scales, part, expert, source.weights[expert].read)
+            _check_weights(scales, part, expert, (source, base))
             found[expert] = _Measured(scales={linear: entry.input for linear, entry in part.items()})
     if means is not None:
         for expert, of_expert in read_input_means(means, source.spec).items():
-            check_weights(means, of_expert.weights, expert, source.weights[expert].read)
+            _check_weights(means, of_expert.weights, expert, (source, base))
             found[expert] = _Measured(means=of_expert.inputs)
     return found
+
+
+def _check_weights(path: Path, scales: Scales, expert: str, sources: tuple[Checkpoint, Checkpoint]) -> None:
+    merged_in, base = (source.weights[expert].read for source in sources)
+    try:
+        check_weights(path, scales, expert, merged_in)
+    except UserError:
+        check_weights(path, scales, expert, base)
 
 
 def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Measured]) -> dict[str, Part]:

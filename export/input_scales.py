@@ -21,8 +21,9 @@ from export.linear import FLOAT8_MAX
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
 
-COMPARED = 3  # linears per expert whose weights are held against the file's
-SAME_WITHIN = 1.25  # a factor: files may state weights with a margin, checkpoints may round them
+COMPARED = 6  # linears per expert whose weights are held against the file's
+LARGEST_MARGIN = 1.25  # a factor: files may state weights with a margin, the same for all
+SAME_WITHIN = 1.02  # a factor, margin aside: checkpoints may round
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,16 @@ def _check(path: Path, part: Scales, names: Mapping[str, str], spec: ModelSpec) 
 def check_weights(path: Path, scales: Scales, expert: str, read: Callable[[str], np.ndarray]) -> None:
     """Refuses scales of another model: some of the weights that the file states are held against ``read``'s.
 
-    Models of one size share all names, so weights are all that tells their files apart. Three matrices are read.
+    Models of one size share all names, so weights are all that tells their files apart. A few matrices are read.
     """
     stated = sorted((name, found.weight) for name, found in scales.items() if found.weight is not None)
+    margin = None
     for name, scale in stated[:: max(1, len(stated) // COMPARED)][:COMPARED]:
         largest = largest_magnitude(read(f"{name}.weight"))
-        if not 1 / SAME_WITHIN < scale * FLOAT8_MAX / max(largest, 1e-12) < SAME_WITHIN:
+        ratio = scale * FLOAT8_MAX / max(largest, 1e-12)
+        margin = ratio if margin is None else margin
+        alike = 1 / SAME_WITHIN < ratio / margin < SAME_WITHIN
+        if not (alike and 1 / LARGEST_MARGIN < ratio < LARGEST_MARGIN):
             raise UserError(
                 f"{path}: weights of {name} up to {scale * FLOAT8_MAX:.3g}",
                 f"{largest:.3g} as in the checkpoint's {expert}",

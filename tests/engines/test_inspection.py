@@ -42,6 +42,7 @@ def test_engines_are_inspected_by_their_logs(engines):
     assert list(reports) == ["text_encoder", "high_noise", "low_noise", "vae_decoder_first", "vae_decoder_next"]
     assert reports["low_noise"].by_dtype("attention") == {"fp8": 4}
     assert reports["vae_decoder_next"].by_dtype("convolution")["fp32"] > 30
+    assert [report.component for report in inspect_engines(engines, ["low_noise"])] == ["low_noise"]
     assert [problem for report in reports.values() for problem in report.problems] == []
 
 

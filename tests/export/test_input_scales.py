@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from export.checkpoint import open_checkpoint
 from export.exporter import ExportOptions, export_checkpoint
 from export.input_scales import LinearScales, check_weights, read_input_scales, write_input_scales
 from export.safetensors_file import read_safetensors
@@ -62,6 +63,25 @@ def test_scales_of_other_weights_are_refused():
     check_weights("s.json", scales, "dit", lambda _: np.array([0.1, -0.45]))
     with pytest.raises(UserError, match=r"blocks\.0\.ffn\.0 up to 0\.5 .* 0\.2 as in the checkpoint's dit"):
         check_weights("s.json", scales, "dit", lambda _: np.array([0.1, -0.2]))
+
+
+def test_weights_may_be_stated_with_a_margin_that_is_the_same_for_all():
+    scales = {f"blocks.{n}.ffn.0": LinearScales(0.1, 1.1 * (1 + n) / 448) for n in range(6)}
+    check_weights("s.json", scales, "dit", lambda name: np.array([1.0 + int(name.split(".")[1])]))
+    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.0 up to 2\.2 .* 2\.06 as in"):
+        check_weights("s.json", scales, "dit", lambda name: np.array([1.0 + 1.06 * int(name.split(".")[1])]))
+
+
+def test_an_export_refuses_scales_of_a_model_of_the_same_size(tmp_path, tiny_checkpoint):
+    other = open_checkpoint(tiny_checkpoint).weights["low_noise"]
+    stated = {
+        n.removesuffix(".weight"): other.read(n) for n in other.names() if n.endswith(("ffn.0.weight", "o.weight"))
+    }
+    scales = {name: LinearScales(0.1, float(np.abs(weight).max()) / 448) for name, weight in stated.items()}
+    write_input_scales(tmp_path / "s.json", {"high_noise": scales, "low_noise": scales}, TINY)
+    with pytest.raises(UserError, match=r"as in the checkpoint's high_noise"):
+        options = ExportOptions(Precision.FP8, input_scales=tmp_path / "s.json")
+        export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
 
 
 def test_an_export_refuses_the_file_of_another_model(tmp_path, tiny_checkpoint, nvidia):

@@ -75,22 +75,26 @@ def test_a_bundle_in_float32_has_nearly_the_maxima_of_one_in_bfloat16(tmp_path, 
 
 @pytest.fixture(scope="module")
 def error_of(tmp_path_factory, tiny_checkpoint, tiny_bundle):
-    """``error_of(options)`` → relative L2 error of the velocity of the low-noise expert exported so."""
-    inputs = inputs_for(TINY.dit, 2, 6, 8, [500.0])
-    inputs["text"] *= np.where(np.arange(512) < 20, 0.3, 0.0)[:, None].astype(np.float32)  # as prompts are
+    """``error_of(options)`` → relative L2 error of velocities of the high-noise expert exported so, on average."""
+    calls = [inputs_for(TINY.dit, 2, 6, 8, [timestep], seed) for timestep in (900.0, 999.0) for seed in (1, 2, 3)]
+    for inputs in calls:
+        inputs["text"] *= np.where(np.arange(512) < 20, 0.3, 0.0)[:, None].astype(np.float32)  # as prompts are
 
-    def velocity(bundle, emulated):
-        model = ir.load(bundle / "low_noise.onnx")
+    def velocities(bundle, emulated):
+        model = ir.load(bundle / "high_noise.onnx")
         for value in model.graph.initializers.values():  # from files into memory
             value.const_value = ir.Tensor(value.const_value.numpy(), dtype=value.dtype, name=value.name)
         if emulated:
             emulate(model, BFLOAT16)
-        return opened(model)(**inputs)[0]
+        graph = opened(model)
+        return [graph(**inputs)[0] for inputs in calls]
+
+    exact = velocities(tiny_bundle, False)
 
     def error(**options):
         folder = tmp_path_factory.mktemp("export") / "onnx"
         export_checkpoint(tiny_checkpoint, folder, ExportOptions(Precision.FP8, **options))
-        return relative_l2(velocity(folder, True), velocity(tiny_bundle, False))
+        return np.mean([relative_l2(*pair) for pair in zip(velocities(folder, True), exact, strict=True)])
 
     return error
 
@@ -107,7 +111,7 @@ def test_a_graph_with_measured_scales_errs_little_more_than_one_that_scales_ever
 
 
 def test_a_graph_with_measured_means_errs_less(calibrated, error_of, per_token):
-    assert 0.01 < error_of(input_means=calibrated[0].with_name("means")) < 0.98 * per_token
+    assert 0.01 < error_of(input_means=calibrated[0].with_name("means")) < 0.95 * per_token
 
 
 def test_one_expert_has_a_file_without_parts(tmp_path, flow_of, prompts):

@@ -11,7 +11,7 @@ from wan_trt.console import bars, console
 
 
 def run(
-    folder: Annotated[Path, typer.Argument(help="Engines, or an ONNX bundle to look at.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Engines, or with --target an ONNX bundle.", show_default=False)],
     target: Annotated[str | None, typer.Option(help="GPU to compile an ONNX bundle for.")] = None,
     component: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
     size: Annotated[str | None, typer.Option(help="As for build.")] = None,
@@ -24,9 +24,9 @@ def run(
     from engines.inspection import inspect_bundle, inspect_engines
 
     if target is None:
-        if component or size or frames:
-            raise UserError("--component, --size or --frames", "an ONNX bundle to compile", "name a --target as well")
-        reports = inspect_engines(folder)
+        if size or frames:
+            raise UserError("--size or --frames", "an ONNX bundle to compile", "name a --target as well")
+        reports = inspect_engines(folder, component or ())
     else:
         with bars() as progress:
             reports = inspect_bundle(folder, target, (size, frames), component or (), progress)
