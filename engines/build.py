@@ -165,6 +165,8 @@ def _compile_tensorrt(
     _place(source, folder, source.manifest.tokenizer)
     components = source.manifest.components
     compiled, external = [], ExternalBuild(source, folder, progress)
+    if options.weights == "external":
+        external.check()
     for done, component in enumerate(components, 1):
         outside = options.weights == "external" and external.applies_to(component)
         plan = external.plan(component) if outside else folder / f"{component.name}.plan"

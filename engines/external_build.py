@@ -25,6 +25,12 @@ class ExternalBuild:
         self._experts = source.manifest.spec.experts
         self._built: dict[str, tuple[File, File, str, Sequence[Weight]]] = {}
 
+    def check(self) -> None:
+        """Refuses graphs whose weights cannot be inputs, before anything is compiled."""
+        for component in self._source.manifest.components:
+            if self.applies_to(component):
+                externalised(self._source.path(component.graph))
+
     def applies_to(self, component: Component) -> bool:
         return component.name in (*self._experts, "text_encoder")
 

@@ -22,15 +22,18 @@ GIBIBYTE = 2**30
 
 
 @contextmanager
-def bars() -> Iterator[Progress]:
-    """One bar for every task that reports, kept on screen when it is full; nothing before the first one does."""
+def bars(*, beside_json: bool = False) -> Iterator[Progress]:
+    """One bar for every task that reports, kept on screen when it is full; nothing before the first one does.
+
+    ``beside_json``: standard output is for a program, the bars go to standard error.
+    """
     shown = Bars(
         TextColumn("{task.description:<18}"),
         BarColumn(bar_width=30),
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=console,
+        console=Console(stderr=True) if beside_json else console,
     )
     tasks: dict[str, TaskID] = {}
 

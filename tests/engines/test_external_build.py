@@ -64,3 +64,13 @@ def test_loras_make_new_weight_files_for_the_engine_that_is_there(tmp_path, tiny
 def test_no_external_weights_on_the_cpu(tmp_path, tiny_bundle):
     with pytest.raises(UserError, match="--weights external for target cpu"):
         build_engines(tiny_bundle, tmp_path / "e", BuildOptions("cpu", weights="external"))
+
+
+def test_fp8_attention_is_refused_before_anything_is_compiled(tmp_path, tiny_checkpoint):
+    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
+    export_checkpoint(tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.FP8_ATTN))
+    seen = []
+    with pytest.raises(UserError, match="beside external weights"):
+        options = BuildOptions("rtx4090", "256x160", "5..17", weights="external")
+        build_engines(tmp_path / "b", tmp_path / "e", options, lambda *call: seen.append(call))
+    assert not seen and not (tmp_path / "e").exists()

@@ -50,3 +50,6 @@ def test_a_bundle_is_compiled_to_look_at_it(tmp_path, tiny_checkpoint, capsys):
     assert status([*arguments, "--size", "128x64..256x160", "--frames", "17", "--html", str(page)]) == 0
     assert "kernels" in capsys.readouterr().out
     assert "high_noise" in page.read_text()
+    assert status([*arguments, "--size", "256x160", "--frames", "17", "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert (report["component"], report["attention"]) == ("high_noise", {"bf16": 4})

@@ -28,7 +28,7 @@ def run(
             raise UserError("--size or --frames", "an ONNX bundle to compile", "name a --target as well")
         reports = inspect_engines(folder, component or ())
     else:
-        with bars() as progress:
+        with bars(beside_json=as_json) as progress:
             reports = inspect_bundle(folder, target, (size, frames), component or (), progress)
     if html is not None:
         html.write_text(as_html(reports, str(folder)), encoding="utf-8")
