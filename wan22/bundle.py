@@ -193,8 +193,16 @@ def open_bundle(folder: Path, kind: Kind, *, full_check: bool = False) -> Bundle
     """
     manifest = read_manifest(folder, kind)
     for file in manifest.files().values():
-        _check_file(folder, file, STAGE_OF[kind], full_check=full_check)
+        _check_file(folder, file, _again(manifest), full_check=full_check)
     return Bundle(folder, manifest)
+
+
+def _again(manifest: Manifest) -> str:
+    """What makes the bundle anew: the command that made it, where it was one."""
+    command = manifest.command
+    if not command.startswith("wan-trt "):
+        return f"run {STAGE_OF[manifest.kind]} again"
+    return f"run {command}" if "--overwrite" in command else f"run {command} --overwrite"
 
 
 def kind_of(folder: Path) -> Kind:
@@ -238,8 +246,8 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
     return manifest
 
 
-def _check_file(folder: Path, file: File, stage: str, *, full_check: bool) -> None:
-    path, again = folder / file.path, f"run {stage} again"
+def _check_file(folder: Path, file: File, again: str, *, full_check: bool) -> None:
+    path = folder / file.path
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{folder / MANIFEST}: path {file.path}", "a path inside the bundle", again)
     if not path.is_file():

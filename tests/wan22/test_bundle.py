@@ -80,6 +80,22 @@ def test_a_missing_file_is_named(tmp_path):
         open_bundle(tmp_path / "b", "graphs")
 
 
+@pytest.mark.parametrize(
+    ("made_by", "remedy"),
+    [
+        ("wan-trt export c b", "run wan-trt export c b --overwrite"),
+        ("wan-trt export c b --overwrite", "run wan-trt export c b --overwrite"),
+        ("export.export_checkpoint(...)", "run wan-trt export again"),
+    ],
+)
+def test_a_damaged_bundle_says_how_it_was_made(tmp_path, made_by, remedy):
+    write_bundle(tmp_path / "b", command=made_by)
+    (tmp_path / "b" / "dit.onnx").write_bytes(b"gra")
+    with pytest.raises(UserError) as refused:
+        open_bundle(tmp_path / "b", "graphs")
+    assert str(refused.value).endswith(f"| {remedy}")
+
+
 def test_another_kind_or_version_is_refused(tmp_path):
     write_bundle(tmp_path / "b")
     with pytest.raises(UserError, match=r"kind graphs \| expected format 1, kind engines"):
