@@ -8,19 +8,19 @@ is added there in float32 needs not pass through FP8. Where the input of O has a
 scale was measured with it. A mean that the graph subtracts from the input of a linear comes back through its bias.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
 
 from export.linear import FLOAT8_MAX
-from export.tensor_file import as_torch, extremes
+from export.tensor_file import as_torch, check_finite, extremes
 from wan22.specs import DitSpec
 
 Read = Callable[[str], np.ndarray]
 
 JOINED = ("qkv", "kv")
-ROWS_AT_ONCE = 256
+PIECE_ELEMENTS, BLOCK_ELEMENTS = 2**22, 2**16
 MARGIN = 1.01  # over the bound of Q and K: the norms compute in float32, their weights may have been rounded
 
 
@@ -46,22 +46,36 @@ class Fp8Weights:
         self._official, self._spec = official, spec
         self._quantised, self._input_scales, self._means = frozenset(quantised), input_scales or {}, input_means or {}
         self._scales: dict[str, float] = {}
+        self._held: dict[str, np.ndarray] = {}  # official matrices that are in memory anyway
+        self._biases: dict[str, np.ndarray] = {}  # made of them
         self._moved = moved_biases(quantised, self._input_scales)
         self._remade = remade_biases(quantised, self._input_scales, self._means)
+
+    def pieces(self, key: str) -> Iterable[np.ndarray]:
+        """The elements of a tensor in order. A matrix is read and measured at once, but quantised as it is asked for,
+        so that one thread may read while another computes.
+        """
+        if key not in self._quantised:
+            return [self(key)]
+        parts, scale = self._measured(key)
+        return (piece for part in parts for piece in _quantised(part, scale))
 
     def __call__(self, key: str) -> np.ndarray:
         stem, leaf = key.rsplit(".", 1)
         if key in self._quantised:
-            return self._matrix(key)
-        if leaf == "weight_scale":
-            return np.array(self._scale_of(f"{stem}.weight"), np.float32)
-        if leaf == "input_scale":
-            return np.array(self._input_scales[stem], np.float32)
+            parts, scale = self._measured(key)
+            pieces = [piece for part in parts for piece in _quantised(part, scale)]
+            return np.concatenate(pieces).reshape(-1, parts[0].shape[1])
+        if leaf in ("weight_scale", "input_scale"):
+            scale = self._input_scales[stem] if leaf == "input_scale" else self._scale_of(f"{stem}.weight")
+            return np.array(scale, np.float32)
         if leaf in ("q_scale", "k_scale"):
             return self._head_scale(stem, leaf[0])
         if leaf == "input_mean":
             return self._mean(stem)
-        return self._bias(stem) if key in self._remade else self._official(key)
+        if key in self._remade:
+            return self._biases.pop(key) if key in self._biases else self._bias(stem)
+        return self._official(key)
 
     def _bias(self, linear: str) -> np.ndarray:
         """With what the mean of the input brings; none is left of V's, O's takes it over, projected in float32."""
@@ -83,34 +97,34 @@ class Fp8Weights:
         return np.asarray(mean - self._own_bias(f"{linear[:-1]}v") if moved else mean)
 
     def _weight(self, linear: str) -> np.ndarray:
-        return np.asarray(self._official(f"{linear}.weight").astype(np.float32))
+        key = f"{linear}.weight"
+        weight = self._held[key] if key in self._held else self._official(key)
+        return np.asarray(weight.astype(np.float32, copy=False))
 
-    def _matrix(self, key: str) -> np.ndarray:
-        """FP8 ``[out, in]``; converted in blocks of rows, so that no second float32 copy of the matrix is made."""
-        import torch
-
+    def _measured(self, key: str) -> tuple[list[np.ndarray], float]:
+        """The matrices that are one FP8 matrix ``[out, in]``, and its scale."""
         parts = self._parts(key)
-        scale = self._scales[key] = _scale_of(parts)
-        columns = parts[0].shape[1]
-        quantised = torch.empty((sum(len(part) for part in parts), columns), dtype=torch.float8_e4m3fn)
-        block, start = torch.empty((ROWS_AT_ONCE, columns)), 0
-        for part in parts:
-            for row in range(0, len(part), ROWS_AT_ONCE):
-                rows = as_torch(part[row : row + ROWS_AT_ONCE])
-                values = block[: len(rows)].copy_(rows).div_(scale).clamp_(-FLOAT8_MAX, FLOAT8_MAX)
-                quantised[start : start + len(rows)] = values
-                start += len(rows)
-        return np.asarray(quantised.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn))
+        self._make_biases(parts)
+        self._scales[key] = scale = _scale_of(parts)
+        return list(parts.values()), scale
+
+    def _make_biases(self, parts: dict[str, np.ndarray]) -> None:
+        """Biases that need a matrix are made while it is here; they stand behind it in the file."""
+        self._held = parts
+        for linear in (name.removesuffix(".weight") for name in parts):
+            if f"{linear}.bias" in self._remade:
+                self._biases[f"{linear}.bias"] = self._bias(linear)
+        self._held = {}
 
     def _scale_of(self, key: str) -> float:
         if key not in self._scales:
             self._scales[key] = _scale_of(self._parts(key))
         return self._scales[key]
 
-    def _parts(self, key: str) -> list[np.ndarray]:
+    def _parts(self, key: str) -> dict[str, np.ndarray]:
         module, name, leaf = key.rsplit(".", 2)
-        names = name if name in JOINED else [name]
-        return [self._official(f"{module}.{part}.{leaf}") for part in names]
+        names = [f"{module}.{part}.{leaf}" for part in (name if name in JOINED else [name])]
+        return {name: self._official(name) for name in names}
 
     def _head_scale(self, module: str, name: str) -> np.ndarray:
         """No value of RMSNorm over D channels exceeds sqrt(D) times its weight; K may double when centred."""
@@ -143,6 +157,25 @@ def _entry(linear: str) -> str:
     return f"{module}.q" if module.endswith("self_attn") and name in "qkv" else linear
 
 
-def _scale_of(parts: list[np.ndarray]) -> float:
-    largest = max(float(abs(extreme)) for part in parts for extreme in extremes(part))
-    return max(largest, 1e-12) / FLOAT8_MAX
+def _scale_of(parts: Mapping[str, np.ndarray]) -> float:
+    largest = 1e-12
+    for name, part in parts.items():
+        ends = extremes(part)
+        check_finite(name, ends)
+        largest = max(largest, *(float(abs(end)) for end in ends))
+    return largest / FLOAT8_MAX
+
+
+def _quantised(matrix: np.ndarray, scale: float) -> Iterator[np.ndarray]:
+    """In blocks that stay in a core's cache, so that memory is read and written once."""
+    import torch
+
+    elements, block = as_torch(matrix.reshape(-1)), torch.empty(BLOCK_ELEMENTS)
+    for start in range(0, len(elements), PIECE_ELEMENTS):
+        piece = elements[start : start + PIECE_ELEMENTS]
+        result = torch.empty(len(piece), dtype=torch.float8_e4m3fn)
+        for place in range(0, len(piece), BLOCK_ELEMENTS):
+            part = piece[place : place + BLOCK_ELEMENTS]
+            values = block[: len(part)].copy_(part).div_(scale).clamp_(-FLOAT8_MAX, FLOAT8_MAX)
+            result[place : place + len(part)] = values
+        yield np.asarray(result.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn))

@@ -61,4 +61,4 @@ class Part:
             return weights.pieces
         fp8 = Fp8Weights(weights.read, source.spec.dit, self.quantised, self.input_scales, self.input_means)
         stored = frozenset(weights.names()) - self.remade
-        return lambda key: weights.pieces(key) if key in stored else [fp8(key)]
+        return lambda key: weights.pieces(key) if key in stored else fp8.pieces(key)

@@ -16,6 +16,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from wan22.errors import UserError
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
@@ -40,26 +42,32 @@ class Stored:
 
     def read(self) -> Array:
         """The whole tensor, in memory of its own."""
-        result, filled = np.empty(prod(self.shape), self.dtype), 0
-        for piece in self.pieces():
-            result[filled : filled + piece.size] = piece
-            filled += piece.size
+        result = np.empty(prod(self.shape), self.dtype)
+        self._fill(result.view(np.uint8))
         return result.reshape(self.shape)
 
     def pieces(self) -> Iterator[Array]:
-        """The elements in order, flat, at most ``PIECE_BYTES`` at a time, each piece in memory of its own.
+        """The elements in order, flat, at most ``PIECE_BYTES`` at a time, each piece in memory of its own."""
+        for start in range(0, self.size_bytes, PIECE_BYTES):
+            piece = np.empty(min(PIECE_BYTES, self.size_bytes - start), np.uint8)
+            self._fill(piece, start)
+            yield piece.view(self.dtype)
+
+    def _fill(self, target: npt.NDArray[np.uint8], start: int = 0) -> None:
+        """Reads into ``target`` what begins ``start`` bytes into the tensor.
 
         Not mapped, because what is mapped counts as memory used; and the system is told to forget what was read, or
         126 GB of checkpoint would push everything else out of its cache.
         """
+        place, done = self.offset + start, 0
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset)
-            for start in range(0, self.size_bytes, PIECE_BYTES):
-                count, here = min(PIECE_BYTES, self.size_bytes - start), self.offset + start
-                piece = np.fromfile(file, np.uint8, count).view(self.dtype)
-                os.posix_fadvise(file.fileno(), here + count, PIECE_BYTES, os.POSIX_FADV_WILLNEED)
-                yield piece
-                os.posix_fadvise(file.fileno(), here, count, os.POSIX_FADV_DONTNEED)
+            file.seek(place)
+            while done < len(target):
+                count = file.readinto(target[done : done + PIECE_BYTES].data)
+                if not count:
+                    raise EOFError(f"{self.path} ends after {place + done} bytes")
+                os.posix_fadvise(file.fileno(), place + done, count, os.POSIX_FADV_DONTNEED)
+                done += count
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,12 @@ def extremes(array: Array) -> npt.NDArray[np.float32]:
 
     smallest, largest = torch.aminmax(as_torch(array))
     return np.array([float(smallest), float(largest)], np.float32)
+
+
+def check_finite(key: str, ends: npt.NDArray[np.float32]) -> None:
+    """Refuses the tensor ``key`` whose :func:`extremes` are no numbers."""
+    if not np.isfinite(ends).all():
+        raise UserError(f"{key} holds NaN or infinity", "finite weights", "download or train the checkpoint again")
 
 
 class HoleyFile(io.FileIO):

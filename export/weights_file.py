@@ -9,16 +9,19 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import accumulate, groupby
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from export.ahead import ahead
 from export.graph import FLOAT, GraphBuilder, Placed
 from export.partial import Journal
 from export.safetensors_file import header_bytes
-from export.tensor_file import FLOAT8, Array, HoleyFile, Pieces, Planned, as_torch, extremes
+from export.tensor_file import FLOAT8, Array, HoleyFile, Pieces, Planned, as_torch, check_finite, extremes
 from wan22.bundle import File
 from wan22.errors import UserError
 
@@ -74,10 +77,11 @@ def write_weights(
         file.truncate(begun)
         sink, marked, end = _Sink(file, digest, pool), begun, len(header)
         sink.put(b"" if begun else header)
+        made = groupby(_made(_left(weights, begun - len(header)), pieces), itemgetter(0))
         for key, stored in weights.items():
             end += stored.size_bytes
             if end > begun:
-                _put(sink, key, stored, pieces(key))
+                _put(sink, key, stored, (piece for _, piece in next(made)[1]))
             if journal and end - marked >= MARK_EVERY_BYTES:
                 journal.record(sink.written())
                 marked = end
@@ -86,6 +90,20 @@ def write_weights(
     if journal and entry.size_bytes > marked:
         journal.record(entry)
     return entry
+
+
+def _left(weights: Mapping[str, Planned], begun: int) -> list[str]:
+    """The tensors of which not all lies in the first ``begun`` bytes of data."""
+    ends = accumulate(stored.size_bytes for stored in weights.values())
+    return [key for key, end in zip(weights, ends, strict=True) if end > begun]
+
+
+def _made(keys: Iterable[str], pieces: Pieces) -> Iterator[tuple[str, Array]]:
+    """Every piece of every tensor, by its name. One thread begins tensors, which reads what must be known as a whole;
+    another makes their pieces; so the disk, both and who converts, hashes and writes them are busy at a time.
+    """
+    begun = ahead((key, pieces(key)) for key in keys)
+    return ahead((key, piece) for key, elements in begun for piece in elements)
 
 
 @contextmanager
@@ -138,8 +156,7 @@ def converted(key: str, array: Array, dtype: np.dtype[np.generic]) -> Array:
     if array.dtype in FLOAT8 or array.size == 0:  # quantised here, from finite values
         return array.astype(dtype, copy=False)
     ends = extremes(array)
-    if not np.isfinite(ends).all():
-        raise UserError(f"{key} holds NaN or infinity", "finite weights", "download or train the checkpoint again")
+    check_finite(key, ends)
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):

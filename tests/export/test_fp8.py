@@ -17,6 +17,7 @@ from export.linear import FLOAT8, Fp8
 from export.schema import dit_tensors
 from tests.export.conftest import made_up
 from tests.export.test_dit import inputs_for, relative_l2
+from wan22.errors import UserError
 from wan22.specs import SPECS
 
 SPEC = SPECS["t2v-a14b-tiny"].dit
@@ -93,6 +94,35 @@ def test_the_largest_weight_becomes_the_largest_fp8_number(weights):
     matrix = Fp8Weights(weights.__getitem__, SPEC, [key])(key)
     assert matrix.dtype == ml_dtypes.float8_e4m3fn
     assert np.abs(matrix.astype(np.float32)).max() == 448
+
+
+def test_pieces_are_the_matrix_and_are_made_as_they_are_asked_for(weights, monkeypatch):
+    monkeypatch.setattr(fp8_weights, "PIECE_ELEMENTS", 10_000)
+    key, asked = "blocks.0.self_attn.qkv.weight", []
+    whole = Fp8Weights(weights.__getitem__, SPEC, [key])(key)
+    read = Fp8Weights(lambda name: (asked.append(name), weights[name])[1], SPEC, [key])
+    pieces = read.pieces(key)
+    assert asked == [f"blocks.0.self_attn.{part}.weight" for part in "qkv"]
+    assert np.concatenate(list(pieces)).tobytes() == whole.tobytes()
+    assert read(key.replace("weight", "weight_scale")) > 0
+    assert len(asked) == 3
+
+
+def test_a_matrix_is_read_once_for_itself_its_scale_and_the_bias_that_it_makes(weights):
+    asked, key = [], "blocks.0.self_attn.o"
+    read = Fp8Weights(lambda name: (asked.append(name), weights[name])[1], SPEC, [f"{key}.weight"])
+    list(read.pieces(f"{key}.weight"))
+    for made in (f"{key}.weight_scale", f"{key}.bias"):
+        read(made)
+    assert asked.count(f"{key}.weight") == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_is_named(weights, bad):
+    key = "blocks.0.self_attn.k.weight"
+    spoiled = weights | {key: np.where(np.arange(weights[key].size).reshape(weights[key].shape) == 9, bad, 0.5)}
+    with pytest.raises(UserError, match=rf"{key} holds NaN or infinity"):
+        Fp8Weights(spoiled.__getitem__, SPEC, ["blocks.0.self_attn.qkv.weight"])("blocks.0.self_attn.qkv.weight")
 
 
 def test_what_is_sensitive_is_never_stored_in_fp8():
