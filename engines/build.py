@@ -64,8 +64,7 @@ def build_engines(
     source = open_bundle(bundle, "graphs", full_check=True)
     for component in source.manifest.components:
         check_precision(target, component.precision)
-    if options.weights == "external" and target.backend == "onnxruntime":
-        raise UserError("--weights external for target cpu", "a GPU target", "leave it out")
+    _check_options(target, options)
     profiles = _profiles(source.manifest, target, options)
     check_disk(folder, sum(file.size_bytes for file in source.manifest.files().values()))
     started = time.perf_counter()
@@ -94,6 +93,14 @@ def _told(target: Target, options: BuildOptions) -> dict[str, str]:
     if target.backend == "onnxruntime":
         return {}
     return {"tf32": str(options.tf32).lower(), "weights": options.weights}
+
+
+def _check_options(target: Target, options: BuildOptions) -> None:
+    if options.weights == "external" and target.backend == "onnxruntime":
+        raise UserError("--weights external for target cpu", "a GPU target", "leave it out")
+    if options.timing_cache is not None and target.backend != "tensorrt":
+        found = f"--timing-cache for {target.name}, whose backend {target.backend} times nothing"
+        raise UserError(found, "a target of TensorRT, such as h100", "leave it out")
 
 
 def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tuple[Profile, ...]:

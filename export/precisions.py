@@ -38,7 +38,8 @@ def precisions_of(spec: ModelSpec, options: "ExportOptions") -> dict[str, Precis
             known = ", ".join(p for p in usual if p != "vae_encoder")
             raise UserError(f"a precision for {part!r}", f"one of {known}", "leave it out")
         if part not in spec.experts and precision in FP8_PRECISIONS and (part, precision) != TEXT_ENCODER_IN_FP8:
-            raise UserError(f"{part} in {precision}", "fp32, bf16 or fp16", "FP8 attention is for the transformer")
+            fp8_too = ", fp8 for its feed-forward" if part == TEXT_ENCODER_IN_FP8[0] else ""
+            raise UserError(f"{part} in {precision}", f"fp32, bf16, fp16{fp8_too}", "choose one of them")
     return {**usual, **options.precisions}
 
 

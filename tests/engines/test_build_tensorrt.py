@@ -1,5 +1,7 @@
 """Whole pipelines compile to real TensorRT-RTX engines on a machine without a GPU."""
 
+from pathlib import Path
+
 import pytest
 
 from engines.build import BuildOptions, build_engines
@@ -55,8 +57,9 @@ def test_fixed_shapes_and_fp8_attention_compile(tmp_path, flow_of):
         (BuildOptions("h100"), "pip install tensorrt"),
         (BuildOptions("rtx4090", size="100x100"), "size 100x100"),
         (BuildOptions("cpu"), "ONNX Runtime does not compute it"),
+        (BuildOptions("rtx4090", timing_cache=Path("t")), "--timing-cache for rtx4090"),
     ],
-    ids=["fp8 on ampere", "module missing", "size", "cpu"],
+    ids=["fp8 on ampere", "module missing", "size", "cpu", "timing cache"],
 )
 def test_what_a_target_cannot_do_is_told_before_any_work(tmp_path, bundle_of, options, told):
     with pytest.raises(UserError, match=told):
