@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from export.checkpoint import Checkpoint
 from export.keys import diffusers_names, dit_config, text_encoder_config, vae_config
 from wan22.progress import Progress
+from wan22.specs import ModelSpec
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -26,24 +27,25 @@ I64 = NDArray[np.int64]
 
 def load_part(checkpoint: Checkpoint, name: str, progress: Progress) -> Any:
     """The module of ``name``: "text_encoder", "vae" or an expert. Raises RuntimeError where the weights do not fit."""
-    build = {"text_encoder": _text_encoder, "vae": _autoencoder}.get(name, _transformer)
+    build = {"text_encoder": _text_encoder, "vae": autoencoder}.get(name, transformer)
     with torch.device("meta"):
-        module = build(checkpoint)
+        module = build(checkpoint.spec)
     _fill(module, checkpoint, name, progress)
     return module.eval()
 
 
-def _text_encoder(checkpoint: Checkpoint) -> Any:
+def _text_encoder(spec: ModelSpec) -> Any:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    return UMT5EncoderModel(UMT5Config(**text_encoder_config(checkpoint.spec)))
+    return UMT5EncoderModel(UMT5Config(**text_encoder_config(spec)))
 
 
-def _transformer(checkpoint: Checkpoint) -> Any:
+def transformer(spec: ModelSpec) -> Any:
+    """The module on the device that is the default, its tables on the CPU."""
     from diffusers import WanTransformer3DModel
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
-    config = _arguments(dit_config(checkpoint.spec))
+    config = _arguments(dit_config(spec))
     module = WanTransformer3DModel(**config)
     module.condition_embedder.timesteps_proj = _Sinusoid(config["freq_dim"])
     with torch.device("cpu"):  # its tables are computed, not loaded
@@ -64,7 +66,8 @@ class _Sinusoid(torch.nn.Module):
 
 def sinusoid(timesteps: torch.Tensor, width: int) -> torch.Tensor:
     """``[B, width]`` in float32, computed in float64: cosines, then sines (wan22.md §2.3)."""
-    frequencies = torch.exp(torch.arange(width // 2, dtype=torch.float64) * (-math.log(10000) / (width // 2)))
+    numbers = torch.arange(width // 2, dtype=torch.float64, device=timesteps.device)
+    frequencies = torch.exp(numbers * (-math.log(10000) / (width // 2)))
     angles = timesteps.to(torch.float64)[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
@@ -78,10 +81,18 @@ def time_features(timesteps: F32 | I64, width: int) -> dict[str, F32]:
     return {"float64": to_numpy(sinusoid(times, width)), "float32": to_numpy(own(times.float()))}
 
 
-def _autoencoder(checkpoint: Checkpoint) -> Any:
+def autoencoder(spec: ModelSpec) -> Any:
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(**_arguments(vae_config(checkpoint.spec)))
+    return AutoencoderKLWan(**_arguments(vae_config(spec)))
+
+
+def lower(module: Any, dtype: torch.dtype) -> None:
+    """Converts ``module`` to ``dtype`` but for what its class keeps in float32, as ``from_pretrained`` does."""
+    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in module.named_parameters():
+        keeps = any(part in name.split(".") for part in kept)
+        parameter.data = parameter.data.to(torch.float32 if keeps else dtype)
 
 
 def _arguments(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from runtime.arrays import F32, NonFiniteError
 from validate.bench.samples import timed
 from validate.bench.whole_run import Event
 from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work
-from validate.reference_parts import load_part
+from validate.reference_parts import load_part, lower
 from validate.reference_run import noise, scheduler_for
 from wan22.bundle import Manifest
 from wan22.errors import UserError
@@ -96,7 +96,7 @@ class TorchSide:
             module = load_part(self._checkpoint, name, self._progress).to(self.device)
             dtype = self._dtype(name)
             if dtype != torch.float32:
-                _lower(module, dtype)
+                lower(module, dtype)
             self._parts[name] = _compiled(module, name) if self._compiled else module
         return self._parts[name]
 
@@ -245,11 +245,3 @@ def require_finite(tensor: torch.Tensor, what: str) -> None:
     """Raises NonFiniteError unless every value is finite."""
     if not bool(torch.isfinite(tensor).all()):
         raise NonFiniteError(f"{what}: NaN or infinity")
-
-
-def _lower(module: Any, dtype: torch.dtype) -> None:
-    """Converts ``module`` but for what its class keeps in float32, as ``from_pretrained`` does."""
-    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
-    for name, parameter in module.named_parameters():
-        if not any(part in name.split(".") for part in kept):
-            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,101 @@
+"""Models of real size with random weights: the same values in diffusers' module and in our graph.
+
+Time does not depend on the values, but power and the check that both compute the same do, so they are no zeros.
+"""
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from engines.cpu.attention import fuse_attention
+from export.dit import dit_graph
+from export.graph import BFLOAT16, FLOAT, FLOAT16, GraphBuilder, Placed
+from export.keys import diffusers_names
+from export.schema import Shapes
+from export.vae_decoder import vae_decoder
+from runtime.engine_onnxruntime import OnnxRuntimeEngine
+from validate.reference_parts import lower
+from wan22.bundle import Component, File
+from wan22.errors import UserError
+from wan22.specs import ModelSpec, Precision
+
+Weights = Mapping[str, torch.Tensor]  # by official name
+COMPUTE = {Precision.BF16: BFLOAT16, Precision.FP16: FLOAT16, Precision.FP32: FLOAT}
+STORED = {
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.FLOAT: torch.float32,
+}
+CUDA = "CUDAExecutionProvider"
+
+
+def random_weights(shapes: Shapes, device: str, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    """Matrices that keep the size of what they multiply; norms near 1, biases near 0."""
+    generator = torch.Generator(device).manual_seed(seed)
+    found = {}
+    for name, shape in shapes.items():
+        value = torch.empty(shape, device=device, dtype=dtype).normal_(generator=generator)
+        vector = prod(shape) == max(shape)
+        value *= 0.02 if vector else prod(shape[1:]) ** -0.5
+        found[name] = value + 1 if vector and name.endswith(("weight", "gamma")) else value
+    return found
+
+
+def filled(module: Any, part: str, spec: ModelSpec, weights: Weights, dtype: torch.dtype) -> Any:
+    """``module``, made on the meta device, with ``weights``; what diffusers keeps in float32 is so."""
+    names = diffusers_names(part, spec)
+    module.load_state_dict({theirs: weights[official] for official, theirs in names.items()}, strict=True, assign=True)
+    module.requires_grad_(False)
+    lower(module, dtype)
+    return module.eval()
+
+
+def transformer_engine(
+    spec: ModelSpec, weights: Weights, folder: Path, precision: Precision, device: str
+) -> OnnxRuntimeEngine:
+    """Our graph of an expert, written into ``folder``, its attention as ONNX Runtime's fused operator."""
+    graph = dit_graph(spec.dit, COMPUTE[precision])
+    write_weights([graph], weights, folder)
+    model = ir.Model(graph.graph, ir_version=11)
+    fuse_attention(model, spec.dit.heads, spec.dit.head_width)
+    ir.save(model, folder / "transformer.onnx")
+    return _engine(graph, folder, "transformer", precision, device)
+
+
+def decoder_engines(spec: ModelSpec, weights: Weights, folder: Path, device: str) -> list[OnnxRuntimeEngine]:
+    """The VAE's decoder in float32: for the first latent frame, and for later ones."""
+    graphs = {"first": vae_decoder(spec.vae, first=True), "next": vae_decoder(spec.vae, first=False)}
+    write_weights(list(graphs.values()), weights, folder)
+    for name, graph in graphs.items():
+        graph.save(folder / f"{name}.onnx")
+    return [_engine(graph, folder, name, Precision.FP32, device) for name, graph in graphs.items()]
+
+
+def write_weights(graphs: list[GraphBuilder], weights: Weights, folder: Path) -> None:
+    """One file for all ``graphs``, each weight once, in the type that the graphs want."""
+    declared = {key: value.dtype for graph in graphs for key, value in graph.weights.items()}
+    placed: dict[str, Placed] = {}
+    with (folder / "weights.bin").open("wb") as file:
+        for key, dtype in declared.items():
+            start = file.tell()
+            raw = weights[key].to(STORED[dtype or FLOAT]).cpu().contiguous().view(torch.uint8)
+            raw.reshape(-1).numpy().tofile(file)
+            file.flush()
+            placed[key] = Placed("weights.bin", start, file.tell() - start)
+    for graph in graphs:
+        graph.bind({key: placed[key] for key in graph.weights}, folder)
+
+
+def _engine(graph: GraphBuilder, folder: Path, name: str, precision: Precision, device: str) -> OnnxRuntimeEngine:
+    """Raises UserError on a GPU where ONNX Runtime has no CUDA."""
+    import onnxruntime
+
+    if device == "cuda" and CUDA not in onnxruntime.get_available_providers():
+        raise UserError("onnxruntime without CUDA", "onnxruntime-gpu", "pip install 'wan-trt[gpu]'")
+    file = File(f"{name}.onnx", "", (folder / f"{name}.onnx").stat().st_size)
+    inputs, outputs = graph.edges()
+    return OnnxRuntimeEngine(folder, Component(name, file, (), inputs, outputs, precision))

@@ -1,0 +1,147 @@
+"""Everything that only a GPU can tell, in one command with a time budget; a table last, and a JSON file.
+
+    python -m validate.gpu_run --budget-s 600 -o validate/results/gpu.json
+
+Weights are random, so nothing is downloaded. Each stage runs in a process of its own and may fail by itself: what a
+GPU refuses is part of the answer. Small stages come first; the last ones, whole models, take what time is left.
+``--dry-run`` takes every stage through its code on the CPU at tiny sizes and keeps no figure of it.
+"""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from validate.bench.machine import machine, versions
+from validate.gpu.stage import Answer, Setting, Stage, run_stage
+from validate.gpu.view import table_of
+from wan22.errors import UserError
+
+P480, P720, P5B = (832, 480, 81), (1280, 720, 81), (1280, 704, 121)
+STAGES = (
+    Stage("rtx", "TensorRT-RTX engine", "validate.gpu.rtx", "attempt"),
+    Stage("sampler", "sampler", "validate.gpu.sampler", "overhead"),
+    Stage("a14b-blocks", "T2V-A14B, two blocks", "validate.gpu.transformer", "beside", ("t2v-a14b", P480)),
+    Stage("5b-blocks", "TI2V-5B, two blocks", "validate.gpu.transformer", "beside", ("ti2v-5b", P5B)),
+    Stage("vae", "streaming VAE decode", "validate.gpu.decoder", "streaming"),
+    Stage("5b", "TI2V-5B, whole", "validate.gpu.transformer", "whole", ("ti2v-5b", (P5B,))),
+    Stage("a14b", "T2V-A14B, whole expert", "validate.gpu.transformer", "whole", ("t2v-a14b", (P480, P720))),
+)
+NOTHING = "no GPU: nothing measured"
+PACKAGES = ("onnxruntime-gpu", "cupy-cuda13x", "cupy-cuda12x", "tensorrt_rtx")
+console = Console(highlight=False)
+
+
+def run(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the JSON goes.")] = Path("gpu.json"),
+    budget_s: Annotated[float, typer.Option(min=1, help="Seconds for everything; what is left is skipped.")] = 600,
+    only: Annotated[list[str] | None, typer.Option(help="Only this stage; repeatable.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run the code at tiny sizes on the CPU; measure nothing.")
+    ] = False,
+) -> int:
+    """Measure on this machine's GPU: transformers, sampler, VAE, and whether TensorRT-RTX engines load."""
+    stages = _chosen(only or [])
+    gpu = {} if dry_run else _gpu()
+    answers = [Answer(stage, "skipped", "the run ended before it") for stage in stages]
+    code = 0
+    try:
+        _measure(answers, Setting(dry_run), time.monotonic() + budget_s)
+    except KeyboardInterrupt:
+        code = 130
+    if dry_run:
+        answers = [_without_figures(answer) for answer in answers]
+    _write(output, {**_circumstances(gpu, dry_run), "stages": [answer.as_json() for answer in answers]})
+    console.print(table_of(answers))
+    console.print(f"{NOTHING if dry_run else gpu['name']}: {output}")
+    return code or int(dry_run and any(answer.status == "failed" for answer in answers))
+
+
+def _chosen(names: Sequence[str]) -> list[Stage]:
+    known = [stage.name for stage in STAGES]
+    for name in names:
+        if name not in known:
+            raise UserError(f"stage {name!r}", f"one of {', '.join(known)}", "name one of them with --only")
+    return [stage for stage in STAGES if not names or stage.name in names]
+
+
+def _gpu() -> dict[str, Any]:
+    """Raises UserError where PyTorch sees none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("no GPU that PyTorch can use", "an NVIDIA GPU with its driver", "--dry-run tries the code out")
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": str(torch.version.cuda),
+    }
+
+
+def _measure(answers: Sequence[Answer], setting: Setting, deadline: float) -> None:
+    for number, answer in enumerate(answers, 1):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            answer.reason = "no time left"
+            continue
+        console.print(f"{number}/{len(answers)} {answer.stage.title}, {left:.0f} s left")
+        answer.status, answer.reason = "interrupted", ""
+        run_stage(answer, setting, left)
+
+
+def _without_figures(answer: Answer) -> Answer:
+    rows = [replace(row, value=None, note="ran" if row.value is not None else row.note) for row in answer.measurements]
+    return replace(answer, status="ran" if answer.status == "measured" else answer.status, measurements=rows)
+
+
+def _circumstances(gpu: dict[str, Any], dry_run: bool) -> dict[str, Any]:
+    found = versions()
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "kind": "gpu_run",
+        "verdict": NOTHING if dry_run else "measured",
+        "command": shlex.join(["python", "-m", "validate.gpu_run", *sys.argv[1:]]),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine() | {"kernel": platform.release()},
+        "gpu": gpu,
+        "versions": found,
+    }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.rename(path)
+
+
+def _guarded(*args: Any, **options: Any) -> None:
+    try:
+        code = run(*args, **options)
+    except UserError as error:
+        print(f"gpu_run: {error}", file=sys.stderr)
+        code = 2
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    import functools
+
+    typer.run(functools.wraps(run)(_guarded))
