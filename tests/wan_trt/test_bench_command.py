@@ -139,3 +139,12 @@ def test_a_checkpoint_of_another_model_is_named(tiny_engines, flow_of, capsys):
 def test_a_bundle_that_holds_no_engines(tiny_bundle, capsys):
     assert status(tiny_bundle, *QUICK) == 2
     assert "engines" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_loses_no_result(tiny_engines, tmp_path, capsys):
+    (tmp_path / "bench.json").mkdir()
+    assert status(tiny_engines, *QUICK, "-o", tmp_path / "bench.json") == 2
+    told = capsys.readouterr()
+    assert json.loads(told.out.strip().splitlines()[-1])["passed"] is True
+    assert "bench.json: Is a directory" in told.err
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]

@@ -4,16 +4,22 @@ Every process does one piece on one side and nothing else: libraries, load, two 
 libraries and weights in it; what the libraries alone take is told beside it.
 """
 
-from concurrent.futures import ProcessPoolExecutor
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.pipeline import Pipeline
 from validate.bench.machine import device_peak, peak_bytes, reset_peak, resident_bytes
 from validate.bench.work import COMPILED, OURS, TEXT, BenchOptions, Side, runner, work_for
 from wan22.bundle import open_bundle
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 RUNS = 2  # the second may need more: planned memory, caches of kernels
 
@@ -45,9 +51,46 @@ class Job:
 
 
 def footprint(job: Job) -> Footprint:
-    """Runs ``job`` in a new process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_measured, job).result()
+    """Runs ``job`` in a new process, which ends when this one is interrupted.
+
+    Raises:
+        RuntimeError: the process was killed, as by a system that is out of memory.
+    """
+    context = get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(job, sending), daemon=True)
+    with _interrupts_held():
+        process.start()
+    sending.close()
+    try:
+        found: Footprint | Exception = receiving.recv()
+    except EOFError:
+        process.join()
+        told = f"the process that measured {job.piece} ({job.side}) ended with {process.exitcode}"
+        raise RuntimeError(told) from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes started inside never hear Ctrl-C, which their parent answers for them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _report(job: Job, sending: "Connection") -> None:
+    try:
+        sending.send(_measured(job))
+    except Exception as error:
+        sending.send(error)
 
 
 def _measured(job: Job) -> Footprint:

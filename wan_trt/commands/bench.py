@@ -66,10 +66,21 @@ def run(
     else:
         found, passed = _benched(engines, checkpoint, options, gate, compare)
     line = json.dumps(found, separators=(",", ":"), allow_nan=False)
+    print(line, flush=True)
     if output is not None:
-        output.write_text(line + "\n", encoding="utf-8")
-    print(line)
+        _write(output, line + "\n")
     return 0 if passed else 1
+
+
+def _write(path: Path, text: str) -> None:
+    """Under its name only when it is whole. Raises UserError where it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"output {path}: {error.strerror}", "a file that can be written", "name another") from None
 
 
 def _list_gates(engines: Path) -> int:

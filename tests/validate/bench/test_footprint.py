@@ -1,7 +1,10 @@
 """Memory is measured in a process of its own, which has loaded what the piece needs and nothing else."""
 
+import pytest
+
 from validate.bench.footprint import Job, footprint
 from validate.bench.work import OURS, BenchOptions
+from wan22.errors import UserError
 
 
 def test_a_piece_needs_its_weights_beyond_the_libraries(tiny_engines):
@@ -12,3 +15,8 @@ def test_a_piece_needs_its_weights_beyond_the_libraries(tiny_engines):
     assert found.beyond_libraries > weights
     assert found.device is None or found.device > 0
     assert set(found.as_json()) >= {"libraries_bytes", "loaded_bytes", "peak_bytes"}
+
+
+def test_what_is_wrong_in_the_other_process_is_told_in_this_one(tiny_engines):
+    with pytest.raises(UserError, match="size 50x50"):
+        footprint(Job(OURS, "vae_decoder", tiny_engines, None, BenchOptions(size=(50, 50))))
