@@ -10,6 +10,7 @@ from typing import Literal
 from engines.cpu.passes import fit_transformer
 from engines.external_build import ExternalBuild
 from engines.profiles import profile_between, profiles_for
+from engines.style_cost import per_block
 from engines.targets import Target, check_precision, target_named
 from engines.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
 from wan22.bundle import (
@@ -69,10 +70,11 @@ def build_engines(
     check_disk(folder, sum(file.size_bytes for file in source.manifest.files().values()))
     started = time.perf_counter()
     with staged(folder, overwrite=options.overwrite) as temporary:
+        kernels: dict[str, int] = {}
         if target.backend == "onnxruntime":
             components, version = _load_onnxruntime(source, temporary, progress)
         else:
-            components, version = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
+            components, version, kernels = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
         build = Build(
             target=target.name,
             backend=target.backend,
@@ -82,6 +84,7 @@ def build_engines(
             options=_told(target, options),
             seconds=round(time.perf_counter() - started, 3),
             peak_rss_bytes=peak_rss_bytes(),
+            kernels_per_block=kernels,
         )
         manifest = replace(source.manifest, kind="engines", command=options.command, build=build, components=components)
         write_manifest(temporary, manifest)
@@ -165,13 +168,17 @@ def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:
 
 def _compile_tensorrt(
     source: Bundle, folder: Path, asked: tuple[Target, Sequence[Profile], BuildOptions], progress: Progress
-) -> tuple[tuple[Component, ...], str]:
-    """One plan per component, or per graph where weights are outside, the builder's log beside it."""
+) -> tuple[tuple[Component, ...], str, dict[str, int]]:
+    """One plan per component, or per graph where weights are outside, the builder's log beside it.
+
+    Returns:
+        The components, the compiler's version, and a transformer's kernels per block by style of weights.
+    """
     target, profiles, options = asked
     version = str(load_module(target.backend).__version__)
     _place(source, folder, source.manifest.tokenizer)
     components = source.manifest.components
-    compiled, external = [], ExternalBuild(source, folder, progress)
+    compiled, kernels, external = [], dict[str, int](), ExternalBuild(source, folder, progress)
     if options.weights == "external":
         external.check()
     for done, component in enumerate(components, 1):
@@ -184,9 +191,11 @@ def _compile_tensorrt(
             else:
                 build_engine(source.path(component.graph), plan, settings, progress)
                 compiled.append(replace(component, graph=file_entry(folder, plan), weights=()))
+                if component.name in source.manifest.spec.experts:
+                    kernels = {"embedded": per_block(component, plan, settings)}
         except UserError:
             if log_beside(plan).exists():
                 shutil.copyfile(log_beside(plan), folder.parent / f"{component.name}.build.log")
             raise
         progress("build engines", done, len(components), "components")
-    return tuple(compiled), version
+    return tuple(compiled), version, external.kernels_per_block or kernels

@@ -218,9 +218,13 @@ def write_layout(path: Path, weights: Sequence[Weight]) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(layout(weights)[0]), indent=1))
 
 
+def read_layout(path: Path) -> list[Place]:
+    return msgspec.json.decode(path.read_bytes(), type=list[Place])
+
+
 def check_layout(path: Path, weights: Sequence[Weight]) -> None:
     """Refuses weights that do not fit the engine whose layout lies at ``path``."""
-    if msgspec.json.decode(path.read_bytes(), type=list[Place]) != list(layout(weights)[0]):
+    if read_layout(path) != list(layout(weights)[0]):
         found = f"{len(weights)} weights of another layout than {path}"
         raise UserError(found, "an export with the options of the engine's", "export and build again")
 

@@ -25,6 +25,7 @@ class FusionReport:
     target: Target
     compiled: Compiled
     precision: Precision
+    weights: str = ""  # where they are, and what that costs
     blocks_in_model: int = 0  # where only some of its blocks were compiled to look at
 
     # -- counts
@@ -113,6 +114,7 @@ class FusionReport:
             "component": self.component,
             "target": self.target.name,
             "precision": str(self.precision),
+            "weights": self.weights,
             "blocks_compiled": len(per_block),
             "blocks_left_out": more,
             "kernels": len(kernels),

@@ -56,6 +56,7 @@ def _counts(report: FusionReport) -> "RenderableType":
     )
     left_out = f", {s['blocks_left_out']} left out: alike" if s["blocks_left_out"] else ""
     rows = {
+        **({"weights": s["weights"]} if s["weights"] else {}),
         "blocks compiled": f"{s['blocks_compiled']}{left_out}",
         "kernels": f"{s['kernels']}, {s['kernels_per_block']} per block" if s["kernels_per_block"] else s["kernels"],
         "matrix multiplications": f"{by_dtype(s['gemms'])}; {s['gemms_per_block']} per block",

@@ -15,7 +15,7 @@ from engines.profiles import profile_between, profiles_for
 from engines.targets import TARGETS, Target, check_precision, target_named
 from engines.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
 from engines.trim import first_blocks
-from wan22.bundle import Bundle, Component, open_bundle
+from wan22.bundle import Build, Bundle, Component, open_bundle
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec
@@ -36,7 +36,13 @@ def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[Fusion
         raise UserError(f"{folder}: engines for the CPU", "engines of TensorRT", remedy)
     target = TARGETS[build.target]
     return [
-        FusionReport(component.name, target, _compiled(bundle, component, target), component.precision)
+        FusionReport(
+            component.name,
+            target,
+            _compiled(bundle, component, target),
+            component.precision,
+            _style(build, bundle.manifest.spec, component),
+        )
         for component in _chosen(bundle, components)
     ]
 
@@ -87,7 +93,18 @@ def _look_at(
         graph = first_blocks(bundle.path(component.graph), Path(temporary), BLOCKS_TO_LOOK_AT)
         built = build_engine(graph, Path(temporary) / f"{component.name}.plan", options, progress)
         compiled = read_log(built.log)
-    return FusionReport(component.name, target, compiled, component.precision, _blocks(manifest.spec, component))
+    return FusionReport(
+        component.name, target, compiled, component.precision, "embedded", _blocks(manifest.spec, component)
+    )
+
+
+def _style(build: Build, spec: ModelSpec, component: Component) -> str:
+    """Where the component's weights are, and for a transformer what that costs, as it was measured at the build."""
+    told = "external" if component.weights else "embedded"
+    if component.name not in spec.experts or not build.kernels_per_block:
+        return told
+    kernels = (f"{count} per block {style}" for style, count in build.kernels_per_block.items())
+    return f"{told}; kernels: {', '.join(kernels)}"
 
 
 def _blocks(spec: ModelSpec, component: Component) -> int:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +82,7 @@ class Build:
     options: dict[str, str]
     seconds: float
     peak_rss_bytes: int = 0  # most memory that the build had resident
+    kernels_per_block: dict[str, int] = field(default_factory=dict)  # of a transformer: style of weights → measured
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """``--weights external``: both experts share one engine, each has its file of weights, the VAE keeps its own inside."""
 
+import statistics
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -44,7 +46,16 @@ def test_one_engine_for_both_experts(built):
     assert built.component("vae_decoder_next").weights == ()
     assert built.manifest.build.options["weights"] == "external"
     assert built.manifest.build.peak_rss_bytes > 10**8
-    assert {tuple(r.kernels_per_block) for r in inspect_engines(folder) if "noise" in r.component} != set()
+    kernels = built.manifest.build.kernels_per_block
+    reports = inspect_engines(folder)
+    assert {statistics.median_high(r.kernels_per_block) for r in reports if "noise" in r.component} == {
+        kernels["external"]
+    }
+    assert abs(kernels["external"] - kernels["embedded"]) <= 4
+    told = {report.component: report.weights for report in reports}
+    both = f"external; kernels: {kernels['embedded']} per block embedded, {kernels['external']} per block external"
+    assert told["high_noise"] == told["low_noise"] == both
+    assert (told["text_encoder"], told["vae_decoder_next"]) == ("external", "embedded")
 
 
 @pytest.mark.slow
@@ -59,6 +70,23 @@ def test_loras_make_new_weight_files_for_the_engine_that_is_there(tmp_path, tiny
     assert new.component("low_noise").weights == old.component("low_noise").weights
     assert new.manifest.loras[0].experts == ("high_noise",)
     assert (tmp_path / "styled" / "experts.plan").samefile(built / "experts.plan")
+
+
+@pytest.mark.slow
+def test_loras_leave_the_blocks_that_have_no_fp8_without_it(tmp_path, tiny_checkpoint):
+    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
+    options = ExportOptions(
+        Precision.FP8, keep_high_precision=frozenset({1}), parts=frozenset({"high_noise", "low_noise"})
+    )
+    export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
+    build_engines(tmp_path / "b", tmp_path / "e", BuildOptions("rtx4090", "256x160", "5..17", weights="external"))
+    lora, shape = tmp_path / "style.safetensors", (SPECS[TINY].dit.ffn_width, SPECS[TINY].dit.width)
+    save_file({"diffusion_model.blocks.1.ffn.0.diff": np.full(shape, 0.1, np.float32)}, lora)
+    told = CliRunner().invoke(app, ["lora", "apply", str(tmp_path / "e"), str(lora), "-o", str(tmp_path / "styled")])
+    assert told.exit_code == 0, told.output
+    old, new = (open_bundle(tmp_path / name, "engines", full_check=True) for name in ("e", "styled"))
+    assert new.component("low_noise").weights[1].size_bytes == old.component("low_noise").weights[1].size_bytes
+    assert new.component("low_noise").weights[1].sha256 != old.component("low_noise").weights[1].sha256
 
 
 def test_no_external_weights_on_the_cpu(tmp_path, tiny_bundle):

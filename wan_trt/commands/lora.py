@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from wan22.bundle import Bundle, Component, Manifest, check_disk, open_bundle, refuse_existing, staged, write_manifest
+from wan22.bundle import Bundle, Component, check_disk, open_bundle, refuse_existing, staged, write_manifest
 from wan22.errors import UserError
 from wan22.progress import Progress
 from wan_trt.arguments import Overwrite
@@ -36,7 +36,7 @@ def apply(
     check_disk(output, 2 * sum(old.component(e).weights[1].size_bytes for e in manifest.spec.experts))
     where = checkpoint or manifest.source.checkpoint
     with tempfile.TemporaryDirectory(prefix=".lora-", dir=output.absolute().parent) as place, bars() as progress:
-        merged = _exported(manifest, where, lora, Path(place) / "onnx", progress)
+        merged = _exported(old, where, lora, Path(place) / "onnx", progress)
         with staged(output, overwrite=overwrite) as temporary:
             components = _replaced(old, merged, temporary, progress)
             loras, command = merged.manifest.loras, command_line()
@@ -44,8 +44,9 @@ def apply(
     console.print(f"{len(lora)} LoRA(s) merged: {output}")
 
 
-def _exported(manifest: Manifest, where: str, loras: Sequence[str], folder: Path, progress: Progress) -> Bundle:
+def _exported(old: Bundle, where: str, loras: Sequence[str], folder: Path, progress: Progress) -> Bundle:
     """The experts with the LoRAs, in the precisions of the engines."""
+    manifest = old.manifest
     from export.exporter import ExportOptions, export_checkpoint
     from export.lora import parse_lora
 
@@ -54,6 +55,7 @@ def _exported(manifest: Manifest, where: str, loras: Sequence[str], folder: Path
     options = ExportOptions(
         manifest.precision,
         experts,
+        keep_high_precision=_blocks_without_fp8(old),
         size=size,
         frames=frames,
         loras=tuple(map(parse_lora, loras)),
@@ -64,6 +66,24 @@ def _exported(manifest: Manifest, where: str, loras: Sequence[str], folder: Path
         found = f"{where}: another checkpoint than that of the engines"
         raise UserError(found, manifest.source.checkpoint, "name it with --checkpoint")
     return bundle
+
+
+def _blocks_without_fp8(old: Bundle) -> frozenset[int]:
+    """Read off the weights that the engines take: a matrix in FP8 has a scale.
+
+    Raises:
+        UserError: the engines subtract means that were measured without the LoRAs.
+    """
+    from engines.external_weights import read_layout
+
+    spec = old.manifest.spec
+    first = old.component(spec.experts[0])
+    names = {place.name for place in read_layout(old.path(first.weights[0]))}
+    if any(name.endswith(".input_mean") for name in names):
+        found = f"{old.folder}: engines with input means, measured without these LoRAs"
+        raise UserError(found, "engines without, or an export with the LoRAs", "export with --lora and build again")
+    fp8 = {int(name.split(".")[1]) for name in names if name.endswith(".weight_scale")}
+    return frozenset(range(spec.dit.layers)) - fp8 if fp8 else frozenset()
 
 
 def _replaced(old: Bundle, merged: Bundle, folder: Path, progress: Progress) -> tuple[Component, ...]:
