@@ -35,8 +35,9 @@ def readme_parts() -> tuple[str, str, str]:
 
 
 def commands() -> list[str]:
-    """Every ``wan-trt`` line of the README's shell blocks."""
-    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), re.S)
+    """Every ``wan-trt`` line of the shell blocks of the README and the pages beside it."""
+    pages = [README, *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)]
     text = "\n".join(blocks).replace("\\\n", " ")
     return [line for line in text.splitlines() if line.startswith("wan-trt ")]
 
@@ -51,7 +52,7 @@ def test_every_module_says_what_it_is():
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_command_of_the_readme_has_the_options_it_is_shown_with(line, capsys):
+def test_every_command_that_is_shown_has_the_options_it_is_shown_with(line, capsys):
     from wan_trt.cli import app
 
     words = shlex.split(line, comments=True)[1:]

@@ -126,6 +126,33 @@ def test_progress_comes_in_order_and_says_who_works(server):
     assert len({event["seed"] for event in events}) == 1
 
 
+def test_a_job_moves_the_metrics(server):
+    def read(name, **labels):
+        return server.metric(name, "wan22_t2v", **labels)
+
+    stages = ("text_encoder", "high_noise", "low_noise", "vae_decoder_first", "vae_decoder_next")
+    outcomes = ("done", "refused", "cancelled", "out_of_time", "failed")
+    counters = [("wan22_steps_total", {}), ("wan22_step_seconds_total", {}), ("wan22_expert_swaps_total", {})]
+    counters += [("wan22_stage_seconds_total", {"stage": stage}) for stage in stages]
+    counters += [("wan22_requests_total", {"outcome": outcome}) for outcome in outcomes]
+    before = [read(name, **labels) for name, labels in counters]
+    started = time.time()
+    in_flight = []
+    with server.client("wan22_t2v") as client:
+        client.generate("x", on_progress=lambda _: in_flight.append(read("wan22_in_flight")), **SMALL)
+        with pytest.raises(JobError):
+            client.generate("x", **{**SMALL, "steps": 0})
+    moved = [read(name, **labels) - was for (name, labels), was in zip(counters, before, strict=True)]
+    assert moved[0] == SMALL["steps"]
+    assert moved[2] == 0
+    assert all(seconds > 0 for seconds in (moved[1], *moved[3:8]))
+    assert moved[8:] == [1, 1, 0, 0, 0]
+    assert in_flight[0] == 1
+    assert read("wan22_in_flight") == 0
+    assert read("wan22_last_step_timestamp_seconds") >= started
+    assert time.time() - read("wan22_heartbeat_timestamp_seconds") < 60
+
+
 def test_progress_every_other_step_still_tells_the_last(server):
     events = []
     with server.client("wan22_t2v") as client:
