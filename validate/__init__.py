@@ -3,6 +3,7 @@
 The reference (torch, diffusers, transformers) is imported only when a validation runs.
 """
 
-from validate.run import ValidateOptions, validate
+from validate.options import ValidateOptions
+from validate.run import validate
 
 __all__ = ["ValidateOptions", "validate"]

@@ -22,6 +22,7 @@ Pixels = NDArray[np.uint8]  # [H, W, 3]
 
 FILMSTRIP_FRAMES = 6
 THUMBNAIL_WIDTH = 320
+WORST_FRAME_WIDTH = 640
 PLOT_DPI = 200
 FLOOR = 1e-9  # drawn in place of a drift of exactly zero, which a logarithmic axis has no room for
 
@@ -69,7 +70,7 @@ def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float])
     for label, (drift, colour, marker) in curves.items():
         axes.plot(numbers, drift, color=colour, linewidth=1.8, marker=marker, markersize=4.5, zorder=3, label=label)
     if len(curves) > 1:
-        axes.legend(frameon=False, labelcolor=theme.text, fontsize=10, loc="lower right")
+        axes.legend(frameon=False, labelcolor=theme.text, fontsize=10, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     _scale(axes, [value for drift, *_ in curves.values() for value in drift], limit, len(steps))
     _threshold(axes, limit, theme)
     _switch(axes, steps, theme)
@@ -143,16 +144,17 @@ def filmstrip(ours: F32, reference: F32) -> Filmstrip:
     frames = reference.shape[2]
     chosen = sorted({round(i) for i in np.linspace(0, frames - 1, min(frames, FILMSTRIP_FRAMES))})
     amplification = _amplification(ours, reference)
-    pictures = [
-        Picture(
-            index + 1,
-            _thumbnail(to_pixels(ours[0, :, index])),
-            _thumbnail(to_pixels(reference[0, :, index])),
-            _thumbnail(_difference(ours[0, :, index], reference[0, :, index], amplification)),
-        )
-        for index in chosen
-    ]
-    return Filmstrip(tuple(pictures), amplification)
+    pictures = tuple(frame_picture(ours, reference, index, amplification, THUMBNAIL_WIDTH) for index in chosen)
+    return Filmstrip(pictures, amplification)
+
+
+def frame_picture(
+    ours: F32, reference: F32, index: int, amplification: float, width: int = WORST_FRAME_WIDTH
+) -> Picture:
+    """Frame ``index`` (from 0) of both videos and their difference, none wider than ``width``."""
+    sides = (ours[0, :, index], reference[0, :, index])
+    shown = (*map(to_pixels, sides), _difference(*sides, amplification))
+    return Picture(index + 1, *(_scaled(pixels, width) for pixels in shown))
 
 
 def to_pixels(frame: F32) -> Pixels:
@@ -172,11 +174,10 @@ def _difference(ours: F32, reference: F32, amplification: float) -> Pixels:
     return to_pixels(np.clip(error, 0, 2).astype(np.float32) - 1)
 
 
-def _thumbnail(pixels: Pixels) -> str:
+def _scaled(pixels: Pixels, width: int) -> str:
     image = Image.fromarray(pixels)
-    if image.width > THUMBNAIL_WIDTH:
-        height = round(image.height * THUMBNAIL_WIDTH / image.width)
-        image = image.resize((THUMBNAIL_WIDTH, height), Image.Resampling.BOX)
+    if image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.BOX)
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
     return data_uri(stream.getvalue())

@@ -80,6 +80,11 @@ def read_gates(path: Path, table: str, known: Collection[str]) -> tuple[Gate, ..
     return gates
 
 
+def has_table(path: Path, table: str) -> bool:
+    """Whether the file speaks about that command at all."""
+    return table in _content(path)
+
+
 def judge(gates: Collection[Gate], measured: Mapping[str, float]) -> tuple[Verdict, ...]:
     return tuple(gate.judged(measured) for gate in gates)
 

@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 
-from validate import ladder_image, ladder_official, thresholds
+from validate import ladder_image, ladder_official, ladder_video, thresholds
 from validate.climb import Climb
-from validate.metrics import FRAME_RANGE, compare, difference_per_frame, incomparable
+from validate.metrics import FRAME_RANGE, compare, incomparable
 from validate.ours import Ours
 from validate.reference import Reference
 from validate.reference_parts import F32, time_features
@@ -34,6 +34,7 @@ class Rung:
 
     subject: str
     climb: Climbed
+    of_every_case: bool = False  # a prompt or a seed makes a difference to it that no other rung shows
 
     def rows(self, climb: Climb) -> Iterator[Row]:
         return (replace(row, subject=self.subject) for row in self.climb(climb))
@@ -44,10 +45,10 @@ def rungs(spec: ModelSpec, *, official: bool = False) -> tuple[Rung, ...]:
     experts = tuple(Rung("velocity", partial(velocities, expert=expert)) for expert in spec.experts)
     both_modes = (Rung("text_mode", text_mode),) if spec.task == Task.TI2V else ()
     known: tuple[tuple[str, tuple[Rung, ...]], ...] = (
-        ("text_encoder", (Rung("token_ids", token_ids), Rung("embeddings", embeddings))),
+        ("text_encoder", TEXT_RUNGS),
         ("vae_encoder_first", IMAGE_RUNGS),
-        (spec.experts[0], (*SAMPLER_RUNGS, *experts, Rung("latents", trajectory), *both_modes)),
-        ("vae_decoder_first", (Rung("decode", decoder), Rung("frames", video))),
+        (spec.experts[0], (*SAMPLER_RUNGS, *experts, Rung("latents", trajectory, of_every_case=True), *both_modes)),
+        ("vae_decoder_first", VIDEO_RUNGS),
     )
     ladder = tuple(rung for component, its in known if component in spec.components for rung in its)
     return (*ladder, *OFFICIAL_RUNGS) if official else ladder
@@ -155,6 +156,8 @@ def _step(climb: Climb, theirs: ReferenceStep) -> Row:
     row = Row(name, theirs.expert, incomparable(""), limit, step=theirs.index + 1, timestep=theirs.timestep)
     if theirs.index >= len(climb.our_steps):
         return replace(row, metrics=incomparable(climb.stopped or "no such step"))
+    if theirs.problem:
+        return replace(row, metrics=incomparable(theirs.problem))
     ours = climb.our_steps[theirs.index]
     note = "" if ours.expert == theirs.expert else f"ours ran {ours.expert}"
     low = climb.in_precision("run", (ours.latents, theirs.after), lambda _: climb.lowered_steps[theirs.index].after)
@@ -188,21 +191,21 @@ def _decoded(climb: Climb, name: str, component: str, limit: Limit, frames: slic
     return Row(name, component, metrics, limit, "the reference's latents", in_precision=low)
 
 
-def video(climb: Climb) -> Iterator[Row]:
-    limit, ours, theirs = climb.limits["run"].frames, climb.our_frames, climb.reference_frames
-    if ours is None:
-        yield Row("frames, end to end", "video", incomparable(climb.stopped), limit)
-        return
-    metrics = compare(ours, theirs, signal_range=FRAME_RANGE)
-    note = "" if metrics.problem else f"worst frame: {int(np.argmax(difference_per_frame(ours, theirs))) + 1}"
-    low = climb.in_precision("run", (ours, theirs), lambda _: climb.lowered_frames, FRAME_RANGE)
-    yield Row("frames, end to end", "video", metrics, limit, note, in_precision=low)
-
-
+TEXT_RUNGS = (
+    Rung("token_ids", token_ids, of_every_case=True),
+    Rung("embeddings", embeddings, of_every_case=True),
+)
 IMAGE_RUNGS = (
-    Rung("pixels", ladder_image.pixels),
+    Rung("pixels", ladder_image.pixels, of_every_case=True),
     Rung("encode", ladder_image.encoder),
-    Rung("condition", ladder_image.condition),
+    Rung("condition", ladder_image.condition, of_every_case=True),
+)
+VIDEO_RUNGS = (
+    Rung("decode", decoder),
+    Rung("frames", ladder_video.frames, of_every_case=True),
+    Rung("ssim", ladder_video.structure, of_every_case=True),
+    Rung("frame_changes", ladder_video.changes, of_every_case=True),
+    Rung("lpips", ladder_video.perception, of_every_case=True),
 )
 SAMPLER_RUNGS = (
     Rung("schedule", schedule),

@@ -6,7 +6,8 @@ number cannot agree. The same holds for two shapes that differ.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,6 +27,8 @@ class Metrics:
     values: int
     problem: str = ""
     excess: float | None = None  # error in units of what the reference loses in the same precision
+    ssim: float | None = None  # structural similarity of the worst frame, 1 for the same picture
+    lpips: float | None = None  # perceptual distance of the worst frame, 0 for the same picture
 
 
 @dataclass
@@ -60,14 +63,35 @@ def compare(ours: ArrayLike, reference: ArrayLike, *, signal_range: float | None
     return Metrics(sums.max_abs, _relative(sums), _cosine(sums), psnr, a.size)
 
 
+def compare_changes(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> Metrics:
+    """The change from each frame to the next in two videos ``[1, 3, F, H, W]``, F > 1: flicker that frames hide."""
+    if problem := _problem(ours, reference):
+        return incomparable(problem)
+    sums = _Sums()
+    for frame in range(1, ours.shape[2]):
+        sums.add(*(_slice(side[:, :, frame]) - _slice(side[:, :, frame - 1]) for side in (ours, reference)))
+    values = ours[:, :, 1:].size
+    return Metrics(sums.max_abs, _relative(sums), _cosine(sums), _psnr_db(sums.error / values, FRAME_RANGE), values)
+
+
 def incomparable(problem: str) -> Metrics:
     """The metrics of what was not computed, or cannot be compared; no limit accepts them."""
     return Metrics(math.nan, math.nan, math.nan, None, 0, problem)
 
 
-def of_excess(value: float) -> Metrics:
-    """Metrics of which only ``excess`` says anything."""
-    return replace(incomparable(""), excess=value)
+def of_one_number(measure: Literal["excess", "ssim", "lpips"], value: float) -> Metrics:
+    """Metrics of which only ``measure`` says anything."""
+    return Metrics(math.nan, math.nan, math.nan, None, 0, "", **{measure: value})
+
+
+def ssim_per_frame(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> list[float]:
+    """Structural similarity of every frame of two videos ``[1, 3, F, H, W]`` (Wang et al. 2004)."""
+    from skimage.metrics import structural_similarity
+
+    return [
+        float(structural_similarity(ours[0, :, i], reference[0, :, i], channel_axis=0, data_range=FRAME_RANGE))
+        for i in range(ours.shape[2])
+    ]
 
 
 def difference_per_frame(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> list[float]:
@@ -98,6 +122,10 @@ def _slices(array: NDArray[np.generic]) -> Iterator[NDArray[np.float64]]:
     flat = array.reshape(-1)
     for start in range(0, flat.size, SLICE_VALUES):
         yield flat[start : start + SLICE_VALUES].astype(np.float64)
+
+
+def _slice(array: NDArray[np.float32]) -> NDArray[np.float64]:
+    return array.reshape(-1).astype(np.float64)
 
 
 def _relative(sums: _Sums) -> float:

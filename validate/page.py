@@ -1,13 +1,15 @@
 """The report as a page that stands alone: no network, no script, pictures inside; for phones, light and dark."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from validate.figures import DARK, LIGHT, drift_plot
+from validate.perception import why_no_lpips
 from validate.row import Row
-from validate.wording import Line, line
+from validate.wording import Line, by_section, line, number, verdict_words
 
 if TYPE_CHECKING:
     from validate.report import ValidationReport
@@ -27,9 +29,88 @@ def as_html(report: "ValidationReport") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"number": number, "verdict_words": verdict_words}
+    shown = report.worst_case
     return environment.get_template("report.html.j2").render(
-        report=report, sections=sections(report), plots=_plots(report.steps)
+        report=report,
+        shown=shown,
+        sections=sections(report),
+        plots=_plots(shown.steps),
+        lights=lights(report),
+        apart=apart(report.rows),
+        latency_columns=LATENCY_COLUMNS,
+        latency=latency(report.attached.bench) if report.attached.bench else None,
+        no_lpips=why_no_lpips(),
     )
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The worst relative L2 errors of a section whose precision is not float32."""
+
+    title: str
+    precision: str
+    total: float
+    alone: float  # of the reference in that precision
+    between: float
+
+
+def apart(rows: Sequence[Row]) -> list[Apart]:
+    found = []
+    for title, its in by_section(rows):
+        low = [(row.metrics, row.in_precision) for row in its if row.in_precision is not None]
+        if low:
+            errors = [(total.relative_l2, its.alone.relative_l2, its.between.relative_l2) for total, its in low]
+            found.append(Apart(title, str(low[0][1].precision), *map(_largest, zip(*errors, strict=True))))
+    return found
+
+
+def _largest(values: Sequence[float]) -> float:
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+@dataclass(frozen=True)
+class Light:
+    """One line of what a release is decided on. ``tone`` is "good", "bad" or "none", where nothing was measured."""
+
+    title: str
+    tone: str
+    told: str
+    where: str  # id of the part of the page
+
+
+def lights(report: "ValidationReport") -> list[Light]:
+    its, missed = report.attached, len(report.missed)
+    faults = its.bench["faults"] if its.bench else []
+    problems = [problem for engine in its.fusion for problem in engine["problems"]]
+    parity = f"{len(report.rows) - len(report.failed)} of {len(report.rows)} checks passed"
+    kept = f"{len(report.verdicts) - missed} of {len(report.verdicts)} kept" if report.verdicts else "no --gate given"
+    timed = "; ".join(faults) or "measured" if its.bench else "no --bench given"
+    fused = "; ".join(problems) or f"{len(its.fusion)} engines inspected" if its.fusion else its.why_no_fusion
+    return [
+        Light("Parity", "bad" if report.failed else "good", parity, "checks"),
+        Light("Gates", "none" if not report.verdicts else "bad" if missed else "good", kept, "gates"),
+        Light("Latency", "none" if its.bench is None else "bad" if faults else "good", timed, "latency"),
+        Light("Fusion", "none" if not its.fusion else "bad" if problems else "good", fused, "fusion"),
+    ]
+
+
+LATENCY_COLUMNS = {
+    "median_ms": "median, ms",
+    "p90_ms": "p90, ms",
+    "speedup": "times PyTorch",
+    "roofline_percent": "roofline, %",
+    "memory_ratio": "of PyTorch's memory",
+}
+
+
+def latency(bench: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Piece → column → figure, of the bench's measurements; whole runs are apart, under their own names."""
+    figures: dict[str, dict[str, float | None]] = {}
+    for name, value in bench["measurements"].items():
+        piece, _, measure = name.partition(".")
+        figures.setdefault(piece, {})[measure] = value
+    return figures
 
 
 def _plots(steps: list[Row]) -> dict[str, str]:
@@ -51,24 +132,10 @@ class Section:
 
 
 def sections(report: "ValidationReport") -> list[Section]:
-    """The rows in their order, cut where the subject changes."""
+    """The rows by their subject."""
     result = []
-    for title, group in groupby(report.rows, section_title):
-        rows = tuple(group)
+    for title, rows in by_section(report.rows):
         passed = sum(row.passed for row in rows)
         shown = passed < len(rows) or len(rows) <= STEPS_SHOWN_OPEN
         result.append(Section(title, tuple(map(line, rows)), passed, shown))
     return result
-
-
-def section_title(row: Row) -> str:
-    if row.subject.startswith("official"):
-        return "Official code"
-    if row.step is not None:
-        return "Latents, step by step"
-    fixed = {"tokenizer": "Text", "text_encoder": "Text", "sampler": "Schedule and noise", "video": "Video"}
-    if row.component == "image" or row.component.startswith("vae_encoder"):
-        return "Image"
-    if row.component.startswith("vae_"):
-        return "VAE"
-    return fixed.get(row.component, f"Transformer, {row.component}")

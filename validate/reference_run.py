@@ -29,6 +29,7 @@ class ReferenceStep:
     expert: str
     before: F32
     after: F32
+    problem: str = ""  # what of this step was the first to hold NaN or infinity
 
 
 def noise(shape: tuple[int, ...], seed: int) -> F32:
@@ -51,13 +52,20 @@ def run(
         t = float(timestep)
         expert = "dit" if boundary is None else "high_noise" if t >= boundary * TRAIN_TIMESTEPS else "low_noise"
         velocity = reference.velocity(expert, latents, t, text, given)
+        problem = "" if np.isfinite(velocity).all() else _named(f"velocity of {expert}", index, request, t)
         if negative is not None and (scale := request.guidance[expert]) != 1:
             unconditional = reference.velocity(expert, latents, t, negative, given)
             velocity = unconditional + np.float32(scale) * (velocity - unconditional)
         stepped = scheduler.step(torch.from_numpy(velocity), timestep, torch.from_numpy(latents), return_dict=False)
         after = _with_first_frame(stepped[0].numpy(), given)
-        yield ReferenceStep(index, t, expert, latents, after)
+        if not problem and not np.isfinite(after).all():
+            problem = _named("latents", index, request, t)
+        yield ReferenceStep(index, t, expert, latents, after, problem)
         latents = after
+
+
+def _named(tensor: str, index: int, request: CompleteRequest, timestep: float) -> str:
+    return f"reference: {tensor} in step {index + 1} of {request.steps} (t = {timestep:g}) has NaN or infinity"
 
 
 def _with_first_frame(latents: F32, given: Given) -> F32:

@@ -1,21 +1,19 @@
-"""The verdict and its two files: ``report.json`` for programs, ``report.html`` for people.
-
-In the JSON a number that is not finite is written as the text ``"nan"`` or ``"inf"``, which JSON itself cannot say.
+"""The verdict and its files: ``report.html`` for people, ``report.json`` for programs, ``report.md`` and ``report.xml``
+(JUnit) for pipelines.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
-
-from validate.figures import Filmstrip
-from validate.metrics import Metrics
-from validate.page import as_html
-from validate.row import InPrecision, Row
+from validate.attachments import Attached
+from validate.case_report import CaseReport
+from validate.gate import Verdict, judge
+from validate.measured import measured
+from validate.row import Row
 from validate.wording import line
 from wan22.errors import UserError
 
@@ -25,50 +23,92 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """All rows of the ladder, true when every one passed. ``facts`` says what was compared, in the order to print."""
+    """All rows of all cases, true when every one passed and every gate is kept.
 
-    rows: tuple[Row, ...]
+    ``facts`` says what was compared, in the order to print.
+    """
+
+    cases: tuple[CaseReport, ...]
     facts: dict[str, str]
-    filmstrip: Filmstrip | None = None
+    attached: Attached = field(default_factory=Attached)
 
     def __bool__(self) -> bool:
-        return bool(self.rows) and not self.failed
+        return bool(self.rows) and not self.failed and all(self.verdicts)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(row for case in self.cases for row in case.rows)
 
     @property
     def failed(self) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if not row.passed)
 
+    @cached_property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """Of the gates, those on the bench last."""
+        ours = judge(self.attached.gates, measured(self.rows))
+        return (*ours, *judge(self.attached.bench_gates, self.attached.bench_measured))
+
+    @property
+    def missed(self) -> tuple[Verdict, ...]:
+        return tuple(verdict for verdict in self.verdicts if not verdict)
+
+    @property
+    def worst_case(self) -> CaseReport:
+        return max(self.cases, key=lambda case: case.badness)
+
     @property
     def steps(self) -> list[Row]:
-        """The rows of the run, in order."""
-        return [row for row in self.rows if row.step is not None]
+        """The rows of the worst case's run, in order."""
+        return self.worst_case.steps
 
     @property
     def first_diverging_step(self) -> Row | None:
-        return next((row for row in self.steps if not row.passed), None)
+        return next((row for case in self.cases for row in case.steps if not row.passed), None)
+
+    @property
+    def first_not_finite(self) -> Row | None:
+        """The row that met the first NaN or infinity: of the inputs, then of the runs, then of anything."""
+        met = [row for row in self.rows if "NaN" in row.metrics.problem]
+        return min(met, key=lambda row: (row.case, _depth(row)), default=None)
 
     def summary(self) -> str:
         """The verdict in one line."""
-        if self:
-            return f"{len(self.rows)} of {len(self.rows)} checks passed"
         if not self.rows:
             return "nothing was checked"
-        first, step = self.failed[0], self.first_diverging_step
-        told = f"{len(self.failed)} of {len(self.rows)} checks failed, the first: {first.name} ({first.component})"
-        if step is None:
-            return told
-        return f"{told}; first diverging step: {step.step}, t = {step.timestep:g}, {step.component}"
+        return "; ".join((*self._told_of_rows(), *(f"gate missed: {verdict}" for verdict in self.missed)))
+
+    def _told_of_rows(self) -> Iterator[str]:
+        if not self.failed:
+            yield f"{len(self.rows)} of {len(self.rows)} checks passed"
+            return
+        first, step, bad = self.failed[0], self.first_diverging_step, self.first_not_finite
+        yield f"{len(self.failed)} of {len(self.rows)} checks failed, the first: {first.name} ({first.component})"
+        if step is not None:
+            yield f"first diverging step: {step.step}, t = {step.timestep:g}, {step.component}"
+        if bad is not None:
+            yield f"first not finite: {bad.name} ({bad.metrics.problem})"
+        if len(self.cases) > 1:
+            yield f"worst case: {self.worst_case.number}"
 
     def table(self) -> "Table":
-        """The rows for a terminal."""
+        """The rows for a terminal; of several cases only what failed beyond the first."""
         from rich.table import Table
 
         table = Table("", "check", "component", "found", "limit", "margin")
         for row in self.rows:
-            shown = line(row)
-            mark = "[green]✓[/]" if row.passed else "[red]✗[/]"
-            table.add_row(mark, row.name, row.component, shown.found, shown.limit, shown.margin)
+            if row.case == 1 or not row.passed:
+                shown = line(row)
+                mark = "[green]✓[/]" if row.passed else "[red]✗[/]"
+                name = row.name if row.case == 1 else f"case {row.case}: {row.name}"
+                table.add_row(mark, name, row.component, shown.found, shown.limit, shown.margin)
         return table
+
+
+def _depth(row: Row) -> int:
+    if row.subject in ("token_ids", "embeddings", "pixels", "encode", "condition"):
+        return 0
+    return 1 if row.step is not None else 2
 
 
 def check_writable(folder: Path) -> None:
@@ -87,8 +127,15 @@ def _refusing(folder: Path) -> Iterator[None]:
 
 
 def write_report(report: ValidationReport, folder: Path) -> None:
-    """Writes both files into ``folder``, over those of an earlier report."""
-    write_files(folder, {"report.json": as_json(report), "report.html": as_html(report).encode()})
+    """Writes the report's files into ``folder``, over those of an earlier one."""
+    from validate.page import as_html
+    from validate.report_json import as_json
+    from validate.report_junit import as_junit
+    from validate.report_markdown import as_markdown
+
+    files = {"report.json": as_json(report), "report.xml": as_junit(report)}
+    files |= {"report.md": as_markdown(report).encode(), "report.html": as_html(report).encode()}
+    write_files(folder, files)
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -111,49 +158,3 @@ def _replace(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def as_json(report: ValidationReport) -> bytes:
-    first = report.first_diverging_step
-    content = {
-        "passed": bool(report),
-        "summary": report.summary(),
-        "first_diverging_step": None if first is None else first.step,
-        "facts": report.facts,
-        "rows": [_json_row(row) for row in report.rows],
-    }
-    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
-
-
-def _json_row(row: Row) -> dict[str, Any]:
-    return {
-        "name": row.name,
-        "subject": row.subject,
-        "component": row.component,
-        "passed": row.passed,
-        "measure": row.limit.measure,
-        "limit": row.limit.value,
-        "reason": row.limit.reason,
-        "note": row.note,
-        "step": row.step,
-        "timestep": row.timestep,
-        "made": row.made,
-        "metrics": _json_metrics(row.metrics),
-        "in_precision": None if row.in_precision is None else _json_in_precision(row.in_precision),
-    }
-
-
-def _json_in_precision(found: InPrecision) -> dict[str, Any]:
-    return {
-        "precision": str(found.precision),
-        "reference_alone": _json_metrics(found.alone),
-        "ours_against_it": _json_metrics(found.between),
-    }
-
-
-def _json_metrics(metrics: Metrics) -> dict[str, Any]:
-    return {name: _json_number(value) for name, value in asdict(metrics).items()}
-
-
-def _json_number(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

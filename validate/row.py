@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from validate.metrics import Metrics, incomparable, of_excess
+from validate.metrics import Metrics, incomparable, of_one_number
 from validate.thresholds import Limit
 from wan22.specs import Precision
 
@@ -32,6 +32,7 @@ class Row:
     in_precision: InPrecision | None = None  # where ours is not float32
     # what the ladder knows of all rows of a rung
     subject: str = ""  # "velocity": what is measured, for gates
+    case: int = 1  # of several runs
     made: str = ""  # how the numbers of ours were made, where there is more than one way
 
     @property
@@ -48,7 +49,7 @@ def excess(rows: Sequence[Row], limit: Limit) -> Row | None:
     ours = _root_mean_square([total.relative_l2 for total, _ in pairs])
     theirs = _root_mean_square([found.alone.relative_l2 for _, found in pairs])
     problems = [m.problem for total, found in pairs for m in (total, found.alone) if m.problem]
-    metrics = incomparable(problems[0]) if problems else of_excess(ours / theirs if theirs else math.inf)
+    metrics = incomparable(problems[0]) if problems else of_one_number("excess", ours / theirs if theirs else math.inf)
     note = f"rel L2 {ours:.1e} of ours, {theirs:.1e} of PyTorch in {precision}"
     return Row(f"error over PyTorch's own in {precision}", rows[0].component, metrics, limit, note)
 

@@ -19,8 +19,8 @@ from typing import Literal
 from validate.metrics import Metrics
 from wan22.specs import Precision
 
-Measure = Literal["max_abs", "relative_l2", "psnr_db", "excess"]
-AT_LEAST = frozenset({"psnr_db"})  # measures that say how alike two things are, not how far apart
+Measure = Literal["max_abs", "relative_l2", "psnr_db", "ssim", "lpips", "excess"]
+AT_LEAST = frozenset({"psnr_db", "ssim"})  # measures that say how alike two things are, not how far apart
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ SINUSOID = Limit("max_abs", 1e-6, "both computed in float64 and rounded to float
 SINUSOID_OF_DIFFUSERS = Limit("max_abs", 1e-4, "an angle near 1000 has a spacing of 6e-5 in float32")
 
 
+LPIPS = Limit("lpips", 0.1, "people hardly tell pictures apart that are nearer (Zhang et al. 2018)")
+CHANGES_DB = 3.0
+
+
 @dataclass(frozen=True)
 class Thresholds:
     """The limits of what engines compute, for one precision."""
@@ -66,6 +70,13 @@ class Thresholds:
     vae: Limit  # one graph of the VAE on the reference's latents
     streaming: Limit  # the chunked decode against the reference's decode of the whole video
     frames: Limit  # the finished video of two runs that share nothing but the checkpoint and the seed
+    ssim: Limit  # its worst frame
+
+    @property
+    def changes(self) -> Limit:
+        """From each frame of the video to the next."""
+        reason = f"errors of two frames add up: {CHANGES_DB:g} dB below the frames' own"
+        return Limit("psnr_db", self.frames.value - CHANGES_DB, reason)
 
 
 FP32 = Thresholds(
@@ -75,6 +86,7 @@ FP32 = Thresholds(
     vae=Limit("relative_l2", 1e-4, "convolution kernels add in another order"),
     streaming=Limit("relative_l2", 1e-5, "the reference decodes latent by latent as well: chunks must not show"),
     frames=Limit("psnr_db", 60.0, "error of 1/1000 of the range, a quarter of one step of 8-bit video"),
+    ssim=Limit("ssim", 0.999, "no structure of a picture is lost in noise of 60 dB"),
 )
 FP16 = Thresholds(
     text=Limit("relative_l2", 2e-3, "operands rounded to 2**-11 in each of 24 layers, float32 between them"),
@@ -83,6 +95,7 @@ FP16 = Thresholds(
     vae=Limit("relative_l2", 5e-3, "some 30 convolutions in a row, operands rounded to 2**-11"),
     streaming=Limit("relative_l2", 5e-3, "as the single graph: caches are float32 and add nothing"),
     frames=Limit("psnr_db", 45.0, "about one step of 8-bit video; coding calls 40 dB visually lossless"),
+    ssim=Limit("ssim", 0.99, "coding calls 0.98 visually lossless"),
 )
 BF16 = Thresholds(
     text=Limit("relative_l2", 1.6e-2, "operands rounded to 2**-8 in each of 24 layers, float32 between them"),
@@ -91,6 +104,7 @@ BF16 = Thresholds(
     vae=Limit("relative_l2", 4e-2, "some 30 convolutions in a row, operands rounded to 2**-8"),
     streaming=Limit("relative_l2", 4e-2, "as the single graph: caches are float32 and add nothing"),
     frames=Limit("psnr_db", 27.0, "eight times the error that fp16 may have"),
+    ssim=Limit("ssim", 0.95, "grain differs, edges and surfaces do not"),
 )
 FP8 = Thresholds(
     text=BF16.text,
@@ -99,6 +113,7 @@ FP8 = Thresholds(
     vae=BF16.vae,
     streaming=BF16.streaming,
     frames=Limit("psnr_db", 20.0, "a tenth of the range: other details, the same picture"),
+    ssim=Limit("ssim", 0.8, "other details, the same picture"),
 )
 EXCESS = Limit("excess", 1.5, "what PyTorch loses in the same precision, and half of it for rounding elsewhere")
 BY_PRECISION = {

@@ -1,11 +1,13 @@
 """How a row of the ladder is put into words, the same in the terminal and on the page."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from validate.gate import Verdict
 from validate.metrics import Metrics
 from validate.row import InPrecision, Row
-from validate.thresholds import Limit
+from validate.thresholds import Limit, Measure
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Line:
 
 
 def line(row: Row) -> Line:
-    found = number(row.limit.found(row.metrics))
+    found = measure_text(row.limit.measure, row.limit.found(row.metrics))
     low = "" if row.in_precision is None else precision(row.in_precision)
     return Line(row, found, limit_text(row.limit), margin(row), others(row.metrics, row.limit.measure), low)
 
@@ -45,10 +47,23 @@ def number(value: float) -> str:
     return f"{value:.1f}" if 1 <= abs(value) < 1e4 else f"{value:.1e}"
 
 
+def measure_text(measure: Measure, value: float) -> str:
+    """As :func:`number`, but as fine as the measure wants it near 1."""
+    digits = {"ssim": 6, "excess": 2}.get(measure)
+    return f"{value:.{digits}f}" if digits and math.isfinite(value) else number(value)
+
+
 def limit_text(limit: Limit) -> str:
     if limit.value == 0:
         return "equal"
-    unit = {"max_abs": "max abs", "relative_l2": "rel L2", "psnr_db": "dB", "excess": "times"}[limit.measure]
+    unit = {
+        "max_abs": "max abs",
+        "relative_l2": "rel L2",
+        "psnr_db": "dB",
+        "ssim": "SSIM",
+        "lpips": "LPIPS",
+        "excess": "times",
+    }[limit.measure]
     return f"{limit.sign} {limit.value:g} {unit}"
 
 
@@ -59,6 +74,8 @@ def margin(row: Row) -> str:
         return "cannot be compared"
     if row.limit.measure == "psnr_db":
         return "identical" if math.isinf(found) else _decibels(found - limit)
+    if row.limit.measure == "ssim":
+        return f"{number(abs(found - limit))} {'above' if found >= limit else 'short'}"
     if found == 0 or limit == 0:
         return "equal" if found == 0 else "differs"
     factor, side = (limit / found, "below") if found <= limit else (found / limit, "over")
@@ -78,3 +95,31 @@ def others(metrics: Metrics, measure: str) -> str:
     if metrics.psnr_db is not None and measure != "psnr_db":
         parts.append(f"PSNR {number(metrics.psnr_db)} dB")
     return " · ".join(parts)
+
+
+def verdict_words(verdict: Verdict) -> tuple[str, str]:
+    """What was found and what is allowed."""
+    sign = "≥" if verdict.gate.bound == "min" else "≤"
+    found = "not measured" if verdict.found is None else f"{verdict.found:.4g}"
+    return found, f"{sign} {verdict.gate.limit:g}"
+
+
+def by_section(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """The rows by their subject, in the order in which the subjects begin."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(section_title(row), []).append(row)
+    return list(found.items())
+
+
+def section_title(row: Row) -> str:
+    if row.subject.startswith("official"):
+        return "Official code"
+    if row.step is not None or row.subject == "latents":
+        return "Latents, step by step"
+    fixed = {"tokenizer": "Text", "text_encoder": "Text", "sampler": "Schedule and noise", "video": "Video"}
+    if row.component == "image" or row.component.startswith("vae_encoder"):
+        return "Image"
+    if row.component.startswith("vae_"):
+        return "VAE"
+    return fixed.get(row.component, f"Transformer, {row.component}")

@@ -30,6 +30,9 @@ Solver = Annotated[Literal["unipc", "dpm++", "euler"] | None, typer.Option(help=
 Schedule = Annotated[Literal["official", "diffusers"], typer.Option(help="Whose list of timesteps.")]
 
 
+SEEDS_AT_MOST = 1000
+
+
 def size_of(text: str | None) -> tuple[int, int] | None:
     """``"832x480"`` → (832, 480)."""
     if text is None:
@@ -49,6 +52,20 @@ def numbers_of(text: str) -> frozenset[int]:
             raise UserError(f"blocks {text!r}", "numbers and ranges", "write them as 0-2,39")
         numbers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(numbers)
+
+
+def seeds_of(text: str | None) -> tuple[int, ...]:
+    """``"0,10-12"`` → (0, 10, 11, 12)."""
+    seeds: list[int] = []
+    for part in (text or "").split(",") if text is not None else ():
+        match = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", part.strip())
+        last = int(match[2] or match[1]) if match else 0
+        if not match or not int(match[1]) <= last < min(int(match[1]) + SEEDS_AT_MOST, 2**64):
+            raise UserError(
+                f"seeds {text!r}", f"numbers and ranges of at most {SEEDS_AT_MOST}", "write them as 0,1,10-12"
+            )
+        seeds.extend(range(int(match[1]), last + 1))
+    return tuple(seeds)
 
 
 def by_expert(high_noise: float | None, low_noise: float | None) -> dict[str, float]:

@@ -152,3 +152,21 @@ def test_fp16_engines_keep_the_limits_of_fp16_and_miss_those_of_fp32(tiny_checkp
     assert not any(FP32.velocity.accepts(row.metrics) for row in velocities)
     vae = [row for row in found.rows if row.component.startswith("vae")]
     assert all(row.limit in (FP32.vae, FP32.streaming) for row in vae)  # the VAE stays in float32
+
+
+def test_the_first_nan_of_the_reference_is_named(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch):
+    from validate.reference import Reference
+
+    velocity, calls = Reference.velocity, []
+
+    def breaks(self, expert, *inputs):
+        calls.append(expert)
+        found = velocity(self, expert, *inputs)
+        return found * np.float32(math.nan) if len(calls) == 3 else found  # the second step, with the prompt
+
+    monkeypatch.setattr(Reference, "velocity", breaks)
+    found = validate(tiny_engines, tiny_checkpoint, tmp_path, SMALL)
+    told = "reference: velocity of high_noise in step 2 of 4"
+    assert found.first_not_finite.metrics.problem.startswith(told)
+    assert told in found.summary()
+    assert told in (tmp_path / "report.html").read_text()

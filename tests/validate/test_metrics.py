@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from validate.metrics import FRAME_RANGE, SLICE_VALUES, compare
+from validate.metrics import FRAME_RANGE, SLICE_VALUES, compare, compare_changes, ssim_per_frame
 from validate.thresholds import Limit
 
 
@@ -62,3 +62,23 @@ def test_slices_add_up_to_the_whole():
     metrics = compare(off, values)
     assert metrics.max_abs == 1
     assert metrics.relative_l2 == pytest.approx(1 / math.sqrt(values.size))
+
+
+def video(values):
+    """``[1, 3, F, 8, 8]``, every frame of one value."""
+    return np.broadcast_to(np.float32(values)[None, None, :, None, None], (1, 3, len(values), 8, 8)).copy()
+
+
+def test_flicker_shows_in_the_changes_and_a_constant_error_does_not():
+    reference = video([0.0, 0.1, 0.2])
+    assert compare_changes(video([0.3, 0.4, 0.5]), reference).max_abs < 1e-6
+    assert compare_changes(video([0.1, 0.0, 0.3]), reference).psnr_db == pytest.approx(20)
+
+
+def test_ssim_is_one_for_the_same_frame_and_falls_with_structure():
+    rough = np.random.default_rng(0).uniform(-1, 1, (1, 3, 2, 16, 16)).astype(np.float32)
+    other = rough.copy()
+    other[:, :, 1] = other[:, :, 1, ::-1]
+    same, turned = ssim_per_frame(other, rough)
+    assert same == 1
+    assert turned < 0.5

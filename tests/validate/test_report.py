@@ -4,15 +4,24 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from validate.attachments import Attached
+from validate.case_report import CaseReport
 from validate.figures import DARK, LIGHT, drift_plot, filmstrip, to_pixels
+from validate.gate import Gate
+from validate.measured import measured
 from validate.metrics import compare, incomparable
-from validate.page import as_html, sections
+from validate.page import as_html, lights, sections
 from validate.report import ValidationReport, write_report
+from validate.report_json import as_json
+from validate.report_junit import as_junit
+from validate.report_markdown import as_markdown
 from validate.row import Row
 from validate.thresholds import FP32, TOKEN_IDS, Limit
 from validate.wording import margin, number
@@ -27,7 +36,8 @@ def off_by(share):
 
 
 def step(number, expert, metrics):
-    return Row(f"latents after step {number}", expert, metrics, FP32.latents, "", number, 1000 - 100.0 * number)
+    name, t = f"latents after step {number}", 1000 - 100.0 * number
+    return Row(name, expert, metrics, FP32.latents, "", number, t, subject="latents")
 
 
 def report_of(*drifts):
@@ -35,14 +45,14 @@ def report_of(*drifts):
     for index, drift in enumerate(drifts, 1):
         metrics = incomparable("ours: NaN") if math.isnan(drift) else off_by(drift)
         rows.append(step(index, "high_noise" if index < 3 else "low_noise", metrics))
-    return ValidationReport(tuple(rows), FACTS)
+    return ValidationReport((CaseReport(tuple(rows)),), FACTS)
 
 
 def test_a_report_is_true_when_every_row_passed():
     assert report_of(1e-6, 1e-5)
     assert not report_of(1e-6, 2e-3)
     assert not report_of(math.nan)
-    assert not ValidationReport((), FACTS)
+    assert not ValidationReport((CaseReport(()),), FACTS)
 
 
 def test_the_first_diverging_step_is_named():
@@ -67,6 +77,79 @@ def test_the_json_can_be_read_by_any_reader(tmp_path):
     assert found["facts"] == FACTS
 
 
+def test_the_first_nan_is_named_by_tensor_and_step():
+    met = incomparable("reference: velocity of high_noise in step 2 of 3 (t = 800) has NaN or infinity")
+    later = Row("velocity at t = 999", "high_noise", incomparable("ours: NaN"), FP32.velocity)
+    rows = (later, step(1, "high_noise", off_by(1e-6)), step(2, "high_noise", met))
+    found = ValidationReport((CaseReport(rows),), FACTS)
+    assert found.first_not_finite.step == 2
+    assert found.summary().endswith(f"first not finite: latents after step 2 ({met.problem})")
+
+
+def report_with(attached, *drifts):
+    return replace(report_of(*drifts), attached=attached)
+
+
+def test_a_missed_gate_fails_what_passed_every_check():
+    gates = (Gate("latents.relative_l2", "max", 1e-6), Gate("checks.failed", "max", 0), Gate("ssim.ssim", "min", 0.9))
+    found = report_with(Attached(gates), 1e-7, 2e-6)
+    assert not found.failed
+    assert [bool(verdict) for verdict in found.verdicts] == [False, True, False]  # what was not measured is missed
+    assert not found
+    assert "gate missed: latents.relative_l2 2e-06, ≤ 1e-06; gate missed: ssim.ssim not measured" in found.summary()
+    assert json.loads(as_json(found))["gates"][0] == {
+        "name": "latents.relative_l2", "bound": "max", "limit": 1e-6, "found": pytest.approx(2e-6), "passed": False,
+    }  # fmt: skip
+
+
+def test_the_page_has_a_light_for_everything_a_release_is_decided_on():
+    bench = {"measurements": {"high_noise.speedup": 1.5}, "faults": [], "pieces": {"high_noise": {}}}
+    bench |= {"width": 64, "height": 64, "frames": 5, "tokens": 32, "machine": {"cpu": "Z80", "cores": 1, "gpu": ""}}
+    attached = Attached((Gate("checks.failed", "max", 0),), (Gate("high_noise.speedup", "min", 2),), bench)
+    found = report_with(attached, 1e-6)
+    assert [(light.title, light.tone) for light in lights(found)] == [
+        ("Parity", "good"), ("Gates", "bad"), ("Latency", "good"), ("Fusion", "none"),
+    ]  # fmt: skip
+    page = as_html(found)
+    assert "high_noise.speedup" in page
+    assert "Z80" in page
+
+
+def test_the_worst_of_several_cases_is_named():
+    cases = []
+    for case, psnr in ((1, 80.0), (2, 61.0), (3, 70.0)):
+        metrics = replace(off_by(1e-5), psnr_db=psnr)
+        video = Row("frames, end to end", "video", metrics, FP32.frames, subject="frames", case=case)
+        cases.append(CaseReport((video,), case, "a fox", case, f"wan-trt validate --seed {case}"))
+    found = ValidationReport(tuple(cases), FACTS)
+    assert found.worst_case.number == 2
+    assert measured(found.rows)["frames.psnr_db"] == 61
+    for told in (as_markdown(found), as_html(found)):
+        assert "wan-trt validate --seed 2" in told
+        assert "--seed 3" not in told
+
+
+def test_junit_has_a_case_for_every_row_and_gate():
+    found = report_with(Attached((Gate("checks.failed", "max", 0),)), 1e-6, 5e-3)
+    root = ElementTree.fromstring(as_junit(found))
+    assert (root.get("tests"), root.get("failures")) == ("4", "2")
+    failures = {case.get("name"): case[0].get("message") for case in root.iter("testcase") if len(case)}
+    assert set(failures) == {"latents after step 2", "checks.failed.max"}
+    assert failures["latents after step 2"].startswith("5.0e-03, limit ≤ 0.001 rel L2, 5.0× over: ")
+
+
+def test_junit_can_be_read_whatever_a_name_holds():
+    row = Row("a\x00\x08<b>", "video", off_by(1.0), FP32.latents)
+    root = ElementTree.fromstring(as_junit(ValidationReport((CaseReport((row,)),), FACTS)))
+    assert next(root.iter("testcase")).get("name") == "a\ufffd\ufffd<b>"
+
+
+def test_markdown_takes_text_for_text():
+    facts = FACTS | {"prompt": "a | b\n# c *d*"}
+    told = as_markdown(ValidationReport((CaseReport((step(1, "high_noise", off_by(1e-6)),)),), facts))
+    assert "| prompt | a \\| b # c \\*d\\* |" in told
+
+
 def test_the_page_stands_alone_and_trusts_no_text():
     page = as_html(report_of(1e-6, 1e-5, 1e-4))
     assert "<script" not in page
@@ -78,7 +161,7 @@ def test_the_page_stands_alone_and_trusts_no_text():
 def test_files_are_replaced_whole(tmp_path):
     write_report(report_of(1e-6), tmp_path)
     write_report(report_of(1e-2), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md", "report.xml"]
     assert "differ from" in (tmp_path / "report.html").read_text()
 
 

@@ -17,7 +17,7 @@ from runtime.noise import standard_normal
 from runtime.request import CompleteRequest
 from runtime.tokenizer import Tokenizer
 from validate.bench.whole_run import Event
-from validate.run import ValidateOptions
+from validate.options import ValidateOptions
 from wan22.bundle import Bundle
 from wan22.errors import UserError
 from wan22.specs import TEXT_TOKENS, ModelSpec, Task, tokens

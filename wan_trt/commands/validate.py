@@ -24,6 +24,7 @@ from wan_trt.arguments import (
     Solver,
     Steps,
     by_expert,
+    seeds_of,
     size_of,
 )
 from wan_trt.console import bars, command_line, console
@@ -68,14 +69,23 @@ def run(
     guidance: Guidance = None,
     solver: Solver = None,
     schedule: Schedule = "official",
+    prompts: Annotated[
+        Path | None, typer.Option(help='Compare several: one a line, or {"prompt": ..., "image": ...}.')
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Every prompt with each of these: 0,1,10-12.")] = None,
+    gate: Annotated[Path | None, typer.Option(help="TOML of thresholds; exit code 1 when one is missed.")] = None,
+    list_gates: Annotated[bool, typer.Option("--list-gates", help="Only print what a gate may name.")] = False,
+    bench: Annotated[Path | None, typer.Option(help="JSON of wan-trt bench, for the report and its gates.")] = None,
     official_repo: Annotated[
         Path | None, typer.Option(help="A clone of Wan-Video/Wan2.2, to compare with its code as well.")
     ] = None,
 ) -> int:
-    """Prove that the engines compute what PyTorch computes. Exit code 1 when a row fails.
+    """Prove that the engines compute what PyTorch computes. Exit code 1 when a check fails or a gate is missed.
 
     With --precision-study: what each precision costs in accuracy, exit code 1 when one that can be exported collapses.
     """
+    if list_gates:
+        return _list_gates()
     if precision_study:
         _refuse_others(locals())
         return _study(output, model or "ti2v-5b", steps, seed)
@@ -83,7 +93,7 @@ def run(
         raise UserError("no ENGINES and CHECKPOINT", "both, or --precision-study", "see wan-trt validate --help")
     if model is not None:
         raise UserError("--model beside engines", "the engines' own", "leave it out, or add --precision-study")
-    fixed = size_of(size)
+    fixed, several = size_of(size), seeds_of(seeds)
     from validate import ValidateOptions, validate
 
     options = ValidateOptions(
@@ -103,13 +113,23 @@ def run(
         guidance_of=by_expert(guidance_high_noise, guidance_low_noise),
         solver=solver,
         schedule=schedule,
+        prompts=prompts,
+        seeds=several,
         official_repo=official_repo,
+        gate=gate,
+        bench=bench,
         command=command_line(),
     )
     with bars() as progress:
         report = validate(engines, checkpoint, output, options, progress)
     console.print(report.table())
-    console.print(f"{report.summary()}: {output / 'report.html'}")
+    for verdict in report.verdicts:
+        console.print(f"{'[green]✓[/]' if verdict else '[red]✗[/]'} gate {verdict}")
+    if len(report.cases) > 1:
+        worst = report.worst_case
+        console.print(f"{len(report.cases)} cases; the worst is {worst.number}: ", end="")
+        console.print(worst.command, markup=False)
+    console.print(f"{report.summary()}: {output / 'report.html'}", markup=False)
     return 0 if report else 1
 
 
@@ -132,3 +152,11 @@ def _study(output: Path, model: str, steps: int | None, seed: int) -> int:
         console.print(f"- {sentence}")
     console.print(f"[dim]{output / 'study.html'}[/]")
     return 0 if study else 1
+
+
+def _list_gates() -> int:
+    from validate.measured import known
+
+    for name in known():
+        print(name)
+    return 0

@@ -1,0 +1,92 @@
+"""Several prompts and seeds: every pair is a run, and a line of its own reproduces it."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from validate import ValidateOptions, validate
+from validate.cases import cases_of
+from wan22.errors import UserError
+from wan22.specs import Task
+from wan_trt.arguments import seeds_of
+
+TYPED = "wan-trt validate engines ck -o out --steps 4 --prompts p.txt --seeds=0,7 --gate g.toml"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('# comment\nA fox\n{"prompt": "It\'s a hen", "image": "hen.png"}\n')
+    return path
+
+
+def test_every_prompt_runs_with_every_seed(prompts):
+    cases = cases_of(ValidateOptions(prompts=prompts, seeds=(0, 7), command=TYPED), Task.TI2V)
+    assert [(case.number, case.options.prompt, case.options.seed) for case in cases] == [
+        (1, "A fox", 0),
+        (2, "A fox", 7),
+        (3, "It's a hen", 0),
+        (4, "It's a hen", 7),
+    ]
+    assert cases[3].options.image == prompts.parent / "hen.png"
+
+
+def test_the_command_of_a_case_makes_it_alone(prompts):
+    command = cases_of(ValidateOptions(prompts=prompts, seeds=(0, 7), command=TYPED), Task.TI2V)[3].command
+    assert shlex.split(command) == [
+        *("wan-trt", "validate", "engines", "ck", "--steps", "4", "-o", "case-4", "--seed", "7"),
+        *("--prompt", "It's a hen", "--image", str(prompts.parent / "hen.png")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(None, "No such file"), (b"", "no prompts"), (b"# only\n", "no prompts"), (b"\xff\xfe", "not UTF-8")],
+)
+def test_files_of_prompts_that_say_nothing(tmp_path, content, told):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        cases_of(ValidateOptions(prompts=path), Task.T2V)
+
+
+def test_one_source_of_prompts_and_no_seed_twice(prompts):
+    with pytest.raises(UserError, match="--prompts beside --prompt"):
+        cases_of(ValidateOptions(prompt="a", prompts=prompts), Task.TI2V)
+    with pytest.raises(UserError, match="every seed once"):
+        cases_of(ValidateOptions(seeds=(1, 1)), Task.T2V)
+
+
+def test_seeds_as_they_are_typed():
+    assert seeds_of("0, 10-12") == (0, 10, 11, 12)
+    assert seeds_of(None) == ()
+    for text in ("", "a", "3-1", "0-5000", "-1"):
+        with pytest.raises(UserError, match="seeds"):
+            seeds_of(text)
+
+
+def test_the_first_case_climbs_the_whole_ladder_and_the_others_what_differs(tiny_engines, tiny_checkpoint, tmp_path):
+    asked = ValidateOptions(size=(32, 32), frames=1, steps=2, seeds=(0, 3))
+    found = validate(tiny_engines, tiny_checkpoint, tmp_path, asked)
+    assert found
+    first, second = ({row.subject for row in case.rows} for case in found.cases)
+    assert second == {"token_ids", "embeddings", "latents", "frames", "ssim"}
+    assert first > second
+    alone = validate(tiny_engines, tiny_checkpoint, tmp_path, replace(asked, seeds=(), seed=3))
+    latents = [[row.metrics for row in case.steps] for case in (found.cases[1], alone.cases[0])]
+    assert latents[0] == latents[1]
+
+
+def test_gates_and_bench_are_read_before_any_work(tiny_engines, tiny_checkpoint, tmp_path):
+    gate, bench = tmp_path / "gate.toml", tmp_path / "bench.json"
+    gate.write_text("[validate]\nlatent.relative_l2.max = 1")
+    bench.write_text("{}")
+    wrong = {"unknown key validate.latent.relative_l2": {"gate": gate}, "not what a bench writes": {"bench": bench}}
+    wrong |= {"No such file": {"bench": Path("nowhere.json")}}
+    for told, options in wrong.items():
+        with pytest.raises(UserError, match=told):
+            validate(tiny_engines, tiny_checkpoint, tmp_path / "out", ValidateOptions(**options))
+    assert not (tmp_path / "out").exists()

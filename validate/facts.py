@@ -1,0 +1,76 @@
+"""What was compared, in the words of the report."""
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from runtime.request import CompleteRequest
+from validate.graphs import how_made
+from validate.options import ValidateOptions
+from wan22.bundle import Manifest
+from wan22.specs import Precision
+
+if TYPE_CHECKING:
+    from export.checkpoint import Checkpoint
+
+LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
+
+
+def facts(
+    manifest: Manifest, checkpoint: "Checkpoint", request: CompleteRequest, options: ValidateOptions
+) -> dict[str, str]:
+    """What was compared, by the label that the report prints it under."""
+    build = manifest.build
+    higher = [f"{c.name} {c.precision}: {c.why_higher}" for c in manifest.components if c.why_higher]
+    guidance = ", ".join(f"{name} {scale:g}" for name, scale in request.guidance.items())
+    loras = [f"{lora.file} at {lora.strength:g} in {', '.join(lora.experts)}" for lora in manifest.loras]
+    return {
+        "model": manifest.spec.name,
+        "precision": "; ".join((str(manifest.precision), *higher)),
+        "target": build.target if build else "",
+        "backend": f"{build.backend} {build.backend_version}" if build else "",
+        "checkpoint": f"{checkpoint.folder} ({checkpoint.source.layout} layout)",
+        "fingerprint": checkpoint.source.fingerprint,
+        **({"LoRAs": "; ".join(loras)} if loras else {}),
+        "video": f"{request.width}x{request.height}, {request.frames} frames",
+        **dict(_images(options, request)),
+        "prompt": request.prompt,
+        "negative prompt": request.negative_prompt,
+        "sampling": f"{request.solver}, {request.schedule} schedule, {request.steps} steps, shift {request.shift:g}, "
+        f"seed {request.seed}, guidance {guidance}",
+        "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in _ways(manifest).items()),
+        "reference": _reference(manifest),
+        **({} if options.official_repo is None else {"second reference": f"the code at {options.official_repo}, fp32"}),
+        "versions": ", ".join([*(f"{name} {metadata.version(name)}" for name in LIBRARIES), _python()]),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "built by": manifest.command,
+        "command": options.command,
+    }
+
+
+def _ways(manifest: Manifest) -> dict[str, list[str]]:
+    """The components by how their numbers are made."""
+    made = how_made(manifest)
+    return {way: [name for name, its in made.items() if its == way] for way in dict.fromkeys(made.values())}
+
+
+def _reference(manifest: Manifest) -> str:
+    low = sorted({str(c.precision) for c in manifest.components if c.precision is not Precision.FP32})
+    beside = f", and in {' and '.join(low)} where the bundle is" if low else ""
+    return f"PyTorch in fp32 on the CPU, with the official float64 sinusoid of the timestep{beside}"
+
+
+def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
+    """Label and description of every image of the request."""
+    for label, source, image in (
+        ("image", options.image, request.image),
+        ("last image", options.last_image, request.last_image),
+    ):
+        if image is not None:
+            name = "built-in picture" if source is None else "an image" if isinstance(source, bytes) else str(source)
+            yield label, f"{name}, {image.width}x{image.height}, {request.fit} fit"
+
+
+def _python() -> str:
+    return f"Python {platform.python_version()}"
