@@ -40,6 +40,8 @@ def structure(climb: Climb) -> Iterator[Row]:
     name, limit, ours, theirs = "SSIM of the worst frame", climb.limits["run"].ssim, *_videos(climb)
     if ours is None:
         yield _stopped(name, climb, limit)
+    elif problem := compare(ours, theirs).problem:
+        yield Row(name, "video", incomparable(problem), limit)
     elif min(theirs.shape[3:]) >= SSIM_WINDOW:
         metrics, note = _worst("ssim", ssim_per_frame(ours, theirs))
         if climb.lowered is not None:
@@ -58,7 +60,7 @@ def changes(climb: Climb) -> Iterator[Row]:
 def perception(climb: Climb) -> Iterator[Row]:
     """Where the package for it is installed; where it is not, the report says so."""
     ours, theirs = _videos(climb)
-    if ours is not None and not why_no_lpips():
+    if ours is not None and not compare(ours, theirs).problem and not why_no_lpips():
         metrics, note = _worst("lpips", lpips_per_frame(ours, theirs))
         yield Row("LPIPS of the worst frame", "video", metrics, thresholds.LPIPS, note)
 

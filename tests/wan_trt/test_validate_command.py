@@ -95,7 +95,7 @@ def test_a_study_needs_no_engines_and_all_else_does(tmp_path, capsys, arguments,
 def test_the_demo_of_image_models_starts_from_the_built_in_picture(tmp_path, model):
     assert status("demo", tmp_path, "--model", model) == 0
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {model, "image.png", "out.mp4", "report.html", "report.json"}
+    assert made == {model, "image.png", "out.mp4", "report.html", "report.json", "report.md", "report.xml"}
     facts = json.loads((tmp_path / "report.json").read_text())["facts"]
     assert facts["image"].startswith(f"{tmp_path / 'image.png'}, 384x240")
     assert facts["video"] == "256x160, 17 frames"

@@ -30,8 +30,8 @@ from validate.bench.machine import load_average, machine, versions
 from validate.bench.samples import Samples, in_turns
 from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
 from validate.gate import read_gates
+from validate.options import PROMPT
 from validate.picture import picture_for
-from validate.run import PROMPT
 from wan22.bundle import open_bundle
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec, Task
