@@ -1,8 +1,9 @@
 """The pipeline model of the BLS topology: the owner's loop, with every engine call a request to another Triton model.
 
 What it buys: Triton's own backends run the engines, with their metrics per component. What it costs: every tensor
-crosses shared memory, the VAE's caches too; both experts stay resident; the model cannot warm up, because requests to
-other models are refused until the server is ready; and a SIGTERM loses the running job, because they are refused again.
+crosses shared memory, the VAE's caches too, which are gigabytes at full size; both experts stay resident; the model
+cannot warm up, because requests to other models are refused until the server is ready; and a SIGTERM loses the running
+job, because they are refused again.
 """
 
 from types import TracebackType
