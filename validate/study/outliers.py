@@ -123,6 +123,15 @@ def fit(weights: dict[str, F32], spec: DitSpec, probes: list[dict[str, F32]], ro
                 _SCALE[kind](weights, f"blocks.{layer}", factors, largest)
 
 
+def restore_maxima(weights: dict[str, F32], spec: DitSpec) -> None:
+    """Makes the largest element of every measured matrix as large again as it was planted: fitting scaled some."""
+    for layer in range(spec.layers):
+        for kind, real in WEIGHTS.items():
+            matrix = weights[f"blocks.{layer}.{kind}.weight"].reshape(-1)
+            place = int(np.abs(matrix).argmax())
+            matrix[place] = np.copysign(real.spread(spec.layers)[layer], matrix[place])
+
+
 def _channel_maxima(weights: dict[str, F32], spec: DitSpec, probes: list[dict[str, F32]]) -> dict[str, F32]:
     """Largest magnitude of every channel ``[in]`` of the measured linears' inputs, over tokens and probes."""
     model = filled(dit_graph(spec), weights.__getitem__)

@@ -20,7 +20,7 @@ from runtime.noise import standard_normal
 from runtime.schedule import Schedule
 from runtime.solver import make_solver
 from validate.graph_session import filled, opened
-from validate.study.outliers import fit, plant
+from validate.study.outliers import fit, plant, restore_maxima
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 PROMPT_TOKENS, NEGATIVE_TOKENS = 40, 120
@@ -77,6 +77,7 @@ def make_twin(model: ModelSpec, size: TwinSize, schedule: Schedule, seed: int) -
     for _ in range(FITTED_RUNS):
         for expert, probes in _met(spec, judged, schedule, weights).items():
             fit(weights[expert], spec.dit, probes, rounds=1)
+            restore_maxima(weights[expert], spec.dit)
     return Twin(spec, weights, judged, measured)
 
 
