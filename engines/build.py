@@ -70,25 +70,34 @@ def build_engines(
     check_disk(folder, sum(file.size_bytes for file in source.manifest.files().values()))
     started = time.perf_counter()
     with staged(folder, overwrite=options.overwrite) as temporary:
-        kernels: dict[str, int] = {}
         if target.backend == "onnxruntime":
-            components, version = _load_onnxruntime(source, temporary, progress)
+            compiled = _load_onnxruntime(source, temporary, progress)
         else:
-            components, version, kernels = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
+            compiled = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
         build = Build(
             target=target.name,
             backend=target.backend,
-            backend_version=version,
+            backend_version=compiled.version,
             compute_capability=target.compute_capability,
             profiles=profiles,
             options=_told(target, options),
             seconds=round(time.perf_counter() - started, 3),
             peak_rss_bytes=peak_rss_bytes(),
-            kernels_per_block=kernels,
+            attention_scales=compiled.attention_scales,
+            kernels_per_block=compiled.kernels_per_block,
         )
-        manifest = replace(source.manifest, kind="engines", command=options.command, build=build, components=components)
+        command, components = options.command, compiled.components
+        manifest = replace(source.manifest, kind="engines", command=command, build=build, components=components)
         write_manifest(temporary, manifest)
     return Bundle(folder, manifest)
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    components: tuple[Component, ...]
+    version: str  # of the backend
+    attention_scales: dict[str, float] = field(default_factory=dict)
+    kernels_per_block: dict[str, int] = field(default_factory=dict)  # of a transformer, by style of weights
 
 
 def _told(target: Target, options: BuildOptions) -> dict[str, str]:
@@ -128,7 +137,7 @@ def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tupl
 # -- ONNX Runtime
 
 
-def _load_onnxruntime(source: Bundle, folder: Path, progress: Progress) -> tuple[tuple[Component, ...], str]:
+def _load_onnxruntime(source: Bundle, folder: Path, progress: Progress) -> _Compiled:
     """ONNX Runtime compiles at load: the engine is a graph for it, proven to load here, beside the same weights."""
     import onnxruntime
 
@@ -139,7 +148,7 @@ def _load_onnxruntime(source: Bundle, folder: Path, progress: Progress) -> tuple
         prepared.append(_for_cpu(source, component, folder))
         onnxruntime.InferenceSession(folder / component.graph.path, providers=["CPUExecutionProvider"])
         progress("build engines", done, len(components), "components")
-    return tuple(prepared), str(onnxruntime.__version__)
+    return _Compiled(tuple(prepared), str(onnxruntime.__version__))
 
 
 def _for_cpu(source: Bundle, component: Component, folder: Path) -> Component:
@@ -168,19 +177,17 @@ def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:
 
 def _compile_tensorrt(
     source: Bundle, folder: Path, asked: tuple[Target, Sequence[Profile], BuildOptions], progress: Progress
-) -> tuple[tuple[Component, ...], str, dict[str, int]]:
-    """One plan per component, or per graph where weights are outside, the builder's log beside it.
-
-    Returns:
-        The components, the compiler's version, and a transformer's kernels per block by style of weights.
-    """
+) -> _Compiled:
+    """One plan per component, or per graph where weights are outside, the builder's log beside it."""
     target, profiles, options = asked
     version = str(load_module(target.backend).__version__)
     _place(source, folder, source.manifest.tokenizer)
     components = source.manifest.components
     compiled, kernels, external = [], dict[str, int](), ExternalBuild(source, folder, progress)
+    scales: dict[str, float] = {}
     if options.weights == "external":
         external.check()
+        scales = external.attention_scales
     for done, component in enumerate(components, 1):
         outside = options.weights == "external" and external.applies_to(component)
         plan = external.plan(component) if outside else folder / f"{component.name}.plan"
@@ -198,4 +205,4 @@ def _compile_tensorrt(
                 shutil.copyfile(log_beside(plan), folder.parent / f"{component.name}.build.log")
             raise
         progress("build engines", done, len(components), "components")
-    return tuple(compiled), version, external.kernels_per_block or kernels
+    return _Compiled(tuple(compiled), version, scales, external.kernels_per_block or kernels)

@@ -7,11 +7,12 @@ are compiled in, which fuses best.
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import onnx_ir as ir
 
-from engines.external_weights import Weight, check_alike, externalised, write_layout, write_weights
+from engines.external_weights import Weight, attention_scales_of, check_alike, externalised, write_layout, write_weights
 from engines.style_cost import kernels_per_block
 from engines.tensorrt_backend import EngineOptions, build_engine
 from wan22.bundle import Bundle, Component, File, file_entry
@@ -31,7 +32,7 @@ class ExternalBuild:
         """Refuses graphs whose weights cannot be inputs, before anything is compiled."""
         for component in self._source.manifest.components:
             if self.applies_to(component):
-                externalised(self._source.path(component.graph))
+                self._externalised(component)
 
     def applies_to(self, component: Component) -> bool:
         return component.name in (*self._experts, "text_encoder")
@@ -46,7 +47,7 @@ class ExternalBuild:
         Raises:
             UserError: as :func:`engines.tensorrt_backend.build_engine`; or experts whose graphs differ.
         """
-        graph, weights = externalised(self._source.path(component.graph))
+        graph, weights = self._externalised(component)
         plan = self.plan(component)
         if plan.name not in self._built:
             layout = plan.with_suffix(".layout.json")
@@ -62,6 +63,16 @@ class ExternalBuild:
             self._source.folder, weights, self._folder / f"{component.name}.weights", self._progress
         )
         return replace(component, graph=engine, weights=(layout_entry, written))
+
+    @cached_property
+    def attention_scales(self) -> dict[str, float]:
+        """Of Q and K where attention is in FP8: constants of the engine that do for every expert."""
+        components = [c for c in self._source.manifest.components if c.name in self._experts]
+        return attention_scales_of(self._source.path(component.graph) for component in components)
+
+    def _externalised(self, component: Component) -> tuple[ir.Model, tuple[Weight, ...]]:
+        scales = self.attention_scales if component.name in self._experts else {}
+        return externalised(self._source.path(component.graph), scales)
 
     def _compile(self, graph: ir.Model, plan: Path, options: EngineOptions) -> None:
         with tempfile.TemporaryDirectory() as place:

@@ -3,14 +3,16 @@
 The compiler then never sees a weight: it needs a few GB for a 14B model, and the engine is kernels only. It cannot
 prepare weights either, so what it would do to constants is done here: matrices lie as [in, out], the parts of ``qkv``
 are one matrix. An FP8 matrix is dequantised with the constant scale 1 (a scale that is an input costs the FP8 kernel)
-and its own scale, an input, multiplies the float32 result.
+and its own scale, an input, multiplies the float32 result. For the same reason the scales of Q and K in FP8 attention
+are constants, of each the largest of all weights that the engine is for: it only has to be large enough, since FP8
+numbers are as exact when they are small.
 
 All weights of a component are one file, each at a fixed place; a component that shares the engine has a file of the
 same layout. The layout lies beside the engine as JSON.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -66,18 +68,36 @@ class Place(msgspec.Struct, frozen=True):
     size_bytes: int
 
 
-def externalised(path: Path) -> tuple[ir.Model, tuple[Weight, ...]]:
+def externalised(
+    path: Path, attention_scales: Mapping[str, float] | None = None
+) -> tuple[ir.Model, tuple[Weight, ...]]:
     """The graph at ``path`` with every stored weight an input, and what those inputs are made of.
+
+    Args:
+        path: the ONNX file, its weights beside it.
+        attention_scales: of Q and K in FP8 attention, by name; the graph's own where there are none.
 
     Raises:
         UserError: static FP8 scales, which compilers need as constants.
     """
     model = ir.load(path)
     graph = model.graph
+    for name, scale in (attention_scales or attention_scales_of([path])).items():
+        graph.initializers[name].const_value = ir.tensor(np.array(scale, np.float32), name=name)
     joined = dict(_joins(graph))
     weights = [_one(graph, value) for value in _stored(graph) if not any(value in parts for parts in joined.values())]
     weights += [_joined(graph, concat, parts) for concat, parts in joined.items()]
     return model, tuple(sorted(weights, key=lambda weight: weight.name))
+
+
+def attention_scales_of(paths: Iterable[Path]) -> dict[str, float]:
+    """The scales of Q and K in FP8 attention that do for all graphs at ``paths``; none without FP8 attention."""
+    scales: dict[str, float] = {}
+    for path in paths:
+        for value in _stored(ir.load(path).graph):
+            if (name := str(value.name)).endswith((".q_scale", ".k_scale")) and value.const_value is not None:
+                scales[name] = max(scales.get(name, 0.0), float(value.const_value.numpy()))
+    return scales
 
 
 def _stored(graph: ir.Graph) -> list[ir.Value]:
@@ -104,12 +124,6 @@ def _one(graph: ir.Graph, value: ir.Value) -> Weight:
     source, name = _source(value), str(value.name)
     if name.endswith(".input_scale"):
         raise UserError(f"static FP8 scale {name}", "scales computed for each token", "export without --input-scales")
-    if name.endswith((".q_scale", ".k_scale")):
-        raise UserError(
-            f"FP8 attention ({name}) beside external weights",
-            "16-bit attention: compilers do not fuse it when its scales come in from outside",
-            "export with --precision fp8, or build with --weights embedded",
-        )
     del graph.initializers[name]
     turned = _turn_products(value) or (value.dtype == FLOAT8 and _turn_fp8(graph, value))
     shape = source.shape[::-1] if turned else source.shape

@@ -61,6 +61,7 @@ class ExportOptions:
     parts: frozenset[str] = frozenset()  # experts, text_encoder, vae_encoder, vae_decoder; all where empty
     link: bool = False  # tensors stored as the graphs want them stay in the checkpoint's files, shared with the bundle
     overwrite: bool = False
+    sparse: bool = False  # the checkpoint is holes (``synth --sparse``), which take no disk in the result either
     command: str = field(default="export.export_checkpoint(...)", compare=False)  # recorded in the manifest
 
 
@@ -84,7 +85,8 @@ def export_checkpoint(
     if options.link:
         parts = {name: part.sharing(source.weights[part.weights]) for name, part in parts.items()}
     meter = _Meter(progress, parts.values())
-    check_disk(folder, meter.written_bytes - kept_bytes(folder))
+    if not options.sparse:
+        check_disk(folder, meter.written_bytes - kept_bytes(folder))
     with resumable(folder, _made_of(source, loras, parts), overwrite=options.overwrite) as (temporary, journal):
         writer = _Writer(temporary, source, options, meter, journal)
         components = [component for name, part in parts.items() for component in writer.components(name, part)]

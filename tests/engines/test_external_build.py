@@ -1,5 +1,6 @@
 """``--weights external``: both experts share one engine, each has its file of weights, the VAE keeps its own inside."""
 
+import json
 import statistics
 
 import numpy as np
@@ -73,11 +74,10 @@ def test_loras_make_new_weight_files_for_the_engine_that_is_there(tmp_path, tiny
 
 
 @pytest.mark.slow
-def test_loras_leave_the_blocks_that_have_no_fp8_without_it(tmp_path, tiny_checkpoint):
+def test_loras_leave_blocks_and_attention_without_fp8_that_had_none(tmp_path, tiny_checkpoint):
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
-    options = ExportOptions(
-        Precision.FP8, keep_high_precision=frozenset({1}), parts=frozenset({"high_noise", "low_noise"})
-    )
+    experts = frozenset({"high_noise", "low_noise"})
+    options = ExportOptions(Precision.FP8_ATTN, fp8_attention="self", keep_high_precision=frozenset({1}), parts=experts)
     export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
     build_engines(tmp_path / "b", tmp_path / "e", BuildOptions("rtx4090", "256x160", "5..17", weights="external"))
     lora, shape = tmp_path / "style.safetensors", (SPECS[TINY].dit.ffn_width, SPECS[TINY].dit.width)
@@ -85,6 +85,8 @@ def test_loras_leave_the_blocks_that_have_no_fp8_without_it(tmp_path, tiny_check
     told = CliRunner().invoke(app, ["lora", "apply", str(tmp_path / "e"), str(lora), "-o", str(tmp_path / "styled")])
     assert told.exit_code == 0, told.output
     old, new = (open_bundle(tmp_path / name, "engines", full_check=True) for name in ("e", "styled"))
+    scales = {"blocks.0.self_attn.q_scale", "blocks.0.self_attn.k_scale"}
+    assert new.manifest.build.attention_scales.keys() == old.manifest.build.attention_scales.keys() == scales
     assert new.component("low_noise").weights[1].size_bytes == old.component("low_noise").weights[1].size_bytes
     assert new.component("low_noise").weights[1].sha256 != old.component("low_noise").weights[1].sha256
 
@@ -94,11 +96,27 @@ def test_no_external_weights_on_the_cpu(tmp_path, tiny_bundle):
         build_engines(tiny_bundle, tmp_path / "e", BuildOptions("cpu", weights="external"))
 
 
-def test_fp8_attention_is_refused_before_anything_is_compiled(tmp_path, tiny_checkpoint):
+def test_static_scales_are_refused_before_anything_is_compiled(tmp_path, tiny_checkpoint):
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
-    export_checkpoint(tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.FP8_ATTN))
+    (tmp_path / "scales.json").write_text(json.dumps({"blocks.0.ffn.net.0.proj": {"input_scale": 0.01}}))
+    options = ExportOptions(Precision.FP8, input_scales=tmp_path / "scales.json")
+    export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
     seen = []
-    with pytest.raises(UserError, match="beside external weights"):
-        options = BuildOptions("rtx4090", "256x160", "5..17", weights="external")
-        build_engines(tmp_path / "b", tmp_path / "e", options, lambda *call: seen.append(call))
+    with pytest.raises(UserError, match="export without --input-scales"):
+        external = BuildOptions("rtx4090", "256x160", "5..17", weights="external")
+        build_engines(tmp_path / "b", tmp_path / "e", external, lambda *call: seen.append(call))
     assert not seen and not (tmp_path / "e").exists()
+
+
+@pytest.mark.slow
+def test_a_lora_that_outgrows_the_scales_of_the_engine_is_refused(tmp_path, tiny_checkpoint):
+    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
+    experts = frozenset({"high_noise", "low_noise"})
+    export_checkpoint(tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.FP8_ATTN, parts=experts))
+    build_engines(tmp_path / "b", tmp_path / "e", BuildOptions("rtx4090", "256x160", "5..17", weights="external"))
+    lora, width = tmp_path / "norm.safetensors", SPECS[TINY].dit.width
+    save_file({"diffusion_model.blocks.0.self_attn.norm_q.diff": np.full(width, 9, np.float32)}, lora)
+    told = CliRunner().invoke(app, ["lora", "apply", str(tmp_path / "e"), str(lora), "-o", str(tmp_path / "new")])
+    assert told.exit_code == 2
+    assert "blocks.0.self_attn.q_scale" in told.output
+    assert not (tmp_path / "new").exists()

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from engines.external_weights import check_alike, externalised, layout, write_layout, write_weights
+from engines.external_weights import attention_scales_of, check_alike, externalised, layout, write_layout, write_weights
 from engines.fusion import read_log
 from engines.fusion_report import FusionReport
 from engines.profiles import profiles_for
@@ -21,7 +21,7 @@ from export.linear import FLOAT8, Fp8
 from export.schema import dit_tensors
 from export.weights_file import declared, placements
 from export.weights_file import write_weights as write_bundle_weights
-from tests.engines.conftest import bound
+from tests.engines.conftest import FP8_OF, bound
 from tests.export.conftest import made_up
 from tests.export.test_dit import inputs_for, relative_l2
 from wan22.errors import UserError
@@ -71,8 +71,12 @@ def velocity(path, weights=(), file=None):
 
 @pytest.mark.parametrize(
     ("fp8", "limit"),
-    [(None, 1e-6), (Fp8(), 0.01)],  # another order of two multiplications moves some activations to the next FP8 number
-    ids=["fp32", "fp8"],
+    [
+        (None, 1e-6),
+        (Fp8(), 0.01),
+        (Fp8(True, True), 0.02),
+    ],  # another order of two multiplications moves some activations to the next FP8 number
+    ids=["fp32", "fp8", "fp8-attn"],
 )
 def test_the_velocity_is_that_of_the_graph_with_its_weights_inside(tmp_path, fp8, limit):
     path = exported(tmp_path / "b", fp8)
@@ -119,20 +123,24 @@ def test_static_scales_are_refused(tmp_path):
         externalised(tmp_path / "dit.onnx")
 
 
-@pytest.mark.parametrize("attention", [Fp8(self_attention=True), Fp8(cross_attention=True)])
-def test_fp8_attention_is_refused_with_the_way_out(tmp_path, attention):
-    g = dit_graph(SPEC, FLOAT, None, attention)
-    g.bind(placements("w.safetensors", declared([g])), tmp_path)
-    g.save(tmp_path / "dit.onnx")
-    with pytest.raises(UserError, match=r"[qk]_scale.*--weights embedded"):
-        externalised(tmp_path / "dit.onnx")
+def test_scales_of_fp8_attention_are_constants_large_enough_for_both_experts(tmp_path):
+    paths = [exported(tmp_path / n, Fp8(True, True), seed) for seed, n in enumerate(("high", "low"))]
+    scales, own = attention_scales_of(paths), [attention_scales_of([path]) for path in paths]
+    assert len(scales) == 4 * SPEC.layers
+    assert scales == {name: max(of_expert[name] for of_expert in own) for name in scales}
+    assert own[0] != own[1]
+    (high, of_high), (low, of_low) = (externalised(path, scales) for path in paths)
+    ir.save(high, tmp_path / "high.onnx")
+    ir.save(low, tmp_path / "low.onnx")
+    assert (tmp_path / "high.onnx").read_bytes() == (tmp_path / "low.onnx").read_bytes()
+    assert not any("q_scale" in weight.name or "k_scale" in weight.name for weight in (*of_high, *of_low))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8])
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8, Precision.FP8_ATTN])
 def test_the_compiler_makes_few_more_kernels_of_it_and_the_same_fp8(tmp_path, precision):
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
-    g = dit_graph(replace(SPEC, layers=3), BFLOAT16, None, Fp8() if precision == Precision.FP8 else None)
+    g = dit_graph(replace(SPEC, layers=3), BFLOAT16, None, FP8_OF[precision])
     bound(g, tmp_path)
     g.save(tmp_path / "embedded.onnx")
     model, _ = externalised(tmp_path / "embedded.onnx")
@@ -146,4 +154,5 @@ def test_the_compiler_makes_few_more_kernels_of_it_and_the_same_fp8(tmp_path, pr
     )
     assert external.problems == []
     assert external.by_dtype("gemm").get("fp8", 0) >= embedded.by_dtype("gemm").get("fp8", 0)
+    assert external.by_dtype("attention") == embedded.by_dtype("attention")
     assert external.kernels_per_block[1] <= embedded.kernels_per_block[1] + 4

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -55,6 +55,7 @@ def _exported(old: Bundle, where: str, loras: Sequence[str], folder: Path, progr
     options = ExportOptions(
         manifest.precision,
         experts,
+        fp8_attention=_fp8_attention(old),
         keep_high_precision=_blocks_without_fp8(old),
         size=size,
         frames=frames,
@@ -86,6 +87,32 @@ def _blocks_without_fp8(old: Bundle) -> frozenset[int]:
     return frozenset(range(spec.dit.layers)) - fp8 if fp8 else frozenset()
 
 
+def _fp8_attention(old: Bundle) -> Literal["both", "self", "cross"]:
+    """Which attention of the engines is in FP8, of those that have any."""
+    scales = old.manifest.build.attention_scales if old.manifest.build else {}
+    kinds = {name.split(".")[2] for name in scales}
+    return "self" if kinds == {"self_attn"} else "cross" if kinds == {"cross_attn"} else "both"
+
+
+def _check_attention(old: Bundle, merged: Bundle) -> dict[str, float]:
+    """The engine's scales of Q and K, which LoRAs that change norms may outgrow.
+
+    Raises:
+        UserError: they do.
+    """
+    from engines.external_weights import attention_scales_of
+
+    built = old.manifest.build.attention_scales if old.manifest.build else {}
+    wanted = attention_scales_of(merged.path(component.graph) for component in merged.manifest.components)
+    for name, scale in wanted.items():
+        if scale > built.get(name, 0.0):
+            found = f"{name} {scale:.3g} with these LoRAs"
+            raise UserError(
+                found, f"{built.get(name, 0.0):.3g}, for which the engine is built", "export and build again"
+            )
+    return built
+
+
 def _replaced(old: Bundle, merged: Bundle, folder: Path, progress: Progress) -> tuple[Component, ...]:
     """The components, experts with new weights, in ``folder``; other files are shared with the old bundle."""
     from engines.external_weights import check_layout, externalised, write_weights
@@ -100,10 +127,11 @@ def _replaced(old: Bundle, merged: Bundle, folder: Path, progress: Progress) -> 
             shutil.copyfile(file, target)
         elif target.relative_to(folder).as_posix() not in renewed:
             share(file, target)
+    scales = _check_attention(old, merged)
     components = {component.name: component for component in old.manifest.components}
     for name in experts:
         layout, stale = components[name].weights
-        _, weights = externalised(merged.path(merged.component(name).graph))
+        _, weights = externalised(merged.path(merged.component(name).graph), scales)
         check_layout(old.path(layout), weights)
         written = write_weights(merged.folder, weights, folder / stale.path, progress)
         components[name] = replace(components[name], weights=(layout, written))

@@ -108,7 +108,7 @@ def _measured(case: Case, spec: ModelSpec, folder: Path, *, sparse: bool) -> dic
         synthesise(spec, checkpoint, case.layout, 0, sparse=sparse, half=case.half)
         before = [] if sparse or case.link else [_cp_seconds(checkpoint, copy)]
         found = {"checkpoint_bytes": _size(checkpoint)}
-        found |= _timed(checkpoint, bundle, case)
+        found |= _timed(checkpoint, bundle, case, sparse=sparse)
         found["bundle_bytes"] = _size(bundle)
         if before:
             found |= _beside_cp(found, [*before, _cp_seconds(checkpoint, copy)])
@@ -126,17 +126,17 @@ def _weights_bytes(spec: ModelSpec) -> int:
     return sum(4 * prod(shape) for shapes in parts for shape in shapes.values())
 
 
-def _timed(checkpoint: Path, bundle: Path, case: Case) -> dict[str, Any]:
+def _timed(checkpoint: Path, bundle: Path, case: Case, *, sparse: bool) -> dict[str, Any]:
     _forget(checkpoint)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        seconds, peak = process.submit(_export, checkpoint, bundle, case).result()
+        seconds, peak = process.submit(_export, checkpoint, bundle, case, sparse).result()
     return {"export_seconds": seconds, "peak_rss_bytes": peak}
 
 
-def _export(checkpoint: Path, bundle: Path, case: Case) -> tuple[float, int]:
+def _export(checkpoint: Path, bundle: Path, case: Case, sparse: bool) -> tuple[float, int]:
     from export.exporter import ExportOptions, export_checkpoint
 
-    options = ExportOptions(case.precision, link=case.link)
+    options = ExportOptions(case.precision, link=case.link, sparse=sparse)
     seconds = _seconds(lambda: export_checkpoint(checkpoint, bundle, options))
     return seconds, peak_rss_bytes()
 
