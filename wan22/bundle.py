@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -178,13 +178,14 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    signed = replace(manifest, own_sha256=_own_sha256(manifest))
+    signed = replace(manifest, own_sha256=_own_sha256(msgspec.to_builtins(manifest)))
     text = msgspec.json.format(msgspec.json.encode(signed), indent=2)
     (folder / MANIFEST).write_bytes(text + b"\n")
 
 
-def _own_sha256(manifest: Manifest) -> str:
-    return hashlib.sha256(msgspec.json.encode(replace(manifest, own_sha256=""))).hexdigest()
+def _own_sha256(content: dict[str, Any]) -> str:
+    """Of what is written, not of what this version understands: fields may be added later."""
+    return hashlib.sha256(msgspec.json.encode(content | {"own_sha256": ""})).hexdigest()
 
 
 def open_bundle(folder: Path, kind: Kind, *, full_check: bool = False) -> Bundle:
@@ -242,7 +243,7 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, AttributeError) as error:
         raise UserError(f"{path}: {error}", "the manifest as written", f"run {stage} again") from None
-    if (digest := _own_sha256(manifest)) != manifest.own_sha256:
+    if (digest := _own_sha256(head)) != manifest.own_sha256:
         told = f"{manifest.own_sha256[:12]}… written in it"
         raise UserError(f"{path} was edited: sha256 {digest[:12]}…", told, f"run {stage} again")
     return manifest

@@ -1,8 +1,10 @@
 """A bundle is whole or it is not there, and a reader believes nothing unchecked."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from wan22.bundle import (
@@ -112,6 +114,16 @@ def test_a_broken_manifest_is_one_line(tmp_path, content):
     with pytest.raises(UserError) as error:
         open_bundle(tmp_path / "b", "graphs")
     assert "\n" not in str(error.value)
+
+
+def test_a_bundle_from_before_a_field_was_added_is_read(tmp_path):
+    """As one that has a field which this version does not know."""
+    write_bundle(tmp_path / "b")
+    content = msgspec.json.decode((tmp_path / "b" / MANIFEST).read_bytes())
+    content |= {"of_another_version": 1, "own_sha256": ""}
+    content["own_sha256"] = hashlib.sha256(msgspec.json.encode(content)).hexdigest()
+    (tmp_path / "b" / MANIFEST).write_bytes(msgspec.json.encode(content))
+    assert open_bundle(tmp_path / "b", "graphs").manifest.precision == Precision.FP32
 
 
 def test_a_path_out_of_the_bundle_is_refused(tmp_path):
