@@ -13,13 +13,13 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,10 @@ from wan22.bundle import check_disk
 from wan22.memory import peak_rss_bytes
 from wan22.specs import ModelSpec, Precision, spec_named
 from wan_trt.console import console
+from wan_trt.scale_builds import BUILDS, measured_build
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 MEMORY_LIMIT_BYTES = 2 * 10**9
 CP_SHARE = 0.6  # of cp's throughput, at least
@@ -52,6 +56,9 @@ def run(
     model: Annotated[str, typer.Argument(help="The model to measure with.")] = "t2v-a14b",
     folder: Annotated[Path, typer.Option(help="An empty place on the disk to measure.")] = Path("scale"),
     layers: Annotated[int, typer.Option(min=1, help="Real-size blocks of the dense checkpoint.")] = 2,
+    builds: Annotated[
+        bool, typer.Option("--builds", help="Also build the 5B and the 14B for GPUs: 45 GB of disk, 20 minutes.")
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the figures go.")] = Path("scale.json"),
 ) -> int:
     """Measure export at full size: throughput beside cp, peak memory, time to write a graph."""
@@ -59,15 +66,21 @@ def run(
     small = replace(spec, dit=replace(spec.dit, layers=layers), text_encoder=replace(spec.text_encoder, layers=layers))
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {"model": spec.name, "layers_dense": layers, "graph_seconds": _graph_seconds(spec)}
-    figures["cases"] = []
+    figures["cases"], figures["builds"] = [], []
     for case in CASES:
         whole = _measured(case, spec, folder, sparse=True)
         dense = _measured(case, small, folder, sparse=False)
         figures["cases"].append({"case": case.name, "whole_sparse": whole, "dense": dense})
-        _print(case, whole, dense)
+        console.print(f"measured {case.name}")
+    for build in BUILDS if builds else ():
+        figures["builds"].append(measured_build(build, folder))
+        console.print(f"measured {build.name}")
     output.write_text(json.dumps(figures, indent=2) + "\n")
+    for table in _tables(figures):
+        console.print(table)
     console.print(f"graph of one transformer: {figures['graph_seconds']:.1f} s; figures in {output}")
-    return 0 if all(map(_good, figures["cases"])) else 1
+    good = [*map(_good, figures["cases"]), *(b["peak_rss_bytes"] <= b["limit_bytes"] for b in figures["builds"])]
+    return 0 if all(good) else 1
 
 
 def _good(case: dict[str, Any]) -> bool:
@@ -75,17 +88,44 @@ def _good(case: dict[str, Any]) -> bool:
     return bool(case["whole_sparse"]["peak_rss_bytes"] <= MEMORY_LIMIT_BYTES and rate >= CP_SHARE)
 
 
-def _print(case: Case, whole: dict[str, Any], dense: dict[str, Any]) -> None:
-    size = f"{whole['checkpoint_bytes'] / 1e9:.1f} → {whole['bundle_bytes'] / 1e9:.1f} GB"
-    console.print(f"{case.name}: {size} (sparse), peak {whole['peak_rss_bytes'] / 1e9:.2f} GB")
-    moved = f"{dense['checkpoint_bytes'] / 1e9:.1f} → {dense['bundle_bytes'] / 1e9:.1f} GB"
-    told = f"  dense {moved}: export {dense['export_seconds']:.1f} s"
-    if "cp_seconds" in dense:
-        told += (
-            f" ({dense['export_gb_s']:.2f} GB/s read and written), cp of that checkpoint {dense['cp_seconds']:.1f} s"
+def _tables(figures: dict[str, Any]) -> "Iterator[RenderableType]":
+    from rich.table import Table
+
+    yield _export_table(figures)
+    if figures["builds"]:
+        builds = Table("build", "time", "memory", "engines", "kernels per block", title="Builds without a GPU")
+        for build in figures["builds"]:
+            sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in build["engine_bytes"].items())
+            kernels = ", ".join(f"{count} {style}" for style, count in build["kernels_per_block"].items())
+            times = f"{build['build_seconds']:.0f} s", f"{build['peak_rss_bytes'] / 1e9:.1f} GB"
+            builds.add_row(build["build"], *times, sizes, kernels)
+        yield builds
+
+
+def _export_table(figures: dict[str, Any]) -> "RenderableType":
+    from rich.table import Table
+
+    layers, model = figures["layers_dense"], figures["model"]
+    title = f"Export of {model}; memory: whole, sparse files; time: {layers} blocks of random weights, read and written"
+    table = Table("export", "whole", "memory", "blocks", "export", "cp of the checkpoint", "share", title=title)
+    for case in figures["cases"]:
+        whole, dense = case["whole_sparse"], case["dense"]
+        rate = f"{(dense['checkpoint_bytes'] + dense['bundle_bytes']) / dense['export_seconds'] / 1e9:.2f} GB/s"
+        cp = f"{dense['cp_seconds']:.1f} s, {dense['cp_gb_s']:.2f} GB/s" if "cp_seconds" in dense else "-"
+        table.add_row(
+            case["case"],
+            _from_to(whole),
+            f"{whole['peak_rss_bytes'] / 1e9:.2f} GB",
+            _from_to(dense),
+            f"{dense['export_seconds']:.1f} s" + ("" if cp == "-" else f", {rate}"),
+            cp,
+            f"{dense['throughput_of_cp']:.0%}" if "cp_seconds" in dense else "linked",
         )
-        told += f" ({dense['cp_gb_s']:.2f} GB/s): {dense['throughput_of_cp']:.0%} of cp"
-    console.print(told)
+    return table
+
+
+def _from_to(found: dict[str, Any]) -> str:
+    return f"{found['checkpoint_bytes'] / 1e9:.1f} → {found['bundle_bytes'] / 1e9:.1f} GB"
 
 
 def _graph_seconds(spec: ModelSpec) -> float:
