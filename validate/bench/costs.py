@@ -21,7 +21,7 @@ from validate.bench.work import DECODER, ENCODER, TEXT, Work, components_of
 from wan22.bundle import Bundle, Component, Tensor
 from wan22.costs import dit_flops, text_encoder_flops, vae_flops
 from wan22.shapes import shape_of
-from wan22.specs import PATCH, Precision
+from wan22.specs import PATCH, TEXT_TOKENS, Precision
 
 MATRIX = 2048  # rows of the measured product: 50 MB of operands, beyond most caches
 COPY_BYTES = 2**28
@@ -83,7 +83,8 @@ def _of_graphs(piece: str, work: Work, bundle: Bundle) -> GraphFlops | None:
     for name, count in _calls(piece, work):
         component = bundle.component(name)
         inputs = {tensor.name: shape_of(tensor, sizes) for tensor in component.inputs}
-        flops = graph_flops(bundle.folder / component.graph.path, inputs)
+        kept_text_rows = min(work.token_ids.shape[1] + 1, TEXT_TOKENS)
+        flops = graph_flops(bundle.folder / component.graph.path, inputs, kept_text_rows)
         if flops is None:
             return None
         total = total.plus(flops, count)

@@ -30,15 +30,22 @@ class GraphFlops:
         return GraphFlops(self.with_weights + times * other.with_weights, self.attention + times * other.attention)
 
 
-def graph_flops(path: Path, inputs: Mapping[str, Shape]) -> GraphFlops | None:
-    """Of one call of the graph at ``path`` with ``inputs`` of these shapes; None where a node cannot be counted."""
+def graph_flops(path: Path, inputs: Mapping[str, Shape], rows_by_value: int | None = None) -> GraphFlops | None:
+    """Of one call of the graph at ``path`` with ``inputs`` of these shapes; None where a node cannot be counted.
+
+    Args:
+        path: ONNX.
+        inputs: by name.
+        rows_by_value: the size of dimensions that depend on values, not on shapes: a CPU engine keeps of the text the
+            prompt's rows and one for all the padding.
+    """
     import onnx
 
     model = onnx.load(path, load_external_data=False)
     if any(node.domain and node.op_type not in FUSED for node in model.graph.node):
         return None
     constants = {tensor.name for tensor in model.graph.initializer}
-    shapes, with_weights, attention = _shapes(model, inputs), 0.0, 0.0
+    shapes, with_weights, attention = _shapes(model, inputs, rows_by_value), 0.0, 0.0
     for node in model.graph.node:
         operands = [name for name in node.input if name]
         if node.op_type == "Constant" or (operands and constants.issuperset(operands)):
@@ -54,8 +61,8 @@ def graph_flops(path: Path, inputs: Mapping[str, Shape]) -> GraphFlops | None:
     return GraphFlops(with_weights, attention)
 
 
-def _shapes(model: Any, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Of every value whose shape ``inputs`` decide."""
+def _shapes(model: Any, inputs: Mapping[str, Shape], rows_by_value: int | None) -> dict[str, Shape]:
+    """Of every value whose shape ``inputs`` decide, or ``rows_by_value`` where that is known."""
     from onnx import shape_inference
 
     standing_in = type(model)()
@@ -71,8 +78,9 @@ def _shapes(model: Any, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
     shapes = {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         dims = value.type.tensor_type.shape.dim
-        if all(dim.HasField("dim_value") for dim in dims):
-            shapes[value.name] = tuple(dim.dim_value for dim in dims)
+        sizes = tuple(dim.dim_value if dim.HasField("dim_value") else rows_by_value or 0 for dim in dims)
+        if all(sizes):
+            shapes[value.name] = sizes
     return shapes
 
 

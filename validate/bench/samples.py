@@ -1,19 +1,22 @@
 """Timings of the same work on several sides, taken in turns, and what may be said about them.
 
-Sides alternate, A B A B, so that a busy or throttled machine slows both. The speed-up is the median of the ratios of
-neighbours, and its spread is theirs. Processor time is kept beside the time on the clock: where others want the same
+Sides alternate, A B A B, so that a busy or throttled machine slows both; not equally, though: PyTorch's threads wait
+for each other in a spin and lose most where others want their cores. The speed-up is the median of the ratios of
+neighbours, and its spread is theirs. Before each run the threads of the side before get time to stop spinning.
+Processor time is kept beside the time on the clock: where others want the same
 cores, it says how much work there was. It counts waiting in a spin as work, which PyTorch's threads do unless
 ``OMP_WAIT_POLICY=passive``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter, process_time
+from time import perf_counter, process_time, sleep
 from typing import Any, TypeVar
 
 import numpy as np
 
 T = TypeVar("T")
+SETTLING_SECONDS = 0.02  # thread pools of both sides spin for a few milliseconds after their work
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ def timed(work: Callable[[], T]) -> tuple[T, float]:
     return result, perf_counter() - started
 
 
+def settle() -> None:
+    """Waits until the threads of whatever ran last are asleep."""
+    sleep(SETTLING_SECONDS)
+
+
 def in_turns(
     sides: Mapping[str, Callable[[], Any]], runs: int, joules: Callable[[], float | None] = lambda: None
 ) -> dict[str, Samples]:
@@ -76,6 +84,7 @@ def in_turns(
     found: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in sides}
     for _ in range(runs):
         for name, work in sides.items():
+            settle()
             cpu, energy = process_time(), joules()
             seconds = timed(work)[1]
             spent = None if energy is None else (joules() or energy) - energy

@@ -174,8 +174,8 @@ def _remarks(result: BenchResult) -> Iterator[str]:
     yield f"machine: {told}; load average {before:.1f} before and {after:.1f} after"
     if before > BUSY * machine["cores"]:
         yield (
-            "the machine was busy: trust ratios, not times. PyTorch's threads spin while they wait and suffer most; "
-            "OMP_WAIT_POLICY=passive stops that"
+            "[yellow]the machine was busy: times are too long and ratios too good, because PyTorch's threads, which "
+            "spin while they wait, suffer most. Measure again on an idle machine[/]"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from validate.bench.samples import Ratio
+from validate.bench.samples import Ratio, settle
 
 Kind = Literal["open", "swap", "text", "image", "step", "decode"]
 LOADING = ("open", "swap")
@@ -117,12 +117,22 @@ def _median(same: Sequence[Event]) -> Event:
 def in_turns(sides: Mapping[str, Iterator[Event]], after_event: Callable[[], None]) -> dict[str, Run]:
     """Advances one run of every side, event by event; ``after_event`` is called when each has made one."""
     events: dict[str, list[Event]] = {name: [] for name in sides}
-    for row in zip_longest(*sides.values()):
+    for row in zip_longest(*map(_settled, sides.values())):
         for name, event in zip(sides, row, strict=True):
             if event is not None:
                 events[name].append(event)
         after_event()
     return {name: Run(tuple(found)) for name, found in events.items()}
+
+
+def _settled(events: Iterator[Event]) -> Iterator[Event]:
+    """The same events, each begun when the other side's threads are asleep."""
+    while True:
+        settle()
+        try:
+            yield next(events)
+        except StopIteration:
+            return
 
 
 def step_ratio(other: Runs, ours: Runs) -> Ratio:
