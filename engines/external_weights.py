@@ -28,6 +28,7 @@ from wan22.progress import Progress, silent
 
 ALIGNMENT_BYTES = 256  # of every weight, as CUDA allocates
 FLOAT, FLOAT8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
+ROWS_AT_ONCE = 256  # when a matrix is turned
 BEFORE_CAST = ("Slice", "Reshape", "Split")  # between a product and its conversion to float32
 
 
@@ -264,7 +265,15 @@ def _content(folder: Path, weight: Weight) -> "memoryview[int]":
     dtype = np.dtype(f"u{ir.DataType[weight.dtype].numpy().itemsize}")
     parts = [_read(folder, source, dtype) for source in weight.sources]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return np.ascontiguousarray(whole.T if weight.turned else whole).reshape(-1).view(np.uint8).data
+    return (_transposed(whole) if weight.turned else whole).reshape(-1).view(np.uint8).data
+
+
+def _transposed(matrix: np.ndarray) -> np.ndarray:
+    """Some rows at a time, whose columns stay in the cache: seven times as fast for FP8 as all at once."""
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
+    for row in range(0, len(matrix), ROWS_AT_ONCE):
+        result[:, row : row + ROWS_AT_ONCE] = matrix[row : row + ROWS_AT_ONCE].T
+    return result
 
 
 def _read(folder: Path, source: Source, dtype: np.dtype[Any]) -> np.ndarray:

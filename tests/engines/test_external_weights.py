@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from engines import external_weights
 from engines.external_weights import attention_scales_of, check_alike, externalised, layout, write_layout, write_weights
 from engines.fusion import read_log
 from engines.fusion_report import FusionReport
@@ -94,6 +95,16 @@ def test_matrices_are_given_in_by_out_and_qkv_as_one(tmp_path):
     assert shapes["blocks.0.self_attn.qkv.bias"] == (3 * SPEC.width,)
     assert shapes["blocks.0.ffn.0.weight"] == (SPEC.width, SPEC.ffn_width)
     assert not any(".self_attn.q.weight" in name for name in shapes)
+
+
+def test_a_matrix_in_the_file_is_the_stored_one_turned(tmp_path, monkeypatch):
+    monkeypatch.setattr(external_weights, "ROWS_AT_ONCE", 100)  # the last of several blocks is not full
+    _, weights = externalised(exported(tmp_path / "b", None))
+    write_weights(tmp_path / "b", weights, tmp_path / "dit.weights")
+    places = {place.name: place for place in layout(weights)[0]}
+    place, stored = places["blocks.0.ffn.0.weight"], made_up(dit_tensors(SPEC), 0)["blocks.0.ffn.0.weight"]
+    data = (tmp_path / "dit.weights").read_bytes()[place.offset : place.offset + place.size_bytes]
+    assert np.array_equal(np.frombuffer(data, np.float32).reshape(stored.shape[::-1]), stored.T)
 
 
 def test_both_experts_have_one_graph_and_files_of_one_layout(tmp_path):
