@@ -37,3 +37,5 @@ def run(
         f"{build.backend} {build.backend_version}, {build.seconds:.1f} s, {build.peak_rss_bytes / 1e9:.1f} GB of memory"
     )
     console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {build.target} ({told}): {engines}")
+    sizes = {component.graph.path: component.graph.size_bytes for component in result.manifest.components}
+    console.print(", ".join(f"{path} {size / 1e9:.2f} GB" for path, size in sizes.items()))

@@ -1,0 +1,16 @@
+"""``wan-trt build`` tells what it took and what it made."""
+
+from typer.testing import CliRunner
+
+from wan22.bundle import open_bundle
+from wan_trt.cli import app
+
+
+def test_time_memory_and_the_size_of_every_engine_are_told(tmp_path, tiny_bundle):
+    told = CliRunner().invoke(app, ["build", str(tiny_bundle), str(tmp_path / "e")])
+    assert told.exit_code == 0, told.output
+    manifest = open_bundle(tmp_path / "e", "engines").manifest
+    assert f"{manifest.build.seconds:.1f} s" in told.output
+    assert f"{manifest.build.peak_rss_bytes / 1e9:.1f} GB of memory" in told.output.replace("\n", " ")
+    for component in manifest.components:
+        assert component.graph.path in told.output
