@@ -6,6 +6,8 @@ project.
 """
 
 import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,7 +40,7 @@ class Official:
         check_clone(repo)
         self.spec, self._repo = checkpoint.spec, repo
         spawned = multiprocessing.get_context("spawn")
-        self._process = ProcessPoolExecutor(1, spawned)
+        self._process = ProcessPoolExecutor(1, spawned, _leave_at_ctrl_c)
         self._arguments = (repo.resolve(), checkpoint)
 
     def __enter__(self) -> Self:
@@ -104,6 +106,11 @@ class Official:
 
 def _with_first_frame(latents: F32, given: Given) -> F32:
     return latents if given.first_frame is None else np.concatenate([given.first_frame, latents[:, :, 1:]], axis=2)
+
+
+def _leave_at_ctrl_c() -> None:
+    """The terminal interrupts this process as well; the other one tells the user."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
 def _open(repo: Path, checkpoint: Checkpoint) -> None:

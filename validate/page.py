@@ -88,7 +88,7 @@ def lights(report: "ValidationReport") -> list[Light]:
     timed = "; ".join(faults) or "measured" if its.bench else "no --bench given"
     fused = "; ".join(problems) or f"{len(its.fusion)} engines inspected" if its.fusion else its.why_no_fusion
     return [
-        Light("Parity", "bad" if report.failed else "good", parity, "checks"),
+        Light("Parity", "good" if report.rows and not report.failed else "bad", parity, "checks"),
         Light("Gates", "none" if not report.verdicts else "bad" if missed else "good", kept, "gates"),
         Light("Latency", "none" if its.bench is None else "bad" if faults else "good", timed, "latency"),
         Light("Fusion", "none" if not its.fusion else "bad" if problems else "good", fused, "fusion"),
