@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from validate.bench.machine import BUSY
 from validate.bench.result import RUN, BenchResult
 from wan22.errors import UserError
 
@@ -16,8 +17,8 @@ TOLERANCE = 0.05
 HIGHER_IS_BETTER = ("speedup", "roofline_percent")
 RATIOS = ("speedup", "memory_ratio")  # what stays meaningful on another machine
 NEUTRAL = (  # told by their neighbours, or no merit
-    "vae_share_percent", "host_overhead_percent", "speedup_p10", "cpu_speedup", "p90_ms", "total_p90_s",
-    "cpu_median_ms", "relative_l2",
+    "vae_share_percent", "host_overhead_percent", "speedup_p10", "step_speedup_p10", "cpu_speedup", "p90_ms",
+    "total_p90_s", "cpu_median_ms", "relative_l2",
 )  # fmt: skip
 
 
@@ -48,6 +49,7 @@ class Comparison:
     baseline: Path
     same_machine: bool
     told: str  # which machines, when they differ
+    busy: bool  # one of the two was made while others used the machine
     changes: tuple[Change, ...]
 
     @property
@@ -72,12 +74,17 @@ def compare(path: Path, baseline: Mapping[str, Any], result: BenchResult) -> Com
     """Of measurements that both have. ``baseline`` is what ``read_bench`` gave."""
     same = baseline["machine"] == dict(result.machine)
     before, after, now = baseline["measurements"], result.measurements(), result.as_json()
-    names = [name for name in before if name in after and _counts(name, same)]
+    names = [name for name in before if after.get(name) and _counts(name, same)]
     spread = {name: max(_spread(name, before), _spread(name, now["measurements"])) for name in names}
     changes = tuple(Change(name, before[name], after[name], spread[name]) for name in names)
     differing = [key for key in result.machine if baseline["machine"].get(key) != result.machine[key]]
     told = ", ".join(f"{key} {baseline['machine'].get(key)!r}, here {result.machine[key]!r}" for key in differing)
-    return Comparison(path, same, told, changes)
+    return Comparison(path, same, told, was_busy(baseline) or was_busy(now), changes)
+
+
+def was_busy(found: Mapping[str, Any]) -> bool:
+    """Whether others wanted the cores when a bench began."""
+    return bool(found["conditions"].get("load_average", [0])[0] > BUSY * found["machine"].get("cores", 1))
 
 
 def _counts(name: str, same_machine: bool) -> bool:
@@ -93,10 +100,8 @@ def _spread(name: str, measurements: Mapping[str, float]) -> float:
     Whatever is timed in whole runs has the spread of their total.
     """
     piece, _, leaf = name.rpartition(".")
-    if piece == RUN:
-        return measurements[f"{RUN}.total_p90_s"] / measurements[f"{RUN}.total_s"] - 1
     if leaf == "median_ms":
         return measurements[f"{piece}.p90_ms"] / measurements[name] - 1
-    if leaf == "speedup" and f"{piece}.speedup_p10" in measurements:
-        return measurements[name] / measurements[f"{piece}.speedup_p10"] - 1
-    return 0.0
+    if f"{name}_p10" in measurements:
+        return measurements[name] / measurements[f"{name}_p10"] - 1
+    return measurements[f"{RUN}.total_p90_s"] / measurements[f"{RUN}.total_s"] - 1 if piece == RUN else 0.0

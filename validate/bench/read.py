@@ -7,7 +7,15 @@ from typing import Any
 from validate.bench.result import FORMAT
 from wan22.errors import UserError
 
-FIELDS = {"model": str, "precision": str, "machine": dict, "pieces": dict, "measurements": dict, "faults": list}
+FIELDS = {
+    "model": str,
+    "precision": str,
+    "machine": dict,
+    "conditions": dict,
+    "pieces": dict,
+    "measurements": dict,
+    "faults": list,
+}
 
 
 def read_bench(path: Path, what: str = "bench") -> dict[str, Any]:

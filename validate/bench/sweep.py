@@ -57,7 +57,10 @@ class Sweep:
         return float(slope), float(np.exp(intercept))
 
     def as_json(self) -> dict[str, Any]:
-        points = [{self.axis: p.label, self.unit: p.x, "seconds": p.seconds} for p in self.points]
+        points = [
+            {self.axis: p.label if self.axis == "size" else int(p.label), self.unit: p.x, "seconds": p.seconds}
+            for p in self.points
+        ]
         return {
             "format": FORMAT,
             "model": self.model,

@@ -59,10 +59,15 @@ def _draw(axes: Any, sweep: Sweep, name: str, colour: str, exponent: float | Non
 
 
 def _style(axes: Any, sweep: Sweep, theme: Theme) -> None:
+    from matplotlib.ticker import LogLocator
+
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks([point.x for point in sweep.points], [f"{point.x:,}\n{point.label}" for point in sweep.points])
+    labels = [point.label if sweep.axis == "steps" else f"{point.x:,}\n{point.label}" for point in sweep.points]
+    axes.set_xticks([point.x for point in sweep.points], labels)
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -185,6 +185,8 @@ def _remarks(result: BenchResult) -> Iterator[str]:
 def _comparison(comparison: Comparison) -> "Iterator[RenderableType]":
     if not comparison.same_machine:
         yield f"{comparison.baseline} is of another machine ({comparison.told}): only ratios are compared"
+    if comparison.busy:
+        yield "[yellow]one of the two was made on a busy machine: a change may be that[/]"
     ordered = sorted(comparison.changes, key=lambda change: -change.worse)
     title = f"Beside {comparison.baseline}: {len(comparison.regressions)} of {len(ordered)} measurements got worse"
     table = _table(title, "", "before", "now", "change")

@@ -7,12 +7,13 @@ import pytest
 from validate.bench.compare import Change, check_comparable, compare
 from wan22.errors import UserError
 
+IDLE = {"load_average": [0.1, 2.0]}
 HERE = {"cpu": "A", "cores": 2, "gpu": ""}
 BEFORE = {
     "high_noise.median_ms": 100.0, "high_noise.p90_ms": 102.0, "high_noise.roofline_percent": 50.0,
     "high_noise.speedup": 2.0, "high_noise.speedup_p10": 1.9, "high_noise.memory_ratio": 0.5,
     "high_noise.relative_l2": 1e-6, "end_to_end.total_s": 10.0, "end_to_end.total_p90_s": 13.0,
-    "end_to_end.decode_s": 4.0,
+    "end_to_end.decode_s": 4.0, "end_to_end.step_speedup": 2.0, "end_to_end.step_speedup_p10": 1.9,
 }  # fmt: skip
 
 
@@ -26,11 +27,12 @@ class Result:
         return BEFORE | self._changed
 
     def as_json(self):
-        return {"measurements": self.measurements()}
+        return {"measurements": self.measurements(), "machine": self.machine, "conditions": IDLE}
 
 
-def compared(result, machine=HERE):
-    return compare(Path("old.json"), {"machine": machine, "measurements": BEFORE}, result)
+def compared(result, machine=HERE, conditions=IDLE):
+    baseline = {"machine": machine, "measurements": BEFORE, "conditions": conditions}
+    return compare(Path("old.json"), baseline, result)
 
 
 def regressions(result, machine=HERE):
@@ -54,6 +56,8 @@ def test_nothing_changed():
         ({"high_noise__relative_l2": 1e-3}, set()),  # parity is another command's business
         ({"end_to_end__decode_s": 5.0}, set()),  # whole runs spread by 30 %
         ({"end_to_end__decode_s": 6.0}, {"end_to_end.decode_s"}),
+        ({"end_to_end__step_speedup": 1.5, "end_to_end__step_speedup_p10": 1.4}, {"end_to_end.step_speedup"}),
+        ({"end_to_end__step_speedup": 1.5, "end_to_end__step_speedup_p10": 1.0}, set()),
     ],
 )
 def test_what_is_a_regression(changed, expected):
@@ -64,8 +68,15 @@ def test_of_another_machine_only_ratios_are_compared():
     found = compared(Result(high_noise__median_ms=500.0, high_noise__memory_ratio=0.6), HERE | {"cpu": "B"})
     assert not found.same_machine
     assert found.told == "cpu 'B', here 'A'"
-    assert {change.measurement for change in found.changes} == {"high_noise.speedup", "high_noise.memory_ratio"}
+    assert {change.measurement for change in found.changes} == {
+        "high_noise.speedup", "high_noise.memory_ratio", "end_to_end.step_speedup",
+    }  # fmt: skip
     assert [change.measurement for change in found.regressions] == ["high_noise.memory_ratio"]
+
+
+def test_a_busy_machine_is_noted():
+    assert not compared(Result()).busy
+    assert compared(Result(), conditions={"load_average": [1.5, 2.0]}).busy
 
 
 def test_how_much_worse():

@@ -33,7 +33,7 @@ def test_a_sweep_of_frames_times_the_pieces_chosen(tiny_engines):
     assert [(point.label, point.x) for point in found.points] == [("1", 4), ("9", 12)]
     assert found.series == ("vae_decoder, ours",)
     assert found.exponents()["vae_decoder, ours"] > 0
-    assert found.as_json()["points"][1]["frames"] == "9"
+    assert found.as_json()["points"][1]["frames"] == 9
 
 
 def test_a_sweep_of_steps_times_whole_runs(tiny_engines):
