@@ -6,12 +6,14 @@ graph would keep in fewer bits. Whoever shows a number says which way it was mad
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from runtime.engine import Engine
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from runtime.pipeline import Pipeline
+from validate.calls import RecordingPipeline
 from wan22.bundle import Build, Component, Manifest, kind_of, open_bundle
 from wan22.specs import Precision
 
@@ -23,16 +25,18 @@ BY_ROUNDING = "emulated by rounding"
 WITH_KERNELS = (Precision.FP32, Precision.FP16)  # of ONNX Runtime on the CPU
 
 
-def open_for_comparison(folder: Path) -> Pipeline:
-    """The pipeline of the engines at ``folder``, or of the graphs there.
+def open_for_comparison(folder: Path, calls: Path | None = None) -> Pipeline:
+    """The pipeline of the engines at ``folder``, or of the graphs there; first calls are written into ``calls``.
 
     Raises:
         UserError: no bundle there, or not as its manifest says.
     """
-    if kind_of(folder) == "engines":
-        return Pipeline.open(folder, keep_experts=False)
-    bundle = open_bundle(folder, "graphs")
-    return Pipeline(bundle, keep_experts=False, new_engine=lambda component: _engine(folder, component))
+    engines = kind_of(folder) == "engines"
+    bundle = open_bundle(folder, "engines" if engines else "graphs")
+    new_engine = None if engines else partial(_engine, folder)
+    if calls is None:
+        return Pipeline(bundle, keep_experts=False, new_engine=new_engine)
+    return RecordingPipeline(bundle, calls, keep_experts=False, new_engine=new_engine)
 
 
 def how_made(manifest: Manifest) -> dict[str, str]:

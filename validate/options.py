@@ -42,6 +42,7 @@ class ValidateOptions:
     seeds: tuple[int, ...] = ()  # instead of seed
     # the second reference
     official_repo: Path | None = None  # a clone of the official code
+    calls: Path | None = None  # folder for the first call of every engine, see :mod:`validate.calls`
     # for the report
     gate: Path | None = None  # TOML of thresholds, see :mod:`validate.gate`
     bench: Path | None = None  # JSON of ``wan-trt bench``

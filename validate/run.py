@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
+from validate.calls import check_calls
 from validate.cases import Case, cases_of
 from validate.facts import facts
 from validate.graphs import how_made, open_for_comparison
@@ -57,7 +58,9 @@ def validate(
     from validate.report import ValidationReport, check_writable, write_report
 
     options = options or ValidateOptions()
-    with open_for_comparison(engines) as pipeline:
+    if options.calls is not None:
+        check_calls(options.calls)
+    with open_for_comparison(engines, options.calls) as pipeline:
         manifest = pipeline.bundle.manifest
         cases = cases_of(options, manifest.spec.task)
         requests = [case.options.request(manifest) for case in cases]

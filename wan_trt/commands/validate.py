@@ -76,6 +76,9 @@ def run(
     gate: Annotated[Path | None, typer.Option(help="TOML of thresholds; exit code 1 when one is missed.")] = None,
     list_gates: Annotated[bool, typer.Option("--list-gates", help="Only print what a gate may name.")] = False,
     bench: Annotated[Path | None, typer.Option(help="JSON of wan-trt bench, for the report and its gates.")] = None,
+    calls: Annotated[
+        Path | None, typer.Option(help="Folder for one call of every engine, to be read by polygraphy run.")
+    ] = None,
     official_repo: Annotated[
         Path | None, typer.Option(help="A clone of Wan-Video/Wan2.2, to compare with its code as well.")
     ] = None,
@@ -116,6 +119,7 @@ def run(
         prompts=prompts,
         seeds=several,
         official_repo=official_repo,
+        calls=calls,
         gate=gate,
         bench=bench,
         command=command_line(),

@@ -1,0 +1,87 @@
+"""One real call of every engine, in files that ``polygraphy run`` reads: the way on from a row that failed.
+
+The files hold what the engine was given and what it answered, the first time that the ladder called it. Another backend
+or another build is run on the same inputs and compared with the same answers, layer by layer if need be::
+
+    polygraphy run onnx/low_noise.onnx --onnxrt
+        --load-inputs calls/low_noise.inputs.json --load-outputs calls/low_noise.outputs.json
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from runtime.engine import Arrays, Engine
+from runtime.pipeline import NewEngine, Pipeline
+from wan22.bundle import Bundle
+from wan22.errors import UserError
+
+Record = Callable[[str, dict[str, np.ndarray], dict[str, np.ndarray]], None]  # component, inputs, outputs
+
+
+class RecordingPipeline(Pipeline):
+    """A pipeline that writes the first call of each of its engines into ``calls``."""
+
+    def __init__(
+        self, bundle: Bundle, calls: Path, *, keep_experts: bool = True, new_engine: NewEngine | None = None
+    ) -> None:
+        super().__init__(bundle, keep_experts=keep_experts, new_engine=new_engine)
+        self._calls, self._recorded = calls, set[str]()
+
+    def engine(self, name: str) -> Engine:
+        engine = super().engine(name)
+        return engine if name in self._recorded else RecordedEngine(engine, name, self._record)
+
+    def _record(self, name: str, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
+        if name not in self._recorded:
+            self._recorded.add(name)
+            write_call(self._calls, name, inputs, outputs)
+
+
+class RecordedEngine:
+    """An engine whose calls are told to ``record``; opened and closed by its pipeline, not through this."""
+
+    def __init__(self, engine: Engine, name: str, record: Record) -> None:
+        self._engine, self._name, self._record = engine, name, record
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing: the pipeline owns the engine."""
+
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
+        answer = self._engine(**inputs)
+        arrays = answer if isinstance(answer, tuple) else (answer,)
+        self._record(self._name, inputs, {t.name: array for t, array in zip(self.outputs, arrays, strict=True)})
+        return answer
+
+
+def check_calls(folder: Path) -> None:
+    """Makes ``folder``. Raises UserError when it cannot be, or where polygraphy is not installed."""
+    try:
+        import polygraphy  # noqa: F401
+    except ImportError:
+        raise UserError("no polygraphy", "it, for --calls", "pip install polygraphy") from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write calls to {folder}: {error.strerror}", "a folder", "choose another") from None
+
+
+def write_call(folder: Path, name: str, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
+    """``<name>.inputs.json`` and ``<name>.outputs.json``, each whole or not there."""
+    from polygraphy.comparator import IterationResult, RunResults
+    from polygraphy.json import save_json
+
+    answered = RunResults([("wan-trt", [IterationResult(outputs, runner_name="wan-trt")])])
+    for leaf, content in (("inputs", [inputs]), ("outputs", answered)):
+        partial = folder / f".{name}.{leaf}.partial"
+        save_json(content, str(partial))
+        partial.replace(folder / f"{name}.{leaf}.json")
