@@ -14,6 +14,7 @@ from typing import Self
 
 import numpy as np
 
+from runtime.arrays import to_numpy
 from runtime.engine import Arrays, Engine
 from runtime.pipeline import NewEngine, Pipeline
 from wan22.bundle import Bundle
@@ -76,12 +77,13 @@ def check_calls(folder: Path) -> None:
 
 
 def write_call(folder: Path, name: str, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
-    """``<name>.inputs.json`` and ``<name>.outputs.json``, each whole or not there."""
+    """``<name>.inputs.json`` and ``<name>.outputs.json``, each whole or not there; arrays may lie on a device."""
     from polygraphy.comparator import IterationResult, RunResults
     from polygraphy.json import save_json
 
-    answered = RunResults([("wan-trt", [IterationResult(outputs, runner_name="wan-trt")])])
-    for leaf, content in (("inputs", [inputs]), ("outputs", answered)):
+    given, answers = ({key: to_numpy(array) for key, array in arrays.items()} for arrays in (inputs, outputs))
+    answered = RunResults([("wan-trt", [IterationResult(answers, runner_name="wan-trt")])])
+    for leaf, content in (("inputs", [given]), ("outputs", answered)):
         partial = folder / f".{name}.{leaf}.partial"
         save_json(content, str(partial))
         partial.replace(folder / f"{name}.{leaf}.json")
