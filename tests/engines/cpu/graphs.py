@@ -33,7 +33,9 @@ def inputs(spec=SPEC, text_rows=7):
     text = np.zeros((1, 512, spec.text_width), np.float32)
     text[:, :text_rows] = rng.standard_normal((1, text_rows, spec.text_width))
     cos, sin = rope_tables(spec.head_width, *GRID)
-    return {
+    condition = (1, spec.condition_channels, frames, 2 * rows, 2 * columns)
+    given = {"condition": rng.standard_normal(condition, dtype=np.float32)} if spec.condition_channels else {}
+    return given | {
         "latents": rng.standard_normal((1, spec.out_channels, frames, 2 * rows, 2 * columns), dtype=np.float32),
         "time_features": time_features([500.0] * spec.time_rows, spec.freq_width),
         "text": text,
