@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from wan22.bundle import kind_of
 from wan22.errors import UserError
 from wan_trt.console import bars, console
 
@@ -26,6 +27,8 @@ def run(
     if target is None:
         if size or frames:
             raise UserError("--size or --frames", "an ONNX bundle to compile", "name a --target as well")
+        if kind_of(folder) == "graphs":
+            raise UserError(f"{folder} is an ONNX bundle", "engines, or a target to compile it for", "add --target")
         reports = inspect_engines(folder, component or ())
     else:
         with bars(beside_json=as_json) as progress:
