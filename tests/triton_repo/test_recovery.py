@@ -45,6 +45,8 @@ def test_a_killed_model_is_noticed_and_the_server_taken_down(installation, tiny_
         assert server.is_ready()  # Triton has not noticed: this is why there is a heartbeat
         with pytest.raises(UserError, match="a model gave its last sign"):
             watch(server.process, server.options, SILENCE_S)
+        metrics = f"http://127.0.0.1:{server.options.metrics_port}/metrics"
+        assert not probe.drain(metrics, tmp_path / "drain", within_s=3600)  # nothing to wait for any more
         regions = server.regions()
     assert regions
     assert server.regions() == []
