@@ -48,7 +48,8 @@ def read_input_scales(path: Path, spec: ModelSpec) -> dict[str, Scales]:
         )
         found = {expert: {name: _entry(entry) for name, entry in part.items()} for expert, part in parts.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__} {error}"
+        layout = isinstance(error, (KeyError, TypeError, AttributeError))
+        reason = getattr(error, "strerror", None) or ("another layout" if layout else str(error))
         raise UserError(f"{path}: {reason}", "a JSON of input scales by linear", "write one with calibrate") from None
     names = {theirs.removesuffix(".weight"): ours for ours, theirs in diffusers_names("dit", spec).items()}
     for part in found.values():
