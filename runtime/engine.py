@@ -32,6 +32,18 @@ class Engine(Protocol):
         ...
 
 
+class BorrowedEngine:
+    """An engine that others open and close: entering and leaving it does nothing. Subclasses say what a call does."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing: the owner closes it."""
+
+
 def check_inputs(
     name: str, expected: Sequence[Tensor], given: Mapping[str, np.ndarray], profiles: Sequence[Profile]
 ) -> int:

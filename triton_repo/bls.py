@@ -6,13 +6,12 @@ cannot warm up, because requests to other models are refused until the server is
 job, because they are refused again.
 """
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
-from runtime.engine import Arrays, check_inputs
+from runtime.engine import Arrays, BorrowedEngine, check_inputs
 from triton_repo.job import OutOfTimeError
 from triton_repo.loading import load
 from triton_repo.owner import Owner
@@ -30,20 +29,12 @@ class BlsPipeline(Owner):
         return load(self.settings, lambda component: RemoteEngine(component, f"{prefix}_{component.name}"))
 
 
-class RemoteEngine:
+class RemoteEngine(BorrowedEngine):
     """An engine that lives in the Triton model ``model``."""
 
     def __init__(self, component: Component, model: str) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self._model = model
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing: Triton holds the engine."""
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         check_inputs(self.name, self.inputs, inputs, ())  # the request was held to the profiles already

@@ -3,12 +3,10 @@
 from collections import defaultdict
 from collections.abc import Callable
 from time import perf_counter
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
-from runtime.engine import Arrays, Engine
+from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.pipeline import NewEngine, Pipeline
 from wan22.bundle import Bundle
 
@@ -39,20 +37,12 @@ class ServedPipeline(Pipeline):
         return TimedEngine(super().engine(name), name, self)
 
 
-class TimedEngine:
+class TimedEngine(BorrowedEngine):
     """An engine that reports to its pipeline; opened and closed by the pipeline, not through this."""
 
     def __init__(self, engine: Engine, name: str, pipeline: ServedPipeline) -> None:
         self._engine, self._name, self._pipeline = engine, name, pipeline
         self.inputs, self.outputs = engine.inputs, engine.outputs
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing: the pipeline owns the engine."""
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         self._pipeline.pause()

@@ -9,13 +9,11 @@ or another build is run on the same inputs and compared with the same answers, l
 
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from runtime.arrays import to_numpy
-from runtime.engine import Arrays, Engine
+from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.pipeline import NewEngine, Pipeline
 from wan22.bundle import Bundle
 from wan22.errors import UserError
@@ -42,20 +40,12 @@ class RecordingPipeline(Pipeline):
             write_call(self._calls, name, inputs, outputs)
 
 
-class RecordedEngine:
+class RecordedEngine(BorrowedEngine):
     """An engine whose calls are told to ``record``; opened and closed by its pipeline, not through this."""
 
     def __init__(self, engine: Engine, name: str, record: Record) -> None:
         self._engine, self._name, self._record = engine, name, record
         self.inputs, self.outputs = engine.inputs, engine.outputs
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing: the pipeline owns the engine."""
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         answer = self._engine(**inputs)
