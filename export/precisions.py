@@ -1,16 +1,13 @@
 """Which precision each part of a model has, and what of a transformer is computed in FP8."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from export.graph import BFLOAT16, FLOAT, FLOAT16
 from export.linear import Fp8
+from export.options import ExportOptions
 from export.part import FP8_PRECISIONS
 from wan22.errors import UserError
 from wan22.specs import ModelSpec, Precision
-
-if TYPE_CHECKING:
-    from export.exporter import ExportOptions
 
 COMPUTE = {  # what is not FP8
     Precision.FP32: FLOAT,
@@ -27,7 +24,7 @@ WHY_HIGHER = {
 }
 
 
-def precisions_of(spec: ModelSpec, options: "ExportOptions") -> dict[str, Precision]:
+def precisions_of(spec: ModelSpec, options: ExportOptions) -> dict[str, Precision]:
     """Of every part. What is not said follows ``options.precision`` as far as it is good for the part."""
     asked = options.precision
     sixteen = Precision.BF16 if asked in FP8_PRECISIONS else asked
@@ -44,7 +41,7 @@ def precisions_of(spec: ModelSpec, options: "ExportOptions") -> dict[str, Precis
 
 
 def fp8_of(
-    precision: Precision, options: "ExportOptions", static: Mapping[str, float], centred: Mapping[str, int]
+    precision: Precision, options: ExportOptions, static: Mapping[str, float], centred: Mapping[str, int]
 ) -> Fp8 | None:
     """What of an expert is computed in FP8; linears with a static scale, and with a mean and its length."""
     if precision not in FP8_PRECISIONS:
@@ -59,7 +56,7 @@ def fp8_of(
     )
 
 
-def check_fp8(spec: ModelSpec, options: "ExportOptions") -> None:
+def check_fp8(spec: ModelSpec, options: ExportOptions) -> None:
     """Refuses what says how FP8 is to be done where none is, and blocks that are not there."""
     precisions = precisions_of(spec, options)
     chosen = {precisions[expert] for expert in spec.experts}
@@ -79,7 +76,7 @@ def check_fp8(spec: ModelSpec, options: "ExportOptions") -> None:
         )
 
 
-def why_higher(part: str, precision: Precision, options: "ExportOptions") -> str:
+def why_higher(part: str, precision: Precision, options: ExportOptions) -> str:
     """Why ``part``, or something in it, is above the precision that was asked for."""
     if part in WHY_HIGHER:
         return WHY_HIGHER[part] if precision != options.precision else ""

@@ -25,7 +25,8 @@ def flow_of(tmp_path_factory) -> Callable[[str], Flow]:
     @cache
     def made(name: str) -> Flow:
         from engines.build import build_engines
-        from export.exporter import ExportOptions, export_checkpoint
+        from export.exporter import export_checkpoint
+        from export.options import ExportOptions
         from export.synth import synthesise
 
         root = tmp_path_factory.mktemp(name)

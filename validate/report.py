@@ -1,12 +1,8 @@
-"""The verdict and its files: ``report.html`` for people, ``report.json`` for programs, ``report.md`` and ``report.xml``
-(JUnit) for pipelines.
-"""
+"""What was compared, and the verdict on it."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from validate.attachments import Attached
@@ -15,7 +11,6 @@ from validate.gate import Verdict, judge
 from validate.measured import measured
 from validate.row import Row
 from validate.wording import line
-from wan22.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,52 +104,3 @@ def _depth(row: Row) -> int:
     if row.subject in ("token_ids", "embeddings", "pixels", "encode", "condition"):
         return 0
     return 1 if row.step is not None else 2
-
-
-def check_writable(folder: Path) -> None:
-    """Makes ``folder``, before the long work; raises UserError when it cannot be."""
-    with _refusing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        found = f"cannot write the report to {folder}: {error.strerror}"
-        raise UserError(found, "a writable folder with free space", "name another with -o") from error
-
-
-def write_report(report: ValidationReport, folder: Path) -> None:
-    """Writes the report's files into ``folder``, over those of an earlier one."""
-    from validate.page import as_html
-    from validate.report_json import as_json
-    from validate.report_junit import as_junit
-    from validate.report_markdown import as_markdown
-
-    files = {"report.json": as_json(report), "report.xml": as_junit(report)}
-    files |= {"report.md": as_markdown(report).encode(), "report.html": as_html(report).encode()}
-    write_files(folder, files)
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes contents by name into ``folder``, each file whole or not at all.
-
-    Raises:
-        UserError: the folder cannot be made or written.
-    """
-    check_writable(folder)
-    for name, content in files.items():
-        with _refusing(folder):
-            _replace(folder / name, content)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes beside ``path`` and renames, so that a reader never meets half a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -55,7 +55,9 @@ def validate(
             nothing, or anything wrong with the folders or the request.
     """
     from validate.attachments import attached
-    from validate.report import ValidationReport, check_writable, write_report
+    from validate.files import check_writable
+    from validate.report import ValidationReport
+    from validate.report_files import write_report
 
     options = options or ValidateOptions()
     if options.calls is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 _WHERE = {
     "BuildOptions": "engines.build",
-    "ExportOptions": "export.exporter",
+    "ExportOptions": "export.options",
     "Pipeline": "runtime.pipeline",
     "Precision": "wan22.specs",
     "Request": "runtime.pipeline",

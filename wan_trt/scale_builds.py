@@ -48,7 +48,8 @@ def measured_build(case: BuildCase, folder: Path) -> dict[str, Any]:
 
 
 def _export(spec: ModelSpec, checkpoint: Path, onnx: Path, *, sparse: bool) -> None:
-    from export.exporter import ExportOptions, export_checkpoint
+    from export.exporter import export_checkpoint
+    from export.options import ExportOptions
     from export.synth import synthesise
 
     synthesise(spec, checkpoint, "diffusers", 0, sparse=sparse, half=True)

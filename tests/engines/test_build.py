@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from engines.build import BuildOptions, build_engines
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.specs import Precision

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from engines.build import BuildOptions, build_engines
 from engines.inspection import inspect_engines
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision

@@ -6,7 +6,8 @@ import pytest
 
 from engines.build import BuildOptions, build_engines
 from engines.inspection import inspect_engines
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
 from export.synth import synthesise
 from tests.engines.test_fusion import check_block
 from wan22.bundle import open_bundle

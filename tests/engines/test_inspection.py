@@ -5,7 +5,8 @@ import pytest
 from engines.build import BuildOptions, build_engines
 from engines.inspection import inspect_bundle, inspect_engines
 from engines.tensorrt_backend import log_beside
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
 from wan22.errors import UserError
 from wan22.specs import Precision
 

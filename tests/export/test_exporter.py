@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from export import exporter
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
 from export.lora import parse_lora
+from export.options import ExportOptions
 from export.safetensors_file import read_safetensors
 from export.synth import synthesise
 from wan22.bundle import open_bundle, sha256_of

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from export.dit import dit_graph
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
 from export.fp8_weights import Fp8Weights
 from export.graph import FLOAT
 from export.input_means import CENTRED, Means, input_width, read_input_means, write_input_means
 from export.input_scales import LinearScales, largest_magnitude
 from export.linear import FLOAT8, Fp8
+from export.options import ExportOptions
 from export.safetensors_file import read_safetensors
 from export.schema import dit_tensors
 from tests.export.conftest import made_up

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from export.checkpoint import open_checkpoint
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
 from export.input_scales import LinearScales, check_weights, read_input_scales, write_input_scales
+from export.options import ExportOptions
 from export.safetensors_file import read_safetensors
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision

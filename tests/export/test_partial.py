@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from export import weights_file
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
 from export.partial import partial_folder, resumable
 from export.synth import synthesise
 from wan22.bundle import File, sha256_of

@@ -7,7 +7,8 @@ import onnxruntime
 import pytest
 
 from export import shared_files
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
 from export.partial import Journal
 from export.synth import synthesise
 from wan22.bundle import open_bundle

@@ -6,10 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
 from export.graph import BFLOAT16
 from export.input_scales import read_input_scales
 from export.linear import FLOAT8_MAX
+from export.options import ExportOptions
 from export.safetensors_file import read_safetensors
 from export.schema import DIT_LINEARS_PER_BLOCK
 from tests.export.test_dit import inputs_for, relative_l2

@@ -6,7 +6,8 @@ from functools import cache
 
 import pytest
 
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
 from validate import ValidateOptions, validate
 from validate.graphs import BY_KERNELS, BY_ROUNDING, how_made
 from validate.thresholds import EXCESS, thresholds_for

@@ -140,7 +140,8 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(tiny_engines
 @pytest.mark.slow
 def test_fp16_engines_keep_the_limits_of_fp16_and_miss_those_of_fp32(tiny_checkpoint, tmp_path):
     from engines.build import build_engines
-    from export.exporter import ExportOptions, export_checkpoint
+    from export.exporter import export_checkpoint
+    from export.options import ExportOptions
     from validate.thresholds import FP32
 
     export_checkpoint(tiny_checkpoint, tmp_path / "onnx", ExportOptions(Precision.FP16))

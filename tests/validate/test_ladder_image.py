@@ -144,7 +144,8 @@ def test_an_image_of_another_shape_than_fixed_engines(i2v, tmp_path):
 @pytest.mark.parametrize("model", ["i2v-a14b-tiny", "ti2v-5b-tiny"])
 def test_the_diffusers_layout_matches_too(tmp_path, model):
     from engines.build import build_engines
-    from export.exporter import ExportOptions, export_checkpoint
+    from export.exporter import export_checkpoint
+    from export.options import ExportOptions
     from export.synth import synthesise
     from wan22.specs import Precision
 

@@ -8,8 +8,9 @@ import torch
 
 from engines.build import build_engines
 from export.checkpoint import open_checkpoint
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
 from export.lora import LoraChoice
+from export.options import ExportOptions
 from runtime.pipeline import Pipeline
 from validate import ValidateOptions, validate
 from validate.loras import with_loras

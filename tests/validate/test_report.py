@@ -18,7 +18,8 @@ from validate.gate import Gate
 from validate.measured import measured
 from validate.metrics import compare, incomparable
 from validate.page import as_html, lights, sections
-from validate.report import ValidationReport, write_report
+from validate.report import ValidationReport
+from validate.report_files import write_report
 from validate.report_json import as_json
 from validate.report_junit import as_junit
 from validate.report_markdown import as_markdown

@@ -5,7 +5,8 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from export.exporter import ExportOptions, export_checkpoint
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
 from wan22.bundle import open_bundle
 from wan22.specs import Precision
 from wan_trt.cli import app

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from validate.figures import DARK, LIGHT, PLOT_DPI, Theme, data_uri
+from validate.files import write_files
 from validate.page import PLOT_SIZES_INCHES, TEMPLATES
-from validate.report import write_files
 from validate.study.result import COLLAPSE, Study
 
 COLOURS = ("#2563c9", "#0f8b8d", "#c77700", "#8b5cf6", "#b4232f", "#6b7280", "#db2777", "#6b8e23", "#7c5c46")

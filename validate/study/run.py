@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from runtime.schedule import Schedule, make_schedule
-from validate.report import check_writable
+from validate.files import check_writable
 from validate.study.attention import TOKENS, attention_errors
 from validate.study.outliers import INPUTS, WEIGHTS, Range
 from validate.study.page import write_study

@@ -51,8 +51,9 @@ def run(
 ) -> None:
     """Export a checkpoint to ONNX. Shapes are dynamic unless --size and --frames fix them."""
     fixed = size_of(size)
-    from export.exporter import ExportOptions, export_checkpoint
+    from export.exporter import export_checkpoint
     from export.lora import parse_lora
+    from export.options import ExportOptions
 
     parts = {
         "text_encoder": text_encoder,

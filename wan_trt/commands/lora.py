@@ -47,8 +47,9 @@ def apply(
 def _exported(old: Bundle, where: str, loras: Sequence[str], folder: Path, progress: Progress) -> Bundle:
     """The experts with the LoRAs, in the precisions of the engines."""
     manifest = old.manifest
-    from export.exporter import ExportOptions, export_checkpoint
+    from export.exporter import export_checkpoint
     from export.lora import parse_lora
+    from export.options import ExportOptions
 
     size, frames = (manifest.size[:2], manifest.size[2]) if manifest.size else (None, None)
     experts = {c.name: c.precision for c in manifest.components if c.name in manifest.spec.experts}

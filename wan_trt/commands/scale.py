@@ -174,7 +174,8 @@ def _timed(checkpoint: Path, bundle: Path, case: Case, *, sparse: bool) -> dict[
 
 
 def _export(checkpoint: Path, bundle: Path, case: Case, sparse: bool) -> tuple[float, int]:
-    from export.exporter import ExportOptions, export_checkpoint
+    from export.exporter import export_checkpoint
+    from export.options import ExportOptions
 
     options = ExportOptions(case.precision, link=case.link, sparse=sparse)
     seconds = _seconds(lambda: export_checkpoint(checkpoint, bundle, options))

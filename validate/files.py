@@ -1,0 +1,44 @@
+"""What a command leaves in the folder that the user named: every file whole or not at all."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from wan22.errors import UserError
+
+
+def check_writable(folder: Path) -> None:
+    """Makes ``folder``, before the long work; raises UserError when it cannot be."""
+    with _refusing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        found = f"cannot write the report to {folder}: {error.strerror}"
+        raise UserError(found, "a writable folder with free space", "name another with -o") from error
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes contents by name into ``folder``, each file whole or not at all.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    check_writable(folder)
+    for name, content in files.items():
+        with _refusing(folder):
+            _replace(folder / name, content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes beside ``path`` and renames, so that a reader never meets half a file."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
