@@ -29,8 +29,9 @@ from wan22.bundle import (
 from wan22.errors import UserError
 from wan22.memory import peak_rss_bytes
 from wan22.progress import Progress, silent
-from wan22.shapes import Profile
+from wan22.shapes import Profile, own_profiles
 from wan22.specs import Precision
+from wan22.stamp import Stamp
 
 Weights = Literal["embedded", "external"]  # compiled into the engine, or inputs of it
 
@@ -175,6 +176,13 @@ def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:
 # -- TensorRT and TensorRT-RTX
 
 
+def _engine_options(
+    component: Component, target: Target, profiles: tuple[Profile, ...], options: BuildOptions
+) -> EngineOptions:
+    stamp = Stamp(target.name, component.precision, own_profiles(profiles, component.inputs))
+    return EngineOptions(target, profiles, component.inputs, options.tf32, options.timing_cache, stamp.name)
+
+
 def _compile_tensorrt(
     source: Bundle, folder: Path, asked: tuple[Target, Sequence[Profile], BuildOptions], progress: Progress
 ) -> _Compiled:
@@ -191,7 +199,7 @@ def _compile_tensorrt(
     for done, component in enumerate(components, 1):
         outside = options.weights == "external" and external.applies_to(component)
         plan = external.plan(component) if outside else folder / f"{component.name}.plan"
-        settings = EngineOptions(target, tuple(profiles), component.inputs, options.tf32, options.timing_cache)
+        settings = _engine_options(component, target, tuple(profiles), options)
         try:
             if outside:
                 compiled.append(external.component(component, settings))

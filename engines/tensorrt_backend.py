@@ -38,6 +38,7 @@ class EngineOptions:
     inputs: tuple[Tensor, ...]
     tf32: bool = False
     timing_cache: Path | None = None  # TensorRT only: read if there, rewritten after the build
+    name: str = ""  # of the network, which the plan keeps; the parser's where empty
     aux_streams: int | None = 0  # streams beside the main one; each keeps activations of its own alive
 
     def told(self) -> dict[str, str]:
@@ -118,6 +119,7 @@ class _Build:
     def parse(self, graph: Path) -> None:
         """Reads the graph; its weights are mapped into memory, not read."""
         if self._parsed(graph):
+            self.network.name = self.options.name or self.network.name
             return
         errors = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
         first = f"{errors[0].node_name() or errors[0].node_operator()}: {errors[0].desc()}" if errors else "no reason"

@@ -16,9 +16,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from runtime.built_for import check_build, check_plan
 from runtime.engine import Arrays, check_inputs
 from runtime.external_weights import ExternalWeights, HostCopies
-from wan22.bundle import Build, Component, Manifest, Tensor
+from wan22.bundle import Component, Manifest, Tensor
 from wan22.errors import UserError
 from wan22.shapes import Profile, is_static, own_profiles, shape_of, sizes_of
 
@@ -27,28 +28,12 @@ PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "cupy": "cup
 STATE = ("next_",)  # outputs that are handed back to the engine, not to the caller
 
 
-def check_build(manifest: Manifest, version: str, compute_capability: str) -> Build:
-    """The manifest's build record, if engines made so run with TensorRT ``version`` on this compute capability.
-
-    Raises:
-        UserError: names the field that differs, both values and the command that builds anew.
-    """
-    build = manifest.build
-    if build is None:
-        raise UserError("a bundle without engines", "one made by wan-trt build", "run wan-trt build")
-    here = {"backend_version": version, "compute_capability": compute_capability}
-    for field, value in here.items():
-        if getattr(build, field) != value:
-            found = f"{field} {getattr(build, field)} of the engines for {build.target}"
-            raise UserError(found, f"{value} of this machine", f"build here: {manifest.command}")
-    return build
-
-
 class Device:
     """A GPU as the engines of a pipeline share it. Use it as a context manager around them."""
 
-    def __init__(self, trt: Any, cupy: Any) -> None:
+    def __init__(self, trt: Any, cupy: Any, manifest: Manifest | None = None) -> None:
         self.trt, self.cupy = trt, cupy
+        self.manifest = manifest  # of the bundle that the engines are from
         self.logger = trt.Logger(trt.Logger.WARNING)
         self.runtime = trt.Runtime(self.logger)
         self.stream = cupy.cuda.Stream(non_blocking=True)
@@ -72,7 +57,7 @@ class Device:
                 f"no usable GPU ({error})", "one that the engines were built for", "check nvidia-smi"
             ) from None
         check_build(manifest, trt.__version__, f"{capability[:-1]}.{capability[-1]}")
-        return cls(trt, cupy)
+        return cls(trt, cupy, manifest)
 
     def __enter__(self) -> Self:
         return self
@@ -128,6 +113,7 @@ class TensorRTEngine:
 
     def __init__(self, device: Device, folder: Path, component: Component, profiles: Sequence[Profile]) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
+        self._component = component
         self._device, self._path = device, folder / component.graph.path
         external = bool(component.weights)
         self._weights = ExternalWeights(device.cupy, device.host_copies, folder, component) if external else None
@@ -150,6 +136,8 @@ class TensorRTEngine:
     def __enter__(self) -> Self:
         self._device.release()
         self._engine = self._device.plan(self._path, shared=self._weights is not None)
+        if self._device.manifest is not None:
+            check_plan(str(self._engine.name), self._device.manifest, self._component)
         self._context = self._new_context()
         self._profile_in_use = 0
         if self._weights:

@@ -14,7 +14,9 @@ from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
+from wan22.shapes import own_profiles
 from wan22.specs import SPECS, Precision
+from wan22.stamp import Stamp
 from wan_trt.cli import app
 
 TINY = "t2v-a14b-tiny"
@@ -58,6 +60,15 @@ def test_one_engine_for_both_experts(built):
     both = f"external; kernels: {kernels['embedded']} per block embedded, {kernels['external']} per block external"
     assert told["high_noise"] == told["low_noise"] == both
     assert (told["text_encoder"], told["vae_decoder_next"]) == ("external", "embedded")
+
+
+@pytest.mark.slow
+def test_every_plan_says_what_it_was_built_for(built):
+    bundle = open_bundle(built, "engines")
+    build = bundle.manifest.build
+    for component in bundle.manifest.components:
+        stamp = Stamp("rtx4090", component.precision, own_profiles(build.profiles, component.inputs))
+        assert stamp.name.encode() in bundle.path(component.graph).read_bytes(), component.name
 
 
 @pytest.mark.slow

@@ -50,6 +50,12 @@ def test_an_engine_for_a_gpu_elsewhere_with_its_log_beside_it(tmp_path):
     assert sorted(p.suffix for p in tmp_path.glob("mlp.*")) == [".engine", ".log", ".onnx"]
 
 
+def test_the_plan_keeps_the_name_of_its_network(tmp_path):
+    graph, inputs = mlp(tmp_path)
+    built = build_engine(graph, tmp_path / "mlp.engine", replace(options_for(inputs), name="wan-trt {of a test}"))
+    assert b"wan-trt {of a test}" in built.path.read_bytes()
+
+
 def test_several_sizes_are_several_optimisation_profiles(tmp_path):
     graph, inputs = mlp(tmp_path)
     short, long = (profiles_for(SPECS["t2v-a14b-tiny"], "256x160", frames) for frames in ("5", "17"))

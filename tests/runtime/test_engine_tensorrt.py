@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from runtime import engine_tensorrt
-from runtime.engine_tensorrt import Device, TensorRTEngine, check_build, output_shapes
+from runtime.engine_tensorrt import Device, TensorRTEngine, output_shapes
 from tests.runtime.fake_gpu import DeviceArray, FakeCupy, FakeEngine, FakeTensorRT, at
 from wan22.bundle import Build, Component, File, Manifest, Source, Tensor
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
+from wan22.stamp import Stamp
 
 X, Y = Tensor("x", "float32", (1, "frames")), Tensor("y", "float32", (1, "frames"))
 CACHE, NEXT = (Tensor(name, "float32", (1, "2*frames")) for name in ("cache_00", "next_cache_00"))
@@ -162,7 +163,7 @@ def test_output_shapes_follow_from_the_inputs():
     }
 
 
-# -- which machine
+# -- what it was built for
 
 
 def manifest(build=BUILD):
@@ -171,21 +172,15 @@ def manifest(build=BUILD):
     return Manifest("engines", SPECS["t2v-a14b-tiny"], Precision.BF16, (), (), source, command, build=build)
 
 
-@pytest.mark.parametrize(
-    ("version", "capability", "message"),
-    [
-        ("1.8.0", "8.9", "backend_version 1.7.1 of the engines for rtx4090 | expected 1.8.0 of this machine"),
-        ("1.7.1", "12.0", "compute_capability 8.9 of the engines for rtx4090 | expected 12.0 of this machine"),
-    ],
-)
-def test_engines_of_another_machine_are_refused_with_the_command_that_builds_anew(version, capability, message):
-    with pytest.raises(UserError) as refused:
-        check_build(manifest(), version, capability)
-    assert str(refused.value) == f"{message} | build here: wan-trt build bundle engines --target rtx4090"
-
-
-def test_engines_of_this_machine_are_accepted():
-    assert check_build(manifest(), "1.7.1", "8.9") == BUILD
+def test_a_plan_that_was_built_for_something_else_is_not_run(opened):
+    device, engine = opened(paper := FakeEngine(doubled))
+    device.manifest = manifest()
+    paper.name = Stamp("rtx5090", Precision.BF16, (FIXED,)).name
+    with pytest.raises(UserError, match=r"dit.plan was built for target rtx5090 \| expected rtx4090"), engine:
+        pass
+    paper.name = Stamp("rtx4090", Precision.BF16, (FIXED,)).name
+    with engine:
+        assert engine(x=row(1)).tolist() == [[2]]
 
 
 def test_missing_cupy_names_its_package(monkeypatch):

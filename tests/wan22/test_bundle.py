@@ -1,6 +1,7 @@
 """A bundle is whole or it is not there, and a reader believes nothing unchecked."""
 
 import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from wan22.bundle import (
     MANIFEST,
+    Build,
     Component,
     Manifest,
     Source,
@@ -152,3 +154,33 @@ def test_an_edited_manifest_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"fp32"', '"fp16"', 1))
     with pytest.raises(UserError, match=r"bundle\.json was edited"):
         open_bundle(tmp_path / "b", "graphs")
+
+
+BUILD = Build("rtx4090", "tensorrt-rtx", "1.7.1", "8.9", ({"frames": (5, 5, 9)},), {"weights": "embedded"}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("written", "edited"),
+    [
+        (b'"rtx4090"', b'"rtx5090"'),
+        (b'"tensorrt-rtx"', b'"tensorrt"'),
+        (b'"1.7.1"', b'"1.8.0"'),
+        (b'"8.9"', b'"12.0"'),
+        (b'"fp32"', b'"fp8"'),
+        (b"5, 5, 9", b"5, 5, 81"),
+        (b'"embedded"', b'"external"'),
+    ],
+    ids=["target", "backend", "version", "compute capability", "precision", "profile", "option"],
+)
+def test_whatever_is_edited_of_what_engines_are_for_is_refused(tmp_path, written, edited):
+    """The manifest's hash covers every field; which one it was the hash cannot tell."""
+    write_bundle(tmp_path / "b", kind="engines", build=BUILD)
+    path = tmp_path / "b" / MANIFEST
+    content = path.read_bytes()
+    changed = re.sub(rb"\s+".join(map(re.escape, written.split())), edited, content)
+    assert changed != content
+    path.write_bytes(changed)
+    with pytest.raises(
+        UserError, match=r"edited: sha256 \w+… \| expected \w+… written in it \| run wan-trt build again"
+    ):
+        open_bundle(tmp_path / "b", "engines")

@@ -1,0 +1,70 @@
+"""Engines are refused on another machine, and a plan where the manifest says something else of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from runtime.built_for import check_build, check_plan
+from wan22.bundle import Build, Component, File, Manifest, Source, Tensor
+from wan22.errors import UserError
+from wan22.specs import SPECS, Precision
+from wan22.stamp import Stamp
+
+PROFILE = {"frames": (5, 5, 9), "height": (8, 8, 8)}
+BUILD = Build("rtx4090", "tensorrt-rtx", "1.7.1", "8.9", (PROFILE,), {}, 1.0)
+COMMAND = "wan-trt build bundle engines --target rtx4090"
+SOURCE = Source("checkpoint", "official", "0")
+MANIFEST = Manifest("engines", SPECS["t2v-a14b-tiny"], Precision.FP8, (), (), SOURCE, COMMAND, build=BUILD)
+INPUTS = (Tensor("latents", "float32", (1, 16, "frames")),)
+COMPONENT = Component("high_noise", File("high_noise.plan", "", 4), (), INPUTS, (), Precision.FP8)
+BUILT = Stamp("rtx4090", Precision.FP8, ({"frames": (5, 5, 9)},))
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "message"),
+    [
+        ("1.8.0", "8.9", "backend_version 1.7.1 of the engines for rtx4090 | expected 1.8.0 of this machine"),
+        ("1.7.1", "12.0", "compute_capability 8.9 of the engines for rtx4090 | expected 12.0 of this machine"),
+    ],
+)
+def test_engines_of_another_machine_are_refused_with_the_command_that_builds_anew(version, capability, message):
+    with pytest.raises(UserError) as refused:
+        check_build(MANIFEST, version, capability)
+    assert str(refused.value) == f"{message} | build here: {COMMAND}"
+
+
+def test_engines_of_this_machine_are_accepted():
+    assert check_build(MANIFEST, "1.7.1", "8.9") == BUILD
+
+
+def test_a_plan_that_was_built_for_what_the_manifest_says_is_accepted():
+    check_plan(BUILT.name, MANIFEST, COMPONENT)
+
+
+@pytest.mark.parametrize("name", ["", "dit", "Unnamed Network 0"])
+def test_a_plan_that_does_not_say_what_it_was_built_for_is_accepted(name):
+    check_plan(name, MANIFEST, COMPONENT)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "component", "message"),
+    [
+        (replace(MANIFEST, build=replace(BUILD, target="rtx5090")), COMPONENT, "target rtx4090 | expected rtx5090"),
+        (MANIFEST, replace(COMPONENT, precision=Precision.FP8_ATTN), "precision fp8 | expected fp8-attn"),
+        (
+            replace(MANIFEST, build=replace(BUILD, profiles=({"frames": (5, 5, 81)},))),
+            COMPONENT,
+            "profiles ({'frames': (5, 5, 9)},) | expected ({'frames': (5, 5, 81)},)",
+        ),
+    ],
+    ids=["target", "precision", "profiles"],
+)
+def test_a_manifest_that_says_something_else_of_a_plan_is_refused(manifest, component, message):
+    with pytest.raises(UserError) as refused:
+        check_plan(BUILT.name, manifest, component)
+    assert str(refused.value) == f"high_noise.plan was built for {message} of the manifest | run {COMMAND}"
+
+
+def test_a_name_that_another_version_wrote_is_refused():
+    with pytest.raises(UserError, match=r"high_noise.plan is named 'wan-trt \{\}'"):
+        check_plan("wan-trt {}", MANIFEST, COMPONENT)
