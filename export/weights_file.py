@@ -4,30 +4,25 @@ Tensors are written piece by piece in the type the graph declares, hashed on the
 tool that reads safetensors can look inside; ONNX addresses the same bytes by offset.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate, groupby
 from math import prod
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from export.ahead import ahead
 from export.graph import FLOAT, GraphBuilder, Placed
+from export.hashed_file import HashedFile
 from export.partial import Journal
 from export.safetensors_file import header_bytes
-from export.tensor_file import FLOAT8, Array, HoleyFile, Pieces, Planned, as_torch, check_finite, extremes
+from export.tensor_file import FLOAT8, Array, Pieces, Planned, as_torch, check_finite, extremes
 from wan22.bundle import File
 from wan22.errors import UserError
 
-if TYPE_CHECKING:
-    from hashlib import _Hash
-
+BLOCK_ELEMENTS = 2**18  # converted at once
 MARK_EVERY_BYTES = 2**30  # what a killed export loses at most
 PAGE_BYTES = 4096  # the data starts at a page, so that readers may map it without copying
 
@@ -72,21 +67,20 @@ def write_weights(
         UserError: a NaN or infinity in a source tensor, or a value that the stored type cannot hold.
     """
     header = header_bytes(weights, alignment_bytes=PAGE_BYTES)
-    begun, digest = journal.verified(path) if journal else (0, hashlib.sha256())
-    with HoleyFile(path, "r+" if begun else "w") as file, ThreadPoolExecutor(2) as pool, _one_thread():
-        file.truncate(begun)
-        sink, marked, end = _Sink(file, digest, pool), begun, len(header)
-        sink.put(b"" if begun else header)
+    begun, digest = journal.verified(path) if journal else (0, None)
+    with HashedFile(path, begun, digest) as file, _one_thread():
+        marked, end = begun, len(header)
+        file.put(np.frombuffer(b"" if begun else header, np.uint8))
         made = groupby(_made(_left(weights, begun - len(header)), pieces), itemgetter(0))
         for key, stored in weights.items():
             end += stored.size_bytes
             if end > begun:
-                _put(sink, key, stored, (piece for _, piece in next(made)[1]))
+                _put(file, key, stored, (piece for _, piece in next(made)[1]))
             if journal and end - marked >= MARK_EVERY_BYTES:
-                journal.record(sink.written())
+                journal.record(file.written())
                 marked = end
             written(key, stored.size_bytes)
-        entry = sink.written()
+        entry = file.written()
     if journal and entry.size_bytes > marked:
         journal.record(entry)
     return entry
@@ -119,34 +113,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Sink:
-    """Hashes and writes a piece in two threads while the next one is made."""
-
-    def __init__(self, file: HoleyFile, digest: "_Hash", pool: Executor) -> None:
-        self._file, self._digest, self._pool = file, digest, pool
-        self._running: list[Future[None] | Future[int]] = []
-        file.seek(0, os.SEEK_END)
-
-    def put(self, data: bytes | memoryview) -> None:
-        self._wait()
-        self._running = [self._pool.submit(self._digest.update, data), self._pool.submit(self._file.write, data)]
-
-    def _wait(self) -> None:
-        for work in self._running:
-            work.result()
-
-    def written(self) -> File:
-        """The entry of the file as far as it is written."""
-        self._wait()
-        return File(Path(str(self._file.name)).name, self._digest.hexdigest(), self._file.tell())
-
-
-def _put(sink: _Sink, key: str, stored: Planned, pieces: Iterable[Array]) -> None:
+def _put(file: HashedFile, key: str, stored: Planned, pieces: Iterable[Array]) -> None:
+    """In blocks that stay in a core's cache, so that memory is read and written once."""
     missing = prod(stored.shape)
     for piece in pieces:
-        array = np.asarray(converted(key, piece, stored.dtype), order="C")
-        sink.put(array.reshape(-1).view(np.uint8).data)
-        missing -= array.size
+        flat = piece.reshape(-1)
+        for start in range(0, flat.size, BLOCK_ELEMENTS):
+            file.put(converted(key, flat[start : start + BLOCK_ELEMENTS], stored.dtype).view(np.uint8))
+        missing -= piece.size
     if missing:
         raise ValueError(f"{key}: {missing} elements fewer than the {stored.shape} that the graph wants")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wan22.specs import ModelSpec, Precision, spec_named
+from wan_trt.console import bars
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def measured_build(case: BuildCase, folder: Path) -> dict[str, Any]:
         _export(spec_named(case.model), checkpoint, onnx, sparse=case.weights == "external")
         shutil.rmtree(checkpoint)  # the bundle keeps what it shares with it
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            return {"build": case.name, **process.submit(_build, case, onnx, engines).result()}
+            return {"case": case.name, **process.submit(_build, case, onnx, engines).result()}
     finally:
         for made in (checkpoint, onnx, engines):
             shutil.rmtree(made, ignore_errors=True)
@@ -52,15 +53,17 @@ def _export(spec: ModelSpec, checkpoint: Path, onnx: Path, *, sparse: bool) -> N
     from export.options import ExportOptions
     from export.synth import synthesise
 
-    synthesise(spec, checkpoint, "diffusers", 0, sparse=sparse, half=True)
-    export_checkpoint(checkpoint, onnx, ExportOptions(Precision.FP8, link=True, sparse=sparse))
+    with bars() as progress:
+        synthesise(spec, checkpoint, "diffusers", 0, sparse=sparse, half=True, progress=progress)
+        export_checkpoint(checkpoint, onnx, ExportOptions(Precision.FP8, link=True, sparse=sparse), progress)
 
 
 def _build(case: BuildCase, onnx: Path, engines: Path) -> dict[str, Any]:
     from engines.build import BuildOptions, build_engines
 
     options = BuildOptions(case.target, case.size, case.frames, weights=case.weights)
-    manifest = build_engines(onnx, engines, options).manifest
+    with bars() as progress:
+        manifest = build_engines(onnx, engines, options, progress).manifest
     build = manifest.build
     assert build is not None
     return {

@@ -6,24 +6,51 @@ import pytest
 from typer.testing import CliRunner
 
 from wan_trt.cli import app
-from wan_trt.commands import scale
 from wan_trt.scale_builds import BuildCase, measured_build
 
 
+def scaled(tmp_path, *arguments):
+    """The command's result and the figures it wrote."""
+    places = ["--folder", str(tmp_path / "s"), "-o", str(tmp_path / "s.json")]
+    told = CliRunner().invoke(app, ["scale", "t2v-a14b-tiny", "--layers", "1", *places, *arguments])
+    return told, json.loads((tmp_path / "s.json").read_text()) if told.exit_code in (0, 1) else {}
+
+
 @pytest.mark.slow
-def test_a_case_is_measured_beside_cp_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(scale, "CASES", scale.CASES[1:2])
-    arguments = ["t2v-a14b-tiny", "--layers", "1", "--folder", str(tmp_path / "s"), "-o", str(tmp_path / "s.json")]
-    told = CliRunner().invoke(app, ["scale", *arguments])
+def test_an_export_and_cp_take_turns_and_nothing_is_left(tmp_path):
+    told, figures = scaled(tmp_path, "--only", "throughput", "--case", "fp8", "--repeats", "2")
     assert told.exit_code in (0, 1), told.output  # whether a tiny model is quick enough says nothing
-    (quantised,) = json.loads((tmp_path / "s.json").read_text())["cases"]
-    dense = quantised["dense"]
-    moved = dense["checkpoint_bytes"] + dense["bundle_bytes"]
-    assert dense["export_gb_s"] == pytest.approx(moved / dense["export_seconds"] / 1e9)
-    assert dense["cp_seconds"] == pytest.approx(sum(dense["cp_runs_seconds"]) / 2)
-    assert dense["throughput_of_cp"] == pytest.approx(dense["export_gb_s"] / dense["cp_gb_s"])
-    assert quantised["whole_sparse"]["peak_rss_bytes"] > 10**8
+    (quantised,) = figures["throughput"]
+    moved = quantised["checkpoint_bytes"] + quantised["bundle_bytes"]
+    turns = list(zip(quantised["export_seconds"], quantised["cp_seconds"], strict=True))
+    shares = [moved / export / (2 * quantised["checkpoint_bytes"] / cp) for export, cp in turns]
+    assert len(turns) == 2
+    assert quantised["shares_of_cp"] == pytest.approx(shares)
+    assert quantised["share_of_cp"] == pytest.approx(sum(shares) / 2)
     assert list((tmp_path / "s").iterdir()) == []
+    assert set(figures) == {"model", "throughput"}
+
+
+@pytest.mark.slow
+def test_parts_that_are_measured_alone_end_in_one_file(tmp_path):
+    scaled(tmp_path, "--only", "graph")
+    for case in ("fp8-attn", "linked"):
+        told, figures = scaled(tmp_path, "--only", "memory", "--case", case)
+        assert told.exit_code == 0, told.output
+    assert figures["graph_seconds"] > 0
+    assert [entry["case"] for entry in figures["memory"]] == ["fp32 → fp8-attn", "bf16 → bf16, linked"]
+    assert all(10**8 < entry["peak_rss_bytes"] < 2 * 10**9 for entry in figures["memory"])
+    assert list((tmp_path / "s").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [("[]", "holds no figures"), ('{"model": "ti2v-5b"}', "is about ti2v-5b")]
+)
+def test_a_file_of_other_figures_is_not_written_over(tmp_path, content, told):
+    (tmp_path / "s.json").write_text(content)
+    result, _ = scaled(tmp_path, "--only", "graph")
+    assert (result.exit_code, (tmp_path / "s.json").read_text()) == (2, content)
+    assert told in result.stderr
 
 
 @pytest.mark.slow
