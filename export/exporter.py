@@ -9,9 +9,10 @@ from pathlib import Path
 
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.dit import LatentDims, dit_graph
-from export.graph import Placed
+from export.graph import GraphBuilder, Placed
 from export.input_means import read_input_means
 from export.input_scales import Scales, check_weights, read_input_scales
+from export.linear import Fp8
 from export.lora import Lora, merged, open_lora
 from export.options import ExportOptions
 from export.part import Part
@@ -146,18 +147,30 @@ def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Meas
     text = text_encoder_graph(spec.text_encoder, compute["text_encoder"], fp8_feed_forward=text_in_fp8)
     parts = {"text_encoder": Part("text_encoder", precisions["text_encoder"], {"text_encoder": text})}
     dims = LatentDims(*shape[2:]) if shape else LatentDims()
-    for expert in spec.experts:
-        known = measured.get(expert, _Measured())
-        lengths = {linear: len(mean) for linear, mean in known.means.items()}
-        fp8 = fp8_of(precisions[expert], options, known.scales, lengths)
-        graph = dit_graph(spec.dit, compute[expert], dims, fp8)
-        parts[expert] = Part(expert, precisions[expert], {expert: graph}, known.scales, known.means)
+    parts |= _expert_parts(spec, options, measured, dims)
     for coder, vae in (("vae_encoder", vae_encoder), ("vae_decoder", vae_decoder)):
         chunks = {name: name == f"{coder}_first" for name in spec.components if name.startswith(coder)}
         latent_size = shape[3:] if shape else None
         graphs = {name: vae(spec.vae, first, compute[coder], latent_size) for name, first in chunks.items()}
         if graphs:
             parts[coder] = Part("vae", precisions[coder], graphs)
+    return parts
+
+
+def _expert_parts(
+    spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Measured], dims: LatentDims
+) -> dict[str, Part]:
+    """Experts that compute alike share a graph, authored once: bound to one's weights and saved, then to the next's."""
+    precisions, parts = precisions_of(spec, options), {}
+    authored: list[tuple[Precision, Fp8 | None, GraphBuilder]] = []
+    for expert in spec.experts:
+        known, precision = measured.get(expert, _Measured()), precisions[expert]
+        lengths = {linear: len(mean) for linear, mean in known.means.items()}
+        fp8 = fp8_of(precision, options, known.scales, lengths)
+        alike = [graph for *of, graph in authored if of == [precision, fp8]]
+        graph = alike[0] if alike else dit_graph(spec.dit, COMPUTE[precision], dims, fp8)
+        authored.append((precision, fp8, graph))
+        parts[expert] = Part(expert, precision, {expert: graph}, known.scales, known.means)
     return parts
 
 

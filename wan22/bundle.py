@@ -171,10 +171,16 @@ def refuse_existing(folder: Path, *, overwrite: bool) -> None:
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Refuses to begin what the disk of ``folder``, which need not exist, cannot hold."""
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
-        found, expected = f"{free_bytes / 2**30:.1f} GiB free at {existing}", f"{needed_bytes / 2**30:.1f} GiB"
-        raise UserError(found, f"{expected} for {folder.name}", "free some or choose another disk")
+    usage = shutil.disk_usage(existing)
+    if not usage.total:  # /proc, /sys
+        raise UserError(f"cannot write {folder}: {existing} is no disk", "a writable place", "choose another")
+    if usage.free < needed_bytes:
+        found, expected = f"{_amount(usage.free)} free at {existing}", f"{_amount(needed_bytes)} for {folder.name}"
+        raise UserError(found, expected, "free some or choose another disk")
+
+
+def _amount(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

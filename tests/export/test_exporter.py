@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from safetensors.numpy import save_file
 
 from export import exporter
+from export.dit import dit_graph
 from export.exporter import export_checkpoint
 from export.lora import parse_lora
 from export.options import ExportOptions
@@ -126,9 +128,14 @@ def test_an_earlier_bundle_is_kept_unless_told(tmp_path, tiny_checkpoint):
 
 def test_a_disk_too_small_is_told_before_any_work(tmp_path, tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(exporter.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
-    with pytest.raises(UserError, match=r"0\.0 GiB free"):
+    with pytest.raises(UserError, match=r"1\.0 MiB free at .* expected [\d.]+ MiB for b"):
         export_checkpoint(tiny_checkpoint, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_disk_is_told_as_such(tiny_checkpoint):
+    with pytest.raises(UserError, match="cannot write /proc/b: /proc is no disk"):
+        export_checkpoint(tiny_checkpoint, Path("/proc/b"))
 
 
 def test_a_checkpoint_without_tokenizer_json_is_refused(tmp_path, tiny_checkpoint):
@@ -170,6 +177,20 @@ def test_one_expert_may_have_a_precision_of_its_own(tmp_path, tiny_checkpoint):
 def test_precisions_of_parts_that_make_no_sense(tmp_path, tiny_checkpoint, precisions):
     with pytest.raises(UserError, match=next(iter(precisions))):
         export_checkpoint(tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.BF16, precisions))
+
+
+@pytest.mark.parametrize(("precisions", "graphs"), [({}, 1), ({"high_noise": Precision.FP8}, 2)])
+def test_a_graph_is_authored_once_for_experts_that_compute_alike(
+    tmp_path, tiny_checkpoint, monkeypatch, precisions, graphs
+):
+    authored = []
+    monkeypatch.setattr(exporter, "dit_graph", lambda *args: authored.append(dit_graph(*args)) or authored[-1])
+    export_checkpoint(tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.BF16, precisions))
+    assert len(authored) == graphs
+    for expert in ("high_noise", "low_noise"):
+        weights = ir.load(tmp_path / "b" / f"{expert}.onnx").graph.initializers.values()
+        places = {v.const_value.location for v in weights if isinstance(v.const_value, ir.ExternalTensor)}
+        assert places == {f"{expert}.safetensors"}
 
 
 def test_loras_are_merged_and_recorded(tmp_path, tiny_checkpoint, tiny_bundle):
