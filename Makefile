@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED) $(TRITON) check
 	$(BIN)/python -m pytest -q
 
-# Export at full size: memory, throughput beside cp. Needs some 30 GB of disk for a while, and minutes.
+# Export at full size: throughput beside cp, memory. Needs some 30 GB of disk for a while, and minutes.
 scale: $(INSTALLED)
 	$(BIN)/wan-trt scale
 

@@ -52,20 +52,26 @@ class Fp8Weights:
         self._remade = remade_biases(quantised, self._input_scales, self._means)
 
     def pieces(self, key: str) -> Iterable[np.ndarray]:
-        """The elements of a tensor in order. A matrix is read and measured at once, but quantised as it is asked for,
-        so that one thread may read while another computes.
+        """The elements of a tensor in order. Matrices are read at once; all that is computed, matrix by matrix, is
+        computed as it is asked for, so that one thread may read while another computes.
         """
-        if key not in self._quantised:
-            return [self(key)]
-        parts, scale = self._measured(key)
-        return (piece for part in parts for piece in _quantised(part, scale))
+        parts = self._parts(key) if key in self._quantised else {}
+        return self._made(key, parts)
+
+    def _made(self, key: str, parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
+        if not parts:
+            yield self(key)
+            return
+        scale = self._measured(key, parts)
+        for part in parts.values():
+            yield from _quantised(part, scale)
 
     def __call__(self, key: str) -> np.ndarray:
         stem, leaf = key.rsplit(".", 1)
         if key in self._quantised:
-            parts, scale = self._measured(key)
-            pieces = [piece for part in parts for piece in _quantised(part, scale)]
-            return np.concatenate(pieces).reshape(-1, parts[0].shape[1])
+            parts = self._parts(key)
+            pieces = list(self._made(key, parts))
+            return np.concatenate(pieces).reshape(-1, next(iter(parts.values())).shape[1])
         if leaf in ("weight_scale", "input_scale"):
             scale = self._input_scales[stem] if leaf == "input_scale" else self._scale_of(f"{stem}.weight")
             return np.array(scale, np.float32)
@@ -101,12 +107,11 @@ class Fp8Weights:
         weight = self._held[key] if key in self._held else self._official(key)
         return np.asarray(weight.astype(np.float32, copy=False))
 
-    def _measured(self, key: str) -> tuple[list[np.ndarray], float]:
-        """The matrices that are one FP8 matrix ``[out, in]``, and its scale."""
-        parts = self._parts(key)
+    def _measured(self, key: str, parts: dict[str, np.ndarray]) -> float:
+        """The scale of the matrices that are one FP8 matrix ``[out, in]``."""
         self._make_biases(parts)
-        self._scales[key] = scale = _scale_of(parts)
-        return list(parts.values()), scale
+        self._scales[key] = _scale_of(parts)
+        return self._scales[key]
 
     def _make_biases(self, parts: dict[str, np.ndarray]) -> None:
         """Biases that need a matrix are made while it is here; they stand behind it in the file."""
