@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wan22.errors import NonFiniteError
+
 F32 = NDArray[np.float32]
-
-
-class NonFiniteError(RuntimeError):
-    """A model computed NaN or infinity. No input of the user explains that, so it is no ``UserError``."""
 
 
 def array_namespace(x: Any) -> Any:

@@ -35,6 +35,13 @@ class Conditions:
     condition: F32 | None = None  # [1, 20, T, h, w], mask and encoded image (I2V)
     first_frame: F32 | None = None  # [1, z, 1, h, w], the encoded image that latent frame 0 stays (TI2V)
 
+    def require_finite(self) -> None:
+        """Raises NonFiniteError, naming what of it is not."""
+        named = {"embeddings of the prompt": self.positive, "embeddings of the negative prompt": self.negative}
+        for what, x in (*named.items(), ("encoded image", self.condition), ("encoded image", self.first_frame)):
+            if x is not None:
+                require_finite(x, what)
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -69,13 +76,14 @@ def denoise(
 
     Raises:
         UserError: a guidance that is no finite number.
-        NonFiniteError: a velocity with NaN or infinity, naming expert and step.
+        NonFiniteError: a condition with NaN or infinity; a velocity, naming expert and step.
     """
     for name in spec.experts:
         if not math.isfinite(guidance[name]):
             raise UserError(f"guidance {guidance[name]} for {name}", "a finite number", "the models use 3 to 5")
         if guidance[name] != 1 and given.negative is None:
             raise ValueError(f"guidance {guidance[name]} for {name} needs embeddings of the negative prompt")
+    given.require_finite()
     opened = experts.__getitem__ if isinstance(experts, Mapping) else experts
     return _steps(spec, opened, latents, given, guidance, schedule, solver)
 

@@ -1,12 +1,17 @@
 """Tiny models go through the whole flow once per session; tests of every room look at their folders."""
 
+import json
+import shutil
+import struct
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from wan22.bundle import Component, file_entry, open_bundle, write_manifest
 from wan22.specs import SPECS, Precision
 
 TINY = "t2v-a14b-tiny"
@@ -52,3 +57,35 @@ def tiny_bundle(flow_of) -> Path:
 @pytest.fixture(scope="session")
 def tiny_engines(flow_of) -> Path:
     return flow_of(TINY).engines
+
+
+@pytest.fixture
+def with_nan(tmp_path) -> Callable[[Path, str], Path]:
+    """``with_nan(engines, "vae_encoder")`` → a copy in which a norm of that component has a NaN as a weight."""
+
+    def made(engines: Path, component: str) -> Path:
+        folder = tmp_path / f"nan-in-{component}"
+        shutil.copytree(engines, folder)
+        manifest = open_bundle(folder, "engines").manifest
+        broken = {file.path for c in manifest.components if c.name.startswith(component) for file in c.weights}
+        for path in broken:
+            _overwrite_a_norm(folder / path)
+
+        def signed(part: Component) -> Component:
+            return replace(part, weights=tuple(file_entry(folder, folder / file.path) for file in part.weights))
+
+        write_manifest(folder, replace(manifest, components=tuple(map(signed, manifest.components))))
+        return folder
+
+    return made
+
+
+def _overwrite_a_norm(path: Path) -> None:
+    """Sets the first number of the first norm in a safetensors file of float32 to NaN, in place."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        name = next(name for name in header if "norm" in name or "gamma" in name)
+        assert header[name]["dtype"] == "F32"
+        file.seek(8 + length + header[name]["data_offsets"][0])
+        file.write(struct.pack("<f", float("nan")))

@@ -18,7 +18,7 @@ from triton_repo.metrics import Heartbeat, Kind, Metrics, Outcome
 from triton_repo.served_pipeline import ServedPipeline, go_on
 from triton_repo.settings import Settings
 from triton_repo.wanted import wanted
-from wan22.errors import UserError
+from wan22.errors import NonFiniteError, UserError
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 MAX_MESSAGE = 400  # characters of a request that a refusal may repeat
@@ -32,7 +32,7 @@ class Owner:
         try:
             self.settings = Settings.read({k: v["string_value"] for k, v in config["parameters"].items()})
             self.pipeline = self.open()
-        except UserError as error:
+        except (UserError, NonFiniteError) as error:
             raise pb_utils.TritonModelException(str(error)) from None
         self.metrics = Metrics(_family, args["model_name"], self.pipeline)
         self.heartbeat = Heartbeat(self.metrics.heartbeat.set)
@@ -73,6 +73,9 @@ class Owner:
             return "cancelled", _error("cancelled", pb_utils.TritonError.CANCELLED)
         except OutOfTimeError as error:
             return "out_of_time", _error(str(error), pb_utils.TritonError.UNAVAILABLE)
+        except NonFiniteError as error:
+            pb_utils.Logger.log_error(str(error))
+            return "failed", _error(str(error), pb_utils.TritonError.INTERNAL)
         except Exception:  # a bug or a broken device: the reason is for the log, not for strangers
             pb_utils.Logger.log_error(traceback.format_exc())
             return "failed", _error("the job failed, see the server's log", pb_utils.TritonError.INTERNAL)

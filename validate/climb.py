@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from PIL import Image
 
-from runtime.arrays import NonFiniteError
 from runtime.denoise import Step
 from runtime.request import CompleteRequest
 from validate.metrics import compare
@@ -23,6 +22,7 @@ from validate.reference_parts import F32
 from validate.reference_run import ReferenceStep, run
 from validate.row import InPrecision
 from validate.thresholds import Thresholds
+from wan22.errors import NonFiniteError
 from wan22.progress import Progress
 from wan22.specs import Precision
 

@@ -5,9 +5,10 @@ that isolate a component feed both sides the reference's tensors; the run and th
 checkpoint and the request.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 
@@ -101,10 +102,8 @@ def time_conditions(climb: Climb) -> Iterator[Row]:
 
 def velocities(climb: Climb, expert: str) -> Iterator[Row]:
     """The first step of the run that ``expert`` makes, with both prompts, then timesteps over its whole range."""
-    rows = [*_velocities_at_first(climb, expert), *_velocities_everywhere(climb, expert, "velocity at t = {:g}")]
-    yield from rows
-    if over := excess(rows, thresholds.EXCESS):
-        yield over
+    everywhere = _velocities_everywhere(climb, expert, "velocity at t = {:g}")
+    yield from _with_excess(chain(_velocities_at_first(climb, expert), everywhere), expert)
 
 
 def _velocities_at_first(climb: Climb, expert: str) -> Iterator[Row]:
@@ -145,10 +144,17 @@ def _velocity(climb: Climb, expert: str, name: str, inputs: tuple[F32, float, F3
 
 def trajectory(climb: Climb) -> Iterator[Row]:
     """Latents after every step of two runs that each go their own way; three where ours is not float32."""
-    rows = [_step(climb, theirs) for theirs in climb.reference_steps]
-    yield from rows
-    if over := excess(rows, thresholds.EXCESS):
-        yield replace(over, component="sampler")
+    yield from _with_excess((_step(climb, theirs) for theirs in climb.reference_steps), "sampler")
+
+
+def _with_excess(rows: Iterable[Row], component: str) -> Iterator[Row]:
+    """``rows`` as they come, then what all of them say of the precision."""
+    seen = []
+    for row in rows:
+        seen.append(row)
+        yield row
+    if over := excess(seen, thresholds.EXCESS):
+        yield replace(over, component=component)
 
 
 def _step(climb: Climb, theirs: ReferenceStep) -> Row:

@@ -69,6 +69,7 @@ def _row(row: Row) -> dict[str, Any]:
         "step": row.step,
         "timestep": row.timestep,
         "made": row.made,
+        "seconds": row.seconds,
         "metrics": _metrics(row.metrics),
         "in_precision": None if row.in_precision is None else _in_precision(row.in_precision),
     }

@@ -1,6 +1,7 @@
-"""The report as JUnit XML: a suite for every section and one for the gates, a test case for every row."""
+"""The report as JUnit XML: a suite for every section and one for the gates, a timed test case for every row."""
 
 import re
+from math import fsum
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
@@ -21,7 +22,7 @@ def as_junit(report: "ValidationReport") -> bytes:
         title = section_title(row)
         suite = suites.setdefault(title, _suite(root, title) if title not in suites else suites[title])
         name = row.name if len(report.cases) == 1 else f"case {row.case}: {row.name}"
-        _test(suite, (row.component, name), _told(row) if not row.passed else "")
+        _test(suite, (row.component, name), _told(row) if not row.passed else "", row.seconds)
     if report.verdicts:
         gates = suites["Gates"] = _suite(root, "Gates")
         for verdict in report.verdicts:
@@ -29,6 +30,7 @@ def as_junit(report: "ValidationReport") -> bytes:
     for element in (root, *suites.values()):
         element.set("tests", str(len(list(element.iter("testcase")))))
         element.set("failures", str(len(list(element.iter("failure")))))
+        element.set("time", _seconds(fsum(float(case.attrib["time"]) for case in element.iter("testcase"))))
     written: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return written + b"\n"
 
@@ -37,8 +39,9 @@ def _suite(root: ElementTree.Element, title: str) -> ElementTree.Element:
     return ElementTree.SubElement(root, "testsuite", name=title)
 
 
-def _test(suite: ElementTree.Element, named: tuple[str, str], failure: str) -> None:
-    case = ElementTree.SubElement(suite, "testcase", classname=named[0], name=_text(named[1]))
+def _test(suite: ElementTree.Element, named: tuple[str, str], failure: str, seconds: float = 0.0) -> None:
+    told = {"classname": named[0], "name": _text(named[1]), "time": _seconds(seconds)}
+    case = ElementTree.SubElement(suite, "testcase", told)
     if failure:
         ElementTree.SubElement(case, "failure", message=_text(failure))
 
@@ -50,6 +53,10 @@ def _told(row: "Row") -> str:
 
 def _named(verdict: Verdict) -> str:
     return f"{verdict.gate.measurement}.{verdict.gate.bound}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f}"
 
 
 def _text(text: str) -> str:

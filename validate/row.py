@@ -34,6 +34,7 @@ class Row:
     subject: str = ""  # "velocity": what is measured, for gates
     case: int = 1  # of several runs
     made: str = ""  # how the numbers of ours were made, where there is more than one way
+    seconds: float = 0.0  # until it was there; what rows share is computed for the first of them
 
     @property
     def passed(self) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from runtime.pipeline import Pipeline
@@ -134,9 +135,17 @@ def _climbed(case: Case, climb: "Climb", bundle: Bundle, progress: Progress) -> 
     ladder = [rung for rung in whole if rung.of_every_case or case.number == 1]
     task = "parity ladder" if case.number == 1 else f"case {case.number}"
     for done, rung in enumerate(ladder, 1):
-        rows.extend(replace(row, made=_made(row, made), case=case.number) for row in rung.rows(climb))
+        rows.extend(replace(row, made=_made(row, made), case=case.number) for row in _timed(rung.rows(climb)))
         progress(task, done, len(ladder), "rungs")
     return CaseReport.of(case, climb, tuple(rows))
+
+
+def _timed(rows: "Iterator[Row]") -> "Iterator[Row]":
+    """The same rows, each with the time that it took."""
+    started = perf_counter()
+    for row in rows:
+        yield replace(row, seconds=perf_counter() - started)
+        started = perf_counter()
 
 
 def _made(row: "Row", made: dict[str, str]) -> str:

@@ -102,32 +102,36 @@ class VaeLayer:
 
 
 def decoder_layers(spec: VaeSpec, first: bool = False) -> Iterator[VaeLayer]:
-    """The decoder for one latent frame; the ``first`` one makes a single frame and skips the time convolutions."""
-    widths, z, frames = spec.decoder_widths, spec.latent_channels, 1
+    """The decoder for one latent frame; the ``first`` one makes a single frame and skips the time convolutions.
+
+    Nothing lies before the first frame, so that of the 3x3x3 taps of its convolutions only the last 3x3 count; the
+    official code multiplies the others with zeros.
+    """
+    widths, z, frames, taps = spec.decoder_widths, spec.latent_channels, 1, 9 if first else 27
     yield VaeLayer(z, z, 1)
-    yield VaeLayer(z, widths[0], 27)
-    yield from _middle(widths[0])
+    yield VaeLayer(z, widths[0], taps)
+    yield from _middle(widths[0], taps)
     for stage, width in enumerate(widths[1:]):
         scale, entering = 2**stage, spec.decoder_stage_input(stage)
         for index in range(spec.blocks_per_stage + 1):
-            yield from _residual(entering if index == 0 else width, width, scale, frames)
+            yield from _residual(entering if index == 0 else width, width, taps, scale, frames)
         if stage == len(spec.temporal_down):
             continue
         if spec.temporal_down[::-1][stage]:
             yield VaeLayer(width, 2 * width, 3, scale, 0 if first else frames)
             frames *= 1 if first else 2
         yield VaeLayer(width, width if spec.residual else width // 2, 9, 2 * scale, frames)
-    yield VaeLayer(widths[-1], 3 * spec.patch**2, 27, 2 ** (len(widths) - 2), frames, widths[-1])
+    yield VaeLayer(widths[-1], 3 * spec.patch**2, taps, 2 ** (len(widths) - 2), frames, widths[-1])
 
 
 def encoder_layers(spec: VaeSpec, first: bool = False) -> Iterator[VaeLayer]:
-    """The encoder for one latent frame: of four frames, or of the ``first`` one."""
-    widths, z = spec.encoder_widths, spec.latent_channels
+    """The encoder for one latent frame: of four frames, or of the ``first`` one, as the decoder's."""
+    widths, z, taps = spec.encoder_widths, spec.latent_channels, 9 if first else 27
     scale, frames = 2 ** len(spec.temporal_down), 1 if first else spec.temporal_stride
-    yield VaeLayer(3 * spec.patch**2, widths[0], 27, scale, frames)
+    yield VaeLayer(3 * spec.patch**2, widths[0], taps, scale, frames)
     for stage, (entering, width) in enumerate(itertools.pairwise(widths)):
         for index in range(spec.blocks_per_stage):
-            yield from _residual(entering if index == 0 else width, width, scale, frames)
+            yield from _residual(entering if index == 0 else width, width, taps, scale, frames)
         if stage == len(spec.temporal_down):
             continue
         scale //= 2
@@ -135,24 +139,24 @@ def encoder_layers(spec: VaeSpec, first: bool = False) -> Iterator[VaeLayer]:
         if spec.temporal_down[stage]:
             frames = frames if first else frames // 2
             yield VaeLayer(width, width, 3, scale, 0 if first else frames)
-    yield from _middle(widths[-1])
-    yield VaeLayer(widths[-1], 2 * z, 27, 1, 1, widths[-1])
+    yield from _middle(widths[-1], taps)
+    yield VaeLayer(widths[-1], 2 * z, taps, 1, 1, widths[-1])
     yield VaeLayer(2 * z, 2 * z, 1)
 
 
-def _residual(entering: int, leaving: int, scale: int = 1, frames: int = 1) -> Iterator[VaeLayer]:
-    yield VaeLayer(entering, leaving, 27, scale, frames, entering)
-    yield VaeLayer(leaving, leaving, 27, scale, frames, leaving)
+def _residual(entering: int, leaving: int, taps: int, scale: int = 1, frames: int = 1) -> Iterator[VaeLayer]:
+    yield VaeLayer(entering, leaving, taps, scale, frames, entering)
+    yield VaeLayer(leaving, leaving, taps, scale, frames, leaving)
     if entering != leaving:
         yield VaeLayer(entering, leaving, 1, scale, frames)
 
 
-def _middle(width: int) -> Iterator[VaeLayer]:
-    yield from _residual(width, width)
+def _middle(width: int, taps: int) -> Iterator[VaeLayer]:
+    yield from _residual(width, width, taps)
     yield VaeLayer(width, 3 * width, 1, norm=width)
     yield VaeLayer(width, width, attends=True)
     yield VaeLayer(width, width, 1)
-    yield from _residual(width, width)
+    yield from _residual(width, width, taps)
 
 
 def vae_parameters(spec: VaeSpec) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend; every other exception is a bug and keeps its traceback."""
+"""What is told in one line: bad input, and a model that computes NaN. Any other exception is a bug."""
 
 
 class UserError(Exception):
@@ -13,3 +13,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return " ".join(f"{self.found} | expected {self.expected} | {self.remedy}".split())
+
+
+class NonFiniteError(RuntimeError):
+    """A model computed NaN or infinity; the message names the first such tensor and the step.
+
+    No input of the user explains that, so it is no ``UserError``. The command line leaves with exit code 1.
+    """

@@ -1,6 +1,7 @@
 """The ``wan-trt`` command: collects the subcommands and turns errors into exit codes.
 
-0: done. 1: a validation row failed. 2: bad input, told in one line. 130: interrupted. A bug keeps its traceback.
+0: done. 1: a check failed, or a model computed NaN. 2: bad input, told in one line. 130: interrupted. A bug keeps its
+traceback.
 """
 
 import functools
@@ -11,7 +12,7 @@ from typing import Any
 
 import typer
 
-from wan22.errors import UserError
+from wan22.errors import NonFiniteError, UserError
 from wan_trt.commands import (
     bench,
     build,
@@ -41,7 +42,7 @@ app = typer.Typer(
 
 
 def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
-    """``run`` with its result as exit code, bad input as one line and Ctrl-C as 130."""
+    """``run`` with its result as exit code, bad input and NaN as one line, and Ctrl-C as 130."""
 
     @functools.wraps(run)
     def guard(*args: Any, **kwargs: Any) -> None:
@@ -50,6 +51,9 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
         except UserError as error:
             print(f"wan-trt: {error}", file=sys.stderr)
             code = 2
+        except NonFiniteError as error:
+            print(f"wan-trt: {error} | wan-trt validate tells engines and checkpoint apart", file=sys.stderr)
+            code = 1
         except KeyboardInterrupt:
             print("wan-trt: interrupted; nothing unfinished has its final name", file=sys.stderr)
             code = 130

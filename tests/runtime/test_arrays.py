@@ -4,9 +4,10 @@ import types
 import numpy as np
 import pytest
 
-from runtime.arrays import NonFiniteError, array_namespace, require_finite, to_numpy
+from runtime.arrays import array_namespace, require_finite, to_numpy
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
+from wan22.errors import NonFiniteError
 
 
 def test_numpy_arrays_belong_to_numpy():

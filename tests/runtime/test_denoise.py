@@ -1,14 +1,14 @@
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from runtime.arrays import NonFiniteError
 from runtime.conditioning import rope_tables, time_features
 from runtime.denoise import Conditions, denoise
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
-from wan22.errors import UserError
+from wan22.errors import NonFiniteError, UserError
 from wan22.specs import SPECS
 
 T2V, TI2V = SPECS["t2v-a14b-tiny"], SPECS["ti2v-5b-tiny"]
@@ -112,6 +112,20 @@ def test_ti2v_from_an_image_keeps_the_first_frame_clean(solver):
         np.testing.assert_array_equal(forward.calls[-1]["time_features"], time_features([0, step.timestep]))
     assert all((call["latents"][:, :, :1] == frame).all() for call in forward.calls)
     np.testing.assert_array_equal(noise, kept)
+
+
+@pytest.mark.parametrize(
+    ("field", "named"),
+    [
+        ("positive", "embeddings of the prompt"),
+        ("negative", "embeddings of the negative prompt"),
+        ("condition", "encoded image"),
+        ("first_frame", "encoded image"),
+    ],
+)
+def test_a_condition_that_is_not_finite_is_named_before_the_first_step(field, named):
+    with pytest.raises(NonFiniteError, match=f"^{named}: 1 of 8 values are NaN"):
+        run(given=replace(TEXT, **{field: np.float32([0, 1, 2, np.nan, 4, 5, 6, 7])}))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

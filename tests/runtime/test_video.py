@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.arrays import NonFiniteError
 from runtime.video import check_destination, to_uint8, write_video
-from wan22.errors import UserError
+from wan22.errors import NonFiniteError, UserError
 
 H, W = 48, 64
 

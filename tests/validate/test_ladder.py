@@ -11,7 +11,7 @@ import pytest
 from export.synth import synthesise
 from validate import ValidateOptions, validate
 from validate.ladder import velocity_points
-from wan22.errors import UserError
+from wan22.errors import NonFiniteError, UserError
 from wan22.specs import SPECS, Precision
 from wan_trt.cli import app
 
@@ -28,6 +28,7 @@ def test_engines_match_pytorch(report):
     assert [row.name for row in report.failed] == []
     assert report
     assert report.first_diverging_step is None
+    assert all(row.seconds > 0 for row in report.rows)
     assert report.summary() == f"{len(report.rows)} of {len(report.rows)} checks passed"
 
 
@@ -107,8 +108,6 @@ def test_our_run_that_stops_is_a_failure_with_its_reason(tiny_engines, tiny_chec
     velocity_of, calls = Ours.run, []
 
     def dies(self, request):
-        from runtime.arrays import NonFiniteError
-
         for step in velocity_of(self, request):
             yield step
             calls.append(step)

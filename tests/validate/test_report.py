@@ -139,6 +139,14 @@ def test_junit_has_a_case_for_every_row_and_gate():
     assert failures["latents after step 2"].startswith("5.0e-03, limit ≤ 0.001 rel L2, 5.0× over: ")
 
 
+def test_junit_adds_up_the_times_of_its_cases():
+    rows = [replace(step(number, "dit", off_by(1e-6)), seconds=seconds) for number, seconds in ((1, 1.25), (2, 0.5))]
+    text = Row("token ids, prompt", "tokenizer", compare([1, 2], [1, 2]), TOKEN_IDS, seconds=0.001)
+    root = ElementTree.fromstring(as_junit(ValidationReport((CaseReport((text, *rows)),), FACTS)))
+    assert [case.get("time") for case in root.iter("testcase")] == ["0.001", "1.250", "0.500"]
+    assert ([suite.get("time") for suite in root], root.get("time")) == (["0.001", "1.750"], "1.751")
+
+
 def test_junit_can_be_read_whatever_a_name_holds():
     row = Row("a\x00\x08<b>", "video", off_by(1.0), FP32.latents)
     root = ElementTree.fromstring(as_junit(ValidationReport((CaseReport((row,)),), FACTS)))

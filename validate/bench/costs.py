@@ -9,6 +9,7 @@ large matrix product and a large copy.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from time import process_time
 from typing import Literal
 
@@ -143,8 +144,9 @@ def peak_of(bundle: Bundle) -> Peak:
     return Peak(rates, target.bandwidth_gb_s * 1e9, target.source)
 
 
+@cache
 def measured_peak() -> Peak:
-    """In processor time, best of a few tries, so that other work on the machine does not lower it."""
+    """In processor time, best of a few tries, so that other work on the machine does not lower it; once a process."""
     a, b, out = (np.ones((MATRIX, MATRIX), np.float32) for _ in range(3))
     product = min(_cpu_seconds(lambda: np.matmul(a, b, out=out)) for _ in range(TRIES))
     source, target = np.ones(COPY_BYTES // 4, np.float32), np.ones(COPY_BYTES // 4, np.float32)

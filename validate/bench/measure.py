@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.arrays import F32, NonFiniteError
+from runtime.arrays import F32
 from runtime.pipeline import Pipeline
 from validate.bench.compare import check_comparable, compare
 from validate.bench.costs import costs_of, peak_of
@@ -31,7 +31,7 @@ from validate.bench.whole_run import in_turns as events_in_turns
 from validate.bench.work import COMPILED, EAGER, OURS, BenchOptions, Side, Work, runner, work_for
 from validate.gate import judge, read_gates
 from wan22.bundle import Bundle
-from wan22.errors import UserError
+from wan22.errors import NonFiniteError, UserError
 from wan22.progress import Progress, silent
 
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")  # recorded: it decides how fast it is

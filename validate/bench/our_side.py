@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.arrays import F32, to_numpy
+from runtime.arrays import F32, require_finite, to_numpy
 from runtime.conditioning import rope_tables, time_features
 from runtime.denoise import Conditions, denoise
 from runtime.engine import Engine
@@ -95,8 +95,10 @@ def _run(pipeline: Pipeline, work: Work) -> Iterator[Event]:
         yield Event("image", ENCODER, seconds)
     latents = yield from _denoise(pipeline, work, Conditions(positive, negative, **given))
     chunks = pipeline.decode(latents)
-    for _ in range(latents.shape[2]):
-        yield Event("decode", DECODER, timed(lambda: next(chunks))[1])
+    for index in range(latents.shape[2]):
+        frames, seconds = timed(lambda: next(chunks))
+        require_finite(frames, f"frames of latent {index + 1} of {latents.shape[2]}")
+        yield Event("decode", DECODER, seconds)
 
 
 def _opening(pipeline: Pipeline, component: str) -> float:

@@ -14,14 +14,14 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from export.checkpoint import Checkpoint
-from runtime.arrays import F32, NonFiniteError
+from runtime.arrays import F32
 from validate.bench.samples import timed
 from validate.bench.whole_run import Event
 from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work
 from validate.reference_parts import load_part, lower
 from validate.reference_run import noise, scheduler_for
 from wan22.bundle import Manifest
-from wan22.errors import UserError
+from wan22.errors import NonFiniteError, UserError
 from wan22.progress import Progress, silent
 from wan22.specs import PATCH, Precision, Task
 
@@ -161,16 +161,21 @@ class TorchSide:
         work = self._work
         for name in (TEXT, VAE, work.spec.experts[0]):
             yield Event("open", name, timed(partial(self._part, name))[1])
-        texts = []
+        texts: list[torch.Tensor] = []
         for ids in (work.token_ids, *([work.negative_ids] if work.request.guided else [])):
             text, seconds = timed(partial(self._padded, ids))
+            require_finite(text, f"PyTorch's embeddings of the {'negative ' if texts else ''}prompt")
             texts.append(text)
             yield Event("text", TEXT, seconds)
         if work.video is not None:
             video = torch.from_numpy(work.video)
-            yield Event("image", ENCODER, timed(lambda: self._done(self._latents_of(video)))[1])
+            encoded, seconds = timed(lambda: self._done(self._latents_of(video)))
+            require_finite(encoded, "PyTorch's encoded image")
+            yield Event("image", ENCODER, seconds)
         latents = yield from self._denoise(texts)
-        yield Event("decode", DECODER, timed(lambda: self._done(self._frames_of(latents)))[1])
+        frames, seconds = timed(lambda: self._done(self._frames_of(latents)))
+        require_finite(frames, "PyTorch's frames")
+        yield Event("decode", DECODER, seconds)
 
     def _padded(self, token_ids: np.ndarray) -> torch.Tensor:
         """``[1, 512, text width]``, zeros after the last token."""
@@ -183,12 +188,13 @@ class TorchSide:
         request, spec = self._work.request, self._work.spec
         scheduler = scheduler_for(request)
         latents = torch.from_numpy(noise(request.latent_shape, request.seed)).to(self.device)
-        for timestep in scheduler.timesteps:
+        for index, timestep in enumerate(scheduler.timesteps, 1):
             expert = spec.expert_at(float(timestep))
             if expert not in self._parts:
                 yield Event("swap", expert, timed(partial(self._swap, expert))[1])
             (latents, engine_seconds), seconds = timed(partial(self._step, scheduler, texts, expert, timestep, latents))
-            require_finite(latents, f"PyTorch's latents after a step at t = {float(timestep):g} ({expert})")
+            told = f"step {index} of {len(scheduler.timesteps)} (t = {float(timestep):g})"
+            require_finite(latents, f"PyTorch's latents of {expert} after {told}")
             yield Event("step", expert, seconds, engine_seconds)
         return latents
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.arrays import F32, NonFiniteError
+from runtime.arrays import F32
 from runtime.schedule import Schedule
 from validate.metrics import compare
 from validate.study.result import Result
 from validate.study.twin import Forward, Inputs, Twin, sampled
 from validate.study.variants import Measured, Variant, open_reference, open_variant
+from wan22.errors import NonFiniteError
 
 
 @dataclass(frozen=True, eq=False)

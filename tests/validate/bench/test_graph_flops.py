@@ -4,11 +4,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from export.graph import Placed
+from export.vae_decoder import vae_decoder
+from export.vae_encoder import vae_encoder
 from validate.bench.graph_flops import GraphFlops, graph_flops
 from wan22.bundle import open_bundle
 from wan22.costs import dit_flops, text_encoder_flops, vae_flops
 from wan22.shapes import shape_of
-from wan22.specs import TEXT_TOKENS
+from wan22.specs import T2V_A14B, TEXT_TOKENS, TI2V_5B
 
 FRAMES, HEIGHT, WIDTH, TOKENS = 5, 30, 52, 39
 KEPT = TOKENS + 1  # rows of text: the prompt's, and one for the padding
@@ -40,11 +43,16 @@ def test_the_text_encoder_is_its_formula(counted):
     assert flops["text_encoder"].total == text_encoder_flops(spec.text_encoder, TOKENS)
 
 
-def test_a_later_chunk_of_the_decoder_is_its_formula_and_the_first_leaves_out_what_multiplies_zeros(counted):
-    flops, spec = counted
-    first, both = (vae_flops(spec.vae, "vae_decoder", (HEIGHT, WIDTH), frames) for frames in (1, 2))
-    assert flops["vae_decoder_next"].total == both - first
-    assert flops["vae_decoder_first"].total < 0.5 * first
+@pytest.mark.parametrize("spec", [T2V_A14B, TI2V_5B], ids=lambda spec: spec.name)
+@pytest.mark.parametrize(("half", "make"), [("vae_decoder", vae_decoder), ("vae_encoder", vae_encoder)])
+def test_a_vae_of_real_size_is_its_formula(tmp_path, spec, half, make):
+    first, both = (vae_flops(spec.vae, half, (HEIGHT, WIDTH), frames) for frames in (1, 2))
+    for is_first, formula in ((True, first), (False, both - first)):
+        graph = make(spec.vae, first=is_first)
+        path = tmp_path / "graph.onnx"
+        graph.bind(dict.fromkeys(graph.weights, Placed("weights.bin", 0, 0)), tmp_path)
+        graph.save(path)
+        assert graph_flops(path, {t.name: shape_of(t, SIZES) for t in graph.edges()[0]}).total == formula
 
 
 def graph_of(path, *nodes, weights=()):

@@ -1,43 +1,70 @@
-"""An engine that computes NaN: times are shown, the verdict is no."""
+"""A model that computes NaN, ours or PyTorch's: times are shown, the verdict is no, and the tensor is named."""
 
 import json
 
-import numpy as np
 import pytest
+import torch
 
-from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from validate.bench.measure import bench
 from validate.bench.view import as_text
 from validate.bench.work import EAGER, OURS, BenchOptions
 
 
-@pytest.fixture
-def broken_expert(monkeypatch):
-    """One NaN in what the high-noise expert computes."""
-    whole = OnnxRuntimeEngine.__call__
-
-    def broken(engine, **inputs):
-        result = whole(engine, **inputs)
-        if engine.name == "high_noise":
-            result[0, 0, 0, 0, 0] = np.nan
-        return result
-
-    monkeypatch.setattr(OnnxRuntimeEngine, "__call__", broken)
+def small(piece):
+    return BenchOptions(size=(32, 32), frames=1, steps=2, runs=1, whole_runs=1, memory=False, only=(piece,))
 
 
-def test_nan_is_named_and_fails_the_bench(broken_expert, tiny_engines, tiny_checkpoint):
-    options = BenchOptions(
-        size=(32, 32), frames=1, steps=2, runs=1, whole_runs=1, memory=False, only=("text_encoder", "high_noise")
-    )
-    report = bench(tiny_engines, tiny_checkpoint, options)
+def faults_of(report):
+    """Its lines; every one of them is printed, and the JSON can be read by any reader."""
     assert not report
-    text, expert = report.result.pieces
-    assert (text.not_finite, expert.not_finite) == ((), (OURS,))
-    assert EAGER not in expert.difference
-    assert "high_noise.relative_l2" not in report.result.measurements()
-    first, second = report.result.faults
-    assert first == "high_noise: NaN or infinity computed by ours"
-    assert second.startswith("end_to_end: velocity of high_noise in step 1 of 2 (t = ")
-    told = [part for part in as_text(report) if isinstance(part, str)]
-    assert f"[red]✗ {first}[/]" in told
     assert json.dumps(report.as_json(), allow_nan=False)
+    told = [part for part in as_text(report) if isinstance(part, str)]
+    assert [f"[red]✗ {fault}[/]" for fault in report.result.faults] == [line for line in told if "✗" in line]
+    return list(report.result.faults)
+
+
+@pytest.mark.parametrize(
+    ("piece", "first"),
+    [
+        ("text_encoder", "embeddings of the prompt: "),
+        ("vae_encoder", "encoded image: "),
+        ("high_noise", "velocity of high_noise in step 1 of 2 (t = "),
+        ("vae_decoder", "frames of latent 1 of 1: "),
+    ],
+)
+def test_nan_in_an_engine_is_named_and_fails_the_bench(flow_of, with_nan, piece, first):
+    report = bench(with_nan(flow_of("i2v-a14b-tiny").engines, piece), None, small(piece))
+    of_the_piece, of_the_run = faults_of(report)
+    assert of_the_piece == f"{piece}: NaN or infinity computed by ours"
+    assert of_the_run.startswith(f"end_to_end: {first}")
+    (found,) = report.result.pieces
+    assert (found.not_finite, found.samples[OURS].median > 0) == ((OURS,), True)
+
+
+@pytest.mark.parametrize(
+    ("part", "piece", "first"),
+    [
+        ("text_encoder", "text_encoder", "PyTorch's embeddings of the prompt: "),
+        ("vae", "vae_encoder", "PyTorch's encoded image: "),
+        ("low_noise", "low_noise", "PyTorch's latents of low_noise after step 2 of 2 (t = "),
+    ],
+)
+def test_nan_in_pytorch_is_named_and_fails_the_bench(flow_of, monkeypatch, part, piece, first):
+    from validate.bench import torch_side
+
+    load_part = torch_side.load_part
+
+    def broken(checkpoint, name, progress):
+        module = load_part(checkpoint, name, progress)
+        if name == part:
+            torch.nn.init.constant_(next(module.parameters()), float("nan"))
+        return module
+
+    monkeypatch.setattr(torch_side, "load_part", broken)
+    flow = flow_of("i2v-a14b-tiny")
+    report = bench(flow.engines, flow.checkpoint, small(piece))
+    of_the_piece, of_the_run = faults_of(report)
+    assert of_the_piece == f"{piece}: NaN or infinity computed by eager"
+    assert of_the_run.startswith(f"end_to_end: {first}")
+    assert (report.result.pieces[0].not_finite, dict(report.result.pieces[0].difference)) == ((EAGER,), {})
+    assert f"{piece}.relative_l2" not in report.result.measurements()
