@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from wan22.bundle import Component, file_entry, open_bundle, write_manifest
+from wan22.bundle import Component, file_entry, kind_of, open_bundle, write_manifest
 from wan22.specs import SPECS, Precision
 
 TINY = "t2v-a14b-tiny"
@@ -21,6 +22,12 @@ class Flow(NamedTuple):
     checkpoint: Path  # official layout
     bundle: Path  # fp32, dynamic shapes
     engines: Path  # target cpu
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard() -> None:
+    """Tests press Ctrl-C; a shell's background job ignores it, and so would every process that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -61,12 +68,12 @@ def tiny_engines(flow_of) -> Path:
 
 @pytest.fixture
 def with_nan(tmp_path) -> Callable[[Path, str], Path]:
-    """``with_nan(engines, "vae_encoder")`` → a copy in which a norm of that component has a NaN as a weight."""
+    """``with_nan(bundle, "vae_encoder")`` → a copy in which a norm of that component has a NaN as a weight."""
 
-    def made(engines: Path, component: str) -> Path:
+    def made(bundle: Path, component: str) -> Path:
         folder = tmp_path / f"nan-in-{component}"
-        shutil.copytree(engines, folder)
-        manifest = open_bundle(folder, "engines").manifest
+        shutil.copytree(bundle, folder)
+        manifest = open_bundle(folder, kind_of(folder)).manifest
         broken = {file.path for c in manifest.components if c.name.startswith(component) for file in c.weights}
         for path in broken:
             _overwrite_a_norm(folder / path)

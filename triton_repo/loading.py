@@ -6,6 +6,7 @@ the hash that the manifest states.
 
 from pathlib import Path
 
+from runtime.arrays import require_finite
 from runtime.pipeline import NewEngine
 from runtime.request import Request
 from triton_repo.served_pipeline import ServedPipeline
@@ -22,6 +23,7 @@ def load(settings: Settings, new_engine: NewEngine | None = None) -> ServedPipel
 
     Raises:
         UserError: the bundle is not the one that the settings pin, or not as its manifest says.
+        NonFiniteError: the engines compute NaN.
     """
     bundle = trusted_bundle(settings)
     pipeline = ServedPipeline(bundle, keep_experts=settings.keep_experts, new_engine=new_engine)
@@ -43,15 +45,19 @@ def trusted_bundle(settings: Settings) -> Bundle:
 
 
 def warm_up(pipeline: ServedPipeline) -> None:
-    """Opens every engine and runs one step of the smallest video they take."""
+    """Opens every engine and runs one step of the smallest video they take.
+
+    Raises:
+        NonFiniteError: they compute NaN or infinity.
+    """
     for component in pipeline.spec.components:
         pipeline.engine(component)
     build = pipeline.bundle.manifest.build
     width, height, frames = smallest_video(pipeline.spec, build.profiles if build else ())
     request = Request(WARM_UP_PROMPT, size=(width, height), frames=frames, steps=1, image=_grey(pipeline.spec))
     (step,) = pipeline.denoise(request.completed(pipeline.spec))
-    for _ in pipeline.decode(step.latents):
-        pass
+    for frames in pipeline.decode(step.latents):
+        require_finite(frames, "decoded frames")
 
 
 def smallest_video(spec: ModelSpec, profiles: tuple[dict[str, tuple[int, int, int]], ...]) -> tuple[int, int, int]:

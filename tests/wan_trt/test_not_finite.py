@@ -34,3 +34,13 @@ def test_a_sweep_names_it_too(tiny_engines, with_nan, capsys):
     options = ["--size", "32x32", "--frames", 1, "--sweep", "steps", "--values", "2,3", "--whole-runs", 1]
     line = told_by(capsys, "bench", with_nan(tiny_engines, "high_noise"), *options)
     assert line.startswith("wan-trt: velocity of high_noise in step 1 of 2 (t = ")
+
+
+def test_calibrate_writes_no_scales_of_it(tiny_bundle, with_nan, tmp_path, capsys):
+    broken = with_nan(tiny_bundle, "low_noise")
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    before = set(tmp_path.iterdir())
+    options = ["--prompts", tmp_path / "prompts.txt", "--steps", 4, "--size", "32x32", "--frames", 1]
+    line = told_by(capsys, "calibrate", broken, tmp_path / "scales.json", *options)
+    assert line.startswith("wan-trt: velocity of low_noise in step 4 of 4 (t = ")
+    assert set(tmp_path.iterdir()) == before
