@@ -56,8 +56,8 @@ def warm_up(pipeline: ServedPipeline) -> None:
     width, height, frames = smallest_video(pipeline.spec, build.profiles if build else ())
     request = Request(WARM_UP_PROMPT, size=(width, height), frames=frames, steps=1, image=_grey(pipeline.spec))
     (step,) = pipeline.denoise(request.completed(pipeline.spec))
-    for frames in pipeline.decode(step.latents):
-        require_finite(frames, "decoded frames")
+    for shown in pipeline.decode(step.latents):
+        require_finite(shown, "decoded frames")
 
 
 def smallest_video(spec: ModelSpec, profiles: tuple[dict[str, tuple[int, int, int]], ...]) -> tuple[int, int, int]:

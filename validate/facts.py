@@ -6,6 +6,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from runtime.request import CompleteRequest
+from validate.device import Device
 from validate.graphs import how_made
 from validate.options import ValidateOptions
 from wan22.bundle import Manifest
@@ -18,7 +19,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
 
 
 def facts(
-    manifest: Manifest, checkpoint: "Checkpoint", request: CompleteRequest, options: ValidateOptions
+    manifest: Manifest, checkpoint: "Checkpoint", request: CompleteRequest, options: ValidateOptions, device: Device
 ) -> dict[str, str]:
     """What was compared, by the label that the report prints it under."""
     build = manifest.build
@@ -40,8 +41,8 @@ def facts(
         "sampling": f"{request.solver}, {request.schedule} schedule, {request.steps} steps, shift {request.shift:g}, "
         f"seed {request.seed}, guidance {guidance}",
         "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in _ways(manifest).items()),
-        "reference": _reference(manifest),
-        **({} if options.official_repo is None else {"second reference": f"the code at {options.official_repo}, fp32"}),
+        "reference": _reference(manifest, device),
+        **dict(_official(options)),
         "versions": ", ".join([*(f"{name} {metadata.version(name)}" for name in LIBRARIES), _python()]),
         "machine": f"{platform.system()} {platform.machine()}",
         "built by": manifest.command,
@@ -55,10 +56,16 @@ def _ways(manifest: Manifest) -> dict[str, list[str]]:
     return {way: [name for name, its in made.items() if its == way] for way in dict.fromkeys(made.values())}
 
 
-def _reference(manifest: Manifest) -> str:
+def _reference(manifest: Manifest, device: Device) -> str:
     low = sorted({str(c.precision) for c in manifest.components if c.precision is not Precision.FP32})
     beside = f", and in {' and '.join(low)} where the bundle is" if low else ""
-    return f"PyTorch in fp32 on the CPU, with the official float64 sinusoid of the timestep{beside}"
+    where = "CPU" if device == "cpu" else "GPU"
+    return f"PyTorch in fp32 on the {where}, with the official float64 sinusoid of the timestep{beside}"
+
+
+def _official(options: ValidateOptions) -> Iterator[tuple[str, str]]:
+    if options.official_repo is not None:
+        yield "second reference", f"the code at {options.official_repo}, fp32 on the CPU"
 
 
 def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:

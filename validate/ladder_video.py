@@ -17,7 +17,7 @@ from validate.metrics import (
     of_one_number,
     ssim_per_frame,
 )
-from validate.perception import lpips_per_frame, why_no_lpips
+from validate.perception import SMALLEST_SIDE, lpips_per_frame, why_no_lpips
 from validate.reference_parts import F32
 from validate.row import Row
 from validate.thresholds import Limit
@@ -60,7 +60,9 @@ def changes(climb: Climb) -> Iterator[Row]:
 def perception(climb: Climb) -> Iterator[Row]:
     """Where the package for it is installed; where it is not, the report says so."""
     ours, theirs = _videos(climb)
-    if ours is not None and not compare(ours, theirs).problem and not why_no_lpips():
+    if ours is None or compare(ours, theirs).problem or min(theirs.shape[3:]) < SMALLEST_SIDE:
+        return
+    if not why_no_lpips():
         metrics, note = _worst("lpips", lpips_per_frame(ours, theirs))
         yield Row("LPIPS of the worst frame", "video", metrics, thresholds.LPIPS, note)
 

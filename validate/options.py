@@ -6,6 +6,7 @@ from pathlib import Path
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
 from runtime.schedule import Convention, SolverName
+from validate.device import Choice
 from validate.picture import picture_for
 from wan22.bundle import Manifest
 from wan22.errors import UserError
@@ -40,8 +41,9 @@ class ValidateOptions:
     # several runs
     prompts: Path | None = None  # see :func:`validate.prompts.read_prompts`; instead of prompt and image
     seeds: tuple[int, ...] = ()  # instead of seed
-    # the second reference
-    official_repo: Path | None = None  # a clone of the official code
+    # the references
+    reference_device: Choice = "auto"
+    official_repo: Path | None = None  # a clone of the official code, for a second one
     calls: Path | None = None  # folder for the first call of every engine, see :mod:`validate.calls`
     # for the report
     gate: Path | None = None  # TOML of thresholds, see :mod:`validate.gate`

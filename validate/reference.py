@@ -16,6 +16,7 @@ from PIL import Image
 
 from export.checkpoint import Checkpoint
 from validate.convolution import OneDnnConvolutions
+from validate.device import Residence
 from validate.reference_image import conditioning, pixels
 from validate.reference_parts import F32, I64, load_part, to_numpy
 from validate.reference_precision import attention_of, dtype_of, lowered
@@ -52,14 +53,19 @@ class ImageCondition:
 class Reference:
     """The PyTorch side of one checkpoint. Parts are loaded when first asked for; of the experts one at a time stays.
 
-    ``precisions`` has those of the components that are not to be computed in float32.
+    ``precisions`` has those of the components that are not to be computed in float32, ``residence`` the device.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, progress: Progress = silent, precisions: Mapping[str, Precision] | None = None
+        self,
+        checkpoint: Checkpoint,
+        progress: Progress = silent,
+        precisions: Mapping[str, Precision] | None = None,
+        residence: Residence | None = None,
     ) -> None:
         self.checkpoint, self.spec = checkpoint, checkpoint.spec
         self._progress, self._precisions = progress, precisions or {}
+        self._residence = residence or Residence()
         self._parts: dict[str, Any] = {}
 
     def token_ids(self, prompt: str) -> I64:
@@ -78,6 +84,7 @@ class Reference:
         ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.int64)
         ids[:, :tokens] = torch.from_numpy(token_ids)
         mask = (torch.arange(TEXT_TOKENS) < tokens).to(torch.int64)[None]
+        ids, mask = self._placed(ids), self._placed(mask)
         hidden = self._part("text_encoder")(input_ids=ids, attention_mask=mask).last_hidden_state
         return to_numpy(hidden * mask[..., None])
 
@@ -88,10 +95,11 @@ class Reference:
     @torch.inference_mode()
     def condition(self, first: F32, frames: int, last: F32 | None = None) -> ImageCondition:
         """What a video of ``frames`` is conditioned on by its first frame ``[1, 3, H, W]``, and maybe its last."""
-        other = None if last is None else torch.from_numpy(last)
+        one, other = (None if image is None else self._placed(torch.from_numpy(image)) for image in (first, last))
+        assert one is not None
         with OneDnnConvolutions():
             vae = self._part("vae", "vae_encoder_first")
-            found = conditioning(vae, self.spec.task, frames, torch.from_numpy(first), other)
+            found = conditioning(vae, self.spec.task, frames, one, other)
         video, mask, latents = found
         return ImageCondition(to_numpy(video), None if mask is None else to_numpy(mask), to_numpy(latents))
 
@@ -99,11 +107,11 @@ class Reference:
     def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = NOTHING) -> F32:
         """``[1, z, T, h, w]`` from ``expert`` for ``timestep`` on the 0…1000 scale and text ``[1, 512, width]``."""
         for other in set(self.spec.experts) - {expert}:
-            self._parts.pop(other, None)
+            self._residence.left(self._parts.pop(other, None))
         precision = self.precision_of(expert)
         seen = latents if given.condition is None else np.concatenate([latents, given.condition], axis=1)
-        entering, context = (torch.from_numpy(array).to(dtype_of(precision)) for array in (seen, text))
-        time = self._timestep(timestep, latents, given)
+        entering, context = (self._placed(torch.from_numpy(array).to(dtype_of(precision))) for array in (seen, text))
+        time = self._placed(self._timestep(timestep, latents, given))
         with attention_of(precision):
             return to_numpy(self._part(expert)(entering, time, context, return_dict=False)[0])
 
@@ -125,7 +133,7 @@ class Reference:
         latent = torch.from_numpy(latents) / (1 / std) + mean  # wan22.md §4.3
         with OneDnnConvolutions():
             module = self._part("vae", "vae_decoder_first")
-            return to_numpy(module.decode(latent.to(module.dtype), return_dict=False)[0])
+            return to_numpy(module.decode(self._placed(latent.to(module.dtype)), return_dict=False)[0])
 
     def precision_of(self, component: str) -> Precision:
         return self._precisions.get(component, Precision.FP32)
@@ -136,7 +144,10 @@ class Reference:
         key = f"{name}, {precision}" if name == "vae" else name  # the VAE's halves may differ
         if key not in self._parts:
             self._parts[key] = lowered(load_part(self.checkpoint, name, self._progress), precision)
-        return self._parts[key]
+        return self._residence.taken(self._parts[key])
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._residence.device)
 
 
 def _cleaned(prompt: str) -> str:

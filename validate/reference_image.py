@@ -48,7 +48,7 @@ def conditioning(vae: Any, task: Task, frames: int, first: torch.Tensor, last: t
     )
     if one_frame:
         return first[:, :, None], None, condition
-    video = torch.zeros(1, 3, frames, *first.shape[2:])
+    video = torch.zeros(1, 3, frames, *first.shape[2:], device=first.device)
     video[:, :, 0] = first
     if last is not None:
         video[:, :, -1] = last

@@ -112,5 +112,5 @@ def _fill(module: Any, checkpoint: Checkpoint, part: str, progress: Progress) ->
 
 
 def to_numpy(tensor: Any) -> F32:
-    array: F32 = tensor.float().contiguous().numpy()
+    array: F32 = tensor.float().cpu().contiguous().numpy()
     return array

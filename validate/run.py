@@ -11,6 +11,7 @@ from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
 from validate.calls import check_calls
 from validate.cases import Case, cases_of
+from validate.device import Device, Residence, reference_device, refusing_too_large
 from validate.facts import facts
 from validate.graphs import how_made, open_for_comparison
 from validate.loras import with_loras
@@ -53,7 +54,8 @@ def validate(
 
     Raises:
         UserError: engines of another checkpoint, ``out`` not writable, a file of gates, prompts or a bench that says
-            nothing, or anything wrong with the folders or the request.
+            nothing, no GPU for the reference where one is asked for, or one that is too small, or anything wrong with
+            the folders or the request.
     """
     from validate.attachments import attached
     from validate.files import check_writable
@@ -68,14 +70,15 @@ def validate(
         cases = cases_of(options, manifest.spec.task)
         requests = [case.options.request(manifest) for case in cases]
         judged = attached(pipeline.bundle, options)
+        device = reference_device(options.reference_device, manifest)
         source = with_loras(open_same_model(checkpoint, engines, manifest, progress), manifest)
-        with official_code(options.official_repo, source) as official:
+        with official_code(options.official_repo, source) as official, refusing_too_large():
             check_writable(out)
-            sides = _sides(pipeline, source, official, progress)
+            sides = _sides(pipeline, source, official, device, progress)
             found = []
             for case, request in zip(cases, requests, strict=True):
                 found.append(_climbed(case, _climb(sides, request, manifest, progress), pipeline.bundle, progress))
-    report = ValidationReport(tuple(found), facts(manifest, source, requests[0], options), judged)
+    report = ValidationReport(tuple(found), facts(manifest, source, requests[0], options, device), judged)
     write_report(report, out)
     return report
 
@@ -108,14 +111,18 @@ def official_code(repo: Path | None, checkpoint: "Checkpoint") -> Iterator["Offi
         yield official
 
 
-def _sides(pipeline: Pipeline, checkpoint: "Checkpoint", official: "Official | None", progress: Progress) -> "Sides":
+def _sides(
+    pipeline: Pipeline, checkpoint: "Checkpoint", official: "Official | None", device: Device, progress: Progress
+) -> "Sides":
     from validate.climb import Sides
     from validate.ours import Ours
     from validate.reference import Reference
 
-    precisions = _precisions(pipeline.bundle.manifest)
-    lowered = Reference(checkpoint, progress, precisions) if set(precisions.values()) != {Precision.FP32} else None
-    return Sides(Ours(pipeline), Reference(checkpoint, progress), lowered, official)
+    precisions, residence = _precisions(pipeline.bundle.manifest), Residence(device)
+    lowered = None
+    if set(precisions.values()) != {Precision.FP32}:
+        lowered = Reference(checkpoint, progress, precisions, residence)
+    return Sides(Ours(pipeline), Reference(checkpoint, progress, residence=residence), lowered, official)
 
 
 def _climb(sides: "Sides", request: CompleteRequest, manifest: Manifest, progress: Progress) -> "Climb":

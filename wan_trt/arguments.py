@@ -27,6 +27,9 @@ ExpertGuidance = Annotated[
     float | None, typer.Option(help="Guidance scale of this expert; 1 skips the unconditional pass.")
 ]
 Solver = Annotated[Literal["unipc", "dpm++", "euler"] | None, typer.Option(help="unipc unless given.")]
+ReferenceDevice = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where PyTorch computes; auto: on the GPU if engines do.")
+]
 Schedule = Annotated[Literal["official", "diffusers"], typer.Option(help="Whose list of timesteps.")]
 
 

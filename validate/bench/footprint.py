@@ -1,10 +1,12 @@
 """Peak memory of a piece of work, each side in a process of its own, so that neither hides behind the other.
 
-Every process does one piece on one side and nothing else: libraries, load, two runs. Its peak is that of the runs, with
-libraries and weights in it; what the libraries alone take is told beside it.
+Every process does one piece on one side and nothing else: libraries, load, two runs; or one whole run from prompt to
+frames. Its peak is that of the runs, with libraries and weights in it, and of torch.compile with the compiling; what
+the libraries alone take is told beside it.
 """
 
 import signal
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,23 +17,26 @@ from typing import TYPE_CHECKING
 
 from runtime.pipeline import Pipeline
 from validate.bench.machine import device_peak, peak_bytes, reset_peak, resident_bytes
-from validate.bench.work import COMPILED, OURS, TEXT, BenchOptions, Side, runner, work_for
+from validate.bench.work import COMPILED, OURS, RUN, TEXT, BenchOptions, Side, work_for
+from validate.device import reference_device
 from wan22.bundle import open_bundle
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+LEAVING_SECONDS = 10.0  # for what a process puts away at its end, as the compiler's workers of torch.compile
 RUNS = 2  # the second may need more: planned memory, caches of kernels
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one process, in bytes. ``device`` is the GPU's memory in use by anyone at the peak, None without a GPU."""
+    """Of one process, in bytes; the GPU's are None where there is none."""
 
     libraries: int
     loaded: int
     peak: int
-    device: int | None = None
+    device: int | None = None  # the GPU's memory in use by anyone at the peak, as NVML sees it
+    device_tensors: int | None = None  # what PyTorch's allocator gave out at its peak; None for ours
 
     @property
     def beyond_libraries(self) -> int:
@@ -64,6 +69,7 @@ def footprint(job: Job) -> Footprint:
     sending.close()
     try:
         found: Footprint | Exception = receiving.recv()
+        process.join(LEAVING_SECONDS)
     except EOFError:
         process.join()
         told = f"the process that measured {job.piece} ({job.side}) ended with {process.exitcode}"
@@ -99,13 +105,14 @@ def _measured(job: Job) -> Footprint:
     libraries = resident_bytes()
     with device_peak() as device, Pipeline(bundle, keep_experts=False) as pipeline:
         side = _side(job, pipeline)
-        side.open(job.piece)
+        if job.piece != RUN:
+            side.open(job.piece)
         loaded = resident_bytes()
         reset_peak()
-        for _ in range(RUNS):
-            runner(side, job.piece)()
+        for _ in range(1 if job.piece == RUN else RUNS):
+            deque(side.run() if job.piece == RUN else side.chunks(job.piece), maxlen=0)
         peak = peak_bytes()
-    return Footprint(libraries, loaded, peak, device.bytes if device else None)
+    return Footprint(libraries, loaded, peak, device.bytes if device else None, side.device_tensors())
 
 
 def _import_libraries(job: Job, backend: str) -> None:
@@ -114,9 +121,9 @@ def _import_libraries(job: Job, backend: str) -> None:
         import_module({"tensorrt-rtx": "tensorrt_rtx"}.get(backend, backend))
         return
     import_module("validate.bench.torch_side")
-    if job.piece == TEXT:
+    if job.piece in (TEXT, RUN):
         from transformers import UMT5EncoderModel  # noqa: F401
-    else:
+    if job.piece != TEXT:
         from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
 
 
@@ -132,4 +139,5 @@ def _side(job: Job, pipeline: Pipeline) -> Side:
 
     assert job.checkpoint is not None
     checkpoint = with_loras(open_checkpoint(job.checkpoint), manifest)
-    return TorchSide(checkpoint, manifest, work, compiled=job.side == COMPILED)
+    device = reference_device(job.options.reference_device, manifest)
+    return TorchSide(checkpoint, manifest, work, compiled=job.side == COMPILED, device=device)

@@ -7,7 +7,7 @@ in turns as well.
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,8 @@ from validate.bench.result import REGRESSIONS, BenchResult, Piece, known_measure
 from validate.bench.samples import Samples, in_turns, timed
 from validate.bench.whole_run import Run, Runs
 from validate.bench.whole_run import in_turns as events_in_turns
-from validate.bench.work import COMPILED, EAGER, OURS, BenchOptions, Side, Work, runner, work_for
+from validate.bench.work import COMPILED, EAGER, OURS, RUN, BenchOptions, Side, Work, runner, work_for
+from validate.device import Device, reference_device
 from validate.gate import judge, read_gates
 from wan22.bundle import Bundle
 from wan22.errors import NonFiniteError, UserError
@@ -51,7 +52,8 @@ def bench(
 
     Raises:
         UserError: no engines, engines of another checkpoint, a request that they cannot serve, a piece that there is
-            not, torch.compile without a checkpoint, a gate file or baseline that cannot be used. All before any work.
+            not, torch.compile without a checkpoint or compiler, a GPU for PyTorch that it does not see, a gate file or
+            baseline that cannot be used. All before any work. A GPU that is too small for PyTorch shows later.
     """
     options, held_to = options or BenchOptions(), held_to or HeldTo()
     with opened(engines, checkpoint, options, progress) as setting:
@@ -72,9 +74,15 @@ def opened(
 ) -> Iterator["Setting"]:
     if options.compiled and checkpoint is None:
         raise UserError("torch.compile without a checkpoint", "the checkpoint of the engines", "name it after them")
+    if checkpoint is None and options.reference_device != "auto":
+        raise UserError("--reference-device without a checkpoint", "one for PyTorch", "name it after the engines")
     with Pipeline.open(engines, keep_experts=False) as pipeline:
         work = work_for(pipeline.bundle, options)
-        yield Setting(pipeline, work, None if checkpoint is None else str(checkpoint), options, progress)
+        if checkpoint is None:
+            yield Setting(pipeline, work, None, options, progress)
+            return
+        device = reference_device(options.reference_device, pipeline.bundle.manifest)
+        yield Setting(pipeline, work, str(checkpoint), options, progress, device)
 
 
 @dataclass(frozen=True)
@@ -86,21 +94,25 @@ class Setting:
     checkpoint: str | None
     options: BenchOptions
     progress: Progress
+    device: Device = "cpu"  # of PyTorch's sides
 
     def measured(self) -> BenchResult:
         bundle, work = self.pipeline.bundle, self.work
         chosen, load = work.chosen(self.options.only), load_average()
         sides = self.sides()
         peak, costs = peak_of(bundle), costs_of(work, bundle)
-        memory = [self._footprints(name, done, len(chosen)) for done, name in enumerate(chosen, 1)]
+        measured = [*chosen, *([RUN] if self.options.whole_runs else [])]
+        memory = {name: self._footprints(name, done, len(measured)) for done, name in enumerate(measured, 1)}
         times = [self.times(name, sides, done / len(chosen)) for done, name in enumerate(chosen, 1)]
         runs, stopped = self._whole_runs(sides)
         pieces = tuple(
-            Piece(name, cost=costs[name], roofline_s=costs[name].roofline_s(peak), memory=used, **vars(found))
-            for name, found, used in zip(chosen, times, memory, strict=True)
+            Piece(name, cost=costs[name], roofline_s=costs[name].roofline_s(peak), memory=memory[name], **vars(found))
+            for name, found in zip(chosen, times, strict=True)
         )
         conditions = _conditions(bundle, self.options) | {"load_average": [load, load_average()]}
-        return BenchResult(facts(work, bundle), machine(), conditions, peak, pieces, runs, stopped)
+        conditions |= {"reference_device": self.device if self.checkpoint else ""}
+        used = memory.get(RUN, {})
+        return BenchResult(facts(work, bundle), machine(), conditions, peak, pieces, runs, stopped, used)
 
     def sides(self) -> dict[str, Side]:
         """Ours, then PyTorch's where there is a checkpoint. Raises UserError for another model's checkpoint."""
@@ -115,18 +127,24 @@ class Setting:
         found = open_same_model(self.checkpoint, bundle.folder, bundle.manifest, self.progress)
         source = with_loras(found, bundle.manifest)
         names = (EAGER, *([COMPILED] if self.options.compiled else []))
-        theirs = {name: TorchSide(source, bundle.manifest, self.work, compiled=name == COMPILED) for name in names}
+        theirs = {
+            name: TorchSide(source, bundle.manifest, self.work, compiled=name == COMPILED, device=self.device)
+            for name in names
+        }
         if COMPILED in theirs:
             check_compiles(theirs[COMPILED].device)
         return {**ours, **theirs}
 
     def _footprints(self, piece: str, done: int, total: int) -> dict[str, Footprint]:
-        """By side; of the experts, which are alike, the first speaks for both."""
+        """By side; of the experts, which are alike, the first speaks for both. None of a run that stops at a NaN."""
         if not self.options.memory or piece in self.work.spec.experts[1:]:
             return {}
-        sides = [OURS, *([] if self.checkpoint is None else [EAGER])]
-        folder = self.pipeline.bundle.folder
-        found = {side: footprint(Job(side, piece, folder, self.checkpoint, self.options)) for side in sides}
+        beside = [] if self.checkpoint is None else [EAGER]
+        beside += [COMPILED] if self.options.compiled and piece != RUN else []
+        folder, found = self.pipeline.bundle.folder, {}
+        with suppress(NonFiniteError):
+            for side in (OURS, *beside):
+                found[side] = footprint(Job(side, piece, folder, self.checkpoint, self.options))
         self.progress("measure memory", done, total, "pieces")
         return found
 

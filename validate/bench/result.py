@@ -12,20 +12,23 @@ from validate.bench.costs import Cost, Peak
 from validate.bench.footprint import Footprint
 from validate.bench.samples import Ratio, Samples
 from validate.bench.whole_run import Runs, step_ratio, total_ratio
-from validate.bench.work import COMPILED, EAGER, OURS, pieces_of
+from validate.bench.work import COMPILED, EAGER, OURS, RUN, pieces_of
 from wan22.specs import ModelSpec, Precision
 
 FORMAT = "wan-trt bench 1"
+OF_MEMORY = (
+    "peak_host_bytes", "memory_ratio", "memory_ratio_beyond_libraries", "peak_device_bytes", "device_memory_ratio",
+)  # fmt: skip
 OF_A_PIECE = (
     "median_ms", "p90_ms", "cpu_median_ms", "energy_j", "roofline_percent",
     "speedup", "speedup_p10", "cpu_speedup", "speedup_compiled", "relative_l2",
-    "peak_host_bytes", "memory_ratio", "memory_ratio_beyond_libraries", "peak_device_bytes", "device_memory_ratio",
+    *OF_MEMORY,
 )  # fmt: skip
 OF_A_RUN = (
     "total_s", "total_p90_s", "first_frame_s", "text_s", "image_s", "denoise_s", "decode_s", "open_s", "expert_swap_s",
     "vae_share_percent", "host_overhead_ms", "host_overhead_percent", "speedup", "step_speedup", "step_speedup_p10",
+    *OF_MEMORY,
 )  # fmt: skip
-RUN = "end_to_end"
 REGRESSIONS = "compare.regressions"
 APART = 0.1  # relative L2: FP8 of random weights is nearer, another weight or input farther
 
@@ -35,6 +38,19 @@ def known_measurements(spec: ModelSpec) -> tuple[str, ...]:
     pieces = pieces_of(spec, has_image=True)
     names = [f"{piece}.{name}" for piece in pieces for name in OF_A_PIECE]
     return (*names, *(f"{RUN}.{name}" for name in OF_A_RUN), REGRESSIONS)
+
+
+def of_memory(memory: Mapping[str, Footprint]) -> Iterator[tuple[str, float | None]]:
+    """The measurements of footprints by side."""
+    ours, eager = memory.get(OURS), memory.get(EAGER)
+    if ours is None:
+        return
+    yield from (("peak_host_bytes", ours.peak), ("peak_device_bytes", ours.device))
+    if eager is not None:
+        yield "memory_ratio", ours.peak / eager.peak
+        yield "memory_ratio_beyond_libraries", ours.beyond_libraries / eager.beyond_libraries
+        if ours.device and eager.device:
+            yield "device_memory_ratio", ours.device / eager.device
 
 
 @dataclass(frozen=True)
@@ -79,18 +95,7 @@ class Piece:
             yield "relative_l2", self.difference.get(EAGER)
         if (compiled := self.ratio(COMPILED)) is not None:
             yield "speedup_compiled", compiled.median
-        yield from self._of_memory()
-
-    def _of_memory(self) -> Iterator[tuple[str, float | None]]:
-        ours, eager = self.memory.get(OURS), self.memory.get(EAGER)
-        if ours is None:
-            return
-        yield from (("peak_host_bytes", ours.peak), ("peak_device_bytes", ours.device))
-        if eager is not None:
-            yield "memory_ratio", ours.peak / eager.peak
-            yield "memory_ratio_beyond_libraries", ours.beyond_libraries / eager.beyond_libraries
-            if ours.device and eager.device:
-                yield "device_memory_ratio", ours.device / eager.device
+        yield from of_memory(self.memory)
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {side: samples.as_json() for side, samples in self.samples.items()}
@@ -114,6 +119,7 @@ class BenchResult:
     pieces: tuple[Piece, ...]
     runs: Mapping[str, Runs] = field(default_factory=dict)  # whole runs by side
     stopped: str | None = None  # why a whole run could not be finished
+    memory: Mapping[str, Footprint] = field(default_factory=dict)  # of a whole run by side
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -123,6 +129,7 @@ class BenchResult:
 
     def measurements(self) -> dict[str, float]:
         found = {f"{p.name}.{name}": value for p in self.pieces for name, value in p.measurements()}
+        found |= {f"{RUN}.{name}": value for name, value in of_memory(self.memory)}
         if (ours := self.runs.get(OURS)) is not None:
             found |= {f"{RUN}.{name}": value for name, value in ours.figures().items()}
             if (eager := self.runs.get(EAGER)) is not None:
@@ -141,6 +148,7 @@ class BenchResult:
             "peak": {"tflops": rates, "gb_s": self.peak.bytes_per_s / 1e9, "source": self.peak.source},
             "pieces": {piece.name: piece.as_json() for piece in self.pieces},
             RUN: {side: runs.as_json() for side, runs in self.runs.items()},
+            f"{RUN}_memory": {side: used.as_json() for side, used in self.memory.items()},
             "measurements": self.measurements(),
             "faults": list(self.faults),
         }

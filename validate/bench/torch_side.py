@@ -18,6 +18,7 @@ from runtime.arrays import F32
 from validate.bench.samples import timed
 from validate.bench.whole_run import Event
 from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work
+from validate.device import Device, refusing_too_large
 from validate.reference_parts import load_part, lower
 from validate.reference_run import noise, scheduler_for
 from wan22.bundle import Manifest
@@ -39,10 +40,11 @@ class TorchSide:
         work: Work,
         progress: Progress = silent,
         compiled: bool = False,
+        device: Device = "cpu",
     ) -> None:
         self._checkpoint, self._work, self._progress, self._compiled = checkpoint, work, progress, compiled
         self._precisions = {component.name: component.precision for component in manifest.components}
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device)
         self._parts: dict[str, Any] = {}
 
     # -- pieces
@@ -51,13 +53,14 @@ class TorchSide:
         wanted = VAE if piece in (ENCODER, DECODER) else piece
         for other in set(self._parts) - {wanted}:
             del self._parts[other]
-        self._part(wanted)
+        with _refusing():
+            self._part(wanted)
 
     def chunks(self, piece: str) -> Iterator[Any]:
         """One tensor: PyTorch's pipelines have their frames when they have all of them.
 
         Raises:
-            UserError: torch.compile cannot compile the piece.
+            UserError: torch.compile cannot compile the piece, or the GPU is too small for it.
         """
         with _refusing():
             yield from self._chunks(piece)
@@ -83,6 +86,9 @@ class TorchSide:
         self._parts.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def device_tensors(self) -> int | None:
+        return int(torch.cuda.max_memory_allocated()) if self.device.type == "cuda" else None
 
     def _done(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":
@@ -157,7 +163,11 @@ class TorchSide:
     # -- the whole run
 
     def run(self) -> Iterator[Event]:
-        """All parts but the second expert are loaded before the run."""
+        """All parts but the second expert are loaded before the run. Raises UserError as ``chunks``."""
+        with _refusing():
+            yield from self._run()
+
+    def _run(self) -> Iterator[Event]:
         work = self._work
         for name in (TEXT, VAE, work.spec.experts[0]):
             yield Event("open", name, timed(partial(self._part, name))[1])
@@ -231,7 +241,8 @@ def check_compiles(device: torch.device) -> None:
 @contextmanager
 def _refusing() -> Iterator[None]:
     try:
-        yield
+        with refusing_too_large():
+            yield
     except TorchDynamoException as error:
         found = f"torch.compile: {str(error).splitlines()[0]}"
         raise UserError(

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from validate.bench.compare import TOLERANCE, Change, Comparison
+from validate.bench.footprint import Footprint
 from validate.bench.machine import BUSY
 from validate.bench.report import BenchReport
-from validate.bench.result import BenchResult, Piece
+from validate.bench.result import BenchResult, Piece, of_memory
 from validate.bench.samples import Ratio, Samples
 from validate.bench.whole_run import Runs, step_ratio, total_ratio
 from validate.bench.work import COMPILED, EAGER, OURS
@@ -49,8 +50,9 @@ def _result(result: BenchResult) -> "Iterator[RenderableType]":
     yield _work(result.pieces)
     if any(piece.graphs for piece in result.pieces):
         yield _graphs(result.pieces)
-    if any(piece.memory for piece in result.pieces):
-        yield _memory(result.pieces)
+    memory = {piece.name: piece.memory for piece in result.pieces} | {"prompt to frames": result.memory}
+    if any(memory.values()):
+        yield _memory(memory)
     if result.runs:
         yield _whole(result.runs)
         yield _steps(result.runs)
@@ -109,21 +111,32 @@ def _graphs(pieces: Sequence[Piece]) -> "Table":
     return table
 
 
-def _memory(pieces: Sequence[Piece]) -> "Table":
-    """Host memory; the device's where there is one."""
-    measured = [piece for piece in pieces if piece.memory]
-    sides = list(measured[0].memory)
+def _memory(measured: Mapping[str, Mapping[str, Footprint]]) -> "Table":
+    """Host memory; the device's where there is one. Footprints by row and side."""
+    sides = [side for side in NAMES if any(side in prints for prints in measured.values())]
+    on_device = [side for side in sides if any(_on_device(prints.get(side)) for prints in measured.values())]
     title = "Peak memory, MiB, each in a process of its own: all (beyond the libraries)"
     ratios = ["ours / PyTorch"] if EAGER in sides else []
-    device = [f"{NAMES[side]}, GPU" for side in sides if measured[0].memory[side].device is not None]
-    table = _table(title, "", *(NAMES[side] for side in sides), *ratios, *device)
-    for piece in measured:
-        found, prints = dict(piece.measurements()), list(piece.memory.values())
-        told = [f"{_mebibytes(used.peak)} ({_mebibytes(used.beyond_libraries)})" for used in prints]
+    table = _table(title, "", *(NAMES[side] for side in sides), *ratios, *(f"{NAMES[side]}, GPU" for side in on_device))
+    for name, prints in measured.items():
+        told = [_on_host(prints.get(side)) for side in sides]
         if ratios:
-            told.append(f"{found['memory_ratio']:.2f} ({found['memory_ratio_beyond_libraries']:.2f})")
-        table.add_row(piece.name, *told, *(_mebibytes(used.device) for used in prints if used.device is not None))
+            found = dict(of_memory(prints))
+            both = (found.get("memory_ratio"), found.get("memory_ratio_beyond_libraries"))
+            told.append("" if None in both else "{:.2f} ({:.2f})".format(*both))
+        if prints:
+            table.add_row(name, *told, *(_on_device(prints.get(side)) for side in on_device))
     return table
+
+
+def _on_host(used: Footprint | None) -> str:
+    return f"{_mebibytes(used.peak)} ({_mebibytes(used.beyond_libraries)})" if used else ""
+
+
+def _on_device(used: Footprint | None) -> str:
+    """All that was in use; where that is not known, PyTorch's tensors."""
+    size = used and (used.device or used.device_tensors)
+    return _mebibytes(size) if size else ""
 
 
 # -- whole runs
@@ -171,6 +184,7 @@ def _remarks(result: BenchResult) -> Iterator[str]:
     yield f"roofline: {', '.join(rates)}, {result.peak.bytes_per_s / 1e9:.3g} GB/s; {result.peak.source}"
     machine, (before, after) = result.machine, result.conditions["load_average"]
     told = f"{machine['cpu']}, {machine['cores']} cores" + (f", {machine['gpu']}" if machine["gpu"] else "")
+    told += "; PyTorch on the GPU" if result.conditions.get("reference_device") == "cuda" else ""
     yield f"machine: {told}; load average {before:.1f} before and {after:.1f} after"
     if before > BUSY * machine["cores"]:
         yield (
@@ -187,6 +201,9 @@ def _comparison(comparison: Comparison) -> "Iterator[RenderableType]":
         yield f"{comparison.baseline} is of another machine ({comparison.told}): only ratios are compared"
     if comparison.busy:
         yield "[yellow]one of the two was made on a busy machine: a change may be that[/]"
+    if not comparison.changes:
+        yield "nothing of it compares: ratios are of runs beside PyTorch"
+        return
     ordered = sorted(comparison.changes, key=lambda change: -change.worse)
     title = f"Beside {comparison.baseline}: {len(comparison.regressions)} of {len(ordered)} measurements got worse"
     table = _table(title, "", "before", "now", "change")

@@ -17,6 +17,7 @@ from runtime.noise import standard_normal
 from runtime.request import CompleteRequest
 from runtime.tokenizer import Tokenizer
 from validate.bench.whole_run import Event
+from validate.device import Choice
 from validate.options import ValidateOptions
 from wan22.bundle import Bundle
 from wan22.errors import UserError
@@ -24,6 +25,7 @@ from wan22.specs import TEXT_TOKENS, ModelSpec, Task, tokens
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"  # sides
 TEXT, ENCODER, DECODER = "text_encoder", "vae_encoder", "vae_decoder"  # pieces beside the experts
+RUN = "end_to_end"  # from prompt to frames, all pieces together
 TIMESTEPS = {"high_noise": 950.0, "low_noise": 500.0, "dit": 500.0}  # where an expert is timed
 STEPS = 4  # of a whole run unless asked otherwise: enough for both experts
 RUNS, WHOLE_RUNS = 5, 3
@@ -45,6 +47,7 @@ class BenchOptions:
     compiled: bool = False  # torch.compile as a third side
     memory: bool = True
     whole_runs: int = WHOLE_RUNS  # from prompt to frames
+    reference_device: Choice = "auto"  # of PyTorch
     # for the record
     command: str = ""
 
@@ -109,6 +112,10 @@ class Side(Protocol):
 
     def run(self) -> Iterator[Event]:
         """From the prompt to the last frame, loading told apart; parts are loaded anew."""
+        ...
+
+    def device_tensors(self) -> int | None:
+        """The most bytes of a GPU that the side's tensors took; None where it has none there, or cannot tell."""
         ...
 
 

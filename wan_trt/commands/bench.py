@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from wan22.errors import UserError
-from wan_trt.arguments import Frames, Seed, Size, size_of
+from wan_trt.arguments import Frames, ReferenceDevice, Seed, Size, size_of
 from wan_trt.commands.triton import Topology
 from wan_trt.console import bars, command_line, console
 
@@ -36,6 +36,7 @@ def run(
     whole_runs: Annotated[int, typer.Option(min=0, help="Runs from prompt to frames.")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Only this piece, such as vae_decoder; repeatable.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile as a third side.")] = False,
+    reference_device: ReferenceDevice = "auto",
     memory: Annotated[bool, typer.Option(help="Measure peak memory, in processes of their own.")] = True,
     compare: Annotated[Path | None, typer.Option(help="JSON of an earlier bench: show what got worse.")] = None,
     gate: Annotated[Path | None, typer.Option(help="TOML of thresholds; exit code 1 when one is missed.")] = None,
@@ -52,7 +53,7 @@ def run(
 
     options = BenchOptions(
         prompt, size_of(size), frames, None if image is None else str(image), steps or STEPS, seed,
-        tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, command_line(),
+        tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, command_line(),
     )  # fmt: skip
     if list_gates:
         return _list_gates(engines)

@@ -17,6 +17,7 @@ from wan_trt.arguments import (
     LastImage,
     NegativePrompt,
     Preset,
+    ReferenceDevice,
     Schedule,
     Seed,
     Shift,
@@ -79,6 +80,7 @@ def run(
     calls: Annotated[
         Path | None, typer.Option(help="Folder for one call of every engine, to be read by polygraphy run.")
     ] = None,
+    reference_device: ReferenceDevice = "auto",
     official_repo: Annotated[
         Path | None, typer.Option(help="A clone of Wan-Video/Wan2.2, to compare with its code as well.")
     ] = None,
@@ -118,6 +120,7 @@ def run(
         schedule=schedule,
         prompts=prompts,
         seeds=several,
+        reference_device=reference_device,
         official_repo=official_repo,
         calls=calls,
         gate=gate,

@@ -3,7 +3,7 @@
 import pytest
 
 from validate.bench.footprint import Job, footprint
-from validate.bench.work import OURS, BenchOptions
+from validate.bench.work import OURS, RUN, BenchOptions
 from wan22.errors import UserError
 
 
@@ -15,6 +15,13 @@ def test_a_piece_needs_its_weights_beyond_the_libraries(tiny_engines):
     assert found.beyond_libraries > weights
     assert found.device is None or found.device > 0
     assert set(found.as_json()) >= {"libraries_bytes", "loaded_bytes", "peak_bytes"}
+
+
+def test_a_whole_run_needs_more_than_its_engines(tiny_engines):
+    found = footprint(Job(OURS, RUN, tiny_engines, None, BenchOptions(size=(32, 32), frames=5, steps=2)))
+    both = (tiny_engines / f"{name}.safetensors" for name in ("text_encoder", "vae_decoder"))
+    assert found.libraries <= found.loaded < found.peak
+    assert found.beyond_libraries > sum(path.stat().st_size for path in both)
 
 
 def test_what_is_wrong_in_the_other_process_is_told_in_this_one(tiny_engines):
