@@ -3,14 +3,17 @@
 FP8 needs no calibration: each row of activations is divided by its own largest magnitude, quantised with the constant
 scale 1, and its scale multiplies the result afterwards. Compilers make one kernel of normalisation, modulation, maximum
 and quantisation, an FP8 matrix multiplication, and fold scale and bias into whatever follows. A scale computed for the
-whole tensor at run time is not fused, so it is not offered; one measured beforehand is (``static``).
+whole tensor at run time is not fused, so it is not offered; one measured beforehand is (``static``). The same goes for
+the mean of an input over its tokens: measured beforehand (``centred``) it costs no kernel, taken at run time it costs
+two or three for every linear, memory for the centred rows, and brings back less than it promises, since what it is
+multiplied by are weights that are rounded already.
 
 What follows a linear asks for its float32 values, perhaps of some columns, perhaps reshaped. It may ask twice: a norm
 that reads the 16-bit result once for its statistics and once to apply them keeps no float32 copy of it in memory.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -35,15 +38,17 @@ class Fp8:
     high_precision_linears: frozenset[str] = frozenset()  # without FP8 in any block ("ffn.2", "self_attn.q" for qkv)
     smooth_k: bool = True
     v_per_channel: bool = True
+    token_means: bool = False  # inputs without their mean over the tokens; the rounded weights bring that back
 
 
 @dataclass(frozen=True)
 class Operand:
-    """What enters a linear: ``value [L, in]`` in the compute type; the true rows are ``value * scale``."""
+    """What enters a linear: ``value [L, in]`` in the compute type; the true rows are ``value * scale + mean``."""
 
     value: ir.Value
     scale: ir.Value | None = None  # float32 [L, 1]
     fp8: bool = False
+    mean: ir.Value | None = None  # float32 [1, in]
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,10 @@ class Linears:
         if self.fp8 and key in self.fp8.centred:
             mean = self.g.weight(f"{key}.input_mean", (self.fp8.centred[key],), FLOAT)
             return self.per_token(self.g.op("Sub", self.g.cast(x, FLOAT), mean))
+        if self.fp8 and self.fp8.token_means:
+            x = self.g.cast(x, FLOAT)
+            mean = self.g.op("ReduceMean", x, self.g.constant([0]), keepdims=1)
+            return replace(self._per_token(self.g.op("Sub", x, mean)), mean=mean)
         return self.per_token(x)
 
     def per_token(self, x: ir.Value) -> Operand:
@@ -120,14 +129,20 @@ class Linears:
         """Several parts are one stored matrix with one scale: graphs cannot join FP8 constants."""
         raw = self.fp8_matmul(x, name, shape)
         each = shape[0] // len(parts)
-        return Product(raw, x.scale, self._joined([f"{key}.{part}.bias" for part in parts], (each,), FLOAT))
+        bias = self._joined([f"{key}.{part}.bias" for part in parts], (each,), FLOAT)
+        if x.mean is not None:
+            weight = self.g.cast(self._matrix(name, shape), FLOAT)
+            bias = self.g.add(bias, self.g.reshape(self.g.op("Gemm", x.mean, weight, transB=1), [-1]))
+        return Product(raw, x.scale, bias)
 
     def fp8_matmul(self, x: Operand, name: str, shape: tuple[int, int]) -> ir.Value:
         """``x [L, in]`` times the stored matrix ``name [out, in]``, transposed, in the compute type."""
-        g = self.g
-        stored = g.weight(f"{name}.weight", shape, FLOAT8)
-        weight = self._dequantised(stored, g.weight(f"{name}.weight_scale", (), FLOAT))
-        return g.op("MatMul", x.value, g.transpose(weight, 1, 0))
+        return self.g.op("MatMul", x.value, self.g.transpose(self._matrix(name, shape), 1, 0))
+
+    def _matrix(self, name: str, shape: tuple[int, int]) -> ir.Value:
+        """``[out, in]`` in the compute type."""
+        stored = self.g.weight(f"{name}.weight", shape, FLOAT8)
+        return self._dequantised(stored, self.g.weight(f"{name}.weight_scale", (), FLOAT))
 
     def _joined(self, keys: Sequence[str], shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
         weights = [self.g.weight(key, shape, dtype) for key in keys]

@@ -156,6 +156,13 @@ def test_moving_the_bias_pays_where_it_is_large(run_graph, weights, monkeypatch)
     assert moved < 0.6 * relative_l2(run_fp8(run_graph, biased, BOTH), full)
 
 
+def test_means_over_the_tokens_pay_where_channels_are_large_for_every_token(run_graph, weights):
+    biased = weights | {k: v + 20 for k, v in weights.items() if k.endswith("norm3.bias")}
+    full = run_graph(dit_graph(SPEC), biased)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0]
+    centred = relative_l2(run_fp8(run_graph, biased, Fp8(token_means=True)), full)
+    assert centred < 0.9 * relative_l2(run_fp8(run_graph, biased, Fp8()), full)
+
+
 def test_a_kind_of_linear_kept_in_high_precision_is_computed_as_in_float32(run_graph, weights, exact):
     linears = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2")
     assert relative_l2(run_fp8(run_graph, weights, Fp8(high_precision_linears=frozenset(linears))), exact) < 1e-6

@@ -10,8 +10,14 @@ from validate.files import write_files
 from validate.page import PLOT_SIZES_INCHES, TEMPLATES
 from validate.study.result import COLLAPSE, Study
 
-COLOURS = ("#2563c9", "#0f8b8d", "#c77700", "#8b5cf6", "#b4232f", "#6b7280", "#db2777", "#6b8e23", "#7c5c46")
-COLOURS_DARK = ("#7aa8f8", "#4fd1c5", "#f6b04a", "#b79cff", "#f2777f", "#a3acba", "#f490c2", "#b5d36b", "#d0a88c")
+COLOURS = (
+    "#2563c9", "#0f8b8d", "#c77700", "#8b5cf6", "#b4232f", "#6b7280",
+    "#db2777", "#6b8e23", "#7c5c46", "#334155", "#be185d",
+)  # fmt: skip
+COLOURS_DARK = (
+    "#7aa8f8", "#4fd1c5", "#f6b04a", "#b79cff", "#f2777f", "#a3acba",
+    "#f490c2", "#b5d36b", "#d0a88c", "#cbd5e1", "#fda4af",
+)  # fmt: skip
 
 
 def write_study(study: Study, folder: Path) -> None:

@@ -51,11 +51,13 @@ def precision_study(options: StudyOptions, folder: Path, progress: Progress = si
     """
     spec = _checked(options)
     check_writable(folder)
-    meter = _Meter(progress, 4 + len(VARIANTS) + len(parts()))
+    meter = _Meter(progress, 5 + len(VARIANTS) + len(parts()))
     schedule = make_schedule("unipc", options.steps, spec.sampling.shift)
     twin = meter.counted(make_twin(spec, options.size, schedule, options.seed))
-    reference, beforehand = (meter.counted(Reference(twin, given, schedule)) for given in (twin.judged, twin.measured))
-    comparison = Comparison(twin, schedule, reference, beforehand)
+    reference, beforehand, untold = (
+        meter.counted(Reference(twin, given, schedule)) for given in (twin.judged, twin.measured, twin.untold)
+    )
+    comparison = Comparison(twin, schedule, reference, beforehand, untold)
     results, noted = _results(comparison, meter)
     study = Study(
         facts=_facts(options, twin, schedule),

@@ -53,17 +53,21 @@ class Reference:
 
 
 class Comparison:
-    """Variants beside the float32 run on the twin's judged inputs; ``beforehand`` is what they may have measured."""
+    """Variants beside the float32 run on the twin's judged inputs; ``beforehand`` is what they may have measured, and
+    ``untold`` what there was to measure without data.
+    """
 
-    def __init__(self, twin: Twin, schedule: Schedule, reference: Reference, beforehand: Reference) -> None:
+    def __init__(
+        self, twin: Twin, schedule: Schedule, reference: Reference, beforehand: Reference, untold: Reference
+    ) -> None:
         self.twin, self.schedule = twin, schedule
-        self.reference, self.beforehand = reference, beforehand
+        self.reference, self.beforehand, self.untold = reference, beforehand, untold
 
     def opened(self, variant: Variant) -> dict[str, Forward]:
         """The variant's forwards by expert."""
-        dit = self.twin.spec.dit
+        dit, measured = self.twin.spec.dit, self.untold if variant.untold else self.beforehand
         return {
-            expert: open_variant(variant, dit, weights, self.beforehand.measured(expert))
+            expert: open_variant(variant, dit, weights, measured.measured(expert))
             for expert, weights in self.twin.weights.items()
         }
 

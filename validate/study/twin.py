@@ -1,8 +1,9 @@
 """A small transformer whose tensors reach the magnitudes of the real model, with inputs to run it on.
 
 Random weights of the synthetic checkpoint come first, then outliers are planted in them
-(:mod:`validate.study.outliers`). Two sets of inputs are made: one that the study compares precisions on, and another
-for what is measured beforehand, static scales and input means, so that no variant was tuned on the run that judges it.
+(:mod:`validate.study.outliers`). Three sets of inputs are made: one that the study compares precisions on, another for
+what is measured beforehand, static scales and input means, so that no variant was tuned on the run that judges it, and
+a small one without text, for what can be measured without any data.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 PROMPT_TOKENS, NEGATIVE_TOKENS = 40, 120
 FITTED_RUNS = 2
+UNTOLD_LATENT = (2, 16, 16)  # at most: 128 tokens
 
 Forward = Callable[..., F32]
 
@@ -55,6 +57,7 @@ class Twin:
     weights: dict[str, dict[str, F32]]  # by expert
     judged: Inputs
     measured: Inputs  # another prompt, other noise
+    untold: Inputs  # no text, other noise, fewer tokens
 
 
 def make_twin(model: ModelSpec, size: TwinSize, schedule: Schedule, seed: int) -> Twin:
@@ -78,7 +81,7 @@ def make_twin(model: ModelSpec, size: TwinSize, schedule: Schedule, seed: int) -
         for expert, probes in _met(spec, judged, schedule, weights).items():
             fit(weights[expert], spec.dit, probes, rounds=1)
             restore_maxima(weights[expert], spec.dit)
-    return Twin(spec, weights, judged, measured)
+    return Twin(spec, weights, judged, measured, _untold(spec, size, seed + 2))
 
 
 def _met(
@@ -122,10 +125,19 @@ def _twin_spec(model: ModelSpec, size: TwinSize) -> ModelSpec:
 
 def _inputs(random: np.random.Generator, spec: ModelSpec, size: TwinSize, seed: int) -> Inputs:
     positive, negative = (_text(random, spec, rows) for rows in (PROMPT_TOKENS, NEGATIVE_TOKENS))
-    latents = standard_normal((1, spec.dit.out_channels, *size.latent), seed)
+    return _with_text(spec, size.latent, seed, (positive, negative))
+
+
+def _untold(spec: ModelSpec, size: TwinSize, seed: int) -> Inputs:
+    frames, rows, columns = map(min, size.latent, UNTOLD_LATENT)
+    texts = np.zeros((2, 1, TEXT_TOKENS, spec.dit.text_width), np.float32)
+    return _with_text(spec, (frames, rows, columns), seed, (texts[0], texts[1]))
+
+
+def _with_text(spec: ModelSpec, latent: tuple[int, int, int], seed: int, texts: tuple[F32, F32]) -> Inputs:
     channels = spec.dit.condition_channels
-    condition = np.zeros((1, channels, *size.latent), np.float32) if channels else None
-    return Inputs(latents, positive, negative, condition)
+    condition = np.zeros((1, channels, *latent), np.float32) if channels else None
+    return Inputs(standard_normal((1, spec.dit.out_channels, *latent), seed), *texts, condition)
 
 
 def _text(random: np.random.Generator, spec: ModelSpec, rows: int) -> F32:

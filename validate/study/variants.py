@@ -23,6 +23,8 @@ PLAIN = "float32, ONNX Runtime's own kernels"
 ROUNDED = "the exported graph in float32, rounded to {} wherever it keeps 16 bits; sums in float32"
 QUANTISED = "the exported graph; FP8 quantised exactly, sums in float32, bfloat16 by rounding as in bf16"
 BEFOREHAND = "measured on a run with another prompt and other noise"
+WITHIN = "every linear's input loses its mean over the tokens of the call; the rounded weights bring it back"
+UNTOLD = "measured on a run without text over few tokens: no data"
 BOTH = Fp8(self_attention=True, cross_attention=True)
 
 # Linears by the name under which the graph multiplies them (q is q, k and v; k of cross-attention is k and v).
@@ -38,6 +40,7 @@ class Variant:
     fp8: Fp8 | None = None
     static: bool = False  # with input scales measured beforehand
     centred: bool = False  # with input means measured beforehand
+    untold: bool = False  # those of a small run without text
     ablation: bool = False  # no export makes it
     note: str = ""
 
@@ -49,6 +52,10 @@ VARIANTS = (
     Variant("fp16", FLOAT16, ROUNDED.format("float16"), FP16.velocity.value),
     Variant("fp8", BFLOAT16, QUANTISED, 0.02, Fp8(), note="every token scaled by itself"),
     Variant("fp8 with input means", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, note=BEFOREHAND),
+    Variant("fp8, means without text", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, untold=True, note=UNTOLD),
+    Variant(
+        "fp8, token means at run time", BFLOAT16, QUANTISED, 0.02, Fp8(token_means=True), ablation=True, note=WITHIN
+    ),
     Variant("fp8 with static scales", BFLOAT16, QUANTISED, 0.02, Fp8(), static=True, note=f"{BEFOREHAND}, 10 % margin"),
     Variant("fp8-attn", BFLOAT16, QUANTISED, 0.04, BOTH),
     Variant("fp8-attn with input means", BFLOAT16, QUANTISED, 0.04, BOTH, centred=True, note=BEFOREHAND),

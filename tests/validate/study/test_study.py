@@ -46,6 +46,8 @@ def test_the_twin_is_as_large_as_the_real_model(study):
 def test_finer_types_err_less(results):
     worst = {name: result.worst for name, result in results.items()}
     assert 0 < worst["fp16"] < worst["bf16"] < worst["fp8"] < 0.1
+    for name in ("fp8, token means at run time", "fp8, means without text"):
+        assert worst["fp8 with input means"] < worst[name] < worst["fp8"]
     for name in FP8:
         assert worst[f"{name} with input means"] < 0.9 * worst[name]
         assert results[f"{name} with input means"].psnr_db > results[name].psnr_db
