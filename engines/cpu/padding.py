@@ -26,10 +26,9 @@ def merge_padding(model: "ir.Model", heads: int, head_width: int) -> int:
     if text is None or not fused or any(node.op_type == "Softmax" for node in model.graph):
         return 0
     logits = _shorten(model.graph, text, heads)
-    ones = _ones(model.graph, fused[0], heads)
     for node in fused:
-        for index, channel in enumerate((ones, logits)):
-            _widen(model.graph, node, index, channel, (heads, head_width))
+        _widen(model.graph, node, 0, None, (heads, head_width))
+        _widen(model.graph, node, 1, logits, (heads, head_width))
     return len(fused)
 
 
@@ -55,22 +54,20 @@ def _shorten(graph: "ir.Graph", text: "ir.Value", heads: int) -> "ir.Value":
     return add("Expand", column, shape_constant(graph, [1, 1, heads, 1]))
 
 
-def _ones(graph: "ir.Graph", attention: "ir.Node", heads: int) -> "ir.Value":
-    """``[1, L, heads, 1]`` for the tokens of the video."""
+def _widen(
+    graph: "ir.Graph", attention: "ir.Node", index: int, channel: "ir.Value | None", split: tuple[int, int]
+) -> None:
+    """Gives every head of an input ``[1, rows, D]`` one more channel, of ones where none is given."""
     import numpy as np
 
-    add = _Writer(graph, attention)
-    tokens = add("Shape", attention.inputs[0], start=1, end=2)
-    shape = add("Concat", add.integers(1), tokens, shape_constant(graph, [heads, 1]), axis=0)
-    return add("Expand", constant(graph, "padding/unit", np.float32(1)), shape)
-
-
-def _widen(graph: "ir.Graph", attention: "ir.Node", index: int, channel: "ir.Value", split: tuple[int, int]) -> None:
-    """Gives every head of an input ``[1, rows, D]`` one more channel."""
     heads, head_width = split
     add = _Writer(graph, attention)
     by_head = add("Reshape", attention.inputs[index], shape_constant(graph, [1, -1, heads, head_width]))
-    wide = add("Concat", by_head, channel, axis=-1)
+    if channel is None:
+        behind = constant(graph, "padding/behind", np.array([0] * 7 + [1]))  # one element after the last axis
+        wide = add("Pad", by_head, behind, constant(graph, "padding/unit", np.float32(1)))
+    else:
+        wide = add("Concat", by_head, channel, axis=-1)
     attention.replace_input_with(index, add("Reshape", wide, shape_constant(graph, [1, -1, heads * (head_width + 1)])))
 
 

@@ -3,10 +3,13 @@
 from typing import TYPE_CHECKING
 
 from engines.cpu.attention import fuse_attention
+from engines.cpu.bias import separate_biases
+from engines.cpu.chunks import chunk_tokens
 from engines.cpu.modulation import fold_modulation
 from engines.cpu.padding import merge_padding
 from engines.cpu.rms_norm import fuse_rms_norms
 from engines.cpu.rotary import separate_rotated
+from engines.cpu.short_text import project_short_text
 from wan22.specs import DitSpec
 
 if TYPE_CHECKING:
@@ -22,3 +25,7 @@ def fit_transformer(model: "ir.Model", spec: DitSpec) -> None:
     fuse_rms_norms(model)
     fuse_attention(model, *split)
     merge_padding(model, *split)
+    project_short_text(model, *split)
+    separate_biases(model)
+    if spec.time_rows == 1:
+        chunk_tokens(model, spec.width)

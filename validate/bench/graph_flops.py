@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from validate.bench.straight_graph import FUSED, make_known, straighten
+
 Shape = tuple[int, ...]
-FUSED = {"MultiHeadAttention", "FusedMatMul"}  # ONNX Runtime's own operators that can be counted
-COUNTED = {"MatMul", "Gemm", "Conv", "Attention"} | FUSED
+COUNTED = {"MatMul", "Gemm", "Conv", "Attention", "MultiHeadAttention", "FusedMatMul"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def graph_flops(path: Path, inputs: Mapping[str, Shape], rows_by_value: int | No
     import onnx
 
     model = onnx.load(path, load_external_data=False)
+    if not straighten(model, rows_by_value):
+        return None
     if any(node.domain and node.op_type not in FUSED for node in model.graph.node):
         return None
     constants = {tensor.name for tensor in model.graph.initializer}
@@ -72,8 +75,7 @@ def _shapes(model: Any, inputs: Mapping[str, Shape], rows_by_value: int | None) 
             dim.dim_value = size
     for value in standing_in.graph.output:
         value.type.tensor_type.ClearField("shape")
-    for node in standing_in.graph.node:
-        _make_known(node)
+    make_known(standing_in, rows_by_value)
     inferred = shape_inference.infer_shapes(standing_in, data_prop=True).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
@@ -82,18 +84,6 @@ def _shapes(model: Any, inputs: Mapping[str, Shape], rows_by_value: int | None) 
         if all(sizes):
             shapes[value.name] = sizes
     return shapes
-
-
-def _make_known(node: Any) -> None:
-    """Puts a standard operator with the same shapes in the place of one that ONNX does not know."""
-    if node.domain and node.op_type in FUSED:
-        node.domain = ""
-        if node.op_type == "MultiHeadAttention":
-            node.op_type = "Identity"  # of the queries
-            del node.input[1:], node.attribute[:]
-        else:
-            node.op_type = "MatMul"
-            del node.attribute[:]
 
 
 def _flops(node: Any, shapes: Mapping[str, Shape]) -> float | None:
@@ -105,7 +95,9 @@ def _flops(node: Any, shapes: Mapping[str, Shape]) -> float | None:
     out, a, b = (shapes[name] for name in (node.output[0], *node.input[:2]))
     if node.op_type == "Conv":
         return 2.0 * math.prod(out) * math.prod(b[1:])
-    if "Attention" in node.op_type:  # queries and keys [B, L, D] or [B, heads, L, D]
-        return 4.0 * math.prod(a) * b[-2] if len(a) == len(b) else None
+    if "Attention" in node.op_type:  # queries, keys and values [B, L, D] or [B, heads, L, D]
+        values = shapes.get(node.input[2], ())
+        alike = len(a) == len(b) == len(values)
+        return 2.0 * math.prod(a[:-1]) * b[-2] * (a[-1] + values[-1]) if alike else None
     is_transposed = any(item.name == "transA" and item.i for item in node.attribute)
     return 2.0 * math.prod(out) * a[-2 if is_transposed else -1]

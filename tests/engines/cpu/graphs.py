@@ -24,7 +24,7 @@ def transformer(spec=SPEC):
 
 
 def kinds(model):
-    return [node.op_type for node in model.graph]
+    return [node.op_type for node in model.graph.all_nodes()]
 
 
 def inputs(spec=SPEC, text_rows=7):

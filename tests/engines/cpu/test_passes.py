@@ -19,4 +19,5 @@ def test_every_model_computes_the_same_velocity(model):
     expected = run(plain, given)
     assert np.linalg.norm(run(fitted, given) - expected) < 2e-6 * np.linalg.norm(expected)
     assert kinds(fitted).count("MultiHeadAttention") == kinds(fitted).count("RotaryEmbedding") == 2
-    assert not {"Softmax", "Reciprocal"} & set(kinds(fitted))
+    assert kinds(fitted).count("Softmax") == 1  # of cross-attention with a short prompt
+    assert "Reciprocal" not in kinds(fitted)

@@ -14,28 +14,52 @@ from wan22.shapes import shape_of
 from wan22.specs import T2V_A14B, TEXT_TOKENS, TI2V_5B
 
 FRAMES, HEIGHT, WIDTH, TOKENS = 5, 30, 52, 39
+TOKENS_OF_VIDEO = FRAMES * HEIGHT * WIDTH // 4
 KEPT = TOKENS + 1  # rows of text: the prompt's, and one for the padding
 SIZES = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "rows": 15, "columns": 26, "tokens": TOKENS}
 
 
-@pytest.fixture(scope="module")
-def counted(tiny_engines):
-    bundle = open_bundle(tiny_engines, "engines")
+def count(engines, kept):
+    bundle = open_bundle(engines, "engines")
     return {
         component.name: graph_flops(
-            bundle.folder / component.graph.path, {t.name: shape_of(t, SIZES) for t in component.inputs}, KEPT
+            bundle.folder / component.graph.path, {t.name: shape_of(t, SIZES) for t in component.inputs}, kept
         )
         for component in bundle.manifest.components
     }, bundle.manifest.spec
 
 
-def test_the_transformer_is_its_formula_without_the_padding_that_a_cpu_leaves_out(counted):
-    flops, spec = counted
-    formula = dit_flops(spec.dit, FRAMES * HEIGHT * WIDTH // 4)
-    attention = formula.self_attention + formula.cross_attention * KEPT / TEXT_TOKENS
+@pytest.fixture(scope="module")
+def counted(tiny_engines):
+    return count(tiny_engines, KEPT)
+
+
+def unneeded(dit, rows):
+    """What k and v of the padding would cost."""
+    return dit.layers * (TEXT_TOKENS - rows) * 4 * dit.width**2
+
+
+def test_the_transformer_is_its_formula_without_the_padding_that_a_cpu_leaves_out(tiny_engines):
+    rows = TEXT_TOKENS // 2  # too many for the short way
+    flops, spec = count(tiny_engines, rows)
+    formula = dit_flops(spec.dit, TOKENS_OF_VIDEO)
+    attention = formula.self_attention + formula.cross_attention * rows / TEXT_TOKENS
     for expert in spec.experts:
-        assert flops[expert].attention == pytest.approx(attention, rel=1e-3)
-        assert 0.85 < flops[expert].with_weights / formula.linears < 1
+        assert flops[expert].attention == pytest.approx(attention, rel=5e-3)  # q and k have a channel for the padding
+        linears = formula.linears - unneeded(spec.dit, rows)
+        assert 1 < flops[expert].with_weights / linears < 1.05  # the formula has no embeddings
+
+
+def test_with_a_short_prompt_the_linear_behind_cross_attention_has_as_many_rows_as_text_and_heads(counted):
+    flops, spec = counted
+    formula, dit = dit_flops(spec.dit, TOKENS_OF_VIDEO), spec.dit
+    scores, mixed = KEPT * dit.width, dit.heads * KEPT * dit.width  # multiplications a token and layer
+    attention = formula.self_attention + 2 * TOKENS_OF_VIDEO * dit.layers * (scores + mixed)
+    spared = 2 * TOKENS_OF_VIDEO * dit.layers * dit.width**2
+    for expert in spec.experts:
+        assert flops[expert].attention == pytest.approx(attention)
+        linears = formula.linears - unneeded(dit, KEPT) - spared
+        assert 1 < flops[expert].with_weights / linears < 1.05  # with embeddings, and the text times that linear
 
 
 def test_the_text_encoder_is_its_formula(counted):
@@ -102,3 +126,19 @@ def test_a_size_that_depends_on_values_has_to_be_told(tmp_path):
     onnx.save(model, path)
     assert graph_flops(path, {"x": (2, 5, 8)}) is None
     assert graph_flops(path, {"x": (2, 5, 8)}, 7) == GraphFlops(0, 2 * 7 * 2 * 7)
+
+
+def test_control_flow_that_no_engine_of_ours_has_is_not_counted(tmp_path):
+    body = helper.make_graph(
+        [helper.make_node("MatMul", ["row", "w"], ["out"])],
+        "body",
+        [helper.make_tensor_value_info("row", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+    )
+    path = graph_of(
+        tmp_path / "graph.onnx",
+        helper.make_node("Neg", ["x"], ["rows"]),
+        helper.make_node("Scan", ["rows"], ["y"], body=body, num_scan_inputs=1),
+        weights=[("w", [8, 8])],
+    )
+    assert graph_flops(path, {"x": (2, 5, 8)}) is None

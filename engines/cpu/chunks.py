@@ -1,0 +1,205 @@
+"""Everything between two self-attentions in chunks of tokens that stay in a core's cache.
+
+A linear over all tokens of a video streams its input and output from memory once for every few columns of its weights;
+ONNX Runtime's product is a tenth slower there than on rows that fit the second-level cache, and norms, gates and
+activations pass over memory once more each. Only self-attention reads other tokens than its own: what lies between two
+of them becomes the body of a ``Scan`` over chunks of equal length, which neither copies nor pads. Its weights belong to
+the graph outside.
+"""
+
+from typing import TYPE_CHECKING
+
+from engines.cpu.match import constant, ints, shape_constant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+CHUNK_BYTES = 1200 * 1024 * 4  # of the residual stream, for all cores together: fastest of 400, 600 and 1,200 rows
+FEWEST_ROWS = 192  # below, reading the weights costs more than the cache saves
+ALIKE = frozenset({"Add", "Mul", "Gelu", "FastGelu", "LayerNormalization", "RMSNormalization", "RotaryEmbedding"})
+LINEAR = frozenset({"Gemm", "FusedMatMul"})
+
+Layout = tuple[int, ...]  # a shape with -1 where the tokens are
+
+
+def chunk_tokens(model: "ir.Model", width: int) -> int:
+    """Moves what is done to every token by itself into ``Scan`` nodes, in place; returns how many.
+
+    For graphs that the other passes have been over, with one time for all tokens. How many rows a chunk has is found
+    when the graph runs: the greatest divisor of the number of tokens that fits, or all of them where none does.
+    """
+    graph = model.graph
+    transposes = (node for node in graph if node.op_type == "Transpose" and ints(node, "perm") == (1, 0))
+    tokens = next((node.outputs[0] for node in transposes), None)
+    if tokens is None:
+        return 0
+    traced = _Traced(graph, tokens, width)
+    regions = [nodes for nodes in traced.regions.values() if any(node.op_type in LINEAR for node in nodes)]
+    rows = _rows(graph, tokens, width)
+    for number, nodes in enumerate(regions):
+        _scan(graph, nodes, traced.layouts, rows, f"chunks.{number}")
+    graph.sort()
+    return len(regions)
+
+
+class _Traced:
+    """Values that have the tokens as an axis, and what makes them token by token between two self-attentions."""
+
+    def __init__(self, graph: "ir.Graph", tokens: "ir.Value", width: int) -> None:
+        self._width = width
+        self.layouts: dict[ir.Value | None, Layout] = {tokens: (-1, width), **_tables(graph)}
+        self.levels: dict[ir.Value | None, int] = dict.fromkeys(self.layouts, 0)  # how many attentions lie before
+        self.regions: dict[int, list[ir.Node]] = {}
+        for node in graph:
+            if any(value in self.levels for value in _read(node)) and node.outputs[0] not in self.levels:
+                self._add(node)
+
+    def _add(self, node: "ir.Node") -> None:
+        given = [value for value in _read(node) if value in self.levels]
+        level = max(self.levels[value] for value in given)
+        layout = self._layout(node) if all(value in self.layouts for value in given) else None
+        all_tokens = node.op_type == "MultiHeadAttention" and node.inputs[1] in self.levels
+        if layout is not None:
+            self.layouts[node.outputs[0]] = layout
+        if layout is not None and not all_tokens:
+            self.regions.setdefault(level, []).append(node)
+        else:
+            level += 1
+        self.levels |= dict.fromkeys(node.outputs, level)
+
+    def _layout(self, node: "ir.Node") -> Layout | None:
+        """Of the node's output. None where the node is not known to treat tokens alike."""
+        first = self.layouts.get(node.inputs[0]) if node.inputs else None
+        if node.op_type in ALIKE:
+            return first or self.layouts.get(node.inputs[1])
+        if node.op_type == "Reshape":
+            return _target(node)
+        if node.op_type in LINEAR:
+            return _columns(node)
+        # cross-attention, and the choice between two ways to it and the linear behind it
+        return {"MultiHeadAttention": (1, -1, self._width), "If": (-1, self._width)}.get(node.op_type)
+
+
+def _columns(linear: "ir.Node") -> Layout | None:
+    """What a linear makes whose weight, transposed, is stored in the graph."""
+    shape = linear.inputs[1].shape if linear.inputs[1] is not None else None
+    return None if shape is None or "transB" not in linear.attributes else (-1, int(shape.numpy()[0]))
+
+
+def _read(node: "ir.Node") -> "list[ir.Value | None]":
+    """Its inputs and what its branches read from outside."""
+    found = list(node.inputs)
+    for branch in _branches(node):
+        inside = set(branch)
+        found += [value for inner in branch for value in inner.inputs if value and value.producer() not in inside]
+    return found
+
+
+def _branches(node: "ir.Node") -> "list[ir.Graph]":
+    import onnx_ir as ir
+
+    return [entry.as_graph() for entry in node.attributes.values() if entry.type == ir.AttributeType.GRAPH]
+
+
+def _tables(graph: "ir.Graph") -> "dict[ir.Value | None, Layout]":
+    """cos and sin, which have a row for every token."""
+    tables = [value for node in graph if node.op_type == "RotaryEmbedding" for value in node.inputs[1:3]]
+    found = {value: _target(node) for value in tables if value is not None and (node := value.producer()) is not None}
+    return {value: layout for value, layout in found.items() if layout is not None}
+
+
+def _target(node: "ir.Node") -> Layout | None:
+    """What a Reshape makes, if the tokens are the axis that it leaves open."""
+    shape = node.inputs[1].const_value if node.op_type == "Reshape" and node.inputs[1] is not None else None
+    layout = () if shape is None else tuple(int(size) for size in shape.numpy())
+    return layout if layout.count(-1) == 1 else None
+
+
+def _rows(graph: "ir.Graph", tokens: "ir.Value", width: int) -> "ir.Value":
+    """``[1]``: how many tokens a chunk has."""
+    import numpy as np
+    import onnx_ir as ir
+
+    most = max(CHUNK_BYTES // (4 * width), FEWEST_ROWS)
+    zero, numbers = shape_constant(graph, [0]), constant(graph, "chunks/rows", np.arange(FEWEST_ROWS, most + 1))
+    count = ir.node("Shape", [tokens], {"start": 0, "end": 1}, name="chunks/tokens")
+    rest = ir.node("Mod", [count.outputs[0], numbers], name="chunks/rest")
+    divides = ir.node("Equal", [rest.outputs[0], zero], name="chunks/divides")
+    divisors = ir.node("Where", [divides.outputs[0], numbers, zero], name="chunks/divisors")
+    greatest = ir.node("ReduceMax", [divisors.outputs[0]], {"keepdims": 1}, name="chunks/greatest")
+    none = ir.node("Equal", [greatest.outputs[0], zero], name="chunks/none")
+    rows = ir.node("Where", [none.outputs[0], count.outputs[0], greatest.outputs[0]], name="chunks/fitting")
+    graph.extend([count, rest, divides, divisors, greatest, none, rows])
+    return rows.outputs[0]
+
+
+# -- the Scan
+
+
+def _scan(
+    graph: "ir.Graph", nodes: "list[ir.Node]", layouts: "dict[ir.Value | None, Layout]", rows: "ir.Value", name: str
+) -> None:
+    """Puts a ``Scan`` over chunks in the place of ``nodes``."""
+    import onnx_ir as ir
+
+    inside = set(nodes) | {inner for node in nodes for branch in _branches(node) for inner in branch}
+    used = dict.fromkeys(value for node in nodes for value in node.inputs)
+    entering = [value for value in used if value and value in layouts and value.producer() not in inside]
+    made = [node.outputs[0] for node in nodes]
+    leaving = [value for value in made if any(use.node not in inside for use in value.uses())]
+    graph.remove(nodes)
+    chunks = {value: _chunk(f"{name}/in_{n}") for n, value in enumerate(entering)}
+    for node in nodes:
+        for index, value in enumerate(node.inputs):
+            if value in chunks:
+                node.replace_input_with(index, chunks[value])
+    # A Reshape would be copied into the result of the Scan: what it reads leaves in its place.
+    results = {value: _before_reshapes(value, inside) for value in leaving}
+    for result in results.values():
+        result.type = ir.TensorType(ir.DataType.FLOAT)
+    body = ir.Graph([*chunks.values()], [*dict.fromkeys(results.values())], nodes=nodes, name=name)
+    scan = ir.node(
+        "Scan",
+        [_split(graph, value, layouts[value], rows) for value in entering],
+        {"body": body, "num_scan_inputs": len(entering)},
+        num_outputs=len(body.outputs),
+        name=f"{name}/scan",
+    )
+    graph.append(scan)
+    whole = dict(zip(body.outputs, scan.outputs, strict=True))
+    for value, result in results.items():
+        joined = ir.node(
+            "Reshape", [whole[result], shape_constant(graph, [*layouts[value]])], name=f"{value.name}/whole"
+        )
+        graph.append(joined)
+        layouts[joined.outputs[0]] = layouts[value]
+        for use in [use for use in value.uses() if use.node not in inside]:
+            use.node.replace_input_with(use.idx, joined.outputs[0])
+
+
+def _chunk(name: str) -> "ir.Value":
+    import onnx_ir as ir
+
+    return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def _before_reshapes(value: "ir.Value", inside: "set[ir.Node]") -> "ir.Value":
+    while (node := value.producer()) in inside and node.op_type == "Reshape" and node.inputs[0] is not None:
+        value = node.inputs[0]
+    return value
+
+
+def _split(graph: "ir.Graph", value: "ir.Value", layout: Layout, rows: "ir.Value") -> "ir.Value":
+    """``value`` in chunks, which become its first axis."""
+    import onnx_ir as ir
+
+    name = f"{value.name}/chunks"
+    for use in value.uses():
+        if use.node.name == name:
+            return use.node.outputs[0]
+    at = layout.index(-1)
+    sizes = [shape_constant(graph, [-1, *layout[:at]]), rows, shape_constant(graph, [*layout[at + 1 :]])]
+    shape = ir.node("Concat", sizes, {"axis": 0}, name=f"{name}_shape")
+    chunks = ir.node("Reshape", [value, shape.outputs[0]], name=name)
+    graph.extend([shape, chunks])
+    return chunks.outputs[0]

@@ -1,0 +1,102 @@
+"""A graph of standard operators without control flow, whose shapes ONNX's own inference can tell.
+
+The CPU engines work through tokens in chunks (``Scan``), choose by the length of the prompt (``If``) and use operators
+of ONNX Runtime's own. What stands in for them here has the same shapes; it is never run.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+FUSED = {"MultiHeadAttention", "FusedMatMul", "FastGelu"}  # ONNX Runtime's own operators that are known here
+
+
+def straighten(model: Any, rows_by_value: int | None) -> bool:
+    """Takes control flow out of an ONNX model in place; False where it has some that is not known here.
+
+    A ``Scan`` over the chunks that a ``Reshape`` makes becomes its body on all of them; an ``If`` that compares a
+    number of rows with a constant becomes the branch for ``rows_by_value``, its ``else`` where that is not told.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    try:
+        nodes = list(_straight(model.graph.node, makers, constants, rows_by_value))
+    except KeyError:
+        return False
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+    return True
+
+
+def _straight(
+    nodes: Iterable[Any], makers: dict[str, Any], constants: dict[str, Any], rows: int | None
+) -> Iterator[Any]:
+    for node in nodes:
+        if node.op_type == "Scan":
+            body = _graph(node, "body")
+            sources = [_known(makers[name], "Reshape").input[0] for name in node.input]
+            yield from _same(sources, [value.name for value in body.input])
+        elif node.op_type == "If":
+            body = _graph(node, "then_branch" if _is_true(makers[node.input[0]], constants, rows) else "else_branch")
+        else:
+            yield node
+            continue
+        yield from _straight(body.node, makers, constants, rows)
+        yield from _same([value.name for value in body.output], node.output)
+
+
+def _graph(node: Any, name: str) -> Any:
+    return {item.name: item.g for item in node.attribute}[name]
+
+
+def _known(node: Any, kind: str) -> Any:
+    if node.op_type != kind:
+        raise KeyError(node.op_type)
+    return node
+
+
+def _same(sources: Iterable[str], names: Iterable[str]) -> Iterator[Any]:
+    from onnx import helper
+
+    for source, name in zip(sources, names, strict=True):
+        yield helper.make_node("Identity", [source], [name])
+
+
+def _is_true(condition: Any, constants: dict[str, Any], rows: int | None) -> bool:
+    """Of ``rows <= constant``."""
+    from onnx import numpy_helper
+
+    limit = constants[_known(condition, "LessOrEqual").input[1]]
+    return rows is not None and rows <= int(numpy_helper.to_array(limit).item())
+
+
+def make_known(model: Any, rows_by_value: int | None) -> None:
+    """Puts operators of the standard in the place of fused ones, and ``rows_by_value`` where a slice ends by value."""
+    from onnx import helper
+
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.domain and node.op_type in FUSED:
+            _stand_in(node)
+        elif node.op_type == "Slice" and node.input[2] not in constants and rows_by_value is not None:
+            name = f"{node.output[0]}/end"
+            model.graph.initializer.append(helper.make_tensor(name, 7, [1], [rows_by_value]))  # int64
+            node.input[2] = name
+
+
+def _stand_in(node: Any) -> None:
+    from onnx import helper
+
+    given = {item.name: item.i for item in node.attribute if item.name.startswith("trans") and item.i}
+    kept, settings = len(node.input), {}
+    if node.op_type == "FastGelu":
+        node.op_type, kept = "Identity", 1
+    elif node.op_type == "MultiHeadAttention":  # q, k and v [B, rows, columns]
+        node.op_type, kept, settings = "Einsum", 3, {"equation": "bld,bsd,bsv->blv"}
+    elif given == {"transBatchA": 1, "transBatchB": 1, "transB": 1}:
+        node.op_type, settings = "Einsum", {"equation": "rhd,nhd->hrn"}
+    else:
+        node.op_type, settings = ("Gemm", given) if given else ("MatMul", {})
+    node.domain = ""
+    del node.input[kept:], node.attribute[:]
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in settings.items())
