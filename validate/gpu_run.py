@@ -3,16 +3,18 @@
     python -m validate.gpu_run --budget-s 600 -o validate/results/gpu.json
 
 Weights are random, so nothing is downloaded. Each stage runs in a process of its own and may fail by itself: what a
-GPU refuses is part of the answer. Small stages come first; the last ones, whole models, take what time is left.
+GPU refuses is part of the answer. Small stages come first; the last ones, whole models, take what time is left. The
+file is written anew after every stage, so that a run that is ended early leaves what it had found.
 ``--dry-run`` takes every stage through its code on the CPU at tiny sizes and keeps no figure of it.
 """
 
 import json
 import platform
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -54,14 +56,16 @@ def run(
     stages = _chosen(only or [])
     gpu = {} if dry_run else _gpu()
     answers = [Answer(stage, "skipped", "the run ended before it") for stage in stages]
-    code = 0
+    circumstances, code = _circumstances(gpu, dry_run), 0
+    shown = _without_figures if dry_run else list
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it early gets what there is
     try:
-        _measure(answers, Setting(dry_run), time.monotonic() + budget_s)
+        for _ in _measure(answers, Setting(dry_run), time.monotonic() + budget_s):
+            _write(output, {**circumstances, "stages": [answer.as_json() for answer in shown(answers)]})
     except KeyboardInterrupt:
         code = 130
-    if dry_run:
-        answers = [_without_figures(answer) for answer in answers]
-    _write(output, {**_circumstances(gpu, dry_run), "stages": [answer.as_json() for answer in answers]})
+    answers = shown(answers)
+    _write(output, {**circumstances, "stages": [answer.as_json() for answer in answers]})
     console.print(table_of(answers))
     console.print(f"{NOTHING if dry_run else gpu['name']}: {output}")
     return code or int(dry_run and any(answer.status == "failed" for answer in answers))
@@ -90,7 +94,8 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def _measure(answers: Sequence[Answer], setting: Setting, deadline: float) -> None:
+def _measure(answers: Sequence[Answer], setting: Setting, deadline: float) -> Iterator[None]:
+    """Yields after every stage. One that hangs takes half of the time that is left, the last one all of it."""
     for number, answer in enumerate(answers, 1):
         left = deadline - time.monotonic()
         if left <= 0:
@@ -98,12 +103,22 @@ def _measure(answers: Sequence[Answer], setting: Setting, deadline: float) -> No
             continue
         console.print(f"{number}/{len(answers)} {answer.stage.title}, {left:.0f} s left")
         answer.status, answer.reason = "interrupted", ""
-        run_stage(answer, setting, left)
+        run_stage(answer, setting, left if answer is answers[-1] else left / 2)
+        yield
 
 
-def _without_figures(answer: Answer) -> Answer:
-    rows = [replace(row, value=None, note="ran" if row.value is not None else row.note) for row in answer.measurements]
-    return replace(answer, status="ran" if answer.status == "measured" else answer.status, measurements=rows)
+def _without_figures(answers: Sequence[Answer]) -> list[Answer]:
+    return [
+        replace(
+            answer,
+            status="ran" if answer.status == "measured" else answer.status,
+            measurements=[
+                replace(row, value=None, note="ran" if row.value is not None else row.note)
+                for row in answer.measurements
+            ],
+        )
+        for answer in answers
+    ]
 
 
 def _circumstances(gpu: dict[str, Any], dry_run: bool) -> dict[str, Any]:

@@ -9,8 +9,13 @@ import time
 import pytest
 import torch
 
-from validate.gpu.stage import Setting
+from validate import gpu_run
+from validate.gpu.random_model import CudaEngine
+from validate.gpu.stage import Answer, Setting
 from validate.gpu_run import NOTHING, STAGES
+from wan22.bundle import Component, File
+from wan22.errors import UserError
+from wan22.specs import Precision
 
 COMMAND = [sys.executable, "-m", "validate.gpu_run"]
 BY_NAME = {stage.name: stage for stage in STAGES}
@@ -72,6 +77,22 @@ def test_a_tensorrt_rtx_engine_is_built_and_where_there_is_no_gpu_not_loaded():
     assert (loads.value, loads.note) == (None, "not tried: no GPU")
 
 
+def test_a_stage_that_hangs_leaves_half_of_the_time_to_the_others(monkeypatch):
+    limits = []
+    monkeypatch.setattr(gpu_run, "run_stage", lambda answer, setting, limit_s: limits.append(limit_s))
+    answers = [Answer(stage) for stage in STAGES[:3]]
+    for _ in gpu_run._measure(answers, Setting(dry_run=True), time.monotonic() + 600):
+        pass
+    assert limits == pytest.approx([300, 300, 600], rel=0.01)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_engine_for_the_gpu_never_runs_on_the_cpu_instead(tmp_path):
+    component = Component("x", File("x.onnx", "", 0), (), (), (), Precision.FP32)
+    with pytest.raises(UserError, match="onnxruntime without CUDA"), CudaEngine(tmp_path, component):
+        pass
+
+
 def test_a_stage_that_there_is_not_is_refused(tmp_path):
     command = [*COMMAND, "--dry-run", "--only", "vea", "-o", tmp_path / "gpu.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -79,13 +100,14 @@ def test_a_stage_that_there_is_not_is_refused(tmp_path):
     assert done.stderr.startswith("gpu_run: stage 'vea' | expected one of rtx, sampler, ")
 
 
-def test_interrupted_it_writes_what_it_has(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ended_early_it_writes_what_it_has(tmp_path, how):
     file = tmp_path / "gpu.json"
     running = subprocess.Popen([*COMMAND, "--dry-run", "-o", file], stdout=subprocess.PIPE, text=True)
     assert running.stdout is not None
     assert running.stdout.readline().startswith("1/7")
     time.sleep(0.5)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(how)
     running.communicate(timeout=60)
     assert running.returncode == 130
     assert [stage["status"] for stage in json.loads(file.read_text())["stages"]] == ["interrupted", *["skipped"] * 6]

@@ -6,7 +6,7 @@ Time does not depend on the values, but power and the check that both compute th
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import onnx_ir as ir
 import torch
@@ -91,11 +91,22 @@ def write_weights(graphs: list[GraphBuilder], weights: Weights, folder: Path) ->
 
 
 def _engine(graph: GraphBuilder, folder: Path, name: str, precision: Precision, device: str) -> OnnxRuntimeEngine:
-    """Raises UserError on a GPU where ONNX Runtime has no CUDA."""
-    import onnxruntime
-
-    if device == "cuda" and CUDA not in onnxruntime.get_available_providers():
-        raise UserError("onnxruntime without CUDA", "onnxruntime-gpu", "pip install 'wan-trt[gpu]'")
     file = File(f"{name}.onnx", "", (folder / f"{name}.onnx").stat().st_size)
     inputs, outputs = graph.edges()
-    return OnnxRuntimeEngine(folder, Component(name, file, (), inputs, outputs, precision))
+    kind = CudaEngine if device == "cuda" else OnnxRuntimeEngine
+    return kind(folder, Component(name, file, (), inputs, outputs, precision))
+
+
+class CudaEngine(OnnxRuntimeEngine):
+    """An engine that is on the GPU or not at all: ONNX Runtime itself goes on with the CPU when CUDA does not start."""
+
+    def __enter__(self) -> Self:
+        import onnxruntime
+
+        if CUDA not in onnxruntime.get_available_providers():
+            raise UserError("onnxruntime without CUDA", "onnxruntime-gpu", "pip install 'wan-trt[gpu]'")
+        super().__enter__()
+        if CUDA not in self._session.get_providers():
+            self._session = None
+            raise UserError("ONNX Runtime could not start CUDA", "the CUDA it was built for", "see its message")
+        return self

@@ -37,6 +37,9 @@ def attempt(setting: Setting) -> Iterator[Measurement]:
         folder = Path(name)
         profile = profile_between(spec, VIDEO, VIDEO)
         component = _graph(spec, folder, setting.seed)
+        if not hasattr(trt.ComputeCapability, target.sm):
+            yield Measurement("compiles for this GPU", note=f"no: TensorRT-RTX has no {target.sm}; tried one for Ada")
+            target = TARGETS["rtx4090"]
         options = EngineOptions(target, (profile,), component.inputs)
         built = build_engine(folder / component.graph.path, folder / "transformer.plan", options)
         yield Measurement("built", built.seconds, "s", f"for {target.sm}, {built.size_bytes / 2**20:.0f} MiB")

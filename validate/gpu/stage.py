@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from math import isfinite
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Self
 
 from wan22.errors import UserError
 
@@ -31,12 +32,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measurement:
-    """``unit`` names what ``value`` counts; a finding without a number has a ``note`` alone."""
+    """``unit`` names what ``value`` counts; a finding without a number has a ``note`` alone, as has NaN."""
 
     what: str
     value: float | None = None
     unit: str = ""
     note: str = ""
+
+    @classmethod
+    def of(cls, what: str, value: float, unit: str = "", note: str = "") -> Self:
+        """Of a value that may be NaN or infinite, which JSON cannot say."""
+        return cls(what, value, unit, note) if isfinite(value) else cls(what, note=f"no number: {value}, {note}")
 
 
 @dataclass(frozen=True)

@@ -150,4 +150,4 @@ def _onnxruntime_beside(
     yield Measurement(name, float(np.median(ours)), "ms", "in turns with PyTorch")
     yield Measurement(f"{name}, speed-up", ratio.median, "x", f"{ratio.p10:.2f} to {ratio.p90:.2f}")
     error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-    yield Measurement(f"{name}, relative L2", error, "", "to PyTorch")
+    yield Measurement.of(f"{name}, relative L2", error, "", "to PyTorch")

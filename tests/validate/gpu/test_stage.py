@@ -37,3 +37,10 @@ def test_a_stage_whose_time_runs_out_is_ended_and_keeps_what_it_told(monkeypatch
     answer = answer_of(monkeypatch, tmp_path, "time.sleep(600)", limit_s=6.0)
     assert (answer.status, answer.measurements) == ("time ran out", [TOLD])
     assert answer.seconds < 60
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_told_in_words(value):
+    found = Measurement.of("relative L2", value, "", "to PyTorch")
+    assert (found.value, found.note) == (None, f"no number: {value}, to PyTorch")
+    assert Measurement.of("relative L2", 0.5) == Measurement("relative L2", 0.5)

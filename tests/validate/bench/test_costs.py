@@ -1,0 +1,69 @@
+"""What pieces cost where engines are a compiler's and hold no graph: the formulas of the model say what graphs do."""
+
+from dataclasses import replace
+
+import pytest
+
+from engines.targets import TARGETS
+from validate.bench.costs import Cost, costs_of, peak_of
+from validate.bench.work import BenchOptions, work_for
+from wan22.bundle import Bundle, open_bundle
+from wan22.specs import TEXT_TOKENS, Precision
+
+
+@pytest.fixture(scope="module")
+def bundle(flow_of):
+    return open_bundle(flow_of("i2v-a14b-tiny").engines, "engines")
+
+
+@pytest.fixture(scope="module")
+def work(bundle):
+    return work_for(bundle, BenchOptions(size=(96, 64), frames=9))
+
+
+def compiled(bundle, precision=Precision.FP32):
+    """The bundle as TensorRT's for an H100 would describe itself."""
+    build = replace(bundle.manifest.build, backend="tensorrt", target="h100")
+    parts = tuple(
+        replace(part, precision=precision) if part.name in bundle.manifest.spec.experts else part
+        for part in bundle.manifest.components
+    )
+    return Bundle(bundle.folder, replace(bundle.manifest, build=build, components=parts))
+
+
+def test_formulas_and_graphs_agree(flow_of, bundle, work):
+    exported = open_bundle(flow_of("i2v-a14b-tiny").bundle, "graphs")
+    graphs = Bundle(exported.folder, replace(exported.manifest, build=bundle.manifest.build))
+    of_graphs, of_spec = costs_of(work, graphs), costs_of(work, compiled(bundle))
+    assert {cost.source for cost in of_graphs.values()} == {"graph"}
+    assert {cost.source for cost in of_spec.values()} == {"spec"}
+    for piece in ("text_encoder", "vae_encoder", "vae_decoder"):
+        assert of_spec[piece].total_flop == of_graphs[piece].total_flop
+    for expert in ("high_noise", "low_noise"):
+        assert of_graphs[expert].total_flop - of_spec[expert].total_flop == embeddings_and_head(work)
+
+
+def embeddings_and_head(work):
+    """Of a forward, what the formula leaves out: under a thousandth in a model of real size."""
+    dit, patch = work.spec.dit, 4
+    text = TEXT_TOKENS * (dit.text_width + dit.width)
+    time = dit.freq_width + dit.width + 6 * dit.width
+    return 2 * dit.width * (text + time + work.tokens * patch * (dit.in_channels + dit.out_channels))
+
+
+@pytest.mark.parametrize(
+    ("precision", "types"),
+    [
+        (Precision.BF16, {Precision.BF16}),
+        (Precision.FP8, {Precision.FP8, Precision.BF16}),
+        (Precision.FP8_ATTN, {Precision.FP8_ATTN}),
+    ],
+)
+def test_each_type_is_held_to_its_own_peak(bundle, work, precision, types):
+    plans = compiled(bundle, precision)
+    cost, peak = costs_of(work, plans)["high_noise"], peak_of(plans)
+    assert set(cost.flop) == types
+    assert cost.total_flop == costs_of(work, compiled(bundle))["high_noise"].total_flop
+    at_peak = sum(flop / (TARGETS["h100"].peak_tflops(p) * 1e12) for p, flop in cost.flop.items())
+    assert Cost(cost.flop, 0.0).roofline_s(peak) == pytest.approx(at_peak)
+    assert cost.roofline_s(peak) == pytest.approx(max(at_peak, cost.bytes / (TARGETS["h100"].bandwidth_gb_s * 1e9)))
