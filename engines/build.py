@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.cpu.passes import fit_transformer
+from engines.cpu.passes import fit_decoder, fit_transformer
 from engines.external_build import ExternalBuild
 from engines.profiles import profile_between, profiles_for
 from engines.style_cost import per_block
@@ -153,14 +153,18 @@ def _load_onnxruntime(source: Bundle, folder: Path, progress: Progress) -> _Comp
 
 
 def _for_cpu(source: Bundle, component: Component, folder: Path) -> Component:
-    """The component with a transformer fitted to CPU kernels; the fused ones have no 16-bit form there."""
+    """The component fitted to CPU kernels where there are passes for it; the fused ones have no 16-bit form there."""
     spec, path = source.manifest.spec, folder / component.graph.path
-    if component.name not in spec.experts or component.precision != Precision.FP32:
+    is_transformer, is_decoder = component.name in spec.experts, component.name.startswith("vae_decoder")
+    if component.precision != Precision.FP32 or not (is_transformer or is_decoder):
         return component
     import onnx_ir as ir
 
     model = ir.load(path)
-    fit_transformer(model, spec.dit)
+    if is_transformer:
+        fit_transformer(model, spec.dit)
+    else:
+        fit_decoder(model)
     ir.save(model, path)
     return replace(component, graph=file_entry(folder, path))
 

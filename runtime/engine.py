@@ -1,6 +1,9 @@
 """An engine stands where the module stood: ``velocity = engine(latents=..., time_features=..., ...)``.
 
 Every backend checks names, types and shapes here before it touches a device.
+
+An output ``next_x`` beside an input ``x`` is state on its way to the next call. A call uses up the state that it is
+given: afterwards the array may hold the next state. Who needs it as it was keeps a copy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +16,7 @@ from wan22.bundle import Tensor
 from wan22.shapes import Profile, fitting_profile, sizes_of
 
 Arrays = np.ndarray | tuple[np.ndarray, ...]
+NEXT = "next_"  # begins the names of outputs that are state
 
 
 class Engine(Protocol):

@@ -4,20 +4,32 @@ Three settings keep memory low. Nodes run in the order of the graph: ONNX Runtim
 and leaves the slices that become a VAE's caches to the end, each with a whole video behind it. Planned memory is off:
 the plan is one block beside what the first call already took. Outputs go straight into arrays of the caller, where
 ``run`` would hold them twice. Together they halve the peak of a VAE and take a third off that of a transformer.
+
+State is written where it was read: a VAE's caches outweigh all else in it, and of them there is one set, never two. The
+exported graphs allow it: a new cache is made of the only value that is made of the old one. All engines of a process
+work in one arena, since one runs at a time; it begins as one large region, of which only what is used is ever resident,
+so that tensors of many sizes find room behind each other. It stays when engines are closed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from runtime.engine import Arrays, check_inputs
-from wan22.bundle import Component
+from runtime.engine import NEXT, Arrays, check_inputs
+from wan22.bundle import Component, Tensor
 from wan22.shapes import Profile, shape_of, sizes_of
 
 PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")  # the first comes with onnxruntime-gpu
+ARENA = {
+    "max_mem": 0,  # as much as there is
+    "arena_extend_strategy": 0,  # in powers of two
+    "initial_chunk_size_bytes": 2**28,  # a larger one costs a 32nd of itself
+    "max_dead_bytes_per_chunk": 2**20,
+}
 
 
 class OnnxRuntimeEngine:
@@ -41,6 +53,8 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3  # warnings about fusions that did not apply are of no use to a user
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.enable_mem_pattern = False
+        _make_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
         there = onnxruntime.get_available_providers()
         usable = [provider for provider in self._providers if provider in there]
         self._session = onnxruntime.InferenceSession(self._path, options, providers=usable)
@@ -54,8 +68,8 @@ class OnnxRuntimeEngine:
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         check_inputs(self.name, self.inputs, inputs, self._profiles)
         sizes = sizes_of(self.inputs, {key: array.shape for key, array in inputs.items()})
-        results = tuple(np.empty(shape_of(tensor, sizes), tensor.dtype) for tensor in self.outputs)
         entering = {key: np.ascontiguousarray(array) for key, array in inputs.items()}  # alive until the run is over
+        results = tuple(_room(tensor, shape_of(tensor, sizes), entering) for tensor in self.outputs)
         binding = self._session.io_binding()
         for key, array in entering.items():
             binding.bind_input(key, *_place(array))
@@ -63,6 +77,27 @@ class OnnxRuntimeEngine:
             binding.bind_output(tensor.name, *_place(array))
         self._session.run_with_iobinding(binding)
         return results[0] if len(results) == 1 else results
+
+
+@cache
+def _make_arena() -> None:
+    """Once in a process."""
+    import onnxruntime
+
+    kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    memory = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(ARENA))
+
+
+def _room(tensor: Tensor, shape: tuple[int, ...], entering: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Where an output goes: over the state that it follows, or into memory of its own.
+
+    State that lies in memory of someone else's is left as it is.
+    """
+    before = entering.get(tensor.name.removeprefix(NEXT)) if tensor.name.startswith(NEXT) else None
+    if before is None or before.shape != shape or not (before.flags.owndata and before.flags.writeable):
+        return np.empty(shape, tensor.dtype)
+    return before
 
 
 def _place(array: np.ndarray) -> tuple[str, int, type, tuple[int, ...], int]:

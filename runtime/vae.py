@@ -1,17 +1,18 @@
 """The streaming VAE: one latent frame or four pixel frames at a time, memory in explicit caches (wan22.md §4.5).
 
 The first chunk has a graph of its own, which takes no caches; every later chunk takes those that the one before it
-left. Only one set of caches is alive beside the set being written: at 720p one set is 8.7 GB in float32.
+left. At most one set of caches is alive beside the set being written, and where an engine writes the new set over the
+old one, none: at 720p one set is 8.7 GB in float32.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from runtime.arrays import F32, array_namespace
-from runtime.engine import Engine
+from runtime.engine import NEXT, Engine
 from wan22.progress import Progress, silent
 
-CACHE, NEXT = "cache_", "next_"
+CACHE = "cache_"
 CHUNK_FRAMES = 4  # pixel frames per latent frame, except for the first, which is one frame
 
 

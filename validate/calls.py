@@ -48,9 +48,10 @@ class RecordedEngine(BorrowedEngine):
         self.inputs, self.outputs = engine.inputs, engine.outputs
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
+        given = {name: array.copy() for name, array in inputs.items()}  # the call uses up state
         answer = self._engine(**inputs)
         arrays = answer if isinstance(answer, tuple) else (answer,)
-        self._record(self._name, inputs, {t.name: array for t, array in zip(self.outputs, arrays, strict=True)})
+        self._record(self._name, given, {t.name: array for t, array in zip(self.outputs, arrays, strict=True)})
         return answer
 
 

@@ -1,1 +1,1 @@
-"""Graph passes for target cpu: what ONNX Runtime has one kernel for becomes one operator. Transformers in fp32 only."""
+"""Graph passes for target cpu: what ONNX Runtime has one kernel for becomes one operator. In fp32 only."""

@@ -6,9 +6,10 @@ takes no addend for a column unless it is stored for every token, hence every he
 1, and of k one that is ``log n`` in the last row and 0 in the others.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engines.cpu.match import constant, shape_constant
+from engines.cpu.writer import Writer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,7 +40,7 @@ def _shorten(graph: "ir.Graph", text: "ir.Value", heads: int) -> "ir.Value":
 
     rows = (text.shape or ir.Shape([])).numpy()[1]
     readers = list(text.uses())
-    add = _Writer(graph, graph[0])
+    add = Writer(graph, graph[0])
     zero, one, all_rows, batch, width = (add.integers(n) for n in (0, 1, rows, 1, 2))
     empty = add("Equal", add("ReduceL1", text, width, keepdims=0), constant(graph, "padding/nothing", np.float32(0)))
     numbers = constant(graph, "padding/numbers", np.arange(1, rows + 1)[None])
@@ -61,7 +62,7 @@ def _widen(
     import numpy as np
 
     heads, head_width = split
-    add = _Writer(graph, attention)
+    add = Writer(graph, attention)
     by_head = add("Reshape", attention.inputs[index], shape_constant(graph, [1, -1, heads, head_width]))
     if channel is None:
         behind = constant(graph, "padding/behind", np.array([0] * 7 + [1]))  # one element after the last axis
@@ -69,20 +70,3 @@ def _widen(
     else:
         wide = add("Concat", by_head, channel, axis=-1)
     attention.replace_input_with(index, add("Reshape", wide, shape_constant(graph, [1, -1, heads * (head_width + 1)])))
-
-
-class _Writer:
-    """Adds nodes before ``place``."""
-
-    def __init__(self, graph: "ir.Graph", place: "ir.Node") -> None:
-        self._graph, self._place = graph, place
-
-    def __call__(self, kind: str, *inputs: "ir.Value | None", **attributes: Any) -> "ir.Value":
-        import onnx_ir as ir
-
-        node = ir.node(kind, list(inputs), attributes)
-        self._graph.insert_before(self._place, node)
-        return node.outputs[0]
-
-    def integers(self, value: int) -> "ir.Value":
-        return shape_constant(self._graph, [value])

@@ -1,4 +1,4 @@
-"""The passes for a transformer in the order in which they find each other's results."""
+"""The passes for each part of a model, in the order in which they find each other's results."""
 
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from engines.cpu.padding import merge_padding
 from engines.cpu.rms_norm import fuse_rms_norms
 from engines.cpu.rotary import separate_rotated
 from engines.cpu.short_text import project_short_text
+from engines.cpu.upsampling import convolve_before_doubling
 from wan22.specs import DitSpec
 
 if TYPE_CHECKING:
@@ -29,3 +30,8 @@ def fit_transformer(model: "ir.Model", spec: DitSpec) -> None:
     separate_biases(model)
     if spec.time_rows == 1:
         chunk_tokens(model, spec.width)
+
+
+def fit_decoder(model: "ir.Model") -> None:
+    """Rewrites an fp32 graph of the VAE's decoder for ONNX Runtime's CPU kernels, in place."""
+    convolve_before_doubling(model)

@@ -79,6 +79,18 @@ def test_edges_are_named_and_sized_as_the_contract_says(model, half, first):
         assert tensor.dims == (1, cache.channels, cache.frames, f"{prefix}height", f"{prefix}width")
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("half", HALVES)
+def test_a_new_cache_is_made_of_the_only_value_that_is_made_of_the_old_one(model, half):
+    """So it can be written where the old one lies."""
+    made = graph(model, half, False).graph
+    readers = {value.name: [use.node for use in value.uses()] for value in made.inputs if value.name != "latents"}
+    for value in made.outputs[1:]:
+        joined = value.producer().inputs[0].producer()
+        assert value.producer().op_type == "Slice"
+        assert readers[value.name.removeprefix("next_")] == [joined]
+
+
 @pytest.mark.parametrize("spec", [T2V_A14B.vae, TI2V_5B.vae], ids=["2.1", "2.2"])
 @pytest.mark.parametrize("half", HALVES)
 def test_both_graphs_declare_the_checkpoint_s_tensors(spec, half):

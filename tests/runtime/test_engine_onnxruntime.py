@@ -1,10 +1,14 @@
 """ONNX Runtime runs on what is there, CUDA before CPU."""
 
+import tracemalloc
+from contextlib import ExitStack
+
 import numpy as np
 import onnxruntime
 import pytest
 
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
+from runtime.vae import decode
 from wan22.bundle import open_bundle
 
 
@@ -40,3 +44,54 @@ def test_results_are_the_callers_own_and_inputs_may_be_views(tiny_engines):
     assert np.array_equal(first, kept)
     assert np.array_equal(column, again)
     assert not np.array_equal(first, again)
+
+
+@pytest.fixture
+def decoder(tiny_engines):
+    """The engines of the first chunk and of later ones."""
+    bundle = open_bundle(tiny_engines, "engines")
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(OnnxRuntimeEngine(tiny_engines, bundle.component(f"vae_decoder_{part}")))
+            for part in ("first", "next")
+        ]
+
+
+def latents(frames, side=4):
+    return np.random.default_rng(0).standard_normal((1, 16, frames, side, side), dtype=np.float32)
+
+
+def state(first):
+    _, *caches = first(latents=latents(1))
+    return {f"cache_{index:02d}": array for index, array in enumerate(caches)}
+
+
+def test_new_state_lies_where_the_old_one_was(decoder):
+    first, later = decoder
+    caches = state(first)
+    _, *following = later(latents=latents(1), **caches)
+    assert all(new is old for new, old in zip(following, caches.values(), strict=True))
+
+
+def test_state_in_memory_of_others_stays_as_it_is_and_the_results_are_the_same(decoder):
+    first, later = decoder
+    caches = state(first)
+    borrowed = {name: array.copy()[:] for name, array in caches.items()}  # views, which own nothing
+    before = {name: array.copy() for name, array in borrowed.items()}
+    frames, *following = later(latents=latents(1), **borrowed)
+    assert all(np.array_equal(borrowed[name], before[name]) for name in borrowed)
+    again, *in_place = later(latents=latents(1), **caches)
+    assert np.array_equal(again, frames)
+    assert all(np.array_equal(a, b) for a, b in zip(following, in_place, strict=True))
+
+
+def test_a_decode_holds_one_set_of_caches(decoder):
+    set_bytes = sum(array.nbytes for array in decoder[0](latents=latents(1, side=16))[1:])
+    tracemalloc.start()
+    try:
+        for _ in decode(*decoder, latents(3, side=16)):
+            pass
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert set_bytes < peak_bytes < 1.5 * set_bytes

@@ -38,6 +38,16 @@ def test_every_engine_that_was_called_has_its_files(calls, tiny_engines):
     assert {path.name for path in calls.iterdir()} == expected
 
 
+def test_state_is_kept_as_the_call_was_given_it(calls):
+    """The call itself uses it up."""
+    from polygraphy.comparator import RunResults
+    from polygraphy.json import load_json
+
+    (given,) = load_json(str(calls / "vae_decoder_next.inputs.json"))
+    made = RunResults.load(str(calls / "vae_decoder_first.outputs.json"))["wan-trt"][0]
+    assert all(np.array_equal(given[name], made[f"next_{name}"]) for name in given if name.startswith("cache_"))
+
+
 def test_polygraphy_runs_the_graph_on_them_and_agrees(calls, tiny_bundle):
     result = polygraphy_run(tiny_bundle / "low_noise.onnx", calls)
     assert result.returncode == 0, result.stdout + result.stderr
