@@ -19,8 +19,8 @@ KEPT = TOKENS + 1  # rows of text: the prompt's, and one for the padding
 SIZES = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH, "rows": 15, "columns": 26, "tokens": TOKENS}
 
 
-def count(engines, kept):
-    bundle = open_bundle(engines, "engines")
+def count(folder, kept, kind="engines"):
+    bundle = open_bundle(folder, kind)
     return {
         component.name: graph_flops(
             bundle.folder / component.graph.path, {t.name: shape_of(t, SIZES) for t in component.inputs}, kept
@@ -77,6 +77,13 @@ def test_a_vae_of_real_size_is_its_formula(tmp_path, spec, half, make):
         graph.bind(dict.fromkeys(graph.weights, Placed("weights.bin", 0, 0)), tmp_path)
         graph.save(path)
         assert graph_flops(path, {t.name: shape_of(t, SIZES) for t in graph.edges()[0]}).total == formula
+
+
+def test_a_cpu_leaves_out_five_ninths_of_the_convolutions_of_doubled_pixels(counted, tiny_bundle):
+    (fitted, spec), (plain, _) = counted, count(tiny_bundle, None, "graphs")
+    stages = zip(spec.vae.decoder_widths[1:4], (2, 4, 4), (2, 4, 8), strict=True)
+    doubled = [9 * c * c * frames * HEIGHT * WIDTH * scale**2 for c, frames, scale in stages]
+    assert plain["vae_decoder_next"].total - fitted["vae_decoder_next"].total == sum(doubled) * 5 / 9
 
 
 def graph_of(path, *nodes, weights=()):
