@@ -99,10 +99,10 @@ class TorchSide:
 
     def _part(self, name: str) -> Any:
         if name not in self._parts:
-            module = load_part(self._checkpoint, name, self._progress).to(self.device)
-            dtype = self._dtype(name)
+            module, dtype = load_part(self._checkpoint, name, self._progress), self._dtype(name)
             if dtype != torch.float32:
-                lower(module, dtype)
+                lower(module, dtype)  # before it goes to a GPU, which may not hold it in float32
+            module = module.to(self.device)
             self._parts[name] = _compiled(module, name) if self._compiled else module
         return self._parts[name]
 
