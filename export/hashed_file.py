@@ -1,9 +1,7 @@
 """A file that is hashed while it is written, and written past the system's cache.
 
-A write through the cache copies every byte, and once memory is full of other files it also has to find pages to give
-up: at a gigabyte in a second that is most of a core, which converting and hashing need. So the file is filled in a few
-buffers of whole disk blocks that go to the disk as they are, by one thread, while another hashes them and the caller
-fills the next. Where the file system knows no such writes, the same writes go through the cache.
+It is filled in a few buffers of whole disk blocks that go to the disk as they are, by one thread, while another hashes
+them and the caller fills the next.
 """
 
 import hashlib
@@ -12,23 +10,19 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import cycle
-from mmap import MADV_HUGEPAGE, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from export.past_cache import BLOCK_BYTES, Bytes, aligned, blocks_of, opened
 from wan22.bundle import File
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
 BUFFERS, BUFFER_BYTES = 4, 2**24
-BLOCK_BYTES = 4096  # of the disk: what is written past the cache begins and ends at multiples of it, in memory too
 HOLE_BYTES = 2**18  # so many zeros, and no fewer, take no space on the disk
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +40,10 @@ class HashedFile:
 
     def __init__(self, path: Path, begun: int = 0, digest: "_Hash | None" = None) -> None:
         self._path, self._digest = path, digest or hashlib.sha256()
-        self._file = _opened(path, begun)
+        self._file = opened(path, os.O_WRONLY | os.O_CREAT)
+        os.ftruncate(self._file, begun)
         self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._all = [_Buffer(_aligned()) for _ in range(BUFFERS)]
+        self._all = [_Buffer(aligned(BUFFER_BYTES)) for _ in range(BUFFERS)]
         self._next = cycle(self._all)
         self._buffer = next(self._next)
         self._start = begun // BLOCK_BYTES * BLOCK_BYTES  # of the buffer, in the file
@@ -85,7 +80,7 @@ class HashedFile:
 
     def _flush(self) -> None:
         """Sends the buffer off; a block that is not full yet is the first of the next buffer too."""
-        whole = -(-self._filled // BLOCK_BYTES) * BLOCK_BYTES
+        whole = blocks_of(self._filled)
         begun = self._filled % BLOCK_BYTES
         full, self._buffer = self._buffer, next(self._next)
         self._buffer.wait()
@@ -95,23 +90,6 @@ class HashedFile:
         full.busy.append(self._writer.submit(_write, self._file, full.data[:whole], self._start))
         self._start += self._filled - begun
         self._filled = self._hashed = begun
-
-
-def _aligned() -> Bytes:
-    memory = mmap(-1, BUFFER_BYTES)
-    memory.madvise(MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
-
-
-def _opened(path: Path, begun: int) -> int:
-    """A descriptor of ``path``, cut off after ``begun`` bytes."""
-    flags = os.O_WRONLY | os.O_CREAT
-    try:
-        file = os.open(path, flags | os.O_DIRECT, 0o666)
-    except OSError:  # a file system without direct writes says so here, whatever else is wrong is told again
-        file = os.open(path, flags, 0o666)
-    os.ftruncate(file, begun)
-    return file
 
 
 def _read(path: Path, start: int, end: int) -> Bytes:

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from export.past_cache import read_past
 from wan22.errors import UserError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -42,32 +43,17 @@ class Stored:
 
     def read(self) -> Array:
         """The whole tensor, in memory of its own."""
-        result = np.empty(prod(self.shape), self.dtype)
-        self._fill(result.view(np.uint8))
-        return result.reshape(self.shape)
+        return self._elements(0, self.size_bytes).reshape(self.shape)
 
     def pieces(self) -> Iterator[Array]:
         """The elements in order, flat, at most ``PIECE_BYTES`` at a time, each piece in memory of its own."""
         for start in range(0, self.size_bytes, PIECE_BYTES):
-            piece = np.empty(min(PIECE_BYTES, self.size_bytes - start), np.uint8)
-            self._fill(piece, start)
-            yield piece.view(self.dtype)
+            yield self._elements(start, min(PIECE_BYTES, self.size_bytes - start))
 
-    def _fill(self, target: npt.NDArray[np.uint8], start: int = 0) -> None:
-        """Reads into ``target`` what begins ``start`` bytes into the tensor.
-
-        Not mapped, because what is mapped counts as memory used; and the system is told to forget what was read, or
-        126 GB of checkpoint would push everything else out of its cache.
-        """
-        place, done = self.offset + start, 0
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(place)
-            while done < len(target):
-                count = file.readinto(target[done : done + PIECE_BYTES].data)
-                if not count:
-                    raise EOFError(f"{self.path} ends after {place + done} bytes")
-                os.posix_fadvise(file.fileno(), place + done, count, os.POSIX_FADV_DONTNEED)
-                done += count
+    def _elements(self, start: int, size_bytes: int) -> Array:
+        """What begins ``start`` bytes into the tensor."""
+        found = read_past(self.path, self.offset + start, size_bytes).view(self.dtype)
+        return found if found.flags.aligned else found.copy()
 
 
 @dataclass(frozen=True)

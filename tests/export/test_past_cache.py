@@ -1,0 +1,68 @@
+"""What is read past the cache is what stands in the file, and memory is used again only when nobody looks at it."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from export import past_cache
+from export.past_cache import BLOCK_BYTES, aligned, read_past
+
+SIZE = 5 * 2**20 + 123
+
+
+@pytest.fixture(scope="module")
+def data():
+    return np.random.default_rng(0).integers(0, 256, SIZE, np.uint8)
+
+
+@pytest.fixture
+def file(tmp_path, data):
+    (tmp_path / "f").write_bytes(data.tobytes())
+    return tmp_path / "f"
+
+
+@pytest.mark.parametrize(
+    ("place", "count"),
+    [(0, SIZE), (0, 4), (7, 2**20), (BLOCK_BYTES, 2**21), (BLOCK_BYTES - 1, 2**22 + 2), (SIZE - 3, 3)],
+)
+def test_any_stretch_is_what_the_file_holds(file, data, place, count):
+    assert np.array_equal(read_past(file, place, count), data[place : place + count])
+
+
+def test_a_file_system_that_cannot_gives_the_same(file, data, monkeypatch):
+    def opened(path, flags, mode=0o777, original=os.open):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return original(path, flags, mode)
+
+    monkeypatch.setattr(past_cache.os, "open", opened)
+    assert np.array_equal(read_past(file, 5, SIZE - 5), data[5:])
+
+
+@pytest.mark.parametrize("count", [4, 2**22])
+def test_a_file_that_ends_too_early_is_told(file, count):
+    with pytest.raises(EOFError, match="ends after"):
+        read_past(file, SIZE - 2, count)
+
+
+def test_memory_is_used_again_when_its_last_view_is_gone(monkeypatch):
+    monkeypatch.setattr(past_cache, "_kept", [])
+    first = aligned(2**21)
+    address, view = first.ctypes.data, first[100:200].view(np.float32).reshape(5, 5)
+    del first
+    other = aligned(2**21)
+    assert other.ctypes.data != address
+    del view
+    again = aligned(2**21 - BLOCK_BYTES)
+    assert again.ctypes.data == address
+    assert address % BLOCK_BYTES == 0
+
+
+def test_little_memory_is_kept(monkeypatch):
+    monkeypatch.setattr(past_cache, "_kept", [])
+    monkeypatch.setattr(past_cache, "KEPT_BYTES", 2**22)
+    lent = [aligned(2**21) for _ in range(5)] + [aligned(4096)]
+    lent.clear()
+    assert [len(memory) for memory in past_cache._kept] == [2**21, 2**21]
