@@ -157,7 +157,10 @@ def _scan(
     results = {value: _before_reshapes(value, inside) for value in leaving}
     for result in results.values():
         result.type = ir.TensorType(ir.DataType.FLOAT)
-    body = ir.Graph([*chunks.values()], [*dict.fromkeys(results.values())], nodes=nodes, name=name)
+    # What is only reshaped enters and leaves as it was: a Scan has no result that its body did not make.
+    entered = {chunk: value for value, chunk in chunks.items()}
+    body_outputs = [result for result in dict.fromkeys(results.values()) if result not in entered]
+    body = ir.Graph([*chunks.values()], body_outputs, nodes=nodes, name=name)
     scan = ir.node(
         "Scan",
         [_split(graph, value, layouts[value], rows) for value in entering],
@@ -166,7 +169,7 @@ def _scan(
         name=f"{name}/scan",
     )
     graph.append(scan)
-    whole = dict(zip(body.outputs, scan.outputs, strict=True))
+    whole = dict(zip(body.outputs, scan.outputs, strict=True)) | entered
     for value, result in results.items():
         joined = ir.node(
             "Reshape", [whole[result], shape_constant(graph, [*layouts[value]])], name=f"{value.name}/whole"

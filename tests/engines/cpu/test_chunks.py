@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from engines.cpu import chunks
@@ -49,3 +50,19 @@ def test_weights_stay_in_the_graph_outside(whole):
     chunk_tokens(whole, SPEC.width)
     assert before <= set(whole.graph.initializers)
     assert not [graph.name for graph in whole.graph.subgraphs() if graph.initializers]
+
+
+def after(node, op_type):
+    made_by = node.inputs[0].producer()
+    return made_by is not None and made_by.op_type == op_type
+
+
+def test_rows_that_chunks_only_reshape_may_be_read_elsewhere_too(whole):
+    read = next(n for n in whole.graph if n.op_type == "Reshape" and after(n, "MultiHeadAttention"))
+    elsewhere = ir.node("ReduceMax", [read.outputs[0]], {"keepdims": 0})
+    elsewhere.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    whole.graph.append(elsewhere)
+    whole.graph.outputs.insert(0, elsewhere.outputs[0])
+    expected = run(whole, inputs(SPEC))
+    chunk_tokens(whole, SPEC.width)
+    assert run(whole, inputs(SPEC)) == expected
