@@ -143,47 +143,65 @@ def _scan(
     import onnx_ir as ir
 
     inside = set(nodes) | {inner for node in nodes for branch in _branches(node) for inner in branch}
-    used = dict.fromkeys(value for node in nodes for value in node.inputs)
-    entering = [value for value in used if value and value in layouts and value.producer() not in inside]
     made = [node.outputs[0] for node in nodes]
     leaving = [value for value in made if any(use.node not in inside for use in value.uses())]
     graph.remove(nodes)
-    chunks = {value: _chunk(f"{name}/in_{n}") for n, value in enumerate(entering)}
+    chunks = _entering(nodes, inside, layouts, name)
+    # A Reshape would be copied into the result of the Scan: what it reads leaves in its place. What is only reshaped
+    # enters and leaves as it was: a Scan has no result that its body did not make.
+    results = {value: _before_reshapes(value, inside) for value in leaving}
+    whole = {chunk: value for value, chunk in chunks.items()}
+    outputs = [result for result in dict.fromkeys(results.values()) if result not in whole]
+    for output in outputs:
+        output.type = ir.TensorType(ir.DataType.FLOAT)
+    scan = ir.node(
+        "Scan",
+        [_split(graph, value, layouts[value], rows) for value in chunks],
+        {"body": ir.Graph([*chunks.values()], outputs, nodes=nodes, name=name), "num_scan_inputs": len(chunks)},
+        num_outputs=len(outputs),
+        name=f"{name}/scan",
+    )
+    graph.append(scan)
+    whole |= dict(zip(outputs, scan.outputs, strict=True))
+    for value, result in results.items():
+        _join(graph, value, whole[result], inside, layouts)
+
+
+def _entering(
+    nodes: "list[ir.Node]", inside: "set[ir.Node]", layouts: "dict[ir.Value | None, Layout]", name: str
+) -> "dict[ir.Value, ir.Value]":
+    """What ``nodes`` read of the tokens outside, and the chunk of it that they read from now on."""
+    import onnx_ir as ir
+
+    used = dict.fromkeys(value for node in nodes for value in node.inputs)
+    entering = [value for value in used if value and value in layouts and value.producer() not in inside]
+    chunks = {
+        value: ir.Value(name=f"{name}/in_{n}", type=ir.TensorType(ir.DataType.FLOAT))
+        for n, value in enumerate(entering)
+    }
     for node in nodes:
         for index, value in enumerate(node.inputs):
             if value in chunks:
                 node.replace_input_with(index, chunks[value])
-    # A Reshape would be copied into the result of the Scan: what it reads leaves in its place.
-    results = {value: _before_reshapes(value, inside) for value in leaving}
-    for result in results.values():
-        result.type = ir.TensorType(ir.DataType.FLOAT)
-    # What is only reshaped enters and leaves as it was: a Scan has no result that its body did not make.
-    entered = {chunk: value for value, chunk in chunks.items()}
-    body_outputs = [result for result in dict.fromkeys(results.values()) if result not in entered]
-    body = ir.Graph([*chunks.values()], body_outputs, nodes=nodes, name=name)
-    scan = ir.node(
-        "Scan",
-        [_split(graph, value, layouts[value], rows) for value in entering],
-        {"body": body, "num_scan_inputs": len(entering)},
-        num_outputs=len(body.outputs),
-        name=f"{name}/scan",
-    )
-    graph.append(scan)
-    whole = dict(zip(body.outputs, scan.outputs, strict=True)) | entered
-    for value, result in results.items():
-        joined = ir.node(
-            "Reshape", [whole[result], shape_constant(graph, [*layouts[value]])], name=f"{value.name}/whole"
-        )
-        graph.append(joined)
-        layouts[joined.outputs[0]] = layouts[value]
-        for use in [use for use in value.uses() if use.node not in inside]:
-            use.node.replace_input_with(use.idx, joined.outputs[0])
+    return chunks
 
 
-def _chunk(name: str) -> "ir.Value":
+def _join(
+    graph: "ir.Graph",
+    value: "ir.Value",
+    chunks: "ir.Value",
+    inside: "set[ir.Node]",
+    layouts: "dict[ir.Value | None, Layout]",
+) -> None:
+    """Lets all who read ``value`` outside read ``chunks`` in its layout."""
     import onnx_ir as ir
 
-    return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
+    shape = shape_constant(graph, [*layouts[value]])
+    joined = ir.node("Reshape", [chunks, shape], name=f"{value.name}/whole")
+    graph.append(joined)
+    layouts[joined.outputs[0]] = layouts[value]
+    for use in [use for use in value.uses() if use.node not in inside]:
+        use.node.replace_input_with(use.idx, joined.outputs[0])
 
 
 def _before_reshapes(value: "ir.Value", inside: "set[ir.Node]") -> "ir.Value":
