@@ -53,6 +53,30 @@ def test_a_file_of_other_figures_is_not_written_over(tmp_path, content, told):
     assert told in result.stderr
 
 
+def test_a_case_that_is_none_is_refused_before_anything_is_written(tmp_path):
+    result, _ = scaled(tmp_path, "--case", "fp4")
+    assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
+    assert "--case 'fp4'" in result.stderr
+
+
+def test_figures_that_cannot_be_written_are_told_in_one_line(tmp_path):
+    (tmp_path / "s.json").mkdir()
+    result, _ = scaled(tmp_path, "--only", "graph")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_the_user_in_the_same_place_stays(tmp_path):
+    theirs = tmp_path / "s" / "checkpoint" / "weights"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("theirs")
+    told, _ = scaled(tmp_path, "--only", "memory", "--case", "fp16")
+    assert told.exit_code == 0, told.output
+    assert [path for path in (tmp_path / "s").rglob("*") if path.is_file()] == [theirs]
+    assert theirs.read_text() == "theirs"
+
+
 @pytest.mark.slow
 def test_a_build_tells_time_memory_and_size_and_leaves_nothing(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")

@@ -7,9 +7,11 @@ beside ``cp`` on the same disk. A part that is measured alone joins what the fil
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,7 +40,7 @@ class Part(StrEnum):
 
 def run(
     model: Annotated[str, typer.Argument(help="The model whose export is measured.")] = "t2v-a14b",
-    folder: Annotated[Path, typer.Option(help="An empty place on the disk to measure.")] = Path("scale"),
+    folder: Annotated[Path, typer.Option(help="A place on the disk to measure.")] = Path("scale"),
     only: Annotated[
         list[Part] | None, typer.Option(help="This part alone; repeatable. All but builds if not given.")
     ] = None,
@@ -53,11 +55,13 @@ def run(
     """Measure export and build at full size: throughput beside cp, peak memory, time to write a graph."""
     spec = spec_named(model)
     parts = {*(only or set(Part) - {Part.BUILDS}), *({Part.BUILDS} if builds else ())}
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_case(case)
     figures = _earlier(output, spec)
-    for name, found in _measured(parts, case, spec, folder, (layers, repeats)):
-        figures[name] = found if isinstance(found, float) else _joined(figures.get(name, []), found)
-        output.write_text(json.dumps(figures, indent=2) + "\n")
+    _write(figures, output)  # before the long work, so that a place that cannot be written is told now
+    with _own_folder(folder) as place:
+        for name, found in _measured(parts, case, spec, place, (layers, repeats)):
+            figures[name] = found if isinstance(found, float) else _joined(figures.get(name, []), found)
+            _write(figures, output)
     for table in _tables(figures):
         console.print(table)
     if "graph_seconds" in figures:
@@ -85,6 +89,31 @@ def _measured(
         if case in build.name:
             console.print(f"build of {build.name}")
             yield "builds", [measured_build(build, folder)]
+
+
+def _check_case(case: str) -> None:
+    names = [*(export.name for export in CASES), *(build.name for build in BUILDS)]
+    if not any(case in name for name in names):
+        raise UserError(f"--case {case!r}", f"part of {'; '.join(names)}", "name one of them")
+
+
+@contextmanager
+def _own_folder(folder: Path) -> Iterator[Path]:
+    """A new folder inside ``folder``, removed at the end with all that was made in it, and nothing else."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        made = TemporaryDirectory(prefix="wan-trt-scale-", dir=folder)
+    except OSError as error:
+        found = f"cannot write to {folder}: {error.strerror}"
+        raise UserError(found, "a writable folder with free space", "name another with --folder") from None
+    with made as name:
+        yield Path(name)
+
+
+def _write(figures: Figures, output: Path) -> None:
+    from validate.files import write_files
+
+    write_files(output.parent, {output.name: json.dumps(figures, indent=2).encode() + b"\n"})
 
 
 def _earlier(output: Path, spec: ModelSpec) -> Figures:
