@@ -8,6 +8,7 @@ files of the true size whose data is holes, to try the handling of 130 GB on a l
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from export.synth_tokenizer import write_tokenizer
 from export.synth_weights import PIECE_ELEMENTS, pieces
 from export.tensor_file import BFLOAT16, Pieces, Planned
 from export.torch_file import write_torch
-from wan22.bundle import staged
+from wan22.bundle import check_disk, staged
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.specs import TEXT_TOKENS, ModelSpec, Task
@@ -56,16 +57,35 @@ def synthesise(
     ``half`` stores the transformers in bfloat16, as converted checkpoints have them.
 
     Raises:
-        UserError: the folder exists or cannot be written.
+        UserError: the folder exists or cannot be written, or its disk is too small.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists", "a new folder", "choose another")
+    check_disk(folder, 0 if sparse else weights_bytes(spec, half=half))
     source = _Source(spec, seed, sparse, half, progress)
     with staged(folder) as temporary:
         if layout == "official":
             _write_official(temporary, source)
         else:
             _write_diffusers(temporary, source)
+
+
+def weights_bytes(spec: ModelSpec, *, half: bool = False) -> int:
+    """Bytes of all tensors of a checkpoint; what else is in one, and heads of files, is a few MB."""
+    return sum(
+        _dtype(part, half=half).itemsize * prod(shape)
+        for part in _parts(spec)
+        for shape in part_tensors(part, spec).values()
+    )
+
+
+def _parts(spec: ModelSpec) -> tuple[str, ...]:
+    return (*spec.experts, "text_encoder", "vae")
+
+
+def _dtype(part: str, *, half: bool) -> np.dtype[Any]:
+    """How a release stores the part; ``half`` is about transformers."""
+    return BFLOAT16 if part == "text_encoder" or (half and part != "vae") else FLOAT32
 
 
 @dataclass
@@ -81,18 +101,18 @@ class _Source:
     total: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.total = sum(len(part_tensors(part, self.spec)) for part in (*self.spec.experts, "text_encoder", "vae"))
+        self.total = sum(len(part_tensors(part, self.spec)) for part in _parts(self.spec))
 
     def part(self, part: str, names: dict[str, str] | None = None) -> tuple[dict[str, Planned], Pieces]:
         """The tensors of a part, called by ``names`` (official → written), and what yields their elements."""
-        dtype = BFLOAT16 if part == "text_encoder" or (self.half and part != "vae") else FLOAT32
+        dtype = _dtype(part, half=self.half)
         shapes = part_tensors(part, self.spec)
         official = {(names or {}).get(name, name): name for name in shapes}
 
         def elements(written: str) -> Iterator[npt.NDArray[Any]]:
             name = official[written]
             if self.sparse:
-                yield from _zeros(int(np.prod(shapes[name])), dtype)
+                yield from _zeros(prod(shapes[name]), dtype)
             else:
                 yield from pieces(self.spec, self.seed, part, name, shapes[name])
             self.done += 1

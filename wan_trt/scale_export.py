@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -60,11 +59,11 @@ def memory_of(case: Case, spec: ModelSpec, folder: Path) -> dict[str, Any]:
 
 def throughput_of(cases: Sequence[Case], spec: ModelSpec, folder: Path, repeats: int) -> list[dict[str, Any]]:
     """Every export of one float32 checkpoint of ``spec``, and ``cp`` of it, in turns; leaves nothing behind."""
-    from export.synth import synthesise
+    from export.synth import synthesise, weights_bytes
 
     checkpoint, copy = folder / "checkpoint", folder / "copy"
     with _removed(checkpoint, copy, folder / "bundle"):
-        check_disk(checkpoint, 3 * _weights_bytes(spec))  # the checkpoint, its bundle, a copy
+        check_disk(checkpoint, 3 * weights_bytes(spec))  # the checkpoint, its bundle, a copy
         with bars() as progress:
             synthesise(spec, checkpoint, "official", 0, progress=progress)
         cp_seconds: list[float] = []
@@ -85,14 +84,6 @@ def _removed(*folders: Path) -> Iterator[None]:
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _weights_bytes(spec: ModelSpec) -> int:
-    """Of a checkpoint in float32."""
-    from export.schema import part_tensors
-
-    parts = (part_tensors(part, spec) for part in (*spec.experts, "text_encoder", "vae"))
-    return sum(4 * prod(shape) for shapes in parts for shape in shapes.values())
 
 
 def _export(checkpoint: Path, bundle: Path, case: Case, *, sparse: bool) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import safetensors
 import torch
 
 from export.safetensors_file import read_safetensors
-from export.synth import synthesise
+from export.synth import synthesise, weights_bytes
 from export.torch_file import read_torch
 from wan22.errors import UserError
 from wan22.specs import NEGATIVE_PROMPT, spec_named
@@ -101,6 +102,23 @@ def test_an_existing_folder_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="exists"):
         synthesise(spec_named(TINY[0]), tmp_path / "c", "official", seed=0)
     assert files(tmp_path) == ["c/file"]
+
+
+def test_a_disk_too_small_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40, 2**28))
+    synthesise(spec_named(TINY[0]), tmp_path / "tiny", "official", seed=0)
+    synthesise(spec_named("t2v-a14b-small"), tmp_path / "sparse", "official", seed=0, sparse=True)
+    with pytest.raises(UserError, match=r"256.0 MiB free at .* expected 117\.\d GiB for c"):
+        synthesise(spec_named("t2v-a14b"), tmp_path / "c", "official", seed=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sparse", "tiny"]
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_space_asked_for_is_that_of_the_weights(tmp_path, half):
+    spec = spec_named("t2v-a14b-small")
+    synthesise(spec, tmp_path / "c", "diffusers", seed=0, half=half, sparse=True)
+    stored = sum((tmp_path / "c" / name).stat().st_size for name in files(tmp_path / "c"))
+    assert 0 < stored - weights_bytes(spec, half=half) < 10 * 2**20
 
 
 def test_a_killed_run_leaves_nothing(tmp_path):
