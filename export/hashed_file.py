@@ -9,13 +9,14 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.past_cache import BLOCK_BYTES, Bytes, aligned, blocks_of, opened
+from export.past_cache import BLOCK_BYTES, Bytes, aligned, blocks_of, opened, transferred
 from wan22.bundle import File
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class HashedFile:
         self._buffer.data[:begun] = full.data[self._filled - begun : self._filled]
         full.data[self._filled : whole] = 0
         full.busy.append(self._hasher.submit(self._digest.update, full.data[self._hashed : self._filled].data))
-        full.busy.append(self._writer.submit(_write, self._file, full.data[:whole], self._start))
+        full.busy.append(self._writer.submit(_write, self._file, self._path, full.data[:whole], self._start))
         self._start += self._filled - begun
         self._filled = self._hashed = begun
 
@@ -98,11 +99,11 @@ def _read(path: Path, start: int, end: int) -> Bytes:
         return np.frombuffer(file.read(end - start), np.uint8)
 
 
-def _write(file: int, data: Bytes, place: int) -> None:
+def _write(file: int, path: Path, data: Bytes, place: int) -> None:
     for begin, end in _no_holes(data):
         done = begin
         while done < end:  # the system may take less than it is given, on a disk that is nearly full
-            done += os.pwrite(file, data[done:end].data, place + done)
+            done += transferred(file, path, partial(os.pwrite, file, data[done:end].data, place + done))
 
 
 def _no_holes(data: Bytes) -> Iterator[tuple[int, int]]:

@@ -5,7 +5,11 @@ give up: together most of a core at a gigabyte in a second. Past it, offset and 
 memory that the system hands out is zeroed first, which takes longer than to read into it; so it is kept.
 """
 
+import errno
+import fcntl
 import os
+from collections.abc import Callable
+from functools import partial
 from mmap import MADV_HUGEPAGE, mmap
 from pathlib import Path
 from weakref import finalize
@@ -17,6 +21,7 @@ BLOCK_BYTES = 4096  # no disk's is larger
 AT_ONCE_BYTES = 2**22  # more in one call is slower
 LARGE_BYTES = 2**20  # smaller is not worth the trouble
 KEPT_BYTES = 2**29  # of memory that waits for its next use
+REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -71,6 +76,24 @@ def opened(path: Path, flags: int) -> int:
         return os.open(path, flags, 0o666)
 
 
+def transferred(file: int, path: Path, transfer: Callable[[], int]) -> int:
+    """What ``transfer`` returns, which reads or writes ``file``, the descriptor that :func:`opened` gave for ``path``.
+
+    Some file systems open a file past the cache and only then refuse to use it so, at once or where something ended
+    within a block. It is opened anew under the same number then, since theirs may have been told how it was opened.
+    """
+    try:
+        return transfer()
+    except OSError as error:
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        if error.errno not in REFUSALS or not flags & os.O_DIRECT:
+            raise
+    through = os.open(path, flags & os.O_ACCMODE)
+    os.dup2(through, file, inheritable=False)
+    os.close(through)
+    return transfer()
+
+
 def read_past(path: Path, place: int, size_bytes: int) -> Bytes:
     """``size_bytes`` from ``place`` of the file, in memory of their own.
 
@@ -83,11 +106,12 @@ def read_past(path: Path, place: int, size_bytes: int) -> Bytes:
     try:
         while done < wanted:
             start = place - lead + done
-            count = os.preadv(file, [memory[done : done + AT_ONCE_BYTES].data], start)
+            room = memory[done : done + AT_ONCE_BYTES].data
+            count = transferred(file, path, partial(os.preadv, file, [room], start))
+            if not count:
+                raise EOFError(f"{path} ends after {start} bytes")
             os.posix_fadvise(file, start, count, os.POSIX_FADV_DONTNEED)
             done += count
-            if done < wanted and (not count or count % BLOCK_BYTES):
-                raise EOFError(f"{path} ends after {start + count} bytes")
     finally:
         os.close(file)
     return memory[lead:wanted]

@@ -1,6 +1,7 @@
 """What is put into a file stands there, hashed, whatever the sizes, where it went on, and what file system it is on."""
 
 import errno
+import fcntl
 import hashlib
 import os
 
@@ -82,6 +83,23 @@ def test_a_file_system_without_direct_writes_gets_the_same(tmp_path, monkeypatch
     monkeypatch.setattr(hashed_file.os, "open", opened)
     data = random_bytes(2**21 + 5)
     assert is_right(tmp_path / "f", put(tmp_path / "f", [data]), data.tobytes())
+
+
+@pytest.mark.parametrize("direct", [0, 1, 2])
+def test_a_file_system_that_refuses_only_to_write_gets_the_same(tmp_path, monkeypatch, direct):
+    written = []
+
+    def write(file, data, place, original=os.pwrite):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            if len(written) == direct:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            written.append(place)
+            data = data[: len(data) - 100]  # as on a disk that is nearly full
+        return original(file, data, place)
+
+    monkeypatch.setattr(hashed_file.os, "pwrite", write)
+    parts = [random_bytes(2**21 + 5), np.zeros(8 * HOLE_BYTES, np.uint8), random_bytes(2**20 + 7)]
+    assert is_right(tmp_path / "f", put(tmp_path / "f", parts), b"".join(part.tobytes() for part in parts))
 
 
 def test_a_fault_of_the_disk_reaches_who_writes(tmp_path, monkeypatch):

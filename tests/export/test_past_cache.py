@@ -1,7 +1,9 @@
 """What is read past the cache is what stands in the file, and memory is used again only when nobody looks at it."""
 
 import errno
+import fcntl
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +41,38 @@ def test_a_file_system_that_cannot_gives_the_same(file, data, monkeypatch):
 
     monkeypatch.setattr(past_cache.os, "open", opened)
     assert np.array_equal(read_past(file, 5, SIZE - 5), data[5:])
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_refuses_only_to_read_gives_the_same(file, data, monkeypatch, refusal):
+    def read(descriptor, buffers, place, original=os.preadv):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(refusal, os.strerror(refusal))
+        return original(descriptor, buffers, place)
+
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr(past_cache.os, "preadv", read)
+    assert np.array_equal(read_past(file, 5, SIZE - 5), data[5:])
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
+
+
+def test_reads_that_end_within_a_block_are_gone_on_with(file, data, monkeypatch):
+    def read(descriptor, buffers, place, original=os.preadv):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT and place % BLOCK_BYTES:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return original(descriptor, [buffers[0][:1_000_003]], place)
+
+    monkeypatch.setattr(past_cache.os, "preadv", read)
+    assert np.array_equal(read_past(file, 5, SIZE - 5), data[5:])
+
+
+def test_a_fault_that_has_another_cause_is_told(file, monkeypatch):
+    def read(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(past_cache.os, "preadv", read)
+    with pytest.raises(OSError, match="Invalid argument"):
+        read_past(file, 5, SIZE - 5)
 
 
 @pytest.mark.parametrize("count", [4, 2**22])
