@@ -81,7 +81,7 @@ class OnnxRuntimeEngine:
 
 @cache
 def _make_arena() -> None:
-    """Once in a process."""
+    """Once in a process. It takes the place of one that others registered, which sessions opened before it keep."""
     import onnxruntime
 
     kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR

@@ -1,5 +1,7 @@
 """ONNX Runtime runs on what is there, CUDA before CPU."""
 
+import subprocess
+import sys
 import tracemalloc
 from contextlib import ExitStack
 
@@ -31,6 +33,32 @@ def test_a_left_engine_holds_no_session(tiny_engines):
     with engine:
         assert engine._session is not None
     assert engine._session is None
+
+
+ARENA_OF_THEIR_OWN = """
+import sys
+from pathlib import Path
+import numpy as np, onnxruntime
+from runtime.engine_onnxruntime import OnnxRuntimeEngine
+from wan22.bundle import open_bundle
+
+kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+memory = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+onnxruntime.create_and_register_allocator(memory, None)
+options = onnxruntime.SessionOptions()
+options.add_session_config_entry("session.use_env_allocators", "1")
+component, ids = open_bundle(Path(sys.argv[1]), "engines").component("text_encoder"), np.array([[5, 6]], np.int64)
+theirs = onnxruntime.InferenceSession(Path(sys.argv[1]) / component.graph.path, options)
+(before,) = theirs.run(None, {"input_ids": ids})
+with OnnxRuntimeEngine(Path(sys.argv[1]), component) as engine:
+    ours = engine(input_ids=ids)
+    (after,) = theirs.run(None, {"input_ids": ids})
+assert np.array_equal(before, ours) and np.array_equal(before, after)
+"""
+
+
+def test_a_process_may_have_an_arena_of_its_own(tiny_engines):
+    subprocess.run([sys.executable, "-c", ARENA_OF_THEIR_OWN, str(tiny_engines)], check=True)
 
 
 def test_results_are_the_callers_own_and_inputs_may_be_views(tiny_engines):
