@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from runtime.built_for import check_plans
 from triton_repo.bls_repository import check_backends, check_resident, write_bls
 from triton_repo.config import as_text, owner_config
 from triton_repo.settings import Limits, Settings, check_name, settings_of
@@ -38,17 +39,23 @@ class RepositoryOptions:
 class Written:
     bundle: Bundle
     limits: Limits
+    unread: tuple[str, ...] = ()  # plans that do not tell without a GPU what they were built for
 
 
 def write_repository(engines: Path, folder: Path, options: RepositoryOptions | None = None) -> Written:
     """Writes the repository ``folder`` for the engine bundle at ``engines``, which is checked in full.
 
+    So is what its plans say of themselves, since backends of Triton's look at no manifest. At every start the model
+    that calls them holds manifest and plans to their hashes: they are those that were looked at here.
+
     Raises:
-        UserError: no such bundle or a broken one, a name that will not do, a folder that is there already.
+        UserError: no such bundle or a broken one, a plan that was built for something else than the bundle says, a name
+            that will not do, a folder that is there already.
     """
     options = options or RepositoryOptions()
     check_name(options.name)
     bundle = open_bundle(engines, "engines", full_check=True)
+    unread = check_plans(bundle)
     if options.topology == "bls":
         _check_bls(bundle, options)
     limits = Limits.of(bundle.manifest.spec, **options.limits)
@@ -66,7 +73,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
             _write_owner(temporary, options.name, settings, on_gpu=is_for_gpu(bundle))
         else:
             write_bls(temporary, options.name, bundle, settings)
-    return Written(bundle, limits)
+    return Written(bundle, limits, unread)
 
 
 def _write_owner(repository: Path, name: str, settings: Settings, *, on_gpu: bool) -> None:

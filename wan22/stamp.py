@@ -4,6 +4,11 @@
 after it was edited, or lie beside a plan of another build; the plan cannot.
 """
 
+import json
+import mmap
+import re
+from pathlib import Path
+
 import msgspec
 
 from wan22.errors import UserError
@@ -11,6 +16,7 @@ from wan22.shapes import Profile
 from wan22.specs import Precision
 
 PREFIX = "wan-trt "
+IN_CLEAR = re.compile(re.escape(PREFIX).encode() + rb"\{[ -~]*")
 
 
 class Stamp(msgspec.Struct, frozen=True):
@@ -22,6 +28,19 @@ class Stamp(msgspec.Struct, frozen=True):
     def name(self) -> str:
         """The name of the network that the plan is compiled from."""
         return PREFIX + msgspec.json.encode(self).decode()
+
+
+def name_in(plan: Path) -> str:
+    """The name of the network as it stands in the file ``plan``, read without TensorRT; "" where none of ours does."""
+    if not plan.stat().st_size:
+        return ""
+    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = IN_CLEAR.search(content)
+        text = found[0].decode() if found else ""
+    try:
+        return text[: json.JSONDecoder().raw_decode(text, len(PREFIX))[1]]  # what follows may be readable by chance
+    except ValueError:
+        return text
 
 
 def check_stamp(plan: str, name: str, claimed: Stamp, command: str) -> None:

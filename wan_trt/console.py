@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -56,6 +56,12 @@ def _amount(done: int, total: int, unit: str, seconds: float) -> str:
         return f"{done}/{total} {unit}"
     rate = f", {done / GIBIBYTE / seconds:.2f} GiB/s" if seconds > 0 else ""
     return f"{done / GIBIBYTE:.2f}/{total / GIBIBYTE:.2f} GiB{rate}"
+
+
+def tell_unread(plans: Sequence[str]) -> None:
+    """Of what :func:`runtime.built_for.check_plans` could not check."""
+    if plans:
+        console.print(f"{', '.join(plans)}: no word in clear of what they were built for; bundle.json is believed")
 
 
 def command_line() -> str:

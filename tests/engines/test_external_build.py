@@ -12,11 +12,12 @@ from engines.build import BuildOptions, build_engines
 from engines.inspection import inspect_engines
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
+from runtime.built_for import check_plans
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.shapes import own_profiles
 from wan22.specs import SPECS, Precision
-from wan22.stamp import Stamp
+from wan22.stamp import Stamp, name_in
 from wan_trt.cli import app
 
 TINY = "t2v-a14b-tiny"
@@ -68,7 +69,8 @@ def test_every_plan_says_what_it_was_built_for(built):
     build = bundle.manifest.build
     for component in bundle.manifest.components:
         stamp = Stamp("rtx4090", component.precision, own_profiles(build.profiles, component.inputs))
-        assert stamp.name.encode() in bundle.path(component.graph).read_bytes(), component.name
+        assert name_in(bundle.path(component.graph)) == stamp.name, component.name
+    assert check_plans(bundle) == ()
 
 
 @pytest.mark.slow

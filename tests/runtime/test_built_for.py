@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace as replaced
 
-from runtime.built_for import check_build, check_plan
-from wan22.bundle import Build, Component, File, Manifest, Source, Tensor
+from runtime.built_for import check_build, check_plan, check_plans
+from wan22.bundle import Build, Bundle, Component, File, Manifest, Source, Tensor
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
 from wan22.stamp import Stamp
@@ -68,3 +69,14 @@ def test_a_manifest_that_says_something_else_of_a_plan_is_refused(manifest, comp
 def test_a_name_that_another_version_wrote_is_refused():
     with pytest.raises(UserError, match=r"high_noise.plan is named 'wan-trt \{\}'"):
         check_plan("wan-trt {}", MANIFEST, COMPONENT)
+
+
+def test_the_plans_of_a_bundle_are_checked_in_their_files(tmp_path):
+    silent = replace(COMPONENT, name="low_noise", graph=File("low_noise.plan", "", 4))
+    bundle = Bundle(tmp_path, replace(MANIFEST, components=(COMPONENT, silent)))
+    (tmp_path / "low_noise.plan").write_bytes(b"\0plan")
+    (tmp_path / "high_noise.plan").write_bytes(b"\0" + BUILT.name.encode() + b"\0")
+    assert check_plans(bundle) == ("low_noise.plan",)
+    (tmp_path / "high_noise.plan").write_bytes(b"\0" + replaced(BUILT, target="l4").name.encode() + b"\0")
+    with pytest.raises(UserError, match=r"high_noise.plan was built for target l4 \| expected rtx4090"):
+        check_plans(bundle)

@@ -32,7 +32,7 @@ def compiled(tiny_engines, tmp_path):
         components = []
         for component in manifest.components:
             plan = folder / f"{component.name}.plan"
-            plan.write_bytes(component.name.encode())
+            plan.write_bytes(changes.get("plan_of", str)(component.name).encode())
             components.append(replace(component, graph=file_entry(folder, plan), weights=changes.get("weights", ())))
         build = replace(
             manifest.build,

@@ -14,6 +14,8 @@ from triton_repo.repository import RepositoryOptions, write_repository
 from triton_repo.settings import Limits
 from wan22.bundle import file_entry
 from wan22.errors import UserError
+from wan22.specs import Precision
+from wan22.stamp import Stamp
 
 BLS = RepositoryOptions(topology="bls")
 COMPONENTS = {"text_encoder", "high_noise", "low_noise", "vae_decoder_first", "vae_decoder_next"}
@@ -106,6 +108,19 @@ def test_weights_outside_the_engines_are_refused(compiled, tmp_path):
     shutil.rmtree(tmp_path / "engines")
     with pytest.raises(UserError, match="external weights in topology bls"):
         write_repository(compiled(weights=outside), tmp_path / "repository", BLS)
+
+
+def test_a_plan_that_was_built_for_something_else_is_refused(compiled, tmp_path):
+    engines = compiled(plan_of=lambda name: Stamp("a100", Precision.FP32, ()).name if name == "low_noise" else name)
+    with pytest.raises(UserError, match=r"low_noise.plan was built for target a100 \| expected h100"):
+        write_repository(engines, tmp_path / "repository", BLS)
+    assert not (tmp_path / "repository").exists()
+
+
+def test_plans_that_do_not_tell_what_they_were_built_for_are_named(compiled, tiny_engines, tmp_path):
+    unread = write_repository(compiled(), tmp_path / "repository", BLS).unread
+    assert set(unread) == {f"{name}.plan" for name in COMPONENTS}
+    assert write_repository(tiny_engines, tmp_path / "of graphs", BLS).unread == ()
 
 
 class Weighed:

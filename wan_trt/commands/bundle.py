@@ -8,13 +8,13 @@ import typer
 
 from wan22.bundle import Bundle, check_disk, kind_of, open_bundle, refuse_existing, staged
 from wan_trt.arguments import Overwrite
-from wan_trt.console import bars, console
+from wan_trt.console import bars, console, tell_unread
 
 Made = Annotated[Path, typer.Argument(help="A bundle made by wan-trt export or build.", show_default=False)]
 
 
 def verify(bundle: Made) -> None:
-    """Hash every file of a bundle and compare with its manifest."""
+    """Hash every file of a bundle and compare with its manifest, and so what plans say that they were built for."""
     manifest = _whole(bundle).manifest
     size_bytes = sum(file.size_bytes for file in manifest.files().values())
     console.print(f"{bundle}: {manifest.kind} of {manifest.spec.name}, {size_bytes / 2**30:.2f} GiB, all hashes match")
@@ -42,4 +42,8 @@ def pack(
 
 
 def _whole(folder: Path) -> Bundle:
-    return open_bundle(folder, kind_of(folder), full_check=True)
+    from runtime.built_for import check_plans
+
+    bundle = open_bundle(folder, kind_of(folder), full_check=True)
+    tell_unread(check_plans(bundle))
+    return bundle

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from wan_trt.commands.triton import GpuMemory, Limit, Topology, memory_gib
-from wan_trt.console import console
+from wan_trt.console import console, tell_unread
 
 
 def run(
@@ -63,6 +63,7 @@ def run(
             memory_gib=memory_gib(engines, topology, gpu_memory),
         )
         written = write_repository(engines, repository, packing)
+        tell_unread(written.unread)
         variant = CPU if topology == "bls" and not is_for_gpu(written.bundle) else ""
         options = ServeOptions(address, http_port, grpc_port, metrics_port, variant)
         try:

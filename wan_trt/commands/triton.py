@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from wan_trt.arguments import Overwrite
-from wan_trt.console import console
+from wan_trt.console import console, tell_unread
 
 Topology = Annotated[
     Literal["owner", "bls"], typer.Option(help="One model that owns the engines, or a model per engine.")
@@ -71,6 +71,7 @@ def run(
         make_room(kubernetes, overwrite=overwrite)
     written = write_repository(engines, repository, options)
     console.print(f"{written.bundle.manifest.spec.name} as Triton model {name}: {repository}")
+    tell_unread(written.unread)
     if kubernetes is not None:
         write_manifests(kubernetes, written, options, ClusterOptions(image, max_pods, prometheus))
         console.print(f"manifests: {kubernetes}")
