@@ -54,6 +54,7 @@ class CalibrateOptions:
     target: str = "cpu"
     means: Path | None = None  # also write the means of the inputs, for ``wan-trt export --input-means``
     overwrite: bool = False
+    negative_prompt: str | None = None  # of the forwards without the prompt; "" for those without any text
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,21 @@ def _check_precision(source: Bundle) -> None:
 
 def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) -> list[CompleteRequest]:
     spec, fixed = source.manifest.spec, source.manifest.size
-    size = options.size or (fixed[:2] if fixed else None)
-    frames = options.frames or (fixed[2] if fixed else None)
-    if fixed and (*(size or ()), frames) != fixed:
-        raise UserError(f"--size or --frames other than {fixed}", "what the graphs are fixed to", "leave them out")
+    size, frames = options.size, options.frames
+    if fixed is not None:
+        size, frames = size or fixed[:2], fixed[2] if frames is None else frames
+        if (*size, frames) != fixed:
+            raise UserError(f"--size or --frames other than {fixed}", "what the graphs are fixed to", "leave them out")
     return [
         Request(
-            prompt.text, size=size, frames=frames, image=prompt.image, fit="crop", seed=seed, steps=options.steps
+            prompt.text,
+            options.negative_prompt,
+            size,
+            frames,
+            image=prompt.image,
+            fit="crop",
+            seed=seed,
+            steps=options.steps,
         ).completed(spec)
         for seed, prompt in enumerate(prompts, options.seed)
     ]

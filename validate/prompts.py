@@ -20,7 +20,8 @@ def read_prompts(path: Path, task: Task) -> list[Prompt]:
     Empty lines and those that begin with ``#`` are left out.
 
     Raises:
-        UserError: no such file, no prompts in it, a line of JSON without a prompt, an image missing or out of place.
+        UserError: no such file, no prompts in it, a line of JSON without a prompt or with an empty one, an image
+            missing or out of place.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -44,8 +45,12 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
         return Prompt(line)
     try:
         entry = json.loads(line)
-        image = entry.get("image")
-        return Prompt(str(entry["prompt"]), None if image is None else path.parent / image)
-    except (ValueError, KeyError, TypeError) as error:
+        text, image = entry["prompt"], entry.get("image")
+        prompt = Prompt(text, None if image is None else path.parent / image)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         found = f"{path}, line {number}: {type(error).__name__} {error}"
         raise UserError(found, '{"prompt": ..., "image": ...}', "mend the line") from None
+    if not isinstance(text, str) or not text.strip():
+        remedy = 'describe a video; --negative-prompt "" is what runs without text'
+        raise UserError(f"{path}, line {number}: prompt {text!r}", "some text", remedy)
+    return prompt

@@ -115,6 +115,12 @@ def test_a_graph_with_measured_means_errs_less(calibrated, error_of, per_token):
     assert 0.01 < error_of(input_means=calibrated[0].with_name("means")) < 0.95 * per_token
 
 
+def test_what_runs_without_the_prompt_can_run_without_any_text(tmp_path, calibrated, bf16_bundle, prompts):
+    without = calibrate(bf16_bundle, tmp_path / "s.json", options(prompts, negative_prompt=""))
+    assert without.forwards == calibrated[1].forwards
+    assert without.inputs["low_noise"] != calibrated[1].inputs["low_noise"]
+
+
 def test_one_expert_has_a_file_without_parts(tmp_path, flow_of, prompts):
     calibrate(flow_of("ti2v-5b-tiny").bundle, tmp_path / "s.json", options(prompts, size=(64, 64), steps=1))
     assert "blocks.0.attn1.to_q" in json.loads((tmp_path / "s.json").read_text())
@@ -145,7 +151,13 @@ def test_too_few_steps_for_both_experts(tmp_path, tiny_bundle, prompts):
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [("", "no prompts"), ("# none\n", "no prompts"), ('{"prompt": "a"', "line 1"), ('{"image": "a.png"}', "KeyError")],
+    [
+        ("", "no prompts"),
+        ("# none\n", "no prompts"),
+        ('{"prompt": "a"', "line 1"),
+        ('{"image": "a.png"}', "KeyError"),
+        *((f'a hen\n{{"prompt": {none}}}', "line 2: prompt") for none in ('" "', "null", "5")),
+    ],
 )
 def test_files_without_prompts(tmp_path, tiny_bundle, content, told):
     (tmp_path / "p.txt").write_text(content)

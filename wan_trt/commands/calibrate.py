@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wan_trt.arguments import Frames, Overwrite, Seed, Size, size_of
+from wan_trt.arguments import Frames, NegativePrompt, Overwrite, Seed, Size, size_of
 from wan_trt.console import bars, console
 
 
@@ -13,6 +13,7 @@ def run(
     bundle: Annotated[Path, typer.Argument(help="ONNX bundle in 16 or 32 bits.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="JSON for wan-trt export --input-scales.", show_default=False)],
     prompts: Annotated[Path, typer.Option(help='One prompt a line; with images {"prompt": ..., "image": ...} a line.')],
+    negative_prompt: NegativePrompt = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's default unless given.")] = None,
     size: Size = None,
     frames: Frames = None,
@@ -28,7 +29,7 @@ def run(
     pixels = size_of(size)
     from validate.calibrate import CalibrateOptions, calibrate
 
-    options = CalibrateOptions(prompts, steps, pixels, frames, seed, margin, target, means, overwrite)
+    options = CalibrateOptions(prompts, steps, pixels, frames, seed, margin, target, means, overwrite, negative_prompt)
     with bars() as progress:
         calibration = calibrate(bundle, out, options, progress)
     console.print(calibration.table())
