@@ -30,8 +30,9 @@ Solver = Annotated[Literal["unipc", "dpm++", "euler"] | None, typer.Option(help=
 ReferenceDevice = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Where PyTorch computes; auto: on the GPU if engines do.")
 ]
+Gate = Annotated[Path | None, typer.Option(help="TOML of thresholds; exit code 1 when one is missed.")]
+ListGates = Annotated[bool, typer.Option("--list-gates", help="Only print what a gate may name.")]
 Schedule = Annotated[Literal["official", "diffusers"], typer.Option(help="Whose list of timesteps.")]
-
 
 SEEDS_AT_MOST = 1000
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from wan22.errors import UserError
-from wan_trt.arguments import Frames, ReferenceDevice, Seed, Size, size_of
+from wan_trt.arguments import Frames, Gate, ListGates, ReferenceDevice, Seed, Size, size_of
 from wan_trt.commands.triton import Topology
 from wan_trt.console import bars, command_line, console
 
@@ -39,8 +39,8 @@ def run(
     reference_device: ReferenceDevice = "auto",
     memory: Annotated[bool, typer.Option(help="Measure peak memory, in processes of their own.")] = True,
     compare: Annotated[Path | None, typer.Option(help="JSON of an earlier bench: show what got worse.")] = None,
-    gate: Annotated[Path | None, typer.Option(help="TOML of thresholds; exit code 1 when one is missed.")] = None,
-    list_gates: Annotated[bool, typer.Option("--list-gates", help="Only print what a gate may name.")] = False,
+    gate: Gate = None,
+    list_gates: ListGates = False,
     sweep: Annotated[Axis | None, typer.Option(help="Time several of these instead, and fit the growth.")] = None,
     values: Annotated[str | None, typer.Option(help="Of the sweep, with commas: 5,9,17 or 256x160,512x320.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, .png or .html.")] = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from wan_trt.commands.triton import GpuMemory, Limit, Topology, memory_gib
+from wan_trt.commands.triton import GpuMemory, Limit, Topology, limits_of, memory_gib
 from wan_trt.console import console, tell_unread
 
 
@@ -43,22 +43,14 @@ def run(
 
     environments = default_environments() if environment is None else (environment,)
     installation = find_installation(environments, server)
-    changed = {
-        "max_pixels": max_pixels,
-        "max_frames": max_frames,
-        "max_steps": max_steps,
-        "max_prompt_bytes": max_prompt_bytes,
-        "max_image_bytes": max_image_bytes,
-        "max_queue_size": queue_size,
-        "longest_job_s": longest_job,
-    }
+    limits = limits_of(max_pixels, max_frames, max_steps, max_prompt_bytes, max_image_bytes, queue_size, longest_job)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="wan22-") as folder:
         repository = Path(folder, "repository")
         packing = RepositoryOptions(
             name,
             topology,
-            changed,
+            limits,
             keep_experts=not one_expert,
             memory_gib=memory_gib(engines, topology, gpu_memory),
         )

@@ -48,18 +48,11 @@ def run(
     from triton_repo.probe import DRAIN_FLAG
     from triton_repo.repository import RepositoryOptions, make_room, write_repository
 
+    limits = limits_of(max_pixels, max_frames, max_steps, max_prompt_bytes, max_image_bytes, queue_size, longest_job)
     options = RepositoryOptions(
         name,
         topology,
-        limits={
-            "max_pixels": max_pixels,
-            "max_frames": max_frames,
-            "max_steps": max_steps,
-            "max_prompt_bytes": max_prompt_bytes,
-            "max_image_bytes": max_image_bytes,
-            "max_queue_size": queue_size,
-            "longest_job_s": longest_job,
-        },
+        limits=limits,
         engines_at=engines_at or (ENGINES_AT if kubernetes else ""),
         keep_experts=not one_expert,
         drain_flag=str(DRAIN_FLAG) if kubernetes else "",
@@ -78,6 +71,27 @@ def run(
     if topology == "bls":
         mebibytes = largest_call_bytes(written.bundle, written.limits) / 2**20
         console.print(f"its largest engine call moves {mebibytes:.0f} MiB through /dev/shm: give it 3 times that")
+
+
+def limits_of(
+    max_pixels: int | None,
+    max_frames: int | None,
+    max_steps: int | None,
+    max_prompt_bytes: int | None,
+    max_image_bytes: int | None,
+    queue_size: int,
+    longest_job: int,
+) -> dict[str, int | None]:
+    """What no request may exceed, by the names of :class:`triton_repo.settings.Limits`; None: the model's own."""
+    return {
+        "max_pixels": max_pixels,
+        "max_frames": max_frames,
+        "max_steps": max_steps,
+        "max_prompt_bytes": max_prompt_bytes,
+        "max_image_bytes": max_image_bytes,
+        "max_queue_size": queue_size,
+        "longest_job_s": longest_job,
+    }
 
 
 def memory_gib(engines: Path, topology: str, given: float | None) -> float:

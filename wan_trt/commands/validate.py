@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,8 +13,10 @@ from wan_trt.arguments import (
     ExpertGuidance,
     Fit,
     Frames,
+    Gate,
     Guidance,
     LastImage,
+    ListGates,
     NegativePrompt,
     Preset,
     ReferenceDevice,
@@ -30,34 +32,44 @@ from wan_trt.arguments import (
 )
 from wan_trt.console import bars, command_line, console
 
+if TYPE_CHECKING:
+    from validate import ValidateOptions
+
+Engines = Annotated[Path | None, typer.Argument(help="Engine bundle, or the ONNX bundle.", show_default=False)]
+Checkpoint = Annotated[str | None, typer.Argument(help="The checkpoint it was exported from.", show_default=False)]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Folder for the report, HTML and JSON.")]
+PrecisionStudy = Annotated[
+    bool,
+    typer.Option(
+        "--precision-study", help="Compare precisions on a small model with real magnitudes; takes no engines."
+    ),
+]
+Model = Annotated[str | None, typer.Option(help="Whose small model a precision study makes; ti2v-5b.")]
+Prompt = Annotated[str | None, typer.Option(help="Prompt of the compared run.")]
+Image = Annotated[Path | None, typer.Option(help="Image to start from (I2V, TI2V); a built-in picture unless given.")]
+Prompts = Annotated[Path | None, typer.Option(help='Compare several: one a line, or {"prompt": ..., "image": ...}.')]
+Seeds = Annotated[str | None, typer.Option(help="Every prompt with each of these: 0,1,10-12.")]
+Bench = Annotated[Path | None, typer.Option(help="JSON of wan-trt bench, for the report and its gates.")]
+Calls = Annotated[Path | None, typer.Option(help="Folder for one call of every engine, to be read by polygraphy run.")]
+OfficialRepo = Annotated[
+    Path | None, typer.Option(help="A clone of Wan-Video/Wan2.2, to compare with its code as well.")
+]
+
 STUDY_STEPS = 4
 STUDIED_WITH = ("precision_study", "output", "model", "steps", "seed")  # the options that a study heeds
 
 
 def run(
-    engines: Annotated[
-        Path | None, typer.Argument(help="Engine bundle, or the ONNX bundle.", show_default=False)
-    ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="The checkpoint it was exported from.", show_default=False)
-    ] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the report, HTML and JSON.")] = Path(
-        "report"
-    ),
-    precision_study: Annotated[
-        bool,
-        typer.Option(
-            "--precision-study", help="Compare precisions on a small model with real magnitudes; takes no engines."
-        ),
-    ] = False,
-    model: Annotated[str | None, typer.Option(help="Whose small model a precision study makes; ti2v-5b.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Prompt of the compared run.")] = None,
+    engines: Engines = None,
+    checkpoint: Checkpoint = None,
+    output: Output = Path("report"),
+    precision_study: PrecisionStudy = False,
+    model: Model = None,
+    prompt: Prompt = None,
     negative_prompt: NegativePrompt = None,
     size: Size = None,
     frames: Frames = None,
-    image: Annotated[
-        Path | None, typer.Option(help="Image to start from (I2V, TI2V); a built-in picture unless given.")
-    ] = None,
+    image: Image = None,
     last_image: LastImage = None,
     fit: Fit = "official",
     exact_official: ExactOfficial = False,
@@ -70,20 +82,14 @@ def run(
     guidance: Guidance = None,
     solver: Solver = None,
     schedule: Schedule = "official",
-    prompts: Annotated[
-        Path | None, typer.Option(help='Compare several: one a line, or {"prompt": ..., "image": ...}.')
-    ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Every prompt with each of these: 0,1,10-12.")] = None,
-    gate: Annotated[Path | None, typer.Option(help="TOML of thresholds; exit code 1 when one is missed.")] = None,
-    list_gates: Annotated[bool, typer.Option("--list-gates", help="Only print what a gate may name.")] = False,
-    bench: Annotated[Path | None, typer.Option(help="JSON of wan-trt bench, for the report and its gates.")] = None,
-    calls: Annotated[
-        Path | None, typer.Option(help="Folder for one call of every engine, to be read by polygraphy run.")
-    ] = None,
+    prompts: Prompts = None,
+    seeds: Seeds = None,
+    gate: Gate = None,
+    list_gates: ListGates = False,
+    bench: Bench = None,
+    calls: Calls = None,
     reference_device: ReferenceDevice = "auto",
-    official_repo: Annotated[
-        Path | None, typer.Option(help="A clone of Wan-Video/Wan2.2, to compare with its code as well.")
-    ] = None,
+    official_repo: OfficialRepo = None,
 ) -> int:
     """Prove that the engines compute what PyTorch computes. Exit code 1 when a check fails or a gate is missed.
 
@@ -99,34 +105,21 @@ def run(
     if model is not None:
         raise UserError("--model beside engines", "the engines' own", "leave it out, or add --precision-study")
     fixed, several = size_of(size), seeds_of(seeds)
-    from validate import ValidateOptions, validate
+    from validate import ValidateOptions
 
     options = ValidateOptions(
-        prompt,
-        negative_prompt,
-        fixed,
-        frames,
-        image=image,
-        last_image=last_image,
-        fit=fit,
-        exact_official=exact_official,
-        seed=seed,
-        preset=preset,
-        steps=steps,
-        shift=shift,
-        guidance=guidance,
-        guidance_of=by_expert(guidance_high_noise, guidance_low_noise),
-        solver=solver,
-        schedule=schedule,
-        prompts=prompts,
-        seeds=several,
-        reference_device=reference_device,
-        official_repo=official_repo,
-        calls=calls,
-        gate=gate,
-        bench=bench,
-        command=command_line(),
-    )
+        prompt, negative_prompt, fixed, frames, image=image, last_image=last_image, fit=fit,
+        exact_official=exact_official, seed=seed, preset=preset, steps=steps, shift=shift, guidance=guidance,
+        guidance_of=by_expert(guidance_high_noise, guidance_low_noise), solver=solver, schedule=schedule,
+        prompts=prompts, seeds=several, reference_device=reference_device, official_repo=official_repo,
+        calls=calls, gate=gate, bench=bench, command=command_line(),
+    )  # fmt: skip
+    return _compare(engines, checkpoint, output, options)
+
+
+def _compare(engines: Path, checkpoint: str, output: Path, options: "ValidateOptions") -> int:
+    from validate import validate
+
     with bars() as progress:
         report = validate(engines, checkpoint, output, options, progress)
     console.print(report.table())
