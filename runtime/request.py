@@ -11,7 +11,7 @@ from PIL import Image
 
 from runtime.image import open_image
 from runtime.image_condition import Fit, video_size
-from runtime.schedule import Convention, SolverName
+from runtime.schedule import Convention, SolverName, make_schedule
 from wan22.errors import UserError
 from wan22.specs import NEGATIVE_PROMPT, ModelSpec, Task
 
@@ -61,7 +61,7 @@ class Request:
 
         Raises:
             UserError: an image where none belongs or none where one does, a size, frames, guidance or preset that the
-                model cannot have.
+                model cannot have, steps and a shift that make no schedule.
         """
         preset, image = self._preset(spec), self._image(spec)
         wanted = self.size or spec.sampling.sizes[0]
@@ -69,7 +69,7 @@ class Request:
             wanted = video_size(spec, image.size, wanted, self.fit, exact_official=self.exact_official)
         frames = _or(self.frames, spec.sampling.frames)
         latent_shape = spec.latent_shape(*wanted, frames)
-        return CompleteRequest(
+        complete = CompleteRequest(
             prompt=self.prompt,
             negative_prompt=_or(self.negative_prompt, NEGATIVE_PROMPT),
             width=wanted[0],
@@ -86,6 +86,8 @@ class Request:
             solver=_or(self.solver, preset.solver),
             schedule=self.schedule,
         )
+        make_schedule(complete.solver, complete.steps, complete.shift, complete.schedule)  # refused now, not later
+        return complete
 
     def _preset(self, spec: ModelSpec) -> Preset:
         if self.preset is None:

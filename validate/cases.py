@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from validate.options import ValidateOptions
-from validate.prompts import Prompt, read_prompts
+from validate.prompts import read_prompts
 from wan22.errors import UserError
 from wan22.specs import Task
 
-OF_CASES = ("--prompts", "--seeds", "--prompt", "--seed", "--image", "--gate", "--bench", "-o", "--output")
+OF_CASES = ("--prompts", "--seeds", "--prompt", "--seed", "--image", "--calls", "-o", "--output")
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,18 @@ def _without(words: list[str], options: tuple[str, ...]) -> Iterator[str]:
 
 
 def cases_of(options: ValidateOptions, task: Task) -> list[Case]:
-    """Raises UserError for a prompt beside a file of prompts, a seed twice, or a file that cannot be read."""
+    """Raises UserError for a prompt beside a file of them, a seed beside several or twice, or a file that is none."""
     if options.prompts is not None and (options.prompt is not None or options.image is not None):
         raise UserError("--prompts beside --prompt or --image", "one of them", "write them into the file")
     if len(set(options.seeds)) < len(options.seeds):
         raise UserError(f"--seeds {', '.join(map(str, options.seeds))}", "every seed once", "leave the others out")
-    alone = [Prompt(options.prompt or "", options.image if isinstance(options.image, Path) else None)]
-    prompts = alone if options.prompts is None else read_prompts(options.prompts, task)
+    if options.seeds and options.seed:
+        raise UserError(f"--seeds beside --seed {options.seed}", "one of them", "leave --seed out")
+    listed = [] if options.prompts is None else read_prompts(options.prompts, task)
+    prompts = [(prompt.text, prompt.image) for prompt in listed] or [(options.prompt, options.image)]
     chosen = [
-        replace(options, prompt=prompt.text or None, image=prompt.image or options.image, seed=seed)
-        for prompt in prompts
+        replace(options, prompt=text, image=image, seed=seed)
+        for text, image in prompts
         for seed in options.seeds or (options.seed,)
     ]
     return [Case(number, its) for number, its in enumerate(chosen, 1)]

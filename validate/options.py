@@ -60,7 +60,7 @@ class ValidateOptions:
         size = self.size or (fixed[:2] if fixed else spec.sampling.sizes[0])
         shared = {} if self.guidance is None else dict.fromkeys(spec.experts, self.guidance)
         request = Request(
-            prompt=self.prompt or PROMPT,
+            prompt=PROMPT if self.prompt is None else self.prompt,
             negative_prompt=self.negative_prompt,
             size=size,
             frames=self.frames if self.frames is not None or not fixed else fixed[2],

@@ -24,7 +24,7 @@ def read_prompts(path: Path, task: Task) -> list[Prompt]:
             missing or out of place.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"{path}: {reason}", "a text file", "write one prompt a line") from None

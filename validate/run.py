@@ -69,6 +69,8 @@ def validate(
         manifest = pipeline.bundle.manifest
         cases = cases_of(options, manifest.spec.task)
         requests = [case.options.request(manifest) for case in cases]
+        for request in requests:
+            pipeline.tokenizer.encode(request.prompt)  # refuses one of which nothing is left
         judged = attached(pipeline.bundle, options)
         device = reference_device(options.reference_device, manifest)
         source = with_loras(open_same_model(checkpoint, engines, manifest, progress), manifest)

@@ -56,8 +56,10 @@ def test_what_the_user_says_beats_the_preset():
         (I2V, Request("x", image=b"GIF?"), "image"),
         (I2V, Request("x", image=picture(1, 1)), "1x1"),
         (T2V, Request("x", preset="thunder"), "preset 'thunder'"),
+        (T2V, Request("x", steps=0), "0 steps"),
+        (T2V, Request("x", shift=float("nan")), "shift nan"),
     ],
-    ids=["text only", "no image", "no last image", "not an image", "one pixel", "preset"],
+    ids=["text only", "no image", "no last image", "not an image", "one pixel", "preset", "steps", "shift"],
 )
 def test_images_and_presets_that_do_not_belong(spec, request_, told):
     with pytest.raises(UserError, match=told):

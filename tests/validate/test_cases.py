@@ -36,7 +36,7 @@ def test_every_prompt_runs_with_every_seed(prompts):
 def test_the_command_of_a_case_makes_it_alone(prompts):
     command = cases_of(ValidateOptions(prompts=prompts, seeds=(0, 7), command=TYPED), Task.TI2V)[3].command
     assert shlex.split(command) == [
-        *("wan-trt", "validate", "engines", "ck", "--steps", "4", "-o", "case-4", "--seed", "7"),
+        *("wan-trt", "validate", "engines", "ck", "--steps", "4", "--gate", "g.toml", "-o", "case-4", "--seed", "7"),
         *("--prompt", "It's a hen", "--image", str(prompts.parent / "hen.png")),
     ]
 
@@ -58,6 +58,20 @@ def test_one_source_of_prompts_and_no_seed_twice(prompts):
         cases_of(ValidateOptions(prompt="a", prompts=prompts), Task.TI2V)
     with pytest.raises(UserError, match="every seed once"):
         cases_of(ValidateOptions(seeds=(1, 1)), Task.T2V)
+    with pytest.raises(UserError, match="--seeds beside --seed 3"):
+        cases_of(ValidateOptions(seed=3, seeds=(1, 2)), Task.T2V)
+
+
+def test_the_mark_of_utf_8_is_no_part_of_a_prompt(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbf# comment\nA fox\n")
+    assert [case.options.prompt for case in cases_of(ValidateOptions(prompts=path), Task.T2V)] == ["A fox"]
+
+
+def test_a_prompt_of_nothing_is_not_taken_for_the_default(tiny_engines, tiny_checkpoint, tmp_path):
+    with pytest.raises(UserError, match="prompt"):
+        validate(tiny_engines, tiny_checkpoint, tmp_path / "out", ValidateOptions(prompt=" ", size=(32, 32), frames=1))
+    assert not (tmp_path / "out").exists()
 
 
 def test_seeds_as_they_are_typed():
