@@ -1,22 +1,23 @@
 """What a report holds beside parity: the bundle, a bench, the compiler's kernels, and the gates on all of it."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from validate.bench.result import FORMAT, known_measurements
+from validate.bench.read import read_bench
+from validate.bench.result import known_measurements
 from validate.gate import Gate, has_table, read_gates
 from validate.options import ValidateOptions
 from wan22.bundle import Bundle, Manifest
 from wan22.errors import UserError
+from wan22.specs import ModelSpec
 
 
 @dataclass(frozen=True)
 class Attached:
     gates: tuple[Gate, ...] = ()  # on what a validation measures
-    bench_gates: tuple[Gate, ...] = ()
+    bench_gates: tuple[Gate, ...] = ()  # judged where there is a bench
     bench: Mapping[str, Any] | None = None  # the JSON of ``wan-trt bench``
     fusion: tuple[Mapping[str, Any], ...] = ()  # of every engine, as ``wan-trt inspect --json`` has it
     why_no_fusion: str = ""
@@ -26,6 +27,13 @@ class Attached:
     def bench_measured(self) -> Mapping[str, float]:
         return {} if self.bench is None else self.bench["measurements"]
 
+    @property
+    def not_judged(self) -> str:
+        """What of the gate file this report says nothing about."""
+        if self.bench is not None or not self.bench_gates:
+            return ""
+        return f"{len(self.bench_gates)} of [bench] not judged, no --bench given"
+
 
 def attached(bundle: Bundle, options: ValidateOptions) -> Attached:
     """Reads everything before the long work.
@@ -33,35 +41,44 @@ def attached(bundle: Bundle, options: ValidateOptions) -> Attached:
     Raises:
         UserError: a gate file or a bench that cannot be read, unknown names in it, a bench of another model.
     """
+    manifest = bundle.manifest
+    bench = None if options.bench is None else _bench_of(options.bench, manifest)
+    gates = () if options.gate is None else _gates(options.gate, manifest.spec, with_bench=bench is not None)
+    fusion, why = _fusion(bundle)
+    return Attached(*(gates or ((), ())), bench, fusion, why, manifest)
+
+
+def _gates(path: Path, spec: ModelSpec, *, with_bench: bool) -> tuple[tuple[Gate, ...], tuple[Gate, ...]]:
+    """The gates of both tables, whose names are checked whether this run judges them or not."""
     from validate.measured import known
 
-    gates = () if options.gate is None else read_gates(options.gate, "validate", known())
-    bench = None if options.bench is None else read_bench(options.bench, bundle.manifest)
-    bench_gates: tuple[Gate, ...] = ()
-    if options.gate is not None and bench is not None and has_table(options.gate, "bench"):
-        bench_gates = read_gates(options.gate, "bench", known_measurements(bundle.manifest.spec))
-    fusion, why = _fusion(bundle)
-    return Attached(gates, bench_gates, bench, fusion, why, bundle.manifest)
+    of_bench: tuple[Gate, ...] = ()
+    if has_table(path, "bench"):
+        of_bench = read_gates(path, "bench", known_measurements(spec))
+    if with_bench and of_bench and not has_table(path, "validate"):
+        return (), of_bench
+    return read_gates(path, "validate", known()), of_bench
 
 
-def read_bench(path: Path, manifest: Manifest) -> Mapping[str, Any]:
+def _bench_of(path: Path, manifest: Manifest) -> Mapping[str, Any]:
     """The JSON that ``wan-trt bench`` printed last or wrote to a file.
 
     Raises:
-        UserError: no such file, something else in it, or a bench of another model or precision.
+        UserError: no such file, something else in it, or a bench of another model, precision or target.
     """
-    remedy = "make one with wan-trt bench --json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8").strip().rpartition("\n")[2])
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no JSON in its last line"
-        raise UserError(f"bench {path}: {reason}", "the JSON of a bench", remedy) from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT or "measurements" not in found:
-        raise UserError(f"bench {path}: not what a bench writes", FORMAT, remedy)
-    theirs, ours = (found.get("model"), found.get("precision")), (manifest.spec.name, str(manifest.precision))
-    if theirs != ours:
-        raise UserError(f"bench {path}: {theirs[0]} in {theirs[1]}", f"{ours[0]} in {ours[1]}", "bench this bundle")
+    found, build = read_bench(path), manifest.build
+    measured = [found["model"], found["precision"]]
+    ours = [manifest.spec.name, str(manifest.precision)]
+    if build is not None:  # a bundle of graphs may be beside a bench of any engines made of it
+        measured.append(found["conditions"].get("target"))
+        ours.append(build.target)
+    if measured != ours:
+        raise UserError(f"bench {path}: of {_told(measured)}", _told(ours), "bench this bundle")
     return found
+
+
+def _told(facts: Sequence[Any]) -> str:
+    return " in ".join(map(str, facts[:2])) + "".join(f" for {target}" for target in facts[2:])
 
 
 def _fusion(bundle: Bundle) -> tuple[tuple[Mapping[str, Any], ...], str]:

@@ -49,8 +49,9 @@ def cases_of(options: ValidateOptions, task: Task) -> list[Case]:
         raise UserError(f"--seeds {', '.join(map(str, options.seeds))}", "every seed once", "leave the others out")
     if options.seeds and options.seed:
         raise UserError(f"--seeds beside --seed {options.seed}", "one of them", "leave --seed out")
-    listed = [] if options.prompts is None else read_prompts(options.prompts, task)
-    prompts = [(prompt.text, prompt.image) for prompt in listed] or [(options.prompt, options.image)]
+    prompts: list[tuple[str | None, Path | bytes | None]] = [(options.prompt, options.image)]
+    if options.prompts is not None:
+        prompts = [(prompt.text, prompt.image) for prompt in read_prompts(options.prompts, task)]
     chosen = [
         replace(options, prompt=text, image=image, seed=seed)
         for text, image in prompts

@@ -1,5 +1,6 @@
 """What a command leaves in the folder that the user named: every file whole or not at all."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,24 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     for name, content in files.items():
         with _refusing(folder):
             _replace(folder / name, content)
+
+
+def check_place(path: Path, what: str) -> None:
+    """Raises UserError, before the long work, where no file can be written at ``path``."""
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{what} {path}: no such folder", "an existing folder", "make it first")
+    if path.is_dir():
+        raise UserError(f"{what} {path}: a folder", "the name of a file", "name one in it")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{what} {path}: its folder is read-only", "a folder that can be written", "name another")
+
+
+def write_file(path: Path, content: bytes, what: str) -> None:
+    """One file, whole or not at all. Raises UserError where it cannot be written."""
+    try:
+        _replace(path, content)
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror}", "a file that can be written", "name another") from None
 
 
 def _replace(path: Path, content: bytes) -> None:

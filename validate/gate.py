@@ -101,7 +101,11 @@ def _content(path: Path) -> dict[str, Any]:
 def _gates(path: Path, value: Any, name: str) -> Iterator[Gate]:
     """The gates below the key ``name``, whose first part is the table."""
     if not isinstance(value, dict):
-        raise UserError(f"{path}: {name} = {value!r}", "a measurement with min or max", f"write {name}.max = ...")
+        raise UserError(
+            f"{path}: {name} = {value!r}",
+            "a measurement with min or max",
+            f"write {name}.min = ... or {name}.max = ...",
+        )
     for key, inner in value.items():
         if key in BOUNDS and not isinstance(inner, dict):
             yield Gate(name.partition(".")[2], key, _limit(path, f"{name}.{key}", inner))

@@ -20,13 +20,16 @@ from validate.reference import Reference
 from validate.reference_parts import F32, time_features
 from validate.reference_run import ReferenceStep, lists, noise
 from validate.row import Row, excess
-from validate.thresholds import Limit
+from validate.thresholds import Limit, Measure
 from wan22.specs import TRAIN_TIMESTEPS, ModelSpec, Task
 
 VELOCITY_POINTS = 4  # timesteps per expert, evenly over the range it works in
 
 
 Climbed = Callable[[Climb], Iterator[Row]]
+DISTANCES: tuple[Measure, ...] = ("max_abs", "relative_l2")
+OF_FRAMES: tuple[Measure, ...] = (*DISTANCES, "psnr_db")
+BESIDE_PRECISION: tuple[Measure, ...] = (*DISTANCES, "excess")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Rung:
     subject: str
     climb: Climbed
     of_every_case: bool = False  # a prompt or a seed makes a difference to it that no other rung shows
+    measures: tuple[Measure, ...] = DISTANCES  # what gates may ask of the rows
 
     def rows(self, climb: Climb) -> Iterator[Row]:
         return (replace(row, subject=self.subject) for row in self.climb(climb))
@@ -43,12 +47,15 @@ class Rung:
 
 def rungs(spec: ModelSpec, *, official: bool = False) -> tuple[Rung, ...]:
     """The ladder of a model, from the bottom; ``official`` adds the part that stands on the official code."""
-    experts = tuple(Rung("velocity", partial(velocities, expert=expert)) for expert in spec.experts)
+    experts = tuple(
+        Rung("velocity", partial(velocities, expert=expert), measures=BESIDE_PRECISION) for expert in spec.experts
+    )
+    run = Rung("latents", trajectory, of_every_case=True, measures=BESIDE_PRECISION)
     both_modes = (Rung("text_mode", text_mode),) if spec.task == Task.TI2V else ()
     known: tuple[tuple[str, tuple[Rung, ...]], ...] = (
         ("text_encoder", TEXT_RUNGS),
         ("vae_encoder_first", IMAGE_RUNGS),
-        (spec.experts[0], (*SAMPLER_RUNGS, *experts, Rung("latents", trajectory, of_every_case=True), *both_modes)),
+        (spec.experts[0], (*SAMPLER_RUNGS, *experts, run, *both_modes)),
         ("vae_decoder_first", VIDEO_RUNGS),
     )
     ladder = tuple(rung for component, its in known if component in spec.components for rung in its)
@@ -207,11 +214,11 @@ IMAGE_RUNGS = (
     Rung("condition", ladder_image.condition, of_every_case=True),
 )
 VIDEO_RUNGS = (
-    Rung("decode", decoder),
-    Rung("frames", ladder_video.frames, of_every_case=True),
-    Rung("ssim", ladder_video.structure, of_every_case=True),
-    Rung("frame_changes", ladder_video.changes, of_every_case=True),
-    Rung("lpips", ladder_video.perception, of_every_case=True),
+    Rung("decode", decoder, measures=OF_FRAMES),
+    Rung("frames", ladder_video.frames, of_every_case=True, measures=OF_FRAMES),
+    Rung("ssim", ladder_video.structure, of_every_case=True, measures=("ssim",)),
+    Rung("frame_changes", ladder_video.changes, of_every_case=True, measures=OF_FRAMES),
+    Rung("lpips", ladder_video.perception, of_every_case=True, measures=("lpips",)),
 )
 SAMPLER_RUNGS = (
     Rung("schedule", schedule),
@@ -225,6 +232,6 @@ OFFICIAL_RUNGS = (
     Rung("official_encode", ladder_official.encode),
     Rung("official_velocity", ladder_official.velocities),
     Rung("official_latents", ladder_official.latents),
-    Rung("official_decode", ladder_official.decode),
-    Rung("official_frames", ladder_official.video),
+    Rung("official_decode", ladder_official.decode, measures=OF_FRAMES),
+    Rung("official_frames", ladder_official.video, measures=OF_FRAMES),
 )

@@ -15,8 +15,9 @@ def known() -> tuple[str, ...]:
     from validate.ladder import rungs
     from wan22.specs import SPECS
 
-    subjects = dict.fromkeys(rung.subject for spec in SPECS.values() for rung in rungs(spec, official=True))
-    return (FAILED, *(f"{subject}.{measure}" for subject in subjects for measure in MEASURES))
+    ladders = (rungs(spec, official=True) for spec in SPECS.values())
+    names = [f"{rung.subject}.{measure}" for ladder in ladders for rung in ladder for measure in rung.measures]
+    return (FAILED, *dict.fromkeys(names))
 
 
 def measured(rows: Iterable[Row]) -> Mapping[str, float]:

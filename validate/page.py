@@ -85,6 +85,7 @@ def lights(report: "ValidationReport") -> list[Light]:
     problems = [problem for engine in its.fusion for problem in engine["problems"]]
     parity = f"{len(report.rows) - len(report.failed)} of {len(report.rows)} checks passed"
     kept = f"{len(report.verdicts) - missed} of {len(report.verdicts)} kept" if report.verdicts else "no --gate given"
+    kept = "; ".join(filter(None, (kept, its.not_judged)))
     timed = "; ".join(faults) or "measured" if its.bench else "no --bench given"
     fused = "; ".join(problems) or f"{len(its.fusion)} engines inspected" if its.fusion else its.why_no_fusion
     return [

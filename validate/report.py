@@ -42,7 +42,8 @@ class ValidationReport:
     def verdicts(self) -> tuple[Verdict, ...]:
         """Of the gates, those on the bench last."""
         ours = judge(self.attached.gates, measured(self.rows))
-        return (*ours, *judge(self.attached.bench_gates, self.attached.bench_measured))
+        of_bench = () if self.attached.bench is None else self.attached.bench_gates
+        return (*ours, *judge(of_bench, self.attached.bench_measured))
 
     @property
     def missed(self) -> tuple[Verdict, ...]:

@@ -17,6 +17,8 @@ def _lines(report: "ValidationReport") -> Iterator[str]:
     mark = "✅" if report else "❌"
     yield f"# {mark} Parity of {report.facts.get('model', '')} {report.facts.get('precision', '')}"
     yield from ("", _text(report.summary()), "")
+    if not_judged := report.attached.not_judged:
+        yield from (_text(f"Gates: {not_judged}."), "")
     if report.verdicts:
         told = [(_mark(bool(v)), v.gate.measurement, *verdict_words(v)) for v in report.verdicts]
         yield from _table(("", "gate", "found", "limit"), told)

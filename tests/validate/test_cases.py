@@ -98,7 +98,7 @@ def test_gates_and_bench_are_read_before_any_work(tiny_engines, tiny_checkpoint,
     gate, bench = tmp_path / "gate.toml", tmp_path / "bench.json"
     gate.write_text("[validate]\nlatent.relative_l2.max = 1")
     bench.write_text("{}")
-    wrong = {"unknown key validate.latent.relative_l2": {"gate": gate}, "not what a bench writes": {"bench": bench}}
+    wrong = {"unknown key validate.latent.relative_l2": {"gate": gate}, "format None": {"bench": bench}}
     wrong |= {"No such file": {"bench": Path("nowhere.json")}}
     for told, options in wrong.items():
         with pytest.raises(UserError, match=told):

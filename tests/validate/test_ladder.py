@@ -11,6 +11,7 @@ import pytest
 from export.synth import synthesise
 from validate import ValidateOptions, validate
 from validate.ladder import velocity_points
+from validate.measured import FAILED, known, measured
 from wan22.errors import NonFiniteError, UserError
 from wan22.specs import SPECS, Precision
 from wan_trt.cli import app
@@ -50,6 +51,12 @@ def test_frames_are_measured_in_decibels(report):
     video = next(row for row in report.rows if row.component == "video")
     assert video.metrics.psnr_db >= 60
     assert video.metrics.values == 3 * 5 * 64 * 64
+
+
+def test_gates_know_what_a_ladder_measures_and_nothing_else(report):
+    names, subjects = set(known()), {row.subject for row in report.rows}
+    of_float32 = {name for name in names if name.partition(".")[0] in subjects and not name.endswith(".excess")}
+    assert set(measured(report.rows)) == of_float32 | {FAILED}
 
 
 def test_velocity_points_stay_with_their_expert():

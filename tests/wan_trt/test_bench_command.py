@@ -67,6 +67,11 @@ def test_a_bench_is_compared_with_an_earlier_one(tiny_engines, baseline, capsys)
     assert "another machine" not in out
 
 
+def test_a_baseline_that_somebody_indented_is_one_all_the_same(tiny_engines, baseline, tmp_path):
+    (tmp_path / "indented.json").write_text(json.dumps(json.loads(baseline.read_text()), indent=2))
+    assert status(tiny_engines, *QUICK, "--compare", tmp_path / "indented.json") == 0
+
+
 def test_a_baseline_of_another_machine_is_told(tiny_engines, baseline, tmp_path, capsys):
     content = json.loads(baseline.read_text())
     content["machine"]["cpu"] = "Another"
@@ -100,6 +105,9 @@ def test_a_baseline_of_another_machine_is_told(tiny_engines, baseline, tmp_path,
         (["--gate", "nowhere.toml"], "gate file nowhere.toml: No such file"),
         (["--compare", "nowhere.json"], "baseline nowhere.json: No such file"),
         (["-o", "nowhere/bench.json"], "output nowhere/bench.json: no such folder"),
+        (["-o", ""], "output .: a folder"),
+        (["-o", "/"], "output /: a folder"),
+        (["--sweep", "frames", "--values", ""], "a sweep over nothing | expected at least two values"),
     ],
 )
 def test_bad_options_in_one_line(tiny_engines, capsys, options, told):
@@ -119,6 +127,11 @@ def test_bad_options_in_one_line(tiny_engines, capsys, options, told):
         ("compare", '{"format": "wan-trt bench 1"}', "model None | expected a str"),
         ("compare", json.dumps(EMPTY | {"model": "ti2v-5b"}), "model 'ti2v-5b' | expected 't2v-a14b-tiny'"),
         ("compare", json.dumps(EMPTY | {"machine": []}), "machine [] | expected a dict"),
+        ("compare", json.dumps(EMPTY | {"measurements": {"a.median_ms": "fast"}}), "a.median_ms 'fast' | expected a"),
+        ("compare", json.dumps(EMPTY | {"measurements": {"a.median_ms": None}}), "a.median_ms None | expected a"),
+        ("compare", json.dumps(EMPTY | {"measurements": {"a.median_ms": float("nan")}}), "a.median_ms nan | expected"),
+        ("compare", json.dumps(EMPTY | {"conditions": {"load_average": None}}), "load_average None | expected a"),
+        ("compare", json.dumps(EMPTY | {"machine": {"cores": "2"}}), "cores '2' | expected a finite number"),
     ],
 )
 def test_bad_files_in_one_line(tiny_engines, tmp_path, capsys, name, content, told):
@@ -141,10 +154,13 @@ def test_a_bundle_that_holds_no_engines(tiny_bundle, capsys):
     assert "engines" in capsys.readouterr().err
 
 
-def test_a_place_that_cannot_be_written_loses_no_result(tiny_engines, tmp_path, capsys):
-    (tmp_path / "bench.json").mkdir()
+def test_a_disk_that_is_full_loses_no_result(tiny_engines, tmp_path, capsys, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("validate.files._replace", full)
     assert status(tiny_engines, *QUICK, "-o", tmp_path / "bench.json") == 2
     told = capsys.readouterr()
     assert json.loads(told.out.strip().splitlines()[-1])["passed"] is True
-    assert "bench.json: Is a directory" in told.err
-    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+    assert "bench.json: No space left on device" in told.err
+    assert not list(tmp_path.iterdir())

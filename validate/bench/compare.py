@@ -102,9 +102,14 @@ def _spread(name: str, measurements: Mapping[str, float]) -> float:
     """
     piece, _, leaf = name.rpartition(".")
     if leaf == "median_ms":
-        return measurements[f"{piece}.p90_ms"] / measurements[name] - 1
+        return _beyond(measurements.get(f"{piece}.p90_ms"), measurements.get(name))
     if f"{name}_p10" in measurements:
-        return measurements[name] / measurements[f"{name}_p10"] - 1
+        return _beyond(measurements[name], measurements[f"{name}_p10"])
     if piece != RUN or leaf in OF_MEMORY:
         return 0.0
-    return measurements[f"{RUN}.total_p90_s"] / measurements[f"{RUN}.total_s"] - 1
+    return _beyond(measurements.get(f"{RUN}.total_p90_s"), measurements.get(f"{RUN}.total_s"))
+
+
+def _beyond(larger: float | None, smaller: float | None) -> float:
+    """How much larger, relative; nothing where one is missing or zero."""
+    return larger / smaller - 1 if larger and smaller else 0.0

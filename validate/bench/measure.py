@@ -109,7 +109,7 @@ class Setting:
             Piece(name, cost=costs[name], roofline_s=costs[name].roofline_s(peak), memory=memory[name], **vars(found))
             for name, found in zip(chosen, times, strict=True)
         )
-        conditions = _conditions(bundle, self.options) | {"load_average": [load, load_average()]}
+        conditions = conditions_of(bundle, self.options) | {"load_average": [load, load_average()]}
         conditions |= {"reference_device": self.device if self.checkpoint else ""}
         used = memory.get(RUN, {})
         return BenchResult(facts(work, bundle), machine(), conditions, peak, pieces, runs, stopped, used)
@@ -233,7 +233,8 @@ def _all(side: Side, piece: str) -> list[Any]:
     return list(side.chunks(piece))
 
 
-def _conditions(bundle: Bundle, options: BenchOptions) -> dict[str, Any]:
+def conditions_of(bundle: Bundle, options: BenchOptions) -> dict[str, Any]:
+    """What times depend on beside the machine."""
     build = bundle.manifest.build
     return {
         "command": options.command,

@@ -1,6 +1,8 @@
 """The JSON of an earlier bench: a file of it, or a captured output whose last line it is."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +18,44 @@ FIELDS = {
     "measurements": dict,
     "faults": list,
 }
+REMEDY = "name the output of an earlier wan-trt bench"
 
 
 def read_bench(path: Path, what: str = "bench") -> dict[str, Any]:
     """What ``BenchReport.as_json`` gave. Errors call the file ``what``.
 
     Raises:
-        UserError: no such file, or no bench in it.
+        UserError: no such file, or no bench in it, or one whose numbers are none.
     """
-    remedy = "name the output of an earlier wan-trt bench"
     try:
-        content = json.loads(path.read_text(encoding="utf-8").strip().rpartition("\n")[2])
+        content = _content(path.read_text(encoding="utf-8-sig").strip())
     except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror}", "the JSON of a bench", remedy) from None
+        raise UserError(f"{what} {path}: {error.strerror}", "the JSON of a bench", REMEDY) from None
     except ValueError:
-        raise UserError(f"{what} {path}: its last line is no JSON", "the JSON of a bench", remedy) from None
+        raise UserError(f"{what} {path}: its last line is no JSON", "the JSON of a bench", REMEDY) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{what} {path}: format {found!r}", FORMAT, remedy)
+        raise UserError(f"{what} {path}: format {found!r}", FORMAT, REMEDY)
     for field, kind in FIELDS.items():
         if not isinstance(content.get(field), kind):
-            raise UserError(f"{what} {path}: {field} {content.get(field)!r}", f"a {kind.__name__}", remedy)
+            raise UserError(f"{what} {path}: {field} {content.get(field)!r}", f"a {kind.__name__}", REMEDY)
+    for name, value in _numbers(content):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{what} {path}: {name} {value!r}", "a finite number", REMEDY)
     return content
+
+
+def _content(text: str) -> Any:
+    """A file that somebody indented is still one object."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return json.loads(text.rpartition("\n")[2])
+
+
+def _numbers(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Everything in a bench that is calculated with, by name."""
+    yield from content["measurements"].items()
+    load = content["conditions"].get("load_average", [0.0])
+    yield "load_average", load[0] if isinstance(load, list) and load else load
+    yield "cores", content["machine"].get("cores", 1)

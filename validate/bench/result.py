@@ -4,7 +4,7 @@ A *measurement* is a number with a name that a gate or a comparison can use: ``h
 the name; ``speedup`` says how many times as long PyTorch took, ``memory_ratio`` how much of PyTorch's peak we need.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +35,8 @@ APART = 0.1  # relative L2: FP8 of random weights is nearer, another weight or i
 
 def known_measurements(spec: ModelSpec) -> tuple[str, ...]:
     """Every name that a bench of this model can measure, with an image or without."""
-    pieces = pieces_of(spec, has_image=True)
-    names = [f"{piece}.{name}" for piece in pieces for name in OF_A_PIECE]
+    pieces, alike = pieces_of(spec, has_image="vae_encoder_first" in spec.components), spec.experts[1:]
+    names = [f"{piece}.{name}" for piece in pieces for name in OF_A_PIECE if not (piece in alike and name in OF_MEMORY)]
     return (*names, *(f"{RUN}.{name}" for name in OF_A_RUN), REGRESSIONS)
 
 
@@ -51,6 +51,14 @@ def of_memory(memory: Mapping[str, Footprint]) -> Iterator[tuple[str, float | No
         yield "memory_ratio_beyond_libraries", ours.beyond_libraries / eager.beyond_libraries
         if ours.device and eager.device:
             yield "device_memory_ratio", ours.device / eager.device
+
+
+def faults_of(piece: str, not_finite: Sequence[str], difference: Mapping[str, float]) -> Iterator[str]:
+    """Why times of ``piece`` say nothing: a side that computed no numbers, sides that did not do the same work."""
+    yield from (f"{piece}: NaN or infinity computed by {side}" for side in not_finite)
+    for side, apart in difference.items():
+        if apart > APART:
+            yield f"{piece}: {side} is {apart:.2g} away from ours, which is not the same work"
 
 
 @dataclass(frozen=True)
@@ -78,11 +86,8 @@ class Piece:
         return None if self.roofline_s is None else 100 * self.roofline_s / self.samples[OURS].median
 
     def faults(self) -> Iterator[str]:
-        """Why the times say nothing: a side that computed no numbers, sides that did not do the same work."""
-        yield from (f"{self.name}: NaN or infinity computed by {side}" for side in self.not_finite)
-        for side, difference in self.difference.items():
-            if difference > APART:
-                yield f"{self.name}: {side} is {difference:.2g} away from ours, which is not the same work"
+        """Why the times say nothing."""
+        return faults_of(self.name, self.not_finite, self.difference)
 
     def measurements(self) -> Iterator[tuple[str, float | None]]:
         ours = self.samples[OURS]

@@ -3,15 +3,16 @@
 The exponent is the slope of a straight line through the logarithms: 1 is linear, 2 is what attention alone would make.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from validate.bench.machine import machine
-from validate.bench.measure import Setting, opened
+from validate.bench.machine import load_average, machine
+from validate.bench.measure import Setting, conditions_of, opened
+from validate.bench.result import faults_of
 from validate.bench.work import DECODER, BenchOptions
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
@@ -34,6 +35,10 @@ class Sweep:
     axis: Axis
     model: str
     points: tuple[Point, ...]
+    precision: str = ""
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Mapping[str, Any] = field(default_factory=dict)  # command, versions, load
+    faults: tuple[str, ...] = ()  # what forbids to trust the times
 
     @property
     def unit(self) -> str:
@@ -64,10 +69,13 @@ class Sweep:
         return {
             "format": FORMAT,
             "model": self.model,
+            "precision": self.precision,
             "axis": self.axis,
-            "machine": machine(),
+            "machine": dict(self.machine),
+            "conditions": dict(self.conditions),
             "points": points,
             "exponents": self.exponents(),
+            "faults": list(self.faults),
         }
 
 
@@ -75,11 +83,11 @@ def sweep(
     engines: Path,
     checkpoint: str | Path | None,
     axis: Axis,
-    values: Sequence[str] = (),
+    values: Sequence[str] | None = None,
     options: BenchOptions | None = None,
     progress: Progress = silent,
 ) -> Sweep:
-    """Benches ``values`` of ``axis``, the defaults where there are none; the rest is as ``options`` say.
+    """Benches ``values`` of ``axis``, the defaults where none are given; the rest is as ``options`` say.
 
     Raises:
         UserError: as ``bench``, and for values that are none; for every value, before any work.
@@ -89,38 +97,46 @@ def sweep(
         chosen = options_of(axis, values, options, setting.work.spec)
         for each in chosen.values():
             each.request(setting.pipeline.bundle)
-    points = []
+        manifest, load = setting.pipeline.bundle.manifest, load_average()
+        conditions = conditions_of(setting.pipeline.bundle, options)
+    points, faults = [], []
     for done, (label, each) in enumerate(chosen.items(), 1):
         with opened(engines, checkpoint, each, silent) as setting:
-            seconds = _run_seconds(setting) if axis == "steps" else _piece_seconds(setting)
+            seconds, faulty = _run_seconds(setting) if axis == "steps" else _piece_seconds(setting)
             points.append(Point(each.steps if axis == "steps" else setting.work.tokens, label, seconds))
-            model = setting.work.spec.name
+            faults += [f"{axis} {label}, {fault}" for fault in faulty]
         progress(f"sweep {axis}", done, len(chosen), "points")
-    return Sweep(axis, model, tuple(points))
+    conditions |= {"load_average": [load, load_average()]}
+    described = (str(manifest.precision), machine(), conditions)
+    return Sweep(axis, manifest.spec.name, tuple(points), *described, tuple(faults))
 
 
-def _run_seconds(setting: Setting) -> dict[str, float]:
-    """Of all steps of a run."""
+def _run_seconds(setting: Setting) -> tuple[dict[str, float], list[str]]:
+    """Of all steps of a run. A run in which a side computes NaN raises."""
     runs = setting.whole_runs(setting.sides(), max(1, setting.options.whole_runs))
-    return {f"all steps, {side}": found.figures()["denoise_s"] for side, found in runs.items()}
+    return {f"all steps, {side}": found.figures()["denoise_s"] for side, found in runs.items()}, []
 
 
-def _piece_seconds(setting: Setting) -> dict[str, float]:
-    """Medians of an expert and of the decoder, or of the pieces that were chosen."""
+def _piece_seconds(setting: Setting) -> tuple[dict[str, float], list[str]]:
+    """Medians of an expert and of the decoder, or of the pieces that were chosen; and their faults."""
     sides, spec = setting.sides(), setting.work.spec
     pieces = setting.work.chosen(setting.options.only or (spec.experts[0], DECODER))
-    found = {}
+    found: dict[str, float] = {}
+    faults: list[str] = []
     for piece in pieces:
-        for side, samples in setting.times(piece, sides, 1.0).samples.items():
-            found[f"{piece}, {side}"] = samples.median
-    return found
+        times = setting.times(piece, sides, 1.0)
+        found |= {f"{piece}, {side}": samples.median for side, samples in times.samples.items()}
+        faults += faults_of(piece, times.not_finite, times.difference)
+    return found, faults
 
 
-def options_of(axis: Axis, values: Sequence[str], options: BenchOptions, spec: ModelSpec) -> dict[str, BenchOptions]:
+def options_of(
+    axis: Axis, values: Sequence[str] | None, options: BenchOptions, spec: ModelSpec
+) -> dict[str, BenchOptions]:
     """By label. Raises UserError for what is no value of ``axis``, and for fewer than two."""
-    labels = list(dict.fromkeys(values)) or _defaults(axis, options, spec)
+    labels = _defaults(axis, options, spec) if values is None else list(dict.fromkeys(values))
     if len(labels) < 2:
-        raise UserError(f"a sweep over {labels[0]}", "at least two values", "give more with --values")
+        raise UserError(f"a sweep over {labels[0] or 'nothing'}", "at least two values", "give more with --values")
     if axis == "size":
         return {label: replace(options, size=_size(label)) for label in labels}
     if axis == "frames":

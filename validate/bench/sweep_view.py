@@ -1,16 +1,20 @@
 """A sweep as a picture: a PNG, or a page that stands alone with the figures beside it. Both axes are logarithmic."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from validate.bench.machine import BUSY
 from validate.bench.sweep import Sweep
 from validate.figures import DARK, LIGHT, PLOT_DPI, Theme, data_uri
+from validate.files import check_place, write_file
 from wan22.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 SIZE_INCHES = (7.2, 4.2)
@@ -23,13 +27,12 @@ def check_plot(path: Path) -> None:
     """Raises UserError for a name that says neither PNG nor HTML, or a place that cannot be written."""
     if path.suffix not in ENDINGS:
         raise UserError(f"plot {path}", "a name ending in .png or .html", "rename it")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"plot {path}: no such folder", "an existing folder", "make it first")
+    check_place(path, "plot")
 
 
 def write_plot(sweep: Sweep, path: Path) -> None:
     content = as_html(sweep).encode() if path.suffix == ".html" else png(sweep, LIGHT, transparent=False)
-    path.write_bytes(content)
+    write_file(path, content, "plot")
 
 
 def png(sweep: Sweep, theme: Theme, *, transparent: bool = True) -> bytes:
@@ -86,14 +89,31 @@ def as_html(sweep: Sweep) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     plots = {name: data_uri(png(sweep, theme)) for name, theme in (("light", LIGHT), ("dark", DARK))}
-    return environment.get_template("sweep.html.j2").render(sweep=sweep, exponents=sweep.exponents(), plots=plots)
+    shown = {"sweep": sweep, "exponents": sweep.exponents(), "plots": plots, "remarks": list(_remarks(sweep))}
+    return environment.get_template("sweep.html.j2").render(shown)
+
+
+def _remarks(sweep: Sweep) -> Iterator[str]:
+    """What forbids to trust the times, or asks to look twice."""
+    yield from sweep.faults
+    if sweep.conditions.get("load_average", [0.0])[0] > BUSY * sweep.machine.get("cores", 1):
+        yield "the machine was busy: times are too long, and not equally so; measure again on an idle one"
+
+
+def as_text(sweep: Sweep) -> "Iterator[RenderableType]":
+    """What a terminal shows."""
+    yield as_table(sweep)
+    for remark in _remarks(sweep):
+        yield f"[{'red' if remark in sweep.faults else 'yellow'}]{remark}[/]"
 
 
 def as_table(sweep: Sweep) -> "Table":
     """For a terminal."""
     from rich.table import Table
 
-    table = Table(title=f"{sweep.model}: seconds by {sweep.axis}", title_justify="left", title_style="bold")
+    table = Table(
+        title=f"{sweep.model} {sweep.precision}: seconds by {sweep.axis}", title_justify="left", title_style="bold"
+    )
     for heading in (sweep.axis, *([] if sweep.axis == "steps" else ["tokens"]), *sweep.series):
         table.add_column(heading, justify="right")
     for point in sweep.points:

@@ -50,6 +50,7 @@ def run(
 ) -> int:
     """Measure time and memory. The last line is one JSON object, with units in its keys."""
     from validate.bench.work import RUNS, STEPS, BenchOptions
+    from validate.files import write_file
 
     options = BenchOptions(
         prompt, size_of(size), frames, None if image is None else str(image), steps or STEPS, seed,
@@ -63,25 +64,14 @@ def run(
     if triton:
         found, passed = _served(engines, options, steps, runs, image, topology, gate)
     elif sweep is not None:
-        found, passed = _swept(engines, checkpoint, sweep, (values or "").split(","), options, plot), True
+        found, passed = _swept(engines, checkpoint, sweep, values, options, plot)
     else:
         found, passed = _benched(engines, checkpoint, options, gate, compare)
     line = json.dumps(found, separators=(",", ":"), allow_nan=False)
     print(line, flush=True)
     if output is not None:
-        _write(output, line + "\n")
+        write_file(output, f"{line}\n".encode(), "output")
     return 0 if passed else 1
-
-
-def _write(path: Path, text: str) -> None:
-    """Under its name only when it is whole. Raises UserError where it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"output {path}: {error.strerror}", "a file that can be written", "name another") from None
 
 
 def _list_gates(engines: Path) -> int:
@@ -102,12 +92,14 @@ def _check(
     output: Path | None,
 ) -> None:
     """Raises UserError for options that do not go together, and for a place that cannot be written."""
+    from validate.files import check_place
+
     if sweep is None and (values or plot):
         raise UserError("--values or --plot", "a sweep that they belong to", "add --sweep frames, size or steps")
     if sweep is not None and (gate or compare):
         raise UserError("--sweep with --gate or --compare", "one of them", "run the sweep on its own")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UserError(f"output {output}: no such folder", "an existing folder", "make it first")
+    if output is not None:
+        check_place(output, "output")
 
 
 def _served(
@@ -149,17 +141,18 @@ def _benched(
 
 
 def _swept(
-    engines: Path, checkpoint: str | None, axis: Axis, values: list[str], options: "BenchOptions", plot: Path | None
-) -> dict[str, Any]:
+    engines: Path, checkpoint: str | None, axis: Axis, values: str | None, options: "BenchOptions", plot: Path | None
+) -> tuple[dict[str, Any], bool]:
     from validate.bench.sweep import sweep
-    from validate.bench.sweep_view import as_table, check_plot, write_plot
+    from validate.bench.sweep_view import as_text, check_plot, write_plot
 
     if plot is not None:
         check_plot(plot)
-    given = [value.strip() for value in values if value.strip()]
+    given = None if values is None else [value.strip() for value in values.split(",")]
     with bars() as progress:
         found = sweep(engines, checkpoint, axis, given, options, progress)
     if plot is not None:
         write_plot(found, plot)
-    console.print(as_table(found))
-    return found.as_json()
+    for part in as_text(found):
+        console.print(part)
+    return found.as_json(), not found.faults

@@ -125,6 +125,8 @@ def _compare(engines: Path, checkpoint: str, output: Path, options: "ValidateOpt
     console.print(report.table())
     for verdict in report.verdicts:
         console.print(f"{'[green]✓[/]' if verdict else '[red]✗[/]'} gate {verdict}")
+    if not_judged := report.attached.not_judged:
+        console.print(f"gates: {not_judged}", markup=False)
     if len(report.cases) > 1:
         worst = report.worst_case
         console.print(f"{len(report.cases)} cases; the worst is {worst.number}: ", end="")

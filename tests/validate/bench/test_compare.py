@@ -74,6 +74,14 @@ def test_of_another_machine_only_ratios_are_compared():
     assert [change.measurement for change in found.regressions] == ["high_noise.memory_ratio"]
 
 
+@pytest.mark.parametrize("lacking", ["high_noise.p90_ms", "end_to_end.total_p90_s", "end_to_end.total_s"])
+def test_a_baseline_may_lack_what_tells_the_spread(lacking):
+    baseline = {"machine": HERE, "conditions": IDLE}
+    for measurements in ({k: v for k, v in BEFORE.items() if k != lacking}, BEFORE | {lacking: 0}):
+        found = compare(Path("old.json"), baseline | {"measurements": measurements}, Result())
+        assert not found.regressions
+
+
 def test_a_busy_machine_is_noted():
     assert not compared(Result()).busy
     assert compared(Result(), conditions={"load_average": [1.5, 2.0]}).busy

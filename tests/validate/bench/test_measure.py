@@ -66,6 +66,13 @@ def test_every_measurement_has_a_name_that_gates_know(report):
         assert name in measured
 
 
+@pytest.mark.parametrize("model", ["t2v-a14b-tiny", "ti2v-5b-tiny"])
+def test_gates_know_no_name_that_this_model_cannot_measure(model):
+    known = known_measurements(SPECS[model])
+    assert ("vae_encoder.median_ms" in known) is (model == "ti2v-5b-tiny")
+    assert not [name for name in known if name.startswith("low_noise") and name.endswith("peak_host_bytes")]
+
+
 def test_a_5b_model_starts_from_its_image_on_both_sides(flow_of):
     flow = flow_of("ti2v-5b-tiny")
     options = BenchOptions(**SMALL | {"runs": 1, "whole_runs": 1, "only": ("dit", "vae_encoder")})

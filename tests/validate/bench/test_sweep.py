@@ -43,8 +43,17 @@ def test_a_sweep_of_steps_times_whole_runs(tiny_engines):
     assert found.series == ("all steps, ours",)
 
 
+def test_a_sweep_tells_of_sides_that_compute_no_numbers(tiny_engines, with_nan):
+    options = BenchOptions(size=(32, 32), runs=1, only=("high_noise",), command="wan-trt bench")
+    found = sweep(with_nan(tiny_engines, "high_noise"), None, "frames", ["1", "5"], options)
+    assert found.faults[0] == "frames 1, high_noise: NaN or infinity computed by ours"
+    assert found.as_json()["faults"] == list(found.faults)
+    assert found.faults[0] in as_html(found)
+    assert found.as_json()["conditions"]["command"] == "wan-trt bench"
+
+
 def test_sizes_that_nobody_named_are_parts_of_the_models_own():
-    chosen = options_of("size", [], BenchOptions(), TINY)
+    chosen = options_of("size", None, BenchOptions(), TINY)
     assert [options.size for options in chosen.values()] == [(128, 80), (192, 128), (256, 160)]
 
 
