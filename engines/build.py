@@ -5,9 +5,10 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from engines.cpu.passes import fit_decoder, fit_transformer
+from engines.cpu.prompt import split_at_prompt
 from engines.external_build import ExternalBuild
 from engines.profiles import profile_between, profiles_for
 from engines.style_cost import per_block
@@ -32,6 +33,9 @@ from wan22.progress import Progress, silent
 from wan22.shapes import Profile, own_profiles
 from wan22.specs import Precision
 from wan22.stamp import Stamp
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Weights = Literal["embedded", "external"]  # compiled into the engine, or inputs of it
 
@@ -146,8 +150,9 @@ def _load_onnxruntime(source: Bundle, folder: Path, progress: Progress) -> _Comp
     _place(source, folder, source.manifest.files().values())
     prepared = []
     for done, component in enumerate(components, 1):
-        prepared.append(_for_cpu(source, component, folder))
-        onnxruntime.InferenceSession(folder / component.graph.path, providers=["CPUExecutionProvider"])
+        prepared.append(fitted := _for_cpu(source, component, folder))
+        for file in (fitted.graph, *fitted.halves):
+            onnxruntime.InferenceSession(folder / file.path, providers=["CPUExecutionProvider"])
         progress("build engines", done, len(components), "components")
     return _Compiled(tuple(prepared), str(onnxruntime.__version__))
 
@@ -166,7 +171,17 @@ def _for_cpu(source: Bundle, component: Component, folder: Path) -> Component:
     else:
         fit_decoder(model)
     ir.save(model, path)
-    return replace(component, graph=file_entry(folder, path))
+    return replace(component, graph=file_entry(folder, path), halves=_halves(model, path) if is_transformer else ())
+
+
+def _halves(transformer: "ir.Model", path: Path) -> tuple[File, ...]:
+    """Writes what the prompt alone decides, and a step without it, beside the whole transformer at ``path``."""
+    import onnx_ir as ir
+
+    paths = [path.with_suffix(f".{name}.onnx") for name in ("prompt", "step")]
+    for half, target in zip(split_at_prompt(transformer) or (), paths, strict=False):
+        ir.save(half, target)
+    return tuple(file_entry(path.parent, target) for target in paths if target.exists())
 
 
 def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from runtime.engine import NEXT, Arrays, check_inputs
+from runtime.prompt_part import TEXT, PromptPart
 from wan22.bundle import Component, Tensor
 from wan22.shapes import Profile, shape_of, sizes_of
 
@@ -44,9 +45,19 @@ class OnnxRuntimeEngine:
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self._path, self._profiles, self._providers = folder / component.graph.path, profiles, providers
+        self._halves = [folder / half.path for half in component.halves]
         self._session: Any = None
+        self._prompt: PromptPart | None = None
 
     def __enter__(self) -> Self:
+        if self._halves:
+            prompt, step = (self._opened(path) for path in self._halves)
+            self._prompt, self._session = PromptPart(prompt), step
+        else:
+            self._session = self._opened(self._path)
+        return self
+
+    def _opened(self, path: Path) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -57,13 +68,12 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.use_env_allocators", "1")
         there = onnxruntime.get_available_providers()
         usable = [provider for provider in self._providers if provider in there]
-        self._session = onnxruntime.InferenceSession(self._path, options, providers=usable)
-        return self
+        return onnxruntime.InferenceSession(path, options, providers=usable)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._session = None
+        self._session = self._prompt = None
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         check_inputs(self.name, self.inputs, inputs, self._profiles)
@@ -71,6 +81,9 @@ class OnnxRuntimeEngine:
         entering = {key: np.ascontiguousarray(array) for key, array in inputs.items()}  # alive until the run is over
         results = tuple(_room(tensor, shape_of(tensor, sizes), entering) for tensor in self.outputs)
         binding = self._session.io_binding()
+        if self._prompt is not None:
+            for key, value in self._prompt(entering.pop(TEXT)).items():
+                binding.bind_ortvalue_input(key, value)
         for key, array in entering.items():
             binding.bind_input(key, *_place(array))
         for tensor, array in zip(self.outputs, results, strict=True):

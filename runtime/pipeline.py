@@ -96,10 +96,14 @@ class Pipeline:
         return tokens, _single(self.engine("text_encoder")(input_ids=tokens.ids))
 
     def text(self, prompt: str, *, allow_empty: bool = False) -> F32:
-        """The embeddings as the transformer takes them: ``[1, 512, text width]``, rows after the end exact zeros."""
+        """The embeddings as the transformer takes them: ``[1, 512, text width]``, rows after the end exact zeros.
+
+        It cannot be written to.
+        """
         _, embeddings = self.encode_text(prompt, allow_empty=allow_empty)
         padded = np.zeros((1, TEXT_TOKENS, embeddings.shape[2]), np.float32)
         padded[:, : embeddings.shape[1]] = embeddings
+        padded.flags.writeable = False  # engines may keep what follows from it alone
         return padded
 
     def image_condition(self, request: CompleteRequest) -> dict[str, F32]:

@@ -74,7 +74,7 @@ class Modules:
             times[0] = 0
         time = times.reshape(1, -1) if self._spec.task is Task.TI2V else torch.tensor([timestep])
         given = None if condition is None else [torch.from_numpy(condition[0])]
-        tensors = [torch.from_numpy(latents[0])], time, [torch.from_numpy(text[0])]
+        tensors = [torch.from_numpy(latents[0])], time, [torch.tensor(text[0])]
         return to_numpy(model(*tensors, frames * height * width, y=given)[0][None])
 
     @torch.inference_mode()

@@ -110,7 +110,7 @@ class Reference:
             self._residence.left(self._parts.pop(other, None))
         precision = self.precision_of(expert)
         seen = latents if given.condition is None else np.concatenate([latents, given.condition], axis=1)
-        entering, context = (self._placed(torch.from_numpy(array).to(dtype_of(precision))) for array in (seen, text))
+        entering, context = (self._placed(torch.tensor(array, dtype=dtype_of(precision))) for array in (seen, text))
         time = self._placed(self._timestep(timestep, latents, given))
         with attention_of(precision):
             return to_numpy(self._part(expert)(entering, time, context, return_dict=False)[0])

@@ -51,6 +51,7 @@ class Component:
     outputs: tuple[Tensor, ...]
     precision: Precision
     why_higher: str = ""  # the reason when it, or something in it, is above the bundle's precision
+    halves: tuple[File, ...] = ()  # the same graph as two, where built so: of the prompt alone, and of a step
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Manifest:
 
     def files(self) -> dict[str, File]:
         """Every file of the bundle by path; weights that graphs share appear once."""
-        parts = [file for c in self.components for file in (c.graph, *c.weights)]
+        parts = [file for c in self.components for file in (c.graph, *c.halves, *c.weights)]
         return {file.path: file for file in (*parts, *self.tokenizer)}
 
 

@@ -27,6 +27,13 @@ def test_engines_do_not_need_the_onnx_bundle_any_more(tmp_path, tiny_bundle):
     assert len(bundle.manifest.components) == 5
 
 
+def test_transformers_are_there_as_halves_too_and_belong_to_the_bundle(tiny_engines):
+    manifest = open_bundle(tiny_engines, "engines").manifest
+    halves = {c.name: [file.path for file in c.halves] for c in manifest.components if c.halves}
+    assert halves == {name: [f"{name}.prompt.onnx", f"{name}.step.onnx"] for name in ("high_noise", "low_noise")}
+    assert {path for paths in halves.values() for path in paths} <= manifest.files().keys()
+
+
 def test_bfloat16_on_the_cpu_is_refused_with_the_way_out(tmp_path, tiny_checkpoint):
     export_checkpoint(tiny_checkpoint, tmp_path / "onnx", ExportOptions(Precision.BF16))
     with pytest.raises(UserError, match=r"precision bf16 for cpu .* use --precision fp32"):

@@ -1,9 +1,10 @@
 """What a piece of work must cost at least: arithmetic, bytes, and the time that a target's peaks allow for them.
 
 Arithmetic is counted on the graphs where the engines are graphs (ONNX Runtime), and is the model's
-(:mod:`wan22.costs`) where they are a compiler's. Bytes are those that no implementation avoids: weights, inputs and
-outputs of every call. For GPUs peaks come from the table of targets; for a CPU they are measured here and now, on a
-large matrix product and a large copy.
+(:mod:`wan22.costs`) where they are a compiler's. Of a transformer that is a step: what engines keep from one step to
+the next is not in it. Bytes are those that no implementation avoids: weights, inputs and outputs of every call. For
+GPUs peaks come from the table of targets; for a CPU they are measured here and now, on a large matrix product and a
+large copy.
 """
 
 import math
@@ -16,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from engines.targets import TARGETS
-from validate.bench.graph_flops import GraphFlops, graph_flops
+from validate.bench.graph_flops import GraphFlops, graph_flops, stored_bytes
 from validate.bench.machine import usable_cores
 from validate.bench.work import DECODER, ENCODER, TEXT, Work, components_of
 from wan22.bundle import Bundle, Component, Tensor
@@ -85,11 +86,21 @@ def _of_graphs(piece: str, work: Work, bundle: Bundle) -> GraphFlops | None:
         component = bundle.component(name)
         inputs = {tensor.name: shape_of(tensor, sizes) for tensor in component.inputs}
         kept_text_rows = min(work.token_ids.shape[1] + 1, TEXT_TOKENS)
-        flops = graph_flops(bundle.folder / component.graph.path, inputs, kept_text_rows)
-        if flops is None:
+        flops = graph_flops(bundle.path(component.graph), inputs, kept_text_rows)
+        before = _of_the_prompt(bundle, component, inputs, kept_text_rows)
+        if flops is None or before is None:
             return None
-        total = total.plus(flops, count)
+        total = total.plus(flops, count).plus(before, -count)
     return total
+
+
+def _of_the_prompt(
+    bundle: Bundle, component: Component, inputs: Mapping[str, tuple[int, ...]], kept_text_rows: int
+) -> GraphFlops | None:
+    """What engines compute once a prompt, not in every forward."""
+    if not component.halves:
+        return GraphFlops(0.0, 0.0)
+    return graph_flops(bundle.path(component.halves[0]), inputs, kept_text_rows)
 
 
 def _of_spec(piece: str, work: Work) -> GraphFlops:
@@ -114,7 +125,7 @@ def _bytes(piece: str, work: Work, bundle: Bundle) -> float:
     for name, count in _calls(piece, work):
         component = bundle.component(name)
         edges = sum(_size_bytes(tensor, sizes) for tensor in (*component.inputs, *component.outputs))
-        total += count * (edges + _weights_bytes(component))
+        total += count * (edges + _weights_bytes(bundle, component))
     return total
 
 
@@ -129,8 +140,10 @@ def _size_bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int:
     return math.prod(shape_of(tensor, sizes)) * np.dtype(tensor.dtype).itemsize
 
 
-def _weights_bytes(component: Component) -> int:
+def _weights_bytes(bundle: Bundle, component: Component) -> int:
     """Weights lie beside a graph for ONNX Runtime, inside of an engine of TensorRT."""
+    if component.halves:
+        return stored_bytes(bundle.path(component.halves[1]))
     return sum(file.size_bytes for file in (component.graph, *component.weights))
 
 

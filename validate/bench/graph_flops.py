@@ -64,6 +64,15 @@ def graph_flops(path: Path, inputs: Mapping[str, Shape], rows_by_value: int | No
     return GraphFlops(with_weights, attention)
 
 
+def stored_bytes(path: Path) -> int:
+    """Of all weights that the graph at ``path`` reads."""
+    import onnx
+
+    stored = onnx.load(path, load_external_data=False).graph.initializer
+    sizes = (onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize for tensor in stored)
+    return sum(math.prod(tensor.dims) * size for tensor, size in zip(stored, sizes, strict=True))
+
+
 def _shapes(model: Any, inputs: Mapping[str, Shape], rows_by_value: int | None) -> dict[str, Shape]:
     """Of every value whose shape ``inputs`` decide, or ``rows_by_value`` where that is known."""
     from onnx import shape_inference

@@ -28,7 +28,7 @@ from validate.bench.result import REGRESSIONS, BenchResult, Piece, known_measure
 from validate.bench.samples import Samples, in_turns, timed
 from validate.bench.whole_run import Run, Runs
 from validate.bench.whole_run import in_turns as events_in_turns
-from validate.bench.work import COMPILED, EAGER, OURS, RUN, BenchOptions, Side, Work, runner, work_for
+from validate.bench.work import COMPILED, EAGER, OURS, RUN, RUNS, BenchOptions, Side, Work, runner, work_for
 from validate.device import Device, reference_device
 from validate.gate import judge, read_gates
 from wan22.bundle import Bundle
@@ -162,7 +162,10 @@ class Setting:
         graph_seconds = side.graph_seconds if isinstance(side, OurSide) else {}
         graph_seconds.clear()
         samples = in_turns(runners, self.options.runs, _counter())
-        graphs = {name: Samples(tuple(seconds)) for name, seconds in graph_seconds.items()}
+        calls = {name: tuple(seconds) for name, seconds in graph_seconds.items()}
+        if isinstance(side, OurSide) and (first_steps := side.first_of_a_prompt(piece, min(self.options.runs, RUNS))):
+            calls[f"{piece}, new prompt"] = first_steps
+        graphs = {name: Samples(seconds) for name, seconds in calls.items()}
         self.progress("measure time", round(100 * share), 100, "%")
         return Times(samples, first, *differences(results), graphs)
 

@@ -73,7 +73,7 @@ class Piece:
     difference: Mapping[str, float] = field(default_factory=dict)  # relative L2 to ours, of the other sides
     not_finite: tuple[str, ...] = ()  # sides whose result has NaN or infinity
     memory: Mapping[str, Footprint] = field(default_factory=dict)
-    graphs: Mapping[str, Samples] = field(default_factory=dict)  # of ours, where a piece is several calls
+    graphs: Mapping[str, Samples] = field(default_factory=dict)  # of ours, where calls of a piece differ
 
     def ratio(self, side: str) -> Ratio | None:
         """How many times as long ``side`` took as ours."""

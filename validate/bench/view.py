@@ -105,7 +105,7 @@ def _work(pieces: Sequence[Piece]) -> "Table":
 
 
 def _graphs(pieces: Sequence[Piece]) -> "Table":
-    table = _table("Graphs of pieces that are several calls, ms a call", "", "ours")
+    table = _table("Calls of a piece that differ, ms: median (p90)", "", "ours")
     for name, samples in (item for piece in pieces for item in piece.graphs.items()):
         table.add_row(name, _milliseconds(samples))
     return table

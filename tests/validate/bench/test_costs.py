@@ -51,6 +51,18 @@ def embeddings_and_head(work):
     return 2 * dit.width * (text + time + work.tokens * patch * (dit.in_channels + dit.out_channels))
 
 
+def test_a_step_costs_what_the_whole_does_without_what_is_done_once_a_prompt(bundle, work):
+    whole = replace(bundle.manifest, components=tuple(replace(part, halves=()) for part in bundle.manifest.components))
+    of_whole, of_step = (costs_of(work, each)["high_noise"] for each in (Bundle(bundle.folder, whole), bundle))
+    dit, rows = work.spec.dit, work.token_ids.shape[1] + 1
+    embedded = dit.text_width * dit.width + dit.width**2
+    keys_and_values, mixed = 2 * dit.width**2, dit.width**2  # values times the linear behind cross-attention
+    once = 2 * rows * (embedded + dit.layers * (keys_and_values + mixed))
+    assert of_whole.total_flop - of_step.total_flop == once
+    weights = 4 * (embedded + dit.layers * keys_and_values)
+    assert weights < of_whole.bytes - of_step.bytes < 1.1 * weights  # biases, norms, and the graph itself
+
+
 @pytest.mark.parametrize(
     ("precision", "types"),
     [

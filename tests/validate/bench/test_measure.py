@@ -47,6 +47,13 @@ def test_calls_of_the_decoder_are_told_apart(report):
     }
 
 
+def test_a_forward_that_is_the_first_of_its_prompt_is_told_apart(report):
+    pieces = {piece.name: piece for piece in report.result.pieces}
+    calls = {name: len(samples.seconds) for name, samples in pieces["high_noise"].graphs.items()}
+    assert calls == {"high_noise, new prompt": 2}
+    assert not pieces["text_encoder"].graphs
+
+
 def test_whole_runs_have_a_curve_on_both_sides(report):
     for runs in report.result.runs.values():
         assert len(runs.each) == 2
