@@ -1,18 +1,53 @@
-"""Products without their biases, which the next pass over the rows adds.
+"""Products without their biases, which the next pass over the rows adds, or none.
 
 ONNX Runtime's ``Gemm`` writes the bias into its result, on one core, before it multiplies, and reads it back: a tenth
 of its time where the result is wide. ``FastGelu``, the same approximation by tanh, adds a bias on all cores while it
-passes over the rows; elsewhere an ``Add`` is still cheaper.
+passes over the rows; elsewhere an ``Add`` is still cheaper. The bias of the values of an attention needs no pass:
+probabilities sum to 1, so that it comes out as it went in and can be added by the linear behind.
 """
 
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import consumer, replaced
+from engines.cpu.match import consumer, producer, replaced, shape_constant
+from engines.cpu.padding import MODULE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "com.microsoft"
+OF_BOTH = "/bias_of_both"  # ends the name of a linear that is a sum of biases
+
+
+def forward_value_biases(model: "ir.Model") -> int:
+    """Adds the bias of every self-attention's values to that of the linear behind it, in place; returns how many.
+
+    For fused attention whose values are a linear of their own. ONNX Runtime computes the sum when it loads the graph.
+    """
+    attentions = [node for node in model.graph if node.op_type == "MultiHeadAttention" and MODULE not in str(node.name)]
+    moved = [_forward(model.graph, node) for node in attentions]
+    return sum(moved)
+
+
+def _forward(graph: "ir.Graph", attention: "ir.Node") -> bool:
+    import onnx_ir as ir
+
+    values, behind = attention.inputs[2], attention
+    while (reshape := producer(values, "Reshape")) is not None:
+        values = reshape.inputs[0]
+    while (reshape := consumer(behind, "Reshape")) is not None:
+        behind = reshape
+    before, after = producer(values, "Gemm"), consumer(behind, "Gemm")
+    if before is None or after is None or not (_is_linear(before) and _is_linear(after)):
+        return False
+    x, weight, bias = before.inputs
+    name, row = str(after.name), ir.node("Unsqueeze", [bias, shape_constant(graph, [0])])
+    both = ir.node("Gemm", [row.outputs[0], *after.inputs[1:]], {"transB": 1}, name=f"{name}{OF_BOTH}")
+    graph.insert_before(after, [row, both])
+    after.replace_input_with(2, both.outputs[0])
+    plain = ir.node("FusedMatMul", [x, weight], {"transB": 1}, domain=DOMAIN, name=f"{before.name}/product")
+    replaced(graph, before.outputs[0], [plain])
+    graph.remove(before, safe=True)
+    return True
 
 
 def separate_biases(model: "ir.Model") -> int:
@@ -20,6 +55,7 @@ def separate_biases(model: "ir.Model") -> int:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     linears = [node for node in model.graph if node.op_type == "Gemm" and _is_linear(node)]
+    linears = [linear for linear in linears if not str(linear.name).endswith(OF_BOTH)]
     for linear in linears:
         _replace(model.graph, linear)
     if linears:

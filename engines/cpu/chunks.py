@@ -9,7 +9,8 @@ the graph outside.
 
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import constant, ints, shape_constant
+from engines.cpu.match import constant, shape_constant
+from engines.cpu.patches import patches_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,11 +30,11 @@ def chunk_tokens(model: "ir.Model", width: int) -> int:
     when the graph runs: the greatest divisor of the number of tokens that fits, or all of them where none does.
     """
     graph = model.graph
-    transposes = (node for node in graph if node.op_type == "Transpose" and ints(node, "perm") == (1, 0))
-    tokens = next((node.outputs[0] for node in transposes), None)
-    if tokens is None:
+    pixels = patches_of(graph)
+    if pixels is None:
         return 0
-    traced = _Traced(graph, tokens, width)
+    tokens = pixels.outputs[0]
+    traced = _Traced(graph, pixels, width)
     regions = [nodes for nodes in traced.regions.values() if any(node.op_type in LINEAR for node in nodes)]
     rows = _rows(graph, tokens, width)
     for number, nodes in enumerate(regions):
@@ -45,9 +46,10 @@ def chunk_tokens(model: "ir.Model", width: int) -> int:
 class _Traced:
     """Values that have the tokens as an axis, and what makes them token by token between two self-attentions."""
 
-    def __init__(self, graph: "ir.Graph", tokens: "ir.Value", width: int) -> None:
+    def __init__(self, graph: "ir.Graph", pixels: "ir.Node", width: int) -> None:
         self._width = width
-        self.layouts: dict[ir.Value | None, Layout] = {tokens: (-1, width), **_tables(graph)}
+        self.layouts = _tables(graph)
+        self.layouts[pixels.outputs[0]] = _target(pixels) or ()
         self.levels: dict[ir.Value | None, int] = dict.fromkeys(self.layouts, 0)  # how many attentions lie before
         self.regions: dict[int, list[ir.Node]] = {}
         for node in graph:

@@ -14,7 +14,7 @@ from engines.cpu.writer import Writer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-TEXT, MODULE = "text", "/cross_attn/"
+TEXT, MODULE = "text", "/cross_attn/"  # the input; in the names of nodes of cross-attention
 
 
 def merge_padding(model: "ir.Model", heads: int, head_width: int) -> int:

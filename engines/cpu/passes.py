@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING
 
 from engines.cpu.attention import fuse_attention
-from engines.cpu.bias import separate_biases
+from engines.cpu.bias import forward_value_biases, separate_biases
 from engines.cpu.chunks import chunk_tokens
 from engines.cpu.modulation import fold_modulation
 from engines.cpu.padding import merge_padding
+from engines.cpu.patches import multiply_patches
 from engines.cpu.rms_norm import fuse_rms_norms
 from engines.cpu.rotary import separate_rotated
 from engines.cpu.short_text import project_short_text
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 def fit_transformer(model: "ir.Model", spec: DitSpec) -> None:
     """Rewrites the fp32 graph of a transformer for ONNX Runtime's CPU kernels, in place."""
     split = (spec.heads, spec.head_width)
+    multiply_patches(model)
     if spec.time_rows == 1:
         fold_modulation(model)
     separate_rotated(model, *split)
     fuse_rms_norms(model)
     fuse_attention(model, *split)
+    forward_value_biases(model)
     merge_padding(model, *split)
     project_short_text(model, *split)
     separate_biases(model)

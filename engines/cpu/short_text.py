@@ -2,13 +2,14 @@
 
 ``(P V) W = P (V W)``: with ``r`` rows of text the linear costs ``heads · r`` instead of ``D`` columns a token, less
 where the prompt is short. ``V W`` is computed once a call, head by head. The probabilities ``P`` are few enough then to
-be stored. A long prompt goes the usual way.
+be stored, and since they sum to 1 in every head, ``V W`` brings the linear's bias along, a share of it in every row.
+A long prompt goes the usual way.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engines.cpu.match import climb, consumer, replaced, shape_constant
+from engines.cpu.match import climb, constant, consumer, replaced, shape_constant
 from engines.cpu.padding import MODULE
 
 if TYPE_CHECKING:
@@ -74,16 +75,19 @@ def _shared(graph: "ir.Graph", logits: "ir.Value", head_width: int) -> "tuple[ir
 
 
 def _choose(graph: "ir.Graph", found: _Found, shared: "tuple[ir.Value, ir.Value]", split: tuple[int, int]) -> None:
+    import numpy as np
     import onnx_ir as ir
 
     linear, (short, addends), (heads, head_width) = found.usual[-1], shared, split
     name, by_head = str(linear.name), shape_constant(graph, [-1, *split])
     flat = shape_constant(graph, [-1, heads * head_width])
     weight, bias = linear.inputs[1:]
-    # -- once a call: v times the weight
+    # -- once a prompt: v times the weight
     product = _Branch(f"{name}/text")
     v, w = (product("Reshape", value, by_head) for value in (found.v, weight))
-    product("Reshape", product("FusedMatMul", v, w, domain=DOMAIN, **BY_HEAD), flat)
+    share = product("Mul", bias, constant(graph, "short_text/share", np.float32(1 / heads)))
+    values = product("Reshape", product("FusedMatMul", v, w, domain=DOMAIN, **BY_HEAD), flat)
+    product("Add", values, share)
     unused = _Branch(f"{name}/no_text")
     unused("Reshape", found.v, flat)
     branches = {"then_branch": product.graph(), "else_branch": unused.graph()}
@@ -95,14 +99,13 @@ def _choose(graph: "ir.Graph", found: _Found, shared: "tuple[ir.Value, ir.Value]
     scores = brief("Add", brief("FusedMatMul", q, k, domain=DOMAIN, **BY_HEAD), addends)
     side_by_side = brief("Transpose", brief("Softmax", scores, axis=-1), perm=[1, 0, 2])
     brief("Gemm", brief("Reshape", side_by_side, shape_constant(graph, [0, -1])), projected.outputs[0])
-    usual = ir.node("Gemm", [found.usual[-2].outputs[0], weight], dict(linear.attributes), name=f"{name}/long")
-    usual.outputs[0].name = f"{usual.name}:0"
+    usual = _Branch(f"{name}/long")
+    usual("Add", usual("Gemm", found.usual[-2].outputs[0], weight, transB=1), bias)
     chosen = ir.node("If", [short], name=f"{name}/chosen", attributes={"then_branch": brief.graph()})
-    added = ir.node("Add", [chosen.outputs[0], bias], name=f"{name}/bias")
-    replaced(graph, linear.outputs[0], [chosen, added])
+    replaced(graph, linear.outputs[0], [chosen])
     graph.remove(linear, safe=True)
     graph.remove(found.usual[:-1])
-    long = _graph([*found.usual[:-1], usual], f"{name}/long")
+    long = _graph([*found.usual[:-1], *usual.nodes], f"{name}/long")
     chosen.attributes.add(ir.AttrGraph("else_branch", long))
 
 
