@@ -44,8 +44,10 @@ def check_image(image: str) -> None:
     """Refuses NVIDIA's releases before the oldest that is safe; what another image was made from, nobody can tell here.
 
     Raises:
-        UserError: an older tritonserver.
+        UserError: an older tritonserver, or what cannot be the name of an image.
     """
+    if not re.fullmatch(r"[\w.:/@-]+", image):
+        raise UserError(f"image {image!r}", "a name such as registry.example/wan-trt:26.07", "name one with --image")
     release = re.search(r"tritonserver:(\d\d\.\d\d)", image)
     if release and release[1] < MINIMUM_RELEASE:
         raise UserError(f"image {image}", REASON, "name a newer --image")

@@ -80,7 +80,11 @@ def _flag(name: str, value: object) -> str:
 
 
 def _known_options(installation: Installation) -> set[str]:
-    done = subprocess.run([installation.binary, "--help"], capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run([installation.binary, "--help"], capture_output=True, text=True, timeout=60, check=False)
+    except OSError as error:
+        found = f"{installation.binary}: {error.strerror}"
+        raise UserError(found, "a tritonserver for this machine", "name another with --server") from None
     words = (line.split() for line in (done.stdout + done.stderr).splitlines())
     return {parts[0].removeprefix("--") for parts in words if parts and parts[0].startswith("--")}
 
@@ -98,7 +102,7 @@ def running(
     Its output goes to this process's. It runs in a session of its own, so that Ctrl-C reaches it as one SIGTERM.
 
     Raises:
-        UserError: a port is taken.
+        UserError: a port is taken, no address, or a server that is no program.
     """
     for port in (options.http_port, options.grpc_port, options.metrics_port):
         _check_free(options.address, port)
@@ -187,6 +191,8 @@ def free_ports(count: int) -> list[int]:
 
 
 def _check_free(address: str, port: int) -> None:
+    if not address:  # the server would take it for every address that the machine has
+        raise UserError("an empty address", "one to listen on", "127.0.0.1 is for this machine alone")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -6,6 +6,7 @@ Written into ``config.pbtxt`` as string parameters and read back by the model.
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 
 import msgspec
 
@@ -87,7 +88,13 @@ class Settings:
 def settings_of(
     bundle: Bundle, limits: Limits, *, engines_at: str = "", keep_experts: bool = True, drain_flag: str = ""
 ) -> Settings:
-    """Settings that pin ``bundle`` as it is now; ``engines_at`` is its folder where it will be served."""
+    """Settings that pin ``bundle`` as it is now; ``engines_at`` is its folder where it will be served.
+
+    Raises:
+        UserError: that folder is told relative to one that nobody knows.
+    """
+    if engines_at and not PurePosixPath(engines_at).is_absolute():
+        raise UserError(f"engines at {engines_at}", "a path from the root of the server", "begin it with /")
     return Settings(
         engines=engines_at or str(bundle.folder.resolve()),
         bundle_sha256=sha256_of(bundle.folder / MANIFEST),

@@ -11,6 +11,7 @@ import yaml
 
 from triton_repo.manifests import MINIMUM_RELEASE, shared_memory_gib
 from triton_repo.repository import RepositoryOptions, write_repository
+from wan22.errors import UserError
 from wan_trt.cli import app
 
 VERSIONS = ("1.31", "1.37")
@@ -143,6 +144,12 @@ def test_the_flag_that_drains_is_the_one_that_the_model_looks_at(container, tmp_
 def test_the_model_is_told_where_the_pod_has_its_engines(container, tmp_path):
     assert 'string_value: "/engines"' in (tmp_path / "repository" / "wan22" / "config.pbtxt").read_text()
     assert "--model-repository=/models" in container["command"]
+
+
+def test_engines_in_a_pod_are_named_from_its_root(compiled, tmp_path):
+    with pytest.raises(UserError, match=r"engines at here \| expected a path from the root"):
+        write_repository(compiled(), tmp_path / "repository", RepositoryOptions(engines_at="here"))
+    assert not (tmp_path / "repository").exists()
 
 
 def test_the_image_says_why_it_must_be_new(gpu, container, compiled, tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 from tests.triton_repo.serving import SMALL, serving
 from triton_repo import probe
 from triton_repo.client import JobError, WanClient
+from triton_repo.installation import Installation
 from triton_repo.repository import write_repository
 from triton_repo.server import ServeOptions, free_ports, running, stop, wait_until_ready, watch
 from triton_repo.settings import Limits
@@ -144,6 +145,19 @@ def test_serve_runs_until_it_is_told_to_stop(installation, tiny_engines):
         assert serve.wait(30) == 0
         late.cancel()
     assert set(Path("/dev/shm").glob("wan22_*")) == before
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [("", "an empty address"), ("127.0.0.1", "program: Permission denied")],
+    ids=["address", "server"],
+)
+def test_a_server_that_would_listen_everywhere_or_is_none_is_not_started(tmp_path, address, told):
+    (tmp_path / "program").touch()
+    options = ServeOptions(address, *free_ports(3))
+    started = running(Installation(tmp_path / "program"), tmp_path, Limits(1, 1), options, os.environ)
+    with pytest.raises(UserError, match=told), started:
+        pass
 
 
 def test_a_taken_port_is_told(installation, tiny_engines, tmp_path):

@@ -20,9 +20,9 @@ def run(
     topology: Topology = "owner",
     gpu_memory: GpuMemory = None,
     address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(help="For health and server-sent events.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="For wan-trt client.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="For Prometheus.")] = 8002,
+    http_port: Annotated[int, typer.Option(help="For health and server-sent events.", min=1, max=65535)] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="For wan-trt client.", min=1, max=65535)] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="For Prometheus.", min=1, max=65535)] = 8002,
     max_pixels: Limit = None,
     max_frames: Limit = None,
     max_steps: Limit = None,
@@ -31,7 +31,7 @@ def run(
     queue_size: Annotated[int, typer.Option(help="Jobs that may wait, per priority.", min=1)] = 8,
     longest_job: Annotated[int, typer.Option(help="Seconds a job may run, and a shutdown waits.", min=1)] = 3600,
     max_silence: Annotated[
-        float, typer.Option(help="Seconds without a sign of the model before it counts as dead.")
+        float, typer.Option(help="Seconds without a sign of the model before it counts as dead.", min=1)
     ] = 120,
     one_expert: Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")] = False,
 ) -> int:

@@ -5,13 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from wan22.errors import UserError
 from wan_trt.arguments import Overwrite
 from wan_trt.console import console, tell_unread
 
 Topology = Annotated[
     Literal["owner", "bls"], typer.Option(help="One model that owns the engines, or a model per engine.")
 ]
-GpuMemory = Annotated[float | None, typer.Option(help="GiB of the GPU, for bls; the target's unless given.")]
+GpuMemory = Annotated[float | None, typer.Option(help="GiB of the GPU, for bls; the target's unless given.", min=0)]
 Limit = Annotated[
     int | None, typer.Option(help="Largest request; sizes are the model's largest official one unless given.")
 ]
@@ -61,6 +62,8 @@ def run(
     )
     if kubernetes is not None:
         check_image(image)
+        if kubernetes.absolute() == repository.absolute():
+            raise UserError(f"{kubernetes} for repository and manifests", "a folder for each", "choose another")
         make_room(kubernetes, overwrite=overwrite)
     written = write_repository(engines, repository, options)
     console.print(f"{written.bundle.manifest.spec.name} as Triton model {name}: {repository}")
