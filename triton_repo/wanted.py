@@ -18,7 +18,7 @@ from PIL import Image
 from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
-from runtime.schedule import SolverName, make_schedule
+from runtime.schedule import SolverName
 from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS
 from triton_repo.settings import Limits
 from wan22.bundle import Build
@@ -58,7 +58,6 @@ def wanted(tensors: Mapping[str, np.ndarray], spec: ModelSpec, build: Build | No
     request = _request(given, spec)
     complete = request.completed(spec)
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
-    make_schedule(complete.solver, complete.steps, complete.shift, complete.schedule)
     frames, height, width = complete.latent_shape[2:]
     fitting_profile({"frames": frames, "height": height, "width": width}, build.profiles if build else ())
     return Wanted(

@@ -54,7 +54,10 @@ def numbers_of(text: str) -> frozenset[int]:
         match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part.strip())
         if not match:
             raise UserError(f"blocks {text!r}", "numbers and ranges", "write them as 0-2,39")
-        numbers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"blocks {text!r}", "ranges that go up", f"write {last}-{first}")
+        numbers |= set(range(first, last + 1))
     return frozenset(numbers)
 
 

@@ -59,6 +59,13 @@ def test_what_is_written_is_read_again(tmp_path, name):
     assert flat["blocks.0.attn1.to_q"] == {"input_scale": 0.5, "weight_scale": 0.1}
 
 
+@pytest.mark.parametrize("content", ["{}", '{"high_noise": {}, "low_noise": {}}'])
+def test_a_file_that_speaks_about_no_linear_is_refused(tmp_path, content):
+    (tmp_path / "s.json").write_text(content)
+    with pytest.raises(UserError, match="speaks about no linear"):
+        read_input_scales(tmp_path / "s.json", TINY)
+
+
 def test_scales_of_other_weights_are_refused():
     scales = {"blocks.0.ffn.0": LinearScales(0.1, 0.5 / 448)}
     check_weights("s.json", scales, "dit", lambda _: np.array([0.1, -0.45]))

@@ -61,7 +61,7 @@ def test_what_the_user_says_beats_the_preset():
     ],
     ids=["text only", "no image", "no last image", "not an image", "one pixel", "preset", "steps", "shift"],
 )
-def test_images_and_presets_that_do_not_belong(spec, request_, told):
+def test_what_makes_no_video_is_refused_before_any_work(spec, request_, told):
     with pytest.raises(UserError, match=told):
         request_.completed(spec)
 

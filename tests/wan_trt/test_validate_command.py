@@ -54,6 +54,7 @@ def test_the_preset_runs_without_guidance(i2v, tmp_path):
         (["--preset", "fast"], "preset 'fast'"),
         (["--guidance-low-noise", "nan"], "guidance nan"),
         (["--size", "50x50"], "size 50x50"),
+        (["--steps", "0"], "0 steps"),
     ],
 )
 def test_bad_options(i2v, tmp_path, capsys, options, told):

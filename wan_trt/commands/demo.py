@@ -19,7 +19,7 @@ def run(
     folder: Annotated[Path, typer.Argument(help="Where to put checkpoint, engines, video and report.")] = Path("demo"),
     model: Annotated[str, typer.Option(help="A tiny model.")] = "t2v-a14b-tiny",
     prompt: Annotated[str, typer.Option(help="What the video shows, in any language.")] = PROMPT,
-    seed: Annotated[int, typer.Option(help="Of weights and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights and noise.", min=0, max=2**64 - 1)] = 0,
 ) -> int:
     """Synthesise a checkpoint, export, build, generate a video and validate it against PyTorch."""
     spec = spec_named(model)
@@ -54,6 +54,9 @@ def _fresh(work: Path) -> Path:
         if not (work / MARK).is_file():
             raise UserError(f"{work} exists", "a folder made by an earlier demo, or none", "name another folder")
         shutil.rmtree(work)
-    work.mkdir(parents=True)
-    (work / MARK).touch()
+    try:
+        work.mkdir(parents=True)
+        (work / MARK).touch()
+    except OSError as error:
+        raise UserError(f"cannot write {work}: {error.strerror}", "a writable place", "name another folder") from None
     return work
