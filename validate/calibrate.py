@@ -26,6 +26,7 @@ from export.linear import FLOAT8_MAX
 from export.schema import DIT_LINEARS_PER_BLOCK
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest, Request
+from validate.files import check_place
 from validate.prompts import Prompt, read_prompts
 from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
@@ -96,11 +97,15 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     for path in filter(None, (out, options.means)):
         if path.exists() and not options.overwrite:
             raise UserError(f"{path} exists", "a new file", "choose another or add --overwrite")
+    if out == options.means:
+        raise UserError(f"{out} for scales and means", "a file for each", "name another with --means")
     source = open_bundle(bundle, "graphs")
     spec = source.manifest.spec
     _check_precision(source)
     requests = _requests(read_prompts(options.prompts, spec.task), source, options)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_place(out, "scales", make_folder=True)
+    if options.means is not None:
+        check_place(options.means, "means", make_folder=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as temporary:
         folder = Path(temporary)
         taps = write_tapped(source, folder / "graphs", options.target)

@@ -35,8 +35,14 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
             _replace(folder / name, content)
 
 
-def check_place(path: Path, what: str) -> None:
-    """Raises UserError, before the long work, where no file can be written at ``path``."""
+def check_place(path: Path, what: str, *, make_folder: bool = False) -> None:
+    """Raises UserError, before the long work, where no file can be written at ``path``; makes its folder if told to."""
+    if make_folder:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            found = f"{what} {path}: {error.strerror}"
+            raise UserError(found, "a folder that can be written", "name another") from None
     if not path.absolute().parent.is_dir():
         raise UserError(f"{what} {path}: no such folder", "an existing folder", "make it first")
     if path.is_dir():

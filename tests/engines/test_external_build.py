@@ -77,14 +77,16 @@ def test_every_plan_says_what_it_was_built_for(built):
 def test_loras_make_new_weight_files_for_the_engine_that_is_there(tmp_path, tiny_checkpoint, fp8_bundle, built):
     lora, shape = tmp_path / "style.safetensors", (SPECS[TINY].dit.ffn_width, SPECS[TINY].dit.width)
     save_file({"diffusion_model.blocks.0.ffn.0.diff": np.full(shape, 0.1, np.float32)}, lora)
-    told = CliRunner().invoke(app, ["lora", "apply", str(built), f"{lora}:high", "-o", str(tmp_path / "styled")])
+    told = CliRunner().invoke(
+        app, ["lora", "apply", str(built), f"{lora}:high", "-o", str(tmp_path / "new" / "styled")]
+    )
     assert told.exit_code == 0, told.output
-    old, new = (open_bundle(folder, "engines", full_check=True) for folder in (built, tmp_path / "styled"))
+    old, new = (open_bundle(folder, "engines", full_check=True) for folder in (built, tmp_path / "new" / "styled"))
     assert new.component("high_noise").graph == old.component("high_noise").graph
     assert new.component("high_noise").weights[1].sha256 != old.component("high_noise").weights[1].sha256
     assert new.component("low_noise").weights == old.component("low_noise").weights
     assert new.manifest.loras[0].experts == ("high_noise",)
-    assert (tmp_path / "styled" / "experts.plan").samefile(built / "experts.plan")
+    assert (tmp_path / "new" / "styled" / "experts.plan").samefile(built / "experts.plan")
 
 
 @pytest.mark.slow

@@ -165,6 +165,21 @@ def test_files_without_prompts(tmp_path, tiny_bundle, content, told):
         calibrate(tiny_bundle, tmp_path / "s.json", options(tmp_path / "p.txt"))
 
 
+@pytest.mark.parametrize(
+    ("out", "means", "told"),
+    [
+        ("file/s.json", "m", "scales .*s.json: File exists"),
+        ("s.json", "file/m", "means .*m: File exists"),
+        ("s", "s", "s for scales"),
+    ],
+)
+def test_places_that_will_not_do_are_told_before_anything_is_built(tmp_path, tiny_bundle, prompts, out, means, told):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=told):
+        calibrate(tiny_bundle, tmp_path / out, options(prompts, means=tmp_path / means))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_an_earlier_file_of_means_is_kept_too(tmp_path, tiny_bundle, prompts):
     (tmp_path / "m").write_text("mine")
     with pytest.raises(UserError, match="--overwrite"):

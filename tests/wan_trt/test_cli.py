@@ -86,6 +86,31 @@ def test_the_demo_does_not_remove_what_it_did_not_make(tmp_path, capsys):
     assert (tmp_path / "t2v-a14b-tiny" / "mine").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["inspect", ".", "--html", "."], "page .: a folder"),
+        (["demo", "file"], "cannot write file/t2v-a14b-tiny: Not a directory"),
+        (["export", "ck", "b", "--keep-high-precision", "0,5-1"], "expected ranges that go up | write 1-5"),
+        (["triton", "e", "r", "--kubernetes", "r"], "r for repository and manifests"),
+        (["triton", "e", "r", "--kubernetes", "k", "--image", "an image"], "image 'an image'"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_read(tmp_path, monkeypatch, capsys, command, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert told in refused(capsys, *command)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--http-port=0", "--grpc-port=65536", "--metrics-port=-1", "--max-silence=nan", "--gpu-memory=nan"],
+)
+def test_numbers_that_are_out_of_the_world_are_the_parsers_to_refuse(option):
+    assert status(["serve", "engines", option]) == 2
+
+
 def test_ctrl_c_leaves_nothing_and_says_so(tmp_path, tiny_checkpoint, monkeypatch, capsys):
     import export.exporter
 

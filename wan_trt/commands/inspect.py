@@ -23,7 +23,10 @@ def run(
     """Show kernels, types, copies, memory and roofline times. Exit code 1 when something is badly compiled."""
     from engines.fusion_views import as_html, as_text
     from engines.inspection import inspect_bundle, inspect_engines
+    from validate.files import check_place, write_file
 
+    if html is not None:
+        check_place(html, "page")
     if target is None:
         if size or frames:
             raise UserError("--size or --frames", "an ONNX bundle to compile", "name a --target as well")
@@ -34,7 +37,7 @@ def run(
         with bars(beside_json=as_json) as progress:
             reports = inspect_bundle(folder, target, (size, frames), component or (), progress)
     if html is not None:
-        html.write_text(as_html(reports, str(folder)), encoding="utf-8")
+        write_file(html, as_html(reports, str(folder)).encode(), "page")
     if as_json:
         print(json.dumps([report.summary() for report in reports]))
     else:

@@ -35,12 +35,12 @@ def apply(
         raise UserError(f"{engines} has its weights inside", "engines with external weights", "build or export again")
     check_disk(output, 2 * sum(old.component(e).weights[1].size_bytes for e in manifest.spec.experts))
     where = checkpoint or manifest.source.checkpoint
-    with tempfile.TemporaryDirectory(prefix=".lora-", dir=output.absolute().parent) as place, bars() as progress:
-        merged = _exported(old, where, lora, Path(place) / "onnx", progress)
-        with staged(output, overwrite=overwrite) as temporary:
+    with staged(output, overwrite=overwrite) as temporary, bars() as progress:
+        with tempfile.TemporaryDirectory(dir=temporary) as place:
+            merged = _exported(old, where, lora, Path(place) / "onnx", progress)
             components = _replaced(old, merged, temporary, progress)
-            loras, command = merged.manifest.loras, command_line()
-            write_manifest(temporary, replace(manifest, components=components, loras=loras, command=command))
+        loras, command = merged.manifest.loras, command_line()
+        write_manifest(temporary, replace(manifest, components=components, loras=loras, command=command))
     console.print(f"{len(lora)} LoRA(s) merged: {output}")
 
 
