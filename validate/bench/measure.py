@@ -28,13 +28,14 @@ from validate.bench.result import REGRESSIONS, BenchResult, Piece, known_measure
 from validate.bench.samples import Samples, in_turns, timed
 from validate.bench.whole_run import Run, Runs
 from validate.bench.whole_run import in_turns as events_in_turns
-from validate.bench.work import COMPILED, EAGER, OURS, RUN, RUNS, BenchOptions, Side, Work, runner, work_for
+from validate.bench.work import COMPILED, EAGER, OURS, RUN, BenchOptions, Side, Work, runner, work_for
 from validate.device import Device, reference_device
 from validate.gate import judge, read_gates
 from wan22.bundle import Bundle
 from wan22.errors import NonFiniteError, UserError
 from wan22.progress import Progress, silent
 
+NEW_PROMPTS = 3  # timed forwards that are the first of their prompt
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")  # recorded: it decides how fast it is
 
 
@@ -162,12 +163,15 @@ class Setting:
         graph_seconds = side.graph_seconds if isinstance(side, OurSide) else {}
         graph_seconds.clear()
         samples = in_turns(runners, self.options.runs, _counter())
-        calls = {name: tuple(seconds) for name, seconds in graph_seconds.items()}
-        if isinstance(side, OurSide) and (first_steps := side.first_of_a_prompt(piece, min(self.options.runs, RUNS))):
-            calls[f"{piece}, new prompt"] = first_steps
-        graphs = {name: Samples(seconds) for name, seconds in calls.items()}
+        graphs = {name: Samples(tuple(seconds)) for name, seconds in graph_seconds.items()}
+        new_prompt = self._new_prompts(piece, side, {name: runners[name] for name in (EAGER,) if name in runners})
         self.progress("measure time", round(100 * share), 100, "%")
-        return Times(samples, first, *differences(results), graphs)
+        return Times(samples, first, *differences(results), graphs, new_prompt)
+
+    def _new_prompts(self, piece: str, ours: Side, beside: Mapping[str, Callable[[], None]]) -> dict[str, Samples]:
+        """By side, where a forward of ours takes longer when it is the first of its prompt."""
+        forward = ours.new_prompt(piece) if isinstance(ours, OurSide) else None
+        return in_turns({OURS: forward, **beside}, min(self.options.runs, NEW_PROMPTS)) if forward else {}
 
     def _whole_runs(self, sides: Mapping[str, Side]) -> tuple[dict[str, Runs], str | None]:
         """The runs, or none and what stopped them."""
@@ -214,6 +218,7 @@ class Times:
     difference: Mapping[str, float]
     not_finite: tuple[str, ...]
     graphs: Mapping[str, Samples]
+    new_prompt: Mapping[str, Samples]
 
 
 def facts(work: Work, bundle: Bundle) -> dict[str, Any]:

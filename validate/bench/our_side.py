@@ -1,6 +1,6 @@
 """Our side of a bench: the engines of a bundle through the runtime, as ``wan-trt generate`` runs them."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any
 
@@ -49,12 +49,11 @@ class OurSide:
         else:
             yield self._pipeline.engine(piece)(**self._inputs(piece))
 
-    def first_of_a_prompt(self, piece: str, count: int) -> tuple[float, ...]:
-        """Seconds of ``count`` forwards with a text that is new to the engine; none where that makes no difference."""
+    def new_prompt(self, piece: str) -> Callable[[], object] | None:
+        """A forward whose text is new to the engine in every call; None where that makes no difference."""
         if not any(self._pipeline.bundle.component(name).halves for name in components_of(piece, self._work)):
-            return ()
-        forward = partial(self._pipeline.engine(piece), **self._inputs(piece) | {"text": self._work.text})
-        return tuple(timed(forward)[1] for _ in range(count))
+            return None
+        return partial(self._pipeline.engine(piece), **self._inputs(piece) | {"text": self._work.text})
 
     def joined(self, chunks: list[Any]) -> F32:
         return np.concatenate(list(map(to_numpy, chunks)), axis=2) if len(chunks) > 1 else to_numpy(chunks[0])

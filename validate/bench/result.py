@@ -24,6 +24,7 @@ OF_A_PIECE = (
     "speedup", "speedup_p10", "cpu_speedup", "speedup_compiled", "relative_l2",
     *OF_MEMORY,
 )  # fmt: skip
+OF_AN_EXPERT = ("new_prompt_median_ms", "new_prompt_speedup")
 OF_A_RUN = (
     "total_s", "total_p90_s", "first_frame_s", "text_s", "image_s", "denoise_s", "decode_s", "open_s", "expert_swap_s",
     "vae_share_percent", "host_overhead_ms", "host_overhead_percent", "speedup", "step_speedup", "step_speedup_p10",
@@ -37,6 +38,7 @@ def known_measurements(spec: ModelSpec) -> tuple[str, ...]:
     """Every name that a bench of this model can measure, with an image or without."""
     pieces, alike = pieces_of(spec, has_image="vae_encoder_first" in spec.components), spec.experts[1:]
     names = [f"{piece}.{name}" for piece in pieces for name in OF_A_PIECE if not (piece in alike and name in OF_MEMORY)]
+    names += [f"{expert}.{name}" for expert in spec.experts for name in OF_AN_EXPERT]
     return (*names, *(f"{RUN}.{name}" for name in OF_A_RUN), REGRESSIONS)
 
 
@@ -73,13 +75,13 @@ class Piece:
     difference: Mapping[str, float] = field(default_factory=dict)  # relative L2 to ours, of the other sides
     not_finite: tuple[str, ...] = ()  # sides whose result has NaN or infinity
     memory: Mapping[str, Footprint] = field(default_factory=dict)
-    graphs: Mapping[str, Samples] = field(default_factory=dict)  # of ours, where calls of a piece differ
+    graphs: Mapping[str, Samples] = field(default_factory=dict)  # of ours, where a piece is several calls
+    new_prompt: Mapping[str, Samples] = field(default_factory=dict)  # forwards of a text that ours has not met, by side
 
-    def ratio(self, side: str) -> Ratio | None:
+    def ratio(self, side: str, *, new_prompt: bool = False) -> Ratio | None:
         """How many times as long ``side`` took as ours."""
-        if side not in self.samples:
-            return None
-        return Ratio.of(self.samples[side].seconds, self.samples[OURS].seconds)
+        samples = self.new_prompt if new_prompt else self.samples
+        return Ratio.of(samples[side].seconds, samples[OURS].seconds) if side in samples else None
 
     @property
     def roofline_percent(self) -> float | None:
@@ -98,6 +100,10 @@ class Piece:
             yield from (("speedup", eager.median), ("speedup_p10", eager.p10))
             yield "cpu_speedup", Ratio.of(self.samples[EAGER].cpu_seconds, ours.cpu_seconds).median
             yield "relative_l2", self.difference.get(EAGER)
+        if self.new_prompt:
+            yield "new_prompt_median_ms", 1000 * self.new_prompt[OURS].median
+        if (anew := self.ratio(EAGER, new_prompt=True)) is not None:
+            yield "new_prompt_speedup", anew.median
         if (compiled := self.ratio(COMPILED)) is not None:
             yield "speedup_compiled", compiled.median
         yield from of_memory(self.memory)
@@ -112,6 +118,7 @@ class Piece:
         found["relative_l2"], found["not_finite"] = dict(self.difference), list(self.not_finite)
         found["memory"] = {side: memory.as_json() for side, memory in self.memory.items()}
         found["graphs"] = {name: samples.as_json() for name, samples in self.graphs.items()}
+        found["new_prompt"] = {side: samples.as_json() for side, samples in self.new_prompt.items()}
         return found
 
 

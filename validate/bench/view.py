@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NAMES = {OURS: "ours", EAGER: "PyTorch eager", COMPILED: "torch.compile"}
+NEW_PROMPT = "  first of a prompt"  # a row below that of the piece
 COUNTED = {"graph": "counted on the graphs", "spec": "of the model's formulas"}
 CHANGES_SHOWN = 12
 TIMES = (
@@ -69,6 +70,8 @@ def _times(pieces: Sequence[Piece]) -> "Table":
     for piece in pieces:
         energy = [f"{piece.samples[side].energy_j or 0:,.1f}" for side in sides if has_energy]
         table.add_row(piece.name, *(_milliseconds(piece.samples.get(side)) for side in sides), *energy)
+        if piece.new_prompt:
+            table.add_row(NEW_PROMPT, *(_milliseconds(piece.new_prompt.get(side)) for side in sides))
     return table
 
 
@@ -77,6 +80,8 @@ def _ratios(pieces: Sequence[Piece]) -> "Table":
     table = _table("Times as long as ours: median (p10-p90)", "", *(NAMES[s] for s in others), "rel L2")
     for piece in pieces:
         table.add_row(piece.name, *(_ratio(piece.ratio(side)) for side in others), _difference(piece))
+        if piece.new_prompt:
+            table.add_row(NEW_PROMPT, *(_ratio(piece.ratio(side, new_prompt=True)) for side in others))
     return table
 
 
@@ -105,7 +110,7 @@ def _work(pieces: Sequence[Piece]) -> "Table":
 
 
 def _graphs(pieces: Sequence[Piece]) -> "Table":
-    table = _table("Calls of a piece that differ, ms: median (p90)", "", "ours")
+    table = _table("Graphs of pieces that are several calls, ms: median (p90)", "", "ours")
     for name, samples in (item for piece in pieces for item in piece.graphs.items()):
         table.add_row(name, _milliseconds(samples))
     return table

@@ -49,9 +49,12 @@ def test_calls_of_the_decoder_are_told_apart(report):
 
 def test_a_forward_that_is_the_first_of_its_prompt_is_told_apart(report):
     pieces = {piece.name: piece for piece in report.result.pieces}
-    calls = {name: len(samples.seconds) for name, samples in pieces["high_noise"].graphs.items()}
-    assert calls == {"high_noise, new prompt": 2}
-    assert not pieces["text_encoder"].graphs
+    anew = pieces["high_noise"].new_prompt
+    assert {side: len(samples.seconds) for side, samples in anew.items()} == {OURS: 2, EAGER: 2}
+    assert not pieces["text_encoder"].new_prompt
+    measured = report.result.measurements()
+    assert measured["high_noise.new_prompt_median_ms"] == 1000 * anew[OURS].median
+    assert measured["high_noise.new_prompt_speedup"] == pieces["high_noise"].ratio(EAGER, new_prompt=True).median
 
 
 def test_whole_runs_have_a_curve_on_both_sides(report):
