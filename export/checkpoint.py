@@ -112,10 +112,17 @@ def _layout(folder: Path) -> Layout:
 
 
 def _tokenizer(folder: Path, layout: Layout) -> Path:
-    tokenizer = folder / tokenizer_folder(layout)
-    if not (tokenizer / "tokenizer.json").is_file():
-        raise UserError(f"{tokenizer}/tokenizer.json is missing", "the tokenizer of umt5", "download that folder again")
-    return tokenizer
+    import tokenizers
+
+    vocabulary = folder / tokenizer_folder(layout) / "tokenizer.json"
+    expected, remedy = "the tokenizer of umt5", "download that folder again"
+    if not vocabulary.is_file():
+        raise UserError(f"{vocabulary} is missing", expected, remedy)
+    try:
+        tokenizers.Tokenizer.from_file(str(vocabulary))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{vocabulary}: {error}", expected, remedy) from None
+    return vocabulary.parent
 
 
 def _official(folder: Path, progress: Progress) -> tuple[Parts, ModelSpec]:

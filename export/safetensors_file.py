@@ -61,7 +61,7 @@ def _parsed(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         header = msgspec.json.decode(content)
         metadata = msgspec.convert(header.pop("__metadata__", {}), dict[str, str])
         entries = msgspec.convert(header, dict[str, _Entry])
-    except (msgspec.MsgspecError, AttributeError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         _refuse(path, f"header is no safetensors header ({error})")
     tensors = {name: _stored(path, name, entry, start) for name, entry in entries.items()}
     end = max((t.offset + t.size_bytes for t in tensors.values()), default=start)

@@ -219,7 +219,7 @@ def kind_of(folder: Path) -> Kind:
     """What kind of bundle lies in ``folder``, before anything else of it is believed."""
     try:
         found = msgspec.json.decode((folder / MANIFEST).read_bytes()).get("kind")
-    except (OSError, msgspec.DecodeError, AttributeError):
+    except (OSError, msgspec.DecodeError, AttributeError, RecursionError):
         found = None
     for kind in STAGE_OF:
         if found == kind:
@@ -248,7 +248,7 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
                 f"run {stage} of this version",
             )
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (msgspec.DecodeError, AttributeError) as error:
+    except (msgspec.DecodeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: {error}", "the manifest as written", f"run {stage} again") from None
     if (digest := _own_sha256(head)) != manifest.own_sha256:
         told = f"{manifest.own_sha256[:12]}… written in it"

@@ -208,6 +208,12 @@ def test_a_truncated_file(official, path):
     assert path in refused(official, "download")
 
 
+@pytest.mark.parametrize("size_bytes", [0, 1000])
+def test_a_truncated_tokenizer_is_found_before_any_work(official, size_bytes):
+    os.truncate(official / "google/umt5-xxl/tokenizer.json", size_bytes)
+    refused(official, r"tokenizer\.json: .* download that folder again")
+
+
 def test_a_pickle_that_runs_code(official):
     class Code:
         def __reduce__(self):

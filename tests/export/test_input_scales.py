@@ -59,10 +59,19 @@ def test_what_is_written_is_read_again(tmp_path, name):
     assert flat["blocks.0.attn1.to_q"] == {"input_scale": 0.5, "weight_scale": 0.1}
 
 
-@pytest.mark.parametrize("content", ["{}", '{"high_noise": {}, "low_noise": {}}'])
-def test_a_file_that_speaks_about_no_linear_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{}", "speaks about no linear"),
+        ('{"high_noise": {}, "low_noise": {}}', "speaks about no linear"),
+        ("[]", "another layout"),
+        ("[" * 100_000, "expected a JSON of input scales"),
+    ],
+    ids=["empty", "empty parts", "a list", "too deep"],
+)
+def test_a_file_that_speaks_about_no_linear_is_refused(tmp_path, content, told):
     (tmp_path / "s.json").write_text(content)
-    with pytest.raises(UserError, match="speaks about no linear"):
+    with pytest.raises(UserError, match=told):
         read_input_scales(tmp_path / "s.json", TINY)
 
 

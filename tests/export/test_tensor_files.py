@@ -93,6 +93,7 @@ def damaged(path, change):
         (lambda c: c[:40], "bytes of its header"),
         (lambda c: b"\xff" * 8 + c[8:], "no safetensors header"),
         (lambda c: c.replace(b"{", b"[", 1), "header is no safetensors header"),
+        (lambda c: (100_000).to_bytes(8, "little") + b"[" * 100_000, "header is no safetensors header"),
         (lambda c: c.replace(b"BF16", b"BF17"), "a.bias has type BF17"),
         (lambda c: c.replace(b"[48,58]", b"[38,48]"), "overlap"),
         (lambda c: c.replace(b"[3,4]", b"[3,5]"), r"b.weight F32\[3, 5\] in bytes 0 to 48"),

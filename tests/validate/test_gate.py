@@ -41,6 +41,7 @@ def test_a_command_reads_its_own_table_only(tmp_path):
         ("[bench]\nmin = 1", "unknown key bench"),
         ("bench = 3", "bench = 3"),
         ("[bench", "expected TOML"),
+        ("x = " + "[" * 50_000, "expected TOML"),
         ("[validate]\nx.max = 1", "no gate in .bench."),
     ],
 )

@@ -16,6 +16,7 @@ from wan22.bundle import (
     Source,
     Tensor,
     file_entry,
+    kind_of,
     open_bundle,
     staged,
     write_manifest,
@@ -154,6 +155,15 @@ def test_an_edited_manifest_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"fp32"', '"fp16"', 1))
     with pytest.raises(UserError, match=r"bundle\.json was edited"):
         open_bundle(tmp_path / "b", "graphs")
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{", b"\xff", b"[" * 100_000])
+def test_what_is_no_manifest_is_told_as_such(tmp_path, content):
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(UserError, match=r"bundle\.json: "):
+        open_bundle(tmp_path, "graphs")
+    with pytest.raises(UserError, match="is no bundle"):
+        kind_of(tmp_path)
 
 
 BUILD = Build("rtx4090", "tensorrt-rtx", "1.7.1", "8.9", ({"frames": (5, 5, 9)},), {"weights": "embedded"}, 1.0)
