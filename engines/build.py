@@ -5,11 +5,10 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from engines.cpu.passes import fit_decoder, fit_transformer
-from engines.cpu.prompt import split_at_prompt
 from engines.external_build import ExternalBuild
+from engines.onnxruntime_backend import fitted
 from engines.profiles import profile_between, profiles_for
 from engines.style_cost import per_block
 from engines.targets import Target, check_precision, target_named
@@ -31,11 +30,7 @@ from wan22.errors import UserError
 from wan22.memory import peak_rss_bytes
 from wan22.progress import Progress, silent
 from wan22.shapes import Profile, own_profiles
-from wan22.specs import Precision
 from wan22.stamp import Stamp
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 Weights = Literal["embedded", "external"]  # compiled into the engine, or inputs of it
 
@@ -76,7 +71,8 @@ def build_engines(
     started = time.perf_counter()
     with staged(folder, overwrite=options.overwrite) as temporary:
         if target.backend == "onnxruntime":
-            compiled = _load_onnxruntime(source, temporary, progress)
+            _place(source, temporary, source.manifest.files().values())
+            compiled = _Compiled(*fitted(source, temporary, progress))
         else:
             compiled = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
         build = Build(
@@ -137,51 +133,6 @@ def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tupl
             "--size or --frames", f"neither: the graphs are fixed to {fixed}", "export without fixed shapes"
         )
     return (profile_between(manifest.spec, manifest.size, manifest.size),)
-
-
-# -- ONNX Runtime
-
-
-def _load_onnxruntime(source: Bundle, folder: Path, progress: Progress) -> _Compiled:
-    """ONNX Runtime compiles at load: the engine is a graph for it, proven to load here, beside the same weights."""
-    import onnxruntime
-
-    components = source.manifest.components
-    _place(source, folder, source.manifest.files().values())
-    prepared = []
-    for done, component in enumerate(components, 1):
-        prepared.append(fitted := _for_cpu(source, component, folder))
-        for file in (fitted.graph, *fitted.halves):
-            onnxruntime.InferenceSession(folder / file.path, providers=["CPUExecutionProvider"])
-        progress("build engines", done, len(components), "components")
-    return _Compiled(tuple(prepared), str(onnxruntime.__version__))
-
-
-def _for_cpu(source: Bundle, component: Component, folder: Path) -> Component:
-    """The component fitted to CPU kernels where there are passes for it; the fused ones have no 16-bit form there."""
-    spec, path = source.manifest.spec, folder / component.graph.path
-    is_transformer, is_decoder = component.name in spec.experts, component.name.startswith("vae_decoder")
-    if component.precision != Precision.FP32 or not (is_transformer or is_decoder):
-        return component
-    import onnx_ir as ir
-
-    model = ir.load(path)
-    if is_transformer:
-        fit_transformer(model, spec.dit)
-    else:
-        fit_decoder(model)
-    ir.save(model, path)
-    return replace(component, graph=file_entry(folder, path), halves=_halves(model, path) if is_transformer else ())
-
-
-def _halves(transformer: "ir.Model", path: Path) -> tuple[File, ...]:
-    """Writes what the prompt alone decides, and a step without it, beside the whole transformer at ``path``."""
-    import onnx_ir as ir
-
-    paths = [path.with_suffix(f".{name}.onnx") for name in ("prompt", "step")]
-    for half, target in zip(split_at_prompt(transformer) or (), paths, strict=False):
-        ir.save(half, target)
-    return tuple(file_entry(path.parent, target) for target in paths if target.exists())
 
 
 def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:

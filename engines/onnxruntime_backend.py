@@ -1,0 +1,56 @@
+"""Engines for ONNX Runtime, which compiles when it loads: graphs fitted to its CPU kernels, proven to load here."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines.cpu.passes import fit_decoder, fit_transformer
+from engines.cpu.prompt import split_at_prompt
+from wan22.bundle import Bundle, Component, File, file_entry
+from wan22.progress import Progress
+from wan22.specs import Precision
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def fitted(source: Bundle, folder: Path, progress: Progress) -> tuple[tuple[Component, ...], str]:
+    """The components of ``source``, whose files were copied to ``folder``, rewritten there; the backend's version."""
+    import onnxruntime
+
+    components, prepared = source.manifest.components, []
+    for done, component in enumerate(components, 1):
+        prepared.append(engine := _for_cpu(source, component, folder))
+        for file in (engine.graph, *engine.halves):
+            onnxruntime.InferenceSession(folder / file.path, providers=["CPUExecutionProvider"])
+        progress("build engines", done, len(components), "components")
+    return tuple(prepared), str(onnxruntime.__version__)
+
+
+def _for_cpu(source: Bundle, component: Component, folder: Path) -> Component:
+    """The component fitted to CPU kernels where there are passes for it; the fused ones have no 16-bit form there."""
+    spec, path = source.manifest.spec, folder / component.graph.path
+    is_transformer, is_decoder = component.name in spec.experts, component.name.startswith("vae_decoder")
+    if component.precision != Precision.FP32 or not (is_transformer or is_decoder):
+        return component
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    if is_transformer:
+        fit_transformer(model, spec.dit)
+    else:
+        fit_decoder(model)
+    ir.save(model, path)
+    return replace(component, graph=file_entry(folder, path), halves=_halves(model, path) if is_transformer else ())
+
+
+def _halves(transformer: "ir.Model", path: Path) -> tuple[File, ...]:
+    """Writes what the prompt alone decides, and a step without it, beside the whole transformer at ``path``."""
+    import onnx_ir as ir
+
+    paths = [path.with_suffix(f".{name}.onnx") for name in ("prompt", "step")]
+    if (halves := split_at_prompt(transformer)) is None:
+        return ()
+    for half, target in zip(halves, paths, strict=True):
+        ir.save(half, target)
+    return tuple(file_entry(path.parent, target) for target in paths)
