@@ -51,13 +51,14 @@ class OnnxRuntimeEngine:
 
     def __enter__(self) -> Self:
         if self._halves:
-            prompt, step = (self._opened(path) for path in self._halves)
-            self._prompt, self._session = PromptPart(prompt), step
+            prompt, step = self._halves
+            self._prompt, self._session = PromptPart(self._opened(prompt, spin=False)), self._opened(step)
         else:
             self._session = self._opened(self._path)
         return self
 
-    def _opened(self, path: Path) -> Any:
+    def _opened(self, path: Path, *, spin: bool = True) -> Any:
+        """A session. Its threads spin for a while after a run, which costs those of a session that runs next."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -66,6 +67,7 @@ class OnnxRuntimeEngine:
         options.enable_mem_pattern = False
         _make_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
         there = onnxruntime.get_available_providers()
         usable = [provider for provider in self._providers if provider in there]
         return onnxruntime.InferenceSession(path, options, providers=usable)
