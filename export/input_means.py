@@ -18,6 +18,7 @@ from export.schema import dit_tensors
 from export.tensor_file import Array, Planned
 from wan22.errors import UserError
 from wan22.specs import DitSpec, ModelSpec
+from wan22.whole_file import whole_file
 
 # Linears whose inputs are centred; k and v of cross-attention read the text, which is quantised once for all blocks.
 CENTRED = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
@@ -70,7 +71,6 @@ def write_input_means(path: Path, means: Mapping[str, Means]) -> None:
         for linear, mean in part.inputs.items():
             tensors[f"{expert}.{linear}.input_mean"] = np.asarray(mean, np.float32)
             tensors[f"{expert}.{linear}.weight_scale"] = np.array(part.weights[linear].weight or 0.0, np.float32)
-    partial = path.with_name(f".{path.name}.partial")
     planned = {name: Planned(array.dtype, array.shape) for name, array in tensors.items()}
-    write_safetensors(partial, planned, lambda name: [tensors[name]])
-    partial.replace(path)
+    with whole_file(path) as partial:
+        write_safetensors(partial, planned, lambda name: [tensors[name]])

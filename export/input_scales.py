@@ -20,6 +20,7 @@ from export.keys import diffusers_names
 from export.linear import FLOAT8_MAX
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
+from wan22.whole_file import whole_file
 
 COMPARED = 6  # linears per expert whose weights are held against the file's
 LARGEST_MARGIN = 1.25  # a factor: files may state weights with a margin, the same for all
@@ -111,6 +112,5 @@ def write_input_scales(path: Path, scales: Mapping[str, Scales], spec: ModelSpec
         for expert, part in scales.items()
     }
     content = parts if len(spec.experts) > 1 else parts[spec.experts[0]]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")

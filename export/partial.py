@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from wan22.bundle import File, refuse_existing
-from wan22.errors import UserError
+from wan22.errors import DISK_FULL, UserError
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
 JOURNAL = "journal.jsonl"
 HASHED_AT_ONCE_BYTES = 2**22
-DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
 
 
 class Journal:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wan22.errors import UserError
+from wan22.whole_file import whole_file
 
 
 def check_writable(folder: Path) -> None:
@@ -60,10 +61,6 @@ def write_file(path: Path, content: bytes, what: str) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Writes beside ``path`` and renames, so that a reader never meets half a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    """So that a reader never meets half a file."""
+    with whole_file(path) as partial:
         partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from validate.bench.machine import machine, versions
 from validate.gpu.stage import Answer, Setting, Stage, run_stage
 from validate.gpu.view import table_of
 from wan22.errors import UserError
+from wan22.whole_file import whole_file
 
 P480, P720, P5B = (832, 480, 81), (1280, 720, 81), (1280, 704, 121)
 STAGES = (
@@ -142,9 +143,8 @@ def _circumstances(gpu: dict[str, Any], dry_run: bool) -> dict[str, Any]:
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.rename(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _guarded(*args: Any, **options: Any) -> None:

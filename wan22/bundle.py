@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from wan22.errors import UserError
+from wan22.errors import DISK_FULL, UserError
 from wan22.specs import ModelSpec, Precision
 
 FORMAT_VERSION = 1
@@ -150,7 +150,7 @@ def staged(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(folder)
         temporary.rename(folder)
     except OSError as error:
-        if error.errno not in (28, 122):  # ENOSPC, EDQUOT: the user's to mend; anything else is a bug
+        if error.errno not in DISK_FULL:  # a bug
             raise
         raise UserError(f"disk full while writing {folder}", "free space", "free some and run again") from error
     finally:

@@ -1,5 +1,7 @@
 """What is told in one line: bad input, and a model that computes NaN. Any other exception is a bug."""
 
+import errno
+
 
 class UserError(Exception):
     """Bad input, said in one line: what was found, what was expected, what to do about it.
@@ -13,6 +15,9 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return " ".join(f"{self.found} | expected {self.expected} | {self.remedy}".split())
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of OSErrors, the ones that are the user's to mend wherever they come from
 
 
 class NonFiniteError(RuntimeError):

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from wan22.errors import NonFiniteError, UserError
+from wan22.errors import DISK_FULL, NonFiniteError, UserError
 from wan_trt.commands import (
     bench,
     build,
@@ -42,7 +42,7 @@ app = typer.Typer(
 
 
 def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
-    """``run`` with its result as exit code, bad input and NaN as one line, and Ctrl-C as 130."""
+    """``run`` with its result as exit code, bad input, a full disk and NaN as one line, and Ctrl-C as 130."""
 
     @functools.wraps(run)
     def guard(*args: Any, **kwargs: Any) -> None:
@@ -54,6 +54,12 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
         except NonFiniteError as error:
             print(f"wan-trt: {error} | wan-trt validate tells engines and checkpoint apart", file=sys.stderr)
             code = 1
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            where = f" while writing {error.filename}" if error.filename else ""
+            print(f"wan-trt: disk full{where} | expected free space | free some and run again", file=sys.stderr)
+            code = 2
         except KeyboardInterrupt:
             print("wan-trt: interrupted; nothing unfinished has its final name", file=sys.stderr)
             code = 130

@@ -1,5 +1,6 @@
 """The command line answers at once, tells bad input in one line and leaves with the right code."""
 
+import errno
 import subprocess
 import sys
 
@@ -109,6 +110,19 @@ def test_what_cannot_be_is_told_before_anything_is_read(tmp_path, monkeypatch, c
 )
 def test_numbers_that_are_out_of_the_world_are_the_parsers_to_refuse(option):
     assert status(["serve", "engines", option]) == 2
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, tiny_bundle, monkeypatch, capsys):
+    import validate.calibrate
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device", "graphs.onnx")
+
+    monkeypatch.setattr(validate.calibrate, "write_tapped", full)
+    (tmp_path / "prompts").write_text("a fox")
+    told = refused(capsys, "calibrate", tiny_bundle, tmp_path / "s.json", "--prompts", tmp_path / "prompts")
+    assert told == "wan-trt: disk full while writing graphs.onnx | expected free space | free some and run again"
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
 
 
 def test_ctrl_c_leaves_nothing_and_says_so(tmp_path, tiny_checkpoint, monkeypatch, capsys):
