@@ -28,6 +28,10 @@ class Attached:
         return {} if self.bench is None else self.bench["measurements"]
 
     @property
+    def uncompiled(self) -> bool:
+        return self.manifest is not None and self.manifest.build is None
+
+    @property
     def not_judged(self) -> str:
         """What of the gate file this report says nothing about."""
         if self.bench is not None or not self.bench_gates:

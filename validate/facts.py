@@ -1,11 +1,12 @@
 """What was compared, in the words of the report."""
 
-import platform
-from collections.abc import Iterator
-from importlib import metadata
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from runtime.request import CompleteRequest
+from validate.bench.machine import machine, versions
+from validate.clone import commit_of
 from validate.device import Device
 from validate.graphs import how_made
 from validate.options import ValidateOptions
@@ -15,39 +16,61 @@ from wan22.specs import Precision
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
 
-LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
-
 
 def facts(
-    manifest: Manifest, checkpoint: "Checkpoint", request: CompleteRequest, options: ValidateOptions, device: Device
+    manifest: Manifest,
+    checkpoint: "Checkpoint",
+    requests: Sequence[CompleteRequest],
+    options: ValidateOptions,
+    device: Device,
 ) -> dict[str, str]:
-    """What was compared, by the label that the report prints it under."""
-    build = manifest.build
+    """What was compared, by the label that the report prints it under.
+
+    The ``requests`` differ in prompt, image and seed.
+    """
+    build, request = manifest.build, requests[0]
     higher = [f"{c.name} {c.precision}: {c.why_higher}" for c in manifest.components if c.why_higher]
     guidance = ", ".join(f"{name} {scale:g}" for name, scale in request.guidance.items())
     loras = [f"{lora.file} at {lora.strength:g} in {', '.join(lora.experts)}" for lora in manifest.loras]
     return {
         "model": manifest.spec.name,
         "precision": "; ".join((str(manifest.precision), *higher)),
-        "target": build.target if build else "",
-        "backend": f"{build.backend} {build.backend_version}" if build else "",
+        **({"target": build.target, "backend": f"{build.backend} {build.backend_version}"} if build else {}),
         "checkpoint": f"{checkpoint.folder} ({checkpoint.source.layout} layout)",
         "fingerprint": checkpoint.source.fingerprint,
         **({"LoRAs": "; ".join(loras)} if loras else {}),
         "video": f"{request.width}x{request.height}, {request.frames} frames",
         **dict(_images(options, request)),
-        "prompt": request.prompt,
+        "prompt": _all([each.prompt for each in requests], "prompts, told case by case"),
         "negative prompt": request.negative_prompt,
         "sampling": f"{request.solver}, {request.schedule} schedule, {request.steps} steps, shift {request.shift:g}, "
-        f"seed {request.seed}, guidance {guidance}",
+        f"{_seeds(requests)}, guidance {guidance}",
         "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in _ways(manifest).items()),
         "reference": _reference(manifest, device),
         **dict(_official(options)),
-        "versions": ", ".join([*(f"{name} {metadata.version(name)}" for name in LIBRARIES), _python()]),
-        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "machine": _machine(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "built by": manifest.command,
         "command": options.command,
     }
+
+
+def _all(values: Sequence[str], told: str) -> str:
+    """The value that all cases share, or how many there are."""
+    different = list(dict.fromkeys(values))
+    return different[0] if len(different) == 1 else f"{len(different)} {told}"
+
+
+def _seeds(requests: Sequence[CompleteRequest]) -> str:
+    seeds = list(dict.fromkeys(str(request.seed) for request in requests))
+    return f"seed{'s' if len(seeds) > 1 else ''} {' '.join(seeds)}"
+
+
+def _machine() -> str:
+    found = machine()
+    told = f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB"
+    return ", ".join(filter(None, (told, found["gpu"], found["system"])))
 
 
 def _ways(manifest: Manifest) -> dict[str, list[str]]:
@@ -65,7 +88,8 @@ def _reference(manifest: Manifest, device: Device) -> str:
 
 def _official(options: ValidateOptions) -> Iterator[tuple[str, str]]:
     if options.official_repo is not None:
-        yield "second reference", f"the code at {options.official_repo}, fp32 on the CPU"
+        at = commit_of(options.official_repo)
+        yield "second reference", f"the code at {options.official_repo}{at and f', commit {at}'}, fp32 on the CPU"
 
 
 def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
@@ -77,7 +101,3 @@ def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tupl
         if image is not None:
             name = "built-in picture" if source is None else "an image" if isinstance(source, bytes) else str(source)
             yield label, f"{name}, {image.width}x{image.height}, {request.fit} fit"
-
-
-def _python() -> str:
-    return f"Python {platform.python_version()}"

@@ -164,9 +164,13 @@ def to_pixels(frame: F32) -> Pixels:
 
 
 def _amplification(ours: F32, reference: F32) -> float:
-    """The power of ten that brings the largest difference to full brightness or beyond, so that the rest shows too."""
+    """1, 2 or 5 times a power of ten, the first that brings the largest difference to full brightness or beyond."""
     largest = float(np.nan_to_num(np.abs(ours - reference), nan=2.0, posinf=2.0).max())
-    return 0.0 if largest == 0 else 10.0 ** max(0, math.ceil(math.log10(2 / largest)))
+    if largest == 0:
+        return 0.0
+    room = max(1.0, 2 / largest)
+    power = 10.0 ** math.floor(math.log10(room))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= room)
 
 
 def _difference(ours: F32, reference: F32, amplification: float) -> Pixels:

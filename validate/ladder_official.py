@@ -7,8 +7,6 @@ says how far the two references are from each other. Precision is told from expo
 from collections.abc import Iterator
 from itertools import groupby
 
-import numpy as np
-
 from validate import thresholds
 from validate.climb import Climb
 from validate.metrics import FRAME_RANGE, compare, incomparable
@@ -21,29 +19,29 @@ from validate.thresholds import Limit
 def token_ids(climb: Climb) -> Iterator[Row]:
     for name, prompt in climb.prompts.items():
         metrics = compare(climb.ours.token_ids(prompt), climb.official.token_ids(prompt))
-        yield Row(f"token ids, {name}", "tokenizer", metrics, thresholds.TOKEN_IDS)
+        yield Row(f"official token ids, {name}", "tokenizer", metrics, thresholds.TOKEN_IDS)
 
 
 def embeddings(climb: Climb) -> Iterator[Row]:
     limit = climb.limits["text_encoder"].text
     for name, prompt in climb.prompts.items():
         sides = (climb.ours.embeddings(prompt), climb.official_text[name], climb.text[name])
-        yield _row(f"embeddings, {name}", "text_encoder", limit, sides)
+        yield _row(f"official embeddings, {name}", "text_encoder", limit, sides)
 
 
 def schedule(climb: Climb) -> Iterator[Row]:
     if climb.official_runs:
         ours, official = climb.ours.lists(climb.request), climb.official.lists(climb.request)
         sides = (ours[0], official[0], lists(climb.request)[0])
-        yield _row("sigmas", "sampler", thresholds.SIGMAS, sides)
-        yield Row("timesteps", "sampler", compare(ours[1], official[1]), thresholds.TIMESTEPS)
+        yield _row("official sigmas", "sampler", thresholds.SIGMAS, sides)
+        yield Row("official timesteps", "sampler", compare(ours[1], official[1]), thresholds.TIMESTEPS)
 
 
 def encode(climb: Climb) -> Iterator[Row]:
     if climb.images:
         video, limit = climb.condition.video, climb.limits["vae_encoder_first"].vae
         sides = (climb.ours.encode(video), climb.official.encode(video), climb.condition.latents)
-        yield _row("encode of the reference's pixels", "vae_encoder_first", limit, sides)
+        yield _row("official encode of the reference's pixels", "vae_encoder_first", limit, sides)
 
 
 def velocities(climb: Climb) -> Iterator[Row]:
@@ -55,35 +53,33 @@ def velocities(climb: Climb) -> Iterator[Row]:
             ours, official, diffusers = (
                 side.velocity(*inputs) for side in (climb.ours, climb.official, climb.reference)
             )
-            yield _row(f"velocity at t = {step.timestep:g}", expert, limit, (ours, official, diffusers))
+            yield _row(f"official velocity at t = {step.timestep:g}", expert, limit, (ours, official, diffusers))
 
 
 def latents(climb: Climb) -> Iterator[Row]:
-    """Two runs that each go their own way: after the step where they are farthest apart, and after the last."""
-    limit, ours = climb.limits["run"].latents, climb.our_steps
+    """Two runs that each go their own way, after every step."""
+    limit = climb.limits["run"].latents
     if not climb.official_runs:
         return
     if climb.stopped:
-        yield Row("latents of the run", "sampler", incomparable(climb.stopped), limit)
+        yield Row("official latents of the run", "sampler", incomparable(climb.stopped), limit)
         return
-    theirs, last = climb.official_steps, len(climb.official_steps) - 1
-    apart = [compare(mine.latents, its.after).relative_l2 for mine, its in zip(ours, theirs, strict=True)]
-    for index in dict.fromkeys((int(np.argmax(apart)), last)):  # the first NaN counts as the largest
-        sides = (ours[index].latents, theirs[index].after, climb.reference_steps[index].after)
-        yield _row(f"latents after step {index + 1} of {last + 1}", "sampler", limit, sides)
+    for ours, theirs, diffusers in zip(climb.our_steps, climb.official_steps, climb.reference_steps, strict=True):
+        sides, name = (ours.latents, theirs.after, diffusers.after), f"official latents after step {theirs.index + 1}"
+        yield _row(name, theirs.expert, limit, sides)
 
 
 def decode(climb: Climb) -> Iterator[Row]:
     limit = climb.limits["vae_decoder_next"].vae
     sides = (climb.our_decode, climb.official.decode(climb.latents), climb.reference_frames)
-    yield _row("decode of the reference's latents", "vae_decoder_next", limit, sides, FRAME_RANGE)
+    yield _row("official decode of the reference's latents", "vae_decoder_next", limit, sides, FRAME_RANGE)
 
 
 def video(climb: Climb) -> Iterator[Row]:
     if climb.official_runs and climb.our_frames is not None:
         official = climb.official.decode(climb.official_steps[-1].after)
         sides = (climb.our_frames, official, climb.reference_frames)
-        yield _row("frames, end to end", "video", climb.limits["run"].frames, sides, FRAME_RANGE)
+        yield _row("official frames, end to end", "video", climb.limits["run"].frames, sides, FRAME_RANGE)
 
 
 def _row(

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from validate.bench.compare import was_busy
 from validate.figures import DARK, LIGHT, drift_plot
 from validate.perception import why_no_lpips
 from validate.row import Row
-from validate.wording import Line, by_section, line, number, verdict_words
+from validate.wording import Line, by_section, limit_text, line, number, verdict_words
 
 if TYPE_CHECKING:
+    from validate.case_report import CaseReport
     from validate.report import ValidationReport
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -37,11 +39,38 @@ def as_html(report: "ValidationReport") -> str:
         sections=sections(report),
         plots=_plots(shown.steps),
         lights=lights(report),
+        headlines=headlines(shown),
+        reasons=reasons(report.rows),
+        compared="Graphs" if report.attached.uncompiled else "Engines",
         apart=apart(report.rows),
         latency_columns=LATENCY_COLUMNS,
         latency=latency(report.attached.bench) if report.attached.bench else None,
         no_lpips=why_no_lpips(),
     )
+
+
+HEADLINES = {
+    "frames": "PSNR of the video, dB",
+    "ssim": "SSIM, worst frame",
+    "frame_changes": "PSNR of its changes, dB",
+    "lpips": "LPIPS, worst frame",
+    "latents": "last latents, rel L2",
+}
+
+
+def headlines(case: "CaseReport") -> dict[str, Line]:
+    """By label, what a release is judged by first: the end of the run and the video."""
+    found = {}
+    for subject, label in HEADLINES.items():
+        rows = [row for row in case.rows if row.subject == subject and row.limit.measure != "excess"]
+        if rows:
+            found[label] = line(rows[-1])
+    return found
+
+
+def reasons(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
+    """Why every limit is what it is, by the limit in words and the subject that it is about."""
+    return {(limit_text(row.limit), row.subject.replace("_", " ")): row.limit.reason for row in rows}
 
 
 @dataclass(frozen=True)
@@ -86,12 +115,15 @@ def lights(report: "ValidationReport") -> list[Light]:
     parity = f"{len(report.rows) - len(report.failed)} of {len(report.rows)} checks passed"
     kept = f"{len(report.verdicts) - missed} of {len(report.verdicts)} kept" if report.verdicts else "no --gate given"
     kept = "; ".join(filter(None, (kept, its.not_judged)))
-    timed = "; ".join(faults) or "measured" if its.bench else "no --bench given"
+    busy = its.bench is not None and was_busy(its.bench)
+    timed = "no --bench given"
+    if its.bench:
+        timed = "; ".join(faults) or ("measured on a busy machine: measure again" if busy else "measured")
     fused = "; ".join(problems) or f"{len(its.fusion)} engines inspected" if its.fusion else its.why_no_fusion
     return [
         Light("Parity", "good" if report.rows and not report.failed else "bad", parity, "checks"),
         Light("Gates", "none" if not report.verdicts else "bad" if missed else "good", kept, "gates"),
-        Light("Latency", "none" if its.bench is None else "bad" if faults else "good", timed, "latency"),
+        Light("Latency", "bad" if faults else "none" if its.bench is None or busy else "good", timed, "latency"),
         Light("Fusion", "none" if not its.fusion else "bad" if problems else "good", fused, "fusion"),
     ]
 
@@ -99,9 +131,9 @@ def lights(report: "ValidationReport") -> list[Light]:
 LATENCY_COLUMNS = {
     "median_ms": "median, ms",
     "p90_ms": "p90, ms",
-    "speedup": "times PyTorch",
+    "speedup": "PyTorch's time over ours",
     "roofline_percent": "roofline, %",
-    "memory_ratio": "of PyTorch's memory",
+    "memory_ratio": "our memory over PyTorch's",
 }
 
 

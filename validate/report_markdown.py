@@ -15,7 +15,7 @@ def as_markdown(report: "ValidationReport") -> str:
 
 def _lines(report: "ValidationReport") -> Iterator[str]:
     mark = "✅" if report else "❌"
-    yield f"# {mark} Parity of {report.facts.get('model', '')} {report.facts.get('precision', '')}"
+    yield f"# {mark} Parity of {report.facts.get('model', '')} {report.facts.get('precision', '').partition(';')[0]}"
     yield from ("", _text(report.summary()), "")
     if not_judged := report.attached.not_judged:
         yield from (_text(f"Gates: {not_judged}."), "")

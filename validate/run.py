@@ -80,7 +80,7 @@ def validate(
             found = []
             for case, request in zip(cases, requests, strict=True):
                 found.append(_climbed(case, _climb(sides, request, manifest, progress), pipeline.bundle, progress))
-    report = ValidationReport(tuple(found), facts(manifest, source, requests[0], options, device), judged)
+    report = ValidationReport(tuple(found), facts(manifest, source, requests, options, device), judged)
     write_report(report, out)
     return report
 

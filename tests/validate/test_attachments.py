@@ -4,14 +4,25 @@ import json
 
 import pytest
 
+from engines.build import BuildOptions, build_engines
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
 from validate import ValidateOptions
 from validate.attachments import attached
+from validate.case_report import CaseReport
+from validate.metrics import compare
+from validate.page import as_html
+from validate.report import ValidationReport
+from validate.row import Row
+from validate.thresholds import TOKEN_IDS
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
+from wan22.specs import Precision
 
 BENCH = {
     "format": "wan-trt bench 1", "model": "t2v-a14b-tiny", "precision": "fp32", "machine": {},
     "conditions": {"target": "cpu"}, "pieces": {}, "measurements": {"high_noise.speedup": 1.5}, "faults": [],
+    "width": 32, "height": 32, "frames": 1, "tokens": 4,
 }  # fmt: skip
 BOTH = "[validate]\nchecks.failed.max = 0\n[bench]\nhigh_noise.speedup.min = 1\n"
 
@@ -47,6 +58,19 @@ def test_names_are_checked_in_both_tables_whether_they_are_judged_or_not(bundle,
         attached(bundle, asked(BOTH.replace("speedup", "speed")))
 
 
+def test_the_kernels_of_compiled_engines_are_on_the_page(flow_of, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
+    export_checkpoint(flow_of("t2v-a14b-tiny").checkpoint, tmp_path / "onnx", ExportOptions(Precision.BF16))
+    build_engines(tmp_path / "onnx", tmp_path / "rtx", BuildOptions("rtx4090", size="64x64", frames="5"))
+    found = attached(open_bundle(tmp_path / "rtx", "engines"), ValidateOptions())
+    assert [engine["problems"] for engine in found.fusion] == [[]] * 5
+    row = Row("token ids", "tokenizer", compare([1], [1]), TOKEN_IDS)
+    page = as_html(ValidationReport((CaseReport((row,)),), {"model": "t2v", "precision": "bf16"}, found))
+    high_noise = next(engine for engine in found.fusion if engine["component"] == "high_noise")
+    assert f'<td>high_noise</td><td class="figure">{high_noise["kernels"]}</td>' in page
+    assert "5 engines inspected" in page
+
+
 def test_a_file_of_gates_on_the_bench_alone_is_enough_beside_a_bench(bundle, asked):
     only = "[bench]\nhigh_noise.speedup.min = 1\n"
     assert len(attached(bundle, asked(only, BENCH)).bench_gates) == 1
@@ -62,6 +86,7 @@ def test_a_file_of_gates_on_the_bench_alone_is_enough_beside_a_bench(bundle, ask
         ({"conditions": {"target": "rtx4090"}}, "of t2v-a14b-tiny in fp32 for rtx4090"),
         ({"measurements": {"high_noise.speedup": "fast"}}, "high_noise.speedup 'fast' .* a finite number"),
         ({"faults": None}, "faults None"),
+        ({"tokens": "many"}, "tokens 'many' .* expected a int"),
     ],
 )
 def test_a_bench_of_something_else(bundle, asked, changed, told):

@@ -17,7 +17,7 @@ from validate.figures import DARK, LIGHT, drift_plot, filmstrip, to_pixels
 from validate.gate import Gate
 from validate.measured import measured
 from validate.metrics import compare, incomparable
-from validate.page import as_html, lights, sections
+from validate.page import as_html, headlines, lights, sections
 from validate.report import ValidationReport
 from validate.report_files import write_report
 from validate.report_json import as_json
@@ -26,6 +26,7 @@ from validate.report_markdown import as_markdown
 from validate.row import Row
 from validate.thresholds import FP32, TOKEN_IDS, Limit
 from validate.wording import margin, number
+from wan22.bundle import open_bundle
 from wan22.errors import UserError
 
 FACTS = {"model": "t2v-a14b-tiny", "precision": "fp32", "target": "cpu", "prompt": "<script>alert('fox')</script>"}
@@ -106,6 +107,7 @@ def test_a_missed_gate_fails_what_passed_every_check():
 def test_the_page_has_a_light_for_everything_a_release_is_decided_on():
     bench = {"measurements": {"high_noise.speedup": 1.5}, "faults": [], "pieces": {"high_noise": {}}}
     bench |= {"width": 64, "height": 64, "frames": 5, "tokens": 32, "machine": {"cpu": "Z80", "cores": 1, "gpu": ""}}
+    bench |= {"conditions": {"command": "wan-trt bench engines --json b.json", "load_average": [0.1, 0.1]}}
     attached = Attached((Gate("checks.failed", "max", 0),), (Gate("high_noise.speedup", "min", 2),), bench)
     found = report_with(attached, 1e-6)
     assert [(light.title, light.tone) for light in lights(found)] == [
@@ -114,6 +116,34 @@ def test_the_page_has_a_light_for_everything_a_release_is_decided_on():
     page = as_html(found)
     assert "high_noise.speedup" in page
     assert "Z80" in page
+    assert "wan-trt bench engines --json b.json" in page
+    busy = bench | {"conditions": {"load_average": [0.9, 0.1]}}
+    (light,) = (each for each in lights(report_with(Attached(bench=busy), 1e-6)) if each.title == "Latency")
+    assert (light.tone, light.told) == ("none", "measured on a busy machine: measure again")
+
+
+def test_the_page_begins_with_what_a_video_is_judged_by():
+    metrics = replace(off_by(1e-5), psnr_db=81.5)
+    rows = (step(1, "dit", off_by(1e-6)), step(2, "dit", off_by(2e-6)))
+    video = Row("frames, end to end", "video", metrics, FP32.frames, subject="frames")
+    found = ValidationReport((CaseReport((*rows, video)),), FACTS)
+    assert [(label, line.found) for label, line in headlines(found.worst_case).items()] == [
+        ("PSNR of the video, dB", "81.5"), ("last latents, rel L2", "2.0e-06"),
+    ]  # fmt: skip
+    page = as_html(found)
+    assert page.index("PSNR of the video, dB") < page.index("Checks")
+
+
+def test_the_page_gives_the_reason_of_every_limit():
+    page = as_html(report_of(1e-6))
+    for limit in (FP32.latents, TOKEN_IDS):
+        assert limit.reason in page[page.index("Why these limits") :].replace("&#39;", "'")
+
+
+def test_graphs_are_not_called_engines(tiny_bundle):
+    manifest = open_bundle(tiny_bundle, "graphs").manifest
+    page = as_html(report_with(Attached(manifest=manifest), 1e-6))
+    assert 'Graphs <span class="word">match</span> PyTorch' in page
 
 
 def test_the_worst_of_several_cases_is_named():
@@ -230,6 +260,9 @@ def test_the_difference_of_frames_is_amplified_until_it_shows():
     assert strip.amplification == 1e5  # 3e-5 becomes 3, beyond the range of 2
     assert [picture.number for picture in strip.pictures] == [1, 3, 4, 6, 7, 9]
     assert filmstrip(reference, reference).amplification == 0
+    assert filmstrip(ours * 250, reference).amplification == 500  # 7.5e-3 becomes 3.75
+    assert filmstrip(reference + 2, reference).amplification == 1
+    assert filmstrip(reference + np.nan, reference).amplification == 1
     assert [picture.number for picture in filmstrip(reference[:, :, :1], reference[:, :, :1]).pictures] == [1]
 
 

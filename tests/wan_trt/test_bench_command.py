@@ -9,6 +9,7 @@ from wan_trt.cli import app
 EMPTY = {
     "format": "wan-trt bench 1", "model": "t2v-a14b-tiny", "precision": "fp32",
     "machine": {}, "conditions": {}, "pieces": {}, "measurements": {}, "faults": [],
+    "width": 32, "height": 32, "frames": 1, "tokens": 4,
 }  # fmt: skip
 SMALL = ["--size", "32x32", "--frames", 5, "--steps", 2, "--runs", 1, "--whole-runs", 1, "--no-memory"]
 QUICK = ["--size", "32x32", "--frames", 1, "--runs", 1, "--whole-runs", 0, "--no-memory", "--only", "text_encoder"]

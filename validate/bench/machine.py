@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 BUSY = 0.5  # load average per core from which timings are not those of an idle machine
-LIBRARIES = ("onnxruntime", "torch", "diffusers", "transformers", "numpy")
+LIBRARIES = ("wan-trt", "onnxruntime", "torch", "diffusers", "transformers", "numpy")
 SAMPLING_SECONDS = 0.01  # between two looks at a GPU's memory
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,7 @@ def conditions_of(bundle: Bundle, options: BenchOptions) -> dict[str, Any]:
     build = bundle.manifest.build
     return {
         "command": options.command,
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "target": build.target if build else "",
         "backend": f"{build.backend} {build.backend_version}" if build else "",
         "runs": options.runs,

@@ -17,6 +17,7 @@ FIELDS = {
     "pieces": dict,
     "measurements": dict,
     "faults": list,
+    **dict.fromkeys(("width", "height", "frames", "tokens"), int),
 }
 REMEDY = "name the output of an earlier wan-trt bench"
 
