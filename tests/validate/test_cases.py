@@ -92,6 +92,11 @@ def test_the_first_case_climbs_the_whole_ladder_and_the_others_what_differs(tiny
     alone = validate(tiny_engines, tiny_checkpoint, tmp_path, replace(asked, seeds=(), seed=3))
     latents = [[row.metrics for row in case.steps] for case in (found.cases[1], alone.cases[0])]
     assert latents[0] == latents[1]
+    assert "seeds 0 3, guidance" in found.facts["sampling"]
+    assert "seed 3, guidance" in alone.facts["sampling"]
+    assert found.facts["prompt"] == alone.facts["prompt"]
+    assert "wan-trt " in found.facts["versions"]
+    assert found.facts["date"].endswith(" UTC")
 
 
 def test_gates_and_bench_are_read_before_any_work(tiny_engines, tiny_checkpoint, tmp_path):

@@ -79,6 +79,12 @@ def test_engines_match_the_official_code(flow_of, tmp_path, model):
     assert [row.name for row in found.failed] == []
     assert {row.component for row in rows} >= {"tokenizer", "text_encoder", "sampler", "vae_decoder_next", "video"}
     assert {row.subject for row in rows} >= {"official_velocity", "official_latents", "official_frames"}
+    assert [row.component for row in rows if row.subject == "official_latents"] == [
+        row.component for row in found.steps
+    ]
+    names = [row.name for row in found.rows]
+    assert len([name for name in names if name.startswith("official ")]) == len(rows)
+    assert not {row.name for row in rows} & {row.name for row in found.rows if row not in rows}
 
 
 @needs_clone
