@@ -182,7 +182,8 @@ def _imported(repo: Path) -> dict[str, types.ModuleType]:
             for file in (*FILES, *SOLVERS)
         }
     except ImportError as error:
-        remedy = f"pip install einops regex (extra official), or {error.name}" if error.name else "name a clone of another version"
+        missing = f"pip install einops regex (the extra official), or {error.name}"
+        remedy = missing if error.name else "name a clone of another version"
         raise UserError(f"the official code at {repo}: {error}", "what it imports", remedy) from None
     vars(code["model"])["flash_attention"] = _attention
     return code
