@@ -34,7 +34,9 @@ def read_torch(path: Path) -> dict[str, Stored]:
         raise UserError(
             f"{path} is missing", "the file of the official release", "name its root folder, or download it"
         )
-    if not zipfile.is_zipfile(path):
+    with path.open("rb") as stream:  # by its path it would be no zip if it may not be read
+        is_zip = zipfile.is_zipfile(stream)
+    if not is_zip:
         raise UserError(f"{path} is no torch zip", "a whole file written by torch.save", "download it again")
     state = _unpickled(path)
     if not isinstance(state, dict) or not state:

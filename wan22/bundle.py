@@ -219,6 +219,8 @@ def kind_of(folder: Path) -> Kind:
     """What kind of bundle lies in ``folder``, before anything else of it is believed."""
     try:
         found = msgspec.json.decode((folder / MANIFEST).read_bytes()).get("kind")
+    except PermissionError:  # it may be one
+        raise
     except (OSError, msgspec.DecodeError, AttributeError, RecursionError):
         found = None
     for kind in STAGE_OF:
@@ -236,6 +238,8 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
     stage, path = STAGE_OF[kind], folder / MANIFEST
     try:
         content = path.read_bytes()
+    except PermissionError:
+        raise
     except OSError:
         raise UserError(f"{folder} has no {MANIFEST}", f"a folder made by {stage}", f"run {stage} first") from None
     try:
@@ -264,5 +268,12 @@ def _check_file(folder: Path, file: File, again: str, *, full_check: bool) -> No
         raise UserError(f"{path} is missing", "every file the manifest names", again)
     if (size := path.stat().st_size) != file.size_bytes:
         raise UserError(f"{path}: {size} bytes", f"{file.size_bytes} bytes", again)
-    if (full_check or size <= HASHED_AT_OPEN_MAX_BYTES) and (digest := sha256_of(path)) != file.sha256:
+    if size > HASHED_AT_OPEN_MAX_BYTES and not full_check:
+        return
+    try:
+        digest = sha256_of(path)
+    except OSError as error:
+        found, expected = f"{path}: {error.strerror}", "a file that can be read"
+        raise UserError(found, expected, "look at its permissions and its disk") from error
+    if digest != file.sha256:
         raise UserError(f"{path}: sha256 {digest[:12]}…", f"{file.sha256[:12]}… of {MANIFEST}", again)

@@ -55,10 +55,9 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
             print(f"wan-trt: {error} | wan-trt validate tells engines and checkpoint apart", file=sys.stderr)
             code = 1
         except OSError as error:
-            if error.errno not in DISK_FULL:
+            if not (told := _told(error)):
                 raise
-            where = f" while writing {error.filename}" if error.filename else ""
-            print(f"wan-trt: disk full{where} | expected free space | free some and run again", file=sys.stderr)
+            print(f"wan-trt: {told}", file=sys.stderr)
             code = 2
         except KeyboardInterrupt:
             print("wan-trt: interrupted; nothing unfinished has its final name", file=sys.stderr)
@@ -66,6 +65,16 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
         raise typer.Exit(code or 0)
 
     return guard
+
+
+def _told(error: OSError) -> str:
+    """The line for what the machine refuses, which no bug explains: a full disk, a file that is not the user's."""
+    if error.errno in DISK_FULL:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"disk full{where} | expected free space | free some and run again"
+    if isinstance(error, PermissionError):
+        return f"{error.filename}: {error.strerror} | expected what this user may use | change its mode or the user"
+    return ""
 
 
 for command in (

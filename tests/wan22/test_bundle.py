@@ -1,5 +1,6 @@
 """A bundle is whole or it is not there, and a reader believes nothing unchecked."""
 
+import errno
 import hashlib
 import re
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from wan22 import bundle
 from wan22.bundle import (
     MANIFEST,
     Build,
@@ -154,6 +156,30 @@ def test_an_edited_manifest_is_refused(tmp_path):
     path = tmp_path / "b" / MANIFEST
     path.write_text(path.read_text().replace('"fp32"', '"fp16"', 1))
     with pytest.raises(UserError, match=r"bundle\.json was edited"):
+        open_bundle(tmp_path / "b", "graphs")
+
+
+def test_a_manifest_that_may_not_be_read_is_not_taken_for_none(tmp_path, monkeypatch):
+    write_bundle(tmp_path / "b")
+
+    def denied(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(PermissionError):
+        open_bundle(tmp_path / "b", "graphs")
+    with pytest.raises(PermissionError):
+        bundle.kind_of(tmp_path / "b")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write_bundle(tmp_path / "b")
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(bundle, "sha256_of", denied)
+    with pytest.raises(UserError, match=r"b/.*: Permission denied \| expected a file that can be read"):
         open_bundle(tmp_path / "b", "graphs")
 
 

@@ -3,6 +3,7 @@
 import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -123,6 +124,26 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, tiny_bundle, monkeypatch, cap
     told = refused(capsys, "calibrate", tiny_bundle, tmp_path / "s.json", "--prompts", tmp_path / "prompts")
     assert told == "wan-trt: disk full while writing graphs.onnx | expected free space | free some and run again"
     assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
+
+
+def test_what_the_user_may_not_read_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    def denied(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    told = refused(capsys, "export", tmp_path / "c", tmp_path / "b")
+    assert "Permission denied | expected what this user may use" in told
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, tiny_checkpoint, monkeypatch):
+    import export.exporter
+
+    def fails(*_args):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(export.exporter, "write_weights", fails)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        app(["export", str(tiny_checkpoint), str(tmp_path / "b"), "--precision", "fp32"])
 
 
 def test_ctrl_c_leaves_nothing_and_says_so(tmp_path, tiny_checkpoint, monkeypatch, capsys):
