@@ -14,8 +14,7 @@ from PIL import Image
 from runtime.denoise import Step
 from runtime.request import CompleteRequest
 from validate.metrics import compare
-from validate.official import SOLVERS as OFFICIAL_SOLVERS
-from validate.official import Official
+from validate.official import Official, makes
 from validate.ours import Ours
 from validate.reference import NOTHING, Given, ImageCondition, Reference
 from validate.reference_parts import F32
@@ -142,7 +141,7 @@ class Climb:
     @property
     def official_runs(self) -> bool:
         """Whether the official code can make the requested run."""
-        return self.request.solver in OFFICIAL_SOLVERS and self.request.schedule == "official"
+        return makes(self.request)
 
     @cached_property
     def official_text(self) -> dict[str, F32]:

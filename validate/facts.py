@@ -47,7 +47,7 @@ def facts(
         f"{_seeds(requests)}, guidance {guidance}",
         "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in _ways(manifest).items()),
         "reference": _reference(manifest, device),
-        **dict(_official(options)),
+        **dict(second_reference(options, request)),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "machine": _machine(),
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -86,10 +86,16 @@ def _reference(manifest: Manifest, device: Device) -> str:
     return f"PyTorch in fp32 on the {where}, with the official float64 sinusoid of the timestep{beside}"
 
 
-def _official(options: ValidateOptions) -> Iterator[tuple[str, str]]:
+def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
+    """Label and description of the official code, where there is a clone of it."""
+    from validate.official import makes
+
     if options.official_repo is not None:
         at = commit_of(options.official_repo)
-        yield "second reference", f"the code at {options.official_repo}{at and f', commit {at}'}, fp32 on the CPU"
+        told = f"the code at {options.official_repo}{at and f', commit {at}'}, fp32 on the CPU"
+        if not makes(request):
+            told += f"; it has no {request.solver} with the {request.schedule} schedule: no run of its own is compared"
+        yield "second reference", told
 
 
 def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:

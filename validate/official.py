@@ -30,6 +30,11 @@ SOLVERS = ("unipc", "dpm++")  # the official code has no other
 _modules: list[Modules] = []  # of the other process
 
 
+def makes(request: CompleteRequest) -> bool:
+    """Whether the official code can make the requested run."""
+    return request.solver in SOLVERS and request.schedule == "official"
+
+
 class Official:
     """What the methods of :class:`validate.reference.Reference` return, computed by the code at ``repo``.
 

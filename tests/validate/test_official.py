@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from export.checkpoint import open_checkpoint
+from runtime.request import Request
 from validate import ValidateOptions, validate
+from validate.facts import second_reference
 from validate.official import Official
 from validate.official_modules import FILES, SOLVERS
 from wan22.errors import UserError
+from wan22.specs import SPECS
 
 CLONE = os.environ.get("WAN22_OFFICIAL_REPO", "")
 needs_clone = pytest.mark.skipif(not CLONE, reason="WAN22_OFFICIAL_REPO names no clone of Wan-Video/Wan2.2")
@@ -61,6 +64,17 @@ def test_a_folder_that_is_no_clone_is_refused_before_any_work(tiny_engines, tiny
     with pytest.raises(UserError, match=r"no wan/modules/model.py .* git clone"):
         validate(tiny_engines, tiny_checkpoint, tmp_path / "out", replace(SMALL, official_repo=tmp_path / "repo"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("solver", "schedule"), [("euler", "official"), ("unipc", "diffusers")])
+def test_a_run_that_the_code_cannot_make_is_told(clone, solver, schedule):
+    request = Request("x", solver=solver, schedule=schedule, size=(32, 32), frames=1).completed(SPECS["t2v-a14b-tiny"])
+    (told,) = second_reference(ValidateOptions(official_repo=clone), request)
+    assert told == (
+        "second reference",
+        f"the code at {clone}, fp32 on the CPU; it has no {solver} with the {schedule} schedule: no run of its own is "
+        "compared",
+    )
 
 
 def test_a_process_that_dies_is_told_in_one_line(clone, tiny_checkpoint):

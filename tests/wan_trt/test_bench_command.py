@@ -108,6 +108,7 @@ def test_a_baseline_of_another_machine_is_told(tiny_engines, baseline, tmp_path,
         (["-o", "nowhere/bench.json"], "output nowhere/bench.json: no such folder"),
         (["-o", ""], "output .: a folder"),
         (["-o", "/"], "output /: a folder"),
+        (["--sweep", "steps", "--only", "text_encoder"], "--only with a sweep of steps"),
         (["--sweep", "frames", "--values", ""], "a sweep over nothing | expected at least two values"),
     ],
 )

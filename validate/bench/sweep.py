@@ -93,6 +93,8 @@ def sweep(
         UserError: as ``bench``, and for values that are none; for every value, before any work.
     """
     options = replace(options or BenchOptions(), memory=False)
+    if axis == "steps" and options.only:
+        raise UserError("--only with a sweep of steps", "whole runs, of all pieces", "leave it out")
     with opened(engines, checkpoint, options, progress) as setting:
         chosen = options_of(axis, values, options, setting.work.spec)
         for each in chosen.values():
