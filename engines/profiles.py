@@ -24,9 +24,9 @@ def profiles_for(spec: ModelSpec, size: str | None = None, frames: str | None = 
     Raises:
         UserError: text that is no size, a size or number of frames that the model cannot make, a range upside down.
     """
-    size = PRESETS.get(size or "", size) or "{}x{}".format(*spec.sampling.sizes[0])
-    counts = _frames(frames or str(spec.sampling.frames))
-    corners = [_corners(part) for part in size.split(",")]
+    asked = "{}x{}".format(*spec.sampling.sizes[0]) if size is None else PRESETS.get(size, size)
+    counts = _frames(str(spec.sampling.frames) if frames is None else frames)
+    corners = [_corners(part) for part in asked.split(",")]
     return tuple(
         profile_between(spec, (*small, counts[0]), (*large, counts[1])) for small, large in dict.fromkeys(corners)
     )

@@ -13,7 +13,7 @@ import importlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, TextIO
 from engines.mapped_weights import MappedWeights
 from engines.profiles import input_shapes
 from engines.targets import MODULES, PACKAGES, Backend, Target
+from engines.timing_cache import timing_cache
 from wan22.bundle import Tensor
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
@@ -111,7 +112,8 @@ class _Build:
     def run(self, graph: Path, engine: Path) -> None:
         self.parse(graph)
         self.configure()
-        with _timing_cache(self.config, self.options), engine.open("wb") as stream:
+        timings = self.options.timing_cache if self.options.target.backend == "tensorrt" else None
+        with timing_cache(self.config, timings), engine.open("wb") as stream:
             done = _in_background(lambda: self.write(stream), self.monitor, self.let_go)
         if not done:
             raise self.failure(graph)
@@ -191,21 +193,6 @@ def _aim(trt: Any, config: Any, target: Target) -> None:
         raise UserError(f"{target.name} ({target.sm})", expected, "build on that GPU with TensorRT")
     config.num_compute_capabilities = 1
     config.set_compute_capability(capability, 0)
-
-
-@contextlib.contextmanager
-def _timing_cache(config: Any, options: EngineOptions) -> Iterator[None]:
-    """Kernel timings of earlier builds: loaded before the build, saved after it. TensorRT-RTX times nothing."""
-    path = options.timing_cache
-    if path is None or options.target.backend != "tensorrt":
-        yield
-        return
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    yield
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".partial").write_bytes(memoryview(config.get_timing_cache().serialize()))
-    path.with_suffix(".partial").rename(path)
 
 
 def _in_background(work: Any, monitor: Any, meanwhile: Callable[[], None]) -> bool:

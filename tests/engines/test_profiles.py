@@ -61,6 +61,8 @@ def test_nothing_said_means_the_video_that_the_model_makes_by_default():
     ("size", "frames", "message"),
     [
         ("big", None, r"size 'big' .* one of 480p, 720p, 5b"),
+        ("", None, "size ''"),
+        ("832x480", "", "frames ''"),
         ("832x482", None, "size 832x482"),
         ("832x480", "80", "80 frames"),
         ("832x480", "a lot", "frames 'a lot'"),

@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,34 +109,6 @@ def test_the_monitor_asks_the_builder_to_stop_once_cancelled():
     assert monitor.step_complete("any", 0)
     monitor.cancelled = True
     assert not monitor.step_complete("any", 1)
-
-
-class TimingConfig:
-    """The part of TensorRT's configuration that TensorRT-RTX lacks."""
-
-    def __init__(self):
-        self.loaded = None
-
-    def create_timing_cache(self, content):
-        return bytes(content)
-
-    def set_timing_cache(self, cache, ignore_mismatch):
-        self.loaded = cache
-
-    def get_timing_cache(self):
-        return SimpleNamespace(serialize=lambda: self.loaded + b"+")
-
-
-def test_kernel_timings_are_kept_over_builds_and_of_a_failed_one_nothing(tmp_path):
-    options = EngineOptions(TARGETS["h100"], (), (), timing_cache=tmp_path / "new" / "timings")
-    for kept in (b"+", b"++"):
-        with tensorrt_backend._timing_cache(TimingConfig(), options):
-            pass
-        assert options.timing_cache.read_bytes() == kept
-    with pytest.raises(UserError), tensorrt_backend._timing_cache(TimingConfig(), options):
-        raise UserError("a build", "to succeed", "mend it")
-    assert [path.name for path in options.timing_cache.parent.iterdir()] == ["timings"]
-    assert options.timing_cache.read_bytes() == b"++"
 
 
 @pytest.mark.parametrize(("backend", "package"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt-rtx")])

@@ -28,7 +28,7 @@ def run(
     if html is not None:
         check_place(html, "page")
     if target is None:
-        if size or frames:
+        if size is not None or frames is not None:
             raise UserError("--size or --frames", "an ONNX bundle to compile", "name a --target as well")
         if kind_of(folder) == "graphs":
             raise UserError(f"{folder} is an ONNX bundle", "engines, or a target to compile it for", "add --target")

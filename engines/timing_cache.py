@@ -1,0 +1,30 @@
+"""Kernel timings that TensorRT measured in earlier builds, in a file that builds share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from wan22.errors import UserError
+from wan22.whole_file import whole_file
+
+
+@contextmanager
+def timing_cache(config: Any, path: Path | None) -> Iterator[None]:
+    """``config`` knows the timings in ``path`` within the block; those that it has at its end are saved there.
+
+    Raises:
+        UserError: a place that can be no such file, before the block.
+    """
+    if path is None:
+        yield
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(f"timing cache {path}: {error.strerror}", "a file, there or not", "name another") from None
+    config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    yield
+    with whole_file(path) as partial:
+        partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
