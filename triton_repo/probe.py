@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 
 METRICS = "http://127.0.0.1:8002/metrics"
@@ -23,12 +24,19 @@ MAX_STEP_S = 1800.0
 
 
 def read(url: str = METRICS) -> dict[str, list[float]]:
-    """Values by name of the series, over all models."""
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        text = answer.read().decode()
+    """Values by name of the series, over all models.
+
+    Raises:
+        OSError: nobody answers at ``url``, or something that is no metrics.
+    """
     found: dict[str, list[float]] = {}
-    for name, value in SERIES.findall(text):
-        found.setdefault(name, []).append(float(value))
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            text = answer.read().decode()
+        for name, value in SERIES.findall(text):
+            found.setdefault(name, []).append(float(value))
+    except (ValueError, HTTPException) as error:
+        raise OSError(f"no metrics: {error}") from error
     return found
 
 
