@@ -25,6 +25,7 @@ import typer
 from rich.console import Console
 
 from validate.bench.machine import machine, versions
+from validate.files import check_place
 from validate.gpu.stage import Answer, Setting, Stage, run_stage
 from validate.gpu.view import table_of
 from wan22.errors import UserError
@@ -56,6 +57,7 @@ def run(
     """Measure on this machine's GPU: transformers, sampler, VAE, and whether TensorRT-RTX engines load."""
     stages = _chosen(only or [])
     gpu = {} if dry_run else _gpu()
+    check_place(output, "output", make_folder=True)
     answers = [Answer(stage, "skipped", "the run ended before it") for stage in stages]
     circumstances, code = _circumstances(gpu, dry_run), 0
     shown = _without_figures if dry_run else list
@@ -142,7 +144,6 @@ def _circumstances(gpu: dict[str, Any], dry_run: bool) -> dict[str, Any]:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 

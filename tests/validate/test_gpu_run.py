@@ -93,6 +93,13 @@ def test_an_engine_for_the_gpu_never_runs_on_the_cpu_instead(tmp_path):
         pass
 
 
+def test_a_place_that_takes_no_file_is_told_before_anything_is_measured(tmp_path):
+    asked = [*COMMAND, "--dry-run", "-o", tmp_path]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"gpu_run: output {tmp_path}: a folder")
+
+
 def test_a_stage_that_there_is_not_is_refused(tmp_path):
     command = [*COMMAND, "--dry-run", "--only", "vea", "-o", tmp_path / "gpu.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
