@@ -58,6 +58,7 @@ class ValidateOptions:
         """
         spec, fixed = manifest.spec, manifest.size
         size = self.size or (fixed[:2] if fixed else spec.sampling.sizes[0])
+        spec.check_size(*size)  # before a picture is made in its shape
         shared = {} if self.guidance is None else dict.fromkeys(spec.experts, self.guidance)
         request = Request(
             prompt=PROMPT if self.prompt is None else self.prompt,

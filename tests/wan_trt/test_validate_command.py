@@ -54,6 +54,7 @@ def test_the_preset_runs_without_guidance(i2v, tmp_path):
         (["--preset", "fast"], "preset 'fast'"),
         (["--guidance-low-noise", "nan"], "guidance nan"),
         (["--size", "50x50"], "size 50x50"),
+        (["--size", "0x64"], "size 0x64"),
         (["--steps", "0"], "0 steps"),
     ],
 )
