@@ -61,7 +61,9 @@ def check_destination(path: Path, frames: int) -> None:
         raise UserError(f"{path} is a folder", "a file to write", "choose another name")
     if not ending and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists", "a new or empty folder", "choose another name")
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not ending and (path.is_symlink() or path.is_mount()):  # nothing can take its place in the end
+        raise UserError(f"{path} is a link, or where a disk is mounted", "a folder of its own", "name one inside it")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists() or parent.is_symlink())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise UserError(f"cannot write {path}", "a writable folder", "choose another place")
 

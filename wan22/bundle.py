@@ -158,7 +158,14 @@ def staged(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(folder: Path, *, overwrite: bool) -> None:
-    """Refuses to write over anything but an earlier bundle that the user gave up."""
+    """Refuses to write over anything but an earlier bundle that the user gave up, and what cannot be replaced.
+
+    Raises:
+        UserError: a folder with something in it, a link, a place where a disk is mounted.
+    """
+    if folder.is_symlink() or folder.is_mount():
+        kind = "a link" if folder.is_symlink() else "where a disk is mounted"
+        raise UserError(f"{folder} is {kind}", "a folder that can be replaced when all is done", "name one inside it")
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     if not folder.exists():

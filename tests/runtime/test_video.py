@@ -177,6 +177,15 @@ def test_a_destination_is_refused_before_the_work(tmp_path, name, frames, found)
     assert found in error.value.found
 
 
+@pytest.mark.parametrize("name", ["link", "dangling", "dangling/x.mp4"])
+def test_a_link_whose_place_no_video_can_take_is_refused_before_the_work(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"is a link|cannot write"):
+        check_destination(tmp_path / name, 5)
+
+
 def test_odd_sides_have_no_mp4(tmp_path):
     with pytest.raises(UserError, match="63x48"):
         write_video(chunks(1, H, 63), tmp_path / "out.mp4", 16)

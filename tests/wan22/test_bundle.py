@@ -138,6 +138,17 @@ def test_a_path_out_of_the_bundle_is_refused(tmp_path):
         open_bundle(tmp_path / "b", "graphs")
 
 
+@pytest.mark.parametrize("target", ["nowhere", "empty"])
+def test_what_nothing_can_take_the_place_of_is_refused_before_the_work(tmp_path, target):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=r"link is a link .* name one inside it"), staged(tmp_path / "link"):
+        raise AssertionError("it was begun")
+    with pytest.raises(UserError, match=r"/ is where a disk is mounted .* name one inside it"), staged(Path("/")):
+        raise AssertionError("it was begun")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
+
+
 def test_nothing_is_overwritten_unasked(tmp_path):
     write_bundle(tmp_path / "b")
     with pytest.raises(UserError, match="--overwrite"), staged(tmp_path / "b"):
