@@ -31,6 +31,7 @@ from wan_trt.commands import (
     triton,
     validate,
 )
+from wan_trt.extras import told_missing
 
 app = typer.Typer(
     name="wan-trt",
@@ -42,7 +43,7 @@ app = typer.Typer(
 
 
 def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
-    """``run`` with its result as exit code, bad input, a full disk and NaN as one line, and Ctrl-C as 130."""
+    """``run`` with its result as exit code, what is no bug as one line, and Ctrl-C as 130."""
 
     @functools.wraps(run)
     def guard(*args: Any, **kwargs: Any) -> None:
@@ -54,8 +55,8 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
         except NonFiniteError as error:
             print(f"wan-trt: {error} | wan-trt validate tells engines and checkpoint apart", file=sys.stderr)
             code = 1
-        except OSError as error:
-            if not (told := _told(error)):
+        except (OSError, ModuleNotFoundError) as error:
+            if not (told := _told(error, run.__module__.rpartition(".")[2])):
                 raise
             print(f"wan-trt: {told}", file=sys.stderr)
             code = 2
@@ -67,8 +68,10 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
     return guard
 
 
-def _told(error: OSError) -> str:
-    """The line for what the machine refuses, which no bug explains: a full disk, a file that is not the user's."""
+def _told(error: OSError | ModuleNotFoundError, command: str) -> str:
+    """The line for what no bug explains: a full disk, a file that is not the user's, an extra that is not installed."""
+    if isinstance(error, ModuleNotFoundError):
+        return told_missing(error.name or "", command)
     if error.errno in DISK_FULL:
         where = f" while writing {error.filename}" if error.filename else ""
         return f"disk full{where} | expected free space | free some and run again"
