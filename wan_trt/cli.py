@@ -1,7 +1,7 @@
 """The ``wan-trt`` command: collects the subcommands and turns errors into exit codes.
 
-0: done. 1: a check failed, or a model computed NaN. 2: bad input, told in one line. 130: interrupted. A bug keeps its
-traceback.
+0: done. 1: a check failed, or a model computed NaN. 2: bad input, or what the machine lacks, told in one line. 130:
+interrupted. A bug keeps its traceback.
 """
 
 import functools
