@@ -14,6 +14,7 @@ import numpy as np
 
 from validate import ladder_image, ladder_official, ladder_video, thresholds
 from validate.climb import Climb
+from validate.ladder_solver import solved
 from validate.metrics import FRAME_RANGE, compare, incomparable
 from validate.ours import Ours
 from validate.reference import Reference
@@ -50,12 +51,13 @@ def rungs(spec: ModelSpec, *, official: bool = False) -> tuple[Rung, ...]:
     experts = tuple(
         Rung("velocity", partial(velocities, expert=expert), measures=BESIDE_PRECISION) for expert in spec.experts
     )
+    sampled = Rung("solver", solver)
     run = Rung("latents", trajectory, of_every_case=True, measures=BESIDE_PRECISION)
     both_modes = (Rung("text_mode", text_mode),) if spec.task == Task.TI2V else ()
     known: tuple[tuple[str, tuple[Rung, ...]], ...] = (
         ("text_encoder", TEXT_RUNGS),
         ("vae_encoder_first", IMAGE_RUNGS),
-        (spec.experts[0], (*SAMPLER_RUNGS, *experts, run, *both_modes)),
+        (spec.experts[0], (*SAMPLER_RUNGS, *experts, sampled, run, *both_modes)),
         ("vae_decoder_first", VIDEO_RUNGS),
     )
     ladder = tuple(rung for component, its in known if component in spec.components for rung in its)
@@ -149,6 +151,11 @@ def _velocity(climb: Climb, expert: str, name: str, inputs: tuple[F32, float, F3
     return Row(name, expert, compare(ours, theirs), limit, timestep=inputs[1], in_precision=low)
 
 
+def solver(climb: Climb) -> Iterator[Row]:
+    """What the run adds to its velocities: our solver on the reference's, at the step where they are farthest apart."""
+    yield solved("solver on PyTorch's velocities", climb, climb.reference_steps)
+
+
 def trajectory(climb: Climb) -> Iterator[Row]:
     """Latents after every step of two runs that each go their own way; three where ours is not float32."""
     yield from _with_excess((_step(climb, theirs) for theirs in climb.reference_steps), "sampler")
@@ -231,6 +238,7 @@ OFFICIAL_RUNGS = (
     Rung("official_schedule", ladder_official.schedule),
     Rung("official_encode", ladder_official.encode),
     Rung("official_velocity", ladder_official.velocities),
+    Rung("official_solver", ladder_official.solver),
     Rung("official_latents", ladder_official.latents),
     Rung("official_decode", ladder_official.decode, measures=OF_FRAMES),
     Rung("official_frames", ladder_official.video, measures=OF_FRAMES),

@@ -9,6 +9,7 @@ from itertools import groupby
 
 from validate import thresholds
 from validate.climb import Climb
+from validate.ladder_solver import solved
 from validate.metrics import FRAME_RANGE, compare, incomparable
 from validate.reference_parts import F32
 from validate.reference_run import lists
@@ -54,6 +55,12 @@ def velocities(climb: Climb) -> Iterator[Row]:
                 side.velocity(*inputs) for side in (climb.ours, climb.official, climb.reference)
             )
             yield _row(f"official velocity at t = {step.timestep:g}", expert, limit, (ours, official, diffusers))
+
+
+def solver(climb: Climb) -> Iterator[Row]:
+    """Our solver on the velocities of the official run."""
+    if climb.official_runs:
+        yield solved("official solver on its velocities", climb, climb.official_steps)
 
 
 def latents(climb: Climb) -> Iterator[Row]:

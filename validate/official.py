@@ -94,7 +94,7 @@ class Official:
                 unconditional = self.velocity(expert, latents, timestep, negative, given)
                 velocity = unconditional + np.float32(scale) * (velocity - unconditional)
             after = _with_first_frame(self._array("step", velocity, index, latents), given)
-            yield ReferenceStep(index, timestep, expert, latents, after)
+            yield ReferenceStep(index, timestep, expert, latents, after, velocity)
             latents = after
 
     def _array(self, method: str, *arguments: Any) -> F32:

@@ -1,6 +1,6 @@
 """Our side of the comparison: the runtime's own pipeline, asked in the words of the reference."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -13,6 +13,7 @@ from runtime.noise import standard_normal
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
 from runtime.schedule import make_schedule
+from runtime.solver import make_solver
 from runtime.vae import encode
 from validate.reference import NOTHING, Given
 from validate.reference_parts import I64
@@ -68,6 +69,18 @@ class Ours:
 
     def run(self, request: CompleteRequest) -> Iterator[Step]:
         return self._pipeline.denoise(request)
+
+    def solved(
+        self, request: CompleteRequest, start: F32, velocities: Iterable[F32], first_frame: F32 | None = None
+    ) -> Iterator[F32]:
+        """Latents after every step of our solver on given velocities, from ``start``; a given frame is put back."""
+        schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
+        solver, latents = make_solver(request.solver, schedule), start
+        for velocity in velocities:
+            latents = solver.step(velocity, latents)
+            if first_frame is not None:
+                latents[:, :, :1] = first_frame
+            yield latents
 
     def decode(self, latents: F32) -> F32:
         return np.concatenate(list(self._pipeline.decode(latents)), axis=2)

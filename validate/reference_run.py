@@ -22,13 +22,14 @@ from wan22.specs import TRAIN_TIMESTEPS
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    """Step ``index`` of the reference's run; latents ``[1, z, T, h, w]`` before and after it."""
+    """Step ``index`` of the reference's run; latents ``[1, z, T, h, w]`` before and after it, guided velocity."""
 
     index: int
     timestep: float
     expert: str
     before: F32
     after: F32
+    velocity: F32
     problem: str = ""  # what of this step was the first to hold NaN or infinity
 
 
@@ -60,7 +61,7 @@ def run(
         after = _with_first_frame(stepped[0].numpy(), given)
         if not problem and not np.isfinite(after).all():
             problem = _named("latents", index, request, t)
-        yield ReferenceStep(index, t, expert, latents, after, problem)
+        yield ReferenceStep(index, t, expert, latents, after, velocity, problem)
         latents = after
 
 

@@ -52,6 +52,7 @@ SIGMAS = Limit("max_abs", 1e-6, "both lists are float32 of values up to 1; ten u
 PIXELS = Limit("max_abs", 1e-5, "the same filter in float32; one step of 8-bit colour is 800 times as much")
 MASK = Limit("max_abs", 0, "zeros and ones")
 NOISE = Limit("max_abs", 2e-6, "same generator; vectorised log and cos differ in the last place of values up to 6")
+SOLVER = Limit("relative_l2", 1e-5, "the same velocities on both sides: float32 sums of a few terms a step")
 SINUSOID = Limit("max_abs", 1e-6, "both computed in float64 and rounded to float32 once")
 SINUSOID_OF_DIFFUSERS = Limit("max_abs", 1e-4, "an angle near 1000 has a spacing of 6e-5 in float32")
 

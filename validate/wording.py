@@ -117,7 +117,7 @@ def section_title(row: Row) -> str:
         return "Official code"
     if row.step is not None or row.subject == "latents":
         return "Latents, step by step"
-    fixed = {"tokenizer": "Text", "text_encoder": "Text", "sampler": "Schedule and noise", "video": "Video"}
+    fixed = {"tokenizer": "Text", "text_encoder": "Text", "sampler": "Schedule, noise and solver", "video": "Video"}
     if row.component == "image" or row.component.startswith("vae_encoder"):
         return "Image"
     if row.component.startswith("vae_"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from export.synth import synthesise
+from runtime.solver import make_solver
 from validate import ValidateOptions, validate
 from validate.ladder import velocity_points
 from validate.measured import FAILED, known, measured
@@ -97,6 +98,13 @@ def test_one_wrong_weight_is_found_in_its_expert(tiny_engines, tiny_checkpoint, 
     assert failed == {"low_noise", "video"}
     passed = {row["component"] for row in found["rows"] if row["passed"]}
     assert passed >= {"text_encoder", "high_noise", "vae_decoder_first", "vae_decoder_next"}
+
+
+def test_a_wrong_solver_is_told_from_a_wrong_transformer(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("validate.ours.make_solver", lambda _, schedule: make_solver("euler", schedule))
+    options = ValidateOptions(size=(32, 32), frames=1, steps=4)
+    found = validate(tiny_engines, tiny_checkpoint, tmp_path, options)
+    assert [row.subject for row in found.failed] == ["solver"]
 
 
 def test_a_nan_weight_in_the_reference_never_passes(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch):
