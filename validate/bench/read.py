@@ -32,7 +32,7 @@ def read_bench(path: Path, what: str = "bench") -> dict[str, Any]:
         content = _content(path.read_text(encoding="utf-8-sig").strip())
     except OSError as error:
         raise UserError(f"{what} {path}: {error.strerror}", "the JSON of a bench", REMEDY) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{what} {path}: its last line is no JSON", "the JSON of a bench", REMEDY) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
