@@ -41,6 +41,7 @@ class Gate:
 class Verdict:
     gate: Gate
     found: float | None  # None: not measured in this run
+    where: str = ""  # "case 3", where one of several is to blame
 
     def __bool__(self) -> bool:
         if self.found is None or math.isnan(self.found):
@@ -49,8 +50,12 @@ class Verdict:
 
     def __str__(self) -> str:
         sign = "≥" if self.gate.bound == "min" else "≤"
+        return f"{self.gate.measurement} {self.found_in_words}, {sign} {self.gate.limit:g}"
+
+    @property
+    def found_in_words(self) -> str:
         found = "not measured" if self.found is None else f"{self.found:.4g}"
-        return f"{self.gate.measurement} {found}, {sign} {self.gate.limit:g}"
+        return f"{found} in {self.where}" if self.where else found
 
     def as_json(self) -> dict[str, Any]:
         return vars(self.gate) | {"found": self.found, "passed": bool(self)}

@@ -1,7 +1,8 @@
 """What was compared, and the verdict on it."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -41,9 +42,17 @@ class ValidationReport:
     @cached_property
     def verdicts(self) -> tuple[Verdict, ...]:
         """Of the gates, those on the bench last."""
-        ours = judge(self.attached.gates, measured(self.rows))
+        ours = (self._placed(verdict) for verdict in judge(self.attached.gates, measured(self.rows)))
         of_bench = () if self.attached.bench is None else self.attached.bench_gates
         return (*ours, *judge(of_bench, self.attached.bench_measured))
+
+    def _placed(self, verdict: Verdict) -> Verdict:
+        """With the case that the worst number comes from; a sum over cases has none."""
+        if len(self.cases) == 1 or verdict.found is None:
+            return verdict
+        found = ((case, measured(case.rows).get(verdict.gate.measurement)) for case in self.cases)
+        guilty = [case for case, value in found if value == verdict.found or (value is not None and math.isnan(value))]
+        return replace(verdict, where=f"case {guilty[0].number}") if guilty else verdict
 
     @property
     def missed(self) -> tuple[Verdict, ...]:

@@ -40,6 +40,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
         "limit": gate.limit,
         "found": _number(verdict.found),
         "passed": bool(verdict),
+        **({"where": verdict.where} if verdict.where else {}),
     }
 
 

@@ -100,8 +100,7 @@ def others(metrics: Metrics, measure: str) -> str:
 def verdict_words(verdict: Verdict) -> tuple[str, str]:
     """What was found and what is allowed."""
     sign = "≥" if verdict.gate.bound == "min" else "≤"
-    found = "not measured" if verdict.found is None else f"{verdict.found:.4g}"
-    return found, f"{sign} {verdict.gate.limit:g}"
+    return verdict.found_in_words, f"{sign} {verdict.gate.limit:g}"
 
 
 def by_section(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:

@@ -160,6 +160,20 @@ def test_the_worst_of_several_cases_is_named():
         assert "--seed 3" not in told
 
 
+def test_a_gate_names_the_case_that_its_number_comes_from():
+    drifts = {1: 1e-7, 2: 2e-6, 3: 1e-6}
+    cases = tuple(
+        CaseReport((step(1, "high_noise", off_by(drift)),), number, "a cat", number) for number, drift in drifts.items()
+    )
+    gates = (Gate("latents.relative_l2", "max", 1e-6), Gate("ssim.ssim", "min", 0.9))
+    found = ValidationReport(cases, FACTS, Attached(gates))
+    assert found.summary().endswith(
+        "gate missed: latents.relative_l2 2e-06 in case 2, ≤ 1e-06; gate missed: ssim.ssim not measured, ≥ 0.9"
+    )
+    assert json.loads(as_json(found))["gates"][0]["where"] == "case 2"
+    assert "2e-06 in case 2" in as_html(found)
+
+
 def test_junit_has_a_case_for_every_row_and_gate():
     found = report_with(Attached((Gate("checks.failed", "max", 0),)), 1e-6, 5e-3)
     root = ElementTree.fromstring(as_junit(found))
