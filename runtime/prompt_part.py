@@ -1,4 +1,4 @@
-"""What a prompt alone decides in a transformer, computed once a prompt instead of twice a step."""
+"""What a prompt alone decides in a transformer, computed once a prompt instead of in every forward."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from validate.attachments import Attached
 from validate.case_report import CaseReport
 from validate.gate import Verdict, judge
-from validate.measured import measured
+from validate.measured import FAILED, measured
 from validate.row import Row
 from validate.wording import line
 
@@ -48,11 +48,12 @@ class ValidationReport:
 
     def _placed(self, verdict: Verdict) -> Verdict:
         """With the case that the worst number comes from; a sum over cases has none."""
-        if len(self.cases) == 1 or verdict.found is None:
+        name = verdict.gate.measurement
+        if len(self.cases) == 1 or verdict.found is None or name == FAILED:
             return verdict
-        found = ((case, measured(case.rows).get(verdict.gate.measurement)) for case in self.cases)
-        guilty = [case for case, value in found if value == verdict.found or (value is not None and math.isnan(value))]
-        return replace(verdict, where=f"case {guilty[0].number}") if guilty else verdict
+        found = {case.number: its[name] for case in self.cases if name in (its := measured(case.rows))}
+        guilty = next(number for number, value in found.items() if value == verdict.found or math.isnan(value))
+        return replace(verdict, where=f"case {guilty}")
 
     @property
     def missed(self) -> tuple[Verdict, ...]:

@@ -54,8 +54,8 @@ def separate_biases(model: "ir.Model") -> int:
     """Takes the bias out of every linear ``x Wᵀ + b`` of the graph, in place; returns how many."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    linears = [node for node in model.graph if node.op_type == "Gemm" and _is_linear(node)]
-    linears = [linear for linear in linears if not str(linear.name).endswith(OF_BOTH)]
+    products = [node for node in model.graph if node.op_type == "Gemm" and not str(node.name).endswith(OF_BOTH)]
+    linears = [node for node in products if _is_linear(node)]
     for linear in linears:
         _replace(model.graph, linear)
     if linears:

@@ -1,8 +1,8 @@
 """Cross-attention with a short prompt: its output linear on the rows of text instead of on the tokens of the video.
 
 ``(P V) W = P (V W)``: with ``r`` rows of text the linear costs ``heads · r`` instead of ``D`` columns a token, less
-where the prompt is short. ``V W`` is computed once a call, head by head. The probabilities ``P`` are few enough then to
-be stored, and since they sum to 1 in every head, ``V W`` brings the linear's bias along, a share of it in every row.
+where the prompt is short. ``V W`` is computed once a prompt, head by head. The probabilities ``P`` are few enough then
+to be stored, and since they sum to 1 in every head, ``V W`` brings the linear's bias along, a share of it in every row.
 A long prompt goes the usual way.
 """
 

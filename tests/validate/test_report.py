@@ -165,8 +165,9 @@ def test_a_gate_names_the_case_that_its_number_comes_from():
     cases = tuple(
         CaseReport((step(1, "high_noise", off_by(drift)),), number, "a cat", number) for number, drift in drifts.items()
     )
-    gates = (Gate("latents.relative_l2", "max", 1e-6), Gate("ssim.ssim", "min", 0.9))
+    gates = (Gate("latents.relative_l2", "max", 1e-6), Gate("ssim.ssim", "min", 0.9), Gate("checks.failed", "max", 0))
     found = ValidationReport(cases, FACTS, Attached(gates))
+    assert str(found.verdicts[2]) == "checks.failed 0, ≤ 0"  # a sum over all cases
     assert found.summary().endswith(
         "gate missed: latents.relative_l2 2e-06 in case 2, ≤ 1e-06; gate missed: ssim.ssim not measured, ≥ 0.9"
     )

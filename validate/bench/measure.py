@@ -165,7 +165,7 @@ class Setting:
         graph_seconds.clear()
         samples = in_turns(runners, self.options.runs, _counter())
         graphs = {name: Samples(tuple(seconds)) for name, seconds in graph_seconds.items()}
-        new_prompt = self._new_prompts(piece, side, {name: runners[name] for name in (EAGER,) if name in runners})
+        new_prompt = self._new_prompts(piece, side, {EAGER: runners[EAGER]} if EAGER in runners else {})
         self.progress("measure time", round(100 * share), 100, "%")
         return Times(samples, first, *differences(results), graphs, new_prompt)
 
