@@ -45,7 +45,9 @@ def trusted_bundle(settings: Settings) -> Bundle:
 
 
 def warm_up(pipeline: ServedPipeline) -> None:
-    """Opens every engine and runs one step of the smallest video they take.
+    """Opens every engine and makes the smallest video they take, in which each of them runs.
+
+    Without a shift the first of two steps is the high-noise expert's and the second the low-noise expert's.
 
     Raises:
         NonFiniteError: they compute NaN or infinity.
@@ -54,8 +56,9 @@ def warm_up(pipeline: ServedPipeline) -> None:
         pipeline.engine(component)
     build = pipeline.bundle.manifest.build
     width, height, frames = smallest_video(pipeline.spec, build.profiles if build else ())
-    request = Request(WARM_UP_PROMPT, size=(width, height), frames=frames, steps=1, image=_grey(pipeline.spec))
-    (step,) = pipeline.denoise(request.completed(pipeline.spec))
+    image = None if pipeline.spec.task == Task.T2V else _grey()
+    request = Request(WARM_UP_PROMPT, size=(width, height), frames=frames, steps=2, shift=1.0, image=image)
+    *_, step = pipeline.denoise(request.completed(pipeline.spec))
     for shown in pipeline.decode(step.latents):
         require_finite(shown, "decoded frames")
 
@@ -69,10 +72,8 @@ def smallest_video(spec: ModelSpec, profiles: tuple[dict[str, tuple[int, int, in
     return width, height, spec.vae.temporal_stride * (latent_frames - 1) + 1
 
 
-def _grey(spec: ModelSpec) -> bytes | None:
-    """An image for models that cannot do without."""
-    if spec.task != Task.I2V:
-        return None
+def _grey() -> bytes:
+    """An image for models that take one."""
     from io import BytesIO
 
     from PIL import Image

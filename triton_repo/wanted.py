@@ -42,7 +42,7 @@ class Wanted:
     output_format: str  # of schema.VIDEO_FORMATS
     progress_every: int
     preview: bool
-    deadline_unix_s: float  # infinite where there is none
+    deadline_s: float  # after the job began; infinite where there is none
 
 
 def wanted(tensors: Mapping[str, np.ndarray], spec: ModelSpec, build: Build | None, limits: Limits) -> Wanted:
@@ -54,19 +54,24 @@ def wanted(tensors: Mapping[str, np.ndarray], spec: ModelSpec, build: Build | No
     for name, tensor in tensors.items():
         _check_bytes(name, tensor, limits)
     given = {name: _value(name, tensor) for name, tensor in tensors.items()}
+    if "prompt" not in given:
+        raise UserError("no prompt", "text that says what the video shows", "add the input prompt")
     _check_amounts(given, spec, limits)
     request = _request(given, spec)
     complete = request.completed(spec)
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
     frames, height, width = complete.latent_shape[2:]
-    fitting_profile({"frames": frames, "height": height, "width": width}, build.profiles if build else ())
+    try:
+        fitting_profile({"frames": frames, "height": height, "width": width}, build.profiles if build else ())
+    except UserError as error:
+        raise UserError(error.found, error.expected, "ask for a size and length that these engines have") from None
     return Wanted(
         request=complete,
         fps=_within("fps", given.get("fps", spec.sampling.fps), 1, MAX_FPS),
         output_format=_format(given.get("output_format", "mp4"), complete, limits),
         progress_every=_within("progress_every", given.get("progress_every", 1), 1, limits.max_steps),
         preview=given.get("preview", False),
-        deadline_unix_s=_deadline(given.get("deadline_unix_ms")),
+        deadline_s=_deadline(given),
     )
 
 
@@ -177,9 +182,11 @@ def _format(name: str, request: CompleteRequest, limits: Limits) -> str:
     return name
 
 
-def _deadline(unix_ms: int | None) -> float:
-    if unix_ms is None:
-        return math.inf
-    if unix_ms <= time.time() * 1000:
+def _deadline(given: Mapping[str, Any]) -> float:
+    """Seconds from now: a duration, or a moment that is compared with this machine's clock once and then forgotten."""
+    left_ms = [given["deadline_ms"]] if "deadline_ms" in given else []
+    if "deadline_unix_ms" in given:
+        left_ms.append(given["deadline_unix_ms"] - int(time.time() * 1000))
+    if min(left_ms, default=1) <= 0:
         raise UserError("a deadline that has passed", "one in the future", "ask again with a later deadline")
-    return unix_ms / 1000
+    return min(left_ms, default=math.inf) / 1000

@@ -25,7 +25,7 @@ from triton_repo.bls_repository import CPU
 from triton_repo.client import Event, WanClient
 from triton_repo.installation import Installation
 from triton_repo.repository import RepositoryOptions, Topology, is_for_gpu, write_repository
-from triton_repo.server import ServeOptions, free_ports, running, wait_until_ready
+from triton_repo.server import ServeOptions, free_ports, running
 from validate.bench.machine import load_average, machine, versions
 from validate.bench.samples import Samples, in_turns
 from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
@@ -213,8 +213,8 @@ def _served(
     http, grpc, metrics = free_ports(3)
     serve = ServeOptions("127.0.0.1", http, grpc, metrics, variant, quiet=True)
     with (
-        running(installation, repository, written.limits, serve, environment) as process,
+        running(installation, repository, written.limits, serve, environment) as server,
         WanClient(f"127.0.0.1:{serve.grpc_port}") as client,
     ):
-        wait_until_ready(process, serve)
+        server.wait_until_ready()
         yield Server(client, f"http://127.0.0.1:{serve.metrics_port}/metrics")

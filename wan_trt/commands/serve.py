@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,18 +35,24 @@ def run(
         float, typer.Option(help="Seconds without a sign of the model before it counts as dead.", min=1)
     ] = 120,
     one_expert: Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Triton's log.")] = False,
 ) -> int:
     """Serve engines until Ctrl-C or SIGTERM; the running job is finished first, a second Ctrl-C ends it."""
     from triton_repo.bls_repository import CPU
     from triton_repo.installation import default_environments, find_installation
     from triton_repo.repository import RepositoryOptions, is_for_gpu, write_repository
-    from triton_repo.server import ServeOptions, running, wait_until_ready, watch
+    from triton_repo.server import ServeOptions, running
+    from triton_repo.server_folder import SHARED_MEMORY
 
     environments = default_environments() if environment is None else (environment,)
     installation = find_installation(environments, server)
     limits = limits_of(max_pixels, max_frames, max_steps, max_prompt_bytes, max_image_bytes, queue_size, longest_job)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="wan22-") as folder:
+    _stop_at_signals()
+    options = ServeOptions(address, http_port, grpc_port, metrics_port, quiet=not verbose)
+    # in shared memory under the server's prefix, so that it goes with the regions of a server that was killed
+    with tempfile.TemporaryDirectory(
+        prefix=options.region_prefix, dir=SHARED_MEMORY, ignore_cleanup_errors=True
+    ) as folder:
         repository = Path(folder, "repository")
         packing = RepositoryOptions(
             name,
@@ -57,11 +64,19 @@ def run(
         written = write_repository(engines, repository, packing)
         tell_unread(written.unread)
         variant = CPU if topology == "bls" and not is_for_gpu(written.bundle) else ""
-        options = ServeOptions(address, http_port, grpc_port, metrics_port, variant)
-        try:
-            with running(installation, repository, written.limits, options, os.environ) as process:
-                wait_until_ready(process, options)
+        options = replace(options, config_name=variant)
+        with running(installation, repository, written.limits, options, os.environ) as process:
+            try:
+                process.wait_until_ready()
                 console.print(f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4")
-                return watch(process, options, max_silence)
-        except KeyboardInterrupt:
-            return 0
+                return process.watch(max_silence)
+            except KeyboardInterrupt:
+                console.print("stopping: running and waiting jobs are finished first; Ctrl-C again ends them")
+                return 0
+
+
+def _stop_at_signals() -> None:
+    """SIGTERM and SIGHUP do what Ctrl-C does, but for a SIGHUP that nohup has turned off."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
