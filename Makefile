@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 TRITON := .venv-triton/installed
 
-.PHONY: demo test check triton clean
+.PHONY: demo test check triton checkov clean
 
 demo: $(INSTALLED)
 	$(BIN)/wan-trt demo demo
@@ -38,5 +38,13 @@ $(TRITON): requirements-triton.txt pyproject.toml
 	.venv-triton/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
+# The linter of the Kubernetes manifests, whose many dependencies are nobody else's. Its test is skipped without it.
+checkov: .venv-checkov/installed
+
+.venv-checkov/installed: requirements-checkov.txt
+	$(PYTHON) -m venv .venv-checkov
+	.venv-checkov/bin/pip install --quiet --requirement requirements-checkov.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-triton demo
+	rm -rf .venv .venv-triton .venv-checkov demo
