@@ -45,18 +45,14 @@ UNQUANTISED = (Precision.FP32, Precision.BF16, Precision.FP16)
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """The runs that are measured. ``None`` means the model's default, or what the bundle is fixed to."""
+    """The runs that are measured."""
 
     prompts: Path  # see :func:`runtime.prompts.read_prompts`
-    steps: int | None = None
-    size: tuple[int, int] | None = None  # width, height in pixels
-    frames: int | None = None
-    seed: int = 0  # of the first prompt; the others count up
+    request: Request = field(default_factory=Request)  # of every prompt; its seed is the first one's, others count up
     margin: float = MARGIN
     target: str = "cpu"
     means: Path | None = None  # also write the means of the inputs, for ``wan-trt export --input-means``
     overwrite: bool = False
-    negative_prompt: str | None = None  # of the forwards without the prompt; "" for those without any text
 
 
 @dataclass(frozen=True)
@@ -135,24 +131,12 @@ def _check_precision(source: Bundle) -> None:
 
 
 def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) -> list[CompleteRequest]:
-    spec, fixed = source.manifest.spec, source.manifest.size
-    size, frames = options.size, options.frames
-    if fixed is not None:
-        size, frames = size or fixed[:2], fixed[2] if frames is None else frames
-        if (*size, frames) != fixed:
-            raise UserError(f"--size or --frames other than {fixed}", "what the graphs are fixed to", "leave them out")
+    of_each = replace(options.request, fit="crop")
     return [
-        Request(
-            prompt.text,
-            options.negative_prompt,
-            size,
-            frames,
-            image=prompt.image,
-            fit="crop",
-            seed=seed,
-            steps=options.steps,
-        ).completed(spec)
-        for seed, prompt in enumerate(prompts, options.seed)
+        replace(of_each, prompt=prompt.text, image=prompt.image, seed=seed).completed(
+            source.manifest.spec, source.manifest.size
+        )
+        for seed, prompt in enumerate(prompts, of_each.seed)
     ]
 
 

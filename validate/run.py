@@ -12,7 +12,7 @@ from runtime.request import CompleteRequest
 from validate.cases import Case, cases_of
 from validate.ladder.onnx_side import how_made, open_for_comparison
 from validate.ladder.polygraphy_files import check_calls
-from validate.options import ValidateOptions
+from validate.options import ValidateOptions, completed
 from validate.reference.device import Device, Residence, reference_device, refusing_too_large
 from validate.reference.loras import with_loras
 from validate.report.conditions import facts
@@ -68,7 +68,7 @@ def validate(
     with open_for_comparison(engines, options.calls) as pipeline:
         manifest = pipeline.bundle.manifest
         cases = cases_of(options, manifest.spec.task)
-        requests = [case.options.request(manifest) for case in cases]
+        requests = [completed(case.options.request, manifest) for case in cases]
         for request in requests:
             pipeline.tokenizer.encode(request.prompt)  # refuses one of which nothing is left
         judged = attached(pipeline.bundle, options)

@@ -1,13 +1,20 @@
 """Options that several subcommands share, and the reading of what users type into them."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from wan22.errors import UserError
 
+if TYPE_CHECKING:
+    from runtime.request import Request
+
+Engines = Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)]
+Prompt = Annotated[str, typer.Argument(help="What the video shows, in any language.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of the same kind.")]
 Size = Annotated[str | None, typer.Option("--size", help="Width x height in pixels, such as 832x480.")]
 Frames = Annotated[int | None, typer.Option("--frames", help="Video frames, a multiple of 4 plus 1.")]
@@ -33,6 +40,19 @@ ReferenceDevice = Annotated[
 Gate = Annotated[Path | None, typer.Option(help="TOML of thresholds; exit code 1 when one is missed.")]
 ListGates = Annotated[bool, typer.Option("--list-gates", help="Only print what a gate may name.")]
 Schedule = Annotated[Literal["official", "diffusers"], typer.Option(help="Whose list of timesteps.")]
+
+# of a server
+ServedName = Annotated[str, typer.Option("--name", help="Name to serve the model under.")]
+Topology = Annotated[
+    Literal["owner", "bls"], typer.Option(help="One model that owns the engines, or a model per engine.")
+]
+GpuMemory = Annotated[float | None, typer.Option(help="GiB of the GPU, for bls; the target's unless given.", min=0)]
+Limit = Annotated[
+    int | None, typer.Option(help="Largest request; sizes are the model's largest official one unless given.")
+]
+QueueSize = Annotated[int, typer.Option(help="Jobs that may wait, per priority.", min=1)]
+LongestJob = Annotated[int, typer.Option(help="Seconds a job may run, and a shutdown waits.", min=1)]
+OneExpert = Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")]
 
 SEEDS_AT_MOST = 1000
 
@@ -75,7 +95,24 @@ def seeds_of(text: str | None) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def by_expert(high_noise: float | None, low_noise: float | None) -> dict[str, float]:
-    """The guidance scales that were given, by expert."""
-    scales = {"high_noise": high_noise, "low_noise": low_noise}
-    return {name: value for name, value in scales.items() if value is not None}
+def request_from(options: Mapping[str, Any]) -> "Request":
+    """The request in the options of a command, its ``locals()``: what :class:`Request` has under the option's name."""
+    from runtime.request import Request
+
+    names = {field.name for field in fields(Request)} & options.keys()
+    by_expert = {name: options.get(f"guidance_{name}") for name in ("high_noise", "low_noise")}
+    return Request(
+        **{name: options[name] for name in names}
+        | {
+            "size": size_of(options["size"]),
+            "guidance": {name: scale for name, scale in by_expert.items() if scale is not None},
+            "guidance_scale": options.get("guidance"),
+        }
+    )
+
+
+def limits_of(options: Mapping[str, Any]) -> dict[str, int | None]:
+    """What no request may exceed, by the names of :class:`triton_repo.settings.Limits`; None: the model's own."""
+    names = ("max_pixels", "max_frames", "max_steps", "max_prompt_bytes", "max_image_bytes")
+    queue = {"max_queue_size": options["queue_size"], "longest_job_s": options["longest_job"]}
+    return {name: options[name] for name in names} | queue

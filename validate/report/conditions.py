@@ -101,8 +101,8 @@ def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iter
 def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
     """Label and description of every image of the request."""
     for label, source, image in (
-        ("image", options.image, request.image),
-        ("last image", options.last_image, request.last_image),
+        ("image", options.request.image, request.image),
+        ("last image", options.request.last_image, request.last_image),
     ):
         if image is not None:
             name = "built-in picture" if source is None else "an image" if isinstance(source, bytes) else str(source)

@@ -8,28 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wan22.errors import UserError
-from wan_trt.arguments import (
-    ExactOfficial,
-    ExpertGuidance,
-    Fit,
-    Frames,
-    Gate,
-    Guidance,
-    LastImage,
-    ListGates,
-    NegativePrompt,
-    Preset,
-    ReferenceDevice,
-    Schedule,
-    Seed,
-    Shift,
-    Size,
-    Solver,
-    Steps,
-    by_expert,
-    seeds_of,
-    size_of,
-)
+from wan_trt import arguments as given
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
@@ -66,29 +45,29 @@ def run(
     precision_study: PrecisionStudy = False,
     model: Model = None,
     prompt: Prompt = None,
-    negative_prompt: NegativePrompt = None,
-    size: Size = None,
-    frames: Frames = None,
+    negative_prompt: given.NegativePrompt = None,
+    size: given.Size = None,
+    frames: given.Frames = None,
     image: Image = None,
-    last_image: LastImage = None,
-    fit: Fit = "official",
-    exact_official: ExactOfficial = False,
-    preset: Preset = None,
-    steps: Steps = None,
-    seed: Seed = 0,
-    shift: Shift = None,
-    guidance_high_noise: ExpertGuidance = None,
-    guidance_low_noise: ExpertGuidance = None,
-    guidance: Guidance = None,
-    solver: Solver = None,
-    schedule: Schedule = "official",
+    last_image: given.LastImage = None,
+    fit: given.Fit = "official",
+    exact_official: given.ExactOfficial = False,
+    preset: given.Preset = None,
+    steps: given.Steps = None,
+    seed: given.Seed = 0,
+    shift: given.Shift = None,
+    guidance_high_noise: given.ExpertGuidance = None,
+    guidance_low_noise: given.ExpertGuidance = None,
+    guidance: given.Guidance = None,
+    solver: given.Solver = None,
+    schedule: given.Schedule = "official",
     prompts: Prompts = None,
     seeds: Seeds = None,
-    gate: Gate = None,
-    list_gates: ListGates = False,
+    gate: given.Gate = None,
+    list_gates: given.ListGates = False,
     bench: Bench = None,
     calls: Calls = None,
-    reference_device: ReferenceDevice = "auto",
+    reference_device: given.ReferenceDevice = "auto",
     official_repo: OfficialRepo = None,
 ) -> int:
     """Prove that the engines compute what PyTorch computes. Exit code 1 when a check fails or a gate is missed.
@@ -104,16 +83,12 @@ def run(
         raise UserError("no ENGINES and CHECKPOINT", "both, or --precision-study", "see wan-trt validate --help")
     if model is not None:
         raise UserError("--model beside engines", "the engines' own", "leave it out, or add --precision-study")
-    fixed, several = size_of(size), seeds_of(seeds)
+    request, several = given.request_from(locals()), given.seeds_of(seeds)
     from validate import ValidateOptions
 
     options = ValidateOptions(
-        prompt, negative_prompt, fixed, frames, image=image, last_image=last_image, fit=fit,
-        exact_official=exact_official, seed=seed, preset=preset, steps=steps, shift=shift, guidance=guidance,
-        guidance_of=by_expert(guidance_high_noise, guidance_low_noise), solver=solver, schedule=schedule,
-        prompts=prompts, seeds=several, reference_device=reference_device, official_repo=official_repo,
-        calls=calls, gate=gate, bench=bench, command=command_line(),
-    )  # fmt: skip
+        request, prompts, several, reference_device, official_repo, calls, gate, bench, command_line()
+    )
     return _compare(engines, checkpoint, output, options)
 
 
@@ -135,10 +110,10 @@ def _compare(engines: Path, checkpoint: str, output: Path, options: "ValidateOpt
     return 0 if report else 1
 
 
-def _refuse_others(given: Mapping[str, object]) -> None:
+def _refuse_others(options: Mapping[str, object]) -> None:
     """What a precision study has no use for must not seem to have been heard."""
     for name, parameter in inspect.signature(run).parameters.items():
-        if name not in STUDIED_WITH and given[name] != parameter.default:
+        if name not in STUDIED_WITH and options[name] != parameter.default:
             told = name.upper() if name in ("engines", "checkpoint") else f"--{name.replace('_', '-')}"
             raise UserError(f"{told} beside --precision-study", "a study of its own model", f"leave {told} out")
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from engines.targets import TARGETS
+from runtime.request import Request
 from validate.bench.costs import Cost, costs_of, peak_of
 from validate.bench.work import BenchOptions, work_for
 from wan22.bundle import Bundle, open_bundle
@@ -18,7 +19,7 @@ def bundle(flow_of):
 
 @pytest.fixture(scope="module")
 def work(bundle):
-    return work_for(bundle, BenchOptions(size=(96, 64), frames=9))
+    return work_for(bundle, BenchOptions(Request(size=(96, 64), frames=9)))
 
 
 def compiled(bundle, precision=Precision.FP32):

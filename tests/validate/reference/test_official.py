@@ -18,7 +18,7 @@ from wan22.specs import SPECS
 
 CLONE = os.environ.get("WAN22_OFFICIAL_REPO", "")
 needs_clone = pytest.mark.skipif(not CLONE, reason="WAN22_OFFICIAL_REPO names no clone of Wan-Video/Wan2.2")
-SMALL = ValidateOptions(size=(64, 64), frames=5, steps=4, official_repo=Path(CLONE))
+SMALL = ValidateOptions(Request(size=(64, 64), frames=5, steps=4), official_repo=Path(CLONE))
 TOKENIZERS = """
 import torch
 from wan.modules import t5  # a sibling, reached without the package's __init__
@@ -105,6 +105,7 @@ def test_engines_match_the_official_code(flow_of, tmp_path, model):
 @pytest.mark.slow
 def test_dpm_runs_as_the_official_code_runs_it(flow_of, tmp_path):
     flow = flow_of("t2v-a14b-tiny")
-    found = validate(flow.engines, flow.checkpoint, tmp_path, replace(SMALL, solver="dpm++"))
+    options = replace(SMALL, request=replace(SMALL.request, solver="dpm++"))
+    found = validate(flow.engines, flow.checkpoint, tmp_path, options)
     assert [row.name for row in found.failed] == []
     assert "official_latents" in {row.subject for row in found.rows}
