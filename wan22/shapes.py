@@ -3,8 +3,10 @@
 A graph's inputs and outputs share dimension names (``wan22.bundle.Tensor``): "frames", "height" and "width" of the
 latents, "rows" and "columns" of the token grid (half of those), "tokens" of text, and multiples such as "8*height".
 Engines know ranges of the names only; everything else is derived here, once for the builder and once for the runtime.
+Sizes that users type are read here too.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from wan22.bundle import Tensor
@@ -13,6 +15,20 @@ from wan22.specs import PATCH
 
 Profile = dict[str, tuple[int, int, int]]  # named dimension → min, opt, max
 HALVES = {"rows": ("height", PATCH[1]), "columns": ("width", PATCH[2])}
+
+
+def parse_size(
+    text: str, expected: str = "width x height in pixels", remedy: str = "write it as 832x480"
+) -> tuple[int, int]:
+    """``"832x480"`` → (832, 480); x may be X, × or *, with spaces around it.
+
+    Raises:
+        UserError: text that is no size, with ``expected`` and ``remedy``.
+    """
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×*]\s*(\d{1,6})\s*", text)
+    if not match:
+        raise UserError(f"size {text!r}", expected, remedy)
+    return int(match[1]), int(match[2])
 
 
 def parts_of(dim: str) -> tuple[int, str]:

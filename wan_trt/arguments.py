@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from wan22.errors import UserError
+from wan22.shapes import parse_size
 
 if TYPE_CHECKING:
     from runtime.request import Request
@@ -54,45 +55,37 @@ QueueSize = Annotated[int, typer.Option(help="Jobs that may wait, per priority."
 LongestJob = Annotated[int, typer.Option(help="Seconds a job may run, and a shutdown waits.", min=1)]
 OneExpert = Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")]
 
-SEEDS_AT_MOST = 1000
+RANGE_AT_MOST = 1000
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:
-    """``"832x480"`` → (832, 480)."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,5})[x×*](\d{1,5})", text.strip())
-    if not match:
-        raise UserError(f"size {text!r}", "width x height in pixels", "write it as 832x480")
-    return int(match[1]), int(match[2])
+    """Width and height in pixels; None where nothing was typed."""
+    return None if text is None else parse_size(text)
 
 
-def numbers_of(text: str) -> frozenset[int]:
+def blocks_of(text: str) -> frozenset[int]:
     """``"0-2,39"`` → {0, 1, 2, 39}."""
-    numbers: set[int] = set()
-    for part in filter(None, text.split(",")):
-        match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part.strip())
-        if not match:
-            raise UserError(f"blocks {text!r}", "numbers and ranges", "write them as 0-2,39")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise UserError(f"blocks {text!r}", "ranges that go up", f"write {last}-{first}")
-        numbers |= set(range(first, last + 1))
-    return frozenset(numbers)
+    return frozenset(_numbers("blocks", text, 999, "0-2,39")) if text else frozenset()
 
 
 def seeds_of(text: str | None) -> tuple[int, ...]:
     """``"0,10-12"`` → (0, 10, 11, 12)."""
-    seeds: list[int] = []
-    for part in (text or "").split(",") if text is not None else ():
-        match = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", part.strip())
-        last = int(match[2] or match[1]) if match else 0
-        if not match or not int(match[1]) <= last < min(int(match[1]) + SEEDS_AT_MOST, 2**64):
-            raise UserError(
-                f"seeds {text!r}", f"numbers and ranges of at most {SEEDS_AT_MOST}", "write them as 0,1,10-12"
-            )
-        seeds.extend(range(int(match[1]), last + 1))
-    return tuple(seeds)
+    return () if text is None else tuple(_numbers("seeds", text, 2**64 - 1, "0,1,10-12"))
+
+
+def _numbers(what: str, text: str, most: int, example: str) -> list[int]:
+    """Numbers up to ``most`` and ranges of them, in order; ``what`` and ``example`` are for the error."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,20})(?:-(\d{1,20}))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, most + 1)
+        if last < first:
+            raise UserError(f"{what} {text!r}", "ranges that go up", f"write {last}-{first}")
+        if last > most or last - first >= RANGE_AT_MOST:
+            expected = f"numbers up to {most} and ranges of at most {RANGE_AT_MOST}"
+            raise UserError(f"{what} {text!r}", expected, f"write them as {example}")
+        numbers.extend(range(first, last + 1))
+    return numbers
 
 
 def request_from(options: Mapping[str, Any]) -> "Request":

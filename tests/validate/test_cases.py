@@ -79,7 +79,8 @@ def test_a_prompt_of_nothing_is_not_taken_for_the_default(tiny_engines, tiny_che
 def test_seeds_as_they_are_typed():
     assert seeds_of("0, 10-12") == (0, 10, 11, 12)
     assert seeds_of(None) == ()
-    for text in ("", "a", "3-1", "0-5000", "-1"):
+    assert seeds_of(str(2**64 - 1)) == (2**64 - 1,)
+    for text in ("", "a", "3-1", "0-5000", "-1", "1,,2", str(2**64)):
         with pytest.raises(UserError, match="seeds"):
             seeds_of(text)
 

@@ -16,6 +16,7 @@ from validate.bench.result import faults_of
 from validate.bench.work import DECODER, BenchOptions
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
+from wan22.shapes import parse_size
 from wan22.specs import ModelSpec
 
 Axis = Literal["frames", "size", "steps"]
@@ -139,7 +140,7 @@ def options_of(
     labels = _defaults(axis, options, spec) if values is None else list(dict.fromkeys(values))
     if len(labels) < 2:
         raise UserError(f"a sweep over {labels[0] or 'nothing'}", "at least two values", "give more with --values")
-    chosen: dict[str, Any] = {label: _size(label) if axis == "size" else _number(axis, label) for label in labels}
+    chosen: dict[str, Any] = {label: parse_size(label) if axis == "size" else _number(axis, label) for label in labels}
     return {label: replace(options, request=replace(options.request, **{axis: x})) for label, x in chosen.items()}
 
 
@@ -156,10 +157,3 @@ def _number(axis: Axis, text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise UserError(f"{axis} {text!r}", "positive whole numbers with commas", "write them as 5,9,17")
     return int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    sides = text.split("x")
-    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
-        raise UserError(f"size {text!r}", "sizes in pixels with commas", "write them as 256x160,512x320")
-    return int(sides[0]), int(sides[1])
