@@ -14,7 +14,7 @@ from PIL import Image
 
 from runtime.arrays import F32
 from runtime.bicubic import resize_bicubic
-from runtime.conditioning import POSITIONS
+from runtime.forward_inputs import POSITIONS
 from wan22.errors import UserError
 from wan22.specs import ModelSpec, Task
 

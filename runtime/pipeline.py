@@ -12,6 +12,7 @@ import numpy as np
 from runtime.arrays import F32
 from runtime.denoise import Conditions, Step, denoise
 from runtime.engine import Engine
+from runtime.forward_inputs import text_rows
 from runtime.image_condition import conditioning_video, fitted, i2v_condition
 from runtime.noise import standard_normal
 from runtime.request import CompleteRequest
@@ -101,8 +102,7 @@ class Pipeline:
         It cannot be written to.
         """
         _, embeddings = self.encode_text(prompt, allow_empty=allow_empty)
-        padded = np.zeros((1, TEXT_TOKENS, embeddings.shape[2]), np.float32)
-        padded[:, : embeddings.shape[1]] = embeddings
+        padded = text_rows(embeddings)
         padded.flags.writeable = False  # engines may keep what follows from it alone
         return padded
 

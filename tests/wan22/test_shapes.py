@@ -21,7 +21,7 @@ def test_a_size_may_be_written_in_several_ways(text):
 
 @pytest.mark.parametrize("text", ["", "832", "832x", "832x480x3", "-832x480", "8 32x480"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(UserError, match="size .* expected width x height in pixels"):
+    with pytest.raises(UserError, match=r"size .* expected width x height in pixels"):
         parse_size(text)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.arrays import F32
+from runtime.forward_inputs import text_rows
 from runtime.image_condition import conditioning_video, fitted, i2v_condition
 from runtime.noise import standard_normal
 from runtime.request import CompleteRequest, Request
@@ -20,7 +21,7 @@ from validate.options import completed
 from validate.reference.device import Choice
 from wan22.bundle import Bundle, Manifest
 from wan22.errors import UserError
-from wan22.specs import TEXT_TOKENS, ModelSpec, Task, tokens
+from wan22.specs import ModelSpec, Task, tokens
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"  # sides
 TEXT, ENCODER, DECODER = "text_encoder", "vae_encoder", "vae_decoder"  # pieces beside the experts
@@ -137,8 +138,7 @@ def work_for(bundle: Bundle, options: BenchOptions) -> Work:
     tokenizer = Tokenizer(bundle.folder / "tokenizer")
     ids = tokenizer.encode(request.prompt).ids
     negative = tokenizer.encode(request.negative_prompt, allow_empty=True).ids
-    text = np.zeros((1, TEXT_TOKENS, spec.dit.text_width), np.float32)
-    text[:, : ids.shape[1]] = standard_normal((1, ids.shape[1], spec.dit.text_width), 1)
+    text = text_rows(standard_normal((1, ids.shape[1], spec.dit.text_width), 1))
     latents = standard_normal(request.latent_shape, request.seed)
     return Work(spec, request, ids, negative, text, latents, **_of_image(spec, request))
 

@@ -15,14 +15,14 @@ from engines.targets import TARGETS, Target
 from export.checkpoint.schema import dit_tensors
 from export.graphs.builder import BFLOAT16
 from export.graphs.dit import dit_graph
-from runtime.conditioning import rope_tables, time_features
 from runtime.engine_tensorrt import Device
+from runtime.forward_inputs import forward_inputs
 from runtime.noise import standard_normal
 from validate.gpu.random_model import random_weights, write_weights
 from validate.gpu.stage import Measurement, Setting, reason_of
 from validate.gpu.timing import median_ms
 from wan22.bundle import Component, File
-from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, spec_named
+from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, spec_named
 
 VIDEO = (256, 160, 17)
 RUNS = 20
@@ -83,8 +83,5 @@ def _loaded(trt: Any, folder: Path, component: Component, profiles: Any, spec: M
 
 def _inputs(spec: ModelSpec) -> dict[str, Any]:
     latents = standard_normal(spec.latent_shape(*VIDEO), 0)
-    frames, height, width = latents.shape[2:]
-    cos, sin = rope_tables(spec.dit.head_width, frames, height // PATCH[1], width // PATCH[2])
     text = standard_normal((1, TEXT_TOKENS, spec.dit.text_width), 1)
-    features = time_features([900.0], spec.dit.freq_width)
-    return {"latents": latents, "time_features": features, "text": text, "rope_cos": cos, "rope_sin": sin}
+    return forward_inputs(spec.dit, latents, 900.0, text)

@@ -10,14 +10,14 @@ import torch
 
 from export.checkpoint.schema import dit_tensors
 from runtime.arrays import F32
-from runtime.conditioning import rope_tables, time_features
+from runtime.forward_inputs import forward_inputs
 from runtime.noise import standard_normal
 from validate.bench.samples import Ratio
 from validate.gpu.random_model import Weights, filled, random_weights, transformer_engine
 from validate.gpu.stage import Measurement, Setting, reason_of
 from validate.gpu.timing import median_ms, synchronised
-from validate.reference.parts import transformer
-from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, Task, spec_named
+from validate.reference.parts import timesteps_of, transformer
+from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, spec_named
 
 TIMESTEP = 900.0
 RUNS = 5
@@ -111,8 +111,7 @@ def _torch_step(case: Case, weights: Weights) -> Callable[[], torch.Tensor]:
         module = transformer(case.spec)
     module = filled(module, case.spec.experts[0], case.spec, weights, case.dtype).to(case.device)
     latents, text = (torch.from_numpy(x).to(case.device, case.dtype) for x in (_latents(case), _text(case)))
-    count = case.tokens if case.spec.task == Task.TI2V else 1
-    times = torch.full((1, count) if count > 1 else (1,), TIMESTEP, device=case.device)
+    times = timesteps_of(case.spec, latents.shape, TIMESTEP).to(case.device)
 
     @torch.inference_mode()
     def step() -> torch.Tensor:
@@ -125,11 +124,7 @@ def _torch_step(case: Case, weights: Weights) -> Callable[[], torch.Tensor]:
 
 
 def _our_inputs(case: Case) -> dict[str, F32]:
-    dit, latents = case.spec.dit, _latents(case)
-    _, _, frames, height, width = latents.shape
-    cos, sin = rope_tables(dit.head_width, frames, height // PATCH[1], width // PATCH[2])
-    features = time_features([TIMESTEP] * dit.time_rows, dit.freq_width)
-    return {"latents": latents, "time_features": features, "text": _text(case), "rope_cos": cos, "rope_sin": sin}
+    return forward_inputs(case.spec.dit, _latents(case), TIMESTEP, _text(case))
 
 
 def _onnxruntime_beside(

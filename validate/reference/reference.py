@@ -18,10 +18,10 @@ from export.checkpoint.checkpoint import Checkpoint
 from validate.reference.convolution import OneDnnConvolutions
 from validate.reference.device import Residence
 from validate.reference.image import conditioning, pixels
-from validate.reference.parts import F32, I64, load_part, to_numpy
+from validate.reference.parts import F32, I64, load_part, timesteps_of, to_numpy
 from validate.reference.precision import attention_of, dtype_of, lowered
 from wan22.progress import Progress, silent
-from wan22.specs import PATCH, TEXT_TOKENS, Precision, Task
+from wan22.specs import TEXT_TOKENS, Precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,19 +111,10 @@ class Reference:
         precision = self.precision_of(expert)
         seen = latents if given.condition is None else np.concatenate([latents, given.condition], axis=1)
         entering, context = (self._placed(torch.tensor(array, dtype=dtype_of(precision))) for array in (seen, text))
-        time = self._placed(self._timestep(timestep, latents, given))
+        clean = given.first_frame is not None
+        time = self._placed(timesteps_of(self.spec, latents.shape, timestep, clean_first_frame=clean))
         with attention_of(precision):
             return to_numpy(self._part(expert)(entering, time, context, return_dict=False)[0])
-
-    def _timestep(self, timestep: float, latents: F32, given: Given) -> torch.Tensor:
-        """``[1]``, or for TI2V one of every token, ``[1, L]``: those of a frame that is given are at time 0 (§2.6)."""
-        if self.spec.task != Task.TI2V:
-            return torch.tensor([timestep], dtype=torch.float32)
-        frames, height, width = latents.shape[2:]
-        times = torch.full((frames, height // PATCH[1], width // PATCH[2]), timestep, dtype=torch.float32)
-        if given.first_frame is not None:
-            times[0] = 0
-        return times.reshape(1, -1)
 
     @torch.inference_mode()
     def decode(self, latents: F32) -> F32:

@@ -15,8 +15,8 @@ from export.checkpoint.schema import dit_tensors
 from export.graphs.dit import dit_graph
 from export.synth.weights import pieces
 from runtime.arrays import F32
-from runtime.conditioning import rope_tables, time_features
 from runtime.denoise import Conditions, denoise
+from runtime.forward_inputs import forward_inputs, text_rows
 from runtime.noise import standard_normal
 from runtime.schedule import Schedule
 from runtime.solver import make_solver
@@ -142,9 +142,8 @@ def _with_text(spec: ModelSpec, latent: tuple[int, int, int], seed: int, texts: 
 
 def _text(random: np.random.Generator, spec: ModelSpec, rows: int) -> F32:
     """Embeddings of order 1/3, as umt5's final norm leaves them; zeros after the last token."""
-    text = np.zeros((1, TEXT_TOKENS, spec.dit.text_width), np.float32)
-    text[:, :rows] = random.standard_normal((1, rows, spec.dit.text_width), np.float32) / 3
-    return text
+    embeddings = random.standard_normal((1, rows, spec.dit.text_width), np.float32) / 3
+    return text_rows(embeddings.astype(np.float32))
 
 
 def _probed(spec: ModelSpec, expert: str) -> tuple[float, float]:
@@ -154,9 +153,4 @@ def _probed(spec: ModelSpec, expert: str) -> tuple[float, float]:
 
 
 def _probe(spec: ModelSpec, given: Inputs, timestep: float) -> dict[str, F32]:
-    frames, rows, columns = given.latents.shape[-3:]
-    cos, sin = rope_tables(spec.dit.head_width, frames, rows // PATCH[1], columns // PATCH[2])
-    features = time_features([timestep] * spec.dit.time_rows, spec.dit.freq_width)
-    inputs = {"latents": given.latents, "time_features": features, "text": given.positive}
-    inputs |= {"rope_cos": cos, "rope_sin": sin}
-    return inputs if given.condition is None else inputs | {"condition": given.condition}
+    return forward_inputs(spec.dit, given.latents, timestep, given.positive, given.condition)

@@ -122,11 +122,9 @@ def test_the_frame_that_is_given_must_stay(ti2v, tmp_path, monkeypatch):
     """A time of its own for the first frame is the one thing that only image mode has."""
     import runtime.denoise
 
-    features = runtime.denoise._time_features
+    inputs = runtime.denoise.step_inputs
     monkeypatch.setattr(
-        runtime.denoise,
-        "_time_features",
-        lambda spec, timestep, latents, given: features(spec, timestep, latents, replace(given, first_frame=None)),
+        runtime.denoise, "step_inputs", lambda dit, latents, t, clean_first_frame: inputs(dit, latents, t)
     )
     found = validate(ti2v.engines, ti2v.checkpoint, tmp_path, SMALL)
     assert found.first_diverging_step.step == 1

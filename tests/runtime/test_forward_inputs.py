@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from runtime.conditioning import rope_tables, time_features
+from runtime.forward_inputs import rope_tables, time_features
 from wan22.errors import UserError
 from wan22.specs import SPECS
 
