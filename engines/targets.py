@@ -8,14 +8,10 @@ dense one is half of it. Memory is the nominal capacity; drivers and ECC keep a 
 import re
 import subprocess
 from dataclasses import dataclass
-from typing import Literal
 
+from wan22.backends import Backend
 from wan22.errors import UserError
 from wan22.specs import Precision
-
-Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
-MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
-PACKAGES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx", "onnxruntime": "onnxruntime"}
 
 QUERY_GPU = ("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
 _NOT_A_VARIANT = "(?! (Ti|D|Laptop|Mobile))"  # chips of their own that share a name

@@ -20,6 +20,7 @@ from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
+from wan22.backends import MODULES
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.errors import UserError
 from wan22.specs import TEXT_TOKENS, ModelSpec, Task
@@ -27,7 +28,6 @@ from wan22.specs import TEXT_TOKENS, ModelSpec, Task
 log = logging.getLogger(__name__)
 
 NewEngine = Callable[[Component], Engine]
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 class Pipeline:
@@ -155,9 +155,9 @@ def _opener(bundle: Bundle, stack: ExitStack) -> NewEngine:
         UserError: a backend that this version does not know, that is not installed, or that finds no fitting GPU.
     """
     folder, build = bundle.folder, bundle.manifest.build
-    if build is None or build.backend not in BACKENDS:
+    if build is None or build.backend not in MODULES:
         found = build.backend if build else None
-        raise UserError(f"{folder}: backend {found!r}", f"one of {', '.join(BACKENDS)}", "build it again")
+        raise UserError(f"{folder}: backend {found!r}", f"one of {', '.join(MODULES)}", "build it again")
     profiles = build.profiles
     if build.backend == "onnxruntime":
         from runtime.engine_onnxruntime import OnnxRuntimeEngine

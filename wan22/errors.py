@@ -1,6 +1,7 @@
 """What is told in one line: bad input, and a model that computes NaN. Any other exception is a bug."""
 
 import errno
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -15,6 +16,11 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return " ".join(f"{self.found} | expected {self.expected} | {self.remedy}".split())
+
+
+def some_of(names: Sequence[str], most: int) -> str:
+    """The first ``most`` names, for an error."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of OSErrors, the ones that are the user's to mend wherever they come from

@@ -115,7 +115,7 @@ def fitting_profile(sizes: Mapping[str, int], profiles: Sequence[Profile]) -> in
         return 0
     closest = min(range(len(profiles)), key=lambda index: len(outside[index]))
     found = ", ".join(f"{name} {sizes[name]}" for name in outside[closest])
-    ranges = " or ".join(_told(profile, outside[closest]) for profile in profiles)
+    ranges = " or ".join(_ranges(profile, outside[closest]) for profile in profiles)
     raise UserError(f"{found} (in latents)", ranges, "run wan-trt build with a --size and --frames that cover it")
 
 
@@ -123,5 +123,5 @@ def _outside(sizes: Mapping[str, int], profile: Profile) -> list[str]:
     return [name for name in profile if name in sizes and not profile[name][0] <= sizes[name] <= profile[name][2]]
 
 
-def _told(profile: Profile, names: Sequence[str]) -> str:
+def _ranges(profile: Profile, names: Sequence[str]) -> str:
     return ", ".join(f"{name} {profile[name][0]}…{profile[name][2]}" for name in names if name in profile)

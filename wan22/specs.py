@@ -89,10 +89,6 @@ class DitSpec:
         """Channels that are given, not denoised: mask and encoded image of I2V, none elsewhere."""
         return self.in_channels - self.out_channels
 
-    @property
-    def rope_split(self) -> tuple[int, int, int]:
-        return rope_split(self.head_width)
-
 
 @dataclass(frozen=True)
 class TextEncoderSpec:

@@ -56,7 +56,7 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
             print(f"wan-trt: {error} | wan-trt validate tells engines and checkpoint apart", file=sys.stderr)
             code = 1
         except (OSError, ModuleNotFoundError) as error:
-            if not (told := _told(error, run.__module__.rpartition(".")[2])):
+            if not (told := _one_line(error, run.__module__.rpartition(".")[2])):
                 raise
             print(f"wan-trt: {told}", file=sys.stderr)
             code = 2
@@ -68,7 +68,7 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
     return guard
 
 
-def _told(error: OSError | ModuleNotFoundError, command: str) -> str:
+def _one_line(error: OSError | ModuleNotFoundError, command: str) -> str:
     """The line for what no bug explains: a full disk, a file that is not the user's, an extra that is not installed."""
     if isinstance(error, ModuleNotFoundError):
         return told_missing(error.name or "", command)

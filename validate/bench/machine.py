@@ -59,31 +59,6 @@ def _cpu_name() -> str:
     return name[1].strip() if name else platform.processor()
 
 
-# -- memory of this process
-
-
-def reset_peak() -> None:
-    """Forgets the high-water mark of the process's memory, where the system can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # the mark then also covers what came before
-
-
-def resident_bytes() -> int:
-    return _status_bytes("VmRSS")
-
-
-def peak_bytes() -> int:
-    """Most memory resident since the start or the last reset, mapped files included."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
-
-
 # -- the GPU
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from validate.bench.machine import peak_bytes, reset_peak, resident_bytes
+from wan22.memory import peak_bytes, reset_peak, resident_bytes
 
 SAMPLING_SECONDS = 0.005
 

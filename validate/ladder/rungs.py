@@ -13,11 +13,10 @@ from itertools import chain
 import numpy as np
 
 from validate.ladder import image, official, thresholds, video
-from validate.ladder.comparison import Climb
+from validate.ladder.comparison import Climb, solved
 from validate.ladder.engines_side import Ours
 from validate.ladder.metrics import FRAME_RANGE, compare, incomparable
 from validate.ladder.row import Row, excess
-from validate.ladder.solver import solved
 from validate.ladder.thresholds import Limit, Measure
 from validate.reference.parts import F32, time_features
 from validate.reference.reference import Reference

@@ -8,6 +8,7 @@ project.
 import multiprocessing
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +27,19 @@ from wan22.errors import UserError
 SOLVERS = ("unipc", "dpm++")  # the official code has no other
 
 _modules: list[Modules] = []  # of the other process
+
+
+def commit_of(repo: Path) -> str:
+    """The commit that is checked out at ``repo``, twelve digits of it; "" where git does not know."""
+    if not (repo / ".git").exists():  # git would answer for a repository around it
+        return ""
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(repo), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return asked.stdout.strip() if asked.returncode == 0 else ""
 
 
 def makes(request: CompleteRequest) -> bool:

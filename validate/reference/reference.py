@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 
 from export.checkpoint.checkpoint import Checkpoint
-from validate.reference.convolution import OneDnnConvolutions
 from validate.reference.device import Residence
 from validate.reference.image import conditioning, pixels
 from validate.reference.parts import F32, I64, load_part, timesteps_of, to_numpy
-from validate.reference.precision import attention_of, dtype_of, lowered
+from validate.reference.precision import attention_of, dtype_of, lowered, onednn_convolutions
 from wan22.progress import Progress, silent
 from wan22.specs import TEXT_TOKENS, Precision
 
@@ -97,7 +96,7 @@ class Reference:
         """What a video of ``frames`` is conditioned on by its first frame ``[1, 3, H, W]``, and maybe its last."""
         one, other = (None if image is None else self._placed(torch.from_numpy(image)) for image in (first, last))
         assert one is not None
-        with OneDnnConvolutions():
+        with onednn_convolutions():
             vae = self._part("vae", "vae_encoder_first")
             found = conditioning(vae, self.spec.task, frames, one, other)
         video, mask, latents = found
@@ -122,7 +121,7 @@ class Reference:
         vae = self.spec.vae
         mean, std = (torch.tensor(values).reshape(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
         latent = torch.from_numpy(latents) / (1 / std) + mean  # wan22.md §4.3
-        with OneDnnConvolutions():
+        with onednn_convolutions():
             module = self._part("vae", "vae_decoder_first")
             return to_numpy(module.decode(self._placed(latent.to(module.dtype)), return_dict=False)[0])
 

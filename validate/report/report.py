@@ -1,16 +1,22 @@
-"""What was compared, and the verdict on it."""
+"""What was compared, and the verdict on it; on disk a page, JSON for programs, Markdown and JUnit for pipelines."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from validate.files import write_files
 from validate.gate import Verdict, judge
 from validate.ladder.row import Row
 from validate.report.case_report import CaseReport
 from validate.report.extras import Attached
 from validate.report.text import line
+from validate.report.to_html import as_html
+from validate.report.to_json import as_json
+from validate.report.to_junit import as_junit
+from validate.report.to_markdown import as_markdown
 from validate.report.worst import FAILED, measured
 
 if TYPE_CHECKING:
@@ -115,3 +121,10 @@ def _depth(row: Row) -> int:
     if row.subject in ("token_ids", "embeddings", "pixels", "encode", "condition"):
         return 0
     return 1 if row.step is not None else 2
+
+
+def write_report(report: ValidationReport, folder: Path) -> None:
+    """Writes the report's files into ``folder``, over those of an earlier one."""
+    files = {"report.json": as_json(report), "report.xml": as_junit(report)}
+    files |= {"report.md": as_markdown(report).encode(), "report.html": as_html(report).encode()}
+    write_files(folder, files)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from validate.report.to_json import json_number
 from validate.study.attention import AttentionError
 from validate.study.outliers import Range
 from validate.study.variants import Variant
@@ -155,8 +156,8 @@ class Study:
             "facts": dict(self.facts),
             "timesteps": self.timesteps,
             "results": [_result(result) for result in self.results],
-            "parts": [{"fp8": part.name, "relative_l2": _number(part.error)} for part in self.parts],
-            "magnitudes": [asdict(m) | {"fp16_headroom": _number(m.headroom)} for m in self.magnitudes],
+            "parts": [{"fp8": part.name, "relative_l2": json_number(part.error)} for part in self.parts],
+            "magnitudes": [asdict(m) | {"fp16_headroom": json_number(m.headroom)} for m in self.magnitudes],
             "statistics": [asdict(statistic) for statistic in self.statistics],
             "attention": [asdict(error) for error in self.attention],
         }
@@ -173,15 +174,11 @@ def _result(result: Result) -> dict[str, Any]:
         "name": result.variant.name,
         "verdict": result.verdict,
         "aim_relative_l2": result.variant.aim,
-        "relative_l2_per_step": [_number(error) for error in result.errors],
-        "latents_psnr_db": _number(result.psnr_db),
+        "relative_l2_per_step": [json_number(error) for error in result.errors],
+        "latents_psnr_db": json_number(result.psnr_db),
         "ablation": result.variant.ablation,
         "made": result.variant.how,
         "note": result.variant.note,
         "problem": result.problem,
         "seconds_per_forward": round(result.seconds, 3),
     }
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from export.files.ahead import ahead
+from export.graphs.weights_file import ahead
 
 
 def test_items_come_in_order():

@@ -7,16 +7,16 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-from validate.ladder import perception, video
+from validate.ladder import metrics, video
 from validate.ladder.thresholds import LPIPS
 
 
 @pytest.fixture(autouse=True)
 def _asked_anew():
-    for cached in (perception.why_no_lpips, perception._network):
+    for cached in (metrics.why_no_lpips, metrics._network):
         cached.cache_clear()
     yield
-    for cached in (perception.why_no_lpips, perception._network):
+    for cached in (metrics.why_no_lpips, metrics._network):
         cached.cache_clear()
 
 
@@ -37,11 +37,11 @@ def network(monkeypatch):
     """A package whose network is the mean absolute difference."""
     package = SimpleNamespace(LPIPS=lambda **_: SimpleNamespace(eval=lambda: lambda a, b: (a - b).abs().mean()))
     monkeypatch.setitem(sys.modules, "lpips", package)
-    monkeypatch.setattr(perception, "find_spec", lambda _: object())
+    monkeypatch.setattr(metrics, "find_spec", lambda _: object())
 
 
 def test_the_worst_frame_is_a_row_of_the_ladder(network):
-    assert perception.why_no_lpips() == ""
+    assert metrics.why_no_lpips() == ""
     (row,) = video.perception(climb(*videos()))
     assert (row.metrics.lpips, row.limit) == (0.5, LPIPS)
     assert row.note.startswith("frame 2, ")
@@ -63,8 +63,8 @@ def test_a_network_that_cannot_be_loaded_is_told_in_one_line(monkeypatch, error)
         raise error
 
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=fails))
-    monkeypatch.setattr(perception, "find_spec", lambda _: object())
-    why = perception.why_no_lpips()
+    monkeypatch.setattr(metrics, "find_spec", lambda _: object())
+    why = metrics.why_no_lpips()
     assert why.startswith("not measured: the network of package lpips cannot be loaded (")
     assert "\n" not in why
     assert not list(video.perception(climb(*videos())))
@@ -73,6 +73,6 @@ def test_a_network_that_cannot_be_loaded_is_told_in_one_line(monkeypatch, error)
 def test_the_package_itself_takes_our_frames(monkeypatch):
     lpips = pytest.importorskip("lpips", reason="not installed; validate does without")
     net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
-    monkeypatch.setattr(perception, "_network", lambda: net)
-    same, other, _ = perception.lpips_per_frame(*videos())
+    monkeypatch.setattr(metrics, "_network", lambda: net)
+    same, other, _ = metrics.lpips_per_frame(*videos())
     assert same == 0 < other
