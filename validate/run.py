@@ -16,8 +16,8 @@ from validate.options import ValidateOptions, completed
 from validate.reference.device import Device, Residence, reference_device, refusing_too_large
 from validate.reference.loras import with_loras
 from validate.report.conditions import facts
+from validate.same_model import open_same_model
 from wan22.bundle import Bundle, Manifest
-from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.specs import Precision
 
@@ -59,8 +59,7 @@ def validate(
     """
     from validate.files import check_writable
     from validate.report.extras import attached
-    from validate.report.report import ValidationReport
-    from validate.report.write import write_report
+    from validate.report.report import ValidationReport, write_report
 
     options = options or ValidateOptions()
     if options.calls is not None:
@@ -83,22 +82,6 @@ def validate(
     report = ValidationReport(tuple(found), facts(manifest, source, requests, options, device), judged)
     write_report(report, out)
     return report
-
-
-def open_same_model(where: Path | str, engines: Path, manifest: Manifest, progress: Progress) -> "Checkpoint":
-    """The checkpoint at ``where``. Raises UserError when it is not the one the engines were made from."""
-    from export.checkpoint.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(where, progress)
-    ours = (manifest.spec.name, manifest.source.fingerprint)
-    theirs = (checkpoint.spec.name, checkpoint.source.fingerprint)
-    if ours != theirs or manifest.spec != checkpoint.spec:
-        raise UserError(
-            f"{engines} was made from {ours[0]}, fingerprint {ours[1][:12]} ({manifest.source.checkpoint})",
-            f"{theirs[0]}, fingerprint {theirs[1][:12]} ({where})",
-            "name the checkpoint that was exported, or export this one",
-        )
-    return checkpoint
 
 
 @contextmanager
