@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from runtime.arrays import F32
 from wan22.errors import UserError
-from wan22.specs import rope_split
+from wan22.parts import rope_split
 
 THETA = 10000.0
 POSITIONS = 1024  # per axis; the models know no more

@@ -10,7 +10,6 @@ from validate.reference.device import Choice
 from validate.sample_image import picture_for
 from wan22.bundle import Manifest
 from wan22.errors import UserError
-from wan22.specs import Task
 
 PROMPT = "A red fox runs through fresh snow at sunrise, 一只红狐狸在雪地里奔跑"
 
@@ -65,7 +64,7 @@ class ValidateOptions:
             negative_prompt=self.negative_prompt,
             size=size,
             frames=self.frames if self.frames is not None or not fixed else fixed[2],
-            image=picture_for(size) if self.image is None and spec.task != Task.T2V else self.image,
+            image=picture_for(size) if self.image is None and spec.takes.image != "no" else self.image,
             last_image=self.last_image,
             fit=self.fit,
             exact_official=self.exact_official,

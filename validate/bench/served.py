@@ -34,7 +34,7 @@ from validate.options import PROMPT
 from validate.sample_image import picture_for
 from wan22.bundle import open_bundle
 from wan22.progress import Progress, silent
-from wan22.specs import ModelSpec, Task
+from wan22.specs import ModelSpec
 
 CANCELS, CANCEL_AFTER, CANCEL_STEPS = 10, 5, 100
 RUNS, STEPS = 10, 10
@@ -61,7 +61,7 @@ class ServedOptions:
     def request(self, spec: ModelSpec) -> Request:
         """The job, complete enough to be the same on both sides."""
         size = self.size or spec.sampling.sizes[0]
-        image = None if spec.task == Task.T2V else picture_for(size)
+        image = None if spec.takes.image == "no" else picture_for(size)
         return Request(
             self.prompt or PROMPT,
             size=size,

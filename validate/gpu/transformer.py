@@ -17,7 +17,7 @@ from validate.gpu.random_model import Weights, filled, random_weights, transform
 from validate.gpu.stage import Measurement, Setting, reason_of
 from validate.gpu.timing import median_ms, synchronised
 from validate.reference.parts import transformer
-from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, Task, spec_named
+from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, spec_named
 
 TIMESTEP = 900.0
 RUNS = 5
@@ -111,7 +111,7 @@ def _torch_step(case: Case, weights: Weights) -> Callable[[], torch.Tensor]:
         module = transformer(case.spec)
     module = filled(module, case.spec.experts[0], case.spec, weights, case.dtype).to(case.device)
     latents, text = (torch.from_numpy(x).to(case.device, case.dtype) for x in (_latents(case), _text(case)))
-    count = case.tokens if case.spec.task == Task.TI2V else 1
+    count = case.tokens if case.spec.takes.clean_first_frame else 1
     times = torch.full((1, count) if count > 1 else (1,), TIMESTEP, device=case.device)
 
     @torch.inference_mode()

@@ -20,7 +20,7 @@ from torch.nn import functional
 from export.checkpoint.checkpoint import Checkpoint
 from validate.reference.parts import F32, I64, to_numpy
 from wan22.errors import UserError
-from wan22.specs import PATCH, TEXT_TOKENS, TRAIN_TIMESTEPS, Task
+from wan22.specs import PATCH, TEXT_TOKENS, TRAIN_TIMESTEPS
 
 PACKAGES = {"wan": "wan", "wan.modules": "wan/modules", "wan.utils": "wan/utils"}
 FILES = ("modules/model.py", "modules/t5.py", "modules/tokenizers.py", "modules/vae2_1.py", "modules/vae2_2.py")
@@ -72,7 +72,7 @@ class Modules:
         times = torch.full((frames, height * width), timestep)
         if first_frame is not None:
             times[0] = 0
-        time = times.reshape(1, -1) if self._spec.task is Task.TI2V else torch.tensor([timestep])
+        time = times.reshape(1, -1) if self._spec.takes.clean_first_frame else torch.tensor([timestep])
         given = None if condition is None else [torch.from_numpy(condition[0])]
         tensors = [torch.from_numpy(latents[0])], time, [torch.tensor(text[0])]
         return to_numpy(model(*tensors, frames * height * width, y=given)[0][None])

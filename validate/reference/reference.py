@@ -21,7 +21,7 @@ from validate.reference.image import conditioning, pixels
 from validate.reference.parts import F32, I64, load_part, to_numpy
 from validate.reference.precision import attention_of, dtype_of, lowered
 from wan22.progress import Progress, silent
-from wan22.specs import PATCH, TEXT_TOKENS, Precision, Task
+from wan22.specs import PATCH, TEXT_TOKENS, Precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Reference:
 
     def pixels(self, image: Image.Image, size: tuple[int, int], fit: str) -> F32:
         """An RGB image as ``[1, 3, H, W]`` of ``size`` (width, height), in about [-1, 1]."""
-        return to_numpy(pixels(image, self.spec.task, size, fit))
+        return to_numpy(pixels(image, self.spec.takes.resizing, size, fit))
 
     @torch.inference_mode()
     def condition(self, first: F32, frames: int, last: F32 | None = None) -> ImageCondition:
@@ -99,7 +99,7 @@ class Reference:
         assert one is not None
         with OneDnnConvolutions():
             vae = self._part("vae", "vae_encoder_first")
-            found = conditioning(vae, self.spec.task, frames, one, other)
+            found = conditioning(vae, frames, one, other, one_frame=self.spec.takes.clean_first_frame)
         video, mask, latents = found
         return ImageCondition(to_numpy(video), None if mask is None else to_numpy(mask), to_numpy(latents))
 
@@ -117,7 +117,7 @@ class Reference:
 
     def _timestep(self, timestep: float, latents: F32, given: Given) -> torch.Tensor:
         """``[1]``, or for TI2V one of every token, ``[1, L]``: those of a frame that is given are at time 0 (§2.6)."""
-        if self.spec.task != Task.TI2V:
+        if not self.spec.takes.clean_first_frame:
             return torch.tensor([timestep], dtype=torch.float32)
         frames, height, width = latents.shape[2:]
         times = torch.full((frames, height // PATCH[1], width // PATCH[2]), timestep, dtype=torch.float32)

@@ -17,7 +17,7 @@ from runtime.arrays import F32
 from validate.calibrate import MARGIN
 from validate.graph_session import filled, opened
 from validate.ladder.thresholds import BF16, FP16
-from wan22.specs import DitSpec
+from wan22.parts import DitSpec
 
 PLAIN = "float32, ONNX Runtime's own kernels"
 ROUNDED = "the exported graph in float32, rounded to {} wherever it keeps 16 bits; sums in float32"
