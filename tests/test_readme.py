@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-ROOMS = ("wan_trt", "wan22", "export", "engines", "runtime", "triton_repo", "validate")
+ROOMS = ("wan_trt", "wan22", "export", "engines", "runtime", "triton_repo", "validate", "studies")
 BEGIN, END = "<!-- files -->\n```\n", "```\n<!-- /files -->"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from studies.full_size import __main__ as full_size
 from wan22.errors import DISK_FULL, NonFiniteError, UserError
 from wan_trt.commands import (
     bench,
@@ -25,7 +26,6 @@ from wan_trt.commands import (
     inspect,
     lora,
     plan,
-    scale,
     serve,
     synth,
     triton,
@@ -94,9 +94,9 @@ for command in (
     triton,
     serve,
     client,
-    scale,
 ):
     app.command(command.__name__.rpartition(".")[2])(guarded(command.run))
+app.command("scale")(guarded(full_size.run))
 
 
 bundles = typer.Typer(no_args_is_help=True, help="Check a bundle, or make one that can be moved.")

@@ -144,7 +144,7 @@ def _refuse_others(given: Mapping[str, object]) -> None:
 
 
 def _study(output: Path, model: str, steps: int | None, seed: int) -> int:
-    from validate.study import StudyOptions, precision_study
+    from studies.precision import StudyOptions, precision_study
 
     options = StudyOptions(model, steps=STUDY_STEPS if steps is None else steps, seed=seed, command=command_line())
     with bars() as progress:

@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from studies.full_size.builds import BuildCase, measured_build
 from wan_trt.cli import app
-from wan_trt.scale_builds import BuildCase, measured_build
 
 
 def scaled(tmp_path, *arguments):

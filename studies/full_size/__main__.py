@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from studies.full_size.builds import BUILDS, measured_build
+from studies.full_size.exports import CASES, TIMED, memory_of, throughput_of
 from wan22.errors import UserError
 from wan22.specs import ModelSpec, spec_named
 from wan_trt.console import console
-from wan_trt.scale_builds import BUILDS, measured_build
-from wan_trt.scale_export import CASES, TIMED, memory_of, throughput_of
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,6 +1,6 @@
 """Everything that only a GPU can tell, in one command with a time budget; a table last, and a JSON file.
 
-    python -m validate.gpu_run --budget-s 600 -o validate/results/gpu.json
+    python -m studies.gpu --budget-s 600 -o validate/results/gpu.json
 
 Weights are random, so nothing is downloaded. Each stage runs in a process of its own and may fail by itself: what a
 GPU refuses is part of the answer. Small stages come first; the last ones, whole models, take what time is left. The
@@ -24,22 +24,22 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from studies.gpu.stage import Answer, Setting, Stage, run_stage
+from studies.gpu.view import table_of
 from validate.bench.machine import machine, versions
 from validate.files import check_place
-from validate.gpu.stage import Answer, Setting, Stage, run_stage
-from validate.gpu.view import table_of
 from wan22.errors import UserError
 from wan22.whole_file import whole_file
 
 P480, P720, P5B = (832, 480, 81), (1280, 720, 81), (1280, 704, 121)
 STAGES = (
-    Stage("rtx", "TensorRT-RTX engine", "validate.gpu.rtx", "attempt"),
-    Stage("sampler", "sampler", "validate.gpu.sampler", "overhead"),
-    Stage("a14b-blocks", "T2V-A14B, two blocks", "validate.gpu.transformer", "beside", ("t2v-a14b", P480)),
-    Stage("5b-blocks", "TI2V-5B, two blocks", "validate.gpu.transformer", "beside", ("ti2v-5b", P5B)),
-    Stage("vae", "streaming VAE decode", "validate.gpu.decoder", "streaming"),
-    Stage("5b", "TI2V-5B, whole", "validate.gpu.transformer", "whole", ("ti2v-5b", (P5B,))),
-    Stage("a14b", "T2V-A14B, whole expert", "validate.gpu.transformer", "whole", ("t2v-a14b", (P480, P720))),
+    Stage("rtx", "TensorRT-RTX engine", "studies.gpu.rtx", "attempt"),
+    Stage("sampler", "sampler", "studies.gpu.sampler", "overhead"),
+    Stage("a14b-blocks", "T2V-A14B, two blocks", "studies.gpu.transformer", "beside", ("t2v-a14b", P480)),
+    Stage("5b-blocks", "TI2V-5B, two blocks", "studies.gpu.transformer", "beside", ("ti2v-5b", P5B)),
+    Stage("vae", "streaming VAE decode", "studies.gpu.decoder", "streaming"),
+    Stage("5b", "TI2V-5B, whole", "studies.gpu.transformer", "whole", ("ti2v-5b", (P5B,))),
+    Stage("a14b", "T2V-A14B, whole expert", "studies.gpu.transformer", "whole", ("t2v-a14b", (P480, P720))),
 )
 NOTHING = "no GPU: nothing measured"
 PACKAGES = ("onnxruntime-gpu", "cupy-cuda13x", "cupy-cuda12x", "tensorrt_rtx")
@@ -134,7 +134,7 @@ def _circumstances(gpu: dict[str, Any], dry_run: bool) -> dict[str, Any]:
     return {
         "kind": "gpu_run",
         "verdict": NOTHING if dry_run else "measured",
-        "command": shlex.join(["python", "-m", "validate.gpu_run", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "studies.gpu", *sys.argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine() | {"kernel": platform.release()},
         "gpu": gpu,

@@ -9,15 +9,15 @@ import time
 import pytest
 import torch
 
-from validate import gpu_run
-from validate.gpu.random_model import CudaEngine
-from validate.gpu.stage import Answer, Setting
-from validate.gpu_run import NOTHING, STAGES
+from studies.gpu import __main__ as gpu_run
+from studies.gpu.__main__ import NOTHING, STAGES
+from studies.gpu.random_model import CudaEngine
+from studies.gpu.stage import Answer, Setting
 from wan22.bundle import Component, File
 from wan22.errors import UserError
 from wan22.specs import Precision
 
-COMMAND = [sys.executable, "-m", "validate.gpu_run"]
+COMMAND = [sys.executable, "-m", "studies.gpu"]
 BY_NAME = {stage.name: stage for stage in STAGES}
 
 

@@ -1,0 +1,1 @@
+"""Export and build at full size: throughput beside ``cp``, peak memory, time to write a graph."""
