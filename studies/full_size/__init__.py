@@ -1,1 +1,1 @@
-"""Export and build at full size: throughput beside ``cp``, peak memory, time to write a graph."""
+"""What export and build cost at full size: ``python -m studies.full_size``."""

@@ -1,6 +1,6 @@
 """Everything that only a GPU can tell, in one command with a time budget; a table last, and a JSON file.
 
-    python -m studies.gpu --budget-s 600 -o validate/results/gpu.json
+    python -m studies.gpu --budget-s 600 -o gpu.json
 
 Weights are random, so nothing is downloaded. Each stage runs in a process of its own and may fail by itself: what a
 GPU refuses is part of the answer. Small stages come first; the last ones, whole models, take what time is left. The
@@ -10,9 +10,7 @@ file is written anew after every stage, so that a run that is ended early leaves
 
 import json
 import platform
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from studies.gpu.stage import Answer, Setting, Stage, run_stage
 from studies.gpu.view import table_of
@@ -30,6 +27,8 @@ from validate.bench.machine import machine, versions
 from validate.files import check_place
 from wan22.errors import UserError
 from wan22.whole_file import whole_file
+from wan_trt.console import command_line, console
+from wan_trt.guard import command_of
 
 P480, P720, P5B = (832, 480, 81), (1280, 720, 81), (1280, 704, 121)
 STAGES = (
@@ -41,9 +40,9 @@ STAGES = (
     Stage("5b", "TI2V-5B, whole", "studies.gpu.transformer", "whole", ("ti2v-5b", (P5B,))),
     Stage("a14b", "T2V-A14B, whole expert", "studies.gpu.transformer", "whole", ("t2v-a14b", (P480, P720))),
 )
+PROGRAM = "python -m studies.gpu"
 NOTHING = "no GPU: nothing measured"
 PACKAGES = ("onnxruntime-gpu", "cupy-cuda13x", "cupy-cuda12x", "tensorrt_rtx")
-console = Console(highlight=False)
 
 
 def run(
@@ -134,7 +133,7 @@ def _circumstances(gpu: dict[str, Any], dry_run: bool) -> dict[str, Any]:
     return {
         "kind": "gpu_run",
         "verdict": NOTHING if dry_run else "measured",
-        "command": shlex.join(["python", "-m", "studies.gpu", *sys.argv[1:]]),
+        "command": command_line(PROGRAM),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine() | {"kernel": platform.release()},
         "gpu": gpu,
@@ -148,16 +147,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _guarded(*args: Any, **options: Any) -> None:
-    try:
-        code = run(*args, **options)
-    except UserError as error:
-        print(f"gpu_run: {error}", file=sys.stderr)
-        code = 2
-    raise typer.Exit(code)
-
+app = command_of(run, PROGRAM)
 
 if __name__ == "__main__":
-    import functools
-
-    typer.run(functools.wraps(run)(_guarded))
+    app()

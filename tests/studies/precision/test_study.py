@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from studies.precision import StudyOptions, precision_study
+from studies.precision.run import StudyOptions, precision_study
 from studies.precision.twin import TwinSize
 from wan22.errors import UserError
 
