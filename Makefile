@@ -17,7 +17,7 @@ test: $(INSTALLED) $(TRITON) check
 
 # Export at full size: throughput beside cp, memory. Needs some 30 GB of disk for a while, and minutes.
 scale: $(INSTALLED)
-	$(BIN)/wan-trt scale
+	$(BIN)/python -m studies.full_size
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

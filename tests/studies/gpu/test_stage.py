@@ -2,7 +2,7 @@
 
 import pytest
 
-from validate.gpu.stage import Answer, Measurement, Setting, Stage, run_stage
+from studies.gpu.stage import Answer, Measurement, Setting, Stage, run_stage
 
 TOLD = Measurement("told", 1.0, "ms")
 
@@ -10,7 +10,7 @@ TOLD = Measurement("told", 1.0, "ms")
 def answer_of(monkeypatch, tmp_path, body, limit_s=60.0):
     """Of a stage in a module of its own, which its process imports as any other."""
     (tmp_path / "validate_gpu_probe.py").write_text(
-        "import os, time\nfrom validate.gpu.stage import Measurement\n"
+        "import os, time\nfrom studies.gpu.stage import Measurement\n"
         f"def work(setting):\n    yield Measurement('told', 1.0, 'ms')\n    {body}\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

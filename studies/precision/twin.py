@@ -1,9 +1,9 @@
 """A small transformer whose tensors reach the magnitudes of the real model, with inputs to run it on.
 
 Random weights of the synthetic checkpoint come first, then outliers are planted in them
-(:mod:`validate.study.outliers`). Three sets of inputs are made: one that the study compares precisions on, another for
-what is measured beforehand, static scales and input means, so that no variant was tuned on the run that judges it, and
-a small one without text, for what can be measured without any data.
+(:mod:`studies.precision.outliers`). Three sets of inputs are made: one that the study compares precisions on, another
+for what is measured beforehand, static scales and input means, so that no variant was tuned on the run that judges it,
+and a small one without text, for what can be measured without any data.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +20,8 @@ from runtime.denoise import Conditions, denoise
 from runtime.noise import standard_normal
 from runtime.schedule import Schedule
 from runtime.solver import make_solver
-from validate.graph_session import filled, opened
-from validate.study.outliers import fit, plant, restore_maxima
+from studies.precision.outliers import fit, plant, restore_maxima
+from studies.precision.session import filled, opened
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 PROMPT_TOKENS, NEGATIVE_TOKENS = 40, 120

@@ -9,15 +9,15 @@ import time
 import pytest
 import torch
 
-from validate import gpu_run
-from validate.gpu.random_model import CudaEngine
-from validate.gpu.stage import Answer, Setting
-from validate.gpu_run import NOTHING, STAGES
+from studies.gpu import __main__ as gpu_run
+from studies.gpu.__main__ import NOTHING, STAGES
+from studies.gpu.random_model import CudaEngine
+from studies.gpu.stage import Answer, Setting
 from wan22.bundle import Component, File
 from wan22.errors import UserError
 from wan22.specs import Precision
 
-COMMAND = [sys.executable, "-m", "validate.gpu_run"]
+COMMAND = [sys.executable, "-m", "studies.gpu"]
 BY_NAME = {stage.name: stage for stage in STAGES}
 
 
@@ -97,14 +97,14 @@ def test_a_place_that_takes_no_file_is_told_before_anything_is_measured(tmp_path
     asked = [*COMMAND, "--dry-run", "-o", tmp_path]
     done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"gpu_run: output {tmp_path}: a folder")
+    assert done.stderr.startswith(f"python -m studies.gpu: output {tmp_path}: a folder")
 
 
 def test_a_stage_that_there_is_not_is_refused(tmp_path):
     command = [*COMMAND, "--dry-run", "--only", "vea", "-o", tmp_path / "gpu.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("gpu_run: stage 'vea' | expected one of rtx, sampler, ")
+    assert done.stderr.startswith("python -m studies.gpu: stage 'vea' | expected one of rtx, sampler, ")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

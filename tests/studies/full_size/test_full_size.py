@@ -1,18 +1,18 @@
-"""``wan-trt scale``: the figures of an export and of a build, on models of a size for tests."""
+"""``python -m studies.full_size``: the figures of an export and of a build, on models of a size for tests."""
 
 import json
 
 import pytest
 from typer.testing import CliRunner
 
-from wan_trt.cli import app
-from wan_trt.scale_builds import BuildCase, measured_build
+from studies.full_size.__main__ import app
+from studies.full_size.builds import BuildCase, measured_build
 
 
 def scaled(tmp_path, *arguments):
     """The command's result and the figures it wrote."""
     places = ["--folder", str(tmp_path / "s"), "-o", str(tmp_path / "s.json")]
-    told = CliRunner().invoke(app, ["scale", "t2v-a14b-tiny", "--layers", "1", *places, *arguments])
+    told = CliRunner().invoke(app, ["t2v-a14b-tiny", "--layers", "1", *places, *arguments])
     return told, json.loads((tmp_path / "s.json").read_text()) if told.exit_code in (0, 1) else {}
 
 

@@ -17,14 +17,14 @@ import numpy as np
 
 from export.graphs.taps import Tapped
 from runtime.schedule import Schedule, make_schedule
+from studies.precision.attention import TOKENS, attention_errors
+from studies.precision.outliers import INPUTS, WEIGHTS, Range
+from studies.precision.page import write_study
+from studies.precision.result import Magnitude, Part, Result, Statistic, Study
+from studies.precision.sampling import Comparison, Reference
+from studies.precision.twin import Twin, TwinSize, make_twin
+from studies.precision.variants import BFLOAT, VARIANTS, open_noted, parts
 from validate.files import check_writable
-from validate.study.attention import TOKENS, attention_errors
-from validate.study.outliers import INPUTS, WEIGHTS, Range
-from validate.study.page import write_study
-from validate.study.result import Magnitude, Part, Result, Statistic, Study
-from validate.study.sampling import Comparison, Reference
-from validate.study.twin import Twin, TwinSize, make_twin
-from validate.study.variants import BFLOAT, VARIANTS, open_noted, parts
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec, spec_named

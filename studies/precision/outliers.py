@@ -17,7 +17,7 @@ import numpy as np
 from export.graphs.dit import dit_graph
 from export.graphs.taps import linear_inputs
 from runtime.arrays import F32
-from validate.graph_session import filled, opened
+from studies.precision.session import filled, opened
 from wan22.parts import DitSpec, rope_split
 
 Kind = Literal["ffn.0", "ffn.2", "cross_attn.q", "cross_attn.o"]

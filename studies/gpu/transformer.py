@@ -12,10 +12,10 @@ from export.checkpoint.schema import dit_tensors
 from runtime.arrays import F32
 from runtime.conditioning import rope_tables, time_features
 from runtime.noise import standard_normal
+from studies.gpu.random_model import Weights, filled, random_weights, transformer_engine
+from studies.gpu.stage import Measurement, Setting, reason_of
+from studies.gpu.timing import median_ms, synchronised
 from validate.bench.samples import Ratio
-from validate.gpu.random_model import Weights, filled, random_weights, transformer_engine
-from validate.gpu.stage import Measurement, Setting, reason_of
-from validate.gpu.timing import median_ms, synchronised
 from validate.reference.parts import transformer
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, spec_named
 

@@ -1,7 +1,8 @@
-"""``wan-trt scale``: what export and build cost at full size, measured on this machine, in one run or part by part.
+"""``python -m studies.full_size``: what export and build cost at full size, measured on this machine.
 
 The export's memory comes from the whole model in sparse files, which take no disk; its throughput from dense blocks,
-beside ``cp`` on the same disk. A part that is measured alone joins what the file of figures holds of the others.
+beside ``cp`` on the same disk. Parts can be measured one by one:
+each replaces its own figures in the file and leaves the others.
 """
 
 import json
@@ -16,15 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from studies.full_size.builds import BUILDS, measured_build
+from studies.full_size.exports import CASES, TIMED, memory_of, throughput_of
 from wan22.errors import UserError
 from wan22.specs import ModelSpec, spec_named
 from wan_trt.console import console
-from wan_trt.scale_builds import BUILDS, measured_build
-from wan_trt.scale_export import CASES, TIMED, memory_of, throughput_of
+from wan_trt.guard import command_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+PROGRAM = "python -m studies.full_size"
 MEMORY_LIMIT_BYTES = 2 * 10**9
 CP_SHARE = 0.6  # of cp's throughput, at least
 
@@ -124,7 +127,7 @@ def _earlier(output: Path, spec: ModelSpec) -> Figures:
         figures = json.loads(output.read_bytes())
         name = figures["model"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{output} holds no figures", "what wan-trt scale wrote", "name another file") from None
+        raise UserError(f"{output} holds no figures", f"what {PROGRAM} wrote", "name another file") from None
     if name != spec.name:
         raise UserError(f"{output} is about {name}", f"figures of {spec.name}", "name another file")
     return dict(figures)
@@ -201,3 +204,9 @@ def _gb(size_bytes: int) -> str:
 
 def _from_to(found: Figures) -> str:
     return f"{found['checkpoint_bytes'] / 1e9:.1f} → {_gb(found['bundle_bytes'])}"
+
+
+app = command_of(run, PROGRAM)
+
+if __name__ == "__main__":
+    app()

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from validate.study import StudyOptions, precision_study
-from validate.study.twin import TwinSize
+from studies.precision.run import StudyOptions, precision_study
+from studies.precision.twin import TwinSize
 from wan22.errors import UserError
 
 SMALL = StudyOptions(

@@ -18,9 +18,9 @@ from export.graphs.dit import dit_graph
 from runtime.conditioning import rope_tables, time_features
 from runtime.engine_tensorrt import Device
 from runtime.noise import standard_normal
-from validate.gpu.random_model import random_weights, write_weights
-from validate.gpu.stage import Measurement, Setting, reason_of
-from validate.gpu.timing import median_ms
+from studies.gpu.random_model import random_weights, write_weights
+from studies.gpu.stage import Measurement, Setting, reason_of
+from studies.gpu.timing import median_ms
 from wan22.bundle import Component, File
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, spec_named
 

@@ -1,4 +1,4 @@
-"""The builds of ``wan-trt scale --builds``: full-size engines made without a GPU, their time, size and memory.
+"""Full-size engines built without a GPU (``--builds``): their time, size and memory.
 
 Weights that are compiled in are random numbers, since a compiler might see through zeros; weights that stay outside are
 holes in sparse files, because the compiler never sees them.

@@ -1,4 +1,4 @@
-"""The exports of ``wan-trt scale``: peak memory over a whole model of holes, throughput beside ``cp``.
+"""Exports at full size: peak memory over a whole model of holes, throughput beside ``cp``.
 
 Holes take no disk but would flatter the throughput, so that comes from real-size blocks with random weights. ``cp`` and
 the exports take turns on the same checkpoint: every file is pushed out of the system's cache before it is read, written

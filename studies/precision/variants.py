@@ -14,8 +14,8 @@ from export.graphs.taps import Tapped, add_taps, linear_inputs
 from export.quantise.fp8_weights import Fp8Weights
 from export.quantise.input_means import CENTRED, input_width
 from runtime.arrays import F32
+from studies.precision.session import filled, opened
 from validate.calibrate import MARGIN
-from validate.graph_session import filled, opened
 from validate.ladder.thresholds import BF16, FP16
 from wan22.parts import DitSpec
 

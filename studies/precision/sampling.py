@@ -9,10 +9,10 @@ import numpy as np
 
 from runtime.arrays import F32
 from runtime.schedule import Schedule
+from studies.precision.result import Result
+from studies.precision.twin import Forward, Inputs, Twin, sampled
+from studies.precision.variants import Measured, Variant, open_reference, open_variant
 from validate.ladder.metrics import compare
-from validate.study.result import Result
-from validate.study.twin import Forward, Inputs, Twin, sampled
-from validate.study.variants import Measured, Variant, open_reference, open_variant
 from wan22.errors import NonFiniteError
 
 

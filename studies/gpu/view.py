@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from validate.gpu.stage import Answer, Measurement
+from studies.gpu.stage import Answer, Measurement
 
 DONE = ("measured", "ran")
 

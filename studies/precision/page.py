@@ -5,10 +5,11 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from studies.precision.result import COLLAPSE, Study
 from validate.files import write_files
 from validate.plots import DARK, LIGHT, PLOT_DPI, Theme, data_uri
-from validate.report.to_html import PLOT_SIZES_INCHES, TEMPLATES
-from validate.study.result import COLLAPSE, Study
+from validate.report.to_html import PLOT_SIZES_INCHES
+from validate.report.to_html import TEMPLATES as SHARED
 
 COLOURS = (
     "#2563c9", "#0f8b8d", "#c77700", "#8b5cf6", "#b4232f", "#6b7280",
@@ -29,7 +30,7 @@ def as_html(study: Study) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader([Path(__file__).parent / "templates", SHARED]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

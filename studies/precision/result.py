@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from validate.study.attention import AttentionError
-from validate.study.outliers import Range
-from validate.study.variants import Variant
+from studies.precision.attention import AttentionError
+from studies.precision.outliers import Range
+from studies.precision.variants import Variant
 
 if TYPE_CHECKING:
     from rich.table import Table

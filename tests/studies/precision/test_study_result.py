@@ -5,10 +5,10 @@ import statistics
 
 import pytest
 
-from validate.study.attention import attention_errors
-from validate.study.outliers import INPUTS
-from validate.study.result import COLLAPSE, Part, Result, Study
-from validate.study.variants import VARIANTS
+from studies.precision.attention import attention_errors
+from studies.precision.outliers import INPUTS
+from studies.precision.result import COLLAPSE, Part, Result, Study
+from studies.precision.variants import VARIANTS
 
 OFFERED = next(variant for variant in VARIANTS if variant.name == "fp8-attn")
 ABLATION = next(variant for variant in VARIANTS if variant.ablation)

@@ -13,9 +13,9 @@ from export.checkpoint.schema import vae_tensors
 from runtime.arrays import F32
 from runtime.noise import standard_normal
 from runtime.vae import decode
-from validate.gpu.random_model import Weights, decoder_engines, filled, random_weights
-from validate.gpu.stage import Measurement, Setting, reason_of
-from validate.gpu.timing import peak_gib, synchronised
+from studies.gpu.random_model import Weights, decoder_engines, filled, random_weights
+from studies.gpu.stage import Measurement, Setting, reason_of
+from studies.gpu.timing import peak_gib, synchronised
 from validate.reference.parts import autoencoder
 from wan22.specs import ModelSpec, spec_named
 
