@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from runtime.arrays import F32, array_namespace
 from wan22.errors import UserError
-from wan22.specs import PATCH, TEXT_TOKENS, DitSpec, rope_split
+from wan22.parts import DitSpec, rope_split
+from wan22.specs import PATCH, TEXT_TOKENS
 
 THETA = 10000.0
 POSITIONS = 1024  # per axis; the models know no more

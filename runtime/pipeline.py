@@ -23,7 +23,7 @@ from runtime.vae import decode, encode
 from wan22.backends import MODULES
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.errors import UserError
-from wan22.specs import TEXT_TOKENS, ModelSpec, Task
+from wan22.specs import TEXT_TOKENS, ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -111,11 +111,11 @@ class Pipeline:
         if request.image is None:
             return {}
         size = (request.width, request.height)
-        first = fitted(request.image, self.spec.task, size, request.fit)
-        if self.spec.task == Task.TI2V:
+        first = fitted(request.image, self.spec.takes.resizing, size, request.fit)
+        if self.spec.takes.clean_first_frame:
             return {"first_frame": encode(self.engine("vae_encoder_first"), None, first)}
         has_last = request.last_image is not None
-        last = fitted(request.last_image, self.spec.task, size, request.fit) if request.last_image else None
+        last = fitted(request.last_image, self.spec.takes.resizing, size, request.fit) if request.last_image else None
         video = conditioning_video(first, request.frames, last)
         following = self.engine("vae_encoder_next") if request.frames > 1 else None
         latents = encode(self.engine("vae_encoder_first"), following, video)

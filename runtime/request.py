@@ -13,7 +13,8 @@ from runtime.image import open_image
 from runtime.image_condition import Fit, video_size
 from runtime.schedule import Convention, SolverName, make_schedule
 from wan22.errors import UserError
-from wan22.specs import NEGATIVE_PROMPT, ModelSpec, Task
+from wan22.sampling import NEGATIVE_PROMPT
+from wan22.specs import ModelSpec
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -111,16 +112,16 @@ class Request:
             return Preset("unipc", spec.sampling.steps, spec.sampling.shift, None)
         if self.preset not in PRESETS:
             raise UserError(f"preset {self.preset!r}", f"one of {', '.join(PRESETS)}", "name one of them")
-        if spec.task == Task.TI2V:
+        if len(spec.experts) == 1:
             log.warning("no %s LoRA is known for %s; without one the video will be poor", self.preset, spec.name)
         return PRESETS[self.preset]
 
     def _image(self, spec: ModelSpec) -> Image.Image | None:
-        if self.image is None and spec.task == Task.I2V:
+        if self.image is None and spec.takes.image == "required":
             raise UserError(f"no image for {spec.name}", "an image to start from", "give one with --image")
-        if self.image is not None and spec.task == Task.T2V:
+        if self.image is not None and spec.takes.image == "no":
             raise UserError(f"an image for {spec.name}", "text only", "leave it out, or use an I2V or TI2V model")
-        if self.last_image is not None and spec.task != Task.I2V:
+        if self.last_image is not None and not spec.takes.last_image:
             raise UserError(f"a last image for {spec.name}", "an I2V model", "leave it out")
         return None if self.image is None else open_image(self.image)
 

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from export.graphs.taps import Tapped, Taps
 
 MARGIN = 1.1  # over the largest input seen, as NVIDIA's file has it
-UNQUANTISED = (Precision.FP32, Precision.BF16, Precision.FP16)
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     source = open_bundle(bundle, "graphs")
     spec = source.manifest.spec
     _check_precision(source)
-    requests = _requests(read_prompts(options.prompts, spec.task), source, options)
+    requests = _requests(read_prompts(options.prompts, spec.takes.image), source, options)
     check_place(out, "scales", make_folder=True)
     if options.means is not None:
         check_place(options.means, "means", make_folder=True)
@@ -123,8 +122,8 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
 
 def _check_precision(source: Bundle) -> None:
     for expert in source.manifest.spec.experts:
-        if (found := source.component(expert).precision) not in UNQUANTISED:
-            expected = ", ".join(UNQUANTISED)
+        if (found := source.component(expert).precision).quantised:
+            expected = ", ".join(p for p in Precision if not p.quantised)
             raise UserError(
                 f"{expert} in {found}", f"one of {expected}", "export the model in 16 bits and calibrate that"
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from runtime.prompts import read_prompts
 from validate.options import ValidateOptions
 from wan22.errors import UserError
-from wan22.specs import Task
+from wan22.specs import ImageUse
 
 OF_CASES = ("--prompts", "--seeds", "--prompt", "--seed", "--image", "--calls", "-o", "--output")
 
@@ -41,7 +41,7 @@ def _without(words: list[str], options: tuple[str, ...]) -> Iterator[str]:
             yield word
 
 
-def cases_of(options: ValidateOptions, task: Task) -> list[Case]:
+def cases_of(options: ValidateOptions, image_use: ImageUse) -> list[Case]:
     """Raises UserError for a prompt beside a file of them, a seed beside several or twice, or a file that is none."""
     request = options.request
     if options.prompts is not None and (request.prompt is not None or request.image is not None):
@@ -52,7 +52,7 @@ def cases_of(options: ValidateOptions, task: Task) -> list[Case]:
         raise UserError(f"--seeds beside --seed {request.seed}", "one of them", "leave --seed out")
     prompts: list[tuple[str | None, Path | bytes | None]] = [(request.prompt, request.image)]
     if options.prompts is not None:
-        prompts = [(prompt.text, prompt.image) for prompt in read_prompts(options.prompts, task)]
+        prompts = [(prompt.text, prompt.image) for prompt in read_prompts(options.prompts, image_use)]
     chosen = [
         replace(options, request=replace(request, prompt=text, image=image, seed=seed))
         for text, image in prompts

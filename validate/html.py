@@ -1,4 +1,4 @@
-"""Pages that stand alone, from the templates in this folder."""
+"""Pages that stand alone, from templates."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,12 +7,20 @@ from typing import Any
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def page(template: str, shown: Mapping[str, Any], filters: Mapping[str, Callable[..., Any]] | None = None) -> str:
-    """The page that ``template`` makes of ``shown``, everything in it escaped."""
+def page(
+    template: str,
+    shown: Mapping[str, Any],
+    filters: Mapping[str, Callable[..., Any]] | None = None,
+    beside: Path = TEMPLATES,
+) -> str:
+    """The page that ``template`` makes of ``shown``, everything in it escaped.
+
+    It is looked for in the folder ``beside`` first; what it includes may lie in either.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader([beside, TEMPLATES]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -7,7 +7,6 @@ from runtime.request import CompleteRequest, Request
 from validate.reference.device import Choice
 from validate.sample_image import picture_for
 from wan22.bundle import Manifest
-from wan22.specs import Task
 
 PROMPT = "A red fox runs through fresh snow at sunrise, 一只红狐狸在雪地里奔跑"
 
@@ -38,7 +37,7 @@ def with_samples(request: Request, manifest: Manifest) -> Request:
     """
     width, height, frames = request.shape(manifest.spec, manifest.size)
     manifest.spec.check_size(width, height)  # before a picture is made in its shape
-    pictured = request.image is None and manifest.spec.task != Task.T2V
+    pictured = request.image is None and manifest.spec.takes.image != "no"
     return replace(
         request,
         prompt=PROMPT if request.prompt is None else request.prompt,

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from validate.report.case_report import CaseReport
     from validate.report.report import ValidationReport
 
-COARSER = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.FP8, Precision.FP8_ATTN)
-
 
 def validate(
     engines: Path,
@@ -66,7 +64,7 @@ def validate(
         check_calls(options.calls)
     with open_for_comparison(engines, options.calls) as pipeline:
         manifest = pipeline.bundle.manifest
-        cases = cases_of(options, manifest.spec.task)
+        cases = cases_of(options, manifest.spec.takes.image)
         requests = [completed(case.options.request, manifest) for case in cases]
         for request in requests:
             pipeline.tokenizer.encode(request.prompt)  # refuses one of which nothing is left
@@ -149,7 +147,7 @@ def _made(row: "Row", made: dict[str, str]) -> str:
 def _precisions(manifest: Manifest) -> dict[str, Precision]:
     """By component; what the whole chain computes, "run", has the coarsest of them."""
     of = {component.name: component.precision for component in manifest.components}
-    return of | {"run": max(of.values(), key=COARSER.index)}
+    return of | {"run": min(of.values(), key=lambda precision: precision.significand)}
 
 
 def _limits(precisions: dict[str, Precision]) -> dict[str, "Thresholds"]:

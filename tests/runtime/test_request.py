@@ -11,7 +11,8 @@ from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.schedule import make_schedule
 from wan22.errors import UserError
-from wan22.specs import NEGATIVE_PROMPT, SPECS, T2V_A14B, TI2V_5B
+from wan22.sampling import NEGATIVE_PROMPT
+from wan22.specs import SPECS, T2V_A14B, TI2V_5B
 
 I2V, TI2V, T2V = (SPECS[f"{name}-tiny"] for name in ("i2v-a14b", "ti2v-5b", "t2v-a14b"))
 

@@ -16,9 +16,9 @@ from export.graphs.linear import FLOAT8_MAX
 from export.options import ExportOptions
 from export.quantise.input_scales import read_input_scales
 from runtime.request import Request
+from studies.precision.session import opened
 from tests.export.graphs.test_dit import inputs_for, relative_l2
 from validate.calibrate import CalibrateOptions, calibrate
-from validate.graph_session import opened
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
 

@@ -10,7 +10,6 @@ from runtime.request import Request
 from validate import ValidateOptions, validate
 from validate.cases import cases_of
 from wan22.errors import UserError
-from wan22.specs import Task
 from wan_trt.arguments import seeds_of
 
 TYPED = "wan-trt validate engines ck -o out --steps 4 --prompts p.txt --seeds=0,7 --gate g.toml"
@@ -24,7 +23,7 @@ def prompts(tmp_path):
 
 
 def test_every_prompt_runs_with_every_seed(prompts):
-    cases = cases_of(ValidateOptions(prompts=prompts, seeds=(0, 7), command=TYPED), Task.TI2V)
+    cases = cases_of(ValidateOptions(prompts=prompts, seeds=(0, 7), command=TYPED), "optional")
     assert [(case.number, case.options.request.prompt, case.options.request.seed) for case in cases] == [
         (1, "A fox", 0),
         (2, "A fox", 7),
@@ -35,7 +34,7 @@ def test_every_prompt_runs_with_every_seed(prompts):
 
 
 def test_the_command_of_a_case_makes_it_alone(prompts):
-    command = cases_of(ValidateOptions(prompts=prompts, seeds=(0, 7), command=TYPED), Task.TI2V)[3].command
+    command = cases_of(ValidateOptions(prompts=prompts, seeds=(0, 7), command=TYPED), "optional")[3].command
     assert shlex.split(command) == [
         *("wan-trt", "validate", "engines", "ck", "--steps", "4", "--gate", "g.toml", "-o", "case-4", "--seed", "7"),
         *("--prompt", "It's a hen", "--image", str(prompts.parent / "hen.png")),
@@ -51,22 +50,22 @@ def test_files_of_prompts_that_say_nothing(tmp_path, content, told):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=told):
-        cases_of(ValidateOptions(prompts=path), Task.T2V)
+        cases_of(ValidateOptions(prompts=path), "no")
 
 
 def test_one_source_of_prompts_and_no_seed_twice(prompts):
     with pytest.raises(UserError, match="--prompts beside --prompt"):
-        cases_of(ValidateOptions(Request("a"), prompts=prompts), Task.TI2V)
+        cases_of(ValidateOptions(Request("a"), prompts=prompts), "optional")
     with pytest.raises(UserError, match="every seed once"):
-        cases_of(ValidateOptions(seeds=(1, 1)), Task.T2V)
+        cases_of(ValidateOptions(seeds=(1, 1)), "no")
     with pytest.raises(UserError, match="--seeds beside --seed 3"):
-        cases_of(ValidateOptions(Request(seed=3), seeds=(1, 2)), Task.T2V)
+        cases_of(ValidateOptions(Request(seed=3), seeds=(1, 2)), "no")
 
 
 def test_the_mark_of_utf_8_is_no_part_of_a_prompt(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"\xef\xbb\xbf# comment\nA fox\n")
-    assert [case.options.request.prompt for case in cases_of(ValidateOptions(prompts=path), Task.T2V)] == ["A fox"]
+    assert [case.options.request.prompt for case in cases_of(ValidateOptions(prompts=path), "no")] == ["A fox"]
 
 
 def test_a_prompt_of_nothing_is_not_taken_for_the_default(tiny_engines, tiny_checkpoint, tmp_path):

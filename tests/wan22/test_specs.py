@@ -6,7 +6,8 @@ from math import prod
 import pytest
 
 from wan22.errors import UserError
-from wan22.specs import SPECS, T2V_A14B, TI2V_5B, named_after_dimensions, rope_split, spec_named, tokens
+from wan22.parts import rope_split
+from wan22.specs import SPECS, T2V_A14B, TI2V_5B, named_after_dimensions, spec_named, tokens
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

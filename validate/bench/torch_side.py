@@ -20,13 +20,12 @@ from validate.bench.whole_run import Event
 from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work
 from validate.reference.device import Device, refusing_too_large
 from validate.reference.parts import load_part, lower, timesteps_of
+from validate.reference.precision import dtype_of
 from validate.reference.whole_run import noise, scheduler_for
 from wan22.bundle import Manifest
 from wan22.errors import NonFiniteError, UserError
 from wan22.progress import Progress, silent
-from wan22.specs import Precision
 
-DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}  # bfloat16 for every other
 VAE = "vae"
 
 
@@ -108,7 +107,7 @@ class TorchSide:
 
     def _dtype(self, part: str) -> torch.dtype:
         precision = self._precisions[f"{DECODER}_first" if part == VAE else part]
-        return DTYPES.get(precision, torch.bfloat16)
+        return dtype_of(precision)
 
     @torch.inference_mode()
     def _encoded(self, token_ids: np.ndarray) -> torch.Tensor:

@@ -21,7 +21,7 @@ from validate.options import completed
 from validate.reference.device import Choice
 from wan22.bundle import Bundle, Manifest
 from wan22.errors import UserError
-from wan22.specs import ModelSpec, Task, tokens
+from wan22.specs import ModelSpec, tokens
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"  # sides
 TEXT, ENCODER, DECODER = "text_encoder", "vae_encoder", "vae_decoder"  # pieces beside the experts
@@ -147,8 +147,8 @@ def _of_image(spec: ModelSpec, request: CompleteRequest) -> dict[str, F32]:
     """``video``, ``condition`` and ``first_frame`` as far as the request has an image."""
     if request.image is None:
         return {}
-    first = fitted(request.image, spec.task, (request.width, request.height), request.fit)
-    if spec.task == Task.TI2V:
+    first = fitted(request.image, spec.takes.resizing, (request.width, request.height), request.fit)
+    if spec.takes.clean_first_frame:
         shape = (*request.latent_shape[:2], 1, *request.latent_shape[3:])
         return {"video": first, "first_frame": standard_normal(shape, 2)}
     video = conditioning_video(first, request.frames)

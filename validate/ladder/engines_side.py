@@ -45,7 +45,7 @@ class Ours:
 
     def pixels(self, image: Image.Image, size: tuple[int, int], fit: Fit) -> F32:
         """``[1, 3, H, W]``."""
-        return fitted(image, self._pipeline.spec.task, size, fit)[:, :, 0]
+        return fitted(image, self._pipeline.spec.takes.resizing, size, fit)[:, :, 0]
 
     def encode(self, video: F32) -> F32:
         """Normalised latents of frames ``[1, 3, F, H, W]``, chunk by chunk."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from export.checkpoint.checkpoint import Checkpoint
 from export.checkpoint.keys import diffusers_names, dit_config, text_encoder_config, vae_config
 from wan22.progress import Progress
-from wan22.specs import PATCH, ModelSpec, Task
+from wan22.specs import PATCH, ModelSpec
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -89,7 +89,7 @@ def timesteps_of(
 
     ``shape`` is that of the latents, ``[1, z, T, h, w]``.
     """
-    if spec.task != Task.TI2V:
+    if not spec.takes.clean_first_frame:
         return torch.tensor([timestep], dtype=torch.float32)
     frames, height, width = shape[2:]
     times = torch.full((frames, height // PATCH[1], width // PATCH[2]), timestep, dtype=torch.float32)

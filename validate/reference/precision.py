@@ -17,9 +17,10 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from wan22.specs import Precision
+from wan22.specs import Number, Precision
 
 FLOAT8 = torch.float8_e4m3fn
+DTYPES = {Number.FP32: torch.float32, Number.BF16: torch.bfloat16, Number.FP16: torch.float16}
 LARGEST = torch.finfo(FLOAT8).max
 SMALLEST_SCALE = 1e-12
 QUERIES_AT_ONCE = 1024  # rows of an attention matrix in memory
@@ -28,15 +29,14 @@ ONLY_FOR_FP16 = frozenset({"wo"})  # transformers keeps umt5's feed-forward in f
 
 def dtype_of(precision: Precision) -> torch.dtype:
     """The type of what is not FP8."""
-    whole = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}
-    return whole.get(precision, torch.bfloat16)
+    return DTYPES[precision.wide.linears]
 
 
 def lowered(module: Any, precision: Precision) -> Any:
     """``module``, whose weights are float32, for computing in ``precision``; changed in place."""
     dtype = dtype_of(precision)
     kept = set(module._keep_in_fp32_modules or ()) - (ONLY_FOR_FP16 if dtype == torch.bfloat16 else set())
-    if precision in (Precision.FP8, Precision.FP8_ATTN):
+    if precision.linears is Number.FP8:
         _quantise_linears(module)
     for name, parameter in module.named_parameters():
         if parameter.dtype != FLOAT8 and not kept & set(name.split(".")):
@@ -70,7 +70,7 @@ class Fp8Linear(torch.nn.Module):
 
 def attention_of(precision: Precision) -> AbstractContextManager[Any]:
     """Inside its ``with`` block attention is computed in ``precision``."""
-    if precision is not Precision.FP8_ATTN:
+    if precision.attention is not Number.FP8:
         return nullcontext()
     return _Instead(functional.scaled_dot_product_attention, _fp8_attention)
 

@@ -89,7 +89,7 @@ class Reference:
 
     def pixels(self, image: Image.Image, size: tuple[int, int], fit: str) -> F32:
         """An RGB image as ``[1, 3, H, W]`` of ``size`` (width, height), in about [-1, 1]."""
-        return to_numpy(pixels(image, self.spec.task, size, fit))
+        return to_numpy(pixels(image, self.spec.takes.resizing, size, fit))
 
     @torch.inference_mode()
     def condition(self, first: F32, frames: int, last: F32 | None = None) -> ImageCondition:
@@ -98,7 +98,7 @@ class Reference:
         assert one is not None
         with onednn_convolutions():
             vae = self._part("vae", "vae_encoder_first")
-            found = conditioning(vae, self.spec.task, frames, one, other)
+            found = conditioning(vae, frames, one, other, one_frame=self.spec.takes.clean_first_frame)
         video, mask, latents = found
         return ImageCondition(to_numpy(video), None if mask is None else to_numpy(mask), to_numpy(latents))
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from wan22.errors import UserError
-from wan22.specs import Precision, Task, spec_named
+from wan22.specs import Precision, spec_named
 from wan_trt.commands import build, export, generate, synth, validate
 from wan_trt.console import console
 
@@ -33,7 +33,7 @@ def run(
     console.rule("build")
     build.run(bundle, engines, "cpu")
     console.rule("generate")
-    image = None if spec.task == Task.T2V else _picture(folder / "image.png", spec.sampling.sizes[0])
+    image = None if spec.takes.image == "no" else _picture(folder / "image.png", spec.sampling.sizes[0])
     generate.run(engines, prompt, folder / "out.mp4", image=image, seed=seed)
     console.rule("validate against PyTorch")
     return validate.run(engines, str(checkpoint), folder, prompt=prompt, image=image, seed=seed)

@@ -1,7 +1,5 @@
-"""``wan-trt validate``: engines beside the PyTorch reference, or precisions beside float32 on a model of its own."""
+"""``wan-trt validate``: engines beside the PyTorch reference."""
 
-import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,13 +15,8 @@ if TYPE_CHECKING:
 Engines = Annotated[Path | None, typer.Argument(help="Engine bundle, or the ONNX bundle.", show_default=False)]
 Checkpoint = Annotated[str | None, typer.Argument(help="The checkpoint it was exported from.", show_default=False)]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Folder for the report, HTML and JSON.")]
-PrecisionStudy = Annotated[
-    bool,
-    typer.Option(
-        "--precision-study", help="Compare precisions on a small model with real magnitudes; takes no engines."
-    ),
-]
-Model = Annotated[str | None, typer.Option(help="Whose small model a precision study makes; ti2v-5b.")]
+PrecisionStudy = Annotated[bool, typer.Option("--precision-study", hidden=True)]  # moved, as was its --model
+Model = Annotated[str | None, typer.Option(hidden=True)]
 Prompt = Annotated[str | None, typer.Option(help="Prompt of the compared run.")]
 Image = Annotated[Path | None, typer.Option(help="Image to start from (I2V, TI2V); a built-in picture unless given.")]
 Prompts = Annotated[Path | None, typer.Option(help='Compare several: one a line, or {"prompt": ..., "image": ...}.')]
@@ -33,9 +26,6 @@ Calls = Annotated[Path | None, typer.Option(help="Folder for one call of every e
 OfficialRepo = Annotated[
     Path | None, typer.Option(help="A clone of Wan-Video/Wan2.2, to compare with its code as well.")
 ]
-
-STUDY_STEPS = 4
-STUDIED_WITH = ("precision_study", "output", "model", "steps", "seed")  # the options that a study heeds
 
 
 def run(
@@ -70,19 +60,14 @@ def run(
     reference_device: given.ReferenceDevice = "auto",
     official_repo: OfficialRepo = None,
 ) -> int:
-    """Prove that the engines compute what PyTorch computes. Exit code 1 when a check fails or a gate is missed.
-
-    With --precision-study: what each precision costs in accuracy, exit code 1 when one that can be exported collapses.
-    """
+    """Prove that the engines compute what PyTorch computes. Exit code 1 when a check fails or a gate is missed."""
     if list_gates:
         return _list_gates()
-    if precision_study:
-        _refuse_others(locals())
-        return _study(output, model or "ti2v-5b", steps, seed)
+    if precision_study or model is not None:
+        remedy = "run it in a checkout of the source"
+        raise UserError("validate --precision-study has moved", "python -m studies.precision -o DIR", remedy)
     if engines is None or checkpoint is None:
-        raise UserError("no ENGINES and CHECKPOINT", "both, or --precision-study", "see wan-trt validate --help")
-    if model is not None:
-        raise UserError("--model beside engines", "the engines' own", "leave it out, or add --precision-study")
+        raise UserError("no ENGINES and CHECKPOINT", "both", "see wan-trt validate --help")
     request, several = given.request_from(locals()), given.seeds_of(seeds)
     from validate import ValidateOptions
 
@@ -108,27 +93,6 @@ def _compare(engines: Path, checkpoint: str, output: Path, options: "ValidateOpt
         console.print(worst.command, markup=False)
     console.print(f"{report.summary()}: {output / 'report.html'}", markup=False)
     return 0 if report else 1
-
-
-def _refuse_others(options: Mapping[str, object]) -> None:
-    """What a precision study has no use for must not seem to have been heard."""
-    for name, parameter in inspect.signature(run).parameters.items():
-        if name not in STUDIED_WITH and options[name] != parameter.default:
-            told = name.upper() if name in ("engines", "checkpoint") else f"--{name.replace('_', '-')}"
-            raise UserError(f"{told} beside --precision-study", "a study of its own model", f"leave {told} out")
-
-
-def _study(output: Path, model: str, steps: int | None, seed: int) -> int:
-    from validate.study import StudyOptions, precision_study
-
-    options = StudyOptions(model, steps=STUDY_STEPS if steps is None else steps, seed=seed, command=command_line())
-    with bars() as progress:
-        study = precision_study(options, output, progress)
-    console.print(study.table())
-    for sentence in study.sentences:
-        console.print(f"- {sentence}")
-    console.print(f"[dim]{output / 'study.html'}[/]")
-    return 0 if study else 1
 
 
 def _list_gates() -> int:

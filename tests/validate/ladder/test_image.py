@@ -89,8 +89,8 @@ def test_the_5b_matches_in_both_modes(ti2v, tmp_path):
 def test_wrong_pixels_are_found_at_the_pixels(i2v, tmp_path, monkeypatch):
     from runtime.image_condition import fitted
 
-    def smooth(image, task, size, fit="official"):
-        return fitted(image.resize(size, Image.Resampling.LANCZOS), task, size, fit)
+    def smooth(image, resizing, size, fit="official"):
+        return fitted(image.resize(size, Image.Resampling.LANCZOS), resizing, size, fit)
 
     for user in ("runtime.pipeline", "validate.ladder.engines_side"):
         monkeypatch.setattr(f"{user}.fitted", smooth)
