@@ -5,11 +5,11 @@ from pathlib import Path
 
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
-from runtime.schedule import Convention, SolverName
 from validate.reference.device import Choice
 from validate.sample_image import picture_for
 from wan22.bundle import Manifest
 from wan22.errors import UserError
+from wan22.sampling import Convention, SolverName
 
 PROMPT = "A red fox runs through fresh snow at sunrise, 一只红狐狸在雪地里奔跑"
 
@@ -31,12 +31,13 @@ class ValidateOptions:
     # sampling
     seed: int = 0
     preset: str | None = None
+    boundary: float | None = None  # None: what each side reads, the engines in their bundle, the reference elsewhere
     steps: int | None = None
     shift: float | None = None
     guidance: float | None = None  # of every expert
     guidance_of: dict[str, float] = field(default_factory=dict)  # of one expert, over that of every
     solver: SolverName | None = None
-    schedule: Convention = "official"
+    schedule: Convention | None = None
     # several runs
     prompts: Path | None = None  # see :func:`runtime.prompts.read_prompts`; instead of prompt and image
     seeds: tuple[int, ...] = ()  # instead of seed
@@ -70,6 +71,7 @@ class ValidateOptions:
             exact_official=self.exact_official,
             seed=self.seed,
             preset=self.preset,
+            boundary=self.boundary,
             steps=self.steps,
             shift=self.shift,
             guidance=shared | self.guidance_of,

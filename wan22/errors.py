@@ -1,6 +1,8 @@
 """What is told in one line: bad input, and a model that computes NaN. Any other exception is a bug."""
 
 import errno
+import logging
+from functools import cache
 
 
 class UserError(Exception):
@@ -25,3 +27,9 @@ class NonFiniteError(RuntimeError):
 
     No input of the user explains that, so it is no ``UserError``. The command line leaves with exit code 1.
     """
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Logs a warning; the same again in this process is not repeated."""
+    logging.getLogger("wan22").warning(message)

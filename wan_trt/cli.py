@@ -25,6 +25,7 @@ from wan_trt.commands import (
     inspect,
     lora,
     plan,
+    presets,
     scale,
     serve,
     synth,
@@ -82,6 +83,7 @@ def _told(error: OSError | ModuleNotFoundError, command: str) -> str:
 
 for command in (
     plan,
+    presets,
     synth,
     export,
     calibrate,

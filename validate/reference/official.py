@@ -19,6 +19,7 @@ import numpy as np
 
 from export.checkpoint.checkpoint import Checkpoint
 from runtime.request import CompleteRequest
+from validate.reference.boundary import expert_of, stated_boundary
 from validate.reference.official_modules import Modules, check_clone
 from validate.reference.parts import F32, I64
 from validate.reference.reference import NOTHING, Given
@@ -32,7 +33,7 @@ _modules: list[Modules] = []  # of the other process
 
 def makes(request: CompleteRequest) -> bool:
     """Whether the official code can make the requested run."""
-    return request.solver in SOLVERS and request.schedule == "official"
+    return request.solver in SOLVERS and request.schedule == "official" and not request.sigmas
 
 
 class Official:
@@ -43,7 +44,7 @@ class Official:
 
     def __init__(self, repo: Path, checkpoint: Checkpoint) -> None:
         check_clone(repo)
-        self.spec, self._repo = checkpoint.spec, repo
+        self.spec, self.boundary, self._repo = checkpoint.spec, stated_boundary(checkpoint), repo
         spawned = multiprocessing.get_context("spawn")
         self._process = ProcessPoolExecutor(1, spawned, _leave_at_ctrl_c)
         self._arguments = (repo.resolve(), checkpoint)
@@ -88,7 +89,7 @@ class Official:
         """As :func:`validate.reference.whole_run.run`, with the official models and solver."""
         latents = _with_first_frame(noise(request.latent_shape, request.seed), given)
         for index, timestep in enumerate(self.lists(request)[1].tolist()):
-            expert = self.spec.expert_at(timestep)
+            expert = expert_of(self.boundary, request, index, timestep)
             velocity = self.velocity(expert, latents, timestep, text, given)
             if negative is not None and (scale := request.guidance[expert]) != 1:
                 unconditional = self.velocity(expert, latents, timestep, negative, given)

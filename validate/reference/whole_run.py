@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from runtime.request import CompleteRequest
-from runtime.schedule import SolverName
+from validate.reference.boundary import expert_of
 from validate.reference.parts import F32, I64
 from validate.reference.reference import NOTHING, Given, Reference
+from wan22.sampling import SolverName
 from wan22.specs import TRAIN_TIMESTEPS
 
 
@@ -47,11 +48,11 @@ def run(
 
     ``text`` and ``negative`` are ``[1, 512, text width]``; a run without guidance needs no ``negative``.
     """
-    boundary, scheduler = reference.spec.sampling.boundary, scheduler_for(request)
+    scheduler = scheduler_for(request)
     latents = _with_first_frame(noise(request.latent_shape, request.seed), given)
     for index, timestep in enumerate(scheduler.timesteps):
         t = float(timestep)
-        expert = "dit" if boundary is None else "high_noise" if t >= boundary * TRAIN_TIMESTEPS else "low_noise"
+        expert = expert_of(reference.boundary, request, index, t)
         velocity = reference.velocity(expert, latents, t, text, given)
         problem = "" if np.isfinite(velocity).all() else _named(f"velocity of {expert}", index, request, t)
         if negative is not None and (scale := request.guidance[expert]) != 1:
@@ -78,8 +79,10 @@ def _with_first_frame(latents: F32, given: Given) -> F32:
 def scheduler_for(request: CompleteRequest) -> Any:
     """One of diffusers' schedulers with ``.sigmas`` [N+1] and ``.timesteps`` [N] set for this run."""
     official, steps = request.schedule == "official", request.steps
-    scheduler = _scheduler(request.solver, request.shift)
-    if not official:
+    scheduler = _scheduler(request.solver, 1.0 if request.sigmas else request.shift)
+    if request.sigmas:
+        _set_list(scheduler, request)
+    elif not official:
         scheduler.set_timesteps(steps)
     elif request.solver == "unipc":
         top = float(np.float32(1 - 1 / TRAIN_TIMESTEPS))  # the official code reads it back from a float32 table
@@ -100,6 +103,14 @@ def _scheduler(solver: SolverName, shift: float) -> Any:
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}[solver]
     return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def _set_list(scheduler: Any, request: CompleteRequest) -> None:
+    if request.solver == "dpm++":
+        scheduler.set_timesteps(len(request.sigmas))
+        _overwrite(scheduler, np.array(request.sigmas), 1.0)
+    else:
+        scheduler.set_timesteps(sigmas=np.array(request.sigmas))
 
 
 def _overwrite(scheduler: Any, grid: np.ndarray, shift: float) -> None:

@@ -11,6 +11,7 @@ import typer
 from wan22.errors import UserError
 from wan22.progress import Progress
 from wan_trt.arguments import (
+    Boundary,
     ExpertGuidance,
     Fit,
     Frames,
@@ -42,6 +43,7 @@ def run(
     last_image: LastImage = None,
     fit: Fit = "official",
     preset: Preset = None,
+    boundary: Boundary = None,
     steps: Steps = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Drawn by the server unless given.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
@@ -70,6 +72,7 @@ def run(
         "last_image": content_of(last_image),
         "fit": fit if image is not None else None,
         "preset": preset,
+        "boundary": boundary,
         "steps": steps,
         "seed": seed,
         "shift": shift,

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from wan_trt.arguments import (
+    Boundary,
     ExactOfficial,
     ExpertGuidance,
     Fit,
@@ -45,6 +46,7 @@ def run(
     fit: Fit = "official",
     exact_official: ExactOfficial = False,
     preset: Preset = None,
+    boundary: Boundary = None,
     steps: Steps = None,
     seed: Seed = 0,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.", min=1, max=240)] = None,
@@ -53,10 +55,10 @@ def run(
     guidance_low_noise: ExpertGuidance = None,
     guidance: Guidance = None,
     solver: Solver = None,
-    schedule: Schedule = "official",
+    schedule: Schedule = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print where the time went.")] = False,
 ) -> None:
-    """Generate a video. What is not given is the model's default."""
+    """Generate a video. What is not given is the default of the bundle."""
     from runtime.generate import generate
     from runtime.pipeline import Pipeline
     from runtime.request import Request
@@ -74,6 +76,7 @@ def run(
             exact_official=exact_official,
             seed=seed,
             preset=preset,
+            boundary=boundary,
             steps=steps,
             shift=shift,
             guidance=chosen | by_expert(guidance_high_noise, guidance_low_noise),

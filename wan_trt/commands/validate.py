@@ -9,6 +9,7 @@ import typer
 
 from wan22.errors import UserError
 from wan_trt.arguments import (
+    Boundary,
     ExactOfficial,
     ExpertGuidance,
     Fit,
@@ -74,6 +75,7 @@ def run(
     fit: Fit = "official",
     exact_official: ExactOfficial = False,
     preset: Preset = None,
+    boundary: Boundary = None,
     steps: Steps = None,
     seed: Seed = 0,
     shift: Shift = None,
@@ -81,7 +83,7 @@ def run(
     guidance_low_noise: ExpertGuidance = None,
     guidance: Guidance = None,
     solver: Solver = None,
-    schedule: Schedule = "official",
+    schedule: Schedule = None,
     prompts: Prompts = None,
     seeds: Seeds = None,
     gate: Gate = None,
@@ -109,10 +111,10 @@ def run(
 
     options = ValidateOptions(
         prompt, negative_prompt, fixed, frames, image=image, last_image=last_image, fit=fit,
-        exact_official=exact_official, seed=seed, preset=preset, steps=steps, shift=shift, guidance=guidance,
-        guidance_of=by_expert(guidance_high_noise, guidance_low_noise), solver=solver, schedule=schedule,
-        prompts=prompts, seeds=several, reference_device=reference_device, official_repo=official_repo,
-        calls=calls, gate=gate, bench=bench, command=command_line(),
+        exact_official=exact_official, seed=seed, preset=preset, boundary=boundary, steps=steps, shift=shift,
+        guidance=guidance, guidance_of=by_expert(guidance_high_noise, guidance_low_noise), solver=solver,
+        schedule=schedule, prompts=prompts, seeds=several, reference_device=reference_device,
+        official_repo=official_repo, calls=calls, gate=gate, bench=bench, command=command_line(),
     )  # fmt: skip
     return _compare(engines, checkpoint, output, options)
 
