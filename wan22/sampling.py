@@ -66,6 +66,11 @@ PRESETS: Mapping[str, Preset] = {
 ALIASES = {"lightning": "lightx2v-4step"}
 
 
+def presets_for(task: str) -> dict[str, Preset]:
+    """The presets of a model of ``task``, by name."""
+    return {name: preset for name, preset in PRESETS.items() if task in preset.tasks}
+
+
 def preset_named(name: str, task: str) -> tuple[str, Preset]:
     """The preset ``name``, which may be an alias, for a model of ``task``, with its proper name.
 
@@ -73,9 +78,8 @@ def preset_named(name: str, task: str) -> tuple[str, Preset]:
         UserError: no such preset, or one for other models.
     """
     proper = ALIASES.get(name, name)
-    usable = ", ".join(known for known, preset in PRESETS.items() if task in preset.tasks)
     if proper not in PRESETS:
         raise UserError(f"preset {name!r}", f"one of {', '.join((*PRESETS, *ALIASES))}", "see wan-trt presets")
-    if task not in PRESETS[proper].tasks:
-        raise UserError(f"preset {name!r} for a {task} model", f"one of {usable}", "see wan-trt presets")
+    if proper not in (usable := presets_for(task)):
+        raise UserError(f"preset {name!r} for a {task} model", f"one of {', '.join(usable)}", "see wan-trt presets")
     return proper, PRESETS[proper]

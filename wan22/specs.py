@@ -238,6 +238,8 @@ TI2V_5B = ModelSpec(
     ),
 )  # fmt: skip
 
+PUBLISHED = (T2V_A14B, I2V_A14B, TI2V_5B)
+
 _TINY_DIT = {"width": 256, "ffn_width": 512, "layers": 2, "heads": 2, "text_width": 128}
 _TINY_TEXT = TextEncoderSpec(width=128, ffn_width=256, layers=2, heads=4, vocab=1024, head_width=32)
 
@@ -256,9 +258,7 @@ def _tiny(spec: ModelSpec, size: tuple[int, int]) -> ModelSpec:
 SPECS = {
     spec.name: spec
     for spec in (
-        T2V_A14B,
-        I2V_A14B,
-        TI2V_5B,
+        *PUBLISHED,
         _tiny(T2V_A14B, (256, 160)),
         _tiny(I2V_A14B, (256, 160)),
         _tiny(TI2V_5B, (256, 160)),

@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 
-from export.checkpoint.layout import MODEL_INDEX
 from export.checkpoint.part_files import read_config
 from wan22.errors import UserError, warn_once
 from wan22.sampling import SamplingSpec, SolverName
@@ -45,16 +44,16 @@ def converter_shift(spec: ModelSpec) -> float:
     return 5.0 if spec.takes.clean_first_frame else 3.0
 
 
-def stated_sampling(folder: Path, spec: ModelSpec) -> SamplingSpec:
-    """The sampling of ``spec`` with what the -Diffusers checkpoint in ``folder`` states.
+def stated_sampling(index: Path, spec: ModelSpec) -> SamplingSpec:
+    """The sampling of ``spec`` with what the -Diffusers checkpoint of that ``model_index.json`` states.
 
     Raises:
         UserError: a boundary outside 0…1, a shift that is not positive, timesteps that are not counted to 1000.
     """
-    stated: dict[str, Any] = _boundary(folder / MODEL_INDEX, spec) | _scheduler(folder / SCHEDULER_CONFIG, spec)
+    stated: dict[str, Any] = _boundary(index, spec) | _scheduler(index.parent / SCHEDULER_CONFIG, spec)
     for name, value in stated.items():
         if (usual := getattr(spec.sampling, name)) != value:
-            warn_once(f"{folder}: {name} {value} where {spec.name} has {usual}; the checkpoint's is used")
+            warn_once(f"{index.parent}: {name} {value} where {spec.name} has {usual}; the checkpoint's is used")
     return replace(spec.sampling, **stated)
 
 

@@ -14,9 +14,9 @@ from export.checkpoint.sampling import stated_sampling
 from export.files.tensor_file import Stored
 from wan22.errors import UserError
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
-from wan22.specs import I2V_A14B, T2V_A14B, TEXT_TOKENS, TI2V_5B, ModelSpec, named_after_dimensions
+from wan22.specs import PUBLISHED, T2V_A14B, TEXT_TOKENS, TI2V_5B, ModelSpec, named_after_dimensions
 
-RELEASED = {str(spec.task): spec for spec in (T2V_A14B, I2V_A14B, TI2V_5B)}  # by model_type
+RELEASED = {str(spec.task): spec for spec in PUBLISHED}  # by model_type
 Size = Annotated[int, msgspec.Meta(gt=0)]
 Layers = Annotated[int, msgspec.Meta(gt=0, le=1000)]
 RELEASES = "a Wan2.2 T2V-A14B, I2V-A14B or TI2V-5B"
@@ -134,7 +134,7 @@ def diffusers_spec(folder: Path) -> ModelSpec:
     text = read_config(folder / "text_encoder" / "config.json", TextEncoderConfig)
     vae = read_config(folder / "vae" / "config.json", VaeConfig)
     spec = _assembled(base, len(configs), dit, _text_encoder(text), _vae(vae))
-    return replace(spec, sampling=stated_sampling(folder, spec))
+    return replace(spec, sampling=stated_sampling(folder / MODEL_INDEX, spec))
 
 
 def _same(paths: list[Path], configs: list[msgspec.Struct]) -> None:

@@ -2,21 +2,20 @@
 
 from rich.table import Table
 
-from wan22.sampling import ALIASES, PRESETS
-from wan22.specs import I2V_A14B, T2V_A14B, TI2V_5B, ModelSpec
+from wan22.sampling import ALIASES, PRESETS, presets_for
+from wan22.specs import PUBLISHED, ModelSpec
 from wan_trt.console import console
-
-MODELS = (T2V_A14B, I2V_A14B, TI2V_5B)
 
 
 def run() -> None:
     """List the presets of generate, validate, export and client, per model, with their source."""
     table = Table("preset", "model", "solver", "steps", "shift", "timesteps", "experts", "guidance", "source")
+    usable = {spec.name: presets_for(spec.task) for spec in PUBLISHED}
     for name, preset in PRESETS.items():
         aliases = [alias for alias, of in ALIASES.items() if of == name]
         called = "\n".join((name, *(f"or {alias}" for alias in aliases)))
-        for spec in MODELS:
-            if spec.task in preset.tasks:
+        for spec in PUBLISHED:
+            if name in usable[spec.name]:
                 table.add_row(called, *_settings(spec.with_preset(name)), preset.source)
     console.print(table)
 

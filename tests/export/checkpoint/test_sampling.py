@@ -20,7 +20,7 @@ def stated(tmp_path):
         if scheduler is not None:
             (tmp_path / SCHEDULER_CONFIG).parent.mkdir(exist_ok=True)
             (tmp_path / SCHEDULER_CONFIG).write_text(json.dumps(scheduler))
-        return stated_sampling(tmp_path, spec)
+        return stated_sampling(tmp_path / "model_index.json", spec)
 
     return made
 

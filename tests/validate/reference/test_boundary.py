@@ -67,7 +67,7 @@ def test_a_wrong_boundary_in_the_bundle_fails_at_the_step_that_it_moves(engines,
     write_manifest(tmp_path / "engines", replace(manifest, spec=wrong))
     report = validate(tmp_path / "engines", diffusers_checkpoint, tmp_path / "report", SMALL)
     assert not report
-    assert report.first_diverging_step == 2
+    assert report.first_diverging_step.step == 2
 
 
 @pytest.mark.parametrize(("boundary", "expected"), [(0.7, 0.7), (None, 0.875)])
