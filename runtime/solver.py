@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.arrays import F32
-from runtime.schedule import Schedule, SolverName
+from runtime.schedule import Schedule
+from wan22.sampling import SolverName
 
 
 class Solver(Protocol):

@@ -1,7 +1,9 @@
 """What is told in one line: bad input, and a model that computes NaN. Any other exception is a bug."""
 
 import errno
+import logging
 from collections.abc import Sequence
+from functools import cache
 
 
 class UserError(Exception):
@@ -31,3 +33,9 @@ class NonFiniteError(RuntimeError):
 
     No input of the user explains that, so it is no ``UserError``. The command line leaves with exit code 1.
     """
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Logs a warning; the same again in this process is not repeated."""
+    logging.getLogger("wan22").warning(message)

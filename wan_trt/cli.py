@@ -17,6 +17,7 @@ from wan_trt.commands import (
     inspect,
     lora,
     plan,
+    presets,
     serve,
     synth,
     triton,
@@ -35,6 +36,7 @@ app = typer.Typer(
 
 for command in (
     plan,
+    presets,
     synth,
     export,
     calibrate,

@@ -10,12 +10,13 @@ import msgspec
 
 from export.checkpoint.layout import MODEL_INDEX, expert_folder
 from export.checkpoint.part_files import read_config
+from export.checkpoint.sampling import stated_sampling
 from export.files.tensor_file import Stored
 from wan22.errors import UserError
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
-from wan22.specs import I2V_A14B, T2V_A14B, TEXT_TOKENS, TI2V_5B, ModelSpec, named_after_dimensions
+from wan22.specs import PUBLISHED, T2V_A14B, TEXT_TOKENS, TI2V_5B, ModelSpec, named_after_dimensions
 
-RELEASED = {str(spec.task): spec for spec in (T2V_A14B, I2V_A14B, TI2V_5B)}  # by model_type
+RELEASED = {str(spec.task): spec for spec in PUBLISHED}  # by model_type
 Size = Annotated[int, msgspec.Meta(gt=0)]
 Layers = Annotated[int, msgspec.Meta(gt=0, le=1000)]
 RELEASES = "a Wan2.2 T2V-A14B, I2V-A14B or TI2V-5B"
@@ -110,7 +111,7 @@ def official_spec(folder: Path, experts: tuple[str, ...], parts: Mapping[str, Ma
 
 
 def diffusers_spec(folder: Path) -> ModelSpec:
-    """The model in a -Diffusers folder, from its configs alone."""
+    """The model in a -Diffusers folder and what it says of sampling, from its configs alone."""
     index: ModelIndex = read_config(folder / MODEL_INDEX, ModelIndex)
     paths = [folder / "transformer" / "config.json"]
     if index.transformer_2[0] is not None:
@@ -132,7 +133,8 @@ def diffusers_spec(folder: Path) -> ModelSpec:
     base = _release(clean_first_frame=bool(index.expand_timesteps), condition=dit.condition_channels > 0)
     text = read_config(folder / "text_encoder" / "config.json", TextEncoderConfig)
     vae = read_config(folder / "vae" / "config.json", VaeConfig)
-    return _assembled(base, len(configs), dit, _text_encoder(text), _vae(vae))
+    spec = _assembled(base, len(configs), dit, _text_encoder(text), _vae(vae))
+    return replace(spec, sampling=stated_sampling(folder / MODEL_INDEX, spec))
 
 
 def _same(paths: list[Path], configs: list[msgspec.Struct]) -> None:

@@ -27,6 +27,7 @@ from export.checkpoint.layout import (
     tokenizer_folder,
     vae_file,
 )
+from export.checkpoint.sampling import converter_shift
 from export.checkpoint.schema import part_tensors
 from export.files.safetensors_file import write_safetensors
 from export.files.tensor_file import BFLOAT16, Pieces, Planned
@@ -201,7 +202,7 @@ def _scheduler_config(spec: ModelSpec) -> dict[str, Any]:
         "beta_schedule": "linear",
         "beta_start": 0.0001,
         "final_sigmas_type": "zero",
-        "flow_shift": 5.0 if spec.takes.clean_first_frame else 3.0,
+        "flow_shift": converter_shift(spec),
         "lower_order_final": True,
         "num_train_timesteps": 1000,
         "predict_x0": True,

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from runtime.request import CompleteRequest
-from runtime.schedule import SolverName
+from validate.reference.boundary import expert_of
 from validate.reference.parts import F32, I64
 from validate.reference.reference import NOTHING, Given, Reference
-from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
+from wan22.sampling import SolverName
+from wan22.specs import TRAIN_TIMESTEPS
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ReferenceStep:
 class Models(Protocol):
     """What a run of the reference asks of a model."""
 
-    spec: ModelSpec
+    boundary: float | None  # as the checkpoint states it
 
     def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = ...) -> F32:
         """As :meth:`validate.reference.reference.Reference.velocity`."""
@@ -83,10 +84,9 @@ def guided(
         given: what comes of an image.
     """
     text, negative = texts
-    boundary = models.spec.sampling.boundary
     latents = _with_first_frame(noise(request.latent_shape, request.seed), given)
     for index, t in enumerate(map(float, timesteps)):
-        expert = "dit" if boundary is None else "high_noise" if t >= boundary * TRAIN_TIMESTEPS else "low_noise"
+        expert = expert_of(models.boundary, request, index, t)
         velocity = models.velocity(expert, latents, t, text, given)
         problem = "" if np.isfinite(velocity).all() else _named(f"velocity of {expert}", index, request, t)
         if negative is not None and (scale := request.guidance[expert]) != 1:
@@ -112,8 +112,10 @@ def _with_first_frame(latents: F32, given: Given) -> F32:
 def scheduler_for(request: CompleteRequest) -> Any:
     """One of diffusers' schedulers with ``.sigmas`` [N+1] and ``.timesteps`` [N] set for this run."""
     official, steps = request.schedule == "official", request.steps
-    scheduler = _scheduler(request.solver, request.shift)
-    if not official:
+    scheduler = _scheduler(request.solver, 1.0 if request.sigmas else request.shift)
+    if request.sigmas:
+        _set_list(scheduler, request)
+    elif not official:
         scheduler.set_timesteps(steps)
     elif request.solver == "unipc":
         top = float(np.float32(1 - 1 / TRAIN_TIMESTEPS))  # the official code reads it back from a float32 table
@@ -134,6 +136,14 @@ def _scheduler(solver: SolverName, shift: float) -> Any:
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}[solver]
     return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def _set_list(scheduler: Any, request: CompleteRequest) -> None:
+    if request.solver == "dpm++":
+        scheduler.set_timesteps(len(request.sigmas))
+        _overwrite(scheduler, np.array(request.sigmas), 1.0)
+    else:
+        scheduler.set_timesteps(sigmas=np.array(request.sigmas))
 
 
 def _overwrite(scheduler: Any, grid: np.ndarray, shift: float) -> None:

@@ -61,7 +61,7 @@ class Toward:
     """A model whose every velocity leads from the noise to ``goal``, however long the way."""
 
     def __init__(self, spec, goal):
-        self.spec, self.goal, self.asked = spec, goal, []
+        self.spec, self.boundary, self.goal, self.asked = spec, spec.sampling.boundary, goal, []
 
     def velocity(self, expert, latents, timestep, text, given=NOTHING):
         self.asked.append((expert, timestep, float(text[0])))
