@@ -13,10 +13,10 @@ from export.graphs.linear import FLOAT8, FLOAT8_MAX, Fp8
 from export.graphs.taps import Tapped, add_taps, linear_inputs
 from export.quantise.fp8_weights import Fp8Weights
 from export.quantise.input_means import CENTRED, input_width
+from export.quantise.input_scales import MARGIN
 from runtime.arrays import F32
 from studies.precision.ablation import FewLinears, Patch, leave_k_alone, scale_v_as_a_whole, subtract_token_means
 from studies.precision.session import filled, opened
-from validate.calibrate import MARGIN
 from validate.ladder.thresholds import BF16, FP16
 from wan22.specs import DitSpec
 

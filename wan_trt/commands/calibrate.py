@@ -27,7 +27,7 @@ def run(
 ) -> None:
     """Measure the largest inputs of all linears over prompts; FP8 without static scales scales each token by itself."""
     pixels = size_of(size)
-    from validate.calibrate import CalibrateOptions, calibrate
+    from wan_trt.recipes.calibrate import CalibrateOptions, calibrate
 
     options = CalibrateOptions(prompts, steps, pixels, frames, seed, margin, target, means, overwrite, negative_prompt)
     with bars() as progress:
