@@ -84,7 +84,6 @@ class Build:
     seconds: float
     peak_rss_bytes: int = 0  # most memory that the build had resident
     attention_scales: dict[str, float] = field(default_factory=dict)  # FP8 scales of Q and K beside external weights
-    kernels_per_block: dict[str, int] = field(default_factory=dict)  # of a transformer: style of weights → measured
 
 
 @dataclass(frozen=True)

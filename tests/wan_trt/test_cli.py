@@ -131,12 +131,12 @@ def test_numbers_that_are_out_of_the_world_are_the_parsers_to_refuse(option):
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path, tiny_bundle, monkeypatch, capsys):
-    import validate.calibrate
+    import wan_trt.recipes.calibrate
 
     def full(*_args):
         raise OSError(errno.ENOSPC, "No space left on device", "graphs.onnx")
 
-    monkeypatch.setattr(validate.calibrate, "write_tapped", full)
+    monkeypatch.setattr(wan_trt.recipes.calibrate, "write_tapped", full)
     (tmp_path / "prompts").write_text("a fox")
     told = refused(capsys, "calibrate", tiny_bundle, tmp_path / "s.json", "--prompts", tmp_path / "prompts")
     assert told == "wan-trt: disk full while writing graphs.onnx | expected free space | free some and run again"
@@ -173,3 +173,10 @@ def test_ctrl_c_leaves_nothing_and_says_so(tmp_path, tiny_checkpoint, monkeypatc
     assert status(["export", str(tiny_checkpoint), str(tmp_path / "b"), "--precision", "fp32"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_public_name_is_there():
+    import wan_trt
+
+    assert {"apply_lora", "calibrate", "pack"} <= set(wan_trt.__all__)
+    assert [name for name in wan_trt.__all__ if getattr(wan_trt, name, None) is None] == []

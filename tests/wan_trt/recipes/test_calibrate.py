@@ -18,9 +18,9 @@ from export.quantise.input_scales import read_input_scales
 from runtime.request import Request
 from studies.precision.session import opened
 from tests.export.graphs.test_dit import inputs_for, relative_l2
-from validate.calibrate import CalibrateOptions, calibrate
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
+from wan_trt.recipes.calibrate import CalibrateOptions, calibrate
 
 TINY = SPECS["t2v-a14b-tiny"]
 
