@@ -59,7 +59,7 @@ class Source:
     """Where the weights came from. ``fingerprint`` covers names, dtypes, shapes and sizes of all files read."""
 
     checkpoint: str
-    layout: Literal["official", "diffusers"]
+    layout: str  # name of the module that read it
     fingerprint: str
 
 
