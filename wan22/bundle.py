@@ -69,6 +69,7 @@ class MergedLora:
     sha256: str
     strength: float
     experts: tuple[str, ...]
+    config_sha256: str = ""  # of the adapter's configuration beside the file, where one says how it is scaled
 
 
 @dataclass(frozen=True)

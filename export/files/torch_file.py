@@ -17,9 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from export.files.tensor_file import BFLOAT16, HoleyFile, Pieces, Planned, Stored
+from export.files.tensor_file import BFLOAT16, FLOAT8, HoleyFile, Pieces, Planned, Stored
 from wan22.errors import UserError
 
+NUMPY = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in NUMPY}  # by torch's name
+DTYPES |= {"bfloat16": BFLOAT16, "float8_e4m3fn": FLOAT8[0], "float8_e5m2": FLOAT8[1]}
 ALIGNMENT = 64  # of every record, as torch writes them
 _LOCAL_HEADER_BYTES, _ZIP64_EXTRA_BYTES = 30, 20
 
@@ -62,7 +65,9 @@ def _stored(path: Path, name: object, tensor: Any) -> Stored:
 
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous():
         raise UserError(f"{path}: entry {name!r} is no plain tensor", "tensors by name", "use the official file")
-    dtype = BFLOAT16 if tensor.dtype == torch.bfloat16 else np.dtype(str(tensor.dtype).removeprefix("torch."))
+    dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None:
+        raise UserError(f"{path}: {name} is {tensor.dtype}", ", ".join(DTYPES), "use a file without such tensors")
     begin: Any = tensor.untyped_storage()._checkpoint_offset  # set by torch.load for the meta device
     stored = Stored(path, dtype, tuple(tensor.shape), begin + int(tensor.storage_offset()) * dtype.itemsize)
     if stored.offset + stored.size_bytes > path.stat().st_size:
