@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from export.files.safetensors_file import read_safetensors
-from export.files.tensor_file import Stored
-from export.files.torch_file import read_torch
+from export.files.tensor_file import Stored, check_regular
+from export.files.torch_reader import read_torch
 from wan22.errors import UserError
 
 TRANSFORMER_STEM = "diffusion_pytorch_model"  # of official experts, and of diffusers' transformers and VAE
@@ -38,6 +38,7 @@ def index_file(stem: str) -> str:
 
 def read_config(path: Path, kind: type[Any]) -> Any:
     """The JSON file at ``path`` as a ``kind``; fields that ``kind`` does not have are ignored."""
+    check_regular(path)
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:

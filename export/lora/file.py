@@ -11,7 +11,7 @@ import numpy as np
 from export.checkpoint.schema import Shapes, dit_tensors
 from export.files.safetensors_file import read_metadata, read_safetensors
 from export.files.tensor_file import BFLOAT16, FLOAT8, Stored
-from export.files.torch_file import read_torch
+from export.files.torch_reader import read_torch
 from export.lora.adapter import WEIGHT_SUFFIXES, AdapterConfig, read_configs
 from export.lora.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Whole, fits
 from export.lora.keys import HADA, LEAF, LOKR, PAIR, UNSUPPORTED, KeyReader, Role
