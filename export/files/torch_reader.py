@@ -1,8 +1,8 @@
 """``.pth`` and ``.pt`` files read tensor by tensor: torch's zip of a pickle and one uncompressed record per storage.
 
-The pickle is read without PyTorch. Its opcodes are looked through first; then Python's unpickler builds it, and the only
-names that it may call are the handful that describe tensors, which are functions of this module. So no code of the file
-runs, nothing larger than the file is allocated, and a tensor is refused unless its record holds all of it.
+The pickle is read without PyTorch. Its opcodes are checked first; then Python's unpickler builds it, and the only names
+that it may call are the handful that describe tensors, which are functions of this module. So no code of the file runs,
+nothing larger than the file is allocated, and a tensor is refused unless its record holds all of it.
 """
 
 import io
@@ -65,7 +65,7 @@ def read_torch(path: Path) -> dict[str, Stored]:
     return {name: _stored(path, name, tensor, records) for name, tensor in state.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Record:
     offset: int
     size_bytes: int
@@ -98,13 +98,13 @@ def _record(stream: io.BufferedReader, entry: zipfile.ZipInfo) -> _Record:
     return _Record(entry.header_offset + 30 + name + extra, entry.file_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Storage:
     key: str
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Tensor:
     storage: _Storage
     first: int
@@ -115,11 +115,13 @@ class _Tensor:
 
 def _rebuild_tensor(storage: Any, first: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
     """Both forms of torch's: the longer one, of newer types, ends with dtype and metadata."""
+    if not isinstance(storage, _Storage):
+        raise TypeError("a tensor without a storage")
     dtype = next((each.name for each in rest if isinstance(each, _Dtype)), storage.dtype)
     return _Tensor(storage, int(first), tuple(map(int, shape)), tuple(map(int, strides)), dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Dtype:
     name: str
 
