@@ -59,7 +59,7 @@ class Source:
     """Where the weights came from. ``fingerprint`` covers names, dtypes, shapes and sizes of all files read."""
 
     checkpoint: str
-    layout: Literal["official", "diffusers"]
+    layout: str  # name of the module that read it
     fingerprint: str
 
 
@@ -69,6 +69,7 @@ class MergedLora:
     sha256: str
     strength: float
     experts: tuple[str, ...]
+    config_sha256: str = ""  # of the adapter's configuration beside the file, where one says how it is scaled
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from export.checkpoint import diffusers, official
 from export.checkpoint.keys import diffusers_names, dit_config, text_encoder_config, vae_config
-from export.checkpoint.layout import (
-    MODEL_INDEX,
-    TEXT_ENCODER_FILE,
-    TEXT_ENCODER_STEM,
-    TRANSFORMER_STEM,
-    Layout,
-    expert_folder,
-    index_file,
-    tokenizer_folder,
-    vae_file,
-)
+from export.checkpoint.part_files import TEXT_ENCODER_STEM, TRANSFORMER_STEM, index_file
 from export.checkpoint.sampling import converter_shift
 from export.checkpoint.schema import part_tensors
 from export.files.safetensors_file import write_safetensors
@@ -46,7 +37,7 @@ FLOAT32 = np.dtype(np.float32)
 def synthesise(
     spec: ModelSpec,
     folder: Path,
-    layout: Layout,
+    layout: Literal["official", "diffusers"],
     seed: int,
     *,
     sparse: bool = False,
@@ -131,13 +122,13 @@ def _zeros(count: int, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
 def _write_official(folder: Path, source: _Source) -> None:
     spec = source.spec
     for expert in spec.experts:
-        part = folder / expert_folder(expert, "official")
+        part = folder / official.expert_folder(expert)
         part.mkdir(exist_ok=True)
         _write_json(part / "config.json", _official_config(spec))
         _write_shards(part, TRANSFORMER_STEM, *source.part(expert))
-    write_torch(folder / TEXT_ENCODER_FILE, *source.part("text_encoder"))
-    write_torch(folder / vae_file(spec.vae.generation), *source.part("vae"))
-    write_tokenizer(folder / tokenizer_folder("official"))
+    write_torch(folder / official.TEXT_ENCODER_FILE, *source.part("text_encoder"))
+    write_torch(folder / official.vae_file(spec.vae.generation), *source.part("vae"))
+    write_tokenizer(folder / official.TOKENIZER)
 
 
 def _official_config(spec: ModelSpec) -> dict[str, Any]:
@@ -160,10 +151,10 @@ def _official_config(spec: ModelSpec) -> dict[str, Any]:
 
 def _write_diffusers(folder: Path, source: _Source) -> None:
     spec = source.spec
-    _write_json(folder / MODEL_INDEX, _model_index(spec))
+    _write_json(folder / diffusers.MODEL_INDEX, _model_index(spec))
     _write_json(_new(folder / "scheduler") / "scheduler_config.json", _scheduler_config(spec))
     for expert in spec.experts:
-        part = _new(folder / expert_folder(expert, "diffusers"))
+        part = _new(folder / diffusers.expert_folder(expert))
         _write_json(part / "config.json", dit_config(spec))
         _write_shards(part, TRANSFORMER_STEM, *source.part(expert, diffusers_names(expert, spec)))
     part = _new(folder / "vae")
@@ -172,7 +163,7 @@ def _write_diffusers(folder: Path, source: _Source) -> None:
     part = _new(folder / "text_encoder")
     _write_json(part / "config.json", text_encoder_config(spec))
     _write_shards(part, TEXT_ENCODER_STEM, *source.part("text_encoder", diffusers_names("text_encoder", spec)))
-    write_tokenizer(folder / tokenizer_folder("diffusers"))
+    write_tokenizer(folder / diffusers.TOKENIZER)
 
 
 def _model_index(spec: ModelSpec) -> dict[str, Any]:
