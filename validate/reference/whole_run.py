@@ -49,6 +49,7 @@ def run(
     ``text`` and ``negative`` are ``[1, 512, text width]``; a run without guidance needs no ``negative``.
     """
     scheduler = scheduler_for(request)
+    fresh = torch.Generator("cpu").manual_seed((request.seed + 1) % 2**64)  # used by renoise only
     latents = _with_first_frame(noise(request.latent_shape, request.seed), given)
     for index, timestep in enumerate(scheduler.timesteps):
         t = float(timestep)
@@ -58,7 +59,9 @@ def run(
         if negative is not None and (scale := request.guidance[expert]) != 1:
             unconditional = reference.velocity(expert, latents, t, negative, given)
             velocity = unconditional + np.float32(scale) * (velocity - unconditional)
-        stepped = scheduler.step(torch.from_numpy(velocity), timestep, torch.from_numpy(latents), return_dict=False)
+        drawing = {"generator": fresh} if request.solver == "renoise" else {}
+        tensors = (torch.from_numpy(velocity), timestep, torch.from_numpy(latents))
+        stepped = scheduler.step(*tensors, return_dict=False, **drawing)
         after = _with_first_frame(stepped[0].numpy(), given)
         if not problem and not np.isfinite(after).all():
             problem = _named("latents", index, request, t)
@@ -87,7 +90,7 @@ def scheduler_for(request: CompleteRequest) -> Any:
     elif request.solver == "unipc":
         top = float(np.float32(1 - 1 / TRAIN_TIMESTEPS))  # the official code reads it back from a float32 table
         scheduler.set_timesteps(sigmas=np.linspace(top, 0, steps + 1)[:-1])
-    elif request.solver == "euler":
+    elif request.solver in ("euler", "renoise"):
         scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
     else:
         scheduler.set_timesteps(steps)
@@ -99,8 +102,8 @@ def scheduler_for(request: CompleteRequest) -> Any:
 def _scheduler(solver: SolverName, shift: float) -> Any:
     import diffusers
 
-    if solver == "euler":
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    if solver in ("euler", "renoise"):
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=solver == "renoise")
     kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}[solver]
     return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 

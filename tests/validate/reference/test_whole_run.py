@@ -69,7 +69,7 @@ class Toward:
         return (latents - self.goal) / np.float32(sigma)
 
 
-@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler", "renoise"])
 @pytest.mark.parametrize("schedule", ["official", "diffusers"])
 def test_every_solver_arrives(solver, schedule):
     asked = request(steps=6, shift=5.0, solver=solver, schedule=schedule, guidance=dict.fromkeys(TINY.experts, 1.0))
