@@ -132,7 +132,7 @@ class Pipeline:
             Conditions(positive, negative, **self.image_condition(request)),
             request.guidance,
             schedule,
-            make_solver(request.solver, schedule),
+            make_solver(request.solver, schedule, request.seed),
         )
 
     def decode(self, latents: F32) -> Iterator[F32]:

@@ -9,6 +9,7 @@ solver    convention   grid (i < N)                               timestep
 unipc     official     ``0.999 (1 - i/N)``                        truncated to an integer
 dpm++     official     ``1 - i/N``                                truncated to an integer
 euler     official     ``1 - i/N`` (Wan2.2-Lightning)             fractional
+renoise   both         as euler                                   fractional
 unipc     diffusers    ``1 - 0.999 i/N``, first sigma below 1     truncated to an integer
 dpm++     diffusers    ``0.999 (1 - i/N)``                        truncated to an integer
 euler     diffusers    even between the shifted bounds, shifted   fractional
@@ -91,7 +92,7 @@ def _checked_list(solver: SolverName, sigmas: Sequence[float]) -> Reals:
 
 def _schedule(solver: SolverName, sigmas: Reals) -> Schedule:
     timesteps = TRAIN_TIMESTEPS * sigmas
-    if solver != "euler":
+    if solver in ("unipc", "dpm++"):
         timesteps = np.trunc(timesteps)
     return Schedule(np.append(sigmas, 0).astype(np.float32), timesteps.astype(np.float32))
 
@@ -109,7 +110,7 @@ def _check(solver: str, steps: int, shift: float, convention: str) -> None:
 def _sigmas(solver: SolverName, steps: int, shift: float, convention: Convention) -> Reals:
     """The N sigmas before the final 0, each list in the reference's own arithmetic: truncation forgives no last bit."""
     low = 1 / TRAIN_TIMESTEPS
-    match solver, convention:
+    match "euler" if solver == "renoise" else solver, convention:
         case "unipc", "official":
             return _shifted(np.linspace(SIGMA_MAX, 0, steps + 1)[:-1], shift)
         case "dpm++", "official":

@@ -124,6 +124,8 @@ class Job:
         The first frame, but a middle one where the first is a given image.
         """
         request = self.wanted.request
+        if request.solver == "renoise":  # its latents hold fresh noise, so two of them point nowhere
+            return b""
         guess = clean_estimate(before, step.latents, request.noise_schedule().sigmas, step.index)
         if guess is None:
             return b""

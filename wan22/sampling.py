@@ -1,12 +1,13 @@
 """What a model samples with: the defaults of its release, which travel in bundles, and named presets over them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from wan22.errors import UserError
 
-SolverName = Literal["unipc", "dpm++", "euler"]
+SolverName = Literal["unipc", "dpm++", "euler", "renoise"]
 Convention = Literal["official", "diffusers"]  # whose noise levels follow from a number of steps and a shift
 
 # The negative prompt of the official release: garish, overexposed, static, blurred details, subtitles, ...
@@ -48,6 +49,7 @@ class Preset:
 A14B = ("t2v", "i2v")
 UNGUIDED = {"high_noise": 1.0, "low_noise": 1.0}
 FOUR_STEPS = {"solver": "euler", "steps": 4, "guidance": UNGUIDED, "switch_step": 2}
+ANGLES = (math.atan(200), 1.5, 1.4, 1.0)  # of TurboWan's noise levels: tangents of noise over signal
 PRESETS: Mapping[str, Preset] = {
     "official": Preset("Wan-Video/Wan2.2, wan/configs", (*A14B, "ti2v"), {}),
     "lightx2v-4step": Preset(
@@ -57,6 +59,23 @@ PRESETS: Mapping[str, Preset] = {
         distilled=True,
     ),
     "nvfp4-sparse-4step": Preset("lightx2v/Wan2.2-NVFP4-Sparse", A14B, {**FOUR_STEPS, "shift": 7.0}, distilled=True),
+    "fastwan-3step": Preset(
+        "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers",
+        ("ti2v",),
+        {"solver": "renoise", "steps": 3, "sigmas": (1.0, 0.757, 0.522), "guidance": {"dit": 1.0}},
+        distilled=True,
+    ),
+    "turbowan-4step": Preset(
+        "TurboDiffusion/TurboWan2.2-I2V-A14B-720P",
+        ("i2v",),
+        {
+            "solver": "renoise",
+            "steps": 4,
+            "sigmas": tuple(math.sin(a) / (math.sin(a) + math.cos(a)) for a in ANGLES),
+            "guidance": UNGUIDED,
+        },
+        distilled=True,
+    ),
     "mlperf": Preset(
         "MLPerf Inference v6.0, wan-2.2-t2v-a14b; with --seed 42",
         ("t2v",),

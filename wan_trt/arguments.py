@@ -37,7 +37,9 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale of all expe
 ExpertGuidance = Annotated[
     float | None, typer.Option(help="Guidance scale of this expert; 1 skips the unconditional pass.")
 ]
-Solver = Annotated[Literal["unipc", "dpm++", "euler"] | None, typer.Option(help="unipc unless given or preset.")]
+Solver = Annotated[
+    Literal["unipc", "dpm++", "euler", "renoise"] | None, typer.Option(help="unipc unless given or preset.")
+]
 ReferenceDevice = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Where PyTorch computes; auto: on the GPU if engines do.")
 ]

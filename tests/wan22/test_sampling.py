@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import msgspec
+import numpy as np
 import pytest
 
 from runtime.schedule import make_schedule
@@ -69,7 +70,7 @@ def test_a_preset_keeps_the_boundary_and_the_video_of_its_checkpoint():
     [
         ("thunder", "t2v", "preset 'thunder' | expected one of official, "),
         ("mlperf", "i2v", "preset 'mlperf' for a i2v model"),
-        ("lightning", "ti2v", "preset 'lightning' for a ti2v model | expected one of official |"),
+        ("lightning", "ti2v", "preset 'lightning' for a ti2v model | expected one of official, fastwan-3step |"),
     ],
 )
 def test_unknown_presets_and_those_of_other_models_are_refused(name, task, found):
@@ -89,6 +90,25 @@ def test_settings_of_an_older_bundle_are_the_official_ones():
     assert msgspec.convert(stored, SamplingSpec) == T2V_A14B.sampling
 
 
-def test_the_5b_model_has_no_preset_but_its_own():
-    timesteps, experts = run_of(TI2V_5B, "official")
-    assert (len(timesteps), set(experts)) == (50, {"dit"})
+def test_fastwan_visits_its_three_timesteps_as_they_are():
+    timesteps, experts = run_of(TI2V_5B, "fastwan-3step")
+    assert timesteps == [1000, 757, 522]
+    assert set(experts) == {"dit"}
+
+
+def test_turbowan_bends_four_angles_and_switches_at_the_boundary():
+    timesteps, experts = run_of(I2V_A14B, "turbowan-4step")
+    angles = np.array([np.arctan(200), 1.5, 1.4, 1.0])
+    assert timesteps == pytest.approx(1000 * np.sin(angles) / (np.sin(angles) + np.cos(angles)), rel=1e-6)
+    assert timesteps == pytest.approx([995.02, 933.78, 852.90, 608.98], abs=5e-3)
+    assert experts == ["high_noise", "high_noise", "low_noise", "low_noise"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_list_has_as_many_levels_as_steps_and_distilled_presets_have_no_guidance(name):
+    for task in PRESETS[name].tasks:
+        spec = next(spec for spec in SPECS.values() if spec.task == task)
+        sampling = spec.with_preset(name).sampling
+        assert len(sampling.sigmas) in (0, sampling.steps)
+        assert set(sampling.guidance) == set(spec.experts)
+        assert PRESETS[name].distilled == (set(sampling.guidance.values()) == {1.0})

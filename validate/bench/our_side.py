@@ -119,7 +119,8 @@ def _denoise(pipeline: Pipeline, work: Work, given: Conditions) -> Generator[Eve
         return engine
 
     schedule, spec = request.noise_schedule(), request.switched(pipeline.spec)
-    solver, noise = make_solver(request.solver, schedule), standard_normal(request.latent_shape, request.seed)
+    solver = make_solver(request.solver, schedule, request.seed)
+    noise = standard_normal(request.latent_shape, request.seed)
     for step in denoise(spec, expert, noise, given, request.guidance, schedule, solver):
         if step.index and opened:
             yield opened[-1]

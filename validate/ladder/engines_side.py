@@ -67,7 +67,7 @@ class Ours:
     ) -> Iterator[F32]:
         """Latents after every step of our solver on given velocities, from ``start``; a given frame is put back."""
         schedule = request.noise_schedule()
-        solver, latents = make_solver(request.solver, schedule), start
+        solver, latents = make_solver(request.solver, schedule, request.seed), start
         for velocity in velocities:
             latents = solver.step(velocity, latents)
             if first_frame is not None:

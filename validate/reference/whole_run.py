@@ -56,10 +56,12 @@ def run(
 ) -> Iterator[ReferenceStep]:
     """As :func:`guided`, with diffusers' scheduler."""
     scheduler = scheduler_for(request)
+    fresh = torch.Generator("cpu").manual_seed((request.seed + 1) % 2**64)
+    drawing = {"generator": fresh} if request.solver == "renoise" else {}
 
     def step(velocity: F32, index: int, latents: F32) -> F32:
         tensors = torch.from_numpy(velocity), scheduler.timesteps[index], torch.from_numpy(latents)
-        stepped: F32 = scheduler.step(*tensors, return_dict=False)[0].numpy()
+        stepped: F32 = scheduler.step(*tensors, return_dict=False, **drawing)[0].numpy()
         return stepped
 
     return guided(reference, request, scheduler.timesteps.tolist(), step, (text, negative), given)
@@ -120,7 +122,7 @@ def scheduler_for(request: CompleteRequest) -> Any:
     elif request.solver == "unipc":
         top = float(np.float32(1 - 1 / TRAIN_TIMESTEPS))  # the official code reads it back from a float32 table
         scheduler.set_timesteps(sigmas=np.linspace(top, 0, steps + 1)[:-1])
-    elif request.solver == "euler":
+    elif request.solver in ("euler", "renoise"):
         scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
     else:
         scheduler.set_timesteps(steps)
@@ -132,8 +134,8 @@ def scheduler_for(request: CompleteRequest) -> Any:
 def _scheduler(solver: SolverName, shift: float) -> Any:
     import diffusers
 
-    if solver == "euler":
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    if solver in ("euler", "renoise"):
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=solver == "renoise")
     kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}[solver]
     return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
