@@ -1,6 +1,5 @@
 """Time and memory on either device, by the same yardstick for every library."""
 
-import threading
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -8,9 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from validate.bench.machine import peak_bytes, reset_peak, resident_bytes
-
-SAMPLING_SECONDS = 0.005
+from wan22.memory import peak_bytes, reset_peak, resident_bytes, watch_peak
 
 
 def synchronised(device: str, work: Callable[[], Any]) -> float:
@@ -36,21 +33,11 @@ def peak_gib(device: str, work: Callable[[], Any]) -> float:
         work()
         return (peak_bytes() - before) / 2**30
     torch.cuda.empty_cache()
-    over, seen = threading.Event(), [_used_bytes()]
-
-    def watch() -> None:
-        while not over.wait(SAMPLING_SECONDS):
-            seen.append(_used_bytes())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    before = _used_bytes()
+    with watch_peak(_used_bytes) as peak:
         work()
         torch.cuda.synchronize()
-    finally:
-        over.set()
-        thread.join()
-    return (max(seen) - seen[0]) / 2**30
+    return (peak.bytes - before) / 2**30
 
 
 def _used_bytes() -> int:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.pipeline import Pipeline
-from validate.bench.machine import device_peak, peak_bytes, reset_peak, resident_bytes
+from validate.bench.machine import device_peak
 from validate.bench.work import COMPILED, OURS, RUN, TEXT, BenchOptions, Side, work_for
 from validate.reference.device import reference_device
 from wan22.bundle import open_bundle
+from wan22.memory import peak_bytes, reset_peak, resident_bytes
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
