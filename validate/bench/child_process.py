@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -31,6 +31,7 @@ def child_process(work: Callable[..., None], *arguments: object) -> Iterator[tup
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Processes started inside inherit the blocked signal; here it is answered when the block ends."""
+    resource_tracker.ensure_running()  # the first process would start it, which unblocks the signal (CPython 3.11)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
