@@ -16,7 +16,7 @@ from export.quantise.input_means import CENTRED, input_width
 from export.quantise.input_scales import MARGIN
 from runtime.arrays import F32
 from studies.precision.ablation import FewLinears, Patch, leave_k_alone, scale_v_as_a_whole, subtract_token_means
-from studies.precision.session import filled, opened
+from studies.precision.session import fill, open_graph
 from validate.ladder.thresholds import BF16, FP16
 from wan22.parts import DitSpec
 
@@ -95,7 +95,7 @@ def open_variant(
     model = _model(variant, spec, weights, measured)
     if variant.compute != FLOAT:
         emulate(model, variant.compute)
-    graph = opened(model)
+    graph = open_graph(model)
     return lambda **inputs: graph(**inputs)[0]
 
 
@@ -105,7 +105,7 @@ def open_reference(spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
     entering = linear_inputs(model)
     centred = {name: (x, input_width(spec, name)) for name, x in entering.items() if name.split(".", 2)[2] in CENTRED}
     taps = add_taps(model, entering, centred)
-    return Tapped(opened(model), taps)
+    return Tapped(open_graph(model), taps)
 
 
 def open_noted(variant: Variant, spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
@@ -123,12 +123,12 @@ def open_noted(variant: Variant, spec: DitSpec, weights: Mapping[str, F32]) -> T
             tapped[f"{block}/residual"] = node.outputs[0]  # the block's last node
     taps = add_taps(model, tapped)
     emulate(model, variant.compute)
-    return Tapped(opened(model), taps)
+    return Tapped(open_graph(model), taps)
 
 
 def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Measured) -> ir.Model:
     if variant.fp8 is None:
-        return filled(dit_graph(spec, variant.compute), weights.__getitem__)
+        return fill(dit_graph(spec, variant.compute), weights.__getitem__)
     scales = {name: MARGIN * value / FLOAT8_MAX for name, value in measured.largest.items()} if variant.static else {}
     means = measured.means if variant.centred else {}
     lengths = {name: len(mean) for name, mean in means.items()}
@@ -136,4 +136,4 @@ def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured
     if variant.patch:
         variant.patch(g)
     quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
-    return filled(g, Fp8Weights(weights.__getitem__, spec, quantised, scales, means))
+    return fill(g, Fp8Weights(weights.__getitem__, spec, quantised, scales, means))

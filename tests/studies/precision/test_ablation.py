@@ -9,7 +9,7 @@ from export.graphs.dit import dit_graph
 from export.graphs.linear import FLOAT8, Fp8
 from export.quantise.fp8_weights import Fp8Weights
 from studies.precision.ablation import FewLinears, leave_k_alone, scale_v_as_a_whole, subtract_token_means
-from studies.precision.session import filled, opened
+from studies.precision.session import fill, open_graph
 from studies.precision.variants import LINEARS
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
@@ -35,8 +35,8 @@ def velocity(weights, fp8=None, patch=None):
     if patch:
         patch(g)
     quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
-    model = filled(g, Fp8Weights(weights.__getitem__, SPEC, quantised))
-    return opened(model)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0]
+    model = fill(g, Fp8Weights(weights.__getitem__, SPEC, quantised))
+    return open_graph(model)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0]
 
 
 @pytest.fixture(scope="module")
