@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.external_build import ExternalBuild
-from engines.onnxruntime_backend import fitted
+from engines.cpu.onnxruntime_backend import fitted
+from engines.gpu.external_build import ExternalBuild
+from engines.gpu.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
+from engines.inspect.style_cost import per_block
 from engines.profiles import profile_between, profiles_for
-from engines.style_cost import per_block
 from engines.targets import Target, check_precision, target_named
-from engines.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
 from wan22.bundle import (
     Build,
     Bundle,

@@ -7,23 +7,23 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from export.checkpoint import Checkpoint, open_checkpoint
-from export.dit import LatentDims, dit_graph
-from export.graph import GraphBuilder, Placed
-from export.input_means import read_input_means
-from export.input_scales import Scales, check_weights, read_input_scales
-from export.linear import Fp8
-from export.lora import Lora, merged, open_lora
+from export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from export.component import Part
+from export.files.resumable import Journal, kept_bytes, resumable
+from export.files.tensor_file import Array
+from export.graphs.builder import GraphBuilder, Placed
+from export.graphs.dit import LatentDims, dit_graph
+from export.graphs.linear import Fp8
+from export.graphs.text_encoder import text_encoder_graph
+from export.graphs.vae_decoder import vae_decoder
+from export.graphs.vae_encoder import vae_encoder
+from export.graphs.weights_file import placements, write_weights
+from export.lora.merge import Lora, merged, open_lora
 from export.options import ExportOptions
-from export.part import Part
-from export.partial import Journal, kept_bytes, resumable
 from export.precisions import COMPUTE, check_fp8, fp8_of, precisions_of, why_higher
+from export.quantise.input_means import read_input_means
+from export.quantise.input_scales import Scales, check_weights, read_input_scales
 from export.shared_files import share, shared_name, shared_placements
-from export.tensor_file import Array
-from export.text_encoder import text_encoder_graph
-from export.vae_decoder import vae_decoder
-from export.vae_encoder import vae_encoder
-from export.weights_file import placements, write_weights
 from wan22.bundle import (
     Bundle,
     Component,

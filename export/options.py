@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from export.lora import LoraChoice
+from export.lora.merge import LoraChoice
 from wan22.specs import Precision
 
 

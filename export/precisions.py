@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from export.graph import BFLOAT16, FLOAT, FLOAT16
-from export.linear import Fp8
+from export.component import FP8_PRECISIONS
+from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16
+from export.graphs.linear import Fp8
 from export.options import ExportOptions
-from export.part import FP8_PRECISIONS
 from wan22.errors import UserError
 from wan22.specs import ModelSpec, Precision
 

@@ -10,9 +10,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from export.checkpoint import Weights
-from export.graph import Placed
-from export.tensor_file import Planned, Stored
+from export.checkpoint.checkpoint import Weights
+from export.files.tensor_file import Planned, Stored
+from export.graphs.builder import Placed
 from wan22.errors import UserError
 
 FICLONE = 0x40049409  # linux/fs.h

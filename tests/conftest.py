@@ -39,7 +39,7 @@ def flow_of(tmp_path_factory) -> Callable[[str], Flow]:
         from engines.build import build_engines
         from export.exporter import export_checkpoint
         from export.options import ExportOptions
-        from export.synth import synthesise
+        from export.synth.checkpoint import synthesise
 
         root = tmp_path_factory.mktemp(name)
         flow = Flow(root / "checkpoint", root / "onnx", root / "engines")

@@ -1,9 +1,10 @@
 """What enters the linears, from prompts: runs a 16- or 32-bit bundle and notes the largest inputs and the mean ones.
 
 The bundle's transformers get two more outputs, the largest magnitude of what enters each linear and the mean of it over
-all tokens (:mod:`validate.taps`), are built for any target, and sample the prompts as a user's run would: each expert
-at its own timesteps, with and without the prompt where guidance asks for both. The maxima become static FP8 scales, the
-means are what FP8 linears may subtract from their inputs. One pass over the full-precision model is all there is to it.
+all tokens (:mod:`export.graphs.taps`), are built for any target, and sample the prompts as a user's run would: each
+expert at its own timesteps, with and without the prompt where guidance asks for both. The maxima become static FP8
+scales, the means are what FP8 linears may subtract from their inputs. One pass over the full-precision model is all
+there is to it.
 """
 
 import os
@@ -20,14 +21,14 @@ import numpy as np
 
 from engines.build import BuildOptions, build_engines
 from engines.targets import target_named
-from export.input_means import CENTRED, Means, input_width, write_input_means
-from export.input_scales import LinearScales, Scales, largest_magnitude, write_input_scales
-from export.linear import FLOAT8_MAX
-from export.schema import DIT_LINEARS_PER_BLOCK
+from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
+from export.graphs.linear import FLOAT8_MAX
+from export.quantise.input_means import CENTRED, Means, input_width, write_input_means
+from export.quantise.input_scales import LinearScales, Scales, largest_magnitude, write_input_scales
 from runtime.pipeline import Pipeline
+from runtime.prompts import Prompt, read_prompts
 from runtime.request import CompleteRequest, Request
 from validate.files import check_place
-from validate.prompts import Prompt, read_prompts
 from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
@@ -36,7 +37,7 @@ from wan22.specs import Precision
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from validate.taps import Tapped, Taps
+    from export.graphs.taps import Tapped, Taps
 
 MARGIN = 1.1  # over the largest input seen, as NVIDIA's file has it
 UNQUANTISED = (Precision.FP32, Precision.BF16, Precision.FP16)
@@ -46,7 +47,7 @@ UNQUANTISED = (Precision.FP32, Precision.BF16, Precision.FP16)
 class CalibrateOptions:
     """The runs that are measured. ``None`` means the model's default, or what the bundle is fixed to."""
 
-    prompts: Path  # see :func:`validate.prompts.read_prompts`
+    prompts: Path  # see :func:`runtime.prompts.read_prompts`
     steps: int | None = None
     size: tuple[int, int] | None = None  # width, height in pixels
     frames: int | None = None
@@ -185,8 +186,8 @@ def write_tapped(source: Bundle, folder: Path, target: str) -> dict[str, "Taps"]
 def _written(source: Bundle, component: Component, folder: Path, taps: dict[str, "Taps"], *, on_cpu: bool) -> Component:
     import onnx_ir as ir
 
-    from validate.emulation import emulate
-    from validate.taps import add_taps, linear_inputs
+    from engines.cpu.emulation import emulate
+    from export.graphs.taps import add_taps, linear_inputs
 
     model = ir.load(source.path(component.graph))
     if component.name in source.manifest.spec.experts:
@@ -226,7 +227,7 @@ class TappedPipeline(Pipeline):
         self.tapped: dict[str, Tapped] = {}
 
     def engine(self, name: str) -> Any:
-        from validate.taps import Tapped
+        from export.graphs.taps import Tapped
 
         engine: Any = super().engine(name)
         if name not in self._taps:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from runtime.prompts import read_prompts
 from validate.options import ValidateOptions
-from validate.prompts import read_prompts
 from wan22.errors import UserError
 from wan22.specs import Task
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from export.graph import IR_VERSION, GraphBuilder
-from export.weights_file import converted
+from export.graphs.builder import IR_VERSION, GraphBuilder
+from export.graphs.weights_file import converted
 
 Read = Callable[[str], np.ndarray]
 Graph = Callable[..., tuple[np.ndarray, ...]]

@@ -6,8 +6,8 @@ from pathlib import Path
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
 from runtime.schedule import Convention, SolverName
-from validate.device import Choice
-from validate.picture import picture_for
+from validate.reference.device import Choice
+from validate.sample_image import picture_for
 from wan22.bundle import Manifest
 from wan22.errors import UserError
 from wan22.specs import Task
@@ -39,12 +39,12 @@ class ValidateOptions:
     solver: SolverName | None = None
     schedule: Convention = "official"
     # several runs
-    prompts: Path | None = None  # see :func:`validate.prompts.read_prompts`; instead of prompt and image
+    prompts: Path | None = None  # see :func:`runtime.prompts.read_prompts`; instead of prompt and image
     seeds: tuple[int, ...] = ()  # instead of seed
     # the references
     reference_device: Choice = "auto"
     official_repo: Path | None = None  # a clone of the official code, for a second one
-    calls: Path | None = None  # folder for the first call of every engine, see :mod:`validate.calls`
+    calls: Path | None = None  # folder for the first call of every engine, see :mod:`validate.ladder.polygraphy_files`
     # for the report
     gate: Path | None = None  # TOML of thresholds, see :mod:`validate.gate`
     bench: Path | None = None  # JSON of ``wan-trt bench``

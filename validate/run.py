@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING
 
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
-from validate.calls import check_calls
 from validate.cases import Case, cases_of
-from validate.device import Device, Residence, reference_device, refusing_too_large
-from validate.facts import facts
-from validate.graphs import how_made, open_for_comparison
-from validate.loras import with_loras
+from validate.ladder.onnx_side import how_made, open_for_comparison
+from validate.ladder.polygraphy_files import check_calls
 from validate.options import ValidateOptions
+from validate.reference.device import Device, Residence, reference_device, refusing_too_large
+from validate.reference.loras import with_loras
+from validate.report.conditions import facts
 from wan22.bundle import Bundle, Manifest
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.specs import Precision
 
 if TYPE_CHECKING:
-    from export.checkpoint import Checkpoint
-    from validate.case_report import CaseReport
-    from validate.climb import Climb, Sides
-    from validate.official import Official
-    from validate.report import ValidationReport
-    from validate.row import Row
-    from validate.thresholds import Thresholds
+    from export.checkpoint.checkpoint import Checkpoint
+    from validate.ladder.comparison import Climb, Sides
+    from validate.ladder.row import Row
+    from validate.ladder.thresholds import Thresholds
+    from validate.reference.official import Official
+    from validate.report.case_report import CaseReport
+    from validate.report.report import ValidationReport
 
 COARSER = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.FP8, Precision.FP8_ATTN)
 
@@ -57,10 +57,10 @@ def validate(
             nothing, no GPU for the reference where one is asked for, or one that is too small, or anything wrong with
             the folders or the request.
     """
-    from validate.attachments import attached
     from validate.files import check_writable
-    from validate.report import ValidationReport
-    from validate.report_files import write_report
+    from validate.report.extras import attached
+    from validate.report.report import ValidationReport
+    from validate.report.write import write_report
 
     options = options or ValidateOptions()
     if options.calls is not None:
@@ -87,7 +87,7 @@ def validate(
 
 def open_same_model(where: Path | str, engines: Path, manifest: Manifest, progress: Progress) -> "Checkpoint":
     """The checkpoint at ``where``. Raises UserError when it is not the one the engines were made from."""
-    from export.checkpoint import open_checkpoint
+    from export.checkpoint.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(where, progress)
     ours = (manifest.spec.name, manifest.source.fingerprint)
@@ -107,7 +107,7 @@ def official_code(repo: Path | None, checkpoint: "Checkpoint") -> Iterator["Offi
     if repo is None:
         yield None
         return
-    from validate.official import Official
+    from validate.reference.official import Official
 
     with Official(repo, checkpoint) as official:
         yield official
@@ -116,9 +116,9 @@ def official_code(repo: Path | None, checkpoint: "Checkpoint") -> Iterator["Offi
 def _sides(
     pipeline: Pipeline, checkpoint: "Checkpoint", official: "Official | None", device: Device, progress: Progress
 ) -> "Sides":
-    from validate.climb import Sides
-    from validate.ours import Ours
-    from validate.reference import Reference
+    from validate.ladder.comparison import Sides
+    from validate.ladder.engines_side import Ours
+    from validate.reference.reference import Reference
 
     precisions, residence = _precisions(pipeline.bundle.manifest), Residence(device)
     lowered = None
@@ -128,15 +128,15 @@ def _sides(
 
 
 def _climb(sides: "Sides", request: CompleteRequest, manifest: Manifest, progress: Progress) -> "Climb":
-    from validate.climb import Climb
+    from validate.ladder.comparison import Climb
 
     return Climb(sides, request, _limits(_precisions(manifest)), progress)
 
 
 def _climbed(case: Case, climb: "Climb", bundle: Bundle, progress: Progress) -> "CaseReport":
     """Every rung for the first case; for the others those on which a prompt or a seed makes a difference."""
-    from validate.case_report import CaseReport
-    from validate.ladder import rungs
+    from validate.ladder.rungs import rungs
+    from validate.report.case_report import CaseReport
 
     made = how_made(bundle.manifest)
     rows: list[Row] = []
@@ -171,6 +171,6 @@ def _precisions(manifest: Manifest) -> dict[str, Precision]:
 
 def _limits(precisions: dict[str, Precision]) -> dict[str, "Thresholds"]:
     """Each component is held to its own precision."""
-    from validate.thresholds import thresholds_for
+    from validate.ladder.thresholds import thresholds_for
 
     return {name: thresholds_for(precision) for name, precision in precisions.items()}

@@ -19,7 +19,7 @@ _WHERE = {
     "build_engines": "engines.build",
     "export_checkpoint": "export.exporter",
     "generate": "runtime.generate",
-    "synthesise": "export.synth",
+    "synthesise": "export.synth.checkpoint",
     "validate": "validate",
 }
 __all__ = sorted(_WHERE)  # noqa: PLE0605

@@ -51,7 +51,7 @@ def measured_build(case: BuildCase, folder: Path) -> dict[str, Any]:
 def _export(spec: ModelSpec, checkpoint: Path, onnx: Path, *, sparse: bool) -> None:
     from export.exporter import export_checkpoint
     from export.options import ExportOptions
-    from export.synth import synthesise
+    from export.synth.checkpoint import synthesise
 
     with bars() as progress:
         synthesise(spec, checkpoint, "diffusers", 0, sparse=sparse, half=True, progress=progress)

@@ -44,7 +44,7 @@ TIMED = tuple(case for case in CASES if case.precision in (Precision.BF16, Preci
 
 def memory_of(case: Case, spec: ModelSpec, folder: Path) -> dict[str, Any]:
     """What the export of the whole ``spec``, in sparse files, has resident at most."""
-    from export.synth import synthesise
+    from export.synth.checkpoint import synthesise
 
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
     with _removed(checkpoint, bundle):
@@ -59,7 +59,7 @@ def memory_of(case: Case, spec: ModelSpec, folder: Path) -> dict[str, Any]:
 
 def throughput_of(cases: Sequence[Case], spec: ModelSpec, folder: Path, repeats: int) -> list[dict[str, Any]]:
     """Every export of one float32 checkpoint of ``spec``, and ``cp`` of it, in turns; leaves nothing behind."""
-    from export.synth import synthesise, weights_bytes
+    from export.synth.checkpoint import synthesise, weights_bytes
 
     checkpoint, copy = folder / "checkpoint", folder / "copy"
     with _removed(checkpoint, copy, folder / "bundle"):

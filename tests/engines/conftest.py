@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engines.fusion import read_log
-from engines.fusion_report import FusionReport
+from engines.gpu.tensorrt_backend import EngineOptions, build_engine
+from engines.inspect.log import read_log
+from engines.inspect.report import FusionReport
 from engines.profiles import profiles_for
 from engines.targets import TARGETS
-from engines.tensorrt_backend import EngineOptions, build_engine
-from export.dit import dit_graph
-from export.graph import BFLOAT16, Placed
-from export.linear import Fp8
+from export.graphs.builder import BFLOAT16, Placed
+from export.graphs.dit import dit_graph
+from export.graphs.linear import Fp8
 from wan22.specs import SPECS, Precision
 
 FP8_OF = {Precision.BF16: None, Precision.FP8: Fp8(), Precision.FP8_ATTN: Fp8(True, True)}

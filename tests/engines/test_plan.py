@@ -8,10 +8,10 @@ from rich.console import Console
 from engines.plan import dit_scratch_bytes, dit_weights_bytes, make_plan
 from engines.plan_view import as_text
 from engines.targets import TARGETS
-from export.dit import dit_graph
-from export.graph import BFLOAT16
-from export.linear import Fp8
-from export.weights_file import declared
+from export.graphs.builder import BFLOAT16
+from export.graphs.dit import dit_graph
+from export.graphs.linear import Fp8
+from export.graphs.weights_file import declared
 from wan22.errors import UserError
 from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
 

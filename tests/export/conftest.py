@@ -5,7 +5,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from export.graph import Placed
+from export.graphs.builder import Placed
 
 
 def made_up(shapes, seed=0):

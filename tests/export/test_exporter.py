@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from export import exporter
-from export.dit import dit_graph
 from export.exporter import export_checkpoint
-from export.lora import parse_lora
+from export.files.safetensors_file import read_safetensors
+from export.graphs.dit import dit_graph
+from export.lora.merge import parse_lora
 from export.options import ExportOptions
-from export.safetensors_file import read_safetensors
-from export.synth import synthesise
+from export.synth.checkpoint import synthesise
 from wan22.bundle import open_bundle, sha256_of
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision

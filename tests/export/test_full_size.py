@@ -7,13 +7,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from export.dit import LatentDims, dit_graph
-from export.graph import BFLOAT16, FLOAT
-from export.linear import Fp8
-from export.text_encoder import text_encoder_graph
-from export.vae_decoder import vae_decoder
-from export.vae_encoder import vae_encoder
-from export.weights_file import declared, placements
+from export.graphs.builder import BFLOAT16, FLOAT
+from export.graphs.dit import LatentDims, dit_graph
+from export.graphs.linear import Fp8
+from export.graphs.text_encoder import text_encoder_graph
+from export.graphs.vae_decoder import vae_decoder
+from export.graphs.vae_encoder import vae_encoder
+from export.graphs.weights_file import declared, placements
 from wan22.specs import I2V_A14B, T2V_A14B, TI2V_5B
 
 DITS = [(T2V_A14B, 14_288_491_584), (I2V_A14B, 14_288_901_184), (TI2V_5B, 4_999_787_712)]

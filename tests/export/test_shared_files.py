@@ -8,9 +8,9 @@ import pytest
 
 from export import shared_files
 from export.exporter import export_checkpoint
+from export.files.resumable import Journal
 from export.options import ExportOptions
-from export.partial import Journal
-from export.synth import synthesise
+from export.synth.checkpoint import synthesise
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision

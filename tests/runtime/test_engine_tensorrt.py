@@ -221,9 +221,9 @@ def test_a_real_engine_computes_what_numpy_computes(tmp_path):
         capability = cupy.cuda.Device().compute_capability
     except cupy.cuda.runtime.CUDARuntimeError:
         pytest.skip("no CUDA device")
+    from engines.gpu.tensorrt_backend import EngineOptions, build_engine
     from engines.targets import TARGETS
-    from engines.tensorrt_backend import EngineOptions, build_engine
-    from tests.engines.test_tensorrt_backend import mlp
+    from tests.engines.gpu.test_tensorrt_backend import mlp
 
     trt = pytest.importorskip("tensorrt_rtx" if capability in ("86", "89", "120") else "tensorrt")
     backend = "tensorrt-rtx" if trt.__name__ == "tensorrt_rtx" else "tensorrt"

@@ -6,16 +6,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from engines.cpu.emulation import emulate
+from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
 from export.exporter import export_checkpoint
-from export.graph import BFLOAT16
-from export.input_scales import read_input_scales
-from export.linear import FLOAT8_MAX
+from export.files.safetensors_file import read_safetensors
+from export.graphs.builder import BFLOAT16
+from export.graphs.linear import FLOAT8_MAX
 from export.options import ExportOptions
-from export.safetensors_file import read_safetensors
-from export.schema import DIT_LINEARS_PER_BLOCK
-from tests.export.test_dit import inputs_for, relative_l2
+from export.quantise.input_scales import read_input_scales
+from tests.export.graphs.test_dit import inputs_for, relative_l2
 from validate.calibrate import CalibrateOptions, calibrate
-from validate.emulation import emulate
 from validate.graph_session import opened
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision

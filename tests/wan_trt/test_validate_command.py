@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from validate.picture import built_in_picture
+from validate.sample_image import built_in_picture
 from wan_trt.cli import app
 
 

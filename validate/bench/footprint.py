@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from runtime.pipeline import Pipeline
 from validate.bench.machine import device_peak, peak_bytes, reset_peak, resident_bytes
 from validate.bench.work import COMPILED, OURS, RUN, TEXT, BenchOptions, Side, work_for
-from validate.device import reference_device
+from validate.reference.device import reference_device
 from wan22.bundle import open_bundle
 
 if TYPE_CHECKING:
@@ -133,9 +133,9 @@ def _side(job: Job, pipeline: Pipeline) -> Side:
         from validate.bench.our_side import OurSide
 
         return OurSide(pipeline, work)
-    from export.checkpoint import open_checkpoint
+    from export.checkpoint.checkpoint import open_checkpoint
     from validate.bench.torch_side import TorchSide
-    from validate.loras import with_loras
+    from validate.reference.loras import with_loras
 
     assert job.checkpoint is not None
     checkpoint = with_loras(open_checkpoint(job.checkpoint), manifest)

@@ -30,8 +30,8 @@ from validate.bench.samples import Samples, in_turns, timed
 from validate.bench.whole_run import Run, Runs
 from validate.bench.whole_run import in_turns as events_in_turns
 from validate.bench.work import COMPILED, EAGER, OURS, RUN, BenchOptions, Side, Work, runner, work_for
-from validate.device import Device, reference_device
 from validate.gate import judge, read_gates
+from validate.reference.device import Device, reference_device
 from wan22.bundle import Bundle
 from wan22.errors import NonFiniteError, UserError
 from wan22.progress import Progress, silent
@@ -122,7 +122,7 @@ class Setting:
         if self.checkpoint is None:
             return ours
         from validate.bench.torch_side import TorchSide, check_compiles
-        from validate.loras import with_loras
+        from validate.reference.loras import with_loras
         from validate.run import open_same_model
 
         bundle = self.pipeline.bundle

@@ -31,7 +31,7 @@ from validate.bench.samples import Samples, in_turns
 from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
 from validate.gate import read_gates
 from validate.options import PROMPT
-from validate.picture import picture_for
+from validate.sample_image import picture_for
 from wan22.bundle import open_bundle
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec, Task

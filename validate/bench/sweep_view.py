@@ -9,8 +9,8 @@ import numpy as np
 
 from validate.bench.machine import BUSY
 from validate.bench.sweep import Sweep
-from validate.figures import DARK, LIGHT, PLOT_DPI, Theme, data_uri
 from validate.files import check_place, write_file
+from validate.plots import DARK, LIGHT, PLOT_DPI, Theme, data_uri
 from wan22.errors import UserError
 
 if TYPE_CHECKING:

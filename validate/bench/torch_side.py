@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from export.checkpoint import Checkpoint
+from export.checkpoint.checkpoint import Checkpoint
 from runtime.arrays import F32
 from validate.bench.samples import timed
 from validate.bench.whole_run import Event
 from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work
-from validate.device import Device, refusing_too_large
-from validate.reference_parts import load_part, lower
-from validate.reference_run import noise, scheduler_for
+from validate.reference.device import Device, refusing_too_large
+from validate.reference.parts import load_part, lower
+from validate.reference.whole_run import noise, scheduler_for
 from wan22.bundle import Manifest
 from wan22.errors import NonFiniteError, UserError
 from wan22.progress import Progress, silent

@@ -17,8 +17,8 @@ from runtime.noise import standard_normal
 from runtime.request import CompleteRequest
 from runtime.tokenizer import Tokenizer
 from validate.bench.whole_run import Event
-from validate.device import Choice
 from validate.options import ValidateOptions
+from validate.reference.device import Choice
 from wan22.bundle import Bundle
 from wan22.errors import UserError
 from wan22.specs import TEXT_TOKENS, ModelSpec, Task, tokens

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from export.schema import vae_tensors
+from export.checkpoint.schema import vae_tensors
 from runtime.arrays import F32
 from runtime.noise import standard_normal
 from runtime.vae import decode
 from validate.gpu.random_model import Weights, decoder_engines, filled, random_weights
 from validate.gpu.stage import Measurement, Setting, reason_of
 from validate.gpu.timing import peak_gib, synchronised
-from validate.reference_parts import autoencoder
+from validate.reference.parts import autoencoder
 from wan22.specs import ModelSpec, spec_named
 
 

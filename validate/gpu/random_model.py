@@ -12,13 +12,13 @@ import onnx_ir as ir
 import torch
 
 from engines.cpu.attention import fuse_attention
-from export.dit import dit_graph
-from export.graph import BFLOAT16, FLOAT, FLOAT16, GraphBuilder, Placed
-from export.keys import diffusers_names
-from export.schema import Shapes
-from export.vae_decoder import vae_decoder
+from export.checkpoint.keys import diffusers_names
+from export.checkpoint.schema import Shapes
+from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16, GraphBuilder, Placed
+from export.graphs.dit import dit_graph
+from export.graphs.vae_decoder import vae_decoder
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
-from validate.reference_parts import lower
+from validate.reference.parts import lower
 from wan22.bundle import Component, File
 from wan22.errors import UserError
 from wan22.specs import ModelSpec, Precision

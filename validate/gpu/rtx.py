@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from engines.gpu.tensorrt_backend import EngineOptions, build_engine, load_module
 from engines.profiles import profile_between
 from engines.targets import TARGETS, Target
-from engines.tensorrt_backend import EngineOptions, build_engine, load_module
-from export.dit import dit_graph
-from export.graph import BFLOAT16
-from export.schema import dit_tensors
+from export.checkpoint.schema import dit_tensors
+from export.graphs.builder import BFLOAT16
+from export.graphs.dit import dit_graph
 from runtime.conditioning import rope_tables, time_features
 from runtime.engine_tensorrt import Device
 from runtime.noise import standard_normal

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.schema import dit_tensors
+from export.checkpoint.schema import dit_tensors
 from runtime.arrays import F32
 from runtime.conditioning import rope_tables, time_features
 from runtime.noise import standard_normal
@@ -16,7 +16,7 @@ from validate.bench.samples import Ratio
 from validate.gpu.random_model import Weights, filled, random_weights, transformer_engine
 from validate.gpu.stage import Measurement, Setting, reason_of
 from validate.gpu.timing import median_ms, synchronised
-from validate.reference_parts import transformer
+from validate.reference.parts import transformer
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, Task, spec_named
 
 TIMESTEP = 900.0

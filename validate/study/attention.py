@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from export.linear import FLOAT8_MAX
+from export.graphs.linear import FLOAT8_MAX
 from runtime.arrays import F32
 
 TOKENS = (1024, 8192, 32760, 75600)  # 832x480 and 1280x720 at 81 frames are the last two

@@ -14,10 +14,10 @@ from typing import Literal
 
 import numpy as np
 
-from export.dit import dit_graph
+from export.graphs.dit import dit_graph
+from export.graphs.taps import linear_inputs
 from runtime.arrays import F32
 from validate.graph_session import filled, opened
-from validate.taps import linear_inputs
 from wan22.specs import DitSpec, rope_split
 
 Kind = Literal["ffn.0", "ffn.2", "cross_attn.q", "cross_attn.o"]

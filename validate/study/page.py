@@ -5,9 +5,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from validate.figures import DARK, LIGHT, PLOT_DPI, Theme, data_uri
 from validate.files import write_files
-from validate.page import PLOT_SIZES_INCHES, TEMPLATES
+from validate.plots import DARK, LIGHT, PLOT_DPI, Theme, data_uri
+from validate.report.to_html import PLOT_SIZES_INCHES, TEMPLATES
 from validate.study.result import COLLAPSE, Study
 
 COLOURS = (

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from export.graphs.taps import Tapped
 from runtime.schedule import Schedule, make_schedule
 from validate.files import check_writable
 from validate.study.attention import TOKENS, attention_errors
@@ -24,7 +25,6 @@ from validate.study.result import Magnitude, Part, Result, Statistic, Study
 from validate.study.sampling import Comparison, Reference
 from validate.study.twin import Twin, TwinSize, make_twin
 from validate.study.variants import BFLOAT, VARIANTS, open_noted, parts
-from validate.taps import Tapped
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec, spec_named

@@ -9,7 +9,7 @@ import numpy as np
 
 from runtime.arrays import F32
 from runtime.schedule import Schedule
-from validate.metrics import compare
+from validate.ladder.metrics import compare
 from validate.study.result import Result
 from validate.study.twin import Forward, Inputs, Twin, sampled
 from validate.study.variants import Measured, Variant, open_reference, open_variant

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from export.dit import dit_graph
-from export.schema import dit_tensors
-from export.synth_weights import pieces
+from export.checkpoint.schema import dit_tensors
+from export.graphs.dit import dit_graph
+from export.synth.weights import pieces
 from runtime.arrays import F32
 from runtime.conditioning import rope_tables, time_features
 from runtime.denoise import Conditions, denoise

@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from export.dit import dit_graph
-from export.fp8_weights import Fp8Weights
-from export.graph import BFLOAT16, FLOAT, FLOAT16
-from export.input_means import CENTRED, input_width
-from export.linear import FLOAT8, FLOAT8_MAX, Fp8
+from engines.cpu.emulation import MOVING, emulate
+from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16
+from export.graphs.dit import dit_graph
+from export.graphs.linear import FLOAT8, FLOAT8_MAX, Fp8
+from export.graphs.taps import Tapped, add_taps, linear_inputs
+from export.quantise.fp8_weights import Fp8Weights
+from export.quantise.input_means import CENTRED, input_width
 from runtime.arrays import F32
 from validate.calibrate import MARGIN
-from validate.emulation import MOVING, emulate
 from validate.graph_session import filled, opened
-from validate.taps import Tapped, add_taps, linear_inputs
-from validate.thresholds import BF16, FP16
+from validate.ladder.thresholds import BF16, FP16
 from wan22.specs import DitSpec
 
 PLAIN = "float32, ONNX Runtime's own kernels"

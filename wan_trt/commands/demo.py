@@ -41,7 +41,7 @@ def run(
 
 def _picture(path: Path, size: tuple[int, int]) -> Path:
     """Writes the picture that the video starts from, for a video of ``size``."""
-    from validate.picture import picture_for
+    from validate.sample_image import picture_for
 
     path.write_bytes(picture_for(size))
     console.print(f"{path}: the image to start from")

@@ -60,7 +60,7 @@ def run(
     """Export a checkpoint to ONNX. Shapes are dynamic unless --size and --frames fix them."""
     fixed = size_of(size)
     from export.exporter import export_checkpoint
-    from export.lora import parse_lora
+    from export.lora.merge import parse_lora
     from export.options import ExportOptions
 
     parts = {

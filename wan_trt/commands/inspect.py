@@ -21,8 +21,8 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of tables.")] = False,
 ) -> int:
     """Show kernels, types, copies, memory and roofline times. Exit code 1 when something is badly compiled."""
-    from engines.fusion_views import as_html, as_text
-    from engines.inspection import inspect_bundle, inspect_engines
+    from engines.inspect.inspection import inspect_bundle, inspect_engines
+    from engines.inspect.views import as_html, as_text
     from validate.files import check_place, write_file
 
     if html is not None:

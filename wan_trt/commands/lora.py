@@ -48,7 +48,7 @@ def _exported(old: Bundle, where: str, loras: Sequence[str], folder: Path, progr
     """The experts with the LoRAs, in the precisions of the engines."""
     manifest = old.manifest
     from export.exporter import export_checkpoint
-    from export.lora import parse_lora
+    from export.lora.merge import parse_lora
     from export.options import ExportOptions
 
     size, frames = (manifest.size[:2], manifest.size[2]) if manifest.size else (None, None)
@@ -76,7 +76,7 @@ def _blocks_without_fp8(old: Bundle) -> frozenset[int]:
     Raises:
         UserError: the engines subtract means that were measured without the LoRAs.
     """
-    from engines.external_weights import read_layout
+    from engines.gpu.external_weights import read_layout
 
     spec = old.manifest.spec
     first = old.component(spec.experts[0])
@@ -101,7 +101,7 @@ def _check_attention(old: Bundle, merged: Bundle) -> dict[str, float]:
     Raises:
         UserError: they do.
     """
-    from engines.external_weights import attention_scales_of
+    from engines.gpu.external_weights import attention_scales_of
 
     built = old.manifest.build.attention_scales if old.manifest.build else {}
     wanted = attention_scales_of(merged.path(component.graph) for component in merged.manifest.components)
@@ -116,7 +116,7 @@ def _check_attention(old: Bundle, merged: Bundle) -> dict[str, float]:
 
 def _replaced(old: Bundle, merged: Bundle, folder: Path, progress: Progress) -> tuple[Component, ...]:
     """The components, experts with new weights, in ``folder``; other files are shared with the old bundle."""
-    from engines.external_weights import check_layout, externalised, write_weights
+    from engines.gpu.external_weights import check_layout, externalised, write_weights
     from export.shared_files import share
 
     experts = old.manifest.spec.experts

@@ -145,7 +145,7 @@ def _good(figures: Figures) -> bool:
 
 def _graph_seconds(spec: ModelSpec) -> float:
     """Authoring the graph of one transformer, in memory."""
-    from export.dit import dit_graph
+    from export.graphs.dit import dit_graph
 
     started = time.perf_counter()
     dit_graph(spec.dit)

@@ -20,7 +20,7 @@ def run(
 ) -> None:
     """Make a checkpoint with seeded random weights: real file names, keys and types."""
     spec = spec_named(model)
-    from export.synth import synthesise
+    from export.synth.checkpoint import synthesise
 
     with bars() as progress:
         synthesise(spec, folder, layout, seed, sparse=sparse, half=half, progress=progress)

@@ -157,7 +157,7 @@ def _study(output: Path, model: str, steps: int | None, seed: int) -> int:
 
 
 def _list_gates() -> int:
-    from validate.measured import known
+    from validate.report.worst import known
 
     for name in known():
         print(name)

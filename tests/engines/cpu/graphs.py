@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from export.dit import dit_graph
+from export.graphs.dit import dit_graph
 from runtime.conditioning import rope_tables, time_features
 from wan22.specs import SPECS
 

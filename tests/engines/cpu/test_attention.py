@@ -6,8 +6,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from engines.cpu.attention import fuse_attention
-from export.attention import attention
-from export.graph import FLOAT, GraphBuilder
+from export.graphs.attention import attention
+from export.graphs.builder import FLOAT, GraphBuilder
 from wan22.bundle import open_bundle
 
 HEADS, HEAD = 2, 16

@@ -7,8 +7,8 @@ import pytest
 
 from engines.cpu.match import ints
 from engines.cpu.upsampling import convolve_before_doubling
-from export.schema import vae_tensors
-from export.vae_decoder import vae_decoder
+from export.checkpoint.schema import vae_tensors
+from export.graphs.vae_decoder import vae_decoder
 from tests.export.conftest import made_up
 from wan22.specs import SPECS
 

@@ -4,9 +4,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from export.graph import Placed
-from export.vae_decoder import vae_decoder
-from export.vae_encoder import vae_encoder
+from export.graphs.builder import Placed
+from export.graphs.vae_decoder import vae_decoder
+from export.graphs.vae_encoder import vae_encoder
 from validate.bench.graph_flops import GraphFlops, graph_flops
 from wan22.bundle import open_bundle
 from wan22.costs import dit_flops, text_encoder_flops, vae_flops

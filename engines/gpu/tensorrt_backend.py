@@ -1,0 +1,297 @@
+"""ONNX to a serialized engine, for TensorRT 10.13 to 11 and TensorRT-RTX alike: the two modules share one API.
+
+What differs is asked of the module, not of its name: TensorRT-RTX is told the compute capability and needs no GPU to
+build, TensorRT times kernels on the GPU it finds and remembers them in a timing cache. Networks are strongly typed, so
+precision is what the graph says. TF32 is off unless asked for: the graphs' float32 islands are there for a reason.
+
+The builder's verbose log is kept beside the engine; ``engines.inspect.log`` reads the compiled kernels from it.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO, TextIO
+
+from engines.gpu.mapped_weights import MappedWeights
+from engines.gpu.timing_cache import timing_cache
+from engines.profiles import input_shapes
+from engines.targets import MODULES, PACKAGES, Backend, Target
+from wan22.bundle import Tensor
+from wan22.errors import UserError
+from wan22.progress import Progress, silent
+from wan22.shapes import Profile, own_profiles
+
+OLDEST_TENSORRT = (10, 13)
+ERRORS_KEPT = 20
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    target: Target
+    profiles: tuple[Profile, ...]  # one optimisation profile each; none needed where every shape is fixed
+    inputs: tuple[Tensor, ...]
+    tf32: bool = False
+    timing_cache: Path | None = None  # TensorRT only: read if there, rewritten after the build
+    name: str = ""  # of the network, which the plan keeps; the parser's where empty
+    aux_streams: int | None = 0  # streams beside the main one; each keeps activations of its own alive
+
+    def told(self) -> dict[str, str]:
+        """The options that change the engine, as the manifest records them."""
+        return {"tf32": str(self.tf32).lower(), "aux_streams": str(self.aux_streams)}
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    path: Path
+    log: Path
+    seconds: float
+    size_bytes: int
+
+
+def load_module(backend: Backend) -> ModuleType:
+    """The module that builds and runs engines of ``backend``.
+
+    Raises:
+        UserError: it is not installed, or older than what is supported.
+    """
+    try:
+        module = importlib.import_module(MODULES[backend])
+    except (ImportError, OSError) as error:
+        remedy = f"pip install {PACKAGES[backend]}"
+        raise UserError(f"no module {MODULES[backend]} ({error})", f"{backend} for this target", remedy) from None
+    version = tuple(int(part) for part in module.__version__.split(".")[:2])
+    if backend == "tensorrt" and version < OLDEST_TENSORRT:
+        oldest = ".".join(map(str, OLDEST_TENSORRT))
+        raise UserError(f"tensorrt {module.__version__}", f"{oldest} or later", "pip install --upgrade tensorrt")
+    return module
+
+
+def log_beside(engine: Path) -> Path:
+    """Where the builder's log of ``engine`` is kept."""
+    return engine.with_suffix(".log")
+
+
+def build_engine(graph: Path, engine: Path, options: EngineOptions, progress: Progress = silent) -> BuiltEngine:
+    """Compiles the ONNX file ``graph`` into ``engine``, which appears only when it is whole; its log stays in any case.
+
+    Raises:
+        UserError: module missing, a graph that does not parse, a build that fails (with the builder's last error).
+        KeyboardInterrupt: after Ctrl-C, when the builder has stopped.
+    """
+    trt = load_module(options.target.backend)
+    started = time.monotonic()
+    partial, log_path = engine.with_suffix(".partial"), log_beside(engine)
+    try:
+        with log_path.open("w", encoding="utf-8") as log:
+            build = _Build(trt, options, _logger(trt, log), _monitor(trt, engine.stem, progress))
+            build.run(graph, partial)
+        partial.rename(engine)
+    finally:
+        partial.unlink(missing_ok=True)
+    return BuiltEngine(engine, log_path, time.monotonic() - started, engine.stat().st_size)
+
+
+class _Build:
+    """One run of the builder. Network, parser and configuration live until it ends: the builder borrows them."""
+
+    def __init__(self, trt: Any, options: EngineOptions, logger: Any, monitor: Any) -> None:
+        self.trt, self.options, self.logger, self.monitor = trt, options, logger, monitor
+        self.builder = trt.Builder(logger)
+        self.network = self.builder.create_network(_network_flags(trt))
+        self.parser = trt.OnnxParser(self.network, logger)
+        self.config = self.builder.create_builder_config()
+        self.weights: MappedWeights | None = None
+
+    def run(self, graph: Path, engine: Path) -> None:
+        self.parse(graph)
+        self.configure()
+        timings = self.options.timing_cache if self.options.target.backend == "tensorrt" else None
+        with timing_cache(self.config, timings), engine.open("wb") as stream:
+            done = _in_background(lambda: self.write(stream), self.monitor, self.let_go)
+        if not done:
+            raise self.failure(graph)
+
+    def parse(self, graph: Path) -> None:
+        """Reads the graph; its weights are mapped into memory, not read."""
+        if self._parsed(graph):
+            self.network.name = self.options.name or self.network.name
+            return
+        errors = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
+        first = f"{errors[0].node_name() or errors[0].node_operator()}: {errors[0].desc()}" if errors else "no reason"
+        raise UserError(f"{graph.name} does not parse: {first}", "operators that TensorRT knows", "export it again")
+
+    def _parsed(self, graph: Path) -> bool:
+        if not hasattr(self.parser, "load_initializer"):
+            return bool(self.parser.parse_from_file(str(graph)))
+        self.weights = MappedWeights(graph)
+        loaded = self.parser.load_model_proto(graph.read_bytes(), str(graph))
+        return bool(loaded and self.weights.give_to(self.parser) and self.parser.parse_model_proto())
+
+    def let_go(self) -> None:
+        """Gives memory back that the builder's reading of weights has taken."""
+        if self.weights is not None:
+            self.weights.let_go()
+
+    def configure(self) -> None:
+        trt, config, options = self.trt, self.config, self.options
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.progress_monitor = self.monitor
+        if not options.tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)
+        if options.aux_streams is not None:
+            config.max_aux_streams = options.aux_streams
+        if hasattr(config, "set_compute_capability"):
+            _aim(trt, config, options.target)
+        if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # scratch memory by the shapes of a call
+            config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+        for profile in own_profiles(options.profiles, options.inputs):
+            self.add_profile(profile)
+
+    def add_profile(self, profile: Profile) -> None:
+        shapes = self.builder.create_optimization_profile()
+        for tensor in self.options.inputs:
+            shapes.set_shape(tensor.name, *input_shapes(tensor, profile))
+        self.config.add_optimization_profile(shapes)
+
+    def write(self, stream: BinaryIO) -> bool:
+        """Builds and writes the engine; False when the builder gave up."""
+        if hasattr(self.builder, "build_serialized_network_to_stream"):
+            writer = _stream_writer(self.trt, stream)
+            done = bool(self.builder.build_serialized_network_to_stream(self.network, self.config, writer))
+            if writer.error:
+                raise writer.error
+            return done and stream.tell() > 0
+        plan = self.builder.build_serialized_network(self.network, self.config)
+        if plan is not None:
+            stream.write(memoryview(plan))
+        return plan is not None
+
+    def failure(self, graph: Path) -> UserError:
+        errors = "; ".join(self.logger.errors) or "the builder gave no reason"
+        expected = f"a graph that {self.options.target.backend} compiles for {self.options.target.name}"
+        return UserError(f"no engine of {graph.name}: {errors}", expected, "the log beside the engine tells more")
+
+
+def _network_flags(trt: Any) -> int:
+    """Strong typing is a flag up to TensorRT 10 and the only kind of network after it."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _aim(trt: Any, config: Any, target: Target) -> None:
+    """Tells TensorRT-RTX the architecture; without it the engine would be a generic one."""
+    capability = getattr(trt.ComputeCapability, target.sm, None)
+    if capability is None:
+        expected = f"an architecture that {trt.__name__} {trt.__version__} compiles for"
+        raise UserError(f"{target.name} ({target.sm})", expected, "build on that GPU with TensorRT")
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(capability, 0)
+
+
+def _in_background(work: Any, monitor: Any, meanwhile: Callable[[], None]) -> bool:
+    """Runs ``work`` in a thread, so that this one hears Ctrl-C while the builder is busy; then waits for its end.
+
+    It waits on an event: ``Thread.join`` that was interrupted takes the thread for finished, and a process that ends
+    while the builder works crashes.
+    """
+    outcome: list[bool | BaseException] = []
+    finished = threading.Event()
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # handed to the waiting thread, which raises it
+            outcome.append(error)
+        finally:
+            finished.set()
+
+    thread = threading.Thread(target=run, name="engine-builder", daemon=True)
+    thread.start()
+    try:
+        while not finished.wait(0.2):
+            meanwhile()
+    except KeyboardInterrupt:
+        monitor.cancelled = True
+        _wait_whatever_comes(finished)
+        raise
+    finally:
+        thread.join()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _wait_whatever_comes(finished: threading.Event) -> None:
+    """However often Ctrl-C is pressed."""
+    while not finished.is_set():
+        with contextlib.suppress(KeyboardInterrupt):
+            finished.wait()
+
+
+def _logger(trt: Any, log: TextIO) -> Any:
+    """A logger that writes everything to ``log`` and keeps the last errors."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=ERRORS_KEPT)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+            log.write(f"[{severity.name}] {message}\n")
+
+    return Logger()
+
+
+def _monitor(trt: Any, name: str, progress: Progress) -> Any:
+    """Passes the builder's outermost phases on as progress; ``cancelled`` makes it stop at the next step."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.cancelled = False
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if not parent:
+                self.steps[phase] = steps
+                progress(f"{name}: {phase}", 0, steps, "steps")
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self.steps:
+                progress(f"{name}: {phase}", step + 1, self.steps[phase], "steps")
+            return not self.cancelled
+
+        def phase_finish(self, phase: str) -> None:
+            if steps := self.steps.pop(phase, 0):
+                progress(f"{name}: {phase}", steps, steps, "steps")
+
+    return Monitor()
+
+
+def _stream_writer(trt: Any, stream: BinaryIO) -> Any:
+    """Writes the engine piece by piece, so that it never lies in memory as a whole."""
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+
+        def write(self, data: Any, size: int | None = None) -> int:
+            try:
+                return stream.write(data if size is None else ctypes.string_at(pointer_of(data, None), size))
+            except OSError as error:  # the binding would only log it
+                self.error = error
+                return 0
+
+    return Writer()

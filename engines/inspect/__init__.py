@@ -1,0 +1,1 @@
+"""Fusion reports: the kernels that the compiler made, read from its log."""

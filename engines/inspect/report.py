@@ -1,0 +1,158 @@
+"""The compiled kernels of one engine, counted and weighed against a target: what ``wan-trt inspect`` shows.
+
+Times are rooflines: the larger of arithmetic over the dense peak of the operands' type and bytes over the bandwidth.
+They are a lower bound and a way to see which kernels matter, no measurement.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from engines.inspect.log import Compiled, Kernel
+from engines.targets import Target
+from wan22.specs import Precision
+
+PEAK_OF = {"fp32": Precision.FP32, "bf16": Precision.BF16, "fp16": Precision.FP16, "fp8": Precision.FP8}
+SLOW_UNFUSED_BYTES = 2**26  # copies of less than 64 MiB are not worth a line
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    component: str
+    target: Target
+    compiled: Compiled
+    precision: Precision
+    weights: str = ""  # where they are, and what that costs
+    blocks_in_model: int = 0  # where only some of its blocks were compiled to look at
+
+    # -- counts
+
+    @cached_property
+    def blocks(self) -> dict[str, list[Kernel]]:
+        """Kernels by block, in order; "all blocks" and "" are what does not belong to one."""
+        found: dict[str, list[Kernel]] = {}
+        for kernel in self.compiled.kernels:
+            found.setdefault(kernel.block, []).append(kernel)
+        return found
+
+    @property
+    def kernels_per_block(self) -> list[int]:
+        return [len(kernels) for block, kernels in self.blocks.items() if block.startswith("blocks.")]
+
+    def by_dtype(self, role: str) -> dict[str, int]:
+        """How many kernels of ``role`` there are, by the type that they compute in."""
+        return dict(Counter(kernel.dtype for kernel in self.compiled.kernels if kernel.role == role))
+
+    @property
+    def typical_block(self) -> list[Kernel]:
+        """The kernels of a block in the middle, which shares no kernel with the ends."""
+        names = [name for name in self.blocks if name.startswith("blocks.")]
+        return self.blocks[names[len(names) // 2]] if names else []
+
+    # -- cost on the target
+
+    def seconds(self, kernel: Kernel) -> float | None:
+        """Roofline time; None where the target has no figures or sizes are known at run time only."""
+        if not self.target.bandwidth_gb_s or kernel.size_bytes < 0:
+            return None
+        memory = kernel.size_bytes / (self.target.bandwidth_gb_s * 1e9)
+        peak = self.target.peak_tflops(PEAK_OF.get(kernel.dtype, Precision.FP32))
+        return max(memory, kernel.flops / (peak * 1e12)) if peak else memory
+
+    def total(self, kernels: Iterable[Kernel]) -> float:
+        return sum(self.seconds(kernel) or 0.0 for kernel in kernels)
+
+    @property
+    def blocks_left_out(self) -> int:
+        return max(0, self.blocks_in_model - len(self.kernels_per_block))
+
+    # -- what is wrong
+
+    @cached_property
+    def problems(self) -> list[str]:
+        """Faults that make an engine slow or impossible to run, each in one line."""
+        return [*self._squares(), *self._loose_softmax(), *self._lost_fp8()]
+
+    def _squares(self) -> Iterable[str]:
+        tokens = self.compiled.tokens
+        if tokens is None:
+            return
+        for kernel in self.compiled.kernels:
+            for operand in kernel.outputs:
+                if operand.is_square_of(tokens):
+                    size = operand.size_bytes / 2**30
+                    yield f"{kernel.name} writes tokens x tokens: {list(operand.dims)} {operand.dtype}, {size:.1f} GiB"
+
+    def _loose_softmax(self) -> Iterable[str]:
+        if self.compiled.tokens is None:  # the VAE's one attention has heads too wide for any fused kernel
+            return
+        for kernel in self.compiled.kernels:
+            softmax = [node for node in kernel.nodes if node.endswith(("Softmax", "Attention"))]
+            if softmax and kernel.role != "attention" and "Soft" in "".join(kernel.steps):
+                yield f"{softmax[0]} is not inside an attention kernel"
+
+    def _lost_fp8(self) -> Iterable[str]:
+        for kernel in self.compiled.kernels:
+            quantised = any(node.rstrip("_0123456789").endswith("DequantizeLinear") for node in kernel.nodes)
+            if quantised and kernel.role in ("gemm", "attention") and kernel.dtype != "fp8":
+                yield f"{kernel.name} was meant to multiply FP8 and multiplies {kernel.dtype}"
+
+    @property
+    def unfused(self) -> list[Kernel]:
+        """Kernels that only move or convert data, and enough of it to matter."""
+        return [k for k in self.compiled.kernels if k.role == "copy" and k.size_bytes >= SLOW_UNFUSED_BYTES]
+
+    # -- plain data
+
+    def summary(self) -> dict[str, Any]:
+        """Counts of what was compiled, figures of the whole model, with their units in the keys."""
+        per_block, kernels, more = self.kernels_per_block, self.compiled.kernels, self.blocks_left_out
+        return {
+            "component": self.component,
+            "target": self.target.name,
+            "precision": str(self.precision),
+            "weights": self.weights,
+            "blocks_compiled": len(per_block),
+            "blocks_left_out": more,
+            "kernels": len(kernels),
+            "kernels_per_block": statistics.median_high(per_block) if per_block else None,
+            "gemms": self.by_dtype("gemm"),
+            "gemms_per_block": sum(k.role == "gemm" for k in self.typical_block),
+            "attention": self.by_dtype("attention"),
+            "convolutions": self.by_dtype("convolution"),
+            "elementwise": sum(k.role == "elementwise" for k in kernels),
+            "copies": sum(k.role == "copy" for k in kernels),
+            "copies_over_64_mib": [k.name for k in self.unfused],
+            "tokens": self.compiled.tokens,
+            "scratch_bytes": self.compiled.scratch_bytes,
+            "weights_bytes": self.compiled.weights_bytes,
+            "tflop": (sum(k.flops for k in kernels) + more * sum(k.flops for k in self.typical_block)) / 1e12,
+            "roofline_s": self.total(kernels) + more * self.total(self.typical_block),
+            "roofline_block_s": self.total(self.typical_block),
+            "problems": self.problems,
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """The summary and every kernel."""
+        return self.summary() | {"all_kernels": [self._row(kernel) for kernel in self.compiled.kernels]}
+
+    def _row(self, kernel: Kernel) -> dict[str, Any]:
+        def told(operands: Iterable[Any]) -> list[str]:
+            return [f"{o.dtype}{list(o.dims)}" for o in operands]
+
+        return {
+            "name": kernel.name,
+            "block": kernel.block,
+            "role": kernel.role,
+            "dtype": kernel.dtype,
+            "inputs": told(kernel.inputs),
+            "constants": told(kernel.constants),
+            "outputs": told(kernel.outputs),
+            "nodes": list(kernel.nodes),
+            "gflop": kernel.flops / 1e9,
+            "bytes": kernel.size_bytes,
+            "roofline_us": None if (seconds := self.seconds(kernel)) is None else seconds * 1e6,
+        }

@@ -1,0 +1,124 @@
+"""A fusion report for eyes: a table in the terminal, a page with a diagram of one block in the browser."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines.inspect.log import Kernel
+from engines.inspect.report import FusionReport
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+TEMPLATES = Path(__file__).parent / "templates"
+NARROWEST_BAR, WIDEST_BAR = 2.0, 100.0  # per cent
+
+
+def as_text(report: FusionReport) -> "list[RenderableType]":
+    """What ``wan-trt inspect`` prints of one component: counts, then the kernels of a typical block."""
+    from rich.text import Text
+
+    lines: list[RenderableType] = [_counts(report)]
+    if report.typical_block:
+        lines.append(_kernels(report))
+    lines += [Text(f"problem: {problem}", style="bold red") for problem in report.problems]
+    return lines
+
+
+def as_html(reports: Sequence[FusionReport], title: str) -> str:
+    """A self-contained page; a kernel's bar is as long as its roofline time."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    parts = [{"report": r, "summary": r.summary(), "rows": _rows(r), "flow": _flow(r)} for r in reports]
+    return environment.get_template("fusion.html.j2").render(title=title, parts=parts, human_bytes=human_bytes)
+
+
+def human_bytes(size: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(size) >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+def by_dtype(counts: dict[str, int]) -> str:
+    """``{"fp8": 7, "bf16": 2}`` → "7 fp8, 2 bf16"."""
+    return ", ".join(f"{count} {dtype}" for dtype, count in sorted(counts.items(), key=lambda item: -item[1])) or "none"
+
+
+def _counts(report: FusionReport) -> "RenderableType":
+    from rich.table import Table
+
+    s = report.summary()
+    table = Table(
+        title=f"{s['component']} for {s['target']}, {s['precision']}", show_header=False, title_justify="left"
+    )
+    left_out = f", {s['blocks_left_out']} left out: alike" if s["blocks_left_out"] else ""
+    rows = {
+        **({"weights": s["weights"]} if s["weights"] else {}),
+        "blocks compiled": f"{s['blocks_compiled']}{left_out}",
+        "kernels": f"{s['kernels']}, {s['kernels_per_block']} per block" if s["kernels_per_block"] else s["kernels"],
+        "matrix multiplications": f"{by_dtype(s['gemms'])}; {s['gemms_per_block']} per block",
+        "attention kernels": by_dtype(s["attention"]),
+        "convolutions": by_dtype(s["convolutions"]),
+        "elementwise, copies": f"{s['elementwise']}, {s['copies']} ({len(s['copies_over_64_mib'])} over 64 MiB)",
+        "scratch, weights": f"{human_bytes(s['scratch_bytes'])}, {human_bytes(s['weights_bytes'])}",
+        "arithmetic": f"{s['tflop']:.2f} TFLOP",
+        "roofline": f"{s['roofline_s'] * 1e3:.1f} ms, {s['roofline_block_s'] * 1e3:.2f} ms per block",
+    }
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def _kernels(report: FusionReport) -> "RenderableType":
+    from rich.table import Table
+
+    table = Table(
+        "kernel", "what it computes", "type", "GFLOP", "bytes", "roofline", title=report.typical_block[0].block
+    )
+    for row in _rows(report):
+        style = {"copy": "yellow", "attention": "cyan", "gemm": "green"}.get(row["role"], "")
+        table.add_row(row["role"], row["what"], row["dtypes"], row["gflop"], row["bytes"], row["time"], style=style)
+    return table
+
+
+def _rows(report: FusionReport) -> list[dict[str, str]]:
+    rows = []
+    for kernel in report.typical_block:
+        seconds = report.seconds(kernel)
+        rows.append(
+            {
+                "role": kernel.role,
+                "what": _what(kernel),
+                "dtypes": _dtypes(kernel),
+                "gflop": f"{kernel.flops / 1e9:,.0f}" if kernel.flops else "",
+                "bytes": human_bytes(kernel.size_bytes),
+                "time": "" if seconds is None else f"{seconds * 1e3:.3f} ms",
+            }
+        )
+    return rows
+
+
+def _flow(report: FusionReport) -> list[dict[str, str]]:
+    """Kernels of a typical block with the length of their bars in per cent of the longest."""
+    times = [report.seconds(kernel) or 0.0 for kernel in report.typical_block]
+    longest = max(times, default=0.0) or 1.0
+    widths = [max(NARROWEST_BAR, WIDEST_BAR * time / longest) for time in times]
+    return [row | {"width": f"{width:.1f}"} for row, width in zip(_rows(report), widths, strict=True)]
+
+
+def _what(kernel: Kernel) -> str:
+    """The modules inside, without the block's own name: ``self_attn/norm_qk + self_attn/rope``."""
+    working = ("MatMul", "Gemm", "Softmax", "Attention", "Gelu", "Conv")
+    inside = [node.removeprefix(f"{kernel.block}/") for node in kernel.nodes if node.startswith(kernel.block)]
+    if kernel.role in ("gemm", "attention"):  # the quantisation around them is part of them
+        inside = [node for node in inside if node.split("/")[-1].rstrip("_0123456789") in working]
+    modules = dict.fromkeys(node.rpartition("/")[0] for node in inside)
+    return " + ".join(module for module in modules if module) or kernel.name
+
+
+def _dtypes(kernel: Kernel) -> str:
+    entering = dict.fromkeys(operand.dtype for operand in kernel.inputs)
+    return f"{', '.join(entering)} → {', '.join(dict.fromkeys(o.dtype for o in kernel.outputs))}"

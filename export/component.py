@@ -1,0 +1,64 @@
+"""A part of an export: the graphs that share one weights file, and the tensors that go into it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from export.checkpoint.checkpoint import Checkpoint, Weights
+from export.files.tensor_file import FLOAT8, Array, Pieces, Planned, Stored
+from export.graphs.builder import GraphBuilder
+from export.graphs.weights_file import declared
+from export.quantise.fp8_weights import Fp8Weights, remade_biases
+from export.shared_files import shareable
+from wan22.specs import Precision
+
+FP8_PRECISIONS = (Precision.FP8, Precision.FP8_ATTN)
+
+
+@dataclass(frozen=True)
+class Part:
+    weights: str  # key of Checkpoint.weights
+    precision: Precision
+    graphs: dict[str, GraphBuilder]
+    # what was measured of the inputs of FP8 linears, by linear
+    input_scales: Mapping[str, float] = field(default_factory=dict)
+    input_means: Mapping[str, Array] = field(default_factory=dict)
+    # tensors that stay in the checkpoint's files
+    shared: Mapping[str, Stored] = field(default_factory=dict)
+
+    @cached_property
+    def declared(self) -> dict[str, Planned]:
+        return declared(self.graphs.values())
+
+    @property
+    def written(self) -> dict[str, Planned]:
+        return {key: planned for key, planned in self.declared.items() if key not in self.shared}
+
+    @property
+    def quantised(self) -> list[str]:
+        return [key for key, planned in self.declared.items() if planned.dtype in FLOAT8]
+
+    @cached_property
+    def remade(self) -> frozenset[str]:
+        """Official names whose tensors are not the checkpoint's."""
+        quantised = self.quantised
+        return frozenset(quantised) | remade_biases(quantised, self.input_scales, self.input_means)
+
+    def sharing(self, weights: Weights) -> "Part":
+        """The part with what it can share of ``weights``."""
+        same = {key: planned for key, planned in self.declared.items() if key not in self.remade}
+        return replace(self, shared=shareable(weights, same))
+
+    @property
+    def shared_files(self) -> list[Path]:
+        return sorted({stored.path for stored in self.shared.values()})
+
+    def pieces(self, source: Checkpoint) -> Pieces:
+        """Gives the tensors that the graphs declare: the checkpoint's, or what FP8 makes of them."""
+        weights = source.weights[self.weights]
+        if self.precision not in FP8_PRECISIONS:
+            return weights.pieces
+        fp8 = Fp8Weights(weights.read, source.spec.dit, self.quantised, self.input_scales, self.input_means)
+        stored = frozenset(weights.names()) - self.remade
+        return lambda key: weights.pieces(key) if key in stored else fp8.pieces(key)

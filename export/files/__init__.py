@@ -1,0 +1,1 @@
+"""Weight files read and written tensor by tensor: safetensors, ``.pth``, direct I/O, resumable bundles."""

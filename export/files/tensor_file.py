@@ -1,0 +1,117 @@
+"""A tensor inside a file, and files that are written without ever holding a model in memory.
+
+Both formats of a checkpoint (safetensors, torch's zip) store tensors as plain little-endian rows at some offset. So one
+description serves both.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from export.files.direct_io import read_past
+from wan22.errors import UserError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+
+PIECE_BYTES = 2**24
+
+Array = npt.NDArray[np.generic]
+Pieces = Callable[[str], Iterable[Array]]  # name → the tensor's elements in order, in pieces of any size
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: ``offset`` bytes into ``path``."""
+
+    path: Path
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Array:
+        """The whole tensor, in memory of its own."""
+        return self._elements(0, self.size_bytes).reshape(self.shape)
+
+    def pieces(self) -> Iterator[Array]:
+        """The elements in order, flat, at most ``PIECE_BYTES`` at a time, each piece in memory of its own."""
+        for start in range(0, self.size_bytes, PIECE_BYTES):
+            yield self._elements(start, min(PIECE_BYTES, self.size_bytes - start))
+
+    def _elements(self, start: int, size_bytes: int) -> Array:
+        """What begins ``start`` bytes into the tensor."""
+        found = read_past(self.path, self.offset + start, size_bytes).view(self.dtype)
+        return found if found.flags.aligned else found.copy()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written."""
+
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def as_torch(array: Array) -> Any:
+    """A ``torch.Tensor`` over the memory of ``array``; torch does not know numpy's bfloat16 by itself."""
+    import torch
+
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def extremes(array: Array) -> npt.NDArray[np.float32]:
+    """Smallest and largest element: what is no number shows in them, in one pass and without a mask."""
+    import torch
+
+    smallest, largest = torch.aminmax(as_torch(array))
+    return np.array([float(smallest), float(largest)], np.float32)
+
+
+def check_finite(key: str, ends: npt.NDArray[np.float32]) -> None:
+    """Refuses the tensor ``key`` whose :func:`extremes` are no numbers."""
+    if not np.isfinite(ends).all():
+        raise UserError(f"{key} holds NaN or infinity", "finite weights", "download or train the checkpoint again")
+
+
+class HoleyFile(io.FileIO):
+    """A file whose blocks of zeros take no space on the disk."""
+
+    def write(self, data: object) -> int:
+        view = memoryview(data).cast("B")  # type: ignore[arg-type]
+        if len(view) < 4096 or any(view[:64]) or _any(view):
+            return self._write_all(view)
+        end = self.seek(len(view), io.SEEK_CUR)
+        if end > os.fstat(self.fileno()).st_size:
+            self.truncate(end)
+        return len(view)
+
+    def _write_all(self, view: memoryview) -> int:
+        """The system may take less than it is given, on a disk that is nearly full."""
+        done = 0
+        while done < len(view):
+            done += super().write(view[done:]) or 0
+        return done
+
+
+def _any(view: memoryview) -> bool:
+    """Whether any byte is not zero; eight at a time, which is as fast as memory."""
+    words = len(view) // 8 * 8
+    return bool(np.bitwise_or.reduce(np.frombuffer(view[:words], np.uint64))) or any(view[words:])

@@ -1,0 +1,64 @@
+"""Softmax attention without a mask, written as MatMul, Softmax, MatMul: compilers fuse it into one kernel.
+
+In this form the result needs no copy before the output projection, and it is the only one whose FP8 version is fused
+(``Attention`` with quantised inputs is not). FP8 attention needs no calibration either:
+
+* K loses its mean over all tokens first. Softmax does not see it (every logit of a row moves alike), and channels that
+  are large for every token, the outliers of K, vanish. The smoothing of SageAttention (arXiv 2410.02367).
+* V is scaled per channel by its largest magnitude; the result is linear in each channel of V, so the scale multiplies
+  the result, exactly.
+* Q and K take a constant scale that cannot overflow: after RMSNorm over D channels no value exceeds ``sqrt(D)`` times
+  the largest norm weight, and a rotation does not change that. FP8 is a floating type, so a loose bound is harmless.
+* Probabilities are at most 1: scale 1/448.
+"""
+
+import onnx_ir as ir
+
+from export.graphs.builder import FLOAT, GraphBuilder
+from export.graphs.linear import FLOAT8_MAX, LARGEST_QUANTISED, SMALLEST_ROW, Linears
+
+
+def attention(g: GraphBuilder, compute: ir.DataType, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+    """``q [L, heads, head]``, already divided by ``sqrt(head)``, ``k, v [S, heads, head]``, float32, computed in
+    ``compute`` → ``[L, heads, head]`` in ``compute``.
+    """
+    q, k, v = (g.cast(x, compute) for x in (q, k, v))
+    probabilities = g.op("Softmax", g.op("MatMul", _by_head(g, q), _by_head(g, k, turned=True)), axis=-1)
+    return _by_token(g, g.op("MatMul", probabilities, _by_head(g, v)))
+
+
+def fp8_attention(linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+    """As :func:`attention`, in FP8; returns float32. ``key`` has ``q_scale`` and ``k_scale`` among the weights."""
+    g, fp8 = linears.g, linears.fp8
+    k = _centred(g, k) if fp8 is None or fp8.smooth_k else k
+    v, v_scale = _scaled_channels(g, v, each=fp8 is None or fp8.v_per_channel)
+    q8 = linears.through_fp8(_by_head(g, q), g.weight(f"{key}.q_scale", (), FLOAT))
+    k8 = linears.through_fp8(_by_head(g, k, turned=True), g.weight(f"{key}.k_scale", (), FLOAT))
+    v8 = linears.through_fp8(_by_head(g, v), g.constant(1.0, FLOAT))
+    probabilities = g.op("Softmax", g.op("MatMul", q8, k8), axis=-1)
+    p8 = linears.through_fp8(probabilities, g.constant(1 / FLOAT8_MAX, FLOAT))
+    return g.mul(g.cast(_by_token(g, g.op("MatMul", p8, v8)), FLOAT), v_scale)
+
+
+def _by_head(g: GraphBuilder, x: ir.Value, *, turned: bool = False) -> ir.Value:
+    """``[L, heads, head] → [1, heads, L, head]``, or with its last two axes exchanged."""
+    order = (1, 2, 0) if turned else (1, 0, 2)
+    return g.op("Unsqueeze", g.transpose(x, *order), g.constant([0]))
+
+
+def _by_token(g: GraphBuilder, x: ir.Value) -> ir.Value:
+    return g.op("Squeeze", g.transpose(x, 0, 2, 1, 3), g.constant([0]))
+
+
+def _centred(g: GraphBuilder, k: ir.Value) -> ir.Value:
+    with g.scope("smooth_k"):
+        return g.op("Sub", k, g.op("ReduceMean", k, g.constant([0]), keepdims=1))
+
+
+def _scaled_channels(g: GraphBuilder, v: ir.Value, *, each: bool) -> tuple[ir.Value, ir.Value]:
+    """``v`` divided by the largest magnitude of each channel (or of all) over the tokens, and that scale."""
+    with g.scope("scale_v"):
+        largest = g.op("ReduceMax", g.op("Abs", v), g.constant([0] if each else [0, 1, 2]), keepdims=1)
+        floor, top = g.constant(SMALLEST_ROW, FLOAT), g.constant(LARGEST_QUANTISED, FLOAT)
+        scale = g.op("Div", g.op("Max", largest, floor), top)
+        return g.op("Div", v, scale), scale

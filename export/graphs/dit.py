@@ -1,0 +1,137 @@
+"""The diffusion transformer (an expert) as an ONNX graph.
+
+Tokens are rows of a ``[L, D]`` matrix throughout; the batch of one exists only at the edges and around attention. The
+residual stream, normalisation, modulation, rotary embedding, time embedding and output head compute in float32, the
+other matrix multiplications in the compute type: the islands of the official code under autocast. Sinusoid and rotary
+tables come in from outside, so the graph holds no position or timestep arithmetic of its own.
+"""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from export.graphs.builder import FLOAT, GraphBuilder
+from export.graphs.dit_block import Blocks, Modulation, Tables
+from export.graphs.linear import Fp8, Linears
+from wan22.specs import PATCH, TEXT_TOKENS, DitSpec
+
+
+@dataclass(frozen=True)
+class LatentDims:
+    """Latent frames, rows and columns: numbers where the shapes are fixed, names where they are dynamic."""
+
+    frames: int | str = "frames"
+    height: int | str = "height"
+    width: int | str = "width"
+
+    @property
+    def grid(self) -> tuple[int | str, int | str, int | str]:
+        """The same in tokens."""
+        rows = self.height // PATCH[1] if isinstance(self.height, int) else "rows"
+        columns = self.width // PATCH[2] if isinstance(self.width, int) else "columns"
+        return self.frames, rows, columns
+
+
+def dit_graph(
+    spec: DitSpec, compute: ir.DataType = FLOAT, dims: LatentDims | None = None, fp8: Fp8 | None = None
+) -> GraphBuilder:
+    """The velocity of ``latents`` at a timestep.
+
+    Inputs, all float32: ``latents`` [1, z, T, h, w]; ``condition`` [1, c, T, h, w] where the model has one;
+    ``time_features`` [rows, 256]; ``text`` [1, 512, text width]; ``rope_cos``, ``rope_sin`` [T, h/2, w/2, head/2].
+    Output: ``velocity`` [1, z, T, h, w] float32, about noise minus clean latents.
+
+    Matrix multiplications run in ``compute``, those that ``fp8`` names in FP8. Weights carry their official names; in
+    FP8, ``self_attn.qkv`` and ``cross_attn.kv`` are stored joined, each matrix with its ``weight_scale``.
+    """
+    dims = dims or LatentDims()
+    g = GraphBuilder("dit")
+    video = (dims.frames, dims.height, dims.width)
+    latents = g.input("latents", FLOAT, [1, spec.out_channels, *video])
+    entering = [latents]
+    if spec.condition_channels:
+        entering.append(g.input("condition", FLOAT, [1, spec.condition_channels, *video]))
+    time_features = g.input("time_features", FLOAT, [spec.time_rows, spec.freq_width])
+    text = g.input("text", FLOAT, [1, TEXT_TOKENS, spec.text_width])
+    rope_cos, rope_sin = (g.input(f"rope_{f}", FLOAT, [*dims.grid, spec.head_width // 2]) for f in ("cos", "sin"))
+
+    linears = Linears(g, compute, fp8)
+    modulated = Modulation(g, spec, _tables(g, spec, latents, rope_cos, rope_sin))
+    writer, block = _Ends(spec, linears, modulated), Blocks(spec, linears, modulated)
+    x = writer.patch_embedding(g.concat(entering, 1) if len(entering) > 1 else latents)
+    time, modulation = writer.time_embedding(time_features)
+    context = writer.text_embedding(text)
+    for index in range(spec.layers):
+        with g.scope(f"blocks.{index}"):
+            x = block(f"blocks.{index}", x, modulation, context)
+    g.output("velocity", writer.head(x, time, latents, rope_cos), [1, spec.out_channels, *video])
+    return g
+
+
+def _tables(g: GraphBuilder, spec: DitSpec, latents: ir.Value, rope_cos: ir.Value, rope_sin: ir.Value) -> Tables:
+    with g.scope("shapes"):
+        cos, sin = (g.reshape(table, [-1, 1, 1, spec.head_width // 2, 1]) for table in (rope_cos, rope_sin))
+        frames, rows = g.op("Shape", latents, start=2, end=3), None
+        if spec.time_rows > 1:
+            numbers = g.op("Range", g.constant(0), g.op("Squeeze", frames), g.constant(1))
+            rows = g.op("Min", numbers, g.constant(1))
+        return Tables(cos, sin, frames, rows)
+
+
+class _Ends:
+    """What surrounds the blocks, named as the official modules."""
+
+    def __init__(self, spec: DitSpec, linears: Linears, modulated: Modulation) -> None:
+        self.g, self.spec, self.linears, self.modulated = linears.g, spec, linears, modulated
+
+    def linear(self, x: ir.Value, key: str, width: tuple[int, int], dtype: ir.DataType) -> ir.Value:
+        """``x [rows, in] → [rows, out]`` in ``dtype``; ``width`` is (in, out)."""
+        g, (entering, leaving) = self.g, width
+        with g.scope(key.rsplit(".", 1)[-1]):
+            weight = g.weight(f"{key}.weight", (leaving, entering), dtype)
+            return g.op("Gemm", g.cast(x, dtype), weight, g.weight(f"{key}.bias", (leaving,), dtype), transB=1)
+
+    def patch_embedding(self, video: ir.Value) -> ir.Value:
+        """``[1, C, T, h, w] → [L, D]`` float32, tokens ordered frame, row, column."""
+        g, spec = self.g, self.spec
+        with g.scope("patch_embedding"):
+            weight = g.weight("patch_embedding.weight", (spec.width, spec.in_channels, *PATCH), self.linears.compute)
+            bias = g.weight("patch_embedding.bias", (spec.width,), self.linears.compute)
+            x = g.op("Conv", g.cast(video, self.linears.compute), weight, bias, strides=PATCH, kernel_shape=PATCH)
+            x = g.transpose(g.reshape(x, [spec.width, -1]), 1, 0)
+            return g.cast(x, FLOAT)
+
+    def time_embedding(self, features: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """``[rows, 256]`` → the embedding ``[rows, D]`` and the modulation ``[rows, 6·D]``, all float32."""
+        g, width = self.g, self.spec.width
+        with g.scope("time_embedding"):
+            x = self.linear(features, "time_embedding.0", (self.spec.freq_width, width), FLOAT)
+            time = self.linear(g.silu(x), "time_embedding.2", (width, width), FLOAT)
+        with g.scope("time_projection"):
+            return time, self.linear(g.silu(time), "time_projection.1", (width, 6 * width), FLOAT)
+
+    def text_embedding(self, text: ir.Value) -> ir.Value:
+        """``[1, 512, text width] → [512, D]``; zero rows become a constant that attention does see."""
+        g, spec, compute = self.g, self.spec, self.linears.compute
+        with g.scope("text_embedding"):
+            x = g.reshape(text, [-1, spec.text_width])
+            x = self.linear(x, "text_embedding.0", (spec.text_width, spec.width), compute)
+            x = g.op("Gelu", x, approximate="tanh")
+            context = self.linear(x, "text_embedding.2", (spec.width, spec.width), compute)
+            if self.linears.fp8 is not None:
+                self.linears.per_token(context)  # once, here: it enters every block
+            return context
+
+    def head(self, x: ir.Value, time: ir.Value, latents: ir.Value, rope_cos: ir.Value) -> ir.Value:
+        """``[L, D] → [1, z, T, h, w]``; uses the time embedding before SiLU, and unpatches channel fastest."""
+        g, spec = self.g, self.spec
+        with g.scope("head"):
+            table = g.reshape(g.weight("head.modulation", (1, 2, spec.width), FLOAT), [1, -1])
+            shift, scale = (g.add(part, time) for part in g.split(table, 2, 1))
+            features = PATCH[1] * PATCH[2] * spec.out_channels
+            y = self.linear(self.modulated(x, shift, scale), "head.head", (spec.width, features), FLOAT)
+            patches = g.concat(
+                [g.op("Shape", rope_cos, start=0, end=3), g.constant([PATCH[1], PATCH[2], spec.out_channels])], 0
+            )
+            y = g.transpose(g.op("Reshape", y, patches), 5, 0, 1, 3, 2, 4)
+            return g.op("Reshape", y, g.op("Shape", latents))

@@ -1,0 +1,173 @@
+"""One block of the transformer: self-attention, cross-attention to the text, feed-forward.
+
+The residual stream is float32 ``[L, D]``. The shape of this code is what compilers made the fewest kernels of: q, k and
+v are one matrix multiplication; a norm over all heads takes its statistics from the flat rows and applies them to the
+rows split into heads, so that neither a float32 copy of q and k nor a second pass over them is stored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from export.graphs.attention import attention, fp8_attention
+from export.graphs.builder import FLOAT, GraphBuilder
+from export.graphs.linear import Linears, Product
+from wan22.specs import DitSpec
+
+Columns = tuple[int, int] | None  # first and end; None: all
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What depends on the video's size and is shared by all blocks."""
+
+    cos: ir.Value  # float32 [L, 1, 1, head/2, 1]
+    sin: ir.Value
+    frames: ir.Value  # int64 [1], latent frames
+    time_row_of_frame: ir.Value | None  # int64 [T] where frames have timesteps of their own (TI2V)
+
+
+class Modulation:
+    """Normalises rows and applies rows of time: one for all tokens, or each latent frame's own (TI2V)."""
+
+    def __init__(self, g: GraphBuilder, spec: DitSpec, tables: Tables) -> None:
+        self.g, self.spec, self.tables = g, spec, tables
+
+    def layer_norm(self, x: ir.Value, affine: str | None = None) -> ir.Value:
+        g, width = self.g, self.spec.width
+        if affine:
+            scale, bias = (g.weight(f"{affine}.{leaf}", (width,), FLOAT) for leaf in ("weight", "bias"))
+            return g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=self.spec.eps)
+        return g.op("LayerNormalization", x, g.constant([1.0] * width, FLOAT), axis=-1, epsilon=self.spec.eps)
+
+    def per_frame(self, x: ir.Value, rows: ir.Value, op: str) -> ir.Value:
+        """``x [L, D] op rows [time rows, D]``."""
+        g, width, row_of_frame = self.g, self.spec.width, self.tables.time_row_of_frame
+        if row_of_frame is None:
+            return g.op(op, x, rows)
+        by_frame = g.op("Reshape", x, g.concat([self.tables.frames, g.constant([-1, width])], 0))
+        frame_rows = g.op("Unsqueeze", g.op("Gather", rows, row_of_frame, axis=0), g.constant([1]))
+        return g.reshape(g.op(op, by_frame, frame_rows), [-1, width])
+
+    def __call__(self, x: ir.Value, shift: ir.Value, scale: ir.Value) -> ir.Value:
+        """LayerNorm, then ``(1 + scale) · x + shift``."""
+        scaled = self.per_frame(self.layer_norm(x), self.g.add(scale, self.g.constant(1.0, FLOAT)), "Mul")
+        return self.per_frame(scaled, shift, "Add")
+
+
+class Blocks:
+    """Writes blocks; ``key`` is the official path of the module, "blocks.3.self_attn"."""
+
+    def __init__(self, spec: DitSpec, linears: Linears, modulated: Modulation) -> None:
+        self.g, self.spec, self.linears, self.modulated = linears.g, spec, linears, modulated
+
+    def __call__(self, key: str, x: ir.Value, modulation: ir.Value, context: ir.Value) -> ir.Value:
+        """``x [L, D]``, ``modulation [time rows, 6·D]``, ``context [512, D]`` → ``[L, D]``."""
+        g, modulated = self.g, self.modulated
+        table = g.reshape(g.weight(f"{key}.modulation", (1, 6, self.spec.width), FLOAT), [1, -1])
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = g.split(g.add(modulation, table), 6, 1)
+        with g.scope("self_attn"):
+            y = self.self_attention(f"{key}.self_attn", modulated(x, shift_sa, scale_sa))
+            x = g.add(x, modulated.per_frame(y, gate_sa, "Mul"))
+        with g.scope("cross_attn"):
+            x = g.add(x, self.cross_attention(f"{key}.cross_attn", modulated.layer_norm(x, f"{key}.norm3"), context))
+        with g.scope("ffn"):
+            y = self.feed_forward(f"{key}.ffn", modulated(x, shift_ffn, scale_ffn))
+            return g.add(x, modulated.per_frame(y, gate_ffn, "Mul"))
+
+    # -- modules, float32 in and out
+
+    def self_attention(self, key: str, x: ir.Value) -> ir.Value:
+        width = self.spec.width
+        qkv = self.linears(self.linears.operand(x, f"{key}.q"), key, "qkv", (width, width))
+        rotated = self.rotated(self.pairs(key, qkv))
+        q, k = (self.g.reshape(half, [-1, *self.heads]) for half in self.g.split(rotated, 2, 1))
+        v = self.linears.values(qkv, (2 * width, 3 * width), self.heads)
+        return self.attended(key, q, k, v)
+
+    def cross_attention(self, key: str, x: ir.Value, context: ir.Value) -> ir.Value:
+        square = (self.spec.width, self.spec.width)
+        q = self.linears(self.linears.operand(x, f"{key}.q"), key, "q", square)
+        k, v, columns_of_k, columns_of_v = self.keys_and_values(key, context)
+        q_heads = self.normed(f"{key}.norm_q", q, None, self.spec.head_width**-0.5)
+        k_heads = self.normed(f"{key}.norm_k", k, columns_of_k)
+        return self.attended(key, q_heads, k_heads, self.linears.values(v, columns_of_v, self.heads))
+
+    def keys_and_values(self, key: str, context: ir.Value) -> tuple[Product, Product, Columns, Columns]:
+        """K and V of the text and which columns of the products they are. Compilers join the 16-bit linears of all
+        blocks into one, but only whole ones; FP8 linears they leave alone, so those two are joined here.
+        """
+        width, entering = self.spec.width, self.linears.operand(context, f"{key}.k")
+        if entering.fp8:
+            joined = self.linears(entering, key, "kv", (width, width))
+            return joined, joined, (0, width), (width, 2 * width)
+        k, v = (self.linears(entering, key, part, (width, width)) for part in "kv")
+        return k, v, None, None
+
+    def feed_forward(self, key: str, x: ir.Value) -> ir.Value:
+        spec, linears = self.spec, self.linears
+        hidden = linears(linears.operand(x, f"{key}.0"), key, "0", (spec.width, spec.ffn_width))
+        raw = hidden.raw if hidden.scale is None and hidden.bias is None else linears.values(hidden)
+        hidden_rows = linears.operand(self.g.op("Gelu", raw, approximate="tanh"), f"{key}.2")
+        return linears.values(linears(hidden_rows, key, "2", (spec.ffn_width, spec.width)))
+
+    def attended(self, key: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """Attention in the type chosen for ``key``, then the output projection."""
+        width = self.spec.width
+        if self.attends_in_fp8(key):
+            y = fp8_attention(self.linears, key, q, k, v)
+        else:
+            y = attention(self.g, self.linears.compute, q, k, v)
+        rows = self.g.reshape(y, [-1, width])
+        return self.linears.values(self.linears(self.linears.operand(rows, f"{key}.o"), key, "o", (width, width)))
+
+    def attends_in_fp8(self, key: str) -> bool:
+        fp8 = self.linears.fp8
+        if fp8 is None or not self.linears.runs_fp8(key):
+            return False
+        return fp8.self_attention if key.endswith("self_attn") else fp8.cross_attention
+
+    # -- norms over all D channels, before they are split into heads
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return (self.spec.heads, self.spec.head_width)
+
+    def normed(self, key: str, y: Product, columns: Columns, factor: float = 1.0) -> ir.Value:
+        """RMSNorm of ``columns`` of ``y`` with the weight ``key``, times ``factor``: ``[rows, heads, head]``."""
+        g = self.g
+        with g.scope(key.rsplit(".", 1)[-1]):
+            inverse = g.reshape(self._inverse_rms(self.linears.values(y, columns), 1), [-1, 1, 1])
+            weight = self._weight(key, self.heads, factor)
+            return g.mul(g.mul(self.linears.values(y, columns, self.heads), inverse), weight)
+
+    def pairs(self, key: str, qkv: Product) -> ir.Value:
+        """RMSNorm of q and k at once, q divided by ``sqrt(head)``: ``[L, 2, heads, head/2, 2]``."""
+        g, spec = self.g, self.spec
+        split = [spec.heads, spec.head_width // 2, 2]
+        with g.scope("norm_qk"):
+            flat = self.linears.values(qkv, shape=[3, spec.width])  # v as well: leaving it out would copy q and k
+            inverse = g.reshape(g.slice(self._inverse_rms(flat, 2), 1, 0, 2), [-1, 2, 1, 1, 1])
+            factors = {"q": spec.head_width**-0.5, "k": 1.0}
+            weight = g.concat([self._weight(f"{key}.norm_{n}", [1, *split], f) for n, f in factors.items()], 0)
+            values = self.linears.values(qkv, (0, 2 * spec.width), [2, *split])
+            return g.mul(g.mul(values, inverse), weight)
+
+    def rotated(self, x: ir.Value) -> ir.Value:
+        """Rotary embedding of interleaved pairs: ``(a, b) → (a·cos - b·sin, a·sin + b·cos)``."""
+        g, tables = self.g, self.modulated.tables
+        with g.scope("rope"):
+            a, b = g.split(x, 2, -1)
+            first = g.op("Sub", g.mul(a, tables.cos), g.mul(b, tables.sin))
+            second = g.add(g.mul(a, tables.sin), g.mul(b, tables.cos))
+            return g.concat([first, second], -1)
+
+    def _inverse_rms(self, x: ir.Value, axis: int) -> ir.Value:
+        g = self.g
+        mean = g.op("ReduceMean", g.mul(x, x), g.constant([axis]), keepdims=1)
+        return g.op("Reciprocal", g.op("Sqrt", g.add(mean, g.constant(self.spec.eps, FLOAT))))
+
+    def _weight(self, key: str, shape: Sequence[int], factor: float) -> ir.Value:
+        weight = self.g.reshape(self.g.weight(f"{key}.weight", (self.spec.width,), FLOAT), list(shape))
+        return weight if factor == 1.0 else self.g.mul(weight, self.g.constant(factor, FLOAT))

@@ -1,0 +1,219 @@
+"""What the graphs of the VAE's two halves are made of (wan22.md §4.1, §4.4, §4.5).
+
+A video inside a graph is a five-dimensional value ``[1, channels, frames, rows, columns]`` whose channels and frames
+are known and whose rows and columns may be dynamic. Reshapes do not ask for a size (but for one in attention): ``0``
+copies an axis and one ``-1`` is inferred, so a dynamic graph has the nodes of a static one and no shape arithmetic at
+run time. To that end an axis is moved to where ``0`` finds it before its neighbours are merged. 2-D convolutions are
+3-D ones with a kernel of one frame: no frame ever moves to the batch.
+
+Scopes are module paths: inside ``scope("decoder")`` and ``scope("conv1")`` the parameter ``weight`` is
+``decoder.conv1.weight`` and its shape is the checkpoint's.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from export.checkpoint.schema import vae_tensors
+from export.graphs.builder import FLOAT, GraphBuilder
+from wan22.errors import UserError
+from wan22.specs import Cache, VaeSpec
+
+LatentSize = tuple[int, int]  # rows and columns of the latent grid
+NORM_EPS = 1e-12
+_END = 2**31 - 1
+
+
+class VaeGraph(GraphBuilder):
+    """A chunk's graph with its caches.
+
+    ``first`` is the graph of a video's first chunk: one frame, no history, hence no cache inputs. Convolutions and the
+    values between them are of type ``compute``; edges, channel norms, SiLU and softmax are float32.
+    """
+
+    def __init__(self, half: str, spec: VaeSpec, *, first: bool, compute: ir.DataType, size: LatentSize | None) -> None:
+        super().__init__(f"{half}_{'first' if first else 'next'}")
+        self.spec, self.first, self.compute, self.size = spec, first, compute, size
+        self._shapes = vae_tensors(spec)
+        self._entering: list[ir.Value] = []
+        self._leaving: list[ir.Value] = []
+
+    # -- edges
+
+    def video(self, channels: int, frames: int, scale: int) -> list[int | str]:
+        """Dimensions of a video ``scale`` times as large as the latent grid.
+
+        Dynamic sides read "height" and "width" at scale 1, else "K*height" and "K*width": the number before the star
+        times the latent dimension after it.
+        """
+        sides = self.size or ("height", "width")
+        return [1, channels, frames, *(_scaled(side, scale) for side in sides)]
+
+    def take_caches(self, caches: Sequence[Cache]) -> None:
+        """Declares ``cache_00``, ``cache_01``, ..., which :meth:`recall` hands out in this order."""
+        for index, cache in enumerate(() if self.first else caches):
+            dims = self.video(cache.channels, cache.frames, cache.scale)
+            self._entering.append(self.input(f"cache_{index:02d}", FLOAT, dims))
+
+    def recall(self) -> ir.Value:
+        """The frames that the convolution whose turn it is kept from the previous chunk."""
+        return self.cast(self._entering[len(self._leaving)], self.compute)
+
+    def remember(self, frames: ir.Value) -> None:
+        """Keeps ``frames`` for the next chunk."""
+        self._leaving.append(frames)
+
+    def give_caches(self, caches: Sequence[Cache]) -> None:
+        """Declares ``next_cache_00``, ..., one for each value remembered."""
+        with self.scope("caches"):
+            for index, (cache, value) in enumerate(zip(caches, self._leaving, strict=True)):
+                dims = self.video(cache.channels, cache.frames, cache.scale)
+                self.output(f"next_cache_{index:02d}", self.cast(value, FLOAT), dims)
+
+    # -- parameters
+
+    def parameter(self, leaf: str, dtype: ir.DataType) -> ir.Value:
+        """The parameter of the module whose scope is open."""
+        key = ".".join([*self._scope, leaf])
+        return self.weight(key, self._shapes[key], dtype)
+
+    def has(self, module: str) -> bool:
+        """Whether the module whose scope is open has a convolution of that name."""
+        return ".".join([*self._scope, module, "weight"]) in self._shapes
+
+
+def _scaled(side: int | str, scale: int) -> int | str:
+    if isinstance(side, int):
+        return side * scale
+    return side if scale == 1 else f"{scale}*{side}"
+
+
+def latent_statistics(g: VaeGraph) -> tuple[ir.Value, ir.Value]:
+    """Mean and 1/std of the latents ``[1, z, 1, 1, 1]``, the reciprocal rounded once as in the official code (§4.3)."""
+    shape = (1, g.spec.latent_channels, 1, 1, 1)
+    inverse_std = (1 / np.array(g.spec.latents_std, np.float32)).reshape(shape)
+    return g.constant(np.array(g.spec.latents_mean, np.float32).reshape(shape), FLOAT), g.constant(inverse_std, FLOAT)
+
+
+# -- convolutions
+
+
+def conv(
+    g: VaeGraph, x: ir.Value, *, strides: Sequence[int] = (1, 1, 1), pads: Sequence[int] | None = None
+) -> ir.Value:
+    """The open scope's convolution, without padding in time; ``pads`` (top, left, bottom, right) keep the size."""
+    weight, bias = g.parameter("weight", g.compute), g.parameter("bias", g.compute)
+    kernel = list((weight.shape or ir.Shape([])).numpy())[2:]
+    if len(kernel) == 2:
+        weight, kernel = g.op("Unsqueeze", weight, g.constant([2])), [1, *kernel]
+    elif g.first and kernel[0] > 1:  # before the first frame lie zeros: only the last tap meets a frame
+        weight, kernel = g.slice(weight, 2, kernel[0] - 1, kernel[0]), [1, *kernel[1:]]
+    top, left, bottom, right = pads or [n // 2 for n in kernel[1:]] * 2
+    pads = [0, top, left, 0, bottom, right]
+    return g.op("Conv", x, weight, bias, kernel_shape=kernel, strides=strides, pads=pads)
+
+
+def causal_conv(g: VaeGraph, x: ir.Value) -> ir.Value:
+    """A convolution over three frames that sees the past only; its cache is the last two frames it was given."""
+    if g.first:
+        g.remember(after_zeros(g, x))
+        return conv(g, x)
+    return conv(g, continued(g, x, kept=2))
+
+
+def continued(g: VaeGraph, x: ir.Value, *, kept: int) -> ir.Value:
+    """``x`` behind the frames of its cache; the last ``kept`` of them all are the next cache."""
+    joined = g.concat([g.recall(), x], 2)
+    g.remember(g.slice(joined, 2, -kept, _END))
+    return joined
+
+
+def after_zeros(g: VaeGraph, x: ir.Value) -> ir.Value:
+    """``x`` with one frame of zeros in front."""
+    return g.op("Pad", x, g.constant([0, 0, 1, 0, 0] + [0] * 5))
+
+
+# -- modules
+
+
+def norm(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
+    """``x / max(|x|, 1e-12) · sqrt(width) · gamma`` over the channels of each position, in float32 to the end."""
+    x = g.cast(x, FLOAT)
+    gamma = g.parameter("gamma", FLOAT)
+    gamma = g.reshape(g.mul(gamma, g.constant(width**0.5, FLOAT)), [1, width, 1, 1, 1])
+    length = g.op("Sqrt", g.op("ReduceSum", g.mul(x, x), g.constant([1]), keepdims=1))
+    return g.mul(g.op("Div", x, g.op("Max", length, g.constant(NORM_EPS, FLOAT))), gamma)
+
+
+def activation(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
+    """Channel norm, then SiLU: what stands before every convolution over three frames but the first."""
+    return g.cast(g.silu(norm(g, x, width)), g.compute)
+
+
+def residual_block(g: VaeGraph, x: ir.Value, entering: int, leaving: int) -> ir.Value:
+    """``[1, entering, F, h, w]`` → ``[1, leaving, F, h, w]``; two caches."""
+    y = x
+    for (normed, convolved), width in zip((("0", "2"), ("3", "6")), (entering, leaving), strict=True):
+        with g.scope(f"residual.{normed}"):
+            y = activation(g, y, width)
+        with g.scope(f"residual.{convolved}"):
+            y = causal_conv(g, y)
+    if g.has("shortcut"):
+        with g.scope("shortcut"):
+            x = conv(g, x)
+    return g.add(x, y)
+
+
+def attention(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
+    """Self-attention of one head over the positions of the chunk's only latent frame ``[1, width, 1, h, w]``.
+
+    Written as MatMul, Softmax, MatMul: TensorRT has no fused kernel for heads this wide, and none for float32.
+    """
+    with g.scope("norm"):
+        y = g.cast(norm(g, x, width), g.compute)
+    with g.scope("to_qkv"):
+        y = g.reshape(conv(g, y), [1, 3 * width, -1])
+    q, k, v = g.split(g.transpose(y, 0, 2, 1), 3, axis=2)
+    q = g.mul(q, g.constant(width**-0.5, g.compute))  # scaled before fp16 can overflow
+    scores = g.cast(g.op("MatMul", q, g.transpose(k, 0, 2, 1)), FLOAT)
+    weights = g.cast(g.op("Softmax", scores, axis=-1), g.compute)
+    y = g.transpose(g.op("MatMul", weights, v), 0, 2, 1)
+    y = g.op("Reshape", y, g.op("Shape", x))
+    with g.scope("proj"):
+        return g.add(x, conv(g, y))
+
+
+def middle(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
+    """Residual block, attention, residual block."""
+    with g.scope("middle.0"):
+        x = residual_block(g, x, width, width)
+    with g.scope("middle.1"):
+        x = attention(g, x, width)
+    with g.scope("middle.2"):
+        return residual_block(g, x, width, width)
+
+
+def head(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
+    with g.scope("head.0"):
+        x = activation(g, x, width)
+    with g.scope("head.2"):
+        return causal_conv(g, x)
+
+
+def unsupported_shortcut(entering: int, leaving: int) -> UserError:
+    """For widths that no published VAE 2.2 has, whose parameter-free shortcuts would mix channels otherwise."""
+    return UserError(f"a VAE stage of {entering} to {leaving} channels", "multipliers 1, 2, 4, 4", "use such a VAE")
+
+
+# -- pixels between places
+
+
+def split_pixels(g: VaeGraph, x: ir.Value, channels: int, frames: int) -> ir.Value:
+    """``[1, C, F, 2h, 2w]`` → ``[C, F, h, 2, w, 2]``."""
+    return g.reshape(g.reshape(x, [0, 0, 0, 0, -1, 2]), [channels, frames, -1, 2, 0, 2])
+
+
+def merge_pixels(g: VaeGraph, x: ir.Value, channels: int, frames: int) -> ir.Value:
+    """``[C, F, h, 2, w, 2]`` → ``[1, C, F, 2h, 2w]``."""
+    return g.reshape(g.reshape(x, [0, 0, 0, 0, -1]), [1, channels, frames, -1, 0])

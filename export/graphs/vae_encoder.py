@@ -1,0 +1,115 @@
+"""Frames to latents: the VAE's encoder as two graphs, for a video's first frame and for every later four.
+
+The latents are the mean of the posterior, normalised (wan22.md §4.3). The first frame is a chunk of its own: the time
+convolutions stay idle and only remember it (§4.4).
+"""
+
+import onnx_ir as ir
+
+from export.checkpoint.schema import vae_module
+from export.graphs.builder import FLOAT, GraphBuilder
+from export.graphs.vae_blocks import (
+    LatentSize,
+    VaeGraph,
+    after_zeros,
+    causal_conv,
+    continued,
+    conv,
+    head,
+    latent_statistics,
+    middle,
+    residual_block,
+    split_pixels,
+    unsupported_shortcut,
+)
+from wan22.specs import VaeSpec
+
+
+def vae_encoder(
+    spec: VaeSpec, first: bool, compute: ir.DataType = FLOAT, size: LatentSize | None = None
+) -> GraphBuilder:
+    """One (``first``) or four frames to one latent frame.
+
+    Inputs: ``frames`` [1, 3, 1 or 4, H, W] in [-1, 1], unless first ``cache_00`` ... ``cache_23``. Outputs: ``latents``
+    [1, z, 1, h, w], normalised as the sampler wants them, ``next_cache_00`` ... ``next_cache_23``. All float32; sides
+    of frames and caches are named as :meth:`VaeGraph.video` says, or fixed by ``size``, the latent rows and columns.
+    """
+    g = VaeGraph("vae_encoder", spec, first=first, compute=compute, size=size)
+    frames = 1 if first else spec.temporal_stride
+    x = g.input("frames", FLOAT, g.video(3, frames, spec.spatial_stride))
+    g.take_caches(spec.encoder_caches)
+    if spec.patch > 1:
+        x = _patchified(g, x, frames)
+    with g.scope("encoder"):
+        x = _encoder(g, g.cast(x, g.compute), frames)
+    with g.scope("conv1"):
+        mean_and_variance = conv(g, x)
+    x = g.cast(g.slice(mean_and_variance, 1, 0, spec.latent_channels), FLOAT)
+    mean, inverse_std = latent_statistics(g)
+    latents = g.mul(g.op("Sub", x, mean), inverse_std)
+    g.output("latents", latents, g.video(spec.latent_channels, 1, 1))
+    g.give_caches(spec.encoder_caches)
+    return g
+
+
+def _encoder(g: VaeGraph, x: ir.Value, frames: int) -> ir.Value:
+    """``[1, 3·patch², F, 8h, 8w]`` → ``[1, 2z, 1, h, w]``."""
+    widths = g.spec.encoder_widths
+    with g.scope("conv1"):
+        x = causal_conv(g, x)
+    for stage in range(len(widths) - 1):
+        x, frames = _stage(g, x, stage, frames)
+    return head(g, middle(g, x, widths[-1]), widths[-1])
+
+
+def _stage(g: VaeGraph, x: ir.Value, stage: int, frames: int) -> tuple[ir.Value, int]:
+    """Residual blocks, then all but the last stage halve rows and columns, some also the frames."""
+    spec, entering, leaving_frames = g.spec, x, frames
+    widths = spec.encoder_widths[stage : stage + 2]
+    for index in range(spec.blocks_per_stage):
+        with g.scope(vae_module("downsamples", spec, stage, index)):
+            x = residual_block(g, x, widths[min(index, 1)], widths[1])
+    halving = stage < len(spec.temporal_down)
+    if halving:
+        with g.scope(vae_module("downsamples", spec, stage, spec.blocks_per_stage)):
+            x, leaving_frames = _downsampled(g, x, frames)
+    if spec.residual:
+        with g.scope(f"downsamples.{stage}.avg_shortcut"):
+            x = g.add(x, _averaged(g, entering, stage, frames) if halving else entering)
+    return x, leaving_frames
+
+
+def _downsampled(g: VaeGraph, x: ir.Value, frames: int) -> tuple[ir.Value, int]:
+    """Every second row and column, zeros beyond the lower and right edge; then every second frame."""
+    with g.scope("resample.1"):
+        x = conv(g, x, strides=(1, 2, 2), pads=(0, 0, 1, 1))
+    if not g.has("time_conv"):
+        return x, frames
+    with g.scope("time_conv"):
+        if g.first:
+            g.remember(x)
+            return x, frames
+        return conv(g, continued(g, x, kept=1), strides=(2, 1, 1)), frames // 2
+
+
+def _averaged(g: VaeGraph, x: ir.Value, stage: int, frames: int) -> ir.Value:
+    """The shortcut around a stage of VAE 2.2 (AvgDown3D, §4.1): the mean of 2×2 pixels, pairs of frames as channels.
+
+    A first frame alone is the second of a pair whose first is zero.
+    """
+    (width, leaving), in_time = g.spec.encoder_widths[stage : stage + 2], g.spec.temporal_down[stage]
+    if leaving != (2 * width if in_time else width):
+        raise unsupported_shortcut(width, leaving)
+    if in_time and g.first:
+        x, frames = after_zeros(g, x), 2
+    x = g.op("AveragePool", x, kernel_shape=[1, 2, 2], strides=[1, 2, 2])
+    if not in_time:
+        return x
+    pairs = g.transpose(g.reshape(x, [width, frames // 2, 2, 0, 0]), 0, 2, 1, 3, 4)
+    return g.reshape(pairs, [1, 2 * width, frames // 2, 0, 0])
+
+
+def _patchified(g: VaeGraph, x: ir.Value, frames: int) -> ir.Value:
+    """``[1, 3, F, 2h, 2w]`` → ``[1, 12, F, h, w]``; of a colour's four channels the column is the slower index."""
+    x = g.transpose(split_pixels(g, x, 3, frames), 0, 5, 3, 1, 2, 4)
+    return g.op("Squeeze", g.reshape(x, [1, 1, 12, frames, 0, 0]), g.constant([0]))

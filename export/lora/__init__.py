@@ -1,0 +1,1 @@
+"""LoRA files, and their merge into the weights while these stream."""

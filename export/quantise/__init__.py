@@ -1,0 +1,1 @@
+"""FP8 weights, static input scales and input means."""

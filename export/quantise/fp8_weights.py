@@ -1,0 +1,186 @@
+"""The tensors that an FP8 graph stores beside the official ones, computed while the weights stream by.
+
+A matrix is quantised with one scale, its largest magnitude over 448, so that the scale stays in float32 inside the
+multiplication. ``qkv`` and ``kv`` join their parts' rows. The scales of Q and K follow from the norm weights alone.
+
+The bias of V moves behind the output projection: probabilities sum to 1, so ``O(P (V + b)) = O(P V) + O b``, and what
+is added there in float32 needs not pass through FP8. Where the input of O has a static scale it stays, because that
+scale was measured with it. A mean that the graph subtracts from the input of a linear comes back through its bias.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+import ml_dtypes
+import numpy as np
+
+from export.files.tensor_file import as_torch, check_finite, extremes
+from export.graphs.linear import FLOAT8_MAX
+from wan22.specs import DitSpec
+
+Read = Callable[[str], np.ndarray]
+
+JOINED = ("qkv", "kv")
+PIECE_ELEMENTS, BLOCK_ELEMENTS = 2**22, 2**16
+MARGIN = 1.01  # over the bound of Q and K: the norms compute in float32, their weights may have been rounded
+
+
+class Fp8Weights:
+    """``read`` for :func:`export.graphs.weights_file.write_weights`, over ``official``, the transformer's reader.
+
+    Args:
+        official: gives a tensor by its official name, in any floating type.
+        spec: the transformer's dimensions.
+        quantised: names of the weights that the graph stores in FP8.
+        input_scales: static activation scales of the linears that have one ("blocks.0.ffn.0" → largest input / 448).
+        input_means: what enters the linears whose inputs the graph centres, on average, [in] each.
+    """
+
+    def __init__(
+        self,
+        official: Read,
+        spec: DitSpec,
+        quantised: Collection[str],
+        input_scales: Mapping[str, float] | None = None,
+        input_means: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self._official, self._spec = official, spec
+        self._quantised, self._input_scales, self._means = frozenset(quantised), input_scales or {}, input_means or {}
+        self._scales: dict[str, float] = {}
+        self._held: dict[str, np.ndarray] = {}  # official matrices that are in memory anyway
+        self._biases: dict[str, np.ndarray] = {}  # made of them
+        self._moved = moved_biases(quantised, self._input_scales)
+        self._remade = remade_biases(quantised, self._input_scales, self._means)
+
+    def pieces(self, key: str) -> Iterable[np.ndarray]:
+        """The elements of a tensor in order. Matrices are read at once; all that is computed, matrix by matrix, is
+        computed as it is asked for, so that one thread may read while another computes.
+        """
+        parts = self._parts(key) if key in self._quantised else {}
+        return self._made(key, parts)
+
+    def _made(self, key: str, parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
+        if not parts:
+            yield self(key)
+            return
+        scale = self._measured(key, parts)
+        for part in parts.values():
+            yield from _quantised(part, scale)
+
+    def __call__(self, key: str) -> np.ndarray:
+        stem, leaf = key.rsplit(".", 1)
+        if key in self._quantised:
+            parts = self._parts(key)
+            pieces = list(self._made(key, parts))
+            return np.concatenate(pieces).reshape(-1, next(iter(parts.values())).shape[1])
+        if leaf in ("weight_scale", "input_scale"):
+            scale = self._input_scales[stem] if leaf == "input_scale" else self._scale_of(f"{stem}.weight")
+            return np.array(scale, np.float32)
+        if leaf in ("q_scale", "k_scale"):
+            return self._head_scale(stem, leaf[0])
+        if leaf == "input_mean":
+            return self._mean(stem)
+        if key in self._remade:
+            return self._biases.pop(key) if key in self._biases else self._bias(stem)
+        return self._official(key)
+
+    def _bias(self, linear: str) -> np.ndarray:
+        """With what the mean of the input brings; none is left of V's, O's takes it over, projected in float32."""
+        module, name = linear.rsplit(".", 1)
+        if f"{linear}.bias" not in self._moved:
+            return self._own_bias(linear)
+        bias = self._own_bias(linear)
+        return np.zeros_like(bias) if name == "v" else bias + self._weight(linear) @ self._own_bias(f"{module}.v")
+
+    def _own_bias(self, linear: str) -> np.ndarray:
+        bias = self._official(f"{linear}.bias").astype(np.float32)
+        entering = _entry(linear)
+        return np.asarray(bias + self._weight(linear) @ self._mean(entering) if entering in self._means else bias)
+
+    def _mean(self, linear: str) -> np.ndarray:
+        """Of what enters in this graph: without V's bias where that comes after O."""
+        mean = self._means[linear].astype(np.float32)
+        moved = linear.endswith(".o") and f"{linear}.bias" in self._moved
+        return np.asarray(mean - self._own_bias(f"{linear[:-1]}v") if moved else mean)
+
+    def _weight(self, linear: str) -> np.ndarray:
+        key = f"{linear}.weight"
+        weight = self._held[key] if key in self._held else self._official(key)
+        return np.asarray(weight.astype(np.float32, copy=False))
+
+    def _measured(self, key: str, parts: dict[str, np.ndarray]) -> float:
+        """The scale of the matrices that are one FP8 matrix ``[out, in]``."""
+        self._make_biases(parts)
+        self._scales[key] = _scale_of(parts)
+        return self._scales[key]
+
+    def _make_biases(self, parts: dict[str, np.ndarray]) -> None:
+        """Biases that need a matrix are made while it is here; they stand behind it in the file."""
+        self._held = parts
+        for linear in (name.removesuffix(".weight") for name in parts):
+            if f"{linear}.bias" in self._remade:
+                self._biases[f"{linear}.bias"] = self._bias(linear)
+        self._held = {}
+
+    def _scale_of(self, key: str) -> float:
+        if key not in self._scales:
+            self._scales[key] = _scale_of(self._parts(key))
+        return self._scales[key]
+
+    def _parts(self, key: str) -> dict[str, np.ndarray]:
+        module, name, leaf = key.rsplit(".", 2)
+        names = [f"{module}.{part}.{leaf}" for part in (name if name in JOINED else [name])]
+        return {name: self._official(name) for name in names}
+
+    def _head_scale(self, module: str, name: str) -> np.ndarray:
+        """No value of RMSNorm over D channels exceeds sqrt(D) times its weight; K may double when centred."""
+        largest = float(np.abs(self._official(f"{module}.norm_{name}.weight").astype(np.float32)).max())
+        bound = largest * self._spec.width**0.5 * (self._spec.head_width**-0.5 if name == "q" else 2.0)
+        return np.array(max(bound, 1e-6) * MARGIN / FLOAT8_MAX, np.float32)
+
+
+def moved_biases(quantised: Collection[str], input_scales: Collection[str]) -> frozenset[str]:
+    """Biases of V and O that are not the checkpoint's, where ``quantised`` are the weights stored in FP8."""
+    modules = [key.removesuffix(".o.weight") for key in quantised if key.endswith("_attn.o.weight")]
+    return frozenset(
+        f"{module}.{part}.bias" for module in modules if f"{module}.o" not in input_scales for part in "vo"
+    )
+
+
+def remade_biases(
+    quantised: Collection[str], input_scales: Collection[str], input_means: Collection[str]
+) -> frozenset[str]:
+    """All biases that are not the checkpoint's."""
+    stems = [key.removesuffix(".weight").rsplit(".", 1) for key in quantised]
+    linears = [f"{module}.{part}" for module, name in stems for part in (name if name in JOINED else [name])]
+    centred = frozenset(f"{linear}.bias" for linear in linears if _entry(linear) in input_means)
+    return centred | moved_biases(quantised, input_scales)
+
+
+def _entry(linear: str) -> str:
+    """The linear whose name stands for what enters: q for q, k and v of self-attention."""
+    module, name = linear.rsplit(".", 1)
+    return f"{module}.q" if module.endswith("self_attn") and name in "qkv" else linear
+
+
+def _scale_of(parts: Mapping[str, np.ndarray]) -> float:
+    largest = 1e-12
+    for name, part in parts.items():
+        ends = extremes(part)
+        check_finite(name, ends)
+        largest = max(largest, *(float(abs(end)) for end in ends))
+    return largest / FLOAT8_MAX
+
+
+def _quantised(matrix: np.ndarray, scale: float) -> Iterator[np.ndarray]:
+    """In blocks that stay in a core's cache, so that memory is read and written once."""
+    import torch
+
+    elements, block = as_torch(matrix.reshape(-1)), torch.empty(BLOCK_ELEMENTS)
+    for start in range(0, len(elements), PIECE_ELEMENTS):
+        piece = elements[start : start + PIECE_ELEMENTS]
+        result = torch.empty(len(piece), dtype=torch.float8_e4m3fn)
+        for place in range(0, len(piece), BLOCK_ELEMENTS):
+            part = piece[place : place + BLOCK_ELEMENTS]
+            values = block[: len(part)].copy_(part).div_(scale).clamp_(-FLOAT8_MAX, FLOAT8_MAX)
+            result[place : place + len(part)] = values
+        yield np.asarray(result.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn))

@@ -1,0 +1,76 @@
+"""What enters a linear on average, measured on the 16-bit model: FP8 rounds without it, the bias brings it back.
+
+``W x = W (x - m) + W m``: the second term is a constant, computed in float32 at export. Channels that are large for
+every token would otherwise be rounded coarsely in each of them, and meet rounded weights besides. In a file are, by
+expert and official name of the linear, ``low_noise.blocks.0.ffn.2.input_mean`` [in] float32 and ``...weight_scale``,
+the largest weight over 448, by which the file is known to belong to a model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from export.checkpoint.schema import dit_tensors
+from export.files.safetensors_file import read_safetensors, write_safetensors
+from export.files.tensor_file import Array, Planned
+from export.quantise.input_scales import LinearScales, Scales
+from wan22.errors import UserError
+from wan22.specs import DitSpec, ModelSpec
+from wan22.whole_file import whole_file
+
+# Linears whose inputs are centred; k and v of cross-attention read the text, which is quantised once for all blocks.
+CENTRED = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """Of one expert."""
+
+    inputs: Mapping[str, Array]  # [in] float32, by linear ("blocks.0.ffn.2"; q stands for q, k and v)
+    weights: Scales  # their largest weights, to know the model by
+
+
+def input_width(spec: DitSpec, linear: str) -> int:
+    return spec.ffn_width if linear.endswith("ffn.2") else spec.width
+
+
+def read_input_means(path: Path, spec: ModelSpec) -> dict[str, Means]:
+    """The means of every expert that the file speaks about.
+
+    Raises:
+        UserError: no such file, linears of another model, values that are no numbers.
+    """
+    found: dict[str, Means] = {}
+    known, tensors = dit_tensors(spec.dit), read_safetensors(path)
+    for name, stored in tensors.items():
+        expert, _, rest = name.partition(".")
+        linear, _, leaf = rest.rpartition(".")
+        if leaf == "weight_scale":
+            continue
+        expected = (input_width(spec.dit, linear),)
+        if expert not in spec.experts or f"{linear}.weight" not in known or stored.shape != expected:
+            raise UserError(f"{path}: {name} {list(stored.shape)}", f"means of {spec.name}", "calibrate this model")
+        mean = np.array(stored.read(), np.float32)
+        if not np.isfinite(mean).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity", "finite means", "calibrate again")
+        scale = tensors.get(f"{expert}.{linear}.weight_scale")
+        part = found.setdefault(expert, Means({}, {}))
+        found[expert] = Means(
+            {**part.inputs, linear: mean},
+            {**part.weights, linear: LinearScales(1.0, float(scale.read().item()) if scale else None)},
+        )
+    return found
+
+
+def write_input_means(path: Path, means: Mapping[str, Means]) -> None:
+    """Writes the file that :func:`read_input_means` reads, whole or not at all."""
+    tensors: dict[str, Array] = {}
+    for expert, part in means.items():
+        for linear, mean in part.inputs.items():
+            tensors[f"{expert}.{linear}.input_mean"] = np.asarray(mean, np.float32)
+            tensors[f"{expert}.{linear}.weight_scale"] = np.array(part.weights[linear].weight or 0.0, np.float32)
+    planned = {name: Planned(array.dtype, array.shape) for name, array in tensors.items()}
+    with whole_file(path) as partial:
+        write_safetensors(partial, planned, lambda name: [tensors[name]])

@@ -1,0 +1,116 @@
+"""Static scales of activations in FP8, measured beforehand on the 16-bit model.
+
+The layout is that of NVIDIA's TensorRT-Model-Connect, by diffusers' names of the linears:
+``{"blocks.0.ffn.net.0.proj": {"input_scale": s, "weight_scale": w}, ...}``, where ``s`` times 448 is the largest input
+seen, with a margin, and ``w`` times 448 the largest weight. Two experts have a part of the file each,
+``{"high_noise": {...}, "low_noise": {...}}``; a file without parts speaks about every expert. Linears that a file
+leaves out are quantised per token.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.checkpoint.keys import diffusers_names
+from export.graphs.linear import FLOAT8_MAX
+from wan22.errors import UserError
+from wan22.specs import ModelSpec
+from wan22.whole_file import whole_file
+
+COMPARED = 6  # linears per expert whose weights are held against the file's
+LARGEST_MARGIN = 1.25  # a factor: files may state weights with a margin, the same for all
+SAME_WITHIN = 1.02  # a factor, margin aside: checkpoints may round
+
+
+@dataclass(frozen=True)
+class LinearScales:
+    input: float  # largest input, margin included, over 448
+    weight: float | None = None  # largest weight over 448
+
+
+Scales = Mapping[str, LinearScales]  # by official name of the linear, "blocks.0.ffn.0"
+
+
+def read_input_scales(path: Path, spec: ModelSpec) -> dict[str, Scales]:
+    """The scales of every expert that the file speaks about.
+
+    Raises:
+        UserError: no such file, no such layout, linears of another model, a scale that is no positive number.
+    """
+    try:
+        content = json.loads(path.read_text())
+        parts = (
+            content if content.keys() and content.keys() <= set(spec.experts) else dict.fromkeys(spec.experts, content)
+        )
+        found = {expert: {name: _entry(entry) for name, entry in part.items()} for expert, part in parts.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        layout = isinstance(error, (KeyError, TypeError, AttributeError))
+        reason = getattr(error, "strerror", None) or ("another layout" if layout else str(error))
+        raise UserError(f"{path}: {reason}", "a JSON of input scales by linear", "write one with calibrate") from None
+    names = {theirs.removesuffix(".weight"): ours for ours, theirs in diffusers_names("dit", spec).items()}
+    if not all(found.values()):
+        raise UserError(f"{path} speaks about no linear", "scales of some", "write one with calibrate")
+    for part in found.values():
+        _check(path, part, names, spec)
+    return {
+        expert: {names[name].removesuffix(".weight"): scales for name, scales in part.items()}
+        for expert, part in found.items()
+    }
+
+
+def _entry(entry: Mapping[str, Any]) -> LinearScales:
+    weight = entry.get("weight_scale")
+    return LinearScales(float(entry["input_scale"]), None if weight is None else float(weight))
+
+
+def _check(path: Path, part: Scales, names: Mapping[str, str], spec: ModelSpec) -> None:
+    if unknown := [name for name in part if name not in names]:
+        raise UserError(f"{path}: {unknown[0]}", f"linears of {spec.name}", "use scales measured on this model")
+    for name, scales in part.items():
+        for scale in (scales.input, 1.0 if scales.weight is None else scales.weight):
+            if not (math.isfinite(scale) and scale > 0):
+                raise UserError(f"{path}: scale {scale} of {name}", "a positive number", "calibrate again")
+
+
+def check_weights(path: Path, scales: Scales, expert: str, read: Callable[[str], np.ndarray]) -> None:
+    """Refuses scales of another model: some of the weights that the file states are held against ``read``'s.
+
+    Models of one size share all names, so weights are all that tells their files apart. A few matrices are read.
+    """
+    stated = sorted((name, found.weight) for name, found in scales.items() if found.weight is not None)
+    margin = None
+    for name, scale in stated[:: max(1, len(stated) // COMPARED)][:COMPARED]:
+        largest = largest_magnitude(read(f"{name}.weight"))
+        ratio = scale * FLOAT8_MAX / max(largest, 1e-12)
+        margin = ratio if margin is None else margin
+        alike = 1 / SAME_WITHIN < ratio / margin < SAME_WITHIN
+        if not (alike and 1 / LARGEST_MARGIN < ratio < LARGEST_MARGIN):
+            raise UserError(
+                f"{path}: weights of {name} up to {scale * FLOAT8_MAX:.3g}",
+                f"{largest:.3g} as in the checkpoint's {expert}",
+                "use scales measured on this model",
+            )
+
+
+def largest_magnitude(array: np.ndarray) -> float:
+    return max(float(array.max()), -float(array.min()))
+
+
+def write_input_scales(path: Path, scales: Mapping[str, Scales], spec: ModelSpec) -> None:
+    """Writes the file that :func:`read_input_scales` reads, whole or not at all; ``scales`` by expert."""
+    names = diffusers_names("dit", spec)
+    parts = {
+        expert: {
+            names[f"{name}.weight"].removesuffix(".weight"): {"input_scale": s.input, "weight_scale": s.weight}
+            for name, s in part.items()
+        }
+        for expert, part in scales.items()
+    }
+    content = parts if len(spec.experts) > 1 else parts[spec.experts[0]]
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")

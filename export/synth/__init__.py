@@ -1,0 +1,1 @@
+"""Synthetic checkpoints with random weights, in both published layouts."""

@@ -1,0 +1,243 @@
+"""Synthetic checkpoints: the folders that Wan2.2 is published as, with random weights that behave.
+
+Real file names, key names, dtypes and shards, in the official and in the -Diffusers layout (wan22.md §1.1, §1.3).
+Tensors are made and written one after the other, so even a full-size checkpoint needs little memory; ``sparse`` writes
+files of the true size whose data is holes, to try the handling of 130 GB on a laptop.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.checkpoint.keys import diffusers_names, dit_config, text_encoder_config, vae_config
+from export.checkpoint.layout import (
+    MODEL_INDEX,
+    TEXT_ENCODER_FILE,
+    TEXT_ENCODER_STEM,
+    TRANSFORMER_STEM,
+    Layout,
+    expert_folder,
+    index_file,
+    tokenizer_folder,
+    vae_file,
+)
+from export.checkpoint.schema import part_tensors
+from export.files.safetensors_file import write_safetensors
+from export.files.tensor_file import BFLOAT16, Pieces, Planned
+from export.files.torch_file import write_torch
+from export.synth.tokenizer import write_tokenizer
+from export.synth.weights import PIECE_ELEMENTS, pieces
+from wan22.bundle import check_disk, staged
+from wan22.errors import UserError
+from wan22.progress import Progress, silent
+from wan22.specs import TEXT_TOKENS, ModelSpec, Task
+
+SHARD_MAX_BYTES = 10**10
+FLOAT32 = np.dtype(np.float32)
+
+
+def synthesise(
+    spec: ModelSpec,
+    folder: Path,
+    layout: Layout,
+    seed: int,
+    *,
+    sparse: bool = False,
+    half: bool = False,
+    progress: Progress = silent,
+) -> None:
+    """Writes a checkpoint of ``spec`` into the new ``folder``; the same seed gives the same bytes.
+
+    ``half`` stores the transformers in bfloat16, as converted checkpoints have them.
+
+    Raises:
+        UserError: the folder exists or cannot be written, or its disk is too small.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists", "a new folder", "choose another")
+    check_disk(folder, 0 if sparse else weights_bytes(spec, half=half))
+    source = _Source(spec, seed, sparse, half, progress)
+    with staged(folder) as temporary:
+        if layout == "official":
+            _write_official(temporary, source)
+        else:
+            _write_diffusers(temporary, source)
+
+
+def weights_bytes(spec: ModelSpec, *, half: bool = False) -> int:
+    """Bytes of all tensors of a checkpoint; what else is in one, and heads of files, is a few MB."""
+    return sum(
+        _dtype(part, half=half).itemsize * prod(shape)
+        for part in _parts(spec)
+        for shape in part_tensors(part, spec).values()
+    )
+
+
+def _parts(spec: ModelSpec) -> tuple[str, ...]:
+    return (*spec.experts, "text_encoder", "vae")
+
+
+def _dtype(part: str, *, half: bool) -> np.dtype[Any]:
+    """How a release stores the part; ``half`` is about transformers."""
+    return BFLOAT16 if part == "text_encoder" or (half and part != "vae") else FLOAT32
+
+
+@dataclass
+class _Source:
+    """Makes the tensors and counts them."""
+
+    spec: ModelSpec
+    seed: int
+    sparse: bool
+    half: bool
+    progress: Progress
+    done: int = 0
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = sum(len(part_tensors(part, self.spec)) for part in _parts(self.spec))
+
+    def part(self, part: str, names: dict[str, str] | None = None) -> tuple[dict[str, Planned], Pieces]:
+        """The tensors of a part, called by ``names`` (official → written), and what yields their elements."""
+        dtype = _dtype(part, half=self.half)
+        shapes = part_tensors(part, self.spec)
+        official = {(names or {}).get(name, name): name for name in shapes}
+
+        def elements(written: str) -> Iterator[npt.NDArray[Any]]:
+            name = official[written]
+            if self.sparse:
+                yield from _zeros(prod(shapes[name]), dtype)
+            else:
+                yield from pieces(self.spec, self.seed, part, name, shapes[name])
+            self.done += 1
+            self.progress("synthesise", self.done, self.total, "tensors")
+
+        return {written: Planned(dtype, shapes[name]) for written, name in official.items()}, elements
+
+
+def _zeros(count: int, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
+    buffer = np.zeros(min(count, PIECE_ELEMENTS), dtype)
+    for start in range(0, count, PIECE_ELEMENTS):
+        yield buffer[: count - start]
+
+
+def _write_official(folder: Path, source: _Source) -> None:
+    spec = source.spec
+    for expert in spec.experts:
+        part = folder / expert_folder(expert, "official")
+        part.mkdir(exist_ok=True)
+        _write_json(part / "config.json", _official_config(spec))
+        _write_shards(part, TRANSFORMER_STEM, *source.part(expert))
+    write_torch(folder / TEXT_ENCODER_FILE, *source.part("text_encoder"))
+    write_torch(folder / vae_file(spec.vae.generation), *source.part("vae"))
+    write_tokenizer(folder / tokenizer_folder("official"))
+
+
+def _official_config(spec: ModelSpec) -> dict[str, Any]:
+    dit = spec.dit
+    return {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.33.0",
+        "dim": dit.width,
+        "eps": dit.eps,
+        "ffn_dim": dit.ffn_width,
+        "freq_dim": dit.freq_width,
+        "in_dim": dit.in_channels,
+        "model_type": str(spec.task),
+        "num_heads": dit.heads,
+        "num_layers": dit.layers,
+        "out_dim": dit.out_channels,
+        "text_len": TEXT_TOKENS,
+    }
+
+
+def _write_diffusers(folder: Path, source: _Source) -> None:
+    spec = source.spec
+    _write_json(folder / MODEL_INDEX, _model_index(spec))
+    _write_json(_new(folder / "scheduler") / "scheduler_config.json", _scheduler_config(spec))
+    for expert in spec.experts:
+        part = _new(folder / expert_folder(expert, "diffusers"))
+        _write_json(part / "config.json", dit_config(spec))
+        _write_shards(part, TRANSFORMER_STEM, *source.part(expert, diffusers_names(expert, spec)))
+    part = _new(folder / "vae")
+    _write_json(part / "config.json", vae_config(spec))
+    write_safetensors(part / f"{TRANSFORMER_STEM}.safetensors", *source.part("vae", diffusers_names("vae", spec)))
+    part = _new(folder / "text_encoder")
+    _write_json(part / "config.json", text_encoder_config(spec))
+    _write_shards(part, TEXT_ENCODER_STEM, *source.part("text_encoder", diffusers_names("text_encoder", spec)))
+    write_tokenizer(folder / tokenizer_folder("diffusers"))
+
+
+def _model_index(spec: ModelSpec) -> dict[str, Any]:
+    index: dict[str, Any] = {
+        "_class_name": "WanImageToVideoPipeline" if spec.task == Task.I2V else "WanPipeline",
+        "_diffusers_version": "0.35.0",
+        "boundary_ratio": spec.sampling.boundary,
+        "expand_timesteps": spec.task == Task.TI2V,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"] if len(spec.experts) > 1 else [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    if spec.task == Task.I2V:
+        index |= {"image_encoder": [None, None], "image_processor": [None, None]}
+    return index
+
+
+def _scheduler_config(spec: ModelSpec) -> dict[str, Any]:
+    """As the converter writes it: its shift is not the one the official code samples with (wan22.md §0.2)."""
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "_diffusers_version": "0.35.0",
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "final_sigmas_type": "zero",
+        "flow_shift": 5.0 if spec.task == Task.TI2V else 3.0,
+        "lower_order_final": True,
+        "num_train_timesteps": 1000,
+        "predict_x0": True,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "timestep_spacing": "linspace",
+        "use_flow_sigmas": True,
+    }
+
+
+def _write_shards(folder: Path, stem: str, plan: dict[str, Planned], elements: Pieces) -> None:
+    """At least two safetensors shards and the index that says which tensor is in which."""
+    total = sum(planned.size_bytes for planned in plan.values())
+    limit = min(SHARD_MAX_BYTES, total * 3 // 5)
+    shards: list[dict[str, Planned]] = [{}]
+    filled = 0
+    for name, planned in plan.items():
+        if filled and filled + planned.size_bytes > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = planned
+        filled += planned.size_bytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        write_safetensors(folder / file, shard, elements)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / index_file(stem), index)
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,170 @@
+"""FP8 graphs compute the float32 graph's velocity within what eight bits allow; their stored tensors are what they say.
+
+ONNX Runtime computes FP8 graphs whose other type is float32: quantisation is emulated exactly, sums are float32. Three
+bits of mantissa are 2.6 % of error in every factor, 3.7 % in every product of two; random weights average none of it
+away, and two layers have little residual stream to dilute it, so the limits here are that and not a model's quality.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from export.checkpoint.schema import dit_tensors
+from export.graphs.builder import BFLOAT16, FLOAT
+from export.graphs.dit import dit_graph
+from export.graphs.linear import FLOAT8, Fp8
+from export.quantise import fp8_weights
+from export.quantise.fp8_weights import Fp8Weights
+from tests.export.conftest import made_up
+from tests.export.graphs.test_dit import inputs_for, relative_l2
+from wan22.errors import UserError
+from wan22.specs import SPECS
+
+SPEC = SPECS["t2v-a14b-tiny"].dit
+BOTH = Fp8(self_attention=True, cross_attention=True)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    made = made_up(dit_tensors(SPEC))
+    for layer in range(SPEC.layers):  # channels of K and V that are large for every token
+        made[f"blocks.{layer}.self_attn.norm_k.weight"][[3, 130]] *= 8
+        made[f"blocks.{layer}.self_attn.k.bias"][[3, 130]] += 6
+        made[f"blocks.{layer}.self_attn.v.weight"][[5, 200]] *= 10
+    return made
+
+
+def run_fp8(run_graph, weights, fp8, spec=SPEC, input_scales=None):
+    g = dit_graph(spec, FLOAT, None, fp8)
+    quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
+    read = Fp8Weights(weights.__getitem__, spec, quantised, input_scales)
+    stored = {key: np.asarray(read(key)) for key in g.weights}
+    return run_graph(g, stored)(**inputs_for(spec, 3, 8, 8, [900.0]))[0]
+
+
+@pytest.fixture
+def exact(run_graph, weights):
+    return run_graph(dit_graph(SPEC), weights)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0]
+
+
+def test_fp8_linears_err_no_more_than_a_product_of_two_fp8_numbers(run_graph, weights, exact):
+    assert 0.005 < relative_l2(run_fp8(run_graph, weights, Fp8()), exact) < 0.037
+
+
+def test_fp8_attention_adds_little_to_the_error_of_fp8_linears(run_graph, weights, exact):
+    linears = relative_l2(run_fp8(run_graph, weights, Fp8()), exact)
+    assert relative_l2(run_fp8(run_graph, weights, BOTH), exact) < linears + 0.005
+
+
+def test_smoothing_k_pays_where_k_has_outlier_channels(run_graph, weights, exact):
+    smooth = relative_l2(run_fp8(run_graph, weights, BOTH), exact)
+    rough = relative_l2(run_fp8(run_graph, weights, Fp8(True, True, smooth_k=False)), exact)
+    assert smooth < rough
+
+
+def test_a_block_kept_in_high_precision_is_computed_as_in_float32(run_graph, weights, exact):
+    everything = Fp8(True, True, high_precision_blocks=frozenset(range(SPEC.layers)))
+    assert relative_l2(run_fp8(run_graph, weights, everything), exact) < 1e-6
+
+
+def test_a_generous_static_scale_computes_much_the_same(run_graph, weights, exact):
+    static = {"blocks.0.ffn.0": 8 / 448, "blocks.1.cross_attn.o": 4 / 448}
+    fp8 = Fp8(static=frozenset(static))
+    found = run_fp8(run_graph, weights, fp8, input_scales=static)
+    assert relative_l2(found, exact) < 0.037
+    assert not np.array_equal(found, run_fp8(run_graph, weights, Fp8()))
+
+
+def test_a_row_of_zeros_is_no_division_by_zero(run_graph, weights, exact):
+    silent = weights | {k: np.zeros_like(v) for k, v in weights.items() if ".ffn.0." in k}
+    assert np.isfinite(run_fp8(run_graph, silent, BOTH)).all()
+
+
+def test_joined_matrices_hold_their_parts_in_order(weights):
+    key = "blocks.0.self_attn.qkv.weight"
+    read = Fp8Weights(weights.__getitem__, SPEC, [key])
+    found = read(key).astype(np.float32) * read(key.replace("weight", "weight_scale"))
+    expected = np.concatenate([weights[f"blocks.0.self_attn.{part}.weight"] for part in "qkv"])
+    assert found.shape == (3 * SPEC.width, SPEC.width)
+    assert relative_l2(found, expected) < 0.03
+
+
+def test_the_largest_weight_becomes_the_largest_fp8_number(weights):
+    key = "blocks.1.ffn.2.weight"
+    matrix = Fp8Weights(weights.__getitem__, SPEC, [key])(key)
+    assert matrix.dtype == ml_dtypes.float8_e4m3fn
+    assert np.abs(matrix.astype(np.float32)).max() == 448
+
+
+def test_pieces_are_the_matrix_and_are_made_as_they_are_asked_for(weights, monkeypatch):
+    monkeypatch.setattr(fp8_weights, "PIECE_ELEMENTS", 10_000)
+    key, asked = "blocks.0.self_attn.qkv.weight", []
+    whole = Fp8Weights(weights.__getitem__, SPEC, [key])(key)
+    read = Fp8Weights(lambda name: (asked.append(name), weights[name])[1], SPEC, [key])
+    pieces = read.pieces(key)
+    assert asked == [f"blocks.0.self_attn.{part}.weight" for part in "qkv"]
+    assert np.concatenate(list(pieces)).tobytes() == whole.tobytes()
+    assert read(key.replace("weight", "weight_scale")) > 0
+    assert len(asked) == 3
+
+
+def test_a_matrix_is_read_once_for_itself_its_scale_and_the_bias_that_it_makes(weights):
+    asked, key = [], "blocks.0.self_attn.o"
+    read = Fp8Weights(lambda name: (asked.append(name), weights[name])[1], SPEC, [f"{key}.weight"])
+    list(read.pieces(f"{key}.weight"))
+    for made in (f"{key}.weight_scale", f"{key}.bias"):
+        read(made)
+    assert asked.count(f"{key}.weight") == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_is_named(weights, bad):
+    key = "blocks.0.self_attn.k.weight"
+    spoiled = weights | {key: np.where(np.arange(weights[key].size).reshape(weights[key].shape) == 9, bad, 0.5)}
+    with pytest.raises(UserError, match=rf"{key} holds NaN or infinity"):
+        Fp8Weights(spoiled.__getitem__, SPEC, ["blocks.0.self_attn.qkv.weight"])("blocks.0.self_attn.qkv.weight")
+
+
+def test_what_is_sensitive_is_never_stored_in_fp8():
+    stored = dit_graph(SPEC, BFLOAT16, None, BOTH).weights
+    in_fp8 = {key.split(".", 2)[2] for key, value in stored.items() if value.dtype == FLOAT8}
+    linears = ("self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.kv", "cross_attn.o", "ffn.0", "ffn.2")
+    assert in_fp8 == {f"{name}.weight" for name in linears}
+    assert all(key.startswith("blocks.") for key, value in stored.items() if value.dtype == FLOAT8)
+
+
+def test_the_bias_of_v_is_added_behind_the_output_projection(weights):
+    read = Fp8Weights(weights.__getitem__, SPEC, ["blocks.0.self_attn.o.weight"])
+    key = "blocks.0.self_attn"
+    moved = weights[f"{key}.o.weight"] @ weights[f"{key}.v.bias"]
+    assert np.abs(read(f"{key}.o.bias") - weights[f"{key}.o.bias"] - moved).max() < 1e-5
+    assert not read(f"{key}.v.bias").any()
+
+
+def test_it_stays_where_the_input_of_o_was_measured_with_it(weights):
+    key = "blocks.0.self_attn"
+    read = Fp8Weights(weights.__getitem__, SPEC, [f"{key}.o.weight"], {f"{key}.o": 0.01})
+    assert np.array_equal(read(f"{key}.v.bias"), weights[f"{key}.v.bias"])
+    assert np.array_equal(read(f"{key}.o.bias"), weights[f"{key}.o.bias"])
+
+
+def test_moving_the_bias_pays_where_it_is_large(run_graph, weights, monkeypatch):
+    biased = weights | {k: v + 20 for k, v in weights.items() if k.endswith("self_attn.v.bias")}
+    full = run_graph(dit_graph(SPEC), biased)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0]
+    moved = relative_l2(run_fp8(run_graph, biased, BOTH), full)
+    monkeypatch.setattr(fp8_weights, "moved_biases", lambda *_: frozenset())
+    assert moved < 0.6 * relative_l2(run_fp8(run_graph, biased, BOTH), full)
+
+
+def test_means_over_the_tokens_pay_where_channels_are_large_for_every_token(run_graph, weights):
+    biased = weights | {k: v + 20 for k, v in weights.items() if k.endswith("norm3.bias")}
+    full = run_graph(dit_graph(SPEC), biased)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0]
+    centred = relative_l2(run_fp8(run_graph, biased, Fp8(token_means=True)), full)
+    assert centred < 0.9 * relative_l2(run_fp8(run_graph, biased, Fp8()), full)
+
+
+def test_a_kind_of_linear_kept_in_high_precision_is_computed_as_in_float32(run_graph, weights, exact):
+    linears = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2")
+    assert relative_l2(run_fp8(run_graph, weights, Fp8(high_precision_linears=frozenset(linears))), exact) < 1e-6
+    some = relative_l2(run_fp8(run_graph, weights, Fp8(high_precision_linears=frozenset(linears[:-1]))), exact)
+    assert 0.001 < some < relative_l2(run_fp8(run_graph, weights, Fp8()), exact)

@@ -1,0 +1,128 @@
+"""A centred input rounds better, and what was subtracted comes back through the bias."""
+
+import numpy as np
+import pytest
+
+from export.checkpoint.schema import dit_tensors
+from export.exporter import export_checkpoint
+from export.files.safetensors_file import read_safetensors
+from export.graphs.builder import FLOAT
+from export.graphs.dit import dit_graph
+from export.graphs.linear import FLOAT8, Fp8
+from export.options import ExportOptions
+from export.quantise.fp8_weights import Fp8Weights
+from export.quantise.input_means import CENTRED, Means, input_width, read_input_means, write_input_means
+from export.quantise.input_scales import LinearScales, largest_magnitude
+from tests.export.conftest import made_up
+from tests.export.graphs.test_dit import inputs_for, relative_l2
+from wan22.errors import UserError
+from wan22.specs import SPECS, Precision
+
+TINY = SPECS["t2v-a14b-tiny"]
+SPEC = TINY.dit
+LINEARS = [f"blocks.{layer}.{kind}" for layer in range(SPEC.layers) for kind in CENTRED]
+ENTERING = {"cross_attn.q": "cross_attn/LayerNormalization", "ffn.2": "ffn/Gelu"}  # what gives the input
+
+
+def means(size=1.0):
+    random = np.random.default_rng(3)
+    return {name: size * random.standard_normal(input_width(SPEC, name)).astype(np.float32) for name in LINEARS}
+
+
+def run(run_graph, weights, fp8, input_means=None):
+    g = dit_graph(SPEC, FLOAT, None, fp8)
+    quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
+    read = Fp8Weights(weights.__getitem__, SPEC, quantised, None, input_means)
+    return run_graph(g, {key: np.asarray(read(key)) for key in g.weights})(**inputs_for(SPEC, 2, 8, 8, [900.0]))[0]
+
+
+def test_any_means_leave_what_is_computed_the_same(run_graph):
+    """Small ones hardly change what FP8 rounds to, so nothing but a wrong bias could make the difference."""
+    weights = made_up(dit_tensors(SPEC))
+    exact = run_graph(dit_graph(SPEC), weights)(**inputs_for(SPEC, 2, 8, 8, [900.0]))[0]
+    centred = Fp8(centred={name: input_width(SPEC, name) for name in LINEARS})
+    without = relative_l2(run(run_graph, weights, Fp8()), exact)
+    assert relative_l2(run(run_graph, weights, centred, means(0.5)), exact) < 1.3 * without
+
+
+def test_the_biases_bring_the_means_back():
+    weights, subtracted = made_up(dit_tensors(SPEC)), means()
+    keys = ["blocks.0.self_attn.qkv.weight", "blocks.0.self_attn.o.weight", "blocks.0.ffn.2.weight"]
+    read = Fp8Weights(weights.__getitem__, SPEC, keys, None, subtracted)
+    for linear in ("self_attn.k", "ffn.2"):
+        key, entry = f"blocks.0.{linear}", f"blocks.0.{linear}".replace(".k", ".q")
+        expected = weights[f"{key}.bias"] + weights[f"{key}.weight"] @ subtracted[entry]
+        assert np.abs(read(f"{key}.bias") - expected).max() < 1e-4
+    v, o = ("blocks.0.self_attn.v", "blocks.0.self_attn.o")
+    moved = weights[f"{v}.bias"] + weights[f"{v}.weight"] @ subtracted["blocks.0.self_attn.q"]
+    assert not read(f"{v}.bias").any()
+    assert np.abs(read(f"{o}.input_mean") - (subtracted[o] - moved)).max() < 1e-5
+    assert np.abs(read(f"{o}.bias") - weights[f"{o}.bias"] - weights[f"{o}.weight"] @ subtracted[o]).max() < 1e-4
+
+
+def test_centring_pays_where_channels_are_large_for_every_token(run_graph):
+    weights = made_up(dit_tensors(SPEC))
+    for layer in range(SPEC.layers):
+        weights[f"blocks.{layer}.norm3.bias"][[4, 70, 130]] += 30
+        weights[f"blocks.{layer}.ffn.0.bias"][[9, 200]] += 30
+    g = dit_graph(SPEC)
+    values = {
+        f"blocks.{n}.{kind}": g.graph.node(f"blocks.{n}/{node}").outputs[0]
+        for n in range(SPEC.layers)
+        for kind, node in ENTERING.items()
+    }
+    for value in values.values():
+        g.graph.outputs.append(value)
+    exact, *entering = run_graph(g, weights)(**inputs_for(SPEC, 2, 8, 8, [300.0], seed=5))
+    found = {name: rows.mean(0) for name, rows in zip(values, entering, strict=True)}
+    exact = run_graph(dit_graph(SPEC), weights)(**inputs_for(SPEC, 2, 8, 8, [900.0]))[0]
+    centred = Fp8(centred={name: input_width(SPEC, name) for name in found})
+    assert relative_l2(run(run_graph, weights, centred, found), exact) < 0.8 * relative_l2(
+        run(run_graph, weights, Fp8()), exact
+    )
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    scales = {name: LinearScales(1.0, 0.25) for name in LINEARS}
+    write_input_means(tmp_path / "m.safetensors", {"low_noise": Means(means(), scales)})
+    found = read_input_means(tmp_path / "m.safetensors", TINY)["low_noise"]
+    assert all(np.array_equal(found.inputs[name], mean) for name, mean in means().items())
+    assert found.weights == scales
+
+
+def test_an_export_subtracts_them(tmp_path, tiny_checkpoint, tiny_bundle):
+    stored = read_safetensors(tiny_bundle / "low_noise.safetensors")
+    scales = {n: LinearScales(1.0, largest_magnitude(stored[f"{n}.weight"].read()) / 448) for n in LINEARS}
+    write_input_means(tmp_path / "m", {"low_noise": Means(means(), scales)})
+    options = ExportOptions(Precision.FP8, input_means=tmp_path / "m", keep_high_precision=frozenset({1}))
+    export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
+    low, high = (read_safetensors(tmp_path / "b" / f"{e}_noise.safetensors") for e in ("low", "high"))
+    key = "blocks.0.ffn.2"
+    assert np.array_equal(low[f"{key}.input_mean"].read(), means()[key])
+    expected = stored[f"{key}.bias"].read() + stored[f"{key}.weight"].read() @ means()[key]
+    assert np.abs(low[f"{key}.bias"].read() - expected).max() < 1e-4
+    assert not [name for name in (*high, *(n for n in low if "blocks.1" in n)) if name.endswith("input_mean")]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m, s: ({"blocks.9.ffn.0": m["blocks.0.ffn.0"]}, {"blocks.9.ffn.0": s["blocks.0.ffn.0"]}), r"blocks\.9"),
+        (lambda m, s: ({"blocks.0.ffn.2": m["blocks.0.ffn.0"]}, s), r"blocks\.0\.ffn\.2\.input_mean \[256\]"),
+        (lambda m, s: ({"blocks.0.ffn.0": m["blocks.0.ffn.0"] * np.nan}, s), "NaN"),
+        (lambda m, s: (m, dict.fromkeys(s, LinearScales(1.0, 9.0))), "as in the checkpoint's high_noise"),
+    ],
+    ids=["linear", "shape", "nan", "weights"],
+)
+def test_means_of_another_model_are_refused(tmp_path, tiny_checkpoint, change, told):
+    inputs, scales = change(means(), {name: LinearScales(1.0, 0.01) for name in LINEARS})
+    write_input_means(tmp_path / "m", {"high_noise": Means(inputs, scales)})
+    with pytest.raises(UserError, match=told):
+        export_checkpoint(tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.FP8, input_means=tmp_path / "m"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_means_and_static_scales_exclude_each_other(tmp_path, tiny_checkpoint):
+    options = ExportOptions(Precision.FP8, input_scales=tmp_path / "s", input_means=tmp_path / "m")
+    with pytest.raises(UserError, match="leave one out"):
+        export_checkpoint(tiny_checkpoint, tmp_path / "b", options)

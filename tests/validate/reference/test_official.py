@@ -1,0 +1,110 @@
+"""The official code as a second reference: kept apart from ours, and agreeing with both where a clone of it is."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from export.checkpoint.checkpoint import open_checkpoint
+from runtime.request import Request
+from validate import ValidateOptions, validate
+from validate.reference.official import Official
+from validate.reference.official_modules import FILES, SOLVERS
+from validate.report.conditions import second_reference
+from wan22.errors import UserError
+from wan22.specs import SPECS
+
+CLONE = os.environ.get("WAN22_OFFICIAL_REPO", "")
+needs_clone = pytest.mark.skipif(not CLONE, reason="WAN22_OFFICIAL_REPO names no clone of Wan-Video/Wan2.2")
+SMALL = ValidateOptions(size=(64, 64), frames=5, steps=4, official_repo=Path(CLONE))
+TOKENIZERS = """
+import torch
+from wan.modules import t5  # a sibling, reached without the package's __init__
+
+class HuggingfaceTokenizer:
+    def __init__(self, name, seq_len, clean):
+        torch.nn.functional.made_up = True  # what such code may do to what it shares
+
+    def __call__(self, texts, return_mask, add_special_tokens):
+        ids = torch.tensor([[len(texts[0]), 7, 0, 0]])
+        return ids, ids.gt(0)
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A package of the official shape, whose ``__init__`` files must never run."""
+    for file in (*FILES, *SOLVERS, "__init__.py", "modules/__init__.py", "utils/__init__.py"):
+        path = tmp_path / "wan" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("raise RuntimeError('not to be run')" if path.name == "__init__.py" else "")
+    (tmp_path / "wan/modules/tokenizers.py").write_text(TOKENIZERS)
+    return tmp_path
+
+
+def test_the_code_runs_where_it_cannot_touch_ours(clone, tiny_checkpoint):
+    import torch
+
+    with Official(clone, open_checkpoint(tiny_checkpoint)) as official:
+        assert official.token_ids("four").tolist() == [[4, 7]]
+    assert not [name for name in sys.modules if name == "wan" or name.startswith("wan.")]
+    assert not hasattr(torch.nn.functional, "made_up")
+
+
+def test_a_package_that_the_code_lacks_is_named(clone, tiny_checkpoint):
+    (clone / "wan/modules/vae2_1.py").write_text("import einopsen")
+    with pytest.raises(UserError, match=r"No module named 'einopsen' .* pip install"):
+        Official(clone, open_checkpoint(tiny_checkpoint)).__enter__()
+
+
+def test_a_folder_that_is_no_clone_is_refused_before_any_work(tiny_engines, tiny_checkpoint, tmp_path):
+    (tmp_path / "repo").mkdir()
+    with pytest.raises(UserError, match=r"no wan/modules/model.py .* git clone"):
+        validate(tiny_engines, tiny_checkpoint, tmp_path / "out", replace(SMALL, official_repo=tmp_path / "repo"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("solver", "schedule"), [("euler", "official"), ("unipc", "diffusers")])
+def test_a_run_that_the_code_cannot_make_is_told(clone, solver, schedule):
+    request = Request("x", solver=solver, schedule=schedule, size=(32, 32), frames=1).completed(SPECS["t2v-a14b-tiny"])
+    (told,) = second_reference(ValidateOptions(official_repo=clone), request)
+    assert told == (
+        "second reference",
+        f"the code at {clone}, fp32 on the CPU; it has no {solver} with the {schedule} schedule: no run of its own is "
+        "compared",
+    )
+
+
+def test_a_process_that_dies_is_told_in_one_line(clone, tiny_checkpoint):
+    (clone / "wan/modules/tokenizers.py").write_text("import os\nHuggingfaceTokenizer = lambda *_, **__: os._exit(9)")
+    with Official(clone, open_checkpoint(tiny_checkpoint)) as official, pytest.raises(UserError, match="was killed"):
+        official.token_ids("four")
+
+
+@needs_clone
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"])
+def test_engines_match_the_official_code(flow_of, tmp_path, model):
+    flow = flow_of(model)
+    found = validate(flow.engines, flow.checkpoint, tmp_path, SMALL)
+    rows = [row for row in found.rows if row.subject.startswith("official_")]
+    assert [row.name for row in found.failed] == []
+    assert {row.component for row in rows} >= {"tokenizer", "text_encoder", "sampler", "vae_decoder_next", "video"}
+    assert {row.subject for row in rows} >= {"official_velocity", "official_latents", "official_frames"}
+    assert [row.component for row in rows if row.subject == "official_latents"] == [
+        row.component for row in found.steps
+    ]
+    names = [row.name for row in found.rows]
+    assert len([name for name in names if name.startswith("official ")]) == len(rows)
+    assert not {row.name for row in rows} & {row.name for row in found.rows if row not in rows}
+
+
+@needs_clone
+@pytest.mark.slow
+def test_dpm_runs_as_the_official_code_runs_it(flow_of, tmp_path):
+    flow = flow_of("t2v-a14b-tiny")
+    found = validate(flow.engines, flow.checkpoint, tmp_path, replace(SMALL, solver="dpm++"))
+    assert [row.name for row in found.failed] == []
+    assert "official_latents" in {row.subject for row in found.rows}

@@ -1,0 +1,94 @@
+"""What is given beside engines and checkpoint: a bench of other engines, gates that this run cannot judge."""
+
+import json
+
+import pytest
+
+from engines.build import BuildOptions, build_engines
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
+from validate import ValidateOptions
+from validate.ladder.metrics import compare
+from validate.ladder.row import Row
+from validate.ladder.thresholds import TOKEN_IDS
+from validate.report.case_report import CaseReport
+from validate.report.extras import attached
+from validate.report.report import ValidationReport
+from validate.report.to_html import as_html
+from wan22.bundle import open_bundle
+from wan22.errors import UserError
+from wan22.specs import Precision
+
+BENCH = {
+    "format": "wan-trt bench 1", "model": "t2v-a14b-tiny", "precision": "fp32", "machine": {},
+    "conditions": {"target": "cpu"}, "pieces": {}, "measurements": {"high_noise.speedup": 1.5}, "faults": [],
+    "width": 32, "height": 32, "frames": 1, "tokens": 4,
+}  # fmt: skip
+BOTH = "[validate]\nchecks.failed.max = 0\n[bench]\nhigh_noise.speedup.min = 1\n"
+
+
+@pytest.fixture
+def bundle(tiny_engines):
+    return open_bundle(tiny_engines, "engines")
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """``asked(gate=text, bench=content)`` → options that name files of it."""
+
+    def made(gate=None, bench=None):
+        paths = {}
+        for name, text in (("gate", gate), ("bench", None if bench is None else json.dumps(bench))):
+            if text is not None:
+                paths[name] = tmp_path / name
+                paths[name].write_text(text)
+        return ValidateOptions(**paths)
+
+    return made
+
+
+def test_gates_on_a_bench_that_is_not_there_are_told_as_not_judged(bundle, asked):
+    found = attached(bundle, asked(BOTH))
+    assert found.not_judged == "1 of [bench] not judged, no --bench given"
+    assert attached(bundle, asked(BOTH, BENCH)).not_judged == ""
+
+
+def test_names_are_checked_in_both_tables_whether_they_are_judged_or_not(bundle, asked):
+    with pytest.raises(UserError, match=r"unknown key bench\.high_noise\.speed "):
+        attached(bundle, asked(BOTH.replace("speedup", "speed")))
+
+
+def test_the_kernels_of_compiled_engines_are_on_the_page(flow_of, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
+    export_checkpoint(flow_of("t2v-a14b-tiny").checkpoint, tmp_path / "onnx", ExportOptions(Precision.BF16))
+    build_engines(tmp_path / "onnx", tmp_path / "rtx", BuildOptions("rtx4090", size="64x64", frames="5"))
+    found = attached(open_bundle(tmp_path / "rtx", "engines"), ValidateOptions())
+    assert [engine["problems"] for engine in found.fusion] == [[]] * 5
+    row = Row("token ids", "tokenizer", compare([1], [1]), TOKEN_IDS)
+    page = as_html(ValidationReport((CaseReport((row,)),), {"model": "t2v", "precision": "bf16"}, found))
+    high_noise = next(engine for engine in found.fusion if engine["component"] == "high_noise")
+    assert f'<td>high_noise</td><td class="figure">{high_noise["kernels"]}</td>' in page
+    assert "5 engines inspected" in page
+
+
+def test_a_file_of_gates_on_the_bench_alone_is_enough_beside_a_bench(bundle, asked):
+    only = "[bench]\nhigh_noise.speedup.min = 1\n"
+    assert len(attached(bundle, asked(only, BENCH)).bench_gates) == 1
+    with pytest.raises(UserError, match=r"no gate in \[validate\]"):
+        attached(bundle, asked(only))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"model": "ti2v-5b"}, "of ti2v-5b in fp32 for cpu .* expected t2v-a14b-tiny in fp32 for cpu"),
+        ({"precision": "fp16"}, "of t2v-a14b-tiny in fp16 for cpu"),
+        ({"conditions": {"target": "rtx4090"}}, "of t2v-a14b-tiny in fp32 for rtx4090"),
+        ({"measurements": {"high_noise.speedup": "fast"}}, "high_noise.speedup 'fast' .* a finite number"),
+        ({"faults": None}, "faults None"),
+        ({"tokens": "many"}, "tokens 'many' .* expected a int"),
+    ],
+)
+def test_a_bench_of_something_else(bundle, asked, changed, told):
+    with pytest.raises(UserError, match=told):
+        attached(bundle, asked(bench=BENCH | changed))

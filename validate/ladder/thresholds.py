@@ -1,0 +1,130 @@
+"""How near is near enough, and why: every limit of the parity ladder with its reason.
+
+``fp32`` limits are the product's promise. Both sides then compute the same formulas with the same float32 weights and
+differ in the order of additions only, which random-walks a few units of 6e-8 through a component. In ``fp16`` and
+``bf16`` the reference stays float32, so a limit has to admit the rounding of every matrix product's operands (2**-11
+and 2**-8 of their size) carried through all layers. As a yardstick, an eight-layer transformer of random weights run
+wholly in bf16 is 0.9 % off (wan22.md §10). fp16 rounds eight times finer, and so are its limits. ``fp8`` rounds 16
+times coarser than bf16, but only where the transformer's blocks multiply; its limits leave room for real activations.
+
+Limits against float32 have to be wide there. The one that tells an export from its precision is ``EXCESS``: the error
+of ours over the error of PyTorch in that same precision, on the same inputs.
+
+What no engine computes (token ids, noise levels, noise) does not depend on precision.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from validate.ladder.metrics import Metrics
+from wan22.specs import Precision
+
+Measure = Literal["max_abs", "relative_l2", "psnr_db", "ssim", "lpips", "excess"]
+AT_LEAST = frozenset({"psnr_db", "ssim"})  # measures that say how alike two things are, not how far apart
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The value that ``measure`` must not exceed; one of ``AT_LEAST`` must not fall below it."""
+
+    measure: Measure
+    value: float
+    reason: str
+
+    @property
+    def sign(self) -> str:
+        return "≥" if self.measure in AT_LEAST else "≤"
+
+    def accepts(self, metrics: Metrics) -> bool:
+        found = self.found(metrics)
+        return found >= self.value if self.measure in AT_LEAST else found <= self.value
+
+    def found(self, metrics: Metrics) -> float:
+        """The measured number; NaN where it was not measured, which no comparison accepts."""
+        value: float | None = getattr(metrics, self.measure)
+        return float("nan") if value is None else value
+
+
+TOKEN_IDS = Limit("max_abs", 0, "another token is another prompt")
+TIMESTEPS = Limit("max_abs", 0, "the model is trained on these numbers and the experts switch on them")
+FRACTIONAL_TIMESTEPS = Limit("max_abs", 1.3e-4, "float32 of values up to 1000: two units in the last place")
+SIGMAS = Limit("max_abs", 1e-6, "both lists are float32 of values up to 1; ten units in the last place")
+PIXELS = Limit("max_abs", 1e-5, "the same filter in float32; one step of 8-bit colour is 800 times as much")
+MASK = Limit("max_abs", 0, "zeros and ones")
+NOISE = Limit("max_abs", 2e-6, "same generator; vectorised log and cos differ in the last place of values up to 6")
+SOLVER = Limit("relative_l2", 1e-5, "the same velocities on both sides: float32 sums of a few terms a step")
+SINUSOID = Limit("max_abs", 1e-6, "both computed in float64 and rounded to float32 once")
+SINUSOID_OF_DIFFUSERS = Limit("max_abs", 1e-4, "an angle near 1000 has a spacing of 6e-5 in float32")
+
+
+LPIPS = Limit("lpips", 0.1, "people hardly tell pictures apart that are nearer (Zhang et al. 2018)")
+CHANGES_DB = 3.0
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The limits of what engines compute, for one precision."""
+
+    text: Limit  # embeddings of the prompt
+    velocity: Limit  # one pass through an expert
+    latents: Limit  # after every step of the run
+    vae: Limit  # one graph of the VAE on the reference's latents
+    streaming: Limit  # the chunked decode against the reference's decode of the whole video
+    frames: Limit  # the finished video of two runs that share nothing but the checkpoint and the seed
+    ssim: Limit  # its worst frame
+
+    @property
+    def changes(self) -> Limit:
+        """From each frame of the video to the next."""
+        reason = f"errors of two frames add up: {CHANGES_DB:g} dB below the frames' own"
+        return Limit("psnr_db", self.frames.value - CHANGES_DB, reason)
+
+
+FP32 = Thresholds(
+    text=Limit("relative_l2", 1e-4, "24 layers of float32 sums in another order"),
+    velocity=Limit("relative_l2", 1e-5, "float32 sums in another order; a wrong formula shows from 1e-3 on"),
+    latents=Limit("relative_l2", 1e-3, "a velocity's 1e-5, times guidance (up to 7) and the solver's history"),
+    vae=Limit("relative_l2", 1e-4, "convolution kernels add in another order"),
+    streaming=Limit("relative_l2", 1e-5, "the reference decodes latent by latent as well: chunks must not show"),
+    frames=Limit("psnr_db", 60.0, "error of 1/1000 of the range, a quarter of one step of 8-bit video"),
+    ssim=Limit("ssim", 0.999, "no structure of a picture is lost in noise of 60 dB"),
+)
+FP16 = Thresholds(
+    text=Limit("relative_l2", 2e-3, "operands rounded to 2**-11 in each of 24 layers, float32 between them"),
+    velocity=Limit("relative_l2", 2e-3, "an eighth of what bf16 costs"),
+    latents=Limit("relative_l2", 1e-2, "a velocity's 2e-3, times guidance and the solver's history"),
+    vae=Limit("relative_l2", 5e-3, "some 30 convolutions in a row, operands rounded to 2**-11"),
+    streaming=Limit("relative_l2", 5e-3, "as the single graph: caches are float32 and add nothing"),
+    frames=Limit("psnr_db", 45.0, "about one step of 8-bit video; coding calls 40 dB visually lossless"),
+    ssim=Limit("ssim", 0.99, "coding calls 0.98 visually lossless"),
+)
+BF16 = Thresholds(
+    text=Limit("relative_l2", 1.6e-2, "operands rounded to 2**-8 in each of 24 layers, float32 between them"),
+    velocity=Limit("relative_l2", 1.6e-2, "twice the 0.9 % measured on random weights, eight layers deep"),
+    latents=Limit("relative_l2", 8e-2, "a velocity's 1.6e-2, times guidance and the solver's history"),
+    vae=Limit("relative_l2", 4e-2, "some 30 convolutions in a row, operands rounded to 2**-8"),
+    streaming=Limit("relative_l2", 4e-2, "as the single graph: caches are float32 and add nothing"),
+    frames=Limit("psnr_db", 27.0, "eight times the error that fp16 may have"),
+    ssim=Limit("ssim", 0.95, "grain differs, edges and surfaces do not"),
+)
+FP8 = Thresholds(
+    text=BF16.text,
+    velocity=Limit("relative_l2", 8e-2, "3 bits of mantissa: 2.6 % of an operand, 3.7 % of a product, and twice that"),
+    latents=Limit("relative_l2", 2e-1, "a velocity's 8e-2, times guidance, less what steps average out"),
+    vae=BF16.vae,
+    streaming=BF16.streaming,
+    frames=Limit("psnr_db", 20.0, "a tenth of the range: other details, the same picture"),
+    ssim=Limit("ssim", 0.8, "other details, the same picture"),
+)
+EXCESS = Limit("excess", 1.5, "what PyTorch loses in the same precision, and half of it for rounding elsewhere")
+BY_PRECISION = {
+    Precision.FP32: FP32,
+    Precision.FP16: FP16,
+    Precision.BF16: BF16,
+    Precision.FP8: FP8,
+    Precision.FP8_ATTN: FP8,
+}
+
+
+def thresholds_for(precision: Precision) -> Thresholds:
+    return BY_PRECISION[precision]

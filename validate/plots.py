@@ -1,0 +1,191 @@
+"""The pictures of the report: drift per step as a plot, frames side by side. Every one becomes a PNG data URI.
+
+Plots come twice, for light and dark pages, on transparent ground. matplotlib is used without pyplot: no global state,
+no display.
+"""
+
+import base64
+import io
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from validate.ladder.row import Row
+from validate.reference.parts import F32
+
+Pixels = NDArray[np.uint8]  # [H, W, 3]
+
+FILMSTRIP_FRAMES = 6
+THUMBNAIL_WIDTH = 320
+WORST_FRAME_WIDTH = 640
+PLOT_DPI = 200
+FLOOR = 1e-9  # drawn in place of a drift of exactly zero, which a logarithmic axis has no room for
+
+
+@dataclass(frozen=True)
+class Theme:
+    text: str
+    grid: str
+    line: str
+    reference: str  # the reference in the precision of ours
+    limit: str
+    failed: str
+
+
+LIGHT = Theme("#3d4451", "#d9dde5", line="#2563c9", reference="#b06a00", limit="#b4232f", failed="#b4232f")
+DARK = Theme("#b8c0cf", "#333b4a", line="#7aa8f8", reference="#e0a43c", limit="#f2777f", failed="#f2777f")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A frame of the filmstrip: ours, the reference's, their difference, as data URIs."""
+
+    number: int  # from 1
+    ours: str
+    reference: str
+    difference: str
+
+
+@dataclass(frozen=True)
+class Filmstrip:
+    pictures: tuple[Picture, ...]
+    amplification: float  # of the difference; 0 when there is none
+
+
+def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float]) -> str:
+    """Relative L2 distance of the latents after every step (rows with a step), logarithmic, as a PNG data URI."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size_inches, layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes, theme)
+    limit, numbers = steps[0].limit.value, [row.step or 0 for row in steps]
+    curves = _curves(steps, theme)
+    for label, (drift, colour, marker) in curves.items():
+        axes.plot(numbers, drift, color=colour, linewidth=1.8, marker=marker, markersize=4.5, zorder=3, label=label)
+    if len(curves) > 1:
+        axes.legend(frameon=False, labelcolor=theme.text, fontsize=10, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    _scale(axes, [value for drift, *_ in curves.values() for value in drift], limit, len(steps))
+    _threshold(axes, limit, theme)
+    _switch(axes, steps, theme)
+    _failures(axes, steps, theme)
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(stream, format="png", dpi=PLOT_DPI, transparent=True)
+    return data_uri(stream.getvalue())
+
+
+def _curves(steps: list[Row], theme: Theme) -> dict[str, tuple[list[float], str, str]]:
+    """Drift, colour and marker by name; NaN stays NaN, a gap in the line."""
+    found = {"ours": ([max(row.metrics.relative_l2, FLOOR) for row in steps], theme.line, "o")}
+    low = [row.in_precision for row in steps if row.in_precision is not None]
+    if len(low) == len(steps):
+        drift = [max(its.alone.relative_l2, FLOOR) for its in low]
+        found[f"PyTorch in {low[0].precision}"] = (drift, theme.reference, "s")
+    return found
+
+
+def _style(axes: Any, theme: Theme) -> None:
+    axes.set_yscale("log")
+    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(theme.grid)
+    axes.tick_params(colors=theme.text, which="both", length=0, labelsize=10)
+    axes.set_xlabel("step", color=theme.text, fontsize=10)
+
+
+def _scale(axes: Any, drift: list[float], limit: float, steps: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    finite = [value for value in (*drift, limit) if math.isfinite(value)]
+    axes.set_ylim(min(finite) / 8, max(finite) * 6)
+    axes.set_xlim(0.5, steps + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
+
+
+def _threshold(axes: Any, limit: float, theme: Theme) -> None:
+    axes.axhline(limit, color=theme.limit, linewidth=1.4, linestyle=(0, (5, 3)))
+    label = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "color": theme.limit, "fontsize": 10}
+    axes.annotate(f"limit {limit:g}", (0, limit), (4, 4), **label)
+
+
+def _failures(axes: Any, steps: list[Row], theme: Theme) -> None:
+    """Crosses over failed steps; at the upper edge where there is no number to draw."""
+    top = axes.get_ylim()[1]
+    for row in steps:
+        if not row.passed:
+            drift = row.metrics.relative_l2
+            place = max(drift, FLOOR) if math.isfinite(drift) else top
+            axes.plot([row.step], [place], "X", color=theme.failed, markersize=9, zorder=4, clip_on=False)
+
+
+def _switch(axes: Any, steps: list[Row], theme: Theme) -> None:
+    """A vertical line where one expert hands over to the other, and their names on both sides of it."""
+    for before, after in itertools.pairwise(steps):
+        if before.component != after.component:
+            place = (before.step or 0) + 0.5
+            axes.axvline(place, color=theme.text, linewidth=1, linestyle=":")
+            for name, side, offset in ((before.component, "right", -6), (after.component, "left", 6)):
+                axes.annotate(
+                    name, (place, 0), (offset, 6), xycoords=("data", "axes fraction"), textcoords="offset points",
+                    ha=side, color=theme.text, fontsize=10,
+                )  # fmt: skip
+
+
+def filmstrip(ours: F32, reference: F32) -> Filmstrip:
+    """Frames evenly over two videos ``[1, 3, F, H, W]`` in [-1, 1], with their difference made visible."""
+    frames = reference.shape[2]
+    chosen = sorted({round(i) for i in np.linspace(0, frames - 1, min(frames, FILMSTRIP_FRAMES))})
+    amplification = _amplification(ours, reference)
+    pictures = tuple(frame_picture(ours, reference, index, amplification, THUMBNAIL_WIDTH) for index in chosen)
+    return Filmstrip(pictures, amplification)
+
+
+def frame_picture(
+    ours: F32, reference: F32, index: int, amplification: float, width: int = WORST_FRAME_WIDTH
+) -> Picture:
+    """Frame ``index`` (from 0) of both videos and their difference, none wider than ``width``."""
+    sides = (ours[0, :, index], reference[0, :, index])
+    shown = (*map(to_pixels, sides), _difference(*sides, amplification))
+    return Picture(index + 1, *(_scaled(pixels, width) for pixels in shown))
+
+
+def to_pixels(frame: F32) -> Pixels:
+    """8-bit pixels ``[H, W, 3]`` of a frame ``[3, H, W]``, cut as wan22.md §7 says; NaN is black."""
+    shade = np.nan_to_num((np.clip(frame, -1, 1) + 1) / 2)
+    return np.moveaxis((shade * 255).astype(np.uint8), 0, -1)
+
+
+def _amplification(ours: F32, reference: F32) -> float:
+    """1, 2 or 5 times a power of ten, the first that brings the largest difference to full brightness or beyond."""
+    largest = float(np.nan_to_num(np.abs(ours - reference), nan=2.0, posinf=2.0).max())
+    if largest == 0:
+        return 0.0
+    room = max(1.0, 2 / largest)
+    power = 10.0 ** math.floor(math.log10(room))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= room)
+
+
+def _difference(ours: F32, reference: F32, amplification: float) -> Pixels:
+    error = np.nan_to_num(np.abs(ours - reference), nan=2.0, posinf=2.0) * max(amplification, 1.0)
+    return to_pixels(np.clip(error, 0, 2).astype(np.float32) - 1)
+
+
+def _scaled(pixels: Pixels, width: int) -> str:
+    image = Image.fromarray(pixels)
+    if image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.BOX)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return data_uri(stream.getvalue())
+
+
+def data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

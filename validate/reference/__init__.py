@@ -1,0 +1,1 @@
+"""The PyTorch side of a validation: diffusers, transformers and the official code."""

@@ -1,0 +1,126 @@
+"""The official Wan2.2 code as a second reference: a clone named by the user, in a process of its own.
+
+There it cannot touch what this process has imported, and its packages, called ``wan``, cannot be taken for others. In
+float32 on the CPU, filled from the same checkpoint under the official names. Nothing of the code is part of this
+project.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from export.checkpoint.checkpoint import Checkpoint
+from runtime.request import CompleteRequest
+from validate.reference.official_modules import Modules, check_clone
+from validate.reference.parts import F32, I64
+from validate.reference.reference import NOTHING, Given
+from validate.reference.whole_run import ReferenceStep, noise
+from wan22.errors import UserError
+
+SOLVERS = ("unipc", "dpm++")  # the official code has no other
+
+_modules: list[Modules] = []  # of the other process
+
+
+def makes(request: CompleteRequest) -> bool:
+    """Whether the official code can make the requested run."""
+    return request.solver in SOLVERS and request.schedule == "official"
+
+
+class Official:
+    """What the methods of :class:`validate.reference.reference.Reference` return, computed by the code at ``repo``.
+
+    A context manager. Raises UserError where ``repo`` is no clone, or lacks what it imports.
+    """
+
+    def __init__(self, repo: Path, checkpoint: Checkpoint) -> None:
+        check_clone(repo)
+        self.spec, self._repo = checkpoint.spec, repo
+        spawned = multiprocessing.get_context("spawn")
+        self._process = ProcessPoolExecutor(1, spawned, _leave_at_ctrl_c)
+        self._arguments = (repo.resolve(), checkpoint)
+
+    def __enter__(self) -> Self:
+        try:
+            self._process.submit(_open, *self._arguments).result()
+        except BaseException:
+            self._process.shutdown(cancel_futures=True)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.shutdown(cancel_futures=True)
+
+    def token_ids(self, prompt: str) -> I64:
+        ids: I64 = self._asked("token_ids", prompt)
+        return ids
+
+    def embeddings(self, token_ids: I64) -> F32:
+        return self._array("embeddings", token_ids)
+
+    def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = NOTHING) -> F32:
+        return self._array("velocity", expert, latents, timestep, text, given.condition, given.first_frame)
+
+    def encode(self, video: F32) -> F32:
+        return self._array("encode", video)
+
+    def decode(self, latents: F32) -> F32:
+        return self._array("decode", latents)
+
+    def lists(self, request: CompleteRequest) -> tuple[F32, I64]:
+        """Sigmas [N+1] and timesteps [N], of a solver that the official code has."""
+        sigmas, timesteps = self._asked("lists", request.solver, request.steps, request.shift)
+        return sigmas, timesteps
+
+    def run(
+        self, request: CompleteRequest, text: F32, negative: F32 | None, given: Given = NOTHING
+    ) -> Iterator[ReferenceStep]:
+        """As :func:`validate.reference.whole_run.run`, with the official models and solver."""
+        latents = _with_first_frame(noise(request.latent_shape, request.seed), given)
+        for index, timestep in enumerate(self.lists(request)[1].tolist()):
+            expert = self.spec.expert_at(timestep)
+            velocity = self.velocity(expert, latents, timestep, text, given)
+            if negative is not None and (scale := request.guidance[expert]) != 1:
+                unconditional = self.velocity(expert, latents, timestep, negative, given)
+                velocity = unconditional + np.float32(scale) * (velocity - unconditional)
+            after = _with_first_frame(self._array("step", velocity, index, latents), given)
+            yield ReferenceStep(index, timestep, expert, latents, after, velocity)
+            latents = after
+
+    def _array(self, method: str, *arguments: Any) -> F32:
+        array: F32 = self._asked(method, *arguments)
+        return array
+
+    def _asked(self, method: str, *arguments: Any) -> Any:
+        try:
+            return self._process.submit(_call, method, arguments).result()
+        except BrokenProcessPool:
+            found = f"the process of {self._repo} was killed during {method}"
+            raise UserError(found, "memory for its float32 weights", "use a machine with more of it") from None
+
+
+def _with_first_frame(latents: F32, given: Given) -> F32:
+    return latents if given.first_frame is None else np.concatenate([given.first_frame, latents[:, :, 1:]], axis=2)
+
+
+def _leave_at_ctrl_c() -> None:
+    """The terminal interrupts this process as well; the other one tells the user."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+def _open(repo: Path, checkpoint: Checkpoint) -> None:
+    _modules.append(Modules(repo, checkpoint))
+
+
+def _call(method: str, arguments: tuple[Any, ...]) -> Any:
+    return getattr(_modules[0], method)(*arguments)

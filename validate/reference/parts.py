@@ -1,0 +1,116 @@
+"""The modules of the reference: transformers' UMT5 encoder, diffusers' Wan transformers and VAE, filled by us.
+
+They are filled from the project's own reading of the checkpoint, through its own key maps, strictly: a tensor that is
+missing, left over or of another shape stops the load. diffusers' single-file loaders are no alternative, they configure
+every Wan2.2 transformer as one of Wan2.1 (wan22.md §1.3). Everything is float32.
+
+One thing in diffusers is changed: the sinusoid of the timestep. The official code computes it in float64 (§2.3),
+diffusers in float32, where the angle of t = 999 is already 3e-5 off. That alone moves a velocity by 1e-5 and would hide
+as much of our own error, so the reference does as the official code does, and the ladder holds ours against both.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.checkpoint.checkpoint import Checkpoint
+from export.checkpoint.keys import diffusers_names, dit_config, text_encoder_config, vae_config
+from wan22.progress import Progress
+from wan22.specs import ModelSpec
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+
+def load_part(checkpoint: Checkpoint, name: str, progress: Progress) -> Any:
+    """The module of ``name``: "text_encoder", "vae" or an expert. Raises RuntimeError where the weights do not fit."""
+    build = {"text_encoder": _text_encoder, "vae": autoencoder}.get(name, transformer)
+    with torch.device("meta"):
+        module = build(checkpoint.spec)
+    _fill(module, checkpoint, name, progress)
+    return module.eval()
+
+
+def _text_encoder(spec: ModelSpec) -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(UMT5Config(**text_encoder_config(spec)))
+
+
+def transformer(spec: ModelSpec) -> Any:
+    """The module on the device that is the default, its tables on the CPU."""
+    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+
+    config = _arguments(dit_config(spec))
+    module = WanTransformer3DModel(**config)
+    module.condition_embedder.timesteps_proj = _Sinusoid(config["freq_dim"])
+    with torch.device("cpu"):  # its tables are computed, not loaded
+        module.rope = WanRotaryPosEmbed(config["attention_head_dim"], config["patch_size"], config["rope_max_seq_len"])
+    return module
+
+
+class _Sinusoid(torch.nn.Module):
+    """Timesteps ``[B]`` to ``[B, width]``, as the official code has it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return sinusoid(timesteps, self.width)
+
+
+def sinusoid(timesteps: torch.Tensor, width: int) -> torch.Tensor:
+    """``[B, width]`` in float32, computed in float64: cosines, then sines (wan22.md §2.3)."""
+    numbers = torch.arange(width // 2, dtype=torch.float64, device=timesteps.device)
+    frequencies = torch.exp(numbers * (-math.log(10000) / (width // 2)))
+    angles = timesteps.to(torch.float64)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def time_features(timesteps: F32 | I64, width: int) -> dict[str, F32]:
+    """``[steps, width]`` in the official precision, float64, and as diffusers computes it, in float32."""
+    from diffusers.models.embeddings import Timesteps
+
+    times = torch.from_numpy(timesteps)
+    own = Timesteps(num_channels=width, flip_sin_to_cos=True, downscale_freq_shift=0)
+    return {"float64": to_numpy(sinusoid(times, width)), "float32": to_numpy(own(times.float()))}
+
+
+def autoencoder(spec: ModelSpec) -> Any:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(**_arguments(vae_config(spec)))
+
+
+def lower(module: Any, dtype: torch.dtype) -> None:
+    """Converts ``module`` to ``dtype`` but for what its class keeps in float32, as ``from_pretrained`` does."""
+    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in module.named_parameters():
+        keeps = any(part in name.split(".") for part in kept)
+        parameter.data = parameter.data.to(torch.float32 if keeps else dtype)
+
+
+def _arguments(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _fill(module: Any, checkpoint: Checkpoint, part: str, progress: Progress) -> None:
+    """Gives the meta tensors of ``module`` the checkpoint's values, as float32."""
+    names, weights, state = diffusers_names(part, checkpoint.spec), checkpoint.weights[part], {}
+    for done, (official, theirs) in enumerate(names.items(), 1):
+        state[theirs] = torch.from_numpy(np.array(weights.read(official), np.float32))
+        progress(f"reference {part}", done, len(names), "tensors")
+    if "shared.weight" in state:  # transformers keeps the same tensor under a second name
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+def to_numpy(tensor: Any) -> F32:
+    array: F32 = tensor.float().cpu().contiguous().numpy()
+    return array

@@ -1,0 +1,115 @@
+"""A whole run of the PyTorch side: diffusers' schedulers around the reference's models, noise of a torch generator.
+
+The official schedule is not one of diffusers' own (wan22.md §5.2), but its UniPC and Euler schedulers take a grid of
+sigmas to shift, and given the official grid they end at the official list. Its DPM++ takes none; there both lists
+are set over what it computed. ``set_begin_index`` makes the schedulers count steps: they would otherwise look a step
+up by its timestep, and a long, strongly shifted list has the same integer twice.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.request import CompleteRequest
+from runtime.schedule import SolverName
+from validate.reference.parts import F32, I64
+from validate.reference.reference import NOTHING, Given, Reference
+from wan22.specs import TRAIN_TIMESTEPS
+
+
+@dataclass(frozen=True)
+class ReferenceStep:
+    """Step ``index`` of the reference's run; latents ``[1, z, T, h, w]`` before and after it, guided velocity."""
+
+    index: int
+    timestep: float
+    expert: str
+    before: F32
+    after: F32
+    velocity: F32
+    problem: str = ""  # what of this step was the first to hold NaN or infinity
+
+
+def noise(shape: tuple[int, ...], seed: int) -> F32:
+    """Initial latents of a run on the CPU."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values: F32 = torch.randn(shape, generator=generator).numpy()
+    return values
+
+
+def run(
+    reference: Reference, request: CompleteRequest, text: F32, negative: F32 | None, given: Given = NOTHING
+) -> Iterator[ReferenceStep]:
+    """Denoises from noise, yielding after every step; a frame that is given is put back after each, as officially.
+
+    ``text`` and ``negative`` are ``[1, 512, text width]``; a run without guidance needs no ``negative``.
+    """
+    boundary, scheduler = reference.spec.sampling.boundary, scheduler_for(request)
+    latents = _with_first_frame(noise(request.latent_shape, request.seed), given)
+    for index, timestep in enumerate(scheduler.timesteps):
+        t = float(timestep)
+        expert = "dit" if boundary is None else "high_noise" if t >= boundary * TRAIN_TIMESTEPS else "low_noise"
+        velocity = reference.velocity(expert, latents, t, text, given)
+        problem = "" if np.isfinite(velocity).all() else _named(f"velocity of {expert}", index, request, t)
+        if negative is not None and (scale := request.guidance[expert]) != 1:
+            unconditional = reference.velocity(expert, latents, t, negative, given)
+            velocity = unconditional + np.float32(scale) * (velocity - unconditional)
+        stepped = scheduler.step(torch.from_numpy(velocity), timestep, torch.from_numpy(latents), return_dict=False)
+        after = _with_first_frame(stepped[0].numpy(), given)
+        if not problem and not np.isfinite(after).all():
+            problem = _named("latents", index, request, t)
+        yield ReferenceStep(index, t, expert, latents, after, velocity, problem)
+        latents = after
+
+
+def _named(tensor: str, index: int, request: CompleteRequest, timestep: float) -> str:
+    return f"reference: {tensor} in step {index + 1} of {request.steps} (t = {timestep:g}) has NaN or infinity"
+
+
+def _with_first_frame(latents: F32, given: Given) -> F32:
+    if given.first_frame is None:
+        return latents
+    return np.concatenate([given.first_frame, latents[:, :, 1:]], axis=2)
+
+
+def scheduler_for(request: CompleteRequest) -> Any:
+    """One of diffusers' schedulers with ``.sigmas`` [N+1] and ``.timesteps`` [N] set for this run."""
+    official, steps = request.schedule == "official", request.steps
+    scheduler = _scheduler(request.solver, request.shift)
+    if not official:
+        scheduler.set_timesteps(steps)
+    elif request.solver == "unipc":
+        top = float(np.float32(1 - 1 / TRAIN_TIMESTEPS))  # the official code reads it back from a float32 table
+        scheduler.set_timesteps(sigmas=np.linspace(top, 0, steps + 1)[:-1])
+    elif request.solver == "euler":
+        scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
+    else:
+        scheduler.set_timesteps(steps)
+        _overwrite(scheduler, np.linspace(1, 0, steps + 1)[:-1], request.shift)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _scheduler(solver: SolverName, shift: float) -> Any:
+    import diffusers
+
+    if solver == "euler":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}[solver]
+    return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def _overwrite(scheduler: Any, grid: np.ndarray, shift: float) -> None:
+    """Sets the sigmas that ``grid`` (float64) is shifted to, and their timesteps cut to integers."""
+    sigmas = shift * grid / (1 + (shift - 1) * grid)
+    scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
+    scheduler.timesteps = torch.from_numpy((sigmas * TRAIN_TIMESTEPS).astype(np.int64))
+
+
+def lists(request: CompleteRequest) -> tuple[F32, F32 | I64]:
+    """Sigmas [N+1] and timesteps [N] of the reference; timesteps are integers for UniPC and DPM++."""
+    scheduler = scheduler_for(request)
+    return scheduler.sigmas.numpy(), scheduler.timesteps.numpy()

@@ -1,0 +1,1 @@
+"""The verdict of a validation as HTML, JSON, Markdown and JUnit."""

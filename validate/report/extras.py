@@ -1,0 +1,100 @@
+"""What a report holds beside parity: the bundle, a bench, the compiler's kernels, and the gates on all of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from validate.bench.read import read_bench
+from validate.bench.result import known_measurements
+from validate.gate import Gate, has_table, read_gates
+from validate.options import ValidateOptions
+from wan22.bundle import Bundle, Manifest
+from wan22.errors import UserError
+from wan22.specs import ModelSpec
+
+
+@dataclass(frozen=True)
+class Attached:
+    gates: tuple[Gate, ...] = ()  # on what a validation measures
+    bench_gates: tuple[Gate, ...] = ()  # judged where there is a bench
+    bench: Mapping[str, Any] | None = None  # the JSON of ``wan-trt bench``
+    fusion: tuple[Mapping[str, Any], ...] = ()  # of every engine, as ``wan-trt inspect --json`` has it
+    why_no_fusion: str = ""
+    manifest: Manifest | None = None
+
+    @property
+    def bench_measured(self) -> Mapping[str, float]:
+        return {} if self.bench is None else self.bench["measurements"]
+
+    @property
+    def uncompiled(self) -> bool:
+        return self.manifest is not None and self.manifest.build is None
+
+    @property
+    def not_judged(self) -> str:
+        """What of the gate file this report says nothing about."""
+        if self.bench is not None or not self.bench_gates:
+            return ""
+        return f"{len(self.bench_gates)} of [bench] not judged, no --bench given"
+
+
+def attached(bundle: Bundle, options: ValidateOptions) -> Attached:
+    """Reads everything before the long work.
+
+    Raises:
+        UserError: a gate file or a bench that cannot be read, unknown names in it, a bench of another model.
+    """
+    manifest = bundle.manifest
+    bench = None if options.bench is None else _bench_of(options.bench, manifest)
+    gates = () if options.gate is None else _gates(options.gate, manifest.spec, with_bench=bench is not None)
+    fusion, why = _fusion(bundle)
+    return Attached(*(gates or ((), ())), bench, fusion, why, manifest)
+
+
+def _gates(path: Path, spec: ModelSpec, *, with_bench: bool) -> tuple[tuple[Gate, ...], tuple[Gate, ...]]:
+    """The gates of both tables, whose names are checked whether this run judges them or not."""
+    from validate.report.worst import known
+
+    of_bench: tuple[Gate, ...] = ()
+    if has_table(path, "bench"):
+        of_bench = read_gates(path, "bench", known_measurements(spec))
+    if with_bench and of_bench and not has_table(path, "validate"):
+        return (), of_bench
+    return read_gates(path, "validate", known()), of_bench
+
+
+def _bench_of(path: Path, manifest: Manifest) -> Mapping[str, Any]:
+    """The JSON that ``wan-trt bench`` printed last or wrote to a file.
+
+    Raises:
+        UserError: no such file, something else in it, or a bench of another model, precision or target.
+    """
+    found, build = read_bench(path), manifest.build
+    measured = [found["model"], found["precision"]]
+    ours = [manifest.spec.name, str(manifest.precision)]
+    if build is not None:  # a bundle of graphs may be beside a bench of any engines made of it
+        measured.append(found["conditions"].get("target"))
+        ours.append(build.target)
+    if measured != ours:
+        raise UserError(f"bench {path}: of {_told(measured)}", _told(ours), "bench this bundle")
+    return found
+
+
+def _told(facts: Sequence[Any]) -> str:
+    return " in ".join(map(str, facts[:2])) + "".join(f" for {target}" for target in facts[2:])
+
+
+def _fusion(bundle: Bundle) -> tuple[tuple[Mapping[str, Any], ...], str]:
+    """What the compiler made of the graphs, or why there is nothing to show."""
+    from engines.inspect.inspection import inspect_engines
+
+    build = bundle.manifest.build
+    if build is None:
+        return (), "A bundle of graphs: nothing is compiled yet."
+    if build.backend == "onnxruntime":
+        return (), "ONNX Runtime compiles when it loads a graph: there are no kernels to list."
+    try:
+        return tuple(report.summary() for report in inspect_engines(bundle.folder)), ""
+    except UserError as error:
+        return (), str(error)

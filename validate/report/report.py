@@ -1,0 +1,117 @@
+"""What was compared, and the verdict on it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from validate.gate import Verdict, judge
+from validate.ladder.row import Row
+from validate.report.case_report import CaseReport
+from validate.report.extras import Attached
+from validate.report.text import line
+from validate.report.worst import FAILED, measured
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """All rows of all cases, true when every one passed and every gate is kept.
+
+    ``facts`` says what was compared, in the order to print.
+    """
+
+    cases: tuple[CaseReport, ...]
+    facts: dict[str, str]
+    attached: Attached = field(default_factory=Attached)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows) and not self.failed and all(self.verdicts)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(row for case in self.cases for row in case.rows)
+
+    @property
+    def failed(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if not row.passed)
+
+    @cached_property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """Of the gates, those on the bench last."""
+        ours = (self._placed(verdict) for verdict in judge(self.attached.gates, measured(self.rows)))
+        of_bench = () if self.attached.bench is None else self.attached.bench_gates
+        return (*ours, *judge(of_bench, self.attached.bench_measured))
+
+    def _placed(self, verdict: Verdict) -> Verdict:
+        """With the case that the worst number comes from; a sum over cases has none."""
+        name = verdict.gate.measurement
+        if len(self.cases) == 1 or verdict.found is None or name == FAILED:
+            return verdict
+        found = {case.number: its[name] for case in self.cases if name in (its := measured(case.rows))}
+        guilty = next(number for number, value in found.items() if value == verdict.found or math.isnan(value))
+        return replace(verdict, where=f"case {guilty}")
+
+    @property
+    def missed(self) -> tuple[Verdict, ...]:
+        return tuple(verdict for verdict in self.verdicts if not verdict)
+
+    @property
+    def worst_case(self) -> CaseReport:
+        return max(self.cases, key=lambda case: case.badness)
+
+    @property
+    def steps(self) -> list[Row]:
+        """The rows of the worst case's run, in order."""
+        return self.worst_case.steps
+
+    @property
+    def first_diverging_step(self) -> Row | None:
+        return next((row for case in self.cases for row in case.steps if not row.passed), None)
+
+    @property
+    def first_not_finite(self) -> Row | None:
+        """The row that met the first NaN or infinity: of the inputs, then of the runs, then of anything."""
+        met = [row for row in self.rows if "NaN" in row.metrics.problem]
+        return min(met, key=lambda row: (row.case, _depth(row)), default=None)
+
+    def summary(self) -> str:
+        """The verdict in one line."""
+        if not self.rows:
+            return "nothing was checked"
+        return "; ".join((*self._told_of_rows(), *(f"gate missed: {verdict}" for verdict in self.missed)))
+
+    def _told_of_rows(self) -> Iterator[str]:
+        if not self.failed:
+            yield f"{len(self.rows)} of {len(self.rows)} checks passed"
+            return
+        first, step, bad = self.failed[0], self.first_diverging_step, self.first_not_finite
+        yield f"{len(self.failed)} of {len(self.rows)} checks failed, the first: {first.name} ({first.component})"
+        if step is not None:
+            yield f"first diverging step: {step.step}, t = {step.timestep:g}, {step.component}"
+        if bad is not None:
+            yield f"first not finite: {bad.name} ({bad.metrics.problem})"
+        if len(self.cases) > 1:
+            yield f"worst case: {self.worst_case.number}"
+
+    def table(self) -> "Table":
+        """The rows for a terminal; of several cases only what failed beyond the first."""
+        from rich.table import Table
+
+        table = Table("", "check", "component", "found", "limit", "margin")
+        for row in self.rows:
+            if row.case == 1 or not row.passed:
+                shown = line(row)
+                mark = "[green]✓[/]" if row.passed else "[red]✗[/]"
+                name = row.name if row.case == 1 else f"case {row.case}: {row.name}"
+                table.add_row(mark, name, row.component, shown.found, shown.limit, shown.margin)
+        return table
+
+
+def _depth(row: Row) -> int:
+    if row.subject in ("token_ids", "embeddings", "pixels", "encode", "condition"):
+        return 0
+    return 1 if row.step is not None else 2

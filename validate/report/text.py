@@ -1,0 +1,124 @@
+"""How a row of the ladder is put into words, the same in the terminal and on the page."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from validate.gate import Verdict
+from validate.ladder.metrics import Metrics
+from validate.ladder.row import InPrecision, Row
+from validate.ladder.thresholds import Limit, Measure
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row as the page prints it."""
+
+    row: Row
+    found: str
+    limit: str
+    margin: str
+    others: str  # the measures that the limit is not about
+    precision: str  # what the precision costs by itself
+
+
+def line(row: Row) -> Line:
+    found = measure_text(row.limit.measure, row.limit.found(row.metrics))
+    low = "" if row.in_precision is None else precision(row.in_precision)
+    return Line(row, found, limit_text(row.limit), margin(row), others(row.metrics, row.limit.measure), low)
+
+
+def precision(found: InPrecision) -> str:
+    """Where no number of ours is in it: the reference in the lower precision; and what is left between the two."""
+    alone, between = (
+        metrics.problem or f"{number(metrics.relative_l2)} rel L2" for metrics in (found.alone, found.between)
+    )
+    return f"PyTorch in {found.precision}: {alone} from its float32; ours from that: {between}"
+
+
+def number(value: float) -> str:
+    """Two significant digits, with words for the extremes."""
+    if math.isnan(value):
+        return "not a number"
+    if value == 0:
+        return "0"
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.1f}" if 1 <= abs(value) < 1e4 else f"{value:.1e}"
+
+
+def measure_text(measure: Measure, value: float) -> str:
+    """As :func:`number`, but as fine as the measure wants it near 1."""
+    digits = {"ssim": 6, "excess": 2}.get(measure)
+    return f"{value:.{digits}f}" if digits and math.isfinite(value) else number(value)
+
+
+def limit_text(limit: Limit) -> str:
+    if limit.value == 0:
+        return "equal"
+    unit = {
+        "max_abs": "max abs",
+        "relative_l2": "rel L2",
+        "psnr_db": "dB",
+        "ssim": "SSIM",
+        "lpips": "LPIPS",
+        "excess": "times",
+    }[limit.measure]
+    return f"{limit.sign} {limit.value:g} {unit}"
+
+
+def margin(row: Row) -> str:
+    """How far the row is from its limit."""
+    found, limit = row.limit.found(row.metrics), row.limit.value
+    if math.isnan(found):
+        return "cannot be compared"
+    if row.limit.measure == "psnr_db":
+        return "identical" if math.isinf(found) else _decibels(found - limit)
+    if row.limit.measure == "ssim":
+        return f"{number(abs(found - limit))} {'above' if found >= limit else 'short'}"
+    if found == 0 or limit == 0:
+        return "equal" if found == 0 else "differs"
+    factor, side = (limit / found, "below") if found <= limit else (found / limit, "over")
+    return f"{factor:,.{1 if factor < 10 else 0}f}× {side}"
+
+
+def _decibels(margin: float) -> str:
+    return f"{abs(margin):.0f} dB {'above' if margin >= 0 else 'short'}"
+
+
+def others(metrics: Metrics, measure: str) -> str:
+    if metrics.problem or not metrics.values:
+        return metrics.problem
+    shown = {"max_abs": ("max abs", metrics.max_abs), "relative_l2": ("rel L2", metrics.relative_l2)}
+    parts = [f"{label} {number(value)}" for name, (label, value) in shown.items() if name != measure]
+    parts.append(f"cosine {metrics.cosine:.9f}".rstrip("0").rstrip("."))
+    if metrics.psnr_db is not None and measure != "psnr_db":
+        parts.append(f"PSNR {number(metrics.psnr_db)} dB")
+    return " · ".join(parts)
+
+
+def verdict_words(verdict: Verdict) -> tuple[str, str]:
+    """What was found and what is allowed."""
+    sign = "≥" if verdict.gate.bound == "min" else "≤"
+    return verdict.found_in_words, f"{sign} {verdict.gate.limit:g}"
+
+
+def by_section(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """The rows by their subject, in the order in which the subjects begin."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(section_title(row), []).append(row)
+    return list(found.items())
+
+
+def section_title(row: Row) -> str:
+    if row.subject.startswith("official"):
+        return "Official code"
+    if row.step is not None or row.subject == "latents":
+        return "Latents, step by step"
+    fixed = {"tokenizer": "Text", "text_encoder": "Text", "sampler": "Schedule, noise and solver", "video": "Video"}
+    if row.component == "image" or row.component.startswith("vae_encoder"):
+        return "Image"
+    if row.component.startswith("vae_"):
+        return "VAE"
+    return fixed.get(row.component, f"Transformer, {row.component}")

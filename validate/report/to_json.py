@@ -1,0 +1,92 @@
+"""The report for programs. A number that is not finite is the text ``"nan"`` or ``"inf"``, which JSON cannot say."""
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from validate.gate import Verdict
+from validate.ladder.metrics import Metrics
+from validate.ladder.row import InPrecision, Row
+from validate.report.case_report import CaseReport
+from validate.report.worst import measured
+
+if TYPE_CHECKING:
+    from validate.report.report import ValidationReport
+
+
+def as_json(report: "ValidationReport") -> bytes:
+    first = report.first_diverging_step
+    content = {
+        "passed": bool(report),
+        "summary": report.summary(),
+        "first_diverging_step": None if first is None else first.step,
+        "facts": report.facts,
+        "gates": [_verdict(verdict) for verdict in report.verdicts],
+        "measured": {name: _number(value) for name, value in measured(report.rows).items()},
+        "worst_case": report.worst_case.number,
+        "cases": [_case(case) for case in report.cases],
+        "rows": [_row(row) for row in report.rows],
+    }
+    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    gate = verdict.gate
+    return {
+        "name": gate.measurement,
+        "bound": gate.bound,
+        "limit": gate.limit,
+        "found": _number(verdict.found),
+        "passed": bool(verdict),
+        **({"where": verdict.where} if verdict.where else {}),
+    }
+
+
+def _case(case: CaseReport) -> dict[str, Any]:
+    return {
+        "number": case.number,
+        "prompt": case.prompt,
+        "seed": case.seed,
+        "failed": len(case.failed),
+        "psnr_db": _number(case.found("frames", "psnr_db")),
+        "ssim": _number(case.found("ssim", "ssim")),
+        "command": case.command,
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "subject": row.subject,
+        "component": row.component,
+        "case": row.case,
+        "passed": row.passed,
+        "measure": row.limit.measure,
+        "limit": row.limit.value,
+        "reason": row.limit.reason,
+        "note": row.note,
+        "step": row.step,
+        "timestep": row.timestep,
+        "made": row.made,
+        "seconds": row.seconds,
+        "metrics": _metrics(row.metrics),
+        "in_precision": None if row.in_precision is None else _in_precision(row.in_precision),
+    }
+
+
+def _in_precision(found: InPrecision) -> dict[str, Any]:
+    return {
+        "precision": str(found.precision),
+        "reference_alone": _metrics(found.alone),
+        "ours_against_it": _metrics(found.between),
+    }
+
+
+def _metrics(metrics: Metrics) -> dict[str, Any]:
+    return {name: _number(value) for name, value in asdict(metrics).items()}
+
+
+def _number(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

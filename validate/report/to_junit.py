@@ -1,0 +1,64 @@
+"""The report as JUnit XML: a suite for every section and one for the gates, a timed test case for every row."""
+
+import re
+from math import fsum
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from validate.gate import Verdict
+from validate.report.text import line, section_title
+
+if TYPE_CHECKING:
+    from validate.ladder.row import Row
+    from validate.report.report import ValidationReport
+
+NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def as_junit(report: "ValidationReport") -> bytes:
+    root = ElementTree.Element("testsuites", name="wan-trt validate")
+    suites: dict[str, ElementTree.Element] = {}
+    for row in report.rows:
+        title = section_title(row)
+        suite = suites.setdefault(title, _suite(root, title) if title not in suites else suites[title])
+        name = row.name if len(report.cases) == 1 else f"case {row.case}: {row.name}"
+        _test(suite, (row.component, name), _told(row) if not row.passed else "", row.seconds)
+    if report.verdicts:
+        gates = suites["Gates"] = _suite(root, "Gates")
+        for verdict in report.verdicts:
+            _test(gates, ("gate", _named(verdict)), "" if verdict else str(verdict))
+    for element in (root, *suites.values()):
+        element.set("tests", str(len(list(element.iter("testcase")))))
+        element.set("failures", str(len(list(element.iter("failure")))))
+        element.set("time", _seconds(fsum(float(case.attrib["time"]) for case in element.iter("testcase"))))
+    written: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return written + b"\n"
+
+
+def _suite(root: ElementTree.Element, title: str) -> ElementTree.Element:
+    return ElementTree.SubElement(root, "testsuite", name=title)
+
+
+def _test(suite: ElementTree.Element, named: tuple[str, str], failure: str, seconds: float = 0.0) -> None:
+    told = {"classname": named[0], "name": _text(named[1]), "time": _seconds(seconds)}
+    case = ElementTree.SubElement(suite, "testcase", told)
+    if failure:
+        ElementTree.SubElement(case, "failure", message=_text(failure))
+
+
+def _told(row: "Row") -> str:
+    shown = line(row)
+    return f"{shown.found}, limit {shown.limit}, {shown.margin}: {row.metrics.problem or row.limit.reason}"
+
+
+def _named(verdict: Verdict) -> str:
+    return f"{verdict.gate.measurement}.{verdict.gate.bound}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f}"
+
+
+def _text(text: str) -> str:
+    """``text`` without the characters that no XML file may have."""
+    return NOT_IN_XML.sub("\ufffd", text)
