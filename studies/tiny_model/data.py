@@ -3,6 +3,7 @@
 Latents are kept as float16, 15 kB per clip, so thousands fit into memory.
 """
 
+import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.synth_corpus import lines
-from export.synth_tokenizer import converted, train
+from export.synth.corpus import lines
+from export.synth.tokenizer import converted, train
 from studies.tiny_model.clips import random_clip
+from studies.tiny_model.files import save, weights
 from studies.tiny_model.scenes import COLOURS, LIGHTS, MOVES, SHAPES, SIZES, STAYS, WALLS, Content
-from studies.tiny_model.train_vae import as_tensor
+from studies.tiny_model.train_vae import MODEL, as_tensor, calibrate, pool
 from studies.tiny_model.vae import Vae, channels_last
+from wan22.specs import spec_named
 
 CHUNK = 250  # clips per file
 
@@ -86,3 +89,23 @@ def encoded(folder: Path) -> tuple[Tensor, list[Content]]:
             latents.append(torch.from_numpy(file["latents"]))
             contents += [Content(**content) for content in json.loads(str(file["contents"]))]
     return torch.cat(latents), contents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the VAE's checkpoint is and the latents go")
+    parser.add_argument("--clips", type=int, default=2000)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    vae = Vae(spec_named(MODEL).vae)
+    kept = arguments.folder / "vae-calibrated.pt"
+    if not kept.exists():
+        vae.load_state_dict(weights(arguments.folder / "vae.pt"))
+        calibrate(vae, as_tensor(pool("calibration", 48)))
+        save(kept, vae, None, 0)
+    vae.load_state_dict(weights(kept))
+    encode(vae, arguments.folder, arguments.clips)
+
+
+if __name__ == "__main__":
+    main()

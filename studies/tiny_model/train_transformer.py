@@ -137,6 +137,7 @@ def train(folder: Path, part: str, minutes: float, steps: int, rate: float) -> N
             print(f"step {step + 1}  {time.monotonic() - start:.0f} s  loss {shown:.4f}", flush=True)
         if step % 200 == 199:
             _save(folder, part, model, average, optimiser, step + 1)
+            data = Data(*encoded(folder), captions)  # more clips may have been encoded meanwhile
     _save(folder, part, model, average, optimiser, step + 1)
 
 
