@@ -25,11 +25,10 @@ import typer
 from rich.console import Console
 
 from validate.bench.machine import machine, versions
-from validate.files import check_place
 from validate.gpu.stage import Answer, Setting, Stage, run_stage
 from validate.gpu.view import table_of
 from wan22.errors import UserError
-from wan22.whole_file import whole_file
+from wan22.files import write_file
 
 P480, P720, P5B = (832, 480, 81), (1280, 720, 81), (1280, 704, 121)
 STAGES = (
@@ -57,9 +56,9 @@ def run(
     """Measure on this machine's GPU: transformers, sampler, VAE, and whether TensorRT-RTX engines load."""
     stages = _chosen(only or [])
     gpu = {} if dry_run else _gpu()
-    check_place(output, "output", make_folder=True)
     answers = [Answer(stage, "skipped", "the run ended before it") for stage in stages]
     circumstances, code = _circumstances(gpu, dry_run), 0
+    _write(output, {**circumstances, "stages": []})  # a place that cannot be written is refused before the work
     shown = _without_figures if dry_run else list
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it early gets what there is
     try:
@@ -143,9 +142,7 @@ def _circumstances(gpu: dict[str, Any], dry_run: bool) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+    write_file(path, json.dumps(content, indent=2).encode() + b"\n", "output")
 
 
 def _guarded(*args: Any, **options: Any) -> None:

@@ -6,13 +6,14 @@ interrupted. A bug keeps its traceback.
 
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import typer
 
-from wan22.errors import DISK_FULL, NonFiniteError, UserError
+from wan22.errors import NonFiniteError, UserError, disk_error
 from wan_trt.commands import (
     bench,
     build,
@@ -69,15 +70,10 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
 
 
 def _told(error: OSError | ModuleNotFoundError, command: str) -> str:
-    """The line for what no bug explains: a full disk, a file that is not the user's, an extra that is not installed."""
+    """The line for what no bug explains: an error of the disk, an extra that is not installed."""
     if isinstance(error, ModuleNotFoundError):
         return told_missing(error.name or "", command)
-    if error.errno in DISK_FULL:
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"disk full{where} | expected free space | free some and run again"
-    if isinstance(error, PermissionError):
-        return f"{error.filename}: {error.strerror} | expected what this user may use | change its mode or the user"
-    return ""
+    return str(disk_error(error) or "")
 
 
 for command in (
@@ -99,8 +95,8 @@ for command in (
     app.command(command.__name__.rpartition(".")[2])(guarded(command.run))
 
 
-bundles = typer.Typer(no_args_is_help=True, help="Check a bundle, or make one that can be moved.")
-for verb in (bundle.verify, bundle.pack):
+bundles = typer.Typer(no_args_is_help=True, help="Check a bundle, make one that can be moved, or clean up.")
+for verb in (bundle.verify, bundle.pack, bundle.clean):
     bundles.command(verb.__name__)(guarded(verb))
 app.add_typer(bundles, name="bundle")
 loras = typer.Typer(no_args_is_help=True, help="Other LoRAs for engines with external weights.")
@@ -110,5 +106,12 @@ app.add_typer(loras, name="lora")
 
 
 def main() -> None:
+    """Runs one command line. Words that are not UTF-8 can be in no report, manifest or prompt, so none is begun."""
+    for word in map(os.fsencode, sys.argv[1:]):
+        try:
+            word.decode()
+        except UnicodeDecodeError:
+            print(f"wan-trt: {word!r} | expected UTF-8 | rename it, or set a UTF-8 locale", file=sys.stderr)
+            sys.exit(2)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     app()

@@ -1,7 +1,6 @@
 """What weights outside of an engine cost: kernels per block beside those of the same graph with its weights inside."""
 
 import statistics
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from engines.inspect.first_blocks import first_blocks
 from engines.inspect.log import read_log
 from engines.inspect.report import FusionReport
 from wan22.bundle import Bundle, Component
+from wan22.files import scratch_folder
 from wan22.progress import Progress
 
 BLOCKS_TO_COMPARE = 3  # a first, a last and one in between
@@ -21,9 +21,9 @@ def kernels_per_block(
     """By style of weights: of the engine ``external``, and of ``component``'s first blocks with weights
     inside.
     """
-    with tempfile.TemporaryDirectory(prefix="wan-trt-compare-") as place:
-        graph = first_blocks(source.path(component.graph), Path(place), BLOCKS_TO_COMPARE)
-        inside = Path(place) / f"{component.name}-embedded.plan"
+    with scratch_folder("compare") as place:
+        graph = first_blocks(source.path(component.graph), place, BLOCKS_TO_COMPARE)
+        inside = place / f"{component.name}-embedded.plan"
         build_engine(graph, inside, replace(options, timing_cache=None), progress)
         return {
             "embedded": per_block(component, inside, options),

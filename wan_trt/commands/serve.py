@@ -2,12 +2,12 @@
 
 import os
 import signal
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from wan22.files import scratch_folder
 from wan_trt.commands.triton import GpuMemory, Limit, Topology, limits_of, memory_gib
 from wan_trt.console import console, tell_unread
 
@@ -45,8 +45,8 @@ def run(
     installation = find_installation(environments, server)
     limits = limits_of(max_pixels, max_frames, max_steps, max_prompt_bytes, max_image_bytes, queue_size, longest_job)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="wan22-") as folder:
-        repository = Path(folder, "repository")
+    with scratch_folder("serve") as folder:
+        repository = folder / "repository"
         packing = RepositoryOptions(
             name,
             topology,
