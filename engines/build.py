@@ -81,7 +81,7 @@ def build_engines(
             backend_version=compiled.version,
             compute_capability=target.compute_capability,
             profiles=profiles,
-            options=_told(target, options),
+            options=_recorded_options(target, options),
             seconds=round(time.perf_counter() - started, 3),
             peak_rss_bytes=peak_rss_bytes(),
             attention_scales=compiled.attention_scales,
@@ -101,7 +101,7 @@ class _Compiled:
     kernels_per_block: dict[str, int] = field(default_factory=dict)  # of a transformer, by style of weights
 
 
-def _told(target: Target, options: BuildOptions) -> dict[str, str]:
+def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
     """The options that change the engines, for the manifest."""
     if target.backend == "onnxruntime":
         return {}

@@ -73,7 +73,8 @@ def generate(
         with Pipeline.open(engines) as pipeline:
             return generate(pipeline, request, output, fps=fps, progress=progress)
     pipeline, timings = engines, Timings()
-    complete, rate = request.completed(pipeline.spec), fps or pipeline.spec.sampling.fps
+    complete = request.completed(pipeline.spec, pipeline.bundle.manifest.size)
+    rate = fps or pipeline.spec.sampling.fps
     check_destination(output, complete.frames)
     with renamed_at_end(output) as new:
         with timings.stage("denoise"):

@@ -13,10 +13,12 @@ from runtime.image import open_image
 from runtime.image_condition import Fit, video_size
 from runtime.schedule import Convention, SolverName, make_schedule
 from wan22.errors import UserError
-from wan22.specs import NEGATIVE_PROMPT, ModelSpec, Task
+from wan22.sampling import NEGATIVE_PROMPT
+from wan22.specs import ModelSpec
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Shape = tuple[int, int, int]  # width, height in pixels, frames
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ PRESETS: Mapping[str, Preset] = {"lightning": Preset("euler", steps=4, shift=5.0
 class Request:
     """One video. ``None`` means the preset's or else the model's default; :meth:`completed` fills it in."""
 
-    prompt: str
+    prompt: str | None = None  # a video needs one; None where a file of prompts or a built-in one follows
     negative_prompt: str | None = None  # None: the official one; "": none at all
     # video
     size: tuple[int, int] | None = None  # width, height in pixels; with an image: about that many pixels, its shape
@@ -53,27 +55,43 @@ class Request:
     steps: int | None = None
     shift: float | None = None
     guidance: dict[str, float] = field(default_factory=dict)  # by expert name; 1 skips the unconditional pass
+    guidance_scale: float | None = None  # of the experts that ``guidance`` does not name
     solver: SolverName | None = None
     schedule: Convention = "official"
 
-    def completed(self, spec: ModelSpec) -> "CompleteRequest":
+    def shape(self, spec: ModelSpec, fixed: Shape | None = None) -> Shape:
+        """The size that is asked for, before an image gives it its shape, and the frames; defaults from ``fixed``."""
+        width, height, frames = fixed or (*spec.sampling.sizes[0], spec.sampling.frames)
+        return (*(self.size or (width, height)), _or(self.frames, frames))
+
+    def completed(self, spec: ModelSpec, fixed: Shape | None = None) -> "CompleteRequest":
         """The request with images opened and every default filled in.
 
+        Args:
+            spec: of the model, whose defaults these are.
+            fixed: the only video that the engines make, where their shapes are fixed.
+
         Raises:
-            UserError: an image where none belongs or none where one does, a size, frames, guidance or preset that the
-                model cannot have, steps and a shift that make no schedule.
+            UserError: no prompt, an image where none belongs or none where one does, a size, frames, guidance or preset
+                that the model cannot have, another video than ``fixed``, steps and a shift that make no schedule.
         """
+        if self.prompt is None:
+            raise UserError("no prompt", "some text", "describe a video")
         preset, image = self._preset(spec), self._image(spec)
-        wanted = self.size or spec.sampling.sizes[0]
+        width, height, frames = self.shape(spec, fixed)
         if image is not None:
-            wanted = video_size(spec, image.size, wanted, self.fit, exact_official=self.exact_official)
-        frames = _or(self.frames, spec.sampling.frames)
-        latent_shape = spec.latent_shape(*wanted, frames)
+            size = (width, height)
+            width, height = video_size(spec, image.size, size, self.fit, exact_official=self.exact_official)
+        latent_shape = spec.latent_shape(width, height, frames)
+        if fixed and fixed != (width, height, frames):
+            found, expected = ("{}x{}, {} frames".format(*shape) for shape in ((width, height, frames), fixed))
+            remedy = "leave --size and --frames out; with an image try --fit crop"
+            raise UserError(f"a video of {found}", f"{expected}, which the engines are made for", remedy)
         complete = CompleteRequest(
             prompt=self.prompt,
             negative_prompt=_or(self.negative_prompt, NEGATIVE_PROMPT),
-            width=wanted[0],
-            height=wanted[1],
+            width=width,
+            height=height,
             frames=frames,
             latent_shape=latent_shape,
             image=image,
@@ -94,28 +112,30 @@ class Request:
             return Preset("unipc", spec.sampling.steps, spec.sampling.shift, None)
         if self.preset not in PRESETS:
             raise UserError(f"preset {self.preset!r}", f"one of {', '.join(PRESETS)}", "name one of them")
-        if spec.task == Task.TI2V:
+        if len(spec.experts) == 1:
             log.warning("no %s LoRA is known for %s; without one the video will be poor", self.preset, spec.name)
         return PRESETS[self.preset]
 
     def _image(self, spec: ModelSpec) -> Image.Image | None:
-        if self.image is None and spec.task == Task.I2V:
+        if self.image is None and spec.takes.image == "required":
             raise UserError(f"no image for {spec.name}", "an image to start from", "give one with --image")
-        if self.image is not None and spec.task == Task.T2V:
+        if self.image is not None and spec.takes.image == "no":
             raise UserError(f"an image for {spec.name}", "text only", "leave it out, or use an I2V or TI2V model")
-        if self.last_image is not None and spec.task != Task.I2V:
+        if self.last_image is not None and not spec.takes.last_image:
             raise UserError(f"a last image for {spec.name}", "an I2V model", "leave it out")
         return None if self.image is None else open_image(self.image)
 
     def _guidance(self, spec: ModelSpec, preset: Preset) -> dict[str, float]:
-        for name, value in self.guidance.items():
+        shared = {} if self.guidance_scale is None else dict.fromkeys(spec.experts, self.guidance_scale)
+        given = shared | self.guidance
+        for name, value in given.items():
             if name not in spec.experts:
                 raise UserError(f"guidance for {name!r}", f"one of {', '.join(spec.experts)}", "name an expert")
             if not math.isfinite(value) or value < 0:
                 raise UserError(f"guidance {value} for {name}", "a finite number, at least 0", "1 means no guidance")
         if preset.guidance is None:
-            return {**spec.sampling.guidance, **self.guidance}
-        return {**dict.fromkeys(spec.experts, preset.guidance), **self.guidance}
+            return {**spec.sampling.guidance, **given}
+        return {**dict.fromkeys(spec.experts, preset.guidance), **given}
 
 
 def _or(value: T | None, default: T) -> T:

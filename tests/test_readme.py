@@ -6,13 +6,14 @@
 import ast
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-ROOMS = ("wan_trt", "wan22", "export", "engines", "runtime", "triton_repo", "validate")
+ROOMS = ("wan_trt", "wan22", "export", "engines", "runtime", "triton_repo", "validate", "studies")
 BEGIN, END = "<!-- files -->\n```\n", "```\n<!-- /files -->"
 
 
@@ -35,11 +36,11 @@ def readme_parts() -> tuple[str, str, str]:
 
 
 def commands() -> list[str]:
-    """Every ``wan-trt`` line of the shell blocks of the README and the pages beside it."""
+    """Every line of ``wan-trt`` or of a study in the shell blocks of the README and the pages beside it."""
     pages = [README, *sorted((ROOT / "docs").glob("*.md"))]
     blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)]
     text = "\n".join(blocks).replace("\\\n", " ")
-    return [line for line in text.splitlines() if line.startswith("wan-trt ")]
+    return [line for line in text.splitlines() if line.startswith(("wan-trt ", "python -m studies."))]
 
 
 def test_the_file_tree_is_that_of_the_repository():
@@ -53,14 +54,14 @@ def test_every_module_says_what_it_is():
 
 @pytest.mark.parametrize("line", commands())
 def test_every_command_that_is_shown_has_the_options_it_is_shown_with(line, capsys):
-    from wan_trt.cli import app
-
-    words = shlex.split(line, comments=True)[1:]
+    words = shlex.split(line, comments=True)
+    study = words[0] == "python"
+    app = import_module(f"{words[2]}.__main__" if study else "wan_trt.cli").app
     with pytest.raises(SystemExit) as left:
-        app([words[0], "--help"])
+        app(["--help"] if study else [words[1], "--help"])
     assert left.value.code == 0
     told = capsys.readouterr().out
-    shown = [word.partition("=")[0] for word in words if word.startswith("-")]
+    shown = [word.partition("=")[0] for word in words[3 if study else 2 :] if word.startswith("-")]
     assert [option for option in shown if option not in told] == []
 
 

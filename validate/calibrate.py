@@ -41,23 +41,18 @@ if TYPE_CHECKING:
     from export.graphs.taps import Tapped, Taps
 
 MARGIN = 1.1  # over the largest input seen, as NVIDIA's file has it
-UNQUANTISED = (Precision.FP32, Precision.BF16, Precision.FP16)
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """The runs that are measured. ``None`` means the model's default, or what the bundle is fixed to."""
+    """The runs that are measured."""
 
     prompts: Path  # see :func:`runtime.prompts.read_prompts`
-    steps: int | None = None
-    size: tuple[int, int] | None = None  # width, height in pixels
-    frames: int | None = None
-    seed: int = 0  # of the first prompt; the others count up
+    request: Request = field(default_factory=Request)  # of every prompt; its seed is the first one's, others count up
     margin: float = MARGIN
     target: str = "cpu"
     means: Path | None = None  # also write the means of the inputs, for ``wan-trt export --input-means``
     overwrite: bool = False
-    negative_prompt: str | None = None  # of the forwards without the prompt; "" for those without any text
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     source = open_bundle(bundle, "graphs")
     spec = source.manifest.spec
     _check_precision(source)
-    requests = _requests(read_prompts(options.prompts, spec.task), source, options)
+    requests = _requests(read_prompts(options.prompts, spec.takes.image), source, options)
     with_means = whole_file(options.means, "means") if options.means is not None else nullcontext()
     with whole_file(out, "scales") as new, with_means as new_means:
         with tempfile.TemporaryDirectory(dir=new.parent) as temporary:
@@ -126,32 +121,20 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
 
 def _check_precision(source: Bundle) -> None:
     for expert in source.manifest.spec.experts:
-        if (found := source.component(expert).precision) not in UNQUANTISED:
-            expected = ", ".join(UNQUANTISED)
+        if (found := source.component(expert).precision).quantised:
+            expected = ", ".join(p for p in Precision if not p.quantised)
             raise UserError(
                 f"{expert} in {found}", f"one of {expected}", "export the model in 16 bits and calibrate that"
             )
 
 
 def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) -> list[CompleteRequest]:
-    spec, fixed = source.manifest.spec, source.manifest.size
-    size, frames = options.size, options.frames
-    if fixed is not None:
-        size, frames = size or fixed[:2], fixed[2] if frames is None else frames
-        if (*size, frames) != fixed:
-            raise UserError(f"--size or --frames other than {fixed}", "what the graphs are fixed to", "leave them out")
+    of_each = replace(options.request, fit="crop")
     return [
-        Request(
-            prompt.text,
-            options.negative_prompt,
-            size,
-            frames,
-            image=prompt.image,
-            fit="crop",
-            seed=seed,
-            steps=options.steps,
-        ).completed(spec)
-        for seed, prompt in enumerate(prompts, options.seed)
+        replace(of_each, prompt=prompt.text, image=prompt.image, seed=seed).completed(
+            source.manifest.spec, source.manifest.size
+        )
+        for seed, prompt in enumerate(prompts, of_each.seed)
     ]
 
 

@@ -1,7 +1,7 @@
 """What is told in one line: bad input, a disk that fails, a model that computes NaN. Any other exception is a bug."""
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -17,6 +17,11 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return " ".join(f"{self.found} | expected {self.expected} | {self.remedy}".split())
+
+
+def some_of(names: Sequence[str], most: int) -> str:
+    """The first ``most`` names, for an error."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -1,4 +1,4 @@
-"""How much memory a command really took: the system's own high-water mark."""
+"""How much memory this process really takes: the system's own figures, from ``/proc/self/status``."""
 
 import re
 import resource
@@ -6,10 +6,30 @@ from pathlib import Path
 
 
 def peak_rss_bytes() -> int:
-    """Most memory this process has had resident so far, mapped files included, plus its largest ended child's.
+    """The peak of this process, plus that of its largest ended child.
 
-    From ``/proc/self/status``: what ``getrusage`` says of the process itself may be its parent's, inherited at start.
+    What ``getrusage`` says of the process itself may be its parent's, inherited at start.
     """
-    own = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return ((int(own[1]) if own else 0) + children) * 1024
+    return peak_bytes() + 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
+def peak_bytes() -> int:
+    """Most memory resident since the start or the last reset, mapped files included."""
+    return _status_bytes("VmHWM")
+
+
+def resident_bytes() -> int:
+    return _status_bytes("VmRSS")
+
+
+def reset_peak() -> None:
+    """Forgets the high-water mark of the process's memory, where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # the mark then also covers what came before
+
+
+def _status_bytes(key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0

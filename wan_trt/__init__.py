@@ -12,7 +12,7 @@ _WHERE = {
     "ExportOptions": "export.options",
     "Pipeline": "runtime.pipeline",
     "Precision": "wan22.specs",
-    "Request": "runtime.pipeline",
+    "Request": "runtime.request",
     "SPECS": "wan22.specs",
     "UserError": "wan22.errors",
     "ValidateOptions": "validate",

@@ -1,19 +1,12 @@
-"""The ``wan-trt`` command: collects the subcommands and turns errors into exit codes.
+"""The ``wan-trt`` command: collects the subcommands."""
 
-0: done. 1: a check failed, or a model computed NaN. 2: bad input, or what the machine lacks, told in one line. 130:
-interrupted. A bug keeps its traceback.
-"""
-
-import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import typer
 
-from wan22.errors import NonFiniteError, UserError, disk_error
+from wan22.errors import UserError
 from wan_trt.commands import (
     bench,
     build,
@@ -26,13 +19,12 @@ from wan_trt.commands import (
     inspect,
     lora,
     plan,
-    scale,
     serve,
     synth,
     triton,
     validate,
 )
-from wan_trt.extras import told_missing
+from wan_trt.guard import guarded
 
 app = typer.Typer(
     name="wan-trt",
@@ -41,39 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-
-def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
-    """``run`` with its result as exit code, what is no bug as one line, and Ctrl-C as 130."""
-
-    @functools.wraps(run)
-    def guard(*args: Any, **kwargs: Any) -> None:
-        try:
-            code = run(*args, **kwargs)
-        except UserError as error:
-            print(f"wan-trt: {error}", file=sys.stderr)
-            code = 2
-        except NonFiniteError as error:
-            print(f"wan-trt: {error} | wan-trt validate tells engines and checkpoint apart", file=sys.stderr)
-            code = 1
-        except (OSError, ModuleNotFoundError) as error:
-            if not (told := _told(error, run.__module__.rpartition(".")[2])):
-                raise
-            print(f"wan-trt: {told}", file=sys.stderr)
-            code = 2
-        except KeyboardInterrupt:
-            print("wan-trt: interrupted; nothing unfinished has its final name", file=sys.stderr)
-            code = 130
-        raise typer.Exit(code or 0)
-
-    return guard
-
-
-def _told(error: OSError | ModuleNotFoundError, command: str) -> str:
-    """The line for what no bug explains: an error of the disk, an extra that is not installed."""
-    if isinstance(error, ModuleNotFoundError):
-        return told_missing(error.name or "", command)
-    return str(disk_error(error) or "")
 
 
 for command in (
@@ -90,9 +49,20 @@ for command in (
     triton,
     serve,
     client,
-    scale,
 ):
     app.command(command.__name__.rpartition(".")[2])(guarded(command.run))
+
+
+@app.command(
+    "scale",
+    hidden=True,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+@guarded
+def scale() -> None:
+    """The old name of ``python -m studies.full_size``, whatever follows it."""
+    raise UserError("wan-trt scale has moved", "python -m studies.full_size", "run it in a checkout of the source")
 
 
 bundles = typer.Typer(no_args_is_help=True, help="Check a bundle, make one that can be moved, or clean up.")

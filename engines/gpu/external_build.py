@@ -16,12 +16,13 @@ from engines.gpu.external_weights import (
     attention_scales_of,
     check_alike,
     externalised,
-    write_layout,
+    layout,
     write_weights,
 )
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine
 from engines.inspect.style_cost import kernels_per_block
 from wan22.bundle import Bundle, Component, File, file_entry
+from wan22.external_layout import write_layout
 from wan22.files import scratch_folder
 from wan22.progress import Progress
 
@@ -57,12 +58,12 @@ class ExternalBuild:
         graph, weights = self._externalised(component)
         plan = self.plan(component)
         if plan.name not in self._built:
-            layout = plan.with_suffix(".layout.json")
-            write_layout(layout, weights)
+            places = plan.with_suffix(".layout.json")
+            write_layout(places, layout(weights)[0])
             self._compile(graph, plan, options)
             if component.name in self._experts:
                 self.kernels_per_block = kernels_per_block(self._source, component, plan, options, self._progress)
-            entries = file_entry(self._folder, plan), file_entry(self._folder, layout)
+            entries = file_entry(self._folder, plan), file_entry(self._folder, places)
             self._built[plan.name] = (*entries, component.name, weights)
         engine, layout_entry, first, reference = self._built[plan.name]
         check_alike({first: reference, component.name: weights})

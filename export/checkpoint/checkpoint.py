@@ -23,7 +23,7 @@ from export.checkpoint.schema import Shapes, part_tensors
 from export.checkpoint.spec import diffusers_spec, official_spec
 from export.files.tensor_file import BFLOAT16, Array, Stored
 from wan22.bundle import Source
-from wan22.errors import UserError
+from wan22.errors import UserError, some_of
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec
 
@@ -182,7 +182,9 @@ def _checked(part: str, spec: ModelSpec, tensors: Mapping[str, Stored]) -> dict[
     unknown = [name for name in tensors if name not in expected]
     missing = [name for name in expected if name not in tensors]
     found = [
-        f"{len(names)} {kind}: {_shown(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names
+        f"{len(names)} {kind}: {some_of(names, NAMES_SHOWN)}"
+        for kind, names in (("missing", missing), ("unknown", unknown))
+        if names
     ]
     if found:
         raise UserError(f"{part}: {'; '.join(found)}", model, remedy)
@@ -203,10 +205,6 @@ def _refuse_mixed_types(part: str, tensors: Mapping[str, Stored]) -> None:
         if stored.dtype != first[1].dtype:
             found = f"{part}: {name} is {stored.dtype} in {stored.path.name}, {first[0]} {first[1].dtype}"
             raise UserError(found, "one type, not shards of two downloads", "download that shard again")
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:NAMES_SHOWN]) + (", …" if len(names) > NAMES_SHOWN else "")
 
 
 def _fingerprint(folder: Path, parts: Parts) -> str:

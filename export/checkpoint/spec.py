@@ -12,20 +12,10 @@ from export.checkpoint.layout import MODEL_INDEX, expert_folder
 from export.checkpoint.part_files import read_config
 from export.files.tensor_file import Stored
 from wan22.errors import UserError
-from wan22.specs import (
-    I2V_A14B,
-    T2V_A14B,
-    TEXT_TOKENS,
-    TI2V_5B,
-    DitSpec,
-    ModelSpec,
-    Task,
-    TextEncoderSpec,
-    VaeSpec,
-    named_after_dimensions,
-)
+from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
+from wan22.specs import I2V_A14B, T2V_A14B, TEXT_TOKENS, TI2V_5B, ModelSpec, named_after_dimensions
 
-MODEL_OF = {Task.T2V: T2V_A14B, Task.I2V: I2V_A14B, Task.TI2V: TI2V_5B}
+RELEASED = {str(spec.task): spec for spec in (T2V_A14B, I2V_A14B, TI2V_5B)}  # by model_type
 Size = Annotated[int, msgspec.Meta(gt=0)]
 Layers = Annotated[int, msgspec.Meta(gt=0, le=1000)]
 RELEASES = "a Wan2.2 T2V-A14B, I2V-A14B or TI2V-5B"
@@ -114,9 +104,9 @@ def official_spec(folder: Path, experts: tuple[str, ...], parts: Mapping[str, Ma
         text_width=text.width,
         eps=config.eps,
     )
-    if config.model_type not in list(Task):
-        raise UserError(f"{paths[0]}: model_type {config.model_type}", ", ".join(Task), f"use {RELEASES}")
-    return _assembled(Task(config.model_type), len(experts), dit, text, vae_from_shapes(parts["vae"]))
+    if config.model_type not in RELEASED:
+        raise UserError(f"{paths[0]}: model_type {config.model_type}", ", ".join(RELEASED), f"use {RELEASES}")
+    return _assembled(RELEASED[config.model_type], len(experts), dit, text, vae_from_shapes(parts["vae"]))
 
 
 def diffusers_spec(folder: Path) -> ModelSpec:
@@ -139,10 +129,10 @@ def diffusers_spec(folder: Path) -> ModelSpec:
         text_width=config.text_dim,
         eps=config.eps,
     )
-    task = Task.TI2V if index.expand_timesteps else Task.T2V if dit.condition_channels == 0 else Task.I2V
+    base = _release(clean_first_frame=bool(index.expand_timesteps), condition=dit.condition_channels > 0)
     text = read_config(folder / "text_encoder" / "config.json", TextEncoderConfig)
     vae = read_config(folder / "vae" / "config.json", VaeConfig)
-    return _assembled(task, len(configs), dit, _text_encoder(text), _vae(vae))
+    return _assembled(base, len(configs), dit, _text_encoder(text), _vae(vae))
 
 
 def _same(paths: list[Path], configs: list[msgspec.Struct]) -> None:
@@ -156,17 +146,19 @@ def _same(paths: list[Path], configs: list[msgspec.Struct]) -> None:
                 )
 
 
-def _assembled(task: Task, experts: int, dit: DitSpec, text: TextEncoderSpec, vae: VaeSpec) -> ModelSpec:
-    base = MODEL_OF[task]
+def _release(*, clean_first_frame: bool, condition: bool) -> ModelSpec:
+    """The release that takes what this -Diffusers checkpoint takes; what else does not fit is refused later."""
+    alike = [spec for spec in RELEASED.values() if spec.takes.clean_first_frame == clean_first_frame]
+    return next((spec for spec in alike if (spec.takes.mask_channels > 0) == condition), alike[0])
+
+
+def _assembled(base: ModelSpec, experts: int, dit: DitSpec, text: TextEncoderSpec, vae: VaeSpec) -> ModelSpec:
     if experts != len(base.experts):
-        raise UserError(f"{experts} transformer(s) of type {task}", f"{len(base.experts)}", f"use {RELEASES}")
-    channels = (
-        vae.latent_channels + 4 + vae.latent_channels if task == Task.I2V else vae.latent_channels,
-        vae.latent_channels,
-    )
+        raise UserError(f"{experts} transformer(s) of type {base.task}", f"{len(base.experts)}", f"use {RELEASES}")
+    channels = (vae.latent_channels + base.takes.condition_channels(vae.latent_channels), vae.latent_channels)
     if (dit.in_channels, dit.out_channels) != channels:
         found = f"transformer with {dit.in_channels} input and {dit.out_channels} output channels"
-        raise UserError(found, f"{channels[0]} and {channels[1]} for {task} and this VAE", f"use {RELEASES}")
+        raise UserError(found, f"{channels[0]} and {channels[1]} for {base.task} and this VAE", f"use {RELEASES}")
     if dit.text_width != text.width:
         raise UserError(f"text encoder of width {text.width}", f"{dit.text_width}", "use that of this model")
     if dit.width % dit.heads or dit.head_width % 2:

@@ -18,7 +18,7 @@ from export.checkpoint.checkpoint import Weights
 from export.files.tensor_file import Stored
 from export.lora.file import Deltas, read_lora
 from wan22.bundle import MergedLora, sha256_of
-from wan22.errors import UserError
+from wan22.errors import UserError, some_of
 from wan22.specs import ModelSpec
 
 SYNTAX = "FILE.safetensors[@strength][:high|:low]"
@@ -42,7 +42,6 @@ class Lora:
     choice: LoraChoice
     experts: tuple[str, ...]
     deltas: Deltas
-    unmatched: tuple[str, ...]  # keys that the model has no weight for
     warnings: tuple[str, ...]  # for the user, one line each
 
     def record(self) -> MergedLora:
@@ -123,14 +122,14 @@ def open_lora(choice: LoraChoice, spec: ModelSpec, *, ignore_unmatched: bool = F
     deltas, unmatched = read_lora(choice.path, spec)
     warnings = misplaced(choice.path, experts)
     if unmatched:
-        found = f"{len(unmatched)} keys without a weight in {spec.name}: {_shown(unmatched)}"
+        found = f"{len(unmatched)} keys without a weight in {spec.name}: {some_of(unmatched, NAMES_SHOWN)}"
         if not deltas or not ignore_unmatched:
             remedy = "leave them out with --lora-ignore-unmatched" if deltas else "use a LoRA made for this model"
             raise UserError(f"LoRA {choice.path}: {found}", "keys of this model", remedy)
         warnings.append(f"LoRA {choice.path}: left out {found}")
     if not deltas:
         raise UserError(f"LoRA {choice.path} is empty", "keys of this model", "use another file")
-    return Lora(choice, experts, deltas, tuple(unmatched), tuple(warnings))
+    return Lora(choice, experts, deltas, tuple(warnings))
 
 
 def merged(weights: Weights, loras: Sequence[Lora], expert: str) -> Weights:
@@ -156,7 +155,3 @@ def _said(name: str) -> str | None:
 def _check_finite(lora: Lora, name: str, change: npt.NDArray[np.float32]) -> None:
     if not math.isfinite(float(change.max())) or not math.isfinite(float(change.min())):
         raise UserError(f"LoRA {lora.choice.path}: NaN or infinity for {name}", "finite weights", "use another file")
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMES_SHOWN]) + (", …" if len(names) > NAMES_SHOWN else "")

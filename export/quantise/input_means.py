@@ -17,7 +17,8 @@ from export.files.safetensors_file import read_safetensors, write_safetensors
 from export.files.tensor_file import Array, Planned
 from export.quantise.input_scales import LinearScales, Scales
 from wan22.errors import UserError
-from wan22.specs import DitSpec, ModelSpec
+from wan22.parts import DitSpec
+from wan22.specs import ModelSpec
 
 # Linears whose inputs are centred; k and v of cross-attention read the text, which is quantised once for all blocks.
 CENTRED = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")

@@ -36,7 +36,7 @@ from export.synth.weights import PIECE_ELEMENTS, pieces
 from wan22.bundle import check_disk, staged
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
-from wan22.specs import TEXT_TOKENS, ModelSpec, Task
+from wan22.specs import TEXT_TOKENS, ModelSpec
 
 SHARD_MAX_BYTES = 10**10
 FLOAT32 = np.dtype(np.float32)
@@ -176,10 +176,10 @@ def _write_diffusers(folder: Path, source: _Source) -> None:
 
 def _model_index(spec: ModelSpec) -> dict[str, Any]:
     index: dict[str, Any] = {
-        "_class_name": "WanImageToVideoPipeline" if spec.task == Task.I2V else "WanPipeline",
+        "_class_name": "WanImageToVideoPipeline" if spec.takes.image == "required" else "WanPipeline",
         "_diffusers_version": "0.35.0",
         "boundary_ratio": spec.sampling.boundary,
-        "expand_timesteps": spec.task == Task.TI2V,
+        "expand_timesteps": spec.takes.clean_first_frame,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"],
@@ -187,7 +187,7 @@ def _model_index(spec: ModelSpec) -> dict[str, Any]:
         "transformer_2": ["diffusers", "WanTransformer3DModel"] if len(spec.experts) > 1 else [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    if spec.task == Task.I2V:
+    if spec.takes.image == "required":
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
     return index
 
@@ -201,7 +201,7 @@ def _scheduler_config(spec: ModelSpec) -> dict[str, Any]:
         "beta_schedule": "linear",
         "beta_start": 0.0001,
         "final_sigmas_type": "zero",
-        "flow_shift": 5.0 if spec.task == Task.TI2V else 3.0,
+        "flow_shift": 5.0 if spec.takes.clean_first_frame else 3.0,
         "lower_order_final": True,
         "num_train_timesteps": 1000,
         "predict_x0": True,

@@ -11,7 +11,8 @@ from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.schedule import make_schedule
 from wan22.errors import UserError
-from wan22.specs import NEGATIVE_PROMPT, SPECS, T2V_A14B, TI2V_5B
+from wan22.sampling import NEGATIVE_PROMPT
+from wan22.specs import SPECS, T2V_A14B, TI2V_5B
 
 I2V, TI2V, T2V = (SPECS[f"{name}-tiny"] for name in ("i2v-a14b", "ti2v-5b", "t2v-a14b"))
 
@@ -116,3 +117,24 @@ def test_ti2v_makes_videos_of_text_alone(flow_of):
         *_, last = pipeline.denoise(complete)
         frames = list(pipeline.decode(last.latents))
     assert [chunk.shape for chunk in frames] == [(1, 3, 1, 64, 64), (1, 3, 4, 64, 64)]
+
+
+def test_a_scale_of_all_experts_gives_way_to_that_of_one():
+    complete = Request("x", guidance_scale=5.0, guidance={"low_noise": 2.0}).completed(T2V)
+    assert complete.guidance == {"high_noise": 5.0, "low_noise": 2.0}
+    with pytest.raises(UserError, match="guidance nan for high_noise"):
+        Request("x", guidance_scale=float("nan")).completed(T2V)
+
+
+def test_fixed_engines_give_size_and_frames_and_take_no_other():
+    fixed = (64, 48, 9)
+    complete = Request("x").completed(T2V, fixed)
+    assert (complete.width, complete.height, complete.frames) == fixed
+    for other in (Request("x", size=(48, 64)), Request("x", frames=5)):
+        with pytest.raises(UserError, match="64x48, 9 frames, which the engines are made for"):
+            other.completed(T2V, fixed)
+
+
+def test_a_request_without_a_prompt_is_refused():
+    with pytest.raises(UserError, match="no prompt"):
+        Request().completed(T2V)

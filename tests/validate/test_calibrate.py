@@ -1,6 +1,7 @@
 """Scales measured on prompts: every linear of every expert, at its own timesteps, good enough to quantise with."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -14,9 +15,10 @@ from export.graphs.builder import BFLOAT16
 from export.graphs.linear import FLOAT8_MAX
 from export.options import ExportOptions
 from export.quantise.input_scales import read_input_scales
+from runtime.request import Request
+from studies.precision.session import opened
 from tests.export.graphs.test_dit import inputs_for, relative_l2
 from validate.calibrate import CalibrateOptions, calibrate
-from validate.graph_session import opened
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
 
@@ -30,8 +32,11 @@ def prompts(tmp_path_factory):
     return path
 
 
-def options(prompts, **more):
-    return CalibrateOptions(prompts, **{"steps": 4, "size": (64, 48), "frames": 5, **more})
+SMALL = Request(size=(64, 48), frames=5, steps=4)
+
+
+def options(prompts, request=SMALL, **more):
+    return CalibrateOptions(prompts, request, **more)
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +121,15 @@ def test_a_graph_with_measured_means_errs_less(calibrated, error_of, per_token):
 
 
 def test_what_runs_without_the_prompt_can_run_without_any_text(tmp_path, calibrated, bf16_bundle, prompts):
-    without = calibrate(bf16_bundle, tmp_path / "s.json", options(prompts, negative_prompt=""))
+    without = calibrate(bf16_bundle, tmp_path / "s.json", options(prompts, replace(SMALL, negative_prompt="")))
     assert without.forwards == calibrated[1].forwards
     assert without.inputs["low_noise"] != calibrated[1].inputs["low_noise"]
 
 
 def test_one_expert_has_a_file_without_parts(tmp_path, flow_of, prompts):
-    calibrate(flow_of("ti2v-5b-tiny").bundle, tmp_path / "s.json", options(prompts, size=(64, 64), steps=1))
+    calibrate(
+        flow_of("ti2v-5b-tiny").bundle, tmp_path / "s.json", options(prompts, replace(SMALL, size=(64, 64), steps=1))
+    )
     assert "blocks.0.attn1.to_q" in json.loads((tmp_path / "s.json").read_text())
 
 
@@ -145,7 +152,7 @@ def test_a_bundle_in_fp8_is_refused(tmp_path, tiny_checkpoint, prompts):
 
 def test_too_few_steps_for_both_experts(tmp_path, tiny_bundle, prompts):
     with pytest.raises(UserError, match="1 steps, none of them by low_noise"):
-        calibrate(tiny_bundle, tmp_path / "s.json", options(prompts, steps=1))
+        calibrate(tiny_bundle, tmp_path / "s.json", options(prompts, replace(SMALL, steps=1)))
     assert list(tmp_path.iterdir()) == []
 
 

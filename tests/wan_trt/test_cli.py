@@ -3,11 +3,16 @@
 import errno
 import subprocess
 import sys
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
+import wan_trt
+from runtime.request import Request
 from wan_trt.cli import app
+from wan_trt.commands import generate, validate
 
 FLOW = ("synth", "export", "build", "generate", "validate", "demo")
 HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "diffusers", "transformers")
@@ -42,6 +47,18 @@ def test_help_names_every_stage_without_loading_torch_or_tensorrt():
 def test_every_command_has_help(command, capsys):
     assert status([command, "--help"]) == 0
     assert "Usage" in capsys.readouterr().out
+
+
+def test_every_public_name_is_there():
+    assert {"Request", "generate"} < set(dir(wan_trt))
+    for name in dir(wan_trt):
+        assert getattr(wan_trt, name)
+
+
+@pytest.mark.parametrize("command", [generate, validate])
+def test_every_part_of_a_request_has_an_option(command):
+    parts = {field.name for field in fields(Request)} - {"guidance_scale"}
+    assert parts <= set(signature(command.run).parameters)
 
 
 def test_an_unknown_model_lists_the_known_ones(tmp_path, capsys):

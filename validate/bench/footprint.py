@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.pipeline import Pipeline
-from validate.bench.machine import device_peak, peak_bytes, reset_peak, resident_bytes
+from validate.bench.machine import device_peak
 from validate.bench.work import COMPILED, OURS, RUN, TEXT, BenchOptions, Side, work_for
 from validate.reference.device import reference_device
+from wan22.backends import MODULES
 from wan22.bundle import open_bundle
+from wan22.memory import peak_bytes, reset_peak, resident_bytes
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -118,7 +120,7 @@ def _measured(job: Job) -> Footprint:
 def _import_libraries(job: Job, backend: str) -> None:
     """All that the piece will load, lazy parts of packages too."""
     if job.side == OURS:
-        import_module({"tensorrt-rtx": "tensorrt_rtx"}.get(backend, backend))
+        import_module(MODULES[backend])
         return
     import_module("validate.bench.torch_side")
     if job.piece in (TEXT, RUN):

@@ -7,9 +7,9 @@ import os
 import platform
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -59,31 +59,6 @@ def _cpu_name() -> str:
     return name[1].strip() if name else platform.processor()
 
 
-# -- memory of this process
-
-
-def reset_peak() -> None:
-    """Forgets the high-water mark of the process's memory, where the system can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # the mark then also covers what came before
-
-
-def resident_bytes() -> int:
-    return _status_bytes("VmRSS")
-
-
-def peak_bytes() -> int:
-    """Most memory resident since the start or the last reset, mapped files included."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
-
-
 # -- the GPU
 
 
@@ -122,31 +97,40 @@ class Nvml:
 
 
 @dataclass
-class DevicePeak:
-    """The most device memory seen in use at once."""
+class Peak:
+    """The most bytes seen in use at once."""
 
     bytes: int = 0
-    _over: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
-def device_peak() -> Iterator[DevicePeak | None]:
+def device_peak() -> Iterator[Peak | None]:
     """Watches the GPU's memory while the block runs; None without a GPU. The same yardstick for every library."""
     gpu = Nvml.open()
     if gpu is None:
         yield None
         return
-    found = DevicePeak()
+    with watched(gpu.used_bytes) as found:
+        yield found
+
+
+@contextmanager
+def watched(used_bytes: Callable[[], int]) -> Iterator[Peak]:
+    """The highest ``used_bytes`` while the block runs, asked again and again by a thread."""
+    found, over = Peak(), threading.Event()
+
+    def look() -> None:
+        found.bytes = max(found.bytes, used_bytes())
 
     def watch() -> None:
-        while not found._over.wait(SAMPLING_SECONDS):
-            found.bytes = max(found.bytes, gpu.used_bytes())
+        while not over.wait(SAMPLING_SECONDS):
+            look()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield found
     finally:
-        found.bytes = max(found.bytes, gpu.used_bytes())
-        found._over.set()
+        over.set()
         thread.join()
+        look()

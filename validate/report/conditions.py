@@ -8,7 +8,6 @@ from runtime.request import CompleteRequest
 from validate.bench.machine import machine, versions
 from validate.ladder.onnx_side import how_made
 from validate.options import ValidateOptions
-from validate.reference.clone import commit_of
 from validate.reference.device import Device
 from wan22.bundle import Manifest
 from wan22.specs import Precision
@@ -88,7 +87,7 @@ def _reference(manifest: Manifest, device: Device) -> str:
 
 def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
     """Label and description of the official code, where there is a clone of it."""
-    from validate.reference.official import makes
+    from validate.reference.official import commit_of, makes
 
     if options.official_repo is not None:
         at = commit_of(options.official_repo)
@@ -101,8 +100,8 @@ def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iter
 def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
     """Label and description of every image of the request."""
     for label, source, image in (
-        ("image", options.image, request.image),
-        ("last image", options.last_image, request.last_image),
+        ("image", options.request.image, request.image),
+        ("last image", options.request.last_image, request.last_image),
     ):
         if image is not None:
             name = "built-in picture" if source is None else "an image" if isinstance(source, bytes) else str(source)

@@ -12,21 +12,7 @@ import typer
 from wan22.errors import UserError
 from wan22.files import Claim, claim_file
 from wan22.progress import Progress
-from wan_trt.arguments import (
-    ExpertGuidance,
-    Fit,
-    Frames,
-    Guidance,
-    Image,
-    LastImage,
-    NegativePrompt,
-    Preset,
-    Shift,
-    Size,
-    Solver,
-    Steps,
-    size_of,
-)
+from wan_trt import arguments as given
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
@@ -35,23 +21,23 @@ if TYPE_CHECKING:
 
 def run(
     url: Annotated[str, typer.Argument(help="Host and gRPC port of the server.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="What the video shows, in any language.", show_default=False)],
+    prompt: given.Prompt,
     output: Annotated[Path, typer.Option("-o", "--output", help=".mp4, .webm, .npz, or .png or .jpg for one frame.")],
-    negative_prompt: NegativePrompt = None,
-    size: Size = None,
-    frames: Frames = None,
-    image: Image = None,
-    last_image: LastImage = None,
-    fit: Fit = "official",
-    preset: Preset = None,
-    steps: Steps = None,
+    negative_prompt: given.NegativePrompt = None,
+    size: given.Size = None,
+    frames: given.Frames = None,
+    image: given.Image = None,
+    last_image: given.LastImage = None,
+    fit: given.Fit = "official",
+    preset: given.Preset = None,
+    steps: given.Steps = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Drawn by the server unless given.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
-    shift: Shift = None,
-    guidance_high_noise: ExpertGuidance = None,
-    guidance_low_noise: ExpertGuidance = None,
-    guidance: Guidance = None,
-    solver: Solver = None,
+    shift: given.Shift = None,
+    guidance_high_noise: given.ExpertGuidance = None,
+    guidance_low_noise: given.ExpertGuidance = None,
+    guidance: given.Guidance = None,
+    solver: given.Solver = None,
     deadline: Annotated[float, typer.Option(min=0.001, help="Seconds after which to give up.")] = math.inf,
     urgent: Annotated[bool, typer.Option("--urgent", help="Go before jobs that are not.")] = False,
     preview: Annotated[Path | None, typer.Option(help="JPEG to keep up to date while the video is made.")] = None,
@@ -62,7 +48,7 @@ def run(
     from triton_repo.client import content_of
 
     check_destination(output, frames or 1)
-    width, height = size_of(size) or (None, None)
+    width, height = given.size_of(size) or (None, None)
     settings: dict[str, Setting | None] = {
         "negative_prompt": negative_prompt,
         "width": width,

@@ -7,7 +7,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import claim, whole_folder, write_file
-from wan22.specs import ModelSpec, Precision, Task, spec_named
+from wan22.specs import ModelSpec, Precision, spec_named
 from wan_trt.commands import build, export, generate, synth, validate
 from wan_trt.console import console
 
@@ -37,7 +37,7 @@ def _run(spec: ModelSpec, folder: Path, prompt: str, seed: int) -> int:
     console.rule("build")
     build.run(bundle, engines, "cpu")
     console.rule("generate")
-    image = None if spec.task == Task.T2V else _picture(folder / "image.png", spec.sampling.sizes[0])
+    image = None if spec.takes.image == "no" else _picture(folder / "image.png", spec.sampling.sizes[0])
     generate.run(engines, prompt, folder / "out.mp4", image=image, seed=seed)
     console.rule("validate against PyTorch")
     return validate.run(engines, str(checkpoint), folder, prompt=prompt, image=image, seed=seed)

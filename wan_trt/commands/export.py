@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from wan22.specs import Precision
-from wan_trt.arguments import Frames, Overwrite, Size, numbers_of, size_of
+from wan_trt.arguments import Frames, Overwrite, Size, blocks_of, size_of
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def run(
         precision,
         {part: chosen for part, chosen in parts.items() if chosen is not None},
         fp8_attention,
-        numbers_of(keep_high_precision),
+        blocks_of(keep_high_precision),
         input_scales,
         input_means,
         size=fixed,

@@ -76,7 +76,7 @@ def _blocks_without_fp8(old: Bundle) -> frozenset[int]:
     Raises:
         UserError: the engines subtract means that were measured without the LoRAs.
     """
-    from engines.gpu.external_weights import read_layout
+    from wan22.external_layout import read_layout
 
     spec = old.manifest.spec
     first = old.component(spec.experts[0])

@@ -13,9 +13,9 @@ from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16, GraphBuilder
 from export.graphs.dit import dit_graph
 from export.graphs.linear import FLOAT8, Fp8
 from export.quantise.fp8_weights import Fp8Weights
+from studies.precision.session import filled, opened
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
-from validate.graph_session import filled, opened
 from wan22.specs import SPECS
 
 SPEC = SPECS["t2v-a14b-tiny"].dit

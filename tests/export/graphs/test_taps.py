@@ -8,9 +8,9 @@ from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK, dit_tensors
 from export.graphs.builder import BFLOAT16, FLOAT
 from export.graphs.dit import dit_graph
 from export.graphs.taps import Tapped, add_taps, linear_inputs
+from studies.precision.session import filled, opened
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for
-from validate.graph_session import filled, opened
 from wan22.specs import SPECS
 
 SPEC = SPECS["ti2v-5b-tiny"].dit

@@ -6,7 +6,8 @@ import types
 
 import numpy as np
 
-from validate.bench.machine import Nvml, device_peak, machine, peak_bytes, reset_peak, resident_bytes
+from validate.bench.machine import Nvml, device_peak, machine
+from wan22.memory import peak_bytes, reset_peak, resident_bytes
 
 MEBIBYTE = 2**20
 

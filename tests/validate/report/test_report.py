@@ -18,14 +18,13 @@ from validate.ladder.thresholds import FP32, TOKEN_IDS, Limit
 from validate.plots import DARK, LIGHT, drift_plot, filmstrip, to_pixels
 from validate.report.case_report import CaseReport
 from validate.report.extras import Attached
-from validate.report.report import ValidationReport
+from validate.report.report import ValidationReport, write_report
 from validate.report.text import margin, number
 from validate.report.to_html import as_html, headlines, lights, sections
 from validate.report.to_json import as_json
 from validate.report.to_junit import as_junit
 from validate.report.to_markdown import as_markdown
 from validate.report.worst import measured
-from validate.report.write import MAIN, write_report
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.files import claim
@@ -52,7 +51,7 @@ def report_of(*drifts):
 
 
 def written(report, folder):
-    with claim(folder / MAIN, "the report") as claimed:
+    with claim(folder / "report.json", "the report") as claimed:
         write_report(report, claimed)
 
 

@@ -1,0 +1,1 @@
+"""Experiments over the public API, outside the wheel: run them from a checkout."""
