@@ -77,6 +77,9 @@ class Request:
         """
         if self.prompt is None:
             raise UserError("no prompt", "some text", "describe a video")
+        for text in (self.prompt, self.negative_prompt or ""):
+            if any("\ud800" <= character <= "\udfff" for character in text):  # would break the report or the manifest
+                raise UserError(f"prompt {text!r}", "text that UTF-8 can hold", "write it in UTF-8")
         preset, image = self._preset(spec), self._image(spec)
         width, height, frames = self.shape(spec, fixed)
         if image is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.text import Text
 
 from validate import plots
 from validate.bench.machine import BUSY
@@ -83,7 +84,7 @@ def as_text(sweep: Sweep) -> "Iterator[RenderableType]":
     """What a terminal shows."""
     yield as_table(sweep)
     for remark in _remarks(sweep):
-        yield f"[{'red' if remark in sweep.faults else 'yellow'}]{remark}[/]"
+        yield Text(remark, "red" if remark in sweep.faults else "yellow")
 
 
 def as_table(sweep: Sweep) -> "Table":

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from validate.gate import Verdict, judge
+from validate.gate import Verdict, judge, marked
 from validate.ladder.row import Row
 from validate.report.case_report import CaseReport
 from validate.report.extras import Attached
@@ -110,9 +110,8 @@ class ValidationReport:
         for row in self.rows:
             if row.case == 1 or not row.passed:
                 shown = line(row)
-                mark = "[green]✓[/]" if row.passed else "[red]✗[/]"
                 name = row.name if row.case == 1 else f"case {row.case}: {row.name}"
-                table.add_row(mark, name, row.component, shown.found, shown.limit, shown.margin)
+                table.add_row(marked(row.passed), name, row.component, shown.found, shown.limit, shown.margin)
         return table
 
 
