@@ -62,6 +62,9 @@ class Request:
         """
         if self.prompt is None:
             raise UserError("no prompt", "some text", "describe a video")
+        for text in (self.prompt, self.negative_prompt or ""):
+            if any("\ud800" <= character <= "\udfff" for character in text):  # would break the report or the manifest
+                raise UserError(f"prompt {text!r}", "text that UTF-8 can hold", "write it in UTF-8")
         sampling = (spec if self.preset is None else spec.with_preset(self.preset)).sampling
         image = self._image(spec)
         width, height, frames = self.shape(spec, fixed)

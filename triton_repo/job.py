@@ -5,11 +5,9 @@ Nothing here knows Triton: the answers go to a callable, and so does the questio
 
 import hashlib
 import io
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,10 +18,11 @@ from PIL import Image
 from runtime.arrays import F32, to_numpy
 from runtime.denoise import Step
 from runtime.vae import decode
-from runtime.video import to_uint8, write_video
+from runtime.video import encode_video, to_uint8
 from triton_repo.schema import VIDEO_FORMATS
 from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.wanted import Wanted
+from wan22.files import scratch_folder
 
 PREVIEW_QUALITY = 80
 
@@ -136,9 +135,9 @@ class Job:
         return picture.getvalue()
 
     def _video(self, latents: F32) -> bytes:
-        with tempfile.TemporaryDirectory(prefix="wan22-") as folder:
-            path = Path(folder, f"video{VIDEO_FORMATS[self.wanted.output_format]}")
-            write_video(self._told(self.pipeline.decode(latents)), path, self.wanted.fps)
+        with scratch_folder("job") as folder:
+            path = folder / f"video{VIDEO_FORMATS[self.wanted.output_format]}"
+            encode_video(self._told(self.pipeline.decode(latents)), path, self.wanted.fps)
             return path.read_bytes()
 
     def _told(self, chunks: Iterator[F32]) -> Iterator[F32]:

@@ -18,6 +18,7 @@ from validate.reference.loras import with_loras
 from validate.report.conditions import facts
 from validate.same_model import open_same_model
 from wan22.bundle import Bundle, Manifest
+from wan22.files import claim
 from wan22.progress import Progress, silent
 from wan22.specs import Precision
 
@@ -55,14 +56,13 @@ def validate(
             nothing, no GPU for the reference where one is asked for, or one that is too small, or anything wrong with
             the folders or the request.
     """
-    from validate.files import check_writable
     from validate.report.extras import attached
     from validate.report.report import ValidationReport, write_report
 
     options = options or ValidateOptions()
     if options.calls is not None:
         check_calls(options.calls)
-    with open_for_comparison(engines, options.calls) as pipeline:
+    with claim(out / "report.json", "the report") as claimed, open_for_comparison(engines, options.calls) as pipeline:
         manifest = pipeline.bundle.manifest
         cases = cases_of(options, manifest.spec.takes.image)
         requests = [completed(case.options.request, manifest) for case in cases]
@@ -72,13 +72,12 @@ def validate(
         device = reference_device(options.reference_device, manifest)
         source = with_loras(open_same_model(checkpoint, engines, manifest, progress), manifest)
         with official_code(options.official_repo, source) as official, refusing_too_large():
-            check_writable(out)
             sides = _sides(pipeline, source, official, device, progress)
             found = []
             for case, request in zip(cases, requests, strict=True):
                 found.append(_climbed(case, _climb(sides, request, manifest, progress), pipeline.bundle, progress))
-    report = ValidationReport(tuple(found), facts(manifest, source, requests, options, device), judged)
-    write_report(report, out)
+        report = ValidationReport(tuple(found), facts(manifest, source, requests, options, device), judged)
+        write_report(report, claimed)
     return report
 
 

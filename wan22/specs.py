@@ -260,7 +260,7 @@ _TOY = replace(
     _tiny(T2V_A14B, (96, 64)),
     name="t2v-a14b-toy",
     dit=replace(T2V_A14B.dit, width=160, ffn_width=384, layers=5, heads=5, text_width=128),
-    vae=replace(_VAE_2_1, encoder_base=12, decoder_base=12),
+    vae=replace(VAE_2_1, encoder_base=12, decoder_base=12),
     sampling=replace(T2V_A14B.sampling, steps=20, shift=3.0, frames=17, fps=8, sizes=((96, 64),)),
 )
 

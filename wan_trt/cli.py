@@ -1,6 +1,8 @@
 """The ``wan-trt`` command: collects the subcommands."""
 
 import logging
+import os
+import sys
 
 import typer
 
@@ -65,8 +67,8 @@ def scale() -> None:
     raise UserError("wan-trt scale has moved", "python -m studies.full_size", "run it in a checkout of the source")
 
 
-bundles = typer.Typer(no_args_is_help=True, help="Check a bundle, or make one that can be moved.")
-for verb in (bundle.verify, bundle.pack):
+bundles = typer.Typer(no_args_is_help=True, help="Check a bundle, make one that can be moved, or clean up.")
+for verb in (bundle.verify, bundle.pack, bundle.clean):
     bundles.command(verb.__name__)(guarded(verb))
 app.add_typer(bundles, name="bundle")
 loras = typer.Typer(no_args_is_help=True, help="Other LoRAs for engines with external weights.")
@@ -76,5 +78,12 @@ app.add_typer(loras, name="lora")
 
 
 def main() -> None:
+    """Runs one command line. Words that are not UTF-8 can be in no report, manifest or prompt, so none is begun."""
+    for word in map(os.fsencode, sys.argv[1:]):
+        try:
+            word.decode()
+        except UnicodeDecodeError:
+            print(f"wan-trt: {word!r} | expected UTF-8 | rename it, or set a UTF-8 locale", file=sys.stderr)
+            sys.exit(2)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     app()

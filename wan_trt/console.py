@@ -17,7 +17,7 @@ from rich.progress import Progress as Bars
 
 from wan22.progress import Progress
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)  # names of files and prompts may hold brackets
 GIBIBYTE = 2**30
 
 

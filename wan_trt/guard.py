@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from wan22.errors import DISK_FULL, NonFiniteError, UserError
+from wan22.errors import NonFiniteError, UserError, disk_error
 from wan_trt.extras import told_missing
 
 
@@ -49,12 +49,7 @@ def guarded(run: Callable[..., int | None], program: str = "wan-trt") -> Callabl
 
 
 def _line(error: OSError | ModuleNotFoundError, command: str) -> str:
-    """The line for a full disk, a file that the user may not use or an extra that is not installed; "" for a bug."""
+    """The line for an error of the disk or an extra that is not installed; "" for a bug."""
     if isinstance(error, ModuleNotFoundError):
         return told_missing(error.name or "", command)
-    if error.errno in DISK_FULL:
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"disk full{where} | expected free space | free some and run again"
-    if isinstance(error, PermissionError):
-        return f"{error.filename}: {error.strerror} | expected what this user may use | change its mode or the user"
-    return ""
+    return str(disk_error(error) or "")

@@ -4,7 +4,6 @@ The two experts of a model have one graph, so they share ``experts.plan``. What 
 are compiled in, which fuses best.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from engines.gpu.external_weights import (
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine
 from wan22.bundle import Bundle, Component, File, file_entry
 from wan22.external_layout import write_layout
+from wan22.files import scratch_folder
 from wan22.progress import Progress
 
 
@@ -79,7 +79,7 @@ class ExternalBuild:
         return externalised(self._source.path(component.graph), scales)
 
     def _compile(self, graph: ir.Model, plan: Path, options: EngineOptions) -> None:
-        with tempfile.TemporaryDirectory() as place:
-            path = Path(place) / f"{plan.stem}.onnx"
+        with scratch_folder("build") as place:
+            path = place / f"{plan.stem}.onnx"
             ir.save(graph, path)
             build_engine(path, plan, options, self._progress)

@@ -4,7 +4,6 @@ Engines are read from the log that the builder left beside them, or asked throug
 GPU. A bundle is compiled to look at it, its transformers with three blocks only: all are alike.
 """
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from engines.profiles import profile_between, profiles_for
 from engines.targets import TARGETS, Target, check_precision, target_named
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.errors import UserError
+from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec
 
@@ -89,9 +89,9 @@ def _look_at(
         else (profile_between(manifest.spec, manifest.size, manifest.size),)
     )
     options = EngineOptions(target, profiles[:1], component.inputs)
-    with tempfile.TemporaryDirectory(prefix="wan-trt-inspect-") as temporary:
-        graph = first_blocks(bundle.path(component.graph), Path(temporary), BLOCKS_TO_LOOK_AT)
-        built = build_engine(graph, Path(temporary) / f"{component.name}.plan", options, progress)
+    with scratch_folder("inspect") as temporary:
+        graph = first_blocks(bundle.path(component.graph), temporary, BLOCKS_TO_LOOK_AT)
+        built = build_engine(graph, temporary / f"{component.name}.plan", options, progress)
         compiled = read_log(built.log)
     return FusionReport(
         component.name, target, compiled, component.precision, "embedded", _blocks(manifest.spec, component)

@@ -20,6 +20,7 @@ import typer
 from studies.full_size.builds import BUILDS, measured_build
 from studies.full_size.exports import CASES, TIMED, memory_of, throughput_of
 from wan22.errors import UserError
+from wan22.files import write_file
 from wan22.specs import ModelSpec, spec_named
 from wan_trt.console import console
 from wan_trt.guard import command_of
@@ -114,9 +115,7 @@ def _own_folder(folder: Path) -> Iterator[Path]:
 
 
 def _write(figures: Figures, output: Path) -> None:
-    from validate.files import write_files
-
-    write_files(output.parent, {output.name: json.dumps(figures, indent=2).encode() + b"\n"})
+    write_file(output, json.dumps(figures, indent=2).encode() + b"\n")
 
 
 def _earlier(output: Path, spec: ModelSpec) -> Figures:

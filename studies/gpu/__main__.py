@@ -24,9 +24,8 @@ import typer
 from studies.gpu.stage import Answer, Setting, Stage, run_stage
 from studies.gpu.view import table_of
 from validate.bench.machine import machine, versions
-from validate.files import check_place
 from wan22.errors import UserError
-from wan22.whole_file import whole_file
+from wan22.files import write_file
 from wan_trt.console import command_line, console
 from wan_trt.guard import command_of
 
@@ -56,9 +55,9 @@ def run(
     """Measure on this machine's GPU: transformers, sampler, VAE, and whether TensorRT-RTX engines load."""
     stages = _chosen(only or [])
     gpu = {} if dry_run else _gpu()
-    check_place(output, "output", make_folder=True)
     answers = [Answer(stage, "skipped", "the run ended before it") for stage in stages]
     circumstances, code = _circumstances(gpu, dry_run), 0
+    _write(output, {**circumstances, "stages": []})  # a place that cannot be written is refused before the work
     shown = _without_figures if dry_run else list
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it early gets what there is
     try:
@@ -142,9 +141,7 @@ def _circumstances(gpu: dict[str, Any], dry_run: bool) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+    write_file(path, json.dumps(content, indent=2).encode() + b"\n", "output")
 
 
 app = command_of(run, PROGRAM)

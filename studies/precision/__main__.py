@@ -29,7 +29,7 @@ def run(
     console.print(study.table())
     for sentence in study.sentences:
         console.print(f"- {sentence}")
-    console.print(f"[dim]{output / 'study.html'}[/]")
+    console.print(str(output / "study.html"), style="dim")
     return 0 if study else 1
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from studies.precision.result import COLLAPSE, Study
-from validate.files import write_files
 from validate.html import page
 from validate.plots import LIGHT, Theme, data_uri, in_all_themes, new_plot, png
+from wan22.files import Claim, write_files
 
 COLOURS = (
     "#2563c9", "#0f8b8d", "#c77700", "#8b5cf6", "#b4232f", "#6b7280",
@@ -20,9 +20,9 @@ COLOURS_DARK = (
 )  # fmt: skip
 
 
-def write_study(study: Study, folder: Path) -> None:
-    """Writes both files into ``folder``, over those of an earlier study."""
-    write_files(folder, {"study.json": study.as_json(), "study.html": as_html(study).encode()})
+def write_study(study: Study, claimed: Claim) -> None:
+    """Writes both files beside the claimed ``study.json``, over those of an earlier study."""
+    write_files(claimed, {"study.json": study.as_json, "study.html": lambda: as_html(study).encode()})
 
 
 def as_html(study: Study) -> str:

@@ -131,6 +131,7 @@ class Study:
 
     def table(self) -> "Table":
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(
             "precision", "median", "worst step", "aim", "latents", "verdict", title="Velocity error, relative L2"
@@ -145,7 +146,7 @@ class Study:
                 f"{result.worst:.2%}",
                 "" if result.variant.ablation else f"{result.variant.aim:.2%}",
                 "broke" if result.problem else f"{result.psnr_db:.1f} dB",
-                f"[{shade}]{result.verdict}[/]",
+                Text(result.verdict, shade),
             )
         return table
 

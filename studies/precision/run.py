@@ -24,8 +24,8 @@ from studies.precision.result import Magnitude, Part, Result, Statistic, Study
 from studies.precision.sampling import Comparison, Reference
 from studies.precision.twin import Twin, TwinSize, make_twin
 from studies.precision.variants import BFLOAT, VARIANTS, open_noted, parts
-from validate.files import check_writable
 from wan22.errors import UserError
+from wan22.files import claim
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec, spec_named
 
@@ -50,7 +50,13 @@ def precision_study(options: StudyOptions, folder: Path, progress: Progress = si
         UserError: a model that there is not, a size or number of steps that cannot be, a folder that cannot be written.
     """
     spec = _checked(options)
-    check_writable(folder)
+    with claim(folder / "study.json", "the study") as claimed:
+        study = _made(spec, options, progress)
+        write_study(study, claimed)
+    return study
+
+
+def _made(spec: ModelSpec, options: StudyOptions, progress: Progress) -> Study:
     meter = _Meter(progress, 5 + len(VARIANTS) + len(parts()))
     schedule = make_schedule("unipc", options.steps, spec.sampling.shift)
     twin = meter.counted(make_twin(spec, options.size, schedule, options.seed))
@@ -59,7 +65,7 @@ def precision_study(options: StudyOptions, folder: Path, progress: Progress = si
     )
     comparison = Comparison(twin, schedule, reference, beforehand, untold)
     results, noted = _results(comparison, meter)
-    study = Study(
+    return Study(
         facts=_facts(options, twin, schedule),
         timesteps=tuple(schedule.timesteps.tolist()),
         results=results,
@@ -68,8 +74,6 @@ def precision_study(options: StudyOptions, folder: Path, progress: Progress = si
         statistics=_statistics(twin, reference),
         attention=meter.counted(tuple(attention_errors(options.seed, options.attention_tokens))),
     )
-    write_study(study, folder)
-    return study
 
 
 def _results(comparison: Comparison, meter: "_Meter") -> tuple[tuple[Result, ...], dict[str, Tapped]]:

@@ -58,7 +58,7 @@ def test_expected_failures_end_in_one_line(monkeypatch, capsys, study, error, co
     def fails(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr(module, {"precision": "bars", "gpu": "check_place", "full_size": "_write"}[study], fails)
+    monkeypatch.setattr(module, {"precision": "bars", "gpu": "_write", "full_size": "_write"}[study], fails)
     assert status(module.app, ["--dry-run"] if study == "gpu" else ["-o", "out"]) == code
     (printed,) = capsys.readouterr().err.strip().splitlines()
     assert printed.startswith(f"python -m studies.{study}: {line}")
@@ -71,7 +71,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, study):
     def fails(*_args, **_kwargs):
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    monkeypatch.setattr(module, {"precision": "bars", "gpu": "check_place", "full_size": "_write"}[study], fails)
+    monkeypatch.setattr(module, {"precision": "bars", "gpu": "_write", "full_size": "_write"}[study], fails)
     with pytest.raises(OSError, match="Bad file descriptor"):
         module.app(["--dry-run"] if study == "gpu" else ["-o", "out"])
 

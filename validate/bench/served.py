@@ -6,7 +6,6 @@ works. The server's side is what a client waits for: the request's way there, th
 """
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,6 +31,7 @@ from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, 
 from validate.gate import read_gates
 from validate.options import with_samples
 from wan22.bundle import Manifest, open_bundle
+from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
 
 CANCELS, CANCEL_AFTER, CANCEL_STEPS = 10, 5, 100
@@ -169,11 +169,11 @@ def bench_served(
         "load_average": load_average(), "versions": versions(), "command": options.command,
     }  # fmt: skip
     with (
-        tempfile.TemporaryDirectory(prefix="wan22-") as folder,
-        _served(engines, Path(folder), options, installation, environment) as server,
+        scratch_folder("bench") as folder,
+        _served(engines, folder, options, installation, environment) as server,
         Pipeline.open(engines) as pipeline,
     ):
-        direct = Direct(pipeline, Path(folder))
+        direct = Direct(pipeline, folder)
         sides = {DIRECT: lambda: direct.make(request), SERVED: lambda: server.make(request)}
         in_turns(sides, options.warmup)
         server.inside_s.clear()

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.text import Text
 
 from validate import plots
 from validate.bench.machine import BUSY
 from validate.bench.sweep import Sweep
-from validate.files import check_place, write_file
 from validate.html import page
 from validate.plots import DARK, LIGHT, Theme, data_uri, new_plot
 from wan22.errors import UserError
@@ -24,15 +24,14 @@ COLOURS = ("#2563c9", "#d9730d", "#1a8754", "#9333ea", "#b4232f", "#5b6472")
 
 
 def check_plot(path: Path) -> None:
-    """Raises UserError for a name that says neither PNG nor HTML, or a place that cannot be written."""
+    """Raises UserError for a name that says neither PNG nor HTML."""
     if path.suffix not in ENDINGS:
         raise UserError(f"plot {path}", "a name ending in .png or .html", "rename it")
-    check_place(path, "plot")
 
 
 def write_plot(sweep: Sweep, path: Path) -> None:
     content = as_html(sweep).encode() if path.suffix == ".html" else png(sweep, LIGHT, transparent=False)
-    write_file(path, content, "plot")
+    path.write_bytes(content)
 
 
 def png(sweep: Sweep, theme: Theme, *, transparent: bool = True) -> bytes:
@@ -85,7 +84,7 @@ def as_text(sweep: Sweep) -> "Iterator[RenderableType]":
     """What a terminal shows."""
     yield as_table(sweep)
     for remark in _remarks(sweep):
-        yield f"[{'red' if remark in sweep.faults else 'yellow'}]{remark}[/]"
+        yield Text(remark, "red" if remark in sweep.faults else "yellow")
 
 
 def as_table(sweep: Sweep) -> "Table":

@@ -2,12 +2,14 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from wan22.errors import UserError
+from wan22.files import whole_file
 from wan_trt import arguments as given
 from wan_trt.console import bars, command_line, console
 
@@ -50,26 +52,26 @@ def run(
     """Measure time and memory. The last line is one JSON object, with units in its keys."""
     request = given.request_from(locals())
     from validate.bench.work import RUNS, BenchOptions
-    from validate.files import write_file
 
     options = BenchOptions(
         request, tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, command_line()
     )
     if list_gates:
         return _list_gates(engines)
-    _check(sweep, values, plot, gate, compare, output)
+    _check(sweep, values, plot, gate, compare)
     if triton and (checkpoint or sweep or compare):
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", "run it on its own")
-    if triton:
-        found, passed = _served(engines, options, runs, topology, gate)
-    elif sweep is not None:
-        found, passed = _swept(engines, checkpoint, sweep, values, options, plot)
-    else:
-        found, passed = _benched(engines, checkpoint, options, gate, compare)
-    line = json.dumps(found, separators=(",", ":"), allow_nan=False)
-    print(line, flush=True)
-    if output is not None:
-        write_file(output, f"{line}\n".encode(), "output")
+    with whole_file(output, "output", make_folder=False) if output is not None else nullcontext() as new:
+        if triton:
+            found, passed = _served(engines, options, runs, topology, gate)
+        elif sweep is not None:
+            found, passed = _swept(engines, checkpoint, sweep, values, options, plot)
+        else:
+            found, passed = _benched(engines, checkpoint, options, gate, compare)
+        line = json.dumps(found, separators=(",", ":"), allow_nan=False)
+        print(line, flush=True)
+        if new is not None:
+            new.write_text(f"{line}\n")
     return 0 if passed else 1
 
 
@@ -88,17 +90,12 @@ def _check(
     plot: Path | None,
     gate: Path | None,
     compare: Path | None,
-    output: Path | None,
 ) -> None:
-    """Raises UserError for options that do not go together, and for a place that cannot be written."""
-    from validate.files import check_place
-
+    """Raises UserError for options that do not go together."""
     if sweep is None and (values or plot):
         raise UserError("--values or --plot", "a sweep that they belong to", "add --sweep frames, size or steps")
     if sweep is not None and (gate or compare):
         raise UserError("--sweep with --gate or --compare", "one of them", "run the sweep on its own")
-    if output is not None:
-        check_place(output, "output")
 
 
 def _served(
@@ -143,10 +140,11 @@ def _swept(
     if plot is not None:
         check_plot(plot)
     several = None if values is None else [value.strip() for value in values.split(",")]
-    with bars() as progress:
-        found = sweep(engines, checkpoint, axis, several, options, progress)
-    if plot is not None:
-        write_plot(found, plot)
+    with whole_file(plot, "plot", make_folder=False) if plot is not None else nullcontext() as picture:
+        with bars() as progress:
+            found = sweep(engines, checkpoint, axis, several, options, progress)
+        if picture is not None:
+            write_plot(found, picture)
     for part in as_text(found):
         console.print(part)
     return found.as_json(), not found.faults

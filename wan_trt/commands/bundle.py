@@ -1,4 +1,4 @@
-"""``wan-trt bundle``: check a bundle completely, or make a copy of it that shares nothing with other folders."""
+"""``wan-trt bundle``: check a bundle, copy it so that it shares nothing, remove what killed commands left."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from wan22.bundle import kind_of, open_bundle
+from wan22.files import remove_leftovers
 from wan_trt.arguments import Overwrite
 from wan_trt.console import bars, console, tell_unread
 
@@ -37,3 +38,14 @@ def pack(
     tell_unread(check_plans(packed))
     size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     console.print(f"{size_bytes / 2**30:.2f} GiB: {folder}")
+
+
+def clean(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds the outputs.")] = Path(),
+) -> None:
+    """Remove what killed commands left beside their outputs, unfinished exports too, and in the temporary folder."""
+    removed = remove_leftovers(folder)
+    for leftover, size_bytes in removed.items():
+        console.print(f"{leftover}: {size_bytes / 2**30:.2f} GiB removed")
+    if not removed:
+        console.print(f"{folder}: no leftovers of wan-trt")

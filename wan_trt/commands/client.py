@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from wan22.errors import UserError
+from wan22.files import Claim, claim_file
 from wan22.progress import Progress
 from wan_trt import arguments as given
 from wan_trt.console import bars, console
@@ -68,10 +70,10 @@ def run(
         "output_format": _format(output),
         "preview": preview is not None,
     }
-    job = _Job(url, model, prompt, image, deadline, 1 if urgent else 2, preview)
-    result = job.run(settings)
-    with renamed_at_end(output) as temporary:
-        temporary.write_bytes(result.video)
+    previews = claim_file(preview, "preview", make_folder=False) if preview is not None else nullcontext()
+    with renamed_at_end(output) as new, previews as shown:
+        result = _Job(url, model, prompt, image, deadline, 1 if urgent else 2, shown).run(settings)
+        new.write_bytes(result.video)
     console.print(f"{output}: {_told(result)}")
 
 
@@ -85,7 +87,7 @@ class _Job:
     image: Path | None
     deadline_s: float
     priority: Literal[1, 2]
-    preview: Path | None
+    preview: Claim | None
 
     def run(self, settings: "Mapping[str, Setting | None]") -> "Result":
         """Raises UserError for a job that the server refused or gave up."""
@@ -108,7 +110,8 @@ class _Job:
         if event["phase"] in ("denoise", "decode"):
             progress(str(event["phase"]), int(str(event["step"])), int(str(event["total"])))
         if self.preview is not None and event["preview"]:
-            self.preview.write_bytes(bytes(event["preview"]))  # type: ignore[call-overload]
+            self.preview.new.write_bytes(bytes(event["preview"]))  # type: ignore[call-overload]
+            self.preview.publish()
 
 
 def _told(result: "Result") -> str:

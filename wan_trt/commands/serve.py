@@ -2,12 +2,12 @@
 
 import os
 import signal
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from wan22.files import scratch_folder
 from wan_trt import arguments as given
 from wan_trt.commands.triton import memory_gib
 from wan_trt.console import console, tell_unread
@@ -46,8 +46,8 @@ def run(
     environments = default_environments() if environment is None else (environment,)
     installation = find_installation(environments, server)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="wan22-") as folder:
-        repository = Path(folder, "repository")
+    with scratch_folder("serve") as folder:
+        repository = folder / "repository"
         packing = RepositoryOptions(
             name,
             topology,

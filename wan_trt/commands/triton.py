@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from wan22.errors import UserError
+from wan22.files import check_room
 from wan_trt import arguments as given
 from wan_trt.console import console, tell_unread
 
@@ -40,7 +41,7 @@ def run(
     from triton_repo.bls_repository import largest_call_bytes
     from triton_repo.manifests import ENGINES_AT, ClusterOptions, check_image, write_manifests
     from triton_repo.probe import DRAIN_FLAG
-    from triton_repo.repository import RepositoryOptions, make_room, write_repository
+    from triton_repo.repository import MARK, RepositoryOptions, write_repository
 
     options = RepositoryOptions(
         name,
@@ -56,7 +57,7 @@ def run(
         check_image(image)
         if kubernetes.absolute() == repository.absolute():
             raise UserError(f"{kubernetes} for repository and manifests", "a folder for each", "choose another")
-        make_room(kubernetes, overwrite=overwrite)
+        check_room(kubernetes, MARK if overwrite else "")
     written = write_repository(engines, repository, options)
     console.print(f"{written.bundle.manifest.spec.name} as Triton model {name}: {repository}")
     tell_unread(written.unread)

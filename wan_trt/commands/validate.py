@@ -80,19 +80,20 @@ def run(
 
 def _compare(engines: Path, checkpoint: str, output: Path, options: "ValidateOptions") -> int:
     from validate import validate
+    from validate.gate import marked
 
     with bars() as progress:
         report = validate(engines, checkpoint, output, options, progress)
     console.print(report.table())
     for verdict in report.verdicts:
-        console.print(f"{'[green]✓[/]' if verdict else '[red]✗[/]'} gate {verdict}")
+        console.print(marked(verdict, f"gate {verdict}"))
     if not_judged := report.attached.not_judged:
-        console.print(f"gates: {not_judged}", markup=False)
+        console.print(f"gates: {not_judged}")
     if len(report.cases) > 1:
         worst = report.worst_case
         console.print(f"{len(report.cases)} cases; the worst is {worst.number}: ", end="")
-        console.print(worst.command, markup=False)
-    console.print(f"{report.summary()}: {output / 'report.html'}", markup=False)
+        console.print(worst.command)
+    console.print(f"{report.summary()}: {output / 'report.html'}")
     return 0 if report else 1
 
 

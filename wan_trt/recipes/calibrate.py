@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -28,9 +29,9 @@ from export.quantise.input_scales import MARGIN, LinearScales, Scales, largest_m
 from runtime.pipeline import Pipeline
 from runtime.prompts import Prompt, read_prompts
 from runtime.request import CompleteRequest, Request
-from validate.files import check_place
 from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
+from wan22.files import whole_file
 from wan22.progress import Progress, silent
 from wan22.specs import Precision
 
@@ -97,23 +98,21 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     spec = source.manifest.spec
     _check_precision(source)
     requests = _requests(read_prompts(options.prompts, spec.takes.image), source, options)
-    check_place(out, "scales", make_folder=True)
-    if options.means is not None:
-        check_place(options.means, "means", make_folder=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as temporary:
-        folder = Path(temporary)
-        taps = write_tapped(source, folder / "graphs", options.target)
-        build_engines(folder / "graphs", folder / "engines", _build_options(source, requests[0], options), progress)
-        with TappedPipeline(open_bundle(folder / "engines", "engines"), taps) as pipeline:
-            _run(pipeline, requests, progress)
-            found = pipeline.tapped
-    inputs = {expert: _largest(expert, found.get(expert), requests[0].steps) for expert in spec.experts}
-    scales = {expert: _scales(source, expert, part, options.margin) for expert, part in inputs.items()}
-    write_input_scales(out, scales, spec)
-    if options.means is not None:
-        write_input_means(
-            options.means, {expert: Means(found[expert].means, scales[expert]) for expert in spec.experts}
-        )
+    with_means = whole_file(options.means, "means") if options.means is not None else nullcontext()
+    with whole_file(out, "scales") as new, with_means as new_means:
+        with tempfile.TemporaryDirectory(dir=new.parent) as temporary:
+            folder = Path(temporary)
+            taps = write_tapped(source, folder / "graphs", options.target)
+            build_engines(folder / "graphs", folder / "engines", _build_options(source, requests[0], options), progress)
+            with TappedPipeline(open_bundle(folder / "engines", "engines"), taps) as pipeline:
+                _run(pipeline, requests, progress)
+                found = pipeline.tapped
+        inputs = {expert: _largest(expert, found.get(expert), requests[0].steps) for expert in spec.experts}
+        scales = {expert: _scales(source, expert, part, options.margin) for expert, part in inputs.items()}
+        write_input_scales(new, scales, spec)
+        if new_means is not None:
+            means = {expert: Means(found[expert].means, scales[expert]) for expert in spec.experts}
+            write_input_means(new_means, means)
     forwards = {expert: found[expert].calls for expert in spec.experts}
     return Calibration(inputs, scales, forwards, len(requests), requests[0].steps)
 

@@ -175,8 +175,8 @@ def test_files_without_prompts(tmp_path, tiny_bundle, content, told):
 @pytest.mark.parametrize(
     ("out", "means", "told"),
     [
-        ("file/s.json", "m", "scales .*s.json: File exists"),
-        ("s.json", "file/m", "means .*m: File exists"),
+        ("file/s.json", "m", r"scales .*s\.json: Not a directory"),
+        ("s.json", "file/m", "means .*m: Not a directory"),
         ("s", "s", "s for scales"),
     ],
 )
