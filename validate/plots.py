@@ -8,6 +8,7 @@ import base64
 import io
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,12 @@ from validate.ladder.row import Row
 from validate.reference.parts import F32
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
+Size = tuple[float, float]  # width, height in inches
 
 FILMSTRIP_FRAMES = 6
 THUMBNAIL_WIDTH = 320
 WORST_FRAME_WIDTH = 640
+PLOT_SIZES_INCHES = {"wide": (7.2, 3.2), "narrow": (4.0, 3.0)}
 PLOT_DPI = 200
 FLOOR = 1e-9  # drawn in place of a drift of exactly zero, which a logarithmic axis has no room for
 
@@ -57,14 +60,47 @@ class Filmstrip:
     amplification: float  # of the difference; 0 when there is none
 
 
-def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float]) -> str:
-    """Relative L2 distance of the latents after every step (rows with a step), logarithmic, as a PNG data URI."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def new_plot(size_inches: Size) -> tuple[Any, Any]:
+    """An empty figure of matplotlib, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size_inches, layout="constrained")
-    axes = figure.add_subplot()
-    _style(axes, theme)
+    return figure, figure.add_subplot()
+
+
+def style_axes(axes: Any, theme: Theme, label: str, label_size: float = 10) -> None:
+    """Horizontal lines and the line below, nothing else around the data; ``label`` is that of the x axis."""
+    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(theme.grid)
+    axes.tick_params(colors=theme.text, which="both", length=0, labelsize=label_size)
+    axes.set_xlabel(label, color=theme.text, fontsize=10)
+
+
+def png_of(figure: Any, *, transparent: bool = True) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(stream, format="png", dpi=PLOT_DPI, transparent=transparent)
+    return stream.getvalue()
+
+
+def plots_for_pages(draw: Callable[[Theme, Size], str]) -> dict[str, str]:
+    """``draw`` for wide and narrow, light and dark pages: "wide_light", ..., "narrow_dark"."""
+    return {
+        f"{page}_{shade}": draw(theme, size)
+        for page, size in PLOT_SIZES_INCHES.items()
+        for shade, theme in (("light", LIGHT), ("dark", DARK))
+    }
+
+
+def drift_plot(steps: list[Row], theme: Theme, size_inches: Size) -> str:
+    """Relative L2 distance of the latents after every step (rows with a step), logarithmic, as a PNG data URI."""
+    figure, axes = new_plot(size_inches)
+    axes.set_yscale("log")
+    style_axes(axes, theme, "step")
     limit, numbers = steps[0].limit.value, [row.step or 0 for row in steps]
     curves = _curves(steps, theme)
     for label, (drift, colour, marker) in curves.items():
@@ -75,10 +111,7 @@ def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float])
     _threshold(axes, limit, theme)
     _switch(axes, steps, theme)
     _failures(axes, steps, theme)
-    stream = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(stream, format="png", dpi=PLOT_DPI, transparent=True)
-    return data_uri(stream.getvalue())
+    return data_uri(png_of(figure))
 
 
 def _curves(steps: list[Row], theme: Theme) -> dict[str, tuple[list[float], str, str]]:
@@ -89,16 +122,6 @@ def _curves(steps: list[Row], theme: Theme) -> dict[str, tuple[list[float], str,
         drift = [max(its.alone.relative_l2, FLOOR) for its in low]
         found[f"PyTorch in {low[0].precision}"] = (drift, theme.reference, "s")
     return found
-
-
-def _style(axes: Any, theme: Theme) -> None:
-    axes.set_yscale("log")
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(theme.grid)
-    axes.tick_params(colors=theme.text, which="both", length=0, labelsize=10)
-    axes.set_xlabel("step", color=theme.text, fontsize=10)
 
 
 def _scale(axes: Any, drift: list[float], limit: float, steps: int) -> None:

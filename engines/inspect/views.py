@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from engines.inspect.log import Kernel
 from engines.inspect.report import FusionReport
+from wan22.page import render
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = Path(__file__).parent / "templates" / "fusion.html.j2"
 NARROWEST_BAR, WIDEST_BAR = 2.0, 100.0  # per cent
 
 
@@ -27,12 +28,8 @@ def as_text(report: FusionReport) -> "list[RenderableType]":
 
 def as_html(reports: Sequence[FusionReport], title: str) -> str:
     """A self-contained page; a kernel's bar is as long as its roofline time."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     parts = [{"report": r, "summary": r.summary(), "rows": _rows(r), "flow": _flow(r)} for r in reports]
-    return environment.get_template("fusion.html.j2").render(title=title, parts=parts, human_bytes=human_bytes)
+    return render(TEMPLATE, {"title": title, "parts": parts, "human_bytes": human_bytes})
 
 
 def human_bytes(size: float) -> str:

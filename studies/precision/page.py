@@ -1,16 +1,17 @@
 """The study as two files: ``study.json`` for programs, ``study.html`` for people, which stands alone."""
 
-import io
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from studies.precision.result import COLLAPSE, Study
 from validate.files import write_files
-from validate.plots import DARK, LIGHT, PLOT_DPI, Theme, data_uri
-from validate.report.to_html import PLOT_SIZES_INCHES
-from validate.report.to_html import TEMPLATES as SHARED
+from validate.plots import LIGHT, Theme, data_uri, new_plot, plots_for_pages, png_of, style_axes
+from validate.report.to_html import TEMPLATES
+from wan22.page import render
 
+TEMPLATE = Path(__file__).parent / "templates" / "study.html.j2"
 COLOURS = (
     "#2563c9", "#0f8b8d", "#c77700", "#8b5cf6", "#b4232f", "#6b7280",
     "#db2777", "#6b8e23", "#7c5c46", "#334155", "#be185d",
@@ -27,46 +28,27 @@ def write_study(study: Study, folder: Path) -> None:
 
 
 def as_html(study: Study) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader([Path(__file__).parent / "templates", SHARED]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    plots = {
-        f"{page}_{shade}": error_plot(study, theme, size)
-        for page, size in PLOT_SIZES_INCHES.items()
-        for shade, theme in (("light", LIGHT), ("dark", DARK))
-    }
-    return environment.get_template("study.html.j2").render(study=study, plots=plots, collapse=COLLAPSE)
+    values = {"study": study, "plots": plots_for_pages(partial(error_plot, study)), "collapse": COLLAPSE}
+    return render(TEMPLATE, values, shared=TEMPLATES)
 
 
 def error_plot(study: Study, theme: Theme, size_inches: tuple[float, float]) -> str:
     """Every variant's velocity error over the steps, logarithmic, as a PNG data URI."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size_inches, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_plot(size_inches)
     colours = itertools.cycle(COLOURS if theme is LIGHT else COLOURS_DARK)
     for result, colour in zip(study.results, colours, strict=False):
         steps, percent = range(1, len(result.errors) + 1), [100 * error for error in result.errors]
         style = "--" if result.variant.ablation else "-"
         axes.plot(steps, percent, style, color=colour, marker="o", markersize=4, label=result.variant.name)
-    _style(axes, theme, len(study.timesteps))
+    _set_scales(axes, len(study.timesteps))
+    style_axes(axes, theme, "step")
     legend = figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
     for text in legend.get_texts():
         text.set_color(theme.text)
-    stream = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(stream, format="png", dpi=PLOT_DPI, transparent=True)
-    return data_uri(stream.getvalue())
+    return data_uri(png_of(figure))
 
 
-def _style(axes: Any, theme: Theme, steps: int) -> None:
+def _set_scales(axes: Any, steps: int) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -74,8 +56,3 @@ def _style(axes: Any, theme: Theme, steps: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(theme.grid)
-    axes.tick_params(colors=theme.text, which="both", length=0, labelsize=10)
-    axes.set_xlabel("step", color=theme.text, fontsize=10)

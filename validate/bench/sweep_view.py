@@ -1,6 +1,5 @@
 """A sweep as a picture: a PNG, or a page that stands alone with the figures beside it. Both axes are logarithmic."""
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +9,16 @@ import numpy as np
 from validate.bench.machine import BUSY
 from validate.bench.sweep import Sweep
 from validate.files import check_place, write_file
-from validate.plots import DARK, LIGHT, PLOT_DPI, Theme, data_uri
+from validate.plots import DARK, LIGHT, Theme, data_uri, new_plot, png_of, style_axes
 from wan22.errors import UserError
+from wan22.page import render
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
 SIZE_INCHES = (7.2, 4.2)
-TEMPLATES = Path(__file__).parents[1] / "templates"
+TEMPLATE = Path(__file__).parents[1] / "templates" / "sweep.html.j2"
 ENDINGS = (".png", ".html")
 COLOURS = ("#2563c9", "#d9730d", "#1a8754", "#9333ea", "#b4232f", "#5b6472")
 
@@ -37,19 +37,12 @@ def write_plot(sweep: Sweep, path: Path) -> None:
 
 def png(sweep: Sweep, theme: Theme, *, transparent: bool = True) -> bytes:
     """Points and fitted lines of every series."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_plot(SIZE_INCHES)
     exponents = sweep.exponents()
     for name, colour in zip(sweep.series, COLOURS * len(sweep.series), strict=False):
         _draw(axes, sweep, name, colour, exponents.get(name))
-    _style(axes, sweep, theme)
-    stream = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(stream, format="png", dpi=PLOT_DPI, transparent=transparent)
-    return stream.getvalue()
+    _set_scales(axes, sweep, theme)
+    return png_of(figure, transparent=transparent)
 
 
 def _draw(axes: Any, sweep: Sweep, name: str, colour: str, exponent: float | None) -> None:
@@ -61,7 +54,7 @@ def _draw(axes: Any, sweep: Sweep, name: str, colour: str, exponent: float | Non
         axes.plot(line, sweep.fit(name)[1] * line**exponent, color=colour, linewidth=1.2, alpha=0.7)
 
 
-def _style(axes: Any, sweep: Sweep, theme: Theme) -> None:
+def _set_scales(axes: Any, sweep: Sweep, theme: Theme) -> None:
     from matplotlib.ticker import LogLocator
 
     axes.set_xscale("log")
@@ -71,26 +64,16 @@ def _style(axes: Any, sweep: Sweep, theme: Theme) -> None:
     axes.minorticks_off()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(theme.grid)
-    axes.tick_params(colors=theme.text, which="both", length=0, labelsize=9)
-    axes.set_xlabel(sweep.unit if sweep.axis == "steps" else f"{sweep.unit}, {sweep.axis}", color=theme.text)
+    label = sweep.unit if sweep.axis == "steps" else f"{sweep.unit}, {sweep.axis}"
+    style_axes(axes, theme, label, label_size=9)
     axes.set_ylabel("seconds", color=theme.text)
     axes.legend(frameon=False, labelcolor=theme.text, fontsize=9)
 
 
 def as_html(sweep: Sweep) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     plots = {name: data_uri(png(sweep, theme)) for name, theme in (("light", LIGHT), ("dark", DARK))}
     shown = {"sweep": sweep, "exponents": sweep.exponents(), "plots": plots, "remarks": list(_remarks(sweep))}
-    return environment.get_template("sweep.html.j2").render(shown)
+    return render(TEMPLATE, shown)
 
 
 def _remarks(sweep: Sweep) -> Iterator[str]:
