@@ -9,13 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from wan22.errors import UserError
+from wan22.files import scratch_folder
 
 CONTAINER_BINARY = Path("/opt/tritonserver/bin/tritonserver")
 WHEEL = Path("lib", "python*", "site-packages", "pytriton", "tritonserver")
@@ -68,17 +68,17 @@ def _from_wheel(environment: Path, folder: Path) -> Installation:
 
 
 @contextmanager
-def backend_folder(installation: Installation, parent: Path) -> Iterator[Path | None]:
-    """The folder of backends, made in ``parent``; None where the server finds its own."""
+def backend_folder(installation: Installation) -> Iterator[Path | None]:
+    """The folder of backends; None where the server finds its own."""
     if installation.stub is None:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="backends-", dir=parent) as folder:
-        python = Path(folder, "python")
+    with scratch_folder("backends") as folder:
+        python = folder / "python"
         python.mkdir()
         for file in (*installation.backends.joinpath("python").iterdir(), installation.stub):
             (python / file.name).symlink_to(file.resolve())
-        yield Path(folder)
+        yield folder
 
 
 def stub_environment(installation: Installation, outer: Mapping[str, str]) -> dict[str, str]:

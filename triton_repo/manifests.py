@@ -14,8 +14,8 @@ from triton_repo.pod import PORTS, pod_spec, termination_s
 from triton_repo.probe import IN_FLIGHT, PENDING
 from triton_repo.repository import MARK, RepositoryOptions, Written
 from triton_repo.server import LOAD_S
-from wan22.bundle import staged
 from wan22.errors import UserError
+from wan22.files import whole_folder
 
 MINIMUM_RELEASE = "26.07"
 REASON = (
@@ -64,10 +64,10 @@ def check_image(image: str) -> None:
 
 
 def write_manifests(folder: Path, written: Written, options: RepositoryOptions, cluster: ClusterOptions) -> None:
-    """A YAML file for each object into the new ``folder``."""
+    """A YAML file for each object into ``folder``, which is new, or made so before and to be overwritten."""
     import yaml
 
-    with staged(folder) as temporary:
+    with whole_folder(folder, MARK if options.overwrite else "") as temporary:
         (temporary / MARK).touch()
         for manifest in manifests(written, options, cluster):
             text = yaml.safe_dump(manifest, sort_keys=False, width=120)

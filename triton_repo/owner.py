@@ -97,8 +97,8 @@ class Owner:
 
     def _run(self, name: str, request: Any, sender: Any) -> Answer:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        bundle, limits = self.pipeline.bundle, self.settings.limits
-        asked = wanted(tensors, bundle.manifest.spec, bundle.manifest.build, limits)
+        manifest, limits = self.pipeline.bundle.manifest, self.settings.limits
+        asked = wanted(tensors, manifest.spec, manifest.build, limits, manifest.size)
         return Job(
             self.pipeline,
             asked,

@@ -42,7 +42,6 @@ class ServeOptions:
     grpc_port: int = 8001
     metrics_port: int = 8002
     config_name: str = ""  # variant of the configurations, configs/NAME.pbtxt
-    verbose: int = 0
     quiet: bool = False  # errors only, and those of a start only as the reason why it failed
     # an own prefix tells the regions of this server from anybody else's, so that they can be cleaned up
     region_prefix: str = field(default_factory=lambda: f"wan22_{secrets.token_hex(4)}_")
@@ -72,7 +71,6 @@ def arguments(repository: Path, limits: Limits, options: ServeOptions, known: Se
         "allow-sagemaker": "false",
         "allow-vertex-ai": "false",
         "allow-client-shm": "false",
-        "log-verbose": options.verbose,
         **(dict.fromkeys(("log-info", "log-warning"), "false") if options.quiet else {}),
     }
     flags = [_flag(name, value) for name, value in asked.items() if value != "" and (known is None or name in known)]
@@ -188,7 +186,7 @@ def running(
     for port in (options.http_port, options.grpc_port, options.metrics_port):
         _check_free(options.address, port)
     known = _known_options(installation)
-    with server_folder(options.region_prefix) as (folder, lock), backend_folder(installation, folder) as backends:
+    with server_folder(options.region_prefix) as (folder, lock), backend_folder(installation) as backends:
         asked = arguments(repository, limits, options, known)
         command = [str(installation.binary), *asked, *_backend_argument(backends)]
         output = subprocess.PIPE if options.quiet else None

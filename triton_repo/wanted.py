@@ -18,11 +18,11 @@ from PIL import Image
 from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
-from runtime.schedule import SolverName
 from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS
 from triton_repo.settings import Limits
 from wan22.bundle import Build
 from wan22.errors import UserError
+from wan22.sampling import SolverName
 from wan22.shapes import fitting_profile
 from wan22.specs import ModelSpec
 
@@ -45,8 +45,21 @@ class Wanted:
     deadline_s: float  # after the job began; infinite where there is none
 
 
-def wanted(tensors: Mapping[str, np.ndarray], spec: ModelSpec, build: Build | None, limits: Limits) -> Wanted:
+def wanted(
+    tensors: Mapping[str, np.ndarray],
+    spec: ModelSpec,
+    build: Build | None,
+    limits: Limits,
+    fixed: tuple[int, int, int] | None = None,
+) -> Wanted:
     """The job that the input tensors of one request describe.
+
+    Args:
+        tensors: by the names of ``schema.INPUTS``.
+        spec: of the model.
+        build: of its engines.
+        limits: of the server.
+        fixed: width, height and frames of the only video that the engines make, where their shapes are fixed.
 
     Raises:
         UserError: anything that the model cannot or must not do.
@@ -56,9 +69,9 @@ def wanted(tensors: Mapping[str, np.ndarray], spec: ModelSpec, build: Build | No
     given = {name: _value(name, tensor) for name, tensor in tensors.items()}
     if "prompt" not in given:
         raise UserError("no prompt", "text that says what the video shows", "add the input prompt")
-    _check_amounts(given, spec, limits)
+    _check_amounts(given, fixed[:2] if fixed else spec.sampling.sizes[0], limits)
     request = _request(given, spec)
-    complete = request.completed(spec)
+    complete = request.completed(spec, fixed)
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
     frames, height, width = complete.latent_shape[2:]
     try:
@@ -113,6 +126,7 @@ def _request(given: Mapping[str, Any], spec: ModelSpec) -> Request:
         fit=cast(Fit, _one_of("fit", given.get("fit", "official"), get_args(Fit))),
         seed=_within("seed", given["seed"], 0, MAX_SEED) if "seed" in given else secrets.randbelow(2**32),
         preset=given.get("preset"),
+        boundary=given.get("boundary"),
         steps=given.get("steps"),
         shift=given.get("shift"),
         guidance=guidance,
@@ -126,9 +140,9 @@ def _size(given: Mapping[str, Any]) -> tuple[int, int] | None:
     return (given["width"], given["height"]) if "width" in given else None
 
 
-def _check_amounts(given: Mapping[str, Any], spec: ModelSpec, limits: Limits) -> None:
+def _check_amounts(given: Mapping[str, Any], default: tuple[int, int], limits: Limits) -> None:
     """Sides, frames and steps as they were asked for, so that no image is opened and no list made for absurd ones."""
-    width, height = _size(given) or spec.sampling.sizes[0]
+    width, height = _size(given) or default
     if min(width, height) < 1:
         raise UserError(f"size {width}x{height}", "a width and height above 0", "state another")
     _at_most("video of", width * height, limits.max_pixels, "pixels")

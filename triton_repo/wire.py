@@ -22,7 +22,7 @@ def inputs_of(request: Request) -> dict[str, Setting | None]:
     Raises:
         UserError: an image that cannot be read, or what the wire has no input for.
     """
-    if request.exact_official or request.schedule != "official":
+    if request.exact_official or request.schedule is not None:
         raise UserError("exact_official or another schedule in a served job", "neither", "generate without a server")
     if unknown := set(request.guidance) - set(GUIDANCE):
         raise UserError(f"guidance for {min(unknown)!r}", f"one of {', '.join(GUIDANCE)}", "name an expert")
@@ -39,9 +39,11 @@ def inputs_of(request: Request) -> dict[str, Setting | None]:
         "fit": request.fit if request.image is not None else None,
         "seed": request.seed,
         "preset": request.preset,
+        "boundary": request.boundary,
         "steps": request.steps,
         "shift": request.shift,
         "solver": request.solver,
+        "guidance": request.guidance_scale,
         **guidance,
     }
 

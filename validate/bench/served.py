@@ -6,14 +6,12 @@ works. The server's side is what a client waits for: the request's way there, th
 """
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +20,7 @@ from runtime.pipeline import Pipeline
 from runtime.request import Request
 from triton_repo import probe
 from triton_repo.bls_repository import CPU
-from triton_repo.client import Event, WanClient
+from triton_repo.client import WanClient
 from triton_repo.installation import Installation
 from triton_repo.repository import RepositoryOptions, Topology, is_for_gpu, write_repository
 from triton_repo.server import ServeOptions, free_ports, running
@@ -30,11 +28,10 @@ from validate.bench.machine import load_average, machine, versions
 from validate.bench.samples import Samples, in_turns
 from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
 from validate.gate import read_gates
-from validate.options import PROMPT
-from validate.sample_image import picture_for
-from wan22.bundle import open_bundle
+from validate.options import with_samples
+from wan22.bundle import Manifest, open_bundle
+from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
-from wan22.specs import ModelSpec, Task
 
 CANCELS, CANCEL_AFTER, CANCEL_STEPS = 10, 5, 100
 RUNS, STEPS = 10, 10
@@ -43,13 +40,7 @@ POLL_S = 0.002
 
 @dataclass(frozen=True)
 class ServedOptions:
-    # what is computed; ``None`` means the model's default
-    prompt: str | None = None
-    size: tuple[int, int] | None = None  # width, height in pixels
-    frames: int | None = None
-    image: Path | None = None  # None: a built-in picture for models that take one
-    steps: int = STEPS
-    seed: int = 0
+    request: Request = field(default_factory=Request)  # of STEPS unless it says; see validate.options.with_samples
     # what is measured
     topology: Topology = "owner"
     runs: int = RUNS  # of each side
@@ -57,19 +48,6 @@ class ServedOptions:
     gate: Path | None = None  # TOML, see validate.gate; None: the targets
     # for the record
     command: str = ""
-
-    def request(self, spec: ModelSpec) -> Request:
-        """The job, complete enough to be the same on both sides."""
-        size = self.size or spec.sampling.sizes[0]
-        image = None if spec.task == Task.T2V else picture_for(size)
-        return Request(
-            self.prompt or PROMPT,
-            size=size,
-            frames=self.frames or spec.sampling.frames,
-            image=self.image.read_bytes() if self.image else image,
-            steps=self.steps,
-            seed=self.seed,
-        )
 
 
 @dataclass
@@ -82,7 +60,7 @@ class Server:
     latents_sha256: str = ""
 
     def make(self, request: Request) -> bytes:
-        result = self.client.generate(**_wire(request))
+        result = self.client.submit(request).result()
         self.inside_s.append(float(result.event["seconds"]))
         self.latents_sha256 = result.event["latents_sha256"]
         return result.video
@@ -94,16 +72,13 @@ class Server:
             RuntimeError: the job went on to its end.
         """
         ticks: list[float] = []
-
-        def told(event: Event) -> None:
-            if event["phase"] == "denoise":
-                ticks.append(time.perf_counter())
-                if len(ticks) == CANCEL_AFTER:
-                    raise _EnoughError
-
         before = self._metric("wan22_steps_total")
-        with suppress(_EnoughError):
-            self.client.generate(**{**_wire(request), "steps": CANCEL_STEPS}, on_progress=told)
+        with self.client.submit(replace(request, steps=CANCEL_STEPS)) as job:
+            for event in job.events():
+                if event["phase"] == "denoise":
+                    ticks.append(time.perf_counter())
+                if len(ticks) == CANCEL_AFTER:
+                    break
         while self._metric(probe.IN_FLIGHT):
             time.sleep(POLL_S)
         latency = time.perf_counter() - ticks[-1]
@@ -129,21 +104,10 @@ class Direct:
         return made.path.read_bytes()
 
 
-class _EnoughError(Exception):
-    """Gives a job up."""
-
-
-def _wire(request: Request) -> dict[str, Any]:
-    width, height = request.size or (None, None)
-    return {
-        "prompt": request.prompt,
-        "image": request.image,
-        "width": width,
-        "height": height,
-        "num_frames": request.frames,
-        "steps": request.steps,
-        "seed": request.seed,
-    }
+def _request(options: ServedOptions, manifest: Manifest) -> Request:
+    """The job, complete enough to be the same on both sides."""
+    steps = STEPS if options.request.steps is None else options.request.steps
+    return with_samples(replace(options.request, steps=steps), manifest)
 
 
 def bench_served(
@@ -166,20 +130,20 @@ def bench_served(
         UserError: a request that the model cannot do, a gate that this does not measure, a server that does not start.
     """
     gates = read_gates(options.gate, "bench", (OVERHEAD, BEYOND_STEP)) if options.gate else TARGETS
-    spec = open_bundle(engines, "engines").manifest.spec
-    request = options.request(spec)
-    complete = request.completed(spec)
+    manifest = open_bundle(engines, "engines").manifest
+    request = _request(options, manifest)
+    complete = request.completed(manifest.spec, manifest.size)
     facts = {
-        "model": spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
+        "model": manifest.spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
         "frames": complete.frames, "steps": complete.steps, "runs": options.runs, "machine": machine(),
         "load_average": load_average(), "versions": versions(), "command": options.command,
     }  # fmt: skip
     with (
-        tempfile.TemporaryDirectory(prefix="wan22-") as folder,
-        _served(engines, Path(folder), options, installation, environment) as server,
+        scratch_folder("bench") as folder,
+        _served(engines, folder, options, installation, environment) as server,
         Pipeline.open(engines) as pipeline,
     ):
-        direct = Direct(pipeline, Path(folder))
+        direct = Direct(pipeline, folder)
         sides = {DIRECT: lambda: direct.make(request), SERVED: lambda: server.make(request)}
         in_turns(sides, options.warmup)
         server.inside_s.clear()
