@@ -57,6 +57,8 @@ def export_checkpoint(
     opened = open_checkpoint(checkpoint, progress)
     loras = _opened(options, opened.spec)
     source = _with_loras(opened, loras)
+    if options.preset is not None:
+        source = replace(source, spec=source.spec.with_preset(options.preset))
     check_fp8(source.spec, options)
     parts = _parts(source.spec, options, _read_measured(source, opened, options))
     parts = {name: part for name, part in parts.items() if not options.parts or name in options.parts}

@@ -66,7 +66,7 @@ def denoise(
     """Yields after every step; the last one carries the finished latents.
 
     Args:
-        spec: says which expert works at which timestep.
+        spec: says which expert works at which timestep or step.
         experts: one forward is used at a time, so a function may keep one expert resident.
         latents: noise ``[1, z, T, h, w]``, left as it is.
         given: text and image.
@@ -103,8 +103,8 @@ def _steps(
         latents[:, :, :1] = given.first_frame
     expert, forward = "", None
     for index, timestep in enumerate(schedule.timesteps.tolist()):
-        if forward is None or spec.expert_at(timestep) != expert:
-            expert, forward = spec.expert_at(timestep), None
+        if forward is None or spec.expert_at(timestep, index) != expert:
+            expert, forward = spec.expert_at(timestep, index), None
             forward = opened(expert)
         started = perf_counter()
         inputs |= step_inputs(spec.dit, latents, timestep, clean_first_frame=keeps_first)

@@ -16,7 +16,6 @@ from runtime.forward_inputs import text_rows
 from runtime.image_condition import conditioning_video, fitted, i2v_condition
 from runtime.noise import standard_normal
 from runtime.request import CompleteRequest
-from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
@@ -125,15 +124,15 @@ class Pipeline:
         """Runs the sampler, yielding after every step; the last step carries the clean latents."""
         positive = self.text(request.prompt)
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None
-        schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
+        schedule = request.noise_schedule()
         yield from denoise(
-            self.spec,
+            request.switched(self.spec),
             self.engine,
             standard_normal(request.latent_shape, request.seed),
             Conditions(positive, negative, **self.image_condition(request)),
             request.guidance,
             schedule,
-            make_solver(request.solver, schedule),
+            make_solver(request.solver, schedule, request.seed),
         )
 
     def decode(self, latents: F32) -> Iterator[F32]:

@@ -1,9 +1,7 @@
 """What a user asks a pipeline for, and its completion with the model's defaults."""
 
-import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,33 +9,18 @@ from PIL import Image
 
 from runtime.image import open_image
 from runtime.image_condition import Fit, video_size
-from runtime.schedule import Convention, SolverName, make_schedule
-from wan22.errors import UserError
-from wan22.sampling import NEGATIVE_PROMPT
+from runtime.schedule import Schedule, make_schedule
+from wan22.errors import UserError, warn_once
+from wan22.sampling import NEGATIVE_PROMPT, PRESETS, Convention, SamplingSpec, SolverName
 from wan22.specs import ModelSpec
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 Shape = tuple[int, int, int]  # width, height in pixels, frames
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Sampling settings that a distilled LoRA was trained for."""
-
-    solver: SolverName
-    steps: int
-    shift: float
-    guidance: float | None  # of every expert; None: the model's own
-
-
-# Wan2.2-Lightning: timesteps 1000, 937.5, 833.3, 625, no unconditional pass.
-PRESETS: Mapping[str, Preset] = {"lightning": Preset("euler", steps=4, shift=5.0, guidance=1.0)}
-
-
-@dataclass(frozen=True)
 class Request:
-    """One video. ``None`` means the preset's or else the model's default; :meth:`completed` fills it in."""
+    """One video. ``None`` means the preset's or else the bundle's own default; :meth:`completed` fills it in."""
 
     prompt: str | None = None  # a video needs one; None where a file of prompts or a built-in one follows
     negative_prompt: str | None = None  # None: the official one; "": none at all
@@ -51,13 +34,14 @@ class Request:
     exact_official: bool = False  # the official rounding of sizes, float errors included
     # sampling
     seed: int = 0
-    preset: str | None = None
+    preset: str | None = None  # of wan22.sampling.PRESETS
+    boundary: float | None = None  # share of the timesteps above which the high-noise expert works
     steps: int | None = None
     shift: float | None = None
     guidance: dict[str, float] = field(default_factory=dict)  # by expert name; 1 skips the unconditional pass
     guidance_scale: float | None = None  # of the experts that ``guidance`` does not name
     solver: SolverName | None = None
-    schedule: Convention = "official"
+    schedule: Convention | None = None
 
     def shape(self, spec: ModelSpec, fixed: Shape | None = None) -> Shape:
         """The size that is asked for, before an image gives it its shape, and the frames; defaults from ``fixed``."""
@@ -72,15 +56,17 @@ class Request:
             fixed: the only video that the engines make, where their shapes are fixed.
 
         Raises:
-            UserError: no prompt, an image where none belongs or none where one does, a size, frames, guidance or preset
-                that the model cannot have, another video than ``fixed``, steps and a shift that make no schedule.
+            UserError: no prompt, an image where none belongs or none where one does, a size, frames, guidance, boundary
+                or preset that the model cannot have, another video than ``fixed``, steps and a shift that make no
+                schedule.
         """
         if self.prompt is None:
             raise UserError("no prompt", "some text", "describe a video")
         for text in (self.prompt, self.negative_prompt or ""):
             if any("\ud800" <= character <= "\udfff" for character in text):  # would break the report or the manifest
                 raise UserError(f"prompt {text!r}", "text that UTF-8 can hold", "write it in UTF-8")
-        preset, image = self._preset(spec), self._image(spec)
+        sampling = (spec if self.preset is None else spec.with_preset(self.preset)).sampling
+        image = self._image(spec)
         width, height, frames = self.shape(spec, fixed)
         if image is not None:
             size = (width, height)
@@ -92,7 +78,7 @@ class Request:
             raise UserError(f"a video of {found}", f"{expected}, which the engines are made for", remedy)
         complete = CompleteRequest(
             prompt=self.prompt,
-            negative_prompt=_or(self.negative_prompt, NEGATIVE_PROMPT),
+            negative_prompt=_or(self.negative_prompt, _or(sampling.negative_prompt, NEGATIVE_PROMPT)),
             width=width,
             height=height,
             frames=frames,
@@ -101,23 +87,39 @@ class Request:
             last_image=None if self.last_image is None else open_image(self.last_image),
             fit=self.fit,
             seed=self.seed,
-            steps=_or(self.steps, preset.steps),
-            shift=_or(self.shift, preset.shift),
-            guidance=self._guidance(spec, preset),
-            solver=_or(self.solver, preset.solver),
-            schedule=self.schedule,
+            steps=_or(self.steps, sampling.steps),
+            shift=_or(self.shift, sampling.shift),
+            guidance=self._guidance(spec, sampling),
+            solver=_or(self.solver, sampling.solver),
+            schedule=_or(self.schedule, sampling.schedule),
+            sigmas=self._sigmas(sampling),
+            boundary=self._boundary(spec),
+            switch_step=self._switch_step(sampling),
         )
-        make_schedule(complete.solver, complete.steps, complete.shift, complete.schedule)  # refused now, not later
+        complete.noise_schedule()  # refused now, not later
+        _warn_beyond_distillation(spec, complete)
         return complete
 
-    def _preset(self, spec: ModelSpec) -> Preset:
-        if self.preset is None:
-            return Preset("unipc", spec.sampling.steps, spec.sampling.shift, None)
-        if self.preset not in PRESETS:
-            raise UserError(f"preset {self.preset!r}", f"one of {', '.join(PRESETS)}", "name one of them")
+    def _sigmas(self, sampling: SamplingSpec) -> tuple[float, ...]:
+        for option, value in (("steps", self.steps), ("shift", self.shift)):
+            if sampling.sigmas and value is not None:
+                found = f"{option} {value:g} with preset {sampling.preset}"
+                raise UserError(found, f"its own list of {len(sampling.sigmas)} noise levels", f"leave {option} out")
+        return sampling.sigmas
+
+    def _boundary(self, spec: ModelSpec) -> float | None:
+        if self.boundary is None:
+            return None
         if len(spec.experts) == 1:
-            log.warning("no %s LoRA is known for %s; without one the video will be poor", self.preset, spec.name)
-        return PRESETS[self.preset]
+            raise UserError(f"a boundary for {spec.name}", "a model with two experts", "leave it out")
+        if not 0 <= self.boundary <= 1:  # refuses NaN as well
+            raise UserError(f"boundary {self.boundary:g}", "a share of the timesteps, 0 to 1", "use one near 0.9")
+        return self.boundary
+
+    def _switch_step(self, sampling: SamplingSpec) -> int | None:
+        """The preset's, which counts its own steps; a boundary goes before it."""
+        own_steps = self.steps is None or self.steps == sampling.steps
+        return sampling.switch_step if self.boundary is None and own_steps else None
 
     def _image(self, spec: ModelSpec) -> Image.Image | None:
         if self.image is None and spec.takes.image == "required":
@@ -128,7 +130,7 @@ class Request:
             raise UserError(f"a last image for {spec.name}", "an I2V model", "leave it out")
         return None if self.image is None else open_image(self.image)
 
-    def _guidance(self, spec: ModelSpec, preset: Preset) -> dict[str, float]:
+    def _guidance(self, spec: ModelSpec, sampling: SamplingSpec) -> dict[str, float]:
         shared = {} if self.guidance_scale is None else dict.fromkeys(spec.experts, self.guidance_scale)
         given = shared | self.guidance
         for name, value in given.items():
@@ -136,13 +138,20 @@ class Request:
                 raise UserError(f"guidance for {name!r}", f"one of {', '.join(spec.experts)}", "name an expert")
             if not math.isfinite(value) or value < 0:
                 raise UserError(f"guidance {value} for {name}", "a finite number, at least 0", "1 means no guidance")
-        if preset.guidance is None:
-            return {**spec.sampling.guidance, **given}
-        return {**dict.fromkeys(spec.experts, preset.guidance), **given}
+        return {**sampling.guidance, **given}
 
 
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
+
+
+def _warn_beyond_distillation(spec: ModelSpec, complete: "CompleteRequest") -> None:
+    own = spec.sampling
+    preset = PRESETS.get(own.preset)  # None: of a bundle by a later version
+    if preset and preset.distilled and (complete.steps > own.steps or complete.guided):
+        guided = " with guidance" if complete.guided else ""
+        what = f"{complete.steps} steps{guided} on a checkpoint that is distilled for {own.preset}"
+        warn_once(f"{what} ({own.steps} steps, no guidance): the video will be poor")
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,18 @@ class CompleteRequest:
     guidance: dict[str, float]
     solver: SolverName
     schedule: Convention
+    sigmas: tuple[float, ...] = ()  # noise levels; instead of those of steps and shift
+    boundary: float | None = None  # asked for; None: the model's
+    switch_step: int | None = None  # first step of the low-noise expert; instead of the boundary
+
+    def noise_schedule(self) -> Schedule:
+        """Raises UserError for settings that make none."""
+        return make_schedule(self.solver, self.steps, self.shift, self.schedule, self.sigmas)
+
+    def switched(self, spec: ModelSpec) -> ModelSpec:
+        """``spec`` with the switch of experts of this request."""
+        boundary = _or(self.boundary, spec.sampling.boundary)
+        return replace(spec, sampling=replace(spec.sampling, boundary=boundary, switch_step=self.switch_step))
 
     @property
     def guided(self) -> bool:

@@ -17,7 +17,6 @@ from PIL import Image
 
 from runtime.arrays import F32, to_numpy
 from runtime.denoise import Step
-from runtime.schedule import make_schedule
 from runtime.vae import decode
 from runtime.video import encode_video, to_uint8
 from triton_repo.schema import VIDEO_FORMATS
@@ -124,8 +123,9 @@ class Job:
         The first frame, but a middle one where the first is a given image.
         """
         request = self.wanted.request
-        sigmas = make_schedule(request.solver, request.steps, request.shift, request.schedule).sigmas
-        guess = clean_estimate(before, step.latents, sigmas, step.index)
+        if request.solver == "renoise":  # its latents hold fresh noise, so two of them point nowhere
+            return b""
+        guess = clean_estimate(before, step.latents, request.noise_schedule().sigmas, step.index)
         if guess is None:
             return b""
         at = 0 if request.image is None else guess.shape[2] // 2

@@ -1,5 +1,6 @@
 """The checkpoint that engines are compared with: the one that they were made from, and no other."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from export.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -13,7 +14,7 @@ def open_same_model(where: Path | str, engines: Path, manifest: Manifest, progre
     checkpoint = open_checkpoint(where, progress)
     ours = (manifest.spec.name, manifest.source.fingerprint)
     theirs = (checkpoint.spec.name, checkpoint.source.fingerprint)
-    if ours != theirs or manifest.spec != checkpoint.spec:
+    if ours != theirs or manifest.spec != replace(checkpoint.spec, sampling=manifest.spec.sampling):
         raise UserError(
             f"{engines} was made from {ours[0]}, fingerprint {ours[1][:12]} ({manifest.source.checkpoint})",
             f"{theirs[0]}, fingerprint {theirs[1][:12]} ({where})",

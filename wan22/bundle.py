@@ -59,7 +59,7 @@ class Source:
     """Where the weights came from. ``fingerprint`` covers names, dtypes, shapes and sizes of all files read."""
 
     checkpoint: str
-    layout: Literal["official", "diffusers"]
+    layout: str  # name of the module that read it
     fingerprint: str
 
 
@@ -69,6 +69,7 @@ class MergedLora:
     sha256: str
     strength: float
     experts: tuple[str, ...]
+    config_sha256: str = ""  # of the adapter's configuration beside the file, where one says how it is scaled
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,6 @@ class Build:
     seconds: float
     peak_rss_bytes: int = 0  # most memory that the build had resident
     attention_scales: dict[str, float] = field(default_factory=dict)  # FP8 scales of Q and K beside external weights
-    kernels_per_block: dict[str, int] = field(default_factory=dict)  # of a transformer: style of weights → measured
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """What is told in one line: bad input, a disk that fails, a model that computes NaN. Any other exception is a bug."""
 
 import errno
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 
 class UserError(Exception):
@@ -34,6 +36,12 @@ class NonFiniteError(RuntimeError):
 
     No input of the user explains that, so it is no ``UserError``. The command line leaves with exit code 1.
     """
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Logs a warning; the same again in this process is not repeated."""
+    logging.getLogger("wan22").warning(message)
 
 
 def disk_error(error: OSError, named: str = "") -> UserError | None:

@@ -11,11 +11,12 @@ from typing import Literal
 
 from wan22.errors import UserError
 from wan22.parts import VAE_2_1, VAE_2_2, DitSpec, TextEncoderSpec, VaeSpec
-from wan22.sampling import SamplingSpec
+from wan22.sampling import SamplingSpec, preset_named
 
 PATCH = (1, 2, 2)  # latent frames, rows and columns per token
 TEXT_TOKENS = 512  # rows of text that the transformer sees, the unused ones exact zeros
 TRAIN_TIMESTEPS = 1000
+CUSTOM = "-custom"  # ends the name of a model of unknown dimensions
 
 
 class Number(StrEnum):
@@ -149,11 +150,28 @@ class ModelSpec:
         """Width and height in pixels must be multiples of this: VAE stride times patch."""
         return self.vae.spatial_stride * PATCH[1]
 
-    def expert_at(self, timestep: float) -> str:
-        """The expert that denoises at ``timestep`` (0…1000); the official code compares the truncated integer."""
-        if self.sampling.boundary is None:
+    def expert_at(self, timestep: float, step: int | None = None) -> str:
+        """The expert that denoises at ``timestep`` (0…1000); the official code compares the truncated integer.
+
+        ``step`` counts from 0; it decides where the sampling switches at a step and not at a timestep.
+        """
+        sampling = self.sampling
+        if sampling.boundary is None:
             return "dit"
-        return "high_noise" if timestep >= self.sampling.boundary * TRAIN_TIMESTEPS else "low_noise"
+        if step is not None and sampling.switch_step is not None:
+            return "high_noise" if step < sampling.switch_step else "low_noise"
+        return "high_noise" if timestep >= sampling.boundary * TRAIN_TIMESTEPS else "low_noise"
+
+    def with_preset(self, name: str) -> "ModelSpec":
+        """The model with the settings of preset ``name`` over those of its release; boundary and video stay.
+
+        Raises:
+            UserError: no such preset, or one for other models.
+        """
+        proper, preset = preset_named(name, self.task)
+        release, own = SPECS.get(self.name.removesuffix(CUSTOM), self).sampling, self.sampling
+        kept = {"boundary": own.boundary, "frames": own.frames, "fps": own.fps, "sizes": own.sizes}
+        return replace(self, sampling=replace(release, **{**kept, **preset.changes, "preset": proper}))
 
     def latent_shape(self, width: int, height: int, frames: int) -> tuple[int, int, int, int, int]:
         """``[1, z, T, h, w]`` of a video of that many pixels and frames; refuses what the model cannot make."""
@@ -220,6 +238,8 @@ TI2V_5B = ModelSpec(
     ),
 )  # fmt: skip
 
+PUBLISHED = (T2V_A14B, I2V_A14B, TI2V_5B)
+
 _TINY_DIT = {"width": 256, "ffn_width": 512, "layers": 2, "heads": 2, "text_width": 128}
 _TINY_TEXT = TextEncoderSpec(width=128, ffn_width=256, layers=2, heads=4, vocab=1024, head_width=32)
 
@@ -235,15 +255,23 @@ def _tiny(spec: ModelSpec, size: tuple[int, int]) -> ModelSpec:
     )
 
 
+# The trained tiny model (studies/tiny_model); a shift that suits its 120 tokens.
+_TOY = replace(
+    _tiny(T2V_A14B, (96, 64)),
+    name="t2v-a14b-toy",
+    dit=replace(T2V_A14B.dit, width=160, ffn_width=384, layers=5, heads=5, text_width=128),
+    vae=replace(VAE_2_1, encoder_base=12, decoder_base=12),
+    sampling=replace(T2V_A14B.sampling, steps=20, shift=3.0, frames=17, fps=8, sizes=((96, 64),)),
+)
+
 SPECS = {
     spec.name: spec
     for spec in (
-        T2V_A14B,
-        I2V_A14B,
-        TI2V_5B,
+        *PUBLISHED,
         _tiny(T2V_A14B, (256, 160)),
         _tiny(I2V_A14B, (256, 160)),
         _tiny(TI2V_5B, (256, 160)),
+        _TOY,
         replace(
             T2V_A14B,
             name="t2v-a14b-small",
@@ -266,4 +294,4 @@ def named_after_dimensions(spec: ModelSpec) -> ModelSpec:
     for known in SPECS.values():
         if replace(known, name=spec.name, sampling=spec.sampling) == spec:
             return known
-    return replace(spec, name=f"{spec.name}-custom")
+    return replace(spec, name=f"{spec.name}{CUSTOM}")

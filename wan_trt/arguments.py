@@ -27,20 +27,27 @@ Fit = Annotated[Literal["official", "crop"], typer.Option(help="Keep the image's
 ExactOfficial = Annotated[
     bool, typer.Option("--exact-official", help="Round sizes as the official code does, float errors included.")
 ]
-Preset = Annotated[str | None, typer.Option(help="lightning: 4 Euler steps without guidance.")]
+Preset = Annotated[str | None, typer.Option(help="Settings by name; wan-trt presets lists them.")]
+Boundary = Annotated[
+    float | None, typer.Option(help="Share of the timesteps above which the high-noise expert works, such as 0.875.")
+]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Shift = Annotated[float | None, typer.Option(help="Bend of the noise schedule.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale of all experts.")]
 ExpertGuidance = Annotated[
     float | None, typer.Option(help="Guidance scale of this expert; 1 skips the unconditional pass.")
 ]
-Solver = Annotated[Literal["unipc", "dpm++", "euler"] | None, typer.Option(help="unipc unless given.")]
+Solver = Annotated[
+    Literal["unipc", "dpm++", "euler", "renoise"] | None, typer.Option(help="unipc unless given or preset.")
+]
 ReferenceDevice = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Where PyTorch computes; auto: on the GPU if engines do.")
 ]
 Gate = Annotated[Path | None, typer.Option(help="TOML of thresholds; exit code 1 when one is missed.")]
 ListGates = Annotated[bool, typer.Option("--list-gates", help="Only print what a gate may name.")]
-Schedule = Annotated[Literal["official", "diffusers"], typer.Option(help="Whose list of timesteps.")]
+Schedule = Annotated[
+    Literal["official", "diffusers"] | None, typer.Option(help="Whose list of timesteps; official unless preset.")
+]
 
 # of a server
 ServedName = Annotated[str, typer.Option("--name", help="Name to serve the model under.")]

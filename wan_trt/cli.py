@@ -21,6 +21,7 @@ from wan_trt.commands import (
     inspect,
     lora,
     plan,
+    presets,
     serve,
     synth,
     triton,
@@ -39,6 +40,7 @@ app = typer.Typer(
 
 for command in (
     plan,
+    presets,
     synth,
     export,
     calibrate,

@@ -20,7 +20,6 @@ from engines.gpu.external_weights import (
     write_weights,
 )
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine
-from engines.inspect.style_cost import kernels_per_block
 from wan22.bundle import Bundle, Component, File, file_entry
 from wan22.external_layout import write_layout
 from wan22.files import scratch_folder
@@ -33,7 +32,6 @@ class ExternalBuild:
     def __init__(self, source: Bundle, folder: Path, progress: Progress) -> None:
         self._source, self._folder, self._progress = source, folder, progress
         self._experts = source.manifest.spec.experts
-        self.kernels_per_block: dict[str, int] = {}  # of a transformer, by style of weights
         self._built: dict[str, tuple[File, File, str, Sequence[Weight]]] = {}
 
     def check(self) -> None:
@@ -61,8 +59,6 @@ class ExternalBuild:
             places = plan.with_suffix(".layout.json")
             write_layout(places, layout(weights)[0])
             self._compile(graph, plan, options)
-            if component.name in self._experts:
-                self.kernels_per_block = kernels_per_block(self._source, component, plan, options, self._progress)
             entries = file_entry(self._folder, plan), file_entry(self._folder, places)
             self._built[plan.name] = (*entries, component.name, weights)
         engine, layout_entry, first, reference = self._built[plan.name]

@@ -24,7 +24,7 @@ class FusionReport:
     target: Target
     compiled: Compiled
     precision: Precision
-    weights: str = ""  # where they are, and what that costs
+    weights: str = ""  # where they are: "embedded" or "external"
     blocks_in_model: int = 0  # where only some of its blocks were compiled to look at
 
     # -- counts

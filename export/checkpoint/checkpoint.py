@@ -1,4 +1,4 @@
-"""A Wan2.2 checkpoint of either layout, opened for reading tensor by tensor under its official names.
+"""A Wan2.2 checkpoint of any layout, opened for reading tensor by tensor under its official names.
 
 Everything that can be wrong is found here, before any work: missing folders, files and shards, files cut off, tensors
 unknown, missing or of another shape than the model's (wan22.md §1). Only headers are read, so that takes a second for
@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.hub import downloaded, is_hub_name
-from export.checkpoint.keys import diffusers_names
-from export.checkpoint.layout import MODEL_INDEX, TEXT_ENCODER_FILE, Layout, expert_folder, tokenizer_folder
+from export.checkpoint.layouts import layout_of
 from export.checkpoint.part_files import read_part
 from export.checkpoint.schema import Shapes, part_tensors
-from export.checkpoint.spec import diffusers_spec, official_spec
+from export.checkpoint.spec import Parts
 from export.files.tensor_file import BFLOAT16, Array, Stored
 from wan22.bundle import Source
 from wan22.errors import UserError, some_of
@@ -81,86 +80,48 @@ class Checkpoint:
 
 
 def open_checkpoint(where: str | Path, progress: Progress = silent) -> Checkpoint:
-    """Opens a folder of either layout, or downloads a hub repository such as ``Wan-AI/Wan2.2-T2V-A14B``.
+    """Opens a folder of any layout, or downloads a hub repository such as ``Wan-AI/Wan2.2-T2V-A14B``.
 
     Raises:
         UserError: no such place, no checkpoint of Wan2.2, or one that is damaged, incomplete or of unknown structure.
     """
     folder = downloaded(str(where)) if is_hub_name(where) else Path(where)
-    layout = _layout(folder)
-    raw, spec = (_official if layout == "official" else _diffusers)(folder, progress)
-    tokenizer = _tokenizer(folder, layout)
-    parts = {part: _checked(part, spec, tensors) for part, tensors in raw.items()}
-    source = Source(str(where), layout, _fingerprint(folder, parts))
+    layout = layout_of(folder)
+    places = layout.parts(folder)
+    tokenizer = places.pop("tokenizer")
+    raw = _read(places, progress)
+    spec = layout.spec(folder, raw)
+    _check_tokenizer(tokenizer)
+    named = {part: _renamed(tensors, layout.names(part, spec)) for part, tensors in raw.items()}
+    parts = {part: _checked(part, spec, tensors) for part, tensors in named.items()}
+    source = Source(str(where), layout.NAME, _fingerprint(folder, parts))
     return Checkpoint(folder, source, spec, {part: FileWeights(tensors) for part, tensors in parts.items()}, tokenizer)
 
 
-Parts = dict[str, dict[str, Stored]]
-
-
-def _layout(folder: Path) -> Layout:
-    whole = "the folder of an official or a -Diffusers checkpoint"
-    if not folder.is_dir():
-        found = f"{folder} is a file" if folder.exists() else f"{folder} does not exist"
-        raise UserError(found, whole, "point to the folder or a hub name such as Wan-AI/Wan2.2-T2V-A14B")
-    if (folder / MODEL_INDEX).exists():
-        return "diffusers"
-    marks = (TEXT_ENCODER_FILE, "high_noise_model", "low_noise_model", "config.json")
-    if any((folder / mark).exists() for mark in marks):
-        return "official"
-    raise UserError(f"{folder} has neither {MODEL_INDEX} nor {TEXT_ENCODER_FILE}", whole, "point to that folder")
-
-
-def _tokenizer(folder: Path, layout: Layout) -> Path:
+def _check_tokenizer(folder: Path) -> None:
     import tokenizers
 
-    vocabulary = folder / tokenizer_folder(layout) / "tokenizer.json"
-    expected, remedy = "the tokenizer of umt5", "download that folder again"
+    vocabulary, expected, remedy = folder / "tokenizer.json", "the tokenizer of umt5", "download that folder again"
     if not vocabulary.is_file():
         raise UserError(f"{vocabulary} is missing", expected, remedy)
     try:
         tokenizers.Tokenizer.from_file(str(vocabulary))
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"{vocabulary}: {error}", expected, remedy) from None
-    return vocabulary.parent
 
 
-def _official(folder: Path, progress: Progress) -> tuple[Parts, ModelSpec]:
-    two = any((folder / expert_folder(expert, "official")).exists() for expert in ("high_noise", "low_noise"))
-    experts = ("high_noise", "low_noise") if two else ("dit",)
-    raw = _read(folder, (*experts, "text_encoder", "vae"), "official", progress)
-    return raw, official_spec(folder, experts, raw)
-
-
-def _diffusers(folder: Path, progress: Progress) -> tuple[Parts, ModelSpec]:
-    spec = diffusers_spec(folder)
-    raw = _read(folder, (*spec.experts, "text_encoder", "vae"), "diffusers", progress)
-    raw["text_encoder"] = _without_alias(raw["text_encoder"])
-    return {part: _renamed(tensors, diffusers_names(part, spec)) for part, tensors in raw.items()}, spec
-
-
-def _read(folder: Path, parts: Iterable[str], layout: Layout, progress: Progress) -> Parts:
-    raw: Parts = {}
-    for done, part in enumerate(names := list(parts), 1):
-        raw[part] = read_part(folder, part, layout)
+def _read(places: Mapping[str, Path], progress: Progress) -> Parts:
+    raw: dict[str, Mapping[str, Stored]] = {}
+    for done, (part, place) in enumerate(places.items(), 1):
+        raw[part] = read_part(place, part)
         _refuse_repacked(part, raw[part])
-        progress("open checkpoint", done, len(names), "parts")
+        progress("open checkpoint", done, len(places), "parts")
     return raw
 
 
-def _without_alias(tensors: dict[str, Stored]) -> dict[str, Stored]:
-    """The embedding once: transformers may save it under either of its two names, or under both."""
-    alias, name = "encoder.embed_tokens.weight", "shared.weight"
-    if alias not in tensors:
-        return tensors
-    rest = {key: stored for key, stored in tensors.items() if key != alias}
-    return {name: tensors[alias]} | rest
-
-
-def _renamed(tensors: dict[str, Stored], names: dict[str, str]) -> dict[str, Stored]:
-    """Official names for the diffusers ones; what has none keeps its own, to be complained about."""
-    official = {diffusers: name for name, diffusers in names.items()}
-    return {official.get(name, name): stored for name, stored in tensors.items()}
+def _renamed(tensors: Mapping[str, Stored], names: Mapping[str, str]) -> dict[str, Stored]:
+    """Official names for those of the files; what has none keeps its own, and is refused later."""
+    return {names.get(name, name): stored for name, stored in tensors.items()}
 
 
 def _refuse_repacked(part: str, tensors: Mapping[str, Stored]) -> None:

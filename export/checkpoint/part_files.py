@@ -7,20 +7,13 @@ from typing import Any
 
 import msgspec
 
-from export.checkpoint.layout import (
-    TEXT_ENCODER_FILE,
-    TEXT_ENCODER_STEM,
-    TRANSFORMER_STEM,
-    Layout,
-    expert_folder,
-    index_file,
-    vae_file,
-)
 from export.files.safetensors_file import read_safetensors
-from export.files.tensor_file import Stored
-from export.files.torch_file import read_torch
+from export.files.tensor_file import Stored, check_regular
+from export.files.torch_reader import read_torch
 from wan22.errors import UserError
 
+TRANSFORMER_STEM = "diffusion_pytorch_model"  # of official experts, and of diffusers' transformers and VAE
+TEXT_ENCODER_STEM = "model"  # of transformers
 AGAIN = "download the checkpoint again"
 
 
@@ -28,29 +21,24 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def read_part(folder: Path, part: str, layout: Layout) -> dict[str, Stored]:
-    """Every tensor of an expert, "text_encoder" or "vae"; reads headers only.
+def read_part(place: Path, part: str) -> dict[str, Stored]:
+    """Every tensor of an expert, "text_encoder" or "vae", from its file or folder; reads headers only.
 
     Raises:
         UserError: a folder, file or shard is missing, cut off or contradicts its index.
     """
-    if part not in ("text_encoder", "vae"):
-        return _sharded(folder / expert_folder(part, layout), TRANSFORMER_STEM)
-    if layout == "diffusers":
-        return _sharded(folder / part, TEXT_ENCODER_STEM if part == "text_encoder" else TRANSFORMER_STEM)
-    return read_torch(folder / TEXT_ENCODER_FILE if part == "text_encoder" else official_vae(folder))
+    if place.suffix == ".pth":
+        return read_torch(place)
+    return _sharded(place, TEXT_ENCODER_STEM if part == "text_encoder" else TRANSFORMER_STEM)
 
 
-def official_vae(folder: Path) -> Path:
-    """The VAE of an official checkpoint, whichever generation lies there."""
-    for generation in ("2.1", "2.2"):
-        if (path := folder / vae_file(generation)).is_file():
-            return path
-    raise UserError(f"{folder} has no {vae_file('2.1')} or {vae_file('2.2')}", "one of them", AGAIN)
+def index_file(stem: str) -> str:
+    return f"{stem}.safetensors.index.json"
 
 
 def read_config(path: Path, kind: type[Any]) -> Any:
     """The JSON file at ``path`` as a ``kind``; fields that ``kind`` does not have are ignored."""
+    check_regular(path)
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import msgspec
 import numpy as np
 
-from export.files.tensor_file import BFLOAT16, FLOAT8, HoleyFile, Pieces, Planned, Stored
+from export.files.tensor_file import BFLOAT16, FLOAT8, HoleyFile, Pieces, Planned, Stored, check_regular
 from wan22.errors import UserError
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -75,6 +75,7 @@ def _parsed(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _header(path: Path) -> tuple[bytes, int]:
     """The JSON text and the offset of the data behind it."""
+    check_regular(path)
     try:
         with path.open("rb") as stream:
             prefix = stream.read(8)

@@ -21,6 +21,7 @@ from export.graphs.linear import FLOAT8_MAX
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
 
+MARGIN = 1.1  # over the largest input seen, as NVIDIA's file has it
 COMPARED = 6  # linears per expert whose weights are held against the file's
 LARGEST_MARGIN = 1.25  # a factor: files may state weights with a margin, the same for all
 SAME_WITHIN = 1.02  # a factor, margin aside: checkpoints may round

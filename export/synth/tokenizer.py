@@ -9,6 +9,7 @@ disagree.
 import functools
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ PIECES = 1024
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Writes ``spiece.model``, ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``."""
+def write_tokenizer(folder: Path, model: bytes | None = None) -> None:
+    """Writes ``spiece.model``, ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``.
+
+    ``model`` is the content of ``spiece.model``; None trains one on the corpus of this package.
+    """
     folder.mkdir(parents=True)
-    model = trained_model()
+    model = model or trained_model()
     (folder / "spiece.model").write_bytes(model)
-    _converted(model).save(str(folder / "tokenizer.json"))
+    converted(model).save(str(folder / "tokenizer.json"))
     specials = {"eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
     _write_json(folder / "special_tokens_map.json", specials)
     _write_json(folder / "tokenizer_config.json", specials | _CONFIG)
@@ -42,12 +46,17 @@ _CONFIG = {
 
 @functools.cache
 def trained_model() -> bytes:
-    """The sentencepiece model with exactly ``PIECES`` pieces; one thread, so that every training gives the same."""
+    """The sentencepiece model of the corpus of this package."""
+    return train(lines())
+
+
+def train(sentences: Iterable[str]) -> bytes:
+    """A sentencepiece model with exactly ``PIECES`` pieces; one thread, so that every training gives the same."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines()),
+        sentence_iterator=iter(sentences),
         model_writer=model,
         model_type="unigram",
         vocab_size=PIECES,
@@ -66,7 +75,7 @@ def trained_model() -> bytes:
     return model.getvalue()
 
 
-def _converted(model: bytes) -> Any:
+def converted(model: bytes) -> Any:
     """The same model as a ``tokenizers.Tokenizer``."""
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors

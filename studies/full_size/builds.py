@@ -60,16 +60,18 @@ def _export(spec: ModelSpec, checkpoint: Path, onnx: Path, *, sparse: bool) -> N
 
 def _build(case: BuildCase, onnx: Path, engines: Path) -> dict[str, Any]:
     from engines.build import BuildOptions, build_engines
+    from engines.inspect.inspection import inspect_engines
 
     options = BuildOptions(case.target, case.size, case.frames, weights=case.weights)
     with bars() as progress:
         manifest = build_engines(onnx, engines, options, progress).manifest
     build = manifest.build
     assert build is not None
+    (report,) = inspect_engines(engines, manifest.spec.experts[:1])
     return {
         "build_seconds": build.seconds,
         "peak_rss_bytes": build.peak_rss_bytes,
         "limit_bytes": case.limit_bytes,
         "engine_bytes": {c.graph.path: c.graph.size_bytes for c in manifest.components},
-        "kernels_per_block": build.kernels_per_block,
+        "kernels_per_block": {case.weights: report.summary()["kernels_per_block"]},
     }

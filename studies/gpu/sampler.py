@@ -9,10 +9,11 @@ import numpy as np
 
 from runtime.denoise import Conditions, denoise
 from runtime.noise import standard_normal
-from runtime.schedule import SolverName, make_schedule
+from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from studies.gpu.stage import Measurement, Setting
 from studies.gpu.timing import median_ms
+from wan22.sampling import SolverName
 from wan22.specs import ModelSpec, spec_named
 
 SOLVERS: tuple[SolverName, ...] = ("unipc", "dpm++", "euler")

@@ -4,16 +4,15 @@ A stage is a generator of measurements, so that one that dies, or whose time run
 package that is missing, a kernel that refuses a type, a crash of the driver: all of it is recorded with its reason.
 """
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from math import isfinite
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
+from validate.bench.child_process import child_process
 from wan22.errors import UserError
 
 LONGEST_REASON = 300  # characters
@@ -81,17 +80,11 @@ class Answer:
 
 def run_stage(answer: Answer, setting: Setting, limit_s: float) -> None:
     """Fills ``answer``, which holds what was found whenever this ends, by Ctrl-C too."""
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(answer.stage, setting, sender), daemon=True)
     started = time.monotonic()
-    process.start()
-    sender.close()
     try:
-        _listen(answer, receiver, started + limit_s)
+        with child_process(_work, answer.stage, setting) as (receiver, process):
+            _listen(answer, receiver, started + limit_s)
     finally:
-        process.kill()
-        process.join()
         answer.seconds = time.monotonic() - started
     if answer.status == "failed" and not answer.reason:
         answer.reason = f"its process ended with code {process.exitcode}"
@@ -116,8 +109,7 @@ def _listen(answer: Answer, receiver: Connection, deadline: float) -> None:
             return
 
 
-def _work(stage: Stage, setting: Setting, sender: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+def _work(sender: Connection, stage: Stage, setting: Setting) -> None:
     try:
         for measurement in stage.measurements(setting):
             sender.send(measurement)

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from validate.bench.machine import watched
-from wan22.memory import peak_bytes, reset_peak, resident_bytes
+from wan22.memory import peak_bytes, reset_peak, resident_bytes, watch_peak
 
 
 def synchronised(device: str, work: Callable[[], Any]) -> float:
@@ -35,7 +34,7 @@ def peak_gib(device: str, work: Callable[[], Any]) -> float:
         return (peak_bytes() - before) / 2**30
     torch.cuda.empty_cache()
     before = _used_bytes()
-    with watched(_used_bytes) as peak:
+    with watch_peak(_used_bytes) as peak:
         work()
         torch.cuda.synchronize()
     return (peak.bytes - before) / 2**30

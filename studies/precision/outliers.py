@@ -17,7 +17,7 @@ import numpy as np
 from export.graphs.dit import dit_graph
 from export.graphs.taps import linear_inputs
 from runtime.arrays import F32
-from studies.precision.session import filled, opened
+from studies.precision.session import fill, open_graph
 from wan22.parts import DitSpec, rope_split
 
 Kind = Literal["ffn.0", "ffn.2", "cross_attn.q", "cross_attn.o"]
@@ -134,10 +134,10 @@ def restore_maxima(weights: dict[str, F32], spec: DitSpec) -> None:
 
 def _channel_maxima(weights: dict[str, F32], spec: DitSpec, probes: list[dict[str, F32]]) -> dict[str, F32]:
     """Largest magnitude of every channel ``[in]`` of the measured linears' inputs, over tokens and probes."""
-    model = filled(dit_graph(spec), weights.__getitem__)
+    model = fill(dit_graph(spec), weights.__getitem__)
     values = {name: value for name, value in linear_inputs(model).items() if name.split(".", 2)[2] in INPUTS}
     model.graph.outputs.extend(values.values())
-    run = opened(model)
+    run = open_graph(model)
     runs = [[np.abs(rows).max(0) for rows in run(**probe)[1:]] for probe in probes]
     return dict(zip(values, map(np.maximum.reduce, zip(*runs, strict=True)), strict=True))
 

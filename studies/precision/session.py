@@ -12,7 +12,7 @@ Read = Callable[[str], np.ndarray]
 Graph = Callable[..., tuple[np.ndarray, ...]]
 
 
-def filled(g: GraphBuilder, read: Read) -> ir.Model:
+def fill(g: GraphBuilder, read: Read) -> ir.Model:
     """The graph of ``g`` with its weights inside, each read by its name and converted to the type declared for it."""
     for key, value in g.weights.items():
         dtype = value.dtype or ir.DataType.FLOAT
@@ -21,7 +21,7 @@ def filled(g: GraphBuilder, read: Read) -> ir.Model:
     return ir.Model(g.graph, ir_version=IR_VERSION)
 
 
-def opened(model: ir.Model) -> Graph:
+def open_graph(model: ir.Model) -> Graph:
     """``outputs = graph(latents=..., ...)``, always a tuple."""
     import onnxruntime
 

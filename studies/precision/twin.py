@@ -21,7 +21,7 @@ from runtime.noise import standard_normal
 from runtime.schedule import Schedule
 from runtime.solver import make_solver
 from studies.precision.outliers import fit, plant, restore_maxima
-from studies.precision.session import filled, opened
+from studies.precision.session import fill, open_graph
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 PROMPT_TOKENS, NEGATIVE_TOKENS = 40, 120
@@ -91,7 +91,7 @@ def _met(
     met: dict[str, list[dict[str, F32]]] = {expert: [] for expert in weights}
 
     def recorded(expert: str) -> Forward:
-        graph = opened(filled(dit_graph(spec.dit), weights[expert].__getitem__))
+        graph = open_graph(fill(dit_graph(spec.dit), weights[expert].__getitem__))
 
         def forward(**inputs: F32) -> F32:
             met[expert].append(inputs)

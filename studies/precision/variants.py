@@ -13,9 +13,10 @@ from export.graphs.linear import FLOAT8, FLOAT8_MAX, Fp8
 from export.graphs.taps import Tapped, add_taps, linear_inputs
 from export.quantise.fp8_weights import Fp8Weights
 from export.quantise.input_means import CENTRED, input_width
+from export.quantise.input_scales import MARGIN
 from runtime.arrays import F32
-from studies.precision.session import filled, opened
-from validate.calibrate import MARGIN
+from studies.precision.ablation import FewLinears, Patch, leave_k_alone, scale_v_as_a_whole, subtract_token_means
+from studies.precision.session import fill, open_graph
 from validate.ladder.thresholds import BF16, FP16
 from wan22.parts import DitSpec
 
@@ -26,6 +27,7 @@ BEFOREHAND = "measured on a run with another prompt and other noise"
 WITHIN = "every linear's input loses its mean over the tokens of the call; the rounded weights bring it back"
 UNTOLD = "measured on a run without text over few tokens: no data"
 BOTH = Fp8(self_attention=True, cross_attention=True)
+LESS = {"K not smoothed": leave_k_alone, "V per tensor": scale_v_as_a_whole}  # attention without its precautions
 
 # Linears by the name under which the graph multiplies them (q is q, k and v; k of cross-attention is k and v).
 LINEARS = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2")
@@ -41,8 +43,13 @@ class Variant:
     static: bool = False  # with input scales measured beforehand
     centred: bool = False  # with input means measured beforehand
     untold: bool = False  # those of a small run without text
-    ablation: bool = False  # no export makes it
+    patch: Patch | None = None  # of the exported graph
     note: str = ""
+
+    @property
+    def ablation(self) -> bool:
+        """No export makes it."""
+        return self.patch is not None
 
 
 REFERENCE = Variant("fp32", FLOAT, PLAIN)
@@ -53,41 +60,21 @@ VARIANTS = (
     Variant("fp8", BFLOAT16, QUANTISED, 0.02, Fp8(), note="every token scaled by itself"),
     Variant("fp8 with input means", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, note=BEFOREHAND),
     Variant("fp8, means without text", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, untold=True, note=UNTOLD),
-    Variant(
-        "fp8, token means at run time", BFLOAT16, QUANTISED, 0.02, Fp8(token_means=True), ablation=True, note=WITHIN
-    ),
+    Variant("fp8, token means at run time", BFLOAT16, QUANTISED, 0.02, Fp8(), patch=subtract_token_means, note=WITHIN),
     Variant("fp8 with static scales", BFLOAT16, QUANTISED, 0.02, Fp8(), static=True, note=f"{BEFOREHAND}, 10 % margin"),
     Variant("fp8-attn", BFLOAT16, QUANTISED, 0.04, BOTH),
     Variant("fp8-attn with input means", BFLOAT16, QUANTISED, 0.04, BOTH, centred=True, note=BEFOREHAND),
-    Variant("fp8-attn, K not smoothed", BFLOAT16, QUANTISED, 0.04, replace(BOTH, smooth_k=False), ablation=True),
-    Variant("fp8-attn, V per tensor", BFLOAT16, QUANTISED, 0.04, replace(BOTH, v_per_channel=False), ablation=True),
+    *(Variant(f"fp8-attn, {less}", BFLOAT16, QUANTISED, 0.04, BOTH, patch=patch) for less, patch in LESS.items()),
 )
 
 
 def parts() -> list[Variant]:
     """Variants with FP8 in one place alone, which show what each place costs."""
-    only = [
-        Variant(linear, BFLOAT16, QUANTISED, fp8=Fp8(high_precision_linears=frozenset(LINEARS) - {linear}))
-        for linear in LINEARS
-    ]
-    every = frozenset(LINEARS)
-    attentions = {"self-attention": Fp8(self_attention=True), "cross-attention": Fp8(cross_attention=True)}
-    return only + [
-        Variant(
-            f"{name}{less}", BFLOAT16, QUANTISED, fp8=replace(how, high_precision_linears=every), ablation=bool(less)
-        )
-        for name, fp8 in attentions.items()
-        for less, how in _less_and_less(fp8)
-    ]
-
-
-def _less_and_less(fp8: Fp8) -> list[tuple[str, Fp8]]:
-    """Attention as it is exported, and without its precautions."""
-    return [
-        ("", fp8),
-        (", K not smoothed", replace(fp8, smooth_k=False)),
-        (", V per tensor", replace(fp8, v_per_channel=False)),
-    ]
+    alone: list[tuple[str, Fp8, Patch | None]]
+    alone = [(linear, FewLinears(linears=frozenset({linear})), None) for linear in LINEARS]
+    for name, fp8 in {"self-attention": FewLinears(True), "cross-attention": FewLinears(False, True)}.items():
+        alone += [(name, fp8, None), *((f"{name}, {less}", fp8, patch) for less, patch in LESS.items())]
+    return [Variant(name, BFLOAT16, QUANTISED, fp8=fp8, patch=patch) for name, fp8, patch in alone]
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,7 @@ def open_variant(
     model = _model(variant, spec, weights, measured)
     if variant.compute != FLOAT:
         emulate(model, variant.compute)
-    graph = opened(model)
+    graph = open_graph(model)
     return lambda **inputs: graph(**inputs)[0]
 
 
@@ -118,7 +105,7 @@ def open_reference(spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
     entering = linear_inputs(model)
     centred = {name: (x, input_width(spec, name)) for name, x in entering.items() if name.split(".", 2)[2] in CENTRED}
     taps = add_taps(model, entering, centred)
-    return Tapped(opened(model), taps)
+    return Tapped(open_graph(model), taps)
 
 
 def open_noted(variant: Variant, spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
@@ -136,15 +123,17 @@ def open_noted(variant: Variant, spec: DitSpec, weights: Mapping[str, F32]) -> T
             tapped[f"{block}/residual"] = node.outputs[0]  # the block's last node
     taps = add_taps(model, tapped)
     emulate(model, variant.compute)
-    return Tapped(opened(model), taps)
+    return Tapped(open_graph(model), taps)
 
 
 def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Measured) -> ir.Model:
     if variant.fp8 is None:
-        return filled(dit_graph(spec, variant.compute), weights.__getitem__)
+        return fill(dit_graph(spec, variant.compute), weights.__getitem__)
     scales = {name: MARGIN * value / FLOAT8_MAX for name, value in measured.largest.items()} if variant.static else {}
     means = measured.means if variant.centred else {}
     lengths = {name: len(mean) for name, mean in means.items()}
     g = dit_graph(spec, variant.compute, None, replace(variant.fp8, static=frozenset(scales), centred=lengths))
+    if variant.patch:
+        variant.patch(g)
     quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
-    return filled(g, Fp8Weights(weights.__getitem__, spec, quantised, scales, means))
+    return fill(g, Fp8Weights(weights.__getitem__, spec, quantised, scales, means))

@@ -50,7 +50,7 @@ def test_every_command_has_help(command, capsys):
 
 
 def test_every_public_name_is_there():
-    assert {"Request", "generate"} < set(dir(wan_trt))
+    assert {"Request", "generate", "apply_lora", "calibrate", "pack"} < set(dir(wan_trt))
     for name in dir(wan_trt):
         assert getattr(wan_trt, name)
 
@@ -131,12 +131,12 @@ def test_numbers_that_are_out_of_the_world_are_the_parsers_to_refuse(option):
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path, tiny_bundle, monkeypatch, capsys):
-    import validate.calibrate
+    import wan_trt.recipes.calibrate
 
     def full(*_args):
         raise OSError(errno.ENOSPC, "No space left on device", "graphs.onnx")
 
-    monkeypatch.setattr(validate.calibrate, "write_tapped", full)
+    monkeypatch.setattr(wan_trt.recipes.calibrate, "write_tapped", full)
     (tmp_path / "prompts").write_text("a fox")
     told = refused(capsys, "calibrate", tiny_bundle, tmp_path / "s.json", "--prompts", tmp_path / "prompts")
     assert told == "wan-trt: disk full while writing graphs.onnx | expected free space | free some and run again"

@@ -1,4 +1,4 @@
-"""The machine that a bench ran on: what it is, how busy it is, how much memory and energy it spends.
+"""The machine that a bench ran on: what it is, how busy it is, and what its GPU spends.
 
 NVIDIA's management library is asked where its Python package (``nvidia-ml-py``) and a GPU are; nothing needs them.
 """
@@ -6,17 +6,17 @@ NVIDIA's management library is asked where its Python package (``nvidia-ml-py``)
 import os
 import platform
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from wan22.memory import Peak, watch_peak
+
 BUSY = 0.5  # load average per core from which timings are not those of an idle machine
 LIBRARIES = ("wan-trt", "onnxruntime", "torch", "diffusers", "transformers", "numpy")
-SAMPLING_SECONDS = 0.01  # between two looks at a GPU's memory
 
 
 def usable_cores() -> int:
@@ -96,41 +96,12 @@ class Nvml:
         return int(self.library.nvmlDeviceGetMemoryInfo(self.handle).used)
 
 
-@dataclass
-class Peak:
-    """The most bytes seen in use at once."""
-
-    bytes: int = 0
-
-
 @contextmanager
 def device_peak() -> Iterator[Peak | None]:
-    """Watches the GPU's memory while the block runs; None without a GPU. The same yardstick for every library."""
+    """The most memory of the GPU in use while the block runs, by every process; None without a GPU."""
     gpu = Nvml.open()
     if gpu is None:
         yield None
         return
-    with watched(gpu.used_bytes) as found:
-        yield found
-
-
-@contextmanager
-def watched(used_bytes: Callable[[], int]) -> Iterator[Peak]:
-    """The highest ``used_bytes`` while the block runs, asked again and again by a thread."""
-    found, over = Peak(), threading.Event()
-
-    def look() -> None:
-        found.bytes = max(found.bytes, used_bytes())
-
-    def watch() -> None:
-        while not over.wait(SAMPLING_SECONDS):
-            look()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        over.set()
-        thread.join()
-        look()
+    with watch_peak(gpu.used_bytes) as peak:
+        yield peak

@@ -12,7 +12,6 @@ from runtime.engine import Engine
 from runtime.forward_inputs import forward_inputs
 from runtime.noise import standard_normal
 from runtime.pipeline import Pipeline
-from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from runtime.vae import encode
 from validate.bench.samples import timed
@@ -119,9 +118,10 @@ def _denoise(pipeline: Pipeline, work: Work, given: Conditions) -> Generator[Eve
         opened.append(Event("swap", name, seconds))
         return engine
 
-    schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
-    solver, noise = make_solver(request.solver, schedule), standard_normal(request.latent_shape, request.seed)
-    for step in denoise(pipeline.spec, expert, noise, given, request.guidance, schedule, solver):
+    schedule, spec = request.noise_schedule(), request.switched(pipeline.spec)
+    solver = make_solver(request.solver, schedule, request.seed)
+    noise = standard_normal(request.latent_shape, request.seed)
+    for step in denoise(spec, expert, noise, given, request.guidance, schedule, solver):
         if step.index and opened:
             yield opened[-1]
         opened.clear()

@@ -185,11 +185,11 @@ class TorchSide:
 
     def _denoise(self, texts: list[torch.Tensor]) -> Generator[Event, None, torch.Tensor]:
         """Yields steps and swaps of experts; returns the finished latents."""
-        request, spec = self._work.request, self._work.spec
+        request, spec = self._work.request, self._work.request.switched(self._work.spec)
         scheduler = scheduler_for(request)
         latents = torch.from_numpy(noise(request.latent_shape, request.seed)).to(self.device)
         for index, timestep in enumerate(scheduler.timesteps, 1):
-            expert = spec.expert_at(float(timestep))
+            expert = spec.expert_at(float(timestep), index - 1)
             if expert not in self._parts:
                 yield Event("swap", expert, timed(partial(self._swap, expert))[1])
             (latents, engine_seconds), seconds = timed(partial(self._step, scheduler, texts, expert, timestep, latents))

@@ -12,7 +12,6 @@ from runtime.image_condition import Fit, fitted
 from runtime.noise import standard_normal
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
-from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from runtime.vae import encode
 from validate.reference.parts import I64
@@ -33,7 +32,7 @@ class Ours:
         return self._pipeline.text(prompt, allow_empty=True)
 
     def lists(self, request: CompleteRequest) -> tuple[F32, F32]:
-        schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
+        schedule = request.noise_schedule()
         return schedule.sigmas, schedule.timesteps
 
     def noise(self, shape: tuple[int, ...], seed: int) -> F32:
@@ -67,8 +66,8 @@ class Ours:
         self, request: CompleteRequest, start: F32, velocities: Iterable[F32], first_frame: F32 | None = None
     ) -> Iterator[F32]:
         """Latents after every step of our solver on given velocities, from ``start``; a given frame is put back."""
-        schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
-        solver, latents = make_solver(request.solver, schedule), start
+        schedule = request.noise_schedule()
+        solver, latents = make_solver(request.solver, schedule, request.seed), start
         for velocity in velocities:
             latents = solver.step(velocity, latents)
             if first_frame is not None:

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from export.checkpoint.checkpoint import Checkpoint
 from runtime.request import CompleteRequest
+from validate.reference.boundary import stated_boundary
 from validate.reference.official_modules import Modules, check_clone
 from validate.reference.parts import F32, I64
 from validate.reference.reference import NOTHING, Given
@@ -44,7 +45,7 @@ def commit_of(repo: Path) -> str:
 
 def makes(request: CompleteRequest) -> bool:
     """Whether the official code can make the requested run."""
-    return request.solver in SOLVERS and request.schedule == "official"
+    return request.solver in SOLVERS and request.schedule == "official" and not request.sigmas
 
 
 class Official:
@@ -55,7 +56,7 @@ class Official:
 
     def __init__(self, repo: Path, checkpoint: Checkpoint) -> None:
         check_clone(repo)
-        self.spec, self._repo = checkpoint.spec, repo
+        self.spec, self.boundary, self._repo = checkpoint.spec, stated_boundary(checkpoint), repo
         spawned = multiprocessing.get_context("spawn")
         self._process = ProcessPoolExecutor(1, spawned, _leave_at_ctrl_c)
         self._arguments = (repo.resolve(), checkpoint)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from export.checkpoint.checkpoint import Checkpoint
+from validate.reference.boundary import stated_boundary
 from validate.reference.device import Residence
 from validate.reference.image import conditioning, pixels
 from validate.reference.parts import F32, I64, load_part, timesteps_of, to_numpy
@@ -62,7 +63,7 @@ class Reference:
         precisions: Mapping[str, Precision] | None = None,
         residence: Residence | None = None,
     ) -> None:
-        self.checkpoint, self.spec = checkpoint, checkpoint.spec
+        self.checkpoint, self.spec, self.boundary = checkpoint, checkpoint.spec, stated_boundary(checkpoint)
         self._progress, self._precisions = progress, precisions or {}
         self._residence = residence or Residence()
         self._parts: dict[str, Any] = {}

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from runtime.request import CompleteRequest
-from runtime.schedule import SolverName
+from validate.reference.boundary import expert_of
 from validate.reference.parts import F32, I64
 from validate.reference.reference import NOTHING, Given, Reference
-from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
+from wan22.sampling import SolverName
+from wan22.specs import TRAIN_TIMESTEPS
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ReferenceStep:
 class Models(Protocol):
     """What a run of the reference asks of a model."""
 
-    spec: ModelSpec
+    boundary: float | None  # as the checkpoint states it
 
     def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = ...) -> F32:
         """As :meth:`validate.reference.reference.Reference.velocity`."""
@@ -55,10 +56,12 @@ def run(
 ) -> Iterator[ReferenceStep]:
     """As :func:`guided`, with diffusers' scheduler."""
     scheduler = scheduler_for(request)
+    fresh = torch.Generator("cpu").manual_seed((request.seed + 1) % 2**64)
+    drawing = {"generator": fresh} if request.solver == "renoise" else {}
 
     def step(velocity: F32, index: int, latents: F32) -> F32:
         tensors = torch.from_numpy(velocity), scheduler.timesteps[index], torch.from_numpy(latents)
-        stepped: F32 = scheduler.step(*tensors, return_dict=False)[0].numpy()
+        stepped: F32 = scheduler.step(*tensors, return_dict=False, **drawing)[0].numpy()
         return stepped
 
     return guided(reference, request, scheduler.timesteps.tolist(), step, (text, negative), given)
@@ -83,10 +86,9 @@ def guided(
         given: what comes of an image.
     """
     text, negative = texts
-    boundary = models.spec.sampling.boundary
     latents = _with_first_frame(noise(request.latent_shape, request.seed), given)
     for index, t in enumerate(map(float, timesteps)):
-        expert = "dit" if boundary is None else "high_noise" if t >= boundary * TRAIN_TIMESTEPS else "low_noise"
+        expert = expert_of(models.boundary, request, index, t)
         velocity = models.velocity(expert, latents, t, text, given)
         problem = "" if np.isfinite(velocity).all() else _named(f"velocity of {expert}", index, request, t)
         if negative is not None and (scale := request.guidance[expert]) != 1:
@@ -112,13 +114,15 @@ def _with_first_frame(latents: F32, given: Given) -> F32:
 def scheduler_for(request: CompleteRequest) -> Any:
     """One of diffusers' schedulers with ``.sigmas`` [N+1] and ``.timesteps`` [N] set for this run."""
     official, steps = request.schedule == "official", request.steps
-    scheduler = _scheduler(request.solver, request.shift)
-    if not official:
+    scheduler = _scheduler(request.solver, 1.0 if request.sigmas else request.shift)
+    if request.sigmas:
+        _set_list(scheduler, request)
+    elif not official:
         scheduler.set_timesteps(steps)
     elif request.solver == "unipc":
         top = float(np.float32(1 - 1 / TRAIN_TIMESTEPS))  # the official code reads it back from a float32 table
         scheduler.set_timesteps(sigmas=np.linspace(top, 0, steps + 1)[:-1])
-    elif request.solver == "euler":
+    elif request.solver in ("euler", "renoise"):
         scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
     else:
         scheduler.set_timesteps(steps)
@@ -130,10 +134,18 @@ def scheduler_for(request: CompleteRequest) -> Any:
 def _scheduler(solver: SolverName, shift: float) -> Any:
     import diffusers
 
-    if solver == "euler":
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    if solver in ("euler", "renoise"):
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=solver == "renoise")
     kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}[solver]
     return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def _set_list(scheduler: Any, request: CompleteRequest) -> None:
+    if request.solver == "dpm++":
+        scheduler.set_timesteps(len(request.sigmas))
+        _overwrite(scheduler, np.array(request.sigmas), 1.0)
+    else:
+        scheduler.set_timesteps(sigmas=np.array(request.sigmas))
 
 
 def _overwrite(scheduler: Any, grid: np.ndarray, shift: float) -> None:

@@ -43,7 +43,7 @@ def facts(
         "prompt": _all([each.prompt for each in requests], "prompts, told case by case"),
         "negative prompt": request.negative_prompt,
         "sampling": f"{request.solver}, {request.schedule} schedule, {request.steps} steps, shift {request.shift:g}, "
-        f"{_seeds(requests)}, guidance {guidance}",
+        f"{_seeds(requests)}, guidance {guidance}{_switch(request)}",
         "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in _ways(manifest).items()),
         "reference": _reference(manifest, device),
         **dict(second_reference(options, request)),
@@ -64,6 +64,13 @@ def _all(values: Sequence[str], told: str) -> str:
 def _seeds(requests: Sequence[CompleteRequest]) -> str:
     seeds = list(dict.fromkeys(str(request.seed) for request in requests))
     return f"seed{'s' if len(seeds) > 1 else ''} {' '.join(seeds)}"
+
+
+def _switch(request: CompleteRequest) -> str:
+    """Where the experts change, if the request says so and not the model."""
+    if request.switch_step is not None:
+        return f", {request.switch_step} steps of the high-noise expert"
+    return "" if request.boundary is None else f", boundary {request.boundary:g}"
 
 
 def _machine() -> str:

@@ -27,7 +27,7 @@ def run(
 ) -> None:
     """Measure the largest inputs of all linears over prompts; FP8 without static scales scales each token by itself."""
     request = given.request_from(locals())
-    from validate.calibrate import CalibrateOptions, calibrate
+    from wan_trt.recipes.calibrate import CalibrateOptions, calibrate
 
     options = CalibrateOptions(prompts, request, margin, target, means, overwrite)
     with bars() as progress:

@@ -32,6 +32,9 @@ Loras = Annotated[
 IgnoreUnmatched = Annotated[
     bool, typer.Option("--lora-ignore-unmatched", help="Drop LoRA keys that the model has no weight for.")
 ]
+SamplingPreset = Annotated[
+    str | None, typer.Option("--preset", help="What the bundle samples with by default; wan-trt presets lists them.")
+]
 Link = Annotated[
     bool, typer.Option("--link", help="Share unconverted files with the checkpoint (clones or hard links).")
 ]
@@ -50,6 +53,7 @@ def run(
     keep_high_precision: Blocks = "",
     input_scales: InputScales = None,
     input_means: InputMeans = None,
+    preset: SamplingPreset = None,
     size: Size = None,
     frames: Frames = None,
     lora: Loras = None,
@@ -77,6 +81,7 @@ def run(
         blocks_of(keep_high_precision),
         input_scales,
         input_means,
+        preset=preset,
         size=fixed,
         frames=frames,
         loras=tuple(map(parse_lora, lora or ())),

@@ -27,6 +27,7 @@ def run(
     fit: given.Fit = "official",
     exact_official: given.ExactOfficial = False,
     preset: given.Preset = None,
+    boundary: given.Boundary = None,
     steps: given.Steps = None,
     seed: given.Seed = 0,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.", min=1, max=240)] = None,
@@ -35,10 +36,10 @@ def run(
     guidance_low_noise: given.ExpertGuidance = None,
     guidance: given.Guidance = None,
     solver: given.Solver = None,
-    schedule: given.Schedule = "official",
+    schedule: given.Schedule = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print where the time went.")] = False,
 ) -> None:
-    """Generate a video. What is not given is the model's default."""
+    """Generate a video. What is not given is the default of the bundle."""
     request = given.request_from(locals())
     from runtime.generate import generate
     from runtime.pipeline import Pipeline

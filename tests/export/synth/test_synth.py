@@ -10,7 +10,7 @@ import safetensors
 import torch
 
 from export.files.safetensors_file import read_safetensors
-from export.files.torch_file import read_torch
+from export.files.torch_reader import read_torch
 from export.synth.checkpoint import synthesise, weights_bytes
 from wan22.errors import UserError
 from wan22.sampling import NEGATIVE_PROMPT

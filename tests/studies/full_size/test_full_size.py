@@ -85,5 +85,5 @@ def test_a_build_tells_time_memory_and_size_and_leaves_nothing(tmp_path):
     assert found["build_seconds"] > 0
     assert 10**8 < found["peak_rss_bytes"] < case.limit_bytes
     assert found["engine_bytes"]["experts.plan"] > 10**5
-    assert set(found["kernels_per_block"]) == {"embedded", "external"}
+    assert found["kernels_per_block"]["external"] > 5
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ from engines.targets import target_named
 from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
 from export.graphs.linear import FLOAT8_MAX
 from export.quantise.input_means import CENTRED, Means, input_width, write_input_means
-from export.quantise.input_scales import LinearScales, Scales, largest_magnitude, write_input_scales
+from export.quantise.input_scales import MARGIN, LinearScales, Scales, largest_magnitude, write_input_scales
 from runtime.pipeline import Pipeline
 from runtime.prompts import Prompt, read_prompts
 from runtime.request import CompleteRequest, Request
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from export.graphs.taps import Tapped, Taps
-
-MARGIN = 1.1  # over the largest input seen, as NVIDIA's file has it
 
 
 @dataclass(frozen=True)

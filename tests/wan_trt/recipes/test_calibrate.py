@@ -16,11 +16,11 @@ from export.graphs.linear import FLOAT8_MAX
 from export.options import ExportOptions
 from export.quantise.input_scales import read_input_scales
 from runtime.request import Request
-from studies.precision.session import opened
+from studies.precision.session import open_graph
 from tests.export.graphs.test_dit import inputs_for, relative_l2
-from validate.calibrate import CalibrateOptions, calibrate
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
+from wan_trt.recipes.calibrate import CalibrateOptions, calibrate
 
 TINY = SPECS["t2v-a14b-tiny"]
 
@@ -92,7 +92,7 @@ def error_of(tmp_path_factory, tiny_checkpoint, tiny_bundle):
             value.const_value = ir.Tensor(value.const_value.numpy(), dtype=value.dtype, name=value.name)
         if emulated:
             emulate(model, BFLOAT16)
-        graph = opened(model)
+        graph = open_graph(model)
         return [graph(**inputs)[0] for inputs in calls]
 
     exact = velocities(tiny_bundle, False)
