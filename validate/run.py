@@ -71,12 +71,13 @@ def validate(
         judged = attached(pipeline.bundle, options)
         device = reference_device(options.reference_device, manifest)
         source = with_loras(open_same_model(checkpoint, engines, manifest, progress), manifest)
+        about = facts(manifest, source, requests, options, device)
         with official_code(options.official_repo, source) as official, refusing_too_large():
             sides = _sides(pipeline, source, official, device, progress)
             found = []
             for case, request in zip(cases, requests, strict=True):
                 found.append(_climbed(case, _climb(sides, request, manifest, progress), pipeline.bundle, progress))
-        report = ValidationReport(tuple(found), facts(manifest, source, requests, options, device), judged)
+        report = ValidationReport(tuple(found), about, judged)
         write_report(report, claimed)
     return report
 

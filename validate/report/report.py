@@ -1,9 +1,11 @@
 """What was compared, and the verdict on it; on disk a page, JSON for programs, Markdown and JUnit for pipelines."""
 
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from validate.gate import Verdict, judge, marked
@@ -16,7 +18,8 @@ from validate.report.to_json import as_json
 from validate.report.to_junit import as_junit
 from validate.report.to_markdown import as_markdown
 from validate.report.worst import FAILED, measured
-from wan22.files import Claim, write_files
+from wan22.errors import UserError
+from wan22.files import Claim, claim, write_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -122,11 +125,22 @@ def _depth(row: Row) -> int:
 
 
 def write_report(report: ValidationReport, claimed: Claim) -> None:
-    """Writes the report's files beside the claimed ``report.json``, over those of an earlier one."""
+    """Writes the report's files beside the claimed ``report.json``, over those of an earlier one.
+
+    Raises:
+        UserError: they cannot be written there; they are in a temporary folder then, which the error names.
+    """
     files = {
         "report.json": lambda: as_json(report),
         "report.xml": lambda: as_junit(report),
         "report.md": lambda: as_markdown(report).encode(),
         "report.html": lambda: as_html(report).encode(),
     }
-    write_files(claimed, files)
+    try:
+        write_files(claimed, files)
+    except (UserError, OSError) as error:
+        spare = Path(tempfile.mkdtemp(prefix="wan-trt-report-"))
+        with claim(spare / "report.json") as other:
+            write_files(other, files)
+        found = error.found if isinstance(error, UserError) else f"cannot write the report: {error.strerror}"
+        raise UserError(found, f"a place for the report, which is in {spare}", "copy it from there") from error
