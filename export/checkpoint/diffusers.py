@@ -2,13 +2,27 @@
 every part, under the names of diffusers and transformers.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from export.checkpoint.keys import diffusers_names
 from export.checkpoint.part_files import read_config
-from export.checkpoint.spec import Layers, Parts, Size, assembled, refuse_differing
+from export.checkpoint.spec import (
+    Layers,
+    Parts,
+    Size,
+    Tensors,
+    assembled,
+    dit_from_shapes,
+    experts_of,
+    lies_in,
+    refuse_differing,
+    task_of,
+    text_encoder_from_shapes,
+    vae_from_shapes,
+)
 from wan22.specs import DitSpec, ModelSpec, Task, TextEncoderSpec, VaeSpec
 
 NAME = "diffusers"
@@ -20,7 +34,7 @@ class ModelIndex(msgspec.Struct):
     """``model_index.json``."""
 
     transformer_2: tuple[str | None, str | None] = (None, None)
-    expand_timesteps: bool | None = False
+    expand_timesteps: bool | None = None
 
 
 class TransformerConfig(msgspec.Struct):
@@ -69,23 +83,36 @@ def expert_folder(expert: str) -> str:
     return "transformer_2" if expert == "low_noise" else "transformer"
 
 
-def recognise(folder: Path) -> bool:
-    return (folder / MODEL_INDEX).exists()
+def recognise(names: Iterable[str]) -> bool:
+    return MODEL_INDEX in names
 
 
-def parts(folder: Path) -> dict[str, Path]:
-    two = _read_index(folder).transformer_2[0] is not None
+def parts(folder: Path, given: Mapping[str, Path]) -> dict[str, Path]:
+    two = _read_index(folder).transformer_2[0] is not None or "low_noise" in given
     experts = ("high_noise", "low_noise") if two else ("dit",)
-    _read_transformers(folder, experts)
+    if own := [expert for expert in experts if expert not in given]:
+        _read_transformers(folder, own)
     places = {expert: expert_folder(expert) for expert in experts}
     places |= {"text_encoder": "text_encoder", "vae": "vae", "tokenizer": TOKENIZER}
     return {part: folder / place for part, place in places.items()}
 
 
 def spec(folder: Path, parts: Parts) -> ModelSpec:
-    experts = tuple(part for part in parts if part not in ("text_encoder", "vae"))
-    config = _read_transformers(folder, experts)
-    dit = DitSpec(
+    experts = experts_of(parts)
+    vae, text = _vae(folder, parts["vae"]), _text_encoder(folder, parts["text_encoder"])
+    own = [expert for expert in experts if lies_in(folder, parts[expert])]
+    if not own:
+        dit = dit_from_shapes(parts[experts[0]])
+        return assembled(task_of(dit, vae), len(experts), dit, text, vae)
+    dit = _dit(_read_transformers(folder, own))
+    expands = _read_index(folder).expand_timesteps  # some tools leave it out, which says nothing
+    task = Task.TI2V if expands else task_of(dit, vae) if expands is None else Task.T2V
+    task = Task.I2V if task == Task.T2V and dit.condition_channels else task
+    return assembled(task, len(experts), dit, text, vae)
+
+
+def _dit(config: TransformerConfig) -> DitSpec:
+    return DitSpec(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         width=config.num_attention_heads * config.attention_head_dim,
@@ -96,11 +123,6 @@ def spec(folder: Path, parts: Parts) -> ModelSpec:
         text_width=config.text_dim,
         eps=config.eps,
     )
-    first_frame = _read_index(folder).expand_timesteps
-    task = Task.TI2V if first_frame else Task.T2V if dit.condition_channels == 0 else Task.I2V
-    text = read_config(folder / "text_encoder" / "config.json", TextEncoderConfig)
-    vae = read_config(folder / "vae" / "config.json", VaeConfig)
-    return assembled(task, len(experts), dit, _text_encoder(text), _vae(vae))
 
 
 def names(part: str, spec: ModelSpec) -> dict[str, str]:
@@ -115,14 +137,17 @@ def _read_index(folder: Path) -> ModelIndex:
     return index
 
 
-def _read_transformers(folder: Path, experts: tuple[str, ...]) -> TransformerConfig:
+def _read_transformers(folder: Path, experts: Sequence[str]) -> TransformerConfig:
     paths = [folder / expert_folder(expert) / "config.json" for expert in experts]
     configs: list[TransformerConfig] = [read_config(path, TransformerConfig) for path in paths]
     refuse_differing(paths, configs)
     return configs[0]
 
 
-def _text_encoder(config: TextEncoderConfig) -> TextEncoderSpec:
+def _text_encoder(folder: Path, tensors: Tensors) -> TextEncoderSpec:
+    if not lies_in(folder, tensors):
+        return text_encoder_from_shapes(tensors)
+    config: TextEncoderConfig = read_config(folder / "text_encoder" / "config.json", TextEncoderConfig)
     return TextEncoderSpec(
         width=config.d_model,
         ffn_width=config.d_ff,
@@ -136,7 +161,10 @@ def _text_encoder(config: TextEncoderConfig) -> TextEncoderSpec:
     )
 
 
-def _vae(config: VaeConfig) -> VaeSpec:
+def _vae(folder: Path, tensors: Tensors) -> VaeSpec:
+    if not lies_in(folder, tensors):
+        return vae_from_shapes(tensors)
+    config: VaeConfig = read_config(folder / "vae" / "config.json", VaeConfig)
     return VaeSpec(
         generation="2.2" if config.is_residual else "2.1",
         latent_channels=config.z_dim,

@@ -1,17 +1,19 @@
 """Which model the configurations of a checkpoint make together, and what shapes tell where there is none."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
-from export.files.tensor_file import Stored
+from export.files.decoded import Tensor
 from wan22.errors import UserError
 from wan22.specs import (
     I2V_A14B,
+    PATCH,
     T2V_A14B,
     TI2V_5B,
     DitSpec,
@@ -25,9 +27,11 @@ from wan22.specs import (
 MODEL_OF = {Task.T2V: T2V_A14B, Task.I2V: I2V_A14B, Task.TI2V: TI2V_5B}
 Size = Annotated[int, msgspec.Meta(gt=0)]
 Layers = Annotated[int, msgspec.Meta(gt=0, le=1000)]
+HEAD_WIDTH = 128
 RELEASES = "a Wan2.2 T2V-A14B, I2V-A14B or TI2V-5B"
 
-Parts = Mapping[str, Mapping[str, Stored]]  # tensors by the name of their part, then by their own
+Parts = Mapping[str, Mapping[str, Tensor]]  # tensors by the name of their part, then by their own
+Tensors = Mapping[str, Tensor]
 
 
 def refuse_differing(paths: Sequence[Path], configs: Sequence[msgspec.Struct]) -> None:
@@ -44,7 +48,10 @@ def refuse_differing(paths: Sequence[Path], configs: Sequence[msgspec.Struct]) -
 def assembled(task: Task, experts: int, dit: DitSpec, text: TextEncoderSpec, vae: VaeSpec) -> ModelSpec:
     base = MODEL_OF[task]
     if experts != len(base.experts):
-        raise UserError(f"{experts} transformer(s) of type {task}", f"{len(base.experts)}", f"use {RELEASES}")
+        found = f"{experts} transformer(s) of type {task}"
+        if experts == 1:
+            found += ": one expert only, or Wan2.1, whose tensors have the same names and shapes"
+        raise UserError(found, f"{len(base.experts)}", f"use {RELEASES}, or name the other expert's file")
     channels = (
         vae.latent_channels + 4 + vae.latent_channels if task == Task.I2V else vae.latent_channels,
         vae.latent_channels,
@@ -60,7 +67,40 @@ def assembled(task: Task, experts: int, dit: DitSpec, text: TextEncoderSpec, vae
     return named_after_dimensions(replace(base, dit=dit, text_encoder=text, vae=vae))
 
 
-def text_encoder_from_shapes(tensors: Mapping[str, Stored]) -> TextEncoderSpec:
+def experts_of(parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(part for part in parts if part not in ("text_encoder", "vae"))
+
+
+def lies_in(folder: Path, tensors: Tensors) -> bool:
+    """Whether a part was read from the checkpoint's folder, whose configuration speaks of it."""
+    return any(tensor.path.is_relative_to(folder) for tensor in tensors.values())
+
+
+def dit_from_shapes(tensors: Tensors) -> DitSpec:
+    """The transformer whose tensors, under official names, are ``tensors``; all releases have heads of 128."""
+    width, channels = _shape("transformer", tensors, "patch_embedding.weight", 5)[:2]
+    ffn_width = _shape("transformer", tensors, "blocks.0.ffn.0.weight", 2)[0]
+    rows = _shape("transformer", tensors, "head.head.weight", 2)[0]
+    return DitSpec(
+        in_channels=channels,
+        out_channels=rows // prod(PATCH),
+        width=width,
+        ffn_width=ffn_width,
+        layers=len({match[0] for name in tensors if (match := re.match(r"blocks\.\d+\.", name))}),
+        heads=max(1, width // HEAD_WIDTH),
+        freq_width=_shape("transformer", tensors, "time_embedding.0.weight", 2)[1],
+        text_width=_shape("transformer", tensors, "text_embedding.0.weight", 2)[1],
+    )
+
+
+def task_of(dit: DitSpec, vae: VaeSpec) -> Task:
+    """What a transformer of these channels does with this VAE."""
+    if dit.condition_channels:
+        return Task.I2V
+    return Task.TI2V if vae.residual else Task.T2V
+
+
+def text_encoder_from_shapes(tensors: Tensors) -> TextEncoderSpec:
     """The umt5 encoder whose tensors, under official names, are ``tensors``; layers are counted."""
     vocab, width = _shape("text_encoder", tensors, "token_embedding.weight", 2)
     inner, _ = _shape("text_encoder", tensors, "blocks.0.attn.q.weight", 2)
@@ -70,7 +110,7 @@ def text_encoder_from_shapes(tensors: Mapping[str, Stored]) -> TextEncoderSpec:
     return TextEncoderSpec(width, ffn_width, layers, heads, vocab, head_width=inner // heads, buckets=buckets)
 
 
-def vae_from_shapes(tensors: Mapping[str, Stored]) -> VaeSpec:
+def vae_from_shapes(tensors: Tensors) -> VaeSpec:
     """The VAE whose tensors, under official names, are ``tensors``; 2.2 is told by its nested stages."""
     nested = any(name.startswith("decoder.upsamples.0.upsamples.") for name in tensors)
     base = (TI2V_5B if nested else T2V_A14B).vae
@@ -83,7 +123,7 @@ def vae_from_shapes(tensors: Mapping[str, Stored]) -> VaeSpec:
     return replace(base, encoder_base=encoder, decoder_base=decoder // base.multipliers[-1])
 
 
-def _shape(part: str, tensors: Mapping[str, Stored], name: str, rank: int) -> tuple[int, ...]:
+def _shape(part: str, tensors: Tensors, name: str, rank: int) -> tuple[int, ...]:
     if name not in tensors:
         first = ", ".join(list(tensors)[:2])
         raise UserError(f"{part} has no {name} (but {first}, …)", f"the {part} of Wan2.2", f"use {RELEASES}")

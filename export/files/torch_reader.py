@@ -85,8 +85,8 @@ def _opened(path: Path, archive: zipfile.ZipFile, stream: io.BufferedReader) -> 
     if order != b"little":
         raise UserError(f"{path} is {order.decode(errors='replace')[:20]}-endian", "little-endian", "save it on a PC")
     data = f"{root}data/"
-    found = {e.filename.removeprefix(data): _record(stream, e) for e in entries if e.filename.startswith(data)}
-    return archive.read(pickles[0]), found
+    records = {e.filename.removeprefix(data): _record(stream, e) for e in entries if e.filename.startswith(data)}
+    return archive.read(pickles[0]), records
 
 
 def _record(stream: io.BufferedReader, entry: zipfile.ZipInfo) -> _Record:
