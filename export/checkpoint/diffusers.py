@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from export.checkpoint.keys import diffusers_names
-from export.checkpoint.part_files import read_config
+from export.checkpoint.part_files import AGAIN, read_config
 from export.checkpoint.spec import (
     Layers,
     Parts,
@@ -23,6 +23,7 @@ from export.checkpoint.spec import (
     text_encoder_from_shapes,
     vae_from_shapes,
 )
+from wan22.errors import UserError
 from wan22.specs import DitSpec, ModelSpec, Task, TextEncoderSpec, VaeSpec
 
 NAME = "diffusers"
@@ -90,7 +91,13 @@ def recognise(names: Iterable[str]) -> bool:
 def parts(folder: Path, given: Mapping[str, Path]) -> dict[str, Path]:
     two = _read_index(folder).transformer_2[0] is not None or "low_noise" in given
     experts = ("high_noise", "low_noise") if two else ("dit",)
-    if own := [expert for expert in experts if expert not in given]:
+    own = [expert for expert in experts if expert not in given]
+    for expert in own:
+        if not (folder / expert_folder(expert)).is_dir():
+            found = f"{folder / expert_folder(expert) / 'config.json'}: No such file"
+            what = expert.replace("_", "-")
+            raise UserError(f"{found}, the {what} expert is missing", f"what {MODEL_INDEX} names", AGAIN)
+    if own:
         _read_transformers(folder, own)
     places = {expert: expert_folder(expert) for expert in experts}
     places |= {"text_encoder": "text_encoder", "vae": "vae", "tokenizer": TOKENIZER}
@@ -103,10 +110,10 @@ def spec(folder: Path, parts: Parts) -> ModelSpec:
     own = [expert for expert in experts if lies_in(folder, parts[expert])]
     if not own:
         dit = dit_from_shapes(parts[experts[0]])
-        return assembled(task_of(dit, vae), len(experts), dit, text, vae)
+        return assembled(task_of(dit), len(experts), dit, text, vae)
     dit = _dit(_read_transformers(folder, own))
     expands = _read_index(folder).expand_timesteps  # some tools leave it out, which says nothing
-    task = Task.TI2V if expands else task_of(dit, vae) if expands is None else Task.T2V
+    task = Task.TI2V if expands else task_of(dit) if expands is None else Task.T2V
     task = Task.I2V if task == Task.T2V and dit.condition_channels else task
     return assembled(task, len(experts), dit, text, vae)
 

@@ -108,7 +108,7 @@ def spec(folder: Path, parts: Parts) -> ModelSpec:
     configs = [read_config(path, OfficialConfig) for path in paths]
     refuse_differing(paths, configs)
     if not configs:
-        return assembled(task_of(dits[0], vae), len(experts), dits[0], text, vae)
+        return assembled(task_of(dits[0]), len(experts), dits[0], text, vae)
     if configs[0].text_len != TEXT_TOKENS:
         raise UserError(f"{paths[0]}: text_len {configs[0].text_len}", f"{TEXT_TOKENS}", f"use {RELEASES}")
     if configs[0].model_type not in list(Task):

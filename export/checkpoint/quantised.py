@@ -67,7 +67,7 @@ def plain(part: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any])
     modules = _modules(tensors)
     formats = _formats(part, modules, metadata)
     for key, tensor in tensors.items():
-        if key in MARKS:
+        if _is_mark(key):
             continue
         name, role = _role(key, tensors)
         if role == "tensor":
@@ -75,11 +75,15 @@ def plain(part: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any])
         elif role == "codes":
             found[f"{name}.weight"] = _decoded(part, name, modules[name], formats.get(name, {}))
     _refuse_orphans(part, modules)
-    if "scaled_fp8" in tensors:
+    if any(key.rpartition(".")[2] == "scaled_fp8" for key in tensors):
         bare = [key for key, tensor in found.items() if isinstance(tensor, Scaled) and not tensor.scales]
         if bare:
             _refuse(part, f"{bare[0]} is {found[bare[0]].path.name}'s scaled FP8 without its scale", "a scale for each")
     return found
+
+
+def _is_mark(key: str) -> bool:
+    return key.rpartition(".")[2] in MARKS
 
 
 def _role(key: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
@@ -103,7 +107,7 @@ def _modules(tensors: Mapping[str, Tensor]) -> dict[str, _Module]:
     modules: dict[str, _Module] = {}
     for key, tensor in tensors.items():
         name, role = _role(key, tensors)
-        if role == "tensor" or key in MARKS or not isinstance(tensor, Stored):
+        if role == "tensor" or _is_mark(key) or not isinstance(tensor, Stored):
             continue
         module = modules.setdefault(name, _Module())
         if role in module.keys and role != "activation":

@@ -93,11 +93,11 @@ def dit_from_shapes(tensors: Tensors) -> DitSpec:
     )
 
 
-def task_of(dit: DitSpec, vae: VaeSpec) -> Task:
-    """What a transformer of these channels does with this VAE."""
+def task_of(dit: DitSpec) -> Task:
+    """What a transformer of these channels does."""
     if dit.condition_channels:
         return Task.I2V
-    return Task.TI2V if vae.residual else Task.T2V
+    return Task.TI2V if dit.in_channels == TI2V_5B.dit.in_channels else Task.T2V
 
 
 def text_encoder_from_shapes(tensors: Tensors) -> TextEncoderSpec:
