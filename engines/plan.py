@@ -23,9 +23,9 @@ from wan22.costs import (
     text_encoder_flops,
     vae_flops,
 )
-from wan22.specs import TEXT_TOKENS, DitSpec, ModelSpec, Precision, tokens
+from wan22.parts import DitSpec
+from wan22.specs import TEXT_TOKENS, ModelSpec, Number, Precision, tokens
 
-STORED_BYTES = {Precision.FP32: 4, Precision.BF16: 2, Precision.FP16: 2, Precision.FP8: 1, Precision.FP8_ATTN: 1}
 PLANNER_FACTOR = 1.3  # scratch memory over live tensors: 1.14 to 1.36 in builds for SM89 and SM120
 VAE_TENSORS = {"2.1": 1.9, "2.2": 3.9}  # scratch memory of a VAE over its largest tensor, as built at 720p
 EXPORT_RAM_GIB = 2.0  # exporting streams tensor by tensor; the largest is the text encoder's embedding
@@ -73,7 +73,7 @@ class Plan:
     def weights_bytes(self) -> dict[str, float]:
         """As the bundle stores them: VAE in float32, the text encoder never below 16 bits."""
         spec, precision = self.request.spec, self.request.precision
-        wide = max(STORED_BYTES[precision], 2)
+        wide = precision.wide.linears.bits / 8
         sizes = {"text_encoder": float(wide)} | dict.fromkeys(("vae_decoder", "vae_encoder"), 4.0)
         return {
             part: count * sizes[part] if part in sizes else dit_weights_bytes(spec.dit, precision)
@@ -100,7 +100,7 @@ class Plan:
         spec, (_, z, frames, height, width) = self.request.spec, self.latent_shape
         edges = 4.0 * (2 * z + spec.dit.condition_channels) * frames * height * width
         rope = 2 * 4.0 * self.tokens * spec.dit.head_width / 2
-        wide = max(STORED_BYTES[self.request.precision], 2)
+        wide = self.request.precision.wide.linears.bits / 8
         found = []
         for part, weights in self.weights_bytes.items():
             if part == "text_encoder":
@@ -161,8 +161,8 @@ class Plan:
     def step_seconds(self) -> float | None:
         """Roofline of one step: linears and attention each at the peak of their type, or the weights' passage."""
         request, flops = self.request, dit_flops(self.request.spec.dit, self.tokens)
-        attention = request.precision if request.precision != Precision.FP8 else Precision.BF16
-        linear_peak, attention_peak = (request.target.peak_tflops(p) for p in (request.precision, attention))
+        numbers = (request.precision.linears, request.precision.attention)
+        linear_peak, attention_peak = map(request.target.peak_tflops, numbers)
         if not linear_peak or not attention_peak:
             return None
         seconds = flops.linears / linear_peak + (flops.self_attention + flops.cross_attention) / attention_peak
@@ -172,11 +172,11 @@ class Plan:
     @cached_property
     def video_seconds(self) -> float | None:
         """Text, steps and VAE; the VAE in float32 outside the tensor cores."""
-        request, wide = self.request, self.request.target.peak_tflops(Precision.FP32)
+        request, wide = self.request, self.request.target.peak_tflops(Number.FP32)
         if self.step_seconds is None or not wide:
             return None
         text = self.forwards_per_step * text_encoder_flops(request.spec.text_encoder)
-        text_peak = request.target.peak_tflops(Precision.BF16) or wide
+        text_peak = request.target.peak_tflops(Number.BF16) or wide
         return request.steps * self.step_seconds + text / (text_peak * 1e12) + self.vae_flops / (wide * 1e12)
 
     @property
@@ -238,10 +238,9 @@ def make_plan(
 
 def dit_weights_bytes(spec: DitSpec, precision: Precision) -> float:
     """Of one expert as stored: matrices in ``precision``, what is sensitive in float32, embeddings in between."""
-    wide, block = max(STORED_BYTES[precision], 2), block_parameters(spec)
+    stored, wide, block = precision.linears.bits / 8, precision.wide.linears.bits / 8, block_parameters(spec)
     width = spec.width
-    fp8 = precision in (Precision.FP8, Precision.FP8_ATTN)
-    per_block = STORED_BYTES[precision] * block.linear + (4 if fp8 else wide) * block.bias + 4 * block.other
+    per_block = stored * block.linear + (4 if precision.quantised else wide) * block.bias + 4 * block.other
     text_and_patch = (spec.text_width + width + 2) * width + (4 * spec.in_channels + 1) * width
     rest = dit_parameters(spec) - spec.layers * block.total - text_and_patch
     return float(spec.layers * per_block + wide * text_and_patch + 4 * rest)
@@ -253,11 +252,10 @@ def dit_scratch_bytes(spec: DitSpec, count: int, precision: Precision) -> float:
     Attention: the float32 residual stream (2), the joined q, k, v (3) and the three of them as attention reads them.
     Feed-forward: the residual stream and the hidden rows, in FP8 beside their quantised copy.
     """
-    wide = 2 if precision == Precision.FP32 else 1  # rows are twice as wide in float32
+    wide = precision.wide.linears.bits / 16  # rows are twice as wide in float32
     hidden = spec.ffn_width / spec.width
-    attention = 2 + 3 * wide + (1.5 if precision == Precision.FP8_ATTN else 3 * wide)
-    fp8 = precision in (Precision.FP8, Precision.FP8_ATTN)
-    feed_forward = 2 + (1.5 * hidden if fp8 else wide * (1 + hidden))
+    attention = 2 + 3 * wide + 3 * precision.attention.bits / 16
+    feed_forward = 2 + ((wide + precision.linears.bits / 16) * hidden if precision.quantised else wide * (1 + hidden))
     return PLANNER_FACTOR * max(attention, feed_forward) * 2.0 * count * spec.width
 
 

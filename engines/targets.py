@@ -8,14 +8,10 @@ dense one is half of it. Memory is the nominal capacity; drivers and ECC keep a 
 import re
 import subprocess
 from dataclasses import dataclass
-from typing import Literal
 
+from wan22.backends import Backend
 from wan22.errors import UserError
-from wan22.specs import Precision
-
-Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
-MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
-PACKAGES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx", "onnxruntime": "onnxruntime"}
+from wan22.specs import Number, Precision
 
 QUERY_GPU = ("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
 _NOT_A_VARIANT = "(?! (Ti|D|Laptop|Mobile))"  # chips of their own that share a name
@@ -41,17 +37,22 @@ class Target:
         return "SM" + self.compute_capability.replace(".", "")
 
     @property
-    def precisions(self) -> tuple[Precision, ...]:
+    def numbers(self) -> tuple[Number, ...]:
+        """What its matrix multiplications take."""
         if self.backend == "onnxruntime":
-            return (Precision.FP32, Precision.FP16)  # its CPU kernels know neither bfloat16 nor fast FP8
-        every = (Precision.FP32, Precision.BF16, Precision.FP16, Precision.FP8, Precision.FP8_ATTN)
-        return every if self.fp8_tflops else every[:3]
+            return (Number.FP32, Number.FP16)  # its CPU kernels know neither bfloat16 nor fast FP8
+        sixteen = (Number.FP32, Number.BF16, Number.FP16)
+        return (*sixteen, Number.FP8) if self.fp8_tflops else sixteen
 
-    def peak_tflops(self, precision: Precision) -> float | None:
-        """Dense peak of matrix multiplications whose operands are stored in ``precision``."""
-        if precision is Precision.FP32:
-            return self.fp32_tflops
-        return self.fp8_tflops if precision in (Precision.FP8, Precision.FP8_ATTN) else self.bf16_tflops
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        return tuple(p for p in Precision if {p.linears, p.attention} <= set(self.numbers))
+
+    def peak_tflops(self, number: Number) -> float | None:
+        """Dense peak of matrix multiplications of such operands."""
+        sixteen = self.bf16_tflops
+        by_number = {Number.FP32: self.fp32_tflops, Number.FP16: sixteen, Number.BF16: sixteen}
+        return (by_number | {Number.FP8: self.fp8_tflops})[number]
 
 
 _AMPERE, _ADA = "NVIDIA Ampere GA102 whitepaper 2.1", "NVIDIA Ada GPU Architecture whitepaper 2.02"
@@ -125,9 +126,9 @@ def check_precision(target: Target, precision: Precision) -> None:
     """Refuses a precision that ``target`` cannot compute in, naming the next best one."""
     if precision in target.precisions:
         return
-    fp8 = precision in (Precision.FP8, Precision.FP8_ATTN)
-    instead = Precision.BF16 if Precision.BF16 in target.precisions else Precision.FP32
-    why = f"compute capability {target.compute_capability} has no FP8 units" if fp8 else "not computed there"
+    instead = precision.wide if precision.wide in target.precisions else Precision.FP32
+    units = f"compute capability {target.compute_capability} has no {precision.linears.upper()} units"
+    why = units if precision.quantised else "not computed there"
     if target.backend == "onnxruntime":
         why = "ONNX Runtime does not compute it on a CPU"
     allowed = ", ".join(target.precisions)

@@ -12,21 +12,21 @@ import numpy as np
 from runtime.arrays import F32
 from runtime.denoise import Conditions, Step, denoise
 from runtime.engine import Engine
+from runtime.forward_inputs import text_rows
 from runtime.image_condition import conditioning_video, fitted, i2v_condition
 from runtime.noise import standard_normal
 from runtime.request import CompleteRequest
-from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
+from wan22.backends import MODULES
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.errors import UserError
-from wan22.specs import TEXT_TOKENS, ModelSpec, Task
+from wan22.specs import TEXT_TOKENS, ModelSpec
 
 log = logging.getLogger(__name__)
 
 NewEngine = Callable[[Component], Engine]
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 class Pipeline:
@@ -101,8 +101,7 @@ class Pipeline:
         It cannot be written to.
         """
         _, embeddings = self.encode_text(prompt, allow_empty=allow_empty)
-        padded = np.zeros((1, TEXT_TOKENS, embeddings.shape[2]), np.float32)
-        padded[:, : embeddings.shape[1]] = embeddings
+        padded = text_rows(embeddings)
         padded.flags.writeable = False  # engines may keep what follows from it alone
         return padded
 
@@ -111,11 +110,11 @@ class Pipeline:
         if request.image is None:
             return {}
         size = (request.width, request.height)
-        first = fitted(request.image, self.spec.task, size, request.fit)
-        if self.spec.task == Task.TI2V:
+        first = fitted(request.image, self.spec.takes.resizing, size, request.fit)
+        if self.spec.takes.clean_first_frame:
             return {"first_frame": encode(self.engine("vae_encoder_first"), None, first)}
         has_last = request.last_image is not None
-        last = fitted(request.last_image, self.spec.task, size, request.fit) if request.last_image else None
+        last = fitted(request.last_image, self.spec.takes.resizing, size, request.fit) if request.last_image else None
         video = conditioning_video(first, request.frames, last)
         following = self.engine("vae_encoder_next") if request.frames > 1 else None
         latents = encode(self.engine("vae_encoder_first"), following, video)
@@ -125,15 +124,15 @@ class Pipeline:
         """Runs the sampler, yielding after every step; the last step carries the clean latents."""
         positive = self.text(request.prompt)
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None
-        schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
+        schedule = request.noise_schedule()
         yield from denoise(
-            self.spec,
+            request.switched(self.spec),
             self.engine,
             standard_normal(request.latent_shape, request.seed),
             Conditions(positive, negative, **self.image_condition(request)),
             request.guidance,
             schedule,
-            make_solver(request.solver, schedule),
+            make_solver(request.solver, schedule, request.seed),
         )
 
     def decode(self, latents: F32) -> Iterator[F32]:
@@ -155,9 +154,9 @@ def _opener(bundle: Bundle, stack: ExitStack) -> NewEngine:
         UserError: a backend that this version does not know, that is not installed, or that finds no fitting GPU.
     """
     folder, build = bundle.folder, bundle.manifest.build
-    if build is None or build.backend not in BACKENDS:
+    if build is None or build.backend not in MODULES:
         found = build.backend if build else None
-        raise UserError(f"{folder}: backend {found!r}", f"one of {', '.join(BACKENDS)}", "build it again")
+        raise UserError(f"{folder}: backend {found!r}", f"one of {', '.join(MODULES)}", "build it again")
     profiles = build.profiles
     if build.backend == "onnxruntime":
         from runtime.engine_onnxruntime import OnnxRuntimeEngine

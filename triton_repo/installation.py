@@ -9,13 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from wan22.errors import UserError
+from wan22.files import scratch_folder
 
 CONTAINER_BINARY = Path("/opt/tritonserver/bin/tritonserver")
 WHEEL = Path("lib", "python*", "site-packages", "pytriton", "tritonserver")
@@ -68,12 +68,12 @@ def backend_folder(installation: Installation) -> Iterator[Path | None]:
     if installation.stub is None:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="wan22-backends-") as folder:
-        python = Path(folder, "python")
+    with scratch_folder("backends") as folder:
+        python = folder / "python"
         python.mkdir()
         for file in (*installation.backends.joinpath("python").iterdir(), installation.stub):
             (python / file.name).symlink_to(file.resolve())
-        yield Path(folder)
+        yield folder
 
 
 def stub_environment(installation: Installation, outer: Mapping[str, str]) -> dict[str, str]:

@@ -5,11 +5,9 @@ Nothing here knows Triton: the answers go to a callable, and so does the questio
 
 import hashlib
 import io
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,13 +17,12 @@ from PIL import Image
 
 from runtime.arrays import F32, to_numpy
 from runtime.denoise import Step
-from runtime.schedule import make_schedule
 from runtime.vae import decode
-from runtime.video import to_uint8, write_video
-from triton_repo.preview import clean_estimate
+from runtime.video import encode_video, to_uint8
 from triton_repo.schema import VIDEO_FORMATS
 from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.wanted import Wanted
+from wan22.files import scratch_folder
 
 PREVIEW_QUALITY = 80
 
@@ -126,8 +123,9 @@ class Job:
         The first frame, but a middle one where the first is a given image.
         """
         request = self.wanted.request
-        sigmas = make_schedule(request.solver, request.steps, request.shift, request.schedule).sigmas
-        guess = clean_estimate(before, step.latents, sigmas, step.index)
+        if request.solver == "renoise":  # its latents hold fresh noise, so two of them point nowhere
+            return b""
+        guess = clean_estimate(before, step.latents, request.noise_schedule().sigmas, step.index)
         if guess is None:
             return b""
         at = 0 if request.image is None else guess.shape[2] // 2
@@ -137,9 +135,9 @@ class Job:
         return picture.getvalue()
 
     def _video(self, latents: F32) -> bytes:
-        with tempfile.TemporaryDirectory(prefix="wan22-") as folder:
-            path = Path(folder, f"video{VIDEO_FORMATS[self.wanted.output_format]}")
-            write_video(self._told(self.pipeline.decode(latents)), path, self.wanted.fps)
+        with scratch_folder("job") as folder:
+            path = folder / f"video{VIDEO_FORMATS[self.wanted.output_format]}"
+            encode_video(self._told(self.pipeline.decode(latents)), path, self.wanted.fps)
             return path.read_bytes()
 
     def _told(self, chunks: Iterator[F32]) -> Iterator[F32]:
@@ -150,3 +148,24 @@ class Job:
             eta = (time.monotonic() - started) / done * (total - done)
             self._tell("decode", done, total, eta_s=round(eta, 3))
             yield chunk
+
+
+def clean_estimate(before: F32 | None, latents: F32, sigmas: F32, index: int) -> F32 | None:
+    """Where the step from ``before`` to ``latents`` points to at sigma 0; ``latents`` itself after the last step.
+
+    Between two steps of a flow-matching run the latents move along the model's velocity, ``v ≈ (x₁ - x₀) / (σ₁ - σ₀)``,
+    whatever the solver. Following it to σ = 0 gives ``x₁ - σ₁ v``, without asking the model again.
+
+    Args:
+        before: latents after step ``index - 1``; None before the second step, when there is no estimate.
+        latents: after step ``index``, ``[1, z, T, h, w]``.
+        sigmas: of the run, ``[N + 1]``, falling to 0.
+        index: from 0.
+    """
+    at, to = float(sigmas[index]), float(sigmas[index + 1])
+    if to == 0:
+        return latents
+    if before is None:
+        return None
+    estimate: F32 = latents - to / (to - at) * (latents - before)
+    return estimate

@@ -13,7 +13,7 @@ from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.settings import Settings
 from wan22.bundle import MANIFEST, Bundle, open_bundle, sha256_of
 from wan22.errors import UserError
-from wan22.specs import ModelSpec, Task
+from wan22.specs import ModelSpec
 
 WARM_UP_PROMPT = "warm up"
 
@@ -71,7 +71,7 @@ def smallest_video(spec: ModelSpec, profiles: tuple[dict[str, tuple[int, int, in
 
 def _grey(spec: ModelSpec) -> bytes | None:
     """An image for models that cannot do without."""
-    if spec.task != Task.I2V:
+    if spec.takes.image != "required":
         return None
     from io import BytesIO
 

@@ -13,8 +13,9 @@ from triton_repo.bls_repository import CPU, largest_call_bytes
 from triton_repo.probe import DRAIN_FLAG, IN_FLIGHT, MAX_SILENCE_S, PENDING
 from triton_repo.repository import MARK, RepositoryOptions, Written, is_for_gpu
 from triton_repo.server import EXIT_MARGIN_S, LOAD_S, ServeOptions, arguments
-from wan22.bundle import Bundle, staged
+from wan22.bundle import Bundle
 from wan22.errors import UserError
+from wan22.files import whole_folder
 
 MINIMUM_RELEASE = "26.07"
 REASON = (
@@ -54,10 +55,10 @@ def check_image(image: str) -> None:
 
 
 def write_manifests(folder: Path, written: Written, options: RepositoryOptions, cluster: ClusterOptions) -> None:
-    """A YAML file for each object into the new ``folder``."""
+    """A YAML file for each object into ``folder``, which is new, or made so before and to be overwritten."""
     import yaml
 
-    with staged(folder) as temporary:
+    with whole_folder(folder, MARK if options.overwrite else "") as temporary:
         (temporary / MARK).touch()
         for manifest in manifests(written, options, cluster):
             text = yaml.safe_dump(manifest, sort_keys=False, width=120)

@@ -47,6 +47,7 @@ INPUTS = (
     # sampling
     Field("seed", "INT64"),  # left out: drawn, and told in the first event
     Field("preset", "STRING"),
+    Field("boundary", "FP32"),
     Field("steps", "INT32"),
     Field("shift", "FP32"),
     Field("guidance", "FP32"),  # of every expert

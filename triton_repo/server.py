@@ -35,7 +35,6 @@ class ServeOptions:
     grpc_port: int = 8001
     metrics_port: int = 8002
     config_name: str = ""  # variant of the configurations, configs/NAME.pbtxt
-    verbose: int = 0
     quiet: bool = False  # log errors only
     # an own prefix tells the regions of this server from anybody else's, so that they can be cleaned up
     region_prefix: str = field(default_factory=lambda: f"wan22_{secrets.token_hex(4)}_")
@@ -67,7 +66,6 @@ def arguments(
         "allow-sagemaker": "false",
         "allow-vertex-ai": "false",
         "allow-client-shm": "false",
-        "log-verbose": options.verbose,
         **(dict.fromkeys(("log-info", "log-warning"), "false") if options.quiet else {}),
     }
     flags = [_flag(name, value) for name, value in asked.items() if value != "" and (known is None or name in known)]

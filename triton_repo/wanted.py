@@ -18,11 +18,11 @@ from PIL import Image
 from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
-from runtime.schedule import SolverName
 from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS
 from triton_repo.settings import Limits
 from wan22.bundle import Build
 from wan22.errors import UserError
+from wan22.sampling import SolverName
 from wan22.shapes import fitting_profile
 from wan22.specs import ModelSpec
 
@@ -108,6 +108,7 @@ def _request(given: Mapping[str, Any], spec: ModelSpec) -> Request:
         fit=cast(Fit, _one_of("fit", given.get("fit", "official"), get_args(Fit))),
         seed=_within("seed", given["seed"], 0, MAX_SEED) if "seed" in given else secrets.randbelow(2**32),
         preset=given.get("preset"),
+        boundary=given.get("boundary"),
         steps=given.get("steps"),
         shift=given.get("shift"),
         guidance=guidance,

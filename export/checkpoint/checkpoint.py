@@ -28,7 +28,7 @@ from export.checkpoint.tokenizer import tokenizer_folder
 from export.files.decoded import Decoded, Scaled, Tensor
 from export.files.tensor_file import BFLOAT16, Array, Stored
 from wan22.bundle import Source
-from wan22.errors import UserError
+from wan22.errors import UserError, some_of
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec
 
@@ -153,7 +153,7 @@ def _refuse_unreadable(part: str, tensors: Mapping[str, Tensor]) -> None:
             raise UserError(f"{part}: {name} is {stored.dtype}", "float32, bfloat16 or float16", remedy)
     if part not in ("text_encoder", "vae") and (model := other_model(tensors)):
         foreign = [name for name in tensors if other_model([name])]
-        found = f"{part} is {model}, not supported: {len(foreign)} unknown: {_shown(foreign)}"
+        found = f"{part} is {model}, not supported: {len(foreign)} unknown: {some_of(foreign, NAMES_SHOWN)}"
         raise UserError(found, RELEASES, remedy_of(model))
 
 
@@ -164,7 +164,9 @@ def _checked(part: str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[
     unknown = [name for name in tensors if name not in expected]
     missing = [name for name in expected if name not in tensors]
     found = [
-        f"{len(names)} {kind}: {_shown(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names
+        f"{len(names)} {kind}: {some_of(names, NAMES_SHOWN)}"
+        for kind, names in (("missing", missing), ("unknown", unknown))
+        if names
     ]
     if found:
         raise UserError(f"{part}: {'; '.join(found)}", model, remedy)
@@ -198,10 +200,6 @@ def _plain_cast(tensor: Tensor) -> bool:
 
 def _stored_type(tensor: Tensor) -> np.dtype[Any]:
     return tensor.weight.dtype if isinstance(tensor, Decoded) else tensor.dtype
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:NAMES_SHOWN]) + (", …" if len(names) > NAMES_SHOWN else "")
 
 
 def _fingerprint(folder: Path, parts: Parts) -> str:

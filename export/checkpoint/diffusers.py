@@ -3,12 +3,14 @@ every part, under the names of diffusers and transformers.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from export.checkpoint.keys import diffusers_names
 from export.checkpoint.part_files import AGAIN, read_config
+from export.checkpoint.sampling import stated_sampling
 from export.checkpoint.spec import (
     Layers,
     Parts,
@@ -19,12 +21,14 @@ from export.checkpoint.spec import (
     experts_of,
     lies_in,
     refuse_differing,
-    task_of,
+    release_of,
+    release_that_takes,
     text_encoder_from_shapes,
     vae_from_shapes,
 )
 from wan22.errors import UserError
-from wan22.specs import DitSpec, ModelSpec, Task, TextEncoderSpec, VaeSpec
+from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
+from wan22.specs import ModelSpec
 
 NAME = "diffusers"
 MODEL_INDEX = "model_index.json"
@@ -108,14 +112,13 @@ def spec(folder: Path, parts: Parts) -> ModelSpec:
     experts = experts_of(parts)
     vae, text = _vae(folder, parts["vae"]), _text_encoder(folder, parts["text_encoder"])
     own = [expert for expert in experts if lies_in(folder, parts[expert])]
-    if not own:
-        dit = dit_from_shapes(parts[experts[0]])
-        return assembled(task_of(dit), len(experts), dit, text, vae)
-    dit = _dit(_read_transformers(folder, own))
+    dit = _dit(_read_transformers(folder, own)) if own else dit_from_shapes(parts[experts[0]])
     expands = _read_index(folder).expand_timesteps  # some tools leave it out, which says nothing
-    task = Task.TI2V if expands else task_of(dit) if expands is None else Task.T2V
-    task = Task.I2V if task == Task.T2V and dit.condition_channels else task
-    return assembled(task, len(experts), dit, text, vae)
+    base = release_of(dit)
+    if own and expands is not None:
+        base = release_that_takes(clean_first_frame=expands, condition=dit.condition_channels > 0)
+    found = assembled(base, len(experts), dit, text, vae)
+    return replace(found, sampling=stated_sampling(folder / MODEL_INDEX, found))
 
 
 def _dit(config: TransformerConfig) -> DitSpec:

@@ -8,7 +8,8 @@ import re
 from typing import Any
 
 from export.checkpoint.schema import part_tensors
-from wan22.specs import PATCH, ModelSpec, VaeSpec
+from wan22.parts import VaeSpec
+from wan22.specs import PATCH, ModelSpec
 
 # Applied in this order, each to every name. Official ``norm3`` (before cross-attention) is diffusers' ``norm2``; the
 # names that swap with it have no parameters.

@@ -13,6 +13,7 @@ import msgspec
 from export.checkpoint.part_files import AGAIN, read_config
 from export.checkpoint.schema import part_tensors
 from export.checkpoint.spec import (
+    RELEASED,
     RELEASES,
     Layers,
     Parts,
@@ -22,12 +23,13 @@ from export.checkpoint.spec import (
     experts_of,
     lies_in,
     refuse_differing,
-    task_of,
+    release_of,
     text_encoder_from_shapes,
     vae_from_shapes,
 )
 from wan22.errors import UserError
-from wan22.specs import TEXT_TOKENS, TI2V_5B, DitSpec, ModelSpec, Task
+from wan22.parts import DitSpec
+from wan22.specs import TEXT_TOKENS, TI2V_5B, ModelSpec
 
 NAME = "official"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -108,12 +110,12 @@ def spec(folder: Path, parts: Parts) -> ModelSpec:
     configs = [read_config(path, OfficialConfig) for path in paths]
     refuse_differing(paths, configs)
     if not configs:
-        return assembled(task_of(dits[0]), len(experts), dits[0], text, vae)
+        return assembled(release_of(dits[0]), len(experts), dits[0], text, vae)
     if configs[0].text_len != TEXT_TOKENS:
         raise UserError(f"{paths[0]}: text_len {configs[0].text_len}", f"{TEXT_TOKENS}", f"use {RELEASES}")
-    if configs[0].model_type not in list(Task):
-        raise UserError(f"{paths[0]}: model_type {configs[0].model_type}", ", ".join(Task), f"use {RELEASES}")
-    return assembled(Task(configs[0].model_type), len(experts), _dit(configs[0], text.width), text, vae)
+    if configs[0].model_type not in RELEASED:
+        raise UserError(f"{paths[0]}: model_type {configs[0].model_type}", ", ".join(RELEASED), f"use {RELEASES}")
+    return assembled(RELEASED[configs[0].model_type], len(experts), _dit(configs[0], text.width), text, vae)
 
 
 def _dit(config: OfficialConfig, text_width: int) -> DitSpec:

@@ -13,7 +13,7 @@ from export.checkpoint.spec import (
     assembled,
     dit_from_shapes,
     experts_of,
-    task_of,
+    release_of,
     text_encoder_from_shapes,
     vae_from_shapes,
 )
@@ -105,7 +105,7 @@ def spec(_folder: Path, parts: Parts) -> ModelSpec:
             f"{experts[1]} has other dimensions than {experts[0]}", "two experts of one model", "swap the file"
         )
     text, vae = text_encoder_from_shapes(parts["text_encoder"]), vae_from_shapes(parts["vae"])
-    return assembled(task_of(dits[0]), len(experts), dits[0], text, vae)
+    return assembled(release_of(dits[0]), len(experts), dits[0], text, vae)
 
 
 def names(part: str, spec: ModelSpec) -> dict[str, str]:

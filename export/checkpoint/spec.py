@@ -11,20 +11,10 @@ import msgspec
 
 from export.files.decoded import Tensor
 from wan22.errors import UserError
-from wan22.specs import (
-    I2V_A14B,
-    PATCH,
-    T2V_A14B,
-    TI2V_5B,
-    DitSpec,
-    ModelSpec,
-    Task,
-    TextEncoderSpec,
-    VaeSpec,
-    named_after_dimensions,
-)
+from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
+from wan22.specs import PATCH, PUBLISHED, T2V_A14B, TI2V_5B, ModelSpec, named_after_dimensions
 
-MODEL_OF = {Task.T2V: T2V_A14B, Task.I2V: I2V_A14B, Task.TI2V: TI2V_5B}
+RELEASED = {str(spec.task): spec for spec in PUBLISHED}  # by model_type
 Size = Annotated[int, msgspec.Meta(gt=0)]
 Layers = Annotated[int, msgspec.Meta(gt=0, le=1000)]
 HEAD_WIDTH = 128
@@ -45,20 +35,22 @@ def refuse_differing(paths: Sequence[Path], configs: Sequence[msgspec.Struct]) -
                 )
 
 
-def assembled(task: Task, experts: int, dit: DitSpec, text: TextEncoderSpec, vae: VaeSpec) -> ModelSpec:
-    base = MODEL_OF[task]
+def release_that_takes(*, clean_first_frame: bool, condition: bool) -> ModelSpec:
+    """The release whose transformer has these inputs; anything else that does not fit is refused later."""
+    alike = [spec for spec in RELEASED.values() if spec.takes.clean_first_frame == clean_first_frame]
+    return next((spec for spec in alike if (spec.takes.mask_channels > 0) == condition), alike[0])
+
+
+def assembled(base: ModelSpec, experts: int, dit: DitSpec, text: TextEncoderSpec, vae: VaeSpec) -> ModelSpec:
     if experts != len(base.experts):
-        found = f"{experts} transformer(s) of type {task}"
+        found = f"{experts} transformer(s) of type {base.task}"
         if experts == 1:
             found += ": one expert only, or Wan2.1, whose tensors have the same names and shapes"
         raise UserError(found, f"{len(base.experts)}", f"use {RELEASES}, or name the other expert's file")
-    channels = (
-        vae.latent_channels + 4 + vae.latent_channels if task == Task.I2V else vae.latent_channels,
-        vae.latent_channels,
-    )
+    channels = (vae.latent_channels + base.takes.condition_channels(vae.latent_channels), vae.latent_channels)
     if (dit.in_channels, dit.out_channels) != channels:
         found = f"transformer with {dit.in_channels} input and {dit.out_channels} output channels"
-        raise UserError(found, f"{channels[0]} and {channels[1]} for {task} and this VAE", f"use {RELEASES}")
+        raise UserError(found, f"{channels[0]} and {channels[1]} for {base.task} and this VAE", f"use {RELEASES}")
     if dit.text_width != text.width:
         raise UserError(f"text encoder of width {text.width}", f"{dit.text_width}", "use that of this model")
     if dit.width % dit.heads or dit.head_width % 2:
@@ -93,11 +85,10 @@ def dit_from_shapes(tensors: Tensors) -> DitSpec:
     )
 
 
-def task_of(dit: DitSpec) -> Task:
-    """What a transformer of these channels does."""
-    if dit.condition_channels:
-        return Task.I2V
-    return Task.TI2V if dit.in_channels == TI2V_5B.dit.in_channels else Task.T2V
+def release_of(dit: DitSpec) -> ModelSpec:
+    """The release with a transformer of these channels."""
+    first_frame = dit.in_channels == TI2V_5B.dit.in_channels
+    return release_that_takes(clean_first_frame=first_frame, condition=dit.condition_channels > 0)
 
 
 def text_encoder_from_shapes(tensors: Tensors) -> TextEncoderSpec:

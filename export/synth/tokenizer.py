@@ -9,6 +9,7 @@ disagree.
 import functools
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from export.synth.corpus import lines
 PIECES = 1024
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Writes ``spiece.model``, ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``."""
+def write_tokenizer(folder: Path, model: bytes | None = None) -> None:
+    """Writes ``spiece.model``, ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``.
+
+    ``model`` is the content of ``spiece.model``; None trains one on the corpus of this package.
+    """
     folder.mkdir(parents=True)
-    model = trained_model()
+    model = model or trained_model()
     (folder / "spiece.model").write_bytes(model)
     unigram(model).save(str(folder / "tokenizer.json"))
     _write_json(folder / "special_tokens_map.json", SPECIALS)
@@ -30,12 +34,17 @@ def write_tokenizer(folder: Path) -> None:
 
 @functools.cache
 def trained_model() -> bytes:
-    """The sentencepiece model with exactly ``PIECES`` pieces; one thread, so that every training gives the same."""
+    """The sentencepiece model of the corpus of this package."""
+    return train(lines())
+
+
+def train(sentences: Iterable[str]) -> bytes:
+    """A sentencepiece model with exactly ``PIECES`` pieces; one thread, so that every training gives the same."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines()),
+        sentence_iterator=iter(sentences),
         model_writer=model,
         model_type="unigram",
         vocab_size=PIECES,

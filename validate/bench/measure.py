@@ -123,7 +123,7 @@ class Setting:
             return ours
         from validate.bench.torch_side import TorchSide, check_compiles
         from validate.reference.loras import with_loras
-        from validate.run import open_same_model
+        from validate.same_model import open_same_model
 
         bundle = self.pipeline.bundle
         found = open_same_model(self.checkpoint, bundle.folder, bundle.manifest, self.progress)

@@ -6,11 +6,10 @@ works. The server's side is what a client waits for: the request's way there, th
 """
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from runtime.pipeline import Pipeline
 from runtime.request import Request
 from triton_repo import probe
 from triton_repo.bls_repository import CPU
-from triton_repo.client import Event, WanClient
+from triton_repo.client import Event, WanClient, content_of
 from triton_repo.installation import Installation
 from triton_repo.repository import RepositoryOptions, Topology, is_for_gpu, write_repository
 from triton_repo.server import ServeOptions, free_ports, running, wait_until_ready
@@ -30,11 +29,10 @@ from validate.bench.machine import load_average, machine, versions
 from validate.bench.samples import Samples, in_turns
 from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
 from validate.gate import read_gates
-from validate.options import PROMPT
-from validate.sample_image import picture_for
-from wan22.bundle import open_bundle
+from validate.options import with_samples
+from wan22.bundle import Manifest, open_bundle
+from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
-from wan22.specs import ModelSpec, Task
 
 CANCELS, CANCEL_AFTER, CANCEL_STEPS = 10, 5, 100
 RUNS, STEPS = 10, 10
@@ -43,13 +41,7 @@ POLL_S = 0.002
 
 @dataclass(frozen=True)
 class ServedOptions:
-    # what is computed; ``None`` means the model's default
-    prompt: str | None = None
-    size: tuple[int, int] | None = None  # width, height in pixels
-    frames: int | None = None
-    image: Path | None = None  # None: a built-in picture for models that take one
-    steps: int = STEPS
-    seed: int = 0
+    request: Request = field(default_factory=Request)  # of STEPS unless it says; see validate.options.with_samples
     # what is measured
     topology: Topology = "owner"
     runs: int = RUNS  # of each side
@@ -57,19 +49,6 @@ class ServedOptions:
     gate: Path | None = None  # TOML, see validate.gate; None: the targets
     # for the record
     command: str = ""
-
-    def request(self, spec: ModelSpec) -> Request:
-        """The job, complete enough to be the same on both sides."""
-        size = self.size or spec.sampling.sizes[0]
-        image = None if spec.task == Task.T2V else picture_for(size)
-        return Request(
-            self.prompt or PROMPT,
-            size=size,
-            frames=self.frames or spec.sampling.frames,
-            image=self.image.read_bytes() if self.image else image,
-            steps=self.steps,
-            seed=self.seed,
-        )
 
 
 @dataclass
@@ -133,16 +112,31 @@ class _EnoughError(Exception):
     """Gives a job up."""
 
 
+def _request(options: ServedOptions, manifest: Manifest) -> Request:
+    """The job, complete enough to be the same on both sides."""
+    steps = STEPS if options.request.steps is None else options.request.steps
+    return with_samples(replace(options.request, steps=steps), manifest)
+
+
 def _wire(request: Request) -> dict[str, Any]:
+    """The job as inputs of the server, which has no name for ``schedule`` and ``exact_official``."""
     width, height = request.size or (None, None)
-    return {
+    scales = {f"guidance_{expert}": scale for expert, scale in request.guidance.items()}
+    return scales | {
         "prompt": request.prompt,
-        "image": request.image,
+        "negative_prompt": request.negative_prompt,
         "width": width,
         "height": height,
         "num_frames": request.frames,
-        "steps": request.steps,
+        "image": content_of(request.image),
+        "last_image": content_of(request.last_image),
+        "fit": request.fit,
         "seed": request.seed,
+        "preset": request.preset,
+        "steps": request.steps,
+        "shift": request.shift,
+        "guidance": request.guidance_scale,
+        "solver": request.solver,
     }
 
 
@@ -166,20 +160,20 @@ def bench_served(
         UserError: a request that the model cannot do, a gate that this does not measure, a server that does not start.
     """
     gates = read_gates(options.gate, "bench", (OVERHEAD, BEYOND_STEP)) if options.gate else TARGETS
-    spec = open_bundle(engines, "engines").manifest.spec
-    request = options.request(spec)
-    complete = request.completed(spec)
+    manifest = open_bundle(engines, "engines").manifest
+    request = _request(options, manifest)
+    complete = request.completed(manifest.spec, manifest.size)
     facts = {
-        "model": spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
+        "model": manifest.spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
         "frames": complete.frames, "steps": complete.steps, "runs": options.runs, "machine": machine(),
         "load_average": load_average(), "versions": versions(), "command": options.command,
     }  # fmt: skip
     with (
-        tempfile.TemporaryDirectory(prefix="wan22-") as folder,
-        _served(engines, Path(folder), options, installation, environment) as server,
+        scratch_folder("bench") as folder,
+        _served(engines, folder, options, installation, environment) as server,
         Pipeline.open(engines) as pipeline,
     ):
-        direct = Direct(pipeline, Path(folder))
+        direct = Direct(pipeline, folder)
         sides = {DIRECT: lambda: direct.make(request), SERVED: lambda: server.make(request)}
         in_turns(sides, options.warmup)
         server.inside_s.clear()

@@ -1,4 +1,4 @@
-"""What was compared, and the verdict on it."""
+"""What was compared, and the verdict on it; on disk a page, JSON for programs, Markdown and JUnit for pipelines."""
 
 import math
 from collections.abc import Iterator
@@ -6,12 +6,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from validate.gate import Verdict, judge
+from validate.gate import Verdict, judge, marked
 from validate.ladder.row import Row
 from validate.report.case_report import CaseReport
 from validate.report.extras import Attached
 from validate.report.text import line
+from validate.report.to_html import as_html
+from validate.report.to_json import as_json
+from validate.report.to_junit import as_junit
+from validate.report.to_markdown import as_markdown
 from validate.report.worst import FAILED, measured
+from wan22.files import Claim, write_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,9 +110,8 @@ class ValidationReport:
         for row in self.rows:
             if row.case == 1 or not row.passed:
                 shown = line(row)
-                mark = "[green]✓[/]" if row.passed else "[red]✗[/]"
                 name = row.name if row.case == 1 else f"case {row.case}: {row.name}"
-                table.add_row(mark, name, row.component, shown.found, shown.limit, shown.margin)
+                table.add_row(marked(row.passed), name, row.component, shown.found, shown.limit, shown.margin)
         return table
 
 
@@ -115,3 +119,14 @@ def _depth(row: Row) -> int:
     if row.subject in ("token_ids", "embeddings", "pixels", "encode", "condition"):
         return 0
     return 1 if row.step is not None else 2
+
+
+def write_report(report: ValidationReport, claimed: Claim) -> None:
+    """Writes the report's files beside the claimed ``report.json``, over those of an earlier one."""
+    files = {
+        "report.json": lambda: as_json(report),
+        "report.xml": lambda: as_junit(report),
+        "report.md": lambda: as_markdown(report).encode(),
+        "report.html": lambda: as_html(report).encode(),
+    }
+    write_files(claimed, files)

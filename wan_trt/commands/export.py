@@ -8,7 +8,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.specs import Precision
-from wan_trt.arguments import Frames, Overwrite, Size, numbers_of, size_of
+from wan_trt.arguments import Frames, Overwrite, Size, blocks_of, size_of
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ Loras = Annotated[
 IgnoreUnmatched = Annotated[
     bool, typer.Option("--lora-ignore-unmatched", help="Drop LoRA keys that the model has no weight for.")
 ]
+SamplingPreset = Annotated[
+    str | None, typer.Option("--preset", help="What the bundle samples with by default; wan-trt presets lists them.")
+]
 Link = Annotated[
     bool, typer.Option("--link", help="Share unconverted files with the checkpoint (clones or hard links).")
 ]
@@ -66,6 +69,7 @@ def run(
     keep_high_precision: Blocks = "",
     input_scales: InputScales = None,
     input_means: InputMeans = None,
+    preset: SamplingPreset = None,
     size: Size = None,
     frames: Frames = None,
     lora: Loras = None,
@@ -88,9 +92,10 @@ def run(
         precision,
         precisions,
         fp8_attention,
-        numbers_of(keep_high_precision),
+        blocks_of(keep_high_precision),
         input_scales,
         input_means,
+        preset=preset,
         size=fixed,
         frames=frames,
         loras=tuple(map(parse_lora, lora or ())),

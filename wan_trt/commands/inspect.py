@@ -1,6 +1,7 @@
 """``wan-trt inspect``: which kernels the compiler made of the graphs, or what a file of weights is."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 
 from wan22.bundle import MANIFEST, kind_of
 from wan22.errors import UserError
+from wan22.files import whole_file
 from wan_trt.console import bars, console
 
 
@@ -29,23 +31,22 @@ def run(
     """
     from engines.inspect.inspection import inspect_bundle, inspect_engines
     from engines.inspect.views import as_html, as_text
-    from validate.files import check_place, write_file
 
-    if html is not None:
-        check_place(html, "page")
-    elif target is None and not (folder / MANIFEST).is_file():
+    if html is None and target is None and not (folder / MANIFEST).is_file():
         return _weights(folder, as_json=as_json)
-    if target is None:
-        if size is not None or frames is not None:
-            raise UserError("--size or --frames", "an ONNX bundle to compile", "name a --target as well")
-        if kind_of(folder) == "graphs":
-            raise UserError(f"{folder} is an ONNX bundle", "engines, or a target to compile it for", "add --target")
-        reports = inspect_engines(folder, component or ())
-    else:
-        with bars(beside_json=as_json) as progress:
-            reports = inspect_bundle(folder, target, (size, frames), component or (), progress)
-    if html is not None:
-        write_file(html, as_html(reports, str(folder)).encode(), "page")
+    page = whole_file(html, "page", make_folder=False) if html is not None else nullcontext()
+    with page as new:
+        if target is None:
+            if size is not None or frames is not None:
+                raise UserError("--size or --frames", "an ONNX bundle to compile", "name a --target as well")
+            if kind_of(folder) == "graphs":
+                raise UserError(f"{folder} is an ONNX bundle", "engines, or a target to compile it for", "add --target")
+            reports = inspect_engines(folder, component or ())
+        else:
+            with bars(beside_json=as_json) as progress:
+                reports = inspect_bundle(folder, target, (size, frames), component or (), progress)
+        if new is not None:
+            new.write_text(as_html(reports, str(folder)), encoding="utf-8")
     if as_json:
         print(json.dumps([report.summary() for report in reports]))
     else:
