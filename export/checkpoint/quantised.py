@@ -222,8 +222,13 @@ def _refuse_orphans(part: str, modules: Mapping[str, _Module]) -> None:
     for name, module in modules.items():
         orphans = [key for role, key in module.keys.items() if role in ("scale", "second", "divisor", "columns")]
         if "codes" not in module.keys and orphans:
-            found = f"{part}: {orphans[0]}, a scaled FP8 repack"
+            kind = "MXFP8's powers of two" if _is_powers(module.stored[_role_of(module, orphans[0])]) else "a scale"
+            found = f"{part}: {orphans[0]}, a scaled FP8 repack ({kind} without its codes)"
             raise UserError(found, f"quantised codes as {name}.weight", "download the file again, or use another")
+
+
+def _role_of(module: _Module, key: str) -> str:
+    return next(role for role, named in module.keys.items() if named == key)
 
 
 def _refuse(part: str, found: str, expected: str, remedy: str = UNSCALED) -> NoReturn:
