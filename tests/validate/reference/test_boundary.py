@@ -17,7 +17,7 @@ from wan22.bundle import open_bundle, write_manifest
 from wan22.specs import SPECS
 
 # four official steps with shift 5: 999 937 833 624
-SMALL = ValidateOptions(size=(32, 32), frames=1, steps=4, shift=5.0, seed=3)
+SMALL = ValidateOptions(Request(size=(32, 32), frames=1, steps=4, shift=5.0, seed=3))
 STATED = 0.95
 
 
