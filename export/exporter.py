@@ -46,7 +46,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 def export_checkpoint(
     checkpoint: str | Path, folder: Path, options: ExportOptions | None = None, progress: Progress = silent
 ) -> Bundle:
-    """Writes the ONNX bundle of ``checkpoint`` (a folder of either layout, or a hub name) to ``folder``.
+    """Writes the ONNX bundle of ``checkpoint`` (a folder of any layout, single files, or a hub name) to ``folder``.
 
     Raises:
         UserError: whatever is wrong with checkpoint, options or disk. Nothing is left behind then; a killed or
@@ -226,8 +226,7 @@ class _Writer:
 
 def _made_of(source: Checkpoint, loras: Sequence[Lora], parts: Mapping[str, Part]) -> str:
     """A hash of all that decides the weights' bytes; source files count as changed when their time did."""
-    files = [path for path in sorted(source.folder.rglob("*")) if path.is_file()]
-    times = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    times = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
     stored = {name: (part.written, dict(part.input_scales)) for name, part in parts.items()}
     means = {name: [mean.tobytes() for mean in part.input_means.values()] for name, part in parts.items()}
     told = (source.source.fingerprint, times, [lora.record() for lora in loras], stored, means)

@@ -92,7 +92,7 @@ class Pipeline:
         """Token ids and their embeddings, float32 ``[1, tokens, text width]``; warns when the prompt was cut."""
         tokens = self.tokenizer.encode(prompt, allow_empty=allow_empty)
         if tokens.truncated:
-            log.warning("prompt cut to %d tokens: %s…", TEXT_TOKENS, prompt[:60])
+            log.warning("prompt cut to %d tokens", TEXT_TOKENS)  # prompts of others do not belong into logs
         return tokens, _single(self.engine("text_encoder")(input_ids=tokens.ids))
 
     def text(self, prompt: str, *, allow_empty: bool = False) -> F32:

@@ -42,11 +42,24 @@ class Wanted:
     output_format: str  # of schema.VIDEO_FORMATS
     progress_every: int
     preview: bool
-    deadline_unix_s: float  # infinite where there is none
+    deadline_s: float  # after the job began; infinite where there is none
 
 
-def wanted(tensors: Mapping[str, np.ndarray], spec: ModelSpec, build: Build | None, limits: Limits) -> Wanted:
+def wanted(
+    tensors: Mapping[str, np.ndarray],
+    spec: ModelSpec,
+    build: Build | None,
+    limits: Limits,
+    fixed: tuple[int, int, int] | None = None,
+) -> Wanted:
     """The job that the input tensors of one request describe.
+
+    Args:
+        tensors: by the names of ``schema.INPUTS``.
+        spec: of the model.
+        build: of its engines.
+        limits: of the server.
+        fixed: width, height and frames of the only video that the engines make, where their shapes are fixed.
 
     Raises:
         UserError: anything that the model cannot or must not do.
@@ -54,19 +67,24 @@ def wanted(tensors: Mapping[str, np.ndarray], spec: ModelSpec, build: Build | No
     for name, tensor in tensors.items():
         _check_bytes(name, tensor, limits)
     given = {name: _value(name, tensor) for name, tensor in tensors.items()}
-    _check_amounts(given, spec, limits)
+    if "prompt" not in given:
+        raise UserError("no prompt", "text that says what the video shows", "add the input prompt")
+    _check_amounts(given, fixed[:2] if fixed else spec.sampling.sizes[0], limits)
     request = _request(given, spec)
-    complete = request.completed(spec)
+    complete = request.completed(spec, fixed)
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
     frames, height, width = complete.latent_shape[2:]
-    fitting_profile({"frames": frames, "height": height, "width": width}, build.profiles if build else ())
+    try:
+        fitting_profile({"frames": frames, "height": height, "width": width}, build.profiles if build else ())
+    except UserError as error:
+        raise UserError(error.found, error.expected, "ask for a size and length that these engines have") from None
     return Wanted(
         request=complete,
         fps=_within("fps", given.get("fps", spec.sampling.fps), 1, MAX_FPS),
         output_format=_format(given.get("output_format", "mp4"), complete, limits),
         progress_every=_within("progress_every", given.get("progress_every", 1), 1, limits.max_steps),
         preview=given.get("preview", False),
-        deadline_unix_s=_deadline(given.get("deadline_unix_ms")),
+        deadline_s=_deadline(given),
     )
 
 
@@ -122,9 +140,9 @@ def _size(given: Mapping[str, Any]) -> tuple[int, int] | None:
     return (given["width"], given["height"]) if "width" in given else None
 
 
-def _check_amounts(given: Mapping[str, Any], spec: ModelSpec, limits: Limits) -> None:
+def _check_amounts(given: Mapping[str, Any], default: tuple[int, int], limits: Limits) -> None:
     """Sides, frames and steps as they were asked for, so that no image is opened and no list made for absurd ones."""
-    width, height = _size(given) or spec.sampling.sizes[0]
+    width, height = _size(given) or default
     if min(width, height) < 1:
         raise UserError(f"size {width}x{height}", "a width and height above 0", "state another")
     _at_most("video of", width * height, limits.max_pixels, "pixels")
@@ -178,9 +196,11 @@ def _format(name: str, request: CompleteRequest, limits: Limits) -> str:
     return name
 
 
-def _deadline(unix_ms: int | None) -> float:
-    if unix_ms is None:
-        return math.inf
-    if unix_ms <= time.time() * 1000:
+def _deadline(given: Mapping[str, Any]) -> float:
+    """Seconds from now: a duration, or a moment that is compared with this machine's clock once and then forgotten."""
+    left_ms = [given["deadline_ms"]] if "deadline_ms" in given else []
+    if "deadline_unix_ms" in given:
+        left_ms.append(given["deadline_unix_ms"] - int(time.time() * 1000))
+    if min(left_ms, default=1) <= 0:
         raise UserError("a deadline that has passed", "one in the future", "ask again with a later deadline")
-    return unix_ms / 1000
+    return min(left_ms, default=math.inf) / 1000

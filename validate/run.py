@@ -71,6 +71,7 @@ def validate(
         judged = read_attachments(pipeline.bundle, options)
         device = reference_device(options.reference_device, manifest)
         source = with_loras(open_same_model(checkpoint, engines, manifest, progress), manifest)
+        about = facts(manifest, source, requests, options, device)
         with official_code(options.official_repo, source) as official, catch_out_of_memory():
             sides = _sides(pipeline, source, official, device, progress)
             found = []
@@ -78,7 +79,7 @@ def validate(
                 found.append(
                     _compare_case(case, _comparison(sides, request, manifest, progress), pipeline.bundle, progress)
                 )
-        report = ValidationReport(tuple(found), facts(manifest, source, requests, options, device), judged)
+        report = ValidationReport(tuple(found), about, judged)
         write_report(report, claimed)
     return report
 

@@ -8,11 +8,10 @@ works. The server's side is what a client waits for: the request's way there, th
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,10 +20,10 @@ from runtime.pipeline import Pipeline
 from runtime.request import Request
 from triton_repo import probe
 from triton_repo.bls_repository import CPU
-from triton_repo.client import Event, WanClient, content_of
+from triton_repo.client import WanClient
 from triton_repo.installation import Installation
 from triton_repo.repository import RepositoryOptions, Topology, is_for_gpu, write_repository
-from triton_repo.server import ServeOptions, free_ports, running, wait_until_ready
+from triton_repo.server import ServeOptions, free_ports, running
 from validate.bench.machine import load_average, machine, versions
 from validate.bench.samples import Samples, in_turns
 from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
@@ -61,7 +60,7 @@ class Server:
     latents_sha256: str = ""
 
     def make(self, request: Request) -> bytes:
-        result = self.client.generate(**_wire(request))
+        result = self.client.submit(request).result()
         self.inside_s.append(float(result.event["seconds"]))
         self.latents_sha256 = result.event["latents_sha256"]
         return result.video
@@ -73,16 +72,13 @@ class Server:
             RuntimeError: the job went on to its end.
         """
         ticks: list[float] = []
-
-        def told(event: Event) -> None:
-            if event["phase"] == "denoise":
-                ticks.append(time.perf_counter())
-                if len(ticks) == CANCEL_AFTER:
-                    raise _EnoughError
-
         before = self._metric("wan22_steps_total")
-        with suppress(_EnoughError):
-            self.client.generate(**{**_wire(request), "steps": CANCEL_STEPS}, on_progress=told)
+        with self.client.submit(replace(request, steps=CANCEL_STEPS)) as job:
+            for event in job.events():
+                if event["phase"] == "denoise":
+                    ticks.append(time.perf_counter())
+                if len(ticks) == CANCEL_AFTER:
+                    break
         while self._metric(probe.IN_FLIGHT):
             time.sleep(POLL_S)
         latency = time.perf_counter() - ticks[-1]
@@ -108,36 +104,10 @@ class Direct:
         return made.path.read_bytes()
 
 
-class _EnoughError(Exception):
-    """Gives a job up."""
-
-
 def _request(options: ServedOptions, manifest: Manifest) -> Request:
     """The job, complete enough to be the same on both sides."""
     steps = STEPS if options.request.steps is None else options.request.steps
     return with_samples(replace(options.request, steps=steps), manifest)
-
-
-def _wire(request: Request) -> dict[str, Any]:
-    """The job as inputs of the server, which has no name for ``schedule`` and ``exact_official``."""
-    width, height = request.size or (None, None)
-    scales = {f"guidance_{expert}": scale for expert, scale in request.guidance.items()}
-    return scales | {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "width": width,
-        "height": height,
-        "num_frames": request.frames,
-        "image": content_of(request.image),
-        "last_image": content_of(request.last_image),
-        "fit": request.fit,
-        "seed": request.seed,
-        "preset": request.preset,
-        "steps": request.steps,
-        "shift": request.shift,
-        "guidance": request.guidance_scale,
-        "solver": request.solver,
-    }
 
 
 def bench_served(
@@ -207,8 +177,8 @@ def _served(
     http, grpc, metrics = free_ports(3)
     serve = ServeOptions("127.0.0.1", http, grpc, metrics, variant, quiet=True)
     with (
-        running(installation, repository, written.limits, serve, environment) as process,
+        running(installation, repository, written.limits, serve, environment) as server,
         WanClient(f"127.0.0.1:{serve.grpc_port}") as client,
     ):
-        wait_until_ready(process, serve)
+        server.wait_until_ready()
         yield Server(client, f"http://127.0.0.1:{serve.metrics_port}/metrics")

@@ -1,9 +1,11 @@
 """The verdict of a validation; on disk an HTML page, JSON for programs, Markdown and JUnit XML for CI."""
 
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from validate.gate import Verdict, judge, marked
@@ -16,7 +18,8 @@ from validate.report.to_json import as_json
 from validate.report.to_junit import as_junit
 from validate.report.to_markdown import as_markdown
 from validate.report.worst import FAILED, worst_values
-from wan22.files import Claim, write_files
+from wan22.errors import UserError
+from wan22.files import Claim, claim, write_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -122,11 +125,22 @@ def _depth(row: Row) -> int:
 
 
 def write_report(report: ValidationReport, claimed: Claim) -> None:
-    """Write all files of the report into the folder of ``claimed``, replacing those of an earlier report."""
+    """Write all files of the report into the folder of ``claimed``, replacing those of an earlier report.
+
+    Raises:
+        UserError: the files cannot be written there. They are then in a temporary folder that the error names.
+    """
     files = {
         "report.json": lambda: as_json(report),
         "report.xml": lambda: as_junit(report),
         "report.md": lambda: as_markdown(report).encode(),
         "report.html": lambda: as_html(report).encode(),
     }
-    write_files(claimed, files)
+    try:
+        write_files(claimed, files)
+    except (UserError, OSError) as error:
+        spare = Path(tempfile.mkdtemp(prefix="wan-trt-report-"))
+        with claim(spare / "report.json") as other:
+            write_files(other, files)
+        found = error.found if isinstance(error, UserError) else f"cannot write the report: {error.strerror}"
+        raise UserError(found, f"a writable folder; the report is in {spare}", "copy it from there") from error

@@ -30,6 +30,7 @@ def run(
     image: Annotated[
         str, typer.Option(help="Of the pods: tritonserver 26.07 or later with wan-trt installed.")
     ] = "wan-trt:26.07",
+    namespace: Annotated[str, typer.Option(help="Kubernetes namespace of the pods.")] = "wan22",
     max_pods: Annotated[int, typer.Option(help="Most pods that the autoscaler may make.", min=1)] = 4,
     prometheus: Annotated[
         str, typer.Option(help="Where the autoscaler reads metrics.")
@@ -39,7 +40,8 @@ def run(
     """Package engines as a Triton model repository."""
     limits = given.limits_of(locals())
     from triton_repo.bls_repository import largest_call_bytes
-    from triton_repo.manifests import ENGINES_AT, ClusterOptions, check_image, write_manifests
+    from triton_repo.manifests import ClusterOptions, check_image, write_manifests
+    from triton_repo.pod import ENGINES_AT
     from triton_repo.probe import DRAIN_FLAG
     from triton_repo.repository import MARK, RepositoryOptions, write_repository
 
@@ -53,6 +55,7 @@ def run(
         memory_gib=memory_gib(engines, topology, gpu_memory),
         overwrite=overwrite,
     )
+    cluster = ClusterOptions(image, namespace, max_pods, prometheus)
     if kubernetes is not None:
         check_image(image)
         if kubernetes.absolute() == repository.absolute():
@@ -62,7 +65,7 @@ def run(
     console.print(f"{written.bundle.manifest.spec.name} as Triton model {name}: {repository}")
     tell_unread(written.unread)
     if kubernetes is not None:
-        write_manifests(kubernetes, written, options, ClusterOptions(image, max_pods, prometheus))
+        write_manifests(kubernetes, written, options, cluster)
         console.print(f"manifests: {kubernetes}")
     if topology == "bls":
         mebibytes = largest_call_bytes(written.bundle, written.limits) / 2**20

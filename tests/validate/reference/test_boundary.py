@@ -55,7 +55,9 @@ def test_a_stated_boundary_reaches_engines_and_reference_apart(engines, diffuser
 
 
 def test_a_boundary_that_is_asked_for_holds_on_both_sides(engines, diffusers_checkpoint, tmp_path):
-    report = validate(engines, diffusers_checkpoint, tmp_path, replace(SMALL, boundary=0.8))
+    report = validate(
+        engines, diffusers_checkpoint, tmp_path, replace(SMALL, request=replace(SMALL.request, boundary=0.8))
+    )
     assert [row.name for row in report.failed] == []
     assert _experts(report) == ["high_noise"] * 3 + ["low_noise"]
 

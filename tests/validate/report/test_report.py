@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -228,6 +229,27 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write the report"):
         written(report_of(1e-6), tmp_path / "file" / "report")
+
+
+def test_a_report_whose_folder_is_gone_is_not_lost(tmp_path, monkeypatch):
+    (tmp_path / "spare").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spare"))
+    with claim(tmp_path / "out" / "report.json") as claimed:
+        shutil.rmtree(tmp_path / "out")
+        with pytest.raises(UserError, match="spare/wan-trt-report-"):
+            write_report(report_of(1e-6), claimed)
+    (kept,) = tmp_path.glob("spare/wan-trt-report-*")
+    assert sorted(path.name for path in kept.iterdir()) == ["report.html", "report.json", "report.md", "report.xml"]
+
+
+def test_a_page_that_cannot_be_made_keeps_the_json(tmp_path, monkeypatch):
+    def fails(_report):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("validate.report.report.as_html", fails)
+    with pytest.raises(ZeroDivisionError):
+        written(report_of(1e-6), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.xml"]
 
 
 def test_the_terminal_gets_a_line_per_row():
