@@ -121,11 +121,11 @@ def _benched(
     engines: Path, checkpoint: str | None, options: "BenchOptions", gate: Path | None, compare: Path | None
 ) -> tuple[dict[str, Any], bool]:
     from validate.bench.measure import bench
-    from validate.bench.report import HeldTo
+    from validate.bench.report import Criteria
     from validate.bench.view import as_text
 
     with bars() as progress:
-        report = bench(engines, checkpoint, options, progress, HeldTo(gate, compare))
+        report = bench(engines, checkpoint, options, progress, Criteria(gate, compare))
     for part in as_text(report):
         console.print(part)
     return report.as_json(), bool(report)
