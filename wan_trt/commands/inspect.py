@@ -22,7 +22,10 @@ def run(
     html: Annotated[Path | None, typer.Option(help="Also write a page with a diagram of a block.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of tables.")] = False,
 ) -> int:
-    """Show kernels, types, copies, memory and roofline times. Exit code 1 when something is badly compiled."""
+    """Show the kernels, types, copies and memory that the compiler made of a graph.
+
+    The exit code is 1 when something is badly compiled.
+    """
     from engines.inspect.inspection import inspect_bundle, inspect_engines
     from engines.inspect.views import as_html, as_text
 
