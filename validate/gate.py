@@ -41,7 +41,7 @@ class Gate:
     bound: Bound
     limit: float
 
-    def judged(self, measured: Mapping[str, float]) -> "Verdict":
+    def judge(self, measured: Mapping[str, float]) -> "Verdict":
         return Verdict(self, measured.get(self.measurement))
 
 
@@ -99,7 +99,7 @@ def has_table(path: Path, table: str) -> bool:
 
 
 def judge(gates: Collection[Gate], measured: Mapping[str, float]) -> tuple[Verdict, ...]:
-    return tuple(gate.judged(measured) for gate in gates)
+    return tuple(gate.judge(measured) for gate in gates)
 
 
 def _content(path: Path) -> dict[str, Any]:

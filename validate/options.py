@@ -47,7 +47,7 @@ def with_samples(request: Request, manifest: Manifest) -> Request:
     )
 
 
-def completed(request: Request, manifest: Manifest) -> CompleteRequest:
+def complete_request(request: Request, manifest: Manifest) -> CompleteRequest:
     """What both sides of a comparison run on the bundle of ``manifest``.
 
     Raises:

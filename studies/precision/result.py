@@ -21,7 +21,7 @@ LONG = 2.0  # as written over as fused: from here on the order of quantising and
 
 
 @dataclass(frozen=True)
-class Result:
+class VariantResult:
     """One variant's run. ``errors`` are of single velocities, at the float32 run's latents, per step."""
 
     variant: Variant
@@ -52,7 +52,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartError:
     """FP8 in one place alone; ``error`` is of the first step's velocity. After a comma: what was left out of it."""
 
     name: str
@@ -90,8 +90,8 @@ class Study:
 
     facts: Mapping[str, str]
     timesteps: tuple[float, ...]
-    results: tuple[Result, ...]
-    parts: tuple[Part, ...]
+    results: tuple[VariantResult, ...]
+    parts: tuple[PartError, ...]
     magnitudes: tuple[Magnitude, ...]
     statistics: tuple[Statistic, ...]
     attention: tuple[AttentionError, ...]
@@ -170,7 +170,7 @@ def median(values: tuple[float, ...]) -> float:
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
-def _result(result: Result) -> dict[str, Any]:
+def _result(result: VariantResult) -> dict[str, Any]:
     return {
         "name": result.variant.name,
         "verdict": result.verdict,

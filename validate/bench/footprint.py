@@ -46,7 +46,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Job:
+class FootprintJob:
     side: str
     piece: str
     engines: Path
@@ -54,7 +54,7 @@ class Job:
     options: BenchOptions
 
 
-def footprint(job: Job) -> Footprint:
+def footprint(job: FootprintJob) -> Footprint:
     """Runs ``job`` in a new process, which ends when this one is interrupted.
 
     Raises:
@@ -73,14 +73,14 @@ def footprint(job: Job) -> Footprint:
     return found
 
 
-def _report(sender: "Connection", job: Job) -> None:
+def _report(sender: "Connection", job: FootprintJob) -> None:
     try:
         sender.send(_measured(job))
     except Exception as error:
         sender.send(error)
 
 
-def _measured(job: Job) -> Footprint:
+def _measured(job: FootprintJob) -> Footprint:
     bundle = open_bundle(job.engines, "engines")
     _import_libraries(job, bundle.manifest.build.backend if bundle.manifest.build else "")
     libraries = resident_bytes()
@@ -96,7 +96,7 @@ def _measured(job: Job) -> Footprint:
     return Footprint(libraries, loaded, peak, device.bytes if device else None, side.device_tensors())
 
 
-def _import_libraries(job: Job, backend: str) -> None:
+def _import_libraries(job: FootprintJob, backend: str) -> None:
     """All that the piece will load, lazy parts of packages too."""
     if job.side == OURS:
         import_module(MODULES[backend])
@@ -108,7 +108,7 @@ def _import_libraries(job: Job, backend: str) -> None:
         from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
 
 
-def _side(job: Job, pipeline: Pipeline) -> Side:
+def _side(job: FootprintJob, pipeline: Pipeline) -> Side:
     work, manifest = work_for(pipeline.bundle, job.options), pipeline.bundle.manifest
     if job.side == OURS:
         from validate.bench.our_side import OurSide

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from validate.bench.machine import load_average, machine
-from validate.bench.measure import Setting, conditions_of, opened
+from validate.bench.measure import BenchRun, conditions_of, open_bench
 from validate.bench.result import faults_of
 from validate.bench.work import DECODER, BenchOptions
 from wan22.errors import UserError
@@ -96,15 +96,15 @@ def sweep(
     options = replace(options or BenchOptions(), memory=False)
     if axis == "steps" and options.only:
         raise UserError("--only with a sweep of steps", "whole runs, of all pieces", "leave it out")
-    with opened(engines, checkpoint, options, progress) as setting:
+    with open_bench(engines, checkpoint, options, progress) as setting:
         chosen = options_of(axis, values, options, setting.work.spec)
         for each in chosen.values():
-            each.completed(setting.pipeline.bundle.manifest)
+            each.complete_request(setting.pipeline.bundle.manifest)
         manifest, load = setting.pipeline.bundle.manifest, load_average()
         conditions = conditions_of(setting.pipeline.bundle, options)
     points, faults = [], []
     for done, (label, each) in enumerate(chosen.items(), 1):
-        with opened(engines, checkpoint, each, silent) as setting:
+        with open_bench(engines, checkpoint, each, silent) as setting:
             seconds, faulty = _run_seconds(setting) if axis == "steps" else _piece_seconds(setting)
             points.append(Point(setting.work.request.steps if axis == "steps" else setting.work.tokens, label, seconds))
             faults += [f"{axis} {label}, {fault}" for fault in faulty]
@@ -114,16 +114,16 @@ def sweep(
     return Sweep(axis, manifest.spec.name, tuple(points), *described, tuple(faults))
 
 
-def _run_seconds(setting: Setting) -> tuple[dict[str, float], list[str]]:
+def _run_seconds(setting: BenchRun) -> tuple[dict[str, float], list[str]]:
     """Of all steps of a run. A run in which a side computes NaN raises."""
     runs = setting.whole_runs(setting.sides(), max(1, setting.options.whole_runs))
     return {f"all steps, {side}": found.figures()["denoise_s"] for side, found in runs.items()}, []
 
 
-def _piece_seconds(setting: Setting) -> tuple[dict[str, float], list[str]]:
+def _piece_seconds(setting: BenchRun) -> tuple[dict[str, float], list[str]]:
     """Medians of an expert and of the decoder, or of the pieces that were chosen; and their faults."""
     sides, spec = setting.sides(), setting.work.spec
-    pieces = setting.work.chosen(setting.options.only or (spec.experts[0], DECODER))
+    pieces = setting.work.select_pieces(setting.options.only or (spec.experts[0], DECODER))
     found: dict[str, float] = {}
     faults: list[str] = []
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""How a row of the ladder is put into words, the same in the terminal and on the page."""
+"""The wording of the ladder's rows, shared by the terminal, the page, Markdown and JUnit XML."""
 
 import math
 from collections.abc import Iterable
@@ -18,18 +18,18 @@ class Line:
     found: str
     limit: str
     margin: str
-    others: str  # the measures that the limit is not about
-    precision: str  # what the precision costs by itself
+    others: str  # the measures that have no limit here
+    precision: str  # the error that the precision alone causes
 
 
 def line(row: Row) -> Line:
     found = measure_text(row.limit.measure, row.limit.found(row.metrics))
-    low = "" if row.in_precision is None else precision(row.in_precision)
+    low = "" if row.in_precision is None else precision_text(row.in_precision)
     return Line(row, found, limit_text(row.limit), margin(row), others(row.metrics, row.limit.measure), low)
 
 
-def precision(found: InPrecision) -> str:
-    """Where no number of ours is in it: the reference in the lower precision; and what is left between the two."""
+def precision_text(found: InPrecision) -> str:
+    """The error of the reference in the lower precision, and the distance of ours from that reference."""
     alone, between = (
         metrics.problem or f"{number(metrics.relative_l2)} rel L2" for metrics in (found.alone, found.between)
     )
@@ -37,7 +37,7 @@ def precision(found: InPrecision) -> str:
 
 
 def number(value: float) -> str:
-    """Two significant digits, with words for the extremes."""
+    """Format with two significant digits; NaN becomes words, infinity a sign."""
     if math.isnan(value):
         return "not a number"
     if value == 0:
@@ -48,7 +48,7 @@ def number(value: float) -> str:
 
 
 def measure_text(measure: Measure, value: float) -> str:
-    """As :func:`number`, but as fine as the measure wants it near 1."""
+    """Format as :func:`number`, with more digits for measures whose values lie near 1."""
     digits = {"ssim": 6, "excess": 2}.get(measure)
     return f"{value:.{digits}f}" if digits and math.isfinite(value) else number(value)
 
@@ -68,7 +68,7 @@ def limit_text(limit: Limit) -> str:
 
 
 def margin(row: Row) -> str:
-    """How far the row is from its limit."""
+    """The distance of the row from its limit, in words."""
     found, limit = row.limit.found(row.metrics), row.limit.value
     if math.isnan(found):
         return "cannot be compared"
@@ -98,13 +98,13 @@ def others(metrics: Metrics, measure: str) -> str:
 
 
 def verdict_words(verdict: Verdict) -> tuple[str, str]:
-    """What was found and what is allowed."""
+    """The measured value and the limit."""
     sign = "≥" if verdict.gate.bound == "min" else "≤"
     return verdict.found_in_words, f"{sign} {verdict.gate.limit:g}"
 
 
 def by_section(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
-    """The rows by their subject, in the order in which the subjects begin."""
+    """The rows by section, in the order in which the sections first appear."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(section_title(row), []).append(row)

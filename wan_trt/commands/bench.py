@@ -49,7 +49,10 @@ def run(
     topology: given.Topology = "owner",
     output: Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file.")] = None,
 ) -> int:
-    """Measure time and memory. The last line is one JSON object, with units in its keys."""
+    """Measure time and memory of engines, beside PyTorch where a checkpoint is given.
+
+    Output that does not go to a terminal ends with one JSON object, with units in its keys.
+    """
     request = given.request_from(locals())
     from validate.bench.work import RUNS, BenchOptions
 
@@ -121,11 +124,11 @@ def _benched(
     engines: Path, checkpoint: str | None, options: "BenchOptions", gate: Path | None, compare: Path | None
 ) -> tuple[dict[str, Any], bool]:
     from validate.bench.measure import bench
-    from validate.bench.report import HeldTo
+    from validate.bench.report import Criteria
     from validate.bench.view import as_text
 
     with bars() as progress:
-        report = bench(engines, checkpoint, options, progress, HeldTo(gate, compare))
+        report = bench(engines, checkpoint, options, progress, Criteria(gate, compare))
     for part in as_text(report):
         console.print(part)
     return report.as_json(), bool(report)
