@@ -16,7 +16,7 @@ from triton_repo.client_errors import JobError
 from triton_repo.installation import backend_folder, stub_environment
 from triton_repo.probe import DRAIN_FLAG
 from triton_repo.repository import write_repository
-from triton_repo.server import ServeOptions, known_options, arguments, free_ports, is_ready
+from triton_repo.server import ServeOptions, arguments, free_ports, is_ready, known_options
 from triton_repo.settings import Limits
 
 START = [sys.executable, "-m", "triton_repo.start"]
