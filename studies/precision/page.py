@@ -28,7 +28,7 @@ def write_study(study: Study, claimed: Claim) -> None:
 def as_html(study: Study) -> str:
     plots = in_all_themes(partial(error_plot, study))
     shown = {"study": study, "plots": plots, "collapse": COLLAPSE}
-    return page("study.html.j2", shown, beside=Path(__file__).parent / "templates")
+    return page("study.html.j2", shown, folder=Path(__file__).parent / "templates")
 
 
 def error_plot(study: Study, theme: Theme, size_inches: tuple[float, float]) -> str:

@@ -54,11 +54,11 @@ def test_files_of_prompts_that_say_nothing(tmp_path, content, told):
 
 
 def test_one_source_of_prompts_and_no_seed_twice(prompts):
-    with pytest.raises(UserError, match="--prompts beside --prompt"):
+    with pytest.raises(UserError, match="--prompts with --prompt"):
         cases_of(ValidateOptions(Request("a"), prompts=prompts), "optional")
-    with pytest.raises(UserError, match="every seed once"):
+    with pytest.raises(UserError, match="each seed once"):
         cases_of(ValidateOptions(seeds=(1, 1)), "no")
-    with pytest.raises(UserError, match="--seeds beside --seed 3"):
+    with pytest.raises(UserError, match="--seeds with --seed 3"):
         cases_of(ValidateOptions(Request(seed=3), seeds=(1, 2)), "no")
 
 

@@ -123,8 +123,8 @@ def test_bad_options_in_one_line(tiny_engines, capsys, options, told):
     [
         ("gate", "[bench]\nhigh_noise.speedpu.min = 1", "unknown key bench.high_noise.speedpu | expected one like"),
         ("gate", "[bench]\nvae_encoder.speed.min = 1", "unknown key bench.vae_encoder.speed"),
-        ("compare", "", "its last line is no JSON"),
-        ("compare", "[" * 100_000, "its last line is no JSON"),
+        ("compare", "", "its last line is not JSON"),
+        ("compare", "[" * 100_000, "its last line is not JSON"),
         ("compare", "[1]", "format 'list' | expected wan-trt bench 1"),
         ("compare", '{"format": "wan-trt sweep 1"}', "format 'wan-trt sweep 1' | expected wan-trt bench 1"),
         ("compare", '{"format": "wan-trt bench 1"}', "model None | expected a str"),

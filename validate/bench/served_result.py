@@ -1,4 +1,4 @@
-"""What a bench of a server found, for people and for programs, and the targets that it is held to."""
+"""The result of a server bench, for people and for programs, and its targets."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,26 +20,26 @@ TARGETS = (Gate(OVERHEAD, "max", 10), Gate(BEYOND_STEP, "max", 100))
 
 @dataclass(frozen=True)
 class Cancel:
-    """One job given up in the middle, in seconds."""
+    """The times of one cancelled job, in seconds."""
 
-    latency: float  # from the client's decision until the model is free
-    step: float  # a step of that job, the median
+    latency: float  # from the client's cancel until the model is free
+    step: float  # the median step of that job
 
 
 @dataclass(frozen=True)
 class ServedBench:
-    """True when every target was met."""
+    """True if every gate holds."""
 
     facts: dict[str, Any]
-    samples: Mapping[str, Samples]  # by side, whole runs
-    inside_s: tuple[float, ...]  # of the served runs, as the model itself told them
+    samples: Mapping[str, Samples]  # end-to-end runs by side
+    inside_s: tuple[float, ...]  # times of the served runs that the model itself reports
     cancels: tuple[Cancel, ...]
-    same_latents: bool  # to the last bit, which needs the same numpy on both sides
+    same_latents: bool  # bitwise, which requires the same numpy on both sides
     gates: tuple[Gate, ...] = TARGETS
 
     @property
     def ratio(self) -> Ratio:
-        """Served over in process, of neighbouring runs."""
+        """Served time over in-process time, of neighbouring runs."""
         return Ratio.of(self.samples[SERVED].seconds, self.samples[DIRECT].seconds)
 
     def measured(self) -> dict[str, float]:
@@ -68,7 +68,7 @@ class ServedBench:
         }
 
     def as_text(self) -> "Iterator[RenderableType]":
-        """What people are shown."""
+        """Yield the output for a terminal."""
         from rich.table import Table
         from rich.text import Text
 
@@ -76,7 +76,7 @@ class ServedBench:
         table.title = str(table.title).format(**self.facts)
         for side in (DIRECT, SERVED):
             table.add_row(side, *(f"{1000 * s:.1f}" for s in (self.samples[side].median, self.samples[side].p90)))
-        table.add_row("of it inside the model", f"{1000 * float(np.median(self.inside_s)):.1f}", "")
+        table.add_row("inside the model", f"{1000 * float(np.median(self.inside_s)):.1f}", "")
         yield table
         ratio, latencies = self.ratio, [1000 * cancel.latency for cancel in self.cancels]
         yield f"served / in process {ratio.median:.3f} (p10 {ratio.p10:.3f}, p90 {ratio.p90:.3f})"
@@ -84,4 +84,4 @@ class ServedBench:
         yield f"cancel: {np.median(latencies):.0f} ms, {max(latencies):.0f} at most; a step is {step_ms:.0f} ms"
         yield from (marked(verdict, str(verdict)) for verdict in self.verdicts)
         if self.facts["load_average"] > BUSY * usable_cores():
-            yield Text("the machine was busy before this began: distrust the times", "yellow")
+            yield Text("the machine was busy before the bench: do not trust the times", "yellow")

@@ -1,20 +1,20 @@
-"""A graph of standard operators without control flow, whose shapes ONNX's own inference can tell.
+"""Rewrites a graph into standard operators without control flow, so that ONNX can infer its shapes.
 
-The CPU engines work through tokens in chunks (``Scan``), choose by the length of the prompt (``If``) and use operators
-of ONNX Runtime's own. What stands in for them here has the same shapes; it is never run.
+The CPU engines process tokens in chunks (``Scan``), branch on the length of the prompt (``If``) and use ONNX Runtime's
+own operators. Their replacements have the same shapes and are never run.
 """
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-FUSED = {"MultiHeadAttention", "FusedMatMul", "FastGelu"}  # ONNX Runtime's own operators that are known here
+FUSED = {"MultiHeadAttention", "FusedMatMul", "FastGelu"}  # ONNX Runtime's operators that this module can replace
 
 
 def straighten(model: Any, rows_by_value: int | None) -> bool:
-    """Takes control flow out of an ONNX model in place; False where it has some that is not known here.
+    """Remove control flow from an ONNX model in place; returns False if it has unknown control flow.
 
-    A ``Scan`` over the chunks that a ``Reshape`` makes becomes its body on all of them; an ``If`` that compares a
-    number of rows with a constant becomes the branch for ``rows_by_value``, its ``else`` where that is not told.
+    A ``Scan`` over the chunks of a ``Reshape`` becomes its body on all chunks. An ``If`` that compares a number of rows
+    with a constant becomes the branch for ``rows_by_value``, or its ``else`` branch if that is None.
     """
     makers = {name: node for node in model.graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -63,7 +63,7 @@ def _same(sources: Iterable[str], names: Iterable[str]) -> Iterator[Any]:
 
 
 def _is_true(condition: Any, constants: dict[str, Any], rows: int | None) -> bool:
-    """Of ``rows <= constant``."""
+    """The value of the condition ``rows <= constant``."""
     from onnx import numpy_helper
 
     limit = constants[_known(condition, "LessOrEqual").input[1]]
@@ -71,7 +71,7 @@ def _is_true(condition: Any, constants: dict[str, Any], rows: int | None) -> boo
 
 
 def make_known(model: Any, rows_by_value: int | None) -> None:
-    """Puts operators of the standard in the place of fused ones, and ``rows_by_value`` where a slice ends by value."""
+    """Replace fused operators by standard ones, and slice ends that depend on values by ``rows_by_value``."""
     from onnx import helper
 
     constants = {tensor.name for tensor in model.graph.initializer}

@@ -67,7 +67,7 @@ def test_what_is_a_regression(changed, expected):
 def test_of_another_machine_only_ratios_are_compared():
     found = compared(Result(high_noise__median_ms=500.0, high_noise__memory_ratio=0.6), HERE | {"cpu": "B"})
     assert not found.same_machine
-    assert found.told == "cpu 'B', here 'A'"
+    assert found.difference == "cpu 'B', here 'A'"
     assert {change.measurement for change in found.changes} == {
         "high_noise.speedup", "high_noise.memory_ratio", "end_to_end.step_speedup",
     }  # fmt: skip

@@ -11,5 +11,5 @@ def test_a_compiler_that_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled earlier is found
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
     torch._dynamo.reset()
-    with pytest.raises(UserError, match=r"torch.compile: .*C\+\+ compiler.*or leave --compile out"):
+    with pytest.raises(UserError, match=r"torch.compile: .*C\+\+ compiler.*or omit --compile"):
         check_compiles(torch.device("cpu"))
