@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def as_text(plan: Plan) -> "list[RenderableType]":
     """What ``wan-trt plan`` prints: components, then the machine that is needed and the time it takes."""
-    return [_components(plan), _totals(plan)]
+    return [_components(plan), _totals(plan), f"peaks from: {plan.request.target.source}"]
 
 
 def _components(plan: Plan) -> "RenderableType":
@@ -55,8 +55,8 @@ def _card(plan: Plan) -> Iterable[tuple[str, str]]:
 def _work(plan: Plan) -> Iterable[tuple[str, str]]:
     forward, steps = dit_flops(plan.request.spec.dit, plan.tokens), plan.request.steps
     shares = {"linears": forward.linears, "self-attention": forward.self_attention, "cross": forward.cross_attention}
-    told = ", ".join(f"{name} {flops / forward.total:.0%}" for name, flops in shares.items())
-    yield "arithmetic of a forward", f"{forward.total / 1e15:.3f} PFLOP ({told})"
+    yield "arithmetic of a forward", f"{forward.total / 1e15:.3f} PFLOP"
+    yield "shares of it", ", ".join(f"{name} {flops / forward.total:.0%}" for name, flops in shares.items())
     yield (
         f"arithmetic of a step, of {steps}",
         f"{plan.step_flops / 1e15:.2f}, {steps * plan.step_flops / 1e15:.0f} PFLOP",
@@ -66,7 +66,6 @@ def _work(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "time", f"no figures for {plan.request.target.name}"
     else:
         yield "at least, by roofline", f"{plan.step_seconds:.2f} s a step, {plan.video_seconds / 60:.1f} min a video"
-    yield "peaks from", plan.request.target.source
 
 
 def gib(size: float) -> str:

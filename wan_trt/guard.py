@@ -12,13 +12,15 @@ from typing import Any
 import typer
 
 from wan22.errors import NonFiniteError, UserError, disk_error
+from wan_trt.console import tolerate_any_encoding
 from wan_trt.extras import told_missing
 
 
 def command_of(run: Callable[..., int | None], program: str) -> typer.Typer:
     """The command line of a program that has one command, such as ``python -m studies.gpu``."""
+    tolerate_any_encoding()
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(guarded(run, program))
+    app.command(context_settings={"help_option_names": ["-h", "--help"]})(guarded(run, program))
     return app
 
 

@@ -106,15 +106,19 @@ class ValidationReport:
             yield f"worst case: {self.worst_case.number}"
 
     def table(self) -> "Table":
-        """The rows for a terminal: all rows of the first case, only failed rows of the others."""
+        """The rows for a terminal, by component: all rows of the first case, only failed rows of the others."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table("", "check", "component", "found", "limit", "margin")
+        table, component = Table("", "check", "found", "limit", "margin"), ""
         for row in self.rows:
             if row.case == 1 or not row.passed:
+                if row.component != component:
+                    component = row.component
+                    table.add_row("", Text(component, "bold"))
                 shown = line(row)
                 name = row.name if row.case == 1 else f"case {row.case}: {row.name}"
-                table.add_row(marked(row.passed), name, row.component, shown.found, shown.limit, shown.margin)
+                table.add_row(marked(row.passed), name, shown.found, shown.limit, shown.margin)
         return table
 
 

@@ -49,7 +49,10 @@ def run(
     topology: given.Topology = "owner",
     output: Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file.")] = None,
 ) -> int:
-    """Measure time and memory. The last line is one JSON object, with units in its keys."""
+    """Measure time and memory of engines, beside PyTorch where a checkpoint is given.
+
+    Output that does not go to a terminal ends with one JSON object, with units in its keys.
+    """
     request = given.request_from(locals())
     from validate.bench.work import RUNS, BenchOptions
 

@@ -25,7 +25,7 @@ def run(
     ] = None,
     overwrite: given.Overwrite = False,
 ) -> None:
-    """Measure the largest inputs of all linears over prompts; FP8 without static scales scales each token by itself."""
+    """Measure the largest inputs of all linears over prompts, which become static FP8 scales."""
     request = given.request_from(locals())
     from wan_trt.recipes.calibrate import CalibrateOptions, calibrate
 

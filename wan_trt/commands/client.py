@@ -48,7 +48,7 @@ def run(
     preview: Annotated[Path | None, typer.Option(help="JPEG to keep up to date while the video is made.")] = None,
     model: Annotated[str, typer.Option(help="The name it is served under.")] = "wan22",
 ) -> None:
-    """Generate a video on a server. What is not given is the model's default; Ctrl-C cancels the job."""
+    """Generate a video on a server; Ctrl-C cancels the job."""
     from runtime.video import check_destination, renamed_at_end
     from triton_repo.wire import content_of
 

@@ -77,7 +77,7 @@ def run(
     link: Link = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Export a checkpoint to ONNX. Shapes are dynamic unless --size and --frames fix them."""
+    """Export a checkpoint to ONNX, with dynamic shapes unless --size and --frames fix them."""
     fixed = size_of(size)
     from export.exporter import export_checkpoint
     from export.lora.merge import parse_lora

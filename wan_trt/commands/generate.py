@@ -39,7 +39,7 @@ def run(
     schedule: given.Schedule = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print where the time went.")] = False,
 ) -> None:
-    """Generate a video. What is not given is the default of the bundle."""
+    """Generate a video with the default settings of the bundle unless others are given."""
     request = given.request_from(locals())
     from runtime.generate import generate
     from runtime.pipeline import Pipeline

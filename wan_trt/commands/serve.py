@@ -38,7 +38,10 @@ def run(
     one_expert: given.OneExpert = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Triton's log.")] = False,
 ) -> int:
-    """Serve engines until Ctrl-C or SIGTERM; the running job is finished first, a second Ctrl-C ends it."""
+    """Serve engines from Triton until Ctrl-C or SIGTERM.
+
+    The running job is finished first; a second Ctrl-C ends it.
+    """
     limits = given.limits_of(locals())
     from triton_repo.bls_repository import CPU
     from triton_repo.installation import default_environments, find_installation

@@ -61,7 +61,10 @@ def run(
     reference_device: given.ReferenceDevice = "auto",
     official_repo: OfficialRepo = None,
 ) -> int:
-    """Prove that the engines compute what PyTorch computes. Exit code 1 when a check fails or a gate is missed."""
+    """Prove that the engines compute what PyTorch computes.
+
+    The exit code is 1 when a check fails or a gate is missed.
+    """
     if list_gates:
         return _list_gates()
     if precision_study or model is not None:
