@@ -1,8 +1,8 @@
-"""Exports at full size: peak memory over a whole model of holes, throughput beside ``cp``.
+"""Exports at full size: peak memory on a full model of sparse files, throughput relative to ``cp``.
 
-Holes take no disk but would flatter the throughput, so that comes from real-size blocks with random weights. ``cp`` and
-the exports take turns on the same checkpoint: every file is pushed out of the system's cache before it is read, written
-bytes are synced within the time, and a process that starts and loads its libraries counts for both.
+Sparse files take no disk space but would inflate the throughput, so it is measured on full-size blocks with random
+weights. ``cp`` and the exports take turns on the same checkpoint. Each file is evicted from the page cache before it is
+read. The time includes the sync of written bytes and, for both, the start of the process.
 """
 
 import os
@@ -30,7 +30,7 @@ T = TypeVar("T")
 class ExportCase:
     name: str
     layout: Literal["official", "diffusers"]
-    half: bool  # transformers of the checkpoint in bfloat16
+    half: bool  # the checkpoint's transformers are in bfloat16
     precision: Precision
     link: bool = False
 
@@ -43,7 +43,7 @@ TIMED = tuple(case for case in CASES if case.precision in (Precision.BF16, Preci
 
 
 def memory_of(case: ExportCase, spec: ModelSpec, folder: Path) -> dict[str, Any]:
-    """What the export of the whole ``spec``, in sparse files, has resident at most."""
+    """Export the full ``spec`` from sparse files; returns its peak resident memory, time and sizes."""
     from export.synth.checkpoint import synthesise
 
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
@@ -58,7 +58,7 @@ def memory_of(case: ExportCase, spec: ModelSpec, folder: Path) -> dict[str, Any]
 
 
 def throughput_of(cases: Sequence[ExportCase], spec: ModelSpec, folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """Every export of one float32 checkpoint of ``spec``, and ``cp`` of it, in turns; leaves nothing behind."""
+    """Time ``cp`` and every export of one float32 checkpoint of ``spec``, in turns; all files are removed."""
     from export.synth.checkpoint import synthesise, weights_bytes
 
     checkpoint, copy = folder / "checkpoint", folder / "copy"
@@ -74,7 +74,7 @@ def throughput_of(cases: Sequence[ExportCase], spec: ModelSpec, folder: Path, re
             for case in cases:
                 runs[case.name].append(_timed(checkpoint, folder / "bundle", case))
         size = _size(checkpoint)
-        return [{"case": name, **_beside_cp(size, found, cp_seconds)} for name, found in runs.items()]
+        return [{"case": name, **_compare_with_cp(size, found, cp_seconds)} for name, found in runs.items()]
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def _removed(*folders: Path) -> Iterator[None]:
 
 
 def _export(checkpoint: Path, bundle: Path, case: ExportCase, *, sparse: bool) -> int:
-    """In a process of its own; returns the most memory it had resident."""
+    """Export in a new process; returns its peak resident memory in bytes."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(_exported, checkpoint, bundle, case, sparse).result()
 
@@ -114,12 +114,14 @@ def _cp_seconds(folder: Path, copy: Path) -> float:
         return _seconds(lambda: subprocess.run(["cp", "-r", str(folder), str(copy)], check=True))[0]
 
 
-def _beside_cp(checkpoint_bytes: int, runs: Sequence[dict[str, Any]], cp_seconds: Sequence[float]) -> dict[str, Any]:
-    """Throughput is bytes read plus bytes written, in a second; cp reads the checkpoint and writes as much."""
+def _compare_with_cp(
+    checkpoint_bytes: int, runs: Sequence[dict[str, Any]], cp_seconds: Sequence[float]
+) -> dict[str, Any]:
+    """The throughputs: bytes read plus bytes written per second. cp writes as many bytes as it reads."""
     bundle_bytes = runs[0]["bundle_bytes"]
     export_rates = [(checkpoint_bytes + bundle_bytes) / run["seconds"] / 1e9 for run in runs]
     cp_rates = [2 * checkpoint_bytes / seconds / 1e9 for seconds in cp_seconds]
-    shares = [export / cp for export, cp in zip(export_rates, cp_rates, strict=True)]  # of the same turn
+    shares = [export / cp for export, cp in zip(export_rates, cp_rates, strict=True)]  # by turn
     return {
         "checkpoint_bytes": checkpoint_bytes,
         "bundle_bytes": bundle_bytes,

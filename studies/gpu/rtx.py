@@ -1,4 +1,4 @@
-"""Does a TensorRT-RTX engine of our graph build, load and run on this GPU? It does not on every architecture."""
+"""Checks that a TensorRT-RTX engine of our graph builds, loads and runs on this GPU; not every architecture can."""
 
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ RUNS = 20
 
 
 def attempt(setting: StageSettings) -> Iterator[Measurement]:
-    """Builds the tiny transformer for this GPU, then tries to load and run it; a refusal is a finding too."""
+    """Build the tiny transformer for this GPU, then try to load and run it. A refusal is a result too."""
     trt = load_module("tensorrt-rtx")
     spec, target = spec_named("t2v-a14b-tiny"), _target(setting)
     yield Measurement("version", note=str(trt.__version__))
@@ -54,7 +54,7 @@ def attempt(setting: StageSettings) -> Iterator[Measurement]:
 
 
 def _target(setting: StageSettings) -> Target:
-    """A GeForce, with the compute capability of this GPU."""
+    """The target of a GeForce with the compute capability of this GPU."""
     target = TARGETS["rtx4090"]
     if setting.dry_run:
         return target

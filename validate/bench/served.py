@@ -1,8 +1,8 @@
-"""The overhead of a Triton server: the same job in this process and through a server, in turns; and the latency of
-cancelling a job.
+"""The overhead of a Triton server: the same job in this process and through a server, in turns.
 
-Both sides are warm, take the same request and return the bytes of the video file. Only one runs at a time. The served
-time is what a client waits for: sending the request, the queue, progress events and the response.
+The latency of cancelling a job is measured as well. Both sides are warm, take the same request
+and return the bytes of the video file. Only one runs at a time. The served time is what a client waits for: sending
+the request, the queue, progress events and the response.
 """
 
 import hashlib

@@ -44,7 +44,7 @@ def test_parts_that_are_measured_alone_end_in_one_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [("[]", "holds no figures"), ('{"model": "ti2v-5b"}', "is about ti2v-5b")]
+    ("content", "told"), [("[]", "holds no figures"), ('{"model": "ti2v-5b"}', "has figures of ti2v-5b")]
 )
 def test_a_file_of_other_figures_is_not_written_over(tmp_path, content, told):
     (tmp_path / "s.json").write_text(content)

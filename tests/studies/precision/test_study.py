@@ -94,7 +94,7 @@ def test_progress_ends_with_everything_done(study, seen):
         ({"model": "wan3"}, "one of t2v-a14b"),
         ({"steps": 0}, "0 steps"),
         ({"model": "t2v-a14b", "steps": 1}, "none by low_noise"),
-        ({"size": TwinSize(width=128)}, "a multiple of 128 from 256 on"),
+        ({"size": TwinSize(width=128)}, "a multiple of 128, at least 256"),
         ({"size": TwinSize(layers=0)}, "0 layers"),
         ({"size": TwinSize(latent=(2, 7, 8))}, "even sides"),
     ],
