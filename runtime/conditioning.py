@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from runtime.arrays import F32
 from wan22.errors import UserError
-from wan22.specs import rope_split
+from wan22.specs import POSITIONS, rope_split
 
 THETA = 10000.0
-POSITIONS = 1024  # per axis; the models know no more
 
 
 def time_features(timesteps: Sequence[float] | F32, freq_width: int = 256) -> F32:

@@ -13,6 +13,7 @@ from runtime.image import open_image
 from runtime.image_condition import Fit, video_size
 from runtime.schedule import Convention, SolverName, make_schedule
 from wan22.errors import UserError
+from wan22.memory import Video
 from wan22.specs import NEGATIVE_PROMPT, ModelSpec, Task
 
 log = logging.getLogger(__name__)
@@ -56,18 +57,23 @@ class Request:
     solver: SolverName | None = None
     schedule: Convention = "official"
 
-    def completed(self, spec: ModelSpec) -> "CompleteRequest":
+    def completed(self, spec: ModelSpec, video: Video | None = None) -> "CompleteRequest":
         """The request with images opened and every default filled in.
+
+        Args:
+            spec: the model.
+            video: width, height and frames where the request states none; the model's default unless given.
 
         Raises:
             UserError: an image where none belongs or none where one does, a size, frames, guidance or preset that the
                 model cannot have, steps and a shift that make no schedule.
         """
         preset, image = self._preset(spec), self._image(spec)
-        wanted = self.size or spec.sampling.sizes[0]
+        *usual, usual_frames = video or (*spec.sampling.sizes[0], spec.sampling.frames)
+        wanted = self.size or (usual[0], usual[1])
         if image is not None:
             wanted = video_size(spec, image.size, wanted, self.fit, exact_official=self.exact_official)
-        frames = _or(self.frames, spec.sampling.frames)
+        frames = _or(self.frames, usual_frames)
         latent_shape = spec.latent_shape(*wanted, frames)
         complete = CompleteRequest(
             prompt=self.prompt,

@@ -26,7 +26,7 @@ def load(settings: Settings, new_engine: NewEngine | None = None) -> ServedPipel
         NonFiniteError: the engines compute NaN.
     """
     bundle = trusted_bundle(settings)
-    pipeline = ServedPipeline(bundle, keep_experts=settings.keep_experts, new_engine=new_engine)
+    pipeline = ServedPipeline(bundle, residency=settings.residency, new_engine=new_engine)
     if settings.warm_up:
         warm_up(pipeline)
     return pipeline
@@ -55,7 +55,7 @@ def warm_up(pipeline: ServedPipeline) -> None:
     build = pipeline.bundle.manifest.build
     width, height, frames = smallest_video(pipeline.spec, build.profiles if build else ())
     request = Request(WARM_UP_PROMPT, size=(width, height), frames=frames, steps=1, image=_grey(pipeline.spec))
-    (step,) = pipeline.denoise(request.completed(pipeline.spec))
+    (step,) = pipeline.denoise(pipeline.complete(request))
     for shown in pipeline.decode(step.latents):
         require_finite(shown, "decoded frames")
 

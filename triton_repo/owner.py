@@ -82,8 +82,8 @@ class Owner:
 
     def _run(self, request: Any, sender: Any) -> Answer:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        bundle, limits = self.pipeline.bundle, self.settings.limits
-        asked = wanted(tensors, bundle.manifest.spec, bundle.manifest.build, limits)
+        manifest, limits = self.pipeline.bundle.manifest, self.settings.limits
+        asked = wanted(tensors, manifest, limits)
         self.pipeline.tokenizer.encode(asked.request.prompt)  # refuses a prompt that cleaning leaves nothing of
         return Job(
             self.pipeline,

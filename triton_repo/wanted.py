@@ -15,15 +15,16 @@ from typing import Any, cast, get_args
 import numpy as np
 from PIL import Image
 
+from runtime.built_for import check_video, default_video
 from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
 from runtime.schedule import SolverName
 from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS
 from triton_repo.settings import Limits
-from wan22.bundle import Build
+from wan22.bundle import Manifest
 from wan22.errors import UserError
-from wan22.shapes import fitting_profile
+from wan22.memory import Video
 from wan22.specs import ModelSpec
 
 EXPERT_GUIDANCE = {"guidance_high_noise": "high_noise", "guidance_low_noise": "low_noise"}
@@ -45,21 +46,21 @@ class Wanted:
     deadline_unix_s: float  # infinite where there is none
 
 
-def wanted(tensors: Mapping[str, np.ndarray], spec: ModelSpec, build: Build | None, limits: Limits) -> Wanted:
-    """The job that the input tensors of one request describe.
+def wanted(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits) -> Wanted:
+    """The job that the input tensors of one request describe, for the bundle of ``manifest``.
 
     Raises:
         UserError: anything that the model cannot or must not do.
     """
+    spec = manifest.spec
     for name, tensor in tensors.items():
         _check_bytes(name, tensor, limits)
     given = {name: _value(name, tensor) for name, tensor in tensors.items()}
-    _check_amounts(given, spec, limits)
+    _check_amounts(given, default_video(manifest), limits)
     request = _request(given, spec)
-    complete = request.completed(spec)
+    complete = request.completed(spec, default_video(manifest))
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
-    frames, height, width = complete.latent_shape[2:]
-    fitting_profile({"frames": frames, "height": height, "width": width}, build.profiles if build else ())
+    check_video(manifest, (complete.width, complete.height, complete.frames))
     return Wanted(
         request=complete,
         fps=_within("fps", given.get("fps", spec.sampling.fps), 1, MAX_FPS),
@@ -121,13 +122,13 @@ def _size(given: Mapping[str, Any]) -> tuple[int, int] | None:
     return (given["width"], given["height"]) if "width" in given else None
 
 
-def _check_amounts(given: Mapping[str, Any], spec: ModelSpec, limits: Limits) -> None:
+def _check_amounts(given: Mapping[str, Any], usual: Video, limits: Limits) -> None:
     """Sides, frames and steps as they were asked for, so that no image is opened and no list made for absurd ones."""
-    width, height = _size(given) or spec.sampling.sizes[0]
+    width, height = _size(given) or usual[:2]
     if min(width, height) < 1:
         raise UserError(f"size {width}x{height}", "a width and height above 0", "state another")
     _at_most("video of", width * height, limits.max_pixels, "pixels")
-    _at_most("video of", given.get("num_frames", 1), limits.max_frames, "frames")
+    _at_most("video of", given.get("num_frames", usual[2]), limits.max_frames, "frames")
     _at_most("run of", given.get("steps", 1), limits.max_steps, "steps")
 
 

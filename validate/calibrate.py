@@ -25,12 +25,14 @@ from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
 from export.graphs.linear import FLOAT8_MAX
 from export.quantise.input_means import CENTRED, Means, input_width, write_input_means
 from export.quantise.input_scales import LinearScales, Scales, largest_magnitude, write_input_scales
+from runtime.built_for import check_video, default_video
 from runtime.pipeline import Pipeline
 from runtime.prompts import Prompt, read_prompts
 from runtime.request import CompleteRequest, Request
 from validate.files import check_place
 from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
+from wan22.memory import ONE_EXPERT, ResidencyChoice
 from wan22.progress import Progress, silent
 from wan22.specs import Precision
 
@@ -56,6 +58,7 @@ class CalibrateOptions:
     target: str = "cpu"
     means: Path | None = None  # also write the means of the inputs, for ``wan-trt export --input-means``
     overwrite: bool = False
+    residency: ResidencyChoice = "auto"  # what stays loaded of the engines
     negative_prompt: str | None = None  # of the forwards without the prompt; "" for those without any text
 
 
@@ -111,7 +114,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
         folder = Path(temporary)
         taps = write_tapped(source, folder / "graphs", options.target)
         build_engines(folder / "graphs", folder / "engines", _build_options(source, requests[0], options), progress)
-        with TappedPipeline(open_bundle(folder / "engines", "engines"), taps) as pipeline:
+        with TappedPipeline(open_bundle(folder / "engines", "engines"), taps, options.residency) as pipeline:
             _run(pipeline, requests, progress)
             found = pipeline.tapped
     inputs = {expert: _largest(expert, found.get(expert), requests[0].steps) for expert in spec.experts}
@@ -135,25 +138,23 @@ def _check_precision(source: Bundle) -> None:
 
 
 def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) -> list[CompleteRequest]:
-    spec, fixed = source.manifest.spec, source.manifest.size
-    size, frames = options.size, options.frames
-    if fixed is not None:
-        size, frames = size or fixed[:2], fixed[2] if frames is None else frames
-        if (*size, frames) != fixed:
-            raise UserError(f"--size or --frames other than {fixed}", "what the graphs are fixed to", "leave them out")
-    return [
+    usual = default_video(source.manifest)
+    requests = [
         Request(
             prompt.text,
             options.negative_prompt,
-            size,
-            frames,
+            options.size,
+            options.frames,
             image=prompt.image,
             fit="crop",
             seed=seed,
             steps=options.steps,
-        ).completed(spec)
+        ).completed(source.manifest.spec, usual)
         for seed, prompt in enumerate(prompts, options.seed)
     ]
+    for request in requests:
+        check_video(source.manifest, (request.width, request.height, request.frames))
+    return requests
 
 
 def _build_options(source: Bundle, request: CompleteRequest, options: CalibrateOptions) -> BuildOptions:
@@ -221,8 +222,8 @@ def _link(source: Path, target: Path) -> None:
 class TappedPipeline(Pipeline):
     """A pipeline whose experts note their maxima."""
 
-    def __init__(self, bundle: Bundle, taps: Mapping[str, "Taps"]) -> None:
-        super().__init__(bundle, keep_experts=False)
+    def __init__(self, bundle: Bundle, taps: Mapping[str, "Taps"], residency: ResidencyChoice) -> None:
+        super().__init__(bundle, residency=residency, choices=ONE_EXPERT)
         self._taps = taps
         self.tapped: dict[str, Tapped] = {}
 

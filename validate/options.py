@@ -3,13 +3,14 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from runtime.built_for import check_video, default_video
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
 from runtime.schedule import Convention, SolverName
 from validate.reference.device import Choice
 from validate.sample_image import picture_for
 from wan22.bundle import Manifest
-from wan22.errors import UserError
+from wan22.memory import ResidencyChoice
 from wan22.specs import Task
 
 PROMPT = "A red fox runs through fresh snow at sunrise, 一只红狐狸在雪地里奔跑"
@@ -41,6 +42,8 @@ class ValidateOptions:
     # several runs
     prompts: Path | None = None  # see :func:`runtime.prompts.read_prompts`; instead of prompt and image
     seeds: tuple[int, ...] = ()  # instead of seed
+    # memory
+    residency: ResidencyChoice = "auto"  # what stays loaded of the engines
     # the references
     reference_device: Choice = "auto"
     official_repo: Path | None = None  # a clone of the official code, for a second one
@@ -51,20 +54,20 @@ class ValidateOptions:
     command: str = ""
 
     def request(self, manifest: Manifest) -> CompleteRequest:
-        """Everything filled in; a bundle of fixed shapes gives its own size and frames.
+        """Everything filled in, size and frames as :func:`runtime.built_for.default_video` has them.
 
         Raises:
             UserError: what the model or the shapes of the bundle do not allow.
         """
-        spec, fixed = manifest.spec, manifest.size
-        size = self.size or (fixed[:2] if fixed else spec.sampling.sizes[0])
+        spec, usual = manifest.spec, default_video(manifest)
+        size = self.size or usual[:2]
         spec.check_size(*size)  # before a picture is made in its shape
         shared = {} if self.guidance is None else dict.fromkeys(spec.experts, self.guidance)
         request = Request(
             prompt=PROMPT if self.prompt is None else self.prompt,
             negative_prompt=self.negative_prompt,
             size=size,
-            frames=self.frames if self.frames is not None or not fixed else fixed[2],
+            frames=usual[2] if self.frames is None else self.frames,
             image=picture_for(size) if self.image is None and spec.task != Task.T2V else self.image,
             last_image=self.last_image,
             fit=self.fit,
@@ -78,7 +81,6 @@ class ValidateOptions:
             schedule=self.schedule,
         )
         complete = request.completed(spec)
-        if fixed and fixed != (made := (complete.width, complete.height, complete.frames)):
-            found, expected = ("{}x{}, {} frames".format(*shape) for shape in (made, fixed))
-            raise UserError(f"a video of {found}", f"{expected}, which the engines are made for", "try --fit crop")
+        hint = "; with an image, --fit crop makes exactly that size" if complete.image is not None else ""
+        check_video(manifest, (complete.width, complete.height, complete.frames), hint)
         return complete

@@ -65,7 +65,7 @@ def validate(
     options = options or ValidateOptions()
     if options.calls is not None:
         check_calls(options.calls)
-    with open_for_comparison(engines, options.calls) as pipeline:
+    with open_for_comparison(engines, options.calls, options.residency) as pipeline:
         manifest = pipeline.bundle.manifest
         cases = cases_of(options, manifest.spec.task)
         requests = [case.options.request(manifest) for case in cases]

@@ -14,6 +14,7 @@ from wan22.errors import UserError
 PATCH = (1, 2, 2)  # latent frames, rows and columns per token
 TEXT_TOKENS = 512  # rows of text that the transformer sees, the unused ones exact zeros
 TRAIN_TIMESTEPS = 1000
+POSITIONS = 1024  # tokens per axis that the transformers' rotary embedding knows
 
 LATENTS_MEAN_2_1 = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -248,8 +249,19 @@ class ModelSpec:
         latent_frames = 1 + (frames - 1) // self.vae.temporal_stride
         return (1, self.vae.latent_channels, latent_frames, height // stride, width // stride)
 
+    @property
+    def longest_side(self) -> int:
+        """In pixels."""
+        return POSITIONS * self.size_multiple
+
+    @property
+    def most_frames(self) -> int:
+        return 1 + (POSITIONS - 1) * self.vae.temporal_stride
+
     def check_size(self, width: int, height: int) -> None:
         multiple = self.size_multiple
+        if max(width, height) > self.longest_side:
+            raise UserError(f"size {width}x{height}", f"sides of at most {self.longest_side} pixels", "make it smaller")
         if width > 0 and height > 0 and width % multiple == 0 and height % multiple == 0:
             return
         near = "x".join(str(max(multiple, round(side / multiple) * multiple)) for side in (width, height))
@@ -257,6 +269,8 @@ class ModelSpec:
 
     def check_frames(self, frames: int) -> None:
         stride = self.vae.temporal_stride
+        if frames > self.most_frames:
+            raise UserError(f"{frames} frames", f"at most {self.most_frames}", "make the video shorter")
         if frames > 0 and (frames - 1) % stride == 0:
             return
         near = max(0, round((frames - 1) / stride)) * stride + 1

@@ -32,6 +32,10 @@ ReferenceDevice = Annotated[
 ]
 Gate = Annotated[Path | None, typer.Option(help="TOML of thresholds; exit code 1 when one is missed.")]
 ListGates = Annotated[bool, typer.Option("--list-gates", help="Only print what a gate may name.")]
+Residency = Annotated[
+    Literal["all", "one-expert", "one-component", "auto"],
+    typer.Option(help="Engines that stay loaded; auto: as many as fit into the free memory."),
+]
 Schedule = Annotated[Literal["official", "diffusers"], typer.Option(help="Whose list of timesteps.")]
 
 SEEDS_AT_MOST = 1000

@@ -20,6 +20,7 @@ from validate.bench.machine import device_peak, peak_bytes, reset_peak, resident
 from validate.bench.work import COMPILED, OURS, RUN, TEXT, BenchOptions, Side, work_for
 from validate.reference.device import reference_device
 from wan22.bundle import open_bundle
+from wan22.memory import ONE_EXPERT
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -103,7 +104,7 @@ def _measured(job: Job) -> Footprint:
     bundle = open_bundle(job.engines, "engines")
     _import_libraries(job, bundle.manifest.build.backend if bundle.manifest.build else "")
     libraries = resident_bytes()
-    with device_peak() as device, Pipeline(bundle, keep_experts=False) as pipeline:
+    with device_peak() as device, Pipeline(bundle, residency=job.options.residency, choices=ONE_EXPERT) as pipeline:
         side = _side(job, pipeline)
         if job.piece != RUN:
             side.open(job.piece)

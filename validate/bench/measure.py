@@ -32,8 +32,9 @@ from validate.bench.whole_run import in_turns as events_in_turns
 from validate.bench.work import COMPILED, EAGER, OURS, RUN, BenchOptions, Side, Work, runner, work_for
 from validate.gate import judge, read_gates
 from validate.reference.device import Device, reference_device
-from wan22.bundle import Bundle
+from wan22.bundle import Bundle, open_bundle
 from wan22.errors import NonFiniteError, UserError
+from wan22.memory import ONE_EXPERT
 from wan22.progress import Progress, silent
 
 NEW_PROMPTS = 3  # timed forwards that are the first of their prompt
@@ -78,7 +79,7 @@ def opened(
         raise UserError("torch.compile without a checkpoint", "the checkpoint of the engines", "name it after them")
     if checkpoint is None and options.reference_device != "auto":
         raise UserError("--reference-device without a checkpoint", "one for PyTorch", "name it after the engines")
-    with Pipeline.open(engines, keep_experts=False) as pipeline:
+    with Pipeline(open_bundle(engines, "engines"), residency=options.residency, choices=ONE_EXPERT) as pipeline:
         work = work_for(pipeline.bundle, options)
         if checkpoint is None:
             yield Setting(pipeline, work, None, options, progress)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.built_for import default_video
 from runtime.generate import generate
 from runtime.pipeline import Pipeline
 from runtime.request import Request
@@ -33,6 +34,7 @@ from validate.gate import read_gates
 from validate.options import PROMPT
 from validate.sample_image import picture_for
 from wan22.bundle import open_bundle
+from wan22.memory import ResidencyChoice, Video
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec, Task
 
@@ -55,17 +57,18 @@ class ServedOptions:
     runs: int = RUNS  # of each side
     warmup: int = 2  # runs of each side before them
     gate: Path | None = None  # TOML, see validate.gate; None: the targets
+    residency: ResidencyChoice = "auto"  # what stays loaded of the engines, on each side
     # for the record
     command: str = ""
 
-    def request(self, spec: ModelSpec) -> Request:
-        """The job, complete enough to be the same on both sides."""
-        size = self.size or spec.sampling.sizes[0]
+    def request(self, spec: ModelSpec, usual: Video) -> Request:
+        """The job, complete enough to be the same on both sides; ``usual`` is the video of the bundle."""
+        size = self.size or usual[:2]
         image = None if spec.task == Task.T2V else picture_for(size)
         return Request(
             self.prompt or PROMPT,
             size=size,
-            frames=self.frames or spec.sampling.frames,
+            frames=self.frames or usual[2],
             image=self.image.read_bytes() if self.image else image,
             steps=self.steps,
             seed=self.seed,
@@ -166,8 +169,9 @@ def bench_served(
         UserError: a request that the model cannot do, a gate that this does not measure, a server that does not start.
     """
     gates = read_gates(options.gate, "bench", (OVERHEAD, BEYOND_STEP)) if options.gate else TARGETS
-    spec = open_bundle(engines, "engines").manifest.spec
-    request = options.request(spec)
+    manifest = open_bundle(engines, "engines").manifest
+    spec = manifest.spec
+    request = options.request(spec, default_video(manifest))
     complete = request.completed(spec)
     facts = {
         "model": spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
@@ -177,7 +181,7 @@ def bench_served(
     with (
         tempfile.TemporaryDirectory(prefix="wan22-") as folder,
         _served(engines, Path(folder), options, installation, environment) as server,
-        Pipeline.open(engines) as pipeline,
+        Pipeline.open(engines, residency=options.residency) as pipeline,
     ):
         direct = Direct(pipeline, Path(folder))
         sides = {DIRECT: lambda: direct.make(request), SERVED: lambda: server.make(request)}
@@ -208,7 +212,9 @@ def _served(
 ) -> Iterator[Server]:
     """A server of ``engines`` on free ports of loopback, ready, and a client."""
     repository = folder / "repository"
-    written = write_repository(engines, repository, RepositoryOptions(topology=options.topology))
+    written = write_repository(
+        engines, repository, RepositoryOptions(topology=options.topology, residency=options.residency)
+    )
     variant = CPU if options.topology == "bls" and not is_for_gpu(written.bundle) else ""
     http, grpc, metrics = free_ports(3)
     serve = ServeOptions("127.0.0.1", http, grpc, metrics, variant, quiet=True)

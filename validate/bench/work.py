@@ -21,6 +21,7 @@ from validate.options import ValidateOptions
 from validate.reference.device import Choice
 from wan22.bundle import Bundle
 from wan22.errors import UserError
+from wan22.memory import ResidencyChoice
 from wan22.specs import TEXT_TOKENS, ModelSpec, Task, tokens
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"  # sides
@@ -48,6 +49,7 @@ class BenchOptions:
     memory: bool = True
     whole_runs: int = WHOLE_RUNS  # from prompt to frames
     reference_device: Choice = "auto"  # of PyTorch
+    residency: ResidencyChoice = "auto"  # what stays loaded of the engines
     # for the record
     command: str = ""
 

@@ -50,8 +50,8 @@ class Ours:
 
     def encode(self, video: F32) -> F32:
         """Normalised latents of frames ``[1, 3, F, H, W]``, chunk by chunk."""
-        following = self._pipeline.engine("vae_encoder_next") if video.shape[2] > 1 else None
-        return encode(self._pipeline.engine("vae_encoder_first"), following, video)
+        following = self._pipeline.on_call("vae_encoder_next") if video.shape[2] > 1 else None
+        return encode(self._pipeline.on_call("vae_encoder_first"), following, video)
 
     def given(self, request: CompleteRequest) -> Given:
         return Given(**self._pipeline.image_condition(request))

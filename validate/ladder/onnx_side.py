@@ -15,6 +15,7 @@ from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from runtime.pipeline import Pipeline
 from validate.ladder.polygraphy_files import RecordingPipeline
 from wan22.bundle import Build, Component, Manifest, kind_of, open_bundle
+from wan22.memory import ONE_EXPERT, ResidencyChoice
 from wan22.specs import Precision
 
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ BY_ROUNDING = "emulated by rounding"
 WITH_KERNELS = (Precision.FP32, Precision.FP16)  # of ONNX Runtime on the CPU
 
 
-def open_for_comparison(folder: Path, calls: Path | None = None) -> Pipeline:
+def open_for_comparison(folder: Path, calls: Path | None = None, residency: ResidencyChoice = "auto") -> Pipeline:
     """The pipeline of the engines at ``folder``, or of the graphs there; first calls are written into ``calls``.
+
+    The reference needs memory too, so ``auto`` keeps one expert at most.
 
     Raises:
         UserError: no bundle there, or not as its manifest says.
@@ -35,8 +38,8 @@ def open_for_comparison(folder: Path, calls: Path | None = None) -> Pipeline:
     bundle = open_bundle(folder, "engines" if engines else "graphs")
     new_engine = None if engines else partial(_engine, folder)
     if calls is None:
-        return Pipeline(bundle, keep_experts=False, new_engine=new_engine)
-    return RecordingPipeline(bundle, calls, keep_experts=False, new_engine=new_engine)
+        return Pipeline(bundle, residency=residency, choices=ONE_EXPERT, new_engine=new_engine)
+    return RecordingPipeline(bundle, calls, residency=residency, choices=ONE_EXPERT, new_engine=new_engine)
 
 
 def how_made(manifest: Manifest) -> dict[str, str]:

@@ -7,7 +7,7 @@ or another build is run on the same inputs and compared with the same answers, l
         --load-inputs calls/low_noise.inputs.json --load-outputs calls/low_noise.outputs.json
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.pipeline import NewEngine, Pipeline
 from wan22.bundle import Bundle
 from wan22.errors import UserError
+from wan22.memory import RESIDENCIES, Residency, ResidencyChoice
 from wan22.whole_file import whole_file
 
 Record = Callable[[str, dict[str, np.ndarray], dict[str, np.ndarray]], None]  # component, inputs, outputs
@@ -26,9 +27,15 @@ class RecordingPipeline(Pipeline):
     """A pipeline that writes the first call of each of its engines into ``calls``."""
 
     def __init__(
-        self, bundle: Bundle, calls: Path, *, keep_experts: bool = True, new_engine: NewEngine | None = None
+        self,
+        bundle: Bundle,
+        calls: Path,
+        *,
+        residency: ResidencyChoice = "auto",
+        choices: Sequence[Residency] = RESIDENCIES,
+        new_engine: NewEngine | None = None,
     ) -> None:
-        super().__init__(bundle, keep_experts=keep_experts, new_engine=new_engine)
+        super().__init__(bundle, residency=residency, choices=choices, new_engine=new_engine)
         self._calls, self._recorded = calls, set[str]()
 
     def engine(self, name: str) -> Engine:

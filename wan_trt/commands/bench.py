@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from wan22.errors import UserError
-from wan_trt.arguments import Frames, Gate, ListGates, ReferenceDevice, Seed, Size, size_of
+from wan_trt.arguments import Frames, Gate, ListGates, ReferenceDevice, Residency, Seed, Size, size_of
 from wan_trt.commands.triton import Topology
 from wan_trt.console import bars, command_line, console
 
@@ -36,6 +36,7 @@ def run(
     whole_runs: Annotated[int, typer.Option(min=0, help="Runs from prompt to frames.")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Only this piece, such as vae_decoder; repeatable.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile as a third side.")] = False,
+    residency: Residency = "auto",
     reference_device: ReferenceDevice = "auto",
     memory: Annotated[bool, typer.Option(help="Measure peak memory, in processes of their own.")] = True,
     compare: Annotated[Path | None, typer.Option(help="JSON of an earlier bench: show what got worse.")] = None,
@@ -54,7 +55,8 @@ def run(
 
     options = BenchOptions(
         prompt, size_of(size), frames, None if image is None else str(image), steps or STEPS, seed,
-        tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, command_line(),
+        tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, residency,
+        command_line(),
     )  # fmt: skip
     if list_gates:
         return _list_gates(engines)
@@ -116,7 +118,7 @@ def _served(
 
     asked = ServedOptions(
         options.prompt, options.size, options.frames, image, steps or STEPS, options.seed,
-        topology=topology, runs=runs or RUNS, gate=gate, command=options.command,
+        topology=topology, runs=runs or RUNS, gate=gate, residency=options.residency, command=options.command,
     )  # fmt: skip
     installation = find_installation(default_environments())
     with bars() as progress:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wan_trt.arguments import Frames, NegativePrompt, Overwrite, Seed, Size, size_of
+from wan_trt.arguments import Frames, NegativePrompt, Overwrite, Residency, Seed, Size, size_of
 from wan_trt.console import bars, console
 
 
@@ -23,13 +23,16 @@ def run(
     means: Annotated[
         Path | None, typer.Option(help="Also write .safetensors for wan-trt export --input-means.")
     ] = None,
+    residency: Residency = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Measure the largest inputs of all linears over prompts; FP8 without static scales scales each token by itself."""
     pixels = size_of(size)
     from validate.calibrate import CalibrateOptions, calibrate
 
-    options = CalibrateOptions(prompts, steps, pixels, frames, seed, margin, target, means, overwrite, negative_prompt)
+    options = CalibrateOptions(
+        prompts, steps, pixels, frames, seed, margin, target, means, overwrite, residency, negative_prompt
+    )
     with bars() as progress:
         calibration = calibrate(bundle, out, options, progress)
     console.print(calibration.table())

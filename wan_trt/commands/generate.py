@@ -16,6 +16,7 @@ from wan_trt.arguments import (
     LastImage,
     NegativePrompt,
     Preset,
+    Residency,
     Schedule,
     Seed,
     Shift,
@@ -54,6 +55,7 @@ def run(
     guidance: Guidance = None,
     solver: Solver = None,
     schedule: Schedule = "official",
+    residency: Residency = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print where the time went.")] = False,
 ) -> None:
     """Generate a video. What is not given is the model's default."""
@@ -61,7 +63,7 @@ def run(
     from runtime.pipeline import Pipeline
     from runtime.request import Request
 
-    with Pipeline.open(engines) as pipeline, bars() as progress:
+    with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:
         chosen = {} if guidance is None else dict.fromkeys(pipeline.spec.experts, guidance)
         request = Request(
             prompt,

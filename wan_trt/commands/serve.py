@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from wan_trt.arguments import Residency
 from wan_trt.commands.triton import GpuMemory, Limit, Topology, limits_of, memory_gib
 from wan_trt.console import console, tell_unread
 
@@ -33,7 +34,7 @@ def run(
     max_silence: Annotated[
         float, typer.Option(help="Seconds without a sign of the model before it counts as dead.", min=1)
     ] = 120,
-    one_expert: Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")] = False,
+    residency: Residency = "auto",
 ) -> int:
     """Serve engines until Ctrl-C or SIGTERM; the running job is finished first, a second Ctrl-C ends it."""
     from triton_repo.bls_repository import CPU
@@ -51,7 +52,7 @@ def run(
             name,
             topology,
             limits,
-            keep_experts=not one_expert,
+            residency=residency,
             memory_gib=memory_gib(engines, topology, gpu_memory),
         )
         written = write_repository(engines, repository, packing)

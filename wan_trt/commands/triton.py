@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from wan22.errors import UserError
-from wan_trt.arguments import Overwrite
+from wan_trt.arguments import Overwrite, Residency
 from wan_trt.console import console, tell_unread
 
 Topology = Annotated[
@@ -32,7 +32,7 @@ def run(
     max_image_bytes: Limit = None,
     queue_size: Annotated[int, typer.Option(help="Jobs that may wait, per priority.", min=1)] = 8,
     longest_job: Annotated[int, typer.Option(help="Seconds a job may run, and a shutdown waits.", min=1)] = 3600,
-    one_expert: Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")] = False,
+    residency: Residency = "auto",
     kubernetes: Annotated[Path | None, typer.Option(help="Folder to write Kubernetes manifests to as well.")] = None,
     image: Annotated[
         str, typer.Option(help="Of the pods: tritonserver 26.07 or later with wan-trt installed.")
@@ -55,7 +55,7 @@ def run(
         topology,
         limits=limits,
         engines_at=engines_at or (ENGINES_AT if kubernetes else ""),
-        keep_experts=not one_expert,
+        residency=residency,
         drain_flag=str(DRAIN_FLAG) if kubernetes else "",
         memory_gib=memory_gib(engines, topology, gpu_memory),
         overwrite=overwrite,

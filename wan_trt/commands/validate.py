@@ -20,6 +20,7 @@ from wan_trt.arguments import (
     NegativePrompt,
     Preset,
     ReferenceDevice,
+    Residency,
     Schedule,
     Seed,
     Shift,
@@ -88,6 +89,7 @@ def run(
     list_gates: ListGates = False,
     bench: Bench = None,
     calls: Calls = None,
+    residency: Residency = "auto",
     reference_device: ReferenceDevice = "auto",
     official_repo: OfficialRepo = None,
 ) -> int:
@@ -111,8 +113,8 @@ def run(
         prompt, negative_prompt, fixed, frames, image=image, last_image=last_image, fit=fit,
         exact_official=exact_official, seed=seed, preset=preset, steps=steps, shift=shift, guidance=guidance,
         guidance_of=by_expert(guidance_high_noise, guidance_low_noise), solver=solver, schedule=schedule,
-        prompts=prompts, seeds=several, reference_device=reference_device, official_repo=official_repo,
-        calls=calls, gate=gate, bench=bench, command=command_line(),
+        prompts=prompts, seeds=several, residency=residency, reference_device=reference_device,
+        official_repo=official_repo, calls=calls, gate=gate, bench=bench, command=command_line(),
     )  # fmt: skip
     return _compare(engines, checkpoint, output, options)
 
