@@ -11,8 +11,9 @@ from runtime.pipeline import NewEngine
 from runtime.request import Request
 from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.settings import Settings
-from wan22.bundle import MANIFEST, Bundle, open_bundle, sha256_of
+from wan22.bundle import MANIFEST, Bundle, Manifest, open_bundle, sha256_of
 from wan22.errors import UserError
+from wan22.memory import Video
 from wan22.specs import ModelSpec, Task
 
 WARM_UP_PROMPT = "warm up"
@@ -52,16 +53,20 @@ def warm_up(pipeline: ServedPipeline) -> None:
     """
     for component in pipeline.spec.components:
         pipeline.engine(component)
-    build = pipeline.bundle.manifest.build
-    width, height, frames = smallest_video(pipeline.spec, build.profiles if build else ())
-    request = Request(WARM_UP_PROMPT, size=(width, height), frames=frames, steps=1, image=_grey(pipeline.spec))
+    width, height, frames = smallest_video(pipeline.bundle.manifest)
+    request = Request(
+        WARM_UP_PROMPT, size=(width, height), frames=frames, steps=1, image=_grey(pipeline.spec), fit="crop"
+    )
     (step,) = pipeline.denoise(pipeline.complete(request))
     for shown in pipeline.decode(step.latents):
         require_finite(shown, "decoded frames")
 
 
-def smallest_video(spec: ModelSpec, profiles: tuple[dict[str, tuple[int, int, int]], ...]) -> tuple[int, int, int]:
-    """Width, height and frames of the smallest video that a profile has room for, at least two latent frames."""
+def smallest_video(manifest: Manifest) -> Video:
+    """Width, height and frames of the smallest video that the bundle makes, at least two latent frames if it can."""
+    if manifest.size is not None:
+        return manifest.size
+    spec, profiles = manifest.spec, manifest.build.profiles if manifest.build else ()
     profile = profiles[0] if profiles else {}
     stride, least = spec.vae.spatial_stride, spec.size_multiple
     width, height = (max(least, stride * profile.get(name, (0,))[0]) for name in ("width", "height"))
