@@ -38,7 +38,9 @@ WAYS: dict[Residency, str] = {
 EXPORT_RAM_GIB = 2.0  # exporting streams tensor by tensor; the largest is the text encoder's embedding
 BUILD_RAM_FACTOR = 1.5  # anonymous memory over weights with streamed serialisation (beside evictable file pages)
 BUILD_RAM_GIB = 1.0  # of the builder itself
-KERNEL_CODE_BYTES = 60e6  # in the engine of a full-size transformer
+# in an engine and its log beside the weights, as TensorRT-RTX 1.7.1 wrote them for SM89 and SM120
+KERNELS_BYTES = {"text_encoder": 1.5e6, "vae": 7e6, "transformer": 4e6}
+KERNELS_PER_LAYER_BYTES = {"text_encoder": 0.5e6, "vae": 0.0, "transformer": 1.4e6}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Plan:
     def weights_bytes(self) -> dict[str, float]:
         """As the bundle stores them, by part: VAE in float32, the text encoder never below 16 bits."""
         spec, precision = self.request.spec, self.request.precision
-        text = text_encoder_weights_bytes(spec.text_encoder, usual_precisions(spec, precision)["text_encoder"])
+        text = text_encoder_weights_bytes(spec.text_encoder, self.precisions["text_encoder"])
         sizes = {"text_encoder": text} | dict.fromkeys(spec.experts, dit_weights_bytes(spec.dit, precision))
         return {part: sizes.get(part, 4.0 * count) for part, count in model_parameters(spec).items()}
 
@@ -79,8 +81,9 @@ class Plan:
 
     @property
     def engines_bytes(self) -> float:
-        experts = len(self.request.spec.experts)
-        return self.bundle_bytes + experts * KERNEL_CODE_BYTES * min(1.0, self.request.spec.dit.layers / 30)
+        if self.request.target.backend == "onnxruntime":
+            return self.bundle_bytes
+        return sum(each.weights + kernel_bytes(self.request.spec, each.component) for each in self.memory)
 
     @property
     def build_ram_bytes(self) -> float:
@@ -91,8 +94,14 @@ class Plan:
     @cached_property
     def memory(self) -> list[Memory]:
         """Of every engine."""
-        spec, precision = self.request.spec, self.request.precision
-        return list(engines_memory(spec, usual_precisions(spec, precision), self.request.video).values())
+        return list(engines_memory(self.request.spec, self.precisions, self.request.video).values())
+
+    @cached_property
+    def precisions(self) -> dict[str, Precision]:
+        """Of every component, as an export for the target has it."""
+        request = self.request
+        text = request.target.text_encoder_precision(request.precision)
+        return usual_precisions(request.spec, request.precision) | {"text_encoder": text}
 
     @cached_property
     def needed(self) -> dict[Residency, float]:
@@ -113,8 +122,7 @@ class Plan:
     def refusal(self) -> UserError:
         """Why nothing fits where nothing does, and what would."""
         request, memory = self.request, {each.component: each for each in self.memory}
-        precisions = usual_precisions(request.spec, request.precision)
-        fitting = largest_fitting(request.spec, precisions, request.video, self.usable_vram_bytes)
+        fitting = largest_fitting(request.spec, self.precisions, request.video, self.usable_vram_bytes)
         return refusal(self.needed, memory, self.usable_vram_bytes, fitting)
 
     @property
@@ -195,6 +203,15 @@ class Plan:
             "roofline_step_s": self.step_seconds,
             "roofline_video_s": self.video_seconds,
         }
+
+
+def kernel_bytes(spec: ModelSpec, component: str) -> float:
+    """What the engine of ``component`` and its log take on disk beside the weights."""
+    if component.startswith("vae"):
+        return KERNELS_BYTES["vae"]
+    part = "text_encoder" if component == "text_encoder" else "transformer"
+    layers = spec.text_encoder.layers if component == "text_encoder" else spec.dit.layers
+    return KERNELS_BYTES[part] + layers * KERNELS_PER_LAYER_BYTES[part]
 
 
 def make_plan(

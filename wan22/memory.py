@@ -218,14 +218,23 @@ def dit_scratch_bytes(spec: DitSpec, count: int, precision: Precision) -> float:
 def _vae(spec: VaeSpec, name: str, precision: Precision, latent_shape: tuple[int, ...], cache_sets: int) -> Memory:
     """The first chunk writes caches, later ones read them too; in float32 whatever the precision."""
     half, first, size = name.rpartition("_")[0], name.endswith("_first"), (latent_shape[3], latent_shape[4])
-    positions, stored = size[0] * size[1], STORED_BYTES[precision]
-    layers = list((decoder_layers if half == "vae_decoder" else encoder_layers)(spec, first))
-    weights = float(stored * sum(layer.parameters for layer in layers))
-    scratch = VAE_TENSORS[spec.generation] * stored * _largest_tensor(layers, positions)
+    positions = size[0] * size[1]
+    weights = vae_weights_bytes(spec, name, precision)
+    scratch = VAE_TENSORS[spec.generation] * STORED_BYTES[precision] * _largest_tensor(_layers(spec, name), positions)
     frames, sets = (1, 1) if first else (spec.temporal_stride, cache_sets)
     pixels = 3 * frames * spec.spatial_stride**2 * positions
     edges = 4.0 * (sets * cache_elements(spec, half, size) + pixels + spec.latent_channels * positions)
     return Memory(name, weights, scratch, edges)
+
+
+def vae_weights_bytes(spec: VaeSpec, component: str, precision: Precision) -> float:
+    """Of one graph: that of the first chunk has no taps into the past."""
+    return float(STORED_BYTES[precision] * sum(layer.parameters for layer in _layers(spec, component)))
+
+
+def _layers(spec: VaeSpec, component: str) -> list[VaeLayer]:
+    layers = decoder_layers if component.startswith("vae_decoder") else encoder_layers
+    return list(layers(spec, component.endswith("_first")))
 
 
 def _largest_tensor(layers: Iterable[VaeLayer], positions: int) -> float:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from wan22.memory import FP8
 from wan22.specs import Precision
 from wan_trt.arguments import Frames, Overwrite, Size, numbers_of, size_of
 from wan_trt.console import bars, command_line, console
@@ -40,7 +41,12 @@ Link = Annotated[
 def run(
     checkpoint: Checkpoint,
     bundle: Folder,
-    precision: Annotated[Precision, typer.Option(help="Of the matrix multiplications.")] = Precision.BF16,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of the matrix multiplications; fp32 for cpu, bf16 for a GPU unless given.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What the engines will be built for, as in wan-trt build; cpu unless given.")
+    ] = None,
     text_encoder: PartPrecision = None,
     high_noise: PartPrecision = None,
     low_noise: PartPrecision = None,
@@ -59,6 +65,7 @@ def run(
 ) -> None:
     """Export a checkpoint to ONNX. Shapes are dynamic unless --size and --frames fix them."""
     fixed = size_of(size)
+    precision, text_encoder = _for_target(target, precision, text_encoder)
     from export.exporter import export_checkpoint
     from export.lora.merge import parse_lora
     from export.options import ExportOptions
@@ -88,6 +95,23 @@ def run(
     with bars() as progress:
         made = export_checkpoint(checkpoint, bundle, options, progress)
     _tell(made)
+
+
+def _for_target(
+    target: str | None, precision: Precision | None, text_encoder: Precision | None
+) -> tuple[Precision, Precision | None]:
+    """Precisions of the model and of its text encoder that ``target`` computes; refused where it does not."""
+    from engines.targets import check_precision, target_named
+
+    aim = target_named(target or "cpu")
+    if precision is None and target is None:
+        console.print("fp32, for target cpu; for a GPU add --target or --precision")
+    elif target is not None and precision is not None:
+        check_precision(aim, precision)
+    chosen = precision or aim.default_precision
+    if target is not None and text_encoder is None and aim.text_encoder_precision(chosen) != chosen not in FP8:
+        return chosen, aim.text_encoder_precision(chosen)
+    return chosen, text_encoder
 
 
 def _tell(made: "Bundle") -> None:

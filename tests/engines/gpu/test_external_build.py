@@ -8,8 +8,9 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from engines.build import BuildOptions, build_engines
+from engines.build import BuildOptions, build_engines, disk_bytes
 from engines.inspect.inspection import inspect_engines
+from engines.targets import target_named
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from runtime.built_for import check_plans
@@ -36,6 +37,14 @@ def built(tmp_path_factory, fp8_bundle):
     folder = tmp_path_factory.mktemp("built") / "e"
     build_engines(fp8_bundle, folder, BuildOptions("rtx4090", "256x160", "5..17", weights="external"))
     return folder
+
+
+@pytest.mark.slow
+def test_the_disk_is_priced_at_what_a_build_writes(built, fp8_bundle):
+    written = sum(path.stat().st_size for path in built.rglob("*"))
+    options = BuildOptions("rtx4090", weights="external")
+    price = disk_bytes(open_bundle(fp8_bundle, "graphs").manifest, target_named("rtx4090"), options)
+    assert written < price < 1.5 * written
 
 
 @pytest.mark.slow
