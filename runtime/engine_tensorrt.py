@@ -217,6 +217,10 @@ class TensorRTEngine:
             yield
         except self._device.cupy.cuda.memory.OutOfMemoryError:
             raise self._device.out_of_memory(f"inputs and outputs of {self.name}") from None
+        except self._device.cupy.cuda.runtime.CUDARuntimeError as error:
+            if "MemoryAllocation" not in str(error):
+                raise
+            raise self._device.out_of_memory(f"a call of {self.name}") from None
 
     def _asks_for_device(self, inputs: Mapping[str, np.ndarray]) -> bool:
         """Whether an input lies on the device that is not merely state coming back."""

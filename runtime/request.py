@@ -1,7 +1,6 @@
 """What a user asks a pipeline for, and its completion with the model's defaults."""
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from wan22.specs import NEGATIVE_PROMPT, ModelSpec, Task
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+MOST_GUIDANCE = 100
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ class Request:
         for name, value in self.guidance.items():
             if name not in spec.experts:
                 raise UserError(f"guidance for {name!r}", f"one of {', '.join(spec.experts)}", "name an expert")
-            if not math.isfinite(value) or value < 0:
-                raise UserError(f"guidance {value} for {name}", "a finite number, at least 0", "1 means no guidance")
+            if not 0 <= value <= MOST_GUIDANCE:
+                expected = f"a finite number from 0 to {MOST_GUIDANCE}"
+                raise UserError(f"guidance {value} for {name}", expected, "the models use 3 to 5; 1 means no guidance")
         if preset.guidance is None:
             return {**spec.sampling.guidance, **self.guidance}
         return {**dict.fromkeys(spec.experts, preset.guidance), **self.guidance}

@@ -88,6 +88,8 @@ def engines_memory(
     shape = spec.latent_shape(*video)
     found: dict[str, Memory] = {}
     for name in (name for name in spec.components if name in precisions):
+        if name.endswith("_next") and shape[2] == 1:
+            continue  # nothing comes after the first latent frame
         if name == "text_encoder":
             found[name] = _text_encoder(spec.text_encoder, precisions[name])
         elif name.startswith("vae"):

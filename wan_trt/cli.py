@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from wan22.errors import DISK_FULL, NonFiniteError, UserError
+from wan22.memory import available_host_bytes, gib
 from wan_trt.commands import (
     bench,
     build,
@@ -52,6 +53,9 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
         except UserError as error:
             print(f"wan-trt: {error}", file=sys.stderr)
             code = 2
+        except MemoryError as error:
+            print(f"wan-trt: {_out_of_memory(error)}", file=sys.stderr)
+            code = 2
         except NonFiniteError as error:
             print(f"wan-trt: {error} | wan-trt validate tells engines and checkpoint apart", file=sys.stderr)
             code = 1
@@ -66,6 +70,13 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
         raise typer.Exit(code or 0)
 
     return guard
+
+
+def _out_of_memory(error: MemoryError) -> str:
+    """The line for an allocation that failed; numpy says what it wanted."""
+    wanted = f": {error}" if str(error) else ""
+    available = gib(available_host_bytes())
+    return f"out of memory{wanted} | expected at most {available} | ask for a smaller --size or fewer --frames"
 
 
 def _told(error: OSError | ModuleNotFoundError, command: str) -> str:

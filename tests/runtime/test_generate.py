@@ -91,6 +91,10 @@ def test_every_solver_and_schedule_ends_in_finite_latents(tiny_engines, solver, 
         (Request("x", frames=8), "8 frames"),
         (Request("x", guidance={"dit": 3.0}), "guidance for 'dit'"),
         (Request("x", guidance={"low_noise": float("nan")}), "guidance nan"),
+        (Request("x", guidance={"low_noise": 1e300}), "guidance 1e.300 for low_noise .* from 0 to 100"),
+        (Request("x", steps=2_000_000_000), "2000000000 steps"),
+        (Request("x", frames=1_000_001), r"1000001 frames \| expected at most 4093"),
+        (Request("x", size=(96000, 96000)), r"size 96000x96000 \| expected sides of at most 16384 pixels"),
     ],
 )
 def test_requests_that_the_model_cannot_fulfil(tiny_engines, request_, told):
