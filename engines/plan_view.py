@@ -56,7 +56,7 @@ def _card(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "--residency auto", plan.residency
     elif plan.usable_vram_bytes:
         refusal = plan.refusal
-        yield "--residency auto", f"nothing fits: {refusal.found} of {gib(plan.usable_vram_bytes)}; {refusal.remedy}"
+        yield "--residency auto", f"nothing fits {gib(plan.usable_vram_bytes)}: {refusal.found}; {refusal.remedy}"
 
 
 def _work(plan: Plan) -> Iterable[tuple[str, str]]:

@@ -36,6 +36,7 @@ STORED_BYTES = {Precision.FP32: 4, Precision.BF16: 2, Precision.FP16: 2, Precisi
 PLANNER_FACTOR = 1.3  # scratch memory over live tensors: 1.14 to 1.36 in builds for SM89 and SM120
 VAE_TENSORS = {"2.1": 1.9, "2.2": 3.9}  # scratch memory of a VAE over its largest tensor, as built at 720p
 VRAM_RESERVED = 0.06  # of the card: driver, context, ECC, fragmentation
+SHARES = range(16, 0, -1)  # sixteenths of a side that are tried for a smaller video
 CALL_COPIES = 2  # of the inputs of a recorded call: those given, and those at the recorded addresses
 
 
@@ -117,28 +118,24 @@ def chosen(needed: Mapping[Residency, float], available: float) -> Residency | N
 def largest_fitting(
     spec: ModelSpec, precisions: Mapping[str, Precision], video: Video, available: float, *, cache_sets: int = 2
 ) -> Video | None:
-    """The longest, or else the largest video of about the shape of ``video`` that fits, one component at a time.
+    """A video of about the shape of ``video`` that fits, one component at a time: the largest at least half as long.
 
-    None where even a small picture does not.
+    A single picture where no video fits, None where not even that does.
     """
 
-    def fits(width: int, height: int, frames: int) -> bool:
-        memory = engines_memory(spec, precisions, (width, height, frames), cache_sets=cache_sets)
+    def fits(size: tuple[int, int], frames: int) -> bool:
+        memory = engines_memory(spec, precisions, (*size, frames), cache_sets=cache_sets)
         return needed_bytes(spec, memory)["one-component"] <= available
 
-    (width, height, frames), multiple, stride = video, spec.size_multiple, spec.vae.temporal_stride
-    frames = min(frames, spec.most_frames)
-    for sixteenth in range(16, 0, -1):
-        sides = (max(1, side * sixteenth // (16 * multiple)) * multiple for side in (width, height))
-        size = min(next(sides), spec.longest_side), min(next(sides), spec.longest_side)
-        if fits(*size, frames):
-            return (*size, frames)
-        if fits(*size, 1):
-            low, high = 0, (frames - 1) // stride  # latent frames after the first: fit, do not fit
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if fits(*size, 1 + middle * stride) else (low, middle)
-            return (*size, 1 + low * stride)
+    width, height, frames = video
+    multiple, stride = spec.size_multiple, spec.vae.temporal_stride
+    lengths = [*range(frames, frames // 2, -stride), 1]
+    sizes = [tuple(max(1, side * share // (16 * multiple)) * multiple for side in (width, height)) for share in SHARES]
+    for several in (lengths[:-1], lengths[-1:]):
+        for wide, high in sizes:
+            for length in several:
+                if fits((wide, high), length):
+                    return wide, high, length
     return None
 
 
@@ -150,7 +147,7 @@ def refusal(
     found = f"{worst.component} alone takes {gib(needed['one-component'])}"
     if worst.has_state:
         found += f", {gib(worst.inputs_and_outputs)} of it caches and frames"
-    fits = "no smaller video fits either" if fitting is None else "{}x{} with {} frames fits".format(*fitting)
+    fits = "no smaller video fits either" if fitting is None else "{}x{} with --frames {} fits".format(*fitting)
     return UserError(found, f"at most {gib(available)}", f"{fits}; --residency one-component tries all the same")
 
 

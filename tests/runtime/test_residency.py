@@ -142,7 +142,7 @@ def test_what_does_not_fit_at_all_is_told_before_any_work_with_what_would(card):
     with Pipeline(bundle) as pipeline, pytest.raises(UserError) as error:
         ran(pipeline)
     assert "vae_decoder_next alone takes 20.79 GiB, 12.02 GiB of it caches and frames" in str(error.value)
-    assert "with 121 frames fits" in str(error.value)
+    assert "with --frames 121 fits" in str(error.value)
     assert memory.peak == 0
 
 
@@ -178,7 +178,7 @@ def test_one_component_means_one(tiny_engines):
 def test_a_video_beyond_the_memory_of_the_host_is_refused_before_any_work(tiny_engines):
     with Pipeline.open(tiny_engines) as pipeline:
         complete = pipeline.complete(Request("x", size=(16384, 16384), frames=401, steps=1))
-        with pytest.raises(UserError, match=r"alone takes .* GiB .*frames fits"):
+        with pytest.raises(UserError, match=r"alone takes .* GiB .*x.* with --frames 401 fits"):
             next(iter(pipeline.denoise(complete)))
         assert not pipeline._engines
 
