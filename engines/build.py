@@ -11,6 +11,7 @@ from engines.cpu.onnxruntime_backend import fitted
 from engines.gpu.external_build import ExternalBuild
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
 from engines.inspect.style_cost import per_block
+from engines.load_check import check_loads
 from engines.plan import kernel_bytes
 from engines.profiles import profile_between, profiles_for
 from engines.targets import Target, check_bundle, target_named
@@ -29,6 +30,7 @@ from wan22.bundle import (
 )
 from wan22.errors import UserError
 from wan22.memory import peak_rss_bytes, vae_weights_bytes
+from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.shapes import Profile, own_profiles
 from wan22.stamp import Stamp
@@ -67,6 +69,11 @@ def build_engines(
     check_bundle(target, source.manifest)
     _check_options(target, options)
     profiles = _profiles(source.manifest, target, options)
+    check_graphs(source)
+    if target.backend != "onnxruntime":
+        load_module(target.backend)
+    again = f"export again: {source.manifest.command}"
+    check_loads(target, [source.path(component.graph) for component in source.manifest.components], again)
     check_disk(folder, disk_bytes(source.manifest, target, options))
     started = time.perf_counter()
     with staged(folder, overwrite=options.overwrite) as temporary:

@@ -25,6 +25,7 @@ from runtime.prompt_part import TEXT, PromptPart
 from wan22.bundle import Component, Tensor
 from wan22.errors import UserError
 from wan22.memory import available_host_bytes
+from wan22.onnx_file import check_component
 from wan22.shapes import Profile, shape_of, sizes_of
 
 NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "Available memory of", "out of memory")  # in errors of its own
@@ -48,12 +49,14 @@ class OnnxRuntimeEngine:
         providers: tuple[str, ...] = PREFERRED,
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
+        self._folder, self._component = folder, component
         self._path, self._profiles, self._providers = folder / component.graph.path, profiles, providers
         self._halves = [folder / half.path for half in component.halves]
         self._session: Any = None
         self._prompt: PromptPart | None = None
 
     def __enter__(self) -> Self:
+        check_component(self._folder, self._component)
         if self._halves:
             prompt, step = self._halves
             self._prompt, self._session = PromptPart(self._opened(prompt, spin=False)), self._opened(step)
@@ -64,6 +67,7 @@ class OnnxRuntimeEngine:
     def _opened(self, path: Path, *, spin: bool = True) -> Any:
         """A session. Its threads spin for a while after a run, which costs those of a session that runs next."""
         import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # warnings about fusions that did not apply are of no use to a user
@@ -74,8 +78,12 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
         there = onnxruntime.get_available_providers()
         usable = [provider for provider in self._providers if provider in there]
-        with out_of_memory_told(self.name):
-            return onnxruntime.InferenceSession(path, options, providers=usable)
+        try:
+            with out_of_memory_told(self.name):
+                return onnxruntime.InferenceSession(path, options, providers=usable)
+        except (state.InvalidProtobuf, state.InvalidGraph, state.NoSuchFile, state.NotImplemented) as error:
+            found = f"{path} does not load: {error}"
+            raise UserError(found, "a graph that ONNX Runtime loads", "build it again") from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

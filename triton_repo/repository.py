@@ -18,6 +18,7 @@ from triton_repo.templates import place
 from wan22.bundle import Bundle, open_bundle, staged
 from wan22.errors import UserError
 from wan22.memory import ResidencyChoice
+from wan22.onnx_file import check_graphs
 
 Topology = Literal["owner", "bls"]
 MARK = ".made-by-wan-trt-triton"
@@ -56,6 +57,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
     options = options or RepositoryOptions()
     check_name(options.name)
     bundle = open_bundle(engines, "engines", full_check=True)
+    check_graphs(bundle)
     unread = check_plans(bundle)
     if options.topology == "bls":
         _check_bls(bundle, options)

@@ -33,6 +33,7 @@ from validate.files import check_place
 from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.memory import ONE_EXPERT, ResidencyChoice
+from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.specs import Precision
 
@@ -105,6 +106,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
         raise UserError(f"{out} for scales and means", "a file for each", "name another with --means")
     source = open_bundle(bundle, "graphs")
     spec = source.manifest.spec
+    check_graphs(source)
     _check_precision(source)
     requests = _requests(read_prompts(options.prompts, spec.task), source, options)
     check_place(out, "scales", make_folder=True)

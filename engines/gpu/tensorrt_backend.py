@@ -10,6 +10,7 @@ The builder's verbose log is kept beside the engine; ``engines.inspect.log`` rea
 import contextlib
 import ctypes
 import importlib
+import io
 import threading
 import time
 from collections import deque
@@ -41,10 +42,6 @@ class EngineOptions:
     timing_cache: Path | None = None  # TensorRT only: read if there, rewritten after the build
     name: str = ""  # of the network, which the plan keeps; the parser's where empty
     aux_streams: int | None = 0  # streams beside the main one; each keeps activations of its own alive
-
-    def told(self) -> dict[str, str]:
-        """The options that change the engine, as the manifest records them."""
-        return {"tf32": str(self.tf32).lower(), "aux_streams": str(self.aux_streams)}
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,12 @@ def build_engine(graph: Path, engine: Path, options: EngineOptions, progress: Pr
     finally:
         partial.unlink(missing_ok=True)
     return BuiltEngine(engine, log_path, time.monotonic() - started, engine.stat().st_size)
+
+
+def check_parses(graph: Path, target: Target) -> None:
+    """Parses the ONNX file ``graph`` as a build for ``target`` would. Raises UserError as :func:`build_engine` does."""
+    trt, options = load_module(target.backend), EngineOptions(target, (), ())
+    _Build(trt, options, _logger(trt, io.StringIO()), _monitor(trt, graph.stem, silent)).parse(graph)
 
 
 class _Build:

@@ -18,6 +18,7 @@ from engines.profiles import profile_between, profiles_for
 from engines.targets import Target, check_bundle, target_named
 from wan22.bundle import Build, Bundle, Component, open_bundle
 from wan22.errors import UserError
+from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec
 
@@ -75,6 +76,7 @@ def inspect_bundle(
     if aim.backend == "onnxruntime":
         raise UserError(f"target {aim.name}", "a GPU: ONNX Runtime has no kernels to show", "name one with --target")
     chosen = _chosen(bundle, components)
+    check_graphs(bundle)
     check_bundle(aim, replace(bundle.manifest, components=tuple(chosen)))
     return [_look_at(bundle, component, aim, video, progress) for component in chosen]
 

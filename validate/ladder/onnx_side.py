@@ -16,6 +16,7 @@ from runtime.pipeline import Pipeline
 from validate.ladder.polygraphy_files import RecordingPipeline
 from wan22.bundle import Build, Component, Manifest, kind_of, open_bundle
 from wan22.memory import ONE_EXPERT, ResidencyChoice
+from wan22.onnx_file import check_graphs
 from wan22.specs import Precision
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def open_for_comparison(folder: Path, calls: Path | None = None, residency: Resi
     """
     engines = kind_of(folder) == "engines"
     bundle = open_bundle(folder, "engines" if engines else "graphs")
+    check_graphs(bundle)
     new_engine = None if engines else partial(_engine, folder)
     if calls is None:
         return Pipeline(bundle, residency=residency, choices=ONE_EXPERT, new_engine=new_engine)

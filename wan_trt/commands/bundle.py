@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from wan22.bundle import Bundle, check_disk, kind_of, open_bundle, refuse_existing, staged
+from wan22.bundle import MANIFEST, Bundle, check_disk, kind_of, open_bundle, refuse_existing, staged
+from wan22.onnx_file import check_graphs
 from wan_trt.arguments import Overwrite
 from wan_trt.console import bars, console, tell_unread
 
@@ -27,8 +28,9 @@ def pack(
 ) -> None:
     """Copy a bundle, verified, with every linked file made its own: what may leave this file system."""
     refuse_existing(folder, overwrite=overwrite)
-    _whole(bundle)
-    files = [path for path in bundle.rglob("*") if path.is_file()]  # builders' logs too, which no manifest names
+    named = _whole(bundle).manifest.files()
+    files = [bundle / path for path in (MANIFEST, *named)]
+    files += [path for path in bundle.rglob("*.log") if path.is_file() and not path.is_symlink()]  # of builders
     total, done = sum(file.stat().st_size for file in files), 0
     check_disk(folder, total)
     with staged(folder, overwrite=overwrite) as temporary, bars() as progress:
@@ -45,5 +47,6 @@ def _whole(folder: Path) -> Bundle:
     from runtime.built_for import check_plans
 
     bundle = open_bundle(folder, kind_of(folder), full_check=True)
+    check_graphs(bundle)
     tell_unread(check_plans(bundle))
     return bundle

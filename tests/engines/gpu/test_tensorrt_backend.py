@@ -125,4 +125,4 @@ def test_an_old_tensorrt_is_refused(monkeypatch):
 
 
 def test_tf32_is_off_unless_asked_for():
-    assert EngineOptions(RTX4090, (), ()).told()["tf32"] == "false"
+    assert EngineOptions(RTX4090, (), ()).tf32 is False
