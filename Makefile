@@ -3,8 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 TRITON := .venv-triton/installed
+TOOLS := .venv-tools/installed
+COMPILE = .venv-tools/bin/uv pip compile --quiet $(UPGRADE) --generate-hashes --no-annotate --no-header \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_36
 
-.PHONY: demo test check triton clean
+.PHONY: demo test check triton checkov lock sbom scale clean
 
 demo: $(INSTALLED)
 	$(BIN)/wan-trt demo demo
@@ -14,7 +17,7 @@ test: $(INSTALLED) $(TRITON) check
 
 # Export at full size: throughput beside cp, memory. Needs some 30 GB of disk for a while, and minutes.
 scale: $(INSTALLED)
-	$(BIN)/wan-trt scale
+	$(BIN)/python -m studies.full_size
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -22,11 +25,12 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-$(INSTALLED): requirements-cpu.txt pyproject.toml
+# torch comes first, with the packages that its build lists: for the CPU build all of them are in the lock.
+$(INSTALLED): requirements-cpu.txt requirements-torch.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --requirement requirements-cpu.txt
-	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements-cpu.txt --requirement requirements-torch.txt
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 # The environment of models inside tritonserver: the server's wheel, and numpy 1, which its stub needs.
@@ -34,9 +38,34 @@ triton: $(TRITON)
 
 $(TRITON): requirements-triton.txt pyproject.toml
 	$(PYTHON) -m venv .venv-triton
-	.venv-triton/bin/pip install --quiet --no-deps --requirement requirements-triton.txt
+	.venv-triton/bin/pip install --quiet --no-deps --require-hashes --requirement requirements-triton.txt
 	.venv-triton/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
+# The linter of the Kubernetes manifests, whose many dependencies are nobody else's. Its test is skipped without it.
+checkov: .venv-checkov/installed
+
+.venv-checkov/installed: requirements-checkov.txt
+	$(PYTHON) -m venv .venv-checkov
+	.venv-checkov/bin/pip install --quiet --require-hashes --requirement requirements-checkov.txt
+	touch $@
+
+# Pins every version and hash again: the newest that pyproject.toml and the .in files allow, with UPGRADE=--upgrade.
+lock: $(TOOLS)
+	$(COMPILE) --constraint requirements-torch.txt --no-emit-package torch --extra export --extra cpu --extra validate --extra official --extra synth \
+		--extra triton --extra dev pyproject.toml requirements-cpu.in -o requirements-cpu.txt
+	$(COMPILE) --no-deps requirements-triton.in -o requirements-triton.txt
+	$(COMPILE) requirements-tools.in -o requirements-tools.txt
+	$(COMPILE) requirements-checkov.in -o requirements-checkov.txt
+
+# What .venv holds, as CycloneDX JSON.
+sbom: $(INSTALLED) $(TOOLS)
+	.venv-tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom.json $(BIN)/python
+
+$(TOOLS): requirements-tools.txt
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/pip install --quiet --require-hashes --requirement requirements-tools.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-triton demo
+	rm -rf .venv .venv-triton .venv-tools .venv-checkov demo

@@ -10,7 +10,6 @@ from typing import Literal
 from engines.cpu.onnxruntime_backend import fitted
 from engines.gpu.external_build import ExternalBuild
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
-from engines.inspect.style_cost import per_block
 from engines.load_check import check_loads
 from engines.plan import kernel_bytes
 from engines.profiles import profile_between, profiles_for
@@ -29,9 +28,10 @@ from wan22.bundle import (
     write_manifest,
 )
 from wan22.errors import UserError
-from wan22.memory import peak_rss_bytes, vae_weights_bytes
+from wan22.memory import peak_rss_bytes
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
+from wan22.residency import vae_weights_bytes
 from wan22.shapes import Profile, own_profiles
 from wan22.stamp import Stamp
 
@@ -88,11 +88,10 @@ def build_engines(
             backend_version=compiled.version,
             compute_capability=target.compute_capability,
             profiles=profiles,
-            options=_told(target, options),
+            options=_recorded_options(target, options),
             seconds=round(time.perf_counter() - started, 3),
             peak_rss_bytes=peak_rss_bytes(),
             attention_scales=compiled.attention_scales,
-            kernels_per_block=compiled.kernels_per_block,
         )
         command, components = options.command, compiled.components
         manifest = replace(source.manifest, kind="engines", command=command, build=build, components=components)
@@ -122,10 +121,9 @@ class _Compiled:
     components: tuple[Component, ...]
     version: str  # of the backend
     attention_scales: dict[str, float] = field(default_factory=dict)
-    kernels_per_block: dict[str, int] = field(default_factory=dict)  # of a transformer, by style of weights
 
 
-def _told(target: Target, options: BuildOptions) -> dict[str, str]:
+def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
     """The options that change the engines, for the manifest."""
     if target.backend == "onnxruntime":
         return {}
@@ -185,7 +183,7 @@ def _compile_tensorrt(
     version = str(load_module(target.backend).__version__)
     _place(source, folder, source.manifest.tokenizer)
     components = source.manifest.components
-    compiled, kernels, external = [], dict[str, int](), ExternalBuild(source, folder, progress)
+    compiled, external = [], ExternalBuild(source, folder, progress)
     scales: dict[str, float] = {}
     if options.weights == "external":
         external.check()
@@ -200,11 +198,9 @@ def _compile_tensorrt(
             else:
                 build_engine(source.path(component.graph), plan, settings, progress)
                 compiled.append(replace(component, graph=file_entry(folder, plan), weights=()))
-                if component.name in source.manifest.spec.experts:
-                    kernels = {"embedded": per_block(component, plan, settings)}
         except UserError:
             if log_beside(plan).exists():
                 shutil.copyfile(log_beside(plan), folder.parent / f"{component.name}.build.log")
             raise
         progress("build engines", done, len(components), "components")
-    return _Compiled(tuple(compiled), version, scales, external.kernels_per_block or kernels)
+    return _Compiled(tuple(compiled), version, scales)

@@ -12,7 +12,7 @@ from typing import Any
 from engines.targets import Target, check_precision
 from wan22.costs import dit_flops, model_parameters, text_encoder_flops, vae_flops
 from wan22.errors import UserError
-from wan22.memory import (
+from wan22.residency import (
     VRAM_RESERVED,
     Memory,
     Residency,
@@ -26,7 +26,7 @@ from wan22.memory import (
     text_encoder_weights_bytes,
     usual_precisions,
 )
-from wan22.specs import ModelSpec, Precision, tokens
+from wan22.specs import ModelSpec, Number, Precision, tokens
 
 __all__ = ["Plan", "Request", "dit_scratch_bytes", "dit_weights_bytes", "make_plan"]
 
@@ -147,8 +147,8 @@ class Plan:
     def step_seconds(self) -> float | None:
         """Roofline of one step: linears and attention each at the peak of their type, or the weights' passage."""
         request, flops = self.request, dit_flops(self.request.spec.dit, self.tokens)
-        attention = request.precision if request.precision != Precision.FP8 else Precision.BF16
-        linear_peak, attention_peak = (request.target.peak_tflops(p) for p in (request.precision, attention))
+        numbers = (request.precision.linears, request.precision.attention)
+        linear_peak, attention_peak = map(request.target.peak_tflops, numbers)
         if not linear_peak or not attention_peak:
             return None
         seconds = flops.linears / linear_peak + (flops.self_attention + flops.cross_attention) / attention_peak
@@ -158,11 +158,11 @@ class Plan:
     @cached_property
     def video_seconds(self) -> float | None:
         """Text, steps and VAE; the VAE in float32 outside the tensor cores."""
-        request, wide = self.request, self.request.target.peak_tflops(Precision.FP32)
+        request, wide = self.request, self.request.target.peak_tflops(Number.FP32)
         if self.step_seconds is None or not wide:
             return None
         text = self.forwards_per_step * text_encoder_flops(request.spec.text_encoder)
-        text_peak = request.target.peak_tflops(Precision.BF16) or wide
+        text_peak = request.target.peak_tflops(Number.BF16) or wide
         return request.steps * self.step_seconds + text / (text_peak * 1e12) + self.vae_flops / (wide * 1e12)
 
     @property

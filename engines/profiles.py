@@ -9,7 +9,7 @@ import re
 
 from wan22.bundle import Tensor
 from wan22.errors import UserError
-from wan22.shapes import Profile, shape_of
+from wan22.shapes import Profile, parse_size, shape_of
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 PRESETS = {"480p": "832x480,480x832", "720p": "1280x720,720x1280", "5b": "1280x704,704x1280"}
@@ -58,11 +58,8 @@ def _corners(text: str) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"\s*(\d{1,6})[xX×](\d{1,6})\s*", text)
-    if not match:
-        expected = f"WIDTHxHEIGHT, several of them, SMALL..LARGE, or one of {', '.join(PRESETS)}"
-        raise UserError(f"size {text!r}", expected, "for example --size 832x480")
-    return int(match[1]), int(match[2])
+    expected = f"WIDTHxHEIGHT, several of them, SMALL..LARGE, or one of {', '.join(PRESETS)}"
+    return parse_size(text, expected, "for example --size 832x480")
 
 
 def _frames(text: str) -> tuple[int, int]:

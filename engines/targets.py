@@ -8,16 +8,11 @@ dense one is half of it. Memory is the nominal capacity; drivers and ECC keep a 
 import re
 import subprocess
 from dataclasses import dataclass
-from typing import Literal
 
+from wan22.backends import Backend
 from wan22.bundle import Manifest
 from wan22.errors import UserError
-from wan22.memory import FP8
-from wan22.specs import Precision
-
-Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
-MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
-PACKAGES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx", "onnxruntime": "onnxruntime"}
+from wan22.specs import Number, Precision
 
 QUERY_GPU = ("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
 _NOT_A_VARIANT = "(?![ -](Ti|SUPER|Super|D|Laptop|Mobile|3e))"  # other chips or boards that share a name
@@ -46,11 +41,16 @@ class Target:
         return "SM" + self.compute_capability.replace(".", "")
 
     @property
-    def precisions(self) -> tuple[Precision, ...]:
+    def numbers(self) -> tuple[Number, ...]:
+        """What its matrix multiplications take."""
         if self.backend == "onnxruntime":
-            return (Precision.FP32, Precision.FP16)  # its CPU kernels know neither bfloat16 nor fast FP8
-        every = (Precision.FP32, Precision.BF16, Precision.FP16, Precision.FP8, Precision.FP8_ATTN)
-        return every if self._capability >= FIRST_FP8 else every[:3]
+            return (Number.FP32, Number.FP16)  # its CPU kernels know neither bfloat16 nor fast FP8
+        sixteen = (Number.FP32, Number.BF16, Number.FP16)
+        return (*sixteen, Number.FP8) if self._capability >= FIRST_FP8 else sixteen
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        return tuple(p for p in Precision if {p.linears, p.attention} <= set(self.numbers))
 
     @property
     def default_precision(self) -> Precision:
@@ -58,19 +58,19 @@ class Target:
 
     def text_encoder_precision(self, precision: Precision) -> Precision:
         """Of a model in ``precision``: TensorRT-RTX has no kernel for the text encoder's attention in float32."""
-        if precision == Precision.FP32 and self.backend == "tensorrt-rtx":
+        if precision.wide == Precision.FP32 and self.backend == "tensorrt-rtx":
             return Precision.BF16
-        return Precision.BF16 if precision in FP8 else precision
+        return precision.wide
 
     @property
     def _capability(self) -> tuple[int, ...]:
         return tuple(map(int, self.compute_capability.split(".")))
 
-    def peak_tflops(self, precision: Precision) -> float | None:
-        """Dense peak of matrix multiplications whose operands are stored in ``precision``."""
-        if precision is Precision.FP32:
-            return self.fp32_tflops
-        return self.fp8_tflops if precision in FP8 else self.bf16_tflops
+    def peak_tflops(self, number: Number) -> float | None:
+        """Dense peak of matrix multiplications of such operands."""
+        sixteen = self.bf16_tflops
+        by_number = {Number.FP32: self.fp32_tflops, Number.FP16: sixteen, Number.BF16: sixteen}
+        return (by_number | {Number.FP8: self.fp8_tflops})[number]
 
 
 _AMPERE, _ADA = "NVIDIA Ampere GA102 whitepaper 2.1", "NVIDIA Ada GPU Architecture whitepaper 2.02"
@@ -196,7 +196,7 @@ def check_bundle(target: Target, manifest: Manifest) -> None:
         check_precision(target, component.precision, _AT_EXPORT, f"{component.name} in ")
     for component in manifest.components:
         found = component.precision
-        if component.name == "text_encoder" and target.text_encoder_precision(found) != found not in FP8:
+        if component.name == "text_encoder" and target.text_encoder_precision(found) != found.wide:
             told = f"text_encoder in {found} for {target.name} ({target.backend} has no kernel for its attention)"
             raise UserError(told, "bf16 or fp16", f"{_AT_EXPORT}use --text-encoder bf16, or --target {target.name}")
 
@@ -215,9 +215,9 @@ def check_precision(target: Target, precision: Precision, where: str = "", what:
     """
     if precision in target.precisions:
         return
-    fp8 = precision in FP8
     instead = target.default_precision
-    why = f"compute capability {target.compute_capability} has no FP8 units" if fp8 else "not computed there"
+    units = f"compute capability {target.compute_capability} has no {precision.linears.upper()} units"
+    why = units if precision.quantised else "not computed there"
     if target.backend == "onnxruntime":
         why = "ONNX Runtime does not compute it on a CPU"
     allowed = ", ".join(target.precisions)

@@ -11,9 +11,7 @@ from export.graphs.builder import GraphBuilder
 from export.graphs.weights_file import declared
 from export.quantise.fp8_weights import Fp8Weights, remade_biases
 from export.shared_files import shareable
-from wan22.specs import Precision
-
-FP8_PRECISIONS = (Precision.FP8, Precision.FP8_ATTN)
+from wan22.specs import Number, Precision
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Part:
     def pieces(self, source: Checkpoint) -> Pieces:
         """Gives the tensors that the graphs declare: the checkpoint's, or what FP8 makes of them."""
         weights = source.weights[self.weights]
-        if self.precision not in FP8_PRECISIONS:
+        if self.precision.linears is not Number.FP8:
             return weights.pieces
         fp8 = Fp8Weights(weights.read, source.spec.dit, self.quantised, self.input_scales, self.input_means)
         stored = frozenset(weights.names()) - self.remade

@@ -20,7 +20,7 @@ from export.graphs.vae_encoder import vae_encoder
 from export.graphs.weights_file import placements, write_weights
 from export.lora.merge import Lora, merged, open_lora
 from export.options import ExportOptions
-from export.precisions import COMPUTE, check_fp8, fp8_of, precisions_of, why_higher
+from export.precisions import check_fp8, compute_type, fp8_of, precisions_of, why_higher
 from export.quantise.input_means import read_input_means
 from export.quantise.input_scales import Scales, check_weights, read_input_scales
 from export.shared_files import share, shared_name, shared_placements
@@ -46,7 +46,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 def export_checkpoint(
     checkpoint: str | Path, folder: Path, options: ExportOptions | None = None, progress: Progress = silent
 ) -> Bundle:
-    """Writes the ONNX bundle of ``checkpoint`` (a folder of either layout, or a hub name) to ``folder``.
+    """Writes the ONNX bundle of ``checkpoint`` (a folder of any layout, single files, or a hub name) to ``folder``.
 
     Raises:
         UserError: whatever is wrong with checkpoint, options or disk. Nothing is left behind then; a killed or
@@ -57,6 +57,8 @@ def export_checkpoint(
     opened = open_checkpoint(checkpoint, progress)
     loras = _opened(options, opened.spec)
     source = _with_loras(opened, loras)
+    if options.preset is not None:
+        source = replace(source, spec=source.spec.with_preset(options.preset))
     check_fp8(source.spec, options)
     parts = _parts(source.spec, options, _read_measured(source, opened, options))
     parts = {name: part for name, part in parts.items() if not options.parts or name in options.parts}
@@ -142,8 +144,8 @@ def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Meas
     """Name of the weights file → its graphs, for every component of the model."""
     size, precisions = _fixed_size(options), precisions_of(spec, options)
     shape = spec.latent_shape(*size) if size else None
-    compute = {part: COMPUTE[precision] for part, precision in precisions.items()}
-    text_in_fp8 = precisions["text_encoder"] == Precision.FP8
+    compute = {part: compute_type(precision) for part, precision in precisions.items()}
+    text_in_fp8 = precisions["text_encoder"].quantised
     text = text_encoder_graph(spec.text_encoder, compute["text_encoder"], fp8_feed_forward=text_in_fp8)
     parts = {"text_encoder": Part("text_encoder", precisions["text_encoder"], {"text_encoder": text})}
     dims = LatentDims(*shape[2:]) if shape else LatentDims()
@@ -168,7 +170,7 @@ def _expert_parts(
         lengths = {linear: len(mean) for linear, mean in known.means.items()}
         fp8 = fp8_of(precision, options, known.scales, lengths)
         alike = [graph for *of, graph in authored if of == [precision, fp8]]
-        graph = alike[0] if alike else dit_graph(spec.dit, COMPUTE[precision], dims, fp8)
+        graph = alike[0] if alike else dit_graph(spec.dit, compute_type(precision), dims, fp8)
         authored.append((precision, fp8, graph))
         parts[expert] = Part(expert, precision, {expert: graph}, known.scales, known.means)
     return parts
@@ -224,8 +226,7 @@ class _Writer:
 
 def _made_of(source: Checkpoint, loras: Sequence[Lora], parts: Mapping[str, Part]) -> str:
     """A hash of all that decides the weights' bytes; source files count as changed when their time did."""
-    files = [path for path in sorted(source.folder.rglob("*")) if path.is_file()]
-    times = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    times = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
     stored = {name: (part.written, dict(part.input_scales)) for name, part in parts.items()}
     means = {name: [mean.tobytes() for mean in part.input_means.values()] for name, part in parts.items()}
     told = (source.source.fingerprint, times, [lora.record() for lora in loras], stored, means)

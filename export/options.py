@@ -21,6 +21,8 @@ class ExportOptions:
     # shapes
     size: tuple[int, int] | None = None  # width, height in pixels; with frames: fixed shapes
     frames: int | None = None
+    # sampling
+    preset: str | None = None  # of wan22.sampling.PRESETS, which the bundle then samples with by default
     # LoRAs, added to the experts in this order
     loras: tuple[LoraChoice, ...] = ()
     lora_ignore_unmatched: bool = False

@@ -1,8 +1,9 @@
 """What engines were built for: a machine, what the manifest says of each, and which videos."""
 
+from runtime.request import CompleteRequest, Request
 from wan22.bundle import Build, Bundle, Component, Manifest
 from wan22.errors import UserError
-from wan22.memory import Video
+from wan22.residency import Video
 from wan22.shapes import Profile, own_profiles
 from wan22.specs import ModelSpec
 from wan22.stamp import Stamp, check_stamp, name_in
@@ -70,6 +71,19 @@ def default_video(manifest: Manifest) -> Video:
     return ranges[0][1]
 
 
+def completed(request: Request, manifest: Manifest) -> CompleteRequest:
+    """``request`` with what it leaves open filled in from the bundle of ``manifest`` and its model.
+
+    Raises:
+        UserError: as :meth:`runtime.request.Request.completed`, and for a video that the bundle cannot make.
+    """
+    complete = request.completed(manifest.spec, default_video(manifest))
+    shaped_by_image = complete.image is not None and complete.fit == "official"
+    hint = "; with an image, --fit crop makes exactly that size" if shaped_by_image else ""
+    check_video(manifest, (complete.width, complete.height, complete.frames), hint)
+    return complete
+
+
 def check_video(manifest: Manifest, video: Video, hint: str = "") -> None:
     """Refuses, in pixels and frames, a video that the bundle cannot make; ``hint`` ends the remedy.
 
@@ -78,7 +92,7 @@ def check_video(manifest: Manifest, video: Video, hint: str = "") -> None:
     """
     found = "{}x{}, {} frames".format(*video)
     if manifest.size is not None and manifest.size != video:
-        fixed = "{}x{}, {} frames, which the graphs are fixed to".format(*manifest.size)
+        fixed = "{}x{}, {} frames, which the engines are made for".format(*manifest.size)
         raise UserError(f"a video of {found}", fixed, f"leave --size and --frames out{hint}")
     ranges = _ranges(manifest)
     if not ranges or any(_holds(small, large, video) for small, _, large in ranges):

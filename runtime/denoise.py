@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from runtime.arrays import F32, array_namespace, require_finite
-from runtime.conditioning import rope_tables, time_features
+from runtime.arrays import F32, require_finite
+from runtime.forward_inputs import constant_inputs, step_inputs
 from runtime.schedule import Schedule
 from runtime.solver import Solver
 from wan22.errors import UserError
-from wan22.specs import PATCH, ModelSpec
+from wan22.specs import ModelSpec
 
 # ``velocity = forward(latents=..., time_features=..., text=..., rope_cos=..., rope_sin=..., [condition=...])``
 Forward = Callable[..., Any]
@@ -66,7 +66,7 @@ def denoise(
     """Yields after every step; the last one carries the finished latents.
 
     Args:
-        spec: says which expert works at which timestep.
+        spec: says which expert works at which timestep or step.
         experts: one forward is used at a time, so a function may keep one expert resident.
         latents: noise ``[1, z, T, h, w]``, left as it is.
         given: text and image.
@@ -97,17 +97,17 @@ def _steps(
     schedule: Schedule,
     solver: Solver,
 ) -> Generator[Step, None, None]:
-    inputs = _constant_inputs(spec, latents, given)
+    inputs, keeps_first = constant_inputs(spec.dit, latents, given.condition), given.first_frame is not None
     if given.first_frame is not None:
         latents = latents.copy()
         latents[:, :, :1] = given.first_frame
     expert, forward = "", None
     for index, timestep in enumerate(schedule.timesteps.tolist()):
-        if forward is None or spec.expert_at(timestep) != expert:
-            expert, forward = spec.expert_at(timestep), None
+        if forward is None or spec.expert_at(timestep, index) != expert:
+            expert, forward = spec.expert_at(timestep, index), None
             forward = opened(expert)
         started = perf_counter()
-        inputs["latents"], inputs["time_features"] = latents, _time_features(spec, timestep, latents, given)
+        inputs |= step_inputs(spec.dit, latents, timestep, clean_first_frame=keeps_first)
         velocity, seconds_engine = _guided_velocity(forward, inputs, given, guidance[expert])
         require_finite(velocity, f"velocity of {expert} in step {index + 1} of {schedule.steps} (t = {timestep:g})")
         latents = solver.step(velocity, latents)
@@ -115,24 +115,6 @@ def _steps(
             latents[:, :, :1] = given.first_frame
         seconds_total = perf_counter() - started
         yield Step(index, schedule.steps, timestep, expert, latents, seconds_engine, seconds_total)
-
-
-def _constant_inputs(spec: ModelSpec, latents: F32, given: Conditions) -> dict[str, F32]:
-    """The inputs of a forward that are the same in every step."""
-    xp, (frames, height, width) = array_namespace(latents), latents.shape[-3:]
-    cos, sin = rope_tables(spec.dit.head_width, frames, height // PATCH[1], width // PATCH[2])
-    inputs = {"rope_cos": xp.asarray(cos), "rope_sin": xp.asarray(sin)}
-    if given.condition is not None:
-        inputs["condition"] = given.condition
-    return inputs
-
-
-def _time_features(spec: ModelSpec, timestep: float, latents: F32, given: Conditions) -> F32:
-    """``[time_rows, 256]``. Of two rows the first is for latent frame 0, whose noise is gone if it is the image."""
-    first = timestep if given.first_frame is None else 0.0
-    rows = [first, timestep] if spec.dit.time_rows == 2 else [timestep]
-    features: F32 = array_namespace(latents).asarray(time_features(rows, spec.dit.freq_width))
-    return features
 
 
 def _guided_velocity(forward: Forward, inputs: Mapping[str, F32], given: Conditions, scale: float) -> tuple[F32, float]:

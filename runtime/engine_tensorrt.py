@@ -7,7 +7,6 @@ Arrays may be numpy's or CuPy's. Results come back as numpy arrays unless an inp
 to the next call (outputs ``next_...``) stays on the device, so the VAE's gigabytes of caches never cross the bus.
 """
 
-import importlib
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,16 +18,15 @@ import numpy as np
 
 from runtime.built_for import check_build, check_plan
 from runtime.cuda_graph import RecordedCalls
-from runtime.engine import Arrays, check_inputs
+from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.external_weights import ExternalWeights, HostCopies
+from wan22.backends import MODULES, imported
 from wan22.bundle import Component, Manifest, Tensor
 from wan22.errors import UserError
-from wan22.memory import VRAM_RESERVED
+from wan22.residency import VRAM_RESERVED
 from wan22.shapes import Profile, is_static, own_profiles, shape_of, sizes_of
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx", "cupy": "cupy-cuda13x"}
-STATE = ("next_",)  # outputs that are handed back to the engine, not to the caller
+TO_RUN = "it to run these engines"
 
 
 class Device:
@@ -53,7 +51,7 @@ class Device:
             UserError: TensorRT or CuPy missing, no GPU, or engines that were built for another machine.
         """
         backend = manifest.build.backend if manifest.build else "tensorrt"
-        trt, cupy = _imported(MODULES[backend]), _imported("cupy")
+        trt, cupy = imported(MODULES[backend], backend, TO_RUN), imported("cupy", "cupy-cuda13x", TO_RUN)
         try:
             capability = cupy.cuda.Device().compute_capability  # "89"
         except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -146,7 +144,7 @@ class TensorRTEngine:
         TensorRT-RTX records by itself (see :meth:`_new_context`).
         """
         fixed = all(is_static(profile) for profile in self._profiles)
-        stateful = any(tensor.name.startswith(STATE) for tensor in self.outputs)
+        stateful = any(tensor.name.startswith(NEXT) for tensor in self.outputs)
         return fixed and not stateful and not hasattr(self._device.trt, "CudaGraphStrategy")
 
     def __enter__(self) -> Self:
@@ -225,7 +223,7 @@ class TensorRTEngine:
     def _asks_for_device(self, inputs: Mapping[str, np.ndarray]) -> bool:
         """Whether an input lies on the device that is not merely state coming back."""
         names = {tensor.name for tensor in self.outputs}
-        return any(isinstance(x, self._device.cupy.ndarray) for n, x in inputs.items() if f"next_{n}" not in names)
+        return any(isinstance(x, self._device.cupy.ndarray) for n, x in inputs.items() if NEXT + n not in names)
 
     # -- one call
 
@@ -269,7 +267,7 @@ class TensorRTEngine:
             self._replay.run((self._profile_in_use, *addresses, self._scratch), enqueue)
 
     def _delivered(self, tensor: Tensor, array: Any, on_device: bool) -> Any:
-        if tensor.name.startswith(STATE):
+        if tensor.name.startswith(NEXT):
             return array
         if not on_device:
             return array.get(stream=self._device.stream)
@@ -279,12 +277,3 @@ class TensorRTEngine:
 def output_shapes(outputs: Sequence[Tensor], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """The shape of every output of a call whose dimensions have these sizes."""
     return {tensor.name: shape_of(tensor, sizes) for tensor in outputs}
-
-
-def _imported(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError) as error:
-        raise UserError(
-            f"no module {name} ({error})", "it to run these engines", f"pip install {PACKAGES[name]}"
-        ) from None

@@ -8,20 +8,12 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from wan22.bundle import Component
+from wan22.external_layout import read_layout
 
 READ_AT_ONCE_BYTES = 2**26
-
-
-class Place(msgspec.Struct, frozen=True):
-    """Where a weight lies in the file of its component."""
-
-    name: str
-    offset: int
-    size_bytes: int
 
 
 class HostCopies:
@@ -54,7 +46,7 @@ class ExternalWeights:
     def __init__(self, cupy: Any, copies: HostCopies, folder: Path, component: Component) -> None:
         layout, content = component.weights
         self.path, self.size_bytes = folder / content.path, content.size_bytes
-        self._places = msgspec.json.decode((folder / layout.path).read_bytes(), type=list[Place])
+        self._places = read_layout(folder / layout.path)
         self._cupy, self._copies, self._memory = cupy, copies, None
 
     def load(self, stream: Any) -> dict[str, int]:

@@ -11,9 +11,9 @@ import numpy as np
 from runtime.arrays import F32
 from runtime.pipeline import Pipeline
 from runtime.request import Request
-from runtime.video import check_destination, write_video
-from wan22.memory import ResidencyChoice
+from runtime.video import check_destination, encode_video, renamed_at_end
 from wan22.progress import Progress, silent
+from wan22.residency import ResidencyChoice
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,15 @@ def generate(
     pipeline, timings = engines, Timings()
     complete, rate = pipeline.complete(request), fps or pipeline.spec.sampling.fps
     check_destination(output, complete.frames)
-    with timings.stage("denoise"):
-        for step in pipeline.denoise(complete):
-            timings.steps.append(
-                StepTiming(step.index, step.timestep, step.expert, step.seconds_engine, step.seconds_total)
-            )
-            progress("denoise", step.index + 1, step.total, "steps")
-    with timings.stage("decode and write"):
-        shown = _reported(pipeline.decode(step.latents), complete.frames, progress)
-        write_video(shown, output, rate)
+    with renamed_at_end(output) as new:
+        with timings.stage("denoise"):
+            for step in pipeline.denoise(complete):
+                timings.steps.append(
+                    StepTiming(step.index, step.timestep, step.expert, step.seconds_engine, step.seconds_total)
+                )
+                progress("denoise", step.index + 1, step.total, "steps")
+        with timings.stage("decode and write"):
+            encode_video(_reported(pipeline.decode(step.latents), complete.frames, progress), new, rate)
     return Generated(
         output, complete.seed, complete.width, complete.height, complete.frames, rate, step.latents, timings
     )

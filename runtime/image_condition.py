@@ -15,7 +15,7 @@ from PIL import Image
 from runtime.arrays import F32
 from runtime.bicubic import resize_bicubic
 from wan22.errors import UserError
-from wan22.specs import POSITIONS, ModelSpec, Task
+from wan22.specs import POSITIONS, ModelSpec, Resizing
 
 Fit = Literal["official", "crop"]
 Size = tuple[int, int]  # width, height in pixels
@@ -33,9 +33,10 @@ def video_size(
     if fit == "crop":
         return wanted
     area, multiple = wanted[0] * wanted[1], spec.size_multiple
-    grid = _best_size if spec.task == Task.TI2V else _area_size
+    cover = spec.takes.resizing == "cover"
+    grid = _best_size if cover else _area_size
     if exact_official:
-        grid = _best_size_in_floats if spec.task == Task.TI2V else _area_size_in_floats
+        grid = _best_size_in_floats if cover else _area_size_in_floats
     width, height = grid(image, area, multiple)
     if min(width, height) < multiple or max(width, height) > multiple * POSITIONS:
         found = f"an image of {image[0]}x{image[1]} for a video of {wanted[0]}x{wanted[1]} pixels"
@@ -88,11 +89,11 @@ def _closer(image: Size, area: int, multiple: int, width: int, height: int) -> S
     return by_width if distance(by_width) < distance(by_height) else by_height
 
 
-def fitted(image: Image.Image, task: Task, size: Size, fit: Fit = "official") -> F32:
+def fitted(image: Image.Image, resizing: Resizing, size: Size, fit: Fit = "official") -> F32:
     """An RGB image as one frame ``[1, 3, 1, H, W]`` of that size, in [-1, 1] but for the overshoot of bicubic I2V."""
     if fit == "crop":
         pixels = _pixels(_cut(image, size))
-    elif task == Task.TI2V:
+    elif resizing == "cover":
         pixels = _pixels(_covering(image, size))
     else:
         pixels = resize_bicubic(_pixels(image), size[1], size[0])

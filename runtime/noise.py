@@ -18,17 +18,32 @@ BLOCK = 16
 SEED_LIMIT = 2**64
 
 
-def standard_normal(shape: tuple[int, ...], seed: int) -> F32:
-    """Float32 noise of that shape, the same as ``torch.randn(shape, generator=torch.Generator("cpu"))`` for ``seed``.
+class NormalStream:
+    """What one CPU generator of torch gives in several calls of ``torch.randn``, each of at least 16 values.
 
     Raises:
         UserError: the seed is none that torch takes (0 to 2**64 - 1; torch uses its low 32 bits).
     """
-    if not 0 <= seed < SEED_LIMIT:
-        raise UserError(f"seed {seed}", "0 to 2**64 - 1", "choose another seed")
-    twister, size = np.random.RandomState(seed % 2**32), prod(shape)
-    values = _blocks(twister, size) if size >= BLOCK else _pairs(twister, size)
-    return values.reshape(shape)
+
+    def __init__(self, seed: int) -> None:
+        if not 0 <= seed < SEED_LIMIT:
+            raise UserError(f"seed {seed}", "0 to 2**64 - 1", "choose another seed")
+        self._twister = np.random.RandomState(seed % 2**32)
+
+    def draw(self, shape: tuple[int, ...]) -> F32:
+        """The next noise, float32 of that shape."""
+        size = prod(shape)
+        values = _blocks(self._twister, size) if size >= BLOCK else _pairs(self._twister, size)
+        return values.reshape(shape)
+
+
+def standard_normal(shape: tuple[int, ...], seed: int) -> F32:
+    """Float32 noise of that shape, the same as ``torch.randn(shape, generator=torch.Generator("cpu"))`` for ``seed``.
+
+    Raises:
+        UserError: the seed is none that torch takes.
+    """
+    return NormalStream(seed).draw(shape)
 
 
 def _words(twister: np.random.RandomState, count: int) -> NDArray[np.uint32]:

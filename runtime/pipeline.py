@@ -12,38 +12,37 @@ from typing import Self
 import numpy as np
 
 from runtime.arrays import F32
-from runtime.built_for import check_video, default_video
+from runtime.built_for import check_video, completed, default_video
 from runtime.denoise import Conditions, Step, denoise
 from runtime.engine import Arrays, BorrowedEngine, Engine
+from runtime.forward_inputs import text_rows
 from runtime.image_condition import conditioning_video, fitted, i2v_condition
 from runtime.noise import standard_normal
 from runtime.request import CompleteRequest, Request
-from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
+from wan22.backends import MODULES
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.errors import UserError
-from wan22.memory import (
+from wan22.memory import available_host_bytes, gib
+from wan22.residency import (
     RESIDENCIES,
     Memory,
     Residency,
     ResidencyChoice,
     Video,
-    available_host_bytes,
     chosen,
     engines_memory,
-    gib,
     largest_fitting,
     needed_bytes,
     refusal,
 )
-from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, Task
+from wan22.specs import TEXT_TOKENS, ModelSpec, Precision
 
 log = logging.getLogger(__name__)
 
 NewEngine = Callable[[Component], Engine]
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 class Pipeline:
@@ -187,23 +186,14 @@ class Pipeline:
     # -- stages
 
     def complete(self, request: Request) -> CompleteRequest:
-        """``request`` with what it leaves open filled in from the bundle and the model.
-
-        Raises:
-            UserError: as :meth:`runtime.request.Request.completed`, and for a video that the bundle cannot make.
-        """
-        manifest = self.bundle.manifest
-        complete = request.completed(self.spec, default_video(manifest))
-        shaped_by_image = complete.image is not None and complete.fit == "official"
-        hint = "; with an image, --fit crop makes exactly that size" if shaped_by_image else ""
-        check_video(manifest, (complete.width, complete.height, complete.frames), hint)
-        return complete
+        """:func:`runtime.built_for.completed` for the bundle of this pipeline."""
+        return completed(request, self.bundle.manifest)
 
     def encode_text(self, prompt: str, *, allow_empty: bool = False) -> tuple[TokenIds, F32]:
         """Token ids and their embeddings, float32 ``[1, tokens, text width]``; warns when the prompt was cut."""
         tokens = self.tokenizer.encode(prompt, allow_empty=allow_empty)
         if tokens.truncated:
-            log.warning("prompt cut to %d tokens: %s…", TEXT_TOKENS, prompt[:60])
+            log.warning("prompt cut to %d tokens", TEXT_TOKENS)  # prompts of others do not belong into logs
         return tokens, _single(self.engine("text_encoder")(input_ids=tokens.ids))
 
     def text(self, prompt: str, *, allow_empty: bool = False) -> F32:
@@ -212,8 +202,7 @@ class Pipeline:
         It cannot be written to.
         """
         _, embeddings = self.encode_text(prompt, allow_empty=allow_empty)
-        padded = np.zeros((1, TEXT_TOKENS, embeddings.shape[2]), np.float32)
-        padded[:, : embeddings.shape[1]] = embeddings
+        padded = text_rows(embeddings)
         padded.flags.writeable = False  # engines may keep what follows from it alone
         return padded
 
@@ -223,11 +212,11 @@ class Pipeline:
             return {}
         self._begin("vae_encoder_first", "vae_encoder_next")
         size = (request.width, request.height)
-        first = fitted(request.image, self.spec.task, size, request.fit)
-        if self.spec.task == Task.TI2V:
+        first = fitted(request.image, self.spec.takes.resizing, size, request.fit)
+        if self.spec.takes.clean_first_frame:
             return {"first_frame": encode(self.on_call("vae_encoder_first"), None, first)}
         has_last = request.last_image is not None
-        last = fitted(request.last_image, self.spec.task, size, request.fit) if request.last_image else None
+        last = fitted(request.last_image, self.spec.takes.resizing, size, request.fit) if request.last_image else None
         video = conditioning_video(first, request.frames, last)
         following = self.on_call("vae_encoder_next") if request.frames > 1 else None
         latents = encode(self.on_call("vae_encoder_first"), following, video)
@@ -244,11 +233,13 @@ class Pipeline:
         self.fit(video)
         positive = self.text(request.prompt)
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None
-        schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
+        schedule = request.noise_schedule()
         given = Conditions(positive, negative, **self.image_condition(request))
         self._begin(*self.spec.experts)
-        noise, solver = standard_normal(request.latent_shape, request.seed), make_solver(request.solver, schedule)
-        yield from denoise(self.spec, self.engine, noise, given, request.guidance, schedule, solver)
+        noise = standard_normal(request.latent_shape, request.seed)
+        solver = make_solver(request.solver, schedule, request.seed)
+        spec = request.switched(self.spec)
+        yield from denoise(spec, self.engine, noise, given, request.guidance, schedule, solver)
 
     def decode(self, latents: F32) -> Iterator[F32]:
         """Frames ``[1, 3, f, H, W]`` in [-1, 1] of clean latents ``[1, z, T, h, w]``, one latent frame at a time."""
@@ -288,9 +279,9 @@ def _backend(bundle: Bundle, stack: ExitStack) -> _Backend:
         UserError: a backend that this version does not know, that is not installed, or that finds no fitting GPU.
     """
     folder, build = bundle.folder, bundle.manifest.build
-    if build is None or build.backend not in BACKENDS:
+    if build is None or build.backend not in MODULES:
         found = build.backend if build else None
-        raise UserError(f"{folder}: backend {found!r}", f"one of {', '.join(BACKENDS)}", "build it again")
+        raise UserError(f"{folder}: backend {found!r}", f"one of {', '.join(MODULES)}", "build it again")
     profiles = build.profiles
     if build.backend == "onnxruntime":
         from runtime.engine_onnxruntime import OnnxRuntimeEngine

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan22.errors import UserError
-from wan22.specs import Task
+from wan22.specs import ImageUse
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,14 @@ class Prompt:
     image: Path | None = None
 
 
-def read_prompts(path: Path, task: Task) -> list[Prompt]:
+def read_prompts(path: Path, image_use: ImageUse) -> list[Prompt]:
     """One prompt a line, as text or as JSON: ``{"prompt": "A cat", "image": "cat.jpg"}``, the image beside the file.
 
     Empty lines and those that begin with ``#`` are left out.
 
     Raises:
         UserError: no such file, no prompts in it, a line of JSON without a prompt or with an empty one, an image
-            missing or out of place.
+            missing or out of place (``image_use``: what the model takes).
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -32,10 +32,10 @@ def read_prompts(path: Path, task: Task) -> list[Prompt]:
     if not prompts:
         raise UserError(f"{path} has no prompts", "at least one", "write one prompt a line")
     for prompt in prompts:
-        if task == Task.I2V and prompt.image is None:
+        if image_use == "required" and prompt.image is None:
             expected = 'lines such as {"prompt": "A cat", "image": "cat.jpg"}'
             raise UserError(f"{path}: no image for {prompt.text!r}", expected, "name an image for every prompt")
-        if task == Task.T2V and prompt.image is not None:
+        if image_use == "no" and prompt.image is not None:
             raise UserError(f"{path}: an image for {prompt.text!r}", "text only", "leave it out")
     return prompts
 

@@ -9,6 +9,7 @@ solver    convention   grid (i < N)                               timestep
 unipc     official     ``0.999 (1 - i/N)``                        truncated to an integer
 dpm++     official     ``1 - i/N``                                truncated to an integer
 euler     official     ``1 - i/N`` (Wan2.2-Lightning)             fractional
+renoise   both         as euler                                   fractional
 unipc     diffusers    ``1 - 0.999 i/N``, first sigma below 1     truncated to an integer
 dpm++     diffusers    ``0.999 (1 - i/N)``                        truncated to an integer
 euler     diffusers    even between the shifted bounds, shifted   fractional
@@ -20,18 +21,18 @@ for parity with pipelines that use it; four-step models are trained on the offic
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.arrays import F32
 from wan22.errors import UserError
+from wan22.sampling import Convention, SolverName
 from wan22.specs import TRAIN_TIMESTEPS
 
-SolverName = Literal["unipc", "dpm++", "euler"]
-Convention = Literal["official", "diffusers"]
 Reals = NDArray[np.floating[Any]]
 
 SIGMA_MAX = float(np.float32(0.999))  # the official grid starts at a float32 value
@@ -50,18 +51,26 @@ class Schedule:
         return len(self.timesteps)
 
 
-def make_schedule(solver: SolverName, steps: int, shift: float, convention: Convention = "official") -> Schedule:
+def make_schedule(
+    solver: SolverName,
+    steps: int,
+    shift: float,
+    convention: Convention = "official",
+    listed: Sequence[float] = (),
+) -> Schedule:
     """The schedule that the reference named by ``convention`` runs ``solver`` with.
+
+    ``listed`` are noise levels to use as they are, without the final 0, instead of those of steps and shift.
 
     Raises:
         UserError: an unknown name, fewer than one step or more than there are timesteps, a shift that is not positive,
-            or so many steps or so strong a shift that two neighbouring sigmas are the same float32 number.
+            so many steps or so strong a shift that two neighbouring sigmas are the same float32 number, or a list that
+            does not fall to above 0.
     """
     _check(solver, steps, shift, convention)
+    if listed:
+        return _schedule(solver, _checked_list(solver, listed))
     sigmas = _sigmas(solver, steps, shift, convention)
-    timesteps = TRAIN_TIMESTEPS * sigmas
-    if solver != "euler":
-        timesteps = np.trunc(timesteps)
     single = np.append(sigmas, 0).astype(np.float32)
     if not (np.diff(single) < 0).all():
         raise UserError(
@@ -69,7 +78,24 @@ def make_schedule(solver: SolverName, steps: int, shift: float, convention: Conv
             "sigmas that float32 can tell apart",
             "use fewer steps or a shift nearer to 1",
         )
-    return Schedule(single, timesteps.astype(np.float32))
+    return _schedule(solver, sigmas)
+
+
+def _checked_list(solver: SolverName, sigmas: Sequence[float]) -> Reals:
+    levels = np.array(sigmas, np.float64)
+    if not (levels[0] <= 1 and (np.diff(np.append(levels, 0).astype(np.float32)) < 0).all()):
+        found = f"noise levels {', '.join(f'{sigma:g}' for sigma in sigmas)}"
+        raise UserError(found, "levels that fall, from at most 1 to above 0", "sort them, and leave the final 0 out")
+    if solver == "unipc" and levels[0] == 1:
+        levels[0] -= BELOW_ONE
+    return levels
+
+
+def _schedule(solver: SolverName, sigmas: Reals) -> Schedule:
+    timesteps = TRAIN_TIMESTEPS * sigmas
+    if solver in ("unipc", "dpm++"):
+        timesteps = np.trunc(timesteps)
+    return Schedule(np.append(sigmas, 0).astype(np.float32), timesteps.astype(np.float32))
 
 
 def _check(solver: str, steps: int, shift: float, convention: str) -> None:
@@ -87,7 +113,7 @@ def _check(solver: str, steps: int, shift: float, convention: str) -> None:
 def _sigmas(solver: SolverName, steps: int, shift: float, convention: Convention) -> Reals:
     """The N sigmas before the final 0, each list in the reference's own arithmetic: truncation forgives no last bit."""
     low = 1 / TRAIN_TIMESTEPS
-    match solver, convention:
+    match "euler" if solver == "renoise" else solver, convention:
         case "unipc", "official":
             return _shifted(np.linspace(SIGMA_MAX, 0, steps + 1)[:-1], shift)
         case "dpm++", "official":

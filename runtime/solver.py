@@ -1,4 +1,4 @@
-"""UniPC, DPM++ 2M and Euler in closed form (wan22.md §5.4, §5.5), pure maths that knows no model.
+"""UniPC, DPM++ 2M, Euler and re-noising in closed form (wan22.md §5.4, §5.5), pure maths that knows no model.
 
 With ``x = (1 - sigma) x0 + sigma noise`` a velocity ``v`` predicts the clean latents ``m = x - sigma v``. Each step is
 then a weighted sum of the latents and the last two or three predictions, and the weights depend on the schedule alone:
@@ -7,19 +7,20 @@ order 2, B(h) = e^h - 1; DPM-Solver++: Lu et al. 2022, two steps, midpoint). Ste
 a timestep up, since two steps may share one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from runtime.arrays import F32
-from runtime.schedule import Schedule, SolverName
+from runtime.arrays import F32, array_namespace
+from runtime.noise import SEED_LIMIT, NormalStream
+from runtime.schedule import Schedule
+from wan22.sampling import SolverName
 
 
 class Solver(Protocol):
     """Moves latents along one schedule, once."""
-
-    def __init__(self, schedule: Schedule) -> None: ...
 
     def step(self, velocity: F32, latents: F32) -> F32:
         """The latents of the next noise level, a new array; the call count says which step this is.
@@ -29,8 +30,11 @@ class Solver(Protocol):
         ...
 
 
-def make_solver(name: SolverName, schedule: Schedule) -> Solver:
-    solvers: dict[SolverName, type[Solver]] = {"unipc": UniPC, "dpm++": DpmPlusPlus, "euler": Euler}
+def make_solver(name: SolverName, schedule: Schedule, seed: int = 0) -> Solver:
+    """A fresh solver for one run. ``seed`` is the run's; only ``renoise`` draws noise."""
+    if name == "renoise":
+        return Renoise(schedule, seed)
+    solvers: dict[str, Callable[[Schedule], Solver]] = {"unipc": UniPC, "dpm++": DpmPlusPlus, "euler": Euler}
     return solvers[name](schedule)
 
 
@@ -71,6 +75,28 @@ class Euler:
         gap = self._gaps[self._index]
         self._index += 1
         return _sum((1.0, latents), (gap, velocity))
+
+
+class Renoise:
+    """``(1 - sigma') m + sigma' noise``: every step predicts the clean latents and adds fresh noise to them.
+
+    What models distilled by distribution matching or consistency are sampled with; the last step gives ``m``. The noise
+    is that of a second generator of torch, seeded with the seed after the run's.
+    """
+
+    def __init__(self, schedule: Schedule, seed: int) -> None:
+        self._sigmas = schedule.sigmas.tolist()
+        self._noise = NormalStream((seed + 1) % SEED_LIMIT)
+        self._index = 0
+
+    def step(self, velocity: F32, latents: F32) -> F32:
+        now, following = self._sigmas[self._index : self._index + 2]
+        self._index += 1
+        clean = _sum((1.0, latents), (-now, velocity))
+        if following == 0:
+            return clean
+        noise = array_namespace(latents).asarray(self._noise.draw(latents.shape))
+        return _sum((1.0 - following, clean), (following, noise))
 
 
 class DpmPlusPlus:

@@ -1,13 +1,9 @@
 """Frames to a file: film as mp4 (H.264) or webm (VP9), raw as npz or numbered PNGs, or one image; the name says which.
 
-Frames are written as they come, so a film of any length needs the memory of one chunk. Everything goes under a
-temporary name beside the destination and is renamed at the end: a broken run leaves nothing that looks whole.
+Frames are written as they come, so a film of any length needs the memory of one chunk. What has the final name is
+whole (:mod:`wan22.files`).
 """
 
-import errno
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.arrays import F32, array_namespace, require_finite, to_numpy
-from wan22.errors import UserError
+from wan22.errors import UserError, refusing_disk_errors
+from wan22.files import check_room, whole_file, whole_folder
 
 Frames = Iterator[NDArray[np.uint8]]  # each [H, W, 3], RGB
 X264_CRF = 10  # what imageio makes of quality 8, the official setting: int((1 - 8 / 10) * 51)
@@ -48,7 +45,7 @@ def check_destination(path: Path, frames: int) -> None:
     """Refuses, before any work is done, a name that ``frames`` frames cannot be written to.
 
     Raises:
-        UserError: an unknown ending, many frames for one image, a folder with something in it, an unwritable place.
+        UserError: an unknown ending, many frames for one image, a folder with something in it.
     """
     ending, shown = path.suffix.lower(), path.name or str(path)
     if ending not in (*FILMS, ".npz", "", *IMAGES):
@@ -57,15 +54,11 @@ def check_destination(path: Path, frames: int) -> None:
         )
     if ending in IMAGES and frames > 1:
         raise UserError(f"{frames} frames for {shown}", "one frame", "use .mp4, a folder, or one frame")
-    if ending and path.is_dir():
-        raise UserError(f"{path} is a folder", "a file to write", "choose another name")
-    if not ending and path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} exists", "a new or empty folder", "choose another name")
-    if not ending and (path.is_symlink() or path.is_mount()):  # nothing can take its place in the end
-        raise UserError(f"{path} is a link, or where a disk is mounted", "a folder of its own", "name one inside it")
-    nearest = next(parent for parent in path.absolute().parents if parent.exists() or parent.is_symlink())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise UserError(f"cannot write {path}", "a writable folder", "choose another place")
+    if not ending:
+        check_room(path)
+    with refusing_disk_errors(shown):
+        if ending and path.is_dir():
+            raise UserError(f"{path} is a folder", "a file to write", "choose another name")
 
 
 def write_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
@@ -78,10 +71,21 @@ def write_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
         fps: frames per second, where the format has it.
 
     Raises:
-        UserError: as ``check_destination``; a size that yuv420p cannot hold; a full disk.
+        UserError: as :func:`check_destination` and :func:`encode_video`; another process writes it; a full disk.
         ValueError: no frames.
     """
     check_destination(path, frames=1)
+    with renamed_at_end(path) as new:
+        return encode_video(chunks, new, fps)
+
+
+def encode_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
+    """Writes ``path`` itself, under that name from the first frame on; arguments and result as :func:`write_video`.
+
+    Raises:
+        UserError: a size that yuv420p cannot hold, no frame rate.
+        ValueError: no frames.
+    """
     if fps < 1:
         raise UserError(f"{fps} frames per second", "at least 1", "the models make 16 or 24")
     written = 0
@@ -100,9 +104,7 @@ def write_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
         ".npz": lambda images, name: np.savez(name, frames=np.stack([*images]), fps=fps),
         "": _write_folder,
     }
-    ending = path.suffix.lower()
-    with renamed_at_end(path) as temporary:
-        writers.get(ending, _write_image)(frames(), temporary)
+    writers.get(path.suffix.lower(), _write_image)(frames(), path)
     return written
 
 
@@ -152,7 +154,7 @@ def _bt709(frame: NDArray[np.uint8]) -> av.VideoFrame:
 
 
 def _write_folder(frames: Frames, folder: Path) -> None:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for index, frame in enumerate(frames):
         Image.fromarray(frame).save(folder / f"frame_{index:05d}.png")
 
@@ -166,19 +168,6 @@ def _write_image(frames: Frames, path: Path) -> None:
 
 @contextmanager
 def renamed_at_end(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, with the same ending, that becomes ``path`` if the block ends well."""
-    temporary = path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if path.is_dir():
-            path.rmdir()
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"disk full while writing {path}", "free space", "free some and run again") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+    """Where to write the file or folder that becomes ``path`` if the block ends well. Raises as ``whole_file``."""
+    with whole_file(path) if path.suffix else whole_folder(path) as new:
+        yield new

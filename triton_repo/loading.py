@@ -4,6 +4,7 @@ A plan is code. It is loaded only if the manifest is the very one that the repos
 the hash that the manifest states.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.arrays import require_finite
@@ -13,8 +14,7 @@ from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.settings import Settings
 from wan22.bundle import MANIFEST, Bundle, Manifest, open_bundle, sha256_of
 from wan22.errors import UserError
-from wan22.memory import Video
-from wan22.specs import ModelSpec, Task
+from wan22.residency import Video
 
 WARM_UP_PROMPT = "warm up"
 
@@ -46,18 +46,22 @@ def trusted_bundle(settings: Settings) -> Bundle:
 
 
 def warm_up(pipeline: ServedPipeline) -> None:
-    """Opens every engine and runs one step of the smallest video they take.
+    """Opens every engine and makes the smallest video they take, in which each of them runs.
+
+    The first of two steps is the high-noise expert's and the second the low-noise expert's.
 
     Raises:
         NonFiniteError: they compute NaN or infinity.
     """
     for component in pipeline.spec.components:
         pipeline.engine(component)
+    spec = pipeline.spec
     width, height, frames = smallest_video(pipeline.bundle.manifest)
-    request = Request(
-        WARM_UP_PROMPT, size=(width, height), frames=frames, steps=1, image=_grey(pipeline.spec), fit="crop"
-    )
-    (step,) = pipeline.denoise(pipeline.complete(request))
+    image = None if spec.takes.image == "no" else _grey(width, height)
+    request = Request(WARM_UP_PROMPT, size=(width, height), frames=frames, image=image)
+    switch = 1 if len(spec.experts) > 1 else None
+    two_steps = replace(pipeline.complete(request), solver="unipc", steps=2, sigmas=(), switch_step=switch)
+    *_, step = pipeline.denoise(two_steps)
     for shown in pipeline.decode(step.latents):
         require_finite(shown, "decoded frames")
 
@@ -74,14 +78,12 @@ def smallest_video(manifest: Manifest) -> Video:
     return width, height, spec.vae.temporal_stride * (latent_frames - 1) + 1
 
 
-def _grey(spec: ModelSpec) -> bytes | None:
-    """An image for models that cannot do without."""
-    if spec.task != Task.I2V:
-        return None
+def _grey(width: int, height: int) -> bytes:
+    """An image of that size, for models that take one."""
     from io import BytesIO
 
     from PIL import Image
 
     png = BytesIO()
-    Image.new("RGB", (64, 64), (128, 128, 128)).save(png, "PNG")
+    Image.new("RGB", (width, height), (128, 128, 128)).save(png, "PNG")
     return png.getvalue()

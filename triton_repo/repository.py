@@ -4,7 +4,6 @@ The repository holds configuration and three-line models; engines, weights and t
 pinned by the hash of the bundle's manifest, so that nothing in the repository can be exchanged for a plan.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,11 @@ from triton_repo.bls_repository import check_backends, check_resident, write_bls
 from triton_repo.config import as_text, owner_config
 from triton_repo.settings import Limits, Settings, check_name, settings_of
 from triton_repo.templates import place
-from wan22.bundle import Bundle, open_bundle, staged
+from wan22.bundle import Bundle, open_bundle
 from wan22.errors import UserError
-from wan22.memory import ResidencyChoice
+from wan22.files import whole_folder
 from wan22.onnx_file import check_graphs
+from wan22.residency import ResidencyChoice
 
 Topology = Literal["owner", "bls"]
 MARK = ".made-by-wan-trt-triton"
@@ -62,8 +62,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
     if options.topology == "bls":
         _check_bls(bundle, options)
     limits = Limits.of(bundle.manifest.spec, **options.limits)
-    make_room(folder, overwrite=options.overwrite)
-    with staged(folder) as temporary:
+    with whole_folder(folder, MARK if options.overwrite else "") as temporary:
         (temporary / MARK).touch()
         settings = settings_of(
             bundle,
@@ -95,14 +94,3 @@ def _check_bls(bundle: Bundle, options: RepositoryOptions) -> None:
 def is_for_gpu(bundle: Bundle) -> bool:
     build = bundle.manifest.build
     return build is not None and build.target != "cpu"
-
-
-def make_room(folder: Path, *, overwrite: bool) -> None:
-    """Clears ``folder``, if it may: an empty one, or one of ours that is to be overwritten."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"{folder} exists", "a new folder", "choose another or add --overwrite")
-    if not (folder / MARK).is_file():
-        raise UserError(f"{folder} is not ours", "one made by wan-trt triton", "choose another folder")
-    shutil.rmtree(folder)

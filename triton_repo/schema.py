@@ -29,12 +29,11 @@ class Field:
     name: str
     dtype: Dtype
     length: int = 1
-    required: bool = False
 
 
 INPUTS = (
     # video
-    Field("prompt", "STRING", required=True),
+    Field("prompt", "STRING"),  # the only one that must be given; the model refuses requests without it
     Field("negative_prompt", "STRING"),  # left out: the official one; empty: none
     Field("width", "INT32"),
     Field("height", "INT32"),
@@ -47,6 +46,7 @@ INPUTS = (
     # sampling
     Field("seed", "INT64"),  # left out: drawn, and told in the first event
     Field("preset", "STRING"),
+    Field("boundary", "FP32"),
     Field("steps", "INT32"),
     Field("shift", "FP32"),
     Field("guidance", "FP32"),  # of every expert
@@ -57,7 +57,9 @@ INPUTS = (
     Field("output_format", "STRING"),  # of VIDEO_FORMATS; mp4 unless said
     Field("progress_every", "INT32"),  # steps between progress events
     Field("preview", "BOOL"),  # a JPEG with every progress event of the denoising
-    Field("deadline_unix_ms", "INT64"),  # the job is given up then, whether it waits or runs
+    Field("deadline_ms", "INT64"),  # after the job began; a wait is bounded by Triton's parameter ``timeout``
+    Field("deadline_unix_ms", "INT64"),  # the same by the clocks of both machines, for clients that know nothing else
+    Field("errors_as_events", "BOOL"),  # a job that fails ends with an event that has a code, not with an error
 )
 OUTPUTS = (
     Field("event", "STRING"),  # JSON

@@ -9,7 +9,7 @@ import numpy as np
 from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.pipeline import NewEngine, Pipeline
 from wan22.bundle import Bundle
-from wan22.memory import ResidencyChoice
+from wan22.residency import ResidencyChoice
 
 Pause = Callable[[], None]  # raises to give the job up
 

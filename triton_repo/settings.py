@@ -12,7 +12,7 @@ import msgspec
 
 from wan22.bundle import MANIFEST, Bundle, sha256_of
 from wan22.errors import UserError
-from wan22.memory import ResidencyChoice
+from wan22.residency import ResidencyChoice
 from wan22.specs import ModelSpec
 
 MEBIBYTE = 2**20

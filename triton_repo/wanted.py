@@ -15,16 +15,16 @@ from typing import Any, cast, get_args
 import numpy as np
 from PIL import Image
 
-from runtime.built_for import check_video, default_video
+from runtime.built_for import completed, default_video
 from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
-from runtime.schedule import SolverName
 from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS
 from triton_repo.settings import Limits
 from wan22.bundle import Manifest
 from wan22.errors import UserError
-from wan22.memory import Video
+from wan22.residency import Video
+from wan22.sampling import SolverName
 from wan22.specs import ModelSpec
 
 EXPERT_GUIDANCE = {"guidance_high_noise": "high_noise", "guidance_low_noise": "low_noise"}
@@ -43,11 +43,16 @@ class Wanted:
     output_format: str  # of schema.VIDEO_FORMATS
     progress_every: int
     preview: bool
-    deadline_unix_s: float  # infinite where there is none
+    deadline_s: float  # after the job began; infinite where there is none
 
 
 def wanted(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits) -> Wanted:
     """The job that the input tensors of one request describe, for the bundle of ``manifest``.
+
+    Args:
+        tensors: by the names of ``schema.INPUTS``.
+        manifest: of the engines.
+        limits: of the server.
 
     Raises:
         UserError: anything that the model cannot or must not do.
@@ -56,18 +61,18 @@ def wanted(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits
     for name, tensor in tensors.items():
         _check_bytes(name, tensor, limits)
     given = {name: _value(name, tensor) for name, tensor in tensors.items()}
+    if "prompt" not in given:
+        raise UserError("no prompt", "text that says what the video shows", "add the input prompt")
     _check_amounts(given, default_video(manifest), limits)
-    request = _request(given, spec)
-    complete = request.completed(spec, default_video(manifest))
+    complete = completed(_request(given, spec), manifest)
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
-    check_video(manifest, (complete.width, complete.height, complete.frames))
     return Wanted(
         request=complete,
         fps=_within("fps", given.get("fps", spec.sampling.fps), 1, MAX_FPS),
         output_format=_format(given.get("output_format", "mp4"), complete, limits),
         progress_every=_within("progress_every", given.get("progress_every", 1), 1, limits.max_steps),
         preview=given.get("preview", False),
-        deadline_unix_s=_deadline(given.get("deadline_unix_ms")),
+        deadline_s=_deadline(given),
     )
 
 
@@ -109,6 +114,7 @@ def _request(given: Mapping[str, Any], spec: ModelSpec) -> Request:
         fit=cast(Fit, _one_of("fit", given.get("fit", "official"), get_args(Fit))),
         seed=_within("seed", given["seed"], 0, MAX_SEED) if "seed" in given else secrets.randbelow(2**32),
         preset=given.get("preset"),
+        boundary=given.get("boundary"),
         steps=given.get("steps"),
         shift=given.get("shift"),
         guidance=guidance,
@@ -178,9 +184,11 @@ def _format(name: str, request: CompleteRequest, limits: Limits) -> str:
     return name
 
 
-def _deadline(unix_ms: int | None) -> float:
-    if unix_ms is None:
-        return math.inf
-    if unix_ms <= time.time() * 1000:
+def _deadline(given: Mapping[str, Any]) -> float:
+    """Seconds from now: a duration, or a moment that is compared with this machine's clock once and then forgotten."""
+    left_ms = [given["deadline_ms"]] if "deadline_ms" in given else []
+    if "deadline_unix_ms" in given:
+        left_ms.append(given["deadline_unix_ms"] - int(time.time() * 1000))
+    if min(left_ms, default=1) <= 0:
         raise UserError("a deadline that has passed", "one in the future", "ask again with a later deadline")
-    return unix_ms / 1000
+    return min(left_ms, default=math.inf) / 1000

@@ -18,12 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.text import Text
+
 from wan22.errors import UserError
 
 TABLES = ("bench", "validate")  # the commands that have gates
 BOUNDS = ("min", "max")
 Bound = Literal["min", "max"]
 DIGITS = 17  # that tell all numbers apart
+
+
+def marked(passed: object, text: str = "") -> Text:
+    """``text`` with a mark for a terminal: green where the check ``passed``, else red."""
+    mark = Text("✓", "green") if passed else Text("✗", "red")
+    return mark if not text else Text.assemble(mark, " ", text)
 
 
 @dataclass(frozen=True)

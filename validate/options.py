@@ -1,47 +1,26 @@
 """What a validation is asked for."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runtime.built_for import check_video, default_video
-from runtime.image_condition import Fit
+from runtime.built_for import completed, default_video
 from runtime.request import CompleteRequest, Request
-from runtime.schedule import Convention, SolverName
 from validate.reference.device import Choice
 from validate.sample_image import picture_for
 from wan22.bundle import Manifest
-from wan22.memory import ResidencyChoice
-from wan22.specs import Task
+from wan22.residency import ResidencyChoice
 
 PROMPT = "A red fox runs through fresh snow at sunrise, 一只红狐狸在雪地里奔跑"
 
 
 @dataclass(frozen=True)
 class ValidateOptions:
-    """The run that is compared. ``None`` means the model's default."""
+    """The run that is compared."""
 
-    prompt: str | None = None
-    negative_prompt: str | None = None
-    # video
-    size: tuple[int, int] | None = None  # width, height in pixels
-    frames: int | None = None
-    # image to video
-    image: Path | bytes | None = None  # None: a built-in picture for models that take one
-    last_image: Path | bytes | None = None
-    fit: Fit = "official"
-    exact_official: bool = False
-    # sampling
-    seed: int = 0
-    preset: str | None = None
-    steps: int | None = None
-    shift: float | None = None
-    guidance: float | None = None  # of every expert
-    guidance_of: dict[str, float] = field(default_factory=dict)  # of one expert, over that of every
-    solver: SolverName | None = None
-    schedule: Convention = "official"
+    request: Request = field(default_factory=Request)  # see :func:`with_samples`
     # several runs
     prompts: Path | None = None  # see :func:`runtime.prompts.read_prompts`; instead of prompt and image
-    seeds: tuple[int, ...] = ()  # instead of seed
+    seeds: tuple[int, ...] = ()  # instead of the request's seed
     # memory
     residency: ResidencyChoice = "auto"  # what stays loaded of the engines
     # the references
@@ -53,34 +32,29 @@ class ValidateOptions:
     bench: Path | None = None  # JSON of ``wan-trt bench``
     command: str = ""
 
-    def request(self, manifest: Manifest) -> CompleteRequest:
-        """Everything filled in, size and frames as :func:`runtime.built_for.default_video` has them.
 
-        Raises:
-            UserError: what the model or the shapes of the bundle do not allow.
-        """
-        spec, usual = manifest.spec, default_video(manifest)
-        size = self.size or usual[:2]
-        spec.check_size(*size)  # before a picture is made in its shape
-        shared = {} if self.guidance is None else dict.fromkeys(spec.experts, self.guidance)
-        request = Request(
-            prompt=PROMPT if self.prompt is None else self.prompt,
-            negative_prompt=self.negative_prompt,
-            size=size,
-            frames=usual[2] if self.frames is None else self.frames,
-            image=picture_for(size) if self.image is None and spec.task != Task.T2V else self.image,
-            last_image=self.last_image,
-            fit=self.fit,
-            exact_official=self.exact_official,
-            seed=self.seed,
-            preset=self.preset,
-            steps=self.steps,
-            shift=self.shift,
-            guidance=shared | self.guidance_of,
-            solver=self.solver,
-            schedule=self.schedule,
-        )
-        complete = request.completed(spec)
-        hint = "; with an image, --fit crop makes exactly that size" if complete.image is not None else ""
-        check_video(manifest, (complete.width, complete.height, complete.frames), hint)
-        return complete
+def with_samples(request: Request, manifest: Manifest) -> Request:
+    """``request`` with size and frames and, where it has none, a built-in prompt, and a picture if the model takes one.
+
+    Raises:
+        UserError: a size that the model cannot have.
+    """
+    width, height, frames = request.shape(manifest.spec, default_video(manifest))
+    manifest.spec.check_size(width, height)  # before a picture is made in its shape
+    pictured = request.image is None and manifest.spec.takes.image != "no"
+    return replace(
+        request,
+        prompt=PROMPT if request.prompt is None else request.prompt,
+        size=(width, height),
+        frames=frames,
+        image=picture_for((width, height)) if pictured else request.image,
+    )
+
+
+def completed_with_samples(request: Request, manifest: Manifest) -> CompleteRequest:
+    """What both sides of a comparison run on the bundle of ``manifest``.
+
+    Raises:
+        UserError: what the model or the shapes of the bundle do not allow.
+    """
+    return completed(with_samples(request, manifest), manifest)

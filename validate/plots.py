@@ -8,6 +8,7 @@ import base64
 import io
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ FILMSTRIP_FRAMES = 6
 THUMBNAIL_WIDTH = 320
 WORST_FRAME_WIDTH = 640
 PLOT_DPI = 200
+PLOT_SIZES_INCHES = {"wide": (7.2, 3.2), "narrow": (4.0, 3.0)}
 FLOOR = 1e-9  # drawn in place of a drift of exactly zero, which a logarithmic axis has no room for
 
 
@@ -59,12 +61,8 @@ class Filmstrip:
 
 def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float]) -> str:
     """Relative L2 distance of the latents after every step (rows with a step), logarithmic, as a PNG data URI."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size_inches, layout="constrained")
-    axes = figure.add_subplot()
-    _style(axes, theme)
+    figure, axes = new_plot(size_inches, theme)
+    axes.set_xlabel("step", color=theme.text, fontsize=10)
     limit, numbers = steps[0].limit.value, [row.step or 0 for row in steps]
     curves = _curves(steps, theme)
     for label, (drift, colour, marker) in curves.items():
@@ -75,10 +73,39 @@ def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float])
     _threshold(axes, limit, theme)
     _switch(axes, steps, theme)
     _failures(axes, steps, theme)
-    stream = io.BytesIO()
+    return data_uri(png(figure))
+
+
+def new_plot(size_inches: tuple[float, float], theme: Theme, label_points: float = 10) -> tuple[Any, Any]:
+    """A figure and its axes, logarithmic upwards; nothing but horizontal lines behind the data."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size_inches, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.savefig(stream, format="png", dpi=PLOT_DPI, transparent=True)
-    return data_uri(stream.getvalue())
+    axes = figure.add_subplot()
+    axes.set_yscale("log")
+    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(theme.grid)
+    axes.tick_params(colors=theme.text, which="both", length=0, labelsize=label_points)
+    return figure, axes
+
+
+def png(figure: Any, *, transparent: bool = True) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=PLOT_DPI, transparent=transparent)
+    return stream.getvalue()
+
+
+def in_all_themes(plot: Callable[[Theme, tuple[float, float]], str]) -> dict[str, str]:
+    """``plot`` for wide and narrow, light and dark pages: "wide_light" → its data URI."""
+    return {
+        f"{width}_{shade}": plot(theme, size)
+        for width, size in PLOT_SIZES_INCHES.items()
+        for shade, theme in (("light", LIGHT), ("dark", DARK))
+    }
 
 
 def _curves(steps: list[Row], theme: Theme) -> dict[str, tuple[list[float], str, str]]:
@@ -89,16 +116,6 @@ def _curves(steps: list[Row], theme: Theme) -> dict[str, tuple[list[float], str,
         drift = [max(its.alone.relative_l2, FLOOR) for its in low]
         found[f"PyTorch in {low[0].precision}"] = (drift, theme.reference, "s")
     return found
-
-
-def _style(axes: Any, theme: Theme) -> None:
-    axes.set_yscale("log")
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(theme.grid)
-    axes.tick_params(colors=theme.text, which="both", length=0, labelsize=10)
-    axes.set_xlabel("step", color=theme.text, fontsize=10)
 
 
 def _scale(axes: Any, drift: list[float], limit: float, steps: int) -> None:

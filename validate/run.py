@@ -12,12 +12,13 @@ from runtime.request import CompleteRequest
 from validate.cases import Case, cases_of
 from validate.ladder.onnx_side import how_made, open_for_comparison
 from validate.ladder.polygraphy_files import check_calls
-from validate.options import ValidateOptions
+from validate.options import ValidateOptions, completed_with_samples
 from validate.reference.device import Device, Residence, reference_device, refusing_too_large
 from validate.reference.loras import with_loras
 from validate.report.conditions import facts
+from validate.same_model import open_same_model
 from wan22.bundle import Bundle, Manifest
-from wan22.errors import UserError
+from wan22.files import claim
 from wan22.progress import Progress, silent
 from wan22.specs import Precision
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from validate.reference.official import Official
     from validate.report.case_report import CaseReport
     from validate.report.report import ValidationReport
-
-COARSER = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.FP8, Precision.FP8_ATTN)
 
 
 def validate(
@@ -57,48 +56,31 @@ def validate(
             nothing, no GPU for the reference where one is asked for, or one that is too small, or anything wrong with
             the folders or the request.
     """
-    from validate.files import check_writable
     from validate.report.extras import attached
-    from validate.report.report import ValidationReport
-    from validate.report.write import write_report
+    from validate.report.report import ValidationReport, write_report
 
     options = options or ValidateOptions()
     if options.calls is not None:
         check_calls(options.calls)
-    with open_for_comparison(engines, options.calls, options.residency) as pipeline:
+    opened = open_for_comparison(engines, options.calls, options.residency)
+    with claim(out / "report.json", "the report") as claimed, opened as pipeline:
         manifest = pipeline.bundle.manifest
-        cases = cases_of(options, manifest.spec.task)
-        requests = [case.options.request(manifest) for case in cases]
+        cases = cases_of(options, manifest.spec.takes.image)
+        requests = [completed_with_samples(case.options.request, manifest) for case in cases]
         for request in requests:
             pipeline.tokenizer.encode(request.prompt)  # refuses one of which nothing is left
         judged = attached(pipeline.bundle, options)
         device = reference_device(options.reference_device, manifest)
         source = with_loras(open_same_model(checkpoint, engines, manifest, progress), manifest)
+        about = facts(manifest, source, requests, options, device)
         with official_code(options.official_repo, source) as official, refusing_too_large():
-            check_writable(out)
             sides = _sides(pipeline, source, official, device, progress)
             found = []
             for case, request in zip(cases, requests, strict=True):
                 found.append(_climbed(case, _climb(sides, request, manifest, progress), pipeline.bundle, progress))
-    report = ValidationReport(tuple(found), facts(manifest, source, requests, options, device), judged)
-    write_report(report, out)
+        report = ValidationReport(tuple(found), about, judged)
+        write_report(report, claimed)
     return report
-
-
-def open_same_model(where: Path | str, engines: Path, manifest: Manifest, progress: Progress) -> "Checkpoint":
-    """The checkpoint at ``where``. Raises UserError when it is not the one the engines were made from."""
-    from export.checkpoint.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(where, progress)
-    ours = (manifest.spec.name, manifest.source.fingerprint)
-    theirs = (checkpoint.spec.name, checkpoint.source.fingerprint)
-    if ours != theirs or manifest.spec != checkpoint.spec:
-        raise UserError(
-            f"{engines} was made from {ours[0]}, fingerprint {ours[1][:12]} ({manifest.source.checkpoint})",
-            f"{theirs[0]}, fingerprint {theirs[1][:12]} ({where})",
-            "name the checkpoint that was exported, or export this one",
-        )
-    return checkpoint
 
 
 @contextmanager
@@ -166,7 +148,7 @@ def _made(row: "Row", made: dict[str, str]) -> str:
 def _precisions(manifest: Manifest) -> dict[str, Precision]:
     """By component; what the whole chain computes, "run", has the coarsest of them."""
     of = {component.name: component.precision for component in manifest.components}
-    return of | {"run": max(of.values(), key=COARSER.index)}
+    return of | {"run": min(of.values(), key=lambda precision: precision.significand)}
 
 
 def _limits(precisions: dict[str, Precision]) -> dict[str, "Thresholds"]:

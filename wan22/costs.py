@@ -8,7 +8,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from wan22.specs import PATCH, TEXT_TOKENS, DitSpec, ModelSpec, TextEncoderSpec, VaeSpec
+from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
+from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,10 @@
-"""What is told in one line: bad input, and a model that computes NaN. Any other exception is a bug."""
+"""What is told in one line: bad input, a disk that fails, a model that computes NaN. Any other exception is a bug."""
 
 import errno
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 
 
 class UserError(Exception):
@@ -17,7 +21,14 @@ class UserError(Exception):
         return " ".join(f"{self.found} | expected {self.expected} | {self.remedy}".split())
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of OSErrors, the ones that are the user's to mend wherever they come from
+def some_of(names: Sequence[str], most: int) -> str:
+    """The first ``most`` names, for an error."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_BROKEN = (errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)
+UNWRITABLE = (errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG)
 
 
 class NonFiniteError(RuntimeError):
@@ -25,3 +36,41 @@ class NonFiniteError(RuntimeError):
 
     No input of the user explains that, so it is no ``UserError``. The command line leaves with exit code 1.
     """
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Logs a warning; the same again in this process is not repeated."""
+    logging.getLogger("wan22").warning(message)
+
+
+def disk_error(error: OSError, named: str = "") -> UserError | None:
+    """The line for an error that comes from the machine, not from this program; None for any other.
+
+    Args:
+        error: wherever it comes from.
+        named: the output under way, for an error that names no file.
+    """
+    place = error.filename or named
+    where = f" while writing {place}" if place else ""
+    if error.errno in DISK_FULL:
+        return UserError(f"disk full{where}", "free space", "free some and run again")
+    if error.errno in DISK_BROKEN:
+        return UserError(f"{error.strerror}{where}", "disks that work", "see the system's log and run again")
+    if error.errno in UNWRITABLE:
+        return UserError(f"{error.strerror}{where}", "a place that can be written", "choose another")
+    if isinstance(error, PermissionError):
+        found = f"{place}: {error.strerror}"
+        return UserError(found, "what this user may use", "change its mode or the user")
+    return None
+
+
+@contextmanager
+def refusing_disk_errors(named: str, remedy: Callable[[], str] = str) -> Iterator[None]:
+    """Turns a :func:`disk_error` of the block into one line, with ``remedy()`` at its end; others pass."""
+    try:
+        yield
+    except OSError as error:
+        if (told := disk_error(error, named)) is None:
+            raise
+        raise UserError(told.found, told.expected, told.remedy + remedy()) from error

@@ -3,8 +3,10 @@
 A graph's inputs and outputs share dimension names (``wan22.bundle.Tensor``): "frames", "height" and "width" of the
 latents, "rows" and "columns" of the token grid (half of those), "tokens" of text, and multiples such as "8*height".
 Engines know ranges of the names only; everything else is derived here, once for the builder and once for the runtime.
+Sizes that users type are read here too.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from wan22.bundle import Tensor
@@ -13,6 +15,20 @@ from wan22.specs import PATCH
 
 Profile = dict[str, tuple[int, int, int]]  # named dimension → min, opt, max
 HALVES = {"rows": ("height", PATCH[1]), "columns": ("width", PATCH[2])}
+
+
+def parse_size(
+    text: str, expected: str = "width x height in pixels", remedy: str = "write it as 832x480"
+) -> tuple[int, int]:
+    """``"832x480"`` → (832, 480); x may be X, × or *, with spaces around it.
+
+    Raises:
+        UserError: text that is no size, with ``expected`` and ``remedy``.
+    """
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×*]\s*(\d{1,6})\s*", text)
+    if not match:
+        raise UserError(f"size {text!r}", expected, remedy)
+    return int(match[1]), int(match[2])
 
 
 def parts_of(dim: str) -> tuple[int, str]:
@@ -99,7 +115,7 @@ def fitting_profile(sizes: Mapping[str, int], profiles: Sequence[Profile]) -> in
         return 0
     closest = min(range(len(profiles)), key=lambda index: len(outside[index]))
     found = ", ".join(f"{name} {sizes[name]}" for name in outside[closest])
-    ranges = " or ".join(_told(profile, outside[closest]) for profile in profiles)
+    ranges = " or ".join(_ranges(profile, outside[closest]) for profile in profiles)
     raise UserError(f"{found} (in latents)", ranges, "run wan-trt build with a --size and --frames that cover it")
 
 
@@ -107,5 +123,5 @@ def _outside(sizes: Mapping[str, int], profile: Profile) -> list[str]:
     return [name for name in profile if name in sizes and not profile[name][0] <= sizes[name] <= profile[name][2]]
 
 
-def _told(profile: Profile, names: Sequence[str]) -> str:
+def _ranges(profile: Profile, names: Sequence[str]) -> str:
     return ", ".join(f"{name} {profile[name][0]}…{profile[name][2]}" for name in names if name in profile)

@@ -1,19 +1,14 @@
-"""The ``wan-trt`` command: collects the subcommands and turns errors into exit codes.
+"""The ``wan-trt`` command: collects the subcommands."""
 
-0: done. 1: a check failed, or a model computed NaN. 2: bad input, or what the machine lacks, told in one line. 130:
-interrupted. A bug keeps its traceback.
-"""
-
-import functools
+import contextlib
 import logging
+import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import typer
 
-from wan22.errors import DISK_FULL, NonFiniteError, UserError
-from wan22.memory import available_host_bytes, gib
+from wan22.errors import UserError
 from wan_trt.commands import (
     bench,
     build,
@@ -26,13 +21,13 @@ from wan_trt.commands import (
     inspect,
     lora,
     plan,
-    scale,
+    presets,
     serve,
     synth,
     triton,
     validate,
 )
-from wan_trt.extras import told_missing
+from wan_trt.guard import guarded
 
 app = typer.Typer(
     name="wan-trt",
@@ -43,56 +38,9 @@ app = typer.Typer(
 )
 
 
-def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
-    """``run`` with its result as exit code, what is no bug as one line, and Ctrl-C as 130."""
-
-    @functools.wraps(run)
-    def guard(*args: Any, **kwargs: Any) -> None:
-        try:
-            code = run(*args, **kwargs)
-        except UserError as error:
-            print(f"wan-trt: {error}", file=sys.stderr)
-            code = 2
-        except MemoryError as error:
-            print(f"wan-trt: {_out_of_memory(error)}", file=sys.stderr)
-            code = 2
-        except NonFiniteError as error:
-            print(f"wan-trt: {error} | wan-trt validate tells engines and checkpoint apart", file=sys.stderr)
-            code = 1
-        except (OSError, ModuleNotFoundError) as error:
-            if not (told := _told(error, run.__module__.rpartition(".")[2])):
-                raise
-            print(f"wan-trt: {told}", file=sys.stderr)
-            code = 2
-        except KeyboardInterrupt:
-            print("wan-trt: interrupted; nothing unfinished has its final name", file=sys.stderr)
-            code = 130
-        raise typer.Exit(code or 0)
-
-    return guard
-
-
-def _out_of_memory(error: MemoryError) -> str:
-    """The line for an allocation that failed; numpy says what it wanted."""
-    wanted = f": {error}" if str(error) else ""
-    available = gib(available_host_bytes())
-    return f"out of memory{wanted} | expected at most {available} | ask for a smaller --size or fewer --frames"
-
-
-def _told(error: OSError | ModuleNotFoundError, command: str) -> str:
-    """The line for what no bug explains: a full disk, a file that is not the user's, an extra that is not installed."""
-    if isinstance(error, ModuleNotFoundError):
-        return told_missing(error.name or "", command)
-    if error.errno in DISK_FULL:
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"disk full{where} | expected free space | free some and run again"
-    if isinstance(error, PermissionError):
-        return f"{error.filename}: {error.strerror} | expected what this user may use | change its mode or the user"
-    return ""
-
-
 for command in (
     plan,
+    presets,
     synth,
     export,
     calibrate,
@@ -105,13 +53,24 @@ for command in (
     triton,
     serve,
     client,
-    scale,
 ):
     app.command(command.__name__.rpartition(".")[2])(guarded(command.run))
 
 
-bundles = typer.Typer(no_args_is_help=True, help="Check a bundle, or make one that can be moved.")
-for verb in (bundle.verify, bundle.pack):
+@app.command(
+    "scale",
+    hidden=True,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+@guarded
+def scale() -> None:
+    """The old name of ``python -m studies.full_size``, whatever follows it."""
+    raise UserError("wan-trt scale has moved", "python -m studies.full_size", "run it in a checkout of the source")
+
+
+bundles = typer.Typer(no_args_is_help=True, help="Check a bundle, make one that can be moved, or clean up.")
+for verb in (bundle.verify, bundle.pack, bundle.clean):
     bundles.command(verb.__name__)(guarded(verb))
 app.add_typer(bundles, name="bundle")
 loras = typer.Typer(no_args_is_help=True, help="Other LoRAs for engines with external weights.")
@@ -121,5 +80,15 @@ app.add_typer(loras, name="lora")
 
 
 def main() -> None:
+    """Runs one command line, unless a word of it or the folder that it runs in is not UTF-8, as all files of it are."""
+    words = [os.fsencode(word) for word in sys.argv[1:]]
+    with contextlib.suppress(OSError):  # the folder may be gone
+        words.append(os.fsencode(Path.cwd()))
+    for word in words:
+        try:
+            word.decode()
+        except UnicodeDecodeError:
+            print(f"wan-trt: {word!r} | expected UTF-8 | rename it, or set a UTF-8 locale", file=sys.stderr)
+            sys.exit(2)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     app()

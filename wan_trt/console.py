@@ -17,7 +17,7 @@ from rich.progress import Progress as Bars
 
 from wan22.progress import Progress
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)  # names of files and prompts may hold brackets
 GIBIBYTE = 2**30
 
 
@@ -64,6 +64,6 @@ def tell_unread(plans: Sequence[str]) -> None:
         console.print(f"{', '.join(plans)}: no word in clear of what they were built for; bundle.json is believed")
 
 
-def command_line() -> str:
+def command_line(program: str = "wan-trt") -> str:
     """The command as the user typed it, for manifests and reports."""
-    return shlex.join(["wan-trt", *sys.argv[1:]])
+    return shlex.join([*program.split(), *sys.argv[1:]])

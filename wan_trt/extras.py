@@ -5,7 +5,15 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires
 
 PACKAGE = "wan-trt"
-PROJECTS = {"google": "protobuf", "yaml": "pyyaml", "skimage": "scikit-image"}  # modules of another name than theirs
+# Modules whose project has another name.
+PROJECTS = {
+    "PIL": "pillow",
+    "cupy": "cupy-cuda13x",
+    "google": "protobuf",
+    "pynvml": "nvidia-ml-py",
+    "skimage": "scikit-image",
+    "yaml": "pyyaml",
+}
 
 
 def told_missing(module: str, command: str) -> str:

@@ -1,4 +1,4 @@
-"""Finding an exported form in a graph, for passes that replace it."""
+"""Finding an exported form in a graph, for passes that replace it, and adding nodes one operator at a time."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -70,3 +70,20 @@ def replaced(graph: "ir.Graph", old: "ir.Value", nodes: "list[ir.Node]") -> None
     graph.insert_after(node, nodes)
     new.name, new.shape, new.type = old.name, old.shape, old.type
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+class Writer:
+    """Adds nodes before ``place``."""
+
+    def __init__(self, graph: "ir.Graph", place: "ir.Node") -> None:
+        self._graph, self._place = graph, place
+
+    def __call__(self, kind: str, *inputs: "ir.Value | None", **attributes: Any) -> "ir.Value":
+        import onnx_ir as ir
+
+        node = ir.node(kind, list(inputs), attributes)
+        self._graph.insert_before(self._place, node)
+        return node.outputs[0]
+
+    def integers(self, *values: int) -> "ir.Value":
+        return shape_constant(self._graph, list(values))

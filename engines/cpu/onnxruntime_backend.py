@@ -31,7 +31,7 @@ def _for_cpu(source: Bundle, component: Component, folder: Path) -> Component:
     """The component fitted to CPU kernels where there are passes for it; the fused ones have no 16-bit form there."""
     spec, path = source.manifest.spec, folder / component.graph.path
     is_transformer, is_decoder = component.name in spec.experts, component.name.startswith("vae_decoder")
-    if component.precision != Precision.FP32 or not (is_transformer or is_decoder):
+    if component.precision is not Precision.FP32 or not (is_transformer or is_decoder):
         return component
     import onnx_ir as ir
 

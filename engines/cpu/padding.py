@@ -8,8 +8,7 @@ takes no addend for a column unless it is stored for every token, hence every he
 
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import constant, shape_constant
-from engines.cpu.writer import Writer
+from engines.cpu.match import Writer, constant, shape_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -12,7 +12,7 @@ from engines.cpu.rms_norm import fuse_rms_norms
 from engines.cpu.rotary import separate_rotated
 from engines.cpu.short_text import project_short_text
 from engines.cpu.upsampling import convolve_before_doubling
-from wan22.specs import DitSpec
+from wan22.parts import DitSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -6,8 +6,7 @@ ONNX Runtime's convolution writes it channel by channel, which are then transpos
 from math import prod
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import climb, consumer, ints, replaced
-from engines.cpu.writer import Writer
+from engines.cpu.match import Writer, climb, consumer, ints, replaced
 
 if TYPE_CHECKING:
     import onnx_ir as ir

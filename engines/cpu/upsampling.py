@@ -8,8 +8,7 @@ arithmetic, and the doubled picture, the largest tensor of a decoder, never exis
 
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import climb, consumer, ints, producer, replaced, shape_constant
-from engines.cpu.writer import Writer
+from engines.cpu.match import Writer, climb, consumer, ints, producer, replaced, shape_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir

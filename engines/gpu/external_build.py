@@ -4,7 +4,6 @@ The two experts of a model have one graph, so they share ``experts.plan``. What 
 are compiled in, which fuses best.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,12 +16,13 @@ from engines.gpu.external_weights import (
     attention_scales_of,
     check_alike,
     externalised,
-    write_layout,
+    layout,
     write_weights,
 )
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine
-from engines.inspect.style_cost import kernels_per_block
 from wan22.bundle import Bundle, Component, File, file_entry
+from wan22.external_layout import write_layout
+from wan22.files import scratch_folder
 from wan22.progress import Progress
 
 
@@ -32,7 +32,6 @@ class ExternalBuild:
     def __init__(self, source: Bundle, folder: Path, progress: Progress) -> None:
         self._source, self._folder, self._progress = source, folder, progress
         self._experts = source.manifest.spec.experts
-        self.kernels_per_block: dict[str, int] = {}  # of a transformer, by style of weights
         self._built: dict[str, tuple[File, File, str, Sequence[Weight]]] = {}
 
     def check(self) -> None:
@@ -57,12 +56,10 @@ class ExternalBuild:
         graph, weights = self._externalised(component)
         plan = self.plan(component)
         if plan.name not in self._built:
-            layout = plan.with_suffix(".layout.json")
-            write_layout(layout, weights)
+            places = plan.with_suffix(".layout.json")
+            write_layout(places, layout(weights)[0])
             self._compile(graph, plan, options)
-            if component.name in self._experts:
-                self.kernels_per_block = kernels_per_block(self._source, component, plan, options, self._progress)
-            entries = file_entry(self._folder, plan), file_entry(self._folder, layout)
+            entries = file_entry(self._folder, plan), file_entry(self._folder, places)
             self._built[plan.name] = (*entries, component.name, weights)
         engine, layout_entry, first, reference = self._built[plan.name]
         check_alike({first: reference, component.name: weights})
@@ -82,7 +79,7 @@ class ExternalBuild:
         return externalised(self._source.path(component.graph), scales)
 
     def _compile(self, graph: ir.Model, plan: Path, options: EngineOptions) -> None:
-        with tempfile.TemporaryDirectory() as place:
-            path = Path(place) / f"{plan.stem}.onnx"
+        with scratch_folder("build") as place:
+            path = place / f"{plan.stem}.onnx"
             ir.save(graph, path)
             build_engine(path, plan, options, self._progress)

@@ -18,12 +18,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx_ir as ir
 
 from wan22.bundle import File
 from wan22.errors import UserError
+from wan22.external_layout import Place, read_layout
 from wan22.progress import Progress, silent
 
 ALIGNMENT_BYTES = 256  # of every weight, as CUDA allocates
@@ -59,14 +59,6 @@ class Weight:
     def layout(self) -> tuple[str, str, tuple[int, ...]]:
         """What weights that share an engine agree in."""
         return self.name, self.dtype, self.shape
-
-
-class Place(msgspec.Struct, frozen=True):
-    """Where a weight lies in the file of its component."""
-
-    name: str
-    offset: int
-    size_bytes: int
 
 
 def externalised(
@@ -227,14 +219,6 @@ def layout(weights: Sequence[Weight]) -> tuple[tuple[Place, ...], int]:
         places.append(Place(weight.name, end, weight.size_bytes))
         end += -(-weight.size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return tuple(places), end
-
-
-def write_layout(path: Path, weights: Sequence[Weight]) -> None:
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(layout(weights)[0]), indent=1))
-
-
-def read_layout(path: Path) -> list[Place]:
-    return msgspec.json.decode(path.read_bytes(), type=list[Place])
 
 
 def check_layout(path: Path, weights: Sequence[Weight]) -> None:

@@ -9,7 +9,6 @@ The builder's verbose log is kept beside the engine; ``engines.inspect.log`` rea
 
 import contextlib
 import ctypes
-import importlib
 import io
 import threading
 import time
@@ -23,7 +22,8 @@ from typing import Any, BinaryIO, TextIO
 from engines.gpu.mapped_weights import MappedWeights
 from engines.gpu.timing_cache import timing_cache
 from engines.profiles import input_shapes
-from engines.targets import MODULES, PACKAGES, Backend, Target
+from engines.targets import Target
+from wan22.backends import MODULES, Backend, imported
 from wan22.bundle import Tensor
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
@@ -58,11 +58,7 @@ def load_module(backend: Backend) -> ModuleType:
     Raises:
         UserError: it is not installed, or older than what is supported.
     """
-    try:
-        module = importlib.import_module(MODULES[backend])
-    except (ImportError, OSError) as error:
-        remedy = f"pip install {PACKAGES[backend]}"
-        raise UserError(f"no module {MODULES[backend]} ({error})", f"{backend} for this target", remedy) from None
+    module = imported(MODULES[backend], backend, f"{backend} for this target")
     version = tuple(int(part) for part in module.__version__.split(".")[:2])
     if backend == "tensorrt" and version < OLDEST_TENSORRT:
         oldest = ".".join(map(str, OLDEST_TENSORRT))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wan22.errors import UserError
-from wan22.whole_file import whole_file
+from wan22.files import whole_file
 
 
 @contextmanager
@@ -26,5 +26,5 @@ def timing_cache(config: Any, path: Path | None) -> Iterator[None]:
         raise UserError(f"timing cache {path}: {error.strerror}", "a file, there or not", "name another") from None
     config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     yield
-    with whole_file(path) as partial:
+    with whole_file(path, wait=True) as partial:
         partial.write_bytes(memoryview(config.get_timing_cache().serialize()))

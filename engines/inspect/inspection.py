@@ -4,7 +4,6 @@ Engines are read from the log that the builder left beside them, or asked throug
 GPU. A bundle is compiled to look at it, its transformers with three blocks only: all are alike.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,9 @@ from engines.inspect.log import Compiled, parse, read_log
 from engines.inspect.report import FusionReport
 from engines.profiles import profile_between, profiles_for
 from engines.targets import Target, check_bundle, target_named
-from wan22.bundle import Build, Bundle, Component, open_bundle
+from wan22.bundle import Bundle, Component, open_bundle
 from wan22.errors import UserError
+from wan22.files import scratch_folder
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec
@@ -43,7 +43,7 @@ def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[Fusion
             target,
             _compiled(bundle, component, target),
             component.precision,
-            _style(build, bundle.manifest.spec, component),
+            "external" if component.weights else "embedded",
         )
         for component in _chosen(bundle, components)
     ]
@@ -91,22 +91,13 @@ def _look_at(
         else (profile_between(manifest.spec, manifest.size, manifest.size),)
     )
     options = EngineOptions(target, profiles[:1], component.inputs)
-    with tempfile.TemporaryDirectory(prefix="wan-trt-inspect-") as temporary:
-        graph = first_blocks(bundle.path(component.graph), Path(temporary), BLOCKS_TO_LOOK_AT)
-        built = build_engine(graph, Path(temporary) / f"{component.name}.plan", options, progress)
+    with scratch_folder("inspect") as temporary:
+        graph = first_blocks(bundle.path(component.graph), temporary, BLOCKS_TO_LOOK_AT)
+        built = build_engine(graph, temporary / f"{component.name}.plan", options, progress)
         compiled = read_log(built.log)
     return FusionReport(
         component.name, target, compiled, component.precision, "embedded", _blocks(manifest.spec, component)
     )
-
-
-def _style(build: Build, spec: ModelSpec, component: Component) -> str:
-    """Where the component's weights are, and for a transformer what that costs, as it was measured at the build."""
-    told = "external" if component.weights else "embedded"
-    if component.name not in spec.experts or not build.kernels_per_block:
-        return told
-    kernels = (f"{count} per block {style}" for style, count in build.kernels_per_block.items())
-    return f"{told}; kernels: {', '.join(kernels)}"
 
 
 def _blocks(spec: ModelSpec, component: Component) -> int:

@@ -13,9 +13,8 @@ from typing import Any
 
 from engines.inspect.log import Compiled, Kernel
 from engines.targets import Target
-from wan22.specs import Precision
+from wan22.specs import Number, Precision
 
-PEAK_OF = {"fp32": Precision.FP32, "bf16": Precision.BF16, "fp16": Precision.FP16, "fp8": Precision.FP8}
 SLOW_UNFUSED_BYTES = 2**26  # copies of less than 64 MiB are not worth a line
 
 
@@ -25,7 +24,7 @@ class FusionReport:
     target: Target
     compiled: Compiled
     precision: Precision
-    weights: str = ""  # where they are, and what that costs
+    weights: str = ""  # where they are: "embedded" or "external"
     blocks_in_model: int = 0  # where only some of its blocks were compiled to look at
 
     # -- counts
@@ -59,7 +58,7 @@ class FusionReport:
         if not self.target.bandwidth_gb_s or kernel.size_bytes < 0:
             return None
         memory = kernel.size_bytes / (self.target.bandwidth_gb_s * 1e9)
-        peak = self.target.peak_tflops(PEAK_OF.get(kernel.dtype, Precision.FP32))
+        peak = self.target.peak_tflops(Number(kernel.dtype) if kernel.dtype in list(Number) else Number.FP32)
         return max(memory, kernel.flops / (peak * 1e12)) if peak else memory
 
     def total(self, kernels: Iterable[Kernel]) -> float:

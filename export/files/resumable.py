@@ -2,13 +2,10 @@
 
 The journal's first line says what the bundle is made of; every other line is a file, how much of it was written, and
 the hash of that much. An export of the same thing that starts again hashes those prefixes and goes on where they end;
-anything else starts afresh. The journal is locked while its export runs. The folder gets its real name, and loses the
-journal, only when the bundle is whole.
+anything else starts afresh. The journal lies beside the bundle in the hidden folder (:mod:`wan22.files`).
 """
 
-import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +15,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from wan22.bundle import File, refuse_existing
-from wan22.errors import DISK_FULL, UserError
+from wan22.errors import DISK_FULL
+from wan22.files import claim, hidden_folder
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-JOURNAL = "journal.jsonl"
+JOURNAL = "wan-trt.journal"
 HASHED_AT_ONCE_BYTES = 2**22
 
 
@@ -35,26 +33,21 @@ class Journal:
         self._stream = path.open("ab+", buffering=0)
         self._prefixes: list[File] = []
 
-    def lock(self) -> bool:
-        """Whether this is the only one that writes here. The folder may have got its real name meanwhile."""
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(self._stream.fileno()), self.path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            return False
-
-    def begin(self, made_of: str) -> None:
-        """Goes on with what is there if it is made of the same, else deletes it."""
+    def begin(self, folder: Path, made_of: str) -> None:
+        """Goes on with what is known of ``folder`` if it is made of the same; removes the rest."""
         self._stream.seek(0)
         first, *lines = self._stream.read().splitlines() or [b""]
         if first.decode(errors="replace") == made_of:
             self._prefixes = list(_readable(lines))
-            return
-        for other in self.path.parent.iterdir():
-            if other != self.path:
-                shutil.rmtree(other) if other.is_dir() else other.unlink()
-        self._stream.truncate(0)
-        self._stream.write(f"{made_of}\n".encode())
+        else:
+            self._stream.truncate(0)
+            self._stream.write(f"{made_of}\n".encode())
+        known = {prefix.path for prefix in self._prefixes}
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in known:
+                path.unlink()
 
     @property
     def worth_keeping(self) -> bool:
@@ -94,7 +87,7 @@ def _readable(lines: list[bytes]) -> Iterator[File]:
 
 
 def partial_folder(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.partial"
+    return hidden_folder(folder) / folder.absolute().name
 
 
 def kept_bytes(folder: Path) -> int:
@@ -109,43 +102,21 @@ def resumable(folder: Path, made_of: str, *, overwrite: bool = False) -> Iterato
     What is finished stays for the next try after a kill, Ctrl-C or a full disk; after any other error nothing does.
 
     Raises:
-        UserError: no writable place, ``folder`` exists, a full disk, or another process writes the same bundle.
+        UserError: as :func:`wan22.files.claim` and :func:`wan22.bundle.refuse_existing`.
     """
-    partial = partial_folder(folder)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        journal = Journal(partial / JOURNAL)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}", "a writable place", "choose another") from error
-    try:
-        if not journal.lock():
-            raise UserError(f"another export writes {folder}", "one at a time", "wait for it or choose another folder")
-        with _renamed(partial, folder, journal, overwrite=overwrite):
-            journal.begin(made_of)
-            yield partial, journal
-    finally:
-        journal.close()
-
-
-@contextmanager
-def _renamed(partial: Path, folder: Path, journal: Journal, *, overwrite: bool) -> Iterator[None]:
-    keep = False
-    try:
-        refuse_existing(folder, overwrite=overwrite)
-        yield
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
-        journal.path.unlink()
-        partial.rename(folder)
-    except KeyboardInterrupt:
-        keep = journal.worth_keeping
-        raise
-    except OSError as error:
-        keep = error.errno in DISK_FULL
-        if not keep:
+    refuse_existing(folder, overwrite=overwrite)
+    with claim(folder, resume=True) as claimed:
+        claimed.new.mkdir(exist_ok=True)
+        journal = Journal(claimed.folder / JOURNAL)
+        try:
+            journal.begin(claimed.new, made_of)
+            yield claimed.new, journal
+            claimed.publish()
+        except KeyboardInterrupt:
+            claimed.keep = journal.worth_keeping
             raise
-        remedy = f"free some and run again to go on, or delete {partial}"
-        raise UserError(f"disk full while writing {folder}", "free space", remedy) from error
-    finally:
-        if not keep:
-            shutil.rmtree(partial, ignore_errors=True)
+        except OSError as error:
+            claimed.keep = error.errno in DISK_FULL
+            raise
+        finally:
+            journal.close()

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import ml_dtypes
 import msgspec
 import numpy as np
 
-from export.files.tensor_file import BFLOAT16, FLOAT8, HoleyFile, Pieces, Planned, Stored
+from export.files.tensor_file import BFLOAT16, FLOAT8, HoleyFile, Pieces, Planned, Stored, check_regular
 from wan22.errors import UserError
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -29,6 +30,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "U16": np.dtype(np.uint16),
+    "U32": np.dtype(np.uint32),
+    "U64": np.dtype(np.uint64),
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -75,6 +80,7 @@ def _parsed(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _header(path: Path) -> tuple[bytes, int]:
     """The JSON text and the offset of the data behind it."""
+    check_regular(path)
     try:
         with path.open("rb") as stream:
             prefix = stream.read(8)

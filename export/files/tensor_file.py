@@ -6,6 +6,7 @@ description serves both.
 
 import io
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -89,6 +90,25 @@ def check_finite(key: str, ends: npt.NDArray[np.float32]) -> None:
     """Refuses the tensor ``key`` whose :func:`extremes` are no numbers."""
     if not np.isfinite(ends).all():
         raise UserError(f"{key} holds NaN or infinity", "finite weights", "download or train the checkpoint again")
+
+
+SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def check_regular(path: Path) -> None:
+    """Refuses a path that exists and is no file: to read a pipe or a device may wait, or never end."""
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except OSError:
+        return
+    if kind in SPECIAL:
+        raise UserError(f"{path} is {SPECIAL[kind]}", "a file", "copy its content into a file")
 
 
 class HoleyFile(io.FileIO):

@@ -29,9 +29,9 @@ def attention(g: GraphBuilder, compute: ir.DataType, q: ir.Value, k: ir.Value, v
 
 def fp8_attention(linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
     """As :func:`attention`, in FP8; returns float32. ``key`` has ``q_scale`` and ``k_scale`` among the weights."""
-    g, fp8 = linears.g, linears.fp8
-    k = _centred(g, k) if fp8 is None or fp8.smooth_k else k
-    v, v_scale = _scaled_channels(g, v, each=fp8 is None or fp8.v_per_channel)
+    g = linears.g
+    k = _centred(g, k)
+    v, v_scale = _scaled_channels(g, v)
     q8 = linears.through_fp8(_by_head(g, q), g.weight(f"{key}.q_scale", (), FLOAT))
     k8 = linears.through_fp8(_by_head(g, k, turned=True), g.weight(f"{key}.k_scale", (), FLOAT))
     v8 = linears.through_fp8(_by_head(g, v), g.constant(1.0, FLOAT))
@@ -55,10 +55,10 @@ def _centred(g: GraphBuilder, k: ir.Value) -> ir.Value:
         return g.op("Sub", k, g.op("ReduceMean", k, g.constant([0]), keepdims=1))
 
 
-def _scaled_channels(g: GraphBuilder, v: ir.Value, *, each: bool) -> tuple[ir.Value, ir.Value]:
-    """``v`` divided by the largest magnitude of each channel (or of all) over the tokens, and that scale."""
+def _scaled_channels(g: GraphBuilder, v: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """``v`` divided by the largest magnitude of each channel over the tokens, and that scale."""
     with g.scope("scale_v"):
-        largest = g.op("ReduceMax", g.op("Abs", v), g.constant([0] if each else [0, 1, 2]), keepdims=1)
+        largest = g.op("ReduceMax", g.op("Abs", v), g.constant([0]), keepdims=1)
         floor, top = g.constant(SMALLEST_ROW, FLOAT), g.constant(LARGEST_QUANTISED, FLOAT)
         scale = g.op("Div", g.op("Max", largest, floor), top)
         return g.op("Div", v, scale), scale

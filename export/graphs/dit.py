@@ -13,7 +13,8 @@ import onnx_ir as ir
 from export.graphs.builder import FLOAT, GraphBuilder
 from export.graphs.dit_block import Blocks, Modulation, Tables
 from export.graphs.linear import Fp8, Linears
-from wan22.specs import PATCH, TEXT_TOKENS, DitSpec
+from wan22.parts import DitSpec
+from wan22.specs import PATCH, TEXT_TOKENS
 
 
 @dataclass(frozen=True)

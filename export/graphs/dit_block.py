@@ -13,7 +13,7 @@ import onnx_ir as ir
 from export.graphs.attention import attention, fp8_attention
 from export.graphs.builder import FLOAT, GraphBuilder
 from export.graphs.linear import Linears, Product
-from wan22.specs import DitSpec
+from wan22.parts import DitSpec
 
 Columns = tuple[int, int] | None  # first and end; None: all
 

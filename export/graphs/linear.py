@@ -13,7 +13,7 @@ that reads the 16-bit result once for its statistics and once to apply them keep
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -34,21 +34,19 @@ class Fp8:
     high_precision_blocks: frozenset[int] = frozenset()  # blocks without any FP8
     static: frozenset[str] = frozenset()  # linears ("blocks.0.ffn.0") with a stored ``input_scale``
     centred: Mapping[str, int] = field(default_factory=dict)  # linears with a stored ``input_mean`` → its length
-    # ablations, for the precision study
-    high_precision_linears: frozenset[str] = frozenset()  # without FP8 in any block ("ffn.2", "self_attn.q" for qkv)
-    smooth_k: bool = True
-    v_per_channel: bool = True
-    token_means: bool = False  # inputs without their mean over the tokens; the rounded weights bring that back
+
+    def covers(self, key: str) -> bool:
+        """Whether ``key``, a linear or an attention ("blocks.3.ffn.2", "blocks.3.self_attn"), may run in FP8."""
+        return key.startswith("blocks.") and int(key.split(".")[1]) not in self.high_precision_blocks
 
 
 @dataclass(frozen=True)
 class Operand:
-    """What enters a linear: ``value [L, in]`` in the compute type; the true rows are ``value * scale + mean``."""
+    """What enters a linear: ``value [L, in]`` in the compute type; the true rows are ``value * scale``."""
 
     value: ir.Value
     scale: ir.Value | None = None  # float32 [L, 1]
     fp8: bool = False
-    mean: ir.Value | None = None  # float32 [1, in]
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,7 @@ class Linears:
 
     def runs_fp8(self, key: str) -> bool:
         """Whether the linear ``blocks.N. ...`` multiplies FP8 numbers."""
-        if self.fp8 is None or not key.startswith("blocks."):
-            return False
-        _, block, linear = key.split(".", 2)
-        return int(block) not in self.fp8.high_precision_blocks and linear not in self.fp8.high_precision_linears
+        return self.fp8 is not None and self.fp8.covers(key)
 
     # -- what enters
 
@@ -86,10 +81,6 @@ class Linears:
         if self.fp8 and key in self.fp8.centred:
             mean = self.g.weight(f"{key}.input_mean", (self.fp8.centred[key],), FLOAT)
             return self.per_token(self.g.op("Sub", self.g.cast(x, FLOAT), mean))
-        if self.fp8 and self.fp8.token_means:
-            x = self.g.cast(x, FLOAT)
-            mean = self.g.op("ReduceMean", x, self.g.constant([0]), keepdims=1)
-            return replace(self._per_token(self.g.op("Sub", x, mean)), mean=mean)
         return self.per_token(x)
 
     def per_token(self, x: ir.Value) -> Operand:
@@ -129,20 +120,13 @@ class Linears:
         """Several parts are one stored matrix with one scale: graphs cannot join FP8 constants."""
         raw = self.fp8_matmul(x, name, shape)
         each = shape[0] // len(parts)
-        bias = self._joined([f"{key}.{part}.bias" for part in parts], (each,), FLOAT)
-        if x.mean is not None:
-            weight = self.g.cast(self._matrix(name, shape), FLOAT)
-            bias = self.g.add(bias, self.g.reshape(self.g.op("Gemm", x.mean, weight, transB=1), [-1]))
-        return Product(raw, x.scale, bias)
+        return Product(raw, x.scale, self._joined([f"{key}.{part}.bias" for part in parts], (each,), FLOAT))
 
     def fp8_matmul(self, x: Operand, name: str, shape: tuple[int, int]) -> ir.Value:
         """``x [L, in]`` times the stored matrix ``name [out, in]``, transposed, in the compute type."""
-        return self.g.op("MatMul", x.value, self.g.transpose(self._matrix(name, shape), 1, 0))
-
-    def _matrix(self, name: str, shape: tuple[int, int]) -> ir.Value:
-        """``[out, in]`` in the compute type."""
         stored = self.g.weight(f"{name}.weight", shape, FLOAT8)
-        return self._dequantised(stored, self.g.weight(f"{name}.weight_scale", (), FLOAT))
+        matrix = self._dequantised(stored, self.g.weight(f"{name}.weight_scale", (), FLOAT))
+        return self.g.op("MatMul", x.value, self.g.transpose(matrix, 1, 0))
 
     def _joined(self, keys: Sequence[str], shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
         weights = [self.g.weight(key, shape, dtype) for key in keys]

@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from export.graphs.builder import FLOAT, FLOAT16, INT64, GraphBuilder
 from export.graphs.linear import Fp8, Linears
-from wan22.specs import TEXT_TOKENS, TextEncoderSpec
+from wan22.parts import TextEncoderSpec
+from wan22.specs import TEXT_TOKENS
 
 
 def relative_buckets(spec: TextEncoderSpec) -> np.ndarray:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from export.checkpoint.schema import vae_tensors
 from export.graphs.builder import FLOAT, GraphBuilder
 from wan22.errors import UserError
-from wan22.specs import Cache, VaeSpec
+from wan22.parts import Cache, VaeSpec
 
 LatentSize = tuple[int, int]  # rows and columns of the latent grid
 NORM_EPS = 1e-12

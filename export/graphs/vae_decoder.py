@@ -21,7 +21,7 @@ from export.graphs.vae_blocks import (
     residual_block,
     unsupported_shortcut,
 )
-from wan22.specs import VaeSpec
+from wan22.parts import VaeSpec
 
 
 def vae_decoder(

@@ -22,7 +22,7 @@ from export.graphs.vae_blocks import (
     split_pixels,
     unsupported_shortcut,
 )
-from wan22.specs import VaeSpec
+from wan22.parts import VaeSpec
 
 
 def vae_encoder(

@@ -5,15 +5,16 @@ tool that reads safetensors can look inside; ONNX addresses the same bytes by of
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate, groupby
 from math import prod
 from operator import itemgetter
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from export.files.ahead import ahead
 from export.files.hashed_file import HashedFile
 from export.files.resumable import Journal
 from export.files.safetensors_file import header_bytes
@@ -22,6 +23,7 @@ from export.graphs.builder import FLOAT, GraphBuilder, Placed
 from wan22.bundle import File
 from wan22.errors import UserError
 
+T = TypeVar("T")
 BLOCK_ELEMENTS = 2**18  # converted at once
 MARK_EVERY_BYTES = 2**30  # what a killed export loses at most
 PAGE_BYTES = 4096  # the data starts at a page, so that readers may map it without copying
@@ -98,6 +100,16 @@ def _made(keys: Iterable[str], pieces: Pieces) -> Iterator[tuple[str, Array]]:
     """
     begun = ahead((key, pieces(key)) for key in keys)
     return ahead((key, piece) for key, elements in begun for piece in elements)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """``items`` in order, each made while the one before it is being used; no more than one waits."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, iterator, end)
+            yield item  # type: ignore[misc]  # not the end
 
 
 @contextmanager

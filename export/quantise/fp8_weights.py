@@ -15,7 +15,7 @@ import numpy as np
 
 from export.files.tensor_file import as_torch, check_finite, extremes
 from export.graphs.linear import FLOAT8_MAX
-from wan22.specs import DitSpec
+from wan22.parts import DitSpec
 
 Read = Callable[[str], np.ndarray]
 

@@ -17,8 +17,8 @@ from export.files.safetensors_file import read_safetensors, write_safetensors
 from export.files.tensor_file import Array, Planned
 from export.quantise.input_scales import LinearScales, Scales
 from wan22.errors import UserError
-from wan22.specs import DitSpec, ModelSpec
-from wan22.whole_file import whole_file
+from wan22.parts import DitSpec
+from wan22.specs import ModelSpec
 
 # Linears whose inputs are centred; k and v of cross-attention read the text, which is quantised once for all blocks.
 CENTRED = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
@@ -65,12 +65,11 @@ def read_input_means(path: Path, spec: ModelSpec) -> dict[str, Means]:
 
 
 def write_input_means(path: Path, means: Mapping[str, Means]) -> None:
-    """Writes the file that :func:`read_input_means` reads, whole or not at all."""
+    """Writes the file that :func:`read_input_means` reads."""
     tensors: dict[str, Array] = {}
     for expert, part in means.items():
         for linear, mean in part.inputs.items():
             tensors[f"{expert}.{linear}.input_mean"] = np.asarray(mean, np.float32)
             tensors[f"{expert}.{linear}.weight_scale"] = np.array(part.weights[linear].weight or 0.0, np.float32)
     planned = {name: Planned(array.dtype, array.shape) for name, array in tensors.items()}
-    with whole_file(path) as partial:
-        write_safetensors(partial, planned, lambda name: [tensors[name]])
+    write_safetensors(path, planned, lambda name: [tensors[name]])

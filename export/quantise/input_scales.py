@@ -20,8 +20,8 @@ from export.checkpoint.keys import diffusers_names
 from export.graphs.linear import FLOAT8_MAX
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
-from wan22.whole_file import whole_file
 
+MARGIN = 1.1  # over the largest input seen, as NVIDIA's file has it
 COMPARED = 6  # linears per expert whose weights are held against the file's
 LARGEST_MARGIN = 1.25  # a factor: files may state weights with a margin, the same for all
 SAME_WITHIN = 1.02  # a factor, margin aside: checkpoints may round
@@ -102,7 +102,7 @@ def largest_magnitude(array: np.ndarray) -> float:
 
 
 def write_input_scales(path: Path, scales: Mapping[str, Scales], spec: ModelSpec) -> None:
-    """Writes the file that :func:`read_input_scales` reads, whole or not at all; ``scales`` by expert."""
+    """Writes the file that :func:`read_input_scales` reads; ``scales`` by expert."""
     names = diffusers_names("dit", spec)
     parts = {
         expert: {
@@ -112,5 +112,4 @@ def write_input_scales(path: Path, scales: Mapping[str, Scales], spec: ModelSpec
         for expert, part in scales.items()
     }
     content = parts if len(spec.experts) > 1 else parts[spec.experts[0]]
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Synthetic checkpoints: the folders that Wan2.2 is published as, with random weights that behave.
+"""Synthetic checkpoints: the folders that Wan2.2 is published as, with random weights that behave, or trained ones.
 
 Real file names, key names, dtypes and shards, in the official and in the -Diffusers layout (wan22.md §1.1, §1.3).
 Tensors are made and written one after the other, so even a full-size checkpoint needs little memory; ``sparse`` writes
@@ -10,33 +10,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from export.checkpoint import diffusers, official
 from export.checkpoint.keys import diffusers_names, dit_config, text_encoder_config, vae_config
-from export.checkpoint.layout import (
-    MODEL_INDEX,
-    TEXT_ENCODER_FILE,
-    TEXT_ENCODER_STEM,
-    TRANSFORMER_STEM,
-    Layout,
-    expert_folder,
-    index_file,
-    tokenizer_folder,
-    vae_file,
-)
+from export.checkpoint.part_files import TEXT_ENCODER_STEM, TRANSFORMER_STEM, index_file
+from export.checkpoint.sampling import converter_shift
 from export.checkpoint.schema import part_tensors
 from export.files.safetensors_file import write_safetensors
 from export.files.tensor_file import BFLOAT16, Pieces, Planned
 from export.files.torch_file import write_torch
 from export.synth.tokenizer import write_tokenizer
+from export.synth.trained import trained_folder, trained_pieces, trained_tokenizer
 from export.synth.weights import PIECE_ELEMENTS, pieces
 from wan22.bundle import check_disk, staged
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
-from wan22.specs import TEXT_TOKENS, ModelSpec, Task
+from wan22.specs import TEXT_TOKENS, ModelSpec
 
 SHARD_MAX_BYTES = 10**10
 FLOAT32 = np.dtype(np.float32)
@@ -45,7 +38,7 @@ FLOAT32 = np.dtype(np.float32)
 def synthesise(
     spec: ModelSpec,
     folder: Path,
-    layout: Layout,
+    layout: Literal["official", "diffusers"],
     seed: int,
     *,
     sparse: bool = False,
@@ -54,6 +47,7 @@ def synthesise(
 ) -> None:
     """Writes a checkpoint of ``spec`` into the new ``folder``; the same seed gives the same bytes.
 
+    A model whose trained weights come with the package gets those, whatever the seed.
     ``half`` stores the transformers in bfloat16, as converted checkpoints have them.
 
     Raises:
@@ -106,13 +100,15 @@ class _Source:
     def part(self, part: str, names: dict[str, str] | None = None) -> tuple[dict[str, Planned], Pieces]:
         """The tensors of a part, called by ``names`` (official → written), and what yields their elements."""
         dtype = _dtype(part, half=self.half)
-        shapes = part_tensors(part, self.spec)
+        shapes, trained = part_tensors(part, self.spec), trained_folder(self.spec)
         official = {(names or {}).get(name, name): name for name in shapes}
 
         def elements(written: str) -> Iterator[npt.NDArray[Any]]:
             name = official[written]
             if self.sparse:
                 yield from _zeros(prod(shapes[name]), dtype)
+            elif trained is not None:
+                yield from trained_pieces(trained, part, name)
             else:
                 yield from pieces(self.spec, self.seed, part, name, shapes[name])
             self.done += 1
@@ -130,13 +126,13 @@ def _zeros(count: int, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
 def _write_official(folder: Path, source: _Source) -> None:
     spec = source.spec
     for expert in spec.experts:
-        part = folder / expert_folder(expert, "official")
+        part = folder / official.expert_folder(expert)
         part.mkdir(exist_ok=True)
         _write_json(part / "config.json", _official_config(spec))
         _write_shards(part, TRANSFORMER_STEM, *source.part(expert))
-    write_torch(folder / TEXT_ENCODER_FILE, *source.part("text_encoder"))
-    write_torch(folder / vae_file(spec.vae.generation), *source.part("vae"))
-    write_tokenizer(folder / tokenizer_folder("official"))
+    write_torch(folder / official.TEXT_ENCODER_FILE, *source.part("text_encoder"))
+    write_torch(folder / official.vae_file(spec.vae.generation), *source.part("vae"))
+    write_tokenizer(folder / official.TOKENIZER, trained_tokenizer(spec))
 
 
 def _official_config(spec: ModelSpec) -> dict[str, Any]:
@@ -159,10 +155,10 @@ def _official_config(spec: ModelSpec) -> dict[str, Any]:
 
 def _write_diffusers(folder: Path, source: _Source) -> None:
     spec = source.spec
-    _write_json(folder / MODEL_INDEX, _model_index(spec))
+    _write_json(folder / diffusers.MODEL_INDEX, _model_index(spec))
     _write_json(_new(folder / "scheduler") / "scheduler_config.json", _scheduler_config(spec))
     for expert in spec.experts:
-        part = _new(folder / expert_folder(expert, "diffusers"))
+        part = _new(folder / diffusers.expert_folder(expert))
         _write_json(part / "config.json", dit_config(spec))
         _write_shards(part, TRANSFORMER_STEM, *source.part(expert, diffusers_names(expert, spec)))
     part = _new(folder / "vae")
@@ -171,15 +167,15 @@ def _write_diffusers(folder: Path, source: _Source) -> None:
     part = _new(folder / "text_encoder")
     _write_json(part / "config.json", text_encoder_config(spec))
     _write_shards(part, TEXT_ENCODER_STEM, *source.part("text_encoder", diffusers_names("text_encoder", spec)))
-    write_tokenizer(folder / tokenizer_folder("diffusers"))
+    write_tokenizer(folder / diffusers.TOKENIZER, trained_tokenizer(spec))
 
 
 def _model_index(spec: ModelSpec) -> dict[str, Any]:
     index: dict[str, Any] = {
-        "_class_name": "WanImageToVideoPipeline" if spec.task == Task.I2V else "WanPipeline",
+        "_class_name": "WanImageToVideoPipeline" if spec.takes.image == "required" else "WanPipeline",
         "_diffusers_version": "0.35.0",
         "boundary_ratio": spec.sampling.boundary,
-        "expand_timesteps": spec.task == Task.TI2V,
+        "expand_timesteps": spec.takes.clean_first_frame,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"],
@@ -187,7 +183,7 @@ def _model_index(spec: ModelSpec) -> dict[str, Any]:
         "transformer_2": ["diffusers", "WanTransformer3DModel"] if len(spec.experts) > 1 else [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    if spec.task == Task.I2V:
+    if spec.takes.image == "required":
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
     return index
 
@@ -201,7 +197,7 @@ def _scheduler_config(spec: ModelSpec) -> dict[str, Any]:
         "beta_schedule": "linear",
         "beta_start": 0.0001,
         "final_sigmas_type": "zero",
-        "flow_shift": 5.0 if spec.task == Task.TI2V else 3.0,
+        "flow_shift": converter_shift(spec),
         "lower_order_final": True,
         "num_train_timesteps": 1000,
         "predict_x0": True,

@@ -4,7 +4,7 @@ Written for this purpose, in English and Chinese. The last lines are frequent Ch
 prompt about something else still falls into characters instead of unknowns.
 """
 
-from wan22.specs import NEGATIVE_PROMPT
+from wan22.sampling import NEGATIVE_PROMPT
 
 ENGLISH = """\
 A red fox runs through fresh snow in a quiet forest, soft morning light, cinematic close-up.

@@ -4,8 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from runtime.conditioning import rope_tables, time_features
 from runtime.denoise import Conditions, denoise
+from runtime.forward_inputs import rope_tables, time_features
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from wan22.errors import NonFiniteError, UserError

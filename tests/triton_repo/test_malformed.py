@@ -105,6 +105,8 @@ BAD = [
     ("t2v", {**PROMPT, "guidance": fp32(np.nan)}, "guidance nan"),
     ("t2v", {**PROMPT, "shift": fp32(np.inf)}, "shift inf"),
     ("t2v", {**PROMPT, "shift": fp32(-1)}, "shift -1"),
+    ("t2v", {**PROMPT, "boundary": fp32(875)}, "boundary 875"),
+    ("t2v", {**PROMPT, "boundary": fp32(-0.1)}, "boundary -0.1"),
     ("t2v", {**PROMPT, "guidance_low_noise": fp32(-3)}, "guidance -3"),
     ("t2v", {**PROMPT, "width": int32(-64)}, "size -64x64"),
     ("t2v", {**PROMPT, "width": int32(2**31 - 1), "height": int32(2**31 - 1)}, "pixels"),

@@ -12,7 +12,8 @@ from wan_trt.extras import extras_with
 @pytest.mark.parametrize(
     ("module", "extras"),
     [
-        ("torch", ("export",)),
+        ("torch", ("export", "validate")),
+        ("cupy", ("gpu", "rtx")),
         ("onnx_ir", ("cpu", "export", "gpu", "rtx")),
         ("onnxruntime", ("cpu",)),
         ("tritonclient.grpc", ("triton",)),

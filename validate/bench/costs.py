@@ -71,7 +71,7 @@ def _cost(piece: str, work: Work, bundle: Bundle) -> Cost:
     counted = _of_graphs(piece, work, bundle)
     flops = counted or _of_spec(piece, work)
     precision = bundle.component(components_of(piece, work)[0]).precision
-    of_attention = Precision.BF16 if precision == Precision.FP8 else precision  # "fp8" quantises linears only
+    of_attention = precision.wide if precision.attention == precision.wide.attention else precision
     by_type = {precision: flops.with_weights}
     by_type[of_attention] = by_type.get(of_attention, 0.0) + flops.attention
     return Cost(by_type, _bytes(piece, work, bundle), "graph" if counted else "spec")
@@ -153,7 +153,7 @@ def peak_of(bundle: Bundle) -> Peak:
     target = target_named(build.target if build else "cpu")
     if target.backend == "onnxruntime":
         return measured_peak()
-    rates = {p: None if (t := target.peak_tflops(p)) is None else t * 1e12 for p in Precision}
+    rates = {p: None if (t := target.peak_tflops(p.linears)) is None else t * 1e12 for p in Precision}
     return Peak(rates, target.bandwidth_gb_s * 1e9 or math.inf, target.source)
 
 

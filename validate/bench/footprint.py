@@ -5,22 +5,21 @@ frames. Its peak is that of the runs, with libraries and weights in it, and of t
 the libraries alone take is told beside it.
 """
 
-import signal
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.pipeline import Pipeline
-from validate.bench.machine import device_peak, peak_bytes, reset_peak, resident_bytes
+from validate.bench.child_process import child_process
+from validate.bench.machine import device_peak
 from validate.bench.work import COMPILED, OURS, RUN, TEXT, BenchOptions, Side, work_for
 from validate.reference.device import reference_device
+from wan22.backends import MODULES
 from wan22.bundle import open_bundle
-from wan22.memory import ONE_EXPERT
+from wan22.memory import peak_bytes, reset_peak, resident_bytes
+from wan22.residency import ONE_EXPERT
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -62,42 +61,24 @@ def footprint(job: Job) -> Footprint:
     Raises:
         RuntimeError: the process was killed, as by a system that is out of memory.
     """
-    context = get_context("spawn")
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(job, sending), daemon=True)
-    with _interrupts_held():
-        process.start()
-    sending.close()
-    try:
-        found: Footprint | Exception = receiving.recv()
-        process.join(LEAVING_SECONDS)
-    except EOFError:
-        process.join()
-        told = f"the process that measured {job.piece} ({job.side}) ended with {process.exitcode}"
-        raise RuntimeError(told) from None
-    finally:
-        process.kill()
-        process.join()
+    with child_process(_report, job) as (receiver, process):
+        try:
+            found: Footprint | Exception = receiver.recv()
+            process.join(LEAVING_SECONDS)
+        except EOFError:
+            process.join()
+            told = f"the process that measured {job.piece} ({job.side}) ended with {process.exitcode}"
+            raise RuntimeError(told) from None
     if isinstance(found, Exception):
         raise found
     return found
 
 
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Processes started inside never hear Ctrl-C, which their parent answers for them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _report(sender: "Connection", job: Job) -> None:
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _report(job: Job, sending: "Connection") -> None:
-    try:
-        sending.send(_measured(job))
+        sender.send(_measured(job))
     except Exception as error:
-        sending.send(error)
+        sender.send(error)
 
 
 def _measured(job: Job) -> Footprint:
@@ -119,7 +100,7 @@ def _measured(job: Job) -> Footprint:
 def _import_libraries(job: Job, backend: str) -> None:
     """All that the piece will load, lazy parts of packages too."""
     if job.side == OURS:
-        import_module({"tensorrt-rtx": "tensorrt_rtx"}.get(backend, backend))
+        import_module(MODULES[backend])
         return
     import_module("validate.bench.torch_side")
     if job.piece in (TEXT, RUN):

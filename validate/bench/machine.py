@@ -1,4 +1,4 @@
-"""The machine that a bench ran on: what it is, how busy it is, how much memory and energy it spends.
+"""The machine that a bench ran on: what it is, how busy it is, and what its GPU spends.
 
 NVIDIA's management library is asked where its Python package (``nvidia-ml-py``) and a GPU are; nothing needs them.
 """
@@ -6,17 +6,17 @@ NVIDIA's management library is asked where its Python package (``nvidia-ml-py``)
 import os
 import platform
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from wan22.memory import Peak, watch_peak
+
 BUSY = 0.5  # load average per core from which timings are not those of an idle machine
 LIBRARIES = ("wan-trt", "onnxruntime", "torch", "diffusers", "transformers", "numpy")
-SAMPLING_SECONDS = 0.01  # between two looks at a GPU's memory
 
 
 def usable_cores() -> int:
@@ -59,31 +59,6 @@ def _cpu_name() -> str:
     return name[1].strip() if name else platform.processor()
 
 
-# -- memory of this process
-
-
-def reset_peak() -> None:
-    """Forgets the high-water mark of the process's memory, where the system can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # the mark then also covers what came before
-
-
-def resident_bytes() -> int:
-    return _status_bytes("VmRSS")
-
-
-def peak_bytes() -> int:
-    """Most memory resident since the start or the last reset, mapped files included."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
-
-
 # -- the GPU
 
 
@@ -121,32 +96,12 @@ class Nvml:
         return int(self.library.nvmlDeviceGetMemoryInfo(self.handle).used)
 
 
-@dataclass
-class DevicePeak:
-    """The most device memory seen in use at once."""
-
-    bytes: int = 0
-    _over: threading.Event = field(default_factory=threading.Event)
-
-
 @contextmanager
-def device_peak() -> Iterator[DevicePeak | None]:
-    """Watches the GPU's memory while the block runs; None without a GPU. The same yardstick for every library."""
+def device_peak() -> Iterator[Peak | None]:
+    """The most memory of the GPU in use while the block runs, by every process; None without a GPU."""
     gpu = Nvml.open()
     if gpu is None:
         yield None
         return
-    found = DevicePeak()
-
-    def watch() -> None:
-        while not found._over.wait(SAMPLING_SECONDS):
-            found.bytes = max(found.bytes, gpu.used_bytes())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        found.bytes = max(found.bytes, gpu.used_bytes())
-        found._over.set()
-        thread.join()
+    with watch_peak(gpu.used_bytes) as peak:
+        yield peak

@@ -34,8 +34,8 @@ from validate.gate import judge, read_gates
 from validate.reference.device import Device, reference_device
 from wan22.bundle import Bundle, open_bundle
 from wan22.errors import NonFiniteError, UserError
-from wan22.memory import ONE_EXPERT
 from wan22.progress import Progress, silent
+from wan22.residency import ONE_EXPERT
 
 NEW_PROMPTS = 3  # timed forwards that are the first of their prompt
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")  # recorded: it decides how fast it is
@@ -124,7 +124,7 @@ class Setting:
             return ours
         from validate.bench.torch_side import TorchSide, check_compiles
         from validate.reference.loras import with_loras
-        from validate.run import open_same_model
+        from validate.same_model import open_same_model
 
         bundle = self.pipeline.bundle
         found = open_same_model(self.checkpoint, bundle.folder, bundle.manifest, self.progress)

@@ -7,18 +7,16 @@ from typing import Any
 import numpy as np
 
 from runtime.arrays import F32, require_finite, to_numpy
-from runtime.conditioning import rope_tables, time_features
 from runtime.denoise import Conditions, denoise
 from runtime.engine import Engine
+from runtime.forward_inputs import forward_inputs
 from runtime.noise import standard_normal
 from runtime.pipeline import Pipeline
-from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from runtime.vae import encode
 from validate.bench.samples import timed
 from validate.bench.whole_run import Event
 from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work, components_of
-from wan22.specs import PATCH
 
 
 class OurSide:
@@ -76,15 +74,9 @@ class OurSide:
             yield chunk
 
     def _inputs(self, expert: str) -> dict[str, F32]:
-        work, spec = self._work, self._work.spec.dit
-        frames, height, width = work.latents.shape[2:]
-        times = [TIMESTEPS[expert]] * spec.time_rows
-        if work.first_frame is not None:
-            times[0] = 0.0
-        cos, sin = rope_tables(spec.head_width, frames, height // PATCH[1], width // PATCH[2])
-        inputs = {"latents": work.latents, "time_features": time_features(times, spec.freq_width)}
-        given = {} if work.condition is None else {"condition": work.condition}
-        return inputs | given | {"text": self._text, "rope_cos": cos, "rope_sin": sin}
+        work, clean = self._work, self._work.first_frame is not None
+        given = (work.spec.dit, work.latents, TIMESTEPS[expert], self._text, work.condition)
+        return forward_inputs(*given, clean_first_frame=clean)
 
 
 # -- the whole run
@@ -129,9 +121,10 @@ def _denoise(pipeline: Pipeline, work: Work, given: Conditions) -> Generator[Eve
         opened.append(Event("swap", name, seconds))
         return engine
 
-    schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
-    solver, noise = make_solver(request.solver, schedule), standard_normal(request.latent_shape, request.seed)
-    for step in denoise(pipeline.spec, expert, noise, given, request.guidance, schedule, solver):
+    schedule, spec = request.noise_schedule(), request.switched(pipeline.spec)
+    solver = make_solver(request.solver, schedule, request.seed)
+    noise = standard_normal(request.latent_shape, request.seed)
+    for step in denoise(spec, expert, noise, given, request.guidance, schedule, solver):
         if step.index and opened:
             yield opened[-1]
         opened.clear()

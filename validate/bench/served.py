@@ -6,37 +6,34 @@ works. The server's side is what a client waits for: the request's way there, th
 """
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from runtime.built_for import default_video
+from runtime.built_for import completed
 from runtime.generate import generate
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from triton_repo import probe
 from triton_repo.bls_repository import CPU
-from triton_repo.client import Event, WanClient
+from triton_repo.client import WanClient
 from triton_repo.installation import Installation
 from triton_repo.repository import RepositoryOptions, Topology, is_for_gpu, write_repository
-from triton_repo.server import ServeOptions, free_ports, running, wait_until_ready
+from triton_repo.server import ServeOptions, free_ports, running
 from validate.bench.machine import load_average, machine, versions
 from validate.bench.samples import Samples, in_turns
 from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
 from validate.gate import read_gates
-from validate.options import PROMPT
-from validate.sample_image import picture_for
-from wan22.bundle import open_bundle
-from wan22.memory import ResidencyChoice, Video
+from validate.options import with_samples
+from wan22.bundle import Manifest, open_bundle
+from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
-from wan22.specs import ModelSpec, Task
+from wan22.residency import ResidencyChoice
 
 CANCELS, CANCEL_AFTER, CANCEL_STEPS = 10, 5, 100
 RUNS, STEPS = 10, 10
@@ -45,13 +42,7 @@ POLL_S = 0.002
 
 @dataclass(frozen=True)
 class ServedOptions:
-    # what is computed; ``None`` means the model's default
-    prompt: str | None = None
-    size: tuple[int, int] | None = None  # width, height in pixels
-    frames: int | None = None
-    image: Path | None = None  # None: a built-in picture for models that take one
-    steps: int = STEPS
-    seed: int = 0
+    request: Request = field(default_factory=Request)  # of STEPS unless it says; see validate.options.with_samples
     # what is measured
     topology: Topology = "owner"
     runs: int = RUNS  # of each side
@@ -60,19 +51,6 @@ class ServedOptions:
     residency: ResidencyChoice = "auto"  # what stays loaded of the engines, on each side
     # for the record
     command: str = ""
-
-    def request(self, spec: ModelSpec, usual: Video) -> Request:
-        """The job, complete enough to be the same on both sides; ``usual`` is the video of the bundle."""
-        size = self.size or usual[:2]
-        image = None if spec.task == Task.T2V else picture_for(size)
-        return Request(
-            self.prompt or PROMPT,
-            size=size,
-            frames=self.frames or usual[2],
-            image=self.image.read_bytes() if self.image else image,
-            steps=self.steps,
-            seed=self.seed,
-        )
 
 
 @dataclass
@@ -85,7 +63,7 @@ class Server:
     latents_sha256: str = ""
 
     def make(self, request: Request) -> bytes:
-        result = self.client.generate(**_wire(request))
+        result = self.client.submit(request).result()
         self.inside_s.append(float(result.event["seconds"]))
         self.latents_sha256 = result.event["latents_sha256"]
         return result.video
@@ -97,16 +75,13 @@ class Server:
             RuntimeError: the job went on to its end.
         """
         ticks: list[float] = []
-
-        def told(event: Event) -> None:
-            if event["phase"] == "denoise":
-                ticks.append(time.perf_counter())
-                if len(ticks) == CANCEL_AFTER:
-                    raise _EnoughError
-
         before = self._metric("wan22_steps_total")
-        with suppress(_EnoughError):
-            self.client.generate(**{**_wire(request), "steps": CANCEL_STEPS}, on_progress=told)
+        with self.client.submit(replace(request, steps=CANCEL_STEPS)) as job:
+            for event in job.events():
+                if event["phase"] == "denoise":
+                    ticks.append(time.perf_counter())
+                if len(ticks) == CANCEL_AFTER:
+                    break
         while self._metric(probe.IN_FLIGHT):
             time.sleep(POLL_S)
         latency = time.perf_counter() - ticks[-1]
@@ -132,21 +107,10 @@ class Direct:
         return made.path.read_bytes()
 
 
-class _EnoughError(Exception):
-    """Gives a job up."""
-
-
-def _wire(request: Request) -> dict[str, Any]:
-    width, height = request.size or (None, None)
-    return {
-        "prompt": request.prompt,
-        "image": request.image,
-        "width": width,
-        "height": height,
-        "num_frames": request.frames,
-        "steps": request.steps,
-        "seed": request.seed,
-    }
+def _request(options: ServedOptions, manifest: Manifest) -> Request:
+    """The job, complete enough to be the same on both sides."""
+    steps = STEPS if options.request.steps is None else options.request.steps
+    return with_samples(replace(options.request, steps=steps), manifest)
 
 
 def bench_served(
@@ -170,20 +134,19 @@ def bench_served(
     """
     gates = read_gates(options.gate, "bench", (OVERHEAD, BEYOND_STEP)) if options.gate else TARGETS
     manifest = open_bundle(engines, "engines").manifest
-    spec = manifest.spec
-    request = options.request(spec, default_video(manifest))
-    complete = request.completed(spec)
+    request = _request(options, manifest)
+    complete = completed(request, manifest)
     facts = {
-        "model": spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
+        "model": manifest.spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
         "frames": complete.frames, "steps": complete.steps, "runs": options.runs, "machine": machine(),
         "load_average": load_average(), "versions": versions(), "command": options.command,
     }  # fmt: skip
     with (
-        tempfile.TemporaryDirectory(prefix="wan22-") as folder,
-        _served(engines, Path(folder), options, installation, environment) as server,
+        scratch_folder("bench") as folder,
+        _served(engines, folder, options, installation, environment) as server,
         Pipeline.open(engines, residency=options.residency) as pipeline,
     ):
-        direct = Direct(pipeline, Path(folder))
+        direct = Direct(pipeline, folder)
         sides = {DIRECT: lambda: direct.make(request), SERVED: lambda: server.make(request)}
         in_turns(sides, options.warmup)
         server.inside_s.clear()
@@ -219,8 +182,8 @@ def _served(
     http, grpc, metrics = free_ports(3)
     serve = ServeOptions("127.0.0.1", http, grpc, metrics, variant, quiet=True)
     with (
-        running(installation, repository, written.limits, serve, environment) as process,
+        running(installation, repository, written.limits, serve, environment) as server,
         WanClient(f"127.0.0.1:{serve.grpc_port}") as client,
     ):
-        wait_until_ready(process, serve)
+        server.wait_until_ready()
         yield Server(client, f"http://127.0.0.1:{serve.metrics_port}/metrics")

@@ -8,7 +8,7 @@ import numpy as np
 
 from validate.bench.machine import BUSY, usable_cores
 from validate.bench.samples import Ratio, Samples
-from validate.gate import Gate, Verdict, judge
+from validate.gate import Gate, Verdict, judge, marked
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,6 +70,7 @@ class ServedBench:
     def as_text(self) -> "Iterator[RenderableType]":
         """What people are shown."""
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("one job, ms", "median", "p90", title="{model}: {width}x{height}, {frames} frames, {steps} steps")
         table.title = str(table.title).format(**self.facts)
@@ -81,6 +82,6 @@ class ServedBench:
         yield f"served / in process {ratio.median:.3f} (p10 {ratio.p10:.3f}, p90 {ratio.p90:.3f})"
         step_ms = 1000 * float(np.median([cancel.step for cancel in self.cancels]))
         yield f"cancel: {np.median(latencies):.0f} ms, {max(latencies):.0f} at most; a step is {step_ms:.0f} ms"
-        yield from (f"{'[green]✓[/]' if verdict else '[red]✗[/]'} {verdict}" for verdict in self.verdicts)
+        yield from (marked(verdict, str(verdict)) for verdict in self.verdicts)
         if self.facts["load_average"] > BUSY * usable_cores():
-            yield "[yellow]the machine was busy before this began: distrust the times[/]"
+            yield Text("the machine was busy before this began: distrust the times", "yellow")

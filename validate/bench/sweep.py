@@ -18,6 +18,7 @@ from validate.bench.result import faults_of
 from validate.bench.work import DECODER, BenchOptions
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
+from wan22.shapes import parse_size
 from wan22.specs import ModelSpec
 
 Axis = Literal["frames", "size", "steps"]
@@ -110,7 +111,7 @@ def sweep(
     with opened(engines, checkpoint, options, progress) as setting:
         chosen = options_of(axis, values, options, setting.work.spec)
         for each in chosen.values():
-            each.request(setting.pipeline.bundle)
+            each.completed(setting.pipeline.bundle.manifest)
         manifest, load = setting.pipeline.bundle.manifest, load_average()
         conditions = conditions_of(setting.pipeline.bundle, options)
     points, faults = [], []
@@ -119,7 +120,7 @@ def sweep(
             seconds, faulty = _run_seconds(setting) if axis == "steps" else _piece_seconds(setting)
             request = setting.work.request
             pixels = request.width * request.height * request.frames
-            points.append(Point(each.steps if axis == "steps" else setting.work.tokens, label, seconds, pixels))
+            points.append(Point(request.steps if axis == "steps" else setting.work.tokens, label, seconds, pixels))
             faults += [f"{axis} {label}, {fault}" for fault in faulty]
         progress(f"sweep {axis}", done, len(chosen), "points")
     conditions |= {"load_average": [load, load_average()]}
@@ -153,17 +154,14 @@ def options_of(
     labels = _defaults(axis, options, spec) if values is None else list(dict.fromkeys(values))
     if len(labels) < 2:
         raise UserError(f"a sweep over {labels[0] or 'nothing'}", "at least two values", "give more with --values")
-    if axis == "size":
-        return {label: replace(options, size=_size(label)) for label in labels}
-    if axis == "frames":
-        return {label: replace(options, frames=_number(axis, label)) for label in labels}
-    return {label: replace(options, steps=_number(axis, label)) for label in labels}
+    chosen: dict[str, Any] = {label: parse_size(label) if axis == "size" else _number(axis, label) for label in labels}
+    return {label: replace(options, request=replace(options.request, **{axis: x})) for label, x in chosen.items()}
 
 
 def _defaults(axis: Axis, options: BenchOptions, spec: ModelSpec) -> list[str]:
     if axis != "size":
         return [str(value) for value in (FRAMES if axis == "frames" else STEPS)]
-    width, height = options.size or spec.sampling.sizes[0]
+    width, height = options.request.size or spec.sampling.sizes[0]
     grid = spec.size_multiple
     sizes = [[max(grid, round(side * share / grid) * grid) for side in (width, height)] for share in SHARES]
     return list(dict.fromkeys(f"{w}x{h}" for w, h in sizes))
@@ -173,10 +171,3 @@ def _number(axis: Axis, text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise UserError(f"{axis} {text!r}", "positive whole numbers with commas", "write them as 5,9,17")
     return int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    sides = text.split("x")
-    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
-        raise UserError(f"size {text!r}", "sizes in pixels with commas", "write them as 256x160,512x320")
-    return int(sides[0]), int(sides[1])

@@ -19,14 +19,13 @@ from validate.bench.samples import timed
 from validate.bench.whole_run import Event
 from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work
 from validate.reference.device import Device, refusing_too_large
-from validate.reference.parts import load_part, lower
+from validate.reference.parts import load_part, lower, timesteps_of
+from validate.reference.precision import dtype_of
 from validate.reference.whole_run import noise, scheduler_for
 from wan22.bundle import Manifest
 from wan22.errors import NonFiniteError, UserError
 from wan22.progress import Progress, silent
-from wan22.specs import PATCH, Precision, Task
 
-DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}  # bfloat16 for every other
 VAE = "vae"
 
 
@@ -108,7 +107,7 @@ class TorchSide:
 
     def _dtype(self, part: str) -> torch.dtype:
         precision = self._precisions[f"{DECODER}_first" if part == VAE else part]
-        return DTYPES.get(precision, torch.bfloat16)
+        return dtype_of(precision)
 
     @torch.inference_mode()
     def _encoded(self, token_ids: np.ndarray) -> torch.Tensor:
@@ -123,23 +122,14 @@ class TorchSide:
         seen = latents.to(self.device)
         if work.condition is not None:
             seen = torch.cat([seen, torch.from_numpy(work.condition).to(self.device)], dim=1)
+        clean = work.first_frame is not None
         result: torch.Tensor = self._part(expert)(
             hidden_states=seen.to(dtype),
             encoder_hidden_states=text.to(self.device, dtype),
-            timestep=self._timestep(timestep),
+            timestep=timesteps_of(work.spec, latents.shape, timestep, clean_first_frame=clean).to(self.device),
             return_dict=False,
         )[0]
         return result
-
-    def _timestep(self, timestep: float) -> torch.Tensor:
-        """``[1]``, or for TI2V one of every token, ``[1, L]``: a frame that is given is at time 0 (wan22.md §2.6)."""
-        if self._work.spec.task != Task.TI2V:
-            return torch.tensor([timestep], device=self.device)
-        frames, height, width = self._work.latents.shape[2:]
-        times = torch.full((frames, height // PATCH[1], width // PATCH[2]), timestep, device=self.device)
-        if self._work.first_frame is not None:
-            times[0] = 0
-        return times.reshape(1, -1)
 
     @torch.inference_mode()
     def _frames_of(self, latents: torch.Tensor) -> torch.Tensor:
@@ -195,11 +185,11 @@ class TorchSide:
 
     def _denoise(self, texts: list[torch.Tensor]) -> Generator[Event, None, torch.Tensor]:
         """Yields steps and swaps of experts; returns the finished latents."""
-        request, spec = self._work.request, self._work.spec
+        request, spec = self._work.request, self._work.request.switched(self._work.spec)
         scheduler = scheduler_for(request)
         latents = torch.from_numpy(noise(request.latent_shape, request.seed)).to(self.device)
         for index, timestep in enumerate(scheduler.timesteps, 1):
-            expert = spec.expert_at(float(timestep))
+            expert = spec.expert_at(float(timestep), index - 1)
             if expert not in self._parts:
                 yield Event("swap", expert, timed(partial(self._swap, expert))[1])
             (latents, engine_seconds), seconds = timed(partial(self._step, scheduler, texts, expert, timestep, latents))

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from validate.bench.compare import TOLERANCE, Change, Comparison
 from validate.bench.footprint import Footprint
 from validate.bench.machine import BUSY
@@ -11,6 +13,7 @@ from validate.bench.result import BenchResult, Piece, of_memory
 from validate.bench.samples import Ratio, Samples
 from validate.bench.whole_run import Runs, step_ratio, total_ratio
 from validate.bench.work import COMPILED, EAGER, OURS
+from validate.gate import marked
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,13 +41,14 @@ def as_text(report: BenchReport) -> "Iterator[RenderableType]":
     if report.comparison is not None:
         yield from _comparison(report.comparison)
     for verdict in report.verdicts:
-        yield f"{'[green]✓[/]' if verdict else '[red]✗[/]'} {verdict}"
+        yield marked(verdict, str(verdict))
     for fault in report.result.faults:
-        yield f"[red]✗ {fault}[/]"
+        yield marked(False, fault)
 
 
 def _result(result: BenchResult) -> "Iterator[RenderableType]":
-    yield "[bold]{model} {precision}: {width}x{height}, {frames} frames, {tokens:,} tokens[/]".format(**result.facts)
+    title = "{model} {precision}: {width}x{height}, {frames} frames, {tokens:,} tokens".format(**result.facts)
+    yield Text(title, "bold")
     yield _times(result.pieces)
     if len(result.pieces[0].samples) > 1:
         yield _ratios(result.pieces)
@@ -85,10 +89,10 @@ def _ratios(pieces: Sequence[Piece]) -> "Table":
     return table
 
 
-def _difference(piece: Piece) -> str:
+def _difference(piece: Piece) -> Text | str:
     """How far apart the results are, at most."""
     if piece.not_finite:
-        return f"[red]NaN: {', '.join(piece.not_finite)}[/]"
+        return Text(f"NaN: {', '.join(piece.not_finite)}", "red")
     return f"{max(piece.difference.values()):.0e}"
 
 
@@ -181,7 +185,7 @@ def _steps(runs: Mapping[str, Runs]) -> "Table":
     return table
 
 
-def _remarks(result: BenchResult) -> Iterator[str]:
+def _remarks(result: BenchResult) -> Iterator[Text | str]:
     if compiling := {piece.name: piece.first_s[COMPILED] for piece in result.pieces if COMPILED in piece.first_s}:
         told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in compiling.items())
         yield f"torch.compile's first run, compiling included: {told}"
@@ -192,9 +196,10 @@ def _remarks(result: BenchResult) -> Iterator[str]:
     told += "; PyTorch on the GPU" if result.conditions.get("reference_device") == "cuda" else ""
     yield f"machine: {told}; load average {before:.1f} before and {after:.1f} after"
     if before > BUSY * machine["cores"]:
-        yield (
-            "[yellow]the machine was busy: times are too long and ratios too good, because PyTorch's threads, which "
-            "spin while they wait, suffer most. Measure again on an idle machine[/]"
+        yield Text(
+            "the machine was busy: times are too long and ratios too good, because PyTorch's threads, which "
+            "spin while they wait, suffer most. Measure again on an idle machine",
+            "yellow",
         )
 
 
@@ -205,7 +210,7 @@ def _comparison(comparison: Comparison) -> "Iterator[RenderableType]":
     if not comparison.same_machine:
         yield f"{comparison.baseline} is of another machine ({comparison.told}): only ratios are compared"
     if comparison.busy:
-        yield "[yellow]one of the two was made on a busy machine: a change may be that[/]"
+        yield Text("one of the two was made on a busy machine: a change may be that", "yellow")
     if not comparison.changes:
         yield "nothing of it compares: ratios are of runs beside PyTorch"
         return
@@ -217,10 +222,10 @@ def _comparison(comparison: Comparison) -> "Iterator[RenderableType]":
     yield table
 
 
-def _change(change: Change) -> str:
+def _change(change: Change) -> Text | str:
     percent = f"{100 * (change.after / change.before - 1):+.1f} %" if change.before else ""
     if change.is_regression:
-        return f"[red]{percent} worse[/]"
+        return Text(f"{percent} worse", "red")
     return f"{percent} better" if change.worse < -max(TOLERANCE, change.spread) else f"{percent} within the spread"
 
 

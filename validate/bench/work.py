@@ -5,24 +5,24 @@ whole video. Nothing here loads PyTorch, so that memory can be measured in a pro
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from runtime.arrays import F32
+from runtime.forward_inputs import text_rows
 from runtime.image_condition import conditioning_video, fitted, i2v_condition
 from runtime.noise import standard_normal
-from runtime.request import CompleteRequest
+from runtime.request import CompleteRequest, Request
 from runtime.tokenizer import Tokenizer
 from validate.bench.whole_run import Event
-from validate.options import ValidateOptions
+from validate.options import completed_with_samples
 from validate.reference.device import Choice
-from wan22.bundle import Bundle
+from wan22.bundle import Bundle, Manifest
 from wan22.errors import UserError
-from wan22.memory import ResidencyChoice
-from wan22.specs import TEXT_TOKENS, ModelSpec, Task, tokens
+from wan22.residency import ResidencyChoice
+from wan22.specs import ModelSpec, tokens
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"  # sides
 TEXT, ENCODER, DECODER = "text_encoder", "vae_encoder", "vae_decoder"  # pieces beside the experts
@@ -34,13 +34,7 @@ RUNS, WHOLE_RUNS = 5, 3
 
 @dataclass(frozen=True)
 class BenchOptions:
-    # what is computed; ``None`` means the model's default
-    prompt: str | None = None
-    size: tuple[int, int] | None = None  # width, height in pixels
-    frames: int | None = None
-    image: str | None = None  # path; None: a built-in picture for models that take one
-    steps: int = STEPS
-    seed: int = 0
+    request: Request = field(default_factory=Request)  # of STEPS unless it says; see validate.options.with_samples
     # what is measured
     only: tuple[str, ...] = ()  # pieces; none named: all of them
     runs: int = RUNS  # timed runs of every piece and side
@@ -53,13 +47,10 @@ class BenchOptions:
     # for the record
     command: str = ""
 
-    def request(self, bundle: Bundle) -> CompleteRequest:
+    def completed(self, manifest: Manifest) -> CompleteRequest:
         """Raises UserError for what the model or the engines cannot do."""
-        image = None if self.image is None else Path(self.image)
-        options = ValidateOptions(
-            prompt=self.prompt, size=self.size, frames=self.frames, image=image, steps=self.steps, seed=self.seed
-        )
-        return options.request(bundle.manifest)
+        steps = STEPS if self.request.steps is None else self.request.steps
+        return completed_with_samples(replace(self.request, steps=steps), manifest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,12 +136,11 @@ def components_of(piece: str, work: Work) -> tuple[str, ...]:
 
 def work_for(bundle: Bundle, options: BenchOptions) -> Work:
     """Raises UserError for a request that the model or the engines cannot serve."""
-    request, spec = options.request(bundle), bundle.manifest.spec
+    request, spec = options.completed(bundle.manifest), bundle.manifest.spec
     tokenizer = Tokenizer(bundle.folder / "tokenizer")
     ids = tokenizer.encode(request.prompt).ids
     negative = tokenizer.encode(request.negative_prompt, allow_empty=True).ids
-    text = np.zeros((1, TEXT_TOKENS, spec.dit.text_width), np.float32)
-    text[:, : ids.shape[1]] = standard_normal((1, ids.shape[1], spec.dit.text_width), 1)
+    text = text_rows(standard_normal((1, ids.shape[1], spec.dit.text_width), 1))
     latents = standard_normal(request.latent_shape, request.seed)
     return Work(spec, request, ids, negative, text, latents, **_of_image(spec, request))
 
@@ -159,8 +149,8 @@ def _of_image(spec: ModelSpec, request: CompleteRequest) -> dict[str, F32]:
     """``video``, ``condition`` and ``first_frame`` as far as the request has an image."""
     if request.image is None:
         return {}
-    first = fitted(request.image, spec.task, (request.width, request.height), request.fit)
-    if spec.task == Task.TI2V:
+    first = fitted(request.image, spec.takes.resizing, (request.width, request.height), request.fit)
+    if spec.takes.clean_first_frame:
         shape = (*request.latent_shape[:2], 1, *request.latent_shape[3:])
         return {"video": first, "first_frame": standard_normal(shape, 2)}
     video = conditioning_video(first, request.frames)

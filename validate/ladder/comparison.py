@@ -4,7 +4,7 @@ Every tensor is computed once, when a rung first needs it. A run of ours that st
 steps it did make still count.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -13,9 +13,10 @@ from PIL import Image
 
 from runtime.denoise import Step
 from runtime.request import CompleteRequest
+from validate.ladder import thresholds
 from validate.ladder.engines_side import Ours
-from validate.ladder.metrics import compare
-from validate.ladder.row import InPrecision
+from validate.ladder.metrics import Metrics, compare
+from validate.ladder.row import InPrecision, Row
 from validate.ladder.thresholds import Thresholds
 from validate.reference.official import Official, makes
 from validate.reference.parts import F32
@@ -199,3 +200,20 @@ class Climb:
         for done, step in enumerate(steps, 1):
             self._progress(task, done, self.request.steps, "steps")
             yield step
+
+
+def solved(name: str, climb: Climb, steps: Sequence[ReferenceStep]) -> Row:
+    """Our solver on the velocities of another run, which leaves no room for the transformer's error.
+
+    Of all steps the one where both are farthest apart; a step that cannot be compared is farther than any.
+    """
+    velocities = (step.velocity for step in steps)
+    ours = climb.ours.solved(climb.request, steps[0].before, velocities, climb.given.first_frame)
+    compared = [compare(latents, step.after) for latents, step in zip(ours, steps, strict=True)]
+    worst = max(range(len(steps)), key=lambda index: _apart(compared[index]))
+    note = f"{climb.request.solver}, farthest after step {worst + 1} of {len(steps)}"
+    return Row(name, "sampler", compared[worst], thresholds.SOLVER, note)
+
+
+def _apart(metrics: Metrics) -> float:
+    return float("inf") if metrics.problem else metrics.relative_l2

@@ -6,18 +6,16 @@ import numpy as np
 from PIL import Image
 
 from runtime.arrays import F32
-from runtime.conditioning import rope_tables, time_features
 from runtime.denoise import Step
+from runtime.forward_inputs import forward_inputs, time_features
 from runtime.image_condition import Fit, fitted
 from runtime.noise import standard_normal
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
-from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from runtime.vae import encode
 from validate.reference.parts import I64
 from validate.reference.reference import NOTHING, Given
-from wan22.specs import PATCH
 
 
 class Ours:
@@ -34,7 +32,7 @@ class Ours:
         return self._pipeline.text(prompt, allow_empty=True)
 
     def lists(self, request: CompleteRequest) -> tuple[F32, F32]:
-        schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
+        schedule = request.noise_schedule()
         return schedule.sigmas, schedule.timesteps
 
     def noise(self, shape: tuple[int, ...], seed: int) -> F32:
@@ -46,7 +44,7 @@ class Ours:
 
     def pixels(self, image: Image.Image, size: tuple[int, int], fit: Fit) -> F32:
         """``[1, 3, H, W]``."""
-        return fitted(image, self._pipeline.spec.task, size, fit)[:, :, 0]
+        return fitted(image, self._pipeline.spec.takes.resizing, size, fit)[:, :, 0]
 
     def encode(self, video: F32) -> F32:
         """Normalised latents of frames ``[1, 3, F, H, W]``, chunk by chunk."""
@@ -57,15 +55,9 @@ class Ours:
         return Given(**self._pipeline.image_condition(request))
 
     def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = NOTHING) -> F32:
-        frames, height, width = latents.shape[-3:]
-        cos, sin = rope_tables(self._dit.head_width, frames, height // PATCH[1], width // PATCH[2])
-        times = [timestep] * self._dit.time_rows
-        if given.first_frame is not None:
-            times[0] = 0.0
-        inputs = {"latents": latents, "time_features": self.time_features(times), "text": text}
-        if given.condition is not None:
-            inputs["condition"] = given.condition
-        return np.asarray(self._pipeline.engine(expert)(**inputs, rope_cos=cos, rope_sin=sin))
+        clean = given.first_frame is not None
+        inputs = forward_inputs(self._dit, latents, timestep, text, given.condition, clean_first_frame=clean)
+        return np.asarray(self._pipeline.engine(expert)(**inputs))
 
     def run(self, request: CompleteRequest) -> Iterator[Step]:
         return self._pipeline.denoise(request)
@@ -74,8 +66,8 @@ class Ours:
         self, request: CompleteRequest, start: F32, velocities: Iterable[F32], first_frame: F32 | None = None
     ) -> Iterator[F32]:
         """Latents after every step of our solver on given velocities, from ``start``; a given frame is put back."""
-        schedule = make_schedule(request.solver, request.steps, request.shift, request.schedule)
-        solver, latents = make_solver(request.solver, schedule), start
+        schedule = request.noise_schedule()
+        solver, latents = make_solver(request.solver, schedule, request.seed), start
         for velocity in velocities:
             latents = solver.step(velocity, latents)
             if first_frame is not None:

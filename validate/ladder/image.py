@@ -9,7 +9,6 @@ from validate.ladder.comparison import Climb
 from validate.ladder.metrics import compare
 from validate.ladder.row import Row
 from validate.reference.parts import F32
-from wan22.specs import Task
 
 MASK_CHANNELS = 4
 
@@ -17,7 +16,11 @@ MASK_CHANNELS = 4
 def pixels(climb: Climb) -> Iterator[Row]:
     """An image scaled and cut to the size of the video."""
     request = climb.request
-    whose = "torch's bicubic" if climb.spec.task == Task.I2V and request.fit == "official" else "Pillow's Lanczos"
+    whose = (
+        "torch's bicubic"
+        if climb.spec.takes.resizing == "stretch" and request.fit == "official"
+        else "Pillow's Lanczos"
+    )
     for name, image in climb.images.items():
         ours = climb.ours.pixels(image, (request.width, request.height), request.fit)
         note = f"{image.width}x{image.height} to {request.width}x{request.height}, {whose}"

@@ -5,15 +5,21 @@ number cannot agree. The same holds for two shapes that differ.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 SLICE_VALUES = 2**22
 FRAME_RANGE = 2.0  # frames lie in [-1, 1]
+PACKAGE = "lpips"
+SMALLEST_SIDE = 31  # pixels that the smaller side must have for AlexNet's layers
 
 
 @dataclass(frozen=True)
@@ -142,3 +148,37 @@ def _cosine(sums: _Sums) -> float:
 
 def _psnr_db(mean_square: float, signal_range: float) -> float:
     return math.inf if mean_square == 0 else 10 * math.log10(signal_range**2 / mean_square)
+
+
+# -- LPIPS, where its package is installed; nothing else needs it
+
+
+@cache
+def why_no_lpips() -> str:
+    """Empty where it can be measured."""
+    if find_spec(PACKAGE) is None:
+        return f"not measured: package {PACKAGE} is not installed"
+    try:
+        _network()
+    except Exception as error:  # no network, another torchvision: the rest of the report does not need it
+        return f"not measured: the network of package {PACKAGE} cannot be loaded ({' '.join(str(error).split())})"
+    return ""
+
+
+@cache
+def _network() -> Any:
+    """AlexNet with the published weights, which the package fetches on first use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchvision, about how the package asks it for the weights
+        return import_module(PACKAGE).LPIPS(net="alex", verbose=False).eval()
+
+
+def lpips_per_frame(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> list[float]:
+    """Perceptual distance (Zhang et al. 2018) of every frame of two videos ``[1, 3, F, H, W]`` in [-1, 1]."""
+    import torch
+
+    with torch.inference_mode():
+        return [
+            float(_network()(*(torch.from_numpy(side[:, :, i].clip(-1, 1)) for side in (ours, reference))))
+            for i in range(ours.shape[2])
+        ]

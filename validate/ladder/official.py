@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from validate.ladder import thresholds
-from validate.ladder.comparison import Climb
+from validate.ladder.comparison import Climb, solved
 from validate.ladder.metrics import FRAME_RANGE, compare, incomparable
 from validate.ladder.row import Row
-from validate.ladder.solver import solved
 from validate.ladder.thresholds import Limit
 from validate.reference.parts import F32
 from validate.reference.whole_run import lists

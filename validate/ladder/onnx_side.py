@@ -15,8 +15,8 @@ from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from runtime.pipeline import Pipeline
 from validate.ladder.polygraphy_files import RecordingPipeline
 from wan22.bundle import Build, Component, Manifest, kind_of, open_bundle
-from wan22.memory import ONE_EXPERT, ResidencyChoice
 from wan22.onnx_file import check_graphs
+from wan22.residency import ONE_EXPERT, ResidencyChoice
 from wan22.specs import Precision
 
 if TYPE_CHECKING:

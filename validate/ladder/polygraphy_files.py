@@ -17,8 +17,8 @@ from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.pipeline import NewEngine, Pipeline
 from wan22.bundle import Bundle
 from wan22.errors import UserError
-from wan22.memory import RESIDENCIES, Residency, ResidencyChoice
-from wan22.whole_file import whole_file
+from wan22.files import whole_file
+from wan22.residency import RESIDENCIES, Residency, ResidencyChoice
 
 Record = Callable[[str, dict[str, np.ndarray], dict[str, np.ndarray]], None]  # component, inputs, outputs
 
@@ -83,5 +83,5 @@ def write_call(folder: Path, name: str, inputs: dict[str, np.ndarray], outputs: 
     given, answers = ({key: to_numpy(array) for key, array in arrays.items()} for arrays in (inputs, outputs))
     answered = RunResults([("wan-trt", [IterationResult(answers, runner_name="wan-trt")])])
     for leaf, content in (("inputs", [given]), ("outputs", answered)):
-        with whole_file(folder / f"{name}.{leaf}.json") as partial:
+        with whole_file(folder / f"{name}.{leaf}.json", wait=True) as partial:
             save_json(content, str(partial))

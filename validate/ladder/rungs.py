@@ -13,16 +13,15 @@ from itertools import chain
 import numpy as np
 
 from validate.ladder import image, official, thresholds, video
-from validate.ladder.comparison import Climb
+from validate.ladder.comparison import Climb, solved
 from validate.ladder.engines_side import Ours
 from validate.ladder.metrics import FRAME_RANGE, compare, incomparable
 from validate.ladder.row import Row, excess
-from validate.ladder.solver import solved
 from validate.ladder.thresholds import Limit, Measure
 from validate.reference.parts import F32, time_features
 from validate.reference.reference import Reference
 from validate.reference.whole_run import ReferenceStep, lists, noise
-from wan22.specs import TRAIN_TIMESTEPS, ModelSpec, Task
+from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
 
 VELOCITY_POINTS = 4  # timesteps per expert, evenly over the range it works in
 
@@ -53,7 +52,7 @@ def rungs(spec: ModelSpec, *, official: bool = False) -> tuple[Rung, ...]:
     )
     sampled = Rung("solver", solver)
     run = Rung("latents", trajectory, of_every_case=True, measures=BESIDE_PRECISION)
-    both_modes = (Rung("text_mode", text_mode),) if spec.task == Task.TI2V else ()
+    both_modes = (Rung("text_mode", text_mode),) if spec.takes.image == "optional" else ()
     known: tuple[tuple[str, tuple[Rung, ...]], ...] = (
         ("text_encoder", TEXT_RUNGS),
         ("vae_encoder_first", IMAGE_RUNGS),

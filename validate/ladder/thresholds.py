@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from validate.ladder.metrics import Metrics
-from wan22.specs import Precision
+from wan22.specs import Number, Precision
 
 Measure = Literal["max_abs", "relative_l2", "psnr_db", "ssim", "lpips", "excess"]
 AT_LEAST = frozenset({"psnr_db", "ssim"})  # measures that say how alike two things are, not how far apart
@@ -117,14 +117,8 @@ FP8 = Thresholds(
     ssim=Limit("ssim", 0.8, "other details, the same picture"),
 )
 EXCESS = Limit("excess", 1.5, "what PyTorch loses in the same precision, and half of it for rounding elsewhere")
-BY_PRECISION = {
-    Precision.FP32: FP32,
-    Precision.FP16: FP16,
-    Precision.BF16: BF16,
-    Precision.FP8: FP8,
-    Precision.FP8_ATTN: FP8,
-}
+BY_LINEARS = {Number.FP32: FP32, Number.FP16: FP16, Number.BF16: BF16, Number.FP8: FP8}
 
 
 def thresholds_for(precision: Precision) -> Thresholds:
-    return BY_PRECISION[precision]
+    return BY_LINEARS[precision.linears]

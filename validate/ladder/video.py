@@ -9,15 +9,17 @@ from validate.ladder import thresholds
 from validate.ladder.comparison import Climb
 from validate.ladder.metrics import (
     FRAME_RANGE,
+    SMALLEST_SIDE,
     Metrics,
     compare,
     compare_changes,
     difference_per_frame,
     incomparable,
+    lpips_per_frame,
     of_one_number,
     ssim_per_frame,
+    why_no_lpips,
 )
-from validate.ladder.perception import SMALLEST_SIDE, lpips_per_frame, why_no_lpips
 from validate.ladder.row import Row
 from validate.ladder.thresholds import Limit
 from validate.reference.parts import F32

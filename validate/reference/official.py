@@ -8,6 +8,7 @@ project.
 import multiprocessing
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,14 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from export.checkpoint.checkpoint import Checkpoint
 from runtime.request import CompleteRequest
+from validate.reference.boundary import stated_boundary
 from validate.reference.official_modules import Modules, check_clone
 from validate.reference.parts import F32, I64
 from validate.reference.reference import NOTHING, Given
-from validate.reference.whole_run import ReferenceStep, noise
+from validate.reference.whole_run import ReferenceStep, guided
 from wan22.errors import UserError
 
 SOLVERS = ("unipc", "dpm++")  # the official code has no other
@@ -30,9 +30,22 @@ SOLVERS = ("unipc", "dpm++")  # the official code has no other
 _modules: list[Modules] = []  # of the other process
 
 
+def commit_of(repo: Path) -> str:
+    """The commit that is checked out at ``repo``, twelve digits of it; "" where git does not know."""
+    if not (repo / ".git").exists():  # git would answer for a repository around it
+        return ""
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(repo), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return asked.stdout.strip() if asked.returncode == 0 else ""
+
+
 def makes(request: CompleteRequest) -> bool:
     """Whether the official code can make the requested run."""
-    return request.solver in SOLVERS and request.schedule == "official"
+    return request.solver in SOLVERS and request.schedule == "official" and not request.sigmas
 
 
 class Official:
@@ -43,7 +56,7 @@ class Official:
 
     def __init__(self, repo: Path, checkpoint: Checkpoint) -> None:
         check_clone(repo)
-        self.spec, self._repo = checkpoint.spec, repo
+        self.spec, self.boundary, self._repo = checkpoint.spec, stated_boundary(checkpoint), repo
         spawned = multiprocessing.get_context("spawn")
         self._process = ProcessPoolExecutor(1, spawned, _leave_at_ctrl_c)
         self._arguments = (repo.resolve(), checkpoint)
@@ -85,17 +98,12 @@ class Official:
     def run(
         self, request: CompleteRequest, text: F32, negative: F32 | None, given: Given = NOTHING
     ) -> Iterator[ReferenceStep]:
-        """As :func:`validate.reference.whole_run.run`, with the official models and solver."""
-        latents = _with_first_frame(noise(request.latent_shape, request.seed), given)
-        for index, timestep in enumerate(self.lists(request)[1].tolist()):
-            expert = self.spec.expert_at(timestep)
-            velocity = self.velocity(expert, latents, timestep, text, given)
-            if negative is not None and (scale := request.guidance[expert]) != 1:
-                unconditional = self.velocity(expert, latents, timestep, negative, given)
-                velocity = unconditional + np.float32(scale) * (velocity - unconditional)
-            after = _with_first_frame(self._array("step", velocity, index, latents), given)
-            yield ReferenceStep(index, timestep, expert, latents, after, velocity)
-            latents = after
+        """As :func:`validate.reference.whole_run.guided`, with the official models and solver."""
+
+        def step(velocity: F32, index: int, latents: F32) -> F32:
+            return self._array("step", velocity, index, latents)
+
+        return guided(self, request, self.lists(request)[1].tolist(), step, (text, negative), given)
 
     def _array(self, method: str, *arguments: Any) -> F32:
         array: F32 = self._asked(method, *arguments)
@@ -107,10 +115,6 @@ class Official:
         except BrokenProcessPool:
             found = f"the process of {self._repo} was killed during {method}"
             raise UserError(found, "memory for its float32 weights", "use a machine with more of it") from None
-
-
-def _with_first_frame(latents: F32, given: Given) -> F32:
-    return latents if given.first_frame is None else np.concatenate([given.first_frame, latents[:, :, 1:]], axis=2)
 
 
 def _leave_at_ctrl_c() -> None:

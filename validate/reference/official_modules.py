@@ -7,6 +7,7 @@ float32 (wan22.md §9.12). And a default argument asks CUDA for its current devi
 """
 
 import importlib
+import math
 import sys
 import types
 import warnings
@@ -18,9 +19,9 @@ import torch
 from torch.nn import functional
 
 from export.checkpoint.checkpoint import Checkpoint
-from validate.reference.parts import F32, I64, to_numpy
+from validate.reference.parts import F32, I64, timesteps_of, to_numpy
 from wan22.errors import UserError
-from wan22.specs import PATCH, TEXT_TOKENS, TRAIN_TIMESTEPS, Task
+from wan22.specs import PATCH, TEXT_TOKENS, TRAIN_TIMESTEPS
 
 PACKAGES = {"wan": "wan", "wan.modules": "wan/modules", "wan.utils": "wan/utils"}
 FILES = ("modules/model.py", "modules/t5.py", "modules/tokenizers.py", "modules/vae2_1.py", "modules/vae2_2.py")
@@ -68,14 +69,11 @@ class Modules:
         for other in set(self._spec.experts) - {expert}:
             self._parts.pop(other, None)
         model = self._part(expert, lambda: self._transformer(expert))
-        frames, height, width = (side // step for side, step in zip(latents.shape[2:], PATCH, strict=True))
-        times = torch.full((frames, height * width), timestep)
-        if first_frame is not None:
-            times[0] = 0
-        time = times.reshape(1, -1) if self._spec.task is Task.TI2V else torch.tensor([timestep])
+        time = timesteps_of(self._spec, latents.shape, timestep, clean_first_frame=first_frame is not None)
+        grid = [side // step for side, step in zip(latents.shape[2:], PATCH, strict=True)]
         given = None if condition is None else [torch.from_numpy(condition[0])]
         tensors = [torch.from_numpy(latents[0])], time, [torch.tensor(text[0])]
-        return to_numpy(model(*tensors, frames * height * width, y=given)[0][None])
+        return to_numpy(model(*tensors, math.prod(grid), y=given)[0][None])
 
     @torch.inference_mode()
     def encode(self, video: F32) -> F32:

@@ -10,6 +10,7 @@ as much of our own error, so the reference does as the official code does, and t
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from export.checkpoint.checkpoint import Checkpoint
 from export.checkpoint.keys import diffusers_names, dit_config, text_encoder_config, vae_config
 from wan22.progress import Progress
-from wan22.specs import ModelSpec
+from wan22.specs import PATCH, ModelSpec
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -79,6 +80,22 @@ def time_features(timesteps: F32 | I64, width: int) -> dict[str, F32]:
     times = torch.from_numpy(timesteps)
     own = Timesteps(num_channels=width, flip_sin_to_cos=True, downscale_freq_shift=0)
     return {"float64": to_numpy(sinusoid(times, width)), "float32": to_numpy(own(times.float()))}
+
+
+def timesteps_of(
+    spec: ModelSpec, shape: Sequence[int], timestep: float, *, clean_first_frame: bool = False
+) -> torch.Tensor:
+    """``[1]``, or for TI2V one of every token, ``[1, L]``: an image as first frame is at time 0 (wan22.md §2.6).
+
+    ``shape`` is that of the latents, ``[1, z, T, h, w]``.
+    """
+    if not spec.takes.clean_first_frame:
+        return torch.tensor([timestep], dtype=torch.float32)
+    frames, height, width = shape[2:]
+    times = torch.full((frames, height // PATCH[1], width // PATCH[2]), timestep, dtype=torch.float32)
+    if clean_first_frame:
+        times[0] = 0
+    return times.reshape(1, -1)
 
 
 def autoencoder(spec: ModelSpec) -> Any:

@@ -5,6 +5,8 @@ that they keep in float32 kept there. PyTorch has no FP8 transformer to compare 
 around those modules: every matrix of a block with one scale, its inputs with one per token, 16 bits around it; for FP8
 attention the recipe of SageAttention (arXiv 2410.02367) with one scale per tensor. What is kept higher in a bundle by
 choice, single blocks or linears, is not kept higher here.
+
+Convolutions on the CPU can be made oneDNN's, which changes how long they take and not what they compute.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +17,10 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from wan22.specs import Precision
+from wan22.specs import Number, Precision
 
 FLOAT8 = torch.float8_e4m3fn
+DTYPES = {Number.FP32: torch.float32, Number.BF16: torch.bfloat16, Number.FP16: torch.float16}
 LARGEST = torch.finfo(FLOAT8).max
 SMALLEST_SCALE = 1e-12
 QUERIES_AT_ONCE = 1024  # rows of an attention matrix in memory
@@ -26,15 +29,14 @@ ONLY_FOR_FP16 = frozenset({"wo"})  # transformers keeps umt5's feed-forward in f
 
 def dtype_of(precision: Precision) -> torch.dtype:
     """The type of what is not FP8."""
-    whole = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}
-    return whole.get(precision, torch.bfloat16)
+    return DTYPES[precision.wide.linears]
 
 
 def lowered(module: Any, precision: Precision) -> Any:
     """``module``, whose weights are float32, for computing in ``precision``; changed in place."""
     dtype = dtype_of(precision)
     kept = set(module._keep_in_fp32_modules or ()) - (ONLY_FOR_FP16 if dtype == torch.bfloat16 else set())
-    if precision in (Precision.FP8, Precision.FP8_ATTN):
+    if precision.linears is Number.FP8:
         _quantise_linears(module)
     for name, parameter in module.named_parameters():
         if parameter.dtype != FLOAT8 and not kept & set(name.split(".")):
@@ -68,11 +70,28 @@ class Fp8Linear(torch.nn.Module):
 
 def attention_of(precision: Precision) -> AbstractContextManager[Any]:
     """Inside its ``with`` block attention is computed in ``precision``."""
-    return Fp8Attention() if precision is Precision.FP8_ATTN else nullcontext()
+    if precision.attention is not Number.FP8:
+        return nullcontext()
+    return _Instead(functional.scaled_dot_product_attention, _fp8_attention)
 
 
-class Fp8Attention(TorchFunctionMode):
-    """``scaled_dot_product_attention`` without a mask, of numbers rounded to FP8."""
+def onednn_convolutions() -> AbstractContextManager[Any]:
+    """Inside its ``with`` block, ``torch.conv3d`` of float32 tensors on the CPU is oneDNN's, where torch has it.
+
+    For small float32 convolutions (channels times frames times rows up to 20480) torch's dispatcher takes its own
+    im2col kernel, which is right for a tiny tensor and takes most of the time of a validation on small videos.
+    oneDNN's kernel is the one that the same call reaches for videos of ordinary size. The formula is the same, the
+    order of additions is not.
+    """
+    return _Instead(torch.conv3d, _convolution)
+
+
+class _Instead(TorchFunctionMode):
+    """Inside its ``with`` block, calls of ``function`` are calls of ``instead``."""
+
+    def __init__(self, function: Callable[..., Any], instead: Callable[..., Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._function, self._instead = function, instead
 
     def __torch_function__(
         self,
@@ -81,13 +100,23 @@ class Fp8Attention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is functional.scaled_dot_product_attention:
-            return _fp8_attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return (self._instead if func is self._function else func)(*args, **(kwargs or {}))
+
+
+def _convolution(*args: Any, **kwargs: Any) -> Any:
+    if kwargs or len(args) != 7 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return torch.conv3d(*args, **kwargs)
+    inputs, weight, bias, stride, padding, dilation, groups = args
+    if all(t.device.type == "cpu" and t.dtype == torch.float32 and t.ndim == 5 for t in (inputs, weight)):
+        return torch.mkldnn_convolution(inputs, weight, bias, padding, stride, dilation, groups)
+    return torch.conv3d(*args)
 
 
 def _fp8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-    """``[B, heads, L, head]``; K without its mean over the tokens, V with a scale per channel."""
+    """``scaled_dot_product_attention`` without a mask, of numbers rounded to FP8; tensors are ``[B, heads, L, head]``.
+
+    K is taken without its mean over the tokens, V has a scale per channel.
+    """
     centred = key.float() - key.float().mean(dim=-2, keepdim=True)
     q, q_scale = _through_fp8(query.float(), None)
     k, k_scale = _through_fp8(centred, None)

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from export.checkpoint.checkpoint import Checkpoint
-from validate.reference.convolution import OneDnnConvolutions
+from validate.reference.boundary import stated_boundary
 from validate.reference.device import Residence
 from validate.reference.image import conditioning, pixels
-from validate.reference.parts import F32, I64, load_part, to_numpy
-from validate.reference.precision import attention_of, dtype_of, lowered
+from validate.reference.parts import F32, I64, load_part, timesteps_of, to_numpy
+from validate.reference.precision import attention_of, dtype_of, lowered, onednn_convolutions
 from wan22.progress import Progress, silent
-from wan22.specs import PATCH, TEXT_TOKENS, Precision, Task
+from wan22.specs import TEXT_TOKENS, Precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Reference:
         precisions: Mapping[str, Precision] | None = None,
         residence: Residence | None = None,
     ) -> None:
-        self.checkpoint, self.spec = checkpoint, checkpoint.spec
+        self.checkpoint, self.spec, self.boundary = checkpoint, checkpoint.spec, stated_boundary(checkpoint)
         self._progress, self._precisions = progress, precisions or {}
         self._residence = residence or Residence()
         self._parts: dict[str, Any] = {}
@@ -90,16 +90,16 @@ class Reference:
 
     def pixels(self, image: Image.Image, size: tuple[int, int], fit: str) -> F32:
         """An RGB image as ``[1, 3, H, W]`` of ``size`` (width, height), in about [-1, 1]."""
-        return to_numpy(pixels(image, self.spec.task, size, fit))
+        return to_numpy(pixels(image, self.spec.takes.resizing, size, fit))
 
     @torch.inference_mode()
     def condition(self, first: F32, frames: int, last: F32 | None = None) -> ImageCondition:
         """What a video of ``frames`` is conditioned on by its first frame ``[1, 3, H, W]``, and maybe its last."""
         one, other = (None if image is None else self._placed(torch.from_numpy(image)) for image in (first, last))
         assert one is not None
-        with OneDnnConvolutions():
+        with onednn_convolutions():
             vae = self._part("vae", "vae_encoder_first")
-            found = conditioning(vae, self.spec.task, frames, one, other)
+            found = conditioning(vae, frames, one, other, one_frame=self.spec.takes.clean_first_frame)
         video, mask, latents = found
         return ImageCondition(to_numpy(video), None if mask is None else to_numpy(mask), to_numpy(latents))
 
@@ -111,19 +111,10 @@ class Reference:
         precision = self.precision_of(expert)
         seen = latents if given.condition is None else np.concatenate([latents, given.condition], axis=1)
         entering, context = (self._placed(torch.tensor(array, dtype=dtype_of(precision))) for array in (seen, text))
-        time = self._placed(self._timestep(timestep, latents, given))
+        clean = given.first_frame is not None
+        time = self._placed(timesteps_of(self.spec, latents.shape, timestep, clean_first_frame=clean))
         with attention_of(precision):
             return to_numpy(self._part(expert)(entering, time, context, return_dict=False)[0])
-
-    def _timestep(self, timestep: float, latents: F32, given: Given) -> torch.Tensor:
-        """``[1]``, or for TI2V one of every token, ``[1, L]``: those of a frame that is given are at time 0 (§2.6)."""
-        if self.spec.task != Task.TI2V:
-            return torch.tensor([timestep], dtype=torch.float32)
-        frames, height, width = latents.shape[2:]
-        times = torch.full((frames, height // PATCH[1], width // PATCH[2]), timestep, dtype=torch.float32)
-        if given.first_frame is not None:
-            times[0] = 0
-        return times.reshape(1, -1)
 
     @torch.inference_mode()
     def decode(self, latents: F32) -> F32:
@@ -131,7 +122,7 @@ class Reference:
         vae = self.spec.vae
         mean, std = (torch.tensor(values).reshape(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
         latent = torch.from_numpy(latents) / (1 / std) + mean  # wan22.md §4.3
-        with OneDnnConvolutions():
+        with onednn_convolutions():
             module = self._part("vae", "vae_decoder_first")
             return to_numpy(module.decode(self._placed(latent.to(module.dtype)), return_dict=False)[0])
 

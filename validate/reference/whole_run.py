@@ -6,17 +6,18 @@ are set over what it computed. ``set_begin_index`` makes the schedulers count st
 up by its timestep, and a long, strongly shifted list has the same integer twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from runtime.request import CompleteRequest
-from runtime.schedule import SolverName
+from validate.reference.boundary import expert_of
 from validate.reference.parts import F32, I64
 from validate.reference.reference import NOTHING, Given, Reference
+from wan22.sampling import SolverName
 from wan22.specs import TRAIN_TIMESTEPS
 
 
@@ -33,6 +34,16 @@ class ReferenceStep:
     problem: str = ""  # what of this step was the first to hold NaN or infinity
 
 
+class Models(Protocol):
+    """What a run of the reference asks of a model."""
+
+    boundary: float | None  # as the checkpoint states it
+
+    def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = ...) -> F32:
+        """As :meth:`validate.reference.reference.Reference.velocity`."""
+        ...
+
+
 def noise(shape: tuple[int, ...], seed: int) -> F32:
     """Initial latents of a run on the CPU."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -43,22 +54,47 @@ def noise(shape: tuple[int, ...], seed: int) -> F32:
 def run(
     reference: Reference, request: CompleteRequest, text: F32, negative: F32 | None, given: Given = NOTHING
 ) -> Iterator[ReferenceStep]:
+    """As :func:`guided`, with diffusers' scheduler."""
+    scheduler = scheduler_for(request)
+    fresh = torch.Generator("cpu").manual_seed((request.seed + 1) % 2**64)
+    drawing = {"generator": fresh} if request.solver == "renoise" else {}
+
+    def step(velocity: F32, index: int, latents: F32) -> F32:
+        tensors = torch.from_numpy(velocity), scheduler.timesteps[index], torch.from_numpy(latents)
+        stepped: F32 = scheduler.step(*tensors, return_dict=False, **drawing)[0].numpy()
+        return stepped
+
+    return guided(reference, request, scheduler.timesteps.tolist(), step, (text, negative), given)
+
+
+def guided(
+    models: Models,
+    request: CompleteRequest,
+    timesteps: Sequence[float],
+    step: Callable[[F32, int, F32], F32],
+    texts: tuple[F32, F32 | None],
+    given: Given,
+) -> Iterator[ReferenceStep]:
     """Denoises from noise, yielding after every step; a frame that is given is put back after each, as officially.
 
-    ``text`` and ``negative`` are ``[1, 512, text width]``; a run without guidance needs no ``negative``.
+    Args:
+        models: what computes velocities.
+        request: seed, shape and guidance of the run.
+        timesteps: one a step.
+        step: latents after a step, of velocity, index of the step and latents before it.
+        texts: with and without the prompt, ``[1, 512, text width]``; a run without guidance needs no second one.
+        given: what comes of an image.
     """
-    boundary, scheduler = reference.spec.sampling.boundary, scheduler_for(request)
+    text, negative = texts
     latents = _with_first_frame(noise(request.latent_shape, request.seed), given)
-    for index, timestep in enumerate(scheduler.timesteps):
-        t = float(timestep)
-        expert = "dit" if boundary is None else "high_noise" if t >= boundary * TRAIN_TIMESTEPS else "low_noise"
-        velocity = reference.velocity(expert, latents, t, text, given)
+    for index, t in enumerate(map(float, timesteps)):
+        expert = expert_of(models.boundary, request, index, t)
+        velocity = models.velocity(expert, latents, t, text, given)
         problem = "" if np.isfinite(velocity).all() else _named(f"velocity of {expert}", index, request, t)
         if negative is not None and (scale := request.guidance[expert]) != 1:
-            unconditional = reference.velocity(expert, latents, t, negative, given)
+            unconditional = models.velocity(expert, latents, t, negative, given)
             velocity = unconditional + np.float32(scale) * (velocity - unconditional)
-        stepped = scheduler.step(torch.from_numpy(velocity), timestep, torch.from_numpy(latents), return_dict=False)
-        after = _with_first_frame(stepped[0].numpy(), given)
+        after = _with_first_frame(step(velocity, index, latents), given)
         if not problem and not np.isfinite(after).all():
             problem = _named("latents", index, request, t)
         yield ReferenceStep(index, t, expert, latents, after, velocity, problem)
@@ -78,13 +114,15 @@ def _with_first_frame(latents: F32, given: Given) -> F32:
 def scheduler_for(request: CompleteRequest) -> Any:
     """One of diffusers' schedulers with ``.sigmas`` [N+1] and ``.timesteps`` [N] set for this run."""
     official, steps = request.schedule == "official", request.steps
-    scheduler = _scheduler(request.solver, request.shift)
-    if not official:
+    scheduler = _scheduler(request.solver, 1.0 if request.sigmas else request.shift)
+    if request.sigmas:
+        _set_list(scheduler, request)
+    elif not official:
         scheduler.set_timesteps(steps)
     elif request.solver == "unipc":
         top = float(np.float32(1 - 1 / TRAIN_TIMESTEPS))  # the official code reads it back from a float32 table
         scheduler.set_timesteps(sigmas=np.linspace(top, 0, steps + 1)[:-1])
-    elif request.solver == "euler":
+    elif request.solver in ("euler", "renoise"):
         scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
     else:
         scheduler.set_timesteps(steps)
@@ -96,10 +134,18 @@ def scheduler_for(request: CompleteRequest) -> Any:
 def _scheduler(solver: SolverName, shift: float) -> Any:
     import diffusers
 
-    if solver == "euler":
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    if solver in ("euler", "renoise"):
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=solver == "renoise")
     kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}[solver]
     return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def _set_list(scheduler: Any, request: CompleteRequest) -> None:
+    if request.solver == "dpm++":
+        scheduler.set_timesteps(len(request.sigmas))
+        _overwrite(scheduler, np.array(request.sigmas), 1.0)
+    else:
+        scheduler.set_timesteps(sigmas=np.array(request.sigmas))
 
 
 def _overwrite(scheduler: Any, grid: np.ndarray, shift: float) -> None:

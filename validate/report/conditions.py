@@ -8,7 +8,6 @@ from runtime.request import CompleteRequest
 from validate.bench.machine import machine, versions
 from validate.ladder.onnx_side import how_made
 from validate.options import ValidateOptions
-from validate.reference.clone import commit_of
 from validate.reference.device import Device
 from wan22.bundle import Manifest
 from wan22.specs import Precision
@@ -44,7 +43,7 @@ def facts(
         "prompt": _all([each.prompt for each in requests], "prompts, told case by case"),
         "negative prompt": request.negative_prompt,
         "sampling": f"{request.solver}, {request.schedule} schedule, {request.steps} steps, shift {request.shift:g}, "
-        f"{_seeds(requests)}, guidance {guidance}",
+        f"{_seeds(requests)}, guidance {guidance}{_switch(request)}",
         "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in _ways(manifest).items()),
         "reference": _reference(manifest, device),
         **dict(second_reference(options, request)),
@@ -65,6 +64,13 @@ def _all(values: Sequence[str], told: str) -> str:
 def _seeds(requests: Sequence[CompleteRequest]) -> str:
     seeds = list(dict.fromkeys(str(request.seed) for request in requests))
     return f"seed{'s' if len(seeds) > 1 else ''} {' '.join(seeds)}"
+
+
+def _switch(request: CompleteRequest) -> str:
+    """Where the experts change, if the request says so and not the model."""
+    if request.switch_step is not None:
+        return f", {request.switch_step} steps of the high-noise expert"
+    return "" if request.boundary is None else f", boundary {request.boundary:g}"
 
 
 def _machine() -> str:
@@ -88,7 +94,7 @@ def _reference(manifest: Manifest, device: Device) -> str:
 
 def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
     """Label and description of the official code, where there is a clone of it."""
-    from validate.reference.official import makes
+    from validate.reference.official import commit_of, makes
 
     if options.official_repo is not None:
         at = commit_of(options.official_repo)
@@ -101,8 +107,8 @@ def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iter
 def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
     """Label and description of every image of the request."""
     for label, source, image in (
-        ("image", options.image, request.image),
-        ("last image", options.last_image, request.last_image),
+        ("image", options.request.image, request.image),
+        ("last image", options.request.last_image, request.last_image),
     ):
         if image is not None:
             name = "built-in picture" if source is None else "an image" if isinstance(source, bytes) else str(source)

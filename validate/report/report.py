@@ -1,17 +1,25 @@
-"""What was compared, and the verdict on it."""
+"""What was compared, and the verdict on it; on disk a page, JSON for programs, Markdown and JUnit for pipelines."""
 
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from validate.gate import Verdict, judge
+from validate.gate import Verdict, judge, marked
 from validate.ladder.row import Row
 from validate.report.case_report import CaseReport
 from validate.report.extras import Attached
 from validate.report.text import line
+from validate.report.to_html import as_html
+from validate.report.to_json import as_json
+from validate.report.to_junit import as_junit
+from validate.report.to_markdown import as_markdown
 from validate.report.worst import FAILED, measured
+from wan22.errors import UserError
+from wan22.files import Claim, claim, write_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,9 +113,8 @@ class ValidationReport:
         for row in self.rows:
             if row.case == 1 or not row.passed:
                 shown = line(row)
-                mark = "[green]✓[/]" if row.passed else "[red]✗[/]"
                 name = row.name if row.case == 1 else f"case {row.case}: {row.name}"
-                table.add_row(mark, name, row.component, shown.found, shown.limit, shown.margin)
+                table.add_row(marked(row.passed), name, row.component, shown.found, shown.limit, shown.margin)
         return table
 
 
@@ -115,3 +122,25 @@ def _depth(row: Row) -> int:
     if row.subject in ("token_ids", "embeddings", "pixels", "encode", "condition"):
         return 0
     return 1 if row.step is not None else 2
+
+
+def write_report(report: ValidationReport, claimed: Claim) -> None:
+    """Writes the report's files beside the claimed ``report.json``, over those of an earlier one.
+
+    Raises:
+        UserError: they cannot be written there; they are in a temporary folder then, which the error names.
+    """
+    files = {
+        "report.json": lambda: as_json(report),
+        "report.xml": lambda: as_junit(report),
+        "report.md": lambda: as_markdown(report).encode(),
+        "report.html": lambda: as_html(report).encode(),
+    }
+    try:
+        write_files(claimed, files)
+    except (UserError, OSError) as error:
+        spare = Path(tempfile.mkdtemp(prefix="wan-trt-report-"))
+        with claim(spare / "report.json") as other:
+            write_files(other, files)
+        found = error.found if isinstance(error, UserError) else f"cannot write the report: {error.strerror}"
+        raise UserError(found, f"a place for the report, which is in {spare}", "copy it from there") from error

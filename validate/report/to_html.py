@@ -3,50 +3,40 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from validate.bench.compare import was_busy
-from validate.ladder.perception import why_no_lpips
+from validate.html import page
+from validate.ladder.metrics import why_no_lpips
 from validate.ladder.row import Row
-from validate.plots import DARK, LIGHT, drift_plot
+from validate.plots import drift_plot, in_all_themes
 from validate.report.text import Line, by_section, limit_text, line, number, verdict_words
 
 if TYPE_CHECKING:
     from validate.report.case_report import CaseReport
     from validate.report.report import ValidationReport
 
-TEMPLATES = Path(__file__).parents[1] / "templates"
 STEPS_SHOWN_OPEN = 12
-PLOT_SIZES_INCHES = {"wide": (7.2, 3.2), "narrow": (4.0, 3.0)}
 
 
 def as_html(report: "ValidationReport") -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "verdict_words": verdict_words}
-    shown = report.worst_case
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        shown=shown,
-        sections=sections(report),
-        plots=_plots(shown.steps),
-        lights=lights(report),
-        headlines=headlines(shown),
-        reasons=reasons(report.rows),
-        compared="Graphs" if report.attached.uncompiled else "Engines",
-        apart=apart(report.rows),
-        latency_columns=LATENCY_COLUMNS,
-        latency=latency(report.attached.bench) if report.attached.bench else None,
-        no_lpips=why_no_lpips(),
-    )
+    case = report.worst_case
+    shown = {
+        "report": report,
+        "shown": case,
+        "sections": sections(report),
+        "plots": in_all_themes(partial(drift_plot, case.steps)) if case.steps else {},
+        "lights": lights(report),
+        "headlines": headlines(case),
+        "reasons": reasons(report.rows),
+        "compared": "Graphs" if report.attached.uncompiled else "Engines",
+        "apart": apart(report.rows),
+        "latency_columns": LATENCY_COLUMNS,
+        "latency": latency(report.attached.bench) if report.attached.bench else None,
+        "no_lpips": why_no_lpips(),
+    }
+    return page("report.html.j2", shown, {"number": number, "verdict_words": verdict_words})
 
 
 HEADLINES = {
@@ -144,16 +134,6 @@ def latency(bench: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
         piece, _, measure = name.partition(".")
         figures.setdefault(piece, {})[measure] = value
     return figures
-
-
-def _plots(steps: list[Row]) -> dict[str, str]:
-    """The drift for wide and narrow, light and dark pages; nothing when there was no run."""
-    return {
-        f"{page}_{shade}": drift_plot(steps, theme, size)
-        for page, size in PLOT_SIZES_INCHES.items()
-        for shade, theme in (("light", LIGHT), ("dark", DARK))
-        if steps
-    }
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def as_junit(report: "ValidationReport") -> bytes:
         title = section_title(row)
         suite = suites.setdefault(title, _suite(root, title) if title not in suites else suites[title])
         name = row.name if len(report.cases) == 1 else f"case {row.case}: {row.name}"
-        _test(suite, (row.component, name), _told(row) if not row.passed else "", row.seconds)
+        _test(suite, (row.component, name), _message(row) if not row.passed else "", row.seconds)
     if report.verdicts:
         gates = suites["Gates"] = _suite(root, "Gates")
         for verdict in report.verdicts:
@@ -46,7 +46,7 @@ def _test(suite: ElementTree.Element, named: tuple[str, str], failure: str, seco
         ElementTree.SubElement(case, "failure", message=_text(failure))
 
 
-def _told(row: "Row") -> str:
+def _message(row: "Row") -> str:
     shown = line(row)
     return f"{shown.found}, limit {shown.limit}, {shown.margin}: {row.metrics.problem or row.limit.reason}"
 

@@ -6,26 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from wan_trt.arguments import (
-    ExactOfficial,
-    ExpertGuidance,
-    Fit,
-    Frames,
-    Guidance,
-    Image,
-    LastImage,
-    NegativePrompt,
-    Preset,
-    Residency,
-    Schedule,
-    Seed,
-    Shift,
-    Size,
-    Solver,
-    Steps,
-    by_expert,
-    size_of,
-)
+from wan_trt import arguments as given
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
@@ -33,55 +14,38 @@ if TYPE_CHECKING:
 
 
 def run(
-    engines: Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="What the video shows, in any language.", show_default=False)],
+    engines: given.Engines,
+    prompt: given.Prompt,
     output: Annotated[
         Path, typer.Option("-o", "--output", help=".mp4, .webm, .npz, .png, .jpg, or a folder for PNG frames.")
     ],
-    negative_prompt: NegativePrompt = None,
-    size: Size = None,
-    frames: Frames = None,
-    image: Image = None,
-    last_image: LastImage = None,
-    fit: Fit = "official",
-    exact_official: ExactOfficial = False,
-    preset: Preset = None,
-    steps: Steps = None,
-    seed: Seed = 0,
+    negative_prompt: given.NegativePrompt = None,
+    size: given.Size = None,
+    frames: given.Frames = None,
+    image: given.Image = None,
+    last_image: given.LastImage = None,
+    fit: given.Fit = "official",
+    exact_official: given.ExactOfficial = False,
+    preset: given.Preset = None,
+    boundary: given.Boundary = None,
+    steps: given.Steps = None,
+    seed: given.Seed = 0,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.", min=1, max=240)] = None,
-    shift: Shift = None,
-    guidance_high_noise: ExpertGuidance = None,
-    guidance_low_noise: ExpertGuidance = None,
-    guidance: Guidance = None,
-    solver: Solver = None,
-    schedule: Schedule = "official",
-    residency: Residency = "auto",
+    shift: given.Shift = None,
+    guidance_high_noise: given.ExpertGuidance = None,
+    guidance_low_noise: given.ExpertGuidance = None,
+    guidance: given.Guidance = None,
+    solver: given.Solver = None,
+    schedule: given.Schedule = None,
+    residency: given.Residency = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print where the time went.")] = False,
 ) -> None:
-    """Generate a video. What is not given is the model's default."""
+    """Generate a video. What is not given is the default of the bundle."""
+    request = given.request_from(locals())
     from runtime.generate import generate
     from runtime.pipeline import Pipeline
-    from runtime.request import Request
 
     with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:
-        chosen = {} if guidance is None else dict.fromkeys(pipeline.spec.experts, guidance)
-        request = Request(
-            prompt,
-            negative_prompt,
-            size_of(size),
-            frames,
-            image=image,
-            last_image=last_image,
-            fit=fit,
-            exact_official=exact_official,
-            seed=seed,
-            preset=preset,
-            steps=steps,
-            shift=shift,
-            guidance=chosen | by_expert(guidance_high_noise, guidance_low_noise),
-            solver=solver,
-            schedule=schedule,
-        )
         result = generate(pipeline, request, output, fps=fps, progress=progress)
     if verbose:
         _print_timings(result.timings)

@@ -14,7 +14,6 @@ from engines.gpu.external_weights import (
     check_alike,
     externalised,
     layout,
-    write_layout,
     write_weights,
 )
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine
@@ -33,6 +32,7 @@ from tests.engines.conftest import FP8_OF, bound
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
 from wan22.errors import UserError
+from wan22.external_layout import write_layout
 from wan22.specs import SPECS, Precision
 
 SPEC = SPECS["t2v-a14b-tiny"].dit
@@ -123,7 +123,7 @@ def test_both_experts_have_one_graph_and_files_of_one_layout(tmp_path):
     files = [write_weights(tmp_path / n, w, tmp_path / f"{n}.w") for n, w in (("high", of_high), ("low", of_low))]
     assert files[0].size_bytes == files[1].size_bytes == layout(of_high)[1]
     assert files[0].sha256 != files[1].sha256
-    write_layout(tmp_path / "layout.json", of_high)
+    write_layout(tmp_path / "layout.json", layout(of_high)[0])
     assert {place["offset"] % 256 for place in json.loads((tmp_path / "layout.json").read_text())} == {0}
 
 

@@ -82,7 +82,7 @@ def test_another_precision_starts_afresh(tmp_path, tiny_checkpoint, tiny_bundle,
 
 def test_the_second_of_two_exports_into_one_folder_is_refused(tmp_path, tiny_checkpoint):
     with resumable(tmp_path / "b", "the first"):
-        with pytest.raises(UserError, match="another export writes"):
+        with pytest.raises(UserError, match="another process writes"):
             export_checkpoint(tiny_checkpoint, tmp_path / "b", BF16)
         assert partial_folder(tmp_path / "b").exists()
 

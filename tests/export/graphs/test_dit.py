@@ -13,7 +13,7 @@ from export.checkpoint.schema import dit_tensors
 from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16, Placed
 from export.graphs.dit import LatentDims, dit_graph
 from export.graphs.weights_file import declared
-from runtime.conditioning import rope_tables, time_features
+from runtime.forward_inputs import rope_tables, time_features
 from tests.export.conftest import made_up
 from wan22.specs import PATCH, SPECS, T2V_A14B, TEXT_TOKENS
 

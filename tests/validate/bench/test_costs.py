@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from engines.targets import TARGETS
+from runtime.request import Request
 from validate.bench.costs import Cost, costs_of, peak_of
 from validate.bench.work import BenchOptions, work_for
 from wan22.bundle import Bundle, open_bundle
@@ -18,7 +19,7 @@ def bundle(flow_of):
 
 @pytest.fixture(scope="module")
 def work(bundle):
-    return work_for(bundle, BenchOptions(size=(96, 64), frames=9))
+    return work_for(bundle, BenchOptions(Request(size=(96, 64), frames=9)))
 
 
 def compiled(bundle, precision=Precision.FP32):
@@ -76,6 +77,6 @@ def test_each_type_is_held_to_its_own_peak(bundle, work, precision, types):
     cost, peak = costs_of(work, plans)["high_noise"], peak_of(plans)
     assert set(cost.flop) == types
     assert cost.total_flop == costs_of(work, compiled(bundle))["high_noise"].total_flop
-    at_peak = sum(flop / (TARGETS["h100"].peak_tflops(p) * 1e12) for p, flop in cost.flop.items())
+    at_peak = sum(flop / (TARGETS["h100"].peak_tflops(p.linears) * 1e12) for p, flop in cost.flop.items())
     assert Cost(cost.flop, 0.0).roofline_s(peak) == pytest.approx(at_peak)
     assert cost.roofline_s(peak) == pytest.approx(max(at_peak, cost.bytes / (TARGETS["h100"].bandwidth_gb_s * 1e9)))

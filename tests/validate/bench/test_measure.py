@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 
+from runtime.request import Request
 from validate.bench.measure import bench, differences
 from validate.bench.result import known_measurements
 from validate.bench.work import EAGER, OURS, BenchOptions
 from wan22.specs import SPECS
 
-SMALL = {"size": (32, 32), "frames": 5, "steps": 2, "runs": 2, "whole_runs": 2, "memory": False}
+SMALL = {"request": Request(size=(32, 32), frames=5, steps=2), "runs": 2, "whole_runs": 2, "memory": False}
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
+from runtime.request import Request
 from validate.bench.measure import bench
 from validate.bench.view import as_text
 from validate.bench.work import EAGER, OURS, BenchOptions
 
 
 def small(piece):
-    return BenchOptions(size=(32, 32), frames=1, steps=2, runs=1, whole_runs=1, memory=False, only=(piece,))
+    return BenchOptions(Request(size=(32, 32), frames=1, steps=2), runs=1, whole_runs=1, memory=False, only=(piece,))
 
 
 def faults_of(report):

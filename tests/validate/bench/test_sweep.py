@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from runtime.request import Request
 from validate.bench.sweep import Point, Sweep, options_of, sweep
 from validate.bench.sweep_view import as_html, as_table, write_plot
 from validate.bench.work import BenchOptions
@@ -41,7 +42,7 @@ def test_points_of_one_length_have_no_exponent():
 
 
 def test_a_sweep_of_frames_times_the_pieces_chosen(tiny_engines):
-    options = BenchOptions(size=(32, 32), runs=1, only=("vae_decoder",))
+    options = BenchOptions(Request(size=(32, 32)), runs=1, only=("vae_decoder",))
     found = sweep(tiny_engines, None, "frames", ["1", "9"], options)
     assert [(point.label, point.x) for point in found.points] == [("1", 4), ("9", 12)]
     assert found.series == ("vae_decoder, ours",)
@@ -50,14 +51,14 @@ def test_a_sweep_of_frames_times_the_pieces_chosen(tiny_engines):
 
 
 def test_a_sweep_of_steps_times_whole_runs(tiny_engines):
-    options = BenchOptions(size=(32, 32), frames=1, whole_runs=1)
+    options = BenchOptions(Request(size=(32, 32), frames=1), whole_runs=1)
     found = sweep(tiny_engines, None, "steps", ["1", "3"], options)
     assert [(point.label, point.x) for point in found.points] == [("1", 1), ("3", 3)]
     assert found.series == ("all steps, ours",)
 
 
 def test_a_sweep_tells_of_sides_that_compute_no_numbers(tiny_engines, with_nan):
-    options = BenchOptions(size=(32, 32), runs=1, only=("high_noise",), command="wan-trt bench")
+    options = BenchOptions(Request(size=(32, 32)), runs=1, only=("high_noise",), command="wan-trt bench")
     found = sweep(with_nan(tiny_engines, "high_noise"), None, "frames", ["1", "5"], options)
     assert found.faults[0] == "frames 1, high_noise: NaN or infinity computed by ours"
     assert found.as_json()["faults"] == list(found.faults)
@@ -67,7 +68,7 @@ def test_a_sweep_tells_of_sides_that_compute_no_numbers(tiny_engines, with_nan):
 
 def test_sizes_that_nobody_named_are_parts_of_the_models_own():
     chosen = options_of("size", None, BenchOptions(), TINY)
-    assert [options.size for options in chosen.values()] == [(128, 80), (192, 128), (256, 160)]
+    assert [options.request.size for options in chosen.values()] == [(128, 80), (192, 128), (256, 160)]
 
 
 @pytest.mark.parametrize(("name", "start"), [("plot.png", b"\x89PNG"), ("plot.html", b"<!doctype html>")])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from export.synth.checkpoint import synthesise
+from runtime.request import Request
 from runtime.solver import make_solver
 from validate import ValidateOptions, validate
 from validate.ladder.rungs import velocity_points
@@ -17,7 +18,7 @@ from wan22.errors import NonFiniteError, UserError
 from wan22.specs import SPECS, Precision
 from wan_trt.cli import app
 
-SMALL = ValidateOptions(size=(64, 64), frames=5, steps=4, seed=3)
+SMALL = ValidateOptions(Request(size=(64, 64), frames=5, steps=4, seed=3))
 SMALL_FLAGS = ["--size", "64x64", "--frames", "5", "--steps", "4", "--seed", "3"]
 
 
@@ -102,7 +103,7 @@ def test_one_wrong_weight_is_found_in_its_expert(tiny_engines, tiny_checkpoint, 
 
 def test_a_wrong_solver_is_told_from_a_wrong_transformer(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("validate.ladder.engines_side.make_solver", lambda _, schedule: make_solver("euler", schedule))
-    options = ValidateOptions(size=(32, 32), frames=1, steps=4)
+    options = ValidateOptions(Request(size=(32, 32), frames=1, steps=4))
     found = validate(tiny_engines, tiny_checkpoint, tmp_path, options)
     assert [row.subject for row in found.failed] == ["solver"]
 

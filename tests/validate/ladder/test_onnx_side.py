@@ -8,13 +8,14 @@ import pytest
 
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
+from runtime.request import Request
 from validate import ValidateOptions, validate
 from validate.ladder.onnx_side import BY_KERNELS, BY_ROUNDING, how_made
 from validate.ladder.thresholds import EXCESS, thresholds_for
 from wan22.bundle import open_bundle
 from wan22.specs import Precision
 
-SMALL = ValidateOptions(size=(32, 32), frames=5, steps=2, seed=3)
+SMALL = ValidateOptions(Request(size=(32, 32), frames=5, steps=2, seed=3))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from export.checkpoint.checkpoint import open_checkpoint
+from runtime.request import Request
 from validate.bench.torch_side import TorchSide
 from validate.bench.work import TEXT, BenchOptions, work_for
 from validate.reference import reference
@@ -97,7 +98,7 @@ def test_no_tensor_of_the_reference_stays_on_the_cpu(flow_of, monkeypatch, model
 def test_no_tensor_of_a_bench_stays_on_the_cpu(flow_of):
     flow = flow_of("i2v-a14b-tiny")
     bundle = open_bundle(flow.engines, "engines")
-    work = work_for(bundle, BenchOptions(size=(32, 32), frames=5))
+    work = work_for(bundle, BenchOptions(Request(size=(32, 32), frames=5)))
     side = TorchSide(open_checkpoint(flow.checkpoint), bundle.manifest, work, device="meta")
     for piece in set(work.pieces) - {TEXT}:
         side.open(piece)

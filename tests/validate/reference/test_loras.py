@@ -12,6 +12,7 @@ from export.exporter import export_checkpoint
 from export.lora.merge import LoraChoice
 from export.options import ExportOptions
 from runtime.pipeline import Pipeline
+from runtime.request import Request
 from validate import ValidateOptions, validate
 from validate.reference.loras import with_loras
 from validate.reference.parts import load_part
@@ -20,7 +21,7 @@ from wan22.progress import silent
 from wan22.specs import SPECS, Precision
 
 SPEC = SPECS["t2v-a14b-tiny"]
-SMALL = ValidateOptions(size=(64, 64), frames=1, steps=2)
+SMALL = ValidateOptions(Request(size=(64, 64), frames=1, steps=2))
 MODULE, THEIRS, RANK, ALPHA = "blocks.1.self_attn.q", "blocks.1.attn1.to_q.weight", 4, 1.5
 
 

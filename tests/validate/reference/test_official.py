@@ -1,6 +1,7 @@
 """The official code as a second reference: kept apart from ours, and agreeing with both where a clone of it is."""
 
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from export.checkpoint.checkpoint import open_checkpoint
 from runtime.request import Request
 from validate import ValidateOptions, validate
-from validate.reference.official import Official
+from validate.reference.official import Official, commit_of
 from validate.reference.official_modules import FILES, SOLVERS
 from validate.report.conditions import second_reference
 from wan22.errors import UserError
@@ -18,7 +19,7 @@ from wan22.specs import SPECS
 
 CLONE = os.environ.get("WAN22_OFFICIAL_REPO", "")
 needs_clone = pytest.mark.skipif(not CLONE, reason="WAN22_OFFICIAL_REPO names no clone of Wan-Video/Wan2.2")
-SMALL = ValidateOptions(size=(64, 64), frames=5, steps=4, official_repo=Path(CLONE))
+SMALL = ValidateOptions(Request(size=(64, 64), frames=5, steps=4), official_repo=Path(CLONE))
 TOKENIZERS = """
 import torch
 from wan.modules import t5  # a sibling, reached without the package's __init__
@@ -105,6 +106,21 @@ def test_engines_match_the_official_code(flow_of, tmp_path, model):
 @pytest.mark.slow
 def test_dpm_runs_as_the_official_code_runs_it(flow_of, tmp_path):
     flow = flow_of("t2v-a14b-tiny")
-    found = validate(flow.engines, flow.checkpoint, tmp_path, replace(SMALL, solver="dpm++"))
+    options = replace(SMALL, request=replace(SMALL.request, solver="dpm++"))
+    found = validate(flow.engines, flow.checkpoint, tmp_path, options)
     assert [row.name for row in found.failed] == []
     assert "official_latents" in {row.subject for row in found.rows}
+
+
+def git(folder, *arguments):
+    who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True)
+
+
+def test_the_commit_of_a_clone_and_of_no_other(tmp_path):
+    git(tmp_path, "init")
+    assert commit_of(tmp_path) == ""  # nothing is committed yet
+    git(tmp_path, "commit", "--allow-empty", "-m", "first")
+    assert len(commit_of(tmp_path)) == 12
+    (tmp_path / "unpacked").mkdir()
+    assert commit_of(tmp_path / "unpacked") == ""  # the repository around it is another

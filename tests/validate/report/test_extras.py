@@ -24,6 +24,7 @@ BENCH = {
     "conditions": {"target": "cpu"}, "pieces": {}, "measurements": {"high_noise.speedup": 1.5}, "faults": [],
     "width": 32, "height": 32, "frames": 1, "tokens": 4,
 }  # fmt: skip
+WHATEVER = (None, 1, -1, 10**400, True, "x", "\ud800", [], [1], [None], {}, {"a": 1}, float("nan"))
 BOTH = "[validate]\nchecks.failed.max = 0\n[bench]\nhigh_noise.speedup.min = 1\n"
 
 
@@ -92,3 +93,29 @@ def test_a_file_of_gates_on_the_bench_alone_is_enough_beside_a_bench(bundle, ask
 def test_a_bench_of_something_else(bundle, asked, changed, told):
     with pytest.raises(UserError, match=told):
         attached(bundle, asked(bench=BENCH | changed))
+
+
+def damaged():
+    """Every field of a bench, the inner ones too, exchanged for whatever JSON can hold, and left out."""
+    whole = BENCH | {"conditions": {"target": "cpu", "load_average": [0.5, 1.0], "command": "c", "date": "d"}}
+    whole |= {"machine": {"cpu": "A", "cores": 2, "gpu": "B"}, "faults": ["f"]}
+    for field, value in whole.items():
+        yield from (whole | {field: other} for other in WHATEVER)
+        yield {name: value for name, value in whole.items() if name != field}
+        for inner in value if isinstance(value, dict) else ():
+            yield from (whole | {field: value | {inner: other}} for other in WHATEVER)
+            yield whole | {field: value | {"\udc80": 1}}
+
+
+def test_a_damaged_bench_is_refused_before_the_work_or_can_be_shown(bundle, asked):
+    refused = 0
+    for bench in damaged():
+        try:
+            judged = attached(bundle, asked(bench=bench))
+        except UserError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1
+            continue
+        row = Row("ids", "tokenizer", compare([1], [1]), TOKEN_IDS)
+        assert as_html(ValidationReport((CaseReport((row,)),), {"model": "m", "precision": "fp32"}, judged)).encode()
+    assert refused > 100

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from xml.etree import ElementTree
@@ -19,16 +20,16 @@ from validate.ladder.thresholds import FP32, TOKEN_IDS, Limit
 from validate.plots import DARK, LIGHT, drift_plot, filmstrip, to_pixels
 from validate.report.case_report import CaseReport
 from validate.report.extras import Attached
-from validate.report.report import ValidationReport
+from validate.report.report import ValidationReport, write_report
 from validate.report.text import margin, measure_text, number
 from validate.report.to_html import as_html, headlines, lights, sections
 from validate.report.to_json import as_json
 from validate.report.to_junit import as_junit
 from validate.report.to_markdown import as_markdown
 from validate.report.worst import measured
-from validate.report.write import write_report
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
+from wan22.files import claim
 
 FACTS = {"model": "t2v-a14b-tiny", "precision": "fp32", "target": "cpu", "prompt": "<script>alert('fox')</script>"}
 
@@ -51,6 +52,11 @@ def report_of(*drifts):
     return ValidationReport((CaseReport(tuple(rows)),), FACTS)
 
 
+def written(report, folder):
+    with claim(folder / "report.json", "the report") as claimed:
+        write_report(report, claimed)
+
+
 def test_a_report_is_true_when_every_row_passed():
     assert report_of(1e-6, 1e-5)
     assert not report_of(1e-6, 2e-3)
@@ -69,7 +75,7 @@ def test_the_first_diverging_step_is_named():
 
 
 def test_the_json_can_be_read_by_any_reader(tmp_path):
-    write_report(report_of(1e-6, math.nan), tmp_path / "new" / "folder")
+    written(report_of(1e-6, math.nan), tmp_path / "new" / "folder")
     text = (tmp_path / "new" / "folder" / "report.json").read_text()
     found = json.loads(text, parse_constant=pytest.fail)  # bare NaN or Infinity are no JSON
     assert found["passed"] is False
@@ -214,8 +220,8 @@ def test_the_page_stands_alone_and_trusts_no_text():
 
 
 def test_files_are_replaced_whole(tmp_path):
-    write_report(report_of(1e-6), tmp_path)
-    write_report(report_of(1e-2), tmp_path)
+    written(report_of(1e-6), tmp_path)
+    written(report_of(1e-2), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md", "report.xml"]
     assert "differ from" in (tmp_path / "report.html").read_text()
 
@@ -223,7 +229,28 @@ def test_files_are_replaced_whole(tmp_path):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write the report"):
-        write_report(report_of(1e-6), tmp_path / "file" / "report")
+        written(report_of(1e-6), tmp_path / "file" / "report")
+
+
+def test_a_report_whose_folder_is_gone_is_not_lost(tmp_path, monkeypatch):
+    (tmp_path / "spare").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spare"))
+    with claim(tmp_path / "out" / "report.json") as claimed:
+        shutil.rmtree(tmp_path / "out")
+        with pytest.raises(UserError, match="spare/wan-trt-report-"):
+            write_report(report_of(1e-6), claimed)
+    (kept,) = tmp_path.glob("spare/wan-trt-report-*")
+    assert sorted(path.name for path in kept.iterdir()) == ["report.html", "report.json", "report.md", "report.xml"]
+
+
+def test_a_page_that_cannot_be_made_keeps_the_json(tmp_path, monkeypatch):
+    def fails(_report):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("validate.report.report.as_html", fails)
+    with pytest.raises(ZeroDivisionError):
+        written(report_of(1e-6), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.xml"]
 
 
 def test_the_terminal_gets_a_line_per_row():

@@ -1,0 +1,38 @@
+"""Weights that come with the package: the trained tiny model, one safetensors file per part, and its tokenizer.
+
+``studies/tiny_model`` makes them. They are kept in 16 bits (text encoder bfloat16 as it is published, all else float16)
+and written into a checkpoint in the dtypes of the release.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from export.files.safetensors_file import read_safetensors
+from wan22.specs import ModelSpec
+
+TOKENIZER_MODEL = "spiece.model"
+
+
+def trained_folder(spec: ModelSpec) -> Path | None:
+    """Where the weights of ``spec`` lie; None for a model whose weights do not come with the package."""
+    folder = Path(__file__).parent / "trained" / spec.name
+    return folder if folder.is_dir() else None
+
+
+def part_file(folder: Path, part: str) -> Path:
+    """The file of an expert, "text_encoder" or "vae"."""
+    return folder / f"{part}.safetensors"
+
+
+def trained_pieces(folder: Path, part: str, name: str) -> Iterator[npt.NDArray[Any]]:
+    """The elements of a tensor, called by its official ``name``, in order."""
+    yield from read_safetensors(part_file(folder, part))[name].pieces()
+
+
+def trained_tokenizer(spec: ModelSpec) -> bytes | None:
+    """The ``spiece.model`` that belongs to the weights of ``spec``, if there is one."""
+    folder = trained_folder(spec)
+    return None if folder is None else (folder / TOKENIZER_MODEL).read_bytes()

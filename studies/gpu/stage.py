@@ -1,0 +1,124 @@
+"""One stage of a run on a GPU, in a process of its own: whatever happens there becomes an answer.
+
+A stage is a generator of measurements, so that one that dies, or whose time runs out, has told what it had found. A
+package that is missing, a kernel that refuses a type, a crash of the driver: all of it is recorded with its reason.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from math import isfinite
+from multiprocessing.connection import Connection
+from typing import Any, Self
+
+from validate.bench.child_process import child_process
+from wan22.errors import UserError
+
+LONGEST_REASON = 300  # characters
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Setting:
+    dry_run: bool  # tiny sizes on the CPU: proves that the stage runs, measures nothing
+    seed: int = 0
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry_run else "cuda"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """``unit`` names what ``value`` counts; a finding without a number has a ``note`` alone, as has NaN."""
+
+    what: str
+    value: float | None = None
+    unit: str = ""
+    note: str = ""
+
+    @classmethod
+    def of(cls, what: str, value: float, unit: str = "", note: str = "") -> Self:
+        """Of a value that may be NaN or infinite, which JSON cannot say."""
+        return cls(what, value, unit, note) if isfinite(value) else cls(what, note=f"no number: {value}, {note}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    title: str
+    module: str
+    function: str  # takes the setting and ``arguments``; yields measurements
+    arguments: tuple[Any, ...] = ()
+
+    def measurements(self, setting: Setting) -> Iterator[Measurement]:
+        work: Callable[..., Iterator[Measurement]] = getattr(import_module(self.module), self.function)
+        return work(setting, *self.arguments)
+
+
+@dataclass
+class Answer:
+    """What came of a stage. ``status``: measured, failed, time ran out, interrupted, or skipped."""
+
+    stage: Stage
+    status: str = "interrupted"
+    reason: str = ""
+    seconds: float = 0.0
+    measurements: list[Measurement] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.stage.name,
+            "title": self.stage.title,
+            "status": self.status,
+            "reason": self.reason,
+            "seconds": round(self.seconds, 1),
+            "measurements": [asdict(row) for row in self.measurements],
+        }
+
+
+def run_stage(answer: Answer, setting: Setting, limit_s: float) -> None:
+    """Fills ``answer``, which holds what was found whenever this ends, by Ctrl-C too."""
+    started = time.monotonic()
+    try:
+        with child_process(_work, answer.stage, setting) as (receiver, process):
+            _listen(answer, receiver, started + limit_s)
+    finally:
+        answer.seconds = time.monotonic() - started
+    if answer.status == "failed" and not answer.reason:
+        answer.reason = f"its process ended with code {process.exitcode}"
+
+
+def _listen(answer: Answer, receiver: Connection, deadline: float) -> None:
+    while True:
+        if time.monotonic() > deadline:
+            answer.status = "time ran out"
+            return
+        if not receiver.poll(POLL_SECONDS):
+            continue
+        try:
+            message = receiver.recv()
+        except EOFError:  # it died without a word
+            answer.status = "failed"
+            return
+        if isinstance(message, Measurement):
+            answer.measurements.append(message)
+        else:
+            answer.status, answer.reason = message
+            return
+
+
+def _work(sender: Connection, stage: Stage, setting: Setting) -> None:
+    try:
+        for measurement in stage.measurements(setting):
+            sender.send(measurement)
+        sender.send(("measured", ""))
+    except Exception as error:
+        sender.send(("failed", reason_of(error)))
+
+
+def reason_of(error: Exception) -> str:
+    """An exception in one line."""
+    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return (name + " ".join(str(error).split()))[:LONGEST_REASON]

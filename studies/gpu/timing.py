@@ -1,0 +1,45 @@
+"""Time and memory on either device, by the same yardstick for every library."""
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from wan22.memory import peak_bytes, reset_peak, resident_bytes, watch_peak
+
+
+def synchronised(device: str, work: Callable[[], Any]) -> float:
+    """Milliseconds of ``work`` until the device is done with it."""
+    started = perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (perf_counter() - started)
+
+
+def median_ms(device: str, work: Callable[[], Any], runs: int) -> float:
+    """Of ``runs``, after one that does not count."""
+    synchronised(device, work)
+    return float(np.median([synchronised(device, work) for _ in range(runs)]))
+
+
+def peak_gib(device: str, work: Callable[[], Any]) -> float:
+    """The most memory in use during ``work`` beyond what was in use before; of the device, whoever uses it."""
+    if device == "cpu":
+        reset_peak()
+        before = resident_bytes()
+        work()
+        return (peak_bytes() - before) / 2**30
+    torch.cuda.empty_cache()
+    before = _used_bytes()
+    with watch_peak(_used_bytes) as peak:
+        work()
+        torch.cuda.synchronize()
+    return (peak.bytes - before) / 2**30
+
+
+def _used_bytes() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)

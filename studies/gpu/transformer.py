@@ -1,0 +1,148 @@
+"""One forward of a transformer of real size: PyTorch in bfloat16, and ONNX Runtime on our graph beside it."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from export.checkpoint.schema import dit_tensors
+from runtime.arrays import F32
+from runtime.forward_inputs import forward_inputs
+from runtime.noise import standard_normal
+from studies.gpu.random_model import Weights, filled, random_weights, transformer_engine
+from studies.gpu.stage import Measurement, Setting, reason_of
+from studies.gpu.timing import median_ms, synchronised
+from validate.bench.samples import Ratio
+from validate.reference.parts import timesteps_of, transformer
+from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, spec_named
+
+TIMESTEP = 900.0
+RUNS = 5
+FEW_BLOCKS = 2  # blocks are alike; few are enough to compare two libraries, and quickly written
+RESERVED_BYTES = 4 * 2**30
+ROWS_ALIVE = 24  # activations as wide as the model that are alive at once, generously
+Video = tuple[int, int, int]  # width, height, frames
+
+
+@dataclass(frozen=True)
+class Case:
+    """A forward: the model, the blocks it is cut to, the video."""
+
+    spec: ModelSpec
+    video: Video
+    device: str
+    dtype: torch.dtype
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        _, _, frames, height, width = self.spec.latent_shape(*self.video)
+        return frames * (height // PATCH[1]) * (width // PATCH[2])
+
+    def cut(self, blocks: int) -> "Case":
+        return replace(self, spec=replace(self.spec, dit=replace(self.spec.dit, layers=blocks)))
+
+    def weights(self) -> Weights:
+        return random_weights(dit_tensors(self.spec.dit), self.device, self.dtype, self.seed)
+
+
+def beside(setting: Setting, model: str, video: Video) -> Iterator[Measurement]:
+    """The first blocks on both sides, in turns, with the same weights."""
+    case = _case(setting, model, video).cut(FEW_BLOCKS)
+    weights = case.weights()
+    torch_step = _torch_step(case, weights)
+    yield Measurement("tokens", case.tokens, "tokens", f"{FEW_BLOCKS} blocks")
+    yield Measurement("PyTorch", median_ms(case.device, torch_step, RUNS), "ms", str(case.dtype).split(".")[-1])
+    for precision in (Precision.FP32,) if setting.dry_run else (Precision.BF16, Precision.FP16):
+        try:
+            yield from _onnxruntime_beside(case, weights, torch_step, precision)
+        except Exception as error:  # a type that its kernels do not have is an answer
+            yield Measurement(f"ONNX Runtime {precision.value}", note=f"no: {reason_of(error)}")
+
+
+def whole(setting: Setting, model: str, videos: tuple[Video, ...]) -> Iterator[Measurement]:
+    """PyTorch with as many blocks as fit beside the activations of the largest video."""
+    cases = [_case(setting, model, video) for video in videos]
+    blocks = _blocks_that_fit(max(cases, key=lambda case: case.tokens))
+    weights = cases[0].cut(blocks).weights()
+    yield Measurement("blocks", blocks, "blocks", f"of {cases[0].spec.dit.layers}")
+    for case in cases:
+        name = "PyTorch {}x{}, {} frames".format(*case.video)
+        milliseconds = median_ms(case.device, _torch_step(case.cut(blocks), weights), RUNS)
+        yield Measurement(name, milliseconds, "ms", f"{case.tokens} tokens")
+
+
+def _case(setting: Setting, model: str, video: Video) -> Case:
+    if setting.dry_run:
+        return Case(spec_named(f"{model}-tiny"), (64, 64, 5), "cpu", torch.float32, setting.seed)
+    return Case(spec_named(model), video, "cuda", torch.bfloat16, setting.seed)
+
+
+def _blocks_that_fit(case: Case) -> int:
+    """Raises MemoryError where not one does."""
+    if case.device == "cpu":
+        return case.spec.dit.layers
+    free, _ = torch.cuda.mem_get_info()
+    sizes = {name: 2 * int(np.prod(shape)) for name, shape in dit_tensors(case.spec.dit).items()}
+    a_block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
+    activations = ROWS_ALIVE * 2 * case.tokens * case.spec.dit.width
+    fitting = int((free - RESERVED_BYTES - activations) // a_block)
+    if fitting < 1:
+        raise MemoryError(f"{free / 2**30:.1f} GiB of GPU memory are free, too little for one block")
+    return min(fitting, case.spec.dit.layers)
+
+
+# -- the sides
+
+
+def _latents(case: Case) -> F32:
+    return standard_normal(case.spec.latent_shape(*case.video), case.seed)
+
+
+def _text(case: Case) -> F32:
+    return standard_normal((1, TEXT_TOKENS, case.spec.dit.text_width), case.seed + 1)
+
+
+def _torch_step(case: Case, weights: Weights) -> Callable[[], torch.Tensor]:
+    with torch.device("meta"):
+        module = transformer(case.spec)
+    module = filled(module, case.spec.experts[0], case.spec, weights, case.dtype).to(case.device)
+    latents, text = (torch.from_numpy(x).to(case.device, case.dtype) for x in (_latents(case), _text(case)))
+    times = timesteps_of(case.spec, latents.shape, TIMESTEP).to(case.device)
+
+    @torch.inference_mode()
+    def step() -> torch.Tensor:
+        velocity: torch.Tensor = module(
+            hidden_states=latents, encoder_hidden_states=text, timestep=times, return_dict=False
+        )[0]
+        return velocity
+
+    return step
+
+
+def _our_inputs(case: Case) -> dict[str, F32]:
+    return forward_inputs(case.spec.dit, _latents(case), TIMESTEP, _text(case))
+
+
+def _onnxruntime_beside(
+    case: Case, weights: Weights, torch_step: Callable[[], torch.Tensor], precision: Precision
+) -> Iterator[Measurement]:
+    name, inputs = f"ONNX Runtime {precision.value}", _our_inputs(case)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        transformer_engine(case.spec, weights, Path(folder), precision, case.device) as engine,
+    ):
+        found, expected = engine(**inputs), torch_step().float().cpu().numpy()
+        pairs = [
+            (synchronised(case.device, torch_step), synchronised(case.device, lambda: engine(**inputs)))
+            for _ in range(RUNS)
+        ]
+    theirs, ours = zip(*pairs, strict=True)
+    ratio = Ratio.of(theirs, ours)
+    yield Measurement(name, float(np.median(ours)), "ms", "in turns with PyTorch")
+    yield Measurement(f"{name}, speed-up", ratio.median, "x", f"{ratio.p10:.2f} to {ratio.p90:.2f}")
+    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    yield Measurement.of(f"{name}, relative L2", error, "", "to PyTorch")

@@ -1,0 +1,1 @@
+"""What each precision costs in accuracy, without GPU and checkpoint: ``python -m studies.precision``."""

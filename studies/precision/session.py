@@ -1,0 +1,36 @@
+"""Any ONNX graph in memory as a function of numpy arrays, on ONNX Runtime's CPU kernels."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from export.graphs.builder import IR_VERSION, GraphBuilder
+from export.graphs.weights_file import converted
+
+Read = Callable[[str], np.ndarray]
+Graph = Callable[..., tuple[np.ndarray, ...]]
+
+
+def fill(g: GraphBuilder, read: Read) -> ir.Model:
+    """The graph of ``g`` with its weights inside, each read by its name and converted to the type declared for it."""
+    for key, value in g.weights.items():
+        dtype = value.dtype or ir.DataType.FLOAT
+        array = converted(key, np.asarray(read(key)), dtype.numpy())
+        value.const_value = ir.Tensor(array, dtype=dtype, name=key)
+    return ir.Model(g.graph, ir_version=IR_VERSION)
+
+
+def open_graph(model: ir.Model) -> Graph:
+    """``outputs = graph(latents=..., ...)``, always a tuple."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    content = ir.serde.serialize_model(model).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    def run(**inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(session.run(None, inputs))
+
+    return run

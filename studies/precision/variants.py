@@ -1,0 +1,139 @@
+"""The precisions that a study compares, each computed on a CPU from the graph that an export of it writes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from engines.cpu.emulation import MOVING, emulate
+from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16
+from export.graphs.dit import dit_graph
+from export.graphs.linear import FLOAT8, FLOAT8_MAX, Fp8
+from export.graphs.taps import Tapped, add_taps, linear_inputs
+from export.quantise.fp8_weights import Fp8Weights
+from export.quantise.input_means import CENTRED, input_width
+from export.quantise.input_scales import MARGIN
+from runtime.arrays import F32
+from studies.precision.ablation import FewLinears, Patch, leave_k_alone, scale_v_as_a_whole, subtract_token_means
+from studies.precision.session import fill, open_graph
+from validate.ladder.thresholds import BF16, FP16
+from wan22.parts import DitSpec
+
+PLAIN = "float32, ONNX Runtime's own kernels"
+ROUNDED = "the exported graph in float32, rounded to {} wherever it keeps 16 bits; sums in float32"
+QUANTISED = "the exported graph; FP8 quantised exactly, sums in float32, bfloat16 by rounding as in bf16"
+BEFOREHAND = "measured on a run with another prompt and other noise"
+WITHIN = "every linear's input loses its mean over the tokens of the call; the rounded weights bring it back"
+UNTOLD = "measured on a run without text over few tokens: no data"
+BOTH = Fp8(self_attention=True, cross_attention=True)
+LESS = {"K not smoothed": leave_k_alone, "V per tensor": scale_v_as_a_whole}  # attention without its precautions
+
+# Linears by the name under which the graph multiplies them (q is q, k and v; k of cross-attention is k and v).
+LINEARS = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2")
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    compute: ir.DataType
+    how: str
+    aim: float = 0.0  # relative L2 error of a velocity; 0 where there is none
+    fp8: Fp8 | None = None
+    static: bool = False  # with input scales measured beforehand
+    centred: bool = False  # with input means measured beforehand
+    untold: bool = False  # those of a small run without text
+    patch: Patch | None = None  # of the exported graph
+    note: str = ""
+
+    @property
+    def ablation(self) -> bool:
+        """No export makes it."""
+        return self.patch is not None
+
+
+REFERENCE = Variant("fp32", FLOAT, PLAIN)
+BFLOAT = Variant("bf16", BFLOAT16, ROUNDED.format("bfloat16"), BF16.velocity.value)  # whose magnitudes are shown
+VARIANTS = (
+    BFLOAT,
+    Variant("fp16", FLOAT16, ROUNDED.format("float16"), FP16.velocity.value),
+    Variant("fp8", BFLOAT16, QUANTISED, 0.02, Fp8(), note="every token scaled by itself"),
+    Variant("fp8 with input means", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, note=BEFOREHAND),
+    Variant("fp8, means without text", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, untold=True, note=UNTOLD),
+    Variant("fp8, token means at run time", BFLOAT16, QUANTISED, 0.02, Fp8(), patch=subtract_token_means, note=WITHIN),
+    Variant("fp8 with static scales", BFLOAT16, QUANTISED, 0.02, Fp8(), static=True, note=f"{BEFOREHAND}, 10 % margin"),
+    Variant("fp8-attn", BFLOAT16, QUANTISED, 0.04, BOTH),
+    Variant("fp8-attn with input means", BFLOAT16, QUANTISED, 0.04, BOTH, centred=True, note=BEFOREHAND),
+    *(Variant(f"fp8-attn, {less}", BFLOAT16, QUANTISED, 0.04, BOTH, patch=patch) for less, patch in LESS.items()),
+)
+
+
+def parts() -> list[Variant]:
+    """Variants with FP8 in one place alone, which show what each place costs."""
+    alone: list[tuple[str, Fp8, Patch | None]]
+    alone = [(linear, FewLinears(linears=frozenset({linear})), None) for linear in LINEARS]
+    for name, fp8 in {"self-attention": FewLinears(True), "cross-attention": FewLinears(False, True)}.items():
+        alone += [(name, fp8, None), *((f"{name}, {less}", fp8, patch) for less, patch in LESS.items())]
+    return [Variant(name, BFLOAT16, QUANTISED, fp8=fp8, patch=patch) for name, fp8, patch in alone]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found to enter the linears of an expert, before the run that is judged."""
+
+    largest: Mapping[str, float]
+    means: Mapping[str, F32]
+
+
+NOTHING = Measured({}, {})
+
+
+def open_variant(
+    variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Measured
+) -> Callable[..., np.ndarray]:
+    """The velocity as a function."""
+    model = _model(variant, spec, weights, measured)
+    if variant.compute != FLOAT:
+        emulate(model, variant.compute)
+    graph = open_graph(model)
+    return lambda **inputs: graph(**inputs)[0]
+
+
+def open_reference(spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
+    """The float32 graph, noting what enters every linear: the largest of it, and the means that an export takes."""
+    model = _model(REFERENCE, spec, weights, NOTHING)
+    entering = linear_inputs(model)
+    centred = {name: (x, input_width(spec, name)) for name, x in entering.items() if name.split(".", 2)[2] in CENTRED}
+    taps = add_taps(model, entering, centred)
+    return Tapped(open_graph(model), taps)
+
+
+def open_noted(variant: Variant, spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
+    """A 16-bit variant, noting the largest of what each block keeps in 16 bits, and of the residual stream after it.
+
+    Labels: "3/ffn/Gelu" (block, node), "3/residual".
+    """
+    model = _model(variant, spec, weights, NOTHING)
+    tapped: dict[str, ir.Value] = {}
+    for node in model.graph:
+        block, _, place = (node.name or "").removeprefix("blocks.").partition("/")
+        if place and block.isdigit():
+            if node.outputs[0].dtype == variant.compute and node.op_type not in MOVING:
+                tapped[f"{block}/{place}"] = node.outputs[0]
+            tapped[f"{block}/residual"] = node.outputs[0]  # the block's last node
+    taps = add_taps(model, tapped)
+    emulate(model, variant.compute)
+    return Tapped(open_graph(model), taps)
+
+
+def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Measured) -> ir.Model:
+    if variant.fp8 is None:
+        return fill(dit_graph(spec, variant.compute), weights.__getitem__)
+    scales = {name: MARGIN * value / FLOAT8_MAX for name, value in measured.largest.items()} if variant.static else {}
+    means = measured.means if variant.centred else {}
+    lengths = {name: len(mean) for name, mean in means.items()}
+    g = dit_graph(spec, variant.compute, None, replace(variant.fp8, static=frozenset(scales), centred=lengths))
+    if variant.patch:
+        variant.patch(g)
+    quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
+    return fill(g, Fp8Weights(weights.__getitem__, spec, quantised, scales, means))

@@ -1,0 +1,31 @@
+"""Checkpoints of a training that is interrupted and resumed: written beside, then moved into place."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+def save(path: Path, model: nn.Module, optimiser: Optimizer | None, step: int) -> None:
+    """Replaces ``path`` at once; whoever reads it finds a whole checkpoint."""
+    beside = path.with_suffix(".partial")
+    state = optimiser.state_dict() if optimiser else {}
+    torch.save({"model": model.state_dict(), "optimiser": state, "step": step}, beside)
+    beside.replace(path)
+
+
+def resumed(path: Path, model: nn.Module, optimiser: Optimizer) -> int:
+    """Loads what ``path`` holds, if there is one, and returns the steps done."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimiser.load_state_dict(state["optimiser"])
+    return int(state["step"])
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors of a checkpoint."""
+    found: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["model"]
+    return found

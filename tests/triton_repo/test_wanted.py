@@ -1,0 +1,34 @@
+"""Input tensors become the request that they describe."""
+
+import numpy as np
+import pytest
+
+from triton_repo.settings import Limits
+from triton_repo.wanted import wanted
+from wan22.specs import SPECS
+
+T2V = SPECS["t2v-a14b-tiny"]
+SMALL = {
+    "prompt": np.array([b"a fox"], np.object_),
+    "width": np.array([64], np.int32),
+    "height": np.array([64], np.int32),
+    "num_frames": np.array([5], np.int32),
+}
+
+
+def request_of(**inputs):
+    return wanted({**SMALL, **inputs}, T2V, None, Limits.of(T2V)).request
+
+
+def test_a_boundary_comes_as_it_was_typed():
+    request = request_of(boundary=np.array([0.8], np.float32))
+    assert request.boundary == 0.8
+    assert [request.switched(T2V).expert_at(t) for t in (800, 799)] == ["high_noise", "low_noise"]
+    assert request_of().boundary is None
+
+
+@pytest.mark.parametrize("name", [b"lightning", b"lightx2v-4step"])
+def test_a_preset_goes_by_both_of_its_names(name):
+    request = request_of(preset=np.array([name], np.object_))
+    assert request.noise_schedule().timesteps.tolist() == pytest.approx([1000, 937.5, 833.3333, 625])
+    assert request.switch_step == 2

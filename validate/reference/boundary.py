@@ -1,0 +1,34 @@
+"""Where a run changes from the high-noise expert to the other, by the reference's own reading of the checkpoint.
+
+Nothing of it comes from the bundle or its exporter, which may be wrong.
+"""
+
+import json
+
+from export.checkpoint.checkpoint import Checkpoint
+from runtime.request import CompleteRequest
+from wan22.specs import TRAIN_TIMESTEPS
+
+OFFICIAL = {"t2v": 0.875, "i2v": 0.9}  # by model_type: wan/configs of the official code
+
+
+def stated_boundary(checkpoint: Checkpoint) -> float | None:
+    """The share of the timesteps above which the checkpoint's high-noise expert works; None where it has one expert.
+
+    ``boundary_ratio`` of ``model_index.json``, else the constant of the official code.
+    """
+    if len(checkpoint.spec.experts) == 1:
+        return None
+    index = checkpoint.folder / "model_index.json"
+    stated = json.loads(index.read_text()).get("boundary_ratio") if index.is_file() else None
+    return OFFICIAL[str(checkpoint.spec.task)] if stated is None else float(stated)
+
+
+def expert_of(boundary: float | None, request: CompleteRequest, index: int, timestep: float) -> str:
+    """Who makes step ``index`` (from 0) of a checkpoint with that boundary, unless the request says otherwise."""
+    if boundary is None:
+        return "dit"
+    if request.switch_step is not None:
+        return "high_noise" if index < request.switch_step else "low_noise"
+    share = boundary if request.boundary is None else request.boundary
+    return "high_noise" if timestep >= share * TRAIN_TIMESTEPS else "low_noise"
