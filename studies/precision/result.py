@@ -10,6 +10,7 @@ import msgspec
 from studies.precision.attention import AttentionError
 from studies.precision.outliers import Range
 from studies.precision.variants import Variant
+from validate.gate import apart
 from validate.report.to_json import json_number
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class VariantResult:
         if self.variant.ablation:
             return "cannot be exported"
         return "meets its aim" if self.worst <= self.variant.aim else "misses its aim"
+
+    def percent(self, error: float) -> str:
+        """An error as text that does not look like an aim that it misses."""
+        return apart(error, self.variant.aim, lambda value, more: f"{value:.{2 + more}%}")
 
     @property
     def tone(self) -> str:
@@ -107,7 +112,9 @@ class Study:
             for result in self.results:
                 if result.verdict == verdict:
                     aim = "" if result.variant.ablation else f", aim {result.variant.aim:.2%}"
-                    told.append(f"{result.variant.name} {verdict}: {result.worst:.2%} in the worst step{aim}")
+                    told.append(
+                        f"{result.variant.name} {verdict}: {result.percent(result.worst)} in the worst step{aim}"
+                    )
         return told + self._ablated() + self._long_sequences()
 
     def _ablated(self) -> list[str]:
@@ -143,7 +150,7 @@ class Study:
             table.add_row(
                 result.variant.name,
                 f"{median(result.errors):.2%}",
-                f"{result.worst:.2%}",
+                result.percent(result.worst),
                 "" if result.variant.ablation else f"{result.variant.aim:.2%}",
                 "broke" if result.problem else f"{result.psnr_db:.1f} dB",
                 Text(result.verdict, shade),
