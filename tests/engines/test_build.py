@@ -1,6 +1,9 @@
 """For target cpu an engine is the graph, proven to load, in a folder of its own."""
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +12,7 @@ from engines.build import BuildOptions, build_engines, disk_bytes
 from engines.targets import target_named
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
-from wan22.bundle import open_bundle
+from wan22.bundle import open_bundle, sha256_of
 from wan22.errors import UserError
 from wan22.specs import Precision
 
@@ -93,3 +96,20 @@ def test_an_edited_bundle_is_not_built(tmp_path, tiny_bundle):
 def test_an_unknown_target_is_refused(tmp_path, tiny_bundle):
     with pytest.raises(UserError, match="target 'gtx1080'"):
         build_engines(tiny_bundle, tmp_path / "e", replace(BuildOptions(), target="gtx1080"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"])
+def test_the_order_of_sets_changes_no_byte(tmp_path, flow_of, model):
+    """Of graphs and engines; manifests say how long a build took."""
+    made = []
+    for seed in ("1", "2"):
+        bundle, engines = tmp_path / f"onnx{seed}", tmp_path / f"engines{seed}"
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        for words in (["export", flow_of(model).checkpoint, bundle, "--precision", "fp32"], ["build", bundle, engines]):
+            program = [sys.executable, "-c", "from wan_trt.cli import main; main()"]
+            subprocess.run([*program, *map(str, words)], env=environment, check=True)
+        files = {path.relative_to(root): path for root in (bundle, engines) for path in root.rglob("*.*")}
+        made.append({name: sha256_of(path) for name, path in files.items() if path.name != "bundle.json"})
+    assert len(made[0]) > 10
+    assert made[0] == made[1]
