@@ -13,7 +13,7 @@ did not measure its value.
 import difflib
 import math
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from wan22.errors import UserError
 TABLES = ("bench", "validate")  # the commands that support gates
 BOUNDS = ("min", "max")
 Bound = Literal["min", "max"]
+DIGITS = 17  # enough to distinguish any two float64
 
 
 def marked(passed: object, text: str = "") -> Text:
@@ -62,11 +63,29 @@ class Verdict:
 
     @property
     def found_in_words(self) -> str:
-        found = "not measured" if self.found is None else f"{self.found:.4g}"
+        found = "not measured" if self.found is None else distinct_text(self.found, self.gate.limit, _significant)
         return f"{found} in {self.where}" if self.where else found
 
     def as_json(self) -> dict[str, Any]:
         return vars(self.gate) | {"found": self.found, "passed": bool(self)}
+
+
+def distinct_text(value: float, limit: float, write: Callable[[float, int], str]) -> str:
+    """``value`` as text, with enough digits to differ from the text of ``limit`` unless both are equal.
+
+    Args:
+        value: the measured value.
+        limit: its limit.
+        write: formats a number; the second argument is the number of additional digits.
+    """
+    more = 0
+    while value != limit and write(value, more) == write(limit, more) and more < DIGITS:
+        more += 1
+    return write(value, more)
+
+
+def _significant(value: float, more: int) -> str:
+    return f"{value:.{4 + more}g}"
 
 
 def read_gates(path: Path, table: str, known: Collection[str]) -> tuple[Gate, ...]:

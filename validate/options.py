@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from runtime.built_for import completed, default_video
 from runtime.request import CompleteRequest, Request
 from validate.reference.device import Choice
 from validate.sample_image import picture_for
 from wan22.bundle import Manifest
+from wan22.residency import ResidencyChoice
 
 PROMPT = "A red fox runs through fresh snow at sunrise, 一只红狐狸在雪地里奔跑"
 
@@ -19,6 +21,8 @@ class ValidateOptions:
     # for several runs
     prompts: Path | None = None  # replaces prompt and image, see :func:`runtime.prompts.read_prompts`
     seeds: tuple[int, ...] = ()  # replaces the request's seed
+    # memory
+    residency: ResidencyChoice = "auto"  # the engines that stay loaded
     # the references
     reference_device: Choice = "auto"
     official_repo: Path | None = None  # a clone of the official code, the second reference
@@ -35,7 +39,7 @@ def with_samples(request: Request, manifest: Manifest) -> Request:
     Raises:
         UserError: the model does not support the size.
     """
-    width, height, frames = request.shape(manifest.spec, manifest.size)
+    width, height, frames = request.shape(manifest.spec, default_video(manifest))
     manifest.spec.check_size(width, height)  # before an image of this shape is drawn
     needs_image = request.image is None and manifest.spec.takes.image != "no"
     return replace(
@@ -53,4 +57,4 @@ def complete_request(request: Request, manifest: Manifest) -> CompleteRequest:
     Raises:
         UserError: the model or the bundle's shapes do not allow the request.
     """
-    return with_samples(request, manifest).completed(manifest.spec, manifest.size)
+    return completed(with_samples(request, manifest), manifest)

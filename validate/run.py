@@ -61,7 +61,8 @@ def validate(
     options = options or ValidateOptions()
     if options.calls is not None:
         check_calls(options.calls)
-    with claim(out / "report.json", "the report") as claimed, open_for_comparison(engines, options.calls) as pipeline:
+    opened = open_for_comparison(engines, options.calls, options.residency)
+    with claim(out / "report.json", "the report") as claimed, opened as pipeline:
         manifest = pipeline.bundle.manifest
         cases = cases_of(options, manifest.spec.takes.image)
         requests = [complete_request(case.options.request, manifest) for case in cases]

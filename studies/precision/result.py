@@ -10,6 +10,7 @@ import msgspec
 from studies.precision.attention import AttentionError
 from studies.precision.outliers import Range
 from studies.precision.variants import Variant
+from validate.gate import distinct_text
 from validate.report.to_json import json_number
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class VariantResult:
         if self.variant.ablation:
             return "cannot be exported"
         return "meets its aim" if self.worst <= self.variant.aim else "misses its aim"
+
+    def percent(self, error: float) -> str:
+        """``error`` as text with enough digits to differ from an aim that it misses."""
+        return distinct_text(error, self.variant.aim, lambda value, more: f"{value:.{2 + more}%}")
 
     @property
     def tone(self) -> str:
@@ -107,7 +112,9 @@ class Study:
             for result in self.results:
                 if result.verdict == verdict:
                     aim = "" if result.variant.ablation else f", aim {result.variant.aim:.2%}"
-                    found.append(f"{result.variant.name} {verdict}: {result.worst:.2%} in the worst step{aim}")
+                    found.append(
+                        f"{result.variant.name} {verdict}: {result.percent(result.worst)} in the worst step{aim}"
+                    )
         return found + self._ablated() + self._long_sequences()
 
     def _ablated(self) -> list[str]:
@@ -125,8 +132,8 @@ class Study:
         if worst is None or worst.as_written < LONG * worst.as_fused:
             return []
         return [
-            f"over {worst.tokens} tokens, FP8 probabilities alone cause an attention error of {worst.as_written:.1%} if "
-            f"a kernel normalises before it quantises, as in the graph, and {worst.as_fused:.1%} if after, as fused ones do"
+            f"over {worst.tokens} tokens, FP8 probabilities alone cause an error of {worst.as_written:.1%} if a kernel "
+            f"normalises before it quantises, as in the graph, and {worst.as_fused:.1%} if after, as fused kernels do"
         ]
 
     def table(self) -> "Table":
@@ -143,7 +150,7 @@ class Study:
             table.add_row(
                 result.variant.name,
                 f"{median(result.errors):.2%}",
-                f"{result.worst:.2%}",
+                result.percent(result.worst),
                 "" if result.variant.ablation else f"{result.variant.aim:.2%}",
                 "broke" if result.problem else f"{result.psnr_db:.1f} dB",
                 Text(result.verdict, shade),

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from engines.targets import TARGETS
+from engines.targets import target_named
 from validate.bench.graph_flops import GraphFlops, graph_flops, stored_bytes
 from validate.bench.machine import usable_cores
 from validate.bench.work import DECODER, ENCODER, TEXT, Work, components_of
@@ -149,11 +149,11 @@ def _weights_bytes(bundle: Bundle, component: Component) -> int:
 def peak_of(bundle: Bundle) -> Peak:
     """The peaks of the target of ``bundle``. For the CPU they are measured, which takes about a second."""
     build = bundle.manifest.build
-    target = TARGETS[build.target if build else "cpu"]
+    target = target_named(build.target if build else "cpu")
     if target.backend == "onnxruntime":
         return measure_peak()
     rates = {p: None if (t := target.peak_tflops(p.linears)) is None else t * 1e12 for p in Precision}
-    return Peak(rates, target.bandwidth_gb_s * 1e9, target.source)
+    return Peak(rates, target.bandwidth_gb_s * 1e9 or math.inf, target.source)
 
 
 @cache

@@ -19,6 +19,7 @@ from validate.reference.device import reference_device
 from wan22.backends import MODULES
 from wan22.bundle import open_bundle
 from wan22.memory import peak_bytes, reset_peak, resident_bytes
+from wan22.residency import ONE_EXPERT
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -84,7 +85,7 @@ def _measure(job: FootprintJob) -> Footprint:
     bundle = open_bundle(job.engines, "engines")
     _import_libraries(job, bundle.manifest.build.backend if bundle.manifest.build else "")
     libraries = resident_bytes()
-    with device_peak() as device, Pipeline(bundle, keep_experts=False) as pipeline:
+    with device_peak() as device, Pipeline(bundle, residency=job.options.residency, choices=ONE_EXPERT) as pipeline:
         side = _side(job, pipeline)
         if job.piece != RUN:
             side.open(job.piece)

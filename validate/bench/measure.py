@@ -32,9 +32,10 @@ from validate.bench.whole_run import in_turns as events_in_turns
 from validate.bench.work import COMPILED, EAGER, OURS, RUN, BenchOptions, Side, Work, runner, work_for
 from validate.gate import judge, read_gates
 from validate.reference.device import Device, reference_device
-from wan22.bundle import Bundle
+from wan22.bundle import Bundle, open_bundle
 from wan22.errors import NonFiniteError, UserError
 from wan22.progress import Progress, silent
+from wan22.residency import ONE_EXPERT
 
 NEW_PROMPTS = 3  # timed forwards with a new prompt
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")  # recorded because it affects speed
@@ -79,10 +80,8 @@ def open_bench(
             "torch.compile without a checkpoint", "the checkpoint of the engines", "name it after the engines"
         )
     if checkpoint is None and options.reference_device != "auto":
-        raise UserError(
-            "--reference-device without a checkpoint", "a checkpoint for PyTorch", "name it after the engines"
-        )
-    with Pipeline.open(engines, keep_experts=False) as pipeline:
+        raise UserError("--reference-device without a checkpoint", "one for PyTorch", "name it after the engines")
+    with Pipeline(open_bundle(engines, "engines"), residency=options.residency, choices=ONE_EXPERT) as pipeline:
         work = work_for(pipeline.bundle, options)
         if checkpoint is None:
             yield BenchRun(pipeline, work, None, options, progress)

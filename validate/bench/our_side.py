@@ -40,7 +40,7 @@ class OurSide:
             yield from self._decode(self._work.latents)
         elif piece == ENCODER:
             assert self._work.video is not None
-            engines = [self._pipeline.engine(name) for name in components_of(piece, self._work)]
+            engines = [self._pipeline.on_call(name) for name in components_of(piece, self._work)]
             yield encode(engines[0], engines[1] if len(engines) > 1 else None, self._work.video)
         elif piece == TEXT:
             yield self._pipeline.engine(TEXT)(input_ids=self._work.token_ids)
@@ -85,9 +85,12 @@ class OurSide:
 def _run(pipeline: Pipeline, work: Work) -> Iterator[Event]:
     """Yield the events of an end-to-end run. The first expert is opened before it; frames are discarded."""
     spec, request = pipeline.spec, work.request
+    at_once = pipeline.residency != "one-component"
     for component in spec.components:
-        if component not in spec.experts[1:]:
+        if at_once and component not in spec.experts[1:]:
             yield Event("open", component, _open_seconds(pipeline, component))
+    if not at_once:
+        yield Event("open", TEXT, _open_seconds(pipeline, TEXT))
     positive, seconds = measure_time(lambda: pipeline.text(request.prompt))
     yield Event("text", TEXT, seconds)
     negative = None

@@ -58,9 +58,9 @@ def memory_measurements(memory: Mapping[str, Footprint]) -> Iterator[tuple[str, 
 def faults_of(piece: str, not_finite: Sequence[str], difference: Mapping[str, float]) -> Iterator[str]:
     """Yield the reasons not to trust the timings of ``piece``: NaN on a side, or sides with different work."""
     yield from (f"{piece}: NaN or infinity computed by {side}" for side in not_finite)
-    for side, apart in difference.items():
-        if apart > APART:
-            yield f"{piece}: {side} is {apart:.2g} away from ours, so they did different work"
+    for side, distance in difference.items():
+        if distance > APART:
+            yield f"{piece}: {side} is {distance:.2g} away from ours, so they did different work"
 
 
 @dataclass(frozen=True)

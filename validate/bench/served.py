@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.built_for import completed
 from runtime.generate import generate
 from runtime.pipeline import Pipeline
 from runtime.request import Request
@@ -32,6 +33,7 @@ from validate.options import with_samples
 from wan22.bundle import Manifest, open_bundle
 from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
+from wan22.residency import ResidencyChoice
 
 CANCELS, CANCEL_AFTER, CANCEL_STEPS = 10, 5, 100
 RUNS, STEPS = 10, 10
@@ -46,6 +48,7 @@ class ServedOptions:
     runs: int = RUNS  # timed runs per side
     warmup: int = 2  # untimed runs per side before them
     gate: Path | None = None  # TOML, see :mod:`validate.gate`; None: TARGETS
+    residency: ResidencyChoice = "auto"  # the engines that stay loaded on each side
     # for the record
     command: str = ""
 
@@ -132,7 +135,7 @@ def bench_served(
     gates = read_gates(options.gate, "bench", (OVERHEAD, BEYOND_STEP)) if options.gate else TARGETS
     manifest = open_bundle(engines, "engines").manifest
     request = _request(options, manifest)
-    complete = request.completed(manifest.spec, manifest.size)
+    complete = completed(request, manifest)
     facts = {
         "model": manifest.spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
         "frames": complete.frames, "steps": complete.steps, "runs": options.runs, "machine": machine(),
@@ -141,7 +144,7 @@ def bench_served(
     with (
         scratch_folder("bench") as folder,
         _served(engines, folder, options, installation, environment) as server,
-        Pipeline.open(engines) as pipeline,
+        Pipeline.open(engines, residency=options.residency) as pipeline,
     ):
         direct = Direct(pipeline, folder)
         sides = {DIRECT: lambda: direct.make(request), SERVED: lambda: server.make(request)}
@@ -172,7 +175,9 @@ def _served(
 ) -> Iterator[Server]:
     """Start a server of ``engines`` on free loopback ports; yields it with a client when it is ready."""
     repository = folder / "repository"
-    written = write_repository(engines, repository, RepositoryOptions(topology=options.topology))
+    written = write_repository(
+        engines, repository, RepositoryOptions(topology=options.topology, residency=options.residency)
+    )
     variant = CPU if options.topology == "bls" and not is_for_gpu(written.bundle) else ""
     http, grpc, metrics = free_ports(3)
     serve = ServeOptions("127.0.0.1", http, grpc, metrics, variant, quiet=True)

@@ -1,6 +1,8 @@
 """Scaling of time: the same work at several lengths, sizes or numbers of steps, and the exponent of growth.
 
-The exponent is the slope of a straight line through the logarithms: 1 is linear, 2 is attention alone.
+The exponent is the slope of a straight line through the logarithms: 1 is linear, 2 is attention alone. A transformer's
+work grows with its tokens, a VAE's with the pixels: the first latent frame is one frame and every later one is four, so
+the exponent of linear work over tokens would be above 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,6 +31,7 @@ class Point:
     x: int  # tokens, or steps
     label: str  # the value swept: "17" frames, "256x160"
     seconds: dict[str, float]  # by series, such as "high_noise, ours"
+    pixels: int = 0  # of all frames
 
 
 @dataclass(frozen=True)
@@ -49,22 +52,30 @@ class Sweep:
     def series(self) -> tuple[str, ...]:
         return tuple(self.points[0].seconds)
 
+    def grows_with(self, name: str) -> str:
+        """The x axis of a series' fit: "steps", "tokens" or "pixels"."""
+        return "pixels" if self.axis != "steps" and name.startswith("vae_") else self.unit
+
+    def amounts(self, name: str) -> list[int]:
+        """Steps, tokens or pixels of every point."""
+        return [point.pixels if self.grows_with(name) == "pixels" else point.x for point in self.points]
+
     def exponents(self) -> dict[str, float]:
-        """The exponent of every series; empty for fewer than two different x."""
-        if len({point.x for point in self.points}) < 2:
-            return {}
-        return {name: self.fit(name)[0] for name in self.series}
+        """The exponent of every series that has at least two different amounts."""
+        return {name: self.fit(name)[0] for name in self.series if len(set(self.amounts(name))) > 1}
 
     def fit(self, name: str) -> tuple[float, float]:
-        """Fit ``seconds = a · x ** b``; returns ``b, a``."""
-        x = np.array([point.x for point in self.points], np.float64)
+        """Fit ``seconds = a · amount ** b``; returns ``b, a``."""
+        x = np.array(self.amounts(name), np.float64)
         seconds = np.array([point.seconds[name] for point in self.points])
         slope, intercept = np.polyfit(np.log(x), np.log(seconds), 1)
         return float(slope), float(np.exp(intercept))
 
     def as_json(self) -> dict[str, Any]:
         points = [
-            {self.axis: p.label if self.axis == "size" else int(p.label), self.unit: p.x, "seconds": p.seconds}
+            {self.axis: p.label if self.axis == "size" else int(p.label), self.unit: p.x}
+            | ({} if self.axis == "steps" else {"pixels": p.pixels})
+            | {"seconds": p.seconds}
             for p in self.points
         ]
         return {
@@ -76,6 +87,7 @@ class Sweep:
             "conditions": dict(self.conditions),
             "points": points,
             "exponents": self.exponents(),
+            "exponents_of": {name: self.grows_with(name) for name in self.exponents()},
             "faults": list(self.faults),
         }
 
@@ -106,7 +118,9 @@ def sweep(
     for done, (label, each) in enumerate(chosen.items(), 1):
         with open_bench(engines, checkpoint, each, silent) as setting:
             seconds, faulty = _run_seconds(setting) if axis == "steps" else _piece_seconds(setting)
-            points.append(Point(setting.work.request.steps if axis == "steps" else setting.work.tokens, label, seconds))
+            request = setting.work.request
+            pixels = request.width * request.height * request.frames
+            points.append(Point(request.steps if axis == "steps" else setting.work.tokens, label, seconds, pixels))
             faults += [f"{axis} {label}, {fault}" for fault in faulty]
         progress(f"sweep {axis}", done, len(chosen), "points")
     conditions |= {"load_average": [load, load_average()]}

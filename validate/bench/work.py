@@ -21,6 +21,7 @@ from validate.options import complete_request
 from validate.reference.device import Choice
 from wan22.bundle import Bundle, Manifest
 from wan22.errors import UserError
+from wan22.residency import ResidencyChoice
 from wan22.specs import ModelSpec, tokens
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"  # sides
@@ -42,6 +43,7 @@ class BenchOptions:
     memory: bool = True
     whole_runs: int = WHOLE_RUNS  # end-to-end runs, from prompt to frames
     reference_device: Choice = "auto"  # the device of PyTorch
+    residency: ResidencyChoice = "auto"  # the engines that stay loaded
     # for the record
     command: str = ""
 

@@ -37,6 +37,7 @@ def run(
     whole_runs: Annotated[int, typer.Option(min=0, help="Runs from prompt to frames.")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Only this piece, such as vae_decoder; repeatable.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile as a third side.")] = False,
+    residency: given.Residency = "auto",
     reference_device: given.ReferenceDevice = "auto",
     memory: Annotated[bool, typer.Option(help="Measure peak memory, in processes of their own.")] = True,
     compare: Annotated[Path | None, typer.Option(help="JSON of an earlier bench: show what got worse.")] = None,
@@ -57,8 +58,9 @@ def run(
     from validate.bench.work import RUNS, BenchOptions
 
     options = BenchOptions(
-        request, tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, command_line()
-    )
+        request, tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, residency,
+        command_line(),
+    )  # fmt: skip
     if list_gates:
         return _list_gates(engines)
     _check(sweep, values, plot, gate, compare)
@@ -111,7 +113,9 @@ def _served(
     from triton_repo.installation import default_environments, find_installation
     from validate.bench.served import RUNS, ServedOptions, bench_served
 
-    asked = ServedOptions(options.request, topology, runs or RUNS, gate=gate, command=options.command)
+    asked = ServedOptions(
+        options.request, topology, runs or RUNS, gate=gate, residency=options.residency, command=options.command
+    )
     installation = find_installation(default_environments())
     with bars() as progress:
         found = bench_served(engines, asked, installation, os.environ, progress)

@@ -18,7 +18,7 @@ from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
     from triton_repo.client import Event, Result
-    from triton_repo.wire import Setting
+    from triton_repo.schema import Setting
 
 
 def run(

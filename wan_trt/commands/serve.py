@@ -35,7 +35,7 @@ def run(
     max_silence: Annotated[
         float, typer.Option(help="Seconds without a sign of the model before it counts as dead.", min=1)
     ] = 120,
-    one_expert: given.OneExpert = False,
+    residency: given.Residency = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Triton's log.")] = False,
 ) -> int:
     """Serve engines from Triton until Ctrl-C or SIGTERM.
@@ -58,7 +58,7 @@ def run(
             name,
             topology,
             limits,
-            keep_experts=not one_expert,
+            residency=residency,
             memory_gib=memory_gib(engines, topology, gpu_memory),
         )
         written = write_repository(engines, repository, packing)

@@ -25,7 +25,7 @@ def run(
     max_image_bytes: given.Limit = None,
     queue_size: given.QueueSize = 8,
     longest_job: given.LongestJob = 3600,
-    one_expert: given.OneExpert = False,
+    residency: given.Residency = "auto",
     kubernetes: Annotated[Path | None, typer.Option(help="Folder to write Kubernetes manifests to as well.")] = None,
     image: Annotated[
         str, typer.Option(help="Of the pods: tritonserver 26.07 or later with wan-trt installed.")
@@ -50,7 +50,7 @@ def run(
         topology,
         limits=limits,
         engines_at=engines_at or (ENGINES_AT if kubernetes else ""),
-        keep_experts=not one_expert,
+        residency=residency,
         drain_flag=str(DRAIN_FLAG) if kubernetes else "",
         memory_gib=memory_gib(engines, topology, gpu_memory),
         overwrite=overwrite,

@@ -61,3 +61,12 @@ def test_a_range_spread_over_blocks_has_its_minimum_median_and_maximum(blocks):
     assert len(found) == blocks
     assert (min(found), max(found)) == pytest.approx((real.low, real.high))
     assert statistics.median(found) == pytest.approx(real.median)
+
+
+def test_an_error_just_beyond_its_aim_does_not_look_like_the_aim():
+    result = VariantResult(OFFERED, (0.01, OFFERED.aim + 2e-6), 40.0, 1.0)
+    study = study_of(result)
+    aim = f"{OFFERED.aim:.2%}"
+    (said,) = [sentence for sentence in study.sentences if "misses its aim" in sentence]
+    assert f"{aim} in the worst step" not in said
+    assert f"{OFFERED.aim + 2e-6:.4%} in the worst step, aim {aim}" in said

@@ -6,13 +6,14 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from validate.gate import Gate
+from validate.gate import Gate, distinct_text
 from validate.ladder.metrics import compare, incomparable
 from validate.ladder.row import Row
 from validate.ladder.thresholds import FP32, TOKEN_IDS, Limit
@@ -20,7 +21,7 @@ from validate.plots import DARK, LIGHT, drift_plot, filmstrip, to_pixels
 from validate.report.case_report import CaseReport
 from validate.report.extras import Attachments
 from validate.report.report import ValidationReport, write_report
-from validate.report.text import margin, number
+from validate.report.text import margin, measure_text, number
 from validate.report.to_html import as_html, headlines, sections, status_lights
 from validate.report.to_json import as_json
 from validate.report.to_junit import as_junit
@@ -317,3 +318,16 @@ def test_pixels_are_cut_as_the_official_code_cuts():
 def test_any_drift_can_be_drawn(drifts):
     images = {drift_plot(report_of(*drifts).steps, theme, (4, 3)) for theme in (LIGHT, DARK)}
     assert len(images) == 2
+
+
+@pytest.mark.parametrize(
+    ("measure", "value", "limit", "told"),
+    [
+        ("relative_l2", 0.016004, 0.016, "1.6004e-02"),
+        ("psnr_db", 59.96, 60.0, "59.96"),
+        ("ssim", 0.99899999, 0.999, "0.99899999"),
+        ("excess", 1.5, 1.5, "1.50"),
+    ],
+)
+def test_a_number_beyond_its_limit_does_not_look_like_the_limit(measure, value, limit, told):
+    assert distinct_text(value, limit, partial(measure_text, measure)) == told
