@@ -7,6 +7,7 @@ import typer
 
 from wan22.bundle import kind_of, open_bundle
 from wan22.files import remove_leftovers
+from wan22.onnx_file import check_graphs
 from wan_trt.arguments import Overwrite
 from wan_trt.console import bars, console, tell_unread
 
