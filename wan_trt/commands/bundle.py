@@ -14,16 +14,33 @@ from wan_trt.console import bars, console, tell_unread
 Made = Annotated[Path, typer.Argument(help="A bundle made by wan-trt export or build.", show_default=False)]
 
 
-def verify(bundle: Made) -> None:
+def verify(
+    bundle: Made,
+    key: Annotated[Path | None, typer.Option(help="Public Ed25519 key (PEM) that must have signed it.")] = None,
+) -> None:
     """Check every file of a bundle against the hashes of its manifest, and compiled plans against their targets."""
     from runtime.built_for import check_plans
 
+    if key is not None:
+        from runtime.signature import check_signature
+
+        check_signature(bundle, key)
     whole = open_bundle(bundle, kind_of(bundle), full_check=True)
     check_graphs(whole)
     tell_unread(check_plans(whole))
     manifest = whole.manifest
     size_bytes = sum(file.size_bytes for file in manifest.files().values())
     console.print(f"{bundle}: {manifest.kind} of {manifest.spec.name}, {size_bytes / 2**30:.2f} GiB, all hashes match")
+
+
+def sign(
+    bundle: Made,
+    key: Annotated[Path, typer.Option(help="Private Ed25519 key (PEM).", show_default=False)],
+) -> None:
+    """Sign a bundle: verify every hash, then write bundle.json.sig."""
+    from runtime.signature import sign
+
+    console.print(f"{sign(bundle, key)}: signed")
 
 
 def pack(
