@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from engines.plan import EXPORT_RAM_GIB, Plan
 from wan22.costs import dit_flops, model_parameters
+from wan22.memory import gib
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 def as_text(plan: Plan) -> "list[RenderableType]":
     """What ``wan-trt plan`` prints: components, then the machine that is needed and the time it takes."""
-    return [_components(plan), _totals(plan)]
+    return [_components(plan), _totals(plan), f"peaks from: {plan.request.target.source}"]
 
 
 def _components(plan: Plan) -> "RenderableType":
@@ -27,7 +28,8 @@ def _components(plan: Plan) -> "RenderableType":
     parameters = model_parameters(plan.request.spec)
     for memory in plan.memory:
         sizes = (memory.weights, memory.scratch, memory.inputs_and_outputs)
-        table.add_row(memory.component, f"{parameters[memory.component]:,}", *map(gib, sizes))
+        count = parameters.get(memory.component, round(memory.weights / 4))  # a VAE's engines share some
+        table.add_row(memory.component, f"{count:,}", *map(gib, sizes))
     return table
 
 
@@ -50,13 +52,18 @@ def _card(plan: Plan) -> Iterable[tuple[str, str]]:
     for way, size in plan.vram.items():
         verdict = "" if not plan.usable_vram_bytes else f"; {'fits' if plan.fits[way] else 'exceeds'} {usable}"
         yield f"GPU memory, {way}", gib(size) + verdict
+    if plan.usable_vram_bytes and plan.residency is not None:
+        yield "--residency auto", plan.residency
+    elif plan.usable_vram_bytes:
+        refusal = plan.refusal
+        yield "--residency auto", f"nothing fits {gib(plan.usable_vram_bytes)}: {refusal.found}; {refusal.remedy}"
 
 
 def _work(plan: Plan) -> Iterable[tuple[str, str]]:
     forward, steps = dit_flops(plan.request.spec.dit, plan.tokens), plan.request.steps
     shares = {"linears": forward.linears, "self-attention": forward.self_attention, "cross": forward.cross_attention}
-    told = ", ".join(f"{name} {flops / forward.total:.0%}" for name, flops in shares.items())
-    yield "arithmetic of a forward", f"{forward.total / 1e15:.3f} PFLOP ({told})"
+    yield "arithmetic of a forward", f"{forward.total / 1e15:.3f} PFLOP"
+    yield "shares of it", ", ".join(f"{name} {flops / forward.total:.0%}" for name, flops in shares.items())
     yield (
         f"arithmetic of a step, of {steps}",
         f"{plan.step_flops / 1e15:.2f}, {steps * plan.step_flops / 1e15:.0f} PFLOP",
@@ -67,7 +74,3 @@ def _work(plan: Plan) -> Iterable[tuple[str, str]]:
     else:
         yield "at least, by roofline", f"{plan.step_seconds:.2f} s a step, {plan.video_seconds / 60:.1f} min a video"
     yield "peaks from", plan.request.target.source
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

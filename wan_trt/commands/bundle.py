@@ -7,6 +7,7 @@ import typer
 
 from wan22.bundle import kind_of, open_bundle
 from wan22.files import remove_leftovers
+from wan22.onnx_file import check_graphs
 from wan_trt.arguments import Overwrite
 from wan_trt.console import bars, console, tell_unread
 
@@ -14,10 +15,11 @@ Made = Annotated[Path, typer.Argument(help="A bundle made by wan-trt export or b
 
 
 def verify(bundle: Made) -> None:
-    """Hash every file of a bundle and compare with its manifest, and so what plans say that they were built for."""
+    """Check every file of a bundle against the hashes of its manifest, and compiled plans against their targets."""
     from runtime.built_for import check_plans
 
     whole = open_bundle(bundle, kind_of(bundle), full_check=True)
+    check_graphs(whole)
     tell_unread(check_plans(whole))
     manifest = whole.manifest
     size_bytes = sum(file.size_bytes for file in manifest.files().values())
@@ -29,7 +31,7 @@ def pack(
     folder: Annotated[Path, typer.Argument(help="Where to write the copy.", show_default=False)],
     overwrite: Overwrite = False,
 ) -> None:
-    """Copy a bundle, verified, with every linked file made its own: what may leave this file system."""
+    """Copy a bundle so that it shares no file with another one and can be moved."""
     from runtime.built_for import check_plans
     from wan_trt.recipes.pack import pack
 
@@ -43,7 +45,7 @@ def pack(
 def clean(
     folder: Annotated[Path, typer.Argument(help="The folder that holds the outputs.")] = Path(),
 ) -> None:
-    """Remove what killed commands left beside their outputs, unfinished exports too, and in the temporary folder."""
+    """Remove what killed commands left in a folder and in the temporary folder, unfinished exports too."""
     removed = remove_leftovers(folder)
     for leftover, size_bytes in removed.items():
         console.print(f"{leftover}: {size_bytes / 2**30:.2f} GiB removed")

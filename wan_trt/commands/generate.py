@@ -37,14 +37,15 @@ def run(
     guidance: given.Guidance = None,
     solver: given.Solver = None,
     schedule: given.Schedule = None,
+    residency: given.Residency = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print where the time went.")] = False,
 ) -> None:
-    """Generate a video. What is not given is the default of the bundle."""
+    """Generate a video with the default settings of the bundle unless others are given."""
     request = given.request_from(locals())
     from runtime.generate import generate
     from runtime.pipeline import Pipeline
 
-    with Pipeline.open(engines) as pipeline, bars() as progress:
+    with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:
         result = generate(pipeline, request, output, fps=fps, progress=progress)
     if verbose:
         _print_timings(result.timings)
