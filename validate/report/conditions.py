@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.request import CompleteRequest
@@ -35,7 +36,7 @@ def facts(
         "model": manifest.spec.name,
         "precision": "; ".join((str(manifest.precision), *higher)),
         **({"target": build.target, "backend": f"{build.backend} {build.backend_version}"} if build else {}),
-        "checkpoint": f"{checkpoint.folder} ({checkpoint.source.layout} layout)",
+        "checkpoint": f"{_where(checkpoint)} ({checkpoint.source.layout} layout)",
         "fingerprint": checkpoint.source.fingerprint,
         **({"LoRAs": "; ".join(loras)} if loras else {}),
         "video": f"{request.width}x{request.height}, {request.frames} frames",
@@ -104,6 +105,11 @@ def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iter
                 f"; it has no {request.solver} with the {request.schedule} schedule, so its run is not compared"
             )
         yield "second reference", description
+
+
+def _where(checkpoint: "Checkpoint") -> str:
+    """Its folder; the files themselves where they were named one by one."""
+    return str(checkpoint.folder) if checkpoint.folder != Path() else checkpoint.source.checkpoint
 
 
 def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
