@@ -1,4 +1,4 @@
-"""A job through a server beside the same job in this process, and how that is judged."""
+"""A job through a server, compared with the same job in this process, and its verdict."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_both_sides_are_timed_and_jobs_are_cancelled(server, tiny_engines, capfd
     ("options", "told"),
     [(["checkpoint"], "engines alone"), (["--sweep", "steps", "--values", "2,4"], "engines alone")],
 )
-def test_what_a_server_has_no_part_in_is_refused(tiny_engines, capsys, options, told):
+def test_options_that_a_server_bench_does_not_use_are_refused(tiny_engines, capsys, options, told):
     assert left([tiny_engines, *options, *SMALL]) == 2
     assert told in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""What is read off the events of a whole run."""
+"""Figures derived from the events of an end-to-end run."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def run(step_s=1.0):
     return Run(tuple(events(step_s)))
 
 
-def test_loading_is_told_apart():
+def test_loading_is_reported_separately():
     figures = run().figures()
     assert figures["total_s"] == 10.0
     assert figures["first_frame_s"] == 7.0
