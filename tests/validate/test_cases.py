@@ -42,14 +42,14 @@ def test_the_command_of_a_case_repeats_it_alone(prompts):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [(None, "No such file"), (b"", "no prompts"), (b"# only\n", "no prompts"), (b"\xff\xfe", "not UTF-8")],
 )
-def test_files_without_valid_prompts(tmp_path, content, told):
+def test_files_without_valid_prompts(tmp_path, content, message):
     path = tmp_path / "prompts.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         cases_of(ValidateOptions(prompts=path), "no")
 
 
@@ -108,7 +108,7 @@ def test_gates_and_bench_are_read_before_any_work(tiny_engines, tiny_checkpoint,
     bench.write_text("{}")
     wrong = {"unknown key validate.latent.relative_l2": {"gate": gate}, "format None": {"bench": bench}}
     wrong |= {"No such file": {"bench": Path("nowhere.json")}}
-    for told, options in wrong.items():
-        with pytest.raises(UserError, match=told):
+    for message, options in wrong.items():
+        with pytest.raises(UserError, match=message):
             validate(tiny_engines, tiny_checkpoint, tmp_path / "out", ValidateOptions(**options))
     assert not (tmp_path / "out").exists()

@@ -29,7 +29,7 @@ def test_a_command_reads_its_own_table_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[bench]\nhigh_noise.speedpu.min = 1", "unknown key bench.high_noise.speedpu .* bench.high_noise.speedup"),
         ("[bnech]\nhigh_noise.speedup.min = 1", "unknown key bnech .* bench"),
@@ -45,8 +45,8 @@ def test_a_command_reads_its_own_table_only(tmp_path):
         ("[validate]\nx.max = 1", "no gate in .bench."),
     ],
 )
-def test_an_invalid_gate_file_is_refused(tmp_path, text, told):
-    with pytest.raises(UserError, match=told):
+def test_an_invalid_gate_file_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
         gates_of(tmp_path, text)
 
 
@@ -78,7 +78,7 @@ def test_a_verdict_in_words():
 
 
 @pytest.mark.parametrize(
-    ("found", "gate", "told"),
+    ("found", "gate", "message"),
     [
         (59.99996, Gate("x", "min", 60), "x 59.99996, ≥ 60"),
         (0.020000001, Gate("x", "max", 0.02), "x 0.020000001, ≤ 0.02"),
@@ -86,5 +86,5 @@ def test_a_verdict_in_words():
         (59.2, Gate("x", "min", 60), "x 59.2, ≥ 60"),
     ],
 )
-def test_a_value_that_misses_a_limit_does_not_look_like_the_limit(found, gate, told):
-    assert str(gate.judge({"x": found})) == told
+def test_a_value_that_misses_a_limit_does_not_look_like_the_limit(found, gate, message):
+    assert str(gate.judge({"x": found})) == message

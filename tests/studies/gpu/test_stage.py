@@ -4,14 +4,14 @@ import pytest
 
 from studies.gpu.stage import Measurement, Stage, StageResult, StageSettings, run_stage
 
-TOLD = Measurement("told", 1.0, "ms")
+FOUND = Measurement("found", 1.0, "ms")
 
 
 def answer_of(monkeypatch, tmp_path, body, limit_s=60.0):
     """Run a stage from a new module, which its process imports like any other."""
     (tmp_path / "validate_gpu_probe.py").write_text(
         "import os, time\nfrom studies.gpu.stage import Measurement\n"
-        f"def work(setting):\n    yield Measurement('told', 1.0, 'ms')\n    {body}\n"
+        f"def work(setting):\n    yield Measurement('found', 1.0, 'ms')\n    {body}\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
@@ -30,12 +30,12 @@ def answer_of(monkeypatch, tmp_path, body, limit_s=60.0):
 )
 def test_every_end_of_a_stage_is_reported(monkeypatch, tmp_path, body, status, reason):
     answer = answer_of(monkeypatch, tmp_path, body)
-    assert (answer.status, answer.reason, answer.measurements) == (status, reason, [TOLD])
+    assert (answer.status, answer.reason, answer.measurements) == (status, reason, [FOUND])
 
 
 def test_a_stage_whose_time_runs_out_is_killed_and_keeps_its_measurements(monkeypatch, tmp_path):
     answer = answer_of(monkeypatch, tmp_path, "time.sleep(600)", limit_s=6.0)
-    assert (answer.status, answer.measurements) == ("time ran out", [TOLD])
+    assert (answer.status, answer.measurements) == ("time ran out", [FOUND])
     assert answer.seconds < 60
 
 

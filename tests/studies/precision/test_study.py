@@ -72,12 +72,12 @@ def test_the_largest_magnitudes_of_every_block_are_recorded(study):
 
 
 def test_programs_read_what_people_read(study, folder):
-    told = json.loads((folder / "study.json").read_text())
-    assert told["passed"] is bool(study) is True
-    assert told["findings"] == study.sentences
-    assert [result["relative_l2_per_step"] for result in told["results"]] == [list(r.errors) for r in study.results]
+    content = json.loads((folder / "study.json").read_text())
+    assert content["passed"] is bool(study) is True
+    assert content["findings"] == study.sentences
+    assert [result["relative_l2_per_step"] for result in content["results"]] == [list(r.errors) for r in study.results]
     page = (folder / "study.html").read_text()
-    assert all(result["name"] in page for result in told["results"])
+    assert all(result["name"] in page for result in content["results"])
     pictures = re.findall(r"""(?:src|srcset|href)=["']?([^"'\s>]*)""", page)
     assert len(pictures) == 4 and all(picture.startswith("data:image/png") for picture in pictures)
     assert "<script" not in page and "@import" not in page and "url(" not in page
@@ -89,7 +89,7 @@ def test_progress_ends_with_everything_done(study, seen):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"model": "wan3"}, "one of t2v-a14b"),
         ({"steps": 0}, "0 steps"),
@@ -99,7 +99,7 @@ def test_progress_ends_with_everything_done(study, seen):
         ({"size": TwinSize(latent=(2, 7, 8))}, "even sides"),
     ],
 )
-def test_an_invalid_study_is_refused_before_any_work(tmp_path, change, told):
-    with pytest.raises(UserError, match=told):
+def test_an_invalid_study_is_refused_before_any_work(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
         precision_study(replace(SMALL, **change), tmp_path / "new")
     assert not (tmp_path / "new").exists()

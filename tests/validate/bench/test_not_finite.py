@@ -19,8 +19,8 @@ def faults_of(report):
     """The report's lines; all can be printed, and the JSON is standard."""
     assert not report
     assert json.dumps(report.as_json(), allow_nan=False)
-    told = [part for part in as_text(report) if isinstance(part, str)]
-    assert [f"[red]✗ {fault}[/]" for fault in report.result.faults] == [line for line in told if "✗" in line]
+    lines = [part for part in as_text(report) if isinstance(part, str)]
+    assert [f"[red]✗ {fault}[/]" for fault in report.result.faults] == [line for line in lines if "✗" in line]
     return list(report.result.faults)
 
 

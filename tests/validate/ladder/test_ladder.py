@@ -182,7 +182,7 @@ def test_the_first_nan_of_the_reference_is_named(tiny_engines, tiny_checkpoint, 
 
     monkeypatch.setattr(Reference, "velocity", breaks)
     found = validate(tiny_engines, tiny_checkpoint, tmp_path, SMALL)
-    told = "reference: velocity of high_noise in step 2 of 4"
-    assert found.first_not_finite.metrics.problem.startswith(told)
-    assert told in found.summary()
-    assert told in (tmp_path / "report.html").read_text()
+    message = "reference: velocity of high_noise in step 2 of 4"
+    assert found.first_not_finite.metrics.problem.startswith(message)
+    assert message in found.summary()
+    assert message in (tmp_path / "report.html").read_text()

@@ -70,8 +70,8 @@ def test_a_folder_that_is_not_a_clone_is_refused_before_any_work(tiny_engines, t
 @pytest.mark.parametrize(("solver", "schedule"), [("euler", "official"), ("unipc", "diffusers")])
 def test_a_run_that_the_code_does_not_support_is_reported(clone, solver, schedule):
     request = Request("x", solver=solver, schedule=schedule, size=(32, 32), frames=1).completed(SPECS["t2v-a14b-tiny"])
-    (told,) = second_reference(ValidateOptions(official_repo=clone), request)
-    assert told == (
+    (message,) = second_reference(ValidateOptions(official_repo=clone), request)
+    assert message == (
         "second reference",
         f"the code at {clone}, fp32 on the CPU; it has no {solver} with the {schedule} schedule, so its run is not "
         "compared",

@@ -80,7 +80,7 @@ def test_gates_on_the_bench_alone_are_enough_with_a_bench(bundle, asked):
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"model": "ti2v-5b"}, "of ti2v-5b in fp32 for cpu .* expected t2v-a14b-tiny in fp32 for cpu"),
         ({"precision": "fp16"}, "of t2v-a14b-tiny in fp16 for cpu"),
@@ -90,8 +90,8 @@ def test_gates_on_the_bench_alone_are_enough_with_a_bench(bundle, asked):
         ({"tokens": "many"}, "tokens 'many' .* expected a int"),
     ],
 )
-def test_a_bench_of_something_else(bundle, asked, changed, told):
-    with pytest.raises(UserError, match=told):
+def test_a_bench_of_something_else(bundle, asked, changed, message):
+    with pytest.raises(UserError, match=message):
         read_attachments(bundle, asked(bench=BENCH | changed))
 
 

@@ -166,9 +166,9 @@ def test_the_worst_of_several_cases_is_named():
     found = ValidationReport(tuple(cases), FACTS)
     assert found.worst_case.number == 2
     assert worst_values(found.rows)["frames.psnr_db"] == 61
-    for told in (as_markdown(found), as_html(found)):
-        assert "wan-trt validate --seed 2" in told
-        assert "--seed 3" not in told
+    for shown in (as_markdown(found), as_html(found)):
+        assert "wan-trt validate --seed 2" in shown
+        assert "--seed 3" not in shown
 
 
 def test_a_gate_names_the_case_that_its_number_comes_from():
@@ -211,8 +211,8 @@ def test_junit_can_be_read_whatever_a_name_holds():
 
 def test_markdown_escapes_text():
     facts = FACTS | {"prompt": "a | b\n# c *d*"}
-    told = as_markdown(ValidationReport((CaseReport((step(1, "high_noise", off_by(1e-6)),)),), facts))
-    assert "| prompt | a \\| b # c \\*d\\* |" in told
+    shown = as_markdown(ValidationReport((CaseReport((step(1, "high_noise", off_by(1e-6)),)),), facts))
+    assert "| prompt | a \\| b # c \\*d\\* |" in shown
 
 
 def test_the_page_is_self_contained_and_escapes_text():
@@ -260,10 +260,10 @@ def test_a_page_that_cannot_be_made_keeps_the_json(tmp_path, monkeypatch):
 def test_the_terminal_gets_a_line_per_row():
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report_of(1e-6, 2e-3).table())
-    told = console.export_text()
-    assert told.count("✓") == 2
-    assert told.count("✗") == 1
-    assert "2.0× over" in told
+    shown = console.export_text()
+    assert shown.count("✓") == 2
+    assert shown.count("✗") == 1
+    assert "2.0× over" in shown
 
 
 def test_sections_follow_the_subject_and_long_passed_ones_are_folded():
@@ -273,7 +273,7 @@ def test_sections_follow_the_subject_and_long_passed_ones_are_folded():
 
 
 @pytest.mark.parametrize(
-    ("metrics", "limit", "told"),
+    ("metrics", "limit", "expected"),
     [
         (off_by(1e-5), FP32.latents, "100× below"),
         (off_by(2e-3), FP32.latents, "2.0× over"),
@@ -285,8 +285,8 @@ def test_sections_follow_the_subject_and_long_passed_ones_are_folded():
         (compare([0.2], [0.2], signal_range=2.0), FP32.frames, "identical"),
     ],
 )
-def test_margins_in_words(metrics, limit, told):
-    assert margin(Row("", "", metrics, limit)) == told
+def test_margins_in_words(metrics, limit, expected):
+    assert margin(Row("", "", metrics, limit)) == expected
 
 
 def test_numbers_in_words():
@@ -325,7 +325,7 @@ def test_any_drift_can_be_drawn(drifts):
 
 
 @pytest.mark.parametrize(
-    ("measure", "value", "limit", "told"),
+    ("measure", "value", "limit", "expected"),
     [
         ("relative_l2", 0.016004, 0.016, "1.6004e-02"),
         ("psnr_db", 59.96, 60.0, "59.96"),
@@ -333,5 +333,5 @@ def test_any_drift_can_be_drawn(drifts):
         ("excess", 1.5, 1.5, "1.50"),
     ],
 )
-def test_a_number_beyond_its_limit_does_not_look_like_the_limit(measure, value, limit, told):
-    assert distinct_text(value, limit, partial(measure_text, measure)) == told
+def test_a_number_beyond_its_limit_does_not_look_like_the_limit(measure, value, limit, expected):
+    assert distinct_text(value, limit, partial(measure_text, measure)) == expected
