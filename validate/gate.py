@@ -28,7 +28,7 @@ Bound = Literal["min", "max"]
 DIGITS = 17  # enough to distinguish any two float64
 
 
-def marked(passed: object, text: str = "") -> Text:
+def check_mark(passed: object, text: str = "") -> Text:
     """``text`` after a mark for the terminal: a green tick if the check ``passed``, else a red cross."""
     mark = Text("✓", "green") if passed else Text("✗", "red")
     return mark if not text else Text.assemble(mark, " ", text)
@@ -102,11 +102,11 @@ def read_gates(path: Path, table: str, known: Collection[str]) -> tuple[Gate, ..
     content = _content(path)
     for name in content:
         if name not in TABLES:
-            raise _unknown(path, name, TABLES)
+            raise _unknown_key(path, name, TABLES)
     gates = tuple(_gates(path, content.get(table, {}), table))
     for gate in gates:
         if gate.measurement not in known:
-            raise _unknown(path, f"{table}.{gate.measurement}", [f"{table}.{name}" for name in known])
+            raise _unknown_key(path, f"{table}.{gate.measurement}", [f"{table}.{name}" for name in known])
     if not gates:
         raise UserError(f"{path} has no gate in [{table}]", "at least one gate", f"add one, or omit --gate {path}")
     return gates
@@ -151,7 +151,7 @@ def _limit(path: Path, name: str, value: Any) -> float:
     return float(value)
 
 
-def _unknown(path: Path, name: str, known: Collection[str]) -> UserError:
+def _unknown_key(path: Path, name: str, known: Collection[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     expected = f"one like {', '.join(near)}" if near else f"one of {', '.join(sorted(known))}"
     return UserError(f"{path}: unknown key {name}", expected, "correct the key")

@@ -171,7 +171,7 @@ def frame_picture(
     """Frame ``index`` (from 0) of both videos and their difference, each at most ``width`` wide."""
     sides = (ours[0, :, index], reference[0, :, index])
     shown = (*map(to_pixels, sides), _difference(*sides, amplification))
-    return Picture(index + 1, *(_scaled(pixels, width) for pixels in shown))
+    return Picture(index + 1, *(_scale_down(pixels, width) for pixels in shown))
 
 
 def to_pixels(frame: F32) -> Pixels:
@@ -195,7 +195,7 @@ def _difference(ours: F32, reference: F32, amplification: float) -> Pixels:
     return to_pixels(np.clip(error, 0, 2).astype(np.float32) - 1)
 
 
-def _scaled(pixels: Pixels, width: int) -> str:
+def _scale_down(pixels: Pixels, width: int) -> str:
     image = Image.fromarray(pixels)
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.BOX)

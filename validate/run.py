@@ -126,12 +126,14 @@ def _compare_case(case: Case, comparison: "Comparison", bundle: Bundle, progress
     ladder = [rung for rung in full if rung.of_every_case or case.number == 1]
     task = "parity ladder" if case.number == 1 else f"case {case.number}"
     for done, rung in enumerate(ladder, 1):
-        rows.extend(replace(row, made=_made(row, made), case=case.number) for row in _timed(rung.rows(comparison)))
+        rows.extend(
+            replace(row, made=_how_made(row, made), case=case.number) for row in _add_times(rung.rows(comparison))
+        )
         progress(task, done, len(ladder), "rungs")
     return CaseReport.of(case, comparison, tuple(rows))
 
 
-def _timed(rows: "Iterator[Row]") -> "Iterator[Row]":
+def _add_times(rows: "Iterator[Row]") -> "Iterator[Row]":
     """Yield the rows with the seconds that each took."""
     started = perf_counter()
     for row in rows:
@@ -139,7 +141,7 @@ def _timed(rows: "Iterator[Row]") -> "Iterator[Row]":
         started = perf_counter()
 
 
-def _made(row: "Row", made: dict[str, str]) -> str:
+def _how_made(row: "Row", made: dict[str, str]) -> str:
     """How our side of ``row`` was made; for rows of several components, the least direct way among them."""
     several = row.component == "video" or row.step is not None or row.subject.endswith("latents")
     return max(made.values()) if several else made.get(row.component, "")

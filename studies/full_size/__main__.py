@@ -66,7 +66,7 @@ def run(
     figures = _earlier(output, spec)
     _write(figures, output)  # before the long work, to fail now if the file cannot be written
     with _own_folder(folder) as place:
-        for name, found in _measured(parts, case, spec, place, (layers, repeats)):
+        for name, found in _measure(parts, case, spec, place, (layers, repeats)):
             figures[name] = found if isinstance(found, float) else _merge(figures.get(name, []), found)
             _write(figures, output)
     for table in _tables(figures):
@@ -77,7 +77,7 @@ def run(
     return 0 if _good(figures) else 1
 
 
-def _measured(
+def _measure(
     parts: set[StudyPart], case: str, spec: ModelSpec, folder: Path, dense: tuple[int, int]
 ) -> Iterator[tuple[str, float | list[Figures]]]:
     """Yield each name in the file of figures with its result, as soon as it is measured."""

@@ -47,7 +47,7 @@ def memory_of(case: ExportCase, spec: ModelSpec, folder: Path) -> dict[str, Any]
     from export.synth.checkpoint import synthesise
 
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
-    with _removed(checkpoint, bundle):
+    with _remove_after(checkpoint, bundle):
         synthesise(spec, checkpoint, case.layout, 0, sparse=True, half=case.half)
         console.print(f"{case.name}, all of {spec.name} in sparse files")
         started = time.perf_counter()
@@ -62,7 +62,7 @@ def throughput_of(cases: Sequence[ExportCase], spec: ModelSpec, folder: Path, re
     from export.synth.checkpoint import synthesise, weights_bytes
 
     checkpoint, copy = folder / "checkpoint", folder / "copy"
-    with _removed(checkpoint, copy, folder / "bundle"):
+    with _remove_after(checkpoint, copy, folder / "bundle"):
         check_disk(checkpoint, 3 * weights_bytes(spec))  # the checkpoint, its bundle, a copy
         with bars() as progress:
             synthesise(spec, checkpoint, "official", 0, progress=progress)
@@ -72,13 +72,13 @@ def throughput_of(cases: Sequence[ExportCase], spec: ModelSpec, folder: Path, re
             console.print(f"turn {turn + 1} of {repeats}: cp, {', '.join(runs)}")
             cp_seconds.append(_cp_seconds(checkpoint, copy))
             for case in cases:
-                runs[case.name].append(_timed(checkpoint, folder / "bundle", case))
+                runs[case.name].append(_time_export(checkpoint, folder / "bundle", case))
         size = _size(checkpoint)
         return [{"case": name, **_compare_with_cp(size, found, cp_seconds)} for name, found in runs.items()]
 
 
 @contextmanager
-def _removed(*folders: Path) -> Iterator[None]:
+def _remove_after(*folders: Path) -> Iterator[None]:
     try:
         yield
     finally:
@@ -89,10 +89,10 @@ def _removed(*folders: Path) -> Iterator[None]:
 def _export(checkpoint: Path, bundle: Path, case: ExportCase, *, sparse: bool) -> int:
     """Export in a new process; returns its peak resident memory in bytes."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_exported, checkpoint, bundle, case, sparse).result()
+        return process.submit(_export_in_process, checkpoint, bundle, case, sparse).result()
 
 
-def _exported(checkpoint: Path, bundle: Path, case: ExportCase, sparse: bool) -> int:
+def _export_in_process(checkpoint: Path, bundle: Path, case: ExportCase, sparse: bool) -> int:
     from export.exporter import export_checkpoint
     from export.options import ExportOptions
 
@@ -101,15 +101,15 @@ def _exported(checkpoint: Path, bundle: Path, case: ExportCase, sparse: bool) ->
     return peak_rss_bytes()
 
 
-def _timed(checkpoint: Path, bundle: Path, case: ExportCase) -> dict[str, Any]:
-    with _removed(bundle):
+def _time_export(checkpoint: Path, bundle: Path, case: ExportCase) -> dict[str, Any]:
+    with _remove_after(bundle):
         _forget(checkpoint)
         seconds, peak = _seconds(lambda: _export(checkpoint, bundle, case, sparse=False))
         return {"seconds": seconds, "peak_rss_bytes": peak, "bundle_bytes": _size(bundle)}
 
 
 def _cp_seconds(folder: Path, copy: Path) -> float:
-    with _removed(copy):
+    with _remove_after(copy):
         _forget(folder)
         return _seconds(lambda: subprocess.run(["cp", "-r", str(folder), str(copy)], check=True))[0]
 

@@ -53,7 +53,7 @@ def run(
     ] = False,
 ) -> int:
     """Measure transformers, sampler and VAE on this machine's GPU, and check that TensorRT-RTX engines load."""
-    stages = _chosen(only or [])
+    stages = _select_stages(only or [])
     gpu = {} if dry_run else _gpu()
     answers = [StageResult(stage, "skipped", "the run ended before it") for stage in stages]
     circumstances, code = _circumstances(gpu, dry_run), 0
@@ -72,7 +72,7 @@ def run(
     return code or int(dry_run and any(answer.status == "failed" for answer in answers))
 
 
-def _chosen(names: Sequence[str]) -> list[Stage]:
+def _select_stages(names: Sequence[str]) -> list[Stage]:
     known = [stage.name for stage in STAGES]
     for name in names:
         if name not in known:

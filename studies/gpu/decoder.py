@@ -40,7 +40,7 @@ def _ours(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tuple
     with tempfile.TemporaryDirectory() as folder:
         first, later = decoder_engines(spec, weights, Path(folder), device)
         with first, later:
-            return _timed(device, lambda: [None for _ in decode(first, later, latents)])
+            return _measure(device, lambda: [None for _ in decode(first, later, latents)])
 
 
 def _theirs(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tuple[float, float]:
@@ -53,9 +53,9 @@ def _theirs(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tup
     def work() -> object:
         return module.decode(entering, return_dict=False)[0]
 
-    return _timed(device, work)
+    return _measure(device, work)
 
 
-def _timed(device: str, work: Callable[[], object]) -> tuple[float, float]:
+def _measure(device: str, work: Callable[[], object]) -> tuple[float, float]:
     gib = peak_gib(device, work)
     return time_ms(device, work), gib

@@ -48,7 +48,7 @@ def attempt(setting: StageSettings) -> Iterator[Measurement]:
             yield Measurement("loads", note="not tried: no GPU")
             return
         try:
-            yield from _loaded(trt, folder, component, (profile,), spec)
+            yield from _load_and_run(trt, folder, component, (profile,), spec)
         except Exception as error:
             yield Measurement("loads and runs", note=f"no: {reason_of(error)}")
 
@@ -70,7 +70,9 @@ def _graph(spec: ModelSpec, folder: Path, seed: int) -> Component:
     return Component("transformer", File("transformer.onnx", "", 0), (), inputs, outputs, Precision.BF16)
 
 
-def _loaded(trt: Any, folder: Path, component: Component, profiles: Any, spec: ModelSpec) -> Iterator[Measurement]:
+def _load_and_run(
+    trt: Any, folder: Path, component: Component, profiles: Any, spec: ModelSpec
+) -> Iterator[Measurement]:
     import cupy
 
     inputs = {name: cupy.asarray(array) for name, array in _inputs(spec).items()}

@@ -49,14 +49,14 @@ def precision_study(options: StudyOptions, folder: Path, progress: Progress = si
     Raises:
         UserError: the model is unknown, the size or number of steps is invalid, or ``folder`` is not writable.
     """
-    spec = _checked(options)
+    spec = _check(options)
     with claim(folder / "study.json", "the study") as claimed:
-        study = _made(spec, options, progress)
+        study = _run_study(spec, options, progress)
         write_study(study, claimed)
     return study
 
 
-def _made(spec: ModelSpec, options: StudyOptions, progress: Progress) -> Study:
+def _run_study(spec: ModelSpec, options: StudyOptions, progress: Progress) -> Study:
     meter = _Meter(progress, 5 + len(VARIANTS) + len(parts()))
     schedule = make_schedule("unipc", options.steps, spec.sampling.shift)
     twin = meter.count(make_twin(spec, options.size, schedule, options.seed))
@@ -85,7 +85,7 @@ def _results(comparison: VariantComparison, meter: "_Meter") -> tuple[tuple[Vari
     return tuple(results), noted
 
 
-def _checked(options: StudyOptions) -> ModelSpec:
+def _check(options: StudyOptions) -> ModelSpec:
     size, spec = options.size, spec_named(options.model)
     if size.width < NARROWEST or size.width % HEAD:
         raise UserError(f"width {size.width}", f"a multiple of {HEAD}, at least {NARROWEST}", "use 512 or 1024")

@@ -75,7 +75,7 @@ def make_twin(model: ModelSpec, size: TwinSize, schedule: Schedule, seed: int) -
             for name, shape in dit_tensors(spec.dit).items()
         }
         plant(made, spec.dit, random)
-        fit(made, spec.dit, [_probe(spec, judged, timestep) for timestep in _probed(spec, expert)], rounds=2)
+        fit(made, spec.dit, [_probe(spec, judged, timestep) for timestep in _probe_timesteps(spec, expert)], rounds=2)
         weights[expert] = made
     for _ in range(FITTED_RUNS):
         for expert, probes in _run_inputs(spec, judged, schedule, weights).items():
@@ -146,7 +146,7 @@ def _text(random: np.random.Generator, spec: ModelSpec, rows: int) -> F32:
     return text_rows(embeddings.astype(np.float32))
 
 
-def _probed(spec: ModelSpec, expert: str) -> tuple[float, float]:
+def _probe_timesteps(spec: ModelSpec, expert: str) -> tuple[float, float]:
     """Two timesteps in the range of ``expert``."""
     boundary = 1000 * (spec.sampling.boundary or 0)
     return {"high_noise": (999.0, boundary + 1), "low_noise": (boundary - 1, 100.0), "dit": (999.0, 500.0)}[expert]

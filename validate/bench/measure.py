@@ -158,7 +158,7 @@ class BenchRun:
         results, first = {}, {}
         for name, side in sides.items():
             side.open(piece)
-            chunks, first[name] = measure_time(partial(_all, side, piece))
+            chunks, first[name] = measure_time(partial(_all_chunks, side, piece))
             results[name] = side.join(chunks)
         runners = {name: runner(side, piece) for name, side in sides.items()}
         for run in [*runners.values()] * (self.options.warmup - 1):
@@ -241,7 +241,7 @@ def facts(work: Work, bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _all(side: Side, piece: str) -> list[Any]:
+def _all_chunks(side: Side, piece: str) -> list[Any]:
     return list(side.chunks(piece))
 
 

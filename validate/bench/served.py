@@ -143,7 +143,7 @@ def bench_served(
     }  # fmt: skip
     with (
         scratch_folder("bench") as folder,
-        _served(engines, folder, options, installation, environment) as server,
+        _start_server(engines, folder, options, installation, environment) as server,
         Pipeline.open(engines, residency=options.residency) as pipeline,
     ):
         direct = Direct(pipeline, folder)
@@ -160,17 +160,17 @@ def _run_with_progress(sides: Mapping[str, Callable[[], bytes]], runs: int, prog
     """Run both sides in turns and report progress."""
     last, done = list(sides)[-1], 0
 
-    def counted(work: Callable[[], bytes]) -> bytes:
+    def count_run(work: Callable[[], bytes]) -> bytes:
         nonlocal done
         done += 1
         progress("runs", done, runs)
         return work()
 
-    return in_turns({name: partial(counted, work) if name == last else work for name, work in sides.items()}, runs)
+    return in_turns({name: partial(count_run, work) if name == last else work for name, work in sides.items()}, runs)
 
 
 @contextmanager
-def _served(
+def _start_server(
     engines: Path, folder: Path, options: ServedOptions, installation: Installation, environment: Mapping[str, str]
 ) -> Iterator[Server]:
     """Start a server of ``engines`` on free loopback ports; yields it with a client when it is ready."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from validate.bench.machine import BUSY, usable_cores
 from validate.bench.samples import Ratio, Samples
-from validate.gate import Gate, Verdict, judge, marked
+from validate.gate import Gate, Verdict, check_mark, judge
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,13 +42,13 @@ class ServedBench:
         """Served time over in-process time, of neighbouring runs."""
         return Ratio.of(self.samples[SERVED].seconds, self.samples[DIRECT].seconds)
 
-    def measured(self) -> dict[str, float]:
+    def measurements(self) -> dict[str, float]:
         beyond = max(cancel.latency - cancel.step for cancel in self.cancels)
         return {OVERHEAD: 100 * (self.ratio.median - 1), BEYOND_STEP: 1000 * beyond}
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        return judge(self.gates, self.measured())
+        return judge(self.gates, self.measurements())
 
     def __bool__(self) -> bool:
         return all(self.verdicts)
@@ -62,7 +62,7 @@ class ServedBench:
             "ratio": {"median": ratio.median, "p10": ratio.p10, "p90": ratio.p90},
             "cancels": [{"latency_ms": 1000 * c.latency, "step_ms": 1000 * c.step} for c in self.cancels],
             "same_latents": self.same_latents,
-            "measured": self.measured(),
+            "measured": self.measurements(),
             "gates": [verdict.as_json() for verdict in self.verdicts],
             "passed": bool(self),
         }
@@ -82,6 +82,6 @@ class ServedBench:
         yield f"served / in process {ratio.median:.3f} (p10 {ratio.p10:.3f}, p90 {ratio.p90:.3f})"
         step_ms = 1000 * float(np.median([cancel.step for cancel in self.cancels]))
         yield f"cancel: {np.median(latencies):.0f} ms, {max(latencies):.0f} at most; a step is {step_ms:.0f} ms"
-        yield from (marked(verdict, str(verdict)) for verdict in self.verdicts)
+        yield from (check_mark(verdict, str(verdict)) for verdict in self.verdicts)
         if self.facts["load_average"] > BUSY * usable_cores():
             yield Text("the machine was busy before the bench: do not trust the times", "yellow")

@@ -34,7 +34,7 @@ def _straight(
     for node in nodes:
         if node.op_type == "Scan":
             body = _graph(node, "body")
-            sources = [_known(makers[name], "Reshape").input[0] for name in node.input]
+            sources = [_expect_kind(makers[name], "Reshape").input[0] for name in node.input]
             yield from _same(sources, [value.name for value in body.input])
         elif node.op_type == "If":
             body = _graph(node, "then_branch" if _is_true(makers[node.input[0]], constants, rows) else "else_branch")
@@ -49,7 +49,7 @@ def _graph(node: Any, name: str) -> Any:
     return {item.name: item.g for item in node.attribute}[name]
 
 
-def _known(node: Any, kind: str) -> Any:
+def _expect_kind(node: Any, kind: str) -> Any:
     if node.op_type != kind:
         raise KeyError(node.op_type)
     return node
@@ -66,7 +66,7 @@ def _is_true(condition: Any, constants: dict[str, Any], rows: int | None) -> boo
     """The value of the condition ``rows <= constant``."""
     from onnx import numpy_helper
 
-    limit = constants[_known(condition, "LessOrEqual").input[1]]
+    limit = constants[_expect_kind(condition, "LessOrEqual").input[1]]
     return rows is not None and rows <= int(numpy_helper.to_array(limit).item())
 
 

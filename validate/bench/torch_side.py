@@ -67,7 +67,7 @@ class TorchSide:
     def _chunks(self, piece: str) -> Iterator[Any]:
         work = self._work
         if piece == TEXT:
-            yield self._done(self._encoded(work.token_ids))
+            yield self._done(self._encode(work.token_ids))
         elif piece == ENCODER:
             assert work.video is not None
             yield self._done(self._latents_of(torch.from_numpy(work.video)))
@@ -102,7 +102,7 @@ class TorchSide:
             if dtype != torch.float32:
                 lower(module, dtype)  # before the move to a GPU, which may be too small for float32
             module = module.to(self.device)
-            self._parts[name] = _compiled(module, name) if self._compiled else module
+            self._parts[name] = _compile(module, name) if self._compiled else module
         return self._parts[name]
 
     def _dtype(self, part: str) -> torch.dtype:
@@ -110,7 +110,7 @@ class TorchSide:
         return dtype_of(precision)
 
     @torch.inference_mode()
-    def _encoded(self, token_ids: np.ndarray) -> torch.Tensor:
+    def _encode(self, token_ids: np.ndarray) -> torch.Tensor:
         """Embeddings ``[1, n, text width]`` of ids ``[1, n]``, without padding, like our engine."""
         ids = torch.from_numpy(token_ids).to(self.device)
         hidden: torch.Tensor = self._part(TEXT)(input_ids=ids).last_hidden_state
@@ -166,7 +166,7 @@ class TorchSide:
             yield Event("open", name, measure_time(partial(self._part, name))[1])
         texts: list[torch.Tensor] = []
         for ids in (work.token_ids, *([work.negative_ids] if work.request.guided else [])):
-            text, seconds = measure_time(partial(self._padded, ids))
+            text, seconds = measure_time(partial(self._encode_padded, ids))
             require_finite(text, f"PyTorch's embeddings of the {'negative ' if texts else ''}prompt")
             texts.append(text)
             yield Event("text", TEXT, seconds)
@@ -180,10 +180,10 @@ class TorchSide:
         require_finite(frames, "PyTorch's frames")
         yield Event("decode", DECODER, seconds)
 
-    def _padded(self, token_ids: np.ndarray) -> torch.Tensor:
+    def _encode_padded(self, token_ids: np.ndarray) -> torch.Tensor:
         """Embeddings ``[1, 512, text width]``; rows after the last token are zero."""
         text = torch.zeros(self._work.text.shape, device=self.device)
-        text[:, : token_ids.shape[1]] = self._encoded(token_ids)
+        text[:, : token_ids.shape[1]] = self._encode(token_ids)
         return self._done(text)
 
     def _denoise(self, texts: list[torch.Tensor]) -> Generator[Event, None, torch.Tensor]:
@@ -243,7 +243,7 @@ def _catch_compile_errors() -> Iterator[None]:
         raise UserError(found, "a working compiler", "install g++ (and triton for a GPU), or omit --compile") from error
 
 
-def _compiled(module: Any, part: str) -> Any:
+def _compile(module: Any, part: str) -> Any:
     """Compile ``module``, or the two halves of the VAE, which its streaming loop calls."""
     if part != VAE:
         return torch.compile(module)

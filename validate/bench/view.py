@@ -13,7 +13,7 @@ from validate.bench.result import BenchResult, Piece, memory_measurements
 from validate.bench.samples import Ratio, Samples
 from validate.bench.whole_run import Runs, step_ratio, total_ratio
 from validate.bench.work import COMPILED, EAGER, OURS
-from validate.gate import marked
+from validate.gate import check_mark
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,9 +41,9 @@ def as_text(report: BenchReport) -> "Iterator[RenderableType]":
     if report.comparison is not None:
         yield from _comparison(report.comparison)
     for verdict in report.verdicts:
-        yield marked(verdict, str(verdict))
+        yield check_mark(verdict, str(verdict))
     for fault in report.result.faults:
-        yield marked(False, fault)
+        yield check_mark(False, fault)
 
 
 def _result(result: BenchResult) -> "Iterator[RenderableType]":
@@ -59,7 +59,7 @@ def _result(result: BenchResult) -> "Iterator[RenderableType]":
     if any(memory.values()):
         yield _memory(memory)
     if result.runs:
-        yield _whole(result.runs)
+        yield _run_table(result.runs)
         yield _steps(result.runs)
     yield from _remarks(result)
 
@@ -151,7 +151,7 @@ def _on_device(used: Footprint | None) -> str:
 # -- whole runs
 
 
-def _whole(runs: Mapping[str, Runs]) -> "Table":
+def _run_table(runs: Mapping[str, Runs]) -> "Table":
     figures = {side: found.figures() for side, found in runs.items()}
     title = f"From prompt to frames, s: median of {len(runs[OURS].each)}"
     table = _table(title, "", *(NAMES[side] for side in runs), *(["ratio"] if EAGER in runs else []))

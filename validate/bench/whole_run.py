@@ -117,7 +117,7 @@ def _median(same: Sequence[Event]) -> Event:
 def in_turns(sides: Mapping[str, Iterator[Event]], after_event: Callable[[], None]) -> dict[str, Run]:
     """Advance one run of every side, event by event; ``after_event`` is called after each round."""
     events: dict[str, list[Event]] = {name: [] for name in sides}
-    for row in zip_longest(*map(_settled, sides.values())):
+    for row in zip_longest(*map(_settle_before_each, sides.values())):
         for name, event in zip(sides, row, strict=True):
             if event is not None:
                 events[name].append(event)
@@ -125,7 +125,7 @@ def in_turns(sides: Mapping[str, Iterator[Event]], after_event: Callable[[], Non
     return {name: Run(tuple(found)) for name, found in events.items()}
 
 
-def _settled(events: Iterator[Event]) -> Iterator[Event]:
+def _settle_before_each(events: Iterator[Event]) -> Iterator[Event]:
     """Yield the events, each started when the other side's threads are asleep."""
     while True:
         settle()

@@ -46,15 +46,15 @@ def open_for_comparison(folder: Path, calls: Path | None = None, residency: Resi
 
 def how_made(manifest: Manifest) -> dict[str, str]:
     """How each component's numbers are made, ``BY_KERNELS`` or ``BY_ROUNDING``, by component."""
-    return {c.name: BY_ROUNDING if _emulated(manifest.build, c) else BY_KERNELS for c in manifest.components}
+    return {c.name: BY_ROUNDING if _needs_emulation(manifest.build, c) else BY_KERNELS for c in manifest.components}
 
 
-def _emulated(build: Build | None, component: Component) -> bool:
+def _needs_emulation(build: Build | None, component: Component) -> bool:
     return build is None and component.precision not in WITH_KERNELS
 
 
 def _engine(folder: Path, component: Component) -> Engine:
-    kind = EmulatedEngine if _emulated(None, component) else OnnxRuntimeEngine
+    kind = EmulatedEngine if _needs_emulation(None, component) else OnnxRuntimeEngine
     return kind(folder, component, (), ("CPUExecutionProvider",))
 
 

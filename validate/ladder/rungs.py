@@ -201,14 +201,14 @@ def text_mode(comparison: Comparison) -> Iterator[Row]:
 def decoder(comparison: Comparison) -> Iterator[Row]:
     """Compare our VAE decoder on the reference's latents: each of its two graphs, then the whole video."""
     first, following = comparison.limits["vae_decoder_first"], comparison.limits["vae_decoder_next"]
-    yield _decoded(comparison, "decode of the first latent", "vae_decoder_first", first.vae, slice(0, 1))
+    yield _decoder_row(comparison, "decode of the first latent", "vae_decoder_first", first.vae, slice(0, 1))
     if comparison.reference_frames.shape[2] > 1:
-        yield _decoded(comparison, "decode of the later latents", "vae_decoder_next", following.vae, slice(1, None))
+        yield _decoder_row(comparison, "decode of the later latents", "vae_decoder_next", following.vae, slice(1, None))
     name = "streaming decode against whole decode"
-    yield _decoded(comparison, name, "vae_decoder_next", following.streaming, slice(None))
+    yield _decoder_row(comparison, name, "vae_decoder_next", following.streaming, slice(None))
 
 
-def _decoded(comparison: Comparison, name: str, component: str, limit: Limit, frames: slice) -> Row:
+def _decoder_row(comparison: Comparison, name: str, component: str, limit: Limit, frames: slice) -> Row:
     ours, theirs = comparison.our_decode[:, :, frames], comparison.reference_frames[:, :, frames]
     low = comparison.in_precision(
         component, (ours, theirs), lambda _: comparison.lowered_decode[:, :, frames], FRAME_RANGE

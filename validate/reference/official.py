@@ -21,7 +21,7 @@ from validate.reference.boundary import stated_boundary
 from validate.reference.official_modules import Modules, check_clone
 from validate.reference.parts import F32, I64
 from validate.reference.reference import NO_IMAGE, ImageInputs
-from validate.reference.whole_run import ReferenceStep, guided
+from validate.reference.whole_run import ReferenceStep, guided_run
 from wan22.errors import UserError
 
 SOLVERS = ("unipc", "dpm++")  # all that the official code has
@@ -101,12 +101,12 @@ class Official:
     def run(
         self, request: CompleteRequest, text: F32, negative: F32 | None, image_inputs: ImageInputs = NO_IMAGE
     ) -> Iterator[ReferenceStep]:
-        """Run :func:`validate.reference.whole_run.guided` with the official models and solver."""
+        """Run :func:`validate.reference.whole_run.guided_run` with the official models and solver."""
 
         def step(velocity: F32, index: int, latents: F32) -> F32:
             return self._array("step", velocity, index, latents)
 
-        return guided(
+        return guided_run(
             self, request, self.sigmas_and_timesteps(request)[1].tolist(), step, (text, negative), image_inputs
         )
 

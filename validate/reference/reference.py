@@ -74,7 +74,7 @@ class Reference:
             from transformers import AutoTokenizer
 
             self._parts["tokenizer"] = AutoTokenizer.from_pretrained(str(self.checkpoint.tokenizer))
-        ids = self._parts["tokenizer"](_cleaned(prompt), truncation=True, max_length=TEXT_TOKENS)["input_ids"]
+        ids = self._parts["tokenizer"](_clean(prompt), truncation=True, max_length=TEXT_TOKENS)["input_ids"]
         return np.asarray([ids], np.int64)
 
     @torch.inference_mode()
@@ -143,7 +143,7 @@ class Reference:
         return tensor.to(self._residence.device)
 
 
-def _cleaned(prompt: str) -> str:
+def _clean(prompt: str) -> str:
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()).strip()

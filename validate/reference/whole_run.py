@@ -58,7 +58,7 @@ def run(
     negative: F32 | None,
     image_inputs: ImageInputs = NO_IMAGE,
 ) -> Iterator[ReferenceStep]:
-    """Run :func:`guided` with diffusers' scheduler."""
+    """Run :func:`guided_run` with diffusers' scheduler."""
     scheduler = scheduler_for(request)
     fresh = torch.Generator("cpu").manual_seed((request.seed + 1) % 2**64)
     drawing = {"generator": fresh} if request.solver == "renoise" else {}
@@ -68,10 +68,10 @@ def run(
         stepped: F32 = scheduler.step(*tensors, return_dict=False, **drawing)[0].numpy()
         return stepped
 
-    return guided(reference, request, scheduler.timesteps.tolist(), step, (text, negative), image_inputs)
+    return guided_run(reference, request, scheduler.timesteps.tolist(), step, (text, negative), image_inputs)
 
 
-def guided(
+def guided_run(
     models: Models,
     request: CompleteRequest,
     timesteps: Sequence[float],
@@ -94,18 +94,18 @@ def guided(
     for index, t in enumerate(map(float, timesteps)):
         expert = expert_of(models.boundary, request, index, t)
         velocity = models.velocity(expert, latents, t, text, image_inputs)
-        problem = "" if np.isfinite(velocity).all() else _named(f"velocity of {expert}", index, request, t)
+        problem = "" if np.isfinite(velocity).all() else _describe_problem(f"velocity of {expert}", index, request, t)
         if negative is not None and (scale := request.guidance[expert]) != 1:
             unconditional = models.velocity(expert, latents, t, negative, image_inputs)
             velocity = unconditional + np.float32(scale) * (velocity - unconditional)
         after = _with_first_frame(step(velocity, index, latents), image_inputs)
         if not problem and not np.isfinite(after).all():
-            problem = _named("latents", index, request, t)
+            problem = _describe_problem("latents", index, request, t)
         yield ReferenceStep(index, t, expert, latents, after, velocity, problem)
         latents = after
 
 
-def _named(tensor: str, index: int, request: CompleteRequest, timestep: float) -> str:
+def _describe_problem(tensor: str, index: int, request: CompleteRequest, timestep: float) -> str:
     return f"reference: {tensor} in step {index + 1} of {request.steps} (t = {timestep:g}) has NaN or infinity"
 
 

@@ -84,13 +84,13 @@ def run(
 
 def _compare(engines: Path, checkpoint: str, output: Path, options: "ValidateOptions") -> int:
     from validate import validate
-    from validate.gate import marked
+    from validate.gate import check_mark
 
     with bars() as progress:
         report = validate(engines, checkpoint, output, options, progress)
     console.print(report.table())
     for verdict in report.verdicts:
-        console.print(marked(verdict, f"gate {verdict}"))
+        console.print(check_mark(verdict, f"gate {verdict}"))
     if not_judged := report.attached.not_judged:
         console.print(f"gates: {not_judged}")
     if len(report.cases) > 1:

@@ -1,4 +1,4 @@
-"""Graphs that lost a precaution err more, and FP8 in some places costs less than in all."""
+"""Graphs without a precaution have larger errors, and FP8 in some places has smaller ones than in all."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_smoothing_k_pays_where_k_has_outlier_channels(weights, exact):
 
 def test_a_scale_for_every_channel_of_v_pays_where_a_few_are_far_larger(weights):
     uneven = {name: value.copy() for name, value in weights.items()}
-    for layer in range(SPEC.layers):  # the output projection makes up for it
+    for layer in range(SPEC.layers):  # the output projection compensates
         uneven[f"blocks.{layer}.self_attn.v.weight"][[5, 200]] *= 1e4
         uneven[f"blocks.{layer}.self_attn.o.weight"][:, [5, 200]] /= 1e4
     full, attention = velocity(uneven), FewLinears(self_attention=True)

@@ -1,4 +1,4 @@
-"""A precision that collapses is told first, and fails the study where it can be exported."""
+"""A precision that collapses is reported first and, if it can be exported, fails the study."""
 
 import math
 import statistics
@@ -37,13 +37,13 @@ def test_the_worst_step_decides(errors, problem, verdict):
     assert study.sentences[0].startswith(f"fp8-attn {verdict}: ")
 
 
-def test_an_ablation_that_collapses_is_told_but_fails_nothing():
+def test_an_ablation_that_collapses_is_reported_but_fails_nothing():
     study = study_of(VariantResult(ABLATION, (0.5, math.inf), 3.0, 1.0))
     assert study
     assert study.sentences[0].startswith(f"{ABLATION.name} collapses")
 
 
-def test_an_ablation_that_does_not_collapse_is_no_choice_either():
+def test_an_ablation_that_does_not_collapse_cannot_be_exported_either():
     assert VariantResult(ABLATION, (0.01, 0.01), 40.0, 1.0).verdict == "cannot be exported"
     assert "self-attention, K not smoothed: 5.00% instead of 1.00%" in study_of().sentences
 
