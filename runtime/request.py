@@ -11,6 +11,7 @@ from runtime.image import open_image
 from runtime.image_condition import Fit, video_size
 from runtime.schedule import Schedule, make_schedule
 from wan22.errors import UserError, warn_once
+from wan22.quantities import counted, video_text
 from wan22.sampling import NEGATIVE_PROMPT, PRESETS, Convention, SamplingSpec, SolverName
 from wan22.specs import ModelSpec
 
@@ -73,7 +74,7 @@ class Request:
             width, height = video_size(spec, image.size, size, self.fit, exact_official=self.exact_official)
         latent_shape = spec.latent_shape(width, height, frames)
         if fixed and fixed != (width, height, frames):
-            found, expected = ("{}x{}, {} frames".format(*shape) for shape in ((width, height, frames), fixed))
+            found, expected = (video_text(*shape) for shape in ((width, height, frames), fixed))
             remedy = "leave --size and --frames out; with an image try --fit crop"
             raise UserError(f"a video of {found}", f"{expected}, which the engines are made for", remedy)
         complete = CompleteRequest(
@@ -150,7 +151,7 @@ def _warn_beyond_distillation(spec: ModelSpec, complete: "CompleteRequest") -> N
     preset = PRESETS.get(own.preset)  # None: of a bundle by a later version
     if preset and preset.distilled and (complete.steps > own.steps or complete.guided):
         guided = " with guidance" if complete.guided else ""
-        what = f"{complete.steps} steps{guided} on a checkpoint that is distilled for {own.preset}"
+        what = f"{counted(complete.steps, 'step')}{guided} on a checkpoint that is distilled for {own.preset}"
         warn_once(f"{what} ({own.steps} steps, no guidance): the video will be poor")
 
 

@@ -21,6 +21,7 @@ from validate.ladder.thresholds import Limit, Measure
 from validate.reference.parts import F32, time_features
 from validate.reference.reference import Reference
 from validate.reference.whole_run import ReferenceStep, lists, noise
+from wan22.quantities import counted
 from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
 
 VELOCITY_POINTS = 4  # timesteps per expert, evenly over the range it works in
@@ -189,7 +190,10 @@ def text_mode(climb: Climb) -> Iterator[Row]:
     for expert in climb.spec.experts:
         yield from _velocities_everywhere(plain, expert, "text mode, velocity at t = {:g}")
     last = _step(plain, plain.reference_steps[-1])
-    name, note = "text mode, latents after the last step", last.note or f"{last.step} steps on each side"
+    name, note = (
+        "text mode, latents after the last step",
+        last.note or f"{counted(last.step or 0, 'step')} on each side",
+    )
     yield replace(last, name=name, note=note, step=None)
 
 
