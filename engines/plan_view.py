@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 
 def as_text(plan: Plan) -> "list[RenderableType]":
     """What ``wan-trt plan`` prints: components, then the machine that is needed and the time it takes."""
-    return [_components(plan), _totals(plan), f"peaks from: {plan.request.target.source}"]
+    return [_components(plan), _totals(plan), *_remarks(plan)]
+
+
+def _remarks(plan: Plan) -> Iterable[str]:
+    """Lines that are too long for a table."""
+    if plan.usable_vram_bytes and plan.residency is None:
+        usable, refusal = human_bytes(plan.usable_vram_bytes), plan.refusal
+        yield f"nothing fits {usable}: {refusal.found}; {refusal.remedy}"
+    yield f"peaks from: {plan.request.target.source}"
 
 
 def _components(plan: Plan) -> "RenderableType":
@@ -28,7 +36,8 @@ def _components(plan: Plan) -> "RenderableType":
     parameters = model_parameters(plan.request.spec)
     for memory in plan.memory:
         sizes = (memory.weights, memory.scratch, memory.inputs_and_outputs)
-        table.add_row(memory.component, f"{parameters[memory.component]:,}", *map(human_bytes, sizes))
+        count = parameters.get(memory.component, round(memory.weights / 4))  # a VAE's engines share some
+        table.add_row(memory.component, f"{count:,}", *map(human_bytes, sizes))
     return table
 
 
@@ -51,6 +60,10 @@ def _card(plan: Plan) -> Iterable[tuple[str, str]]:
     for way, size in plan.vram.items():
         verdict = "" if not plan.usable_vram_bytes else f"; {'fits' if plan.fits[way] else 'exceeds'} {usable}"
         yield f"GPU memory, {way}", human_bytes(size) + verdict
+    if plan.usable_vram_bytes and plan.residency is not None:
+        yield "--residency auto", plan.residency
+    elif plan.usable_vram_bytes:
+        yield "--residency auto", "nothing fits, see below"
 
 
 def _work(plan: Plan) -> Iterable[tuple[str, str]]:

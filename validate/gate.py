@@ -13,7 +13,7 @@ gate on something that this run did not measure is not passed.
 import difflib
 import math
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from wan22.errors import UserError
 TABLES = ("bench", "validate")  # the commands that have gates
 BOUNDS = ("min", "max")
 Bound = Literal["min", "max"]
+DIGITS = 17  # that tell all numbers apart
 
 
 def marked(passed: object, text: str = "") -> Text:
@@ -41,7 +42,7 @@ class Gate:
     bound: Bound
     limit: float
 
-    def judged(self, measured: Mapping[str, float]) -> "Verdict":
+    def judge(self, measured: Mapping[str, float]) -> "Verdict":
         return Verdict(self, measured.get(self.measurement))
 
 
@@ -62,11 +63,29 @@ class Verdict:
 
     @property
     def found_in_words(self) -> str:
-        found = "not measured" if self.found is None else f"{self.found:.4g}"
+        found = "not measured" if self.found is None else apart(self.found, self.gate.limit, _significant)
         return f"{found} in {self.where}" if self.where else found
 
     def as_json(self) -> dict[str, Any]:
         return vars(self.gate) | {"found": self.found, "passed": bool(self)}
+
+
+def apart(value: float, limit: float, write: Callable[[float, int], str]) -> str:
+    """``value`` as text, with as many more digits as it takes to look different from a ``limit`` that it is not.
+
+    Args:
+        value: what was found.
+        limit: what it is held to.
+        write: a number and how many digits more than usual → its text.
+    """
+    more = 0
+    while value != limit and write(value, more) == write(limit, more) and more < DIGITS:
+        more += 1
+    return write(value, more)
+
+
+def _significant(value: float, more: int) -> str:
+    return f"{value:.{4 + more}g}"
 
 
 def read_gates(path: Path, table: str, known: Collection[str]) -> tuple[Gate, ...]:
@@ -99,7 +118,7 @@ def has_table(path: Path, table: str) -> bool:
 
 
 def judge(gates: Collection[Gate], measured: Mapping[str, float]) -> tuple[Verdict, ...]:
-    return tuple(gate.judged(measured) for gate in gates)
+    return tuple(gate.judge(measured) for gate in gates)
 
 
 def _content(path: Path) -> dict[str, Any]:

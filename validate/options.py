@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from runtime.built_for import completed, default_video
 from runtime.request import CompleteRequest, Request
 from validate.reference.device import Choice
 from validate.sample_image import picture_for
 from wan22.bundle import Manifest
+from wan22.residency import ResidencyChoice
 
 PROMPT = "A red fox runs through fresh snow at sunrise, 一只红狐狸在雪地里奔跑"
 
@@ -19,6 +21,8 @@ class ValidateOptions:
     # several runs
     prompts: Path | None = None  # see :func:`runtime.prompts.read_prompts`; instead of prompt and image
     seeds: tuple[int, ...] = ()  # instead of the request's seed
+    # memory
+    residency: ResidencyChoice = "auto"  # what stays loaded of the engines
     # the references
     reference_device: Choice = "auto"
     official_repo: Path | None = None  # a clone of the official code, for a second one
@@ -35,7 +39,7 @@ def with_samples(request: Request, manifest: Manifest) -> Request:
     Raises:
         UserError: a size that the model cannot have.
     """
-    width, height, frames = request.shape(manifest.spec, manifest.size)
+    width, height, frames = request.shape(manifest.spec, default_video(manifest))
     manifest.spec.check_size(width, height)  # before a picture is made in its shape
     pictured = request.image is None and manifest.spec.takes.image != "no"
     return replace(
@@ -47,10 +51,10 @@ def with_samples(request: Request, manifest: Manifest) -> Request:
     )
 
 
-def completed(request: Request, manifest: Manifest) -> CompleteRequest:
+def complete_request(request: Request, manifest: Manifest) -> CompleteRequest:
     """What both sides of a comparison run on the bundle of ``manifest``.
 
     Raises:
         UserError: what the model or the shapes of the bundle do not allow.
     """
-    return with_samples(request, manifest).completed(manifest.spec, manifest.size)
+    return completed(with_samples(request, manifest), manifest)

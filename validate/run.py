@@ -12,8 +12,8 @@ from runtime.request import CompleteRequest
 from validate.cases import Case, cases_of
 from validate.ladder.onnx_side import how_made, open_for_comparison
 from validate.ladder.polygraphy_files import check_calls
-from validate.options import ValidateOptions, completed
-from validate.reference.device import Device, Residence, reference_device, refusing_too_large
+from validate.options import ValidateOptions, complete_request
+from validate.reference.device import Device, Residence, catch_out_of_memory, reference_device
 from validate.reference.loras import with_loras
 from validate.report.conditions import facts
 from validate.same_model import open_same_model
@@ -24,7 +24,7 @@ from wan22.specs import Precision
 
 if TYPE_CHECKING:
     from export.checkpoint.checkpoint import Checkpoint
-    from validate.ladder.comparison import Climb, Sides
+    from validate.ladder.comparison import Comparison, Sides
     from validate.ladder.row import Row
     from validate.ladder.thresholds import Thresholds
     from validate.reference.official import Official
@@ -56,27 +56,31 @@ def validate(
             nothing, no GPU for the reference where one is asked for, or one that is too small, or anything wrong with
             the folders or the request.
     """
-    from validate.report.extras import attached
+    from validate.report.extras import read_attachments
     from validate.report.report import ValidationReport, write_report
 
     options = options or ValidateOptions()
     if options.calls is not None:
         check_calls(options.calls)
-    with claim(out / "report.json", "the report") as claimed, open_for_comparison(engines, options.calls) as pipeline:
+    opened = open_for_comparison(engines, options.calls, options.residency)
+    with claim(out / "report.json", "the report") as claimed, opened as pipeline:
         manifest = pipeline.bundle.manifest
         cases = cases_of(options, manifest.spec.takes.image)
-        requests = [completed(case.options.request, manifest) for case in cases]
+        requests = [complete_request(case.options.request, manifest) for case in cases]
         for request in requests:
             pipeline.tokenizer.encode(request.prompt)  # refuses one of which nothing is left
-        judged = attached(pipeline.bundle, options)
+        judged = read_attachments(pipeline.bundle, options)
         device = reference_device(options.reference_device, manifest)
         source = with_loras(open_same_model(checkpoint, engines, manifest, progress), manifest)
-        with official_code(options.official_repo, source) as official, refusing_too_large():
+        about = facts(manifest, source, requests, options, device)
+        with official_code(options.official_repo, source) as official, catch_out_of_memory():
             sides = _sides(pipeline, source, official, device, progress)
             found = []
             for case, request in zip(cases, requests, strict=True):
-                found.append(_climbed(case, _climb(sides, request, manifest, progress), pipeline.bundle, progress))
-        report = ValidationReport(tuple(found), facts(manifest, source, requests, options, device), judged)
+                found.append(
+                    _compare_case(case, _comparison(sides, request, manifest, progress), pipeline.bundle, progress)
+                )
+        report = ValidationReport(tuple(found), about, judged)
         write_report(report, claimed)
     return report
 
@@ -97,36 +101,36 @@ def _sides(
     pipeline: Pipeline, checkpoint: "Checkpoint", official: "Official | None", device: Device, progress: Progress
 ) -> "Sides":
     from validate.ladder.comparison import Sides
-    from validate.ladder.engines_side import Ours
+    from validate.ladder.engines_side import EnginesSide
     from validate.reference.reference import Reference
 
     precisions, residence = _precisions(pipeline.bundle.manifest), Residence(device)
     lowered = None
     if set(precisions.values()) != {Precision.FP32}:
         lowered = Reference(checkpoint, progress, precisions, residence)
-    return Sides(Ours(pipeline), Reference(checkpoint, progress, residence=residence), lowered, official)
+    return Sides(EnginesSide(pipeline), Reference(checkpoint, progress, residence=residence), lowered, official)
 
 
-def _climb(sides: "Sides", request: CompleteRequest, manifest: Manifest, progress: Progress) -> "Climb":
-    from validate.ladder.comparison import Climb
+def _comparison(sides: "Sides", request: CompleteRequest, manifest: Manifest, progress: Progress) -> "Comparison":
+    from validate.ladder.comparison import Comparison
 
-    return Climb(sides, request, _limits(_precisions(manifest)), progress)
+    return Comparison(sides, request, _limits(_precisions(manifest)), progress)
 
 
-def _climbed(case: Case, climb: "Climb", bundle: Bundle, progress: Progress) -> "CaseReport":
+def _compare_case(case: Case, comparison: "Comparison", bundle: Bundle, progress: Progress) -> "CaseReport":
     """Every rung for the first case; for the others those on which a prompt or a seed makes a difference."""
     from validate.ladder.rungs import rungs
     from validate.report.case_report import CaseReport
 
     made = how_made(bundle.manifest)
     rows: list[Row] = []
-    whole = rungs(climb.spec, official=climb.sides.official is not None)
+    whole = rungs(comparison.spec, official=comparison.sides.official is not None)
     ladder = [rung for rung in whole if rung.of_every_case or case.number == 1]
     task = "parity ladder" if case.number == 1 else f"case {case.number}"
     for done, rung in enumerate(ladder, 1):
-        rows.extend(replace(row, made=_made(row, made), case=case.number) for row in _timed(rung.rows(climb)))
+        rows.extend(replace(row, made=_made(row, made), case=case.number) for row in _timed(rung.rows(comparison)))
         progress(task, done, len(ladder), "rungs")
-    return CaseReport.of(case, climb, tuple(rows))
+    return CaseReport.of(case, comparison, tuple(rows))
 
 
 def _timed(rows: "Iterator[Row]") -> "Iterator[Row]":

@@ -62,6 +62,7 @@ class Source:
     checkpoint: str
     layout: str  # name of the module that read it
     fingerprint: str
+    commit: str = ""  # of the hub's repository, where it was downloaded from there
 
 
 @dataclass(frozen=True)

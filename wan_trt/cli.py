@@ -1,8 +1,10 @@
 """The ``wan-trt`` command: collects the subcommands."""
 
+import contextlib
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -92,8 +94,11 @@ app.add_typer(loras, name="lora", rich_help_panel="Make")
 
 
 def main() -> None:
-    """Runs one command line. Words that are not UTF-8 can be in no report, manifest or prompt, so none is begun."""
-    for word in map(os.fsencode, sys.argv[1:]):
+    """Runs one command line, unless a word of it or the folder that it runs in is not UTF-8, as all files of it are."""
+    words = [os.fsencode(word) for word in sys.argv[1:]]
+    with contextlib.suppress(OSError):  # the folder may be gone
+        words.append(os.fsencode(Path.cwd()))
+    for word in words:
         try:
             word.decode()
         except UnicodeDecodeError:

@@ -1,23 +1,13 @@
 """Which expert a LoRA is for: what the user says, else its keys, else its metadata, else its name."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from export.checkpoint.expert_names import said
 
 EXPERTS = {"high": "high_noise", "low": "low_noise"}
 SHORT = {expert: short for short, expert in EXPERTS.items()}
 NAMED_IN = ("model_type", "expert", "ss_output_name", "modelspec.title", "name")  # of the metadata that trainers write
-
-
-def said(name: str) -> str | None:
-    """Which of "high" and "low", if ``name`` says exactly one of them of noise, and not of rank or resolution."""
-    other = r"[-_ ]?(?:res|rank|poly|key|light(?!ning|x2v)|quality|speed|motion|angle|vram|mem)"
-    found = set(re.findall(rf"(?<![a-z])(high|low)(?!{other})(?:[-_ ]?noise)?(?![a-z])", name.lower()))
-    found |= {EXPERT_LETTERS[letter] for letter in re.findall(r"(?<![A-Za-z0-9])([HL])N?(?![A-Za-z0-9])", name)}
-    return str(found.pop()) if len(found) == 1 else None
-
-
-EXPERT_LETTERS = {"H": "high", "L": "low"}
 
 
 def said_by(path: Path, metadata: Mapping[str, str]) -> str | None:

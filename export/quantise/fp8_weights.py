@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
+from export.files.decoded import Codes
 from export.files.tensor_file import as_torch, check_finite, extremes
 from export.graphs.linear import FLOAT8_MAX
 from wan22.parts import DitSpec
@@ -33,6 +34,7 @@ class Fp8Weights:
         quantised: names of the weights that the graph stores in FP8.
         input_scales: static activation scales of the linears that have one ("blocks.0.ffn.0" → largest input / 448).
         input_means: what enters the linears whose inputs the graph centres, on average, [in] each.
+        codes: gives a matrix that is stored in FP8 already; it is not rounded again.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class Fp8Weights:
         quantised: Collection[str],
         input_scales: Mapping[str, float] | None = None,
         input_means: Mapping[str, np.ndarray] | None = None,
+        codes: Callable[[str], Codes | None] = lambda _name: None,
     ) -> None:
         self._official, self._spec = official, spec
         self._quantised, self._input_scales, self._means = frozenset(quantised), input_scales or {}, input_means or {}
+        self._codes = codes
         self._scales: dict[str, float] = {}
         self._held: dict[str, np.ndarray] = {}  # official matrices that are in memory anyway
         self._biases: dict[str, np.ndarray] = {}  # made of them
@@ -55,8 +59,16 @@ class Fp8Weights:
         """The elements of a tensor in order. Matrices are read at once; all that is computed, matrix by matrix, is
         computed as it is asked for, so that one thread may read while another computes.
         """
+        if kept := self._kept(key):
+            return (piece for codes in kept for piece in codes.stored.pieces())
         parts = self._parts(key) if key in self._quantised else {}
         return self._made(key, parts)
+
+    def _kept(self, key: str) -> list[Codes]:
+        """The stored codes of a matrix, where those of all its parts have one scale; else nothing."""
+        found = [self._codes(name) for name in self._names(key)] if key in self._quantised else []
+        kept = [codes for codes in found if codes is not None]
+        return kept if kept and len(kept) == len(found) and len({codes.scale for codes in kept}) == 1 else []
 
     def _made(self, key: str, parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
         if not parts:
@@ -69,9 +81,7 @@ class Fp8Weights:
     def __call__(self, key: str) -> np.ndarray:
         stem, leaf = key.rsplit(".", 1)
         if key in self._quantised:
-            parts = self._parts(key)
-            pieces = list(self._made(key, parts))
-            return np.concatenate(pieces).reshape(-1, next(iter(parts.values())).shape[1])
+            return self._whole(key)
         if leaf in ("weight_scale", "input_scale"):
             scale = self._input_scales[stem] if leaf == "input_scale" else self._scale_of(f"{stem}.weight")
             return np.array(scale, np.float32)
@@ -82,6 +92,14 @@ class Fp8Weights:
         if key in self._remade:
             return self._biases.pop(key) if key in self._biases else self._bias(stem)
         return self._official(key)
+
+    def _whole(self, key: str) -> np.ndarray:
+        """``[out, in]``"""
+        if kept := self._kept(key):
+            return np.concatenate([np.asarray(codes.stored.read()) for codes in kept])
+        parts = self._parts(key)
+        pieces = list(self._made(key, parts))
+        return np.concatenate(pieces).reshape(-1, next(iter(parts.values())).shape[1])
 
     def _bias(self, linear: str) -> np.ndarray:
         """With what the mean of the input brings; none is left of V's, O's takes it over, projected in float32."""
@@ -122,14 +140,19 @@ class Fp8Weights:
         self._held = {}
 
     def _scale_of(self, key: str) -> float:
+        if kept := self._kept(key):
+            return kept[0].scale
         if key not in self._scales:
             self._scales[key] = _scale_of(self._parts(key))
         return self._scales[key]
 
     def _parts(self, key: str) -> dict[str, np.ndarray]:
+        return {name: self._official(name) for name in self._names(key)}
+
+    def _names(self, key: str) -> list[str]:
+        """Official names of the matrices whose rows are joined to one."""
         module, name, leaf = key.rsplit(".", 2)
-        names = [f"{module}.{part}.{leaf}" for part in (name if name in JOINED else [name])]
-        return {name: self._official(name) for name in names}
+        return [f"{module}.{part}.{leaf}" for part in (name if name in JOINED else [name])]
 
     def _head_scale(self, module: str, name: str) -> np.ndarray:
         """No value of RMSNorm over D channels exceeds sqrt(D) times its weight; K may double when centred."""

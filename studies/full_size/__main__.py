@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from studies.full_size.builds import BUILDS, measured_build
+from studies.full_size.builds import BUILDS, measure_build
 from studies.full_size.exports import CASES, TIMED, memory_of, throughput_of
 from wan22.errors import UserError
 from wan22.files import write_file
@@ -35,7 +35,7 @@ CP_SHARE = 0.6  # of cp's throughput, at least
 Figures = dict[str, Any]
 
 
-class Part(StrEnum):
+class StudyPart(StrEnum):
     GRAPH = "graph"
     THROUGHPUT = "throughput"
     MEMORY = "memory"
@@ -46,7 +46,7 @@ def run(
     model: Annotated[str, typer.Argument(help="The model whose export is measured.")] = "t2v-a14b",
     folder: Annotated[Path, typer.Option(help="A place on the disk to measure.")] = Path("scale"),
     only: Annotated[
-        list[Part] | None, typer.Option(help="This part alone; repeatable. All but builds if not given.")
+        list[StudyPart] | None, typer.Option(help="This part alone; repeatable. All but builds if not given.")
     ] = None,
     case: Annotated[str, typer.Option(help="Exports and builds with this in their name, such as fp8 or 5090.")] = "",
     layers: Annotated[int, typer.Option(min=1, help="Real-size blocks whose export is timed.")] = 2,
@@ -58,13 +58,13 @@ def run(
 ) -> int:
     """Measure export and build at full size: throughput beside cp, peak memory, time to write a graph."""
     spec = spec_named(model)
-    parts = {*(only or set(Part) - {Part.BUILDS}), *({Part.BUILDS} if builds else ())}
+    parts = {*(only or set(StudyPart) - {StudyPart.BUILDS}), *({StudyPart.BUILDS} if builds else ())}
     _check_case(case)
     figures = _earlier(output, spec)
     _write(figures, output)  # before the long work, so that a place that cannot be written is told now
     with _own_folder(folder) as place:
         for name, found in _measured(parts, case, spec, place, (layers, repeats)):
-            figures[name] = found if isinstance(found, float) else _joined(figures.get(name, []), found)
+            figures[name] = found if isinstance(found, float) else _merge(figures.get(name, []), found)
             _write(figures, output)
     for table in _tables(figures):
         console.print(table)
@@ -75,24 +75,24 @@ def run(
 
 
 def _measured(
-    parts: set[Part], case: str, spec: ModelSpec, folder: Path, dense: tuple[int, int]
+    parts: set[StudyPart], case: str, spec: ModelSpec, folder: Path, dense: tuple[int, int]
 ) -> Iterator[tuple[str, float | list[Figures]]]:
     """Name in the file of figures → what was found, as soon as it is."""
     layers, repeats = dense
-    if Part.GRAPH in parts:
+    if StudyPart.GRAPH in parts:
         yield "graph_seconds", _graph_seconds(spec)
-    if Part.THROUGHPUT in parts and (timed := [c for c in TIMED if case in c.name]):
+    if StudyPart.THROUGHPUT in parts and (timed := [c for c in TIMED if case in c.name]):
         text = replace(spec.text_encoder, layers=layers)
         small = replace(spec, dit=replace(spec.dit, layers=layers), text_encoder=text)
         found = throughput_of(timed, small, folder, repeats)
         yield "throughput", [entry | {"layers": layers} for entry in found]
-    for export in CASES if Part.MEMORY in parts else ():
+    for export in CASES if StudyPart.MEMORY in parts else ():
         if case in export.name:
             yield "memory", [memory_of(export, spec, folder)]
-    for build in BUILDS if Part.BUILDS in parts else ():
+    for build in BUILDS if StudyPart.BUILDS in parts else ():
         if case in build.name:
             console.print(f"build of {build.name}")
-            yield "builds", [measured_build(build, folder)]
+            yield "builds", [measure_build(build, folder)]
 
 
 def _check_case(case: str) -> None:
@@ -132,7 +132,7 @@ def _earlier(output: Path, spec: ModelSpec) -> Figures:
     return dict(figures)
 
 
-def _joined(earlier: list[Figures], found: list[Figures]) -> list[Figures]:
+def _merge(earlier: list[Figures], found: list[Figures]) -> list[Figures]:
     """What is measured again replaces what was measured before."""
     again = {entry["case"] for entry in found}
     return [entry for entry in earlier if entry["case"] not in again] + found

@@ -35,7 +35,7 @@ BUILDS = (
 )
 
 
-def measured_build(case: BuildCase, folder: Path) -> dict[str, Any]:
+def measure_build(case: BuildCase, folder: Path) -> dict[str, Any]:
     """Makes checkpoint, bundle and engines below ``folder`` and leaves none of them; what the build took and gave."""
     checkpoint, onnx, engines = folder / "checkpoint", folder / "onnx", folder / "engines"
     try:

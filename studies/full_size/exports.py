@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Case:
+class ExportCase:
     name: str
     layout: Literal["official", "diffusers"]
     half: bool  # transformers of the checkpoint in bfloat16
@@ -36,13 +36,13 @@ class Case:
 
 
 CASES = (
-    *(Case(f"fp32 → {precision}", "official", False, precision) for precision in Precision),
-    Case("bf16 → bf16, linked", "diffusers", True, Precision.BF16, link=True),
+    *(ExportCase(f"fp32 → {precision}", "official", False, precision) for precision in Precision),
+    ExportCase("bf16 → bf16, linked", "diffusers", True, Precision.BF16, link=True),
 )
 TIMED = tuple(case for case in CASES if case.precision in (Precision.BF16, Precision.FP8) and not case.link)
 
 
-def memory_of(case: Case, spec: ModelSpec, folder: Path) -> dict[str, Any]:
+def memory_of(case: ExportCase, spec: ModelSpec, folder: Path) -> dict[str, Any]:
     """What the export of the whole ``spec``, in sparse files, has resident at most."""
     from export.synth.checkpoint import synthesise
 
@@ -57,7 +57,7 @@ def memory_of(case: Case, spec: ModelSpec, folder: Path) -> dict[str, Any]:
         return {"case": case.name, **sizes, "seconds": seconds, "peak_rss_bytes": peak}
 
 
-def throughput_of(cases: Sequence[Case], spec: ModelSpec, folder: Path, repeats: int) -> list[dict[str, Any]]:
+def throughput_of(cases: Sequence[ExportCase], spec: ModelSpec, folder: Path, repeats: int) -> list[dict[str, Any]]:
     """Every export of one float32 checkpoint of ``spec``, and ``cp`` of it, in turns; leaves nothing behind."""
     from export.synth.checkpoint import synthesise, weights_bytes
 
@@ -86,13 +86,13 @@ def _removed(*folders: Path) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _export(checkpoint: Path, bundle: Path, case: Case, *, sparse: bool) -> int:
+def _export(checkpoint: Path, bundle: Path, case: ExportCase, *, sparse: bool) -> int:
     """In a process of its own; returns the most memory it had resident."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(_exported, checkpoint, bundle, case, sparse).result()
 
 
-def _exported(checkpoint: Path, bundle: Path, case: Case, sparse: bool) -> int:
+def _exported(checkpoint: Path, bundle: Path, case: ExportCase, sparse: bool) -> int:
     from export.exporter import export_checkpoint
     from export.options import ExportOptions
 
@@ -101,7 +101,7 @@ def _exported(checkpoint: Path, bundle: Path, case: Case, sparse: bool) -> int:
     return peak_rss_bytes()
 
 
-def _timed(checkpoint: Path, bundle: Path, case: Case) -> dict[str, Any]:
+def _timed(checkpoint: Path, bundle: Path, case: ExportCase) -> dict[str, Any]:
     with _removed(bundle):
         _forget(checkpoint)
         seconds, peak = _seconds(lambda: _export(checkpoint, bundle, case, sparse=False))

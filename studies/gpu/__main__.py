@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
-from studies.gpu.stage import Answer, Setting, Stage, run_stage
+from studies.gpu.stage import Stage, StageResult, StageSettings, run_stage
 from studies.gpu.view import table_of
 from validate.bench.machine import machine, versions
 from wan22.errors import UserError
@@ -33,14 +33,14 @@ P480, P720, P5B = (832, 480, 81), (1280, 720, 81), (1280, 704, 121)
 STAGES = (
     Stage("rtx", "TensorRT-RTX engine", "studies.gpu.rtx", "attempt"),
     Stage("sampler", "sampler", "studies.gpu.sampler", "overhead"),
-    Stage("a14b-blocks", "T2V-A14B, two blocks", "studies.gpu.transformer", "beside", ("t2v-a14b", P480)),
-    Stage("5b-blocks", "TI2V-5B, two blocks", "studies.gpu.transformer", "beside", ("ti2v-5b", P5B)),
+    Stage("a14b-blocks", "T2V-A14B, two blocks", "studies.gpu.transformer", "compare_blocks", ("t2v-a14b", P480)),
+    Stage("5b-blocks", "TI2V-5B, two blocks", "studies.gpu.transformer", "compare_blocks", ("ti2v-5b", P5B)),
     Stage("vae", "streaming VAE decode", "studies.gpu.decoder", "streaming"),
-    Stage("5b", "TI2V-5B, whole", "studies.gpu.transformer", "whole", ("ti2v-5b", (P5B,))),
-    Stage("a14b", "T2V-A14B, whole expert", "studies.gpu.transformer", "whole", ("t2v-a14b", (P480, P720))),
+    Stage("5b", "TI2V-5B, whole", "studies.gpu.transformer", "whole_model", ("ti2v-5b", (P5B,))),
+    Stage("a14b", "T2V-A14B, whole expert", "studies.gpu.transformer", "whole_model", ("t2v-a14b", (P480, P720))),
 )
 PROGRAM = "python -m studies.gpu"
-NOTHING = "no GPU: nothing measured"
+NOT_MEASURED = "no GPU: nothing measured"
 PACKAGES = ("onnxruntime-gpu", "cupy-cuda13x", "cupy-cuda12x", "tensorrt_rtx")
 
 
@@ -55,20 +55,20 @@ def run(
     """Measure on this machine's GPU: transformers, sampler, VAE, and whether TensorRT-RTX engines load."""
     stages = _chosen(only or [])
     gpu = {} if dry_run else _gpu()
-    answers = [Answer(stage, "skipped", "the run ended before it") for stage in stages]
+    answers = [StageResult(stage, "skipped", "the run ended before it") for stage in stages]
     circumstances, code = _circumstances(gpu, dry_run), 0
     _write(output, {**circumstances, "stages": []})  # a place that cannot be written is refused before the work
     shown = _without_figures if dry_run else list
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it early gets what there is
     try:
-        for _ in _measure(answers, Setting(dry_run), time.monotonic() + budget_s):
+        for _ in _measure(answers, StageSettings(dry_run), time.monotonic() + budget_s):
             _write(output, {**circumstances, "stages": [answer.as_json() for answer in shown(answers)]})
     except KeyboardInterrupt:
         code = 130
     answers = shown(answers)
     _write(output, {**circumstances, "stages": [answer.as_json() for answer in answers]})
     console.print(table_of(answers))
-    console.print(f"{NOTHING if dry_run else gpu['name']}: {output}")
+    console.print(f"{NOT_MEASURED if dry_run else gpu['name']}: {output}")
     return code or int(dry_run and any(answer.status == "failed" for answer in answers))
 
 
@@ -95,7 +95,7 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def _measure(answers: Sequence[Answer], setting: Setting, deadline: float) -> Iterator[None]:
+def _measure(answers: Sequence[StageResult], setting: StageSettings, deadline: float) -> Iterator[None]:
     """Yields after every stage. One that hangs takes half of the time that is left, the last one all of it."""
     for number, answer in enumerate(answers, 1):
         left = deadline - time.monotonic()
@@ -108,7 +108,7 @@ def _measure(answers: Sequence[Answer], setting: Setting, deadline: float) -> It
         yield
 
 
-def _without_figures(answers: Sequence[Answer]) -> list[Answer]:
+def _without_figures(answers: Sequence[StageResult]) -> list[StageResult]:
     return [
         replace(
             answer,
@@ -131,7 +131,7 @@ def _circumstances(gpu: dict[str, Any], dry_run: bool) -> dict[str, Any]:
             continue
     return {
         "kind": "gpu_run",
-        "verdict": NOTHING if dry_run else "measured",
+        "verdict": NOT_MEASURED if dry_run else "measured",
         "command": command_line(PROGRAM),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine() | {"kernel": platform.release()},

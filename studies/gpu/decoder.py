@@ -13,14 +13,14 @@ from export.checkpoint.schema import vae_tensors
 from runtime.arrays import F32
 from runtime.noise import standard_normal
 from runtime.vae import decode
-from studies.gpu.random_model import Weights, decoder_engines, filled, random_weights
-from studies.gpu.stage import Measurement, Setting, reason_of
-from studies.gpu.timing import peak_gib, synchronised
+from studies.gpu.random_model import Weights, decoder_engines, fill_module, random_weights
+from studies.gpu.stage import Measurement, StageSettings, reason_of
+from studies.gpu.timing import peak_gib, time_ms
 from validate.reference.parts import autoencoder
 from wan22.specs import ModelSpec, spec_named
 
 
-def streaming(setting: Setting) -> Iterator[Measurement]:
+def streaming(setting: StageSettings) -> Iterator[Measurement]:
     """Each side twice: the second run is timed, the most memory of it told."""
     spec = spec_named("t2v-a14b-tiny" if setting.dry_run else "t2v-a14b")
     video = (64, 64, 5) if setting.dry_run else (1280, 720, 17)
@@ -46,7 +46,7 @@ def _ours(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tuple
 def _theirs(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tuple[float, float]:
     with torch.device("meta"):
         module = autoencoder(spec)
-    module = filled(module, "vae", spec, weights, torch.float32).to(device)
+    module = fill_module(module, "vae", spec, weights, torch.float32).to(device)
     entering = torch.from_numpy(latents).to(device)
 
     @torch.inference_mode()
@@ -58,4 +58,4 @@ def _theirs(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tup
 
 def _timed(device: str, work: Callable[[], object]) -> tuple[float, float]:
     gib = peak_gib(device, work)
-    return synchronised(device, work), gib
+    return time_ms(device, work), gib

@@ -45,7 +45,7 @@ def random_weights(shapes: Shapes, device: str, dtype: torch.dtype, seed: int) -
     return found
 
 
-def filled(module: Any, part: str, spec: ModelSpec, weights: Weights, dtype: torch.dtype) -> Any:
+def fill_module(module: Any, part: str, spec: ModelSpec, weights: Weights, dtype: torch.dtype) -> Any:
     """``module``, made on the meta device, with ``weights``; what diffusers keeps in float32 is so."""
     names = diffusers_names(part, spec)
     module.load_state_dict({theirs: weights[official] for official, theirs in names.items()}, strict=True, assign=True)

@@ -19,7 +19,7 @@ from runtime.engine_tensorrt import Device
 from runtime.forward_inputs import forward_inputs
 from runtime.noise import standard_normal
 from studies.gpu.random_model import random_weights, write_weights
-from studies.gpu.stage import Measurement, Setting, reason_of
+from studies.gpu.stage import Measurement, StageSettings, reason_of
 from studies.gpu.timing import median_ms
 from wan22.bundle import Component, File
 from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, spec_named
@@ -28,7 +28,7 @@ VIDEO = (256, 160, 17)
 RUNS = 20
 
 
-def attempt(setting: Setting) -> Iterator[Measurement]:
+def attempt(setting: StageSettings) -> Iterator[Measurement]:
     """Builds the tiny transformer for this GPU, then tries to load and run it; a refusal is a finding too."""
     trt = load_module("tensorrt-rtx")
     spec, target = spec_named("t2v-a14b-tiny"), _target(setting)
@@ -53,7 +53,7 @@ def attempt(setting: Setting) -> Iterator[Measurement]:
             yield Measurement("loads and runs", note=f"no: {reason_of(error)}")
 
 
-def _target(setting: Setting) -> Target:
+def _target(setting: StageSettings) -> Target:
     """A GeForce, with the compute capability of this GPU."""
     target = TARGETS["rtx4090"]
     if setting.dry_run:

@@ -11,7 +11,7 @@ from runtime.denoise import Conditions, denoise
 from runtime.noise import standard_normal
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
-from studies.gpu.stage import Measurement, Setting
+from studies.gpu.stage import Measurement, StageSettings
 from studies.gpu.timing import median_ms
 from wan22.sampling import SolverName
 from wan22.specs import ModelSpec, spec_named
@@ -20,7 +20,7 @@ SOLVERS: tuple[SolverName, ...] = ("unipc", "dpm++", "euler")
 STEPS, RUNS = 40, 3
 
 
-def overhead(setting: Setting) -> Iterator[Measurement]:
+def overhead(setting: StageSettings) -> Iterator[Measurement]:
     """Of whole runs whose transformer answers at once, by step, at 720p."""
     xp = np if setting.dry_run else import_module("cupy")
     spec, video = spec_named("t2v-a14b"), (64, 64, 5) if setting.dry_run else (1280, 720, 81)

@@ -20,7 +20,7 @@ POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Setting:
+class StageSettings:
     dry_run: bool  # tiny sizes on the CPU: proves that the stage runs, measures nothing
     seed: int = 0
 
@@ -52,13 +52,13 @@ class Stage:
     function: str  # takes the setting and ``arguments``; yields measurements
     arguments: tuple[Any, ...] = ()
 
-    def measurements(self, setting: Setting) -> Iterator[Measurement]:
+    def measurements(self, setting: StageSettings) -> Iterator[Measurement]:
         work: Callable[..., Iterator[Measurement]] = getattr(import_module(self.module), self.function)
         return work(setting, *self.arguments)
 
 
 @dataclass
-class Answer:
+class StageResult:
     """What came of a stage. ``status``: measured, failed, time ran out, interrupted, or skipped."""
 
     stage: Stage
@@ -78,7 +78,7 @@ class Answer:
         }
 
 
-def run_stage(answer: Answer, setting: Setting, limit_s: float) -> None:
+def run_stage(answer: StageResult, setting: StageSettings, limit_s: float) -> None:
     """Fills ``answer``, which holds what was found whenever this ends, by Ctrl-C too."""
     started = time.monotonic()
     try:
@@ -90,7 +90,7 @@ def run_stage(answer: Answer, setting: Setting, limit_s: float) -> None:
         answer.reason = f"its process ended with code {process.exitcode}"
 
 
-def _listen(answer: Answer, receiver: Connection, deadline: float) -> None:
+def _listen(answer: StageResult, receiver: Connection, deadline: float) -> None:
     while True:
         if time.monotonic() > deadline:
             answer.status = "time ran out"
@@ -109,7 +109,7 @@ def _listen(answer: Answer, receiver: Connection, deadline: float) -> None:
             return
 
 
-def _work(sender: Connection, stage: Stage, setting: Setting) -> None:
+def _work(sender: Connection, stage: Stage, setting: StageSettings) -> None:
     try:
         for measurement in stage.measurements(setting):
             sender.send(measurement)

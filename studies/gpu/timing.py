@@ -10,7 +10,7 @@ import torch
 from wan22.memory import peak_bytes, reset_peak, resident_bytes, watch_peak
 
 
-def synchronised(device: str, work: Callable[[], Any]) -> float:
+def time_ms(device: str, work: Callable[[], Any]) -> float:
     """Milliseconds of ``work`` until the device is done with it."""
     started = perf_counter()
     work()
@@ -21,8 +21,8 @@ def synchronised(device: str, work: Callable[[], Any]) -> float:
 
 def median_ms(device: str, work: Callable[[], Any], runs: int) -> float:
     """Of ``runs``, after one that does not count."""
-    synchronised(device, work)
-    return float(np.median([synchronised(device, work) for _ in range(runs)]))
+    time_ms(device, work)
+    return float(np.median([time_ms(device, work) for _ in range(runs)]))
 
 
 def peak_gib(device: str, work: Callable[[], Any]) -> float:

@@ -12,9 +12,9 @@ from export.checkpoint.schema import dit_tensors
 from runtime.arrays import F32
 from runtime.forward_inputs import forward_inputs
 from runtime.noise import standard_normal
-from studies.gpu.random_model import Weights, filled, random_weights, transformer_engine
-from studies.gpu.stage import Measurement, Setting, reason_of
-from studies.gpu.timing import median_ms, synchronised
+from studies.gpu.random_model import Weights, fill_module, random_weights, transformer_engine
+from studies.gpu.stage import Measurement, StageSettings, reason_of
+from studies.gpu.timing import median_ms, time_ms
 from validate.bench.samples import Ratio
 from validate.reference.parts import timesteps_of, transformer
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, spec_named
@@ -28,7 +28,7 @@ Video = tuple[int, int, int]  # width, height, frames
 
 
 @dataclass(frozen=True)
-class Case:
+class ForwardCase:
     """A forward: the model, the blocks it is cut to, the video."""
 
     spec: ModelSpec
@@ -42,14 +42,14 @@ class Case:
         _, _, frames, height, width = self.spec.latent_shape(*self.video)
         return frames * (height // PATCH[1]) * (width // PATCH[2])
 
-    def cut(self, blocks: int) -> "Case":
+    def cut(self, blocks: int) -> "ForwardCase":
         return replace(self, spec=replace(self.spec, dit=replace(self.spec.dit, layers=blocks)))
 
     def weights(self) -> Weights:
         return random_weights(dit_tensors(self.spec.dit), self.device, self.dtype, self.seed)
 
 
-def beside(setting: Setting, model: str, video: Video) -> Iterator[Measurement]:
+def compare_blocks(setting: StageSettings, model: str, video: Video) -> Iterator[Measurement]:
     """The first blocks on both sides, in turns, with the same weights."""
     case = _case(setting, model, video).cut(FEW_BLOCKS)
     weights = case.weights()
@@ -63,7 +63,7 @@ def beside(setting: Setting, model: str, video: Video) -> Iterator[Measurement]:
             yield Measurement(f"ONNX Runtime {precision.value}", note=f"no: {reason_of(error)}")
 
 
-def whole(setting: Setting, model: str, videos: tuple[Video, ...]) -> Iterator[Measurement]:
+def whole_model(setting: StageSettings, model: str, videos: tuple[Video, ...]) -> Iterator[Measurement]:
     """PyTorch with as many blocks as fit beside the activations of the largest video."""
     cases = [_case(setting, model, video) for video in videos]
     blocks = _blocks_that_fit(max(cases, key=lambda case: case.tokens))
@@ -75,13 +75,13 @@ def whole(setting: Setting, model: str, videos: tuple[Video, ...]) -> Iterator[M
         yield Measurement(name, milliseconds, "ms", f"{case.tokens} tokens")
 
 
-def _case(setting: Setting, model: str, video: Video) -> Case:
+def _case(setting: StageSettings, model: str, video: Video) -> ForwardCase:
     if setting.dry_run:
-        return Case(spec_named(f"{model}-tiny"), (64, 64, 5), "cpu", torch.float32, setting.seed)
-    return Case(spec_named(model), video, "cuda", torch.bfloat16, setting.seed)
+        return ForwardCase(spec_named(f"{model}-tiny"), (64, 64, 5), "cpu", torch.float32, setting.seed)
+    return ForwardCase(spec_named(model), video, "cuda", torch.bfloat16, setting.seed)
 
 
-def _blocks_that_fit(case: Case) -> int:
+def _blocks_that_fit(case: ForwardCase) -> int:
     """Raises MemoryError where not one does."""
     if case.device == "cpu":
         return case.spec.dit.layers
@@ -98,18 +98,18 @@ def _blocks_that_fit(case: Case) -> int:
 # -- the sides
 
 
-def _latents(case: Case) -> F32:
+def _latents(case: ForwardCase) -> F32:
     return standard_normal(case.spec.latent_shape(*case.video), case.seed)
 
 
-def _text(case: Case) -> F32:
+def _text(case: ForwardCase) -> F32:
     return standard_normal((1, TEXT_TOKENS, case.spec.dit.text_width), case.seed + 1)
 
 
-def _torch_step(case: Case, weights: Weights) -> Callable[[], torch.Tensor]:
+def _torch_step(case: ForwardCase, weights: Weights) -> Callable[[], torch.Tensor]:
     with torch.device("meta"):
         module = transformer(case.spec)
-    module = filled(module, case.spec.experts[0], case.spec, weights, case.dtype).to(case.device)
+    module = fill_module(module, case.spec.experts[0], case.spec, weights, case.dtype).to(case.device)
     latents, text = (torch.from_numpy(x).to(case.device, case.dtype) for x in (_latents(case), _text(case)))
     times = timesteps_of(case.spec, latents.shape, TIMESTEP).to(case.device)
 
@@ -123,12 +123,12 @@ def _torch_step(case: Case, weights: Weights) -> Callable[[], torch.Tensor]:
     return step
 
 
-def _our_inputs(case: Case) -> dict[str, F32]:
+def _our_inputs(case: ForwardCase) -> dict[str, F32]:
     return forward_inputs(case.spec.dit, _latents(case), TIMESTEP, _text(case))
 
 
 def _onnxruntime_beside(
-    case: Case, weights: Weights, torch_step: Callable[[], torch.Tensor], precision: Precision
+    case: ForwardCase, weights: Weights, torch_step: Callable[[], torch.Tensor], precision: Precision
 ) -> Iterator[Measurement]:
     name, inputs = f"ONNX Runtime {precision.value}", _our_inputs(case)
     with (
@@ -137,8 +137,7 @@ def _onnxruntime_beside(
     ):
         found, expected = engine(**inputs), torch_step().float().cpu().numpy()
         pairs = [
-            (synchronised(case.device, torch_step), synchronised(case.device, lambda: engine(**inputs)))
-            for _ in range(RUNS)
+            (time_ms(case.device, torch_step), time_ms(case.device, lambda: engine(**inputs))) for _ in range(RUNS)
         ]
     theirs, ours = zip(*pairs, strict=True)
     ratio = Ratio.of(theirs, ours)

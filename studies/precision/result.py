@@ -10,6 +10,7 @@ import msgspec
 from studies.precision.attention import AttentionError
 from studies.precision.outliers import Range
 from studies.precision.variants import Variant
+from validate.gate import apart
 from validate.report.to_json import json_number
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ LONG = 2.0  # as written over as fused: from here on the order of quantising and
 
 
 @dataclass(frozen=True)
-class Result:
+class VariantResult:
     """One variant's run. ``errors`` are of single velocities, at the float32 run's latents, per step."""
 
     variant: Variant
@@ -46,13 +47,17 @@ class Result:
             return "cannot be exported"
         return "meets its aim" if self.worst <= self.variant.aim else "misses its aim"
 
+    def percent(self, error: float) -> str:
+        """An error as text that does not look like an aim that it misses."""
+        return apart(error, self.variant.aim, lambda value, more: f"{value:.{2 + more}%}")
+
     @property
     def tone(self) -> str:
         return {"collapses": "bad", "misses its aim": "bad", "meets its aim": "good"}.get(self.verdict, "")
 
 
 @dataclass(frozen=True)
-class Part:
+class PartError:
     """FP8 in one place alone; ``error`` is of the first step's velocity. After a comma: what was left out of it."""
 
     name: str
@@ -90,8 +95,8 @@ class Study:
 
     facts: Mapping[str, str]
     timesteps: tuple[float, ...]
-    results: tuple[Result, ...]
-    parts: tuple[Part, ...]
+    results: tuple[VariantResult, ...]
+    parts: tuple[PartError, ...]
     magnitudes: tuple[Magnitude, ...]
     statistics: tuple[Statistic, ...]
     attention: tuple[AttentionError, ...]
@@ -107,7 +112,9 @@ class Study:
             for result in self.results:
                 if result.verdict == verdict:
                     aim = "" if result.variant.ablation else f", aim {result.variant.aim:.2%}"
-                    told.append(f"{result.variant.name} {verdict}: {result.worst:.2%} in the worst step{aim}")
+                    told.append(
+                        f"{result.variant.name} {verdict}: {result.percent(result.worst)} in the worst step{aim}"
+                    )
         return told + self._ablated() + self._long_sequences()
 
     def _ablated(self) -> list[str]:
@@ -143,7 +150,7 @@ class Study:
             table.add_row(
                 result.variant.name,
                 f"{median(result.errors):.2%}",
-                f"{result.worst:.2%}",
+                result.percent(result.worst),
                 "" if result.variant.ablation else f"{result.variant.aim:.2%}",
                 "broke" if result.problem else f"{result.psnr_db:.1f} dB",
                 Text(result.verdict, shade),
@@ -170,7 +177,7 @@ def median(values: tuple[float, ...]) -> float:
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
-def _result(result: Result) -> dict[str, Any]:
+def _result(result: VariantResult) -> dict[str, Any]:
     return {
         "name": result.variant.name,
         "verdict": result.verdict,

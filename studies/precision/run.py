@@ -20,8 +20,8 @@ from runtime.schedule import Schedule, make_schedule
 from studies.precision.attention import TOKENS, attention_errors
 from studies.precision.outliers import INPUTS, WEIGHTS, Range
 from studies.precision.page import write_study
-from studies.precision.result import Magnitude, Part, Result, Statistic, Study
-from studies.precision.sampling import Comparison, Reference
+from studies.precision.result import Magnitude, PartError, Statistic, Study, VariantResult
+from studies.precision.sampling import ReferenceRun, VariantComparison
 from studies.precision.twin import Twin, TwinSize, make_twin
 from studies.precision.variants import BFLOAT, VARIANTS, open_noted, parts
 from wan22.errors import UserError
@@ -59,29 +59,29 @@ def precision_study(options: StudyOptions, folder: Path, progress: Progress = si
 def _made(spec: ModelSpec, options: StudyOptions, progress: Progress) -> Study:
     meter = _Meter(progress, 5 + len(VARIANTS) + len(parts()))
     schedule = make_schedule("unipc", options.steps, spec.sampling.shift)
-    twin = meter.counted(make_twin(spec, options.size, schedule, options.seed))
-    reference, beforehand, untold = (
-        meter.counted(Reference(twin, given, schedule)) for given in (twin.judged, twin.measured, twin.untold)
+    twin = meter.count(make_twin(spec, options.size, schedule, options.seed))
+    reference, beforehand, without_text = (
+        meter.count(ReferenceRun(twin, given, schedule)) for given in (twin.judged, twin.measured, twin.without_text)
     )
-    comparison = Comparison(twin, schedule, reference, beforehand, untold)
+    comparison = VariantComparison(twin, schedule, reference, beforehand, without_text)
     results, noted = _results(comparison, meter)
     return Study(
         facts=_facts(options, twin, schedule),
         timesteps=tuple(schedule.timesteps.tolist()),
         results=results,
-        parts=tuple(Part(part.name, meter.counted(comparison.first_error(part))) for part in parts()),
+        parts=tuple(PartError(part.name, meter.count(comparison.first_error(part))) for part in parts()),
         magnitudes=_magnitudes(noted),
         statistics=_statistics(twin, reference),
-        attention=meter.counted(tuple(attention_errors(options.seed, options.attention_tokens))),
+        attention=meter.count(tuple(attention_errors(options.seed, options.attention_tokens))),
     )
 
 
-def _results(comparison: Comparison, meter: "_Meter") -> tuple[tuple[Result, ...], dict[str, Tapped]]:
+def _results(comparison: VariantComparison, meter: "_Meter") -> tuple[tuple[VariantResult, ...], dict[str, Tapped]]:
     """All variants, and what the one that shows how large things get in 16 bits noted, by expert."""
     twin, results = comparison.twin, []
     noted = {expert: open_noted(BFLOAT, twin.spec.dit, weights) for expert, weights in twin.weights.items()}
     for variant in VARIANTS:
-        results.append(meter.counted(comparison.result(variant, noted if variant is BFLOAT else None)))
+        results.append(meter.count(comparison.result(variant, noted if variant is BFLOAT else None)))
     return tuple(results), noted
 
 
@@ -129,11 +129,11 @@ def _magnitudes(noted: Mapping[str, Tapped]) -> tuple[Magnitude, ...]:
     return tuple(found)
 
 
-def _statistics(twin: Twin, reference: Reference) -> tuple[Statistic, ...]:
+def _statistics(twin: Twin, reference: ReferenceRun) -> tuple[Statistic, ...]:
     inputs: dict[str, list[float]] = {kind: [] for kind in INPUTS}
     matrices: dict[str, list[float]] = {kind: [] for kind in WEIGHTS}
     for expert, weights in twin.weights.items():
-        for name, largest in reference.measured(expert).largest.items():
+        for name, largest in reference.calibration(expert).largest.items():
             if (kind := name.split(".", 2)[2]) in inputs:
                 inputs[kind].append(largest)
                 matrices[kind].append(float(np.abs(weights[f"{name}.weight"]).max()))
@@ -152,7 +152,7 @@ class _Meter:
         self._progress, self._total, self._done = progress, total, 0
         progress("precision study", 0, total, "runs")
 
-    def counted(self, result: Counted) -> Counted:
+    def count(self, result: Counted) -> Counted:
         self._done += 1
         self._progress("precision study", self._done, self._total, "runs")
         return result

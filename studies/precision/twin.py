@@ -26,7 +26,7 @@ from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 PROMPT_TOKENS, NEGATIVE_TOKENS = 40, 120
 FITTED_RUNS = 2
-UNTOLD_LATENT = (2, 16, 16)  # at most: 128 tokens
+NO_TEXT_LATENT = (2, 16, 16)  # at most: 128 tokens
 
 Forward = Callable[..., F32]
 
@@ -57,7 +57,7 @@ class Twin:
     weights: dict[str, dict[str, F32]]  # by expert
     judged: Inputs
     measured: Inputs  # another prompt, other noise
-    untold: Inputs  # no text, other noise, fewer tokens
+    without_text: Inputs  # no text, other noise, fewer tokens
 
 
 def make_twin(model: ModelSpec, size: TwinSize, schedule: Schedule, seed: int) -> Twin:
@@ -81,7 +81,7 @@ def make_twin(model: ModelSpec, size: TwinSize, schedule: Schedule, seed: int) -
         for expert, probes in _met(spec, judged, schedule, weights).items():
             fit(weights[expert], spec.dit, probes, rounds=1)
             restore_maxima(weights[expert], spec.dit)
-    return Twin(spec, weights, judged, measured, _untold(spec, size, seed + 2))
+    return Twin(spec, weights, judged, measured, _inputs_without_text(spec, size, seed + 2))
 
 
 def _met(
@@ -90,7 +90,7 @@ def _met(
     """The inputs of every forward of a float32 run, by expert."""
     met: dict[str, list[dict[str, F32]]] = {expert: [] for expert in weights}
 
-    def recorded(expert: str) -> Forward:
+    def record(expert: str) -> Forward:
         graph = open_graph(fill(dit_graph(spec.dit), weights[expert].__getitem__))
 
         def forward(**inputs: F32) -> F32:
@@ -99,11 +99,11 @@ def _met(
 
         return forward
 
-    sampled(spec, given, schedule, {expert: recorded(expert) for expert in weights})
+    sample(spec, given, schedule, {expert: record(expert) for expert in weights})
     return met
 
 
-def sampled(spec: ModelSpec, given: Inputs, schedule: Schedule, experts: Mapping[str, Forward]) -> F32:
+def sample(spec: ModelSpec, given: Inputs, schedule: Schedule, experts: Mapping[str, Forward]) -> F32:
     """The finished latents ``[1, z, T, h, w]``.
 
     Raises:
@@ -128,8 +128,8 @@ def _inputs(random: np.random.Generator, spec: ModelSpec, size: TwinSize, seed: 
     return _with_text(spec, size.latent, seed, (positive, negative))
 
 
-def _untold(spec: ModelSpec, size: TwinSize, seed: int) -> Inputs:
-    frames, rows, columns = map(min, size.latent, UNTOLD_LATENT)
+def _inputs_without_text(spec: ModelSpec, size: TwinSize, seed: int) -> Inputs:
+    frames, rows, columns = map(min, size.latent, NO_TEXT_LATENT)
     texts = np.zeros((2, 1, TEXT_TOKENS, spec.dit.text_width), np.float32)
     return _with_text(spec, (frames, rows, columns), seed, (texts[0], texts[1]))
 

@@ -25,7 +25,7 @@ ROUNDED = "the exported graph in float32, rounded to {} wherever it keeps 16 bit
 QUANTISED = "the exported graph; FP8 quantised exactly, sums in float32, bfloat16 by rounding as in bf16"
 BEFOREHAND = "measured on a run with another prompt and other noise"
 WITHIN = "every linear's input loses its mean over the tokens of the call; the rounded weights bring it back"
-UNTOLD = "measured on a run without text over few tokens: no data"
+WITHOUT_TEXT = "measured on a run without text over few tokens: no data"
 BOTH = Fp8(self_attention=True, cross_attention=True)
 LESS = {"K not smoothed": leave_k_alone, "V per tensor": scale_v_as_a_whole}  # attention without its precautions
 
@@ -42,7 +42,7 @@ class Variant:
     fp8: Fp8 | None = None
     static: bool = False  # with input scales measured beforehand
     centred: bool = False  # with input means measured beforehand
-    untold: bool = False  # those of a small run without text
+    without_text: bool = False  # those of a small run without text
     patch: Patch | None = None  # of the exported graph
     note: str = ""
 
@@ -59,7 +59,9 @@ VARIANTS = (
     Variant("fp16", FLOAT16, ROUNDED.format("float16"), FP16.velocity.value),
     Variant("fp8", BFLOAT16, QUANTISED, 0.02, Fp8(), note="every token scaled by itself"),
     Variant("fp8 with input means", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, note=BEFOREHAND),
-    Variant("fp8, means without text", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, untold=True, note=UNTOLD),
+    Variant(
+        "fp8, means without text", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, without_text=True, note=WITHOUT_TEXT
+    ),
     Variant("fp8, token means at run time", BFLOAT16, QUANTISED, 0.02, Fp8(), patch=subtract_token_means, note=WITHIN),
     Variant("fp8 with static scales", BFLOAT16, QUANTISED, 0.02, Fp8(), static=True, note=f"{BEFOREHAND}, 10 % margin"),
     Variant("fp8-attn", BFLOAT16, QUANTISED, 0.04, BOTH),
@@ -78,18 +80,18 @@ def parts() -> list[Variant]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Calibration:
     """What was found to enter the linears of an expert, before the run that is judged."""
 
     largest: Mapping[str, float]
     means: Mapping[str, F32]
 
 
-NOTHING = Measured({}, {})
+NO_CALIBRATION = Calibration({}, {})
 
 
 def open_variant(
-    variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Measured
+    variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Calibration
 ) -> Callable[..., np.ndarray]:
     """The velocity as a function."""
     model = _model(variant, spec, weights, measured)
@@ -101,7 +103,7 @@ def open_variant(
 
 def open_reference(spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
     """The float32 graph, noting what enters every linear: the largest of it, and the means that an export takes."""
-    model = _model(REFERENCE, spec, weights, NOTHING)
+    model = _model(REFERENCE, spec, weights, NO_CALIBRATION)
     entering = linear_inputs(model)
     centred = {name: (x, input_width(spec, name)) for name, x in entering.items() if name.split(".", 2)[2] in CENTRED}
     taps = add_taps(model, entering, centred)
@@ -113,7 +115,7 @@ def open_noted(variant: Variant, spec: DitSpec, weights: Mapping[str, F32]) -> T
 
     Labels: "3/ffn/Gelu" (block, node), "3/residual".
     """
-    model = _model(variant, spec, weights, NOTHING)
+    model = _model(variant, spec, weights, NO_CALIBRATION)
     tapped: dict[str, ir.Value] = {}
     for node in model.graph:
         block, _, place = (node.name or "").removeprefix("blocks.").partition("/")
@@ -126,7 +128,7 @@ def open_noted(variant: Variant, spec: DitSpec, weights: Mapping[str, F32]) -> T
     return Tapped(open_graph(model), taps)
 
 
-def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Measured) -> ir.Model:
+def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Calibration) -> ir.Model:
     if variant.fp8 is None:
         return fill(dit_graph(spec, variant.compute), weights.__getitem__)
     scales = {name: MARGIN * value / FLOAT8_MAX for name, value in measured.largest.items()} if variant.static else {}

@@ -75,3 +75,16 @@ def test_a_verdict_in_words():
     missing, there = judge([Gate("a", "min", 1), Gate("b", "max", 2.5)], {"b": 2.0})
     assert str(missing) == "a not measured, ≥ 1"
     assert str(there) == "b 2, ≤ 2.5"
+
+
+@pytest.mark.parametrize(
+    ("found", "gate", "told"),
+    [
+        (59.99996, Gate("x", "min", 60), "x 59.99996, ≥ 60"),
+        (0.020000001, Gate("x", "max", 0.02), "x 0.020000001, ≤ 0.02"),
+        (60.0, Gate("x", "min", 60), "x 60, ≥ 60"),
+        (59.2, Gate("x", "min", 60), "x 59.2, ≥ 60"),
+    ],
+)
+def test_what_misses_a_limit_does_not_look_like_it(found, gate, told):
+    assert str(gate.judged({"x": found})) == told

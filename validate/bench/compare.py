@@ -46,7 +46,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BaselineComparison:
     baseline: Path
     same_machine: bool
     told: str  # which machines, when they differ
@@ -71,7 +71,7 @@ def check_comparable(path: Path, baseline: Mapping[str, Any], facts: Mapping[str
             )
 
 
-def compare(path: Path, baseline: Mapping[str, Any], result: BenchResult) -> Comparison:
+def compare(path: Path, baseline: Mapping[str, Any], result: BenchResult) -> BaselineComparison:
     """Of measurements that both have. ``baseline`` is what ``read_bench`` gave."""
     same = baseline["machine"] == dict(result.machine)
     before, after, now = baseline["measurements"], result.measurements(), result.as_json()
@@ -80,7 +80,7 @@ def compare(path: Path, baseline: Mapping[str, Any], result: BenchResult) -> Com
     changes = tuple(Change(name, before[name], after[name], spread[name]) for name in names)
     differing = [key for key in result.machine if baseline["machine"].get(key) != result.machine[key]]
     told = ", ".join(f"{key} {baseline['machine'].get(key)!r}, here {result.machine[key]!r}" for key in differing)
-    return Comparison(path, same, told, was_busy(baseline) or was_busy(now), changes)
+    return BaselineComparison(path, same, told, was_busy(baseline) or was_busy(now), changes)
 
 
 def was_busy(found: Mapping[str, Any]) -> bool:

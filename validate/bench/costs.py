@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from engines.targets import TARGETS
+from engines.targets import target_named
 from validate.bench.graph_flops import GraphFlops, graph_flops, stored_bytes
 from validate.bench.machine import usable_cores
 from validate.bench.work import DECODER, ENCODER, TEXT, Work, components_of
@@ -29,7 +29,7 @@ MATRIX = 2048  # rows of the measured product: 50 MB of operands, beyond most ca
 COPY_BYTES = 2**28
 TRIES = 6
 
-Source = Literal["graph", "spec"]
+FlopSource = Literal["graph", "spec"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Peak:
 class Cost:
     flop: Mapping[Precision, float]  # by the type that it is computed in
     bytes: float
-    source: Source = "spec"  # of ``flop``
+    source: FlopSource = "spec"  # of ``flop``
 
     @property
     def total_flop(self) -> float:
@@ -150,15 +150,15 @@ def _weights_bytes(bundle: Bundle, component: Component) -> int:
 def peak_of(bundle: Bundle) -> Peak:
     """The peaks of the target that ``bundle`` was built for; measured, a second of work, where that is the CPU."""
     build = bundle.manifest.build
-    target = TARGETS[build.target if build else "cpu"]
+    target = target_named(build.target if build else "cpu")
     if target.backend == "onnxruntime":
-        return measured_peak()
+        return measure_peak()
     rates = {p: None if (t := target.peak_tflops(p.linears)) is None else t * 1e12 for p in Precision}
-    return Peak(rates, target.bandwidth_gb_s * 1e9, target.source)
+    return Peak(rates, target.bandwidth_gb_s * 1e9 or math.inf, target.source)
 
 
 @cache
-def measured_peak() -> Peak:
+def measure_peak() -> Peak:
     """In processor time, best of a few tries, so that other work on the machine does not lower it; once a process."""
     a, b, out = (np.ones((MATRIX, MATRIX), np.float32) for _ in range(3))
     product = min(_cpu_seconds(lambda: np.matmul(a, b, out=out)) for _ in range(TRIES))

@@ -19,6 +19,7 @@ from validate.reference.device import reference_device
 from wan22.backends import MODULES
 from wan22.bundle import open_bundle
 from wan22.memory import peak_bytes, reset_peak, resident_bytes
+from wan22.residency import ONE_EXPERT
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -46,7 +47,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Job:
+class FootprintJob:
     side: str
     piece: str
     engines: Path
@@ -54,7 +55,7 @@ class Job:
     options: BenchOptions
 
 
-def footprint(job: Job) -> Footprint:
+def footprint(job: FootprintJob) -> Footprint:
     """Runs ``job`` in a new process, which ends when this one is interrupted.
 
     Raises:
@@ -73,18 +74,18 @@ def footprint(job: Job) -> Footprint:
     return found
 
 
-def _report(sender: "Connection", job: Job) -> None:
+def _report(sender: "Connection", job: FootprintJob) -> None:
     try:
         sender.send(_measured(job))
     except Exception as error:
         sender.send(error)
 
 
-def _measured(job: Job) -> Footprint:
+def _measured(job: FootprintJob) -> Footprint:
     bundle = open_bundle(job.engines, "engines")
     _import_libraries(job, bundle.manifest.build.backend if bundle.manifest.build else "")
     libraries = resident_bytes()
-    with device_peak() as device, Pipeline(bundle, keep_experts=False) as pipeline:
+    with device_peak() as device, Pipeline(bundle, residency=job.options.residency, choices=ONE_EXPERT) as pipeline:
         side = _side(job, pipeline)
         if job.piece != RUN:
             side.open(job.piece)
@@ -96,7 +97,7 @@ def _measured(job: Job) -> Footprint:
     return Footprint(libraries, loaded, peak, device.bytes if device else None, side.device_tensors())
 
 
-def _import_libraries(job: Job, backend: str) -> None:
+def _import_libraries(job: FootprintJob, backend: str) -> None:
     """All that the piece will load, lazy parts of packages too."""
     if job.side == OURS:
         import_module(MODULES[backend])
@@ -108,7 +109,7 @@ def _import_libraries(job: Job, backend: str) -> None:
         from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
 
 
-def _side(job: Job, pipeline: Pipeline) -> Side:
+def _side(job: FootprintJob, pipeline: Pipeline) -> Side:
     work, manifest = work_for(pipeline.bundle, job.options), pipeline.bundle.manifest
     if job.side == OURS:
         from validate.bench.our_side import OurSide

@@ -20,23 +20,24 @@ from runtime.arrays import F32
 from runtime.pipeline import Pipeline
 from validate.bench.compare import check_comparable, compare
 from validate.bench.costs import costs_of, peak_of
-from validate.bench.footprint import Footprint, Job, footprint
+from validate.bench.footprint import Footprint, FootprintJob, footprint
 from validate.bench.machine import Nvml, load_average, machine, versions
 from validate.bench.our_side import OurSide
 from validate.bench.read import read_bench
-from validate.bench.report import BenchReport, HeldTo
+from validate.bench.report import BenchReport, Criteria
 from validate.bench.result import REGRESSIONS, BenchResult, Piece, known_measurements
-from validate.bench.samples import Samples, in_turns, timed
+from validate.bench.samples import Samples, in_turns, measure_time
 from validate.bench.whole_run import Run, Runs
 from validate.bench.whole_run import in_turns as events_in_turns
 from validate.bench.work import COMPILED, EAGER, OURS, RUN, BenchOptions, Side, Work, runner, work_for
 from validate.gate import judge, read_gates
 from validate.reference.device import Device, reference_device
-from wan22.bundle import Bundle
+from wan22.bundle import Bundle, open_bundle
 from wan22.errors import NonFiniteError, UserError
 from wan22.progress import Progress, silent
+from wan22.residency import ONE_EXPERT
 
-NEW_PROMPTS = 3  # timed forwards that are the first of their prompt
+NEW_PROMPTS = 3  # measure_time forwards that are the first of their prompt
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")  # recorded: it decides how fast it is
 
 
@@ -45,50 +46,50 @@ def bench(
     checkpoint: str | Path | None = None,
     options: BenchOptions | None = None,
     progress: Progress = silent,
-    held_to: HeldTo | None = None,
+    criteria: Criteria | None = None,
 ) -> BenchReport:
     """Measures the engine bundle at ``engines``, beside PyTorch where the ``checkpoint`` it came from is given.
 
     Returns:
-        The report, true when every gate of ``held_to`` was passed.
+        The report, true when every gate of ``criteria`` was passed.
 
     Raises:
         UserError: no engines, engines of another checkpoint, a request that they cannot serve, a piece that there is
             not, torch.compile without a checkpoint or compiler, a GPU for PyTorch that it does not see, a gate file or
             baseline that cannot be used. All before any work. A GPU that is too small for PyTorch shows later.
     """
-    options, held_to = options or BenchOptions(), held_to or HeldTo()
-    with opened(engines, checkpoint, options, progress) as setting:
+    options, criteria = options or BenchOptions(), criteria or Criteria()
+    with open_bench(engines, checkpoint, options, progress) as setting:
         bundle, work = setting.pipeline.bundle, setting.work
-        gates = () if held_to.gate is None else read_gates(held_to.gate, "bench", known_measurements(work.spec))
-        baseline = None if held_to.baseline is None else read_bench(held_to.baseline, "baseline")
-        if held_to.baseline and baseline:
-            check_comparable(held_to.baseline, baseline, facts(work, bundle))
-        result = setting.measured()
-    compared = compare(held_to.baseline, baseline, result) if held_to.baseline and baseline else None
+        gates = () if criteria.gate is None else read_gates(criteria.gate, "bench", known_measurements(work.spec))
+        baseline = None if criteria.baseline is None else read_bench(criteria.baseline, "baseline")
+        if criteria.baseline and baseline:
+            check_comparable(criteria.baseline, baseline, facts(work, bundle))
+        result = setting.measure()
+    compared = compare(criteria.baseline, baseline, result) if criteria.baseline and baseline else None
     measured = result.measurements() | ({REGRESSIONS: len(compared.regressions)} if compared else {})
     return BenchReport(result, compared, judge(gates, measured))
 
 
 @contextmanager
-def opened(
+def open_bench(
     engines: Path, checkpoint: str | Path | None, options: BenchOptions, progress: Progress
-) -> Iterator["Setting"]:
+) -> Iterator["BenchRun"]:
     if options.compiled and checkpoint is None:
         raise UserError("torch.compile without a checkpoint", "the checkpoint of the engines", "name it after them")
     if checkpoint is None and options.reference_device != "auto":
         raise UserError("--reference-device without a checkpoint", "one for PyTorch", "name it after the engines")
-    with Pipeline.open(engines, keep_experts=False) as pipeline:
+    with Pipeline(open_bundle(engines, "engines"), residency=options.residency, choices=ONE_EXPERT) as pipeline:
         work = work_for(pipeline.bundle, options)
         if checkpoint is None:
-            yield Setting(pipeline, work, None, options, progress)
+            yield BenchRun(pipeline, work, None, options, progress)
             return
         device = reference_device(options.reference_device, pipeline.bundle.manifest)
-        yield Setting(pipeline, work, str(checkpoint), options, progress, device)
+        yield BenchRun(pipeline, work, str(checkpoint), options, progress, device)
 
 
 @dataclass(frozen=True)
-class Setting:
+class BenchRun:
     """What a bench works with. The pipeline keeps one expert at a time."""
 
     pipeline: Pipeline
@@ -98,9 +99,9 @@ class Setting:
     progress: Progress
     device: Device = "cpu"  # of PyTorch's sides
 
-    def measured(self) -> BenchResult:
+    def measure(self) -> BenchResult:
         bundle, work = self.pipeline.bundle, self.work
-        chosen, load = work.chosen(self.options.only), load_average()
+        chosen, load = work.select_pieces(self.options.only), load_average()
         sides = self.sides()
         peak, costs = peak_of(bundle), costs_of(work, bundle)
         measured = [*chosen, *([RUN] if self.options.whole_runs else [])]
@@ -146,7 +147,7 @@ class Setting:
         folder, found = self.pipeline.bundle.folder, {}
         with suppress(NonFiniteError):
             for side in (OURS, *beside):
-                found[side] = footprint(Job(side, piece, folder, self.checkpoint, self.options))
+                found[side] = footprint(FootprintJob(side, piece, folder, self.checkpoint, self.options))
         self.progress("measure memory", done, total, "pieces")
         return found
 
@@ -155,8 +156,8 @@ class Setting:
         results, first = {}, {}
         for name, side in sides.items():
             side.open(piece)
-            chunks, first[name] = timed(partial(_all, side, piece))
-            results[name] = side.joined(chunks)
+            chunks, first[name] = measure_time(partial(_all, side, piece))
+            results[name] = side.join(chunks)
         runners = {name: runner(side, piece) for name, side in sides.items()}
         for run in [*runners.values()] * (self.options.warmup - 1):
             run()

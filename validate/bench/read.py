@@ -1,7 +1,7 @@
 """The JSON of an earlier bench: a file of it, or a captured output whose last line it is."""
 
 import json
-import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ FIELDS = {
     "faults": list,
     **dict.fromkeys(("width", "height", "frames", "tokens"), int),
 }
+LARGEST = sys.float_info.max
 REMEDY = "name the output of an earlier wan-trt bench"
 
 
@@ -26,10 +27,11 @@ def read_bench(path: Path, what: str = "bench") -> dict[str, Any]:
     """What ``BenchReport.as_json`` gave. Errors call the file ``what``.
 
     Raises:
-        UserError: no such file, or no bench in it, or one whose numbers are none.
+        UserError: no such file, no bench in it, or one that no report or comparison could be made of.
     """
     try:
         content = _content(path.read_text(encoding="utf-8-sig").strip())
+        json.dumps(content, ensure_ascii=False).encode()  # JSON can escape what UTF-8, and so a report, cannot hold
     except OSError as error:
         raise UserError(f"{what} {path}: {error.strerror}", "the JSON of a bench", REMEDY) from None
     except (ValueError, RecursionError):
@@ -41,8 +43,11 @@ def read_bench(path: Path, what: str = "bench") -> dict[str, Any]:
         if not isinstance(content.get(field), kind):
             raise UserError(f"{what} {path}: {field} {content.get(field)!r}", f"a {kind.__name__}", REMEDY)
     for name, value in _numbers(content):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{what} {path}: {name} {value!r}", "a finite number", REMEDY)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
+            raise UserError(f"{what} {path}: {name} {value!r:.40}", "a finite number", REMEDY)
+    for fault in content["faults"]:
+        if not isinstance(fault, str):
+            raise UserError(f"{what} {path}: fault {fault!r}", "some text", REMEDY)
     return content
 
 
@@ -58,5 +63,5 @@ def _numbers(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Everything in a bench that is calculated with, by name."""
     yield from content["measurements"].items()
     load = content["conditions"].get("load_average", [0.0])
-    yield "load_average", load[0] if isinstance(load, list) and load else load
+    yield "load_average", load[0] if isinstance(load, list) and load else None
     yield "cores", content["machine"].get("cores", 1)

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from validate.bench.compare import Comparison
+from validate.bench.compare import BaselineComparison
 from validate.bench.result import BenchResult
 from validate.gate import Verdict
 
 
 @dataclass(frozen=True)
-class HeldTo:
+class Criteria:
     gate: Path | None = None  # TOML, see validate.gate
     baseline: Path | None = None  # JSON of an earlier bench
 
@@ -23,7 +23,7 @@ class BenchReport:
     """
 
     result: BenchResult
-    comparison: Comparison | None = None
+    comparison: BaselineComparison | None = None
     verdicts: tuple[Verdict, ...] = ()
 
     def __bool__(self) -> bool:

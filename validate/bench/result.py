@@ -42,7 +42,7 @@ def known_measurements(spec: ModelSpec) -> tuple[str, ...]:
     return (*names, *(f"{RUN}.{name}" for name in OF_A_RUN), REGRESSIONS)
 
 
-def of_memory(memory: Mapping[str, Footprint]) -> Iterator[tuple[str, float | None]]:
+def memory_measurements(memory: Mapping[str, Footprint]) -> Iterator[tuple[str, float | None]]:
     """The measurements of footprints by side."""
     ours, eager = memory.get(OURS), memory.get(EAGER)
     if ours is None:
@@ -106,7 +106,7 @@ class Piece:
             yield "new_prompt_speedup", anew.median
         if (compiled := self.ratio(COMPILED)) is not None:
             yield "speedup_compiled", compiled.median
-        yield from of_memory(self.memory)
+        yield from memory_measurements(self.memory)
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {side: samples.as_json() for side, samples in self.samples.items()}
@@ -141,7 +141,7 @@ class BenchResult:
 
     def measurements(self) -> dict[str, float]:
         found = {f"{p.name}.{name}": value for p in self.pieces for name, value in p.measurements()}
-        found |= {f"{RUN}.{name}": value for name, value in of_memory(self.memory)}
+        found |= {f"{RUN}.{name}": value for name, value in memory_measurements(self.memory)}
         if (ours := self.runs.get(OURS)) is not None:
             found |= {f"{RUN}.{name}": value for name, value in ours.figures().items()}
             if (eager := self.runs.get(EAGER)) is not None:

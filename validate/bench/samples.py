@@ -65,7 +65,7 @@ class Ratio:
         return cls(float(median), float(p10), float(p90))
 
 
-def timed(work: Callable[[], T]) -> tuple[T, float]:
+def measure_time(work: Callable[[], T]) -> tuple[T, float]:
     """What ``work`` returns, and the seconds that it took."""
     started = perf_counter()
     result = work()
@@ -86,7 +86,7 @@ def in_turns(
         for name, work in sides.items():
             settle()
             cpu, energy = process_time(), joules()
-            seconds = timed(work)[1]
+            seconds = measure_time(work)[1]
             spent = None if energy is None else (joules() or energy) - energy
             found[name].append((seconds, process_time() - cpu, spent))
     return {name: _samples(rows) for name, rows in found.items()}

@@ -8,23 +8,23 @@ works. The server's side is what a client waits for: the request's way there, th
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from runtime.built_for import completed
 from runtime.generate import generate
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from triton_repo import probe
 from triton_repo.bls_repository import CPU
-from triton_repo.client import Event, WanClient, content_of
+from triton_repo.client import WanClient
 from triton_repo.installation import Installation
 from triton_repo.repository import RepositoryOptions, Topology, is_for_gpu, write_repository
-from triton_repo.server import ServeOptions, free_ports, running, wait_until_ready
+from triton_repo.server import ServeOptions, free_ports, running
 from validate.bench.machine import load_average, machine, versions
 from validate.bench.samples import Samples, in_turns
 from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
@@ -33,6 +33,7 @@ from validate.options import with_samples
 from wan22.bundle import Manifest, open_bundle
 from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
+from wan22.residency import ResidencyChoice
 
 CANCELS, CANCEL_AFTER, CANCEL_STEPS = 10, 5, 100
 RUNS, STEPS = 10, 10
@@ -47,6 +48,7 @@ class ServedOptions:
     runs: int = RUNS  # of each side
     warmup: int = 2  # runs of each side before them
     gate: Path | None = None  # TOML, see validate.gate; None: the targets
+    residency: ResidencyChoice = "auto"  # what stays loaded of the engines, on each side
     # for the record
     command: str = ""
 
@@ -61,7 +63,7 @@ class Server:
     latents_sha256: str = ""
 
     def make(self, request: Request) -> bytes:
-        result = self.client.generate(**_wire(request))
+        result = self.client.submit(request).result()
         self.inside_s.append(float(result.event["seconds"]))
         self.latents_sha256 = result.event["latents_sha256"]
         return result.video
@@ -73,16 +75,13 @@ class Server:
             RuntimeError: the job went on to its end.
         """
         ticks: list[float] = []
-
-        def told(event: Event) -> None:
-            if event["phase"] == "denoise":
-                ticks.append(time.perf_counter())
-                if len(ticks) == CANCEL_AFTER:
-                    raise _EnoughError
-
         before = self._metric("wan22_steps_total")
-        with suppress(_EnoughError):
-            self.client.generate(**{**_wire(request), "steps": CANCEL_STEPS}, on_progress=told)
+        with self.client.submit(replace(request, steps=CANCEL_STEPS)) as job:
+            for event in job.events():
+                if event["phase"] == "denoise":
+                    ticks.append(time.perf_counter())
+                if len(ticks) == CANCEL_AFTER:
+                    break
         while self._metric(probe.IN_FLIGHT):
             time.sleep(POLL_S)
         latency = time.perf_counter() - ticks[-1]
@@ -108,36 +107,10 @@ class Direct:
         return made.path.read_bytes()
 
 
-class _EnoughError(Exception):
-    """Gives a job up."""
-
-
 def _request(options: ServedOptions, manifest: Manifest) -> Request:
     """The job, complete enough to be the same on both sides."""
     steps = STEPS if options.request.steps is None else options.request.steps
     return with_samples(replace(options.request, steps=steps), manifest)
-
-
-def _wire(request: Request) -> dict[str, Any]:
-    """The job as inputs of the server, which has no name for ``schedule`` and ``exact_official``."""
-    width, height = request.size or (None, None)
-    scales = {f"guidance_{expert}": scale for expert, scale in request.guidance.items()}
-    return scales | {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "width": width,
-        "height": height,
-        "num_frames": request.frames,
-        "image": content_of(request.image),
-        "last_image": content_of(request.last_image),
-        "fit": request.fit,
-        "seed": request.seed,
-        "preset": request.preset,
-        "steps": request.steps,
-        "shift": request.shift,
-        "guidance": request.guidance_scale,
-        "solver": request.solver,
-    }
 
 
 def bench_served(
@@ -162,7 +135,7 @@ def bench_served(
     gates = read_gates(options.gate, "bench", (OVERHEAD, BEYOND_STEP)) if options.gate else TARGETS
     manifest = open_bundle(engines, "engines").manifest
     request = _request(options, manifest)
-    complete = request.completed(manifest.spec, manifest.size)
+    complete = completed(request, manifest)
     facts = {
         "model": manifest.spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
         "frames": complete.frames, "steps": complete.steps, "runs": options.runs, "machine": machine(),
@@ -171,7 +144,7 @@ def bench_served(
     with (
         scratch_folder("bench") as folder,
         _served(engines, folder, options, installation, environment) as server,
-        Pipeline.open(engines) as pipeline,
+        Pipeline.open(engines, residency=options.residency) as pipeline,
     ):
         direct = Direct(pipeline, folder)
         sides = {DIRECT: lambda: direct.make(request), SERVED: lambda: server.make(request)}
@@ -202,13 +175,15 @@ def _served(
 ) -> Iterator[Server]:
     """A server of ``engines`` on free ports of loopback, ready, and a client."""
     repository = folder / "repository"
-    written = write_repository(engines, repository, RepositoryOptions(topology=options.topology))
+    written = write_repository(
+        engines, repository, RepositoryOptions(topology=options.topology, residency=options.residency)
+    )
     variant = CPU if options.topology == "bls" and not is_for_gpu(written.bundle) else ""
     http, grpc, metrics = free_ports(3)
     serve = ServeOptions("127.0.0.1", http, grpc, metrics, variant, quiet=True)
     with (
-        running(installation, repository, written.limits, serve, environment) as process,
+        running(installation, repository, written.limits, serve, environment) as server,
         WanClient(f"127.0.0.1:{serve.grpc_port}") as client,
     ):
-        wait_until_ready(process, serve)
+        server.wait_until_ready()
         yield Server(client, f"http://127.0.0.1:{serve.metrics_port}/metrics")

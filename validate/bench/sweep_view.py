@@ -46,11 +46,12 @@ def png(sweep: Sweep, theme: Theme, *, transparent: bool = True) -> bytes:
 
 def _draw(axes: Any, sweep: Sweep, name: str, colour: str, exponent: float | None) -> None:
     x = [point.x for point in sweep.points]
-    label = name if exponent is None else f"{name}: {sweep.unit} to the {exponent:.2f}"
+    label = name if exponent is None else f"{name}: {sweep.grows_with(name)} to the {exponent:.2f}"
     axes.plot(x, [point.seconds[name] for point in sweep.points], "o", color=colour, label=label, markersize=5)
     if exponent is not None:
-        line = np.geomspace(min(x), max(x), 50)
-        axes.plot(line, sweep.fit(name)[1] * line**exponent, color=colour, linewidth=1.2, alpha=0.7)
+        fitted = sweep.fit(name)[1] * np.array(sweep.amounts(name), np.float64) ** exponent
+        order = np.argsort(x)
+        axes.plot(np.array(x)[order], fitted[order], color=colour, linewidth=1.2, alpha=0.7)
 
 
 def _label(axes: Any, sweep: Sweep, theme: Theme) -> None:
@@ -101,5 +102,7 @@ def as_table(sweep: Sweep) -> "Table":
         table.add_row(point.label, *tokens, *(f"{point.seconds[name]:.4g}" for name in sweep.series))
     if exponents := sweep.exponents():
         blank = [] if sweep.axis == "steps" else [""]
-        table.add_row("exponent", *blank, *(f"{exponents[name]:.2f}" for name in sweep.series))
+        cells = [f"{exponents[name]:.2f}" if name in exponents else "" for name in sweep.series]
+        table.add_row("exponent", *blank, *cells)
+        table.add_row("of", *blank, *(sweep.grows_with(name) if name in exponents else "" for name in sweep.series))
     return table

@@ -15,10 +15,10 @@ from torch._dynamo.exc import TorchDynamoException
 
 from export.checkpoint.checkpoint import Checkpoint
 from runtime.arrays import F32
-from validate.bench.samples import timed
+from validate.bench.samples import measure_time
 from validate.bench.whole_run import Event
 from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work
-from validate.reference.device import Device, refusing_too_large
+from validate.reference.device import Device, catch_out_of_memory
 from validate.reference.parts import load_part, lower, timesteps_of
 from validate.reference.precision import dtype_of
 from validate.reference.whole_run import noise, scheduler_for
@@ -52,7 +52,7 @@ class TorchSide:
         wanted = VAE if piece in (ENCODER, DECODER) else piece
         for other in set(self._parts) - {wanted}:
             del self._parts[other]
-        with _refusing():
+        with _catch_compile_errors():
             self._part(wanted)
 
     def chunks(self, piece: str) -> Iterator[Any]:
@@ -61,7 +61,7 @@ class TorchSide:
         Raises:
             UserError: torch.compile cannot compile the piece, or the GPU is too small for it.
         """
-        with _refusing():
+        with _catch_compile_errors():
             yield from self._chunks(piece)
 
     def _chunks(self, piece: str) -> Iterator[Any]:
@@ -77,7 +77,7 @@ class TorchSide:
             tensors = [torch.from_numpy(array) for array in (work.latents, work.text)]
             yield self._done(self._velocity(piece, TIMESTEPS[piece], *tensors))
 
-    def joined(self, chunks: list[Any]) -> F32:
+    def join(self, chunks: list[Any]) -> F32:
         array: F32 = chunks[0].float().cpu().numpy()
         return array
 
@@ -154,26 +154,26 @@ class TorchSide:
 
     def run(self) -> Iterator[Event]:
         """All parts but the second expert are loaded before the run. Raises UserError as ``chunks``."""
-        with _refusing():
+        with _catch_compile_errors():
             yield from self._run()
 
     def _run(self) -> Iterator[Event]:
         work = self._work
         for name in (TEXT, VAE, work.spec.experts[0]):
-            yield Event("open", name, timed(partial(self._part, name))[1])
+            yield Event("open", name, measure_time(partial(self._part, name))[1])
         texts: list[torch.Tensor] = []
         for ids in (work.token_ids, *([work.negative_ids] if work.request.guided else [])):
-            text, seconds = timed(partial(self._padded, ids))
+            text, seconds = measure_time(partial(self._padded, ids))
             require_finite(text, f"PyTorch's embeddings of the {'negative ' if texts else ''}prompt")
             texts.append(text)
             yield Event("text", TEXT, seconds)
         if work.video is not None:
             video = torch.from_numpy(work.video)
-            encoded, seconds = timed(lambda: self._done(self._latents_of(video)))
+            encoded, seconds = measure_time(lambda: self._done(self._latents_of(video)))
             require_finite(encoded, "PyTorch's encoded image")
             yield Event("image", ENCODER, seconds)
         latents = yield from self._denoise(texts)
-        frames, seconds = timed(lambda: self._done(self._frames_of(latents)))
+        frames, seconds = measure_time(lambda: self._done(self._frames_of(latents)))
         require_finite(frames, "PyTorch's frames")
         yield Event("decode", DECODER, seconds)
 
@@ -191,8 +191,10 @@ class TorchSide:
         for index, timestep in enumerate(scheduler.timesteps, 1):
             expert = spec.expert_at(float(timestep), index - 1)
             if expert not in self._parts:
-                yield Event("swap", expert, timed(partial(self._swap, expert))[1])
-            (latents, engine_seconds), seconds = timed(partial(self._step, scheduler, texts, expert, timestep, latents))
+                yield Event("swap", expert, measure_time(partial(self._swap, expert))[1])
+            (latents, engine_seconds), seconds = measure_time(
+                partial(self._step, scheduler, texts, expert, timestep, latents)
+            )
             told = f"step {index} of {len(scheduler.timesteps)} (t = {float(timestep):g})"
             require_finite(latents, f"PyTorch's latents of {expert} after {told}")
             yield Event("step", expert, seconds, engine_seconds)
@@ -210,7 +212,7 @@ class TorchSide:
         """The latents after a step, and the seconds inside its forwards."""
         scale, t = self._work.request.guidance[expert], float(timestep)
         used = texts if scale != 1 else texts[:1]
-        velocities, engine_seconds = timed(
+        velocities, engine_seconds = measure_time(
             lambda: [self._done(self._velocity(expert, t, latents, text)).float() for text in used]
         )
         velocity = velocities[0]
@@ -224,14 +226,14 @@ class TorchSide:
 
 def check_compiles(device: torch.device) -> None:
     """Compiles next to nothing, so that what torch.compile lacks is told before any work. Raises UserError."""
-    with _refusing():
+    with _catch_compile_errors():
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
+def _catch_compile_errors() -> Iterator[None]:
     try:
-        with refusing_too_large():
+        with catch_out_of_memory():
             yield
     except TorchDynamoException as error:
         found = f"torch.compile: {str(error).splitlines()[0]}"

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from validate.bench.compare import TOLERANCE, Change, Comparison
+from validate.bench.compare import TOLERANCE, BaselineComparison, Change
 from validate.bench.footprint import Footprint
 from validate.bench.machine import BUSY
 from validate.bench.report import BenchReport
-from validate.bench.result import BenchResult, Piece, of_memory
+from validate.bench.result import BenchResult, Piece, memory_measurements
 from validate.bench.samples import Ratio, Samples
 from validate.bench.whole_run import Runs, step_ratio, total_ratio
 from validate.bench.work import COMPILED, EAGER, OURS
@@ -132,7 +132,7 @@ def _memory(measured: Mapping[str, Mapping[str, Footprint]]) -> "Table":
     for name, prints in measured.items():
         told = [_on_host(prints.get(side)) for side in sides]
         if ratios:
-            found = dict(of_memory(prints))
+            found = dict(memory_measurements(prints))
             both = (found.get("memory_ratio"), found.get("memory_ratio_beyond_libraries"))
             told.append("" if None in both else "{:.2f} ({:.2f})".format(*both))
         if prints:
@@ -208,7 +208,7 @@ def _remarks(result: BenchResult) -> Iterator[Text | str]:
 # -- comparisons
 
 
-def _comparison(comparison: Comparison) -> "Iterator[RenderableType]":
+def _comparison(comparison: BaselineComparison) -> "Iterator[RenderableType]":
     if not comparison.same_machine:
         yield f"{comparison.baseline} is of another machine ({comparison.told}): only ratios are compared"
     if comparison.busy:

@@ -17,10 +17,11 @@ from runtime.noise import standard_normal
 from runtime.request import CompleteRequest, Request
 from runtime.tokenizer import Tokenizer
 from validate.bench.whole_run import Event
-from validate.options import completed
+from validate.options import complete_request
 from validate.reference.device import Choice
 from wan22.bundle import Bundle, Manifest
 from wan22.errors import UserError
+from wan22.residency import ResidencyChoice
 from wan22.specs import ModelSpec, tokens
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"  # sides
@@ -42,13 +43,14 @@ class BenchOptions:
     memory: bool = True
     whole_runs: int = WHOLE_RUNS  # from prompt to frames
     reference_device: Choice = "auto"  # of PyTorch
+    residency: ResidencyChoice = "auto"  # what stays loaded of the engines
     # for the record
     command: str = ""
 
-    def completed(self, manifest: Manifest) -> CompleteRequest:
+    def complete_request(self, manifest: Manifest) -> CompleteRequest:
         """Raises UserError for what the model or the engines cannot do."""
         steps = STEPS if self.request.steps is None else self.request.steps
-        return completed(replace(self.request, steps=steps), manifest)
+        return complete_request(replace(self.request, steps=steps), manifest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,7 @@ class Work:
         """In the order in which a run needs them."""
         return pieces_of(self.spec, has_image=self.video is not None)
 
-    def chosen(self, only: tuple[str, ...]) -> tuple[str, ...]:
+    def select_pieces(self, only: tuple[str, ...]) -> tuple[str, ...]:
         """The pieces named in ``only``, all where nothing is. Raises UserError for one that there is not."""
         for name in only:
             if name not in self.pieces:
@@ -93,7 +95,7 @@ class Side(Protocol):
         """Computes ``piece``, part by part where the side has it in parts; done when the iterator is exhausted."""
         ...
 
-    def joined(self, chunks: list[Any]) -> F32:
+    def join(self, chunks: list[Any]) -> F32:
         """The parts as one array."""
         ...
 
@@ -134,7 +136,7 @@ def components_of(piece: str, work: Work) -> tuple[str, ...]:
 
 def work_for(bundle: Bundle, options: BenchOptions) -> Work:
     """Raises UserError for a request that the model or the engines cannot serve."""
-    request, spec = options.completed(bundle.manifest), bundle.manifest.spec
+    request, spec = options.complete_request(bundle.manifest), bundle.manifest.spec
     tokenizer = Tokenizer(bundle.folder / "tokenizer")
     ids = tokenizer.encode(request.prompt).ids
     negative = tokenizer.encode(request.negative_prompt, allow_empty=True).ids

@@ -54,7 +54,7 @@ class Residence:
 
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
-    def taken(self, module: Any) -> Any:
+    def place(self, module: Any) -> Any:
         """``module``, on the device; whatever was there is in host memory again."""
         if self.device != "cpu" and module is not self._module:
             if self._module is not None:
@@ -62,14 +62,14 @@ class Residence:
             self._module = module.to(self.device)
         return module
 
-    def left(self, module: Any) -> None:
+    def release(self, module: Any) -> None:
         """``module`` is not needed any more."""
         if module is self._module:
             self._module = None
 
 
 @contextmanager
-def refusing_too_large() -> Iterator[None]:
+def catch_out_of_memory() -> Iterator[None]:
     """Inside, a GPU that is too small for PyTorch's side is bad input. Raises UserError."""
     import torch
 

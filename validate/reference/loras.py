@@ -23,6 +23,7 @@ from wan22.specs import ModelSpec
 
 if TYPE_CHECKING:
     from export.checkpoint.checkpoint import Checkpoint, Weights
+    from export.files.decoded import Codes
     from export.files.tensor_file import Stored
 
 PUT_BACK = "put the file back that was merged, or export again"
@@ -54,7 +55,7 @@ def with_loras(checkpoint: "Checkpoint", manifest: Manifest) -> "Checkpoint":
     Raises:
         UserError: a LoRA file that is missing or not the one that was merged.
     """
-    loras = [_opened(record, manifest.spec) for record in manifest.loras]
+    loras = [_open_lora(record, manifest.spec) for record in manifest.loras]
     experts = {}
     for name in manifest.spec.experts:
         meant = tuple(lora for lora in loras if name in lora.record.experts)
@@ -62,7 +63,7 @@ def with_loras(checkpoint: "Checkpoint", manifest: Manifest) -> "Checkpoint":
     return replace(checkpoint, weights={**checkpoint.weights, **experts})
 
 
-def _opened(record: MergedLora, spec: ModelSpec) -> "_Lora":
+def _open_lora(record: MergedLora, spec: ModelSpec) -> "_Lora":
     path = Path(record.file)
     if not path.is_file():
         raise UserError(f"LoRA {path} is missing", "the file that the engines have merged", PUT_BACK)
@@ -148,7 +149,7 @@ class _Lora:
             found[""] = found.pop("high_noise", found[""])
         return found
 
-    def updated(self, weight: Any, name: str, expert: str) -> Any:
+    def update(self, weight: Any, name: str, expert: str) -> Any:
         """The float32 tensor ``weight``, called ``name``, of ``expert`` after this LoRA."""
         module, _, leaf = name.rpartition(".")
         for owner in ("", expert):
@@ -169,7 +170,7 @@ class _Lora:
             if "magnitude" not in roles:
                 weight = weight + ((strength * scale) * product).reshape(weight.shape)
             else:
-                trained = self._decomposed(weight + (scale * product).reshape(weight.shape), roles["magnitude"])
+                trained = self._decompose(weight + (scale * product).reshape(weight.shape), roles["magnitude"])
                 weight = trained if strength == 1 else torch.lerp(weight, trained, strength)
         if leaf == "bias" and "up bias" in roles:
             scale = self._scale(roles, config, len(self.tensor(roles["down"])))
@@ -178,7 +179,7 @@ class _Lora:
             weight = weight + strength * change
         return weight
 
-    def _decomposed(self, total: Any, key: str) -> Any:
+    def _decompose(self, total: Any, key: str) -> Any:
         magnitude = self.tensor(key)
         columns = magnitude.ndim == 2 and magnitude.shape[0] == 1 and total.shape[0] != 1
         flat = total.flatten(1)
@@ -265,11 +266,14 @@ class _Merged:
         own = self.base.read(name)
         before = weight = torch.from_numpy(np.array(own, np.float32))
         for lora in self.loras:
-            weight = lora.updated(weight, name, self.expert)
+            weight = lora.update(weight, name, self.expert)
         return own if weight is before else weight.numpy()
 
     def pieces(self, name: str) -> Iterable[NDArray[Any]]:
         return [self.read(name)]
 
     def stored(self, name: str) -> "Stored | None":  # noqa: ARG002  # the export alone shares files
+        return None
+
+    def codes(self, name: str) -> "Codes | None":  # noqa: ARG002  # nor does the reference multiply FP8
         return None

@@ -21,7 +21,7 @@ from runtime.request import CompleteRequest
 from validate.reference.boundary import stated_boundary
 from validate.reference.official_modules import Modules, check_clone
 from validate.reference.parts import F32, I64
-from validate.reference.reference import NOTHING, Given
+from validate.reference.reference import NO_IMAGE, ImageInputs
 from validate.reference.whole_run import ReferenceStep, guided
 from wan22.errors import UserError
 
@@ -43,7 +43,7 @@ def commit_of(repo: Path) -> str:
     return asked.stdout.strip() if asked.returncode == 0 else ""
 
 
-def makes(request: CompleteRequest) -> bool:
+def can_run(request: CompleteRequest) -> bool:
     """Whether the official code can make the requested run."""
     return request.solver in SOLVERS and request.schedule == "official" and not request.sigmas
 
@@ -75,14 +75,18 @@ class Official:
         self._process.shutdown(cancel_futures=True)
 
     def token_ids(self, prompt: str) -> I64:
-        ids: I64 = self._asked("token_ids", prompt)
+        ids: I64 = self._ask("token_ids", prompt)
         return ids
 
     def embeddings(self, token_ids: I64) -> F32:
         return self._array("embeddings", token_ids)
 
-    def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = NOTHING) -> F32:
-        return self._array("velocity", expert, latents, timestep, text, given.condition, given.first_frame)
+    def velocity(
+        self, expert: str, latents: F32, timestep: float, text: F32, image_inputs: ImageInputs = NO_IMAGE
+    ) -> F32:
+        return self._array(
+            "velocity", expert, latents, timestep, text, image_inputs.condition, image_inputs.first_frame
+        )
 
     def encode(self, video: F32) -> F32:
         return self._array("encode", video)
@@ -90,26 +94,28 @@ class Official:
     def decode(self, latents: F32) -> F32:
         return self._array("decode", latents)
 
-    def lists(self, request: CompleteRequest) -> tuple[F32, I64]:
+    def sigmas_and_timesteps(self, request: CompleteRequest) -> tuple[F32, I64]:
         """Sigmas [N+1] and timesteps [N], of a solver that the official code has."""
-        sigmas, timesteps = self._asked("lists", request.solver, request.steps, request.shift)
+        sigmas, timesteps = self._ask("start_run", request.solver, request.steps, request.shift)
         return sigmas, timesteps
 
     def run(
-        self, request: CompleteRequest, text: F32, negative: F32 | None, given: Given = NOTHING
+        self, request: CompleteRequest, text: F32, negative: F32 | None, image_inputs: ImageInputs = NO_IMAGE
     ) -> Iterator[ReferenceStep]:
         """As :func:`validate.reference.whole_run.guided`, with the official models and solver."""
 
         def step(velocity: F32, index: int, latents: F32) -> F32:
             return self._array("step", velocity, index, latents)
 
-        return guided(self, request, self.lists(request)[1].tolist(), step, (text, negative), given)
+        return guided(
+            self, request, self.sigmas_and_timesteps(request)[1].tolist(), step, (text, negative), image_inputs
+        )
 
     def _array(self, method: str, *arguments: Any) -> F32:
-        array: F32 = self._asked(method, *arguments)
+        array: F32 = self._ask(method, *arguments)
         return array
 
-    def _asked(self, method: str, *arguments: Any) -> Any:
+    def _ask(self, method: str, *arguments: Any) -> Any:
         try:
             return self._process.submit(_call, method, arguments).result()
         except BrokenProcessPool:

@@ -43,7 +43,7 @@ class Modules:
         self._checkpoint, self._spec = checkpoint, checkpoint.spec
         self._parts: dict[str, Any] = {}
         self._scheduler: Any = None
-        self._code = _imported(repo)
+        self._code = _import_code(repo)
 
     def token_ids(self, prompt: str) -> I64:
         """``[1, tokens]``, without the padding."""
@@ -85,7 +85,7 @@ class Modules:
         """Frames ``[1, 3, F, H, W]`` in [-1, 1]."""
         return to_numpy(self._part("vae", self._vae).decode(torch.from_numpy(latents), self._scale()).clamp(-1, 1))
 
-    def lists(self, solver: str, steps: int, shift: float) -> tuple[F32, I64]:
+    def start_run(self, solver: str, steps: int, shift: float) -> tuple[F32, I64]:
         """Starts a run of ``unipc`` or ``dpm++``: its sigmas [N+1] and timesteps [N]."""
         settings = {"num_train_timesteps": TRAIN_TIMESTEPS, "shift": 1, "use_dynamic_shifting": False}
         if solver == "unipc":
@@ -98,7 +98,7 @@ class Modules:
         return self._scheduler.sigmas.numpy(), self._scheduler.timesteps.numpy()
 
     def step(self, velocity: F32, index: int, latents: F32) -> F32:
-        """The latents after step ``index`` of the run that :meth:`lists` started."""
+        """The latents after step ``index`` of the run that :meth:`start_run` started."""
         timestep = self._scheduler.timesteps[index]
         moved = self._scheduler.step(torch.from_numpy(velocity), timestep, torch.from_numpy(latents), return_dict=False)
         return to_numpy(moved[0])
@@ -120,7 +120,7 @@ class Modules:
         sizes = (text.vocab, text.width, attention, text.ffn_width, text.heads, text.layers, text.buckets)
         with torch.device("meta"):
             module = self._code["t5"].T5Encoder(*sizes, shared_pos=False)
-        return self._filled(module, "text_encoder")
+        return self._fill(module, "text_encoder")
 
     def _transformer(self, expert: str) -> Any:
         dit, make = self._spec.dit, self._code["model"].WanModel
@@ -138,7 +138,7 @@ class Modules:
         with torch.device("meta"):
             module = make(**config, num_layers=dit.layers)
         module.freqs = make(**config, num_layers=0).freqs  # computed, not loaded, and not a buffer
-        return self._filled(module, expert)
+        return self._fill(module, expert)
 
     def _vae(self) -> Any:
         vae = self._spec.vae
@@ -152,20 +152,20 @@ class Modules:
         }
         with torch.device("meta"):
             module = self._code["vae2_2" if vae.residual else "vae2_1"].WanVAE_(**sizes)
-        return self._filled(module, "vae")
+        return self._fill(module, "vae")
 
     def _scale(self) -> list[torch.Tensor]:
         vae = self._spec.vae
         return [torch.tensor(vae.latents_mean), 1.0 / torch.tensor(vae.latents_std)]
 
-    def _filled(self, module: Any, part: str) -> Any:
+    def _fill(self, module: Any, part: str) -> Any:
         weights = self._checkpoint.weights[part]
         state = {name: torch.from_numpy(np.array(weights.read(name), np.float32)) for name in weights.names()}
         module.load_state_dict(state, strict=True, assign=True)
         return module.requires_grad_(False).eval()
 
 
-def _imported(repo: Path) -> dict[str, types.ModuleType]:
+def _import_code(repo: Path) -> dict[str, types.ModuleType]:
     """The official modules by the name of their file."""
     warnings.filterwarnings("ignore", message=".*autocast.*")
     if not torch.cuda.is_available():

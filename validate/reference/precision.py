@@ -32,7 +32,7 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return DTYPES[precision.wide.linears]
 
 
-def lowered(module: Any, precision: Precision) -> Any:
+def lower_precision(module: Any, precision: Precision) -> Any:
     """``module``, whose weights are float32, for computing in ``precision``; changed in place."""
     dtype = dtype_of(precision)
     kept = set(module._keep_in_fp32_modules or ()) - (ONLY_FOR_FP16 if dtype == torch.bfloat16 else set())

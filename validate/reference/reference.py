@@ -19,20 +19,20 @@ from validate.reference.boundary import stated_boundary
 from validate.reference.device import Residence
 from validate.reference.image import conditioning, pixels
 from validate.reference.parts import F32, I64, load_part, timesteps_of, to_numpy
-from validate.reference.precision import attention_of, dtype_of, lowered, onednn_convolutions
+from validate.reference.precision import attention_of, dtype_of, lower_precision, onednn_convolutions
 from wan22.progress import Progress, silent
 from wan22.specs import TEXT_TOKENS, Precision
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class ImageInputs:
     """What an image tells the transformer. Nothing: text to video."""
 
     condition: F32 | None = None  # [1, 20, T, h, w], mask and encoded video (I2V)
     first_frame: F32 | None = None  # [1, z, 1, h, w], the encoded image (TI2V)
 
 
-NOTHING = Given()
+NO_IMAGE = ImageInputs()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +44,10 @@ class ImageCondition:
     latents: F32  # [1, z, T, h, w], normalised
 
     @property
-    def given(self) -> Given:
+    def image_inputs(self) -> ImageInputs:
         if self.mask is None:
-            return Given(first_frame=self.latents)
-        return Given(condition=np.concatenate([self.mask, self.latents], axis=1))
+            return ImageInputs(first_frame=self.latents)
+        return ImageInputs(condition=np.concatenate([self.mask, self.latents], axis=1))
 
 
 class Reference:
@@ -84,7 +84,7 @@ class Reference:
         ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.int64)
         ids[:, :tokens] = torch.from_numpy(token_ids)
         mask = (torch.arange(TEXT_TOKENS) < tokens).to(torch.int64)[None]
-        ids, mask = self._placed(ids), self._placed(mask)
+        ids, mask = self._to_device(ids), self._to_device(mask)
         hidden = self._part("text_encoder")(input_ids=ids, attention_mask=mask).last_hidden_state
         return to_numpy(hidden * mask[..., None])
 
@@ -95,7 +95,7 @@ class Reference:
     @torch.inference_mode()
     def condition(self, first: F32, frames: int, last: F32 | None = None) -> ImageCondition:
         """What a video of ``frames`` is conditioned on by its first frame ``[1, 3, H, W]``, and maybe its last."""
-        one, other = (None if image is None else self._placed(torch.from_numpy(image)) for image in (first, last))
+        one, other = (None if image is None else self._to_device(torch.from_numpy(image)) for image in (first, last))
         assert one is not None
         with onednn_convolutions():
             vae = self._part("vae", "vae_encoder_first")
@@ -104,15 +104,17 @@ class Reference:
         return ImageCondition(to_numpy(video), None if mask is None else to_numpy(mask), to_numpy(latents))
 
     @torch.inference_mode()
-    def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = NOTHING) -> F32:
+    def velocity(
+        self, expert: str, latents: F32, timestep: float, text: F32, image_inputs: ImageInputs = NO_IMAGE
+    ) -> F32:
         """``[1, z, T, h, w]`` from ``expert`` for ``timestep`` on the 0…1000 scale and text ``[1, 512, width]``."""
         for other in set(self.spec.experts) - {expert}:
-            self._residence.left(self._parts.pop(other, None))
+            self._residence.release(self._parts.pop(other, None))
         precision = self.precision_of(expert)
-        seen = latents if given.condition is None else np.concatenate([latents, given.condition], axis=1)
-        entering, context = (self._placed(torch.tensor(array, dtype=dtype_of(precision))) for array in (seen, text))
-        clean = given.first_frame is not None
-        time = self._placed(timesteps_of(self.spec, latents.shape, timestep, clean_first_frame=clean))
+        seen = latents if image_inputs.condition is None else np.concatenate([latents, image_inputs.condition], axis=1)
+        entering, context = (self._to_device(torch.tensor(array, dtype=dtype_of(precision))) for array in (seen, text))
+        clean = image_inputs.first_frame is not None
+        time = self._to_device(timesteps_of(self.spec, latents.shape, timestep, clean_first_frame=clean))
         with attention_of(precision):
             return to_numpy(self._part(expert)(entering, time, context, return_dict=False)[0])
 
@@ -124,7 +126,7 @@ class Reference:
         latent = torch.from_numpy(latents) / (1 / std) + mean  # wan22.md §4.3
         with onednn_convolutions():
             module = self._part("vae", "vae_decoder_first")
-            return to_numpy(module.decode(self._placed(latent.to(module.dtype)), return_dict=False)[0])
+            return to_numpy(module.decode(self._to_device(latent.to(module.dtype)), return_dict=False)[0])
 
     def precision_of(self, component: str) -> Precision:
         return self._precisions.get(component, Precision.FP32)
@@ -134,10 +136,10 @@ class Reference:
         precision = self.precision_of(component or name)
         key = f"{name}, {precision}" if name == "vae" else name  # the VAE's halves may differ
         if key not in self._parts:
-            self._parts[key] = lowered(load_part(self.checkpoint, name, self._progress), precision)
-        return self._residence.taken(self._parts[key])
+            self._parts[key] = lower_precision(load_part(self.checkpoint, name, self._progress), precision)
+        return self._residence.place(self._parts[key])
 
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._residence.device)
 
 

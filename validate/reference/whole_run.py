@@ -16,7 +16,7 @@ import torch
 from runtime.request import CompleteRequest
 from validate.reference.boundary import expert_of
 from validate.reference.parts import F32, I64
-from validate.reference.reference import NOTHING, Given, Reference
+from validate.reference.reference import NO_IMAGE, ImageInputs, Reference
 from wan22.sampling import SolverName
 from wan22.specs import TRAIN_TIMESTEPS
 
@@ -39,7 +39,7 @@ class Models(Protocol):
 
     boundary: float | None  # as the checkpoint states it
 
-    def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = ...) -> F32:
+    def velocity(self, expert: str, latents: F32, timestep: float, text: F32, image_inputs: ImageInputs = ...) -> F32:
         """As :meth:`validate.reference.reference.Reference.velocity`."""
         ...
 
@@ -52,7 +52,11 @@ def noise(shape: tuple[int, ...], seed: int) -> F32:
 
 
 def run(
-    reference: Reference, request: CompleteRequest, text: F32, negative: F32 | None, given: Given = NOTHING
+    reference: Reference,
+    request: CompleteRequest,
+    text: F32,
+    negative: F32 | None,
+    image_inputs: ImageInputs = NO_IMAGE,
 ) -> Iterator[ReferenceStep]:
     """As :func:`guided`, with diffusers' scheduler."""
     scheduler = scheduler_for(request)
@@ -64,7 +68,7 @@ def run(
         stepped: F32 = scheduler.step(*tensors, return_dict=False, **drawing)[0].numpy()
         return stepped
 
-    return guided(reference, request, scheduler.timesteps.tolist(), step, (text, negative), given)
+    return guided(reference, request, scheduler.timesteps.tolist(), step, (text, negative), image_inputs)
 
 
 def guided(
@@ -73,28 +77,28 @@ def guided(
     timesteps: Sequence[float],
     step: Callable[[F32, int, F32], F32],
     texts: tuple[F32, F32 | None],
-    given: Given,
+    image_inputs: ImageInputs,
 ) -> Iterator[ReferenceStep]:
-    """Denoises from noise, yielding after every step; a frame that is given is put back after each, as officially.
+    """Denoise from noise and yield every step. A clean first frame is restored after each, as in the official code.
 
     Args:
-        models: what computes velocities.
+        models: compute the velocities.
         request: seed, shape and guidance of the run.
-        timesteps: one a step.
-        step: latents after a step, of velocity, index of the step and latents before it.
-        texts: with and without the prompt, ``[1, 512, text width]``; a run without guidance needs no second one.
-        given: what comes of an image.
+        timesteps: one per step.
+        step: returns the latents after a step from the velocity, the index and the latents before it.
+        texts: embeddings ``[1, 512, text width]`` of the prompt and of the negative prompt; None without guidance.
+        image_inputs: what the image adds to the inputs; empty for text to video.
     """
     text, negative = texts
-    latents = _with_first_frame(noise(request.latent_shape, request.seed), given)
+    latents = _with_first_frame(noise(request.latent_shape, request.seed), image_inputs)
     for index, t in enumerate(map(float, timesteps)):
         expert = expert_of(models.boundary, request, index, t)
-        velocity = models.velocity(expert, latents, t, text, given)
+        velocity = models.velocity(expert, latents, t, text, image_inputs)
         problem = "" if np.isfinite(velocity).all() else _named(f"velocity of {expert}", index, request, t)
         if negative is not None and (scale := request.guidance[expert]) != 1:
-            unconditional = models.velocity(expert, latents, t, negative, given)
+            unconditional = models.velocity(expert, latents, t, negative, image_inputs)
             velocity = unconditional + np.float32(scale) * (velocity - unconditional)
-        after = _with_first_frame(step(velocity, index, latents), given)
+        after = _with_first_frame(step(velocity, index, latents), image_inputs)
         if not problem and not np.isfinite(after).all():
             problem = _named("latents", index, request, t)
         yield ReferenceStep(index, t, expert, latents, after, velocity, problem)
@@ -105,10 +109,10 @@ def _named(tensor: str, index: int, request: CompleteRequest, timestep: float) -
     return f"reference: {tensor} in step {index + 1} of {request.steps} (t = {timestep:g}) has NaN or infinity"
 
 
-def _with_first_frame(latents: F32, given: Given) -> F32:
-    if given.first_frame is None:
+def _with_first_frame(latents: F32, image_inputs: ImageInputs) -> F32:
+    if image_inputs.first_frame is None:
         return latents
-    return np.concatenate([given.first_frame, latents[:, :, 1:]], axis=2)
+    return np.concatenate([image_inputs.first_frame, latents[:, :, 1:]], axis=2)
 
 
 def scheduler_for(request: CompleteRequest) -> Any:
@@ -155,7 +159,7 @@ def _overwrite(scheduler: Any, grid: np.ndarray, shift: float) -> None:
     scheduler.timesteps = torch.from_numpy((sigmas * TRAIN_TIMESTEPS).astype(np.int64))
 
 
-def lists(request: CompleteRequest) -> tuple[F32, F32 | I64]:
+def sigmas_and_timesteps(request: CompleteRequest) -> tuple[F32, F32 | I64]:
     """Sigmas [N+1] and timesteps [N] of the reference; timesteps are integers for UniPC and DPM++."""
     scheduler = scheduler_for(request)
     return scheduler.sigmas.numpy(), scheduler.timesteps.numpy()

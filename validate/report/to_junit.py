@@ -1,4 +1,4 @@
-"""The report as JUnit XML: a suite for every section and one for the gates, a timed test case for every row."""
+"""The report as JUnit XML: one suite per section plus one for the gates, one timed test case per row."""
 
 import re
 from math import fsum
@@ -39,9 +39,9 @@ def _suite(root: ElementTree.Element, title: str) -> ElementTree.Element:
     return ElementTree.SubElement(root, "testsuite", name=title)
 
 
-def _test(suite: ElementTree.Element, named: tuple[str, str], failure: str, seconds: float = 0.0) -> None:
-    told = {"classname": named[0], "name": _text(named[1]), "time": _seconds(seconds)}
-    case = ElementTree.SubElement(suite, "testcase", told)
+def _test(suite: ElementTree.Element, names: tuple[str, str], failure: str, seconds: float = 0.0) -> None:
+    attributes = {"classname": names[0], "name": _text(names[1]), "time": _seconds(seconds)}
+    case = ElementTree.SubElement(suite, "testcase", attributes)
     if failure:
         ElementTree.SubElement(case, "failure", message=_text(failure))
 
@@ -60,5 +60,5 @@ def _seconds(seconds: float) -> str:
 
 
 def _text(text: str) -> str:
-    """``text`` without the characters that no XML file may have."""
+    """``text`` with a replacement character for every character that XML forbids."""
     return NOT_IN_XML.sub("\ufffd", text)

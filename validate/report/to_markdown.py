@@ -1,4 +1,4 @@
-"""The report as Markdown, for a pipeline's summary or a comment: the verdict, gates, sections, what failed."""
+"""The report as Markdown, for a CI summary or a comment: verdict, gates, sections and failed checks."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -20,8 +20,8 @@ def _lines(report: "ValidationReport") -> Iterator[str]:
     if not_judged := report.attached.not_judged:
         yield from (_text(f"Gates: {not_judged}."), "")
     if report.verdicts:
-        told = [(_mark(bool(v)), v.gate.measurement, *verdict_words(v)) for v in report.verdicts]
-        yield from _table(("", "gate", "found", "limit"), told)
+        verdicts = [(_mark(bool(v)), v.gate.measurement, *verdict_words(v)) for v in report.verdicts]
+        yield from _table(("", "gate", "found", "limit"), verdicts)
     yield from _table(("", "section", "passed"), _sections(report))
     if report.failed:
         yield from _table(("failed check", "component", "found", "limit"), _failed(report))
@@ -62,7 +62,7 @@ def _mark(passed: bool) -> str:
 
 
 def _text(text: str) -> str:
-    """One line of text that Markdown takes for nothing else."""
+    """``text`` on one line, with Markdown's special characters escaped."""
     for special in "\\|`*_<[":
         text = text.replace(special, f"\\{special}")
     return " ".join(text.split())

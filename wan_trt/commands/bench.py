@@ -38,6 +38,7 @@ def run(
     whole_runs: Annotated[int, typer.Option(min=0, help="Runs from prompt to frames.")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Only this piece, such as vae_decoder; repeatable.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile as a third side.")] = False,
+    residency: given.Residency = "auto",
     reference_device: given.ReferenceDevice = "auto",
     memory: Annotated[bool, typer.Option(help="Measure peak memory, in processes of their own.")] = True,
     compare: Annotated[Path | None, typer.Option(help="JSON of an earlier bench: show what got worse.")] = None,
@@ -60,8 +61,9 @@ def run(
     from validate.bench.work import RUNS, BenchOptions
 
     options = BenchOptions(
-        request, tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, command_line()
-    )
+        request, tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, residency,
+        command_line(),
+    )  # fmt: skip
     if list_gates:
         return _list_gates(engines)
     _check(sweep, values, plot, gate, compare)
@@ -117,7 +119,9 @@ def _served(
     from triton_repo.installation import default_environments, find_installation
     from validate.bench.served import RUNS, ServedOptions, bench_served
 
-    asked = ServedOptions(options.request, topology, runs or RUNS, gate=gate, command=options.command)
+    asked = ServedOptions(
+        options.request, topology, runs or RUNS, gate=gate, residency=options.residency, command=options.command
+    )
     installation = find_installation(default_environments())
     with bars() as progress:
         found = bench_served(engines, asked, installation, os.environ, progress)
@@ -130,11 +134,11 @@ def _benched(
     engines: Path, checkpoint: str | None, options: "BenchOptions", gate: Path | None, compare: Path | None
 ) -> tuple[dict[str, Any], bool]:
     from validate.bench.measure import bench
-    from validate.bench.report import HeldTo
+    from validate.bench.report import Criteria
     from validate.bench.view import as_text
 
     with bars() as progress:
-        report = bench(engines, checkpoint, options, progress, HeldTo(gate, compare))
+        report = bench(engines, checkpoint, options, progress, Criteria(gate, compare))
     for part in as_text(report):
         console.print(part)
     return report.as_json(), bool(report)

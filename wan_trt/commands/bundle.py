@@ -7,6 +7,7 @@ import typer
 
 from wan22.bundle import kind_of, open_bundle
 from wan22.files import remove_leftovers
+from wan22.onnx_file import check_graphs
 from wan22.quantities import human_bytes
 from wan_trt.arguments import Overwrite
 from wan_trt.console import bars, console, tell_unread
@@ -19,6 +20,7 @@ def verify(bundle: Made) -> None:
     from runtime.built_for import check_plans
 
     whole = open_bundle(bundle, kind_of(bundle), full_check=True)
+    check_graphs(whole)
     tell_unread(check_plans(whole))
     manifest = whole.manifest
     size_bytes = sum(file.size_bytes for file in manifest.files().values())

@@ -39,6 +39,7 @@ def run(
     solver: given.Solver = None,
     schedule: given.Schedule = None,
     overwrite: given.Overwrite = False,
+    residency: given.Residency = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print where the time went.")] = False,
 ) -> None:
     """Generate a video with the default settings of the bundle unless others are given."""
@@ -46,7 +47,7 @@ def run(
     from runtime.generate import generate
     from runtime.pipeline import Pipeline
 
-    with Pipeline.open(engines) as pipeline, bars() as progress:
+    with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:
         result = generate(pipeline, request, output, fps=fps, overwrite=overwrite, progress=progress)
     if verbose:
         _print_timings(result.timings)

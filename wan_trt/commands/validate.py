@@ -58,6 +58,7 @@ def run(
     list_gates: given.ListGates = False,
     bench: Bench = None,
     calls: Calls = None,
+    residency: given.Residency = "auto",
     reference_device: given.ReferenceDevice = "auto",
     official_repo: OfficialRepo = None,
 ) -> int:
@@ -76,7 +77,7 @@ def run(
     from validate import ValidateOptions
 
     options = ValidateOptions(
-        request, prompts, several, reference_device, official_repo, calls, gate, bench, command_line()
+        request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line()
     )
     return _compare(engines, checkpoint, output, options)
 

@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 from runtime.built_for import check_plans
-from wan22.bundle import Bundle, check_disk, kind_of, open_bundle, refuse_existing, staged
+from wan22.bundle import MANIFEST, Bundle, check_disk, kind_of, open_bundle, refuse_existing, staged
+from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 
 
@@ -16,8 +17,10 @@ def pack(bundle: Path, folder: Path, *, overwrite: bool = False, progress: Progr
     """
     refuse_existing(folder, overwrite=overwrite)
     source = open_bundle(bundle, kind_of(bundle), full_check=True)
+    check_graphs(source)
     check_plans(source)
-    files = [path for path in bundle.rglob("*") if path.is_file()]  # no manifest names the logs
+    files = [bundle / path for path in (MANIFEST, *source.manifest.files())]
+    files += [path for path in bundle.rglob("*.log") if path.is_file() and not path.is_symlink()]  # of builders
     total, done = sum(file.stat().st_size for file in files), 0
     check_disk(folder, total)
     with staged(folder, overwrite=overwrite) as temporary:

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 from export.checkpoint.checkpoint import open_checkpoint
+from export.checkpoint.expert_names import said
 from export.checkpoint.keys import diffusers_names
-from export.lora.experts import said
 from export.lora.merge import LoraChoice, merged, open_lora
 from export.synth.checkpoint import synthesise
 from validate.reference.loras import with_loras

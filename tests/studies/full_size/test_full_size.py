@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from studies.full_size.__main__ import app
-from studies.full_size.builds import BuildCase, measured_build
+from studies.full_size.builds import BuildCase, measure_build
 
 
 def scaled(tmp_path, *arguments):
@@ -81,7 +81,7 @@ def test_a_checkpoint_of_the_user_in_the_same_place_stays(tmp_path):
 def test_a_build_tells_time_memory_and_size_and_leaves_nothing(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
     case = BuildCase("t2v-a14b-tiny", "rtx5090", "256x160", "17", "external", 4 * 10**9)
-    found = measured_build(case, tmp_path)
+    found = measure_build(case, tmp_path)
     assert found["build_seconds"] > 0
     assert 10**8 < found["peak_rss_bytes"] < case.limit_bytes
     assert found["engine_bytes"]["experts.plan"] > 10**5

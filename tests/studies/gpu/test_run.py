@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from studies.gpu import __main__ as gpu_run
-from studies.gpu.__main__ import NOTHING, STAGES
+from studies.gpu.__main__ import NOT_MEASURED, STAGES
 from studies.gpu.random_model import CudaEngine
-from studies.gpu.stage import Answer, Setting
+from studies.gpu.stage import StageResult, StageSettings
 from wan22.bundle import Component, File
 from wan22.errors import UserError
 from wan22.specs import Precision
@@ -22,7 +22,7 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 def measured(name):
-    return list(BY_NAME[name].measurements(Setting(dry_run=True)))
+    return list(BY_NAME[name].measurements(StageSettings(dry_run=True)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -41,8 +41,8 @@ def test_a_dry_run_keeps_no_figure_and_says_that_nothing_was_measured(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
-    assert found["verdict"] == NOTHING
-    assert NOTHING in done.stdout
+    assert found["verdict"] == NOT_MEASURED
+    assert NOT_MEASURED in done.stdout
     (stage,) = found["stages"]
     assert [row["what"] for row in stage["measurements"]] == ["numpy unipc", "numpy dpm++", "numpy euler"]
     assert {row["value"] for row in stage["measurements"]} == {None}
@@ -80,8 +80,8 @@ def test_a_tensorrt_rtx_engine_is_built_and_where_there_is_no_gpu_not_loaded():
 def test_a_stage_that_hangs_leaves_half_of_the_time_to_the_others(monkeypatch):
     limits = []
     monkeypatch.setattr(gpu_run, "run_stage", lambda answer, setting, limit_s: limits.append(limit_s))
-    answers = [Answer(stage) for stage in STAGES[:3]]
-    for _ in gpu_run._measure(answers, Setting(dry_run=True), time.monotonic() + 600):
+    answers = [StageResult(stage) for stage in STAGES[:3]]
+    for _ in gpu_run._measure(answers, StageSettings(dry_run=True), time.monotonic() + 600):
         pass
     assert limits == pytest.approx([300, 300, 600], rel=0.01)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from studies.gpu.stage import Answer, Measurement, Setting, Stage, run_stage
+from studies.gpu.stage import Measurement, Stage, StageResult, StageSettings, run_stage
 
 TOLD = Measurement("told", 1.0, "ms")
 
@@ -15,8 +15,8 @@ def answer_of(monkeypatch, tmp_path, body, limit_s=60.0):
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
-    answer = Answer(Stage("probe", "a probe", "validate_gpu_probe", "work"))
-    run_stage(answer, Setting(dry_run=True), limit_s)
+    answer = StageResult(Stage("probe", "a probe", "validate_gpu_probe", "work"))
+    run_stage(answer, StageSettings(dry_run=True), limit_s)
     return answer
 
 

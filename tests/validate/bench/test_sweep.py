@@ -24,6 +24,19 @@ def test_the_exponent_of_a_power_is_found(exponent):
     assert (found, factor) == (pytest.approx(exponent), pytest.approx(3e-4))
 
 
+@pytest.mark.parametrize("values", [(1, 5, 9, 17), (5, 17, 33)])
+def test_linear_work_of_the_vae_is_linear_in_pixels(values):
+    """The first frame alone makes a latent frame, so tokens grow more slowly than the work."""
+    times = {frames: {"vae_decoder, ours": 0.65 * frames, "dit, ours": 2.0} for frames in values}
+    points = tuple(
+        Point(160 * ((frames - 1) // 4 + 1), str(frames), times[frames], 64 * 64 * frames) for frames in values
+    )
+    found = Sweep("frames", "<tiny>", points)
+    assert found.exponents()["vae_decoder, ours"] == pytest.approx(1)
+    assert found.as_json()["exponents_of"] == {"vae_decoder, ours": "pixels", "dit, ours": "tokens"}
+    assert found.as_json()["points"][0]["pixels"] == 64 * 64 * values[0]
+
+
 def test_points_of_one_length_have_no_exponent():
     assert grown(1.0, (100, 100)).exponents() == {}
 
@@ -72,4 +85,4 @@ def test_page_and_table_tell_the_exponent():
     page = as_html(grown(1.5))
     assert "<td>1.50</td>" in page
     assert "&lt;tiny&gt;" in page
-    assert list(as_table(grown(1.5)).columns[-1].cells)[-1] == "1.50"
+    assert list(as_table(grown(1.5)).columns[-1].cells)[-2:] == ["1.50", "tokens"]

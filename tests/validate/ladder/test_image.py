@@ -9,7 +9,7 @@ from PIL import Image
 
 from runtime.request import Request
 from validate import ValidateOptions, validate
-from validate.options import completed
+from validate.options import complete_request
 from wan22.errors import UserError
 from wan22.specs import SPECS
 
@@ -136,10 +136,10 @@ def test_an_image_of_another_shape_than_fixed_engines(i2v, tmp_path):
 
     with Pipeline.open(i2v.engines) as pipeline:
         manifest = replace(pipeline.bundle.manifest, size=(64, 64, 5))
-    assert completed(replace(REQUEST, size=None, frames=None), manifest).latent_shape == (1, 16, 2, 8, 8)
+    assert complete_request(replace(REQUEST, size=None, frames=None), manifest).latent_shape == (1, 16, 2, 8, 8)
     with pytest.raises(UserError, match=r"80x48, 5 frames.*64x64, 5 frames.*--fit crop"):
-        completed(replace(REQUEST, image=png(150, 90)), manifest)
-    assert completed(replace(REQUEST, image=png(150, 90), fit="crop"), manifest).width == 64
+        complete_request(replace(REQUEST, image=png(150, 90)), manifest)
+    assert complete_request(replace(REQUEST, image=png(150, 90), fit="crop"), manifest).width == 64
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from runtime.request import Request
 from runtime.solver import make_solver
 from validate import ValidateOptions, validate
 from validate.ladder.rungs import velocity_points
-from validate.report.worst import FAILED, known, measured
+from validate.report.worst import FAILED, known, worst_values
 from wan22.errors import NonFiniteError, UserError
 from wan22.specs import SPECS, Precision
 from wan_trt.cli import app
@@ -58,7 +58,7 @@ def test_frames_are_measured_in_decibels(report):
 def test_gates_know_what_a_ladder_measures_and_nothing_else(report):
     names, subjects = set(known()), {row.subject for row in report.rows}
     of_float32 = {name for name in names if name.partition(".")[0] in subjects and not name.endswith(".excess")}
-    assert set(measured(report.rows)) == of_float32 | {FAILED}
+    assert set(worst_values(report.rows)) == of_float32 | {FAILED}
 
 
 def test_velocity_points_stay_with_their_expert():
@@ -119,9 +119,9 @@ def test_a_nan_weight_in_the_reference_never_passes(tiny_engines, tiny_checkpoin
 
 
 def test_our_run_that_stops_is_a_failure_with_its_reason(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch):
-    from validate.ladder.engines_side import Ours
+    from validate.ladder.engines_side import EnginesSide
 
-    velocity_of, calls = Ours.run, []
+    velocity_of, calls = EnginesSide.run, []
 
     def dies(self, request):
         for step in velocity_of(self, request):
@@ -130,7 +130,7 @@ def test_our_run_that_stops_is_a_failure_with_its_reason(tiny_engines, tiny_chec
             if len(calls) == 2:
                 raise NonFiniteError("velocity of high_noise in step 3 of 4")
 
-    monkeypatch.setattr(Ours, "run", dies)
+    monkeypatch.setattr(EnginesSide, "run", dies)
     found = validate(tiny_engines, tiny_checkpoint, tmp_path, SMALL)
     assert [row.passed for row in found.steps] == [True, True, False, False]
     assert found.first_diverging_step.step == 3

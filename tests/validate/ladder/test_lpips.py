@@ -20,7 +20,7 @@ def _asked_anew():
         cached.cache_clear()
 
 
-def climb(ours, theirs):
+def comparison(ours, theirs):
     return SimpleNamespace(our_frames=ours, reference_frames=theirs)
 
 
@@ -42,7 +42,7 @@ def network(monkeypatch):
 
 def test_the_worst_frame_is_a_row_of_the_ladder(network):
     assert metrics.why_no_lpips() == ""
-    (row,) = video.perception(climb(*videos()))
+    (row,) = video.perception(comparison(*videos()))
     assert (row.metrics.lpips, row.limit) == (0.5, LPIPS)
     assert row.note.startswith("frame 2, ")
     assert not row.passed
@@ -50,9 +50,9 @@ def test_the_worst_frame_is_a_row_of_the_ladder(network):
 
 def test_frames_too_small_for_the_network_and_frames_that_are_no_numbers_have_no_row(network):
     ours, theirs = videos()
-    assert not list(video.perception(climb(*videos(side=16))))
-    assert not list(video.perception(climb(ours * np.float32("nan"), theirs)))
-    assert not list(video.perception(climb(None, theirs)))
+    assert not list(video.perception(comparison(*videos(side=16))))
+    assert not list(video.perception(comparison(ours * np.float32("nan"), theirs)))
+    assert not list(video.perception(comparison(None, theirs)))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_network_that_cannot_be_loaded_is_told_in_one_line(monkeypatch, error)
     why = metrics.why_no_lpips()
     assert why.startswith("not measured: the network of package lpips cannot be loaded (")
     assert "\n" not in why
-    assert not list(video.perception(climb(*videos())))
+    assert not list(video.perception(comparison(*videos())))
 
 
 def test_the_package_itself_takes_our_frames(monkeypatch):

@@ -17,7 +17,7 @@ from wan22.bundle import open_bundle, write_manifest
 from wan22.specs import SPECS
 
 # four official steps with shift 5: 999 937 833 624
-SMALL = ValidateOptions(size=(32, 32), frames=1, steps=4, shift=5.0, seed=3)
+SMALL = ValidateOptions(Request(size=(32, 32), frames=1, steps=4, shift=5.0, seed=3))
 STATED = 0.95
 
 
@@ -55,7 +55,9 @@ def test_a_stated_boundary_reaches_engines_and_reference_apart(engines, diffuser
 
 
 def test_a_boundary_that_is_asked_for_holds_on_both_sides(engines, diffusers_checkpoint, tmp_path):
-    report = validate(engines, diffusers_checkpoint, tmp_path, replace(SMALL, boundary=0.8))
+    report = validate(
+        engines, diffusers_checkpoint, tmp_path, replace(SMALL, request=replace(SMALL.request, boundary=0.8))
+    )
     assert [row.name for row in report.failed] == []
     assert _experts(report) == ["high_noise"] * 3 + ["low_noise"]
 

@@ -11,8 +11,8 @@ from runtime.request import Request
 from validate.bench.torch_side import TorchSide
 from validate.bench.work import TEXT, BenchOptions, work_for
 from validate.reference import reference
-from validate.reference.device import Residence, reference_device, refusing_too_large
-from validate.reference.reference import Given, Reference
+from validate.reference.device import Residence, catch_out_of_memory, reference_device
+from validate.reference.reference import ImageInputs, Reference
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan_trt.cli import app
@@ -70,7 +70,7 @@ def test_one_module_at_a_time_is_on_the_gpu():
 
 
 def test_a_gpu_that_is_too_small_is_told_with_the_way_out():
-    with pytest.raises(UserError, match=r"CUDA out of memory.*--reference-device cpu"), refusing_too_large():
+    with pytest.raises(UserError, match=r"CUDA out of memory.*--reference-device cpu"), catch_out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
 
 
@@ -89,7 +89,7 @@ def test_no_tensor_of_the_reference_stays_on_the_cpu(flow_of, monkeypatch, model
     latents = np.zeros(side.spec.latent_shape(64, 64, 5), np.float32)
     text = np.zeros((1, 512, side.spec.dit.text_width), np.float32)
     condition = side.condition(np.zeros((1, 3, 64, 64), np.float32), 5)
-    for given in (condition.given, *([Given()] if model.startswith("ti2v") else [])):
+    for given in (condition.image_inputs, *([ImageInputs()] if model.startswith("ti2v") else [])):
         side.velocity(side.spec.experts[0], latents, 500.0, text, given)
     side.decode(latents)
     assert {tensor.device.type for tensor in found} == {"meta"}

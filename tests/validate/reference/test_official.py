@@ -73,7 +73,7 @@ def test_a_run_that_the_code_cannot_make_is_told(clone, solver, schedule):
     (told,) = second_reference(ValidateOptions(official_repo=clone), request)
     assert told == (
         "second reference",
-        f"the code at {clone}, fp32 on the CPU; it has no {solver} with the {schedule} schedule: no run of its own is "
+        f"the code at {clone}, fp32 on the CPU; it has no {solver} with the {schedule} schedule, so its run is not "
         "compared",
     )
 

@@ -4,27 +4,29 @@ import io
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
+from functools import partial
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from validate.gate import Gate
+from validate.gate import Gate, apart
 from validate.ladder.metrics import compare, incomparable
 from validate.ladder.row import Row
 from validate.ladder.thresholds import FP32, TOKEN_IDS, Limit
 from validate.plots import DARK, LIGHT, drift_plot, filmstrip, to_pixels
 from validate.report.case_report import CaseReport
-from validate.report.extras import Attached
+from validate.report.extras import Attachments
 from validate.report.report import ValidationReport, write_report
-from validate.report.text import margin, number
-from validate.report.to_html import as_html, headlines, lights, sections
+from validate.report.text import margin, measure_text, number
+from validate.report.to_html import as_html, headlines, sections, status_lights
 from validate.report.to_json import as_json
 from validate.report.to_junit import as_junit
 from validate.report.to_markdown import as_markdown
-from validate.report.worst import measured
+from validate.report.worst import worst_values
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.files import claim
@@ -99,7 +101,7 @@ def report_with(attached, *drifts):
 
 def test_a_missed_gate_fails_what_passed_every_check():
     gates = (Gate("latents.relative_l2", "max", 1e-6), Gate("checks.failed", "max", 0), Gate("ssim.ssim", "min", 0.9))
-    found = report_with(Attached(gates), 1e-7, 2e-6)
+    found = report_with(Attachments(gates), 1e-7, 2e-6)
     assert not found.failed
     assert [bool(verdict) for verdict in found.verdicts] == [False, True, False]  # what was not measured is missed
     assert not found
@@ -113,9 +115,9 @@ def test_the_page_has_a_light_for_everything_a_release_is_decided_on():
     bench = {"measurements": {"high_noise.speedup": 1.5}, "faults": [], "pieces": {"high_noise": {}}}
     bench |= {"width": 64, "height": 64, "frames": 5, "tokens": 32, "machine": {"cpu": "Z80", "cores": 1, "gpu": ""}}
     bench |= {"conditions": {"command": "wan-trt bench engines --json b.json", "load_average": [0.1, 0.1]}}
-    attached = Attached((Gate("checks.failed", "max", 0),), (Gate("high_noise.speedup", "min", 2),), bench)
+    attached = Attachments((Gate("checks.failed", "max", 0),), (Gate("high_noise.speedup", "min", 2),), bench)
     found = report_with(attached, 1e-6)
-    assert [(light.title, light.tone) for light in lights(found)] == [
+    assert [(light.title, light.tone) for light in status_lights(found)] == [
         ("Parity", "good"), ("Gates", "bad"), ("Latency", "good"), ("Fusion", "none"),
     ]  # fmt: skip
     page = as_html(found)
@@ -123,8 +125,8 @@ def test_the_page_has_a_light_for_everything_a_release_is_decided_on():
     assert "Z80" in page
     assert "wan-trt bench engines --json b.json" in page
     busy = bench | {"conditions": {"load_average": [0.9, 0.1]}}
-    (light,) = (each for each in lights(report_with(Attached(bench=busy), 1e-6)) if each.title == "Latency")
-    assert (light.tone, light.told) == ("none", "measured on a busy machine: measure again")
+    (light,) = (each for each in status_lights(report_with(Attachments(bench=busy), 1e-6)) if each.title == "Latency")
+    assert (light.tone, light.text) == ("none", "measured on a busy machine: measure again")
 
 
 def test_the_page_begins_with_what_a_video_is_judged_by():
@@ -147,7 +149,7 @@ def test_the_page_gives_the_reason_of_every_limit():
 
 def test_graphs_are_not_called_engines(tiny_bundle):
     manifest = open_bundle(tiny_bundle, "graphs").manifest
-    page = as_html(report_with(Attached(manifest=manifest), 1e-6))
+    page = as_html(report_with(Attachments(manifest=manifest), 1e-6))
     assert 'Graphs <span class="word">match</span> PyTorch' in page
 
 
@@ -159,7 +161,7 @@ def test_the_worst_of_several_cases_is_named():
         cases.append(CaseReport((video,), case, "a fox", case, f"wan-trt validate --seed {case}"))
     found = ValidationReport(tuple(cases), FACTS)
     assert found.worst_case.number == 2
-    assert measured(found.rows)["frames.psnr_db"] == 61
+    assert worst_values(found.rows)["frames.psnr_db"] == 61
     for told in (as_markdown(found), as_html(found)):
         assert "wan-trt validate --seed 2" in told
         assert "--seed 3" not in told
@@ -171,7 +173,7 @@ def test_a_gate_names_the_case_that_its_number_comes_from():
         CaseReport((step(1, "high_noise", off_by(drift)),), number, "a cat", number) for number, drift in drifts.items()
     )
     gates = (Gate("latents.relative_l2", "max", 1e-6), Gate("ssim.ssim", "min", 0.9), Gate("checks.failed", "max", 0))
-    found = ValidationReport(cases, FACTS, Attached(gates))
+    found = ValidationReport(cases, FACTS, Attachments(gates))
     assert str(found.verdicts[2]) == "checks.failed 0, ≤ 0"  # a sum over all cases
     assert found.summary().endswith(
         "gate missed: latents.relative_l2 2e-06 in case 2, ≤ 1e-06; gate missed: ssim.ssim not measured, ≥ 0.9"
@@ -181,7 +183,7 @@ def test_a_gate_names_the_case_that_its_number_comes_from():
 
 
 def test_junit_has_a_case_for_every_row_and_gate():
-    found = report_with(Attached((Gate("checks.failed", "max", 0),)), 1e-6, 5e-3)
+    found = report_with(Attachments((Gate("checks.failed", "max", 0),)), 1e-6, 5e-3)
     root = ElementTree.fromstring(as_junit(found))
     assert (root.get("tests"), root.get("failures")) == ("4", "2")
     failures = {case.get("name"): case[0].get("message") for case in root.iter("testcase") if len(case)}
@@ -228,6 +230,27 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write the report"):
         written(report_of(1e-6), tmp_path / "file" / "report")
+
+
+def test_a_report_whose_folder_is_gone_is_not_lost(tmp_path, monkeypatch):
+    (tmp_path / "spare").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spare"))
+    with claim(tmp_path / "out" / "report.json") as claimed:
+        shutil.rmtree(tmp_path / "out")
+        with pytest.raises(UserError, match="spare/wan-trt-report-"):
+            write_report(report_of(1e-6), claimed)
+    (kept,) = tmp_path.glob("spare/wan-trt-report-*")
+    assert sorted(path.name for path in kept.iterdir()) == ["report.html", "report.json", "report.md", "report.xml"]
+
+
+def test_a_page_that_cannot_be_made_keeps_the_json(tmp_path, monkeypatch):
+    def fails(_report):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("validate.report.report.as_html", fails)
+    with pytest.raises(ZeroDivisionError):
+        written(report_of(1e-6), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.xml"]
 
 
 def test_the_terminal_gets_a_line_per_row():
@@ -295,3 +318,16 @@ def test_pixels_are_cut_as_the_official_code_cuts():
 def test_any_drift_can_be_drawn(drifts):
     images = {drift_plot(report_of(*drifts).steps, theme, (4, 3)) for theme in (LIGHT, DARK)}
     assert len(images) == 2
+
+
+@pytest.mark.parametrize(
+    ("measure", "value", "limit", "told"),
+    [
+        ("relative_l2", 0.016004, 0.016, "1.6004e-02"),
+        ("psnr_db", 59.96, 60.0, "59.96"),
+        ("ssim", 0.99899999, 0.999, "0.99899999"),
+        ("excess", 1.5, 1.5, "1.50"),
+    ],
+)
+def test_a_number_beyond_its_limit_does_not_look_like_the_limit(measure, value, limit, told):
+    assert apart(value, limit, partial(measure_text, measure)) == told
