@@ -11,6 +11,7 @@ from validate.ladder.onnx_side import how_made
 from validate.options import ValidateOptions
 from validate.reference.device import Device
 from wan22.bundle import Manifest
+from wan22.quantities import counted, video_text
 from wan22.specs import Precision
 
 if TYPE_CHECKING:
@@ -39,12 +40,12 @@ def facts(
         "checkpoint": f"{_where(checkpoint)} ({checkpoint.source.layout} layout)",
         "fingerprint": checkpoint.source.fingerprint,
         **({"LoRAs": "; ".join(loras)} if loras else {}),
-        "video": f"{request.width}x{request.height}, {request.frames} frames",
+        "video": video_text(request.width, request.height, request.frames),
         **dict(_images(options, request)),
         "prompt": _all([each.prompt for each in requests], "prompts: see each case"),
         "negative prompt": request.negative_prompt,
-        "sampling": f"{request.solver}, {request.schedule} schedule, {request.steps} steps, shift {request.shift:g}, "
-        f"{_seeds(requests)}, guidance {guidance}{_switch(request)}",
+        "sampling": f"{request.solver}, {request.schedule} schedule, {counted(request.steps, 'step')}, "
+        f"shift {request.shift:g}, {_seeds(requests)}, guidance {guidance}{_switch(request)}",
         "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in _ways(manifest).items()),
         "reference": _reference(manifest, device),
         **dict(second_reference(options, request)),
@@ -70,7 +71,7 @@ def _seeds(requests: Sequence[CompleteRequest]) -> str:
 def _switch(request: CompleteRequest) -> str:
     """The switch between the experts, if the request overrides the model's."""
     if request.switch_step is not None:
-        return f", {request.switch_step} steps of the high-noise expert"
+        return f", {counted(request.switch_step, 'step')} of the high-noise expert"
     return "" if request.boundary is None else f", boundary {request.boundary:g}"
 
 

@@ -8,6 +8,7 @@ import typer
 from wan22.bundle import kind_of, open_bundle
 from wan22.files import remove_leftovers
 from wan22.onnx_file import check_graphs
+from wan22.quantities import human_bytes
 from wan_trt.arguments import Overwrite
 from wan_trt.console import bars, console, tell_unread
 
@@ -30,7 +31,7 @@ def verify(
     tell_unread(check_plans(whole))
     manifest = whole.manifest
     size_bytes = sum(file.size_bytes for file in manifest.files().values())
-    console.print(f"{bundle}: {manifest.kind} of {manifest.spec.name}, {size_bytes / 2**30:.2f} GiB, all hashes match")
+    console.print(f"{bundle}: {manifest.kind} of {manifest.spec.name}, {human_bytes(size_bytes)}, all hashes match")
 
 
 def sign(
@@ -56,7 +57,7 @@ def pack(
         packed = pack(bundle, folder, overwrite=overwrite, progress=progress)
     tell_unread(check_plans(packed))
     size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    console.print(f"{size_bytes / 2**30:.2f} GiB: {folder}")
+    console.print(f"{human_bytes(size_bytes)}: {folder}")
 
 
 def clean(
@@ -65,6 +66,6 @@ def clean(
     """Remove what killed commands left in a folder and in the temporary folder, unfinished exports too."""
     removed = remove_leftovers(folder)
     for leftover, size_bytes in removed.items():
-        console.print(f"{leftover}: {size_bytes / 2**30:.2f} GiB removed")
+        console.print(f"{leftover}: {human_bytes(size_bytes)} removed")
     if not removed:
         console.print(f"{folder}: no leftovers of wan-trt")
