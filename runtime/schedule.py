@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from runtime.arrays import F32
 from wan22.errors import UserError
+from wan22.quantities import counted
 from wan22.sampling import Convention, SolverName
 from wan22.specs import TRAIN_TIMESTEPS
 
@@ -63,8 +64,9 @@ def make_schedule(
     ``listed`` are noise levels to use as they are, without the final 0, instead of those of steps and shift.
 
     Raises:
-        UserError: an unknown name, fewer than one step, a shift that is not positive, so many steps or so strong a
-            shift that two neighbouring sigmas are the same float32 number, or a list that does not fall to above 0.
+        UserError: an unknown name, fewer than one step or more than there are timesteps, a shift that is not positive,
+            so many steps or so strong a shift that two neighbouring sigmas are the same float32 number, or a list that
+            does not fall to above 0.
     """
     _check(solver, steps, shift, convention)
     if listed:
@@ -73,7 +75,7 @@ def make_schedule(
     single = np.append(sigmas, 0).astype(np.float32)
     if not (np.diff(single) < 0).all():
         raise UserError(
-            f"{steps} steps with shift {shift:g}",
+            f"{counted(steps, 'step')} with shift {shift:g}",
             "sigmas that float32 can tell apart",
             "use fewer steps or a shift nearer to 1",
         )
@@ -103,6 +105,8 @@ def _check(solver: str, steps: int, shift: float, convention: str) -> None:
             raise UserError(f"{what} {value!r}", f"one of {', '.join(get_args(known))}", "name one of them")
     if steps < 1:
         raise UserError(f"{steps} steps", "at least 1", "use more steps")
+    if steps > TRAIN_TIMESTEPS:
+        raise UserError(f"{steps} steps", f"at most {TRAIN_TIMESTEPS}, the timesteps of the models", "use fewer steps")
     if not (math.isfinite(shift) and shift > 0):
         raise UserError(f"shift {shift}", "a finite number above 0", "the models use 5 or 12")
 

@@ -54,6 +54,10 @@ ReferenceDevice = Annotated[
 ]
 Gate = Annotated[Path | None, typer.Option(help="TOML file of thresholds; exit code 1 when one is missed.")]
 ListGates = Annotated[bool, typer.Option("--list-gates", help="Print the names that a gate may use, and exit.")]
+Residency = Annotated[
+    Literal["all", "one-expert", "one-component", "auto"],
+    typer.Option(metavar="HOW", help="Engines that stay loaded: all, one-expert, one-component, or auto: what fits."),
+]
 Schedule = Annotated[
     Literal["official", "diffusers"] | None,
     typer.Option(metavar="NAME", help="Timesteps as official or diffusers; official unless the preset names one."),
@@ -72,7 +76,9 @@ Limit = Annotated[
 ]
 QueueSize = Annotated[int, typer.Option(help="Number of jobs that may wait, per priority.", min=1)]
 LongestJob = Annotated[int, typer.Option(help="Seconds that a job may run and that a shutdown waits.", min=1)]
-OneExpert = Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")]
+RequireSignature = Annotated[
+    Path | None, typer.Option(help="Public Ed25519 key (PEM) that must have signed the engines.", metavar="KEY")
+]
 
 # headings of --help and the parameters under them; all others stay under "Options"
 GROUPS = {

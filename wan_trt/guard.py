@@ -12,6 +12,8 @@ from typing import Any
 import typer
 
 from wan22.errors import NonFiniteError, UserError, disk_error
+from wan22.memory import available_host_bytes
+from wan22.quantities import human_bytes
 from wan_trt.console import tolerate_any_encoding
 from wan_trt.extras import told_missing
 
@@ -34,6 +36,9 @@ def guarded(run: Callable[..., int | None], program: str = "wan-trt") -> Callabl
         except UserError as error:
             print(f"{program}: {error}", file=sys.stderr)
             code = 2
+        except MemoryError as error:
+            print(f"{program}: {_out_of_memory(error)}", file=sys.stderr)
+            code = 2
         except NonFiniteError as error:
             print(f"{program}: {error} | wan-trt validate tells engines and checkpoint apart", file=sys.stderr)
             code = 1
@@ -48,6 +53,13 @@ def guarded(run: Callable[..., int | None], program: str = "wan-trt") -> Callabl
         raise typer.Exit(code or 0)
 
     return guard
+
+
+def _out_of_memory(error: MemoryError) -> str:
+    """The line for an allocation that failed; numpy says what it wanted."""
+    wanted = f": {error}" if str(error) else ""
+    available = human_bytes(available_host_bytes())
+    return f"out of memory{wanted} | expected at most {available} | ask for a smaller --size or fewer --frames"
 
 
 def _line(error: OSError | ModuleNotFoundError, command: str) -> str:

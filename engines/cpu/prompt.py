@@ -34,8 +34,16 @@ def split_at_prompt(model: "ir.Model") -> "tuple[ir.Model, ir.Model] | None":
         value.type = ir.TensorType(ir.DataType.BOOL if kind in BOOLEAN else ir.DataType.FLOAT)
     others = [value for value in graph.inputs if value.name != TEXT]
     halves = ([TEXT], decided), ([*others, *decided], list(graph.outputs))
-    prompt, step = (ir.convenience.extract(graph, entering, leaving) for entering, leaving in halves)
+    prompt, step = (_sorted(ir.convenience.extract(graph, entering, leaving)) for entering, leaving in halves)
     return ir.Model(prompt, ir_version=model.ir_version), ir.Model(step, ir_version=model.ir_version)
+
+
+def _sorted(graph: "ir.Graph") -> "ir.Graph":
+    """With its weights sorted by name: ``extract`` lists them in the order of a set, which no two runs share."""
+    weights = sorted(graph.initializers.items())
+    graph.initializers.clear()
+    graph.initializers.update(weights)
+    return graph
 
 
 def _decided(graph: "ir.Graph") -> "list[ir.Value]":

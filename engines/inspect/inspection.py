@@ -5,6 +5,7 @@ GPU. A bundle is compiled to look at it, its transformers with three blocks only
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from engines.inspect.first_blocks import first_blocks
 from engines.inspect.log import Compiled, parse, read_log
 from engines.inspect.report import FusionReport
 from engines.profiles import profile_between, profiles_for
-from engines.targets import TARGETS, Target, check_precision, target_named
+from engines.targets import Target, check_bundle, target_named
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.errors import UserError
 from wan22.files import scratch_folder
+from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec
 
@@ -34,7 +36,7 @@ def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[Fusion
     if build is None or build.backend == "onnxruntime":
         remedy = "inspect the ONNX bundle with --target"
         raise UserError(f"{folder}: engines for the CPU", "engines of TensorRT", remedy)
-    target = TARGETS[build.target]
+    target = target_named(build.target)
     return [
         FusionReport(
             component.name,
@@ -74,8 +76,8 @@ def inspect_bundle(
     if aim.backend == "onnxruntime":
         raise UserError(f"target {aim.name}", "a GPU: ONNX Runtime has no kernels to show", "name one with --target")
     chosen = _chosen(bundle, components)
-    for component in chosen:
-        check_precision(aim, component.precision)
+    check_graphs(bundle)
+    check_bundle(aim, replace(bundle.manifest, components=tuple(chosen)))
     return [_look_at(bundle, component, aim, video, progress) for component in chosen]
 
 

@@ -1,4 +1,4 @@
-"""Latents to frames at 720p: our streaming graphs on ONNX Runtime, and diffusers' decoder, both in float32.
+"""VAE decoding at 720p: our streaming graphs on ONNX Runtime and diffusers' decoder, both in float32.
 
 On ONNX Runtime the caches between chunks pass through host memory; TensorRT engines keep them on the device.
 """
@@ -21,7 +21,7 @@ from wan22.specs import ModelSpec, spec_named
 
 
 def streaming(setting: StageSettings) -> Iterator[Measurement]:
-    """Each side twice: the second run is timed, the most memory of it told."""
+    """Run each side twice: the first run yields the peak memory, the second the time."""
     spec = spec_named("t2v-a14b-tiny" if setting.dry_run else "t2v-a14b")
     video = (64, 64, 5) if setting.dry_run else (1280, 720, 17)
     latents = standard_normal(spec.latent_shape(*video), setting.seed)
@@ -29,7 +29,7 @@ def streaming(setting: StageSettings) -> Iterator[Measurement]:
     for name, side in (("ONNX Runtime", _ours), ("PyTorch", _theirs)):
         try:
             milliseconds, gib = side(setting.device, spec, weights, latents)
-        except Exception as error:  # one that needs too much memory must not hide the other
+        except Exception as error:  # if one side runs out of memory, the other is still measured
             yield Measurement(name, note=f"no: {reason_of(error)}")
             continue
         yield Measurement(name, milliseconds, "ms", "{}x{}, {} frames".format(*video))
@@ -40,7 +40,7 @@ def _ours(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tuple
     with tempfile.TemporaryDirectory() as folder:
         first, later = decoder_engines(spec, weights, Path(folder), device)
         with first, later:
-            return _timed(device, lambda: [None for _ in decode(first, later, latents)])
+            return _measure(device, lambda: [None for _ in decode(first, later, latents)])
 
 
 def _theirs(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tuple[float, float]:
@@ -53,9 +53,9 @@ def _theirs(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tup
     def work() -> object:
         return module.decode(entering, return_dict=False)[0]
 
-    return _timed(device, work)
+    return _measure(device, work)
 
 
-def _timed(device: str, work: Callable[[], object]) -> tuple[float, float]:
+def _measure(device: str, work: Callable[[], object]) -> tuple[float, float]:
     gib = peak_gib(device, work)
     return time_ms(device, work), gib

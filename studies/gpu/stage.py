@@ -1,7 +1,7 @@
-"""One stage of a run on a GPU, in a process of its own: whatever happens there becomes an answer.
+"""One stage of a run on a GPU, in a separate process; every outcome becomes a result.
 
-A stage is a generator of measurements, so that one that dies, or whose time runs out, has told what it had found. A
-package that is missing, a kernel that refuses a type, a crash of the driver: all of it is recorded with its reason.
+A stage is a generator of measurements, so a stage that dies or runs out of time keeps those it has yielded. Missing
+packages, kernels that reject a dtype and driver crashes are recorded with their reasons.
 """
 
 import time
@@ -21,7 +21,7 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class StageSettings:
-    dry_run: bool  # tiny sizes on the CPU: proves that the stage runs, measures nothing
+    dry_run: bool  # tiny sizes on the CPU: checks that the stage runs, measures nothing
     seed: int = 0
 
     @property
@@ -31,7 +31,7 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class Measurement:
-    """``unit`` names what ``value`` counts; a finding without a number has a ``note`` alone, as has NaN."""
+    """``unit`` is the unit of ``value``. A result without a finite value has only a ``note``."""
 
     what: str
     value: float | None = None
@@ -40,7 +40,7 @@ class Measurement:
 
     @classmethod
     def of(cls, what: str, value: float, unit: str = "", note: str = "") -> Self:
-        """Of a value that may be NaN or infinite, which JSON cannot say."""
+        """A measurement of a value that may be NaN or infinite, which JSON cannot express."""
         return cls(what, value, unit, note) if isfinite(value) else cls(what, note=f"no number: {value}, {note}")
 
 
@@ -59,7 +59,7 @@ class Stage:
 
 @dataclass
 class StageResult:
-    """What came of a stage. ``status``: measured, failed, time ran out, interrupted, or skipped."""
+    """The result of a stage. ``status``: measured, failed, time ran out, interrupted or skipped."""
 
     stage: Stage
     status: str = "interrupted"
@@ -79,7 +79,7 @@ class StageResult:
 
 
 def run_stage(answer: StageResult, setting: StageSettings, limit_s: float) -> None:
-    """Fills ``answer``, which holds what was found whenever this ends, by Ctrl-C too."""
+    """Run a stage and fill in ``answer``, which keeps its measurements however the stage ends, even by Ctrl-C."""
     started = time.monotonic()
     try:
         with child_process(_work, answer.stage, setting) as (receiver, process):
@@ -99,7 +99,7 @@ def _listen(answer: StageResult, receiver: Connection, deadline: float) -> None:
             continue
         try:
             message = receiver.recv()
-        except EOFError:  # it died without a word
+        except EOFError:  # the process died
             answer.status = "failed"
             return
         if isinstance(message, Measurement):
@@ -119,6 +119,6 @@ def _work(sender: Connection, stage: Stage, setting: StageSettings) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """An exception in one line."""
+    """The exception on one line."""
     name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return (name + " ".join(str(error).split()))[:LONGEST_REASON]

@@ -1,4 +1,4 @@
-"""One forward of a transformer of real size: PyTorch in bfloat16, and ONNX Runtime on our graph beside it."""
+"""One forward of a transformer of real size: PyTorch in bfloat16, compared with our graph on ONNX Runtime."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,15 +21,15 @@ from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, spec_named
 
 TIMESTEP = 900.0
 RUNS = 5
-FEW_BLOCKS = 2  # blocks are alike; few are enough to compare two libraries, and quickly written
+FEW_BLOCKS = 2  # blocks are alike, so few are enough to compare two libraries
 RESERVED_BYTES = 4 * 2**30
-ROWS_ALIVE = 24  # activations as wide as the model that are alive at once, generously
+ROWS_ALIVE = 24  # upper bound of the activations of the model's width that are alive at once
 Video = tuple[int, int, int]  # width, height, frames
 
 
 @dataclass(frozen=True)
 class ForwardCase:
-    """A forward: the model, the blocks it is cut to, the video."""
+    """A forward: the model, possibly with fewer blocks, and the video."""
 
     spec: ModelSpec
     video: Video
@@ -50,7 +50,7 @@ class ForwardCase:
 
 
 def compare_blocks(setting: StageSettings, model: str, video: Video) -> Iterator[Measurement]:
-    """The first blocks on both sides, in turns, with the same weights."""
+    """Compare the first blocks on both sides, in turns, with the same weights."""
     case = _case(setting, model, video).cut(FEW_BLOCKS)
     weights = case.weights()
     torch_step = _torch_step(case, weights)
@@ -59,12 +59,12 @@ def compare_blocks(setting: StageSettings, model: str, video: Video) -> Iterator
     for precision in (Precision.FP32,) if setting.dry_run else (Precision.BF16, Precision.FP16):
         try:
             yield from _onnxruntime_beside(case, weights, torch_step, precision)
-        except Exception as error:  # a type that its kernels do not have is an answer
+        except Exception as error:  # an unsupported dtype is a result
             yield Measurement(f"ONNX Runtime {precision.value}", note=f"no: {reason_of(error)}")
 
 
 def whole_model(setting: StageSettings, model: str, videos: tuple[Video, ...]) -> Iterator[Measurement]:
-    """PyTorch with as many blocks as fit beside the activations of the largest video."""
+    """Time PyTorch with as many blocks as fit next to the activations of the largest video."""
     cases = [_case(setting, model, video) for video in videos]
     blocks = _blocks_that_fit(max(cases, key=lambda case: case.tokens))
     weights = cases[0].cut(blocks).weights()
@@ -82,7 +82,7 @@ def _case(setting: StageSettings, model: str, video: Video) -> ForwardCase:
 
 
 def _blocks_that_fit(case: ForwardCase) -> int:
-    """Raises MemoryError where not one does."""
+    """The number of blocks that fit. Raises MemoryError if none fits."""
     if case.device == "cpu":
         return case.spec.dit.layers
     free, _ = torch.cuda.mem_get_info()

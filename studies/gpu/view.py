@@ -10,7 +10,7 @@ DONE = ("measured", "ran")
 
 
 def table_of(answers: Sequence[StageResult]) -> Table:
-    """One row for every measurement, and one for every stage that ended otherwise than measured."""
+    """One row per measurement, and one per stage that was not measured."""
     table = Table("stage", "what", "figure", "note", box=None, pad_edge=False)
     for answer in answers:
         title = answer.stage.title

@@ -1,4 +1,4 @@
-"""The runs of a study: the float32 one with everything that it computed, and what other precisions make of the same."""
+"""The runs of a study: the float32 run with all its forwards, and the variants' runs on the same inputs."""
 
 import math
 import time
@@ -26,7 +26,7 @@ class Call:
 
 
 class ReferenceRun:
-    """A float32 run: every forward of it, where it ended, and what entered its linears."""
+    """A float32 run: all its forwards, its final latents, and statistics of its linears' inputs."""
 
     def __init__(self, twin: Twin, given: Inputs, schedule: Schedule) -> None:
         self.calls: list[Call] = []
@@ -45,7 +45,7 @@ class ReferenceRun:
 
     @property
     def prompted_calls(self) -> list[Call]:
-        """The forwards with the prompt, one a step."""
+        """The forwards with the prompt, one per step."""
         return [call for call in self.calls if call.inputs["text"] is self._positive]
 
     def calibration(self, expert: str) -> Calibration:
@@ -53,8 +53,9 @@ class ReferenceRun:
 
 
 class VariantComparison:
-    """Variants beside the float32 run on the twin's judged inputs; ``beforehand`` is what they may have measured, and
-    ``without_text`` what there was to measure without data.
+    """Compares variants with the float32 run on the twin's judged inputs.
+
+    Variants take statistics from ``beforehand``, or from ``without_text``, the run that needs no data.
     """
 
     def __init__(
@@ -70,14 +71,14 @@ class VariantComparison:
 
     def open_experts(self, variant: Variant) -> dict[str, Forward]:
         """The variant's forwards by expert."""
-        dit, measured = self.twin.spec.dit, self.without_text if variant.without_text else self.beforehand
+        dit, source = self.twin.spec.dit, self.without_text if variant.without_text else self.beforehand
         return {
-            expert: open_variant(variant, dit, weights, measured.calibration(expert))
+            expert: open_variant(variant, dit, weights, source.calibration(expert))
             for expert, weights in self.twin.weights.items()
         }
 
     def result(self, variant: Variant, experts: Mapping[str, Forward] | None = None) -> VariantResult:
-        """Errors of single velocities, then a run of its own; ``experts`` where they are open already."""
+        """Errors of single velocities, then an end-to-end run of the variant; ``experts`` are its forwards if open."""
         experts, calls = experts or self.open_experts(variant), self.reference.prompted_calls
         started = time.perf_counter()
         errors = tuple(compare(experts[call.expert](**call.inputs), call.velocity).relative_l2 for call in calls)
@@ -91,6 +92,6 @@ class VariantComparison:
         return VariantResult(variant, errors, math.nan if psnr_db is None else psnr_db, seconds)
 
     def first_error(self, variant: Variant) -> float:
-        """Of the first step's velocity."""
+        """The error of the first step's velocity."""
         call = self.reference.prompted_calls[0]
         return compare(self.open_experts(variant)[call.expert](**call.inputs), call.velocity).relative_l2

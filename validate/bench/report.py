@@ -1,4 +1,4 @@
-"""A bench with what it was held to: an earlier bench, a file of gates."""
+"""A bench with its criteria: an earlier bench and a file of gates."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +11,15 @@ from validate.gate import Verdict
 
 @dataclass(frozen=True)
 class Criteria:
-    gate: Path | None = None  # TOML, see validate.gate
+    gate: Path | None = None  # TOML, see :mod:`validate.gate`
     baseline: Path | None = None  # JSON of an earlier bench
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """True when every gate was passed and nothing forbids to trust the times.
+    """True if every gate holds and the timings can be trusted.
 
-    Regressions alone fail nothing, a gate on ``compare.regressions`` does.
+    Regressions fail a bench only through a gate on ``compare.regressions``.
     """
 
     result: BenchResult

@@ -123,7 +123,7 @@ class Comparison:
     def reference_steps(self) -> list[ReferenceStep]:
         text, negative = self.text["prompt"], self.text.get("negative prompt")
         steps = run(self.reference, self.request, text, negative, self.image_inputs)
-        return list(self._watched(steps, "PyTorch run"))
+        return list(self._with_progress(steps, "PyTorch run"))
 
     @cached_property
     def lowered_steps(self) -> list[ReferenceStep]:
@@ -132,7 +132,7 @@ class Comparison:
         assert lowered is not None
         text = {name: lowered.embeddings(lowered.token_ids(prompt)) for name, prompt in self.prompts.items()}
         steps = run(lowered, self.request, text["prompt"], text.get("negative prompt"), self.image_inputs)
-        return list(self._watched(steps, f"PyTorch run, {self.precision_of('run')}"))
+        return list(self._with_progress(steps, f"PyTorch run, {self.precision_of('run')}"))
 
     @property
     def official(self) -> Official:
@@ -153,14 +153,16 @@ class Comparison:
     @cached_property
     def official_steps(self) -> list[ReferenceStep]:
         text, negative = self.official_text["prompt"], self.official_text.get("negative prompt")
-        return list(self._watched(self.official.run(self.request, text, negative, self.image_inputs), "official run"))
+        return list(
+            self._with_progress(self.official.run(self.request, text, negative, self.image_inputs), "official run")
+        )
 
     @cached_property
     def our_steps(self) -> list[Step]:
         """The steps of our run; ``stop_reason`` says why some are missing."""
         steps: list[Step] = []
         try:
-            steps.extend(self._watched(self.ours.run(self.request), "engine run"))
+            steps.extend(self._with_progress(self.ours.run(self.request), "engine run"))
         except NonFiniteError as error:
             self.stop_reason = str(error)
         return steps
@@ -197,7 +199,7 @@ class Comparison:
         steps = self.our_steps
         return None if self.stop_reason else self.ours.decode(steps[-1].latents)
 
-    def _watched(self, steps: Iterator[Watched], task: str) -> Iterator[Watched]:
+    def _with_progress(self, steps: Iterator[Watched], task: str) -> Iterator[Watched]:
         for done, step in enumerate(steps, 1):
             self._progress(task, done, self.request.steps, "steps")
             yield step
@@ -211,10 +213,10 @@ def solver_row(name: str, comparison: Comparison, steps: Sequence[ReferenceStep]
     velocities = (step.velocity for step in steps)
     ours = comparison.ours.solve(comparison.request, steps[0].before, velocities, comparison.image_inputs.first_frame)
     compared = [compare(latents, step.after) for latents, step in zip(ours, steps, strict=True)]
-    worst = max(range(len(steps)), key=lambda index: _apart(compared[index]))
+    worst = max(range(len(steps)), key=lambda index: _distance(compared[index]))
     note = f"{comparison.request.solver}, largest distance after step {worst + 1} of {len(steps)}"
     return Row(name, "sampler", compared[worst], thresholds.SOLVER, note)
 
 
-def _apart(metrics: Metrics) -> float:
+def _distance(metrics: Metrics) -> float:
     return float("inf") if metrics.problem else metrics.relative_l2

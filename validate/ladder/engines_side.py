@@ -48,8 +48,8 @@ class EnginesSide:
 
     def encode(self, video: F32) -> F32:
         """Normalised latents of frames ``[1, 3, F, H, W]``, encoded chunk by chunk."""
-        following = self._pipeline.engine("vae_encoder_next") if video.shape[2] > 1 else None
-        return encode(self._pipeline.engine("vae_encoder_first"), following, video)
+        following = self._pipeline.on_call("vae_encoder_next") if video.shape[2] > 1 else None
+        return encode(self._pipeline.on_call("vae_encoder_first"), following, video)
 
     def image_inputs(self, request: CompleteRequest) -> ImageInputs:
         return ImageInputs(**self._pipeline.image_condition(request))

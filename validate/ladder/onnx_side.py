@@ -15,6 +15,8 @@ from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from runtime.pipeline import Pipeline
 from validate.ladder.polygraphy_files import RecordingPipeline
 from wan22.bundle import Build, Component, Manifest, kind_of, open_bundle
+from wan22.onnx_file import check_graphs
+from wan22.residency import ONE_EXPERT, ResidencyChoice
 from wan22.specs import Precision
 
 if TYPE_CHECKING:
@@ -25,31 +27,34 @@ BY_ROUNDING = "emulated by rounding"
 WITH_KERNELS = (Precision.FP32, Precision.FP16)  # precisions that ONNX Runtime's CPU kernels support
 
 
-def open_for_comparison(folder: Path, calls: Path | None = None) -> Pipeline:
+def open_for_comparison(folder: Path, calls: Path | None = None, residency: ResidencyChoice = "auto") -> Pipeline:
     """Open the engines or the graphs at ``folder``; ``calls`` receives the first call of each.
+
+    The reference needs memory too, so ``auto`` keeps one expert at most.
 
     Raises:
         UserError: there is no bundle, or it does not match its manifest.
     """
     engines = kind_of(folder) == "engines"
     bundle = open_bundle(folder, "engines" if engines else "graphs")
+    check_graphs(bundle)
     new_engine = None if engines else partial(_engine, folder)
     if calls is None:
-        return Pipeline(bundle, keep_experts=False, new_engine=new_engine)
-    return RecordingPipeline(bundle, calls, keep_experts=False, new_engine=new_engine)
+        return Pipeline(bundle, residency=residency, choices=ONE_EXPERT, new_engine=new_engine)
+    return RecordingPipeline(bundle, calls, residency=residency, choices=ONE_EXPERT, new_engine=new_engine)
 
 
 def how_made(manifest: Manifest) -> dict[str, str]:
     """How each component's numbers are made, ``BY_KERNELS`` or ``BY_ROUNDING``, by component."""
-    return {c.name: BY_ROUNDING if _emulated(manifest.build, c) else BY_KERNELS for c in manifest.components}
+    return {c.name: BY_ROUNDING if _needs_emulation(manifest.build, c) else BY_KERNELS for c in manifest.components}
 
 
-def _emulated(build: Build | None, component: Component) -> bool:
+def _needs_emulation(build: Build | None, component: Component) -> bool:
     return build is None and component.precision not in WITH_KERNELS
 
 
 def _engine(folder: Path, component: Component) -> Engine:
-    kind = EmulatedEngine if _emulated(None, component) else OnnxRuntimeEngine
+    kind = EmulatedEngine if _needs_emulation(None, component) else OnnxRuntimeEngine
     return kind(folder, component, (), ("CPUExecutionProvider",))
 
 

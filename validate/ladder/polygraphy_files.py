@@ -7,7 +7,7 @@ another backend or build and compares its outputs, layer by layer if needed::
         --load-inputs calls/low_noise.inputs.json --load-outputs calls/low_noise.outputs.json
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from runtime.pipeline import NewEngine, Pipeline
 from wan22.bundle import Bundle
 from wan22.errors import UserError
 from wan22.files import whole_file
+from wan22.residency import RESIDENCIES, Residency, ResidencyChoice
 
 Record = Callable[[str, dict[str, np.ndarray], dict[str, np.ndarray]], None]  # component, inputs, outputs
 
@@ -26,9 +27,15 @@ class RecordingPipeline(Pipeline):
     """A pipeline that writes the first call of each engine into the folder ``calls``."""
 
     def __init__(
-        self, bundle: Bundle, calls: Path, *, keep_experts: bool = True, new_engine: NewEngine | None = None
+        self,
+        bundle: Bundle,
+        calls: Path,
+        *,
+        residency: ResidencyChoice = "auto",
+        choices: Sequence[Residency] = RESIDENCIES,
+        new_engine: NewEngine | None = None,
     ) -> None:
-        super().__init__(bundle, keep_experts=keep_experts, new_engine=new_engine)
+        super().__init__(bundle, residency=residency, choices=choices, new_engine=new_engine)
         self._calls, self._recorded = calls, set[str]()
 
     def engine(self, name: str) -> Engine:

@@ -21,6 +21,7 @@ from validate.ladder.thresholds import Limit, Measure
 from validate.reference.parts import F32, time_features
 from validate.reference.reference import Reference
 from validate.reference.whole_run import ReferenceStep, noise, sigmas_and_timesteps
+from wan22.quantities import counted
 from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
 
 VELOCITY_POINTS = 4  # timesteps per expert, evenly spaced over its range
@@ -194,21 +195,21 @@ def text_mode(comparison: Comparison) -> Iterator[Row]:
     for expert in comparison.spec.experts:
         yield from _velocities_everywhere(plain, expert, "text mode, velocity at t = {:g}")
     last = _step(plain, plain.reference_steps[-1])
-    name, note = "text mode, latents after the last step", last.note or f"{last.step} steps on each side"
-    yield replace(last, name=name, note=note, step=None)
+    note = last.note or f"{counted(last.step or 0, 'step')} on each side"
+    yield replace(last, name="text mode, latents after the last step", note=note, step=None)
 
 
 def decoder(comparison: Comparison) -> Iterator[Row]:
     """Compare our VAE decoder on the reference's latents: each of its two graphs, then the whole video."""
     first, following = comparison.limits["vae_decoder_first"], comparison.limits["vae_decoder_next"]
-    yield _decoded(comparison, "decode of the first latent", "vae_decoder_first", first.vae, slice(0, 1))
+    yield _decoder_row(comparison, "decode of the first latent", "vae_decoder_first", first.vae, slice(0, 1))
     if comparison.reference_frames.shape[2] > 1:
-        yield _decoded(comparison, "decode of the later latents", "vae_decoder_next", following.vae, slice(1, None))
+        yield _decoder_row(comparison, "decode of the later latents", "vae_decoder_next", following.vae, slice(1, None))
     name = "streaming decode against whole decode"
-    yield _decoded(comparison, name, "vae_decoder_next", following.streaming, slice(None))
+    yield _decoder_row(comparison, name, "vae_decoder_next", following.streaming, slice(None))
 
 
-def _decoded(comparison: Comparison, name: str, component: str, limit: Limit, frames: slice) -> Row:
+def _decoder_row(comparison: Comparison, name: str, component: str, limit: Limit, frames: slice) -> Row:
     ours, theirs = comparison.our_decode[:, :, frames], comparison.reference_frames[:, :, frames]
     low = comparison.in_precision(
         component, (ours, theirs), lambda _: comparison.lowered_decode[:, :, frames], FRAME_RANGE

@@ -58,7 +58,7 @@ SINUSOID = Limit("max_abs", 1e-6, "both computed in float64 and rounded to float
 SINUSOID_OF_DIFFUSERS = Limit("max_abs", 1e-4, "an angle near 1000 has a spacing of 6e-5 in float32")
 
 
-LPIPS = Limit("lpips", 0.1, "people hardly tell pictures apart that are nearer (Zhang et al. 2018)")
+LPIPS = Limit("lpips", 0.1, "people can hardly distinguish pictures with a smaller distance (Zhang et al. 2018)")
 CHANGES_DB = 3.0
 
 

@@ -30,7 +30,7 @@ SSIM_WINDOW = 7  # minimum of height and width, in pixels
 def frames(comparison: Comparison) -> Iterator[Row]:
     limit, ours, theirs = comparison.limits["run"].frames, comparison.our_frames, comparison.reference_frames
     if ours is None:
-        yield _stopped("frames, end to end", comparison, limit)
+        yield _stopped_row("frames, end to end", comparison, limit)
         return
     metrics = compare(ours, theirs, signal_range=FRAME_RANGE)
     note = "" if metrics.problem else f"worst frame: {int(np.argmax(difference_per_frame(ours, theirs))) + 1}"
@@ -41,7 +41,7 @@ def frames(comparison: Comparison) -> Iterator[Row]:
 def structure(comparison: Comparison) -> Iterator[Row]:
     name, limit, ours, theirs = "SSIM of the worst frame", comparison.limits["run"].ssim, *_videos(comparison)
     if ours is None:
-        yield _stopped(name, comparison, limit)
+        yield _stopped_row(name, comparison, limit)
     elif problem := compare(ours, theirs).problem:
         yield Row(name, "video", incomparable(problem), limit)
     elif min(theirs.shape[3:]) >= SSIM_WINDOW:
@@ -54,7 +54,7 @@ def structure(comparison: Comparison) -> Iterator[Row]:
 def changes(comparison: Comparison) -> Iterator[Row]:
     name, limit, ours, theirs = "change from frame to frame", comparison.limits["run"].changes, *_videos(comparison)
     if ours is None:
-        yield _stopped(name, comparison, limit)
+        yield _stopped_row(name, comparison, limit)
     elif theirs.shape[2] > 1:
         yield Row(name, "video", compare_changes(ours, theirs), limit, "the difference of neighbouring frames")
 
@@ -73,7 +73,7 @@ def _videos(comparison: Comparison) -> tuple[F32 | None, F32]:
     return comparison.our_frames, comparison.reference_frames
 
 
-def _stopped(name: str, comparison: Comparison, limit: Limit) -> Row:
+def _stopped_row(name: str, comparison: Comparison, limit: Limit) -> Row:
     return Row(name, "video", incomparable(comparison.stop_reason), limit)
 
 

@@ -1,7 +1,7 @@
-"""What PyTorch computes from the same checkpoint, tensor by tensor.
+"""The PyTorch reference: every tensor of a run, computed by PyTorch from the same checkpoint.
 
-Nothing here is shared with the runtime, so that a mistake has to be made twice to go unseen. The modules are those of
-:mod:`validate.reference.parts`; tensors enter and leave as numpy arrays, so nobody outside needs torch.
+It shares no code with the runtime, so a mistake stays hidden only if both make it. The modules come from
+:mod:`validate.reference.parts`. Tensors enter and leave as numpy arrays, so callers do not need torch.
 """
 
 import html
@@ -26,7 +26,7 @@ from wan22.specs import TEXT_TOKENS, Precision
 
 @dataclass(frozen=True, eq=False)
 class ImageInputs:
-    """What an image tells the transformer. Nothing: text to video."""
+    """The transformer's inputs that come from an image. All are None for text to video."""
 
     condition: F32 | None = None  # [1, 20, T, h, w], mask and encoded video (I2V)
     first_frame: F32 | None = None  # [1, z, 1, h, w], the encoded image (TI2V)
@@ -37,9 +37,9 @@ NO_IMAGE = ImageInputs()
 
 @dataclass(frozen=True, eq=False)
 class ImageCondition:
-    """The way from an image to what the transformer is given."""
+    """The tensors between an image and the transformer's image inputs."""
 
-    video: F32  # [1, 3, F, H, W] that the VAE encodes; F is 1 for TI2V
+    video: F32  # [1, 3, F, H, W], the input of the VAE; F is 1 for TI2V
     mask: F32 | None  # [1, 4, T, h, w], I2V only
     latents: F32  # [1, z, T, h, w], normalised
 
@@ -51,9 +51,9 @@ class ImageCondition:
 
 
 class Reference:
-    """The PyTorch side of one checkpoint. Parts are loaded when first asked for; of the experts one at a time stays.
+    """The PyTorch side of one checkpoint. Parts are loaded on first use; only one expert stays loaded.
 
-    ``precisions`` has those of the components that are not to be computed in float32, ``residence`` the device.
+    ``precisions`` holds the components that are not computed in float32; ``residence`` chooses the device.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class Reference:
         self._parts: dict[str, Any] = {}
 
     def token_ids(self, prompt: str) -> I64:
-        """``[1, tokens]``, at most 512 with the end mark, of the prompt cleaned as wan22.md §3 says."""
+        """Ids ``[1, tokens]`` of the cleaned prompt (wan22.md §3), at most 512 including the end token."""
         if "tokenizer" not in self._parts:
             from transformers import AutoTokenizer
 
             self._parts["tokenizer"] = AutoTokenizer.from_pretrained(str(self.checkpoint.tokenizer))
-        ids = self._parts["tokenizer"](_cleaned(prompt), truncation=True, max_length=TEXT_TOKENS)["input_ids"]
+        ids = self._parts["tokenizer"](_clean(prompt), truncation=True, max_length=TEXT_TOKENS)["input_ids"]
         return np.asarray([ids], np.int64)
 
     @torch.inference_mode()
     def embeddings(self, token_ids: I64) -> F32:
-        """``[1, 512, text width]`` of ids ``[1, tokens]``: encoded with padding and mask, padded rows then zeroed."""
+        """Embeddings ``[1, 512, text width]`` of ids ``[1, tokens]``, encoded with padding; padded rows are zero."""
         tokens = token_ids.shape[1]
         ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.int64)
         ids[:, :tokens] = torch.from_numpy(token_ids)
@@ -94,7 +94,7 @@ class Reference:
 
     @torch.inference_mode()
     def condition(self, first: F32, frames: int, last: F32 | None = None) -> ImageCondition:
-        """What a video of ``frames`` is conditioned on by its first frame ``[1, 3, H, W]``, and maybe its last."""
+        """The condition of a video of ``frames`` frames on its first frame ``[1, 3, H, W]`` and optionally its last."""
         one, other = (None if image is None else self._to_device(torch.from_numpy(image)) for image in (first, last))
         assert one is not None
         with onednn_convolutions():
@@ -107,7 +107,7 @@ class Reference:
     def velocity(
         self, expert: str, latents: F32, timestep: float, text: F32, image_inputs: ImageInputs = NO_IMAGE
     ) -> F32:
-        """``[1, z, T, h, w]`` from ``expert`` for ``timestep`` on the 0…1000 scale and text ``[1, 512, width]``."""
+        """The velocity ``[1, z, T, h, w]`` of ``expert`` at ``timestep`` (0…1000) with text ``[1, 512, width]``."""
         for other in set(self.spec.experts) - {expert}:
             self._residence.release(self._parts.pop(other, None))
         precision = self.precision_of(expert)
@@ -120,7 +120,7 @@ class Reference:
 
     @torch.inference_mode()
     def decode(self, latents: F32) -> F32:
-        """Frames ``[1, 3, F, H, W]`` in [-1, 1] of latents as the sampler leaves them, the whole video at once."""
+        """Frames ``[1, 3, F, H, W]`` in [-1, 1] of the sampler's latents, decoded in one call."""
         vae = self.spec.vae
         mean, std = (torch.tensor(values).reshape(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
         latent = torch.from_numpy(latents) / (1 / std) + mean  # wan22.md §4.3
@@ -132,7 +132,7 @@ class Reference:
         return self._precisions.get(component, Precision.FP32)
 
     def _part(self, name: str, component: str = "") -> Any:
-        """The module of ``name`` in the precision of ``component``, its own name unless given."""
+        """The module ``name`` in the precision of ``component``, which defaults to ``name``."""
         precision = self.precision_of(component or name)
         key = f"{name}, {precision}" if name == "vae" else name  # the VAE's halves may differ
         if key not in self._parts:
@@ -143,7 +143,7 @@ class Reference:
         return tensor.to(self._residence.device)
 
 
-def _cleaned(prompt: str) -> str:
+def _clean(prompt: str) -> str:
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()).strip()

@@ -77,11 +77,11 @@ def _bench_of(path: Path, manifest: Manifest) -> Mapping[str, Any]:
         measured.append(found["conditions"].get("target"))
         ours.append(build.target)
     if measured != ours:
-        raise UserError(f"bench {path}: of {_described(measured)}", _described(ours), "bench this bundle")
+        raise UserError(f"bench {path}: of {_describe(measured)}", _describe(ours), "bench this bundle")
     return found
 
 
-def _described(facts: Sequence[Any]) -> str:
+def _describe(facts: Sequence[Any]) -> str:
     return " in ".join(map(str, facts[:2])) + "".join(f" for {target}" for target in facts[2:])
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from validate.gate import Verdict, judge, marked
+from validate.gate import Verdict, check_mark, judge
 from validate.ladder.row import Row
 from validate.report.case_report import CaseReport
 from validate.report.extras import Attachments
@@ -20,6 +20,7 @@ from validate.report.to_markdown import as_markdown
 from validate.report.worst import FAILED, worst_values
 from wan22.errors import UserError
 from wan22.files import Claim, claim, write_files
+from wan22.quantities import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,11 +51,11 @@ class ValidationReport:
     @cached_property
     def verdicts(self) -> tuple[Verdict, ...]:
         """The verdicts on the gates; gates on the bench come last."""
-        ours = (self._placed(verdict) for verdict in judge(self.attached.gates, worst_values(self.rows)))
+        ours = (self._with_case(verdict) for verdict in judge(self.attached.gates, worst_values(self.rows)))
         of_bench = () if self.attached.bench is None else self.attached.bench_gates
         return (*ours, *judge(of_bench, self.attached.bench_measured))
 
-    def _placed(self, verdict: Verdict) -> Verdict:
+    def _with_case(self, verdict: Verdict) -> Verdict:
         """Add the case that has the worst value. A sum over cases has no such case."""
         name = verdict.gate.measurement
         if len(self.cases) == 1 or verdict.found is None or name == FAILED:
@@ -94,10 +95,11 @@ class ValidationReport:
 
     def _row_sentences(self) -> Iterator[str]:
         if not self.failed:
-            yield f"{len(self.rows)} of {len(self.rows)} checks passed"
+            yield f"{len(self.rows)} of {counted(len(self.rows), 'check')} passed"
             return
         first, step, bad = self.failed[0], self.first_diverging_step, self.first_not_finite
-        yield f"{len(self.failed)} of {len(self.rows)} checks failed, the first: {first.name} ({first.component})"
+        failed = f"{len(self.failed)} of {counted(len(self.rows), 'check')} failed"
+        yield f"{failed}, the first: {first.name} ({first.component})"
         if step is not None:
             yield f"first diverging step: {step.step}, t = {step.timestep:g}, {step.component}"
         if bad is not None:
@@ -118,7 +120,7 @@ class ValidationReport:
                     table.add_row("", Text(component, "bold"))
                 shown = line(row)
                 name = row.name if row.case == 1 else f"case {row.case}: {row.name}"
-                table.add_row(marked(row.passed), name, shown.found, shown.limit, shown.margin)
+                table.add_row(check_mark(row.passed), name, shown.found, shown.limit, shown.margin)
         return table
 
 

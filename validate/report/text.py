@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
-from validate.gate import Verdict
+from validate.gate import Verdict, distinct_text
 from validate.ladder.metrics import Metrics
 from validate.ladder.row import InPrecision, Row
 from validate.ladder.thresholds import Limit, Measure
@@ -23,7 +24,7 @@ class Line:
 
 
 def line(row: Row) -> Line:
-    found = measure_text(row.limit.measure, row.limit.found(row.metrics))
+    found = distinct_text(row.limit.found(row.metrics), row.limit.value, partial(measure_text, row.limit.measure))
     low = "" if row.in_precision is None else precision_text(row.in_precision)
     return Line(row, found, limit_text(row.limit), margin(row), others(row.metrics, row.limit.measure), low)
 
@@ -36,21 +37,21 @@ def precision_text(found: InPrecision) -> str:
     return f"PyTorch in {found.precision}: {alone} from its float32; ours from that: {between}"
 
 
-def number(value: float) -> str:
-    """Format with two significant digits; NaN becomes words, infinity a sign."""
+def number(value: float, more: int = 0) -> str:
+    """Format with two significant digits plus ``more``; NaN becomes words, infinity a sign."""
     if math.isnan(value):
         return "not a number"
     if value == 0:
         return "0"
     if math.isinf(value):
         return "∞"
-    return f"{value:.1f}" if 1 <= abs(value) < 1e4 else f"{value:.1e}"
+    return f"{value:.{1 + more}f}" if 1 <= abs(value) < 1e4 else f"{value:.{1 + more}e}"
 
 
-def measure_text(measure: Measure, value: float) -> str:
+def measure_text(measure: Measure, value: float, more: int = 0) -> str:
     """Format as :func:`number`, with more digits for measures whose values lie near 1."""
     digits = {"ssim": 6, "excess": 2}.get(measure)
-    return f"{value:.{digits}f}" if digits and math.isfinite(value) else number(value)
+    return f"{value:.{digits + more}f}" if digits and math.isfinite(value) else number(value, more)
 
 
 def limit_text(limit: Limit) -> str:

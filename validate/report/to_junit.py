@@ -26,7 +26,7 @@ def as_junit(report: "ValidationReport") -> bytes:
     if report.verdicts:
         gates = suites["Gates"] = _suite(root, "Gates")
         for verdict in report.verdicts:
-            _test(gates, ("gate", _named(verdict)), "" if verdict else str(verdict))
+            _test(gates, ("gate", _gate_name(verdict)), "" if verdict else str(verdict))
     for element in (root, *suites.values()):
         element.set("tests", str(len(list(element.iter("testcase")))))
         element.set("failures", str(len(list(element.iter("failure")))))
@@ -51,7 +51,7 @@ def _message(row: "Row") -> str:
     return f"{shown.found}, limit {shown.limit}, {shown.margin}: {row.metrics.problem or row.limit.reason}"
 
 
-def _named(verdict: Verdict) -> str:
+def _gate_name(verdict: Verdict) -> str:
     return f"{verdict.gate.measurement}.{verdict.gate.bound}"
 
 

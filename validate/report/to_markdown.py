@@ -24,7 +24,7 @@ def _lines(report: "ValidationReport") -> Iterator[str]:
         yield from _table(("", "gate", "found", "limit"), verdicts)
     yield from _table(("", "section", "passed"), _sections(report))
     if report.failed:
-        yield from _table(("failed check", "component", "found", "limit"), _failed(report))
+        yield from _table(("failed check", "component", "found", "limit"), _failed_rows(report))
     if len(report.cases) > 1:
         yield from _cases(report)
     yield from _table(("", ""), list(report.facts.items()))
@@ -35,7 +35,7 @@ def _sections(report: "ValidationReport") -> list[Sequence[str]]:
     return [(_mark(passed == rows), title, f"{passed} of {rows}") for title, rows, passed in counted]
 
 
-def _failed(report: "ValidationReport") -> list[Sequence[str]]:
+def _failed_rows(report: "ValidationReport") -> list[Sequence[str]]:
     shown = [(row, line(row)) for row in report.failed]
     return [(f"case {row.case}: {row.name}", row.component, its.found, its.limit) for row, its in shown]
 

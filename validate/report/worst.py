@@ -25,13 +25,13 @@ def worst_values(rows: Iterable[Row]) -> Mapping[str, float]:
     found: dict[str, float] = {FAILED: 0.0}
     for row in rows:
         found[FAILED] += not row.passed
-        for measure, value in _stated(row).items():
+        for measure, value in _values(row).items():
             name = f"{row.subject}.{measure}"
             found[name] = _worse(measure, found.get(name), value)
     return found
 
 
-def _stated(row: Row) -> dict[str, float]:
+def _values(row: Row) -> dict[str, float]:
     """The measures that ``row`` has; if it could not be compared, NaN for the measure of its limit."""
     if row.metrics.problem:
         return {row.limit.measure: math.nan}

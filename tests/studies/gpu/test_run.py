@@ -1,4 +1,4 @@
-"""The run on a GPU: its stages work on a CPU at tiny sizes, and it does not pretend to have measured there."""
+"""The GPU study: a dry run executes all stages on a CPU at tiny sizes and reports no measurements."""
 
 import json
 import signal
@@ -93,14 +93,14 @@ def test_an_engine_for_the_gpu_never_runs_on_the_cpu_instead(tmp_path):
         pass
 
 
-def test_a_place_that_takes_no_file_is_told_before_anything_is_measured(tmp_path):
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
     asked = [*COMMAND, "--dry-run", "-o", tmp_path]
     done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"python -m studies.gpu: output {tmp_path}: a folder")
 
 
-def test_a_stage_that_there_is_not_is_refused(tmp_path):
+def test_an_unknown_stage_is_refused(tmp_path):
     command = [*COMMAND, "--dry-run", "--only", "vea", "-o", tmp_path / "gpu.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -108,7 +108,7 @@ def test_a_stage_that_there_is_not_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ended_early_it_writes_what_it_has(tmp_path, how):
+def test_a_run_that_ends_early_writes_its_results(tmp_path, how):
     file = tmp_path / "gpu.json"
     running = subprocess.Popen([*COMMAND, "--dry-run", "-o", file], stdout=subprocess.PIPE, text=True)
     assert running.stdout is not None

@@ -1,4 +1,4 @@
-"""Memory is measured in a process of its own, which has loaded what the piece needs and nothing else."""
+"""Memory is measured in a separate process that has loaded only what the piece needs."""
 
 import pytest
 
@@ -27,6 +27,6 @@ def test_a_whole_run_needs_more_than_its_engines(tiny_engines):
     assert found.beyond_libraries > sum(path.stat().st_size for path in both)
 
 
-def test_what_is_wrong_in_the_other_process_is_told_in_this_one(tiny_engines):
+def test_an_error_of_the_child_process_is_raised_in_this_one(tiny_engines):
     with pytest.raises(UserError, match="size 50x50"):
         footprint(FootprintJob(OURS, "vae_decoder", tiny_engines, None, BenchOptions(Request(size=(50, 50)))))

@@ -1,4 +1,4 @@
-"""The ladder on real engines: all rungs hold, and one wrong weight is found where it sits."""
+"""The ladder on real engines: all rungs pass, and a single wrong weight is located."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def test_velocity_points_stay_with_their_expert():
 
 
 def overwrite_one_weight(folder, name, value):
-    """Sets the first element of a float32 tensor, in place."""
+    """Set the first element of a float32 tensor, in place."""
     for path in folder.glob("*.safetensors"):
         with path.open("r+b") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -101,7 +101,7 @@ def test_one_wrong_weight_is_found_in_its_expert(tiny_engines, tiny_checkpoint, 
     assert passed >= {"text_encoder", "high_noise", "vae_decoder_first", "vae_decoder_next"}
 
 
-def test_a_wrong_solver_is_told_from_a_wrong_transformer(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_wrong_solver_is_distinguished_from_a_wrong_transformer(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("validate.ladder.engines_side.make_solver", lambda _, schedule: make_solver("euler", schedule))
     options = ValidateOptions(Request(size=(32, 32), frames=1, steps=4))
     found = validate(tiny_engines, tiny_checkpoint, tmp_path, options)
@@ -182,7 +182,7 @@ def test_the_first_nan_of_the_reference_is_named(tiny_engines, tiny_checkpoint, 
 
     monkeypatch.setattr(Reference, "velocity", breaks)
     found = validate(tiny_engines, tiny_checkpoint, tmp_path, SMALL)
-    told = "reference: velocity of high_noise in step 2 of 4"
-    assert found.first_not_finite.metrics.problem.startswith(told)
-    assert told in found.summary()
-    assert told in (tmp_path / "report.html").read_text()
+    message = "reference: velocity of high_noise in step 2 of 4"
+    assert found.first_not_finite.metrics.problem.startswith(message)
+    assert message in found.summary()
+    assert message in (tmp_path / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""LPIPS: measured where its package and network are there, and nothing but a line of the report where they are not."""
+"""LPIPS is measured if its package and network are available; otherwise the report says so in one line."""
 
 import sys
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def comparison(ours, theirs):
 
 
 def videos(side=32):
-    """Three frames; the second of ours is another one."""
+    """Three frames; the second one differs between the sides."""
     theirs = np.zeros((1, 3, 3, side, side), np.float32)
     ours = theirs.copy()
     ours[:, :, 1] = 0.5
@@ -48,7 +48,7 @@ def test_the_worst_frame_is_a_row_of_the_ladder(network):
     assert not row.passed
 
 
-def test_frames_too_small_for_the_network_and_frames_that_are_no_numbers_have_no_row(network):
+def test_frames_too_small_for_the_network_or_not_finite_have_no_row(network):
     ours, theirs = videos()
     assert not list(video.perception(comparison(*videos(side=16))))
     assert not list(video.perception(comparison(ours * np.float32("nan"), theirs)))
@@ -58,7 +58,7 @@ def test_frames_too_small_for_the_network_and_frames_that_are_no_numbers_have_no
 @pytest.mark.parametrize(
     "error", [URLError("no route\nto host"), RuntimeError("operator nms does not exist"), AttributeError("no alexnet")]
 )
-def test_a_network_that_cannot_be_loaded_is_told_in_one_line(monkeypatch, error):
+def test_a_network_that_cannot_be_loaded_is_reported_in_one_line(monkeypatch, error):
     def fails(**_):
         raise error
 

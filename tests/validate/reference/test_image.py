@@ -1,4 +1,4 @@
-"""The reference's way from an image to the condition, and ours beside it where no engine is needed."""
+"""The reference's path from an image to the condition, compared with ours where no engine is needed."""
 
 from functools import cache
 
@@ -59,7 +59,7 @@ def official_mask(frames, height, width):
     return mask.view(1, mask.shape[1] // 4, 4, height, width).transpose(1, 2).numpy()
 
 
-def test_i2v_is_told_the_frames_it_is_given(references_of):
+def test_i2v_gets_a_mask_of_its_conditioning_frames(references_of):
     reference, _ = references_of("i2v-a14b-tiny")
     first, last = (np.full((1, 3, 32, 48), value, np.float32) for value in (0.5, -0.25))
     alone, both = reference.condition(first, 9), reference.condition(first, 9, last)
@@ -71,7 +71,7 @@ def test_i2v_is_told_the_frames_it_is_given(references_of):
     assert alone.image_inputs.condition.shape == (1, 20, 3, 4, 6)
 
 
-def test_ti2v_is_given_one_encoded_frame(references_of):
+def test_ti2v_gets_one_encoded_frame(references_of):
     reference, _ = references_of("ti2v-5b-tiny")
     found = reference.condition(np.full((1, 3, 64, 64), 0.5, np.float32), 9)
     assert found.image_inputs.first_frame.shape == (1, 48, 1, 4, 4)
@@ -96,7 +96,7 @@ def _equal(one, other):
     return (one is None and other is None) or np.array_equal(one, other)
 
 
-def test_what_is_given_changes_the_velocity(references_of):
+def test_the_image_inputs_change_the_velocity(references_of):
     random = np.random.default_rng(2)
     for model, nothing in (("i2v-a14b-tiny", np.zeros((1, 20, 1, 4, 4), np.float32)), ("ti2v-5b-tiny", None)):
         reference, spec = references_of(model)[0], SPECS[model]

@@ -1,4 +1,4 @@
-"""The reference's schedules are the published ones, and its loop takes what they hold."""
+"""The reference's schedules are the published ones, and its loop accepts all their timesteps."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_official_dpm_starts_at_pure_noise():
     assert timesteps.tolist() == [1000, 937, 833, 625]
 
 
-def test_diffusers_unipc_as_it_comes():
+def test_unmodified_diffusers_unipc():
     sigmas, timesteps = sigmas_and_timesteps(request(steps=4, shift=5.0, schedule="diffusers"))
     assert timesteps[0] == 999
     assert sigmas[0] == np.float32(1 - 1e-6)
@@ -59,7 +59,7 @@ def test_noise_is_that_of_a_cpu_generator():
 
 
 class Toward:
-    """A model whose every velocity leads from the noise to ``goal``, however long the way."""
+    """A model whose velocities lead straight from the noise to ``goal``."""
 
     def __init__(self, spec, goal):
         self.spec, self.boundary, self.goal, self.asked = spec, spec.sampling.boundary, goal, []
@@ -101,7 +101,7 @@ def test_two_steps_of_one_timestep_do_not_stop_the_run():
     assert len(list(run(model, asked, np.ones(1), None))) == 100
 
 
-def test_a_given_frame_stays_through_the_run():
+def test_a_clean_first_frame_stays_through_the_run():
     asked = request(steps=5, shift=5.0, guidance=dict.fromkeys(TINY.experts, 1.0))
     frame = np.full((*asked.latent_shape[:2], 1, *asked.latent_shape[3:]), 7, np.float32)
     model = Toward(TINY, np.float32(0))
@@ -112,7 +112,7 @@ def test_a_given_frame_stays_through_the_run():
 
 
 def test_the_noise_of_renoise_is_that_of_a_second_generator(flow_of, tmp_path):
-    """Engines and reference draw it apart: one equal draw less and the runs have nothing in common."""
+    """Engines and reference draw the noise independently; the runs agree only if every draw is equal."""
     flow = flow_of("ti2v-5b-tiny")
     options = ValidateOptions(Request(size=(64, 64), frames=1, preset="fastwan-3step", seed=2**64 - 1))
     report = validate(flow.engines, flow.checkpoint, tmp_path, options)

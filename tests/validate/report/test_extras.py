@@ -1,4 +1,4 @@
-"""What is given beside engines and checkpoint: a bench of other engines, gates that this run cannot judge."""
+"""Attachments of a report: a bench of other engines, gates that this run cannot judge."""
 
 import json
 
@@ -35,7 +35,7 @@ def bundle(tiny_engines):
 
 @pytest.fixture
 def asked(tmp_path):
-    """``asked(gate=text, bench=content)`` → options that name files of it."""
+    """``asked(gate=text, bench=content)`` → options that name files with this content."""
 
     def made(gate=None, bench=None):
         paths = {}
@@ -48,7 +48,7 @@ def asked(tmp_path):
     return made
 
 
-def test_gates_on_a_bench_that_is_not_there_are_told_as_not_judged(bundle, asked):
+def test_gates_on_a_missing_bench_are_reported_as_not_judged(bundle, asked):
     found = read_attachments(bundle, asked(BOTH))
     assert found.not_judged == "1 of [bench] not judged, no --bench given"
     assert read_attachments(bundle, asked(BOTH, BENCH)).not_judged == ""
@@ -72,7 +72,7 @@ def test_the_kernels_of_compiled_engines_are_on_the_page(flow_of, tmp_path):
     assert "5 engines inspected" in page
 
 
-def test_a_file_of_gates_on_the_bench_alone_is_enough_beside_a_bench(bundle, asked):
+def test_gates_on_the_bench_alone_are_enough_with_a_bench(bundle, asked):
     only = "[bench]\nhigh_noise.speedup.min = 1\n"
     assert len(read_attachments(bundle, asked(only, BENCH)).bench_gates) == 1
     with pytest.raises(UserError, match=r"no gate in \[validate\]"):
@@ -80,7 +80,7 @@ def test_a_file_of_gates_on_the_bench_alone_is_enough_beside_a_bench(bundle, ask
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"model": "ti2v-5b"}, "of ti2v-5b in fp32 for cpu .* expected t2v-a14b-tiny in fp32 for cpu"),
         ({"precision": "fp16"}, "of t2v-a14b-tiny in fp16 for cpu"),
@@ -90,13 +90,13 @@ def test_a_file_of_gates_on_the_bench_alone_is_enough_beside_a_bench(bundle, ask
         ({"tokens": "many"}, "tokens 'many' .* expected a int"),
     ],
 )
-def test_a_bench_of_something_else(bundle, asked, changed, told):
-    with pytest.raises(UserError, match=told):
+def test_a_bench_of_something_else(bundle, asked, changed, message):
+    with pytest.raises(UserError, match=message):
         read_attachments(bundle, asked(bench=BENCH | changed))
 
 
 def damaged():
-    """Every field of a bench, the inner ones too, exchanged for whatever JSON can hold, and left out."""
+    """Yield benches in which one field, outer or inner, is missing or replaced by any kind of JSON value."""
     whole = BENCH | {"conditions": {"target": "cpu", "load_average": [0.5, 1.0], "command": "c", "date": "d"}}
     whole |= {"machine": {"cpu": "A", "cores": 2, "gpu": "B"}, "faults": ["f"]}
     for field, value in whole.items():
