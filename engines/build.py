@@ -31,6 +31,7 @@ from wan22.errors import UserError
 from wan22.memory import peak_rss_bytes
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
+from wan22.quantities import video_text
 from wan22.residency import vae_weights_bytes
 from wan22.shapes import Profile, own_profiles
 from wan22.stamp import Stamp
@@ -150,7 +151,7 @@ def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tupl
     if manifest.size is None:
         return profiles_for(manifest.spec, options.size, options.frames)
     if asked:
-        fixed = "{}x{}, {} frames".format(*manifest.size)
+        fixed = video_text(*manifest.size)
         raise UserError(
             "--size or --frames", f"neither: the graphs are fixed to {fixed}", "export without fixed shapes"
         )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from engines.plan import EXPORT_RAM_GIB, Plan
 from wan22.costs import dit_flops, model_parameters
-from wan22.memory import gib
+from wan22.quantities import human_bytes, video_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 
 def as_text(plan: Plan) -> "list[RenderableType]":
     """What ``wan-trt plan`` prints: components, then the machine that is needed and the time it takes."""
-    return [_components(plan), _totals(plan), f"peaks from: {plan.request.target.source}"]
+    return [_components(plan), _totals(plan), *_remarks(plan)]
+
+
+def _remarks(plan: Plan) -> Iterable[str]:
+    """Lines that are too long for a table."""
+    if plan.usable_vram_bytes and plan.residency is None:
+        usable, refusal = human_bytes(plan.usable_vram_bytes), plan.refusal
+        yield f"nothing fits {usable}: {refusal.found}; {refusal.remedy}"
+    yield f"peaks from: {plan.request.target.source}"
 
 
 def _components(plan: Plan) -> "RenderableType":
@@ -23,13 +31,13 @@ def _components(plan: Plan) -> "RenderableType":
     what = f"{plan.request.spec.name}, {plan.request.precision}, for {plan.request.target.name}"
     table = Table(
         "component", "parameters", "weights", "scratch", "inputs, outputs",
-        title=f"{what}: {width}x{height}, {frames} frames, {plan.tokens:,} tokens", title_justify="left",
+        title=f"{what}: {video_text(width, height, frames)}, {plan.tokens:,} tokens", title_justify="left",
     )  # fmt: skip
     parameters = model_parameters(plan.request.spec)
     for memory in plan.memory:
         sizes = (memory.weights, memory.scratch, memory.inputs_and_outputs)
         count = parameters.get(memory.component, round(memory.weights / 4))  # a VAE's engines share some
-        table.add_row(memory.component, f"{count:,}", *map(gib, sizes))
+        table.add_row(memory.component, f"{count:,}", *map(human_bytes, sizes))
     return table
 
 
@@ -43,20 +51,19 @@ def _totals(plan: Plan) -> "RenderableType":
 
 
 def _host(plan: Plan) -> Iterable[tuple[str, str]]:
-    yield "disk: bundle, engines", f"{gib(plan.bundle_bytes)}, {gib(plan.engines_bytes)}"
-    yield "host memory: export, build", f"{EXPORT_RAM_GIB:.1f} GiB, {gib(plan.build_ram_bytes)}"
+    yield "disk: bundle, engines", f"{human_bytes(plan.bundle_bytes)}, {human_bytes(plan.engines_bytes)}"
+    yield "host memory: export, build", f"{EXPORT_RAM_GIB:.1f} GiB, {human_bytes(plan.build_ram_bytes)}"
 
 
 def _card(plan: Plan) -> Iterable[tuple[str, str]]:
-    usable = gib(plan.usable_vram_bytes)
+    usable = human_bytes(plan.usable_vram_bytes)
     for way, size in plan.vram.items():
         verdict = "" if not plan.usable_vram_bytes else f"; {'fits' if plan.fits[way] else 'exceeds'} {usable}"
-        yield f"GPU memory, {way}", gib(size) + verdict
+        yield f"GPU memory, {way}", human_bytes(size) + verdict
     if plan.usable_vram_bytes and plan.residency is not None:
         yield "--residency auto", plan.residency
     elif plan.usable_vram_bytes:
-        refusal = plan.refusal
-        yield "--residency auto", f"nothing fits {gib(plan.usable_vram_bytes)}: {refusal.found}; {refusal.remedy}"
+        yield "--residency auto", "nothing fits, see below"
 
 
 def _work(plan: Plan) -> Iterable[tuple[str, str]]:
@@ -73,4 +80,3 @@ def _work(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "time", f"no figures for {plan.request.target.name}"
     else:
         yield "at least, by roofline", f"{plan.step_seconds:.2f} s a step, {plan.video_seconds / 60:.1f} min a video"
-    yield "peaks from", plan.request.target.source

@@ -3,6 +3,7 @@
 from runtime.request import CompleteRequest, Request
 from wan22.bundle import Build, Bundle, Component, Manifest
 from wan22.errors import UserError
+from wan22.quantities import video_text
 from wan22.residency import Video
 from wan22.shapes import Profile, own_profiles
 from wan22.specs import ModelSpec
@@ -90,9 +91,9 @@ def check_video(manifest: Manifest, video: Video, hint: str = "") -> None:
     Raises:
         UserError: names the video, those that the bundle makes, and what to do.
     """
-    found = "{}x{}, {} frames".format(*video)
+    found = video_text(*video)
     if manifest.size is not None and manifest.size != video:
-        fixed = "{}x{}, {} frames, which the engines are made for".format(*manifest.size)
+        fixed = f"{video_text(*manifest.size)}, which the engines are made for"
         raise UserError(f"a video of {found}", fixed, f"leave --size and --frames out{hint}")
     ranges = _ranges(manifest)
     if not ranges or any(_holds(small, large, video) for small, _, large in ranges):
@@ -121,7 +122,7 @@ def _holds(small: Video, large: Video, video: Video) -> bool:
 
 def _in_words(small: Video, large: Video) -> str:
     if small == large:
-        return "{}x{}, {} frames".format(*small)
+        return video_text(*small)
     names = ("width", "height", "frames")
     sides = zip(names, small, large, strict=True)
     return ", ".join(f"{name} {low}" if low == high else f"{name} {low} to {high}" for name, low, high in sides)

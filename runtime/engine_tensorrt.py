@@ -23,6 +23,7 @@ from runtime.external_weights import ExternalWeights, HostCopies
 from wan22.backends import MODULES, imported
 from wan22.bundle import Component, Manifest, Tensor
 from wan22.errors import UserError
+from wan22.quantities import human_bytes
 from wan22.residency import VRAM_RESERVED
 from wan22.shapes import Profile, is_static, own_profiles, shape_of, sizes_of
 
@@ -78,8 +79,8 @@ class Device:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
             engine = self.runtime.deserialize_cuda_engine(content)
         if engine is None:
-            size = path.stat().st_size / 2**30
-            raise self.out_of_memory(f"{path.name} ({size:.1f} GiB), or it is damaged")
+            size = human_bytes(path.stat().st_size, 1)
+            raise self.out_of_memory(f"{path.name} ({size}), or it is damaged")
         if shared:
             self._shared_plans[path] = engine
         return engine
@@ -95,7 +96,7 @@ class Device:
             try:
                 self._arena = self.cupy.cuda.alloc(size_bytes)
             except self.cupy.cuda.memory.OutOfMemoryError:
-                raise self.out_of_memory(f"{size_bytes / 2**30:.1f} GiB of scratch memory") from None
+                raise self.out_of_memory(f"{human_bytes(size_bytes, 1)} of scratch memory") from None
         return int(self._arena.ptr)
 
     def release(self) -> None:
@@ -117,7 +118,7 @@ class Device:
 
     def out_of_memory(self, wanted: str) -> UserError:
         free, total = self.cupy.cuda.runtime.memGetInfo()
-        there = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB"
+        there = f"{human_bytes(free, 1)} free of {human_bytes(total, 1)}"
         remedy = "use --residency one-component, or a smaller --size"
         return UserError(f"no room for {wanted}: {there}", "more free memory", remedy)
 
@@ -163,7 +164,7 @@ class TensorRTEngine:
         try:
             addresses = weights.load(self._device.stream)
         except self._device.cupy.cuda.memory.OutOfMemoryError:
-            found = f"{weights.path.name} ({weights.size_bytes / 2**30:.1f} GiB)"
+            found = f"{weights.path.name} ({human_bytes(weights.size_bytes, 1)})"
             raise self._device.out_of_memory(found) from None
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)

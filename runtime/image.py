@@ -5,6 +5,7 @@ in the official code.
 """
 
 import io
+import re
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from wan22.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+OTHERS = (
+    (r"GIF8", "a GIF"), (r"BM", "a BMP"), (r"II\*\0|MM\0\*", "a TIFF"), (r".{4}ftypavi[fs]", "an AVIF"),
+    (r".{4}ftyp(?:hei|mif1)", "a HEIC"), (r"\xff\n|\0\0\0\fJXL ", "a JPEG XL"), (r"\0\0\0\fjP  ", "a JPEG 2000"),
+    (r"%PDF", "a PDF"), (r"\s*<(?:\?xml|svg)", "an SVG"), (r".{4}ftyp|\x1aE\xdf\xa3", "a video"),
+)  # fmt: skip
 MIN_SIDE = 16
 MAX_PIXELS = 89_478_485  # where Pillow begins to suspect a decompression bomb; 268 MB of RGB
 BACKGROUND = (255, 255, 255, 255)  # behind transparent pixels
@@ -23,7 +29,8 @@ def open_image(source: Path | bytes) -> Image.Image:
     """The image as upright RGB; transparency over white, the first frame of an animation, 16 bits cut to 8.
 
     Raises:
-        UserError: no such file, no JPEG, PNG or WebP, sides under 16 pixels, over 89 megapixels, broken data.
+        UserError: no such file, no JPEG, PNG or WebP (other kinds are named), sides under 16 pixels, over 89
+            megapixels, broken data.
     """
     name = "the image" if isinstance(source, bytes) else str(source)
     image = _opened(source, name)
@@ -53,7 +60,15 @@ def _opened(source: Path | bytes, name: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error).partition(" exceeds")[0]) from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError):
+        if kind := _kind(content):
+            raise UserError(f"{name} is {kind}", "a JPEG, PNG or WebP image", "convert it") from None
         raise UserError(f"{name} is no image", "a whole JPEG, PNG or WebP file", "convert or fetch it again") from None
+
+
+def _kind(content: bytes) -> str:
+    """What its first bytes say it is, "a GIF"; "" for what is unknown. Nothing is decoded."""
+    head = content[:64].decode("latin-1")
+    return next((kind for pattern, kind in OTHERS if re.match(pattern, head, re.DOTALL)), "")
 
 
 def _too_large(name: str, found: str) -> UserError:

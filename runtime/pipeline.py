@@ -25,7 +25,8 @@ from runtime.vae import decode, encode
 from wan22.backends import MODULES
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.errors import UserError
-from wan22.memory import available_host_bytes, gib
+from wan22.memory import available_host_bytes
+from wan22.quantities import human_bytes
 from wan22.residency import (
     RESIDENCIES,
     Memory,
@@ -139,7 +140,7 @@ class Pipeline:
         if found != self._residency:
             self._keep_only(())
             self._residency = found
-            self._tell(f"residency {found}: takes {gib(needed[found])} of {gib(available)} free")
+            self._tell(f"residency {found}: takes {human_bytes(needed[found])} of {human_bytes(available)} free")
 
     @property
     def _precisions(self) -> dict[str, Precision]:

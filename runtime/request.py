@@ -10,6 +10,7 @@ from runtime.image import open_image
 from runtime.image_condition import Fit, video_size
 from runtime.schedule import Schedule, make_schedule
 from wan22.errors import UserError, warn_once
+from wan22.quantities import counted
 from wan22.residency import Video
 from wan22.sampling import NEGATIVE_PROMPT, PRESETS, Convention, SamplingSpec, SolverName
 from wan22.specs import ModelSpec
@@ -146,7 +147,7 @@ def _warn_beyond_distillation(spec: ModelSpec, complete: "CompleteRequest") -> N
     preset = PRESETS.get(own.preset)  # None: of a bundle by a later version
     if preset and preset.distilled and (complete.steps > own.steps or complete.guided):
         guided = " with guidance" if complete.guided else ""
-        what = f"{complete.steps} steps{guided} on a checkpoint that is distilled for {own.preset}"
+        what = f"{counted(complete.steps, 'step')}{guided} on a checkpoint that is distilled for {own.preset}"
         warn_once(f"{what} ({own.steps} steps, no guidance): the video will be poor")
 
 

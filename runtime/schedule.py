@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from runtime.arrays import F32
 from wan22.errors import UserError
+from wan22.quantities import counted
 from wan22.sampling import Convention, SolverName
 from wan22.specs import TRAIN_TIMESTEPS
 
@@ -74,7 +75,7 @@ def make_schedule(
     single = np.append(sigmas, 0).astype(np.float32)
     if not (np.diff(single) < 0).all():
         raise UserError(
-            f"{steps} steps with shift {shift:g}",
+            f"{counted(steps, 'step')} with shift {shift:g}",
             "sigmas that float32 can tell apart",
             "use fewer steps or a shift nearer to 1",
         )

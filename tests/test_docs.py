@@ -14,7 +14,7 @@ import pytest
 import typer
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 FILES = ROOT / "docs" / "files.md"
 ROOMS = ("wan_trt", "wan22", "export", "engines", "runtime", "triton_repo", "validate", "studies")
 HEAD = "# Files\n\nEvery module with the first line of its docstring. `python tests/test_docs.py` makes this page.\n"

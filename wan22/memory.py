@@ -51,10 +51,6 @@ def available_host_bytes() -> float:
     return max(0.0, min(free, default=0.0))
 
 
-def gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 / 100 else f"{size_bytes / 2**20:.1f} MiB"
-
-
 def _status_bytes(key: str) -> int:
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 if found else 0

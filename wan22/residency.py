@@ -19,8 +19,8 @@ from wan22.costs import (
     text_encoder_parameters,
 )
 from wan22.errors import UserError
-from wan22.memory import gib
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
+from wan22.quantities import human_bytes
 from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, tokens
 
 Residency = Literal["all", "one-expert", "one-component"]
@@ -139,11 +139,13 @@ def refusal(
 ) -> UserError:
     """Why no way to keep components fits into ``available`` bytes, and what would."""
     worst = max(memory.values(), key=lambda each: _together([each]))
-    found = f"{worst.component} alone takes {gib(needed['one-component'])}"
+    found = f"{worst.component} alone takes {human_bytes(needed['one-component'])}"
     if worst.has_state:
-        found += f", {gib(worst.inputs_and_outputs)} of it caches and frames"
+        found += f", {human_bytes(worst.inputs_and_outputs)} of it caches and frames"
     fits = "no smaller video fits either" if fitting is None else "{}x{} with --frames {} fits".format(*fitting)
-    return UserError(found, f"at most {gib(available)}", f"{fits}; --residency one-component tries all the same")
+    return UserError(
+        found, f"at most {human_bytes(available)}", f"{fits}; --residency one-component tries all the same"
+    )
 
 
 def _together(engines: Iterable[Memory]) -> float:

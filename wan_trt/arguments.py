@@ -76,6 +76,9 @@ Limit = Annotated[
 ]
 QueueSize = Annotated[int, typer.Option(help="Number of jobs that may wait, per priority.", min=1)]
 LongestJob = Annotated[int, typer.Option(help="Seconds that a job may run and that a shutdown waits.", min=1)]
+RequireSignature = Annotated[
+    Path | None, typer.Option(help="Public Ed25519 key (PEM) that must have signed the engines.", metavar="KEY")
+]
 
 # headings of --help and the parameters under them; all others stay under "Options"
 GROUPS = {

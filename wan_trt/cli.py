@@ -83,8 +83,8 @@ def scale() -> None:
     raise UserError("wan-trt scale has moved", "python -m studies.full_size", "run it in a checkout of the source")
 
 
-bundles = typer.Typer(no_args_is_help=True, help="Verify, copy or clean up bundles.", context_settings=HELP)
-for verb in (bundle.verify, bundle.pack, bundle.clean):
+bundles = typer.Typer(no_args_is_help=True, help="Verify, sign, copy or clean up bundles.", context_settings=HELP)
+for verb in (bundle.verify, bundle.sign, bundle.pack, bundle.clean):
     bundles.command(verb.__name__, context_settings=HELP)(guarded(with_groups(verb)))
 app.add_typer(bundles, name="bundle", rich_help_panel="Check")
 loras = typer.Typer(no_args_is_help=True, help="Merge LoRAs into engines with external weights.", context_settings=HELP)

@@ -20,6 +20,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from wan22.progress import Progress
+from wan22.quantities import human_bytes
 
 
 class _Console(Console):
@@ -48,7 +49,6 @@ def tolerate_any_encoding() -> None:
 
 
 console = _Console(highlight=False, soft_wrap=True, markup=False)  # names of files and prompts may hold brackets
-GIBIBYTE = 2**30
 
 
 @contextmanager
@@ -84,8 +84,8 @@ def bars(*, beside_json: bool = False) -> Iterator[Progress]:
 def _amount(done: int, total: int, unit: str, seconds: float) -> str:
     if unit != "bytes":
         return f"{done}/{total} {unit}"
-    rate = f", {done / GIBIBYTE / seconds:.2f} GiB/s" if seconds > 0 else ""
-    return f"{done / GIBIBYTE:.2f}/{total / GIBIBYTE:.2f} GiB{rate}"
+    rate = f", {human_bytes(done / seconds)}/s" if seconds > 0 else ""
+    return f"{human_bytes(done)} of {human_bytes(total)}{rate}"
 
 
 def tell_unread(plans: Sequence[str]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import typer
 
 from wan22.errors import NonFiniteError, UserError, disk_error
-from wan22.memory import available_host_bytes, gib
+from wan22.memory import available_host_bytes
+from wan22.quantities import human_bytes
 from wan_trt.console import tolerate_any_encoding
 from wan_trt.extras import told_missing
 
@@ -57,7 +58,7 @@ def guarded(run: Callable[..., int | None], program: str = "wan-trt") -> Callabl
 def _out_of_memory(error: MemoryError) -> str:
     """The line for an allocation that failed; numpy says what it wanted."""
     wanted = f": {error}" if str(error) else ""
-    available = gib(available_host_bytes())
+    available = human_bytes(available_host_bytes())
     return f"out of memory{wanted} | expected at most {available} | ask for a smaller --size or fewer --frames"
 
 

@@ -13,7 +13,7 @@ from export.graphs.dit import dit_graph
 from export.graphs.linear import Fp8
 from export.graphs.weights_file import declared
 from wan22.errors import UserError
-from wan22.memory import gib
+from wan22.quantities import human_bytes
 from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
 
 FP8 = Precision.FP8
@@ -99,7 +99,7 @@ def test_every_target_has_a_plan_that_says_what_auto_chooses(target):
     if target.name == "cpu":
         assert "--residency auto" not in text
     elif plan.residency is None:
-        assert f"nothing fits {gib(plan.usable_vram_bytes)}: vae_decoder_next alone takes 20.79 GiB, " in text
+        assert f"nothing fits {human_bytes(plan.usable_vram_bytes)}: vae_decoder_next alone takes 20.79 GiB, " in text
         assert "12.02 GiB of it caches and frames" in text
     else:
         assert plan.needed[plan.residency] <= plan.usable_vram_bytes

@@ -122,7 +122,7 @@ def test_engines_share_one_arena_as_large_as_the_largest_needs(opened, tmp_path)
 
 def test_too_little_memory_says_how_much_there_is(opened):
     _, engine = opened(FakeEngine(doubled, 20_000))
-    with engine, pytest.raises(UserError, match=r"no room for 0.0 GiB of scratch .*1.0 GiB free of 24.0 GiB"):
+    with engine, pytest.raises(UserError, match=r"no room for 19.5 KiB of scratch .*1.0 GiB free of 24.0 GiB"):
         engine(x=row(1))
 
 

@@ -31,7 +31,8 @@ class Serve:
     def __init__(self, engines, folder, *options):
         self.http, self.grpc, self.metrics = free_ports(3)
         ports = [f"--http-port={self.http}", f"--grpc-port={self.grpc}", f"--metrics-port={self.metrics}"]
-        code = f"import sys; from wan_trt.cli import main; sys.argv = {['wan-trt', 'serve', str(engines), *ports, *options]!r}; main()"
+        words = ["wan-trt", "serve", str(engines), *ports, *options]
+        code = f"import sys; from wan_trt.cli import main; sys.argv = {words!r}; main()"
         self.command = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
         )

@@ -167,3 +167,12 @@ def test_a_disk_that_is_full_loses_no_result(tiny_engines, tmp_path, capsys, mon
     assert json.loads(told.out.strip().splitlines()[-1])["passed"] is True
     assert f"disk full while writing output {tmp_path / 'bench.json'}" in told.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("terminal", "options", "lines"), [(True, [], 0), (True, ["--json", "-"], 1), (False, [], 1)])
+def test_a_terminal_gets_json_only_when_asked(tiny_engines, tmp_path, monkeypatch, capsys, terminal, options, lines):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    assert status(tiny_engines, *QUICK, *options) == 0
+    assert sum(line.startswith("{") for line in capsys.readouterr().out.splitlines()) == lines
+    assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import numpy as np
 from validate.bench.machine import BUSY, usable_cores
 from validate.bench.samples import Ratio, Samples
 from validate.gate import Gate, Verdict, check_mark, judge
+from wan22.quantities import counted, video_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,8 +73,9 @@ class ServedBench:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("one job, ms", "median", "p90", title="{model}: {width}x{height}, {frames} frames, {steps} steps")
-        table.title = str(table.title).format(**self.facts)
+        model, *size = (self.facts[name] for name in ("model", "width", "height", "frames"))
+        title = f"{model}: {video_text(*size)}, {counted(self.facts['steps'], 'step')}"
+        table = Table("one job, ms", "median", "p90", title=title)
         for side in (DIRECT, SERVED):
             table.add_row(side, *(f"{1000 * s:.1f}" for s in (self.samples[side].median, self.samples[side].p90)))
         table.add_row("inside the model", f"{1000 * float(np.median(self.inside_s)):.1f}", "")

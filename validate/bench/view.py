@@ -14,6 +14,7 @@ from validate.bench.samples import Ratio, Samples
 from validate.bench.whole_run import Runs, step_ratio, total_ratio
 from validate.bench.work import COMPILED, EAGER, OURS
 from validate.gate import check_mark
+from wan22.quantities import video_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,7 +48,8 @@ def as_text(report: BenchReport) -> "Iterator[RenderableType]":
 
 
 def _result(result: BenchResult) -> "Iterator[RenderableType]":
-    title = "{model} {precision}: {width}x{height}, {frames} frames, {tokens:,} tokens".format(**result.facts)
+    video = video_text(*(result.facts[name] for name in ("width", "height", "frames")))
+    title = "{model} {precision}: {video}, {tokens:,} tokens".format(**result.facts, video=video)
     yield Text(title, "bold")
     yield _times(result.pieces)
     if len(result.pieces[0].samples) > 1:

@@ -21,6 +21,7 @@ from validate.ladder.thresholds import Limit, Measure
 from validate.reference.parts import F32, time_features
 from validate.reference.reference import Reference
 from validate.reference.whole_run import ReferenceStep, noise, sigmas_and_timesteps
+from wan22.quantities import counted
 from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
 
 VELOCITY_POINTS = 4  # timesteps per expert, evenly spaced over its range
@@ -194,8 +195,8 @@ def text_mode(comparison: Comparison) -> Iterator[Row]:
     for expert in comparison.spec.experts:
         yield from _velocities_everywhere(plain, expert, "text mode, velocity at t = {:g}")
     last = _step(plain, plain.reference_steps[-1])
-    name, note = "text mode, latents after the last step", last.note or f"{last.step} steps on each side"
-    yield replace(last, name=name, note=note, step=None)
+    note = last.note or f"{counted(last.step or 0, 'step')} on each side"
+    yield replace(last, name="text mode, latents after the last step", note=note, step=None)
 
 
 def decoder(comparison: Comparison) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.request import CompleteRequest
@@ -10,6 +11,7 @@ from validate.ladder.onnx_side import how_made
 from validate.options import ValidateOptions
 from validate.reference.device import Device
 from wan22.bundle import Manifest
+from wan22.quantities import counted, video_text
 from wan22.specs import Precision
 
 if TYPE_CHECKING:
@@ -35,15 +37,15 @@ def facts(
         "model": manifest.spec.name,
         "precision": "; ".join((str(manifest.precision), *higher)),
         **({"target": build.target, "backend": f"{build.backend} {build.backend_version}"} if build else {}),
-        "checkpoint": f"{checkpoint.folder} ({checkpoint.source.layout} layout)",
+        "checkpoint": f"{_where(checkpoint)} ({checkpoint.source.layout} layout)",
         "fingerprint": checkpoint.source.fingerprint,
         **({"LoRAs": "; ".join(loras)} if loras else {}),
-        "video": f"{request.width}x{request.height}, {request.frames} frames",
+        "video": video_text(request.width, request.height, request.frames),
         **dict(_images(options, request)),
         "prompt": _all([each.prompt for each in requests], "prompts: see each case"),
         "negative prompt": request.negative_prompt,
-        "sampling": f"{request.solver}, {request.schedule} schedule, {request.steps} steps, shift {request.shift:g}, "
-        f"{_seeds(requests)}, guidance {guidance}{_switch(request)}",
+        "sampling": f"{request.solver}, {request.schedule} schedule, {counted(request.steps, 'step')}, "
+        f"shift {request.shift:g}, {_seeds(requests)}, guidance {guidance}{_switch(request)}",
         "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in _ways(manifest).items()),
         "reference": _reference(manifest, device),
         **dict(second_reference(options, request)),
@@ -69,7 +71,7 @@ def _seeds(requests: Sequence[CompleteRequest]) -> str:
 def _switch(request: CompleteRequest) -> str:
     """The switch between the experts, if the request overrides the model's."""
     if request.switch_step is not None:
-        return f", {request.switch_step} steps of the high-noise expert"
+        return f", {counted(request.switch_step, 'step')} of the high-noise expert"
     return "" if request.boundary is None else f", boundary {request.boundary:g}"
 
 
@@ -104,6 +106,11 @@ def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iter
                 f"; it has no {request.solver} with the {request.schedule} schedule, so its run is not compared"
             )
         yield "second reference", description
+
+
+def _where(checkpoint: "Checkpoint") -> str:
+    """Its folder; the files themselves where they were named one by one."""
+    return str(checkpoint.folder) if checkpoint.folder != Path() else checkpoint.source.checkpoint
 
 
 def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from validate.report.to_markdown import as_markdown
 from validate.report.worst import FAILED, worst_values
 from wan22.errors import UserError
 from wan22.files import Claim, claim, write_files
+from wan22.quantities import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -94,10 +95,11 @@ class ValidationReport:
 
     def _row_sentences(self) -> Iterator[str]:
         if not self.failed:
-            yield f"{len(self.rows)} of {len(self.rows)} checks passed"
+            yield f"{len(self.rows)} of {counted(len(self.rows), 'check')} passed"
             return
         first, step, bad = self.failed[0], self.first_diverging_step, self.first_not_finite
-        yield f"{len(self.failed)} of {len(self.rows)} checks failed, the first: {first.name} ({first.component})"
+        failed = f"{len(self.failed)} of {counted(len(self.rows), 'check')} failed"
+        yield f"{failed}, the first: {first.name} ({first.component})"
         if step is not None:
             yield f"first diverging step: {step.step}, t = {step.timestep:g}, {step.component}"
         if bad is not None:

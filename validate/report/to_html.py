@@ -12,6 +12,7 @@ from validate.ladder.metrics import why_no_lpips
 from validate.ladder.row import Row
 from validate.plots import drift_plot, in_all_themes
 from validate.report.text import Line, by_section, limit_text, line, number, verdict_words
+from wan22.quantities import counted
 
 if TYPE_CHECKING:
     from validate.report.case_report import CaseReport
@@ -102,7 +103,7 @@ def status_lights(report: "ValidationReport") -> list[StatusLight]:
     its, missed = report.attached, len(report.missed)
     faults = its.bench["faults"] if its.bench else []
     problems = [problem for engine in its.fusion for problem in engine["problems"]]
-    parity = f"{len(report.rows) - len(report.failed)} of {len(report.rows)} checks passed"
+    parity = f"{len(report.rows) - len(report.failed)} of {counted(len(report.rows), 'check')} passed"
     kept = f"{len(report.verdicts) - missed} of {len(report.verdicts)} kept" if report.verdicts else "no --gate given"
     kept = "; ".join(filter(None, (kept, its.not_judged)))
     busy = its.bench is not None and was_busy(its.bench)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -48,11 +49,13 @@ def run(
     plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, .png or .html.")] = None,
     triton: Annotated[bool, typer.Option("--triton", help="Measure what a server adds to a run instead.")] = False,
     topology: given.Topology = "owner",
-    output: Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file; - prints it.")
+    ] = None,
 ) -> int:
     """Measure time and memory of engines, beside PyTorch where a checkpoint is given.
 
-    Output that does not go to a terminal ends with one JSON object, with units in its keys.
+    Output to a pipe or file ends with one JSON object, with units in its keys; --json - prints it on a terminal too.
     """
     request = given.request_from(locals())
     from validate.bench.work import RUNS, BenchOptions
@@ -66,7 +69,9 @@ def run(
     _check(sweep, values, plot, gate, compare)
     if triton and (checkpoint or sweep or compare):
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", "run it on its own")
-    with whole_file(output, "output", make_folder=False) if output is not None else nullcontext() as new:
+    to_stdout = str(output) == "-" or not sys.stdout.isatty()
+    in_file = output is not None and str(output) != "-"
+    with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
         if triton:
             found, passed = _served(engines, options, runs, topology, gate)
         elif sweep is not None:
@@ -74,7 +79,8 @@ def run(
         else:
             found, passed = _benched(engines, checkpoint, options, gate, compare)
         line = json.dumps(found, separators=(",", ":"), allow_nan=False)
-        print(line, flush=True)
+        if to_stdout:
+            print(line, flush=True)
         if new is not None:
             new.write_text(f"{line}\n")
     return 0 if passed else 1

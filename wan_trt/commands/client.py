@@ -12,6 +12,7 @@ import typer
 from wan22.errors import UserError
 from wan22.files import Claim, claim_file
 from wan22.progress import Progress
+from wan22.quantities import video_text
 from wan22.specs import TEXT_TOKENS
 from wan_trt import arguments as given
 from wan_trt.console import bars, console
@@ -121,7 +122,8 @@ class _Job:
 
 def _told(result: "Result") -> str:
     event = result.event
-    return f"{event['width']}x{event['height']}, {event['frames']} frames at {event['fps']} fps, seed {event['seed']}"
+    shown = video_text(event["width"], event["height"], event["frames"])
+    return f"{shown} at {event['fps']} fps, seed {event['seed']}"
 
 
 def _format(output: Path) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from wan22.errors import UserError
+from wan22.quantities import human_bytes
 from wan22.specs import Precision
 from wan_trt.arguments import Frames, Overwrite, Size, blocks_of, size_of
 from wan_trt.console import bars, command_line, console
@@ -169,4 +170,4 @@ def _tell(made: "Bundle") -> None:
     manifest = made.manifest
     size_bytes = sum(file.size_bytes for file in manifest.files().values())
     names = ", ".join(component.name for component in manifest.components)
-    console.print(f"{manifest.spec.name} {manifest.precision}, {size_bytes / 2**30:.2f} GiB: {made.folder} ({names})")
+    console.print(f"{manifest.spec.name} {manifest.precision}, {human_bytes(size_bytes)}: {made.folder} ({names})")

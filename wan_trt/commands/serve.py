@@ -36,6 +36,7 @@ def run(
         float, typer.Option(help="Seconds without a sign of the model before it counts as dead.", min=1)
     ] = 120,
     residency: given.Residency = "auto",
+    require_signature: given.RequireSignature = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Triton's log.")] = False,
 ) -> int:
     """Serve engines from Triton until Ctrl-C or SIGTERM.
@@ -43,6 +44,10 @@ def run(
     The running job is finished first; a second Ctrl-C ends it.
     """
     limits = given.limits_of(locals())
+    if require_signature is not None:
+        from runtime.signature import check_signature
+
+        check_signature(engines, require_signature)
     from triton_repo.bls_repository import CPU
     from triton_repo.installation import default_environments, find_installation
     from triton_repo.repository import RepositoryOptions, is_for_gpu, write_repository

@@ -35,6 +35,7 @@ from wan22.errors import UserError
 from wan22.files import whole_file
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
+from wan22.quantities import counted
 from wan22.residency import ONE_EXPERT, ResidencyChoice
 from wan22.specs import Precision
 
@@ -70,8 +71,8 @@ class Calibration:
     @property
     def coverage(self) -> str:
         linears = sum(map(len, self.inputs.values()))
-        runs = ", ".join(f"{count} forwards of {expert}" for expert, count in self.forwards.items())
-        return f"{linears} linears, {self.prompts} prompts of {self.steps} steps: {runs}"
+        runs = ", ".join(f"{counted(count, 'forward')} of {expert}" for expert, count in self.forwards.items())
+        return f"{linears} linears, {counted(self.prompts, 'prompt')} of {counted(self.steps, 'step')}: {runs}"
 
     def table(self) -> "Table":
         """Largest inputs over the blocks, by expert and kind of linear."""

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from runtime.built_for import check_plans
+from runtime.signature import SIGNATURE
 from wan22.bundle import MANIFEST, Bundle, check_disk, kind_of, open_bundle, refuse_existing, staged
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
@@ -20,7 +21,8 @@ def pack(bundle: Path, folder: Path, *, overwrite: bool = False, progress: Progr
     check_graphs(source)
     check_plans(source)
     files = [bundle / path for path in (MANIFEST, *source.manifest.files())]
-    files += [path for path in bundle.rglob("*.log") if path.is_file() and not path.is_symlink()]  # of builders
+    others = [*bundle.rglob("*.log"), bundle / SIGNATURE]  # builders' logs and the signature are in no manifest
+    files += [path for path in others if path.is_file() and not path.is_symlink()]
     total, done = sum(file.stat().st_size for file in files), 0
     check_disk(folder, total)
     with staged(folder, overwrite=overwrite) as temporary:
