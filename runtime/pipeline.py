@@ -229,9 +229,8 @@ class Pipeline:
         Raises:
             UserError: before any work, a video that the engines were not built for or that does not fit into memory.
         """
-        video = (request.width, request.height, request.frames)
-        check_video(self.bundle.manifest, video)
-        self.fit(video)
+        check_video(self.bundle.manifest, request.video)
+        self.fit(request.video)
         positive = self.text(request.prompt)
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None
         schedule = request.noise_schedule()

@@ -184,6 +184,10 @@ class CompleteRequest:
         return replace(spec, sampling=replace(spec.sampling, boundary=boundary, switch_step=self.switch_step))
 
     @property
+    def video(self) -> Video:
+        return self.width, self.height, self.frames
+
+    @property
     def guided(self) -> bool:
         """Some step needs the unconditional pass."""
         return any(value != 1 for value in self.guidance.values())
