@@ -13,7 +13,7 @@ from runtime.arrays import F32
 from runtime.denoise import Conditions, Step, denoise
 from runtime.engine import Engine
 from runtime.forward_inputs import text_rows
-from runtime.image_condition import conditioning_video, fitted, i2v_condition
+from runtime.image_condition import conditioning_video, fit_image, i2v_condition
 from runtime.noise import standard_normal
 from runtime.request import CompleteRequest
 from runtime.solver import make_solver
@@ -110,11 +110,13 @@ class Pipeline:
         if request.image is None:
             return {}
         size = (request.width, request.height)
-        first = fitted(request.image, self.spec.takes.resizing, size, request.fit)
+        first = fit_image(request.image, self.spec.takes.resizing, size, request.fit)
         if self.spec.takes.clean_first_frame:
             return {"first_frame": encode(self.engine("vae_encoder_first"), None, first)}
         has_last = request.last_image is not None
-        last = fitted(request.last_image, self.spec.takes.resizing, size, request.fit) if request.last_image else None
+        last = (
+            fit_image(request.last_image, self.spec.takes.resizing, size, request.fit) if request.last_image else None
+        )
         video = conditioning_video(first, request.frames, last)
         following = self.engine("vae_encoder_next") if request.frames > 1 else None
         latents = encode(self.engine("vae_encoder_first"), following, video)

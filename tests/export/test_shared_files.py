@@ -1,4 +1,4 @@
-"""With ``--link``, what a checkpoint stores as the graphs want it is not copied: same bytes on disk, same results."""
+"""With ``--link``, tensors in the graphs' dtype and shape are not copied: same bytes on disk, same results."""
 
 import shutil
 
