@@ -57,6 +57,7 @@ class ExportPart:
         weights = source.weights[self.weights]
         if self.precision.linears is not Number.FP8:
             return weights.pieces
-        fp8 = Fp8Weights(weights.read, source.spec.dit, self.quantised, self.input_scales, self.input_means)
+        measured = self.input_scales, self.input_means
+        fp8 = Fp8Weights(weights.read, source.spec.dit, self.quantised, *measured, codes=weights.codes)
         stored = frozenset(weights.names()) - self.remade
         return lambda key: weights.pieces(key) if key in stored else fp8.pieces(key)

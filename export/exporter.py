@@ -40,6 +40,16 @@ from wan22.specs import ModelSpec, Precision
 
 log = logging.getLogger(__name__)
 
+SAME_INPUT = (  # groups of a block's linears that read the same input
+    ("self_attn.q", "self_attn.k", "self_attn.v"),
+    ("self_attn.o",),
+    ("cross_attn.q",),
+    ("cross_attn.k", "cross_attn.v"),
+    ("cross_attn.o",),
+    ("ffn.0",),
+    ("ffn.2",),
+)
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 
 
@@ -114,6 +124,7 @@ class _Measured:
 
     scales: Mapping[str, float] = field(default_factory=dict)
     means: Mapping[str, Array] = field(default_factory=dict)
+    wide_blocks: frozenset[int] = frozenset()  # blocks that the checkpoint's publisher did not quantise
 
 
 def _read_measured(source: Checkpoint, base: Checkpoint, options: ExportOptions) -> dict[str, _Measured]:
@@ -135,7 +146,27 @@ def _read_measured(source: Checkpoint, base: Checkpoint, options: ExportOptions)
         for expert, of_expert in read_input_means(means, source.spec).items():
             _check_weights(means, of_expert.weights, expert, (source, base))
             found[expert] = _Measured(means=of_expert.inputs)
+    if scales is None and means is None:
+        in_fp8 = [expert for expert in source.spec.experts if precisions_of(source.spec, options)[expert].quantised]
+        found = {expert: _read_calibration(source, expert) for expert in in_fp8}
     return found
+
+
+def _read_calibration(source: Checkpoint, expert: str) -> _Measured:
+    """The input scales of a checkpoint calibrated for FP8, and the blocks that it does not quantise.
+
+    Linears that read the same input get the largest of their scales.
+    """
+    weights, entering = source.weights[expert], dict[str, float]()
+    for block in range(source.spec.dit.layers):
+        for inputs in SAME_INPUT:
+            found = [weights.codes(f"blocks.{block}.{linear}.weight") for linear in inputs]
+            scales = [codes.entering for codes in found if codes is not None and codes.entering is not None]
+            if len(scales) == len(inputs):
+                entering |= {f"blocks.{block}.{linear}": max(scales) for linear in inputs}
+    calibrated = {int(linear.split(".")[1]) for linear in entering}
+    wide = frozenset(range(source.spec.dit.layers)) - calibrated if calibrated else frozenset[int]()
+    return _Measured(entering, wide_blocks=wide)
 
 
 def _check_weights(path: Path, scales: Scales, expert: str, sources: tuple[Checkpoint, Checkpoint]) -> None:
@@ -174,7 +205,8 @@ def _expert_parts(
     for expert in spec.experts:
         known, precision = measured.get(expert, _Measured()), precisions[expert]
         lengths = {linear: len(mean) for linear, mean in known.means.items()}
-        fp8 = fp8_of(precision, options, known.scales, lengths)
+        kept = replace(options, keep_high_precision=options.keep_high_precision | known.wide_blocks)
+        fp8 = fp8_of(precision, kept, known.scales, lengths)
         alike = [graph for *of, graph in authored if of == [precision, fp8]]
         graph = alike[0] if alike else dit_graph(spec.dit, compute_type(precision), dims, fp8)
         authored.append((precision, fp8, graph))

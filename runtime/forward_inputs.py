@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from runtime.arrays import F32, array_namespace
 from wan22.errors import UserError
 from wan22.parts import DitSpec, rope_split
-from wan22.specs import PATCH, TEXT_TOKENS
+from wan22.specs import PATCH, POSITIONS, TEXT_TOKENS
 
 THETA = 10000.0
-POSITIONS = 1024  # the models' maximum per axis
 
 
 def forward_inputs(

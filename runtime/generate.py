@@ -13,6 +13,7 @@ from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.video import check_destination, encode_video, renamed_at_end
 from wan22.progress import Progress, silent
+from wan22.residency import ResidencyChoice
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,24 @@ def generate(
     output: Path,
     *,
     fps: int | None = None,
+    residency: ResidencyChoice = "auto",
+    overwrite: bool = False,
     progress: Progress = silent,
 ) -> Generated:
-    """Runs ``request`` and writes ``output``, as ``write_video`` has it.
+    """Runs ``request`` and writes ``output``, as ``write_video`` has it; ``overwrite`` replaces a folder of frames.
+
+    ``residency`` is for engines at a path, which are opened for this run alone; a pipeline has its own.
 
     Raises:
-        UserError: anything wrong with request, engines or output, told before any work where it can be.
+        UserError: anything wrong with request, engines or output, before any work where it can be.
     """
     if isinstance(engines, Path):
-        with Pipeline.open(engines) as pipeline:
-            return generate(pipeline, request, output, fps=fps, progress=progress)
+        with Pipeline.open(engines, residency=residency, once=True) as pipeline:
+            return generate(pipeline, request, output, fps=fps, overwrite=overwrite, progress=progress)
     pipeline, timings = engines, Timings()
-    complete = request.completed(pipeline.spec, pipeline.bundle.manifest.size)
-    rate = fps or pipeline.spec.sampling.fps
-    check_destination(output, complete.frames)
-    with renamed_at_end(output) as new:
+    complete, rate = pipeline.complete(request), fps or pipeline.spec.sampling.fps
+    check_destination(output, complete.frames, overwrite=overwrite)
+    with renamed_at_end(output, overwrite=overwrite) as new:
         with timings.stage("denoise"):
             for step in pipeline.denoise(complete):
                 timings.steps.append(

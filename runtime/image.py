@@ -4,6 +4,7 @@ The result is upright, opaque, 8-bit RGB. Pillow decodes; colour profiles are ig
 """
 
 import io
+import re
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from wan22.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+OTHERS = (
+    (r"GIF8", "a GIF"), (r"BM", "a BMP"), (r"II\*\0|MM\0\*", "a TIFF"), (r".{4}ftypavi[fs]", "an AVIF"),
+    (r".{4}ftyp(?:hei|mif1)", "a HEIC"), (r"\xff\n|\0\0\0\fJXL ", "a JPEG XL"), (r"\0\0\0\fjP  ", "a JPEG 2000"),
+    (r"%PDF", "a PDF"), (r"\s*<(?:\?xml|svg)", "an SVG"), (r".{4}ftyp|\x1aE\xdf\xa3", "a video"),
+)  # fmt: skip
 MIN_SIDE = 16
 MAX_PIXELS = 89_478_485  # Pillow's limit for suspected decompression bombs; 268 MB of RGB
 BACKGROUND = (255, 255, 255, 255)  # behind transparent pixels
@@ -22,8 +28,8 @@ def open_image(source: Path | bytes) -> Image.Image:
     """The image, or the first frame of an animation, as upright 8-bit RGB with transparency on white.
 
     Raises:
-        UserError: the file is missing, damaged, not JPEG, PNG or WebP, under 16 pixels wide or high, or over 89
-            megapixels.
+        UserError: the file is missing, damaged, not JPEG, PNG or WebP (the message names other known formats), under 16
+            pixels wide or high, or over 89 megapixels.
     """
     name = "the image" if isinstance(source, bytes) else str(source)
     image = _read_header(source, name)
@@ -54,8 +60,16 @@ def _read_header(source: Path | bytes, name: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error).partition(" exceeds")[0]) from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError):
-        expected = "an undamaged JPEG, PNG or WebP file"
-        raise UserError(f"{name} is not an image", expected, "convert or download it again") from None
+        if kind := _kind(content):
+            raise UserError(f"{name} is {kind}", "a JPEG, PNG or WebP image", "convert it") from None
+        found = f"{name} has an unknown or damaged format"
+        raise UserError(found, "a JPEG, PNG or WebP file", "convert or download it again") from None
+
+
+def _kind(content: bytes) -> str:
+    """The format according to the first bytes, such as "a GIF"; "" if unknown. Decodes nothing."""
+    head = content[:64].decode("latin-1")
+    return next((kind for pattern, kind in OTHERS if re.match(pattern, head, re.DOTALL)), "")
 
 
 def _too_large(name: str, found: str) -> UserError:

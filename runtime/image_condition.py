@@ -14,9 +14,8 @@ from PIL import Image
 
 from runtime.arrays import F32
 from runtime.bicubic import resize_bicubic
-from runtime.forward_inputs import POSITIONS
 from wan22.errors import UserError
-from wan22.specs import ModelSpec, Resizing
+from wan22.specs import POSITIONS, ModelSpec, Resizing
 
 Fit = Literal["official", "crop"]
 Size = tuple[int, int]  # width, height in pixels

@@ -1,6 +1,5 @@
 """What a user asks a pipeline for, and its completion with the model's defaults."""
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -11,11 +10,13 @@ from runtime.image import open_image
 from runtime.image_condition import Fit, video_size
 from runtime.schedule import Schedule, make_schedule
 from wan22.errors import UserError, warn_once
+from wan22.quantities import counted
+from wan22.residency import Video
 from wan22.sampling import NEGATIVE_PROMPT, PRESETS, Convention, SamplingSpec, SolverName
 from wan22.specs import ModelSpec
 
 T = TypeVar("T")
-Shape = tuple[int, int, int]  # width, height in pixels, frames
+MOST_GUIDANCE = 100
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,21 @@ class Request:
     solver: SolverName | None = None
     schedule: Convention | None = None
 
-    def shape(self, spec: ModelSpec, fixed: Shape | None = None) -> Shape:
-        """The size that is asked for, before an image gives it its shape, and the frames; defaults from ``fixed``."""
-        width, height, frames = fixed or (*spec.sampling.sizes[0], spec.sampling.frames)
+    def shape(self, spec: ModelSpec, usual: Video | None = None) -> Video:
+        """The size that is asked for, before an image gives it its shape, and the frames; defaults from ``usual``."""
+        width, height, frames = usual or (*spec.sampling.sizes[0], spec.sampling.frames)
         return (*(self.size or (width, height)), _or(self.frames, frames))
 
-    def completed(self, spec: ModelSpec, fixed: Shape | None = None) -> "CompleteRequest":
+    def completed(self, spec: ModelSpec, usual: Video | None = None) -> "CompleteRequest":
         """The request with images opened and every default filled in.
 
         Args:
             spec: of the model, whose defaults these are.
-            fixed: the only video that the engines make, where their shapes are fixed.
+            usual: the video where the request states none, see :func:`runtime.built_for.completed`.
 
         Raises:
             UserError: no prompt, an image where none belongs or none where one does, a size, frames, guidance, boundary
-                or preset that the model cannot have, another video than ``fixed``, steps and a shift that make no
-                schedule.
+                or preset that the model cannot have, steps and a shift that make no schedule.
         """
         if self.prompt is None:
             raise UserError("no prompt", "some text", "describe a video")
@@ -67,15 +67,11 @@ class Request:
                 raise UserError(f"prompt {text!r}", "text that UTF-8 can hold", "write it in UTF-8")
         sampling = (spec if self.preset is None else spec.with_preset(self.preset)).sampling
         image = self._image(spec)
-        width, height, frames = self.shape(spec, fixed)
+        width, height, frames = self.shape(spec, usual)
         if image is not None:
             size = (width, height)
             width, height = video_size(spec, image.size, size, self.fit, exact_official=self.exact_official)
         latent_shape = spec.latent_shape(width, height, frames)
-        if fixed and fixed != (width, height, frames):
-            found, expected = ("{}x{}, {} frames".format(*shape) for shape in ((width, height, frames), fixed))
-            remedy = "leave --size and --frames out; with an image try --fit crop"
-            raise UserError(f"a video of {found}", f"{expected}, which the engines are made for", remedy)
         complete = CompleteRequest(
             prompt=self.prompt,
             negative_prompt=_or(self.negative_prompt, _or(sampling.negative_prompt, NEGATIVE_PROMPT)),
@@ -136,8 +132,9 @@ class Request:
         for name, value in given.items():
             if name not in spec.experts:
                 raise UserError(f"guidance for {name!r}", f"one of {', '.join(spec.experts)}", "name an expert")
-            if not math.isfinite(value) or value < 0:
-                raise UserError(f"guidance {value} for {name}", "a finite number, at least 0", "1 means no guidance")
+            if not 0 <= value <= MOST_GUIDANCE:
+                expected = f"a finite number from 0 to {MOST_GUIDANCE}"
+                raise UserError(f"guidance {value} for {name}", expected, "the models use 3 to 5; 1 means no guidance")
         return {**sampling.guidance, **given}
 
 
@@ -150,7 +147,7 @@ def _warn_beyond_distillation(spec: ModelSpec, complete: "CompleteRequest") -> N
     preset = PRESETS.get(own.preset)  # None: of a bundle by a later version
     if preset and preset.distilled and (complete.steps > own.steps or complete.guided):
         guided = " with guidance" if complete.guided else ""
-        what = f"{complete.steps} steps{guided} on a checkpoint that is distilled for {own.preset}"
+        what = f"{counted(complete.steps, 'step')}{guided} on a checkpoint that is distilled for {own.preset}"
         warn_once(f"{what} ({own.steps} steps, no guidance): the video will be poor")
 
 

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from runtime.arrays import F32
 from wan22.errors import UserError
+from wan22.quantities import counted
 from wan22.sampling import Convention, SolverName
 from wan22.specs import TRAIN_TIMESTEPS
 
@@ -63,9 +64,9 @@ def make_schedule(
     ``listed`` are explicit noise levels without the final 0; they replace those derived from steps and shift.
 
     Raises:
-        UserError: a name is unknown, ``steps`` is below 1, the shift is not positive, or neighbouring sigmas are equal
-            in float32 (too many steps or too strong a shift). Also if ``listed`` does not fall strictly from at most 1
-            to above 0.
+        UserError: a name is unknown, ``steps`` is below 1 or above the number of timesteps, the shift is not positive,
+            or neighbouring sigmas are equal in float32 (too many steps or too strong a shift). Also if ``listed`` does
+            not fall strictly from at most 1 to above 0.
     """
     _check(solver, steps, shift, convention)
     if listed:
@@ -74,7 +75,7 @@ def make_schedule(
     single = np.append(sigmas, 0).astype(np.float32)
     if not (np.diff(single) < 0).all():
         raise UserError(
-            f"{steps} steps with shift {shift:g}",
+            f"{counted(steps, 'step')} with shift {shift:g}",
             "sigmas that differ in float32",
             "use fewer steps or a shift closer to 1",
         )
@@ -104,6 +105,9 @@ def _check(solver: str, steps: int, shift: float, convention: str) -> None:
             raise UserError(f"{what} {value!r}", f"one of {', '.join(get_args(known))}", "choose one of these")
     if steps < 1:
         raise UserError(f"{steps} steps", "at least 1", "use more steps")
+    if steps > TRAIN_TIMESTEPS:
+        expected = f"at most {TRAIN_TIMESTEPS}, the models' number of timesteps"
+        raise UserError(f"{steps} steps", expected, "use fewer steps")
     if not (math.isfinite(shift) and shift > 0):
         raise UserError(f"shift {shift}", "a finite number above 0", "the models use 5 or 12")
 

@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from wan22.errors import UserError
+from wan22.errors import UserError, panics_as_errors
 from wan22.specs import TEXT_TOKENS
 
 VOCABULARY = "tokenizer.json"
@@ -67,7 +67,8 @@ def _load(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise _missing(path)
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        with panics_as_errors():
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower type
         raise UserError(f"{path}: {error}", "the tokenizer.json of umt5", "download the checkpoint again") from None
     tokenizer.no_truncation()

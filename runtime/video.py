@@ -19,6 +19,7 @@ from PIL import Image
 from runtime.arrays import F32, array_namespace, require_finite, to_numpy
 from wan22.errors import UserError, refusing_disk_errors
 from wan22.files import check_room, whole_file, whole_folder
+from wan22.quantities import counted
 
 Frames = Iterator[NDArray[np.uint8]]  # each [H, W, 3], RGB
 X264_CRF = 10  # imageio's value for quality 8, the official setting: int((1 - 8 / 10) * 51)
@@ -26,6 +27,8 @@ VP9_CRF = 10  # of 63: about the same fidelity
 VP9_SPEED = 4  # of 8: takes a fifth of the time of 0
 BT709 = 1  # its number as colour primaries and as transfer curve (ITU-T H.273)
 JPEG_QUALITY = 95
+FRAME = "frame_{:05d}.png"
+FIRST_FRAME = FRAME.format(0)
 IMAGES = (".png", ".jpg", ".jpeg")
 FILMS = (".mp4", ".webm")
 
@@ -41,11 +44,16 @@ def to_uint8(frames: F32) -> NDArray[np.uint8]:
     return np.ascontiguousarray(to_numpy(levels.astype(np.uint8)).transpose(1, 2, 3, 0))
 
 
-def check_destination(path: Path, frames: int) -> None:
+def check_destination(path: Path, frames: int, *, overwrite: bool = False) -> None:
     """Refuse a path that cannot hold ``frames`` frames, before any work is done.
 
+    Args:
+        path: the output.
+        frames: the number of frames.
+        overwrite: allow replacing a folder of frames; a file may always be replaced.
+
     Raises:
-        UserError: the extension is unknown, an image cannot hold several frames, or the folder is not empty.
+        UserError: the extension is unknown, an image cannot hold several frames, or a folder contains anything else.
     """
     ending, shown = path.suffix.lower(), path.name or str(path)
     if ending not in (*FILMS, ".npz", "", *IMAGES):
@@ -53,9 +61,9 @@ def check_destination(path: Path, frames: int) -> None:
             f"{shown}", "a name ending in .mp4, .webm, .npz, .png or .jpg, or a folder", "rename the output"
         )
     if ending in IMAGES and frames > 1:
-        raise UserError(f"{frames} frames for {shown}", "one frame", "use .mp4, a folder or one frame")
+        raise UserError(f"{counted(frames, 'frame')} for {shown}", "one frame", "use .mp4, a folder or one frame")
     if not ending:
-        check_room(path)
+        check_room(path, FIRST_FRAME if overwrite else "")
     with refusing_disk_errors(shown):
         if ending and path.is_dir():
             raise UserError(f"{path} is a folder", "a file to write", "choose another name")
@@ -157,7 +165,7 @@ def _bt709(frame: NDArray[np.uint8]) -> av.VideoFrame:
 def _write_folder(frames: Frames, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for index, frame in enumerate(frames):
-        Image.fromarray(frame).save(folder / f"frame_{index:05d}.png")
+        Image.fromarray(frame).save(folder / FRAME.format(index))
 
 
 def _write_image(frames: Frames, path: Path) -> None:
@@ -168,7 +176,8 @@ def _write_image(frames: Frames, path: Path) -> None:
 
 
 @contextmanager
-def renamed_at_end(path: Path) -> Iterator[Path]:
+def renamed_at_end(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary file or folder that becomes ``path`` if the block succeeds. Raises like ``whole_file``."""
-    with whole_file(path) if path.suffix else whole_folder(path) as new:
+    replaces = FIRST_FRAME if overwrite else ""
+    with whole_file(path) if path.suffix else whole_folder(path, replaces) as new:
         yield new

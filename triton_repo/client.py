@@ -20,7 +20,8 @@ from typing import Any, Literal, Self
 
 from runtime.request import Request
 from triton_repo.client_errors import PORT, JobError, address_of, job_error, status_of
-from triton_repo.wire import Setting, content_of, input_tensors, inputs_of
+from triton_repo.schema import Setting
+from triton_repo.wire import content_of, input_tensors, inputs_of
 
 Event = dict[str, Any]
 OnProgress = Callable[[Event], None]

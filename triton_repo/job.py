@@ -136,7 +136,7 @@ class Job:
         if guess is None:
             return b""
         at = 0 if request.image is None else guess.shape[2] // 2
-        (frames,) = decode(self.pipeline.engine("vae_decoder_first"), None, guess[:, :, at : at + 1])
+        (frames,) = decode(self.pipeline.on_call("vae_decoder_first"), None, guess[:, :, at : at + 1])
         picture = io.BytesIO()
         Image.fromarray(to_uint8(frames)[0]).save(picture, "JPEG", quality=PREVIEW_QUALITY)
         return picture.getvalue()

@@ -12,9 +12,9 @@ from runtime.pipeline import NewEngine
 from runtime.request import Request
 from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.settings import Settings
-from wan22.bundle import MANIFEST, Bundle, open_bundle, sha256_of
+from wan22.bundle import MANIFEST, Bundle, Manifest, open_bundle, sha256_of
 from wan22.errors import UserError
-from wan22.specs import ModelSpec
+from wan22.residency import Video
 
 WARM_UP_PROMPT = "warm up"
 
@@ -27,7 +27,7 @@ def load(settings: Settings, new_engine: NewEngine | None = None) -> ServedPipel
         NonFiniteError: the engines compute NaN.
     """
     bundle = trusted_bundle(settings)
-    pipeline = ServedPipeline(bundle, keep_experts=settings.keep_experts, new_engine=new_engine)
+    pipeline = ServedPipeline(bundle, residency=settings.residency, new_engine=new_engine)
     if settings.warm_up:
         warm_up(pipeline)
     return pipeline
@@ -55,19 +55,22 @@ def warm_up(pipeline: ServedPipeline) -> None:
     """
     for component in pipeline.spec.components:
         pipeline.engine(component)
-    spec, build, fixed = pipeline.spec, pipeline.bundle.manifest.build, pipeline.bundle.manifest.size
-    width, height, frames = fixed or smallest_video(spec, build.profiles if build else ())
+    spec = pipeline.spec
+    width, height, frames = smallest_video(pipeline.bundle.manifest)
     image = None if spec.takes.image == "no" else _grey(width, height)
     request = Request(WARM_UP_PROMPT, size=(width, height), frames=frames, image=image)
     switch = 1 if len(spec.experts) > 1 else None
-    two_steps = replace(request.completed(spec, fixed), solver="unipc", steps=2, sigmas=(), switch_step=switch)
+    two_steps = replace(pipeline.complete(request), solver="unipc", steps=2, sigmas=(), switch_step=switch)
     *_, step = pipeline.denoise(two_steps)
     for shown in pipeline.decode(step.latents):
         require_finite(shown, "decoded frames")
 
 
-def smallest_video(spec: ModelSpec, profiles: tuple[dict[str, tuple[int, int, int]], ...]) -> tuple[int, int, int]:
-    """Width, height and frames of the smallest video that a profile has room for, at least two latent frames."""
+def smallest_video(manifest: Manifest) -> Video:
+    """Width, height and frames of the smallest video that the bundle makes, at least two latent frames if it can."""
+    if manifest.size is not None:
+        return manifest.size
+    spec, profiles = manifest.spec, manifest.build.profiles if manifest.build else ()
     profile = profiles[0] if profiles else {}
     stride, least = spec.vae.spatial_stride, spec.size_multiple
     width, height = (max(least, stride * profile.get(name, (0,))[0]) for name in ("width", "height"))

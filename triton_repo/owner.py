@@ -98,7 +98,7 @@ class Owner:
     def _run(self, name: str, request: Any, sender: Any) -> Answer:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         manifest, limits = self.pipeline.bundle.manifest, self.settings.limits
-        asked = wanted(tensors, manifest.spec, manifest.build, limits, manifest.size)
+        asked = wanted(tensors, manifest, limits)
         return Job(
             self.pipeline,
             asked,

@@ -27,7 +27,7 @@ from wan22.errors import UserError
 
 ADMIN_APIS = ("model-repository", "logging", "trace", "shared-memory")
 # Triton takes a key only on its command line, which everybody on the machine can read. This one opens nothing: no
-# request can carry it, because neither a name nor a value of a header can hold a line feed.
+# request can carry it, because the name of a header cannot hold a line feed.
 NO_KEY = "no\nheader=no\nvalue"
 EXIT_MARGIN_S = 30  # beyond the longest job: unloading, writing the answer
 KEEPALIVE_MS = 60_000

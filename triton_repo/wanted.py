@@ -15,15 +15,16 @@ from typing import Any, cast, get_args
 import numpy as np
 from PIL import Image
 
+from runtime.built_for import completed, default_video
 from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
 from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS
 from triton_repo.settings import Limits
-from wan22.bundle import Build
+from wan22.bundle import Manifest
 from wan22.errors import UserError
+from wan22.residency import Video
 from wan22.sampling import SolverName
-from wan22.shapes import fitting_profile
 from wan22.specs import ModelSpec
 
 EXPERT_GUIDANCE = {"guidance_high_noise": "high_noise", "guidance_low_noise": "low_noise"}
@@ -45,39 +46,26 @@ class Wanted:
     deadline_s: float  # after the job began; infinite where there is none
 
 
-def wanted(
-    tensors: Mapping[str, np.ndarray],
-    spec: ModelSpec,
-    build: Build | None,
-    limits: Limits,
-    fixed: tuple[int, int, int] | None = None,
-) -> Wanted:
-    """The job that the input tensors of one request describe.
+def wanted(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits) -> Wanted:
+    """The job that the input tensors of one request describe, for the bundle of ``manifest``.
 
     Args:
         tensors: by the names of ``schema.INPUTS``.
-        spec: of the model.
-        build: of its engines.
+        manifest: of the engines.
         limits: of the server.
-        fixed: width, height and frames of the only video that the engines make, where their shapes are fixed.
 
     Raises:
         UserError: anything that the model cannot or must not do.
     """
+    spec = manifest.spec
     for name, tensor in tensors.items():
         _check_bytes(name, tensor, limits)
     given = {name: _value(name, tensor) for name, tensor in tensors.items()}
     if "prompt" not in given:
         raise UserError("no prompt", "text that says what the video shows", "add the input prompt")
-    _check_amounts(given, fixed[:2] if fixed else spec.sampling.sizes[0], limits)
-    request = _request(given, spec)
-    complete = request.completed(spec, fixed)
+    _check_amounts(given, default_video(manifest), limits)
+    complete = completed(_request(given, spec), manifest)
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
-    frames, height, width = complete.latent_shape[2:]
-    try:
-        fitting_profile({"frames": frames, "height": height, "width": width}, build.profiles if build else ())
-    except UserError as error:
-        raise UserError(error.found, error.expected, "ask for a size and length that these engines have") from None
     return Wanted(
         request=complete,
         fps=_within("fps", given.get("fps", spec.sampling.fps), 1, MAX_FPS),
@@ -140,13 +128,13 @@ def _size(given: Mapping[str, Any]) -> tuple[int, int] | None:
     return (given["width"], given["height"]) if "width" in given else None
 
 
-def _check_amounts(given: Mapping[str, Any], default: tuple[int, int], limits: Limits) -> None:
+def _check_amounts(given: Mapping[str, Any], usual: Video, limits: Limits) -> None:
     """Sides, frames and steps as they were asked for, so that no image is opened and no list made for absurd ones."""
-    width, height = _size(given) or default
+    width, height = _size(given) or usual[:2]
     if min(width, height) < 1:
         raise UserError(f"size {width}x{height}", "a width and height above 0", "state another")
     _at_most("video of", width * height, limits.max_pixels, "pixels")
-    _at_most("video of", given.get("num_frames", 1), limits.max_frames, "frames")
+    _at_most("video of", given.get("num_frames", usual[2]), limits.max_frames, "frames")
     _at_most("run of", given.get("steps", 1), limits.max_steps, "steps")
 
 

@@ -1,19 +1,17 @@
 """A request → input tensors of the served model, as ``schema.INPUTS`` has them."""
 
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtime.request import Request
-from triton_repo.schema import INPUTS_BY_NAME, NUMPY
+from triton_repo.schema import INPUTS, INPUTS_BY_NAME, NUMPY, Setting
 from wan22.errors import UserError
 
-Setting = str | int | float | bool | bytes
 WIRE_NAMES = {"STRING": "BYTES"}  # the protocol has its own word
-# input by expert; a model with one expert has one guidance
-GUIDANCE = {"high_noise": "guidance_high_noise", "low_noise": "guidance_low_noise", "dit": "guidance"}
 
 
 def inputs_of(request: Request) -> dict[str, Setting | None]:
@@ -24,28 +22,11 @@ def inputs_of(request: Request) -> dict[str, Setting | None]:
     """
     if request.exact_official or request.schedule is not None:
         raise UserError("exact_official or another schedule in a served job", "neither", "generate without a server")
-    if unknown := set(request.guidance) - set(GUIDANCE):
-        raise UserError(f"guidance for {min(unknown)!r}", f"one of {', '.join(GUIDANCE)}", "name an expert")
-    width, height = request.size or (None, None)
-    guidance = {GUIDANCE[expert]: value for expert, value in request.guidance.items()}
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "width": width,
-        "height": height,
-        "num_frames": request.frames,
-        "image": content_of(request.image),
-        "last_image": content_of(request.last_image),
-        "fit": request.fit if request.image is not None else None,
-        "seed": request.seed,
-        "preset": request.preset,
-        "boundary": request.boundary,
-        "steps": request.steps,
-        "shift": request.shift,
-        "solver": request.solver,
-        "guidance": request.guidance_scale,
-        **guidance,
+    getters = {
+        field.name: attrgetter(field.of) if isinstance(field.of, str) else field.of for field in INPUTS if field.of
     }
+    values = {name: get(request) for name, get in getters.items()}
+    return {name: content_of(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def content_of(image: bytes | Path | None) -> bytes | None:

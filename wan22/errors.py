@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -24,6 +25,26 @@ class UserError(Exception):
 def some_of(names: Sequence[str], most: int) -> str:
     """The first ``most`` names, for an error message."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Turn a panic of a library written in Rust into a ValueError.
+
+    A panic is not a Python ``Exception`` and prints its own backtrace, so standard error is redirected in the block.
+    """
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(str(error).partition("\n")[0]) from None
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -1,10 +1,10 @@
-"""The resident memory of this process as reported by the system, and the peak of a varying value."""
+"""The resident memory of this process, the memory still available to it, and the peak of a varying value."""
 
 import re
 import resource
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,21 @@ def peak_rss_bytes() -> int:
     ``getrusage`` is unreliable for the process itself: its value may be inherited from the parent at the start.
     """
     return peak_bytes() + 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
+def available_host_bytes() -> float:
+    """The memory that this process can still allocate: the least of system, control group and process limit."""
+    system = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    free = [1024.0 * int(system[1])] if system else []
+    with suppress(OSError, ValueError):  # no such group, or no limit
+        group = Path("/sys/fs/cgroup")
+        cached = re.search(r"^file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        used = int((group / "memory.current").read_text()) - (int(cached[1]) if cached else 0)
+        free.append(float(int((group / "memory.max").read_text()) - used))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        free.append(float(limit - _status_bytes("VmSize")))
+    return max(0.0, min(free, default=0.0))
 
 
 def _status_bytes(key: str) -> int:

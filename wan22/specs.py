@@ -16,6 +16,7 @@ from wan22.sampling import SamplingSpec, preset_named
 PATCH = (1, 2, 2)  # latent frames, rows and columns per token
 TEXT_TOKENS = 512  # rows of text in the transformer; unused rows are exact zeros
 TRAIN_TIMESTEPS = 1000
+POSITIONS = 1024  # maximum number of tokens per axis in the transformers' rotary embedding
 CUSTOM = "-custom"  # suffix of the name of a model with unknown dimensions
 
 
@@ -183,6 +184,8 @@ class ModelSpec:
 
     def check_size(self, width: int, height: int) -> None:
         multiple = self.size_multiple
+        if max(width, height) > (most := POSITIONS * multiple):
+            raise UserError(f"size {width}x{height}", f"sides of at most {most} pixels", "make it smaller")
         if width > 0 and height > 0 and width % multiple == 0 and height % multiple == 0:
             return
         near = "x".join(str(max(multiple, round(side / multiple) * multiple)) for side in (width, height))
@@ -190,6 +193,8 @@ class ModelSpec:
 
     def check_frames(self, frames: int) -> None:
         stride = self.vae.temporal_stride
+        if frames > (most := 1 + (POSITIONS - 1) * stride):
+            raise UserError(f"{frames} frames", f"at most {most}", "make the video shorter")
         if frames > 0 and (frames - 1) % stride == 0:
             return
         near = max(0, round((frames - 1) / stride)) * stride + 1
@@ -221,9 +226,7 @@ I2V_A14B = replace(
     name="i2v-a14b",
     task=Task.I2V,
     dit=replace(T2V_A14B.dit, in_channels=36),
-    sampling=replace(
-        T2V_A14B.sampling, shift=5.0, boundary=0.9, guidance={"high_noise": 3.5, "low_noise": 3.5}
-    ),
+    sampling=replace(T2V_A14B.sampling, shift=5.0, boundary=0.9, guidance={"high_noise": 3.5, "low_noise": 3.5}),
 )  # fmt: skip
 TI2V_5B = ModelSpec(
     name="ti2v-5b",

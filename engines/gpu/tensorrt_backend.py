@@ -9,6 +9,7 @@ The builder's verbose log is kept next to the engine; ``engines.inspect.log`` re
 
 import contextlib
 import ctypes
+import io
 import threading
 import time
 from collections import deque
@@ -88,6 +89,12 @@ def build_engine(graph: Path, engine: Path, options: EngineOptions, progress: Pr
     finally:
         partial.unlink(missing_ok=True)
     return BuiltEngine(engine, log_path, time.monotonic() - started, engine.stat().st_size)
+
+
+def check_parses(graph: Path, target: Target) -> None:
+    """Parse the ONNX file ``graph`` like a build for ``target``. Raises UserError like :func:`build_engine`."""
+    trt, options = load_module(target.backend), EngineOptions(target, (), ())
+    _Build(trt, options, _logger(trt, io.StringIO()), _monitor(trt, graph.stem, silent)).parse(graph)
 
 
 class _Build:

@@ -5,6 +5,7 @@ bundle is compiled for inspection, with three blocks per transformer because all
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from engines.inspect.first_blocks import first_blocks
 from engines.inspect.log import Compiled, parse, read_log
 from engines.inspect.report import FusionReport
 from engines.profiles import profile_between, profiles_for
-from engines.targets import TARGETS, Target, check_precision, target_named
+from engines.targets import Target, check_bundle, target_named
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.errors import UserError
 from wan22.files import scratch_folder
+from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec
 
@@ -34,7 +36,7 @@ def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[Fusion
     if build is None or build.backend == "onnxruntime":
         remedy = "inspect the ONNX bundle with --target"
         raise UserError(f"{folder} has engines for the CPU", "TensorRT engines", remedy)
-    target = TARGETS[build.target]
+    target = target_named(build.target)
     return [
         FusionReport(
             component.name,
@@ -75,8 +77,8 @@ def inspect_bundle(
         expected = "a GPU target: ONNX Runtime has no kernels to show"
         raise UserError(f"target {aim.name}", expected, "choose one with --target")
     chosen = _select(bundle, components)
-    for component in chosen:
-        check_precision(aim, component.precision)
+    check_graphs(bundle)
+    check_bundle(aim, replace(bundle.manifest, components=tuple(chosen)))
     return [_inspect(bundle, component, aim, video, progress) for component in chosen]
 
 

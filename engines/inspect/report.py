@@ -13,6 +13,7 @@ from typing import Any
 
 from engines.inspect.log import Compiled, Kernel
 from engines.targets import Target
+from wan22.quantities import human_bytes
 from wan22.specs import Number, Precision
 
 SLOW_UNFUSED_BYTES = 2**26  # smaller copies are not reported
@@ -82,8 +83,8 @@ class FusionReport:
         for kernel in self.compiled.kernels:
             for operand in kernel.outputs:
                 if operand.is_square_of(tokens):
-                    size = operand.size_bytes / 2**30
-                    yield f"{kernel.name} writes tokens x tokens: {list(operand.dims)} {operand.dtype}, {size:.1f} GiB"
+                    size = human_bytes(operand.size_bytes)
+                    yield f"{kernel.name} writes tokens x tokens: {list(operand.dims)} {operand.dtype}, {size}"
 
     def _loose_softmax(self) -> Iterable[str]:
         if self.compiled.tokens is None:  # the heads of the VAE's attention are too wide for any fused kernel

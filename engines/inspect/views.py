@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from engines.inspect.log import Kernel
 from engines.inspect.report import FusionReport
+from wan22.quantities import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,13 +34,6 @@ def as_html(reports: Sequence[FusionReport], title: str) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     parts = [{"report": r, "summary": r.summary(), "rows": _rows(r), "flow": _flow(r)} for r in reports]
     return environment.get_template("fusion.html.j2").render(title=title, parts=parts, human_bytes=human_bytes)
-
-
-def human_bytes(size: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(size) >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size:.0f} B"
 
 
 def by_dtype(counts: dict[str, int]) -> str:

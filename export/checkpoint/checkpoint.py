@@ -25,7 +25,7 @@ from export.checkpoint.single_files import check_complete
 from export.checkpoint.spec import RELEASES, Parts
 from export.checkpoint.spelling import officially_named
 from export.checkpoint.tokenizer import tokenizer_folder
-from export.files.decoded import Decoded, Scaled, Tensor
+from export.files.decoded import Codes, Decoded, Scaled, Tensor, codes_of
 from export.files.tensor_file import BFLOAT16, Array, Stored
 from wan22.bundle import Source
 from wan22.errors import UserError, some_of
@@ -38,7 +38,7 @@ NAMES_SHOWN = 3
 
 class Weights(Protocol):
     """Tensors by official name. ``read`` gives one in its own dtype, ``pieces`` its elements a few at a time,
-    ``stored`` the place in a file where it lies just so, if it does.
+    ``stored`` the place in a file where it lies just so, if it does, ``codes`` an FP8 matrix as it is stored.
     """
 
     def names(self) -> list[str]: ...
@@ -47,6 +47,7 @@ class Weights(Protocol):
     def read(self, name: str) -> npt.NDArray[Any]: ...
     def pieces(self, name: str) -> Iterable[Array]: ...
     def stored(self, name: str) -> Stored | None: ...
+    def codes(self, name: str) -> Codes | None: ...
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class FileWeights:
     def stored(self, name: str) -> Stored | None:
         tensor = self.tensors[name]
         return tensor if isinstance(tensor, Stored) else None
+
+    def codes(self, name: str) -> Codes | None:
+        return codes_of(self.tensors[name])
 
 
 @dataclass(frozen=True)

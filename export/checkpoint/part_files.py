@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from export.checkpoint.quantised import MARKS, plain
-from export.files.decoded import Tensor
+from export.files.decoded import GgufBlocks, Tensor
 from export.files.tensor_file import check_regular
 from export.files.weights_files import SUFFIXES, WeightsFile, read_weights, refuse_stand_in
 from wan22.errors import UserError
@@ -23,6 +23,7 @@ PREFIXES_OF = {
     "text_encoder": ("text_encoders.umt5xxl.transformer.", "text_encoders.umt5xxl.", "cond_stage_model."),
     "vae": ("vae.", "first_stage_model."),
 }
+ARCHITECTURES = ("wan", "pig", "cow", "t5", "t5encoder")  # of GGUF; some writers name none
 OTHER_PARTS = re.compile(r"models_t5|umt5|vae", re.IGNORECASE)  # names of files beside a transformer's
 
 
@@ -37,8 +38,22 @@ def read_part(place: Path, part: str) -> dict[str, Tensor]:
         UserError: a folder, file or shard is missing, cut off or contradicts its index; scales that make no sense.
     """
     found = read_files(place, part)
+    _refuse_other_gguf(part, found)
     tensors = without_prefix(part, found.tensors)
     return plain(part, tensors, found.metadata)
+
+
+def _refuse_other_gguf(part: str, found: WeightsFile) -> None:
+    """Other models by their architecture, and transformers that were made without their one tensor of 5 dimensions."""
+    architecture = found.metadata.get("general.architecture")
+    if architecture is not None and architecture not in ARCHITECTURES:
+        known = "wan, or t5 for the text encoder"
+        raise UserError(f"{part}: a GGUF of architecture {architecture}", known, "use a GGUF of Wan2.2")
+    blocks = any(isinstance(tensor, GgufBlocks) for tensor in found.tensors.values())
+    transformer = any("self_attn.q.weight" in name for name in found.tensors)
+    if blocks and transformer and not any(name.endswith("patch_embedding.weight") for name in found.tensors):
+        what = f"{part}: a GGUF without patch_embedding.weight, made without the step that adds tensors of 5 dimensions"
+        raise UserError(what, "a complete GGUF", "use one of another publisher")
 
 
 def read_files(place: Path, part: str) -> WeightsFile:

@@ -153,7 +153,18 @@ def _decoded(part: str, name: str, module: _Module, told: Mapping[str, Any]) -> 
     turned = int(told.get("convrot_groupsize", 0)) if told.get("convrot") else 0
     if turned and (len(codes.shape) != 2 or codes.shape[1] % turned or not _is_power_of_4(turned)):
         _refuse(part, f"{name} is rotated in groups of {turned}", "a power of 4 that divides its inputs")
-    return Scaled(codes, scales, columns, turned)
+    return Scaled(codes, scales, columns, turned, _entering(part, module))
+
+
+def _entering(part: str, module: _Module) -> Stored | None:
+    """ModelOpt's static scale of the inputs. ComfyUI's ``scale_input`` is none: most files have 1 there."""
+    key, stored = module.keys.get("activation", ""), module.stored.get("activation")
+    if stored is None or not key.endswith(".input_scale") or np.prod(stored.shape, dtype=np.int64) != 1:
+        return None
+    value = float(stored.read().astype(np.float32).reshape(-1)[0])
+    if not (np.isfinite(value) and value > 0):
+        _refuse(part, f"{key} holds the scale {value:g}", "a positive number", "download it again")
+    return stored if module.keys.get("scale", "").endswith(".weight_scale") else None
 
 
 def _nvfp4(part: str, name: str, module: _Module, kind: str) -> Decoded:
@@ -211,8 +222,13 @@ def _refuse_orphans(part: str, modules: Mapping[str, _Module]) -> None:
     for name, module in modules.items():
         orphans = [key for role, key in module.keys.items() if role in ("scale", "second", "divisor", "columns")]
         if "codes" not in module.keys and orphans:
-            found = f"{part}: {orphans[0]}, a scaled FP8 repack"
+            kind = "MXFP8's powers of two" if _is_powers(module.stored[_role_of(module, orphans[0])]) else "a scale"
+            found = f"{part}: {orphans[0]}, a scaled FP8 repack ({kind} without its codes)"
             raise UserError(found, f"quantised codes as {name}.weight", "download the file again, or use another")
+
+
+def _role_of(module: _Module, key: str) -> str:
+    return next(role for role, named in module.keys.items() if named == key)
 
 
 def _refuse(part: str, found: str, expected: str, remedy: str = UNSCALED) -> NoReturn:

@@ -16,7 +16,7 @@ from typing import Any
 from export.files.decoded import Tensor
 from export.files.tensor_file import Stored, check_regular
 from export.files.weights_files import SUFFIXES, read_weights, refuse_stand_in
-from wan22.errors import UserError
+from wan22.errors import UserError, panics_as_errors
 
 VOCABULARY, MODEL = "tokenizer.json", "spiece.model"
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
@@ -70,7 +70,8 @@ def _check(vocabulary: Path) -> None:
 
     refuse_stand_in(vocabulary)
     try:
-        tokenizers.Tokenizer.from_file(str(vocabulary))
+        with panics_as_errors():
+            tokenizers.Tokenizer.from_file(str(vocabulary))
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"{vocabulary}: {error}", EXPECTED, "download that folder again") from None
 
@@ -78,8 +79,9 @@ def _check(vocabulary: Path) -> None:
 @lru_cache(maxsize=4)
 def _converted(model: bytes, source: str) -> Path:
     try:
-        tokenizer = unigram(model)
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+        with panics_as_errors():
+            tokenizer = unigram(model)
+    except (ValueError, TypeError, IndexError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: {error}", "SentencePiece's model of umt5", "download it again") from None
     folder = Path(tempfile.mkdtemp(prefix="wan-trt-tokenizer-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

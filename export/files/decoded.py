@@ -94,6 +94,7 @@ class Scaled(Decoded):
     scales: tuple[Stored, ...] = ()
     columns: Stored | None = None
     turned: int = 0
+    entering: Stored | None = None  # the static scale of the matrix's inputs, measured by the publisher
 
     def rows(self, first: int, last: int) -> F32:
         codes, scale = rows_of(self.weight, first, last), _product(self.scales)
@@ -119,6 +120,31 @@ class Scaled(Decoded):
             per_column = np.repeat(scale, wide, axis=1)[:, : self.shape[1]]
             values *= per_column[np.arange(first, last) // tall]
         return values
+
+
+@dataclass(frozen=True)
+class Codes:
+    """An FP8 matrix as stored: E4M3 codes, their single scale, and the static scale of its inputs, if any."""
+
+    stored: Stored
+    scale: float
+    entering: float | None
+
+
+def codes_of(tensor: "Tensor") -> Codes | None:
+    """``tensor`` in a form that FP8 can multiply directly; None for any other form."""
+    if (
+        not isinstance(tensor, Scaled)
+        or tensor.weight.dtype != FLOAT8[0]
+        or tensor.columns is not None
+        or tensor.turned
+    ):
+        return None
+    scale = _product(tensor.scales)
+    if not tensor.scales or scale.ndim:
+        return None
+    entering = float(tensor.entering.read().astype(np.float32).reshape(-1)[0]) if tensor.entering else None
+    return Codes(tensor.weight, float(scale), entering)
 
 
 def unrotate(values: F32, size: int) -> F32:

@@ -55,7 +55,9 @@ def read_torch(path: Path) -> dict[str, Stored]:
     try:
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             content, records = _read_archive(path, archive, stream)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, struct.error, UnicodeDecodeError, ValueError) as error:
+    except PermissionError:
+        raise
+    except (OSError, RuntimeError, zipfile.BadZipFile, EOFError, struct.error, ValueError) as error:
         raise UserError(f"{path} is not a torch zip ({error})", WHOLE, AGAIN) from None
     state = _unwrap(_unpickle(path, content))
     if not isinstance(state, dict) or not state:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.checkpoint import Weights
+from export.files.decoded import Codes
 from export.files.tensor_file import Stored
 from export.lora.adapter import WEIGHT_SUFFIXES, config_files
 from export.lora.experts import EXPERTS, SHORT, misplaced, said_by
@@ -89,6 +90,9 @@ class MergedWeights:
 
     def stored(self, name: str) -> Stored | None:
         return None if self._changes(name) else self.base.stored(name)
+
+    def codes(self, name: str) -> Codes | None:
+        return None if self._changes(name) else self.base.codes(name)
 
     def _changes(self, name: str) -> bool:
         return any(name in lora.deltas[self.expert] for lora in self.loras)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
+from export.files.decoded import Codes
 from export.files.tensor_file import as_torch, check_finite, extremes
 from export.graphs.linear import FLOAT8_MAX
 from wan22.parts import DitSpec
@@ -35,6 +36,7 @@ class Fp8Weights:
         quantised: names of the weights that the graph stores in FP8.
         input_scales: static activation scales by linear ("blocks.0.ffn.0" → largest input / 448).
         input_means: mean inputs [in] of the linears whose inputs the graph centres.
+        codes: returns a matrix that is already stored in FP8, which is not rounded again; None for any other.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class Fp8Weights:
         quantised: Collection[str],
         input_scales: Mapping[str, float] | None = None,
         input_means: Mapping[str, np.ndarray] | None = None,
+        codes: Callable[[str], Codes | None] = lambda _name: None,
     ) -> None:
         self._official, self._spec = official, spec
         self._quantised, self._input_scales, self._means = frozenset(quantised), input_scales or {}, input_means or {}
+        self._codes = codes
         self._scales: dict[str, float] = {}
         self._held: dict[str, np.ndarray] = {}  # official matrices currently in memory
         self._biases: dict[str, np.ndarray] = {}  # biases computed from them, not yet written
@@ -58,8 +62,16 @@ class Fp8Weights:
 
         Matrices are read immediately and quantised lazily, so that one thread can read while another computes.
         """
+        if kept := self._kept(key):
+            return (piece for codes in kept for piece in codes.stored.pieces())
         parts = self._parts(key) if key in self._quantised else {}
         return self._compute(key, parts)
+
+    def _kept(self, key: str) -> list[Codes]:
+        """The stored codes of a matrix's parts if all of them have codes with the same scale, else none."""
+        found = [self._codes(name) for name in self._names(key)] if key in self._quantised else []
+        kept = [codes for codes in found if codes is not None]
+        return kept if kept and len(kept) == len(found) and len({codes.scale for codes in kept}) == 1 else []
 
     def _compute(self, key: str, parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
         if not parts:
@@ -72,9 +84,7 @@ class Fp8Weights:
     def __call__(self, key: str) -> np.ndarray:
         stem, leaf = key.rsplit(".", 1)
         if key in self._quantised:
-            parts = self._parts(key)
-            pieces = list(self._compute(key, parts))
-            return np.concatenate(pieces).reshape(-1, next(iter(parts.values())).shape[1])
+            return self._whole(key)
         if leaf in ("weight_scale", "input_scale"):
             scale = self._input_scales[stem] if leaf == "input_scale" else self._scale_of(f"{stem}.weight")
             return np.array(scale, np.float32)
@@ -85,6 +95,14 @@ class Fp8Weights:
         if key in self._remade:
             return self._biases.pop(key) if key in self._biases else self._bias(stem)
         return self._official(key)
+
+    def _whole(self, key: str) -> np.ndarray:
+        """The FP8 matrix ``[out, in]``."""
+        if kept := self._kept(key):
+            return np.concatenate([np.asarray(codes.stored.read()) for codes in kept])
+        parts = self._parts(key)
+        pieces = list(self._compute(key, parts))
+        return np.concatenate(pieces).reshape(-1, next(iter(parts.values())).shape[1])
 
     def _bias(self, linear: str) -> np.ndarray:
         """The bias including the term of the input's mean; V's bias becomes zero and moves, projected, into O's."""
@@ -125,14 +143,19 @@ class Fp8Weights:
         self._held = {}
 
     def _scale_of(self, key: str) -> float:
+        if kept := self._kept(key):
+            return kept[0].scale
         if key not in self._scales:
             self._scales[key] = _scale_of(self._parts(key))
         return self._scales[key]
 
     def _parts(self, key: str) -> dict[str, np.ndarray]:
+        return {name: self._official(name) for name in self._names(key)}
+
+    def _names(self, key: str) -> list[str]:
+        """Official names of the matrices whose rows form the stored matrix ``key``."""
         module, name, leaf = key.rsplit(".", 2)
-        names = [f"{module}.{part}.{leaf}" for part in (name if name in JOINED else [name])]
-        return {name: self._official(name) for name in names}
+        return [f"{module}.{part}.{leaf}" for part in (name if name in JOINED else [name])]
 
     def _head_scale(self, module: str, name: str) -> np.ndarray:
         """The scale of Q or K: RMSNorm over D channels is at most sqrt(D) times its weight; centring may double K."""

@@ -1,4 +1,4 @@
-"""Any ONNX graph in memory as a function of numpy arrays, on ONNX Runtime's CPU kernels."""
+"""ONNX graphs in memory as functions of numpy arrays, computed by ONNX Runtime on the CPU."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ Graph = Callable[..., tuple[np.ndarray, ...]]
 
 
 def fill(g: GraphBuilder, read: Read) -> ir.Model:
-    """The graph of ``g`` with its weights inside, each read by its name and converted to the type declared for it."""
+    """The graph of ``g`` with embedded weights, each read by name and converted to its declared dtype."""
     for key, value in g.weights.items():
         dtype = value.dtype or ir.DataType.FLOAT
         array = convert(key, np.asarray(read(key)), dtype.numpy())
@@ -22,7 +22,7 @@ def fill(g: GraphBuilder, read: Read) -> ir.Model:
 
 
 def open_graph(model: ir.Model) -> Graph:
-    """``outputs = graph(latents=..., ...)``, always a tuple."""
+    """A function that runs ``model``: ``outputs = graph(latents=..., ...)``, always a tuple."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

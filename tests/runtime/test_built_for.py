@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 from msgspec.structs import replace as replaced
 
-from runtime.built_for import check_build, check_plan, check_plans
+from engines.profiles import profiles_for
+from runtime.built_for import check_build, check_plan, check_plans, check_video, default_video
 from wan22.bundle import Build, Bundle, Component, File, Manifest, Source, Tensor
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.specs import SPECS, T2V_A14B, Precision
 from wan22.stamp import Stamp
 
 PROFILE = {"frames": (5, 5, 9), "height": (8, 8, 8)}
@@ -80,3 +81,60 @@ def test_the_plans_of_a_bundle_are_checked_in_their_files(tmp_path):
     (tmp_path / "high_noise.plan").write_bytes(b"\0" + replaced(BUILT, target="l4").name.encode() + b"\0")
     with pytest.raises(UserError, match=r"high_noise.plan was built for target l4 \| expected rtx4090"):
         check_plans(bundle)
+
+
+# -- videos
+
+
+def engines_for(size, frames=None, fixed=None):
+    """The manifest of full-size engines."""
+    profiles = () if size is None else profiles_for(T2V_A14B, size, frames)
+    build = replace(BUILD, profiles=profiles)
+    return replace(MANIFEST, spec=T2V_A14B, build=build, size=fixed)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "video"),
+    [
+        (engines_for(None), (1280, 720, 81)),
+        (engines_for("720p"), (1280, 720, 81)),
+        (engines_for("480x480..1280x720", "1..81"), (1280, 720, 81)),
+        (engines_for("832x480", "81"), (832, 480, 81)),
+        (engines_for("480x832,832x480", "17..49"), (480, 832, 49)),
+        (engines_for(None, fixed=(640, 368, 33)), (640, 368, 33)),
+    ],
+    ids=["any shape", "its preset", "a range with it", "another size", "several others", "fixed graphs"],
+)
+def test_a_request_that_states_no_video_gets_one_that_the_bundle_makes(manifest, video):
+    assert default_video(manifest) == video
+    check_video(manifest, video)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "video", "message"),
+    [
+        (
+            engines_for("480x480..1280x720", "5..81"),
+            (832, 960, 81),
+            "a video of 832x960, 81 frames is outside the engines' shapes | expected width 480 to 1280, height 480 to "
+            "720, frames 5 to 81 | choose such a --size and --frames, or build with ones that cover it",
+        ),
+        (
+            engines_for("480p", "81"),
+            (1280, 720, 81),
+            "a video of 1280x720, 81 frames is outside the engines' shapes | expected 832x480, 81 frames or 480x832, "
+            "81 frames | choose such a --size and --frames, or build with ones that cover it",
+        ),
+        (
+            engines_for(None, fixed=(832, 480, 81)),
+            (832, 480, 17),
+            "a video of 832x480, 17 frames | expected 832x480, 81 frames, which the engines are made for | leave "
+            "--size and --frames out",
+        ),
+    ],
+    ids=["a range", "two sizes", "fixed graphs"],
+)
+def test_what_a_bundle_cannot_make_is_refused_in_pixels_and_frames(manifest, video, message):
+    with pytest.raises(UserError) as refused:
+        check_video(manifest, video)
+    assert str(refused.value) == message

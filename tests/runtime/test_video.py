@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.video import check_destination, to_uint8, write_video
+from runtime.video import check_destination, encode_video, renamed_at_end, to_uint8, write_video
 from wan22.errors import NonFiniteError, UserError
 
 H, W = 48, 64
@@ -187,6 +187,23 @@ def test_a_place_that_no_video_can_take_is_refused_before_the_work(tmp_path, nam
     (tmp_path / "file.txt").touch()
     with pytest.raises(UserError, match=r"is a link|cannot write"):
         write_video(worked(), tmp_path / name, 16)
+
+
+def test_a_folder_of_frames_is_replaced_when_asked_for(tmp_path):
+    write_video(chunks(5), tmp_path / "frames", 16)
+    with pytest.raises(UserError, match="--overwrite"):
+        check_destination(tmp_path / "frames", 1)
+    check_destination(tmp_path / "frames", 1, overwrite=True)
+    with renamed_at_end(tmp_path / "frames", overwrite=True) as new:
+        encode_video(chunks(1), new, 16)
+    assert [file.name for file in tmp_path.rglob("*.png")] == ["frame_00000.png"]
+
+
+def test_a_folder_of_anything_else_is_never_replaced(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").touch()
+    with pytest.raises(UserError, match="an earlier result to overwrite"):
+        check_destination(tmp_path / "notes", 1, overwrite=True)
 
 
 def test_odd_sides_have_no_mp4(tmp_path):

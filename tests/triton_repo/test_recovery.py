@@ -1,19 +1,15 @@
 """What happens when things break or end: a killed model, a stopped server, engines that were not packed."""
 
 import os
-import signal
 import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.triton_repo.serving import SMALL, Served, serving
 from triton_repo import probe
-from triton_repo.client import JobError, WanClient
+from triton_repo.client import JobError
 from triton_repo.installation import Installation
 from triton_repo.repository import write_repository
 from triton_repo.server import ServeOptions, free_ports, running
@@ -127,27 +123,6 @@ def test_engines_that_are_not_those_that_were_packed_do_not_load(copy, installat
     log, line = refusal(capfd, installation, tmp_path / "repository")
     assert reason in log
     assert reason in line
-
-
-def test_serve_runs_until_it_is_told_to_stop(installation, tiny_engines):
-    http, grpc, metrics = free_ports(3)
-    ports = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
-    before = set(Path("/dev/shm").glob("wan22_*"))
-    code = f"from wan_trt.cli import app; app({['serve', str(tiny_engines), *ports]!r})"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as serve:
-        late = threading.Timer(90, serve.kill)
-        late.start()
-        while "wan22 is ready" not in serve.stdout.readline():
-            assert serve.poll() is None
-        with WanClient(f"127.0.0.1:{grpc}") as client:
-            assert client.generate("x", **SMALL).video
-        metrics_url = f"http://127.0.0.1:{metrics}/metrics"
-        assert list(probe.troubles(probe.read(metrics_url))) == []
-        assert probe.work(probe.read(metrics_url)) == 0
-        serve.send_signal(signal.SIGTERM)
-        assert serve.wait(30) == 0
-        late.cancel()
-    assert set(Path("/dev/shm").glob("wan22_*")) == before
 
 
 @pytest.mark.parametrize(

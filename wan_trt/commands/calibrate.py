@@ -23,13 +23,14 @@ def run(
     means: Annotated[
         Path | None, typer.Option(help="Also write .safetensors for wan-trt export --input-means.")
     ] = None,
+    residency: given.Residency = "auto",
     overwrite: given.Overwrite = False,
 ) -> None:
-    """Measure the largest inputs of all linears over prompts; FP8 without static scales scales each token by itself."""
+    """Measure the largest inputs of all linears over prompts, which become static FP8 scales."""
     request = given.request_from(locals())
     from wan_trt.recipes.calibrate import CalibrateOptions, calibrate
 
-    options = CalibrateOptions(prompts, request, margin, target, means, overwrite)
+    options = CalibrateOptions(prompts, request, margin, target, means, overwrite, residency)
     with bars() as progress:
         calibration = calibrate(bundle, out, options, progress)
     console.print(calibration.table())

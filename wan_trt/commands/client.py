@@ -12,13 +12,14 @@ import typer
 from wan22.errors import UserError
 from wan22.files import Claim, claim_file
 from wan22.progress import Progress
+from wan22.quantities import video_text
 from wan22.specs import TEXT_TOKENS
 from wan_trt import arguments as given
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
     from triton_repo.client import Event, Result
-    from triton_repo.wire import Setting
+    from triton_repo.schema import Setting
 
 
 def run(
@@ -48,7 +49,7 @@ def run(
     preview: Annotated[Path | None, typer.Option(help="JPEG to keep up to date while the video is made.")] = None,
     model: Annotated[str, typer.Option(help="The name it is served under.")] = "wan22",
 ) -> None:
-    """Generate a video on a server. What is not given is the model's default; Ctrl-C cancels the job."""
+    """Generate a video on a server; Ctrl-C cancels the job."""
     from runtime.video import check_destination, renamed_at_end
     from triton_repo.wire import content_of
 
@@ -121,7 +122,8 @@ class _Job:
 
 def _told(result: "Result") -> str:
     event = result.event
-    return f"{event['width']}x{event['height']}, {event['frames']} frames at {event['fps']} fps, seed {event['seed']}"
+    shown = video_text(event["width"], event["height"], event["frames"])
+    return f"{shown} at {event['fps']} fps, seed {event['seed']}"
 
 
 def _format(output: Path) -> str:

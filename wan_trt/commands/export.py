@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from wan22.errors import UserError
+from wan22.quantities import human_bytes
 from wan22.specs import Precision
 from wan_trt.arguments import Frames, Overwrite, Size, blocks_of, size_of
 from wan_trt.console import bars, command_line, console
@@ -56,7 +57,12 @@ Link = Annotated[
 def run(
     checkpoint: Checkpoint,
     bundle: Folder = None,
-    precision: Annotated[Precision, typer.Option(help="Of the matrix multiplications.")] = Precision.BF16,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of the matrix multiplications; fp32 for cpu, bf16 for a GPU unless given.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What the engines will be built for, as in wan-trt build; cpu unless given.")
+    ] = None,
     text_encoder: Part = None,
     high_noise: Part = None,
     low_noise: Part = None,
@@ -77,7 +83,7 @@ def run(
     link: Link = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Export a checkpoint to ONNX. Shapes are dynamic unless --size and --frames fix them."""
+    """Export a checkpoint to ONNX, with dynamic shapes unless --size and --frames fix them."""
     fixed = size_of(size)
     from export.exporter import export_checkpoint
     from export.lora.merge import parse_lora
@@ -87,6 +93,7 @@ def run(
     files, precisions = _files_and_precisions(named)
     files |= {part: path for part, path in (("vae", vae), ("tokenizer", tokenizer)) if path is not None}
     precisions |= {"vae_decoder": vae_decoder} if vae_decoder is not None else {}
+    precision = _for_target(target, precision, precisions)
     where, bundle = _place(checkpoint, bundle, files, revision)
     options = ExportOptions(
         precision,
@@ -107,6 +114,25 @@ def run(
     with bars() as progress:
         made = export_checkpoint(where, bundle, options, progress)
     _tell(made)
+
+
+def _for_target(target: str | None, precision: Precision | None, parts: dict[str, Precision]) -> Precision:
+    """The precision of the model for ``target``; adds that of its text encoder to ``parts`` where it differs.
+
+    Raises:
+        UserError: a precision that ``target`` does not compute.
+    """
+    from engines.targets import check_precision, target_named
+
+    aim = target_named(target or "cpu")
+    if precision is None and target is None:
+        console.print("fp32, for target cpu; for a GPU add --target or --precision")
+    elif target is not None and precision is not None:
+        check_precision(aim, precision)
+    chosen = precision or aim.default_precision
+    if target is not None and aim.text_encoder_precision(chosen) != chosen.wide:
+        parts.setdefault("text_encoder", aim.text_encoder_precision(chosen))
+    return chosen
 
 
 def _files_and_precisions(named: Mapping[str, list[str] | None]) -> tuple[dict[str, Path], dict[str, Precision]]:
@@ -144,4 +170,4 @@ def _tell(made: "Bundle") -> None:
     manifest = made.manifest
     size_bytes = sum(file.size_bytes for file in manifest.files().values())
     names = ", ".join(component.name for component in manifest.components)
-    console.print(f"{manifest.spec.name} {manifest.precision}, {size_bytes / 2**30:.2f} GiB: {made.folder} ({names})")
+    console.print(f"{manifest.spec.name} {manifest.precision}, {human_bytes(size_bytes)}: {made.folder} ({names})")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from wan22.quantities import video_text
 from wan_trt import arguments as given
 from wan_trt.console import bars, console
 
@@ -37,18 +38,21 @@ def run(
     guidance: given.Guidance = None,
     solver: given.Solver = None,
     schedule: given.Schedule = None,
+    overwrite: given.Overwrite = False,
+    residency: given.Residency = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print where the time went.")] = False,
 ) -> None:
-    """Generate a video. What is not given is the default of the bundle."""
+    """Generate a video with the default settings of the bundle unless others are given."""
     request = given.request_from(locals())
     from runtime.generate import generate
     from runtime.pipeline import Pipeline
 
-    with Pipeline.open(engines) as pipeline, bars() as progress:
-        result = generate(pipeline, request, output, fps=fps, progress=progress)
+    with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:
+        result = generate(pipeline, request, output, fps=fps, overwrite=overwrite, progress=progress)
     if verbose:
         _print_timings(result.timings)
-    console.print(f"{output}: {result.width}x{result.height}, {result.frames} frames at {result.fps} fps, seed {seed}")
+    shown = video_text(result.width, result.height, result.frames)
+    console.print(f"{output}: {shown} at {result.fps} fps, seed {result.seed}")
 
 
 def _print_timings(timings: "Timings") -> None:

@@ -25,9 +25,10 @@ def run(
     html: Annotated[Path | None, typer.Option(help="Also write a page with a diagram of a block.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of tables.")] = False,
 ) -> int:
-    """Show kernels, types, copies, memory and roofline times. Exit code 1 when something is badly compiled.
+    """Show the kernels of engines, or what any checkpoint, LoRA or file of weights is.
 
-    Of a checkpoint, a LoRA or any file of weights: what it is, and what an export would do with it.
+    Of engines: kernels, types, copies, memory and roofline times; exit code 1 when something is badly compiled. Of a
+    file of weights: its kind, and what an export would do with it.
     """
     from engines.inspect.inspection import inspect_bundle, inspect_engines
     from engines.inspect.views import as_html, as_text

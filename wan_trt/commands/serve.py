@@ -35,11 +35,19 @@ def run(
     max_silence: Annotated[
         float, typer.Option(help="Seconds without a sign of the model before it counts as dead.", min=1)
     ] = 120,
-    one_expert: given.OneExpert = False,
+    residency: given.Residency = "auto",
+    require_signature: given.RequireSignature = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Triton's log.")] = False,
 ) -> int:
-    """Serve engines until Ctrl-C or SIGTERM; the running job is finished first, a second Ctrl-C ends it."""
+    """Serve engines from Triton until Ctrl-C or SIGTERM.
+
+    The running job is finished first; a second Ctrl-C ends it.
+    """
     limits = given.limits_of(locals())
+    if require_signature is not None:
+        from runtime.signature import check_signature
+
+        check_signature(engines, require_signature)
     from triton_repo.bls_repository import CPU
     from triton_repo.installation import default_environments, find_installation
     from triton_repo.repository import RepositoryOptions, is_for_gpu, write_repository
@@ -55,7 +63,7 @@ def run(
             name,
             topology,
             limits,
-            keep_experts=not one_expert,
+            residency=residency,
             memory_gib=memory_gib(engines, topology, gpu_memory),
         )
         written = write_repository(engines, repository, packing)

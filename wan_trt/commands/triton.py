@@ -25,7 +25,8 @@ def run(
     max_image_bytes: given.Limit = None,
     queue_size: given.QueueSize = 8,
     longest_job: given.LongestJob = 3600,
-    one_expert: given.OneExpert = False,
+    residency: given.Residency = "auto",
+    require_signature: given.RequireSignature = None,
     kubernetes: Annotated[Path | None, typer.Option(help="Folder to write Kubernetes manifests to as well.")] = None,
     image: Annotated[
         str, typer.Option(help="Of the pods: tritonserver 26.07 or later with wan-trt installed.")
@@ -39,6 +40,10 @@ def run(
 ) -> None:
     """Package engines as a Triton model repository."""
     limits = given.limits_of(locals())
+    if require_signature is not None:
+        from runtime.signature import check_signature
+
+        check_signature(engines, require_signature)
     from triton_repo.bls_repository import largest_call_bytes
     from triton_repo.manifests import ClusterOptions, check_image, write_manifests
     from triton_repo.pod import ENGINES_AT
@@ -50,7 +55,7 @@ def run(
         topology,
         limits=limits,
         engines_at=engines_at or (ENGINES_AT if kubernetes else ""),
-        keep_experts=not one_expert,
+        residency=residency,
         drain_flag=str(DRAIN_FLAG) if kubernetes else "",
         memory_gib=memory_gib(engines, topology, gpu_memory),
         overwrite=overwrite,

@@ -58,10 +58,14 @@ def run(
     list_gates: given.ListGates = False,
     bench: Bench = None,
     calls: Calls = None,
+    residency: given.Residency = "auto",
     reference_device: given.ReferenceDevice = "auto",
     official_repo: OfficialRepo = None,
 ) -> int:
-    """Prove that the engines compute what PyTorch computes. Exit code 1 when a check fails or a gate is missed."""
+    """Prove that the engines compute what PyTorch computes.
+
+    The exit code is 1 when a check fails or a gate is missed.
+    """
     if list_gates:
         return _list_gates()
     if precision_study or model is not None:
@@ -73,20 +77,20 @@ def run(
     from validate import ValidateOptions
 
     options = ValidateOptions(
-        request, prompts, several, reference_device, official_repo, calls, gate, bench, command_line()
+        request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line()
     )
     return _compare(engines, checkpoint, output, options)
 
 
 def _compare(engines: Path, checkpoint: str, output: Path, options: "ValidateOptions") -> int:
     from validate import validate
-    from validate.gate import marked
+    from validate.gate import check_mark
 
     with bars() as progress:
         report = validate(engines, checkpoint, output, options, progress)
     console.print(report.table())
     for verdict in report.verdicts:
-        console.print(marked(verdict, f"gate {verdict}"))
+        console.print(check_mark(verdict, f"gate {verdict}"))
     if not_judged := report.attached.not_judged:
         console.print(f"gates: {not_judged}")
     if len(report.cases) > 1:

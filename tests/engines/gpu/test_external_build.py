@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from engines.build import BuildOptions, build_engines
+from engines.build import BuildOptions, build_engines, disk_bytes
 from engines.inspect.inspection import inspect_engines
+from engines.targets import target_named
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from runtime.built_for import check_plans
@@ -16,6 +17,14 @@ from wan22.specs import Precision
 from wan22.stamp import Stamp, read_name
 
 TINY = "t2v-a14b-tiny"
+
+
+@pytest.mark.slow
+def test_the_disk_is_priced_at_what_a_build_writes(external_engines, fp8_bundle):
+    written = sum(path.stat().st_size for path in external_engines.rglob("*"))
+    options = BuildOptions("rtx4090", weights="external")
+    price = disk_bytes(open_bundle(fp8_bundle, "graphs").manifest, target_named("rtx4090"), options)
+    assert written < price < 1.5 * written
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def report_of(*lines):
 def test_a_matrix_of_tokens_times_tokens_is_an_error(dims):
     line = kernel("__myl_Fc", outputs=[("s", dims, "BFloat16")], nodes=["blocks.0/self_attn/MatMul"])
     assert report_of(line).problems == [
-        "__myl_Fc_myl0_0 writes tokens x tokens: [40, 800, 800] bf16, 0.0 GiB",
+        "__myl_Fc_myl0_0 writes tokens x tokens: [40, 800, 800] bf16, 48.83 MiB",
     ]
 
 

@@ -207,6 +207,15 @@ def test_a_truncated_file(official, path):
     assert path in refused(official, "download")
 
 
+def test_a_tokenizer_that_makes_its_library_panic(official, capfd):
+    path = official / "google/umt5-xxl/tokenizer.json"
+    text = path.read_text()
+    at = text.index('"', text.index("precompiled_charsmap") + len('precompiled_charsmap"')) + 50
+    path.write_text(text[:at] + "|" + text[at + 1 :])
+    refused(official, r"tokenizer\.json: .*download that folder again")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("size_bytes", [0, 1000])
 def test_a_truncated_tokenizer_is_found_before_any_work(official, size_bytes):
     os.truncate(official / "google/umt5-xxl/tokenizer.json", size_bytes)
@@ -354,6 +363,41 @@ def test_a_hub_name_is_downloaded(made, monkeypatch):
         [*needed, "assets/a.png"], allow_patterns=asked["allow_patterns"]
     )
     assert sorted(filtered) == sorted(needed)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["split_files/diffusion_models/a_high.safetensors", "split_files/vae/b.safetensors"], "2 single files: split"),
+        (["HighNoise/a.gguf", "LowNoise/b.gguf"], "2 GGUF files: HighNoise/a.gguf, LowNoise/b.gguf"),
+        (["README.md", "config.json"], "holds no weights"),
+        (["a.safetensors"], "1 single files: a.safetensors"),
+    ],
+)
+def test_a_repository_is_judged_by_its_list_of_files(monkeypatch, files, words):
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("downloaded"))
+    refused("Comfy-Org/Wan_2.2_ComfyUI_Repackaged", f"{words}.*--high-noise FILE")
+
+
+def test_a_revision_is_asked_for_and_its_commit_recorded(made, monkeypatch, tmp_path):
+    commit, asked = "c" * 40, []
+    folder = shutil.copytree(made(TINY[0], "diffusers"), tmp_path / "snapshots" / commit)
+    listed = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+
+    def list_repo_files(self, name, revision):
+        asked.append((name, revision))
+        return listed
+
+    def snapshot_download(name, *, revision, **options):
+        asked.append((name, revision))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    source = open_checkpoint("Wan-AI/Wan2.2-T2V-A14B-Diffusers@v1").source
+    assert asked == [("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "v1")] * 2
+    assert (source.checkpoint, source.commit) == ("Wan-AI/Wan2.2-T2V-A14B-Diffusers@v1", commit)
 
 
 def test_no_network_is_said_in_one_line(monkeypatch, tmp_path):

@@ -165,9 +165,9 @@ def test_an_all_in_one_file_is_named_for_every_part(made, tmp_path):
 # GGUF
 
 
-def write_gguf(path, tensors, names=None):
+def write_gguf(path, tensors, names=None, architecture="wan"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer, expected = gguf.GGUFWriter(path, "wan"), {}
+    writer, expected = gguf.GGUFWriter(path, architecture), {}
     for name, tensor in tensors.items():
         blocks = tensor.ndim == 2 and name.startswith("blocks.") and tensor.shape[1] % 32 == 0
         kind = gguf.GGMLQuantizationType.Q8_0 if blocks else gguf.GGMLQuantizationType.F32
@@ -201,6 +201,14 @@ def test_gguf_of_transformer_and_text_encoder(made, tmp_path):
             np.testing.assert_array_equal(checkpoint.weights[part].read(name), value)
     with pytest.raises(UserError, match=r"umt5\.gguf holds no tokenizer .* --tokenizer DIR"):
         open_checkpoint(tmp_path)
+
+
+def test_other_ggufs_are_named(made, tmp_path):
+    tensors = tensors_of(made(MODELS[0]), "high_noise")
+    write_gguf(tmp_path / "x.gguf", {k: t for k, t in tensors.items() if k != "patch_embedding.weight"})
+    refused(f"{made(MODELS[0])},high_noise={tmp_path / 'x.gguf'}", "without the step that adds tensors of 5 dimensions")
+    write_gguf(tmp_path / "y.gguf", {"token_embd.weight": torch.ones(4, 4)}, architecture="llama")
+    refused(f"{made(MODELS[0])},high_noise={tmp_path / 'y.gguf'}", "a GGUF of architecture llama")
 
 
 # Folders of releases that people have changed

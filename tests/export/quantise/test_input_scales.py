@@ -85,7 +85,7 @@ def test_scales_of_other_weights_are_refused():
 def test_weights_may_be_stated_with_a_margin_that_is_the_same_for_all():
     scales = {f"blocks.{n}.ffn.0": LinearScales(0.1, 1.1 * (1 + n) / 448) for n in range(6)}
     check_weights("s.json", scales, "dit", lambda name: np.array([1.0 + int(name.split(".")[1])]))
-    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.0 up to 2\.2 .* 2\.06 as in"):
+    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.0 up to 2\.2 .* 2\.06 like"):
         check_weights("s.json", scales, "dit", lambda name: np.array([1.0 + 1.06 * int(name.split(".")[1])]))
 
 
