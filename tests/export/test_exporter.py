@@ -138,9 +138,10 @@ def test_what_is_no_disk_is_told_as_such(tiny_checkpoint):
         export_checkpoint(tiny_checkpoint, Path("/proc/b"))
 
 
-def test_a_checkpoint_without_tokenizer_json_is_refused(tmp_path, tiny_checkpoint):
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path, tiny_checkpoint):
     shutil.copytree(tiny_checkpoint, tmp_path / "c")
-    (tmp_path / "c" / "google" / "umt5-xxl" / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "spiece.model"):
+        (tmp_path / "c" / "google" / "umt5-xxl" / name).unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         export_checkpoint(tmp_path / "c", tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
