@@ -16,7 +16,7 @@ from runtime.built_for import check_video, completed, default_video
 from runtime.denoise import Conditions, Step, denoise
 from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.forward_inputs import text_rows
-from runtime.image_condition import conditioning_video, fitted, i2v_condition
+from runtime.image_condition import conditioning_video, fit_image, i2v_condition
 from runtime.noise import standard_normal
 from runtime.request import CompleteRequest, Request
 from runtime.solver import make_solver
@@ -213,11 +213,13 @@ class Pipeline:
             return {}
         self._begin("vae_encoder_first", "vae_encoder_next")
         size = (request.width, request.height)
-        first = fitted(request.image, self.spec.takes.resizing, size, request.fit)
+        first = fit_image(request.image, self.spec.takes.resizing, size, request.fit)
         if self.spec.takes.clean_first_frame:
             return {"first_frame": encode(self.on_call("vae_encoder_first"), None, first)}
         has_last = request.last_image is not None
-        last = fitted(request.last_image, self.spec.takes.resizing, size, request.fit) if request.last_image else None
+        last = (
+            fit_image(request.last_image, self.spec.takes.resizing, size, request.fit) if request.last_image else None
+        )
         video = conditioning_video(first, request.frames, last)
         following = self.on_call("vae_encoder_next") if request.frames > 1 else None
         latents = encode(self.on_call("vae_encoder_first"), following, video)

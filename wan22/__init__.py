@@ -1,1 +1,1 @@
-"""What every stage shares: model specs, bundles, errors. Numpy at most."""
+"""Shared by all stages: model specs, bundles, errors. Imports numpy at most."""

@@ -94,7 +94,7 @@ def test_fixed_shapes(tmp_path, tiny_checkpoint):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (ExportOptions(size=(64, 48)), "--size without --frames"),
+        (ExportOptions(size=(64, 48)), "only one of --size and --frames"),
         (ExportOptions(size=(60, 48), frames=9), "size 60x48"),
         (ExportOptions(size=(64, 48), frames=8), "8 frames"),
     ],
@@ -253,7 +253,7 @@ def test_either_attention_may_stay_in_sixteen_bits(tmp_path, tiny_checkpoint, ch
     scales = {f"blocks.0.{choice}_attn.{name}_scale" for name in "qk"}
     assert {name for name in stored if name.endswith((".q_scale", ".k_scale"))} == scales
     assert bundle.component("low_noise").why_higher == (
-        f"asked for: no FP8 in blocks 1; asked for: only {choice}-attention in FP8"
+        f"requested: no FP8 in blocks 1; requested: only {choice}-attention in FP8"
     )
 
 

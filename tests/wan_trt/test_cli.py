@@ -168,7 +168,7 @@ def test_what_the_user_may_not_read_is_told_in_one_line(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(Path, "is_dir", denied)
     told = refused(capsys, "export", tmp_path / "c", tmp_path / "b")
-    assert "Permission denied | expected what this user may use" in told
+    assert "Permission denied | expected permission for this user" in told
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, tiny_checkpoint, monkeypatch):

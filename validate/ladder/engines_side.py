@@ -8,7 +8,7 @@ from PIL import Image
 from runtime.arrays import F32
 from runtime.denoise import Step
 from runtime.forward_inputs import forward_inputs, time_features
-from runtime.image_condition import Fit, fitted
+from runtime.image_condition import Fit, fit_image
 from runtime.noise import standard_normal
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
@@ -44,7 +44,7 @@ class EnginesSide:
 
     def pixels(self, image: Image.Image, size: tuple[int, int], fit: Fit) -> F32:
         """``[1, 3, H, W]``."""
-        return fitted(image, self._pipeline.spec.takes.resizing, size, fit)[:, :, 0]
+        return fit_image(image, self._pipeline.spec.takes.resizing, size, fit)[:, :, 0]
 
     def encode(self, video: F32) -> F32:
         """Normalised latents of frames ``[1, 3, F, H, W]``, encoded chunk by chunk."""

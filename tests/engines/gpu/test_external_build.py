@@ -1,4 +1,4 @@
-"""``--weights external``: both experts share one engine, each has its file of weights, the VAE keeps its own inside."""
+"""``--weights external``: both experts share one engine, each has a weights file, the VAE keeps embedded weights."""
 
 import json
 
@@ -14,7 +14,7 @@ from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.shapes import own_profiles
 from wan22.specs import Precision
-from wan22.stamp import Stamp, name_in
+from wan22.stamp import Stamp, read_name
 
 TINY = "t2v-a14b-tiny"
 
@@ -54,7 +54,7 @@ def test_every_plan_says_what_it_was_built_for(external_engines):
     build = bundle.manifest.build
     for component in bundle.manifest.components:
         stamp = Stamp("rtx4090", component.precision, own_profiles(build.profiles, component.inputs))
-        assert name_in(bundle.path(component.graph)) == stamp.name, component.name
+        assert read_name(bundle.path(component.graph)) == stamp.name, component.name
     assert check_plans(bundle) == ()
 
 
