@@ -17,7 +17,8 @@ class Prompt:
 def read_prompts(path: Path, image_use: ImageUse) -> list[Prompt]:
     """One prompt a line, as text or as JSON: ``{"prompt": "A cat", "image": "cat.jpg"}``, the image beside the file.
 
-    Empty lines and those that begin with ``#`` are left out.
+    Empty lines and comments, which begin with ``#`` and a blank, are left out; ``#cinematic`` begins a prompt. A prompt
+    that begins like a comment is written as JSON.
 
     Raises:
         UserError: no such file, no prompts in it, a line of JSON without a prompt or with an empty one, an image
@@ -28,7 +29,7 @@ def read_prompts(path: Path, image_use: ImageUse) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"{path}: {reason}", "a text file", "write one prompt a line") from None
-    prompts = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line and line[0] != "#"]
+    prompts = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line and line.split()[0] != "#"]
     if not prompts:
         raise UserError(f"{path} has no prompts", "at least one", "write one prompt a line")
     for prompt in prompts:
@@ -49,7 +50,7 @@ def _prompt(path: Path, number: int, line: str) -> Prompt:
         prompt = Prompt(text, None if image is None else path.parent / image)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         found = f"{path}, line {number}: {type(error).__name__} {error}"
-        raise UserError(found, '{"prompt": ..., "image": ...}', "mend the line") from None
+        raise UserError(found, '{"prompt": ..., "image": ...}', "fix the line") from None
     if not isinstance(text, str) or not text.strip():
         remedy = 'describe a video; --negative-prompt "" is what runs without text'
         raise UserError(f"{path}, line {number}: prompt {text!r}", "some text", remedy)

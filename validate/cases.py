@@ -50,6 +50,8 @@ def cases_of(options: ValidateOptions, image_use: ImageUse) -> list[Case]:
         raise UserError(f"--seeds {', '.join(map(str, options.seeds))}", "every seed once", "leave the others out")
     if options.seeds and request.seed:
         raise UserError(f"--seeds beside --seed {request.seed}", "one of them", "leave --seed out")
+    if options.seeds and request.noise is not None:
+        raise UserError("--seeds beside --noise", "one of them", "leave --seeds out")
     prompts: list[tuple[str | None, Path | bytes | None]] = [(request.prompt, request.image)]
     if options.prompts is not None:
         prompts = [(prompt.text, prompt.image) for prompt in read_prompts(options.prompts, image_use)]

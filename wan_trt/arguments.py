@@ -14,6 +14,7 @@ from wan22.errors import UserError
 from wan22.shapes import parse_size
 
 if TYPE_CHECKING:
+    from runtime.arrays import F32
     from runtime.request import Request
 
 Engines = Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)]
@@ -23,6 +24,10 @@ Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels,
 Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames, a multiple of 4 plus 1.")]
 Seed = Annotated[
     int, typer.Option("--seed", metavar="INT", help="Seed of the noise, below 2**64; -1 draws and prints one.")
+]
+Noise = Annotated[
+    Path | None,
+    typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of that of the seed."),
 ]
 NegativePrompt = Annotated[
     str | None, typer.Option(help="What the video must not show; the official text unless given.")
@@ -82,7 +87,7 @@ GROUPS = {
     "Video": ("size", "frames", "fps"),
     "Image": ("image", "last_image", "fit", "exact_official"),
     "Sampling": (
-        "negative_prompt", "preset", "steps", "seed", "shift", "solver", "schedule", "boundary",
+        "negative_prompt", "preset", "steps", "seed", "noise", "shift", "solver", "schedule", "boundary",
         "guidance", "guidance_high_noise", "guidance_low_noise",
     ),
     "Output": ("output", "overwrite", "verbose", "preview", "html", "as_json", "plot", "calls"),
@@ -144,6 +149,15 @@ def seed_of(typed: int) -> int:
     return drawn
 
 
+def noise_of(path: Path | None) -> "F32 | None":
+    """The noise in a file; None where none is named."""
+    if path is None:
+        return None
+    from wan_trt.recipes.noise_file import read_noise
+
+    return read_noise(path)
+
+
 def _numbers(what: str, text: str, most: int, example: str) -> list[int]:
     """Numbers up to ``most`` and ranges of them, in order; ``what`` and ``example`` are for the error."""
     numbers: list[int] = []
@@ -163,13 +177,14 @@ def request_from(options: Mapping[str, Any]) -> "Request":
     """The request in the options of a command, its ``locals()``: what :class:`Request` has under the option's name."""
     from runtime.request import Request
 
-    names = {field.name for field in fields(Request)} & options.keys() - {"seed"}
+    names = {field.name for field in fields(Request)} & options.keys() - {"seed", "noise"}
     by_expert = {name: options.get(f"guidance_{name}") for name in ("high_noise", "low_noise")}
     return Request(
         **{name: options[name] for name in names}
         | {
             "size": size_of(options["size"]),
             "seed": seed_of(options["seed"]),
+            "noise": noise_of(options.get("noise")),
             "guidance": {name: scale for name, scale in by_expert.items() if scale is not None},
             "guidance_scale": options.get("guidance"),
         }

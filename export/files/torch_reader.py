@@ -49,6 +49,24 @@ def read_torch(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: no such file, cut off, big-endian, compressed, no state dict, or a pickle that wants to run code.
     """
+    state, records = _read(path)
+    state = _unwrapped(state)
+    if not isinstance(state, dict) or not state:
+        raise UserError(f"{path} holds a {type(state).__name__}", "a state dict", "use the official file")
+    return {name: _stored(path, name, tensor, records) for name, tensor in state.items()}
+
+
+def read_tensor(path: Path) -> Stored:
+    """The only tensor of a file that ``torch.save`` wrote, alone or in a dictionary. Raises as :func:`read_torch`."""
+    state, records = _read(path)
+    tensors = [each for each in (state.values() if isinstance(state, dict) else [state]) if isinstance(each, _Tensor)]
+    if len(tensors) != 1:
+        raise UserError(f"{path} holds {len(tensors)} tensors", "one tensor", "save it alone with torch.save")
+    return _stored(path, "the tensor", tensors[0], records)
+
+
+def _read(path: Path) -> tuple[Any, dict[str, "_Record"]]:
+    """What the pickle describes, and where the data of every storage lies."""
     if not path.exists():
         raise UserError(
             f"{path} is missing", "the file of the official release", "name its root folder, or download it"
@@ -59,10 +77,7 @@ def read_torch(path: Path) -> dict[str, Stored]:
             content, records = _opened(path, archive, stream)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, struct.error, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path} is no torch zip ({error})", WHOLE, AGAIN) from None
-    state = _unwrapped(_unpickled(path, content))
-    if not isinstance(state, dict) or not state:
-        raise UserError(f"{path} holds a {type(state).__name__}", "a state dict", "use the official file")
-    return {name: _stored(path, name, tensor, records) for name, tensor in state.items()}
+    return _unpickled(path, content), records
 
 
 @dataclass(frozen=True, slots=True)

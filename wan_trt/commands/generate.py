@@ -31,6 +31,7 @@ def run(
     boundary: given.Boundary = None,
     steps: given.Steps = None,
     seed: given.Seed = 0,
+    noise: given.Noise = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.", min=1, max=240)] = None,
     shift: given.Shift = None,
     guidance_high_noise: given.ExpertGuidance = None,
