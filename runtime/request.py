@@ -72,9 +72,9 @@ class Request:
         sampling = (spec if self.preset is None else spec.with_preset(self.preset)).sampling
         image = self._image(spec)
         width, height, frames = self.shape(spec, usual)
+        asked_size = (width, height)
         if image is not None:
-            size = (width, height)
-            width, height = video_size(spec, image.size, size, self.fit, exact_official=self.exact_official)
+            width, height = video_size(spec, image.size, asked_size, self.fit, exact_official=self.exact_official)
         latent_shape = spec.latent_shape(width, height, frames)
         complete = CompleteRequest(
             prompt=self.prompt,
@@ -96,6 +96,7 @@ class Request:
             sigmas=self._sigmas(sampling),
             boundary=self._boundary(spec),
             switch_step=self._switch_step(sampling),
+            asked=replace(self, size=asked_size),
         )
         complete.noise_schedule()  # refused now, not later
         _warn_beyond_distillation(spec, complete)
@@ -189,6 +190,8 @@ class CompleteRequest:
     sigmas: tuple[float, ...] = ()  # noise levels; instead of those of steps and shift
     boundary: float | None = None  # asked for; None: the model's
     switch_step: int | None = None  # first step of the low-noise expert; instead of the boundary
+
+    asked: Request = field(default_factory=Request, compare=False)  # what this completes, with its size
 
     def noise_schedule(self) -> Schedule:
         """Raises UserError for settings that make none."""

@@ -22,9 +22,8 @@ Prompt = Annotated[str, typer.Argument(help="What the video shows, in any langua
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, such as 832x480.")]
 Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames, a multiple of 4 plus 1.")]
-Seed = Annotated[
-    int, typer.Option("--seed", metavar="INT", help="Seed of the noise, below 2**64; -1 draws and prints one.")
-]
+SEED = typer.Option("--seed", metavar="INT", help="Seed of the noise, below 2**64; -1 draws and prints one.")
+Seed = Annotated[int, SEED]
 Noise = Annotated[
     Path | None,
     typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of that of the seed."),
@@ -84,7 +83,7 @@ LongestJob = Annotated[int, typer.Option(help="Seconds that a job may run and th
 
 # headings of --help and the parameters under them; all others stay under "Options"
 GROUPS = {
-    "Video": ("size", "frames", "fps"),
+    "Video": ("size", "frames", "fps", "quality"),
     "Image": ("image", "last_image", "fit", "exact_official"),
     "Sampling": (
         "negative_prompt", "preset", "steps", "seed", "noise", "shift", "solver", "schedule", "boundary",
@@ -134,12 +133,14 @@ def seeds_of(text: str | None) -> tuple[int, ...]:
     return () if text is None else tuple(_numbers("seeds", text, 2**64 - 1, "0,1,10-12"))
 
 
-def seed_of(typed: int) -> int:
-    """The seed as it was typed; for -1 a drawn one, printed to stderr so that the run can be repeated.
+def seed_of(typed: int | None) -> int:
+    """The seed as it was typed, 0 unless it was; for -1 a drawn one, printed to stderr so that the run can be repeated.
 
     Raises:
         UserError: neither -1 nor a seed that torch takes.
     """
+    if typed is None:
+        return 0
     if not -1 <= typed < 2**64:
         raise UserError(f"seed {typed}", "0 to 2**64 - 1, or -1 to draw one", "choose another seed")
     if typed != -1:
