@@ -24,7 +24,7 @@ from wan22.quantities import human_bytes
 from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, tokens
 
 Residency = Literal["all", "one-expert", "one-component"]
-RESIDENCIES: tuple[Residency, ...] = get_args(Residency)  # what stays loaded, in descending order
+RESIDENCIES: tuple[Residency, ...] = get_args(Residency)  # by the engines that stay loaded, most first
 ONE_EXPERT = RESIDENCIES[1:]  # those that leave memory for other work
 ResidencyChoice = Literal["all", "one-expert", "one-component", "auto"]
 Video = tuple[int, int, int]  # width, height in pixels; frames
@@ -105,7 +105,7 @@ def needed_bytes(spec: ModelSpec, memory: Mapping[str, Memory]) -> dict[Residenc
     return ways | {"one-component": max(_together([each]) for each in memory.values())}
 
 
-def chosen(needed: Mapping[Residency, float], available: float) -> Residency | None:
+def best_residency(needed: Mapping[Residency, float], available: float) -> Residency | None:
     """The residency that keeps the most and fits into ``available`` bytes; None if none fits."""
     return next((way for way in RESIDENCIES if way in needed and needed[way] <= available), None)
 

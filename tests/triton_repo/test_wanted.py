@@ -27,7 +27,7 @@ def request_of(**inputs):
 def test_a_boundary_comes_as_it_was_typed():
     request = request_of(boundary=np.array([0.8], np.float32))
     assert request.boundary == 0.8
-    assert [request.switched(T2V).expert_at(t) for t in (800, 799)] == ["high_noise", "low_noise"]
+    assert [request.with_switch(T2V).expert_at(t) for t in (800, 799)] == ["high_noise", "low_noise"]
     assert request_of().boundary is None
 
 
@@ -62,5 +62,5 @@ def test_engines_of_one_size_make_it_unless_asked_for_another():
     prompt = {"prompt": SMALL["prompt"]}
     complete = wanted(prompt, T2V, None, Limits.of(T2V), fixed).request
     assert (complete.width, complete.height, complete.frames) == fixed
-    with pytest.raises(UserError, match="64x48, 9 frames, which the engines are made for"):
+    with pytest.raises(UserError, match="64x48, 9 frames, which the engines were built for"):
         wanted(SMALL, T2V, None, Limits.of(T2V), fixed)
