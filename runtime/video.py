@@ -115,9 +115,11 @@ def encode_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUA
         ".mp4": lambda images, name: _write_film(images, name, fps, _format_of(name, quality, note)),
         ".webm": lambda images, name: _write_film(images, name, fps, _format_of(name, quality, note)),
         ".npz": lambda images, name: np.savez(name, frames=np.stack([*images]), fps=fps),
+        ".png": lambda images, name: _write_image(images, name, note),
         "": lambda images, name: _write_folder(images, name, note),
     }
-    writers.get(path.suffix.lower(), lambda images, name: _write_image(images, name, note))(frames(), path)
+    writer = writers.get(path.suffix.lower(), writers[".png"])
+    writer(frames(), path)
     return written
 
 
