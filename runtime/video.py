@@ -78,7 +78,7 @@ def write_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUAL
         path: ``.mp4`` or ``.webm``; ``.npz`` with ``frames``, uint8 ``[F, H, W, 3]``, and ``fps``; ``.png`` or ``.jpg``
             for a single frame; no ending: a folder of ``frame_00000.png`` and so on.
         fps: frames per second, where the format has it.
-        quality: of mp4 and webm, 1 to 10 as imageio counts it; 10 is without loss beyond that of 4:2:0 colours.
+        quality: of mp4 and webm, 1 to 10 as imageio counts it; 8 is the official setting.
         note: text for the metadata of mp4, webm and PNG.
 
     Raises:
@@ -134,11 +134,11 @@ class _Format:
 
 
 def _format_of(path: Path, quality: int, note: str) -> _Format:
-    crf = int(5.1 * (10 - quality))  # what imageio makes of it: int((1 - quality / 10) * 51)
+    crf = max(1, int(5.1 * (10 - quality)))  # imageio: int((1 - quality / 10) * 51); 0 has a meaning of its own
     if path.suffix.lower() == ".webm":
         options = {"crf": str(crf), "deadline": "good", "cpu-used": str(VP9_SPEED)}
         return _Format("libvpx-vp9", options, {"fflags": "+bitexact"}, note)  # else the file gets a random name inside
-    # x264's macroblock tree does not always make the same file of the same frames
+    # x264's macroblock tree does not always make the same file of the same frames, not even with one thread
     options = {"crf": str(crf), "x264-params": "mbtree=0"}
     return _Format("libx264", options, {"movflags": "+faststart"}, note)
 
