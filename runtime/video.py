@@ -23,8 +23,8 @@ from wan22.quantities import counted
 
 Frames = Iterator[NDArray[np.uint8]]  # each [H, W, 3], RGB
 X264_CRF = 10  # imageio's value for quality 8, the official setting: int((1 - 8 / 10) * 51)
-VP9_CRF = 10  # of 63: about the same fidelity
-VP9_SPEED = 4  # of 8: takes a fifth of the time of 0
+VP9_CRF = 10  # out of 63; about the same fidelity
+VP9_SPEED = 4  # out of 8; takes a fifth of the time of 0
 BT709 = 1  # its number as colour primaries and as transfer curve (ITU-T H.273)
 JPEG_QUALITY = 95
 FRAME = "frame_{:05d}.png"

@@ -62,7 +62,7 @@ def read_torch(path: Path) -> dict[str, Stored]:
     state = _unwrap(_unpickle(path, content))
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} holds a {type(state).__name__}", "a state dict", "use the official file")
-    return {name: _stored(path, name, tensor, records) for name, tensor in state.items()}
+    return {name: _locate(path, name, tensor, records) for name, tensor in state.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ def _unwrap(state: Any) -> Any:
     return state
 
 
-def _stored(path: Path, name: object, tensor: Any, records: Mapping[str, _Record]) -> Stored:
+def _locate(path: Path, name: object, tensor: Any, records: Mapping[str, _Record]) -> Stored:
     if not isinstance(name, str) or not isinstance(tensor, _Tensor):
         raise UserError(f"{path}: entry {name!r} is not a plain tensor", "tensors by name", "use the official file")
     dtype = DTYPES.get(tensor.dtype)
