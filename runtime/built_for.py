@@ -81,7 +81,7 @@ def completed(request: Request, manifest: Manifest) -> CompleteRequest:
     complete = request.completed(manifest.spec, default_video(manifest))
     shaped_by_image = complete.image is not None and complete.fit == "official"
     hint = "; with an image, --fit crop makes exactly that size" if shaped_by_image else ""
-    check_video(manifest, (complete.width, complete.height, complete.frames), hint)
+    check_video(manifest, complete.video, hint)
     return complete
 
 

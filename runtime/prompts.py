@@ -17,7 +17,8 @@ class Prompt:
 def read_prompts(path: Path, image_use: ImageUse) -> list[Prompt]:
     """One prompt per line, as text or as JSON: ``{"prompt": "A cat", "image": "cat.jpg"}``.
 
-    Paths of images are relative to the file. Empty lines and lines starting with ``#`` are ignored. ``image_use`` says
+    Paths of images are relative to the file. Empty lines are ignored, and so are comments, which begin with ``#`` and a
+    blank; ``#cinematic`` begins a prompt. A prompt that begins like a comment is written as JSON. ``image_use`` says
     whether the model takes images.
 
     Raises:
@@ -29,7 +30,7 @@ def read_prompts(path: Path, image_use: ImageUse) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"{path}: {reason}", "a text file", "write one prompt per line") from None
-    prompts = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line and line[0] != "#"]
+    prompts = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line and line.split()[0] != "#"]
     if not prompts:
         raise UserError(f"{path} has no prompts", "at least one", "write one prompt per line")
     for prompt in prompts:

@@ -15,6 +15,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from runtime.arrays import F32, array_namespace, require_finite, to_numpy
 from wan22.errors import UserError, refusing_disk_errors
@@ -22,8 +23,8 @@ from wan22.files import check_room, whole_file, whole_folder
 from wan22.quantities import counted
 
 Frames = Iterator[NDArray[np.uint8]]  # each [H, W, 3], RGB
-X264_CRF = 10  # imageio's value for quality 8, the official setting: int((1 - 8 / 10) * 51)
-VP9_CRF = 10  # out of 63; about the same fidelity
+QUALITY = 8  # the official setting; VP9 has about the same fidelity at the same constant rate factor
+TAG = "comment"  # metadata key
 VP9_SPEED = 4  # out of 8; takes a fifth of the time of 0
 BT709 = 1  # its number as colour primaries and as transfer curve (ITU-T H.273)
 JPEG_QUALITY = 95
@@ -69,7 +70,7 @@ def check_destination(path: Path, frames: int, *, overwrite: bool = False) -> No
             raise UserError(f"{path} is a folder", "a file to write", "choose another name")
 
 
-def write_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
+def write_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUALITY, note: str = "") -> int:
     """Write chunks ``[1, 3, f, H, W]`` in [-1, 1] and return the number of frames.
 
     Args:
@@ -77,6 +78,8 @@ def write_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
         path: ``.mp4`` or ``.webm``; ``.npz`` with ``frames``, uint8 ``[F, H, W, 3]``, and ``fps``; ``.png`` or ``.jpg``
             for a single frame; without an extension a folder of ``frame_00000.png`` and so on.
         fps: frames per second, if the format stores it.
+        quality: of mp4 and webm, 1 to 10 on imageio's scale; at 10 only the 4:2:0 colours lose anything.
+        note: text for the metadata of mp4, webm and PNG.
 
     Raises:
         UserError: see :func:`check_destination` and :func:`encode_video`; another process writes the file; the disk is
@@ -85,10 +88,10 @@ def write_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
     """
     check_destination(path, frames=1)
     with renamed_at_end(path) as new:
-        return encode_video(chunks, new, fps)
+        return encode_video(chunks, new, fps, quality, note)
 
 
-def encode_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
+def encode_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUALITY, note: str = "") -> int:
     """Like :func:`write_video`, but write directly to ``path``.
 
     Raises:
@@ -97,6 +100,8 @@ def encode_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
     """
     if fps < 1:
         raise UserError(f"{fps} frames per second", "at least 1", "the models make 16 or 24")
+    if not 1 <= quality <= 10:
+        raise UserError(f"quality {quality}", "1 to 10", f"the official setting is {QUALITY}")
     written = 0
 
     def frames() -> Frames:
@@ -108,12 +113,14 @@ def encode_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
             raise ValueError("no frames to write")
 
     writers: dict[str, Callable[[Frames, Path], None]] = {
-        ".mp4": lambda images, name: _write_film(images, name, fps),
-        ".webm": lambda images, name: _write_film(images, name, fps),
+        ".mp4": lambda images, name: _write_film(images, name, fps, _format_of(name, quality, note)),
+        ".webm": lambda images, name: _write_film(images, name, fps, _format_of(name, quality, note)),
         ".npz": lambda images, name: np.savez(name, frames=np.stack([*images]), fps=fps),
-        "": _write_folder,
+        ".png": lambda images, name: _write_image(images, name, note),
+        "": lambda images, name: _write_folder(images, name, note),
     }
-    writers.get(path.suffix.lower(), _write_image)(frames(), path)
+    writer = writers.get(path.suffix.lower(), writers[".png"])
+    writer(frames(), path)
     return written
 
 
@@ -124,24 +131,28 @@ class _Format:
     encoder: str
     options: dict[str, str]
     container: dict[str, str]
+    note: str
 
 
-def _format_of(path: Path) -> _Format:
+def _format_of(path: Path, quality: int, note: str) -> _Format:
+    crf = int(5.1 * (10 - quality))  # same as imageio: int((1 - quality / 10) * 51)
     if path.suffix.lower() == ".webm":
-        options = {"crf": str(VP9_CRF), "deadline": "good", "cpu-used": str(VP9_SPEED)}
-        return _Format("libvpx-vp9", options, {"fflags": "+bitexact"})  # otherwise the file contains a random id
+        options = {"crf": str(crf), "deadline": "good", "cpu-used": str(VP9_SPEED)}
+        return _Format("libvpx-vp9", options, {"fflags": "+bitexact"}, note)  # otherwise the file contains a random id
     # x264's macroblock tree is not deterministic
-    return _Format("libx264", {"crf": str(X264_CRF), "x264-params": "mbtree=0"}, {"movflags": "+faststart"})
+    options = {"crf": str(crf), "x264-params": "mbtree=0"}
+    return _Format("libx264", options, {"movflags": "+faststart"}, note)
 
 
-def _write_film(frames: Frames, path: Path, fps: int) -> None:
+def _write_film(frames: Frames, path: Path, fps: int, form: _Format) -> None:
     """Convert to BT.709 and declare it in the stream: players guess undeclared colours from the size, often wrongly."""
     first = next(frames)
     height, width = first.shape[:2]
     if height % 2 or width % 2:
         raise UserError(f"{width}x{height} for {path.suffix[1:]}", "even sides", "write a folder of PNG frames")
-    form = _format_of(path)
     with av.open(str(path), "w", options=form.container) as container:
+        if form.note:
+            container.metadata[TAG] = form.note
         stream = container.add_stream(form.encoder, rate=fps, options=form.options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
@@ -162,17 +173,25 @@ def _bt709(frame: NDArray[np.uint8]) -> av.VideoFrame:
     )
 
 
-def _write_folder(frames: Frames, folder: Path) -> None:
+def _write_folder(frames: Frames, folder: Path, note: str) -> None:
     folder.mkdir(exist_ok=True)
     for index, frame in enumerate(frames):
-        Image.fromarray(frame).save(folder / FRAME.format(index))
+        Image.fromarray(frame).save(folder / FRAME.format(index), pnginfo=_text(note))
 
 
-def _write_image(frames: Frames, path: Path) -> None:
+def _write_image(frames: Frames, path: Path, note: str) -> None:
     image = next(frames)
     if next(frames, None) is not None:
         raise UserError(f"several frames for {path.suffix}", "one frame", "use .mp4 or a folder")
-    Image.fromarray(image).save(path, quality=JPEG_QUALITY)
+    options = {"pnginfo": _text(note)} if path.suffix.lower() == ".png" else {"quality": JPEG_QUALITY}
+    Image.fromarray(image).save(path, **options)
+
+
+def _text(note: str) -> PngInfo:
+    info: PngInfo = PngInfo()  # type: ignore[no-untyped-call]
+    if note:
+        info.add_itxt(TAG, note)
+    return info
 
 
 @contextmanager

@@ -49,6 +49,24 @@ def read_torch(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: the file is missing, truncated, big-endian, compressed or not a state dict, or would run code.
     """
+    state, records = _read(path)
+    state = _unwrap(state)
+    if not isinstance(state, dict) or not state:
+        raise UserError(f"{path} holds a {type(state).__name__}", "a state dict", "use the official file")
+    return {name: _locate(path, name, tensor, records) for name, tensor in state.items()}
+
+
+def read_tensor(path: Path) -> Stored:
+    """The only tensor of a ``torch.save`` file, alone or in a dictionary. Raises like :func:`read_torch`."""
+    state, records = _read(path)
+    tensors = [each for each in (state.values() if isinstance(state, dict) else [state]) if isinstance(each, _Tensor)]
+    if len(tensors) != 1:
+        raise UserError(f"{path} holds {len(tensors)} tensors", "one tensor", "save it alone with torch.save")
+    return _locate(path, "the tensor", tensors[0], records)
+
+
+def _read(path: Path) -> tuple[Any, dict[str, "_Record"]]:
+    """The unpickled content, and the location of every storage's data."""
     if not path.exists():
         raise UserError(f"{path} is missing", "the file of the official release", "give its root folder or download it")
     check_regular(path)
@@ -59,10 +77,7 @@ def read_torch(path: Path) -> dict[str, Stored]:
         raise
     except (OSError, RuntimeError, zipfile.BadZipFile, EOFError, struct.error, ValueError) as error:
         raise UserError(f"{path} is not a torch zip ({error})", WHOLE, AGAIN) from None
-    state = _unwrap(_unpickle(path, content))
-    if not isinstance(state, dict) or not state:
-        raise UserError(f"{path} holds a {type(state).__name__}", "a state dict", "use the official file")
-    return {name: _locate(path, name, tensor, records) for name, tensor in state.items()}
+    return _unpickle(path, content), records
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from runtime.arrays import F32
 from runtime.denoise import Step
 from runtime.forward_inputs import forward_inputs, time_features
 from runtime.image_condition import Fit, fit_image
-from runtime.noise import standard_normal
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
 from runtime.solver import make_solver
@@ -35,8 +34,8 @@ class EnginesSide:
         schedule = request.noise_schedule()
         return schedule.sigmas, schedule.timesteps
 
-    def noise(self, shape: tuple[int, ...], seed: int) -> F32:
-        return standard_normal(shape, seed)
+    def noise(self, request: CompleteRequest) -> F32:
+        return request.initial_noise()
 
     def time_features(self, timesteps: Sequence[float]) -> F32:
         """``[steps, freq_width]``."""
