@@ -1,4 +1,4 @@
-"""What engines were built for: check the machine and the manifest, and find the videos they support."""
+"""Check engines against their machine, their manifest and the requested video."""
 
 from runtime.request import CompleteRequest, Request
 from wan22.bundle import Build, Bundle, Component, Manifest

@@ -24,8 +24,8 @@ from wan22.quantities import counted
 
 Frames = Iterator[NDArray[np.uint8]]  # each [H, W, 3], RGB
 QUALITY = 8  # the official setting; VP9 has about the same fidelity at the same constant rate factor
-TAG = "comment"  # of the metadata
-VP9_SPEED = 4  # of 8: takes a fifth of the time of 0
+TAG = "comment"  # metadata key
+VP9_SPEED = 4  # out of 8; takes a fifth of the time of 0
 BT709 = 1  # its number as colour primaries and as transfer curve (ITU-T H.273)
 JPEG_QUALITY = 95
 FRAME = "frame_{:05d}.png"
@@ -135,7 +135,7 @@ class _Format:
 
 
 def _format_of(path: Path, quality: int, note: str) -> _Format:
-    crf = max(1, int(5.1 * (10 - quality)))  # imageio: int((1 - quality / 10) * 51); 0 has a meaning of its own
+    crf = max(1, int(5.1 * (10 - quality)))  # as imageio: int((1 - quality / 10) * 51); 0 means lossless
     if path.suffix.lower() == ".webm":
         options = {"crf": str(crf), "deadline": "good", "cpu-used": str(VP9_SPEED)}
         return _Format("libvpx-vp9", options, {"fflags": "+bitexact"}, note)  # otherwise the file contains a random id
