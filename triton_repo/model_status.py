@@ -2,13 +2,12 @@
 
 Triton itself answers that all is well long after a model's process has died, and stops answering when it is asked to
 end. Every model therefore keeps one small JSON file in the folder that the environment variable ``WAN22_STATUS`` names:
-which process it is, the job it runs, when it last handed a video over, why it did not load. Standard library only.
+which process it is, the job it runs, why it did not load. Standard library only.
 """
 
 import json
 import os
 import signal
-import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,12 +18,11 @@ PARENT_EVERY_S = 0.5
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """The content of one file. Times are of the monotonic clock, which all processes of a machine share."""
+    """The content of one file."""
 
     process: int
     process_began: int  # in clock ticks since boot: tells the process from a later one of the same number
     job: str = ""  # the one that runs
-    answered_s: float = -float("inf")  # when the last video was handed to the server
     failure: tuple[str, ...] = ()  # why the model did not load: found, expected, remedy
 
     @property
@@ -34,11 +32,16 @@ class ModelStatus:
 
 def process_began(process: int) -> int | None:
     """When a process started, in clock ticks since boot; None for one that has ended, reaped or not."""
+    fields = _fields(process)
+    return int(fields[19]) if fields and fields[0] not in "ZX" else None
+
+
+def _fields(process: int) -> list[str]:
+    """Of the kernel's line about a process, from its state on; none for one that is gone."""
     try:
-        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
-    return None if state in "ZX" else int(fields[18])
+        return []
 
 
 class StatusFile:
@@ -53,8 +56,8 @@ class StatusFile:
     def began(self, job: str) -> None:
         self._write(job=job)
 
-    def ended(self, *, with_video: bool) -> None:
-        self._write(job="", answered_s=time.monotonic() if with_video else self._status.answered_s)
+    def ended(self) -> None:
+        self._write(job="")
 
     def failed(self, found: str, expected: str, remedy: str) -> None:
         self._write(failure=(found, expected, remedy))
@@ -87,25 +90,29 @@ class Models:
         """Jobs that run, or ran when their model died."""
         return [status.job for status in self.read().values() if status.job]
 
-    def since_answer_s(self) -> float:
-        """Seconds since any model handed a video over; infinite if none ever did."""
-        return time.monotonic() - max((status.answered_s for status in self.read().values()), default=-float("inf"))
-
     def failures(self) -> list[tuple[str, ...]]:
         """Found, expected and remedy of each model that did not load."""
         return [tuple(status.failure) for status in self.read().values() if status.failure]
 
 
 def end_with_server() -> None:
-    """From now on this process ends when the server that started it does.
+    """From now on this process ends when the server that started it does; to be called before it holds much memory.
 
-    Triton's stub notices that only between two requests: during a job it would stay for ever, with its GPU memory.
+    Triton's stub notices that only between two requests: during a job it would stay for ever, with its GPU memory. A
+    thread would not do, because a call to a server that is gone never returns and keeps the lock of the interpreter.
+    A server that was started with a folder leads the group of this process, and may be dead already.
     """
-    server = os.getppid()
+    model, server = os.getpid(), os.getpgrp() if FOLDER in os.environ else os.getppid()
+    if os.fork() == 0:
+        try:
+            while os.getppid() == model and _parent(model) == server:
+                time.sleep(PARENT_EVERY_S)
+            if os.getppid() == model:
+                os.kill(model, signal.SIGKILL)
+        finally:
+            os._exit(0)
 
-    def run() -> None:
-        while os.getppid() == server:
-            time.sleep(PARENT_EVERY_S)
-        os.kill(os.getpid(), signal.SIGKILL)  # no handler, no lock and no engine call can delay it
 
-    threading.Thread(target=run, name="end-with-server", daemon=True).start()
+def _parent(process: int) -> int | None:
+    fields = _fields(process)
+    return int(fields[1]) if fields else None

@@ -76,7 +76,7 @@ class Owner:
         self.metrics.ended(outcome)
         pb_utils.Logger.log_info(f"job {name}: {outcome}")
         sender.send(_last_response(last, as_event=_wants_events(request)), flags=FINAL)
-        self.status.ended(with_video=outcome == "done")
+        self.status.ended()
 
     def _outcome(self, name: str, request: Any, sender: Any) -> tuple[Outcome, Answer | Failure]:
         """How the job ended, and what its client is told; whatever happens, there is something."""

@@ -19,8 +19,7 @@ from triton_repo.model_status import FOLDER, Models
 
 PR_SET_PDEATHSIG = 1
 STACK_BYTES = 256 * 2**20
-IDLE_S = 5.0  # for a server without work to end by itself, before it is killed
-ANSWER_S = 30.0  # for a video to reach its client after the model has handed it over
+IDLE_S = 3.0  # for a server that neither works nor sends to end by itself, before it is killed
 POLL_S = 0.1
 
 
@@ -78,8 +77,8 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
 def stop_group(process: "subprocess.Popen[bytes]", models: Models, within_s: float) -> None:
     """SIGTERM, which lets running and waiting jobs finish; SIGKILL when there is nothing left to wait for.
 
-    That is: the server has ended, a model is dead, no job runs and the last video had time to reach its client, or
-    ``within_s`` is over. Triton alone would wait for a dead model and for every idle connection.
+    That is: the server has ended, a model is dead, no job runs and no video is on its way to a client, or ``within_s``
+    is over. Triton alone would wait for a dead model and for every idle connection.
 
     Raises:
         KeyboardInterrupt: at a second Ctrl-C; the group is killed.
@@ -95,7 +94,17 @@ def stop_group(process: "subprocess.Popen[bytes]", models: Models, within_s: flo
 def _wait(process: "subprocess.Popen[bytes]", models: Models, within_s: float) -> None:
     give_up, idle_s = time.monotonic() + within_s, 0.0
     while process.poll() is None and time.monotonic() < give_up and not models.dead():
-        idle_s = 0.0 if models.jobs() else idle_s + POLL_S
-        if idle_s > IDLE_S and models.since_answer_s() > ANSWER_S:
+        idle_s = 0.0 if models.jobs() or _unsent_bytes(process.pid) else idle_s + POLL_S
+        if idle_s > IDLE_S:
             return
         time.sleep(POLL_S)
+
+
+def _unsent_bytes(process: int) -> int:
+    """What the TCP connections of a process have not brought to the other end yet."""
+    with suppress(OSError):  # it has ended
+        sockets = {str(file.readlink()) for file in Path(f"/proc/{process}/fd").iterdir()}
+        tables = (Path(f"/proc/{process}/net/{name}").read_text() for name in ("tcp", "tcp6"))
+        rows = (line.split() for table in tables for line in table.splitlines()[1:])
+        return sum(int(row[4].partition(":")[0], 16) for row in rows if f"socket:[{row[9]}]" in sockets)
+    return 0

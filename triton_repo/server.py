@@ -20,7 +20,7 @@ from triton_repo import probe
 from triton_repo.installation import Installation, backend_folder, stub_environment
 from triton_repo.model_status import Models
 from triton_repo.process import end_group, models_of, start_group, stop_group
-from triton_repo.server_folder import server_folder
+from triton_repo.server_folder import close_regions, server_folder
 from triton_repo.server_log import ServerLog
 from triton_repo.settings import Limits
 from wan22.errors import UserError
@@ -82,7 +82,7 @@ def _flag(name: str, value: object) -> str:
     return f"--{name}" if value is None else f"--{name}={value}"
 
 
-def _known_options(installation: Installation) -> set[str]:
+def known_options(installation: Installation) -> set[str]:
     try:
         done = subprocess.run([installation.binary, "--help"], capture_output=True, text=True, timeout=60, check=False)
     except OSError as error:
@@ -100,6 +100,7 @@ class Server:
     options: ServeOptions
     models: Models
     log: ServerLog
+    stop_within_s: float
 
     def wait_until_ready(self, within_s: float = LOAD_S) -> None:
         """Returns when the server answers that every model is ready.
@@ -112,6 +113,7 @@ class Server:
             if self.process.poll() is not None:
                 raise self._not_started()
             if is_ready(f"http://{self.options.address}:{self.options.http_port}"):
+                close_regions(self.options.region_prefix)
                 self.log.show()
                 return
             time.sleep(0.1)
@@ -161,9 +163,9 @@ class Server:
         jobs = self.models.jobs()
         return f"while job {', '.join(jobs)} ran" if jobs else "while no job ran, so no model saw the request"
 
-    def stop(self, within_s: float) -> None:
+    def stop(self) -> None:
         """See :func:`triton_repo.process.stop_group`."""
-        stop_group(self.process, self.models, within_s)
+        stop_group(self.process, self.models, self.stop_within_s)
 
 
 def _ending(process: "subprocess.Popen[bytes]") -> str:
@@ -185,17 +187,18 @@ def running(
     """
     for port in (options.http_port, options.grpc_port, options.metrics_port):
         _check_free(options.address, port)
-    known = _known_options(installation)
+    known = known_options(installation)
     with server_folder(options.region_prefix) as (folder, lock), backend_folder(installation) as backends:
         asked = arguments(repository, limits, options, known)
         command = [str(installation.binary), *asked, *_backend_argument(backends)]
         output = subprocess.PIPE if options.quiet else None
         process = start_group(command, stub_environment(installation, environment), folder, lock, output)
-        server = Server(process, options, models_of(folder), ServerLog(process.stdout))
+        within_s = limits.longest_job_s + 2 * EXIT_MARGIN_S
+        server = Server(process, options, models_of(folder), ServerLog(process.stdout), within_s)
         try:
             yield server
         finally:
-            server.stop(limits.longest_job_s + 2 * EXIT_MARGIN_S)
+            server.stop()
 
 
 def _backend_argument(backends: Path | None) -> list[str]:

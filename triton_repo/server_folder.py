@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -24,6 +24,13 @@ def remove_regions(prefix: str) -> None:
             shutil.rmtree(region, ignore_errors=True)
         else:
             region.unlink(missing_ok=True)
+
+
+def close_regions(prefix: str) -> None:
+    """Takes regions from other users, to whom Triton opens them whatever the umask: requests and videos pass there."""
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
+        with suppress(FileNotFoundError):
+            region.chmod(region.stat().st_mode & ~0o077)
 
 
 def remove_dead_servers() -> None:

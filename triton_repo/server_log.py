@@ -1,5 +1,6 @@
 """The output of a quiet ``tritonserver``: held back until it is ready, then passed on as it comes."""
 
+import signal
 import sys
 import threading
 from collections import deque
@@ -7,6 +8,7 @@ from typing import IO
 
 HELD_LINES = 200
 MAX_REASON = 300  # characters
+STOPPED = f"Signal ({int(signal.SIGTERM)})"  # which was ours
 
 
 class ServerLog:
@@ -32,6 +34,8 @@ class ServerLog:
     def _read(self, output: IO[bytes] | None) -> None:
         for raw in output or ():
             line = raw.decode(errors="replace").rstrip()
+            if line.startswith(STOPPED):
+                continue
             if self._shown.is_set():
                 print(line, file=sys.stderr, flush=True)
             else:

@@ -12,7 +12,7 @@ import time
 
 from triton_repo.probe import DRAIN_FLAG
 from triton_repo.process import end_group, models_of, start_group, stop_group
-from triton_repo.server_folder import remove_regions, server_folder
+from triton_repo.server_folder import close_regions, remove_regions, server_folder
 
 FOREVER_S = 10.0 * 365 * 86_400  # the server has its own exit timeout
 WATCH_EVERY_S = 1.0
@@ -30,6 +30,7 @@ def main() -> int:
                 if dead := models.dead():
                     print(f"the process of model {', '.join(dead)} has died; the server is ended", file=sys.stderr)
                     return 1
+                close_regions(prefix)
                 time.sleep(WATCH_EVERY_S)
         except KeyboardInterrupt:
             stop_group(process, models, FOREVER_S)

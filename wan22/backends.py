@@ -1,4 +1,4 @@
-"""What builds and runs engines: the module of each backend, and the package to install where it is missing."""
+"""The Python module and the package of each backend that builds and runs engines."""
 
 from importlib import import_module
 from types import ModuleType
@@ -6,17 +6,17 @@ from typing import Literal
 
 from wan22.errors import UserError
 
-Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]  # the name of its package as well
+Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]  # also the name of its package
 MODULES: dict[str, str] = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
-def imported(module: str, package: str, why: str) -> ModuleType:
-    """The module called ``module``.
+def require_module(module: str, package: str, why: str) -> ModuleType:
+    """Import ``module``.
 
     Raises:
-        UserError: it is not there or does not load; ``why`` says what it is for, ``package`` what brings it.
+        UserError: it is missing or does not load; the message gives its purpose ``why`` and the ``package`` to install.
     """
     try:
         return import_module(module)
     except (ImportError, OSError) as error:
-        raise UserError(f"no module {module} ({error})", why, f"pip install {package}") from None
+        raise UserError(f"cannot import {module} ({error})", why, f"pip install {package}") from None

@@ -123,7 +123,7 @@ def test_a_broken_run_leaves_nothing(tmp_path, name, failure):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_the_users_to_mend(tmp_path):
+def test_a_full_disk_is_a_user_error(tmp_path):
     def full():
         yield next(chunks())
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -141,7 +141,7 @@ def test_an_older_video_survives_a_broken_run(tmp_path):
 
 
 def test_chunks_are_asked_for_one_by_one(tmp_path):
-    """When a chunk is asked for, the one before it has been written."""
+    """When a chunk is requested, the previous one has been written."""
 
     def watched():
         for index, chunk in enumerate(chunks(9)):

@@ -64,8 +64,7 @@ class Served:
         return time.monotonic() - started
 
     def stubs(self):
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "stub" in child.name()]
+        return psutil.Process(self.process.pid).children()
 
     def rss_bytes(self):
         return sum(p.memory_info().rss for p in (psutil.Process(self.process.pid), *self.stubs()))

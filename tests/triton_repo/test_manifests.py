@@ -264,12 +264,3 @@ def test_shared_memory_grows_with_the_calls_of_topology_bls(compiled, tmp_path):
         sizes[topology] = shared_memory_gib(write_repository(engines, tmp_path / topology, options), options)
     assert sizes["owner"] == 2
     assert sizes["bls"] > 2
-
-
-def test_a_started_container_clears_the_memory_of_the_one_before(tmp_path):
-    prefix = f"wan22_test_{tmp_path.name}_"
-    left = Path("/dev/shm", f"{prefix}1")
-    left.touch()
-    command = [sys.executable, "-m", "triton_repo.start", prefix, "echo", "the server"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (done.stdout, left.exists()) == ("the server\n", False)

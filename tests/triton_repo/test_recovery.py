@@ -97,7 +97,7 @@ def refusal(capfd, installation, repository):
     with running(installation, repository, Limits(1, 1), options, os.environ) as server:
         with pytest.raises(UserError, match="before it was ready") as error:
             server.wait_until_ready(within_s=120)
-        server.stop(10)
+        server.stop()
     return capfd.readouterr().err, str(error.value)
 
 

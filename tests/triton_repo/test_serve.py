@@ -23,6 +23,7 @@ from wan22.errors import UserError
 
 ENDLESS = {**LONG, "steps": 100, "preview": True}
 SHARED_MEMORY = Path("/dev/shm")
+ROOT = Path(__file__).parents[2]
 
 
 class Serve:
@@ -32,7 +33,7 @@ class Serve:
         self.http, self.grpc, self.metrics = free_ports(3)
         ports = [f"--http-port={self.http}", f"--grpc-port={self.grpc}", f"--metrics-port={self.metrics}"]
         words = ["wan-trt", "serve", str(engines), *ports, *options]
-        code = f"import sys; from wan_trt.cli import main; sys.argv = {words!r}; main()"
+        code = f"import sys; sys.path[0] = {str(ROOT)!r}; sys.argv = {words!r}; from wan_trt.cli import main; main()"
         self.command = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
         )
@@ -52,7 +53,7 @@ class Serve:
         return self
 
     def processes(self):
-        """tritonserver and its stubs."""
+        """tritonserver, its stub, and what watches over that."""
         return psutil.Process(self.command.pid).children(recursive=True)
 
     def client(self):
@@ -76,7 +77,10 @@ def serve(installation, tiny_engines, tmp_path):
     yield start
     for each in started:
         if each.command.poll() is None:
+            processes = each.processes()
             each.command.kill()
+            assert gone(processes)
+    remove_dead_servers()
 
 
 def gone(processes):
@@ -177,7 +181,7 @@ def test_a_command_that_is_killed_takes_its_processes_along_and_the_next_one_its
 
 def test_a_crash_of_the_server_ends_it_with_a_line_that_names_the_job(serve):
     server = serve().wait_for("is ready")
-    tritonserver, *stubs = server.processes()
+    tritonserver, *others = server.processes()
     with server.client() as client:
         job = client.submit({"prompt": "x", **ENDLESS})
         next(job.events())
@@ -186,14 +190,14 @@ def test_a_crash_of_the_server_ends_it_with_a_line_that_names_the_job(serve):
         with pytest.raises(JobError) as error:
             job.result()
         assert error.value.status == "UNAVAILABLE"
-    assert gone(stubs)
+    assert gone(others)
     (line,) = (line for line in server.lines if line.startswith("wan-trt:"))
     assert f"tritonserver was ended by SIGSEGV while job {job.id} ran" in line
 
 
 def test_a_dead_model_is_noticed_within_ten_seconds_and_served_again_within_twenty(serve):
     server = serve().wait_for("is ready")
-    tritonserver, stub = server.processes()
+    tritonserver, stub, _ = server.processes()
     with server.client() as client:
         next(client.submit({"prompt": "x", **ENDLESS}).events())
         stub.kill()

@@ -4,7 +4,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from wan22.files import scratch_folder
 from wan_trt import arguments as given
 from wan_trt.commands.triton import memory_gib
 from wan_trt.console import console, tell_unread
+
+if TYPE_CHECKING:
+    from triton_repo.server import Server
 
 
 def run(
@@ -70,14 +73,28 @@ def run(
         tell_unread(written.unread)
         variant = CPU if topology == "bls" and not is_for_gpu(written.bundle) else ""
         options = replace(options, config_name=variant)
-        with running(installation, repository, written.limits, options, os.environ) as process:
-            try:
-                process.wait_until_ready()
-                console.print(f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4")
-                return process.watch(max_silence)
-            except KeyboardInterrupt:
-                console.print("stopping: running and waiting jobs are finished first; Ctrl-C again ends them")
-                return 0
+        with running(installation, repository, written.limits, options, os.environ) as tritonserver:
+            return _serve(
+                tritonserver, f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4", max_silence
+            )
+
+
+def _serve(server: "Server", ready: str, max_silence_s: float) -> int:
+    """From the start of the server to its end."""
+    from triton_repo.process import end_group
+
+    try:
+        server.wait_until_ready()
+        console.print(ready)
+        return server.watch(max_silence_s)
+    except KeyboardInterrupt:
+        try:
+            console.print("stopping: running and waiting jobs are finished first; Ctrl-C again ends them")
+            server.stop()
+        except KeyboardInterrupt:
+            end_group(server.process)
+            raise
+        return 0
 
 
 def _stop_at_signals() -> None:
