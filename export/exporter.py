@@ -142,11 +142,11 @@ def _read_measured(source: Checkpoint, base: Checkpoint, options: ExportOptions)
             found[expert] = _Measured(means=of_expert.inputs)
     if scales is None and means is None:
         in_fp8 = [expert for expert in source.spec.experts if precisions_of(source.spec, options)[expert].quantised]
-        found = {expert: _calibrated(source, expert) for expert in in_fp8}
+        found = {expert: _calibration_of(source, expert) for expert in in_fp8}
     return found
 
 
-def _calibrated(source: Checkpoint, expert: str) -> _Measured:
+def _calibration_of(source: Checkpoint, expert: str) -> _Measured:
     """What a checkpoint that was calibrated for FP8 brings: scales of inputs, and blocks that are not quantised.
 
     Linears that read the same input have its largest scale.

@@ -31,7 +31,7 @@ def some_of(names: Sequence[str], most: int) -> str:
 def panics_as_errors() -> Iterator[None]:
     """Makes a ValueError of a panic in a library written in Rust.
 
-    A panic is no ``Exception`` in Python, and prints a backtrace of its own; standard error is closed meanwhile.
+    In Python a panic does not derive from ``Exception``. It also prints a backtrace, so standard error goes nowhere.
     """
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

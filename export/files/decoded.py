@@ -102,7 +102,7 @@ class Scaled(Decoded):
         if self.scales:
             values = self._times(values, scale, first, last)
         if self.turned:
-            values = unrotated(values, self.turned)
+            values = rotate_back(values, self.turned)
         if self.columns is not None:
             values *= self.columns.read().astype(np.float32)
         return values
@@ -147,7 +147,7 @@ def codes_of(tensor: "Tensor") -> Codes | None:
     return Codes(tensor.weight, float(scale), entering)
 
 
-def unrotated(values: F32, size: int) -> F32:
+def rotate_back(values: F32, size: int) -> F32:
     """``values`` [rows, in] with every group of ``size`` inputs, a power of 4, rotated back by the regular Hadamard
     matrix, which is its own inverse.
     """
@@ -215,7 +215,7 @@ def _nvfp4_steps(tensor: Nvfp4) -> F32:
     """[out, in/16]"""
     rows, columns = tensor.shape[0], tensor.shape[1] // 16
     found = tensor.blocks.read()
-    steps: F32 = (untiled(found, rows, columns) if tensor.tiled else found.reshape(rows, columns)).astype(np.float32)
+    steps: F32 = (untile(found, rows, columns) if tensor.tiled else found.reshape(rows, columns)).astype(np.float32)
     world = _product(tensor.worlds)
     return steps / world if tensor.divided else steps * world
 
@@ -223,11 +223,11 @@ def _nvfp4_steps(tensor: Nvfp4) -> F32:
 @lru_cache(maxsize=2)
 def _mxfp8_steps(tensor: Mxfp8) -> F32:
     """[out, in/32]"""
-    found = untiled(tensor.powers.read().view(np.uint8), tensor.shape[0], tensor.shape[1] // 32)
+    found = untile(tensor.powers.read().view(np.uint8), tensor.shape[0], tensor.shape[1] // 32)
     return np.ldexp(np.float32(1), found.astype(np.int32) - 127).astype(np.float32)
 
 
-def untiled(stored: Array, rows: int, columns: int) -> Array:
+def untile(stored: Array, rows: int, columns: int) -> Array:
     """``[rows, columns]`` of scales that are stored in tiles of 128 x 4, padded."""
     tall, wide = -(-rows // 128), -(-columns // 4)
     tiles = stored.reshape(tall, wide, 32, 4, 4).transpose(0, 3, 2, 1, 4)

@@ -56,12 +56,12 @@ def read_torch(path: Path) -> dict[str, Stored]:
     check_regular(path)
     try:
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-            content, records = _opened(path, archive, stream)
+            content, records = _records(path, archive, stream)
     except PermissionError:
         raise
     except (OSError, RuntimeError, zipfile.BadZipFile, EOFError, struct.error, ValueError) as error:
         raise UserError(f"{path} is no torch zip ({error})", WHOLE, AGAIN) from None
-    state = _unwrapped(_unpickled(path, content))
+    state = _unwrap(_unpickled(path, content))
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} holds a {type(state).__name__}", "a state dict", "use the official file")
     return {name: _stored(path, name, tensor, records) for name, tensor in state.items()}
@@ -73,7 +73,7 @@ class _Record:
     size_bytes: int
 
 
-def _opened(path: Path, archive: zipfile.ZipFile, stream: io.BufferedReader) -> tuple[bytes, dict[str, _Record]]:
+def _records(path: Path, archive: zipfile.ZipFile, stream: io.BufferedReader) -> tuple[bytes, dict[str, _Record]]:
     """The pickle, and where the data of every storage lies."""
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
@@ -183,12 +183,12 @@ def _unpickled(path: Path, content: bytes) -> Any:
         raise UserError(f"{path}: {str(error).partition(chr(10))[0]}", WHOLE, AGAIN) from None
 
 
-def _unwrapped(state: Any) -> Any:
+def _unwrap(state: Any) -> Any:
     """The state dict in a trainer's dictionary, such as ``{"generator_ema": {...}, "step": 3}``."""
     if isinstance(state, dict) and not any(isinstance(value, _Tensor) for value in state.values()):
         for name in WRAPPERS:
             if isinstance(inner := state.get(name), dict):
-                return _unwrapped(inner)
+                return _unwrap(inner)
     return state
 
 

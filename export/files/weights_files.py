@@ -1,4 +1,4 @@
-"""A file of weights of any format: safetensors, torch's zip or GGUF, told apart by content, not by name."""
+"""A file of weights of any format: safetensors, torch's zip or GGUF, recognised by content."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from export.checkpoint.quantised import plain
-from export.files.decoded import PIECE_BYTES, untiled
+from export.checkpoint.quantised import apply_scales
+from export.files.decoded import PIECE_BYTES, untile
 from export.files.gguf_reader import read_gguf
 from export.files.safetensors_file import read_metadata, read_safetensors
 from export.files.weights_files import read_weights
@@ -39,7 +39,7 @@ def read(tmp_path, tensors, metadata=None):
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors", metadata)
     path = tmp_path / "x.safetensors"
-    return plain("high_noise", read_safetensors(path), read_metadata(path))
+    return apply_scales("high_noise", read_safetensors(path), read_metadata(path))
 
 
 def check(tmp_path, tensors, expected, metadata=None):
@@ -130,7 +130,7 @@ def tiled(scales):
 
 def test_tiles_are_taken_apart():
     scales = torch.randint(0, 256, (200, 9), dtype=torch.uint8)
-    np.testing.assert_array_equal(untiled(tiled(scales).numpy(), 200, 9), scales.numpy())
+    np.testing.assert_array_equal(untile(tiled(scales).numpy(), 200, 9), scales.numpy())
 
 
 @pytest.mark.parametrize("publisher", ["ComfyUI", "ModelOpt", "LightX2V", "LightX2V alpha"])
