@@ -39,7 +39,7 @@ def read(tmp_path, tensors, metadata=None):
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors", metadata)
     path = tmp_path / "x.safetensors"
-    return plain("high_noise", read_safetensors(path), read_metadata(path))
+    return apply_scales("high_noise", read_safetensors(path), read_metadata(path))
 
 
 def check(tmp_path, tensors, expected, metadata=None):
