@@ -21,6 +21,7 @@ import numpy as np
 
 from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.prompt_part import TEXT, PromptPart
+from wan22.backends import loading
 from wan22.bundle import Component, Tensor
 from wan22.shapes import Profile, shape_of, sizes_of
 
@@ -70,7 +71,8 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
         there = onnxruntime.get_available_providers()
         usable = [provider for provider in self._providers if provider in there]
-        return onnxruntime.InferenceSession(path, options, providers=usable)
+        with loading(path):
+            return onnxruntime.InferenceSession(path, options, providers=usable)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
