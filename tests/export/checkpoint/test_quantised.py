@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from export.checkpoint.quantised import apply_scales
 from export.files.decoded import PIECE_BYTES, untile
 from export.files.gguf_reader import read_gguf
 from export.files.safetensors_file import read_metadata, read_safetensors
