@@ -16,7 +16,7 @@ from wan22.residency import (
     VRAM_RESERVED,
     Memory,
     Residency,
-    best_residency,
+    choose_residency,
     dit_scratch_bytes,
     dit_weights_bytes,
     engines_memory,
@@ -116,7 +116,7 @@ class Plan:
     @property
     def residency(self) -> Residency | None:
         """The choice of ``--residency auto`` on an otherwise empty card; None if nothing fits."""
-        return best_residency(self.needed, self.usable_vram_bytes)
+        return choose_residency(self.needed, self.usable_vram_bytes)
 
     @property
     def refusal(self) -> UserError:

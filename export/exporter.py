@@ -77,7 +77,10 @@ def export_checkpoint(
     meter = _Meter(progress, parts.values())
     if not options.sparse:
         check_disk(folder, meter.written_bytes - kept_bytes(folder))
-    with resumable_folder(folder, _made_of(source, loras, parts), overwrite=options.overwrite) as (temporary, journal):
+    with resumable_folder(folder, _input_hash(source, loras, parts), overwrite=options.overwrite) as (
+        temporary,
+        journal,
+    ):
         writer = _Writer(temporary, source, options, meter, journal)
         components = [component for name, part in parts.items() for component in writer.components(name, part)]
         manifest = Manifest(
@@ -262,7 +265,7 @@ class _Writer:
         return tuple(files), placements(location, part.written) | shared_placements(name, part.shared)
 
 
-def _made_of(source: Checkpoint, loras: Sequence[Lora], parts: Mapping[str, ExportPart]) -> str:
+def _input_hash(source: Checkpoint, loras: Sequence[Lora], parts: Mapping[str, ExportPart]) -> str:
     """A hash of everything that determines the weights' bytes; a source file with a new mtime counts as changed."""
     times = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
     stored = {name: (part.written, dict(part.input_scales)) for name, part in parts.items()}

@@ -12,7 +12,7 @@ class RecordedCalls:
         self._arrays: dict[tuple[Any, ...], Any] = {}
         self._graphs: dict[tuple[int, ...], Any] = {}
 
-    def kept(self, side: str, arrays: Mapping[str, Any], *, copy: bool) -> dict[str, Any]:
+    def keep(self, side: str, arrays: Mapping[str, Any], *, copy: bool) -> dict[str, Any]:
         """``arrays``, moved to the addresses that earlier calls used for the same names and shapes."""
         found = {}
         for name, array in arrays.items():

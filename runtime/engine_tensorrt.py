@@ -240,13 +240,13 @@ class TensorRTEngine:
         """The inputs on the device, contiguous; at the addresses of the recorded call, if there is one."""
         cupy = self._device.cupy
         placed = {name: cupy.ascontiguousarray(cupy.asarray(array)) for name, array in inputs.items()}
-        return self._replay.kept("in", placed, copy=True) if self._replay else placed
+        return self._replay.keep("in", placed, copy=True) if self._replay else placed
 
     def _new_outputs(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """Arrays for the outputs; those of the recorded call, if there is one."""
         dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
         made = {name: self._device.cupy.empty(shape, dtypes[name]) for name, shape in shapes.items()}
-        return self._replay.kept("out", made, copy=False) if self._replay else made
+        return self._replay.keep("out", made, copy=False) if self._replay else made
 
     def _bind(self, arrays: Mapping[str, Any]) -> None:
         context = self._context

@@ -23,7 +23,7 @@ class HostCopies:
         self._cupy = cupy
         self._pinned: dict[Path, Any] = {}
 
-    def pinned(self, path: Path) -> Any | None:
+    def pin(self, path: Path) -> Any | None:
         """The content of ``path`` in pinned memory; None if it cannot be allocated."""
         if path not in self._pinned:
             size = path.stat().st_size
@@ -52,7 +52,7 @@ class ExternalWeights:
     def load(self, stream: Any) -> dict[str, int]:
         """Copy the weights to the device; return their addresses by name. Raises CuPy's error when out of memory."""
         memory = self._memory = self._cupy.cuda.alloc(self.size_bytes)
-        pinned = self._copies.pinned(self.path)
+        pinned = self._copies.pin(self.path)
         if pinned is not None:
             memory.copy_from_host_async(ctypes.c_void_p(pinned.ptr), self.size_bytes, stream)
         else:

@@ -32,7 +32,7 @@ from wan22.residency import (
     Residency,
     ResidencyChoice,
     Video,
-    best_residency,
+    choose_residency,
     engines_memory,
     largest_fitting,
     needed_bytes,
@@ -119,7 +119,7 @@ class Pipeline:
         """The engines that stay loaded; before the first request, the choice for the bundle's default video."""
         if self._residency is None:
             needed = self._needed(default_video(self.bundle.manifest))
-            self._residency = best_residency(needed, self._available_bytes) or "one-component"
+            self._residency = choose_residency(needed, self._available_bytes) or "one-component"
         return self._residency
 
     def fit(self, video: Video) -> None:
@@ -131,7 +131,7 @@ class Pipeline:
         if self._asked != "auto":
             return
         needed, available = self._needed(video), self._available_bytes
-        found = best_residency(needed, available)
+        found = choose_residency(needed, available)
         if found is None:
             spec, sets = self.spec, self._backend.cache_sets
             fitting = largest_fitting(spec, self._precisions, video, available, cache_sets=sets)

@@ -20,7 +20,7 @@ def sign(folder: Path, private_key: Path) -> Path:
     """Check every hash of the bundle at ``folder`` and write the signature next to its manifest.
 
     Raises:
-        UserError: there is no bundle, it does not match its manifest, or the key is not a private Ed25519 key.
+        UserError: the bundle is missing or differs from its manifest, or the key is not a private Ed25519 key.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key

@@ -24,8 +24,8 @@ from wan22.quantities import counted
 
 Frames = Iterator[NDArray[np.uint8]]  # each [H, W, 3], RGB
 QUALITY = 8  # the official setting; VP9 has about the same fidelity at the same constant rate factor
-TAG = "comment"  # of the metadata
-VP9_SPEED = 4  # of 8: takes a fifth of the time of 0
+TAG = "comment"  # metadata key
+VP9_SPEED = 4  # out of 8; takes a fifth of the time of 0
 BT709 = 1  # its number as colour primaries and as transfer curve (ITU-T H.273)
 JPEG_QUALITY = 95
 FRAME = "frame_{:05d}.png"
@@ -78,7 +78,7 @@ def write_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUAL
         path: ``.mp4`` or ``.webm``; ``.npz`` with ``frames``, uint8 ``[F, H, W, 3]``, and ``fps``; ``.png`` or ``.jpg``
             for a single frame; without an extension a folder of ``frame_00000.png`` and so on.
         fps: frames per second, if the format stores it.
-        quality: of mp4 and webm, 1 to 10 on imageio's scale; at 10 only the 4:2:0 colours lose anything.
+        quality: of mp4 and webm, 1 to 10 on imageio's scale; 8 is the official setting.
         note: text for the metadata of mp4, webm and PNG.
 
     Raises:
@@ -135,11 +135,11 @@ class _Format:
 
 
 def _format_of(path: Path, quality: int, note: str) -> _Format:
-    crf = int(5.1 * (10 - quality))  # what imageio makes of it: int((1 - quality / 10) * 51)
+    crf = max(1, int(5.1 * (10 - quality)))  # as imageio: int((1 - quality / 10) * 51); 0 means lossless
     if path.suffix.lower() == ".webm":
         options = {"crf": str(crf), "deadline": "good", "cpu-used": str(VP9_SPEED)}
         return _Format("libvpx-vp9", options, {"fflags": "+bitexact"}, note)  # otherwise the file contains a random id
-    # x264's macroblock tree is not deterministic
+    # x264's macroblock tree is not deterministic, not even with one thread
     options = {"crf": str(crf), "x264-params": "mbtree=0"}
     return _Format("libx264", options, {"movflags": "+faststart"}, note)
 

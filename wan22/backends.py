@@ -1,6 +1,11 @@
 """The Python module and the package of each backend that builds and runs engines."""
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -20,3 +25,23 @@ def require_module(module: str, package: str, why: str) -> ModuleType:
         return import_module(module)
     except (ImportError, OSError) as error:
         raise UserError(f"cannot import {module} ({error})", why, f"pip install {package}") from None
+
+
+@contextmanager
+def loading(graph: Path) -> Iterator[None]:
+    """A block in which ONNX Runtime loads ``graph``; disk errors inside the library are raised as such.
+
+    Raises:
+        OSError: a file cannot be read.
+        UserError: the file does not hold a graph.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__ != "onnxruntime.capi.onnxruntime_pybind11_state":
+            raise
+        if system := re.search(r"SystemError : (\d+)", str(error)):
+            raise OSError(int(system[1]), os.strerror(int(system[1])), str(graph)) from error
+        if "INVALID_PROTOBUF" in str(error):
+            raise UserError(f"{graph} is damaged", "a graph", "check the disk, then make the bundle again") from error
+        raise

@@ -86,7 +86,7 @@ class VaeLayer:
     entering: int
     leaving: int
     taps: int = 0
-    scale: int = 1  # of the output rows and columns
+    scale: int = 1  # output rows and columns over those of the latent grid
     frames: int = 1  # output frames
     norm: int = 0  # channels of the norm before it
     attends: bool = False

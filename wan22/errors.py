@@ -77,7 +77,8 @@ def disk_error(error: OSError, named: str = "") -> UserError | None:
     if error.errno in DISK_FULL:
         return UserError(f"disk full{where}", "free space", "free some and run again")
     if error.errno in DISK_BROKEN:
-        return UserError(f"{error.strerror}{where}", "a working disk", "see the system's log and run again")
+        found = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}{where}"
+        return UserError(found, "a working disk", "see the system's log and run again")
     if error.errno in UNWRITABLE:
         return UserError(f"{error.strerror}{where}", "a writable place", "choose another")
     if isinstance(error, PermissionError):

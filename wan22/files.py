@@ -228,7 +228,12 @@ def _acquire_lock(folder: Path, named: str, *, wait: bool) -> int:
 def _try_lock(folder: Path, *, wait: bool) -> int | None:
     """The descriptor with the lock; None while another process holds it, or if the folder was removed meanwhile."""
     with suppress(FileNotFoundError, BlockingIOError), ExitStack() as stack:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            with suppress(OSError):
+                folder.rmdir()  # which may have been made a moment ago
+            raise
         stack.callback(os.close, descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
@@ -275,13 +280,15 @@ def scratch_folder(use: str) -> Iterator[Path]:
 def remove_leftovers(place: Path) -> dict[Path, int]:
     """Remove the hidden folders in ``place`` and the temporary ones of dead processes; return folder → bytes."""
     found = [*place.glob(f".*{SUFFIX}"), *Path(tempfile.gettempdir()).glob(f"{SCRATCH}*{SUFFIX}")]
-    removed = {folder: _remove_if_dead(folder) for folder in sorted(found)}
-    return {folder: size for folder, size in removed.items() if size is not None}
+    return {folder: size for folder in sorted(found) if (size := _remove_if_dead(folder)) is not None}
 
 
 def _remove_if_dead(folder: Path) -> int | None:
     """Remove ``folder`` and return its bytes; None if another process uses it or another program created it."""
     try:
+        if not any(folder.iterdir()):  # its process died before it had the lock
+            folder.rmdir()
+            return 0
         ours = (folder / LOCK).is_file() and folder.lstat().st_uid == os.getuid()
         if not ours or (lock := _try_lock(folder, wait=False)) is None:
             return None

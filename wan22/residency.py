@@ -105,7 +105,7 @@ def needed_bytes(spec: ModelSpec, memory: Mapping[str, Memory]) -> dict[Residenc
     return ways | {"one-component": max(_together([each]) for each in memory.values())}
 
 
-def best_residency(needed: Mapping[Residency, float], available: float) -> Residency | None:
+def choose_residency(needed: Mapping[Residency, float], available: float) -> Residency | None:
     """The residency that keeps the most and fits into ``available`` bytes; None if none fits."""
     return next((way for way in RESIDENCIES if way in needed and needed[way] <= available), None)
 

@@ -41,7 +41,7 @@ class Preset:
     """Settings that override those of a model's release."""
 
     source: str
-    tasks: tuple[str, ...]  # of the supported models
+    tasks: tuple[str, ...]  # tasks of the supported models
     changes: Mapping[str, Any]  # fields of SamplingSpec
     distilled: bool = False  # for weights trained for these few steps without guidance
 

@@ -22,7 +22,7 @@ IN_CLEAR = re.compile(re.escape(PREFIX).encode() + rb"\{[ -~]*")
 class Stamp(msgspec.Struct, frozen=True):
     target: str
     precision: Precision
-    profiles: tuple[Profile, ...]  # of the plan's inputs
+    profiles: tuple[Profile, ...]  # restricted to the plan's inputs
 
     @property
     def name(self) -> str:

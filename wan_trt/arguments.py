@@ -195,6 +195,14 @@ def request_from(options: Mapping[str, Any]) -> "Request":
     )
 
 
+def check_signed(engines: Path, key: Path | None) -> None:
+    """Refuse engines that the owner of ``key`` did not sign; without a key accept all."""
+    if key is not None:
+        from runtime.signature import check_signature
+
+        check_signature(engines, key)
+
+
 def limits_of(options: Mapping[str, Any]) -> dict[str, int | None]:
     """What no request may exceed, by the names of :class:`triton_repo.settings.Limits`; None: the model's own."""
     names = ("max_pixels", "max_frames", "max_steps", "max_prompt_bytes", "max_image_bytes")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from engines.cpu.passes import fit_decoder, fit_transformer
 from engines.cpu.prompt import split_at_prompt
+from wan22.backends import loading
 from wan22.bundle import Bundle, Component, File, file_entry
 from wan22.progress import Progress
 from wan22.specs import Precision
@@ -22,7 +23,8 @@ def fit_components(source: Bundle, folder: Path, progress: Progress) -> tuple[tu
     for done, component in enumerate(components, 1):
         prepared.append(engine := _for_cpu(source, component, folder))
         for file in (engine.graph, *engine.halves):
-            onnxruntime.InferenceSession(folder / file.path, providers=["CPUExecutionProvider"])
+            with loading(folder / file.path):
+                onnxruntime.InferenceSession(folder / file.path, providers=["CPUExecutionProvider"])
         progress("build engines", done, len(components), "components")
     return tuple(prepared), str(onnxruntime.__version__)
 

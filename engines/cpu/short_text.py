@@ -42,7 +42,7 @@ def project_short_text(model: "ir.Model", heads: int, head_width: int) -> int:
     found = [match for node in attentions if (match := _match(node)) is not None]
     if not found:
         return 0
-    short, addends = _shared(graph, found[0].logits, head_width)
+    short, addends = _add_shared(graph, found[0].logits, head_width)
     for match in found:
         _choose(graph, match, (short, addends), (heads, head_width))
     RemoveUnusedNodesPass()(model)
@@ -63,7 +63,7 @@ def _match(attention: "ir.Node") -> _Found | None:
     return _Found([*reversed(queries), attention, by_token, flat, linear], q, k, v, logits)
 
 
-def _shared(graph: "ir.Graph", logits: "ir.Value", head_width: int) -> "tuple[ir.Value, ir.Value]":
+def _add_shared(graph: "ir.Graph", logits: "ir.Value", head_width: int) -> "tuple[ir.Value, ir.Value]":
     """A flag that is true for short prompts, and the addends ``[r]`` of the logits."""
     import onnx_ir as ir
 

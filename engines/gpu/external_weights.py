@@ -26,7 +26,7 @@ from wan22.errors import UserError
 from wan22.external_layout import Place, read_layout
 from wan22.progress import Progress, silent
 
-ALIGNMENT_BYTES = 256  # of every weight, as CUDA allocates
+ALIGNMENT_BYTES = 256  # same as CUDA's allocations
 FLOAT, FLOAT8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
 ROWS_AT_ONCE = 256  # per step of a transposition
 BEFORE_CAST = ("Slice", "Reshape", "Split")  # operators between a product and its conversion to float32
@@ -76,7 +76,7 @@ def externalise(path: Path, attention_scales: Mapping[str, float] | None = None)
     for name, scale in (attention_scales or attention_scales_of([path])).items():
         graph.initializers[name].const_value = ir.tensor(np.array(scale, np.float32), name=name)
     joins = dict(_joins(graph))
-    single = [value for value in _stored(graph) if not any(value in parts for parts in joins.values())]
+    single = [value for value in _external_values(graph) if not any(value in parts for parts in joins.values())]
     weights = [_single_input(graph, value) for value in single]
     weights += [_joint_input(graph, concat, parts) for concat, parts in joins.items()]
     return model, tuple(sorted(weights, key=lambda weight: weight.name))
@@ -86,19 +86,19 @@ def attention_scales_of(paths: Iterable[Path]) -> dict[str, float]:
     """Scales of Q and K valid for all graphs at ``paths``, by name; empty without FP8 attention."""
     scales: dict[str, float] = {}
     for path in paths:
-        for value in _stored(ir.load(path).graph):
+        for value in _external_values(ir.load(path).graph):
             if (name := str(value.name)).endswith((".q_scale", ".k_scale")) and value.const_value is not None:
                 scales[name] = max(scales.get(name, 0.0), float(value.const_value.numpy()))
     return scales
 
 
-def _stored(graph: ir.Graph) -> list[ir.Value]:
+def _external_values(graph: ir.Graph) -> list[ir.Value]:
     return [value for value in graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)]
 
 
 def _joins(graph: ir.Graph) -> Iterator[tuple[ir.Node, tuple[ir.Value, ...]]]:
     """Concatenations of complete stored tensors along their first axis."""
-    stored = set(_stored(graph))
+    stored = set(_external_values(graph))
     for node in graph:
         inputs = tuple(value for value in node.inputs if value is not None)
         if node.op_type == "Concat" and node.attributes["axis"].as_int() == 0 and stored.issuperset(inputs):

@@ -40,7 +40,7 @@ class EngineOptions:
     inputs: tuple[Tensor, ...]
     tf32: bool = False
     timing_cache: Path | None = None  # TensorRT only: read if it exists, rewritten after the build
-    name: str = ""  # of the network, stored in the plan; empty keeps the parser's name
+    name: str = ""  # the network's name, stored in the plan; empty keeps the parser's
     aux_streams: int | None = 0  # additional streams; each needs its own activation memory
 
 

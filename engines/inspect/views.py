@@ -32,7 +32,7 @@ def as_html(reports: Sequence[FusionReport], title: str) -> str:
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    parts = [{"report": r, "summary": r.summary(), "rows": _rows(r), "flow": _flow(r)} for r in reports]
+    parts = [{"summary": r.summary(), "flow": _flow(r), "roles": _roles(r)} for r in reports]
     return environment.get_template("fusion.html.j2").render(title=title, parts=parts, human_bytes=human_bytes)
 
 
@@ -101,6 +101,11 @@ def _flow(report: FusionReport) -> list[dict[str, str]]:
     longest = max(times, default=0.0) or 1.0
     widths = [max(NARROWEST_BAR, WIDEST_BAR * time / longest) for time in times]
     return [row | {"width": f"{width:.1f}"} for row, width in zip(_rows(report), widths, strict=True)]
+
+
+def _roles(report: FusionReport) -> list[str]:
+    """The roles of a typical block's kernels, for the legend."""
+    return list(dict.fromkeys(kernel.role for kernel in report.typical_block))
 
 
 def _what(kernel: Kernel) -> str:

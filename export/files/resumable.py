@@ -1,4 +1,4 @@
-"""A resumable bundle: a hidden folder next to the final one, and a journal of verified progress.
+"""A resumable bundle: a hidden folder next to the final one, and a journal of the progress.
 
 The journal's first line identifies the input; every other line names a file, the number of bytes written so far, and
 their hash. A new export of the same input verifies these prefixes and resumes where they end; any other input starts
@@ -57,7 +57,7 @@ class Journal:
         self._prefixes.append(prefix)
         self._stream.write(msgspec.json.encode(prefix) + b"\n")
 
-    def verified(self, path: Path) -> tuple[int, "_Hash"]:
+    def verify(self, path: Path) -> tuple[int, "_Hash"]:
         """The number of intact bytes at the start of ``path``, and their hash object."""
         known, size_bytes = hashlib.sha256(), 0
         if not path.is_file():

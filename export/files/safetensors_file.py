@@ -68,7 +68,7 @@ def _parse(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         entries = msgspec.convert(header, dict[str, _Entry])
     except (msgspec.MsgspecError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         _refuse(path, f"invalid header ({error})")
-    tensors = {name: _stored(path, name, entry, start) for name, entry in entries.items()}
+    tensors = {name: _locate(path, name, entry, start) for name, entry in entries.items()}
     end = max((t.offset + t.size_bytes for t in tensors.values()), default=start)
     if (size := path.stat().st_size) != end:
         _refuse(path, f"{size} bytes", f"the {end} bytes that its header declares")
@@ -95,7 +95,7 @@ def _header(path: Path) -> tuple[bytes, int]:
     return content, 8 + length
 
 
-def _stored(path: Path, name: str, entry: _Entry, start: int) -> Stored:
+def _locate(path: Path, name: str, entry: _Entry, start: int) -> Stored:
     if entry.dtype not in DTYPES:
         _refuse(path, f"{name} has type {entry.dtype}", f"one of {', '.join(DTYPES)}")
     begin, end = entry.data_offsets

@@ -53,20 +53,20 @@ def read_torch(path: Path) -> dict[str, Stored]:
     state = _unwrap(state)
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} holds a {type(state).__name__}", "a state dict", "use the official file")
-    return {name: _stored(path, name, tensor, records) for name, tensor in state.items()}
+    return {name: _locate(path, name, tensor, records) for name, tensor in state.items()}
 
 
 def read_tensor(path: Path) -> Stored:
-    """The only tensor of a file that ``torch.save`` wrote, alone or in a dictionary. Raises as :func:`read_torch`."""
+    """The only tensor of a ``torch.save`` file, alone or in a dictionary. Raises like :func:`read_torch`."""
     state, records = _read(path)
     tensors = [each for each in (state.values() if isinstance(state, dict) else [state]) if isinstance(each, _Tensor)]
     if len(tensors) != 1:
         raise UserError(f"{path} holds {len(tensors)} tensors", "one tensor", "save it alone with torch.save")
-    return _stored(path, "the tensor", tensors[0], records)
+    return _locate(path, "the tensor", tensors[0], records)
 
 
 def _read(path: Path) -> tuple[Any, dict[str, "_Record"]]:
-    """The content of the pickle, and the place of every storage's data."""
+    """The unpickled content, and the location of every storage's data."""
     if not path.exists():
         raise UserError(f"{path} is missing", "the file of the official release", "give its root folder or download it")
     check_regular(path)
@@ -205,7 +205,7 @@ def _unwrap(state: Any) -> Any:
     return state
 
 
-def _stored(path: Path, name: object, tensor: Any, records: Mapping[str, _Record]) -> Stored:
+def _locate(path: Path, name: object, tensor: Any, records: Mapping[str, _Record]) -> Stored:
     if not isinstance(name, str) or not isinstance(tensor, _Tensor):
         raise UserError(f"{path}: entry {name!r} is not a plain tensor", "tensors by name", "use the official file")
     dtype = DTYPES.get(tensor.dtype)

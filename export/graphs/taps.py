@@ -73,14 +73,14 @@ def add_taps(
     maxima = []
     for label, value in largest.items():
         name, dtype = f"{LARGEST}/{label}", value.dtype or FLOAT
-        magnitude = _appended(graph, "Abs", [value], name, dtype)
-        top = _wide(graph, _appended(graph, "ReduceMax", [magnitude], name, dtype, keepdims=0), name)
-        maxima.append(_appended(graph, "Unsqueeze", [top, first], name, FLOAT))
+        magnitude = _append(graph, "Abs", [value], name, dtype)
+        top = _wide(graph, _append(graph, "ReduceMax", [magnitude], name, dtype, keepdims=0), name)
+        maxima.append(_append(graph, "Unsqueeze", [top, first], name, FLOAT))
     _output(graph, LARGEST, maxima, len(maxima))
     rows = []
     for label, (value, _) in (means or {}).items():
         wide = _wide(graph, value, f"{MEANS}/{label}")
-        rows.append(_appended(graph, "ReduceMean", [wide, first], f"{MEANS}/{label}", FLOAT, keepdims=0))
+        rows.append(_append(graph, "ReduceMean", [wide, first], f"{MEANS}/{label}", FLOAT, keepdims=0))
     taps = Taps(tuple(largest), {label: length for label, (_, length) in (means or {}).items()})
     if rows:
         _output(graph, MEANS, rows, sum(taps.means.values()))
@@ -88,16 +88,16 @@ def add_taps(
 
 
 def _output(graph: ir.Graph, name: str, parts: list[ir.Value], length: int) -> None:
-    joined = _appended(graph, "Concat", parts, f"{name}/all", FLOAT, axis=0)
+    joined = _append(graph, "Concat", parts, f"{name}/all", FLOAT, axis=0)
     joined.name, joined.shape = name, ir.Shape([length])
     graph.outputs.append(joined)
 
 
 def _wide(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
-    return value if value.dtype == FLOAT else _appended(graph, "Cast", [value], name, FLOAT, to=int(FLOAT))
+    return value if value.dtype == FLOAT else _append(graph, "Cast", [value], name, FLOAT, to=int(FLOAT))
 
 
-def _appended(
+def _append(
     graph: ir.Graph, op: str, inputs: Iterable[ir.Value], name: str, dtype: ir.DataType, **attributes: int
 ) -> ir.Value:
     node = ir.node(op, list(inputs), attributes, name=f"{name}/{op}")

@@ -48,7 +48,7 @@ class VaeGraph(GraphBuilder):
         dimension.
         """
         sides = self.size or ("height", "width")
-        return [1, channels, frames, *(_scaled(side, scale) for side in sides)]
+        return [1, channels, frames, *(_scale_side(side, scale) for side in sides)]
 
     def take_caches(self, caches: Sequence[Cache]) -> None:
         """Declare ``cache_00``, ``cache_01``, ..., which :meth:`recall` returns in this order."""
@@ -83,7 +83,7 @@ class VaeGraph(GraphBuilder):
         return ".".join([*self._scope, module, "weight"]) in self._shapes
 
 
-def _scaled(side: int | str, scale: int) -> int | str:
+def _scale_side(side: int | str, scale: int) -> int | str:
     if isinstance(side, int):
         return side * scale
     return side if scale == 1 else f"{scale}*{side}"

@@ -69,7 +69,7 @@ def write_weights(
         UserError: a source tensor holds NaN, infinity or a value outside the stored type's range.
     """
     header = header_bytes(weights, alignment_bytes=PAGE_BYTES)
-    begun, digest = journal.verified(path) if journal else (0, None)
+    begun, digest = journal.verify(path) if journal else (0, None)
     with HashedFile(path, begun, digest) as file, _one_thread():
         marked, end = begun, len(header)
         file.put(np.frombuffer(b"" if begun else header, np.uint8))

@@ -62,12 +62,12 @@ class Fp8Weights:
 
         Matrices are read immediately and quantised lazily, so that one thread can read while another computes.
         """
-        if kept := self._kept(key):
+        if kept := self._stored_codes(key):
             return (piece for codes in kept for piece in codes.stored.pieces())
         parts = self._parts(key) if key in self._quantised else {}
         return self._compute(key, parts)
 
-    def _kept(self, key: str) -> list[Codes]:
+    def _stored_codes(self, key: str) -> list[Codes]:
         """The stored codes of a matrix's parts if all of them have codes with the same scale, else none."""
         found = [self._codes(name) for name in self._names(key)] if key in self._quantised else []
         kept = [codes for codes in found if codes is not None]
@@ -98,7 +98,7 @@ class Fp8Weights:
 
     def _whole(self, key: str) -> np.ndarray:
         """The FP8 matrix ``[out, in]``."""
-        if kept := self._kept(key):
+        if kept := self._stored_codes(key):
             return np.concatenate([np.asarray(codes.stored.read()) for codes in kept])
         parts = self._parts(key)
         pieces = list(self._compute(key, parts))
@@ -143,7 +143,7 @@ class Fp8Weights:
         self._held = {}
 
     def _scale_of(self, key: str) -> float:
-        if kept := self._kept(key):
+        if kept := self._stored_codes(key):
             return kept[0].scale
         if key not in self._scales:
             self._scales[key] = _scale_of(self._parts(key))

@@ -206,6 +206,29 @@ def test_a_folder_of_anything_else_is_never_replaced(tmp_path):
         check_destination(tmp_path / "notes", 1, overwrite=True)
 
 
+def moving(frames=9, height=96, width=160):
+    """A picture with detail that pans, in chunks of one frame."""
+    wide = np.random.default_rng(0).normal(size=(3, height // 4, width // 2)).repeat(4, 1).repeat(4, 2)
+    wide = (wide / 4).clip(-1, 1).astype(np.float32)
+    return [wide[None, :, None, :, 2 * f : 2 * f + width] for f in range(frames)]
+
+
+def psnr_db(path, chunks):
+    shown = zip(decoded(path)[1], to_uint8(np.concatenate(chunks, 2)), strict=True)
+    return 10 * np.log10(255**2 / np.mean([(a.astype(float) - b) ** 2 for a, b in shown]))
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm"])
+def test_more_quality_is_more_bytes_and_less_error(tmp_path, name):
+    video, found = moving(), []
+    for quality in (3, 8, 10):
+        write_video(video, tmp_path / name, 16, quality)
+        found.append(((tmp_path / name).stat().st_size, psnr_db(tmp_path / name, video)))
+    assert found == sorted(found)
+    with pytest.raises(UserError, match="quality 11"):
+        write_video(video, tmp_path / name, 16, 11)
+
+
 def test_odd_sides_have_no_mp4(tmp_path):
     with pytest.raises(UserError, match="63x48"):
         write_video(chunks(1, H, 63), tmp_path / "out.mp4", 16)

@@ -60,9 +60,9 @@ def run(
 
 
 def _weights(path: Path, *, as_json: bool) -> int:
-    from export.lora.inspection import as_lines, inspected
+    from export.lora.inspection import as_lines, inspect_weights
 
-    entries = inspected(path)
+    entries = inspect_weights(path)
     if as_json:
         print(json.dumps(entries))
         return 0

@@ -78,6 +78,9 @@ def test_the_report_is_told_in_text_json_and_html(compiled):
     page = as_html([report], "Fusion <of> tiny")
     assert "Fusion &lt;of&gt; tiny" in page
     assert page.count('class="bar') == len(report.typical_block)
+    roles = {kernel.role for kernel in report.typical_block}
+    assert all(f'<i class="{role}"></i>{role}' in page for role in roles)
+    assert "prefers-color-scheme: dark" in page
     assert by_dtype({"bf16": 1, "fp8": 7}) == "7 fp8, 1 bf16"
 
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from export.checkpoint.quantised import plain
+from export.checkpoint.quantised import apply_scales
 from export.files.decoded import PIECE_BYTES, untile
 from export.files.gguf_reader import read_gguf
 from export.files.safetensors_file import read_metadata, read_safetensors
@@ -39,7 +39,7 @@ def read(tmp_path, tensors, metadata=None):
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors", metadata)
     path = tmp_path / "x.safetensors"
-    return plain("high_noise", read_safetensors(path), read_metadata(path))
+    return apply_scales("high_noise", read_safetensors(path), read_metadata(path))
 
 
 def check(tmp_path, tensors, expected, metadata=None):
