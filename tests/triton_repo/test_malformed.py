@@ -128,7 +128,7 @@ BAD = [
     ("t2v", {**PROMPT, "fps": int32(100_000)}, "fps 100000"),
     ("t2v", {**PROMPT, "progress_every": int32(0)}, "progress_every 0"),
     ("t2v", {**PROMPT, "seed": ("INT64", [-1])}, "seed -1"),
-    ("t2v", {**PROMPT, "deadline_unix_ms": ("INT64", [1])}, "a deadline that has passed"),
+    ("t2v", {**PROMPT, "deadline_unix_ms": ("INT64", [1])}, "a deadline in the past"),
     # types and shapes, which Triton itself refuses
     ("t2v", {**PROMPT, "steps": fp32(4)}, "data-type"),
     ("t2v", {**PROMPT, "steps": ("INT32", [4, 5])}, "shape"),

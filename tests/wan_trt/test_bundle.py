@@ -47,7 +47,7 @@ def test_a_plan_is_taken_at_its_own_word(tmp_path, tiny_engines, verb):
     write_manifest(bundle.folder, replace(bundle.manifest, components=components, build=replace(build, target="a100")))
     accepted = run(*arguments)
     assert accepted.exit_code == 0
-    assert f"{plans[0].name}: no word in clear of what they were built for" in accepted.stdout
+    assert f"{plans[0].name}: no readable build target" in accepted.stdout
 
 
 @pytest.mark.parametrize("verb", ["verify", "pack"])

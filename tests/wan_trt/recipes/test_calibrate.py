@@ -151,7 +151,7 @@ def test_a_bundle_in_fp8_is_refused(tmp_path, tiny_checkpoint, prompts):
 
 
 def test_too_few_steps_for_both_experts(tmp_path, tiny_bundle, prompts):
-    with pytest.raises(UserError, match="1 steps, none of them by low_noise"):
+    with pytest.raises(UserError, match="1 steps, none by low_noise"):
         calibrate(tiny_bundle, tmp_path / "s.json", options(prompts, replace(SMALL, steps=1)))
     assert list(tmp_path.iterdir()) == []
 
