@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[2] / "export" / "synth" / "trained" / MODEL
 
 def parts(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The tensors of every part under official names, from the training's ``folder``."""
-    found = {"vae": weights(folder / "vae-calibrated.pt")}
+    found = {"vae": weights(folder / "vae-tuned.pt")}
     for expert in ("high_noise", "low_noise"):
         average = weights(folder / f"{expert}-average.pt")
         found[expert] = _below("dit.", average)

@@ -151,6 +151,7 @@ class Block(nn.Module):
         super().__init__()
         width = spec.width
         self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+        self.modulation.data[:, [2, 5]] = 0.5  # gates that are open from the start
         self.self_attn, self.cross_attn = Attention(spec), Attention(spec)
         self.norm1 = nn.LayerNorm(width, spec.eps, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(width, spec.eps, elementwise_affine=False)

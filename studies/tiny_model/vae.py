@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from wan22.specs import VaeSpec
 
 
+CONSTANT = 7  # the channel that begins as 1 everywhere
+
+
 class CausalConv(nn.Conv3d):
     """A 3×3×3 or 1×1×1 convolution that sees the present and the two frames before it."""
 
@@ -185,15 +188,45 @@ def channels_last(module: nn.Module) -> None:
             part.to(memory_format=torch.channels_last_3d)
 
 
+@torch.no_grad()
 def _initialise(vae: nn.Module) -> None:
-    """Signals keep their size through every convolution, and blocks begin as identities: a small VAE learns fast."""
+    """Begins as a blurred copy: every channel is carried on, as means downwards and by repetition upwards.
+
+    What is not carried begins random and looks at the present frame only; residual blocks begin as identities. Without
+    this a small VAE takes hundreds of steps until it has colours.
+    """
     for part in vae.modules():
         if isinstance(part, nn.Conv2d | nn.Conv3d):
-            nn.init.kaiming_normal_(part.weight, nonlinearity="linear")
-            nn.init.zeros_(part.bias)
+            _carry(part)
     for part in vae.modules():
         if isinstance(part, ResidualBlock):
-            nn.init.normal_(part.residual[-1].weight, std=1e-3)
+            part.residual[-1].weight.mul_(0.02)
+        if isinstance(part, AttentionBlock):
+            part.proj.weight.mul_(0.02)
+        if isinstance(part, Encoder | Decoder):  # a constant channel: norms would lose how bright a picture is
+            part.conv1.weight[CONSTANT] = 0
+            part.conv1.bias[CONSTANT] = 1
+
+
+def _carry(part: nn.Conv2d | nn.Conv3d) -> None:
+    """Channel n of the input becomes channel n of the output, and of its second half where frames are doubled."""
+    weight = part.weight[:, :, None] if part.weight.ndim == 4 else part.weight  # [leaving, entering, time, y, x]
+    leaving, entering, times, side, _ = weight.shape
+    weight.zero_()
+    scale = 0.5 / (entering * side**2) ** 0.5
+    weight[:, :, -1] = scale * torch.randn(leaving, entering, side, side)
+    half = leaving // 2 if (times, leaving) == (3, 2 * entering) and side == 1 else leaving
+    for channel in range(leaving):
+        source = channel % half
+        if source >= entering:
+            continue
+        if part.stride[-1] == 2:
+            weight[channel, source, -1, :2, :2] += 1 / 4
+        elif part.stride[0] == 2:
+            weight[channel, source, 1:, 0, 0] += 1 / 2
+        else:
+            weight[channel, source, -1, side // 2, side // 2] += 1
+    part.bias.zero_()
 
 
 class Vae(nn.Module):
@@ -205,7 +238,6 @@ class Vae(nn.Module):
         self.encoder, self.decoder = Encoder(spec), Decoder(spec)
         self.conv1, self.conv2 = CausalConv(2 * z, 2 * z, 1), CausalConv(z, z, 1)
         _initialise(self)
-        self.conv1.bias.data[z:] = -8.0  # little noise, until the decoder can use the latents
         mean, std = torch.tensor(spec.latents_mean), torch.tensor(spec.latents_std)
         self.register_buffer("mean", mean[:, None, None, None], persistent=False)
         self.register_buffer("std", std[:, None, None, None], persistent=False)
