@@ -25,7 +25,7 @@ from studies.tiny_model.train_vae import MODEL
 from studies.tiny_model.transformer import Dit, TextEncoder
 from wan22.specs import NEGATIVE_PROMPT, TRAIN_TIMESTEPS, spec_named
 
-BATCH, LEARNING_RATE, WITHOUT_CAPTION = 32, 2e-3, 0.1
+BATCH, LEARNING_RATE, WITHOUT_CAPTION = 16, 2e-3, 0.1
 AVERAGED = 0.998  # per step, of the moving average that is kept as the result
 EXPERTS = {"shared": (0.0, 1.0), "high_noise": (0.875, 1.0), "low_noise": (0.0, 0.875)}  # range of σ
 

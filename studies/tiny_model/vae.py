@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from wan22.specs import VaeSpec
 
-
 CONSTANT = 7  # the channel that begins as 1 everywhere
 
 

@@ -31,9 +31,7 @@ def test_a_seed_names_one_clip():
 
 def test_the_caption_says_what_was_drawn():
     content = Content("small", "red", "ball", "bounces", "dark blue", "warm light", "camera pans left")
-    assert content.caption == (
-        "a small red ball bounces in front of a dark blue wall, warm light, camera pans left"
-    )
+    assert content.caption == ("a small red ball bounces in front of a dark blue wall, warm light, camera pans left")
     assert STILL.caption == "a large red square stands still in front of a dark grey wall"
 
 
