@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.cpu.onnxruntime_backend import fitted
+from engines.cpu.onnxruntime_backend import fit_components
 from engines.gpu.external_build import ExternalBuild
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
-from engines.inspect.style_cost import per_block
+from engines.load_check import check_loads
+from engines.plan import kernel_bytes
 from engines.profiles import profile_between, profiles_for
-from engines.targets import Target, check_precision, target_named
+from engines.targets import Target, check_bundle, target_named
 from wan22.bundle import (
     Build,
     Bundle,
@@ -28,7 +29,10 @@ from wan22.bundle import (
 )
 from wan22.errors import UserError
 from wan22.memory import peak_rss_bytes
+from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
+from wan22.quantities import video_text
+from wan22.residency import vae_weights_bytes
 from wan22.shapes import Profile, own_profiles
 from wan22.stamp import Stamp
 
@@ -63,16 +67,20 @@ def build_engines(
     refuse_existing(folder, overwrite=options.overwrite)
     target = target_named(options.target)
     source = open_bundle(bundle, "graphs", full_check=True)
-    for component in source.manifest.components:
-        check_precision(target, component.precision)
+    check_bundle(target, source.manifest)
     _check_options(target, options)
     profiles = _profiles(source.manifest, target, options)
-    check_disk(folder, sum(file.size_bytes for file in source.manifest.files().values()))
+    check_graphs(source)
+    if target.backend != "onnxruntime":
+        load_module(target.backend)
+    again = f"export again: {source.manifest.command}"
+    check_loads(target, [source.path(component.graph) for component in source.manifest.components], again)
+    check_disk(folder, disk_bytes(source.manifest, target, options))
     started = time.perf_counter()
     with staged(folder, overwrite=options.overwrite) as temporary:
         if target.backend == "onnxruntime":
             _place(source, temporary, source.manifest.files().values())
-            compiled = _Compiled(*fitted(source, temporary, progress))
+            compiled = _Compiled(*fit_components(source, temporary, progress))
         else:
             compiled = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
         build = Build(
@@ -81,11 +89,10 @@ def build_engines(
             backend_version=compiled.version,
             compute_capability=target.compute_capability,
             profiles=profiles,
-            options=_told(target, options),
+            options=_recorded_options(target, options),
             seconds=round(time.perf_counter() - started, 3),
             peak_rss_bytes=peak_rss_bytes(),
             attention_scales=compiled.attention_scales,
-            kernels_per_block=compiled.kernels_per_block,
         )
         command, components = options.command, compiled.components
         manifest = replace(source.manifest, kind="engines", command=command, build=build, components=components)
@@ -93,15 +100,31 @@ def build_engines(
     return Bundle(folder, manifest)
 
 
+def disk_bytes(manifest: Manifest, target: Target, options: BuildOptions) -> int:
+    """What the engines of the ONNX bundle of ``manifest`` take: weights, kernels and the builder's logs."""
+    files, spec = manifest.files().values(), manifest.spec
+    if target.backend == "onnxruntime":  # copies, and for transformers the graph twice more
+        return sum(file.size_bytes for file in files) + 2 * sum(c.graph.size_bytes for c in manifest.components)
+    shared = options.weights == "external"
+    total = float(sum(file.size_bytes for file in manifest.tokenizer))
+    for component in manifest.components:
+        alone = not shared or component.name not in spec.experts[1:]
+        total += kernel_bytes(spec, component.name) if alone else 0.0
+        if component.name.startswith("vae"):  # both of its graphs store what they need of one file
+            total += vae_weights_bytes(spec.vae, component.name, component.precision)
+        else:
+            total += sum(file.size_bytes for file in component.weights)
+    return int(total)
+
+
 @dataclass(frozen=True)
 class _Compiled:
     components: tuple[Component, ...]
     version: str  # of the backend
     attention_scales: dict[str, float] = field(default_factory=dict)
-    kernels_per_block: dict[str, int] = field(default_factory=dict)  # of a transformer, by style of weights
 
 
-def _told(target: Target, options: BuildOptions) -> dict[str, str]:
+def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
     """The options that change the engines, for the manifest."""
     if target.backend == "onnxruntime":
         return {}
@@ -128,7 +151,7 @@ def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tupl
     if manifest.size is None:
         return profiles_for(manifest.spec, options.size, options.frames)
     if asked:
-        fixed = "{}x{}, {} frames".format(*manifest.size)
+        fixed = video_text(*manifest.size)
         raise UserError(
             "--size or --frames", f"neither: the graphs are fixed to {fixed}", "export without fixed shapes"
         )
@@ -161,7 +184,7 @@ def _compile_tensorrt(
     version = str(load_module(target.backend).__version__)
     _place(source, folder, source.manifest.tokenizer)
     components = source.manifest.components
-    compiled, kernels, external = [], dict[str, int](), ExternalBuild(source, folder, progress)
+    compiled, external = [], ExternalBuild(source, folder, progress)
     scales: dict[str, float] = {}
     if options.weights == "external":
         external.check()
@@ -176,11 +199,9 @@ def _compile_tensorrt(
             else:
                 build_engine(source.path(component.graph), plan, settings, progress)
                 compiled.append(replace(component, graph=file_entry(folder, plan), weights=()))
-                if component.name in source.manifest.spec.experts:
-                    kernels = {"embedded": per_block(component, plan, settings)}
         except UserError:
             if log_beside(plan).exists():
                 shutil.copyfile(log_beside(plan), folder.parent / f"{component.name}.build.log")
             raise
         progress("build engines", done, len(components), "components")
-    return _Compiled(tuple(compiled), version, scales, external.kernels_per_block or kernels)
+    return _Compiled(tuple(compiled), version, scales)

@@ -9,7 +9,8 @@ import re
 
 from wan22.bundle import Tensor
 from wan22.errors import UserError
-from wan22.shapes import Profile, shape_of
+from wan22.quantities import video_text
+from wan22.shapes import Profile, parse_size, shape_of
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 PRESETS = {"480p": "832x480,480x832", "720p": "1280x720,720x1280", "5b": "1280x704,704x1280"}
@@ -36,7 +37,7 @@ def profile_between(spec: ModelSpec, small: Video, large: Video) -> Profile:
     """The profile that holds every video from ``small`` to ``large``, tuned for ``large``."""
     low, high = (spec.latent_shape(*video)[-3:] for video in (small, large))
     if any(a > b for a, b in zip(low, high, strict=True)):
-        told = "{}x{}, {} frames".format(*small) + " to {}x{}, {} frames".format(*large)
+        told = f"{video_text(*small)} to {video_text(*large)}"
         raise UserError(f"the range {told}", "no side larger at its start than at its end", "give two ranges or sizes")
     names = ("frames", "height", "width")
     profile = {name: (a, b, b) for name, a, b in zip(names, low, high, strict=True)}
@@ -58,11 +59,8 @@ def _corners(text: str) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"\s*(\d{1,6})[xX×](\d{1,6})\s*", text)
-    if not match:
-        expected = f"WIDTHxHEIGHT, several of them, SMALL..LARGE, or one of {', '.join(PRESETS)}"
-        raise UserError(f"size {text!r}", expected, "for example --size 832x480")
-    return int(match[1]), int(match[2])
+    expected = f"WIDTHxHEIGHT, several of them, SMALL..LARGE, or one of {', '.join(PRESETS)}"
+    return parse_size(text, expected, "for example --size 832x480")
 
 
 def _frames(text: str) -> tuple[int, int]:

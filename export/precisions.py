@@ -1,22 +1,16 @@
-"""Which precision each part of a model has, and what of a transformer is computed in FP8."""
+"""The precision of each part of a model, and the layers of a transformer that run in FP8."""
 
 from collections.abc import Mapping
 
-from export.component import FP8_PRECISIONS
+import onnx_ir as ir
+
 from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16
 from export.graphs.linear import Fp8
 from export.options import ExportOptions
 from wan22.errors import UserError
-from wan22.specs import ModelSpec, Precision
+from wan22.specs import ModelSpec, Number, Precision
 
-COMPUTE = {  # what is not FP8
-    Precision.FP32: FLOAT,
-    Precision.BF16: BFLOAT16,
-    Precision.FP16: FLOAT16,
-    Precision.FP8: BFLOAT16,
-    Precision.FP8_ATTN: BFLOAT16,
-}
-TEXT_ENCODER_IN_FP8 = ("text_encoder", Precision.FP8)  # its feed-forward, when asked for
+IN_GRAPHS = {Number.FP32: FLOAT, Number.BF16: BFLOAT16, Number.FP16: FLOAT16}
 WHY_HIGHER = {
     "text_encoder": "runs twice per video; FP8 saves memory only",
     "vae_encoder": "bfloat16 shifts the image condition",
@@ -24,29 +18,50 @@ WHY_HIGHER = {
 }
 
 
+def compute_type(precision: Precision) -> ir.DataType:
+    """The type in which a graph computes everything it does not quantise."""
+    return IN_GRAPHS[precision.wide.linears]
+
+
 def precisions_of(spec: ModelSpec, options: ExportOptions) -> dict[str, Precision]:
-    """Of every part. What is not said follows ``options.precision`` as far as it is good for the part."""
+    """The precision of every part. Parts without an explicit one follow ``options.precision`` where it suits them.
+
+    Raises:
+        UserError: an unknown part, or a precision the part does not support.
+    """
     asked = options.precision
-    sixteen = Precision.BF16 if asked in FP8_PRECISIONS else asked
     usual = dict.fromkeys(spec.experts, asked)
-    usual |= {"text_encoder": sixteen, "vae_encoder": Precision.FP32, "vae_decoder": Precision.FP32}
+    usual |= {"text_encoder": asked.wide, "vae_encoder": Precision.FP32, "vae_decoder": Precision.FP32}
     for part, precision in options.precisions.items():
         if part not in usual or part == "vae_encoder":
             known = ", ".join(p for p in usual if p != "vae_encoder")
-            raise UserError(f"a precision for {part!r}", f"one of {known}", "leave it out")
-        if part not in spec.experts and precision in FP8_PRECISIONS and (part, precision) != TEXT_ENCODER_IN_FP8:
-            fp8_too = ", fp8 for its feed-forward" if part == TEXT_ENCODER_IN_FP8[0] else ""
-            raise UserError(f"{part} in {precision}", f"fp32, bf16, fp16{fp8_too}", "choose one of them")
+            raise UserError(f"precision for unknown part {part!r}", f"one of {known}", "correct the name")
+        if part not in spec.experts and precision not in (possible := _possible(part)):
+            feed_forward = " for its feed-forward" if possible[-1].quantised else ""
+            raise UserError(f"{part} in {precision}", f"{', '.join(possible)}{feed_forward}", "choose one of these")
     return {**usual, **options.precisions}
+
+
+def _possible(part: str) -> tuple[Precision, ...]:
+    """The precisions that a part other than an expert supports; only the text encoder's feed-forward runs in FP8."""
+    quantised = [p for p in Precision if p.linears is Number.FP8 and p.attention.bits == 16]
+    return (*(p for p in Precision if not p.quantised), *(quantised if part == "text_encoder" else ()))
 
 
 def fp8_of(
     precision: Precision, options: ExportOptions, static: Mapping[str, float], centred: Mapping[str, int]
 ) -> Fp8 | None:
-    """What of an expert is computed in FP8; linears with a static scale, and with a mean and its length."""
-    if precision not in FP8_PRECISIONS:
+    """The FP8 settings of an expert; None if it does not use FP8.
+
+    Args:
+        precision: the expert's precision.
+        options: the export's options.
+        static: linears with a static input scale.
+        centred: linears with an input mean → its length.
+    """
+    if precision.linears is not Number.FP8:
         return None
-    in_fp8 = {options.fp8_attention} if precision == Precision.FP8_ATTN else set()
+    in_fp8 = {options.fp8_attention} if precision.attention is Number.FP8 else set()
     return Fp8(
         self_attention=bool(in_fp8 & {"both", "self"}),
         cross_attention=bool(in_fp8 & {"both", "cross"}),
@@ -57,32 +72,38 @@ def fp8_of(
 
 
 def check_fp8(spec: ModelSpec, options: ExportOptions) -> None:
-    """Refuses what says how FP8 is to be done where none is, and blocks that are not there."""
+    """Refuse FP8 options without FP8 and block numbers that do not exist.
+
+    Raises:
+        UserError: one of these.
+    """
     precisions = precisions_of(spec, options)
-    chosen = {precisions[expert] for expert in spec.experts}
+    linears = {precisions[expert].linears for expert in spec.experts}
+    attention = {precisions[expert].attention for expert in spec.experts}
     if beyond := [block for block in sorted(options.keep_high_precision) if block >= spec.dit.layers]:
         expected = f"blocks 0 to {spec.dit.layers - 1} of {spec.name}"
-        raise UserError(f"--keep-high-precision {beyond[0]}", expected, "name others")
+        raise UserError(f"--keep-high-precision {beyond[0]}", expected, "name existing blocks")
     for option, given in {
         "--keep-high-precision": options.keep_high_precision,
         "--input-scales": options.input_scales,
         "--input-means": options.input_means,
     }.items():
-        if given and not chosen & set(FP8_PRECISIONS):
+        if given and Number.FP8 not in linears:
             raise UserError(f"{option} without FP8", "a transformer in fp8 or fp8-attn", f"leave {option} out")
-    if options.fp8_attention != "both" and Precision.FP8_ATTN not in chosen:
+    if options.fp8_attention != "both" and Number.FP8 not in attention:
         raise UserError(
             f"--fp8-attention {options.fp8_attention} without FP8 attention", "fp8-attn", "use --precision fp8-attn"
         )
 
 
 def why_higher(part: str, precision: Precision, options: ExportOptions) -> str:
-    """Why ``part``, or something in it, is above the precision that was asked for."""
+    """Why ``part``, or some of its layers, has a higher precision than requested; "" if it does not."""
     if part in WHY_HIGHER:
         return WHY_HIGHER[part] if precision != options.precision else ""
-    told = []
-    if precision in FP8_PRECISIONS and options.keep_high_precision:
-        told.append(f"asked for: no FP8 in blocks {', '.join(map(str, sorted(options.keep_high_precision)))}")
-    if precision == Precision.FP8_ATTN and options.fp8_attention != "both":
-        told.append(f"asked for: only {options.fp8_attention}-attention in FP8")
-    return "; ".join(told)
+    reasons = []
+    if precision.quantised and options.keep_high_precision:
+        blocks = ", ".join(map(str, sorted(options.keep_high_precision)))
+        reasons.append(f"requested: no FP8 in blocks {blocks}")
+    if precision.attention is Number.FP8 and options.fp8_attention != "both":
+        reasons.append(f"requested: only {options.fp8_attention}-attention in FP8")
+    return "; ".join(reasons)

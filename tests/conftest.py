@@ -66,6 +66,20 @@ def tiny_engines(flow_of) -> Path:
     return flow_of(TINY).engines
 
 
+@pytest.fixture(scope="session")
+def external_engines(tmp_path_factory, tiny_checkpoint) -> Path:
+    """FP8 engines for a GPU, their weights outside."""
+    from engines.build import BuildOptions, build_engines
+    from export.exporter import export_checkpoint
+    from export.options import ExportOptions
+
+    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
+    root = tmp_path_factory.mktemp("external")
+    export_checkpoint(tiny_checkpoint, root / "b", ExportOptions(Precision.FP8))
+    build_engines(root / "b", root / "e", BuildOptions("rtx4090", "256x160", "5..17", weights="external"))
+    return root / "e"
+
+
 @pytest.fixture
 def with_nan(tmp_path) -> Callable[[Path, str], Path]:
     """``with_nan(bundle, "vae_encoder")`` → a copy in which a norm of that component has a NaN as a weight."""

@@ -4,7 +4,6 @@ The repository holds configuration and three-line models; engines, weights and t
 pinned by the hash of the bundle's manifest, so that nothing in the repository can be exchanged for a plan.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,11 @@ from triton_repo.bls_repository import check_backends, check_resident, write_bls
 from triton_repo.config import as_text, owner_config
 from triton_repo.settings import Limits, Settings, check_name, settings_of
 from triton_repo.templates import place
-from wan22.bundle import Bundle, open_bundle, staged
+from wan22.bundle import Bundle, open_bundle
 from wan22.errors import UserError
+from wan22.files import whole_folder
+from wan22.onnx_file import check_graphs
+from wan22.residency import ResidencyChoice
 
 Topology = Literal["owner", "bls"]
 MARK = ".made-by-wan-trt-triton"
@@ -29,7 +31,7 @@ class RepositoryOptions:
     topology: Topology = "owner"
     limits: Mapping[str, int | None] = field(default_factory=dict)  # by name; the model's where there is none
     engines_at: str = ""  # where the engines are on the serving machine, if not where they are here
-    keep_experts: bool = True
+    residency: ResidencyChoice = "auto"  # what stays loaded; bls keeps everything
     drain_flag: str = ""  # while this file exists the model says that it is not ready
     memory_gib: float = 0.0  # of the GPU; 0: not known
     overwrite: bool = False
@@ -55,18 +57,18 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
     options = options or RepositoryOptions()
     check_name(options.name)
     bundle = open_bundle(engines, "engines", full_check=True)
+    check_graphs(bundle)
     unread = check_plans(bundle)
     if options.topology == "bls":
         _check_bls(bundle, options)
     limits = Limits.of(bundle.manifest.spec, **options.limits)
-    make_room(folder, overwrite=options.overwrite)
-    with staged(folder) as temporary:
+    with whole_folder(folder, MARK if options.overwrite else "") as temporary:
         (temporary / MARK).touch()
         settings = settings_of(
             bundle,
             limits,
             engines_at=options.engines_at,
-            keep_experts=options.keep_experts,
+            residency="all" if options.topology == "bls" else options.residency,
             drain_flag=options.drain_flag,
         )
         if options.topology == "owner":
@@ -82,8 +84,9 @@ def _write_owner(repository: Path, name: str, settings: Settings, *, on_gpu: boo
 
 
 def _check_bls(bundle: Bundle, options: RepositoryOptions) -> None:
-    if not options.keep_experts:
-        raise UserError("one expert at a time in topology bls", "topology owner", "leave --one-expert out")
+    if options.residency not in ("auto", "all"):
+        found = f"--residency {options.residency} in topology bls, which keeps all engines loaded"
+        raise UserError(found, "topology owner", "leave --residency out")
     check_backends(bundle)
     check_resident(bundle, options.memory_gib)
 
@@ -91,14 +94,3 @@ def _check_bls(bundle: Bundle, options: RepositoryOptions) -> None:
 def is_for_gpu(bundle: Bundle) -> bool:
     build = bundle.manifest.build
     return build is not None and build.target != "cpu"
-
-
-def make_room(folder: Path, *, overwrite: bool) -> None:
-    """Clears ``folder``, if it may: an empty one, or one of ours that is to be overwritten."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"{folder} exists", "a new folder", "choose another or add --overwrite")
-    if not (folder / MARK).is_file():
-        raise UserError(f"{folder} is not ours", "one made by wan-trt triton", "choose another folder")
-    shutil.rmtree(folder)

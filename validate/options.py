@@ -1,84 +1,60 @@
-"""What a validation is asked for."""
+"""The options of a validation."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runtime.image_condition import Fit
+from runtime.built_for import completed, default_video
 from runtime.request import CompleteRequest, Request
-from runtime.schedule import Convention, SolverName
 from validate.reference.device import Choice
 from validate.sample_image import picture_for
 from wan22.bundle import Manifest
-from wan22.errors import UserError
-from wan22.specs import Task
+from wan22.residency import ResidencyChoice
 
 PROMPT = "A red fox runs through fresh snow at sunrise, 一只红狐狸在雪地里奔跑"
 
 
 @dataclass(frozen=True)
 class ValidateOptions:
-    """The run that is compared. ``None`` means the model's default."""
+    """The runs to compare, the references and the report."""
 
-    prompt: str | None = None
-    negative_prompt: str | None = None
-    # video
-    size: tuple[int, int] | None = None  # width, height in pixels
-    frames: int | None = None
-    # image to video
-    image: Path | bytes | None = None  # None: a built-in picture for models that take one
-    last_image: Path | bytes | None = None
-    fit: Fit = "official"
-    exact_official: bool = False
-    # sampling
-    seed: int = 0
-    preset: str | None = None
-    steps: int | None = None
-    shift: float | None = None
-    guidance: float | None = None  # of every expert
-    guidance_of: dict[str, float] = field(default_factory=dict)  # of one expert, over that of every
-    solver: SolverName | None = None
-    schedule: Convention = "official"
-    # several runs
-    prompts: Path | None = None  # see :func:`runtime.prompts.read_prompts`; instead of prompt and image
-    seeds: tuple[int, ...] = ()  # instead of seed
+    request: Request = field(default_factory=Request)  # see :func:`with_samples`
+    # for several runs
+    prompts: Path | None = None  # replaces prompt and image, see :func:`runtime.prompts.read_prompts`
+    seeds: tuple[int, ...] = ()  # replaces the request's seed
+    # memory
+    residency: ResidencyChoice = "auto"  # the engines that stay loaded
     # the references
     reference_device: Choice = "auto"
-    official_repo: Path | None = None  # a clone of the official code, for a second one
+    official_repo: Path | None = None  # a clone of the official code, the second reference
     calls: Path | None = None  # folder for the first call of every engine, see :mod:`validate.ladder.polygraphy_files`
     # for the report
     gate: Path | None = None  # TOML of thresholds, see :mod:`validate.gate`
     bench: Path | None = None  # JSON of ``wan-trt bench``
     command: str = ""
 
-    def request(self, manifest: Manifest) -> CompleteRequest:
-        """Everything filled in; a bundle of fixed shapes gives its own size and frames.
 
-        Raises:
-            UserError: what the model or the shapes of the bundle do not allow.
-        """
-        spec, fixed = manifest.spec, manifest.size
-        size = self.size or (fixed[:2] if fixed else spec.sampling.sizes[0])
-        spec.check_size(*size)  # before a picture is made in its shape
-        shared = {} if self.guidance is None else dict.fromkeys(spec.experts, self.guidance)
-        request = Request(
-            prompt=PROMPT if self.prompt is None else self.prompt,
-            negative_prompt=self.negative_prompt,
-            size=size,
-            frames=self.frames if self.frames is not None or not fixed else fixed[2],
-            image=picture_for(size) if self.image is None and spec.task != Task.T2V else self.image,
-            last_image=self.last_image,
-            fit=self.fit,
-            exact_official=self.exact_official,
-            seed=self.seed,
-            preset=self.preset,
-            steps=self.steps,
-            shift=self.shift,
-            guidance=shared | self.guidance_of,
-            solver=self.solver,
-            schedule=self.schedule,
-        )
-        complete = request.completed(spec)
-        if fixed and fixed != (made := (complete.width, complete.height, complete.frames)):
-            found, expected = ("{}x{}, {} frames".format(*shape) for shape in (made, fixed))
-            raise UserError(f"a video of {found}", f"{expected}, which the engines are made for", "try --fit crop")
-        return complete
+def with_samples(request: Request, manifest: Manifest) -> Request:
+    """Fill in the size, the frames, a built-in prompt and, if the model takes one, a built-in image.
+
+    Raises:
+        UserError: the model does not support the size.
+    """
+    width, height, frames = request.shape(manifest.spec, default_video(manifest))
+    manifest.spec.check_size(width, height)  # before an image of this shape is drawn
+    needs_image = request.image is None and manifest.spec.takes.image != "no"
+    return replace(
+        request,
+        prompt=PROMPT if request.prompt is None else request.prompt,
+        size=(width, height),
+        frames=frames,
+        image=picture_for((width, height)) if needs_image else request.image,
+    )
+
+
+def complete_request(request: Request, manifest: Manifest) -> CompleteRequest:
+    """The request that both sides run, complete for the bundle of ``manifest``.
+
+    Raises:
+        UserError: the model or the bundle's shapes do not allow the request.
+    """
+    return completed(with_samples(request, manifest), manifest)

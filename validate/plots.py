@@ -1,13 +1,14 @@
-"""The pictures of the report: drift per step as a plot, frames side by side. Every one becomes a PNG data URI.
+"""The pictures of the report, as PNG data URIs: a plot of the drift per step, and frames side by side.
 
-Plots come twice, for light and dark pages, on transparent ground. matplotlib is used without pyplot: no global state,
-no display.
+Plots have a light and a dark version with a transparent background. matplotlib is used without pyplot, so there is no
+global state and no display.
 """
 
 import base64
 import io
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ FILMSTRIP_FRAMES = 6
 THUMBNAIL_WIDTH = 320
 WORST_FRAME_WIDTH = 640
 PLOT_DPI = 200
-FLOOR = 1e-9  # drawn in place of a drift of exactly zero, which a logarithmic axis has no room for
+PLOT_SIZES_INCHES = {"wide": (7.2, 3.2), "narrow": (4.0, 3.0)}
+FLOOR = 1e-9  # drawn instead of zero, which a logarithmic axis cannot show
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Theme:
     text: str
     grid: str
     line: str
-    reference: str  # the reference in the precision of ours
+    reference: str  # the reference in our precision
     limit: str
     failed: str
 
@@ -43,7 +45,7 @@ DARK = Theme("#b8c0cf", "#333b4a", line="#7aa8f8", reference="#e0a43c", limit="#
 
 @dataclass(frozen=True)
 class Picture:
-    """A frame of the filmstrip: ours, the reference's, their difference, as data URIs."""
+    """A frame as data URIs: ours, the reference's and their difference."""
 
     number: int  # from 1
     ours: str
@@ -54,17 +56,13 @@ class Picture:
 @dataclass(frozen=True)
 class Filmstrip:
     pictures: tuple[Picture, ...]
-    amplification: float  # of the difference; 0 when there is none
+    amplification: float  # of the difference; 0 for equal videos
 
 
 def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float]) -> str:
-    """Relative L2 distance of the latents after every step (rows with a step), logarithmic, as a PNG data URI."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size_inches, layout="constrained")
-    axes = figure.add_subplot()
-    _style(axes, theme)
+    """Plot the relative L2 distance of the latents after every step, logarithmic; returns a PNG data URI."""
+    figure, axes = new_plot(size_inches, theme)
+    axes.set_xlabel("step", color=theme.text, fontsize=10)
     limit, numbers = steps[0].limit.value, [row.step or 0 for row in steps]
     curves = _curves(steps, theme)
     for label, (drift, colour, marker) in curves.items():
@@ -75,30 +73,49 @@ def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float])
     _threshold(axes, limit, theme)
     _switch(axes, steps, theme)
     _failures(axes, steps, theme)
-    stream = io.BytesIO()
+    return data_uri(png(figure))
+
+
+def new_plot(size_inches: tuple[float, float], theme: Theme, label_points: float = 10) -> tuple[Any, Any]:
+    """A figure and its axes, with a logarithmic y axis and horizontal grid lines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size_inches, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.savefig(stream, format="png", dpi=PLOT_DPI, transparent=True)
-    return data_uri(stream.getvalue())
+    axes = figure.add_subplot()
+    axes.set_yscale("log")
+    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(theme.grid)
+    axes.tick_params(colors=theme.text, which="both", length=0, labelsize=label_points)
+    return figure, axes
+
+
+def png(figure: Any, *, transparent: bool = True) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=PLOT_DPI, transparent=transparent)
+    return stream.getvalue()
+
+
+def in_all_themes(plot: Callable[[Theme, tuple[float, float]], str]) -> dict[str, str]:
+    """Call ``plot`` for wide and narrow, light and dark pages: "wide_light" → data URI."""
+    return {
+        f"{width}_{shade}": plot(theme, size)
+        for width, size in PLOT_SIZES_INCHES.items()
+        for shade, theme in (("light", LIGHT), ("dark", DARK))
+    }
 
 
 def _curves(steps: list[Row], theme: Theme) -> dict[str, tuple[list[float], str, str]]:
-    """Drift, colour and marker by name; NaN stays NaN, a gap in the line."""
+    """Drift, colour and marker by name. NaN is kept and leaves a gap in the line."""
     found = {"ours": ([max(row.metrics.relative_l2, FLOOR) for row in steps], theme.line, "o")}
     low = [row.in_precision for row in steps if row.in_precision is not None]
     if len(low) == len(steps):
         drift = [max(its.alone.relative_l2, FLOOR) for its in low]
         found[f"PyTorch in {low[0].precision}"] = (drift, theme.reference, "s")
     return found
-
-
-def _style(axes: Any, theme: Theme) -> None:
-    axes.set_yscale("log")
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(theme.grid)
-    axes.tick_params(colors=theme.text, which="both", length=0, labelsize=10)
-    axes.set_xlabel("step", color=theme.text, fontsize=10)
 
 
 def _scale(axes: Any, drift: list[float], limit: float, steps: int) -> None:
@@ -117,7 +134,7 @@ def _threshold(axes: Any, limit: float, theme: Theme) -> None:
 
 
 def _failures(axes: Any, steps: list[Row], theme: Theme) -> None:
-    """Crosses over failed steps; at the upper edge where there is no number to draw."""
+    """Mark failed steps with crosses, at the upper edge if the value is not finite."""
     top = axes.get_ylim()[1]
     for row in steps:
         if not row.passed:
@@ -127,7 +144,7 @@ def _failures(axes: Any, steps: list[Row], theme: Theme) -> None:
 
 
 def _switch(axes: Any, steps: list[Row], theme: Theme) -> None:
-    """A vertical line where one expert hands over to the other, and their names on both sides of it."""
+    """Draw a vertical line at the switch of experts, with their names on its sides."""
     for before, after in itertools.pairwise(steps):
         if before.component != after.component:
             place = (before.step or 0) + 0.5
@@ -140,7 +157,7 @@ def _switch(axes: Any, steps: list[Row], theme: Theme) -> None:
 
 
 def filmstrip(ours: F32, reference: F32) -> Filmstrip:
-    """Frames evenly over two videos ``[1, 3, F, H, W]`` in [-1, 1], with their difference made visible."""
+    """Evenly spaced frames of two videos ``[1, 3, F, H, W]`` in [-1, 1], and their amplified difference."""
     frames = reference.shape[2]
     chosen = sorted({round(i) for i in np.linspace(0, frames - 1, min(frames, FILMSTRIP_FRAMES))})
     amplification = _amplification(ours, reference)
@@ -151,20 +168,20 @@ def filmstrip(ours: F32, reference: F32) -> Filmstrip:
 def frame_picture(
     ours: F32, reference: F32, index: int, amplification: float, width: int = WORST_FRAME_WIDTH
 ) -> Picture:
-    """Frame ``index`` (from 0) of both videos and their difference, none wider than ``width``."""
+    """Frame ``index`` (from 0) of both videos and their difference, each at most ``width`` wide."""
     sides = (ours[0, :, index], reference[0, :, index])
     shown = (*map(to_pixels, sides), _difference(*sides, amplification))
-    return Picture(index + 1, *(_scaled(pixels, width) for pixels in shown))
+    return Picture(index + 1, *(_scale_down(pixels, width) for pixels in shown))
 
 
 def to_pixels(frame: F32) -> Pixels:
-    """8-bit pixels ``[H, W, 3]`` of a frame ``[3, H, W]``, cut as wan22.md §7 says; NaN is black."""
+    """8-bit pixels ``[H, W, 3]`` of a frame ``[3, H, W]``, truncated (wan22.md §7); NaN is black."""
     shade = np.nan_to_num((np.clip(frame, -1, 1) + 1) / 2)
     return np.moveaxis((shade * 255).astype(np.uint8), 0, -1)
 
 
 def _amplification(ours: F32, reference: F32) -> float:
-    """1, 2 or 5 times a power of ten, the first that brings the largest difference to full brightness or beyond."""
+    """The smallest of 1, 2 or 5 times a power of ten that brings the largest difference to full brightness."""
     largest = float(np.nan_to_num(np.abs(ours - reference), nan=2.0, posinf=2.0).max())
     if largest == 0:
         return 0.0
@@ -178,7 +195,7 @@ def _difference(ours: F32, reference: F32, amplification: float) -> Pixels:
     return to_pixels(np.clip(error, 0, 2).astype(np.float32) - 1)
 
 
-def _scaled(pixels: Pixels, width: int) -> str:
+def _scale_down(pixels: Pixels, width: int) -> str:
     image = Image.fromarray(pixels)
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.BOX)

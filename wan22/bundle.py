@@ -1,12 +1,11 @@
 """A bundle: the folder that one stage writes and the next one reads, described by its ``bundle.json``.
 
-A bundle is written into a hidden neighbour folder and renamed at the end, so whatever carries the final name is whole.
+A bundle gets its final name when it is whole (:mod:`wan22.files`).
 A reader checks format, kind and every hash before it believes a word of it, and says which field is wrong.
 """
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from wan22.errors import DISK_FULL, UserError
+from wan22.errors import UserError
+from wan22.files import check_room, whole_folder
+from wan22.quantities import human_bytes
 from wan22.specs import ModelSpec, Precision
 
 FORMAT_VERSION = 1
@@ -59,8 +60,9 @@ class Source:
     """Where the weights came from. ``fingerprint`` covers names, dtypes, shapes and sizes of all files read."""
 
     checkpoint: str
-    layout: Literal["official", "diffusers"]
+    layout: str  # name of the module that read it
     fingerprint: str
+    commit: str = ""  # of the hub's repository, where it was downloaded from there
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class MergedLora:
     sha256: str
     strength: float
     experts: tuple[str, ...]
+    config_sha256: str = ""  # of the adapter's configuration beside the file, where one says how it is scaled
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,6 @@ class Build:
     seconds: float
     peak_rss_bytes: int = 0  # most memory that the build had resident
     attention_scales: dict[str, float] = field(default_factory=dict)  # FP8 scales of Q and K beside external weights
-    kernels_per_block: dict[str, int] = field(default_factory=dict)  # of a transformer: style of weights → measured
 
 
 @dataclass(frozen=True)
@@ -136,44 +138,14 @@ def file_entry(folder: Path, path: Path) -> File:
 
 @contextmanager
 def staged(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder that becomes ``folder`` when the block ends well and vanishes when it does not."""
-    refuse_existing(folder, overwrite=overwrite)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}", "a writable place", "choose another") from error
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except OSError as error:
-        if error.errno not in DISK_FULL:  # a bug
-            raise
-        raise UserError(f"disk full while writing {folder}", "free space", "free some and run again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Yields an empty folder that becomes ``folder`` when the block ends well; raises as :func:`refuse_existing`."""
+    with whole_folder(folder, MANIFEST if overwrite else "") as new:
+        yield new
 
 
 def refuse_existing(folder: Path, *, overwrite: bool) -> None:
-    """Refuses to write over anything but an earlier bundle that the user gave up, and what cannot be replaced.
-
-    Raises:
-        UserError: a folder with something in it, a link, a place where a disk is mounted.
-    """
-    if folder.is_symlink() or folder.is_mount():
-        kind = "a link" if folder.is_symlink() else "where a disk is mounted"
-        raise UserError(f"{folder} is {kind}", "a folder that can be replaced when all is done", "name one inside it")
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise UserError(f"{folder} exists", "a new folder", "choose another or add --overwrite")
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} is no bundle", "an earlier bundle to overwrite", "choose another folder")
+    """Refuses to write over anything but an earlier bundle that the user gave up; raises as :func:`check_room`."""
+    check_room(folder, MANIFEST if overwrite else "")
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
@@ -183,12 +155,8 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
     if not usage.total:  # /proc, /sys
         raise UserError(f"cannot write {folder}: {existing} is no disk", "a writable place", "choose another")
     if usage.free < needed_bytes:
-        found, expected = f"{_amount(usage.free)} free at {existing}", f"{_amount(needed_bytes)} for {folder.name}"
-        raise UserError(found, expected, "free some or choose another disk")
-
-
-def _amount(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
+        free, needed = human_bytes(usage.free, 1), human_bytes(needed_bytes, 1)
+        raise UserError(f"{free} free at {existing}", f"{needed} for {folder.name}", "free some or choose another disk")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

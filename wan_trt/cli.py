@@ -1,18 +1,17 @@
-"""The ``wan-trt`` command: collects the subcommands and turns errors into exit codes.
+"""The ``wan-trt`` command: collects the subcommands."""
 
-0: done. 1: a check failed, or a model computed NaN. 2: bad input, or what the machine lacks, told in one line. 130:
-interrupted. A bug keeps its traceback.
-"""
-
-import functools
+import contextlib
 import logging
+import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from wan22.errors import DISK_FULL, NonFiniteError, UserError
+import wan_trt
+from wan22.errors import UserError
+from wan_trt.arguments import with_groups
 from wan_trt.commands import (
     bench,
     build,
@@ -25,90 +24,86 @@ from wan_trt.commands import (
     inspect,
     lora,
     plan,
-    scale,
+    presets,
     serve,
     synth,
     triton,
     validate,
 )
-from wan_trt.extras import told_missing
+from wan_trt.console import tolerate_any_encoding
+from wan_trt.guard import guarded
+
+HELP = {"help_option_names": ["-h", "--help"]}
+GROUPS = {
+    "Make": (synth, export, calibrate, build),
+    "Run": (generate, demo),
+    "Check": (plan, presets, inspect, validate, bench),
+    "Serve": (triton, serve, client),
+}
 
 app = typer.Typer(
     name="wan-trt",
     help="Wan2.2 video generation: PyTorch checkpoint → ONNX → engines → video, with proof of parity.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings=HELP,
 )
 
 
-def guarded(run: Callable[..., int | None]) -> Callable[..., Any]:
-    """``run`` with its result as exit code, what is no bug as one line, and Ctrl-C as 130."""
-
-    @functools.wraps(run)
-    def guard(*args: Any, **kwargs: Any) -> None:
-        try:
-            code = run(*args, **kwargs)
-        except UserError as error:
-            print(f"wan-trt: {error}", file=sys.stderr)
-            code = 2
-        except NonFiniteError as error:
-            print(f"wan-trt: {error} | wan-trt validate tells engines and checkpoint apart", file=sys.stderr)
-            code = 1
-        except (OSError, ModuleNotFoundError) as error:
-            if not (told := _told(error, run.__module__.rpartition(".")[2])):
-                raise
-            print(f"wan-trt: {told}", file=sys.stderr)
-            code = 2
-        except KeyboardInterrupt:
-            print("wan-trt: interrupted; nothing unfinished has its final name", file=sys.stderr)
-            code = 130
-        raise typer.Exit(code or 0)
-
-    return guard
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"wan-trt {wan_trt.__version__}")
+        raise typer.Exit
 
 
-def _told(error: OSError | ModuleNotFoundError, command: str) -> str:
-    """The line for what no bug explains: a full disk, a file that is not the user's, an extra that is not installed."""
-    if isinstance(error, ModuleNotFoundError):
-        return told_missing(error.name or "", command)
-    if error.errno in DISK_FULL:
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"disk full{where} | expected free space | free some and run again"
-    if isinstance(error, PermissionError):
-        return f"{error.filename}: {error.strerror} | expected what this user may use | change its mode or the user"
-    return ""
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options of the program itself; ``version`` is handled while it is parsed."""
 
 
-for command in (
-    plan,
-    synth,
-    export,
-    calibrate,
-    build,
-    inspect,
-    generate,
-    validate,
-    bench,
-    demo,
-    triton,
-    serve,
-    client,
-    scale,
-):
-    app.command(command.__name__.rpartition(".")[2])(guarded(command.run))
+for group, commands in GROUPS.items():
+    for command in commands:
+        named = app.command(command.__name__.rpartition(".")[2], rich_help_panel=group, context_settings=HELP)
+        named(guarded(with_groups(command.run)))
 
 
-bundles = typer.Typer(no_args_is_help=True, help="Check a bundle, or make one that can be moved.")
-for verb in (bundle.verify, bundle.pack):
-    bundles.command(verb.__name__)(guarded(verb))
-app.add_typer(bundles, name="bundle")
-loras = typer.Typer(no_args_is_help=True, help="Other LoRAs for engines with external weights.")
-loras.command("apply")(guarded(lora.apply))
-loras.callback()(lambda: None)  # keeps "apply" a word of its own while it is the only one
-app.add_typer(loras, name="lora")
+@app.command(
+    "scale",
+    hidden=True,
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+@guarded
+def scale() -> None:
+    """The old name of ``python -m studies.full_size``, whatever follows it."""
+    raise UserError("wan-trt scale has moved", "python -m studies.full_size", "run it in a checkout of the source")
+
+
+bundles = typer.Typer(no_args_is_help=True, help="Verify, sign, copy or clean up bundles.", context_settings=HELP)
+for verb in (bundle.verify, bundle.sign, bundle.pack, bundle.clean):
+    bundles.command(verb.__name__, context_settings=HELP)(guarded(with_groups(verb)))
+app.add_typer(bundles, name="bundle", rich_help_panel="Check")
+loras = typer.Typer(no_args_is_help=True, help="Merge LoRAs into engines with external weights.", context_settings=HELP)
+loras.command("apply", context_settings=HELP)(guarded(with_groups(lora.apply)))
+loras.callback()(lambda: None)  # "lora apply" needs its second word although it is the only command
+app.add_typer(loras, name="lora", rich_help_panel="Make")
 
 
 def main() -> None:
+    """Runs one command line, unless a word of it or the folder that it runs in is not UTF-8, as all files of it are."""
+    words = [os.fsencode(word) for word in sys.argv[1:]]
+    with contextlib.suppress(OSError):  # the folder may be gone
+        words.append(os.fsencode(Path.cwd()))
+    for word in words:
+        try:
+            word.decode()
+        except UnicodeDecodeError:
+            print(f"wan-trt: {word!r} | expected UTF-8 | rename it, or set a UTF-8 locale", file=sys.stderr)
+            sys.exit(2)
+    tolerate_any_encoding()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     app()

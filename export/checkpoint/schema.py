@@ -7,7 +7,8 @@ checkpoint streamed in this order touches its files front to back.
 
 import itertools
 
-from wan22.specs import PATCH, DitSpec, ModelSpec, TextEncoderSpec, VaeSpec
+from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
+from wan22.specs import PATCH, ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 

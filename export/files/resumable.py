@@ -1,14 +1,11 @@
-"""A bundle under way that survives a kill: a hidden folder beside it, and a journal of what of it is known to be right.
+"""A resumable bundle: a hidden folder next to the final one, and a journal of the progress.
 
-The journal's first line says what the bundle is made of; every other line is a file, how much of it was written, and
-the hash of that much. An export of the same thing that starts again hashes those prefixes and goes on where they end;
-anything else starts afresh. The journal is locked while its export runs. The folder gets its real name, and loses the
-journal, only when the bundle is whole.
+The journal's first line identifies the input; every other line names a file, the number of bytes written so far, and
+their hash. A new export of the same input verifies these prefixes and resumes where they end; any other input starts
+from scratch. The journal is stored next to the bundle inside the hidden folder (:mod:`wan22.files`).
 """
 
-import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,43 +15,39 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from wan22.bundle import File, refuse_existing
-from wan22.errors import DISK_FULL, UserError
+from wan22.errors import DISK_FULL
+from wan22.files import claim, hidden_folder
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-JOURNAL = "journal.jsonl"
+JOURNAL = "wan-trt.journal"
 HASHED_AT_ONCE_BYTES = 2**22
 
 
 class Journal:
-    """Prefixes of files and their hashes, one JSON line each, behind a line that says what they are made of."""
+    """Prefixes of files and their hashes, one JSON line each, after a line that identifies the input."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stream = path.open("ab+", buffering=0)
         self._prefixes: list[File] = []
 
-    def lock(self) -> bool:
-        """Whether this is the only one that writes here. The folder may have got its real name meanwhile."""
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(self._stream.fileno()), self.path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            return False
-
-    def begin(self, made_of: str) -> None:
-        """Goes on with what is there if it is made of the same, else deletes it."""
+    def begin(self, folder: Path, made_of: str) -> None:
+        """Keep the recorded files of ``folder`` if the input is the same; remove everything else."""
         self._stream.seek(0)
         first, *lines = self._stream.read().splitlines() or [b""]
         if first.decode(errors="replace") == made_of:
             self._prefixes = list(_readable(lines))
-            return
-        for other in self.path.parent.iterdir():
-            if other != self.path:
-                shutil.rmtree(other) if other.is_dir() else other.unlink()
-        self._stream.truncate(0)
-        self._stream.write(f"{made_of}\n".encode())
+        else:
+            self._stream.truncate(0)
+            self._stream.write(f"{made_of}\n".encode())
+        known = {prefix.path for prefix in self._prefixes}
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in known:
+                path.unlink()
 
     @property
     def worth_keeping(self) -> bool:
@@ -64,8 +57,8 @@ class Journal:
         self._prefixes.append(prefix)
         self._stream.write(msgspec.json.encode(prefix) + b"\n")
 
-    def verified(self, path: Path) -> tuple[int, "_Hash"]:
-        """How many bytes of ``path`` are as they were written, and their hash, to be continued."""
+    def verify(self, path: Path) -> tuple[int, "_Hash"]:
+        """The number of intact bytes at the start of ``path``, and their hash object."""
         known, size_bytes = hashlib.sha256(), 0
         if not path.is_file():
             return size_bytes, known
@@ -85,7 +78,7 @@ class Journal:
 
 
 def _readable(lines: list[bytes]) -> Iterator[File]:
-    """A kill may have cut the last line off."""
+    """The complete lines; a kill may have truncated the last one."""
     for line in lines:
         try:
             yield msgspec.json.decode(line, type=File)
@@ -94,58 +87,36 @@ def _readable(lines: list[bytes]) -> Iterator[File]:
 
 
 def partial_folder(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.partial"
+    return hidden_folder(folder) / folder.absolute().name
 
 
 def kept_bytes(folder: Path) -> int:
-    """What an interrupted export to ``folder`` has on the disk already."""
+    """The bytes that an interrupted export to ``folder`` left on disk."""
     return sum(path.stat().st_size for path in partial_folder(folder).rglob("*") if path.is_file())
 
 
 @contextmanager
-def resumable(folder: Path, made_of: str, *, overwrite: bool = False) -> Iterator[tuple[Path, Journal]]:
-    """Yields the folder to write to, which becomes ``folder`` when the block ends well, and its journal.
+def resumable_folder(folder: Path, made_of: str, *, overwrite: bool = False) -> Iterator[tuple[Path, Journal]]:
+    """Yield the folder to write to, which becomes ``folder`` if the block succeeds, and its journal.
 
-    What is finished stays for the next try after a kill, Ctrl-C or a full disk; after any other error nothing does.
+    After a kill, Ctrl-C or a full disk, recorded progress stays for the next attempt; any other error removes it.
 
     Raises:
-        UserError: no writable place, ``folder`` exists, a full disk, or another process writes the same bundle.
+        UserError: see :func:`wan22.files.claim` and :func:`wan22.bundle.refuse_existing`.
     """
-    partial = partial_folder(folder)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        journal = Journal(partial / JOURNAL)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}", "a writable place", "choose another") from error
-    try:
-        if not journal.lock():
-            raise UserError(f"another export writes {folder}", "one at a time", "wait for it or choose another folder")
-        with _renamed(partial, folder, journal, overwrite=overwrite):
-            journal.begin(made_of)
-            yield partial, journal
-    finally:
-        journal.close()
-
-
-@contextmanager
-def _renamed(partial: Path, folder: Path, journal: Journal, *, overwrite: bool) -> Iterator[None]:
-    keep = False
-    try:
-        refuse_existing(folder, overwrite=overwrite)
-        yield
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
-        journal.path.unlink()
-        partial.rename(folder)
-    except KeyboardInterrupt:
-        keep = journal.worth_keeping
-        raise
-    except OSError as error:
-        keep = error.errno in DISK_FULL
-        if not keep:
+    refuse_existing(folder, overwrite=overwrite)
+    with claim(folder, resume=True) as claimed:
+        claimed.new.mkdir(exist_ok=True)
+        journal = Journal(claimed.folder / JOURNAL)
+        try:
+            journal.begin(claimed.new, made_of)
+            yield claimed.new, journal
+            claimed.publish()
+        except KeyboardInterrupt:
+            claimed.keep = journal.worth_keeping
             raise
-        remedy = f"free some and run again to go on, or delete {partial}"
-        raise UserError(f"disk full while writing {folder}", "free space", remedy) from error
-    finally:
-        if not keep:
-            shutil.rmtree(partial, ignore_errors=True)
+        except OSError as error:
+            claimed.keep = error.errno in DISK_FULL
+            raise
+        finally:
+            journal.close()

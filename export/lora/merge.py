@@ -1,4 +1,5 @@
-"""LoRAs merged into the weights while they stream: W' = W + strength·(alpha/rank)·(B·A), one tensor at a time.
+"""LoRAs merged into the weights while they stream, one tensor at a time: W' = W + strength·(alpha/rank)·(B·A), or what
+:mod:`export.lora.deltas` has for other kinds.
 
 Merging comes before any rounding or quantisation: in float32, into float32 (wan22.md §8.1). The product is torch's, so
 the merged weights equal a merge in PyTorch bit for bit.
@@ -6,7 +7,7 @@ the merged weights equal a merge in PyTorch bit for bit.
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,24 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.checkpoint import Weights
+from export.files.decoded import Codes
 from export.files.tensor_file import Stored
-from export.lora.file import Deltas, read_lora
+from export.lora.adapter import WEIGHT_SUFFIXES, config_files
+from export.lora.experts import EXPERTS, SHORT, expert_of_file, misplaced
+from export.lora.file import Deltas, LoraFile, lora_file, read_lora, shown
 from wan22.bundle import MergedLora, sha256_of
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
 
 SYNTAX = "FILE.safetensors[@strength][:high|:low]"
-EXPERTS = {"high": "high_noise", "low": "low_noise"}
-NAMES_SHOWN = 5
+WEIGHT_FILE = "|".join(re.escape(suffix) for suffix in WEIGHT_SUFFIXES)
 
 
 @dataclass(frozen=True)
 class LoraChoice:
-    """A LoRA as the user asks for it; without ``expert`` ("high" or "low") it goes into every transformer."""
+    """A LoRA as the user asks for it: a file, or the folder of an adapter. Without ``expert`` ("high" or "low") it goes
+    into the transformer that its keys, metadata or name speak for, into every transformer where they do not.
+    """
 
     path: Path
     strength: float = 1.0
@@ -37,26 +42,31 @@ class LoraChoice:
 
 @dataclass(frozen=True)
 class Lora:
-    """An opened LoRA: what it adds to which official weights of which experts."""
+    """An opened LoRA: what it makes of which official weights, by expert."""
 
     choice: LoraChoice
-    experts: tuple[str, ...]
-    deltas: Deltas
+    file: Path
+    deltas: Mapping[str, Deltas]
     unmatched: tuple[str, ...]  # keys that the model has no weight for
     warnings: tuple[str, ...]  # for the user, one line each
 
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return tuple(self.deltas)
+
     def record(self) -> MergedLora:
-        """The entry for the bundle; hashes the file."""
-        path = self.choice.path
-        return MergedLora(str(path), sha256_of(path), self.choice.strength, self.experts)
+        """The entry for the bundle; hashes the files."""
+        config = "".join(sha256_of(path) for path in config_files(self.file))
+        return MergedLora(str(self.file), sha256_of(self.file), self.choice.strength, self.experts, config)
 
 
 @dataclass(frozen=True)
 class MergedWeights:
-    """``Weights`` with LoRAs added in their order; what they change is made when it is read, in float32."""
+    """``Weights`` of ``expert`` with LoRAs in their order; what they change is made when it is read, in float32."""
 
     base: Weights
     loras: tuple[Lora, ...]
+    expert: str
 
     def names(self) -> list[str]:
         return self.base.names()
@@ -70,10 +80,9 @@ class MergedWeights:
     def read(self, name: str) -> npt.NDArray[Any]:
         weight = self.base.read(name)
         for lora in self.loras:
-            for delta in lora.deltas.get(name, ()):
-                change = delta.times(lora.choice.strength).reshape(weight.shape)
-                _check_finite(lora, name, change)
-                weight = np.add(weight.astype(np.float32, copy=False), change, out=change)
+            for delta in lora.deltas[self.expert].get(name, ()):
+                weight = delta.merged(weight.astype(np.float32, copy=False), lora.choice.strength)
+                _check_finite(lora, name, weight)
         return weight
 
     def pieces(self, name: str) -> Iterable[npt.NDArray[Any]]:
@@ -82,13 +91,17 @@ class MergedWeights:
     def stored(self, name: str) -> Stored | None:
         return None if self._changes(name) else self.base.stored(name)
 
+    def codes(self, name: str) -> Codes | None:
+        return None if self._changes(name) else self.base.codes(name)
+
     def _changes(self, name: str) -> bool:
-        return any(name in lora.deltas for lora in self.loras)
+        return any(name in lora.deltas[self.expert] for lora in self.loras)
 
 
 def parse_lora(argument: str) -> LoraChoice:
-    """Reads ``FILE.safetensors[@strength][:high|:low]``."""
-    match = re.fullmatch(r"(.+\.safetensors)(?:@([^:]*))?(?::(.*))?", argument)
+    """Reads ``FILE.safetensors[@strength][:high|:low]``; FILE may be a .pt file or the folder of an adapter."""
+    match = re.fullmatch(rf"(.+(?:{WEIGHT_FILE}))(?:@([^:]*))?(?::(.*))?", argument)
+    match = match or re.fullmatch(r"(.+?)(?:@([^@:/]*))?(?::([^:/]*))?", argument)
     if not match:
         raise UserError(f"LoRA {argument!r}", SYNTAX, "name a safetensors file")
     file, strength, expert = match.groups()
@@ -108,55 +121,77 @@ def _strength(argument: str, text: str) -> float:
 
 
 def open_lora(choice: LoraChoice, spec: ModelSpec, *, ignore_unmatched: bool = False) -> Lora:
-    """Opens a LoRA of any of the five families for the transformers of ``spec``.
+    """Opens a LoRA of any dialect for the transformers of ``spec``.
 
     Raises:
         UserError: no file or a damaged one, a LoRA of another model or kind, keys without a weight to change.
     """
-    experts = spec.experts
     if not math.isfinite(choice.strength):
         raise UserError(f"LoRA {choice.path}: strength {choice.strength}", "a finite number", f"write {SYNTAX}")
-    if choice.expert is not None:
-        if len(experts) == 1:
-            raise UserError(f"LoRA for the {choice.expert}-noise expert", f"none, {spec.name} has one", "leave it off")
-        experts = (EXPERTS[choice.expert],)
-    deltas, unmatched = read_lora(choice.path, spec)
-    warnings = misplaced(choice.path, experts)
-    if unmatched:
-        found = f"{len(unmatched)} keys without a weight in {spec.name}: {_shown(unmatched)}"
-        if not deltas or not ignore_unmatched:
-            remedy = "leave them out with --lora-ignore-unmatched" if deltas else "use a LoRA made for this model"
-            raise UserError(f"LoRA {choice.path}: {found}", "keys of this model", remedy)
-        warnings.append(f"LoRA {choice.path}: left out {found}")
-    if not deltas:
-        raise UserError(f"LoRA {choice.path} is empty", "keys of this model", "use another file")
-    return Lora(choice, experts, deltas, tuple(unmatched), tuple(warnings))
+    if choice.expert is not None and len(spec.experts) == 1:
+        raise UserError(f"LoRA for the {choice.expert}-noise expert", f"none, {spec.name} has one", "leave it off")
+    file = lora_file(choice.path)
+    content = read_lora(file, spec)
+    warnings = list(content.warnings)
+    if content.unmatched:
+        found = f"{len(content.unmatched)} keys without a weight in {spec.name}: {shown(content.unmatched)}"
+        if not content.deltas or not ignore_unmatched:
+            remedy = _what_to_do(content) if content.deltas else "use a LoRA made for this model"
+            raise UserError(f"LoRA {file}: {found}", "keys of this model", remedy)
+        warnings.append(f"LoRA {file}: left out {found}")
+    if not content.deltas:
+        raise UserError(f"LoRA {file} is empty", "keys of this model", "use another file")
+    deltas, notes = _by_expert(choice, file, content, spec)
+    return Lora(choice, file, deltas, tuple(content.unmatched), (*warnings, *notes))
+
+
+def _what_to_do(content: LoraFile) -> str:
+    """About keys without a weight; what to leave out with them where that leaves the transformer's part whole."""
+    leave = "with --lora-ignore-unmatched"
+    if any("text_enc" in key or "lora_te" in key for key in content.unmatched):
+        return f"it also changes a text encoder, which is not supported: merge the transformer's part {leave}"
+    if any("_img" in key or "img_emb" in key for key in content.unmatched):
+        return f"Wan2.1's image branch, which Wan2.2 lacks: leave it out {leave}"
+    return f"leave them out {leave}"
+
+
+def _by_expert(
+    choice: LoraChoice, file: Path, content: LoraFile, spec: ModelSpec
+) -> tuple[dict[str, Deltas], list[str]]:
+    """The deltas of every expert that the LoRA goes into, and what the user must know of that."""
+    keyed = [SHORT[expert] for expert in content.deltas if expert]
+    if len(spec.experts) == 1:
+        if keyed:
+            found = f"LoRA {file}: keys for the {' and '.join(sorted(keyed))}-noise expert"
+            raise UserError(found, f"{spec.name}, which has one transformer", "use a LoRA made for this model")
+        return {spec.experts[0]: content.deltas[""]}, []
+    common = content.deltas.get("", {})
+    if keyed:
+        wanted = [choice.expert] if choice.expert else sorted(keyed)
+        if not set(wanted) & set(keyed):
+            found = f"LoRA {file}: its keys are for the {keyed[0]}-noise expert"
+            raise UserError(found, f":{keyed[0]}", f"leave :{choice.expert} off")
+        return {EXPERTS[short]: _join(common, content.deltas[EXPERTS[short]]) for short in wanted}, []
+    name = expert_of_file(file, content.metadata)
+    if choice.expert:
+        return {EXPERTS[choice.expert]: common}, misplaced(file, [EXPERTS[choice.expert]], name)
+    if name is None:
+        return dict.fromkeys(spec.experts, common), []
+    other = "low" if name == "high" else "high"
+    found = f"LoRA {file}: named {name}, merged into the {name}-noise expert alone"
+    return {EXPERTS[name]: common}, [f"{found}; add it with :{other} to merge it into the {other}-noise expert"]
+
+
+def _join(first: Deltas, second: Deltas) -> Deltas:
+    return {name: [*first.get(name, ()), *second.get(name, ())] for name in first | second}
 
 
 def merged(weights: Weights, loras: Sequence[Lora], expert: str) -> Weights:
     """``weights`` of ``expert`` with those of ``loras`` added that are meant for it."""
     meant = tuple(lora for lora in loras if expert in lora.experts)
-    return MergedWeights(weights, meant) if meant else weights
-
-
-def misplaced(path: Path, experts: Sequence[str]) -> list[str]:
-    """A warning for each expert among ``experts`` that the name of the file, or else of its folder, speaks against."""
-    said = _said(path.stem) or _said(path.absolute().parent.name)
-    others = [short for short, expert in EXPERTS.items() if expert in experts and said and short != said]
-    return [f"LoRA {path}: named {said}, merged into the {other}-noise expert" for other in others]
-
-
-def _said(name: str) -> str | None:
-    """Which of "high" and "low", if ``name`` says exactly one of them of noise, and not of rank or resolution."""
-    other = r"[-_ ]?(?:res|rank|poly|key|light|quality|speed|motion|angle|vram|mem)"
-    found = set(re.findall(rf"(?<![a-z])(high|low)(?!{other})(?:[-_ ]?noise)?(?![a-z])", name.lower()))
-    return str(found.pop()) if len(found) == 1 else None
+    return MergedWeights(weights, meant, expert) if meant else weights
 
 
 def _check_finite(lora: Lora, name: str, change: npt.NDArray[np.float32]) -> None:
     if not math.isfinite(float(change.max())) or not math.isfinite(float(change.min())):
         raise UserError(f"LoRA {lora.choice.path}: NaN or infinity for {name}", "finite weights", "use another file")
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMES_SHOWN]) + (", …" if len(names) > NAMES_SHOWN else "")

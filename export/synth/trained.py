@@ -1,7 +1,7 @@
-"""Weights that come with the package: the trained tiny model, one safetensors file per part, and its tokenizer.
+"""Trained weights that ship with the package: the tiny model, one safetensors file per part, and its tokenizer.
 
-``studies/tiny_model`` makes them. They are kept in 16 bits (text encoder bfloat16 as published, all else float16),
-the kernels of the VAE in 8 with a scale per output channel, and written to a checkpoint in the dtypes of the release.
+``studies/tiny_model`` trains them. They are stored in 16 bits (the text encoder in bfloat16 like the release, the rest
+in float16), the kernels of the VAE in 8 bits with a scale per output channel. Checkpoints have the release's dtypes.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ SCALE = ".scale"  # the name of what an int8 tensor's rows are multiplied with: 
 
 
 def trained_folder(spec: ModelSpec) -> Path | None:
-    """Where the weights of ``spec`` lie; None for a model whose weights do not come with the package."""
+    """The folder with the weights of ``spec``; None if they do not ship with the package."""
     folder = Path(__file__).parent / "trained" / spec.name
     return folder if folder.is_dir() else None
 
@@ -30,7 +30,7 @@ def part_file(folder: Path, part: str) -> Path:
 
 
 def trained_pieces(folder: Path, part: str, name: str) -> Iterator[npt.NDArray[Any]]:
-    """The elements of a tensor, called by its official ``name``, in order."""
+    """The elements of the tensor with the official ``name``, in order."""
     tensors = read_safetensors(part_file(folder, part))
     if name + SCALE not in tensors:
         yield from tensors[name].pieces()
@@ -40,6 +40,6 @@ def trained_pieces(folder: Path, part: str, name: str) -> Iterator[npt.NDArray[A
 
 
 def trained_tokenizer(spec: ModelSpec) -> bytes | None:
-    """The ``spiece.model`` that belongs to the weights of ``spec``, if there is one."""
+    """The ``spiece.model`` of the weights of ``spec``; None if they do not ship with the package."""
     folder = trained_folder(spec)
     return None if folder is None else (folder / TOKENIZER_MODEL).read_bytes()

@@ -23,7 +23,8 @@ from studies.tiny_model.files import resumed, save, weights
 from studies.tiny_model.scenes import VOCABULARY, Content, random_content
 from studies.tiny_model.train_vae import MODEL
 from studies.tiny_model.transformer import Dit, TextEncoder
-from wan22.specs import NEGATIVE_PROMPT, TRAIN_TIMESTEPS, spec_named
+from wan22.sampling import NEGATIVE_PROMPT
+from wan22.specs import TRAIN_TIMESTEPS, spec_named
 
 BATCH, LEARNING_RATE, WITHOUT_CAPTION = 16, 2e-3, 0.1
 AVERAGED = 0.998  # per step, of the moving average that is kept as the result

@@ -4,8 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from runtime.conditioning import rope_tables, time_features
 from runtime.denoise import Conditions, denoise
+from runtime.forward_inputs import rope_tables, time_features
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from wan22.errors import NonFiniteError, UserError
@@ -18,7 +18,7 @@ TEXT = Conditions(POSITIVE, NEGATIVE)
 
 
 class Recorder:
-    """A forward that remembers its inputs; the velocity is the value of the text everywhere."""
+    """A forward that remembers its inputs; every element of the velocity is the text's value."""
 
     def __init__(self):
         self.calls = []

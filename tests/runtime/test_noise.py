@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from runtime.noise import standard_normal
+from runtime.noise import NormalStream, standard_normal
 from wan22.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -26,6 +26,12 @@ def test_equals_torch_for_every_kind_of_seed(seed):
 def test_equals_torch_for_the_latents_of_a_480p_video():
     shape = (16, 21, 60, 104)
     np.testing.assert_allclose(standard_normal(shape, 7), reference(shape, 7), rtol=0, atol=1e-6)
+
+
+def test_a_stream_equals_one_generator_asked_again_and_again():
+    stream, generator = NormalStream(5), torch.Generator("cpu").manual_seed(5)
+    for shape in ((1, 16, 3, 4, 6), (33,), (2, 48, 1, 5, 3)):
+        np.testing.assert_allclose(stream.draw(shape), torch.randn(shape, generator=generator), rtol=0, atol=1e-6)
 
 
 def test_empty_shape_gives_no_values():

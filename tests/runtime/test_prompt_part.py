@@ -1,4 +1,4 @@
-"""What follows from a prompt alone is computed once for every prompt, as long as nobody can change the prompt."""
+"""The prompt-only half is computed once per prompt, as long as the prompt's array cannot change."""
 
 import numpy as np
 import onnxruntime
@@ -7,6 +7,7 @@ import pytest
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from runtime.pipeline import Pipeline
 from runtime.prompt_part import PromptPart
+from runtime.request import Request
 from validate.bench.our_side import OurSide
 from validate.bench.work import BenchOptions, work_for
 from wan22.bundle import open_bundle
@@ -64,7 +65,7 @@ def test_a_text_that_may_change_is_worked_on_in_every_call(part, given):
 
 @pytest.fixture
 def forward(tiny_engines, bundle, component):
-    work = work_for(bundle, BenchOptions(size=(96, 64), frames=5))
+    work = work_for(bundle, BenchOptions(Request(size=(96, 64), frames=5)))
     with Pipeline(bundle) as pipeline, OnnxRuntimeEngine(tiny_engines, component) as engine:
         inputs = OurSide(pipeline, work)._inputs("high_noise")
         yield lambda **others: engine(**inputs | others), inputs

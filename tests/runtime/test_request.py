@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtime.built_for import completed
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.schedule import make_schedule
+from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.specs import NEGATIVE_PROMPT, SPECS, T2V_A14B, TI2V_5B
+from wan22.sampling import NEGATIVE_PROMPT
+from wan22.specs import SPECS, T2V_A14B, TI2V_5B
 
 I2V, TI2V, T2V = (SPECS[f"{name}-tiny"] for name in ("i2v-a14b", "ti2v-5b", "t2v-a14b"))
 
@@ -47,6 +50,36 @@ def test_what_the_user_says_beats_the_preset():
     assert complete.guidance == {"high_noise": 1.0, "low_noise": 2.0}
 
 
+def test_a_boundary_goes_before_the_bundle_and_before_a_preset():
+    asked = Request("x", boundary=0.99).completed(T2V_A14B)
+    assert [asked.switched(T2V_A14B).expert_at(t, 0) for t in (990, 989)] == ["high_noise", "low_noise"]
+    assert Request("x").completed(T2V_A14B).switched(T2V_A14B).expert_at(875) == "high_noise"
+    assert Request("x", preset="lightning", boundary=0.99).completed(T2V_A14B).switch_step is None
+
+
+def test_the_step_of_a_switch_counts_only_steps_of_its_own_preset():
+    assert Request("x", preset="lightning").completed(T2V_A14B).switch_step == 2
+    assert Request("x", preset="lightning", steps=8).completed(T2V_A14B).switch_step is None
+
+
+def test_a_bundle_samples_with_its_own_preset_until_another_is_asked_for(caplog):
+    distilled = T2V_A14B.with_preset("lightx2v-4step")
+    own = Request("x").completed(distilled)
+    assert own == Request("x", preset="lightning").completed(T2V_A14B)
+    assert not caplog.messages
+    official = Request("x", preset="official").completed(distilled)
+    assert official == Request("x").completed(T2V_A14B)
+    assert "40 steps with guidance on a checkpoint that is distilled for lightx2v-4step" in caplog.text
+
+
+def test_a_list_of_noise_levels_takes_no_steps_beside_it():
+    listed = replace(T2V, sampling=replace(T2V.sampling, solver="euler", steps=3, sigmas=(1.0, 0.757, 0.522)))
+    schedule = Request("x").completed(listed).noise_schedule()
+    assert schedule.timesteps.tolist() == pytest.approx([1000, 757, 522])
+    with pytest.raises(UserError, match="steps 8 with preset official"):
+        Request("x", steps=8).completed(listed)
+
+
 @pytest.mark.parametrize(
     ("spec", "request_", "told"),
     [
@@ -58,8 +91,12 @@ def test_what_the_user_says_beats_the_preset():
         (T2V, Request("x", preset="thunder"), "preset 'thunder'"),
         (T2V, Request("x", steps=0), "0 steps"),
         (T2V, Request("x", shift=float("nan")), "shift nan"),
+        (T2V, Request("x", boundary=875.0), "boundary 875"),
+        (T2V, Request("x", boundary=float("nan")), "boundary nan"),
+        (TI2V, Request("x", boundary=0.5), "a boundary for ti2v-5b-tiny"),
+        (TI2V, Request("x", preset="lightning"), "preset 'lightning' for a ti2v model"),
     ],
-    ids=["text only", "no image", "no last image", "not an image", "one pixel", "preset", "steps", "shift"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_makes_no_video_is_refused_before_any_work(spec, request_, told):
     with pytest.raises(UserError, match=told):
@@ -116,3 +153,25 @@ def test_ti2v_makes_videos_of_text_alone(flow_of):
         *_, last = pipeline.denoise(complete)
         frames = list(pipeline.decode(last.latents))
     assert [chunk.shape for chunk in frames] == [(1, 3, 1, 64, 64), (1, 3, 4, 64, 64)]
+
+
+def test_a_scale_of_all_experts_gives_way_to_that_of_one():
+    complete = Request("x", guidance_scale=5.0, guidance={"low_noise": 2.0}).completed(T2V)
+    assert complete.guidance == {"high_noise": 5.0, "low_noise": 2.0}
+    with pytest.raises(UserError, match="guidance nan for high_noise"):
+        Request("x", guidance_scale=float("nan")).completed(T2V)
+
+
+def test_fixed_engines_give_size_and_frames_and_take_no_other(tiny_engines):
+    fixed = (64, 48, 9)
+    manifest = replace(open_bundle(tiny_engines, "engines").manifest, size=fixed)
+    complete = completed(Request("x"), manifest)
+    assert (complete.width, complete.height, complete.frames) == fixed
+    for other in (Request("x", size=(48, 64)), Request("x", frames=5)):
+        with pytest.raises(UserError, match="64x48, 9 frames, which the engines are made for"):
+            completed(other, manifest)
+
+
+def test_a_request_without_a_prompt_is_refused():
+    with pytest.raises(UserError, match="no prompt"):
+        Request().completed(T2V)

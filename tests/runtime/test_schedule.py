@@ -85,6 +85,12 @@ def test_two_steps_may_share_a_timestep():
     assert schedule.steps == 100
 
 
+@pytest.mark.parametrize("steps", [1001, 2_000_000_000])
+def test_more_steps_than_there_are_timesteps_are_refused_before_a_list_is_made(steps):
+    with pytest.raises(UserError, match=rf"{steps} steps \| expected at most 1000"):
+        make_schedule("unipc", steps, 5.0)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 37, 40, 50])
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
@@ -101,6 +107,28 @@ def test_diffusers_convention_equals_its_schedulers(solver, steps, shift):
     np.testing.assert_allclose(ours.sigmas, theirs.sigmas.numpy(), rtol=0, atol=1e-6)
     tolerance = 1e-3 if solver == "euler" else 0
     np.testing.assert_allclose(ours.timesteps, theirs.timesteps.numpy(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+def test_a_list_is_taken_as_the_diffusers_schedulers_take_it(solver):
+    diffusers = pytest.importorskip("diffusers")
+    listed = [np.sin(a) / (np.sin(a) + np.cos(a)) for a in (np.arctan(200), 1.5, 1.4, 1.0)]  # TurboWan's
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+    theirs = {
+        "unipc": lambda: diffusers.UniPCMultistepScheduler(**flow),
+        "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
+    }[solver]()
+    theirs.set_timesteps(sigmas=np.array(listed))
+    ours = make_schedule(solver, 4, 5.0, listed=listed)
+    np.testing.assert_allclose(ours.sigmas, theirs.sigmas.numpy(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ours.timesteps, theirs.timesteps.numpy(), rtol=0, atol=1e-3)
+    assert np.trunc(ours.timesteps).tolist() == [995, 933, 852, 608]
+
+
+@pytest.mark.parametrize("listed", [(0.5, 0.5), (0.5, 0.9), (1.1, 0.5), (0.5, 0.0), (float("nan"), 0.5), (0.5, -0.1)])
+def test_a_list_that_does_not_fall_is_refused(listed):
+    with pytest.raises(UserError, match="noise levels"):
+        make_schedule("euler", 2, 5.0, listed=listed)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
 def worst_difference(theirs, ours, steps):
-    """Both from the same noise through the same random velocities; the largest difference after any step."""
+    """The largest difference after any step, from the same noise with the same random velocities."""
     random = torch.Generator().manual_seed(steps)
     x = torch.randn(SHAPE, generator=random)
     y, worst = x.numpy(), 0.0
@@ -52,10 +52,32 @@ def test_dpm_equals_diffusers(steps, convention):
     assert worst_difference(theirs, make_solver("dpm++", schedule), steps) <= 5e-6
 
 
+@pytest.mark.parametrize("listed", [(1.0, 0.757, 0.522), (0.995, 0.934, 0.853, 0.609)])
+def test_renoise_equals_the_stochastic_scheduler_of_diffusers_with_a_second_generator(listed):
+    schedule = make_schedule("renoise", len(listed), 5, listed=listed)
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    theirs.set_timesteps(sigmas=np.array(listed))
+    theirs.set_begin_index(0)
+    np.testing.assert_allclose(schedule.sigmas, theirs.sigmas.numpy(), rtol=0, atol=1e-7)
+    start, second = (torch.Generator().manual_seed(seed) for seed in (7, 8))
+    x = torch.randn(SHAPE, generator=start)
+    y, ours = x.numpy(), make_solver("renoise", schedule, seed=7)
+    for t in theirs.timesteps:
+        velocity = torch.randn(SHAPE, generator=start)
+        x = theirs.step(velocity, t, x, generator=second, return_dict=False)[0]
+        y = ours.step(velocity.numpy(), y)
+        np.testing.assert_allclose(y, x.numpy(), rtol=0, atol=2e-6)
+
+
+def test_the_last_step_of_renoise_is_the_prediction_itself():
+    schedule = make_schedule("renoise", 1, 5, listed=(0.5,))
+    assert make_solver("renoise", schedule).step(np.float32([2, -4]), np.float32([1, 1])).tolist() == [0, 3]
+
+
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 40])
 def test_a_straight_path_ends_at_the_clean_latents(solver, steps):
-    """A perfect model's velocity is constant, noise - clean, and every solver is exact on it, from sigma 1 too."""
+    """A perfect model's velocity is constant, noise - clean; every solver is exact on it, even from sigma 1."""
     random = np.random.default_rng(0)
     noise, clean = random.standard_normal((2, *SHAPE), dtype=np.float32)
     schedule = make_schedule("dpm++", steps, 5)
@@ -75,14 +97,14 @@ def test_euler_is_one_multiplication_and_one_addition():
 
 
 def test_a_step_with_equal_timesteps_still_moves_on():
-    """Official code looks the timestep up and dies here (wan22.md §5.6)."""
+    """The official code looks up the timestep and fails here (wan22.md §5.6)."""
     solver, latents = make_solver("unipc", make_schedule("unipc", 100, 12)), np.ones(SHAPE, np.float32)
     for _ in range(100):
         latents = solver.step(np.zeros(SHAPE, np.float32), latents)
     np.testing.assert_allclose(latents, 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler", "renoise"])
 def test_no_step_changes_what_it_was_given_or_handed_out(solver):
     runner, random = make_solver(solver, make_schedule("unipc", 5, 5)), np.random.default_rng(1)
     seen = [random.standard_normal(SHAPE, dtype=np.float32)]

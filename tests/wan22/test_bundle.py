@@ -155,7 +155,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
         pass
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "photo").touch()
-    with pytest.raises(UserError, match="is no bundle"), staged(tmp_path / "home", overwrite=True):
+    with pytest.raises(UserError, match=r"home has no bundle\.json"), staged(tmp_path / "home", overwrite=True):
         pass
     with staged(tmp_path / "b", overwrite=True) as temporary:
         (temporary / "new").touch()

@@ -1,10 +1,10 @@
-"""Named dimensions are read off a call, agree with each other, and are held by a profile or not."""
+"""Named dimensions are derived from a call, agree with each other, and are inside a profile or not."""
 
 import pytest
 
 from wan22.bundle import Tensor
 from wan22.errors import UserError
-from wan22.shapes import fitting_profile, names_in, shape_of, sizes_of
+from wan22.shapes import fitting_profile, names_in, parse_size, shape_of, sizes_of
 
 LATENTS = Tensor("latents", "float32", (1, 16, "frames", "height", "width"))
 ROPE = Tensor("rope_cos", "float32", ("frames", "rows", "columns", 64))
@@ -12,6 +12,17 @@ CACHE = Tensor("cache_31", "float32", (1, 96, 2, "8*height", "8*width"))
 SHAPES = {"latents": (1, 16, 21, 60, 104), "rope_cos": (21, 30, 52, 64)}
 LANDSCAPE = {"frames": (1, 21, 21), "height": (60, 60, 60), "width": (104, 104, 104)}
 PORTRAIT = {"frames": (1, 21, 21), "height": (104, 104, 104), "width": (60, 60, 60)}
+
+
+@pytest.mark.parametrize("text", ["832x480", "832X480", "832 X 480", "832×480", " 832 * 480 "])
+def test_a_size_may_be_written_in_several_ways(text):
+    assert parse_size(text) == (832, 480)
+
+
+@pytest.mark.parametrize("text", ["", "832", "832x", "832x480x3", "-832x480", "8 32x480"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(UserError, match=r"size .* expected width x height in pixels"):
+        parse_size(text)
 
 
 def test_sizes_are_read_off_the_shapes_of_a_call():

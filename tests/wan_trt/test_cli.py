@@ -3,11 +3,16 @@
 import errno
 import subprocess
 import sys
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
+import wan_trt
+from runtime.request import Request
 from wan_trt.cli import app
+from wan_trt.commands import generate, validate
 
 FLOW = ("synth", "export", "build", "generate", "validate", "demo")
 HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "diffusers", "transformers")
@@ -42,6 +47,25 @@ def test_help_names_every_stage_without_loading_torch_or_tensorrt():
 def test_every_command_has_help(command, capsys):
     assert status([command, "--help"]) == 0
     assert "Usage" in capsys.readouterr().out
+
+
+def test_every_public_name_is_there():
+    assert {"Request", "generate", "apply_lora", "calibrate", "pack"} < set(dir(wan_trt))
+    for name in dir(wan_trt):
+        assert getattr(wan_trt, name)
+
+
+@pytest.mark.parametrize("command", [generate, validate])
+def test_every_part_of_a_request_has_an_option(command):
+    parts = {field.name for field in fields(Request)} - {"guidance_scale"}
+    assert parts <= set(signature(command.run).parameters)
+
+
+@pytest.mark.parametrize("command", ["generate", "validate", "bench", "calibrate", "serve", "triton"])
+def test_every_command_that_runs_engines_takes_a_residency(command, tmp_path, capsys):
+    assert status([command, "--help"]) == 0
+    assert "--residency" in capsys.readouterr().out
+    assert status(["generate", "e", "x", "-o", str(tmp_path / "o.mp4"), "--residency", "some"]) == 2
 
 
 def test_an_unknown_model_lists_the_known_ones(tmp_path, capsys):
@@ -92,7 +116,7 @@ def test_the_demo_does_not_remove_what_it_did_not_make(tmp_path, capsys):
     ("command", "told"),
     [
         (["inspect", ".", "--html", "."], "page .: a folder"),
-        (["demo", "file"], "cannot write file/t2v-a14b-tiny: Not a directory"),
+        (["demo", "file"], "cannot write the demo file/.made-by-wan-trt-demo: Not a directory"),
         (["export", "ck", "b", "--keep-high-precision", "0,5-1"], "expected ranges that go up | write 1-5"),
         (["triton", "e", "r", "--kubernetes", "r"], "r for repository and manifests"),
         (["triton", "e", "r", "--kubernetes", "k", "--image", "an image"], "image 'an image'"),
@@ -113,13 +137,25 @@ def test_numbers_that_are_out_of_the_world_are_the_parsers_to_refuse(option):
     assert status(["serve", "engines", option]) == 2
 
 
+def test_too_little_memory_is_told_in_one_line(tmp_path, tiny_engines, monkeypatch, capsys):
+    import numpy as np
+
+    import runtime.pipeline
+
+    monkeypatch.setattr(runtime.pipeline, "standard_normal", lambda *_: np.empty(2**55, np.uint8))
+    told = refused(capsys, "generate", tiny_engines, "x", "-o", tmp_path / "o.mp4", "--size", "64x64", "--frames", "5")
+    assert told.startswith("wan-trt: out of memory: Unable to allocate 32.0 PiB")
+    assert told.endswith("| ask for a smaller --size or fewer --frames")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_told_in_one_line(tmp_path, tiny_bundle, monkeypatch, capsys):
-    import validate.calibrate
+    import wan_trt.recipes.calibrate
 
     def full(*_args):
         raise OSError(errno.ENOSPC, "No space left on device", "graphs.onnx")
 
-    monkeypatch.setattr(validate.calibrate, "write_tapped", full)
+    monkeypatch.setattr(wan_trt.recipes.calibrate, "write_tapped", full)
     (tmp_path / "prompts").write_text("a fox")
     told = refused(capsys, "calibrate", tiny_bundle, tmp_path / "s.json", "--prompts", tmp_path / "prompts")
     assert told == "wan-trt: disk full while writing graphs.onnx | expected free space | free some and run again"
@@ -132,7 +168,7 @@ def test_what_the_user_may_not_read_is_told_in_one_line(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(Path, "is_dir", denied)
     told = refused(capsys, "export", tmp_path / "c", tmp_path / "b")
-    assert "Permission denied | expected what this user may use" in told
+    assert "Permission denied | expected permission for this user" in told
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, tiny_checkpoint, monkeypatch):

@@ -77,15 +77,15 @@ def test_an_image_is_not_for_a_text_model(tiny_engines, tiny_checkpoint, tmp_pat
     [
         ([], "no ENGINES and CHECKPOINT"),
         (["engines"], "no ENGINES and CHECKPOINT"),
-        (["engines", "checkpoint", "--model", "ti2v-5b"], "--model beside engines"),
-        (["engines", "checkpoint", "--precision-study"], "ENGINES beside --precision-study"),
-        (["--precision-study", "--size", "832x480"], "--size beside --precision-study"),
-        (["--precision-study", "--schedule", "diffusers"], "--schedule beside --precision-study"),
-        (["--precision-study", "--model", "wan3"], "model 'wan3'"),
-        (["--precision-study", "--steps", "0"], "0 steps"),
+        (["--precision-study"], "has moved | expected python -m studies.precision"),
+        (["engines", "checkpoint", "--precision-study"], "has moved | expected python -m studies.precision"),
+        (
+            ["--precision-study", "--model", "t2v-a14b", "--steps", "8"],
+            "has moved | expected python -m studies.precision",
+        ),
     ],
 )
-def test_a_study_needs_no_engines_and_all_else_does(tmp_path, capsys, arguments, told):
+def test_engines_and_checkpoint_are_needed_and_the_precision_study_has_moved(tmp_path, capsys, arguments, told):
     assert status("validate", "-o", tmp_path / "out", *arguments) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert told in line

@@ -1,22 +1,22 @@
-"""The machine that a bench ran on: what it is, how busy it is, how much memory and energy it spends.
+"""The machine that a bench runs on: its hardware, its load, and the energy and memory of its GPU.
 
-NVIDIA's management library is asked where its Python package (``nvidia-ml-py``) and a GPU are; nothing needs them.
+GPU values come from NVIDIA's management library. Its Python package (``nvidia-ml-py``) and a GPU are optional.
 """
 
 import os
 import platform
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-BUSY = 0.5  # load average per core from which timings are not those of an idle machine
+from wan22.memory import Peak, watch_peak
+
+BUSY = 0.5  # a machine with a higher load average per core is not idle
 LIBRARIES = ("wan-trt", "onnxruntime", "torch", "diffusers", "transformers", "numpy")
-SAMPLING_SECONDS = 0.01  # between two looks at a GPU's memory
 
 
 def usable_cores() -> int:
@@ -24,12 +24,12 @@ def usable_cores() -> int:
 
 
 def load_average() -> float:
-    """Processes that wanted a core, averaged over the last minute."""
+    """The load average of the last minute: processes that run or wait for a core."""
     return os.getloadavg()[0]
 
 
 def machine() -> dict[str, Any]:
-    """What decides how fast it is. Two runs compare in absolute terms where these agree."""
+    """The properties that determine speed. Absolute times are comparable only if all of them agree."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gpu = Nvml.open()
     return {
@@ -59,49 +59,24 @@ def _cpu_name() -> str:
     return name[1].strip() if name else platform.processor()
 
 
-# -- memory of this process
-
-
-def reset_peak() -> None:
-    """Forgets the high-water mark of the process's memory, where the system can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # the mark then also covers what came before
-
-
-def resident_bytes() -> int:
-    return _status_bytes("VmRSS")
-
-
-def peak_bytes() -> int:
-    """Most memory resident since the start or the last reset, mapped files included."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
-
-
 # -- the GPU
 
 
 @dataclass(frozen=True)
 class Nvml:
-    """The first GPU, as NVIDIA's management library sees it."""
+    """The first GPU, through NVIDIA's management library."""
 
     library: Any
     handle: Any
 
     @classmethod
     def open(cls) -> "Nvml | None":
-        """None without the package, the driver or a GPU."""
+        """Open the first GPU; None without the package, the driver or a GPU."""
         try:
             library = import_module("pynvml")
             library.nvmlInit()
             return cls(library, library.nvmlDeviceGetHandleByIndex(0))
-        except Exception:  # the package's errors are classes of its own, which are not there without it
+        except Exception:  # the package's error classes cannot be named if it is missing
             return None
 
     @property
@@ -110,43 +85,23 @@ class Nvml:
         return name.decode() if isinstance(name, bytes) else str(name)
 
     def joules(self) -> float | None:
-        """Energy spent since the driver was loaded; None where this GPU does not count it."""
+        """Energy used since the driver was loaded; None if this GPU does not count it."""
         try:
             return float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
         except Exception:
             return None
 
     def used_bytes(self) -> int:
-        """By every process."""
+        """GPU memory in use by all processes."""
         return int(self.library.nvmlDeviceGetMemoryInfo(self.handle).used)
 
 
-@dataclass
-class DevicePeak:
-    """The most device memory seen in use at once."""
-
-    bytes: int = 0
-    _over: threading.Event = field(default_factory=threading.Event)
-
-
 @contextmanager
-def device_peak() -> Iterator[DevicePeak | None]:
-    """Watches the GPU's memory while the block runs; None without a GPU. The same yardstick for every library."""
+def device_peak() -> Iterator[Peak | None]:
+    """Track the peak of GPU memory in use by all processes during the block; None without a GPU."""
     gpu = Nvml.open()
     if gpu is None:
         yield None
         return
-    found = DevicePeak()
-
-    def watch() -> None:
-        while not found._over.wait(SAMPLING_SECONDS):
-            found.bytes = max(found.bytes, gpu.used_bytes())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        found.bytes = max(found.bytes, gpu.used_bytes())
-        found._over.set()
-        thread.join()
+    with watch_peak(gpu.used_bytes) as peak:
+        yield peak

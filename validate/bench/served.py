@@ -1,40 +1,39 @@
-"""What a Triton server adds to a run: the same job in this process and through a server, in turns; and how soon it
-lets go of a job that nobody wants any more.
+"""The overhead of a Triton server: the same job in this process and through a server, in turns.
 
-Both sides are warm, take the same request and end with the bytes of the file. Each has the machine to itself while it
-works. The server's side is what a client waits for: the request's way there, the queue, progress events, the way back.
+The latency of cancelling a job is measured as well. Both sides are warm, take the same request
+and return the bytes of the video file. Only one runs at a time. The served time is what a client waits for: sending
+the request, the queue, progress events and the response.
 """
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from runtime.built_for import completed
 from runtime.generate import generate
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from triton_repo import probe
 from triton_repo.bls_repository import CPU
-from triton_repo.client import Event, WanClient
+from triton_repo.client import WanClient
 from triton_repo.installation import Installation
 from triton_repo.repository import RepositoryOptions, Topology, is_for_gpu, write_repository
-from triton_repo.server import ServeOptions, free_ports, running, wait_until_ready
+from triton_repo.server import ServeOptions, free_ports, running
 from validate.bench.machine import load_average, machine, versions
 from validate.bench.samples import Samples, in_turns
 from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
 from validate.gate import read_gates
-from validate.options import PROMPT
-from validate.sample_image import picture_for
-from wan22.bundle import open_bundle
+from validate.options import with_samples
+from wan22.bundle import Manifest, open_bundle
+from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
-from wan22.specs import ModelSpec, Task
+from wan22.residency import ResidencyChoice
 
 CANCELS, CANCEL_AFTER, CANCEL_STEPS = 10, 5, 100
 RUNS, STEPS = 10, 10
@@ -43,38 +42,20 @@ POLL_S = 0.002
 
 @dataclass(frozen=True)
 class ServedOptions:
-    # what is computed; ``None`` means the model's default
-    prompt: str | None = None
-    size: tuple[int, int] | None = None  # width, height in pixels
-    frames: int | None = None
-    image: Path | None = None  # None: a built-in picture for models that take one
-    steps: int = STEPS
-    seed: int = 0
-    # what is measured
+    request: Request = field(default_factory=Request)  # STEPS steps by default; see validate.options.with_samples
+    # measurements
     topology: Topology = "owner"
-    runs: int = RUNS  # of each side
-    warmup: int = 2  # runs of each side before them
-    gate: Path | None = None  # TOML, see validate.gate; None: the targets
+    runs: int = RUNS  # timed runs per side
+    warmup: int = 2  # untimed runs per side before them
+    gate: Path | None = None  # TOML, see :mod:`validate.gate`; None: TARGETS
+    residency: ResidencyChoice = "auto"  # the engines that stay loaded on each side
     # for the record
     command: str = ""
-
-    def request(self, spec: ModelSpec) -> Request:
-        """The job, complete enough to be the same on both sides."""
-        size = self.size or spec.sampling.sizes[0]
-        image = None if spec.task == Task.T2V else picture_for(size)
-        return Request(
-            self.prompt or PROMPT,
-            size=size,
-            frames=self.frames or spec.sampling.frames,
-            image=self.image.read_bytes() if self.image else image,
-            steps=self.steps,
-            seed=self.seed,
-        )
 
 
 @dataclass
 class Server:
-    """A served model, and the questions that a bench has for it."""
+    """A served model and its bench operations."""
 
     client: WanClient
     metrics_url: str
@@ -82,28 +63,25 @@ class Server:
     latents_sha256: str = ""
 
     def make(self, request: Request) -> bytes:
-        result = self.client.generate(**_wire(request))
+        result = self.client.submit(request).result()
         self.inside_s.append(float(result.event["seconds"]))
         self.latents_sha256 = result.event["latents_sha256"]
         return result.video
 
     def cancel(self, request: Request) -> Cancel:
-        """Gives a long job up after a few steps.
+        """Cancel a long job after a few steps.
 
         Raises:
-            RuntimeError: the job went on to its end.
+            RuntimeError: the job ran to its end.
         """
         ticks: list[float] = []
-
-        def told(event: Event) -> None:
-            if event["phase"] == "denoise":
-                ticks.append(time.perf_counter())
-                if len(ticks) == CANCEL_AFTER:
-                    raise _EnoughError
-
         before = self._metric("wan22_steps_total")
-        with suppress(_EnoughError):
-            self.client.generate(**{**_wire(request), "steps": CANCEL_STEPS}, on_progress=told)
+        with self.client.submit(replace(request, steps=CANCEL_STEPS)) as job:
+            for event in job.events():
+                if event["phase"] == "denoise":
+                    ticks.append(time.perf_counter())
+                if len(ticks) == CANCEL_AFTER:
+                    break
         while self._metric(probe.IN_FLIGHT):
             time.sleep(POLL_S)
         latency = time.perf_counter() - ticks[-1]
@@ -117,7 +95,7 @@ class Server:
 
 @dataclass
 class Direct:
-    """The same without a server, in this process."""
+    """The same job in this process, without a server."""
 
     pipeline: Pipeline
     folder: Path
@@ -129,21 +107,10 @@ class Direct:
         return made.path.read_bytes()
 
 
-class _EnoughError(Exception):
-    """Gives a job up."""
-
-
-def _wire(request: Request) -> dict[str, Any]:
-    width, height = request.size or (None, None)
-    return {
-        "prompt": request.prompt,
-        "image": request.image,
-        "width": width,
-        "height": height,
-        "num_frames": request.frames,
-        "steps": request.steps,
-        "seed": request.seed,
-    }
+def _request(options: ServedOptions, manifest: Manifest) -> Request:
+    """The job with every option that could otherwise differ between the sides."""
+    steps = STEPS if options.request.steps is None else options.request.steps
+    return with_samples(replace(options.request, steps=steps), manifest)
 
 
 def bench_served(
@@ -153,68 +120,70 @@ def bench_served(
     environment: Mapping[str, str],
     progress: Progress = silent,
 ) -> ServedBench:
-    """Runs both sides in turns.
+    """Run both sides in turns, then cancel a few jobs.
 
     Args:
         engines: the bundle that both sides run.
-        options: the job, and how often.
+        options: the job and the number of runs.
         installation: the server.
-        environment: variables of its process.
-        progress: told of every pair of runs.
+        environment: environment variables of the server's process.
+        progress: called for every pair of runs.
 
     Raises:
-        UserError: a request that the model cannot do, a gate that this does not measure, a server that does not start.
+        UserError: the model cannot serve the request, a gate has an unknown measurement, or the server fails to start.
     """
     gates = read_gates(options.gate, "bench", (OVERHEAD, BEYOND_STEP)) if options.gate else TARGETS
-    spec = open_bundle(engines, "engines").manifest.spec
-    request = options.request(spec)
-    complete = request.completed(spec)
+    manifest = open_bundle(engines, "engines").manifest
+    request = _request(options, manifest)
+    complete = completed(request, manifest)
     facts = {
-        "model": spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
+        "model": manifest.spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
         "frames": complete.frames, "steps": complete.steps, "runs": options.runs, "machine": machine(),
         "load_average": load_average(), "versions": versions(), "command": options.command,
     }  # fmt: skip
     with (
-        tempfile.TemporaryDirectory(prefix="wan22-") as folder,
-        _served(engines, Path(folder), options, installation, environment) as server,
-        Pipeline.open(engines) as pipeline,
+        scratch_folder("bench") as folder,
+        _start_server(engines, folder, options, installation, environment) as server,
+        Pipeline.open(engines, residency=options.residency) as pipeline,
     ):
-        direct = Direct(pipeline, Path(folder))
+        direct = Direct(pipeline, folder)
         sides = {DIRECT: lambda: direct.make(request), SERVED: lambda: server.make(request)}
         in_turns(sides, options.warmup)
         server.inside_s.clear()
-        samples = _shown(sides, options.runs, progress)
+        samples = _run_with_progress(sides, options.runs, progress)
         cancels = tuple(server.cancel(request) for _ in range(CANCELS))
         same = server.latents_sha256 == direct.latents_sha256
         return ServedBench(facts, samples, tuple(server.inside_s), cancels, same, gates)
 
 
-def _shown(sides: Mapping[str, Callable[[], bytes]], runs: int, progress: Progress) -> dict[str, Samples]:
-    """Both sides in turns, with progress."""
+def _run_with_progress(sides: Mapping[str, Callable[[], bytes]], runs: int, progress: Progress) -> dict[str, Samples]:
+    """Run both sides in turns and report progress."""
     last, done = list(sides)[-1], 0
 
-    def counted(work: Callable[[], bytes]) -> bytes:
+    def count_run(work: Callable[[], bytes]) -> bytes:
         nonlocal done
         done += 1
         progress("runs", done, runs)
         return work()
 
-    return in_turns({name: partial(counted, work) if name == last else work for name, work in sides.items()}, runs)
+    return in_turns({name: partial(count_run, work) if name == last else work for name, work in sides.items()}, runs)
 
 
 @contextmanager
-def _served(
+def _start_server(
     engines: Path, folder: Path, options: ServedOptions, installation: Installation, environment: Mapping[str, str]
 ) -> Iterator[Server]:
-    """A server of ``engines`` on free ports of loopback, ready, and a client."""
+    """Start a server of ``engines`` on free loopback ports; yields it with a client when it is ready."""
     repository = folder / "repository"
-    written = write_repository(engines, repository, RepositoryOptions(topology=options.topology))
+    written = write_repository(
+        engines, repository, RepositoryOptions(topology=options.topology, residency=options.residency)
+    )
     variant = CPU if options.topology == "bls" and not is_for_gpu(written.bundle) else ""
     http, grpc, metrics = free_ports(3)
     serve = ServeOptions("127.0.0.1", http, grpc, metrics, variant, quiet=True)
     with (
-        running(installation, repository, written.limits, serve, environment) as process,
+        running(installation, repository, written.limits, serve, environment) as server,
         WanClient(f"127.0.0.1:{serve.grpc_port}") as client,
     ):
-        wait_until_ready(process, serve)
+        server.wait_until_ready()
         yield Server(client, f"http://127.0.0.1:{serve.metrics_port}/metrics")

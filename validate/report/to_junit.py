@@ -1,4 +1,4 @@
-"""The report as JUnit XML: a suite for every section and one for the gates, a timed test case for every row."""
+"""The report as JUnit XML: one suite per section plus one for the gates, one timed test case per row."""
 
 import re
 from math import fsum
@@ -22,11 +22,11 @@ def as_junit(report: "ValidationReport") -> bytes:
         title = section_title(row)
         suite = suites.setdefault(title, _suite(root, title) if title not in suites else suites[title])
         name = row.name if len(report.cases) == 1 else f"case {row.case}: {row.name}"
-        _test(suite, (row.component, name), _told(row) if not row.passed else "", row.seconds)
+        _test(suite, (row.component, name), _message(row) if not row.passed else "", row.seconds)
     if report.verdicts:
         gates = suites["Gates"] = _suite(root, "Gates")
         for verdict in report.verdicts:
-            _test(gates, ("gate", _named(verdict)), "" if verdict else str(verdict))
+            _test(gates, ("gate", _gate_name(verdict)), "" if verdict else str(verdict))
     for element in (root, *suites.values()):
         element.set("tests", str(len(list(element.iter("testcase")))))
         element.set("failures", str(len(list(element.iter("failure")))))
@@ -39,19 +39,19 @@ def _suite(root: ElementTree.Element, title: str) -> ElementTree.Element:
     return ElementTree.SubElement(root, "testsuite", name=title)
 
 
-def _test(suite: ElementTree.Element, named: tuple[str, str], failure: str, seconds: float = 0.0) -> None:
-    told = {"classname": named[0], "name": _text(named[1]), "time": _seconds(seconds)}
-    case = ElementTree.SubElement(suite, "testcase", told)
+def _test(suite: ElementTree.Element, names: tuple[str, str], failure: str, seconds: float = 0.0) -> None:
+    attributes = {"classname": names[0], "name": _text(names[1]), "time": _seconds(seconds)}
+    case = ElementTree.SubElement(suite, "testcase", attributes)
     if failure:
         ElementTree.SubElement(case, "failure", message=_text(failure))
 
 
-def _told(row: "Row") -> str:
+def _message(row: "Row") -> str:
     shown = line(row)
     return f"{shown.found}, limit {shown.limit}, {shown.margin}: {row.metrics.problem or row.limit.reason}"
 
 
-def _named(verdict: Verdict) -> str:
+def _gate_name(verdict: Verdict) -> str:
     return f"{verdict.gate.measurement}.{verdict.gate.bound}"
 
 
@@ -60,5 +60,5 @@ def _seconds(seconds: float) -> str:
 
 
 def _text(text: str) -> str:
-    """``text`` without the characters that no XML file may have."""
+    """``text`` with a replacement character for every character that XML forbids."""
     return NOT_IN_XML.sub("\ufffd", text)

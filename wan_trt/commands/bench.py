@@ -2,14 +2,16 @@
 
 import json
 import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from wan22.errors import UserError
-from wan_trt.arguments import Frames, Gate, ListGates, ReferenceDevice, Seed, Size, size_of
-from wan_trt.commands.triton import Topology
+from wan22.files import whole_file
+from wan_trt import arguments as given
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
@@ -17,18 +19,19 @@ if TYPE_CHECKING:
 
 Axis = Literal["frames", "size", "steps"]
 
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of a whole run; 4, or 10 with --triton.")]
+Json = Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file; - prints it.")]
+
 
 def run(
-    engines: Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)],
+    engines: given.Engines,
     checkpoint: Annotated[str | None, typer.Argument(help="The checkpoint it came from: PyTorch runs beside.")] = None,
-    size: Size = None,
-    frames: Frames = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps of a whole run; 4, or 10 with --triton.")
-    ] = None,
+    size: given.Size = None,
+    frames: given.Frames = None,
+    steps: Steps = None,
     image: Annotated[Path | None, typer.Option(help="Image (I2V, TI2V); a built-in one unless given.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Its length decides the text encoder's work.")] = None,
-    seed: Seed = 0,
+    seed: given.Seed = 0,
     runs: Annotated[
         int | None, typer.Option(min=1, help="Timed runs of every piece; 5, or 10 of whole runs with --triton.")
     ] = None,
@@ -36,41 +39,49 @@ def run(
     whole_runs: Annotated[int, typer.Option(min=0, help="Runs from prompt to frames.")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Only this piece, such as vae_decoder; repeatable.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile as a third side.")] = False,
-    reference_device: ReferenceDevice = "auto",
+    residency: given.Residency = "auto",
+    reference_device: given.ReferenceDevice = "auto",
     memory: Annotated[bool, typer.Option(help="Measure peak memory, in processes of their own.")] = True,
     compare: Annotated[Path | None, typer.Option(help="JSON of an earlier bench: show what got worse.")] = None,
-    gate: Gate = None,
-    list_gates: ListGates = False,
+    gate: given.Gate = None,
+    list_gates: given.ListGates = False,
     sweep: Annotated[Axis | None, typer.Option(help="Time several of these instead, and fit the growth.")] = None,
     values: Annotated[str | None, typer.Option(help="Of the sweep, with commas: 5,9,17 or 256x160,512x320.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, .png or .html.")] = None,
     triton: Annotated[bool, typer.Option("--triton", help="Measure what a server adds to a run instead.")] = False,
-    topology: Topology = "owner",
-    output: Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file.")] = None,
+    topology: given.Topology = "owner",
+    output: Json = None,
 ) -> int:
-    """Measure time and memory. The last line is one JSON object, with units in its keys."""
-    from validate.bench.work import RUNS, STEPS, BenchOptions
-    from validate.files import write_file
+    """Measure time and memory of engines, beside PyTorch where a checkpoint is given.
+
+    Output to a pipe or file ends with one JSON object, with units in its keys; --json - prints it on a terminal too.
+    """
+    request = given.request_from(locals())
+    from validate.bench.work import RUNS, BenchOptions
 
     options = BenchOptions(
-        prompt, size_of(size), frames, None if image is None else str(image), steps or STEPS, seed,
-        tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, command_line(),
+        request, tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, residency,
+        command_line(),
     )  # fmt: skip
     if list_gates:
         return _list_gates(engines)
-    _check(sweep, values, plot, gate, compare, output)
+    _check(sweep, values, plot, gate, compare)
     if triton and (checkpoint or sweep or compare):
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", "run it on its own")
-    if triton:
-        found, passed = _served(engines, options, steps, runs, image, topology, gate)
-    elif sweep is not None:
-        found, passed = _swept(engines, checkpoint, sweep, values, options, plot)
-    else:
-        found, passed = _benched(engines, checkpoint, options, gate, compare)
-    line = json.dumps(found, separators=(",", ":"), allow_nan=False)
-    print(line, flush=True)
-    if output is not None:
-        write_file(output, f"{line}\n".encode(), "output")
+    to_stdout = str(output) == "-" or not sys.stdout.isatty()
+    in_file = output is not None and str(output) != "-"
+    with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
+        if triton:
+            found, passed = _served(engines, options, runs, topology, gate)
+        elif sweep is not None:
+            found, passed = _swept(engines, checkpoint, sweep, values, options, plot)
+        else:
+            found, passed = _benched(engines, checkpoint, options, gate, compare)
+        line = json.dumps(found, separators=(",", ":"), allow_nan=False)
+        if to_stdout:
+            print(line, flush=True)
+        if new is not None:
+            new.write_text(f"{line}\n")
     return 0 if passed else 1
 
 
@@ -89,35 +100,27 @@ def _check(
     plot: Path | None,
     gate: Path | None,
     compare: Path | None,
-    output: Path | None,
 ) -> None:
-    """Raises UserError for options that do not go together, and for a place that cannot be written."""
-    from validate.files import check_place
-
+    """Raises UserError for options that do not go together."""
     if sweep is None and (values or plot):
         raise UserError("--values or --plot", "a sweep that they belong to", "add --sweep frames, size or steps")
     if sweep is not None and (gate or compare):
         raise UserError("--sweep with --gate or --compare", "one of them", "run the sweep on its own")
-    if output is not None:
-        check_place(output, "output")
 
 
 def _served(
     engines: Path,
     options: "BenchOptions",
-    steps: int | None,
     runs: int | None,
-    image: Path | None,
     topology: Literal["owner", "bls"],
     gate: Path | None,
 ) -> tuple[dict[str, Any], bool]:
     from triton_repo.installation import default_environments, find_installation
-    from validate.bench.served import RUNS, STEPS, ServedOptions, bench_served
+    from validate.bench.served import RUNS, ServedOptions, bench_served
 
     asked = ServedOptions(
-        options.prompt, options.size, options.frames, image, steps or STEPS, options.seed,
-        topology=topology, runs=runs or RUNS, gate=gate, command=options.command,
-    )  # fmt: skip
+        options.request, topology, runs or RUNS, gate=gate, residency=options.residency, command=options.command
+    )
     installation = find_installation(default_environments())
     with bars() as progress:
         found = bench_served(engines, asked, installation, os.environ, progress)
@@ -130,11 +133,11 @@ def _benched(
     engines: Path, checkpoint: str | None, options: "BenchOptions", gate: Path | None, compare: Path | None
 ) -> tuple[dict[str, Any], bool]:
     from validate.bench.measure import bench
-    from validate.bench.report import HeldTo
+    from validate.bench.report import Criteria
     from validate.bench.view import as_text
 
     with bars() as progress:
-        report = bench(engines, checkpoint, options, progress, HeldTo(gate, compare))
+        report = bench(engines, checkpoint, options, progress, Criteria(gate, compare))
     for part in as_text(report):
         console.print(part)
     return report.as_json(), bool(report)
@@ -148,11 +151,12 @@ def _swept(
 
     if plot is not None:
         check_plot(plot)
-    given = None if values is None else [value.strip() for value in values.split(",")]
-    with bars() as progress:
-        found = sweep(engines, checkpoint, axis, given, options, progress)
-    if plot is not None:
-        write_plot(found, plot)
+    several = None if values is None else [value.strip() for value in values.split(",")]
+    with whole_file(plot, "plot", make_folder=False) if plot is not None else nullcontext() as picture:
+        with bars() as progress:
+            found = sweep(engines, checkpoint, axis, several, options, progress)
+        if picture is not None:
+            write_plot(found, picture)
     for part in as_text(found):
         console.print(part)
     return found.as_json(), not found.faults

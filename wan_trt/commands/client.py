@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,58 +10,51 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from wan22.errors import UserError
+from wan22.files import Claim, claim_file
 from wan22.progress import Progress
-from wan_trt.arguments import (
-    ExpertGuidance,
-    Fit,
-    Frames,
-    Guidance,
-    Image,
-    LastImage,
-    NegativePrompt,
-    Preset,
-    Shift,
-    Size,
-    Solver,
-    Steps,
-    size_of,
-)
+from wan22.quantities import video_text
+from wan22.specs import TEXT_TOKENS
+from wan_trt import arguments as given
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
-    from triton_repo.client import Result, Setting
+    from triton_repo.client import Event, Result
+    from triton_repo.schema import Setting
 
 
 def run(
-    url: Annotated[str, typer.Argument(help="Host and gRPC port of the server.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="What the video shows, in any language.", show_default=False)],
+    url: Annotated[
+        str, typer.Argument(help="Host and gRPC port of the server; port 8001 unless given.", show_default=False)
+    ],
+    prompt: given.Prompt,
     output: Annotated[Path, typer.Option("-o", "--output", help=".mp4, .webm, .npz, or .png or .jpg for one frame.")],
-    negative_prompt: NegativePrompt = None,
-    size: Size = None,
-    frames: Frames = None,
-    image: Image = None,
-    last_image: LastImage = None,
-    fit: Fit = "official",
-    preset: Preset = None,
-    steps: Steps = None,
+    negative_prompt: given.NegativePrompt = None,
+    size: given.Size = None,
+    frames: given.Frames = None,
+    image: given.Image = None,
+    last_image: given.LastImage = None,
+    fit: given.Fit = "official",
+    preset: given.Preset = None,
+    boundary: given.Boundary = None,
+    steps: given.Steps = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Drawn by the server unless given.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
-    shift: Shift = None,
-    guidance_high_noise: ExpertGuidance = None,
-    guidance_low_noise: ExpertGuidance = None,
-    guidance: Guidance = None,
-    solver: Solver = None,
+    shift: given.Shift = None,
+    guidance_high_noise: given.ExpertGuidance = None,
+    guidance_low_noise: given.ExpertGuidance = None,
+    guidance: given.Guidance = None,
+    solver: given.Solver = None,
     deadline: Annotated[float, typer.Option(min=0.001, help="Seconds after which to give up.")] = math.inf,
     urgent: Annotated[bool, typer.Option("--urgent", help="Go before jobs that are not.")] = False,
     preview: Annotated[Path | None, typer.Option(help="JPEG to keep up to date while the video is made.")] = None,
     model: Annotated[str, typer.Option(help="The name it is served under.")] = "wan22",
 ) -> None:
-    """Generate a video on a server. What is not given is the model's default; Ctrl-C cancels the job."""
+    """Generate a video on a server; Ctrl-C cancels the job."""
     from runtime.video import check_destination, renamed_at_end
-    from triton_repo.client import content_of
+    from triton_repo.wire import content_of
 
     check_destination(output, frames or 1)
-    width, height = size_of(size) or (None, None)
+    width, height = given.size_of(size) or (None, None)
     settings: dict[str, Setting | None] = {
         "negative_prompt": negative_prompt,
         "width": width,
@@ -70,6 +64,7 @@ def run(
         "last_image": content_of(last_image),
         "fit": fit if image is not None else None,
         "preset": preset,
+        "boundary": boundary,
         "steps": steps,
         "seed": seed,
         "shift": shift,
@@ -80,10 +75,10 @@ def run(
         "output_format": _format(output),
         "preview": preview is not None,
     }
-    job = _Job(url, model, prompt, image, deadline, 1 if urgent else 2, preview)
-    result = job.run(settings)
-    with renamed_at_end(output) as temporary:
-        temporary.write_bytes(result.video)
+    previews = claim_file(preview, "preview", make_folder=False) if preview is not None else nullcontext()
+    with renamed_at_end(output) as new, previews as shown:
+        result = _Job(url, model, prompt, image, deadline, 1 if urgent else 2, shown).run(settings)
+        new.write_bytes(result.video)
     console.print(f"{output}: {_told(result)}")
 
 
@@ -97,35 +92,38 @@ class _Job:
     image: Path | None
     deadline_s: float
     priority: Literal[1, 2]
-    preview: Path | None
+    preview: Claim | None
 
     def run(self, settings: "Mapping[str, Setting | None]") -> "Result":
         """Raises UserError for a job that the server refused or gave up."""
-        from triton_repo.client import JobError, WanClient
+        from triton_repo.client import WanClient
+        from triton_repo.client_errors import JobError
+        from triton_repo.wire import content_of
 
+        request = {"prompt": self.prompt, "image": content_of(self.image), **settings}
         with WanClient(self.url, self.model) as client, bars() as progress:
+            job = client.submit(request, deadline_s=self.deadline_s, priority=self.priority)
             try:
-                return client.generate(
-                    self.prompt,
-                    image=self.image,
-                    on_progress=lambda event: self._show(event, progress),
-                    deadline_s=self.deadline_s,
-                    priority=self.priority,
-                    **settings,
-                )
+                for event in job.events():
+                    self._show(event, progress)
+                return job.result()
             except JobError as error:
-                raise error.as_user_error() from None
+                raise error.reason from None
 
-    def _show(self, event: dict[str, object], progress: Progress) -> None:
+    def _show(self, event: "Event", progress: Progress) -> None:
+        for prompt in event.get("cut", ()):
+            console.print(f"{prompt.replace('_', ' ')} cut to {TEXT_TOKENS} tokens")
         if event["phase"] in ("denoise", "decode"):
-            progress(str(event["phase"]), int(str(event["step"])), int(str(event["total"])))
+            progress(event["phase"], event["step"], event["total"])
         if self.preview is not None and event["preview"]:
-            self.preview.write_bytes(bytes(event["preview"]))  # type: ignore[call-overload]
+            self.preview.new.write_bytes(event["preview"])
+            self.preview.publish()
 
 
 def _told(result: "Result") -> str:
     event = result.event
-    return f"{event['width']}x{event['height']}, {event['frames']} frames at {event['fps']} fps, seed {event['seed']}"
+    shown = video_text(event["width"], event["height"], event["frames"])
+    return f"{shown} at {event['fps']} fps, seed {event['seed']}"
 
 
 def _format(output: Path) -> str:

@@ -1,13 +1,13 @@
 """``wan-trt demo``: the whole flow on a tiny model with made-up weights."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from wan22.errors import UserError
-from wan22.specs import Precision, Task, spec_named
+from wan22.files import claim, whole_folder, write_file
+from wan22.specs import ModelSpec, Precision, spec_named
 from wan_trt.commands import build, export, generate, synth, validate
 from wan_trt.console import console
 
@@ -22,7 +22,11 @@ def run(
     seed: Annotated[int, typer.Option(help="Of weights and noise.", min=0, max=2**64 - 1)] = 0,
 ) -> int:
     """Synthesise a checkpoint, export, build, generate a video and validate it against PyTorch."""
-    spec = spec_named(model)
+    with claim(folder / MARK, "the demo"):
+        return _run(spec_named(model), folder, prompt, seed)
+
+
+def _run(spec: ModelSpec, folder: Path, prompt: str, seed: int) -> int:
     name = spec.name
     work = _fresh(folder / name)
     checkpoint, bundle, engines = (work / stage for stage in ("checkpoint", "onnx", "engines"))
@@ -33,8 +37,8 @@ def run(
     console.rule("build")
     build.run(bundle, engines, "cpu")
     console.rule("generate")
-    image = None if spec.task == Task.T2V else _picture(folder / "image.png", spec.sampling.sizes[0])
-    generate.run(engines, prompt, folder / "out.mp4", image=image, seed=seed)
+    image = None if spec.takes.image == "no" else _picture(folder / "image.png", spec.sampling.sizes[0])
+    generate.run(engines, folder / "out.mp4", prompt, image=image, seed=seed)
     console.rule("validate against PyTorch")
     return validate.run(engines, str(checkpoint), folder, prompt=prompt, image=image, seed=seed)
 
@@ -43,20 +47,15 @@ def _picture(path: Path, size: tuple[int, int]) -> Path:
     """Writes the picture that the video starts from, for a video of ``size``."""
     from validate.sample_image import picture_for
 
-    path.write_bytes(picture_for(size))
+    write_file(path, picture_for(size))
     console.print(f"{path}: the image to start from")
     return path
 
 
 def _fresh(work: Path) -> Path:
-    """An empty folder for the demo's files; only what an earlier demo made is removed."""
-    if work.exists():
-        if not (work / MARK).is_file():
-            raise UserError(f"{work} exists", "a folder made by an earlier demo, or none", "name another folder")
-        shutil.rmtree(work)
-    try:
-        work.mkdir(parents=True)
-        (work / MARK).touch()
-    except OSError as error:
-        raise UserError(f"cannot write {work}: {error.strerror}", "a writable place", "name another folder") from None
+    """An empty folder for the demo's files; only what an earlier demo made is replaced."""
+    if work.exists() and not (work / MARK).is_file():
+        raise UserError(f"{work} exists", "a folder made by an earlier demo, or none", "name another folder")
+    with whole_folder(work, MARK) as new:
+        (new / MARK).touch()
     return work

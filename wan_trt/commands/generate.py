@@ -6,84 +6,80 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from wan_trt.arguments import (
-    ExactOfficial,
-    ExpertGuidance,
-    Fit,
-    Frames,
-    Guidance,
-    Image,
-    LastImage,
-    NegativePrompt,
-    Preset,
-    Schedule,
-    Seed,
-    Shift,
-    Size,
-    Solver,
-    Steps,
-    by_expert,
-    size_of,
-)
+from wan22.quantities import video_text
+from wan_trt import arguments as given
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
     from runtime.generate import Timings
+    from runtime.request import Request
 
 
 def run(
-    engines: Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="What the video shows, in any language.", show_default=False)],
+    engines: given.Engines,
     output: Annotated[
         Path, typer.Option("-o", "--output", help=".mp4, .webm, .npz, .png, .jpg, or a folder for PNG frames.")
     ],
-    negative_prompt: NegativePrompt = None,
-    size: Size = None,
-    frames: Frames = None,
-    image: Image = None,
-    last_image: LastImage = None,
-    fit: Fit = "official",
-    exact_official: ExactOfficial = False,
-    preset: Preset = None,
-    steps: Steps = None,
-    seed: Seed = 0,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What the video shows, in any language.", show_default=False)
+    ] = None,
+    again: Annotated[
+        Path | None, typer.Option(help="Make this .mp4, .webm or .png again, with the settings in its metadata.")
+    ] = None,
+    negative_prompt: given.NegativePrompt = None,
+    size: given.Size = None,
+    frames: given.Frames = None,
+    image: given.Image = None,
+    last_image: given.LastImage = None,
+    fit: given.Fit = "official",
+    exact_official: given.ExactOfficial = False,
+    preset: given.Preset = None,
+    boundary: given.Boundary = None,
+    steps: given.Steps = None,
+    seed: Annotated[int | None, given.SEED] = None,
+    noise: given.Noise = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.", min=1, max=240)] = None,
-    shift: Shift = None,
-    guidance_high_noise: ExpertGuidance = None,
-    guidance_low_noise: ExpertGuidance = None,
-    guidance: Guidance = None,
-    solver: Solver = None,
-    schedule: Schedule = "official",
+    quality: Annotated[
+        int | None, typer.Option(metavar="1...10", help="Quality of mp4 and webm, 8 unless given, as officially.")
+    ] = None,
+    shift: given.Shift = None,
+    guidance_high_noise: given.ExpertGuidance = None,
+    guidance_low_noise: given.ExpertGuidance = None,
+    guidance: given.Guidance = None,
+    solver: given.Solver = None,
+    schedule: given.Schedule = None,
+    overwrite: given.Overwrite = False,
+    residency: given.Residency = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print where the time went.")] = False,
 ) -> None:
-    """Generate a video. What is not given is the model's default."""
-    from runtime.generate import generate
+    """Generate a video with the default settings of the bundle unless others are given."""
+    request = given.request_from(locals())
+    from runtime.generate import Encoding, generate
     from runtime.pipeline import Pipeline
-    from runtime.request import Request
+    from runtime.video import QUALITY
 
-    with Pipeline.open(engines) as pipeline, bars() as progress:
-        chosen = {} if guidance is None else dict.fromkeys(pipeline.spec.experts, guidance)
-        request = Request(
-            prompt,
-            negative_prompt,
-            size_of(size),
-            frames,
-            image=image,
-            last_image=last_image,
-            fit=fit,
-            exact_official=exact_official,
-            seed=seed,
-            preset=preset,
-            steps=steps,
-            shift=shift,
-            guidance=chosen | by_expert(guidance_high_noise, guidance_low_noise),
-            solver=solver,
-            schedule=schedule,
-        )
-        result = generate(pipeline, request, output, fps=fps, progress=progress)
+    if again is not None:
+        request, fps, quality = _again(again, request, engines, fps, quality)
+    with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:
+        encoding = Encoding(fps, QUALITY if quality is None else quality, overwrite)
+        result = generate(pipeline, request, output, encoding, progress=progress)
     if verbose:
         _print_timings(result.timings)
-    console.print(f"{output}: {result.width}x{result.height}, {result.frames} frames at {result.fps} fps, seed {seed}")
+    shown = video_text(result.width, result.height, result.frames)
+    console.print(f"{output}: {shown} at {result.fps} fps, seed {result.seed}")
+
+
+def _again(
+    video: Path, given_files: "Request", engines: Path, fps: int | None, quality: int | None
+) -> "tuple[Request, int, int]":
+    """Request, frame rate and quality of ``video``; says so when other engines made it."""
+    from runtime.recipe import read_recipe
+    from wan22.bundle import read_manifest
+
+    recipe = read_recipe(video)
+    if read_manifest(engines, "engines").own_sha256 != recipe.bundle:
+        console.print(f"{video} was made by other engines ({recipe.model}): frames will differ")
+    return recipe.request(given_files), fps or recipe.fps, recipe.quality if quality is None else quality
 
 
 def _print_timings(timings: "Timings") -> None:

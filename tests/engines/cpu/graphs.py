@@ -1,4 +1,4 @@
-"""What the tests of the passes share: a model's real blocks with made-up weights, run before and after."""
+"""Shared by the tests of the passes: a model's real blocks with synthetic weights, run before and after a pass."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from export.graphs.dit import dit_graph
-from runtime.conditioning import rope_tables, time_features
+from runtime.forward_inputs import rope_tables, time_features
 from wan22.specs import SPECS
 
 SPEC = replace(SPECS["t2v-a14b-tiny"].dit, layers=1)

@@ -1,4 +1,4 @@
-"""A CPU computes a bfloat16 graph's numbers: float32 arithmetic, rounded where the graph keeps 16 bits."""
+"""A CPU reproduces a bfloat16 graph: float32 arithmetic, rounded where the graph stores 16 bits."""
 
 from math import erf
 
@@ -13,9 +13,9 @@ from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16, GraphBuilder
 from export.graphs.dit import dit_graph
 from export.graphs.linear import FLOAT8, Fp8
 from export.quantise.fp8_weights import Fp8Weights
+from studies.precision.session import fill, open_graph
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
-from validate.graph_session import filled, opened
 from wan22.specs import SPECS
 
 SPEC = SPECS["t2v-a14b-tiny"].dit
@@ -38,9 +38,9 @@ def product():
 def test_operands_and_results_are_rounded_and_sums_are_not(product):
     random = np.random.default_rng(0)
     x, w = (random.standard_normal(shape, dtype=np.float32) for shape in ((2, 64), (8, 64)))
-    model = filled(product, {"w": w}.__getitem__)
+    model = fill(product, {"w": w}.__getitem__)
     emulate(model)
-    found = opened(model)(x=x)[0]
+    found = open_graph(model)(x=x)[0]
     sums = rounded(rounded(x) @ rounded(w).T)
     expected = rounded(np.vectorize(lambda v: v * (1 + erf(v / 2**0.5)) / 2)(sums).astype(np.float32))
     assert np.abs(found - expected).max() <= np.abs(expected).max() * 2**-8  # a last bit, where erf differs
@@ -55,7 +55,7 @@ def test_logits_and_what_fp8_reads_stay_in_full():
     back = g.op("DequantizeLinear", eight, g.constant(1 / 448, FLOAT), output_dtype=int(BFLOAT16))
     back.type = ir.TensorType(BFLOAT16)
     g.output("y", g.cast(back, FLOAT), [4, 4])
-    model = filled(g, {}.__getitem__)
+    model = fill(g, {}.__getitem__)
     emulate(model)
     casts = [node for node in model.graph if node.name and node.name.endswith("/rounded")]
     assert [node.inputs[0].producer().op_type for node in casts] == ["Cast", "Cast"]  # q and k alone
@@ -64,18 +64,18 @@ def test_logits_and_what_fp8_reads_stay_in_full():
 @pytest.mark.parametrize("emulated", [BFLOAT16, FLOAT16])
 def test_a_transformer_errs_as_its_mantissa_says(emulated):
     weights, inputs = made_up(dit_tensors(SPEC)), inputs_for(SPEC, 3, 8, 8, [900.0])
-    exact = opened(filled(dit_graph(SPEC), weights.__getitem__))(**inputs)[0]
-    model = filled(dit_graph(SPEC, emulated), weights.__getitem__)
+    exact = open_graph(fill(dit_graph(SPEC), weights.__getitem__))(**inputs)[0]
+    model = fill(dit_graph(SPEC, emulated), weights.__getitem__)
     emulate(model, emulated)
     unit = {BFLOAT16: 2.0**-8, FLOAT16: 2.0**-11}[emulated]
-    assert 0.2 * unit < relative_l2(opened(model)(**inputs)[0], exact) < 3 * unit
+    assert 0.2 * unit < relative_l2(open_graph(model)(**inputs)[0], exact) < 3 * unit
 
 
 def test_the_exported_fp8_graph_runs():
     weights, inputs = made_up(dit_tensors(SPEC)), inputs_for(SPEC, 1, 8, 8, [900.0])
     g = dit_graph(SPEC, BFLOAT16, None, Fp8(self_attention=True, cross_attention=True))
     quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
-    model = filled(g, Fp8Weights(weights.__getitem__, SPEC, quantised))
+    model = fill(g, Fp8Weights(weights.__getitem__, SPEC, quantised))
     emulate(model)
     assert not [v for node in model.graph for v in node.outputs if v.dtype == BFLOAT16 and "/16" not in v.name]
-    assert np.isfinite(opened(model)(**inputs)[0]).all()
+    assert np.isfinite(open_graph(model)(**inputs)[0]).all()

@@ -1,8 +1,9 @@
-"""FP8 graphs compute the float32 graph's velocity within what eight bits allow; their stored tensors are what they say.
+"""FP8 graphs compute the float32 graph's velocity within the error of eight bits; their stored tensors are correct.
 
-ONNX Runtime computes FP8 graphs whose other type is float32: quantisation is emulated exactly, sums are float32. Three
-bits of mantissa are 2.6 % of error in every factor, 3.7 % in every product of two; random weights average none of it
-away, and two layers have little residual stream to dilute it, so the limits here are that and not a model's quality.
+ONNX Runtime computes FP8 graphs whose other type is float32: it emulates quantisation exactly and sums in float32.
+Three mantissa bits cause 2.6 % of error in every factor and 3.7 % in every product of two. Random weights do not
+average this out, and two layers have little residual stream to dilute it: these limits do not describe a model's
+quality.
 """
 
 import ml_dtypes
@@ -54,12 +55,6 @@ def test_fp8_linears_err_no_more_than_a_product_of_two_fp8_numbers(run_graph, we
 def test_fp8_attention_adds_little_to_the_error_of_fp8_linears(run_graph, weights, exact):
     linears = relative_l2(run_fp8(run_graph, weights, Fp8()), exact)
     assert relative_l2(run_fp8(run_graph, weights, BOTH), exact) < linears + 0.005
-
-
-def test_smoothing_k_pays_where_k_has_outlier_channels(run_graph, weights, exact):
-    smooth = relative_l2(run_fp8(run_graph, weights, BOTH), exact)
-    rough = relative_l2(run_fp8(run_graph, weights, Fp8(True, True, smooth_k=False)), exact)
-    assert smooth < rough
 
 
 def test_a_block_kept_in_high_precision_is_computed_as_in_float32(run_graph, weights, exact):
@@ -154,17 +149,3 @@ def test_moving_the_bias_pays_where_it_is_large(run_graph, weights, monkeypatch)
     moved = relative_l2(run_fp8(run_graph, biased, BOTH), full)
     monkeypatch.setattr(fp8_weights, "moved_biases", lambda *_: frozenset())
     assert moved < 0.6 * relative_l2(run_fp8(run_graph, biased, BOTH), full)
-
-
-def test_means_over_the_tokens_pay_where_channels_are_large_for_every_token(run_graph, weights):
-    biased = weights | {k: v + 20 for k, v in weights.items() if k.endswith("norm3.bias")}
-    full = run_graph(dit_graph(SPEC), biased)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0]
-    centred = relative_l2(run_fp8(run_graph, biased, Fp8(token_means=True)), full)
-    assert centred < 0.9 * relative_l2(run_fp8(run_graph, biased, Fp8()), full)
-
-
-def test_a_kind_of_linear_kept_in_high_precision_is_computed_as_in_float32(run_graph, weights, exact):
-    linears = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2")
-    assert relative_l2(run_fp8(run_graph, weights, Fp8(high_precision_linears=frozenset(linears))), exact) < 1e-6
-    some = relative_l2(run_fp8(run_graph, weights, Fp8(high_precision_linears=frozenset(linears[:-1]))), exact)
-    assert 0.001 < some < relative_l2(run_fp8(run_graph, weights, Fp8()), exact)

@@ -10,10 +10,11 @@ import safetensors
 import torch
 
 from export.files.safetensors_file import read_safetensors
-from export.files.torch_file import read_torch
+from export.files.torch_reader import read_torch
 from export.synth.checkpoint import synthesise, weights_bytes
 from wan22.errors import UserError
-from wan22.specs import NEGATIVE_PROMPT, spec_named
+from wan22.sampling import NEGATIVE_PROMPT
+from wan22.specs import spec_named
 
 TINY = ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"]
 PROMPT = "A red fox runs through fresh snow in a quiet forest"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from export.synth.tokenizer import PIECES, trained_model, write_tokenizer
-from wan22.specs import NEGATIVE_PROMPT
+from wan22.sampling import NEGATIVE_PROMPT
 
 PROMPTS = [
     "A red fox runs through fresh snow, cinematic close-up.",

@@ -1,18 +1,14 @@
-"""The machine: its memory, and its GPU where NVIDIA's library sees one."""
+"""The machine's GPU, if NVIDIA's library sees one."""
 
 import sys
 import time
 import types
 
-import numpy as np
-
-from validate.bench.machine import Nvml, device_peak, machine, peak_bytes, reset_peak, resident_bytes
-
-MEBIBYTE = 2**20
+from validate.bench.machine import Nvml, device_peak, machine
 
 
 def library(used, energy):
-    """As much of ``pynvml`` as is asked."""
+    """The part of ``pynvml`` that is used."""
     return types.SimpleNamespace(
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByIndex=lambda index: index,
@@ -22,16 +18,7 @@ def library(used, energy):
     )
 
 
-def test_the_peak_sees_what_came_and_went():
-    reset_peak()
-    before = resident_bytes()
-    block = np.ones(64 * MEBIBYTE, np.uint8)
-    del block
-    assert peak_bytes() - before > 60 * MEBIBYTE
-    assert resident_bytes() - before < 60 * MEBIBYTE
-
-
-def test_without_a_gpu_nothing_is_measured_of_it(monkeypatch):
+def test_without_a_gpu_nothing_is_measured(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert Nvml.open() is None
     assert machine()["gpu"] == ""
@@ -53,7 +40,7 @@ def test_energy_is_in_joules_and_may_be_missing(monkeypatch):
 def test_the_peak_of_the_device_is_the_largest_seen(monkeypatch):
     readings = iter([5, 90, 7])
     monkeypatch.setitem(sys.modules, "pynvml", library(lambda: next(readings, 7), lambda handle: 0))
-    monkeypatch.setattr("validate.bench.machine.SAMPLING_SECONDS", 0.001)
+    monkeypatch.setattr("wan22.memory.SAMPLING_SECONDS", 0.001)
     with device_peak() as found:
         while found.bytes < 90:
             time.sleep(0.001)

@@ -1,16 +1,17 @@
-"""A bench of a tiny model: every piece on both sides, whole runs, and what it says of numbers that are none."""
+"""A bench of a tiny model: every piece on both sides, end-to-end runs, and values that are not finite."""
 
 import math
 
 import numpy as np
 import pytest
 
+from runtime.request import Request
 from validate.bench.measure import bench, differences
 from validate.bench.result import known_measurements
 from validate.bench.work import EAGER, OURS, BenchOptions
 from wan22.specs import SPECS
 
-SMALL = {"size": (32, 32), "frames": 5, "steps": 2, "runs": 2, "whole_runs": 2, "memory": False}
+SMALL = {"request": Request(size=(32, 32), frames=5, steps=2), "runs": 2, "whole_runs": 2, "memory": False}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def relative_l2(report):
     return {piece.name: piece.difference[EAGER] for piece in report.result.pieces}
 
 
-def test_calls_of_the_decoder_are_told_apart(report):
+def test_calls_of_the_decoder_are_timed_separately(report):
     graphs = report.result.pieces[-1].graphs
     assert {name: len(samples.seconds) for name, samples in graphs.items()} == {
         "vae_decoder_first": 2,
@@ -47,7 +48,7 @@ def test_calls_of_the_decoder_are_told_apart(report):
     }
 
 
-def test_a_forward_that_is_the_first_of_its_prompt_is_told_apart(report):
+def test_a_forward_with_a_new_prompt_is_timed_separately(report):
     pieces = {piece.name: piece for piece in report.result.pieces}
     anew = pieces["high_noise"].new_prompt
     assert {side: len(samples.seconds) for side, samples in anew.items()} == {OURS: 2, EAGER: 2}

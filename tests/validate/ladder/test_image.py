@@ -1,4 +1,4 @@
-"""The ladder of the models that take images: every rung holds, and a fault on the way from the image is found there."""
+"""The ladder of models that take images: every rung passes, and an error in the image path is found where it occurs."""
 
 import io
 from dataclasses import replace
@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtime.request import Request
 from validate import ValidateOptions, validate
+from validate.options import complete_request
 from wan22.errors import UserError
 from wan22.specs import SPECS
 
-SMALL = ValidateOptions(size=(64, 64), frames=5, steps=4, seed=3)
+REQUEST = Request(size=(64, 64), frames=5, steps=4, seed=3)
+SMALL = ValidateOptions(REQUEST)
 
 
 def png(width, height):
@@ -51,7 +54,7 @@ def test_image_to_video_matches_pytorch(report):
     assert report.facts["image"] == "built-in picture, 96x96, official fit"
 
 
-def test_the_encoder_is_held_to_the_promises_of_the_decoder(report):
+def test_the_encoder_has_the_limits_of_the_decoder(report):
     encoder = [row for row in report.rows if row.component.startswith("vae_encoder")]
     decoder = [row for row in report.rows if row.component.startswith("vae_decoder")]
     assert [row.limit for row in encoder] == [row.limit for row in decoder]
@@ -59,7 +62,7 @@ def test_the_encoder_is_held_to_the_promises_of_the_decoder(report):
 
 
 def test_a_last_image_and_another_shape(i2v, tmp_path):
-    options = replace(SMALL, image=png(150, 90), last_image=png(40, 80))
+    options = ValidateOptions(replace(REQUEST, image=png(150, 90), last_image=png(40, 80)))
     found = validate(i2v.engines, i2v.checkpoint, tmp_path, options)
     assert names(found.failed) == []
     assert "pixels of the last image" in names(found.rows)
@@ -67,7 +70,8 @@ def test_a_last_image_and_another_shape(i2v, tmp_path):
 
 
 def test_the_5b_matches_in_both_modes(ti2v, tmp_path):
-    found = validate(ti2v.engines, ti2v.checkpoint, tmp_path, replace(SMALL, size=(96, 64), solver="euler"))
+    options = ValidateOptions(replace(REQUEST, size=(96, 64), solver="euler"))
+    found = validate(ti2v.engines, ti2v.checkpoint, tmp_path, options)
     assert names(found.failed) == []
     assert names(row for row in found.rows if row.component == "image") == [
         "pixels of the first image",
@@ -83,13 +87,13 @@ def test_the_5b_matches_in_both_modes(ti2v, tmp_path):
 
 
 def test_wrong_pixels_are_found_at_the_pixels(i2v, tmp_path, monkeypatch):
-    from runtime.image_condition import fitted
+    from runtime.image_condition import fit_image
 
-    def smooth(image, task, size, fit="official"):
-        return fitted(image.resize(size, Image.Resampling.LANCZOS), task, size, fit)
+    def smooth(image, resizing, size, fit="official"):
+        return fit_image(image.resize(size, Image.Resampling.LANCZOS), resizing, size, fit)
 
     for user in ("runtime.pipeline", "validate.ladder.engines_side"):
-        monkeypatch.setattr(f"{user}.fitted", smooth)
+        monkeypatch.setattr(f"{user}.fit_image", smooth)
     found = validate(i2v.engines, i2v.checkpoint, tmp_path, SMALL)
     failed = names(found.failed)
     assert failed[:2] == ["pixels of the first image", "latents of the condition"]
@@ -114,15 +118,13 @@ def test_a_wrong_mask_is_found(i2v, tmp_path, monkeypatch):
     assert found.first_diverging_step.step == 1
 
 
-def test_the_frame_that_is_given_must_stay(ti2v, tmp_path, monkeypatch):
-    """A time of its own for the first frame is the one thing that only image mode has."""
+def test_a_clean_first_frame_must_stay(ti2v, tmp_path, monkeypatch):
+    """Only image mode has a separate timestep for the first frame."""
     import runtime.denoise
 
-    features = runtime.denoise._time_features
+    inputs = runtime.denoise.step_inputs
     monkeypatch.setattr(
-        runtime.denoise,
-        "_time_features",
-        lambda spec, timestep, latents, given: features(spec, timestep, latents, replace(given, first_frame=None)),
+        runtime.denoise, "step_inputs", lambda dit, latents, t, clean_first_frame: inputs(dit, latents, t)
     )
     found = validate(ti2v.engines, ti2v.checkpoint, tmp_path, SMALL)
     assert found.first_diverging_step.step == 1
@@ -134,10 +136,10 @@ def test_an_image_of_another_shape_than_fixed_engines(i2v, tmp_path):
 
     with Pipeline.open(i2v.engines) as pipeline:
         manifest = replace(pipeline.bundle.manifest, size=(64, 64, 5))
-    assert replace(SMALL, size=None, frames=None).request(manifest).latent_shape == (1, 16, 2, 8, 8)
+    assert complete_request(replace(REQUEST, size=None, frames=None), manifest).latent_shape == (1, 16, 2, 8, 8)
     with pytest.raises(UserError, match=r"80x48, 5 frames.*64x64, 5 frames.*--fit crop"):
-        replace(SMALL, image=png(150, 90)).request(manifest)
-    assert replace(SMALL, image=png(150, 90), fit="crop").request(manifest).width == 64
+        complete_request(replace(REQUEST, image=png(150, 90)), manifest)
+    assert complete_request(replace(REQUEST, image=png(150, 90), fit="crop"), manifest).width == 64
 
 
 @pytest.mark.slow

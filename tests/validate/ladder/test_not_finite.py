@@ -1,14 +1,15 @@
-"""NaN on either side: a report with the first tensor named, and never a pass."""
+"""NaN on either side never passes, and the report names the first tensor."""
 
 import json
 
 import pytest
 import torch
 
+from runtime.request import Request
 from validate import ValidateOptions, validate
 from validate.reference import reference
 
-SMALL = ValidateOptions(size=(32, 32), frames=1, steps=2)
+SMALL = ValidateOptions(Request(size=(32, 32), frames=1, steps=2))
 FIRST = [("text_encoder", "embeddings, prompt"), ("vae_encoder", "encode of the first frame")]
 
 

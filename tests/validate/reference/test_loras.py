@@ -12,6 +12,7 @@ from export.exporter import export_checkpoint
 from export.lora.merge import LoraChoice
 from export.options import ExportOptions
 from runtime.pipeline import Pipeline
+from runtime.request import Request
 from validate import ValidateOptions, validate
 from validate.reference.loras import with_loras
 from validate.reference.parts import load_part
@@ -20,7 +21,7 @@ from wan22.progress import silent
 from wan22.specs import SPECS, Precision
 
 SPEC = SPECS["t2v-a14b-tiny"]
-SMALL = ValidateOptions(size=(64, 64), frames=1, steps=2)
+SMALL = ValidateOptions(Request(size=(64, 64), frames=1, steps=2))
 MODULE, THEIRS, RANK, ALPHA = "blocks.1.self_attn.q", "blocks.1.attn1.to_q.weight", 4, 1.5
 
 
@@ -85,13 +86,13 @@ def test_the_reference_has_the_merge_of_pytorch_bit_for_bit(folder, tiny_checkpo
     assert all(torch.equal(merged[name], weight) for name, weight in plain.items())
 
 
-def test_a_lora_that_is_gone_is_named(tiny_checkpoint, manifest, tmp_path):
+def test_a_missing_lora_is_named(tiny_checkpoint, manifest, tmp_path):
     gone = replace(manifest, loras=(replace(manifest.loras[0], file=str(tmp_path / "style.safetensors")),))
     with pytest.raises(UserError, match=r"LoRA .*style\.safetensors is missing"):
         with_loras(open_checkpoint(tiny_checkpoint), gone)
 
 
-def test_a_lora_that_has_changed_is_named(tiny_checkpoint, manifest, tmp_path):
+def test_a_changed_lora_is_named(tiny_checkpoint, manifest, tmp_path):
     write_lora(tmp_path / "style.safetensors", seed=5)
     changed = replace(manifest, loras=(replace(manifest.loras[0], file=str(tmp_path / "style.safetensors")),))
     with pytest.raises(UserError, match=r"LoRA .*style\.safetensors: sha256"):

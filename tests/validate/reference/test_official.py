@@ -1,6 +1,7 @@
-"""The official code as a second reference: kept apart from ours, and agreeing with both where a clone of it is."""
+"""The official code as a second reference: isolated from ours and, with a clone, in agreement with both sides."""
 
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from export.checkpoint.checkpoint import open_checkpoint
 from runtime.request import Request
 from validate import ValidateOptions, validate
-from validate.reference.official import Official
+from validate.reference.official import Official, commit_of
 from validate.reference.official_modules import FILES, SOLVERS
 from validate.report.conditions import second_reference
 from wan22.errors import UserError
@@ -18,14 +19,14 @@ from wan22.specs import SPECS
 
 CLONE = os.environ.get("WAN22_OFFICIAL_REPO", "")
 needs_clone = pytest.mark.skipif(not CLONE, reason="WAN22_OFFICIAL_REPO names no clone of Wan-Video/Wan2.2")
-SMALL = ValidateOptions(size=(64, 64), frames=5, steps=4, official_repo=Path(CLONE))
+SMALL = ValidateOptions(Request(size=(64, 64), frames=5, steps=4), official_repo=Path(CLONE))
 TOKENIZERS = """
 import torch
 from wan.modules import t5  # a sibling, reached without the package's __init__
 
 class HuggingfaceTokenizer:
     def __init__(self, name, seq_len, clean):
-        torch.nn.functional.made_up = True  # what such code may do to what it shares
+        torch.nn.functional.made_up = True  # such code may patch shared modules
 
     def __call__(self, texts, return_mask, add_special_tokens):
         ids = torch.tensor([[len(texts[0]), 7, 0, 0]])
@@ -44,7 +45,7 @@ def clone(tmp_path):
     return tmp_path
 
 
-def test_the_code_runs_where_it_cannot_touch_ours(clone, tiny_checkpoint):
+def test_the_official_code_runs_isolated_from_ours(clone, tiny_checkpoint):
     import torch
 
     with Official(clone, open_checkpoint(tiny_checkpoint)) as official:
@@ -59,7 +60,7 @@ def test_a_package_that_the_code_lacks_is_named(clone, tiny_checkpoint):
         Official(clone, open_checkpoint(tiny_checkpoint)).__enter__()
 
 
-def test_a_folder_that_is_no_clone_is_refused_before_any_work(tiny_engines, tiny_checkpoint, tmp_path):
+def test_a_folder_that_is_not_a_clone_is_refused_before_any_work(tiny_engines, tiny_checkpoint, tmp_path):
     (tmp_path / "repo").mkdir()
     with pytest.raises(UserError, match=r"no wan/modules/model.py .* git clone"):
         validate(tiny_engines, tiny_checkpoint, tmp_path / "out", replace(SMALL, official_repo=tmp_path / "repo"))
@@ -67,17 +68,17 @@ def test_a_folder_that_is_no_clone_is_refused_before_any_work(tiny_engines, tiny
 
 
 @pytest.mark.parametrize(("solver", "schedule"), [("euler", "official"), ("unipc", "diffusers")])
-def test_a_run_that_the_code_cannot_make_is_told(clone, solver, schedule):
+def test_a_run_that_the_code_does_not_support_is_reported(clone, solver, schedule):
     request = Request("x", solver=solver, schedule=schedule, size=(32, 32), frames=1).completed(SPECS["t2v-a14b-tiny"])
-    (told,) = second_reference(ValidateOptions(official_repo=clone), request)
-    assert told == (
+    (message,) = second_reference(ValidateOptions(official_repo=clone), request)
+    assert message == (
         "second reference",
-        f"the code at {clone}, fp32 on the CPU; it has no {solver} with the {schedule} schedule: no run of its own is "
+        f"the code at {clone}, fp32 on the CPU; it has no {solver} with the {schedule} schedule, so its run is not "
         "compared",
     )
 
 
-def test_a_process_that_dies_is_told_in_one_line(clone, tiny_checkpoint):
+def test_a_process_that_dies_is_reported_in_one_line(clone, tiny_checkpoint):
     (clone / "wan/modules/tokenizers.py").write_text("import os\nHuggingfaceTokenizer = lambda *_, **__: os._exit(9)")
     with Official(clone, open_checkpoint(tiny_checkpoint)) as official, pytest.raises(UserError, match="was killed"):
         official.token_ids("four")
@@ -105,6 +106,21 @@ def test_engines_match_the_official_code(flow_of, tmp_path, model):
 @pytest.mark.slow
 def test_dpm_runs_as_the_official_code_runs_it(flow_of, tmp_path):
     flow = flow_of("t2v-a14b-tiny")
-    found = validate(flow.engines, flow.checkpoint, tmp_path, replace(SMALL, solver="dpm++"))
+    options = replace(SMALL, request=replace(SMALL.request, solver="dpm++"))
+    found = validate(flow.engines, flow.checkpoint, tmp_path, options)
     assert [row.name for row in found.failed] == []
     assert "official_latents" in {row.subject for row in found.rows}
+
+
+def git(folder, *arguments):
+    who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True)
+
+
+def test_the_commit_of_a_clone_and_of_no_other(tmp_path):
+    git(tmp_path, "init")
+    assert commit_of(tmp_path) == ""  # nothing is committed yet
+    git(tmp_path, "commit", "--allow-empty", "-m", "first")
+    assert len(commit_of(tmp_path)) == 12
+    (tmp_path / "unpacked").mkdir()
+    assert commit_of(tmp_path / "unpacked") == ""  # the enclosing repository is another one

@@ -1,4 +1,4 @@
-"""The reference in less than float32: how far each precision takes it, and that nothing else changes."""
+"""The reference in lower precision: the size of its error, and that nothing else changes."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from export.checkpoint.checkpoint import open_checkpoint
 from validate.ladder.metrics import compare
-from validate.reference.precision import Fp8Attention, Fp8Linear
+from validate.reference.precision import Fp8Linear, attention_of, onednn_convolutions
 from validate.reference.reference import Reference
 from wan22.specs import SPECS, TEXT_TOKENS, Precision
 
@@ -24,13 +24,13 @@ def checkpoint(tiny_checkpoint):
 
 
 @pytest.mark.parametrize("precision", UNIT)
-def test_a_velocity_errs_as_its_mantissa_says(checkpoint, precision):
+def test_the_error_of_a_velocity_follows_its_mantissa(checkpoint, precision):
     exact, lowered = Reference(checkpoint), Reference(checkpoint, precisions={"high_noise": precision})
     found, expected = (side.velocity("high_noise", LATENTS, 900.0, TEXT) for side in (lowered, exact))
     assert 0.2 * UNIT[precision] < compare(found, expected).relative_l2 < 3 * UNIT[precision]
 
 
-def test_components_have_precisions_of_their_own(checkpoint):
+def test_each_component_has_its_precision(checkpoint):
     exact, lowered = Reference(checkpoint), Reference(checkpoint, precisions={"vae_decoder_first": Precision.BF16})
     assert np.array_equal(*(side.velocity("low_noise", LATENTS, 9.0, TEXT) for side in (exact, lowered)))
     assert 1e-3 < compare(*(side.decode(LATENTS) for side in (lowered, exact))).relative_l2 < 4e-2
@@ -50,11 +50,49 @@ def test_fp8_products_of_numbers_that_fp8_has_are_exact():
     assert torch.equal(Fp8Linear(weight, bias)(x), functional.linear(x, weight, bias))
 
 
-def test_fp8_attention_does_not_feel_what_all_keys_share():
+def test_fp8_attention_ignores_what_all_keys_share():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 300, 32) for _ in range(3))
     expected = functional.scaled_dot_product_attention(q, k, v)
-    with Fp8Attention():
+    with attention_of(Precision.FP8_ATTN):
         plain, shifted = (functional.scaled_dot_product_attention(q, keys, v) for keys in (k, k + 40.0))
     for found in (plain, shifted):
         assert 1e-3 < compare(found.numpy(), expected.numpy()).relative_l2 < 6e-2
+
+
+# -- convolutions are faster inside the block, with the same values
+
+VIDEO = torch.randn(1, 16, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+KERNEL = torch.randn(24, 16, 3, 3, 3, generator=torch.Generator().manual_seed(1)) / 20
+BIAS = torch.linspace(-1, 1, 24)
+
+
+def kernels_of(function):
+    """Names of the operators that ``function`` runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": 1}, {"stride": (2, 1, 1), "padding": (0, 1, 1)}])
+def test_the_values_stay(options):
+    expected = functional.conv3d(VIDEO.double(), KERNEL.double(), BIAS.double(), **options)
+    layer = torch.nn.Conv3d(16, 24, 3, **options)
+    layer.load_state_dict({"weight": KERNEL, "bias": BIAS})
+    with onednn_convolutions(), torch.inference_mode():
+        found = layer(VIDEO)
+    assert compare(found, expected).relative_l2 < 1e-6
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+def test_small_ones_no_longer_take_the_slow_kernel():
+    layer = torch.nn.Conv3d(16, 24, 3).requires_grad_(False)
+    assert "aten::slow_conv3d_forward" in kernels_of(lambda: layer(VIDEO))
+    with onednn_convolutions():
+        assert not {"aten::slow_conv3d_forward"} & kernels_of(lambda: layer(VIDEO))
+
+
+def test_other_types_are_left_alone():
+    with onednn_convolutions():
+        found = functional.conv3d(VIDEO.double(), KERNEL.double())
+    assert torch.equal(found, functional.conv3d(VIDEO.double(), KERNEL.double()))

@@ -1,0 +1,1 @@
+"""``python -m studies.full_size``: time and memory of export and build at full size."""

@@ -1,0 +1,1 @@
+"""``python -m studies.gpu``: measurements that need a GPU, in stages."""

@@ -1,0 +1,1 @@
+"""``python -m studies.precision``: the error of each precision, measured without GPU and checkpoint."""

@@ -1,0 +1,85 @@
+"""Graphs without a precaution have larger errors, and FP8 in some places has smaller ones than in all."""
+
+import numpy as np
+import pytest
+
+from export.checkpoint.schema import dit_tensors
+from export.graphs.builder import FLOAT
+from export.graphs.dit import dit_graph
+from export.graphs.linear import FLOAT8, Fp8
+from export.quantise.fp8_weights import Fp8Weights
+from studies.precision.ablation import FewLinears, keep_k_mean, scale_v_per_tensor, subtract_token_means
+from studies.precision.session import fill, open_graph
+from studies.precision.variants import LINEARS
+from tests.export.conftest import made_up
+from tests.export.graphs.test_dit import inputs_for, relative_l2
+from wan22.specs import SPECS
+
+SPEC = SPECS["t2v-a14b-tiny"].dit
+BOTH = Fp8(self_attention=True, cross_attention=True)
+PATCHES = (keep_k_mean, scale_v_per_tensor, subtract_token_means)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    made = made_up(dit_tensors(SPEC))
+    for layer in range(SPEC.layers):  # channels of K and V that are large for every token
+        made[f"blocks.{layer}.self_attn.norm_k.weight"][[3, 130]] *= 8
+        made[f"blocks.{layer}.self_attn.k.bias"][[3, 130]] += 6
+        made[f"blocks.{layer}.self_attn.v.weight"][[5, 200]] *= 10
+    return made
+
+
+def velocity(weights, fp8=None, patch=None):
+    g = dit_graph(SPEC, FLOAT, None, fp8)
+    if patch:
+        patch(g)
+    quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
+    model = fill(g, Fp8Weights(weights.__getitem__, SPEC, quantised))
+    return open_graph(model)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0]
+
+
+@pytest.fixture(scope="module")
+def exact(weights):
+    return velocity(weights)
+
+
+def test_smoothing_k_pays_where_k_has_outlier_channels(weights, exact):
+    smooth = relative_l2(velocity(weights, BOTH), exact)
+    assert smooth < relative_l2(velocity(weights, BOTH, keep_k_mean), exact)
+
+
+def test_a_scale_for_every_channel_of_v_pays_where_a_few_are_far_larger(weights):
+    uneven = {name: value.copy() for name, value in weights.items()}
+    for layer in range(SPEC.layers):  # the output projection compensates
+        uneven[f"blocks.{layer}.self_attn.v.weight"][[5, 200]] *= 1e4
+        uneven[f"blocks.{layer}.self_attn.o.weight"][:, [5, 200]] /= 1e4
+    full, attention = velocity(uneven), FewLinears(self_attention=True)
+    each = relative_l2(velocity(uneven, attention), full)
+    assert 2 * each < relative_l2(velocity(uneven, attention, scale_v_per_tensor), full)
+
+
+def test_means_over_the_tokens_pay_where_channels_are_large_for_every_token(weights):
+    biased = weights | {k: v + 20 for k, v in weights.items() if k.endswith("norm3.bias")}
+    full = velocity(biased)
+    centred = relative_l2(velocity(biased, Fp8(), subtract_token_means), full)
+    assert centred < 0.9 * relative_l2(velocity(biased, Fp8()), full)
+
+
+def test_a_kind_of_linear_kept_in_high_precision_is_computed_as_in_float32(weights, exact):
+    assert relative_l2(velocity(weights, FewLinears()), exact) < 1e-6
+    some = relative_l2(velocity(weights, FewLinears(linears=frozenset({LINEARS[-1]}))), exact)
+    assert 0.001 < some < relative_l2(velocity(weights, Fp8()), exact)
+
+
+def test_few_linears_are_all_linears_when_all_are_named(weights):
+    assert np.array_equal(velocity(weights, FewLinears(linears=frozenset(LINEARS))), velocity(weights, Fp8()))
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_patch_reaches_every_block(patch):
+    before, after = (dit_graph(SPEC, FLOAT, None, BOTH) for _ in range(2))
+    patch(after)
+    readers = [{(node.name, tuple(x.name for x in node.inputs)) for node in g.graph} for g in (before, after)]
+    changed = {name.partition("/")[0] for name, _ in readers[0] - readers[1]}
+    assert {f"blocks.{index}" for index in range(SPEC.layers)} <= changed

@@ -1,0 +1,135 @@
+"""README and docs tell the truth: their commands parse and run, their Python runs, their links lead somewhere.
+
+``python tests/test_docs.py`` rewrites ``docs/files.md`` from the first lines of the modules' docstrings.
+"""
+
+import ast
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = ROOT / "docs" / "files.md"
+ROOMS = ("wan_trt", "wan22", "export", "engines", "runtime", "triton_repo", "validate", "studies")
+HEAD = "# Files\n\nEvery module with the first line of its docstring. `python tests/test_docs.py` makes this page.\n"
+# What the pages name stands for something small here.
+STAND_INS = {
+    "Wan-AI/Wan2.2-T2V-A14B": "checkpoint",
+    "CHECKPOINT": "checkpoint",
+    "832x480": "64x64",
+    "81": "5",
+}
+# Commands whose lines run here as they stand; a line with a GPU target or a server is parsed and not run.
+RUN = ("plan", "presets", "export", "build", "inspect", "generate", "bundle", "calibrate")
+
+
+def tree() -> str:
+    """Every module with the first line of its docstring."""
+    lines = [HEAD, "```"]
+    for room in ROOMS:
+        lines.append(f"{room}/")
+        for path in sorted((ROOT / room).rglob("*.py")):
+            said = ast.get_docstring(ast.parse(path.read_text())) or ""
+            name = path.relative_to(ROOT / room).as_posix()
+            lines.append(f"  {name:<28} {said.partition(chr(10))[0]}".rstrip())
+    return "\n".join([*lines, "```"]) + "\n"
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """The code blocks of a language with their pages, one script a page."""
+    texts = [(page.name, re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)) for page in PAGES]
+    return [(name, "\n".join(found)) for name, found in texts if found]
+
+
+def commands(script: str) -> list[list[str]]:
+    """The words of every ``wan-trt`` line of a page, without the program."""
+    lines = script.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("wan-trt ")]
+
+
+TABLED = re.findall(r"\| `(wan-trt [^`]*)` \|", (ROOT / "docs" / "checkpoints.md").read_text())
+SCRIPTS = [*(script for _, script in blocks("sh")), "\n".join(TABLED)]
+EVERY_COMMAND = sorted({shlex.join(words) for script in SCRIPTS for words in commands(script)})
+
+
+def test_the_list_of_files_is_that_of_the_repository():
+    assert FILES.read_text() == tree(), "run: python tests/test_docs.py"
+
+
+def test_every_module_says_what_it_is():
+    modules = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    assert [path for path in modules if not ast.get_docstring(ast.parse(path.read_text()))] == []
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]*(?:#[^)]*)?)\)", page.read_text()):
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name).resolve() if name else page
+            assert path.exists(), f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M) if anchor else []
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert not anchor or anchor in slugs, f"{page.name}: {target}"
+
+
+def test_the_readme_is_a_front_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("line", EVERY_COMMAND)
+def test_every_command_that_is_shown_parses(line):
+    from wan_trt.cli import app
+
+    words = shlex.split(line)
+    command = typer.main.get_command(app)
+    while isinstance(command, click.Group) or hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context(command.name, words)  # raises for an option, a value or an argument that is wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "script"), blocks("sh"))
+def test_the_commands_of_a_page_run_in_order(page, script, prepared, monkeypatch, capsys):
+    from wan_trt.cli import app
+
+    monkeypatch.chdir(prepared)
+    for words in commands(script):
+        if words[0] not in RUN or "--weights" in words or ("--target" in words and words[0] != "plan"):
+            continue
+        small = [STAND_INS.get(word, word) for word in words]
+        for output in ("onnx", "engines"):
+            if output in small[1:3] and words[0] in ("export", "build") and small[-1] != "--overwrite":
+                small.append("--overwrite")
+        with pytest.raises(SystemExit) as left:
+            app(small)
+        assert left.value.code == 0, f"{page}: {shlex.join(small)}: {capsys.readouterr().err}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "script"), [block for block in blocks("python") if block[0] != "serving.md"])
+def test_the_python_of_a_page_runs(page, script, prepared, monkeypatch):
+    monkeypatch.chdir(prepared)
+    for name in ("onnx", "engines"):
+        shutil.rmtree(prepared / name)
+    exec(compile(script, page, "exec"), {})
+
+
+@pytest.fixture
+def prepared(tmp_path, flow_of) -> Path:
+    """A folder with all that the pages take for granted, in small."""
+    flow = flow_of("t2v-a14b-tiny")
+    (tmp_path / "checkpoint").symlink_to(flow.checkpoint)
+    shutil.copytree(flow.bundle, tmp_path / "onnx")
+    shutil.copytree(flow.engines, tmp_path / "engines")
+    (tmp_path / "prompts.txt").write_text("A red panda\nA fox\n")
+    return tmp_path
+
+
+if __name__ == "__main__":
+    FILES.write_text(tree())

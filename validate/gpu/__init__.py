@@ -1,1 +1,0 @@
-"""What can only be measured on a GPU, stage by stage: ``python -m validate.gpu_run``."""

@@ -1,0 +1,25 @@
+"""The layout of a component's weights file, if weights are inputs of its engine (``--weights external``).
+
+The layout is stored next to the engine as JSON; components that share an engine have files of the same layout.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+
+class Place(msgspec.Struct, frozen=True):
+    """The location of a weight in its component's file."""
+
+    name: str
+    offset: int
+    size_bytes: int
+
+
+def write_layout(path: Path, places: Sequence[Place]) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(places), indent=1))
+
+
+def read_layout(path: Path) -> list[Place]:
+    return msgspec.json.decode(path.read_bytes(), type=list[Place])

@@ -1,0 +1,299 @@
+"""Files and folders that are whole or not there, whatever ends the process or the machine.
+
+What a command writes comes into being in a hidden folder beside its final place::
+
+    out/.engines.partial/
+        wan-trt.lock        locked by the process that writes; the lock ends with the process
+        engines             the file or folder under way
+        wan-trt.earlier/    the one that it replaces, on a file system that cannot exchange two names
+
+At the end it is synced, takes its name in one step, and the folder around it is synced: after a crash or a power cut
+the name belongs to the old content or to the new. A second process is refused while the lock is held. A hidden folder
+whose lock nobody holds is left over from a process that was killed: the next claim of the same output removes it, or
+:func:`remove_leftovers`.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from wan22.errors import UserError, refusing_disk_errors
+from wan22.renames import EARLIER, exchange, put_back, sync, sync_tree
+
+LOCK, SUFFIX = "wan-trt.lock", ".partial"
+SCRATCH = "wan-trt-"  # how names of folders begin that only the running process needs
+NAME_MAX_BYTES = 255
+
+
+@dataclass
+class Claim:
+    """The hidden folder of one output, which belongs to this process alone and is removed at the end."""
+
+    output: Path
+    folder: Path
+    keep: bool = False  # leave the folder to the next claim of the same output
+
+    @property
+    def new(self) -> Path:
+        """What becomes the output; nothing is there at first."""
+        return self.folder / self.output.name
+
+    def publish(self) -> None:
+        """Gives ``new`` its final name, on the disk too; what has that name is replaced, and never by nothing."""
+        sync_tree(self.new)
+        try:
+            if self.new.is_dir() and self.output.is_dir() and any(self.output.iterdir()):
+                exchange(self.new, self.output, self.folder)
+            else:
+                self.new.replace(self.output)
+        except OSError as error:
+            expected = "a place where it can take its name"
+            raise UserError(f"cannot write {self.output}: {error.strerror}", expected, "choose another") from error
+        sync(self.output.parent)
+
+
+def hidden_folder(output: Path) -> Path:
+    """Where ``output`` comes into being. A name too long for a prefix is cut, and told from others by its hash."""
+    name = f".{output.name}{SUFFIX}"
+    if len(os.fsencode(name)) > NAME_MAX_BYTES:
+        digest = hashlib.sha256(os.fsencode(output.name)).hexdigest()[:16]
+        name = f".{output.name.encode(errors='replace')[:200].decode(errors='ignore')}-{digest}{SUFFIX}"
+    return output.absolute().parent / name
+
+
+@contextmanager
+def claim(
+    output: Path, what: str = "", *, resume: bool = False, make_folder: bool = True, wait: bool = False
+) -> Iterator[Claim]:
+    """Makes ``output`` this process's to write until the block ends.
+
+    Args:
+        output: a file or folder, there or not.
+        what: what it is called in errors, "report".
+        resume: keep what an earlier claim left in the hidden folder; it is emptied otherwise.
+        make_folder: make the folder around it, removed again when the block fails.
+        wait: for the process that writes it, for files that several commands share.
+
+    Raises:
+        UserError: no place for a file or folder, another process writes it, the disk is full, read-only or broken.
+    """
+    named, output = f"{what} {output}" if what else str(output), output.absolute()
+    _check_name(output, named, make_folder=make_folder)
+    claimed = Claim(output, hidden_folder(output))
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_parents(output.parent))
+            stack.callback(os.close, _locked(claimed.folder, named, wait=wait))
+            put_back(claimed.folder)
+            if not resume:
+                _empty(claimed.folder)
+        except OSError as error:
+            found = f"cannot write {named}: {error.strerror}"
+            raise UserError(found, "a place that can be written", "choose another") from error
+        stack.callback(_release, claimed)
+        with refusing_disk_errors(named, lambda: f" to go on, or delete {claimed.folder}" if claimed.keep else ""):
+            yield claimed
+
+
+@contextmanager
+def whole_file(path: Path, what: str = "", *, make_folder: bool = True, wait: bool = False) -> Iterator[Path]:
+    """Yields where to write the file that becomes ``path`` when the block ends well, in place of an earlier one.
+
+    Temporary files of the block may lie beside it, by names that are not its. Raises as :func:`claim`.
+    """
+    with claim_file(path, what, make_folder=make_folder, wait=wait) as claimed:
+        yield claimed.new
+        claimed.publish()
+
+
+def claim_file(
+    path: Path, what: str = "", *, make_folder: bool = True, wait: bool = False
+) -> AbstractContextManager[Claim]:
+    """:func:`claim` for a file, to be published once or again and again; raises UserError also for a folder."""
+    with refusing_disk_errors(f"{what} {path}".strip()):
+        if path.is_dir():
+            raise UserError(f"{what} {path}: a folder".strip(), "the name of a file", "name one in it")
+    return claim(path, what, make_folder=make_folder, wait=wait)
+
+
+@contextmanager
+def whole_folder(folder: Path, replaces: str = "") -> Iterator[Path]:
+    """Yields an empty folder that becomes ``folder`` when the block ends well; arguments as :func:`check_room`."""
+    check_room(folder, replaces)
+    with claim(folder) as claimed:
+        claimed.new.mkdir()
+        yield claimed.new
+        claimed.publish()
+
+
+def write_file(path: Path, content: bytes, what: str = "", *, wait: bool = False) -> None:
+    """Writes one file. Raises as :func:`claim`."""
+    with whole_file(path, what, wait=wait) as new:
+        new.write_bytes(content)
+
+
+def write_files(claimed: Claim, contents: Mapping[str, Callable[[], bytes]]) -> None:
+    """Writes files by name into the folder of the claimed output, each whole, and each whatever happens to the others.
+
+    Raises:
+        Exception: the first that was raised, by a content or for a disk, when all that can be written is.
+    """
+    failed: list[Exception] = []
+    for name, content in contents.items():
+        target = Claim(claimed.output.with_name(name), claimed.folder)
+        try:
+            with refusing_disk_errors(str(target.output)):
+                target.new.write_bytes(content())
+                target.publish()
+        except Exception as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
+
+
+def check_room(folder: Path, replaces: str = "") -> None:
+    """Refuses a folder that no new one can replace.
+
+    Args:
+        folder: to write, there or not.
+        replaces: a file by which an earlier result that may be replaced is known; "": nothing is replaced.
+
+    Raises:
+        UserError: a folder with something else in it, a link, a place where a disk is mounted, a file.
+    """
+    with refusing_disk_errors(str(folder)):
+        if folder.is_symlink() or folder.is_mount():
+            kind = "a link" if folder.is_symlink() else "where a disk is mounted"
+            raise UserError(f"{folder} is {kind}", "a folder that can be replaced in the end", "name one inside it")
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return
+        if not replaces:
+            raise UserError(f"{folder} exists", "a new folder", "choose another or add --overwrite")
+        if not (folder / replaces).is_file():
+            raise UserError(f"{folder} has no {replaces}", "an earlier result to overwrite", "choose another folder")
+
+
+# -- hidden folders
+
+
+def _check_name(output: Path, named: str, *, make_folder: bool) -> None:
+    if output.name in ("", "-", "..", LOCK, EARLIER):
+        raise UserError(f"cannot write {named}", "the name of a file or folder", "choose another")
+    with refusing_disk_errors(named):
+        if not make_folder and not output.parent.is_dir():
+            raise UserError(f"{named}: no such folder", "an existing folder", "make it first")
+        ordinary = not output.exists() or output.is_file() or output.is_dir()
+        if not ordinary or output.parent == Path("/dev"):
+            raise UserError(f"{named} is a device", "the name of a file or folder", "choose another")
+
+
+@contextmanager
+def _parents(folder: Path) -> Iterator[None]:
+    """Makes ``folder``; what had to be made, and is empty, is removed again when the block fails."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
+
+
+def _locked(folder: Path, named: str, *, wait: bool) -> int:
+    """The descriptor that holds the lock of the hidden ``folder``, which is made."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):
+            if LOCK not in (names := [path.name for path in folder.iterdir()]) and names:
+                raise UserError(f"{folder} is in the way", f"a name free for {named} while it is made", "rename it")
+        if (lock := _lock(folder, wait=wait)) is not None:
+            return lock
+        if not wait and (folder / LOCK).exists():
+            raise UserError(f"another process writes {named}", "one at a time", "wait for it or choose another")
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """None while another process has it, or where the folder was removed meanwhile."""
+    with suppress(FileNotFoundError, BlockingIOError), ExitStack() as stack:
+        try:
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            with suppress(OSError):
+                folder.rmdir()  # which may have been made a moment ago
+            raise
+        stack.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
+            stack.pop_all()
+            return descriptor
+    return None
+
+
+def _empty(folder: Path) -> None:
+    for each in folder.iterdir():
+        if each.name != LOCK:
+            shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
+
+
+def _release(claimed: Claim) -> None:
+    """Removes the hidden folder, whose lock is held. What cannot be removed is left to the next claim."""
+    with suppress(OSError):
+        if not claimed.keep:
+            put_back(claimed.folder)
+            _empty(claimed.folder)
+            (claimed.folder / LOCK).unlink()
+            claimed.folder.rmdir()
+
+
+# -- what killed processes leave
+
+
+@contextmanager
+def scratch_folder(use: str) -> Iterator[Path]:
+    """An empty folder for temporary files. What killed processes left for the same ``use`` is removed first."""
+    place = Path(tempfile.gettempdir())
+    for folder in place.glob(f"{SCRATCH}{use}-*{SUFFIX}"):
+        _remove_if_dead(folder)
+    folder = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{use}-", suffix=SUFFIX))
+    claimed, lock = Claim(folder, folder), _locked(folder, str(folder), wait=False)
+    try:
+        with refusing_disk_errors(str(folder)):
+            yield folder
+    finally:
+        _release(claimed)
+        os.close(lock)
+
+
+def remove_leftovers(place: Path) -> dict[Path, int]:
+    """Removes the hidden folders in ``place`` and the temporary ones whose processes are dead: folder → bytes."""
+    found = [*place.glob(f".*{SUFFIX}"), *Path(tempfile.gettempdir()).glob(f"{SCRATCH}*{SUFFIX}")]
+    return {folder: size for folder in sorted(found) if (size := _remove_if_dead(folder)) is not None}
+
+
+def _remove_if_dead(folder: Path) -> int | None:
+    """Bytes that were removed; None for a folder that another process uses or that none of ours made."""
+    try:
+        if not any(folder.iterdir()):  # its process died before it had the lock
+            folder.rmdir()
+            return 0
+        ours = (folder / LOCK).is_file() and folder.lstat().st_uid == os.getuid()
+        if not ours or (lock := _lock(folder, wait=False)) is None:
+            return None
+    except OSError:  # another user's
+        return None
+    size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    _release(Claim(folder, folder))
+    os.close(lock)
+    return None if folder.exists() else size

@@ -1,0 +1,253 @@
+"""What enters the linears, from prompts: runs a 16- or 32-bit bundle and notes the largest inputs and the mean ones.
+
+The bundle's transformers get two more outputs, the largest magnitude of what enters each linear and the mean of it over
+all tokens (:mod:`export.graphs.taps`), are built for any target, and sample the prompts as a user's run would: each
+expert at its own timesteps, with and without the prompt where guidance asks for both. The maxima become static FP8
+scales, the means are what FP8 linears may subtract from their inputs. One pass over the full-precision model is all
+there is to it.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engines.build import BuildOptions, build_engines
+from engines.targets import target_named
+from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
+from export.graphs.linear import FLOAT8_MAX
+from export.quantise.input_means import CENTRED, InputMeans, input_width, write_input_means
+from export.quantise.input_scales import MARGIN, LinearScales, Scales, largest_magnitude, write_input_scales
+from runtime.built_for import completed
+from runtime.pipeline import Pipeline
+from runtime.prompts import Prompt, read_prompts
+from runtime.request import CompleteRequest, Request
+from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
+from wan22.errors import UserError
+from wan22.files import whole_file
+from wan22.onnx_file import check_graphs
+from wan22.progress import Progress, silent
+from wan22.quantities import counted
+from wan22.residency import ONE_EXPERT, ResidencyChoice
+from wan22.specs import Precision
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from export.graphs.taps import Tapped, Taps
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """The runs that are measured."""
+
+    prompts: Path  # see :func:`runtime.prompts.read_prompts`
+    request: Request = field(default_factory=Request)  # of every prompt; its seed is the first one's, others count up
+    margin: float = MARGIN
+    target: str = "cpu"
+    means: Path | None = None  # also write the means of the inputs, for ``wan-trt export --input-means``
+    overwrite: bool = False
+    residency: ResidencyChoice = "auto"  # what stays loaded of the engines
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured and on how much."""
+
+    inputs: Mapping[str, Mapping[str, float]]  # largest input by expert and linear, without margin
+    scales: Mapping[str, Scales] = field(repr=False)
+    forwards: Mapping[str, int]  # by expert, prompts and steps and both branches of guidance together
+    prompts: int
+    steps: int
+
+    @property
+    def coverage(self) -> str:
+        linears = sum(map(len, self.inputs.values()))
+        runs = ", ".join(f"{counted(count, 'forward')} of {expert}" for expert, count in self.forwards.items())
+        return f"{linears} linears, {counted(self.prompts, 'prompt')} of {counted(self.steps, 'step')}: {runs}"
+
+    def table(self) -> "Table":
+        """Largest inputs over the blocks, by expert and kind of linear."""
+        from rich.table import Table
+
+        table = Table("expert", "linear", "blocks", "min", "median", "max", title="Largest inputs")
+        for expert, found in self.inputs.items():
+            for kind in DIT_LINEARS_PER_BLOCK:
+                values = [value for name, value in found.items() if name.split(".", 2)[2] == kind]
+                figures = (f"{of(values):.3g}" for of in (min, median, max))
+                table.add_row(expert, kind, str(len(values)), *figures)
+        return table
+
+
+def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Progress = silent) -> Calibration:
+    """Measures the ONNX bundle at ``bundle`` and writes the scales to ``out``, for ``wan-trt export --input-scales``.
+
+    Raises:
+        UserError: no bundle of graphs, one that is quantised already, no prompts, too few steps for both experts,
+            numbers that overflow, a target that cannot run it, a file in the way.
+    """
+    for path in filter(None, (out, options.means)):
+        if path.exists() and not options.overwrite:
+            raise UserError(f"{path} exists", "a new file", "choose another or add --overwrite")
+    if out == options.means:
+        raise UserError(f"{out} for scales and means", "a file for each", "name another with --means")
+    source = open_bundle(bundle, "graphs")
+    spec = source.manifest.spec
+    check_graphs(source)
+    _check_precision(source)
+    requests = _requests(read_prompts(options.prompts, spec.takes.image), source, options)
+    with_means = whole_file(options.means, "means") if options.means is not None else nullcontext()
+    with whole_file(out, "scales") as new, with_means as new_means:
+        with tempfile.TemporaryDirectory(dir=new.parent) as temporary:
+            folder = Path(temporary)
+            taps = write_tapped(source, folder / "graphs", options.target)
+            build_engines(folder / "graphs", folder / "engines", _build_options(source, requests[0], options), progress)
+            with TappedPipeline(open_bundle(folder / "engines", "engines"), taps, options.residency) as pipeline:
+                _run(pipeline, requests, progress)
+                found = pipeline.tapped
+        inputs = {expert: _largest(expert, found.get(expert), requests[0].steps) for expert in spec.experts}
+        scales = {expert: _scales(source, expert, part, options.margin) for expert, part in inputs.items()}
+        write_input_scales(new, scales, spec)
+        if new_means is not None:
+            means = {expert: InputMeans(found[expert].means, scales[expert]) for expert in spec.experts}
+            write_input_means(new_means, means)
+    forwards = {expert: found[expert].calls for expert in spec.experts}
+    return Calibration(inputs, scales, forwards, len(requests), requests[0].steps)
+
+
+def _check_precision(source: Bundle) -> None:
+    for expert in source.manifest.spec.experts:
+        if (found := source.component(expert).precision).quantised:
+            expected = ", ".join(p for p in Precision if not p.quantised)
+            raise UserError(
+                f"{expert} in {found}", f"one of {expected}", "export the model in 16 bits and calibrate that"
+            )
+
+
+def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) -> list[CompleteRequest]:
+    of_each = replace(options.request, fit="crop")
+    return [
+        completed(replace(of_each, prompt=prompt.text, image=prompt.image, seed=seed), source.manifest)
+        for seed, prompt in enumerate(prompts, of_each.seed)
+    ]
+
+
+def _build_options(source: Bundle, request: CompleteRequest, options: CalibrateOptions) -> BuildOptions:
+    if source.manifest.size or target_named(options.target).backend == "onnxruntime":
+        return BuildOptions(options.target)
+    return BuildOptions(options.target, f"{request.width}x{request.height}", str(request.frames))
+
+
+# -- the tapped bundle
+
+
+def write_tapped(source: Bundle, folder: Path, target: str) -> dict[str, "Taps"]:
+    """A bundle like ``source``, without the decoder, whose transformers have taps: expert → what their outputs list."""
+    folder.mkdir()
+    on_cpu = target_named(target).backend == "onnxruntime"
+    taps: dict[str, Taps] = {}
+    components = []
+    for component in source.manifest.components:
+        if not component.name.startswith("vae_decoder"):
+            components.append(_written(source, component, folder, taps, on_cpu=on_cpu))
+    manifest = replace(source.manifest, components=tuple(components))
+    for file in {file.path: file for c in components for file in c.weights}.values():
+        _link(source.path(file), folder / file.path)
+    for file in manifest.tokenizer:
+        _link(source.path(file), folder / file.path)
+    write_manifest(folder, manifest)
+    return taps
+
+
+def _written(source: Bundle, component: Component, folder: Path, taps: dict[str, "Taps"], *, on_cpu: bool) -> Component:
+    import onnx_ir as ir
+
+    from engines.cpu.emulation import emulate
+    from export.graphs.taps import add_taps, linear_inputs
+
+    model = ir.load(source.path(component.graph))
+    if component.name in source.manifest.spec.experts:
+        spec, entering = source.manifest.spec.dit, linear_inputs(model)
+        centred = {
+            name: (x, input_width(spec, name)) for name, x in entering.items() if name.split(".", 2)[2] in CENTRED
+        }
+        taps[component.name] = found = add_taps(model, entering, centred)
+        component = replace(component, outputs=(*component.outputs, *found.outputs))
+    if on_cpu and component.precision == Precision.BF16:
+        emulate(model)
+        component = replace(component, precision=Precision.FP32)
+    path = folder / component.graph.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ir.save(model, path)
+    return replace(component, graph=file_entry(folder, path))
+
+
+def _link(source: Path, target: Path) -> None:
+    """The file under another name, or a copy where the file system has no such thing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+# -- the runs
+
+
+class TappedPipeline(Pipeline):
+    """A pipeline whose experts note their maxima."""
+
+    def __init__(self, bundle: Bundle, taps: Mapping[str, "Taps"], residency: ResidencyChoice) -> None:
+        super().__init__(bundle, residency=residency, choices=ONE_EXPERT)
+        self._taps = taps
+        self.tapped: dict[str, Tapped] = {}
+
+    def engine(self, name: str) -> Any:
+        from export.graphs.taps import Tapped
+
+        engine: Any = super().engine(name)
+        if name not in self._taps:
+            return engine
+        tapped = self.tapped.setdefault(name, Tapped(engine, self._taps[name]))
+        tapped.graph = engine
+        return tapped
+
+
+def _run(pipeline: Pipeline, requests: list[CompleteRequest], progress: Progress) -> None:
+    done, total = 0, sum(request.steps for request in requests)
+    for request in requests:
+        for _ in pipeline.denoise(request):
+            done += 1
+            progress("calibrate", done, total, "steps")
+
+
+def _largest(expert: str, tapped: "Tapped | None", steps: int) -> dict[str, float]:
+    if tapped is None:
+        raise UserError(f"{steps} steps, none of them by {expert}", "steps of every expert", "use more --steps")
+    if bad := [name for name, value in tapped.largest.items() if not isfinite(value)]:
+        raise UserError(f"{expert}: {bad[0]} reads values that overflow", "finite ones", "calibrate a bf16 bundle")
+    return tapped.largest
+
+
+def _scales(source: Bundle, expert: str, inputs: Mapping[str, float], margin: float) -> Scales:
+    import onnx_ir as ir
+
+    stored = ir.load(source.path(source.component(expert).graph)).graph.initializers
+
+    def weight(name: str) -> float:
+        tensor = stored[f"{name}.weight"].const_value
+        return largest_magnitude(np.asarray(tensor)) if tensor is not None else 0.0
+
+    smallest = 1e-6  # of an input that is always zero
+    return {
+        name: LinearScales(max(value * margin, smallest) / FLOAT8_MAX, max(weight(name), smallest) / FLOAT8_MAX)
+        for name, value in inputs.items()
+    }
