@@ -46,7 +46,7 @@ def train(folder: Path, minutes: float, steps: int) -> None:
             error = vae.decode(given).float() - clip
         square = error.square().mean()
         optimiser.zero_grad()
-        (error.abs().mean() + 2 * square).backward()
+        torch.autograd.backward(error.abs().mean() + 2 * square)
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimiser.step()
         shown = 0.97 * shown + 0.03 * 10 * math.log10(4 / square.item())

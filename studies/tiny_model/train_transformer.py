@@ -40,7 +40,8 @@ class Model(nn.Module):
         self.text_encoder, self.dit = TextEncoder(spec.text_encoder), Dit(spec.dit)
 
     def forward(self, latents: Tensor, timestep: Tensor, ids: Tensor, present: Tensor) -> Tensor:
-        return self.dit(latents, timestep, self.text_encoder(ids, present), present)
+        result: Tensor = self.dit(latents, timestep, self.text_encoder(ids, present), present)
+        return result
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def loss_of(model: Model, batch: tuple[Tensor, Tensor, Tensor], limits: tuple[fl
     level = sigma[:, None, None, None, None]
     with torch.autocast("cpu", torch.bfloat16):
         velocity = model((1 - level) * latents + level * noise, TRAIN_TIMESTEPS * sigma, ids, present)
-    return (velocity.float() - (noise - latents)).square().mean()
+    result: Tensor = (velocity.float() - (noise - latents)).square().mean()
+    return result
 
 
 def taught_text_encoder(captions: Captions, steps: int = 250) -> TextEncoder:
@@ -90,12 +92,13 @@ def taught_text_encoder(captions: Captions, steps: int = 250) -> TextEncoder:
         contents = [random_content(draw, held_out=False) for _ in range(32)]
         ids, present = captions([content.caption for content in contents])
         mean = encoder(ids, present).sum(1) / present.sum(1, keepdim=True)
-        loss = sum(
+        losses = [
             F.cross_entropy(heads[name](mean), torch.tensor([words.index(getattr(c, name)) for c in contents]))
             for name, words in said.items()
-        )
+        ]
+        loss = torch.stack(losses).sum()
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
         if step % 50 == 49:
             print(f"text encoder: step {step + 1}  loss {loss.item():.3f}", flush=True)
@@ -127,7 +130,7 @@ def train(folder: Path, part: str, minutes: float, steps: int, rate: float) -> N
             group["lr"] = rate * min(1, (step + 1) / 100) * (0.03 + 0.97 * (1 + math.cos(math.pi * share)) / 2)
         loss = loss_of(model, data.batch(draw, BATCH), EXPERTS[part])
         model.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         for optimiser in optimisers:
             optimiser.step()

@@ -78,7 +78,7 @@ def train(folder: Path, minutes: float, steps: int, threads: int) -> None:
             group["lr"] = LEARNING_RATE * min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2)
         loss, square = loss_of(vae, crops(clips, draw, BATCH, CROP))
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
         shown = 0.97 * shown + 0.03 * 10 * math.log10(4 / square.item())
@@ -98,6 +98,8 @@ def calibrate(vae: Vae, clips: Tensor) -> None:
     wanted_mean, wanted_std = vae.mean.flatten(), vae.std.flatten()
     gain, z = wanted_std / std, len(std)
     back = 1 / gain
+    assert vae.conv1.bias is not None
+    assert vae.conv2.bias is not None
     vae.conv1.weight[:z] *= gain[:, None, None, None, None]
     vae.conv1.bias[:z] = (vae.conv1.bias[:z] - mean) * gain + wanted_mean
     vae.conv2.bias += (vae.conv2.weight[:, :, 0, 0, 0] * (mean - wanted_mean * back)).sum(1)
