@@ -7,10 +7,14 @@ TOOLS := .venv-tools/installed
 COMPILE = .venv-tools/bin/uv pip compile --quiet $(UPGRADE) --generate-hashes --no-annotate --no-header \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_36
 
-.PHONY: demo test check triton lock sbom scale clean
+.PHONY: demo picture test check triton checkov lock sbom scale clean
 
 demo: $(INSTALLED)
 	$(BIN)/wan-trt demo demo
+
+# The picture of the README, from what make demo left. Needs Chromium.
+picture: $(INSTALLED)
+	$(BIN)/python -m studies.picture demo docs/demo.png
 
 test: $(INSTALLED) $(TRITON) check
 	$(BIN)/python -m pytest -q
@@ -42,12 +46,21 @@ $(TRITON): requirements-triton.txt pyproject.toml
 	.venv-triton/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
+# The linter of the Kubernetes manifests, whose many dependencies are nobody else's. Its test is skipped without it.
+checkov: .venv-checkov/installed
+
+.venv-checkov/installed: requirements-checkov.txt
+	$(PYTHON) -m venv .venv-checkov
+	.venv-checkov/bin/pip install --quiet --require-hashes --requirement requirements-checkov.txt
+	touch $@
+
 # Pins every version and hash again: the newest that pyproject.toml and the .in files allow, with UPGRADE=--upgrade.
 lock: $(TOOLS)
-	$(COMPILE) --constraint requirements-torch.txt --no-emit-package torch --extra export --extra cpu --extra validate --extra official --extra synth \
-		--extra triton --extra dev pyproject.toml requirements-cpu.in -o requirements-cpu.txt
+	$(COMPILE) --constraint requirements-torch.txt --no-emit-package torch --extra export --extra cpu \
+		--extra validate --extra official --extra synth --extra sign --extra triton --extra dev pyproject.toml requirements-cpu.in -o requirements-cpu.txt
 	$(COMPILE) --no-deps requirements-triton.in -o requirements-triton.txt
 	$(COMPILE) requirements-tools.in -o requirements-tools.txt
+	$(COMPILE) requirements-checkov.in -o requirements-checkov.txt
 
 # What .venv holds, as CycloneDX JSON.
 sbom: $(INSTALLED) $(TOOLS)
@@ -59,4 +72,4 @@ $(TOOLS): requirements-tools.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton .venv-tools demo
+	rm -rf .venv .venv-triton .venv-tools .venv-checkov demo

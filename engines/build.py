@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.cpu.onnxruntime_backend import fitted
+from engines.cpu.onnxruntime_backend import fit_components
 from engines.gpu.external_build import ExternalBuild
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
+from engines.load_check import check_loads
+from engines.plan import kernel_bytes
 from engines.profiles import profile_between, profiles_for
-from engines.targets import Target, check_precision, target_named
+from engines.targets import Target, check_bundle, target_named
 from wan22.bundle import (
     Build,
     Bundle,
@@ -27,7 +29,10 @@ from wan22.bundle import (
 )
 from wan22.errors import UserError
 from wan22.memory import peak_rss_bytes
+from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
+from wan22.quantities import video_text
+from wan22.residency import vae_weights_bytes
 from wan22.shapes import Profile, own_profiles
 from wan22.stamp import Stamp
 
@@ -62,16 +67,20 @@ def build_engines(
     refuse_existing(folder, overwrite=options.overwrite)
     target = target_named(options.target)
     source = open_bundle(bundle, "graphs", full_check=True)
-    for component in source.manifest.components:
-        check_precision(target, component.precision)
+    check_bundle(target, source.manifest)
     _check_options(target, options)
     profiles = _profiles(source.manifest, target, options)
-    check_disk(folder, sum(file.size_bytes for file in source.manifest.files().values()))
+    check_graphs(source)
+    if target.backend != "onnxruntime":
+        load_module(target.backend)
+    again = f"export again: {source.manifest.command}"
+    check_loads(target, [source.path(component.graph) for component in source.manifest.components], again)
+    check_disk(folder, disk_bytes(source.manifest, target, options))
     started = time.perf_counter()
     with staged(folder, overwrite=options.overwrite) as temporary:
         if target.backend == "onnxruntime":
             _place(source, temporary, source.manifest.files().values())
-            compiled = _Compiled(*fitted(source, temporary, progress))
+            compiled = _Compiled(*fit_components(source, temporary, progress))
         else:
             compiled = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
         build = Build(
@@ -89,6 +98,23 @@ def build_engines(
         manifest = replace(source.manifest, kind="engines", command=command, build=build, components=components)
         write_manifest(temporary, manifest)
     return Bundle(folder, manifest)
+
+
+def disk_bytes(manifest: Manifest, target: Target, options: BuildOptions) -> int:
+    """What the engines of the ONNX bundle of ``manifest`` take: weights, kernels and the builder's logs."""
+    files, spec = manifest.files().values(), manifest.spec
+    if target.backend == "onnxruntime":  # copies, and for transformers the graph twice more
+        return sum(file.size_bytes for file in files) + 2 * sum(c.graph.size_bytes for c in manifest.components)
+    shared = options.weights == "external"
+    total = float(sum(file.size_bytes for file in manifest.tokenizer))
+    for component in manifest.components:
+        alone = not shared or component.name not in spec.experts[1:]
+        total += kernel_bytes(spec, component.name) if alone else 0.0
+        if component.name.startswith("vae"):  # both of its graphs store what they need of one file
+            total += vae_weights_bytes(spec.vae, component.name, component.precision)
+        else:
+            total += sum(file.size_bytes for file in component.weights)
+    return int(total)
 
 
 @dataclass(frozen=True)
@@ -125,7 +151,7 @@ def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tupl
     if manifest.size is None:
         return profiles_for(manifest.spec, options.size, options.frames)
     if asked:
-        fixed = "{}x{}, {} frames".format(*manifest.size)
+        fixed = video_text(*manifest.size)
         raise UserError(
             "--size or --frames", f"neither: the graphs are fixed to {fixed}", "export without fixed shapes"
         )

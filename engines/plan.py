@@ -5,34 +5,42 @@ the compiler's memory planner was seen to need; builds of real-size blocks and V
 rooflines: no run is faster, real ones are often half as fast.
 """
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from engines.targets import Target, check_precision
-from wan22.costs import (
-    VaeLayer,
-    block_parameters,
-    cache_elements,
-    decoder_layers,
-    dit_flops,
-    dit_parameters,
-    encoder_layers,
-    model_parameters,
-    text_encoder_flops,
-    vae_flops,
+from wan22.costs import dit_flops, model_parameters, text_encoder_flops, vae_flops
+from wan22.errors import UserError
+from wan22.residency import (
+    VRAM_RESERVED,
+    Memory,
+    Residency,
+    choose_residency,
+    dit_scratch_bytes,
+    dit_weights_bytes,
+    engines_memory,
+    largest_fitting,
+    needed_bytes,
+    refusal,
+    text_encoder_weights_bytes,
+    usual_precisions,
 )
-from wan22.parts import DitSpec
-from wan22.specs import TEXT_TOKENS, ModelSpec, Number, Precision, tokens
+from wan22.specs import ModelSpec, Number, Precision, tokens
 
-PLANNER_FACTOR = 1.3  # scratch memory over live tensors: 1.14 to 1.36 in builds for SM89 and SM120
-VAE_TENSORS = {"2.1": 1.9, "2.2": 3.9}  # scratch memory of a VAE over its largest tensor, as built at 720p
+__all__ = ["Plan", "Request", "dit_scratch_bytes", "dit_weights_bytes", "make_plan"]
+
+WAYS: dict[Residency, str] = {
+    "all": "everything resident",
+    "one-expert": "one expert resident",
+    "one-component": "one component at a time",
+}
 EXPORT_RAM_GIB = 2.0  # exporting streams tensor by tensor; the largest is the text encoder's embedding
 BUILD_RAM_FACTOR = 1.5  # anonymous memory over weights with streamed serialisation (beside evictable file pages)
 BUILD_RAM_GIB = 1.0  # of the builder itself
-KERNEL_CODE_BYTES = 60e6  # in the engine of a full-size transformer
-VRAM_RESERVED = 0.06  # of the card: driver, context, ECC, fragmentation
+# in an engine and its log beside the weights, as TensorRT-RTX 1.7.1 wrote them for SM89 and SM120
+KERNELS_BYTES = {"text_encoder": 1.5e6, "vae": 7e6, "transformer": 4e6}
+KERNELS_PER_LAYER_BYTES = {"text_encoder": 0.5e6, "vae": 0.0, "transformer": 1.4e6}
 
 
 @dataclass(frozen=True)
@@ -43,16 +51,6 @@ class Request:
     video: tuple[int, int, int]  # width, height in pixels; frames
     steps: int
     guided: bool = True  # two forwards per step
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Of one component on the GPU, in bytes."""
-
-    component: str
-    weights: float
-    scratch: float
-    inputs_and_outputs: float
 
 
 @dataclass(frozen=True)
@@ -71,14 +69,11 @@ class Plan:
 
     @cached_property
     def weights_bytes(self) -> dict[str, float]:
-        """As the bundle stores them: VAE in float32, the text encoder never below 16 bits."""
+        """As the bundle stores them, by part: VAE in float32, the text encoder never below 16 bits."""
         spec, precision = self.request.spec, self.request.precision
-        wide = precision.wide.linears.bits / 8
-        sizes = {"text_encoder": float(wide)} | dict.fromkeys(("vae_decoder", "vae_encoder"), 4.0)
-        return {
-            part: count * sizes[part] if part in sizes else dit_weights_bytes(spec.dit, precision)
-            for part, count in model_parameters(spec).items()
-        }
+        text = text_encoder_weights_bytes(spec.text_encoder, self.precisions["text_encoder"])
+        sizes = {"text_encoder": text} | dict.fromkeys(spec.experts, dit_weights_bytes(spec.dit, precision))
+        return {part: sizes.get(part, 4.0 * count) for part, count in model_parameters(spec).items()}
 
     @property
     def bundle_bytes(self) -> float:
@@ -86,8 +81,9 @@ class Plan:
 
     @property
     def engines_bytes(self) -> float:
-        experts = len(self.request.spec.experts)
-        return self.bundle_bytes + experts * KERNEL_CODE_BYTES * min(1.0, self.request.spec.dit.layers / 30)
+        if self.request.target.backend == "onnxruntime":
+            return self.bundle_bytes
+        return sum(each.weights + kernel_bytes(self.request.spec, each.component) for each in self.memory)
 
     @property
     def build_ram_bytes(self) -> float:
@@ -97,47 +93,37 @@ class Plan:
 
     @cached_property
     def memory(self) -> list[Memory]:
-        spec, (_, z, frames, height, width) = self.request.spec, self.latent_shape
-        edges = 4.0 * (2 * z + spec.dit.condition_channels) * frames * height * width
-        rope = 2 * 4.0 * self.tokens * spec.dit.head_width / 2
-        wide = self.request.precision.wide.linears.bits / 8
-        found = []
-        for part, weights in self.weights_bytes.items():
-            if part == "text_encoder":
-                text = spec.text_encoder
-                biases = text.layers * text.heads * TEXT_TOKENS  # of positions, made for all layers first
-                scratch = PLANNER_FACTOR * TEXT_TOKENS * (2 * text.ffn_width + 2 * text.width + biases) * wide
-                found.append(Memory(part, weights, scratch, 4.0 * TEXT_TOKENS * text.width))
-            elif part.startswith("vae"):
-                found.append(self._vae_memory(part, weights))
-            else:
-                scratch = dit_scratch_bytes(spec.dit, self.tokens, self.request.precision)
-                found.append(Memory(part, weights, scratch, edges + rope))
-        return found
-
-    def _vae_memory(self, half: str, weights: float) -> Memory:
-        """Caches count twice: a chunk reads the old ones and writes the new ones."""
-        spec, size = self.request.spec.vae, self.latent_shape[-2:]
-        layers = decoder_layers(spec) if half == "vae_decoder" else encoder_layers(spec)
-        scratch = VAE_TENSORS[spec.generation] * 4.0 * _largest_tensor(layers, size)
-        pixels = 4.0 * 3 * spec.temporal_stride * spec.spatial_stride**2 * size[0] * size[1]
-        return Memory(half, weights, scratch, 2 * 4.0 * cache_elements(spec, half, size) + pixels)
-
-    def vram_bytes(self, resident: Iterable[str]) -> float:
-        """With the weights of ``resident`` on the card at once, and one scratch arena for all of them."""
-        parts = [memory for memory in self.memory if memory.component in set(resident)]
-        return sum(m.weights for m in parts) + max(m.scratch + m.inputs_and_outputs for m in parts)
+        """Of every engine."""
+        return list(engines_memory(self.request.spec, self.precisions, self.request.video).values())
 
     @cached_property
+    def precisions(self) -> dict[str, Precision]:
+        """Of every component, as an export for the target has it."""
+        request = self.request
+        text = request.target.text_encoder_precision(request.precision)
+        return usual_precisions(request.spec, request.precision) | {"text_encoder": text}
+
+    @cached_property
+    def needed(self) -> dict[Residency, float]:
+        """Bytes on the card for each way to keep components on it."""
+        return needed_bytes(self.request.spec, {memory.component: memory for memory in self.memory})
+
+    @property
     def vram(self) -> dict[str, float]:
-        """Bytes for each way to keep components on the card."""
-        every = [memory.component for memory in self.memory]
-        experts = [part for part in every if part in self.request.spec.experts]
-        others = [part for part in every if part not in experts]
-        ways = {"everything resident": self.vram_bytes(every)}
-        if len(experts) > 1:
-            ways["one expert resident"] = self.vram_bytes([*others, experts[0]])
-        return ways | {"one component at a time": max(self.vram_bytes([part]) for part in every)}
+        """:attr:`needed` in words."""
+        return {WAYS[way]: size for way, size in self.needed.items()}
+
+    @property
+    def residency(self) -> Residency | None:
+        """What ``--residency auto`` chooses on a card with nothing else on it; None where nothing fits."""
+        return choose_residency(self.needed, self.usable_vram_bytes)
+
+    @property
+    def refusal(self) -> UserError:
+        """Why nothing fits where nothing does, and what would."""
+        request, memory = self.request, {each.component: each for each in self.memory}
+        fitting = largest_fitting(request.spec, self.precisions, request.video, self.usable_vram_bytes)
+        return refusal(self.needed, memory, self.usable_vram_bytes, fitting)
 
     @property
     def usable_vram_bytes(self) -> float:
@@ -182,7 +168,7 @@ class Plan:
     @property
     def vae_flops(self) -> float:
         frames, size = self.latent_shape[2], (self.latent_shape[3], self.latent_shape[4])
-        halves = [memory.component for memory in self.memory if memory.component.startswith("vae")]
+        halves = [part for part in self.weights_bytes if part.startswith("vae")]
         encoded = frames if self.request.spec.dit.condition_channels else 1
         return sum(
             vae_flops(self.request.spec.vae, half, size, frames if half == "vae_decoder" else encoded)
@@ -209,6 +195,7 @@ class Plan:
             "vram_bytes": self.vram,
             "usable_vram_bytes": self.usable_vram_bytes,
             "fits": self.fits,
+            "residency": self.residency,
             "forward_pflop": {**{k: v / 1e15 for k, v in asdict(forward).items()}, "total": forward.total / 1e15},
             "step_pflop": self.step_flops / 1e15,
             "video_pflop": (request.steps * self.step_flops + self.vae_flops) / 1e15,
@@ -216,6 +203,15 @@ class Plan:
             "roofline_step_s": self.step_seconds,
             "roofline_video_s": self.video_seconds,
         }
+
+
+def kernel_bytes(spec: ModelSpec, component: str) -> float:
+    """What the engine of ``component`` and its log take on disk beside the weights."""
+    if component.startswith("vae"):
+        return KERNELS_BYTES["vae"]
+    part = "text_encoder" if component == "text_encoder" else "transformer"
+    layers = spec.text_encoder.layers if component == "text_encoder" else spec.dit.layers
+    return KERNELS_BYTES[part] + layers * KERNELS_PER_LAYER_BYTES[part]
 
 
 def make_plan(
@@ -234,32 +230,3 @@ def make_plan(
     video = video or (*spec.sampling.sizes[0], spec.sampling.frames)
     spec.latent_shape(*video)
     return Plan(Request(spec, target, precision, video, steps or spec.sampling.steps))
-
-
-def dit_weights_bytes(spec: DitSpec, precision: Precision) -> float:
-    """Of one expert as stored: matrices in ``precision``, what is sensitive in float32, embeddings in between."""
-    stored, wide, block = precision.linears.bits / 8, precision.wide.linears.bits / 8, block_parameters(spec)
-    width = spec.width
-    per_block = stored * block.linear + (4 if precision.quantised else wide) * block.bias + 4 * block.other
-    text_and_patch = (spec.text_width + width + 2) * width + (4 * spec.in_channels + 1) * width
-    rest = dit_parameters(spec) - spec.layers * block.total - text_and_patch
-    return float(spec.layers * per_block + wide * text_and_patch + 4 * rest)
-
-
-def dit_scratch_bytes(spec: DitSpec, count: int, precision: Precision) -> float:
-    """Memory between kernels for ``count`` tokens: the larger of two moments, in rows of D 16-bit numbers.
-
-    Attention: the float32 residual stream (2), the joined q, k, v (3) and the three of them as attention reads them.
-    Feed-forward: the residual stream and the hidden rows, in FP8 beside their quantised copy.
-    """
-    wide = precision.wide.linears.bits / 16  # rows are twice as wide in float32
-    hidden = spec.ffn_width / spec.width
-    attention = 2 + 3 * wide + 3 * precision.attention.bits / 16
-    feed_forward = 2 + ((wide + precision.linears.bits / 16) * hidden if precision.quantised else wide * (1 + hidden))
-    return PLANNER_FACTOR * max(attention, feed_forward) * 2.0 * count * spec.width
-
-
-def _largest_tensor(layers: Iterable[VaeLayer], size: tuple[int, int]) -> float:
-    """Elements of the largest tensor that a convolution reads or writes."""
-    positions = size[0] * size[1]
-    return max(max(x.entering, x.leaving) * x.frames * x.scale**2 * positions for x in layers if x.taps)

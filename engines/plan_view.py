@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from engines.plan import EXPORT_RAM_GIB, Plan
 from wan22.costs import dit_flops, model_parameters
+from wan22.quantities import human_bytes, video_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -12,7 +13,15 @@ if TYPE_CHECKING:
 
 def as_text(plan: Plan) -> "list[RenderableType]":
     """What ``wan-trt plan`` prints: components, then the machine that is needed and the time it takes."""
-    return [_components(plan), _totals(plan)]
+    return [_components(plan), _totals(plan), *_remarks(plan)]
+
+
+def _remarks(plan: Plan) -> Iterable[str]:
+    """Lines that are too long for a table."""
+    if plan.usable_vram_bytes and plan.residency is None:
+        usable, refusal = human_bytes(plan.usable_vram_bytes), plan.refusal
+        yield f"nothing fits {usable}: {refusal.found}; {refusal.remedy}"
+    yield f"peaks from: {plan.request.target.source}"
 
 
 def _components(plan: Plan) -> "RenderableType":
@@ -22,12 +31,13 @@ def _components(plan: Plan) -> "RenderableType":
     what = f"{plan.request.spec.name}, {plan.request.precision}, for {plan.request.target.name}"
     table = Table(
         "component", "parameters", "weights", "scratch", "inputs, outputs",
-        title=f"{what}: {width}x{height}, {frames} frames, {plan.tokens:,} tokens", title_justify="left",
+        title=f"{what}: {video_text(width, height, frames)}, {plan.tokens:,} tokens", title_justify="left",
     )  # fmt: skip
     parameters = model_parameters(plan.request.spec)
     for memory in plan.memory:
         sizes = (memory.weights, memory.scratch, memory.inputs_and_outputs)
-        table.add_row(memory.component, f"{parameters[memory.component]:,}", *map(gib, sizes))
+        count = parameters.get(memory.component, round(memory.weights / 4))  # a VAE's engines share some
+        table.add_row(memory.component, f"{count:,}", *map(human_bytes, sizes))
     return table
 
 
@@ -41,22 +51,26 @@ def _totals(plan: Plan) -> "RenderableType":
 
 
 def _host(plan: Plan) -> Iterable[tuple[str, str]]:
-    yield "disk: bundle, engines", f"{gib(plan.bundle_bytes)}, {gib(plan.engines_bytes)}"
-    yield "host memory: export, build", f"{EXPORT_RAM_GIB:.1f} GiB, {gib(plan.build_ram_bytes)}"
+    yield "disk: bundle, engines", f"{human_bytes(plan.bundle_bytes)}, {human_bytes(plan.engines_bytes)}"
+    yield "host memory: export, build", f"{EXPORT_RAM_GIB:.1f} GiB, {human_bytes(plan.build_ram_bytes)}"
 
 
 def _card(plan: Plan) -> Iterable[tuple[str, str]]:
-    usable = gib(plan.usable_vram_bytes)
+    usable = human_bytes(plan.usable_vram_bytes)
     for way, size in plan.vram.items():
         verdict = "" if not plan.usable_vram_bytes else f"; {'fits' if plan.fits[way] else 'exceeds'} {usable}"
-        yield f"GPU memory, {way}", gib(size) + verdict
+        yield f"GPU memory, {way}", human_bytes(size) + verdict
+    if plan.usable_vram_bytes and plan.residency is not None:
+        yield "--residency auto", plan.residency
+    elif plan.usable_vram_bytes:
+        yield "--residency auto", "nothing fits, see below"
 
 
 def _work(plan: Plan) -> Iterable[tuple[str, str]]:
     forward, steps = dit_flops(plan.request.spec.dit, plan.tokens), plan.request.steps
     shares = {"linears": forward.linears, "self-attention": forward.self_attention, "cross": forward.cross_attention}
-    told = ", ".join(f"{name} {flops / forward.total:.0%}" for name, flops in shares.items())
-    yield "arithmetic of a forward", f"{forward.total / 1e15:.3f} PFLOP ({told})"
+    yield "arithmetic of a forward", f"{forward.total / 1e15:.3f} PFLOP"
+    yield "shares of it", ", ".join(f"{name} {flops / forward.total:.0%}" for name, flops in shares.items())
     yield (
         f"arithmetic of a step, of {steps}",
         f"{plan.step_flops / 1e15:.2f}, {steps * plan.step_flops / 1e15:.0f} PFLOP",
@@ -66,8 +80,3 @@ def _work(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "time", f"no figures for {plan.request.target.name}"
     else:
         yield "at least, by roofline", f"{plan.step_seconds:.2f} s a step, {plan.video_seconds / 60:.1f} min a video"
-    yield "peaks from", plan.request.target.source
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -9,6 +9,7 @@ import re
 
 from wan22.bundle import Tensor
 from wan22.errors import UserError
+from wan22.quantities import video_text
 from wan22.shapes import Profile, parse_size, shape_of
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
@@ -36,7 +37,7 @@ def profile_between(spec: ModelSpec, small: Video, large: Video) -> Profile:
     """The profile that holds every video from ``small`` to ``large``, tuned for ``large``."""
     low, high = (spec.latent_shape(*video)[-3:] for video in (small, large))
     if any(a > b for a, b in zip(low, high, strict=True)):
-        told = "{}x{}, {} frames".format(*small) + " to {}x{}, {} frames".format(*large)
+        told = f"{video_text(*small)} to {video_text(*large)}"
         raise UserError(f"the range {told}", "no side larger at its start than at its end", "give two ranges or sizes")
     names = ("frames", "height", "width")
     profile = {name: (a, b, b) for name, a, b in zip(names, low, high, strict=True)}

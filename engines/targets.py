@@ -10,11 +10,15 @@ import subprocess
 from dataclasses import dataclass
 
 from wan22.backends import Backend
+from wan22.bundle import Manifest
 from wan22.errors import UserError
 from wan22.specs import Number, Precision
 
 QUERY_GPU = ("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
-_NOT_A_VARIANT = "(?! (Ti|D|Laptop|Mobile))"  # chips of their own that share a name
+_NOT_A_VARIANT = "(?![ -](Ti|SUPER|Super|D|Laptop|Mobile|3e))"  # other chips or boards that share a name
+FIRST_FP8 = (8, 9)  # compute capability
+RTX_CAPABILITIES = ("8.6", "8.9", "12.0")  # that TensorRT-RTX is for, and builds for without a GPU
+TENSORRT_CAPABILITIES = ("8.0", "9.0", "10.0", "10.3", "11.0", "12.1")
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,25 @@ class Target:
         if self.backend == "onnxruntime":
             return (Number.FP32, Number.FP16)  # its CPU kernels know neither bfloat16 nor fast FP8
         sixteen = (Number.FP32, Number.BF16, Number.FP16)
-        return (*sixteen, Number.FP8) if self.fp8_tflops else sixteen
+        return (*sixteen, Number.FP8) if self._capability >= FIRST_FP8 else sixteen
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
         return tuple(p for p in Precision if {p.linears, p.attention} <= set(self.numbers))
+
+    @property
+    def default_precision(self) -> Precision:
+        return Precision.FP32 if self.backend == "onnxruntime" else Precision.BF16
+
+    def text_encoder_precision(self, precision: Precision) -> Precision:
+        """Of a model in ``precision``: TensorRT-RTX has no kernel for the text encoder's attention in float32."""
+        if precision.wide == Precision.FP32 and self.backend == "tensorrt-rtx":
+            return Precision.BF16
+        return precision.wide
+
+    @property
+    def _capability(self) -> tuple[int, ...]:
+        return tuple(map(int, self.compute_capability.split(".")))
 
     def peak_tflops(self, number: Number) -> float | None:
         """Dense peak of matrix multiplications of such operands."""
@@ -56,10 +74,19 @@ class Target:
 
 
 _AMPERE, _ADA = "NVIDIA Ampere GA102 whitepaper 2.1", "NVIDIA Ada GPU Architecture whitepaper 2.02"
+_BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper"
 _TABLE = (
     Target(
         "a100", "A100", "tensorrt", "8.0", 80, 2039, 19.5, 312, None,
         "NVIDIA A100 80GB SXM datasheet",
+    ),
+    Target(
+        "a10g", "A10G", "tensorrt", "8.6", 24, 600, 31.5, 70, None,
+        "NVIDIA A10G datasheet (BF16 140 with sparsity, halved)",
+    ),
+    Target(
+        "l40", "L40", "tensorrt", "8.9", 48, 864, 90.5, 181, 362,
+        "NVIDIA L40 datasheet (BF16 362 and FP8 724 with sparsity, halved)",
     ),
     Target(
         "l40s", "L40S", "tensorrt", "8.9", 48, 864, 91.6, 362, 733,
@@ -72,6 +99,10 @@ _TABLE = (
     Target(
         "h100", "H100", "tensorrt", "9.0", 80, 3350, 67, 989.5, 1979,
         "NVIDIA H100 SXM datasheet (1979 and 3958 with sparsity, halved)",
+    ),
+    Target(
+        "h20", "H20", "tensorrt", "9.0", 96, 4000, 44, 148, 296,
+        "NVIDIA H20 product brief (dense)",
     ),
     Target(
         "h200", "H200", "tensorrt", "9.0", 141, 4800, 67, 989.5, 1979,
@@ -90,8 +121,20 @@ _TABLE = (
         f"{_ADA}, appendix A (FP8 with FP32 accumulate)",
     ),
     Target(
+        "rtx4080", "GeForce RTX 4080", "tensorrt-rtx", "8.9", 16, 716.8, 48.7, 97.5, 194.9,
+        f"{_ADA}, GeForce RTX 4080 (FP8 with FP32 accumulate)",
+    ),
+    Target(
+        "rtx4070ti", "GeForce RTX 4070 Ti", "tensorrt-rtx", "8.9", 12, 504.2, 40.1, 80.2, 160.4,
+        "NVIDIA GeForce RTX 4070 Ti specifications: 7680 cores at 2.61 GHz; tensor cores in the ratio of the RTX 4090",
+    ),
+    Target(
         "rtx5090", "GeForce RTX 5090", "tensorrt-rtx", "12.0", 32, 1792, 104.8, 209.5, 419,
-        "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A (FP8 with FP32 accumulate)",
+        f"{_BLACKWELL}, appendix A (FP8 with FP32 accumulate)",
+    ),
+    Target(
+        "rtx5080", "GeForce RTX 5080", "tensorrt-rtx", "12.0", 16, 960, 56.3, 112.6, 225.1,
+        f"{_BLACKWELL}, GeForce RTX 5080 (FP8 with FP32 accumulate)",
     ),
     Target(
         "rtx-pro-6000-blackwell", "RTX PRO 6000 Blackwell", "tensorrt-rtx", "12.0", 96, 1792, 126, 503.8, 1007.6,
@@ -109,30 +152,78 @@ _TABLE = (
 TARGETS = {target.name: target for target in _TABLE}
 
 
+def _generic(capability: str, backend: Backend) -> Target:
+    """Any GPU of one compute capability: engines are the same, figures of memory and speed are not known."""
+    name = f"sm{capability.replace('.', '')}"
+    return Target(
+        name, "", backend, capability, 0, 0, None, None, None, "no figures: any GPU of its compute capability"
+    )
+
+
+_BY_CAPABILITY = {
+    target.name: target
+    for target in (
+        *(_generic(capability, "tensorrt-rtx") for capability in RTX_CAPABILITIES),
+        *(_generic(capability, "tensorrt") for capability in TENSORRT_CAPABILITIES),
+    )
+}
+
+
 def target_named(name: str) -> Target:
-    """The target called ``name``; ``auto`` is the one in this machine.
+    """The target called ``name``; ``auto`` is the one in this machine, ``sm89`` any GPU of compute capability 8.9.
 
     Raises:
         UserError: an unknown name, or a machine whose GPU is not in the table.
     """
     if name == "auto":
         return detect(_gpus())
-    if name not in TARGETS:
-        raise UserError(f"target {name!r}", f"one of {', '.join(TARGETS)}, auto", "name one of them with --target")
-    return TARGETS[name]
+    if found := TARGETS.get(name) or _BY_CAPABILITY.get(name.lower()):
+        return found
+    known = f"one of {', '.join(TARGETS)}, auto, or a compute capability: {', '.join(_BY_CAPABILITY)}"
+    raise UserError(f"target {name!r}", known, "name one of them with --target")
 
 
-def check_precision(target: Target, precision: Precision) -> None:
-    """Refuses a precision that ``target`` cannot compute in, naming the next best one."""
+def check_bundle(target: Target, manifest: Manifest) -> None:
+    """Refuses the ONNX bundle of ``manifest`` where ``target`` cannot compute a component of it.
+
+    Raises:
+        UserError: names the precision of the bundle, or the component and its own, and how to export instead.
+    """
+    beyond = [component for component in manifest.components if component.precision not in target.precisions]
+    if any(component.precision == manifest.precision for component in beyond):
+        check_precision(target, manifest.precision, _AT_EXPORT)
+    for component in beyond:
+        check_precision(target, component.precision, _AT_EXPORT, f"{component.name} in ")
+    for component in manifest.components:
+        found = component.precision
+        if component.name == "text_encoder" and target.text_encoder_precision(found) != found.wide:
+            told = f"text_encoder in {found} for {target.name} ({target.backend} has no kernel for its attention)"
+            raise UserError(told, "bf16 or fp16", f"{_AT_EXPORT}use --text-encoder bf16, or --target {target.name}")
+
+
+_AT_EXPORT = "in wan-trt export "
+
+
+def check_precision(target: Target, precision: Precision, where: str = "", what: str = "precision ") -> None:
+    """Refuses a precision that ``target`` cannot compute in, naming the next best one.
+
+    Args:
+        target: what is to compute.
+        precision: the one asked for.
+        where: the command that takes --precision, where it is another.
+        what: has the precision.
+    """
     if precision in target.precisions:
         return
-    instead = precision.wide if precision.wide in target.precisions else Precision.FP32
+    instead = target.default_precision
     units = f"compute capability {target.compute_capability} has no {precision.linears.upper()} units"
     why = units if precision.quantised else "not computed there"
     if target.backend == "onnxruntime":
         why = "ONNX Runtime does not compute it on a CPU"
     allowed = ", ".join(target.precisions)
-    raise UserError(f"precision {precision} for {target.name} ({why})", allowed, f"use --precision {instead}")
+    another = ", or name another --target" if where else ""
+    found = f"{what}{precision} for {target.name} ({why})"
+    raise UserError(found, allowed, f"{where}use --precision {instead}{another}")
 
 
 def detect(gpus: list[tuple[str, str]]) -> Target:
@@ -145,7 +236,9 @@ def detect(gpus: list[tuple[str, str]]) -> Target:
             return target
     alike = [target for target in _TABLE if target.compute_capability == capability]
     alike.sort(key=lambda target: (target.backend == "tensorrt-rtx") != ("RTX" in name))
-    remedy = f"--target {alike[0].name} has its compute capability" if alike else "choose a GPU of the table"
+    by_capability = f"sm{capability.replace('.', '')}"
+    same = [*(target.name for target in alike[:1]), *([by_capability] if by_capability in _BY_CAPABILITY else [])]
+    remedy = f"--target {' or '.join(same)} has its compute capability" if same else "choose a GPU of the table"
     raise UserError(f"GPU {name!r} (compute capability {capability})", f"one of {', '.join(TARGETS)}", remedy)
 
 

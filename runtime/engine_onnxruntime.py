@@ -11,7 +11,8 @@ work in one arena, since one runs at a time; it begins as one large region, of w
 so that tensors of many sizes find room behind each other. It stays when engines are closed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +24,12 @@ from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.prompt_part import TEXT, PromptPart
 from wan22.backends import loading
 from wan22.bundle import Component, Tensor
+from wan22.errors import UserError
+from wan22.memory import available_host_bytes
+from wan22.onnx_file import check_component
 from wan22.shapes import Profile, shape_of, sizes_of
 
+NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "Available memory of", "out of memory")  # in errors of its own
 PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")  # the first comes with onnxruntime-gpu
 ARENA = {
     "max_mem": 0,  # as much as there is
@@ -45,12 +50,14 @@ class OnnxRuntimeEngine:
         providers: tuple[str, ...] = PREFERRED,
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
+        self._folder, self._component = folder, component
         self._path, self._profiles, self._providers = folder / component.graph.path, profiles, providers
         self._halves = [folder / half.path for half in component.halves]
         self._session: Any = None
         self._prompt: PromptPart | None = None
 
     def __enter__(self) -> Self:
+        check_component(self._folder, self._component)
         if self._halves:
             prompt, step = self._halves
             self._prompt, self._session = PromptPart(self._opened(prompt, spin=False)), self._opened(step)
@@ -61,6 +68,7 @@ class OnnxRuntimeEngine:
     def _opened(self, path: Path, *, spin: bool = True) -> Any:
         """A session. Its threads spin for a while after a run, which costs those of a session that runs next."""
         import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # warnings about fusions that did not apply are of no use to a user
@@ -71,8 +79,12 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
         there = onnxruntime.get_available_providers()
         usable = [provider for provider in self._providers if provider in there]
-        with loading(path):
-            return onnxruntime.InferenceSession(path, options, providers=usable)
+        try:
+            with out_of_memory_told(self.name), loading(path):
+                return onnxruntime.InferenceSession(path, options, providers=usable)
+        except (state.InvalidProtobuf, state.InvalidGraph, state.NoSuchFile, state.NotImplemented) as error:
+            found = f"{path} does not load: {error}"
+            raise UserError(found, "a graph that ONNX Runtime loads", "build it again") from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -83,7 +95,13 @@ class OnnxRuntimeEngine:
         check_inputs(self.name, self.inputs, inputs, self._profiles)
         sizes = sizes_of(self.inputs, {key: array.shape for key, array in inputs.items()})
         entering = {key: np.ascontiguousarray(array) for key, array in inputs.items()}  # alive until the run is over
-        results = tuple(_room(tensor, shape_of(tensor, sizes), entering) for tensor in self.outputs)
+        with out_of_memory_told(self.name):
+            results = tuple(_room(tensor, shape_of(tensor, sizes), entering) for tensor in self.outputs)
+            self._run(entering, results)
+        return results[0] if len(results) == 1 else results
+
+    def _run(self, entering: dict[str, np.ndarray], results: Sequence[np.ndarray]) -> None:
+        """Outputs go into ``results``; the text leaves ``entering`` where a prompt's part is computed apart."""
         binding = self._session.io_binding()
         if self._prompt is not None:
             for key, value in self._prompt(entering.pop(TEXT)).items():
@@ -93,7 +111,19 @@ class OnnxRuntimeEngine:
         for tensor, array in zip(self.outputs, results, strict=True):
             binding.bind_output(tensor.name, *_place(array))
         self._session.run_with_iobinding(binding)
-        return results[0] if len(results) == 1 else results
+
+
+@contextmanager
+def out_of_memory_told(name: str) -> Iterator[None]:
+    """Turns an allocation that failed, numpy's or ONNX Runtime's, into a UserError."""
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's classes say nothing about memory; its text does
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
+            raise
+        found = f"out of memory in {name}: {available_host_bytes() / 2**30:.1f} GiB available"
+        remedy = "use --residency one-component, a smaller --size or fewer --frames"
+        raise UserError(found, "more free memory", remedy) from None
 
 
 @cache

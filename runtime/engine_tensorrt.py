@@ -8,7 +8,8 @@ to the next call (outputs ``next_...``) stays on the device, so the VAE's gigaby
 """
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,11 +17,14 @@ from typing import Any, Self
 import numpy as np
 
 from runtime.built_for import check_build, check_plan
+from runtime.cuda_graph import RecordedCalls
 from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.external_weights import ExternalWeights, HostCopies
-from wan22.backends import MODULES, imported
+from wan22.backends import MODULES, require_module
 from wan22.bundle import Component, Manifest, Tensor
 from wan22.errors import UserError
+from wan22.quantities import human_bytes
+from wan22.residency import VRAM_RESERVED
 from wan22.shapes import Profile, is_static, own_profiles, shape_of, sizes_of
 
 TO_RUN = "it to run these engines"
@@ -36,6 +40,7 @@ class Device:
         self.runtime = trt.Runtime(self.logger)
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._arena: Any = None
+        self._last_user: object = None
         self.host_copies = HostCopies(cupy)
         self._shared_plans: dict[Path, Any] = {}
 
@@ -47,7 +52,7 @@ class Device:
             UserError: TensorRT or CuPy missing, no GPU, or engines that were built for another machine.
         """
         backend = manifest.build.backend if manifest.build else "tensorrt"
-        trt, cupy = imported(MODULES[backend], backend, TO_RUN), imported("cupy", "cupy-cuda13x", TO_RUN)
+        trt, cupy = require_module(MODULES[backend], backend, TO_RUN), require_module("cupy", "cupy-cuda13x", TO_RUN)
         try:
             capability = cupy.cuda.Device().compute_capability  # "89"
         except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -74,8 +79,8 @@ class Device:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
             engine = self.runtime.deserialize_cuda_engine(content)
         if engine is None:
-            size = path.stat().st_size / 2**30
-            raise self.out_of_memory(f"{path.name} ({size:.1f} GiB), or it is damaged")
+            size = human_bytes(path.stat().st_size, 1)
+            raise self.out_of_memory(f"{path.name} ({size}), or it is damaged")
         if shared:
             self._shared_plans[path] = engine
         return engine
@@ -91,7 +96,7 @@ class Device:
             try:
                 self._arena = self.cupy.cuda.alloc(size_bytes)
             except self.cupy.cuda.memory.OutOfMemoryError:
-                raise self.out_of_memory(f"{size_bytes / 2**30:.1f} GiB of scratch memory") from None
+                raise self.out_of_memory(f"{human_bytes(size_bytes, 1)} of scratch memory") from None
         return int(self._arena.ptr)
 
     def release(self) -> None:
@@ -100,10 +105,22 @@ class Device:
         self._arena = None
         self.cupy.get_default_memory_pool().free_all_blocks()
 
+    def used_by(self, engine: object) -> None:
+        """What CuPy keeps in reserve of the engine that ran before goes back to the GPU when another runs."""
+        if self._last_user is not engine:
+            self.cupy.get_default_memory_pool().free_all_blocks()
+            self._last_user = engine
+
+    def available_bytes(self) -> float:
+        """Memory that engines may take: what is free, less what drivers and fragmentation keep of a card."""
+        free, total = self.cupy.cuda.runtime.memGetInfo()
+        return float(min(free, total * (1 - VRAM_RESERVED)))
+
     def out_of_memory(self, wanted: str) -> UserError:
         free, total = self.cupy.cuda.runtime.memGetInfo()
-        there = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB"
-        return UserError(f"no room for {wanted}", there, "keep one expert resident, or build for a smaller size")
+        there = f"{human_bytes(free, 1)} free of {human_bytes(total, 1)}"
+        remedy = "use --residency one-component, or a smaller --size"
+        return UserError(f"no room for {wanted}: {there}", "more free memory", remedy)
 
 
 class TensorRTEngine:
@@ -119,7 +136,7 @@ class TensorRTEngine:
         self._engine: Any = None
         self._context: Any = None
         self._profile_in_use = self._scratch = 0
-        self._replay = _Replay(device) if self.replays else None
+        self._replay = RecordedCalls(device.stream) if self.replays else None
 
     @property
     def replays(self) -> bool:
@@ -147,7 +164,7 @@ class TensorRTEngine:
         try:
             addresses = weights.load(self._device.stream)
         except self._device.cupy.cuda.memory.OutOfMemoryError:
-            found = f"{weights.path.name} ({weights.size_bytes / 2**30:.1f} GiB)"
+            found = f"{weights.path.name} ({human_bytes(weights.size_bytes, 1)})"
             raise self._device.out_of_memory(found) from None
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
@@ -182,7 +199,8 @@ class TensorRTEngine:
         """
         index = check_inputs(self.name, self.inputs, inputs, self._profiles)
         sizes = sizes_of(self.inputs, {name: array.shape for name, array in inputs.items()})
-        with self._device.stream:
+        self._device.used_by(self)
+        with self._device.stream, self._out_of_memory_told():
             self._use_profile(index)
             arrays = self._placed(inputs) | self._made(output_shapes(self.outputs, sizes))
             self._bind(arrays)
@@ -191,6 +209,17 @@ class TensorRTEngine:
             results = tuple(self._delivered(tensor, arrays[tensor.name], on_device) for tensor in self.outputs)
             self._device.stream.synchronize()
         return results[0] if len(results) == 1 else results
+
+    @contextmanager
+    def _out_of_memory_told(self) -> Iterator[None]:
+        try:
+            yield
+        except self._device.cupy.cuda.memory.OutOfMemoryError:
+            raise self._device.out_of_memory(f"inputs and outputs of {self.name}") from None
+        except self._device.cupy.cuda.runtime.CUDARuntimeError as error:
+            if "MemoryAllocation" not in str(error):
+                raise
+            raise self._device.out_of_memory(f"a call of {self.name}") from None
 
     def _asks_for_device(self, inputs: Mapping[str, np.ndarray]) -> bool:
         """Whether an input lies on the device that is not merely state coming back."""
@@ -209,13 +238,13 @@ class TensorRTEngine:
         """The inputs on the device, contiguous; in the places of the recorded call where there is one."""
         cupy = self._device.cupy
         placed = {name: cupy.ascontiguousarray(cupy.asarray(array)) for name, array in inputs.items()}
-        return self._replay.kept("in", placed, copy=True) if self._replay else placed
+        return self._replay.keep("in", placed, copy=True) if self._replay else placed
 
     def _made(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """Room for the outputs."""
         dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
         made = {name: self._device.cupy.empty(shape, dtypes[name]) for name, shape in shapes.items()}
-        return self._replay.kept("out", made, copy=False) if self._replay else made
+        return self._replay.keep("out", made, copy=False) if self._replay else made
 
     def _bind(self, arrays: Mapping[str, Any]) -> None:
         context = self._context
@@ -244,44 +273,6 @@ class TensorRTEngine:
         if not on_device:
             return array.get(stream=self._device.stream)
         return array.copy() if self._replay else array
-
-
-class _Replay:
-    """A call recorded as a CUDA graph: the same kernels on the same addresses, launched as one."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._arrays: dict[tuple[Any, ...], Any] = {}
-        self._graphs: dict[tuple[int, ...], Any] = {}
-
-    def kept(self, side: str, arrays: Mapping[str, Any], *, copy: bool) -> dict[str, Any]:
-        """``arrays`` at the addresses that earlier calls used for these names and shapes."""
-        found = {}
-        for name, array in arrays.items():
-            key = (side, name, tuple(array.shape))
-            if key not in self._arrays:
-                self._arrays[key] = array.copy() if copy else array
-            elif copy:
-                self._arrays[key][...] = array
-            found[name] = self._arrays[key]
-        return found
-
-    def run(self, key: tuple[int, ...], enqueue: Any) -> None:
-        """The first call of a kind just runs (kernels load), the second is recorded, later ones are replayed."""
-        stream = self._device.stream
-        if key not in self._graphs:
-            enqueue()
-            self._graphs[key] = None
-            return
-        if self._graphs[key] is None:
-            stream.begin_capture()
-            enqueue()
-            self._graphs[key] = stream.end_capture()
-        self._graphs[key].launch(stream)
-
-    def forget(self) -> None:
-        self._arrays.clear()
-        self._graphs.clear()
 
 
 def output_shapes(outputs: Sequence[Tensor], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -1,21 +1,25 @@
 """What a user asks a pipeline for, and its completion with the model's defaults."""
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from PIL import Image
 
+from runtime.arrays import F32
 from runtime.image import open_image
 from runtime.image_condition import Fit, video_size
+from runtime.noise import standard_normal
 from runtime.schedule import Schedule, make_schedule
 from wan22.errors import UserError, warn_once
+from wan22.quantities import counted
+from wan22.residency import Video
 from wan22.sampling import NEGATIVE_PROMPT, PRESETS, Convention, SamplingSpec, SolverName
 from wan22.specs import ModelSpec
 
 T = TypeVar("T")
-Shape = tuple[int, int, int]  # width, height in pixels, frames
+MOST_GUIDANCE = 100
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Request:
     exact_official: bool = False  # the official rounding of sizes, float errors included
     # sampling
     seed: int = 0
+    noise: F32 | None = field(default=None, compare=False)  # [z, T, h, w] or [1, z, T, h, w]; instead of the seed's
     preset: str | None = None  # of wan22.sampling.PRESETS
     boundary: float | None = None  # share of the timesteps above which the high-noise expert works
     steps: int | None = None
@@ -43,22 +48,21 @@ class Request:
     solver: SolverName | None = None
     schedule: Convention | None = None
 
-    def shape(self, spec: ModelSpec, fixed: Shape | None = None) -> Shape:
-        """The size that is asked for, before an image gives it its shape, and the frames; defaults from ``fixed``."""
-        width, height, frames = fixed or (*spec.sampling.sizes[0], spec.sampling.frames)
+    def shape(self, spec: ModelSpec, usual: Video | None = None) -> Video:
+        """The size that is asked for, before an image gives it its shape, and the frames; defaults from ``usual``."""
+        width, height, frames = usual or (*spec.sampling.sizes[0], spec.sampling.frames)
         return (*(self.size or (width, height)), _or(self.frames, frames))
 
-    def completed(self, spec: ModelSpec, fixed: Shape | None = None) -> "CompleteRequest":
+    def completed(self, spec: ModelSpec, usual: Video | None = None) -> "CompleteRequest":
         """The request with images opened and every default filled in.
 
         Args:
             spec: of the model, whose defaults these are.
-            fixed: the only video that the engines make, where their shapes are fixed.
+            usual: the video where the request states none, see :func:`runtime.built_for.completed`.
 
         Raises:
             UserError: no prompt, an image where none belongs or none where one does, a size, frames, guidance, boundary
-                or preset that the model cannot have, another video than ``fixed``, steps and a shift that make no
-                schedule.
+                or preset that the model cannot have, steps and a shift that make no schedule.
         """
         if self.prompt is None:
             raise UserError("no prompt", "some text", "describe a video")
@@ -67,15 +71,11 @@ class Request:
                 raise UserError(f"prompt {text!r}", "text that UTF-8 can hold", "write it in UTF-8")
         sampling = (spec if self.preset is None else spec.with_preset(self.preset)).sampling
         image = self._image(spec)
-        width, height, frames = self.shape(spec, fixed)
+        width, height, frames = self.shape(spec, usual)
+        asked_size = (width, height)
         if image is not None:
-            size = (width, height)
-            width, height = video_size(spec, image.size, size, self.fit, exact_official=self.exact_official)
+            width, height = video_size(spec, image.size, asked_size, self.fit, exact_official=self.exact_official)
         latent_shape = spec.latent_shape(width, height, frames)
-        if fixed and fixed != (width, height, frames):
-            found, expected = ("{}x{}, {} frames".format(*shape) for shape in ((width, height, frames), fixed))
-            remedy = "leave --size and --frames out; with an image try --fit crop"
-            raise UserError(f"a video of {found}", f"{expected}, which the engines are made for", remedy)
         complete = CompleteRequest(
             prompt=self.prompt,
             negative_prompt=_or(self.negative_prompt, _or(sampling.negative_prompt, NEGATIVE_PROMPT)),
@@ -87,6 +87,7 @@ class Request:
             last_image=None if self.last_image is None else open_image(self.last_image),
             fit=self.fit,
             seed=self.seed,
+            noise=self._noise(latent_shape),
             steps=_or(self.steps, sampling.steps),
             shift=_or(self.shift, sampling.shift),
             guidance=self._guidance(spec, sampling),
@@ -95,10 +96,21 @@ class Request:
             sigmas=self._sigmas(sampling),
             boundary=self._boundary(spec),
             switch_step=self._switch_step(sampling),
+            asked=replace(self, size=asked_size),
         )
         complete.noise_schedule()  # refused now, not later
         _warn_beyond_distillation(spec, complete)
         return complete
+
+    def _noise(self, latent_shape: tuple[int, ...]) -> F32 | None:
+        if self.noise is None:
+            return None
+        if self.noise.shape not in (latent_shape, latent_shape[1:]):
+            found = f"noise of shape {list(self.noise.shape)}"
+            raise UserError(found, f"{list(latent_shape)}, the latents", "choose the --size and --frames of the noise")
+        if not np.isfinite(self.noise).all():
+            raise UserError("noise with NaN or infinity", "finite numbers", "save it again")
+        return self.noise.astype(np.float32).reshape(latent_shape)
 
     def _sigmas(self, sampling: SamplingSpec) -> tuple[float, ...]:
         for option, value in (("steps", self.steps), ("shift", self.shift)):
@@ -136,8 +148,9 @@ class Request:
         for name, value in given.items():
             if name not in spec.experts:
                 raise UserError(f"guidance for {name!r}", f"one of {', '.join(spec.experts)}", "name an expert")
-            if not math.isfinite(value) or value < 0:
-                raise UserError(f"guidance {value} for {name}", "a finite number, at least 0", "1 means no guidance")
+            if not 0 <= value <= MOST_GUIDANCE:
+                expected = f"a finite number from 0 to {MOST_GUIDANCE}"
+                raise UserError(f"guidance {value} for {name}", expected, "the models use 3 to 5; 1 means no guidance")
         return {**sampling.guidance, **given}
 
 
@@ -150,7 +163,7 @@ def _warn_beyond_distillation(spec: ModelSpec, complete: "CompleteRequest") -> N
     preset = PRESETS.get(own.preset)  # None: of a bundle by a later version
     if preset and preset.distilled and (complete.steps > own.steps or complete.guided):
         guided = " with guidance" if complete.guided else ""
-        what = f"{complete.steps} steps{guided} on a checkpoint that is distilled for {own.preset}"
+        what = f"{counted(complete.steps, 'step')}{guided} on a checkpoint that is distilled for {own.preset}"
         warn_once(f"{what} ({own.steps} steps, no guidance): the video will be poor")
 
 
@@ -173,18 +186,29 @@ class CompleteRequest:
     guidance: dict[str, float]
     solver: SolverName
     schedule: Convention
+    noise: F32 | None = field(default=None, compare=False)  # of latent_shape; None: the seed's
     sigmas: tuple[float, ...] = ()  # noise levels; instead of those of steps and shift
     boundary: float | None = None  # asked for; None: the model's
     switch_step: int | None = None  # first step of the low-noise expert; instead of the boundary
+
+    asked: Request = field(default_factory=Request, compare=False)  # what this completes, with its size
 
     def noise_schedule(self) -> Schedule:
         """Raises UserError for settings that make none."""
         return make_schedule(self.solver, self.steps, self.shift, self.schedule, self.sigmas)
 
+    def initial_noise(self) -> F32:
+        """Float32 of ``latent_shape``: what was given, or else what torch's CPU generator draws for the seed."""
+        return standard_normal(self.latent_shape, self.seed) if self.noise is None else self.noise
+
     def switched(self, spec: ModelSpec) -> ModelSpec:
         """``spec`` with the switch of experts of this request."""
         boundary = _or(self.boundary, spec.sampling.boundary)
         return replace(spec, sampling=replace(spec.sampling, boundary=boundary, switch_step=self.switch_step))
+
+    @property
+    def video(self) -> Video:
+        return self.width, self.height, self.frames
 
     @property
     def guided(self) -> bool:

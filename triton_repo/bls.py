@@ -60,5 +60,5 @@ def _copy(response: Any, name: str) -> np.ndarray:
 def _failure(model: str, message: str) -> Exception:
     """What a refused call means: a server that was told to stop is no bug."""
     if STOPPING in message:
-        return OutOfTimeError("the server is stopping, not ready for more")
+        return OutOfTimeError("the server is stopping, not ready for more", "UNAVAILABLE")
     return RuntimeError(f"{model}: {message}")

@@ -1,49 +1,34 @@
 """A client of the served model: one gRPC stream per job, progress as it comes, the video at the end. No torch.
 
 A stream is always read to its end, also after an error: some releases of the server leak the request otherwise, and
-then never unload the model. Giving up (Ctrl-C, a deadline) cancels the stream, which the model sees before its next
-engine call, or never starts if it waited in the queue.
+then never unload the model. Giving up (``Job.cancel``, Ctrl-C, a deadline) cancels the stream, which the model sees
+before its next engine call; a job that waited in the queue never starts.
 """
 
 import json
 import math
 import queue
+import threading
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import numpy as np
-
-from triton_repo.schema import INPUTS_BY_NAME, NUMPY
-from wan22.errors import UserError
+from runtime.request import Request
+from triton_repo.client_errors import PORT, JobError, address_of, job_error, status_of
+from triton_repo.schema import Setting
+from triton_repo.wire import content_of, input_tensors, inputs_of
 
 Event = dict[str, Any]
 OnProgress = Callable[[Event], None]
-Status = Literal["INVALID_ARGUMENT", "UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL"]
-Setting = str | int | float | bool | bytes
-WIRE_NAMES = {"STRING": "BYTES"}  # the protocol has its own word
 GRACE_S = 2.0  # beyond the deadline: the server answers first if it can
-MICROSECONDS = 1_000_000
+CONNECT_S = 10.0
+SLICE_S = 3600.0  # of a wait, because a queue that waits for ever cannot be interrupted everywhere
 KEEPALIVE_MS = 330_000  # servers take pings more often than every five minutes for an attack
-
-
-class JobError(Exception):
-    """The server did not make the video; ``status`` says what kind of no it was."""
-
-    def __init__(self, status: Status, message: str) -> None:
-        super().__init__(message)
-        self.status: Status = status
-
-    def as_user_error(self) -> UserError:
-        parts = str(self).split(" | expected ")
-        if len(parts) == 2 and " | " in parts[1]:
-            return UserError(parts[0], *parts[1].split(" | ", 1))
-        remedy = {"INVALID_ARGUMENT": "ask for something else", "INTERNAL": "see the server's log"}
-        return UserError(str(self), "a video", remedy.get(self.status, "try again later"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,19 +42,19 @@ class Result:
 
 
 class WanClient:
-    """A connection to a server; a context manager. Jobs of one client run one after the other.
+    """A server to send jobs to; a context manager that cancels, at its end, the jobs that still run.
 
     Args:
-        url: host and port of the server's gRPC endpoint.
+        url: host and port of the server's gRPC endpoint; port 8001 unless given.
         model: the name it is served under.
+
+    Raises:
+        UserError: an address that is none.
     """
 
-    def __init__(self, url: str, model: str = "wan22") -> None:
-        from tritonclient import grpc
-
-        alive = grpc.KeepAliveOptions(keepalive_time_ms=KEEPALIVE_MS, keepalive_permit_without_calls=False)
-        self.url, self.model = url.removeprefix("grpc://"), model
-        self._client = grpc.InferenceServerClient(self.url, keepalive_options=alive)
+    def __init__(self, url: str = "localhost", model: str = "wan22") -> None:
+        self.url, self.model = address_of(url), model
+        self._jobs: set[Job] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +65,30 @@ class WanClient:
         self.close()
 
     def close(self) -> None:
-        self._client.close()
+        for job in tuple(self._jobs):
+            job.cancel()
+
+    def submit(
+        self,
+        request: Request | Mapping[str, Setting | None],
+        *,
+        deadline_s: float = math.inf,
+        priority: Literal[1, 2] = 2,
+    ) -> "Job":
+        """Sends a job and returns at once; jobs of one client wait and run beside each other.
+
+        Args:
+            request: the video, or the inputs of ``schema.INPUTS`` by name; None leaves one to the model.
+            deadline_s: from now on; the job is given up then, whether it waits or runs.
+            priority: 1 goes before 2.
+
+        Raises:
+            UserError: a setting that no model has, or an image file that cannot be read.
+        """
+        given = inputs_of(request) if isinstance(request, Request) else dict(request)
+        job = Job(self.url, self.model, given, deadline_s, priority, self._jobs.discard)
+        self._jobs.add(job)
+        return job
 
     def generate(
         self,
@@ -92,132 +100,170 @@ class WanClient:
         priority: Literal[1, 2] = 2,
         **settings: Setting | None,
     ) -> Result:
-        """The video of ``prompt``.
+        """The video of ``prompt``: :meth:`submit`, the events, the result.
 
         Args:
             prompt: what it shows.
             image: to start from: encoded JPEG, PNG or WebP, or the file that holds it.
             on_progress: called with every event of the server, as it comes; what it raises cancels the job.
-            deadline_s: from now on; the job is given up then, whether it waits or runs.
-            priority: 1 goes before 2.
+            deadline_s: see :meth:`submit`.
+            priority: see :meth:`submit`.
             settings: any other input of ``schema.INPUTS``; None leaves it to the model.
 
         Raises:
             JobError: the server refused, failed or could not be reached, or the deadline passed.
-            UserError: a setting that no model has, or an image file that cannot be read.
+            UserError: see :meth:`submit`.
         """
         given = {"prompt": prompt, "image": content_of(image), **settings}
-        options: dict[str, Any] = {"priority": priority}
-        if math.isfinite(deadline_s):
-            given["deadline_unix_ms"] = int((time.time() + deadline_s) * 1000)
-            options["timeout"] = int(deadline_s * MICROSECONDS)
-        job = _Stream(self._client, deadline_s + GRACE_S)
-        return job.run(self.model, _inputs(given), options, on_progress or (lambda _event: None))
+        with self.submit(given, deadline_s=deadline_s, priority=priority) as job:
+            for event in job.events():
+                if on_progress is not None:
+                    on_progress(event)
+            return job.result()
 
 
-class _Stream:
-    """One job on one stream."""
+class Job:
+    """A job on a server: follow it with :meth:`events`, end it with :meth:`cancel`, wait for it with :meth:`result`.
 
-    def __init__(self, client: Any, within_s: float) -> None:
-        self._client, self._give_up = client, time.monotonic() + within_s
-        self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-        self._over = False  # the server has said its last word
+    One thread follows a job; any may cancel it. As a context manager it is cancelled at the end unless it is over.
 
-    def run(self, model: str, inputs: list[Any], options: Mapping[str, Any], on_progress: OnProgress) -> Result:
+    Attributes:
+        id: the name of the job in the server's log and in its first event.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        settings: Mapping[str, Setting | None],
+        deadline_s: float,
+        priority: int,
+        closed: "Callable[[Job], None]",
+    ) -> None:
+        from tritonclient import grpc
         from tritonclient.utils import InferenceServerException
 
+        self.id, self.url, self.model = uuid.uuid4().hex, url, model
+        self._deadline, self._closed = time.monotonic() + deadline_s, closed
+        self._answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        self._result: Result | None = None
+        self._error: JobError | None = None
+        self._cancelled, self._is_open, self._lock = False, True, threading.Lock()
+        options: dict[str, Any] = {"priority": priority, "request_id": self.id}
+        limit: dict[str, Setting | None] = {}
+        if math.isfinite(deadline_s):
+            limit["deadline_ms"] = max(1, int(deadline_s * 1000))
+            options["timeout"] = max(1, int(deadline_s * 1_000_000))
+        inputs = input_tensors({**limit, **settings, "errors_as_events": True})
+        alive = grpc.KeepAliveOptions(keepalive_time_ms=KEEPALIVE_MS, keepalive_permit_without_calls=False)
+        self._client = grpc.InferenceServerClient(url, keepalive_options=alive)
         # tritonclient calls with the keywords ``result`` and ``error``; other names would fail in its thread, unheard
-        self._client.start_stream(callback=lambda result, error: self._answers.put((result, error)))
-        try:
-            # a connection that has failed already refuses here, and has told why to the callback
-            with suppress(InferenceServerException):
-                self._client.async_stream_infer(model, inputs, enable_empty_final_response=True, **options)
-            return self._read(on_progress)
-        finally:
-            self._client.stop_stream(cancel_requests=not self._over)
+        self._client.start_stream(
+            callback=lambda result, error: self._answers.put((result, error)), headers={"triton_grpc_error": "true"}
+        )
+        # a connection that has failed already refuses here, and has told why to the callback
+        with suppress(InferenceServerException):
+            self._client.async_stream_infer(model, inputs, enable_empty_final_response=True, **options)
 
-    def _read(self, on_progress: OnProgress) -> Result:
-        last: Result | None = None
-        while True:
-            result, error = self._next()
-            if error is not None:
-                self._over = True
-                raise _job_error(error)
-            event = result.as_numpy("event")
-            if event is not None:
-                last = Result(result.as_numpy("video").tobytes(), json.loads(event[0]))
-                on_progress({**last.event, "preview": result.as_numpy("preview").tobytes()})
-            if result.get_response().parameters["triton_final_response"].bool_param:
-                self._over = True
-                break
-        if last is None or last.event["phase"] != "done":
-            raise JobError("INTERNAL", "the server ended the stream without a video")
-        return last
+    def __enter__(self) -> Self:
+        return self
 
-    def _next(self) -> tuple[Any, Any]:
-        left = self._give_up - time.monotonic()
-        try:
-            # in slices, because a queue that waits for ever cannot be interrupted everywhere
-            return self._answers.get(timeout=min(max(left, 0), 3600))
-        except queue.Empty:
-            if left > 3600:
-                return self._next()
-            raise JobError("DEADLINE_EXCEEDED", "no video before the deadline; the job is cancelled") from None
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close(cancel=True)
 
+    def events(self) -> Iterator[Event]:
+        """Every event that nobody has read yet, as it comes; the last one has the phase ``done``.
 
-def content_of(image: bytes | Path | None) -> bytes | None:
-    if not isinstance(image, Path):
-        return image
-    try:
-        return image.read_bytes()
-    except OSError as error:
-        raise UserError(f"{image}: {error.strerror}", "a readable image", "name an image file") from None
+        Raises:
+            JobError: the server refused, failed or could not be reached, the deadline passed, or :meth:`cancel`.
+        """
+        while self._result is None:
+            if self._error is not None:
+                raise self._error
+            try:
+                event = self._next()
+            except JobError as error:
+                self._error = error
+            except BaseException:
+                self._close(cancel=True)
+                raise
+            else:
+                if event is not None:
+                    yield event
 
+    def result(self) -> Result:
+        """Waits for the end.
 
-def _inputs(given: Mapping[str, Setting | None]) -> list[Any]:
-    from tritonclient import grpc
+        Raises:
+            JobError: see :meth:`events`.
+        """
+        for _ in self.events():
+            pass
+        assert self._result is not None
+        return self._result
 
-    inputs = []
-    for name, value in given.items():
-        if name not in INPUTS_BY_NAME:
-            raise UserError(f"setting {name!r}", f"one of {', '.join(INPUTS_BY_NAME)}", "name one of them")
-        if value is not None:
-            array = _array(name, value)
-            dtype = INPUTS_BY_NAME[name].dtype
-            tensor = grpc.InferInput(name, list(array.shape), WIRE_NAMES.get(dtype, dtype))
-            tensor.set_data_from_numpy(array)
-            inputs.append(tensor)
-    return inputs
+    def cancel(self) -> None:
+        """Ends the job, whether it waits or runs; does nothing when it is over. Returns when the server knows."""
+        self._cancelled = True
+        self._close(cancel=True)
 
+    def _next(self) -> Event | None:
+        """The next event; None for an answer that brings none."""
+        result, error = self._answer()
+        if error is not None:
+            self._close(cancel=False)
+            raise self._failed(error)
+        is_last = result.get_response().parameters["triton_final_response"].bool_param
+        if is_last:
+            self._close(cancel=False)
+        content = result.as_numpy("event")
+        event: Event = {} if content is None else json.loads(content[0])
+        phase = event.get("phase")
+        if phase == "failed":
+            raise job_error(event["code"], event["found"], event["expected"], event["remedy"])
+        if phase == "done":
+            self._result = Result(result.as_numpy("video").tobytes(), event)
+        elif is_last:
+            raise job_error("INTERNAL", "the server ended the stream without a video")
+        return event and {**event, "preview": result.as_numpy("preview").tobytes()}
 
-def _array(name: str, value: Setting) -> np.ndarray:
-    dtype = INPUTS_BY_NAME[name].dtype
-    if dtype == "UINT8":
-        return np.frombuffer(value, np.uint8) if isinstance(value, bytes) else np.asarray(value, np.uint8)
-    if isinstance(value, str):
-        value = value.encode("utf-8", "surrogatepass")
-    try:
-        return np.array([value], NUMPY[dtype])
-    except (OverflowError, ValueError, TypeError):
-        raise UserError(f"{name} {value!r}", f"a number that fits {dtype}", "choose another") from None
+    def _answer(self) -> tuple[Any, Any]:
+        while (left := self._deadline + GRACE_S - time.monotonic()) > 0:
+            with suppress(queue.Empty):
+                return self._answers.get(timeout=min(left, SLICE_S))
+        self._close(cancel=True)
+        raise job_error("DEADLINE_EXCEEDED", "no video before the deadline; the job is cancelled")
 
+    def _close(self, *, cancel: bool) -> None:
+        """Ends the stream, once; the server sees a cancellation, or else is heard to its last word."""
+        with self._lock:
+            if self._is_open:
+                self._is_open = False
+                self._client.stop_stream(cancel_requests=cancel)
+                self._client.close()
+        self._closed(self)
 
-def _job_error(error: Any) -> JobError:
-    """Streams carry no status code for a single request, only text, so the server's own words decide."""
-    message = str(error.message()).removeprefix("[request id: <id_unknown>] ").strip()
-    return JobError(_status(message), message)
+    def _failed(self, error: Any) -> JobError:
+        """What an error of Triton itself or of the connection means; errors of the model are events."""
+        found = str(error.message()).removeprefix(f"[request id: {self.id}] ").strip()
+        status = status_of(error.status(), found)
+        if self._cancelled or status == "CANCELLED":
+            return job_error("CANCELLED", "the job was cancelled")
+        if status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") and time.monotonic() > self._deadline:
+            return job_error("DEADLINE_EXCEEDED", "no video before the deadline; the job is cancelled")
+        if error.status() is not None and status != "INVALID_ARGUMENT" and not self._server_answers():
+            found, expected = f"no answer from {self.url}", f"a server's gRPC port ({PORT} by default)"
+            return job_error("UNAVAILABLE", found, expected, "is a server running? start one with wan-trt serve")
+        if status == "NOT_FOUND":
+            return job_error(status, found, "a model of this server", "name another with --model")
+        return job_error(status, found)
 
+    def _server_answers(self) -> bool:
+        from tritonclient import grpc
+        from tritonclient.utils import InferenceServerException
 
-def _status(message: str) -> Status:
-    lower = message.lower()
-    if "cancel" in lower and "|" not in message:
-        return "CANCELLED"
-    known: tuple[tuple[Status, tuple[str, ...]], ...] = (
-        ("DEADLINE_EXCEEDED", ("deadline of the request", "timeout expired")),
-        ("UNAVAILABLE", ("exceeds maximum queue size", "failed to connect", "connection refused", "not ready")),
-        ("INTERNAL", ("not healthy", "see the server's log", "stub process")),
-    )
-    for status, words in known:
-        if any(word in lower for word in words):
-            return status
-    return "INVALID_ARGUMENT" if "|" in message or "input" in lower else "INTERNAL"
+        with grpc.InferenceServerClient(self.url) as client, suppress(InferenceServerException):
+            return bool(client.is_server_live(client_timeout=CONNECT_S))
+        return False

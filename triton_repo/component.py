@@ -11,6 +11,7 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from triton_repo.loading import trusted_bundle
+from triton_repo.model_status import StatusFile, end_with_server
 from triton_repo.settings import Settings
 from wan22.errors import UserError
 
@@ -19,11 +20,14 @@ class ComponentModel:
     """Runs the component that its parameters name, one request after the other."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        end_with_server()
+        status = StatusFile(args["model_name"])
         parameters = json.loads(args["model_config"])["parameters"]
         try:
             settings = Settings.read({key: value["string_value"] for key, value in parameters.items()})
             bundle = trusted_bundle(settings)
         except UserError as error:
+            status.failed(error.found, error.expected, error.remedy)
             raise pb_utils.TritonModelException(str(error)) from None
         self.engine = OnnxRuntimeEngine(bundle.folder, bundle.component(settings.component))
         self.engine.__enter__()

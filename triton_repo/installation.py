@@ -40,7 +40,7 @@ def find_installation(environments: Sequence[Path], binary: Path | None = None) 
     Raises:
         UserError: none of them is there.
     """
-    on_path = shutil.which("tritonserver")
+    on_path = shutil.which("tritonserver", path=_absolute_folders(os.environ.get("PATH", os.defpath)))
     for candidate in (binary, CONTAINER_BINARY, Path(on_path) if on_path else None):
         if candidate is not None and candidate.is_file():
             return Installation(candidate.resolve())
@@ -52,6 +52,11 @@ def find_installation(environments: Sequence[Path], binary: Path | None = None) 
     raise UserError(
         "no tritonserver", "a Triton container, one on PATH, or the nvidia-pytriton wheel", "run make triton"
     )
+
+
+def _absolute_folders(path: str) -> str:
+    """``path`` without relative folders, such as the working folder, where anybody may have left a program."""
+    return os.pathsep.join(folder for folder in path.split(os.pathsep) if Path(folder).is_absolute())
 
 
 def _from_wheel(environment: Path, folder: Path) -> Installation:
@@ -78,9 +83,9 @@ def backend_folder(installation: Installation) -> Iterator[Path | None]:
 
 def stub_environment(installation: Installation, outer: Mapping[str, str]) -> dict[str, str]:
     """``outer`` with the models' Python first: the stub takes its packages from the first ``python3`` on PATH."""
-    inner = dict(outer)
+    inner = {**outer, "PATH": _absolute_folders(outer.get("PATH", os.defpath))}
     if installation.environment is not None:
-        inner["PATH"] = f"{installation.environment / 'bin'}{os.pathsep}{outer.get('PATH', os.defpath)}"
+        inner["PATH"] = f"{installation.environment / 'bin'}{os.pathsep}{inner['PATH']}"
         libraries = _library_folder(installation.environment)
         inner["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (libraries, outer.get("LD_LIBRARY_PATH"))))
     return inner
@@ -95,5 +100,8 @@ def _library_folder(environment: Path) -> str:
 
 
 def default_environments() -> tuple[Path, ...]:
-    """Where ``make triton`` puts the wheel, and the environment of this process."""
-    return (Path(".venv-triton"), Path(sys.prefix).parent / ".venv-triton", Path(sys.prefix))
+    """Where ``make triton`` of this checkout puts the wheel, and the environment of this process.
+
+    Never the working folder, where anybody may have left a program.
+    """
+    return (Path(__file__).resolve().parents[1] / ".venv-triton", Path(sys.prefix))

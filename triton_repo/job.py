@@ -6,7 +6,7 @@ Nothing here knows Triton: the answers go to a callable, and so does the questio
 import hashlib
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -17,8 +17,10 @@ from PIL import Image
 
 from runtime.arrays import F32, to_numpy
 from runtime.denoise import Step
+from runtime.recipe import recipe_of
 from runtime.vae import decode
-from runtime.video import encode_video, to_uint8
+from runtime.video import QUALITY, encode_video, to_uint8
+from triton_repo.failure import Code
 from triton_repo.schema import VIDEO_FORMATS
 from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.wanted import Wanted
@@ -33,6 +35,10 @@ class CancelledError(Exception):
 
 class OutOfTimeError(Exception):
     """The deadline passed, the job ran as long as any may, or the server is stopping."""
+
+    def __init__(self, message: str, code: Code = "DEADLINE_EXCEEDED") -> None:
+        super().__init__(message)
+        self.code: Code = code
 
 
 @dataclass(frozen=True)
@@ -61,13 +67,14 @@ class Job:
     is_cancelled: Callable[[], bool]
     longest_s: float
     on_step: Callable[[Step], None]
+    facts: Mapping[str, Any] = field(default_factory=dict)  # for the first event
     _started: float = field(default_factory=time.monotonic)
     _started_unix_ms: int = field(default_factory=lambda: int(time.time() * 1000))
 
     def run(self) -> Answer:
         """Raises CancelledError or OutOfTimeError within an engine call of the cause; else what the pipeline raises."""
         self.pipeline.pause = self._go_on
-        self._tell("start", total=self.wanted.request.steps, **self._shape())
+        self._tell("start", total=self.wanted.request.steps, **self._shape(), **self.facts)
         latents = self._denoise()
         video = self._video(latents)
         digest = hashlib.sha256(to_numpy(latents).tobytes()).hexdigest()
@@ -92,9 +99,10 @@ class Job:
     def _go_on(self) -> None:
         if self.is_cancelled():
             raise CancelledError
-        if time.time() > self.wanted.deadline_unix_s:
+        ran_s = time.monotonic() - self._started
+        if ran_s > self.wanted.deadline_s:
             raise OutOfTimeError("the deadline of the request has passed")
-        if time.monotonic() - self._started > self.longest_s:
+        if ran_s > self.longest_s:
             raise OutOfTimeError(f"the job ran {self.longest_s} s, as long as any may on this server")
 
     def _tell(self, phase: str, step: int = 0, total: int = 0, preview: bytes = b"", **more: Any) -> None:
@@ -129,7 +137,7 @@ class Job:
         if guess is None:
             return b""
         at = 0 if request.image is None else guess.shape[2] // 2
-        (frames,) = decode(self.pipeline.engine("vae_decoder_first"), None, guess[:, :, at : at + 1])
+        (frames,) = decode(self.pipeline.on_call("vae_decoder_first"), None, guess[:, :, at : at + 1])
         picture = io.BytesIO()
         Image.fromarray(to_uint8(frames)[0]).save(picture, "JPEG", quality=PREVIEW_QUALITY)
         return picture.getvalue()
@@ -137,7 +145,8 @@ class Job:
     def _video(self, latents: F32) -> bytes:
         with scratch_folder("job") as folder:
             path = folder / f"video{VIDEO_FORMATS[self.wanted.output_format]}"
-            encode_video(self._told(self.pipeline.decode(latents)), path, self.wanted.fps)
+            recipe = recipe_of(self.wanted.request, self.pipeline.bundle.manifest, self.wanted.fps, QUALITY)
+            encode_video(self._told(self.pipeline.decode(latents)), path, self.wanted.fps, QUALITY, recipe.encoded())
             return path.read_bytes()
 
     def _told(self, chunks: Iterator[F32]) -> Iterator[F32]:

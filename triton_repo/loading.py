@@ -4,6 +4,7 @@ A plan is code. It is loaded only if the manifest is the very one that the repos
 the hash that the manifest states.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.arrays import require_finite
@@ -11,9 +12,9 @@ from runtime.pipeline import NewEngine
 from runtime.request import Request
 from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.settings import Settings
-from wan22.bundle import MANIFEST, Bundle, open_bundle, sha256_of
+from wan22.bundle import MANIFEST, Bundle, Manifest, open_bundle, sha256_of
 from wan22.errors import UserError
-from wan22.specs import ModelSpec
+from wan22.residency import Video
 
 WARM_UP_PROMPT = "warm up"
 
@@ -26,7 +27,7 @@ def load(settings: Settings, new_engine: NewEngine | None = None) -> ServedPipel
         NonFiniteError: the engines compute NaN.
     """
     bundle = trusted_bundle(settings)
-    pipeline = ServedPipeline(bundle, keep_experts=settings.keep_experts, new_engine=new_engine)
+    pipeline = ServedPipeline(bundle, residency=settings.residency, new_engine=new_engine)
     if settings.warm_up:
         warm_up(pipeline)
     return pipeline
@@ -45,23 +46,31 @@ def trusted_bundle(settings: Settings) -> Bundle:
 
 
 def warm_up(pipeline: ServedPipeline) -> None:
-    """Opens every engine and runs one step of the smallest video they take.
+    """Opens every engine and makes the smallest video they take, in which each of them runs.
+
+    The first of two steps is the high-noise expert's and the second the low-noise expert's.
 
     Raises:
         NonFiniteError: they compute NaN or infinity.
     """
     for component in pipeline.spec.components:
         pipeline.engine(component)
-    build = pipeline.bundle.manifest.build
-    width, height, frames = smallest_video(pipeline.spec, build.profiles if build else ())
-    request = Request(WARM_UP_PROMPT, size=(width, height), frames=frames, steps=1, image=_grey(pipeline.spec))
-    (step,) = pipeline.denoise(request.completed(pipeline.spec))
+    spec = pipeline.spec
+    width, height, frames = smallest_video(pipeline.bundle.manifest)
+    image = None if spec.takes.image == "no" else _grey(width, height)
+    request = Request(WARM_UP_PROMPT, size=(width, height), frames=frames, image=image)
+    switch = 1 if len(spec.experts) > 1 else None
+    two_steps = replace(pipeline.complete(request), solver="unipc", steps=2, sigmas=(), switch_step=switch)
+    *_, step = pipeline.denoise(two_steps)
     for shown in pipeline.decode(step.latents):
         require_finite(shown, "decoded frames")
 
 
-def smallest_video(spec: ModelSpec, profiles: tuple[dict[str, tuple[int, int, int]], ...]) -> tuple[int, int, int]:
-    """Width, height and frames of the smallest video that a profile has room for, at least two latent frames."""
+def smallest_video(manifest: Manifest) -> Video:
+    """Width, height and frames of the smallest video that the bundle makes, at least two latent frames if it can."""
+    if manifest.size is not None:
+        return manifest.size
+    spec, profiles = manifest.spec, manifest.build.profiles if manifest.build else ()
     profile = profiles[0] if profiles else {}
     stride, least = spec.vae.spatial_stride, spec.size_multiple
     width, height = (max(least, stride * profile.get(name, (0,))[0]) for name in ("width", "height"))
@@ -69,14 +78,12 @@ def smallest_video(spec: ModelSpec, profiles: tuple[dict[str, tuple[int, int, in
     return width, height, spec.vae.temporal_stride * (latent_frames - 1) + 1
 
 
-def _grey(spec: ModelSpec) -> bytes | None:
-    """An image for models that cannot do without."""
-    if spec.takes.image != "required":
-        return None
+def _grey(width: int, height: int) -> bytes:
+    """An image of that size, for models that take one."""
     from io import BytesIO
 
     from PIL import Image
 
     png = BytesIO()
-    Image.new("RGB", (64, 64), (128, 128, 128)).save(png, "PNG")
+    Image.new("RGB", (width, height), (128, 128, 128)).save(png, "PNG")
     return png.getvalue()

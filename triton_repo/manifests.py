@@ -1,4 +1,4 @@
-"""Kubernetes manifests of a served model: Deployment, Service, KEDA ScaledObject, PodDisruptionBudget.
+"""Kubernetes manifests of a served model: Deployment, Service, autoscaler, disruption budget, network policy, account.
 
 One pod is one GPU and one job at a time, so pods are counted in jobs that run or wait. A job takes minutes, so nothing
 here ends a pod that has work: it says that it is not ready, finishes, and is given the time for that.
@@ -8,12 +8,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from triton_repo.bls_repository import CPU, largest_call_bytes
-from triton_repo.probe import DRAIN_FLAG, IN_FLIGHT, MAX_SILENCE_S, PENDING
-from triton_repo.repository import MARK, RepositoryOptions, Written, is_for_gpu
-from triton_repo.server import EXIT_MARGIN_S, LOAD_S, ServeOptions, arguments
-from wan22.bundle import Bundle
+from triton_repo.pod import PORTS, pod_spec, termination_s
+from triton_repo.probe import IN_FLIGHT, PENDING
+from triton_repo.repository import MARK, RepositoryOptions, Written
+from triton_repo.server import LOAD_S
 from wan22.errors import UserError
 from wan22.files import whole_folder
 
@@ -23,12 +23,8 @@ REASON = (
     "September 2026 (among them CVE-2026-16497 and CVE-2026-47625) and of deadlocks between decoupled and called "
     "models; it also asks the model for its readiness and notices its death"
 )
-REPOSITORY_AT, ENGINES_AT = "/models", "/engines"
-USER = 1000
-PROBE_S, STARTUP_PROBE_S = 20, 10
-ADMIN_KEY = "WAN22_ADMIN_KEY"
-GIBIBYTE = 2**30
-HOST_GIB = 8  # of memory beside engines and /dev/shm: server, CUDA, a decoded video
+GATEWAY = {"app.kubernetes.io/component": "gateway"}  # label of the pods that may send jobs
+NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 Manifest = dict[str, Any]
 
 
@@ -37,8 +33,21 @@ class ClusterOptions:
     """What the cluster calls things."""
 
     image: str = f"wan-trt:{MINIMUM_RELEASE}"  # made FROM that tritonserver, with wan-trt installed
+    namespace: str = "wan22"  # of all objects, and the label by which the autoscaler counts
     max_pods: int = 4
     prometheus: str = "http://prometheus-server.monitoring.svc"
+
+    def __post_init__(self) -> None:
+        if not NAMESPACE.fullmatch(self.namespace):
+            raise UserError(
+                f"namespace {self.namespace!r}", "lower-case letters, digits and -", "choose another --namespace"
+            )
+
+    @property
+    def prometheus_namespace(self) -> str:
+        """The namespace in the address of a service: ``monitoring`` of ``http://prometheus.monitoring.svc:80``."""
+        parts = (urlsplit(self.prometheus).hostname or "").split(".")
+        return parts[1] if len(parts) > 1 else self.namespace
 
 
 def check_image(image: str) -> None:
@@ -67,17 +76,26 @@ def write_manifests(folder: Path, written: Written, options: RepositoryOptions, 
 
 def manifests(written: Written, options: RepositoryOptions, cluster: ClusterOptions) -> list[Manifest]:
     name = options.name.replace("_", "-")
-    return [
-        _object("apps/v1", "Deployment", name, _deployment(name, written, options, cluster)),
-        _object("v1", "Service", name, _service(name)),
-        _object("keda.sh/v1alpha1", "ScaledObject", name, _scaled_object(name, options.name, cluster)),
-        _object("policy/v1", "PodDisruptionBudget", name, {"maxUnavailable": 1, "selector": _selector(name)}),
+    account = {"automountServiceAccountToken": False}
+    made: list[tuple[str, str, Manifest]] = [
+        ("v1", "ServiceAccount", account),
+        ("apps/v1", "Deployment", {"spec": _deployment(name, written, options, cluster)}),
+        ("v1", "Service", {"spec": _service(name)}),
+        ("networking.k8s.io/v1", "NetworkPolicy", {"spec": _network_policy(name, cluster)}),
+        ("keda.sh/v1alpha1", "ScaledObject", {"spec": _scaled_object(name, options.name, cluster)}),
+        ("policy/v1", "PodDisruptionBudget", {"spec": {"maxUnavailable": 1, "selector": _selector(name)}}),
     ]
-
-
-def _object(version: str, kind: str, name: str, spec: Manifest) -> Manifest:
-    metadata = {"name": name, "labels": _labels(name)}
-    return {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": spec}
+    metadata = {"name": name, "namespace": cluster.namespace, "labels": _labels(name)}
+    skipped = {"annotations": {"checkov.io/skip1": "CKV_K8S_11=a limit of processors slows jobs down on an idle node"}}
+    return [
+        {
+            "apiVersion": version,
+            "kind": kind,
+            "metadata": metadata | (skipped if kind == "Deployment" else {}),
+            **content,
+        }
+        for version, kind, content in made
+    ]
 
 
 def _labels(name: str) -> dict[str, str]:
@@ -90,13 +108,32 @@ def _selector(name: str) -> Manifest:
 
 def _service(name: str) -> Manifest:
     """Metrics are not in it: they are scraped from every pod, not through a balancer."""
-    ports = [{"name": "grpc", "port": 8001, "targetPort": "grpc"}, {"name": "http", "port": 8000, "targetPort": "http"}]
+    ports = [{"name": port, "port": PORTS[port], "targetPort": port} for port in ("grpc", "http")]
     return {"selector": _selector(name)["matchLabels"], "ports": ports}
+
+
+def _network_policy(name: str, cluster: ClusterOptions) -> Manifest:
+    """Jobs come from the gateway, questions from Prometheus, and a pod itself calls nobody.
+
+    The probes of the kubelet come from the pod's own node, which no policy keeps out.
+    """
+    prometheus = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": cluster.prometheus_namespace}}}
+
+    def rule(source: Manifest, *ports: str) -> Manifest:
+        return {"from": [source], "ports": [{"protocol": "TCP", "port": port} for port in ports]}
+
+    return {
+        "podSelector": _selector(name),
+        "policyTypes": ["Ingress", "Egress"],
+        "ingress": [rule({"podSelector": {"matchLabels": GATEWAY}}, "grpc", "http"), rule(prometheus, "metrics")],
+        "egress": [],
+    }
 
 
 def _scaled_object(name: str, model: str, cluster: ClusterOptions) -> Manifest:
     """A pod for every job that runs or waits. Triton's other metrics stand still until a job ends."""
-    query = f'sum({IN_FLIGHT}{{model="{model}"}}) + sum({PENDING}{{model="{model}"}})'
+    labels = f'namespace="{cluster.namespace}", model="{model}"'  # of another namespace a job is none of its business
+    query = f"sum({IN_FLIGHT}{{{labels}}}) + sum({PENDING}{{{labels}}})"
     trigger = {"serverAddress": cluster.prometheus, "query": query, "threshold": "1"}
     one_by_one = {
         "stabilizationWindowSeconds": 600,
@@ -116,7 +153,7 @@ def _deployment(name: str, written: Written, options: RepositoryOptions, cluster
     """Without a count of replicas, which is the autoscaler's."""
     annotations = {
         "prometheus.io/scrape": "true",
-        "prometheus.io/port": "8002",
+        "prometheus.io/port": str(PORTS["metrics"]),
         "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
         "wan-trt/image": REASON,
     }
@@ -125,106 +162,5 @@ def _deployment(name: str, written: Written, options: RepositoryOptions, cluster
         "selector": _selector(name),
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
         "progressDeadlineSeconds": LOAD_S + termination_s(written) + 600,
-        "template": {**pod, "spec": _pod(name, written, options, cluster)},
+        "template": {**pod, "spec": pod_spec(name, written, options, cluster.image)},
     }
-
-
-def _pod(name: str, written: Written, options: RepositoryOptions, cluster: ClusterOptions) -> Manifest:
-    shared_memory = f"{shared_memory_gib(written, options)}Gi"
-    return {
-        "terminationGracePeriodSeconds": termination_s(written),
-        "automountServiceAccountToken": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [_container(name, written, options, cluster)],
-        "volumes": [
-            {"name": "repository", "persistentVolumeClaim": {"claimName": f"{name}-repository", "readOnly": True}},
-            {"name": "engines", "persistentVolumeClaim": {"claimName": f"{name}-engines", "readOnly": True}},
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}},
-            {"name": "temporary", "emptyDir": {}},
-        ],
-    }
-
-
-def _container(name: str, written: Written, options: RepositoryOptions, cluster: ClusterOptions) -> Manifest:
-    flag = ["--flag", str(DRAIN_FLAG), "--within-s", str(drain_s(written))]
-    model_ready = {"path": f"/v2/models/{options.name}/ready", "port": "http"}
-    return {
-        "name": "tritonserver",
-        "image": cluster.image,
-        "command": _command(written, options),
-        "env": [{"name": ADMIN_KEY, "valueFrom": {"secretKeyRef": {"name": f"{name}-admin", "key": "key"}}}],
-        "ports": [{"name": n, "containerPort": p} for n, p in (("http", 8000), ("grpc", 8001), ("metrics", 8002))],
-        "startupProbe": {
-            "httpGet": {"path": "/v2/health/ready", "port": "http"},
-            "periodSeconds": STARTUP_PROBE_S,
-            "failureThreshold": LOAD_S // STARTUP_PROBE_S,
-        },
-        "readinessProbe": {"httpGet": model_ready, "periodSeconds": 5, "timeoutSeconds": 6},
-        "livenessProbe": {
-            "exec": {"command": _probe("alive", "--max-silence-s", str(MAX_SILENCE_S))},
-            "periodSeconds": PROBE_S,
-            "timeoutSeconds": PROBE_S // 2,
-            "failureThreshold": 3,
-        },
-        "lifecycle": {"preStop": {"exec": {"command": _probe("drain", *flag)}}},
-        "resources": _resources(written, options),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-        "volumeMounts": [
-            {"name": "repository", "mountPath": REPOSITORY_AT, "readOnly": True},
-            {"name": "engines", "mountPath": options.engines_at or ENGINES_AT, "readOnly": True},
-            {"name": "shared-memory", "mountPath": "/dev/shm"},
-            {"name": "temporary", "mountPath": "/tmp"},
-        ],
-    }
-
-
-def _probe(*words: str) -> list[str]:
-    return ["python3", "-m", "triton_repo.probe", *words]
-
-
-def _command(written: Written, options: RepositoryOptions) -> list[str]:
-    """Kubernetes puts the secret in the place of ``$(...)``."""
-    variant = CPU if options.topology == "bls" and not is_for_gpu(written.bundle) else ""
-    serve = ServeOptions("0.0.0.0", config_name=variant, region_prefix="wan22_")
-    server = ["tritonserver", *arguments(Path(REPOSITORY_AT), written.limits, serve, f"$({ADMIN_KEY})")]
-    return ["python3", "-m", "triton_repo.start", serve.region_prefix, *server]
-
-
-def _resources(written: Written, options: RepositoryOptions) -> Manifest:
-    """An engine is read into memory of the host on its way to the GPU. No limit on it: to exceed one loses the job."""
-    memory_gib = _largest_engine_gib(written.bundle) + shared_memory_gib(written, options) + HOST_GIB
-    resources: Manifest = {"requests": {"cpu": "4", "memory": f"{memory_gib}Gi"}}
-    if is_for_gpu(written.bundle):
-        resources["limits"] = {"nvidia.com/gpu": 1}
-    return resources
-
-
-def _largest_engine_gib(bundle: Bundle) -> int:
-    return -(-max(file.size_bytes for file in bundle.manifest.files().values()) // GIBIBYTE)
-
-
-def shared_memory_gib(written: Written, options: RepositoryOptions) -> int:
-    """Requests and answers; in topology bls also the tensors of engine calls, of which three are alive at most."""
-    answers = 2 * (written.limits.max_image_bytes + written.limits.max_raw_bytes)
-    calls = 3 * largest_call_bytes(written.bundle, written.limits) if options.topology == "bls" else 0
-    return max(2, -(-(answers + calls) // GIBIBYTE))
-
-
-def drain_s(written: Written) -> int:
-    """Until the last job that waits has begun, and has ended."""
-    return written.limits.queue_timeout_s + written.limits.longest_job_s
-
-
-def termination_s(written: Written) -> int:
-    """The drain, then what the server itself waits for."""
-    return drain_s(written) + written.limits.longest_job_s + 2 * EXIT_MARGIN_S

@@ -16,15 +16,21 @@ HEARTBEAT_S = 5.0
 
 
 class Metrics:
-    """All series of one model, from zero on, so that rates and alerts work before the first job."""
+    """All series of one model, from zero on, so that rates and alerts work before the first job.
+
+    Moments are given twice: in Unix time for people, and on the monotonic clock, which all processes of a machine share
+    and which nobody sets, for whoever judges the server by them.
+    """
 
     def __init__(self, new_family: NewFamily, model: str, pipeline: ServedPipeline) -> None:
         self._model, self._pipeline = model, pipeline
         self._families: list[Any] = []  # a family that is collected takes its metrics with it
         self._new_family = new_family
         self.in_flight = self._one("wan22_in_flight", "Jobs running now.", "gauge")
-        self.heartbeat = self._one("wan22_heartbeat_timestamp_seconds", "When the model last gave a sign.", "gauge")
-        self.last_step = self._one("wan22_last_step_timestamp_seconds", "When a job last got on.", "gauge")
+        self.heartbeat = self._moment("wan22_heartbeat", "When the model last gave a sign")
+        self.last_step = self._moment("wan22_last_step", "When a job last got on")
+        self.failures = self._one("wan22_failures_in_a_row", "Failed jobs since one was done.", "gauge")
+        self.failures_in_a_row = 0
         self.steps = self._one("wan22_steps_total", "Denoising steps done.", "counter")
         self.step_seconds = self._one("wan22_step_seconds_total", "Seconds spent in denoising steps.", "counter")
         self.swaps = self._one("wan22_expert_swaps_total", "Experts that made room for the other.", "counter")
@@ -39,6 +45,10 @@ class Metrics:
         self._families.append(family)
         return family.Metric(labels={"model": self._model})
 
+    def _moment(self, name: str, told: str) -> tuple[Any, Any]:
+        unix = self._one(f"{name}_timestamp_seconds", f"{told}, in Unix time.", "gauge")
+        return unix, self._one(f"{name}_monotonic_seconds", f"{told}, on the monotonic clock.", "gauge")
+
     def _each(self, name: str, told: str, label: str, values: tuple[str, ...]) -> dict[str, Any]:
         family = self._new_family(name, told, "counter")
         self._families.append(family)
@@ -51,27 +61,40 @@ class Metrics:
 
     def got_on(self) -> None:
         """Between two of these a job can hang."""
-        self.last_step.set(time.time())
+        _set_now(self.last_step)
+
+    def beat(self) -> None:
+        _set_now(self.heartbeat)
 
     def began(self) -> None:
         self.got_on()
         self.in_flight.set(1)
 
     def ended(self, outcome: Outcome) -> None:
-        self.in_flight.set(0)
+        """Counts the job, and only then takes it out of those in flight."""
         self.requests[outcome].increment(1)
+        if outcome in ("done", "failed"):
+            self.failures_in_a_row = self.failures_in_a_row + 1 if outcome == "failed" else 0
+            self.failures.set(self.failures_in_a_row)
         for stage, metric in self.stages.items():
             seconds = self._pipeline.seconds[stage]
             metric.increment(seconds - self._seen[stage])
             self._seen[stage] = seconds
         self.swaps.increment(self._pipeline.swaps - self._swaps_seen)
         self._swaps_seen = self._pipeline.swaps
+        self.in_flight.set(0)
+
+
+def _set_now(moment: tuple[Any, Any]) -> None:
+    unix, monotonic = moment
+    unix.set(time.time())
+    monotonic.set(time.monotonic())
 
 
 class Heartbeat:
     """A thread that tells the time while its process lives; Triton answers "healthy" long after a model's death."""
 
-    def __init__(self, beat: Callable[[float], None], every_s: float = HEARTBEAT_S) -> None:
+    def __init__(self, beat: Callable[[], None], every_s: float = HEARTBEAT_S) -> None:
         self._beat, self._every_s, self._over = beat, every_s, threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -84,6 +107,6 @@ class Heartbeat:
 
     def _run(self) -> None:
         while True:
-            self._beat(time.time())
+            self._beat()
             if self._over.wait(self._every_s):
                 return

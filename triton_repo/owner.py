@@ -12,31 +12,41 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
+from runtime.request import CompleteRequest
+from triton_repo.failure import Code, Failure
 from triton_repo.job import Answer, CancelledError, Job, OutOfTimeError
 from triton_repo.loading import load
 from triton_repo.metrics import Heartbeat, Kind, Metrics, Outcome
+from triton_repo.model_status import StatusFile, end_with_server
+from triton_repo.probe import MAX_FAILURES
 from triton_repo.served_pipeline import ServedPipeline, go_on
 from triton_repo.settings import Settings
 from triton_repo.wanted import wanted
 from wan22.errors import NonFiniteError, UserError
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-MAX_MESSAGE = 400  # characters of a request that a refusal may repeat
 
 
 class Owner:
     """Triton calls ``initialize`` once, ``execute`` with requests, ``finalize`` at the end."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        end_with_server()
+        self.status = StatusFile(args["model_name"])
         config = json.loads(args["model_config"])
         try:
             self.settings = Settings.read({k: v["string_value"] for k, v in config["parameters"].items()})
             self.pipeline = self.open()
-        except (UserError, NonFiniteError) as error:
+        except UserError as error:
+            self.status.failed(error.found, error.expected, error.remedy)
+            raise pb_utils.TritonModelException(str(error)) from None
+        except NonFiniteError as error:
+            self.status.failed(str(error), "finite numbers", "wan-trt validate tells engines and checkpoint apart")
             raise pb_utils.TritonModelException(str(error)) from None
         self.metrics = Metrics(_family, args["model_name"], self.pipeline)
-        self.heartbeat = Heartbeat(self.metrics.heartbeat.set)
+        self.heartbeat = Heartbeat(self.metrics.beat)
         self.heartbeat.start()
+        self.jobs = 0
         pb_utils.Logger.log_info(f"{args['model_name']}: {self.settings.model} from {self.settings.engines}")
 
     def open(self) -> ServedPipeline:
@@ -44,7 +54,8 @@ class Owner:
 
     def is_ready(self) -> bool:
         """Asked for readiness by Triton 26.03 and later."""
-        return not (self.settings.drain_flag and Path(self.settings.drain_flag).exists())
+        draining = self.settings.drain_flag and Path(self.settings.drain_flag).exists()
+        return not draining and self.metrics.failures_in_a_row < MAX_FAILURES
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -56,35 +67,38 @@ class Owner:
 
     def _serve(self, request: Any) -> None:
         sender = request.get_response_sender()
+        self.jobs += 1
+        name = request.request_id() or str(self.jobs)
         self.metrics.began()
-        outcome, response = self._outcome(request, sender)
+        self.status.began(name)
+        outcome, last = self._outcome(name, request, sender)
         self.pipeline.pause = go_on
         self.metrics.ended(outcome)
-        pb_utils.Logger.log_info(f"job {request.request_id() or '-'}: {outcome}")
-        sender.send(response, flags=FINAL)
+        pb_utils.Logger.log_info(f"job {name}: {outcome}")
+        sender.send(_last_response(last, as_event=_wants_events(request)), flags=FINAL)
+        self.status.ended()
 
-    def _outcome(self, request: Any, sender: Any) -> tuple[Outcome, Any]:
-        """How the job ended, and its last response; whatever happens, there is one."""
+    def _outcome(self, name: str, request: Any, sender: Any) -> tuple[Outcome, Answer | Failure]:
+        """How the job ended, and what its client is told; whatever happens, there is something."""
         try:
-            return "done", _response(self._run(request, sender))
+            return "done", self._run(name, request, sender)
         except UserError as error:
-            return "refused", _error(str(error), pb_utils.TritonError.INVALID_ARG)
+            return "refused", Failure.of(error)
         except CancelledError:
-            return "cancelled", _error("cancelled", pb_utils.TritonError.CANCELLED)
+            return "cancelled", Failure("CANCELLED", "cancelled")
         except OutOfTimeError as error:
-            return "out_of_time", _error(str(error), pb_utils.TritonError.UNAVAILABLE)
+            return "out_of_time", Failure(error.code, str(error))
         except NonFiniteError as error:
-            pb_utils.Logger.log_error(str(error))
-            return "failed", _error(str(error), pb_utils.TritonError.INTERNAL)
+            pb_utils.Logger.log_error(f"job {name}: {error}")
+            return "failed", Failure("INTERNAL", str(error), "finite numbers", "see the server's log")
         except Exception:  # a bug or a broken device: the reason is for the log, not for strangers
-            pb_utils.Logger.log_error(traceback.format_exc())
-            return "failed", _error("the job failed, see the server's log", pb_utils.TritonError.INTERNAL)
+            pb_utils.Logger.log_error(f"job {name}: {traceback.format_exc()}")
+            return "failed", Failure("INTERNAL", "the job failed", "a video", "see the server's log")
 
-    def _run(self, request: Any, sender: Any) -> Answer:
+    def _run(self, name: str, request: Any, sender: Any) -> Answer:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        bundle, limits = self.pipeline.bundle, self.settings.limits
-        asked = wanted(tensors, bundle.manifest.spec, bundle.manifest.build, limits)
-        self.pipeline.tokenizer.encode(asked.request.prompt)  # refuses a prompt that cleaning leaves nothing of
+        manifest, limits = self.pipeline.bundle.manifest, self.settings.limits
+        asked = wanted(tensors, manifest, limits)
         return Job(
             self.pipeline,
             asked,
@@ -92,11 +106,26 @@ class Owner:
             is_cancelled=sender.is_cancelled,
             longest_s=limits.longest_job_s,
             on_step=self.metrics.step,
+            facts={"job": name, "cut": self._cut(asked.request)},
         ).run()
+
+    def _cut(self, request: CompleteRequest) -> list[str]:
+        """Names of the prompts with more tokens than fit; a prompt that cleaning leaves nothing of is refused."""
+        encode = self.pipeline.tokenizer.encode
+        cut = {
+            "prompt": encode(request.prompt).truncated,
+            "negative_prompt": encode(request.negative_prompt, allow_empty=True).truncated,
+        }
+        return [name for name, truncated in cut.items() if truncated]
 
     def _tell(self, sender: Any, answer: Answer) -> None:
         self.metrics.got_on()
         sender.send(_response(answer))
+
+
+def _wants_events(request: Any) -> bool:
+    flag = pb_utils.get_input_tensor_by_name(request, "errors_as_events")
+    return flag is not None and bool(flag.as_numpy().any())
 
 
 def _response(answer: Answer) -> Any:
@@ -104,9 +133,18 @@ def _response(answer: Answer) -> Any:
     return pb_utils.InferenceResponse(list(tensors))
 
 
-def _error(message: str, code: Any) -> Any:
-    short = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…"
-    return pb_utils.InferenceResponse([], error=pb_utils.TritonError(short, code))
+def _last_response(last: Answer | Failure, *, as_event: bool) -> Any:
+    if isinstance(last, Answer):
+        return _response(last)
+    if as_event:
+        return _response(Answer(last.event()))
+    return pb_utils.InferenceResponse([], error=pb_utils.TritonError(last.message, _triton_code(last.code)))
+
+
+def _triton_code(code: Code) -> Any:
+    """Triton's code for ours; it has none for a deadline."""
+    names = {"INVALID_ARGUMENT": "INVALID_ARG", "DEADLINE_EXCEEDED": "UNAVAILABLE"}
+    return getattr(pb_utils.TritonError, names.get(code, code))
 
 
 def _family(name: str, told: str, kind: Kind) -> Any:

@@ -16,11 +16,14 @@ from pathlib import Path
 METRICS = "http://127.0.0.1:8002/metrics"
 DRAIN_FLAG = Path("/tmp/wan22-drain")
 SERIES = re.compile(r"(?m)^(\w+)(?:\{[^}]*\})? (\S+)$")
-HEARTBEAT = "wan22_heartbeat_timestamp_seconds"
-LAST_STEP = "wan22_last_step_timestamp_seconds"
+HEARTBEAT = "wan22_heartbeat_monotonic_seconds"
+LAST_STEP = "wan22_last_step_monotonic_seconds"
+FAILURES = "wan22_failures_in_a_row"
 IN_FLIGHT, PENDING = "wan22_in_flight", "nv_inference_pending_request_count"
 MAX_SILENCE_S = 120.0  # reading an expert from disk may keep a model from beating
 MAX_STEP_S = 1800.0
+MAX_FAILURES = 10  # jobs that fail one after the other: the device or the engines are broken, not the requests
+SECOND_LOOK_S = 7.0  # a little more than one heartbeat
 
 
 def read(url: str = METRICS) -> dict[str, list[float]]:
@@ -44,15 +47,33 @@ def troubles(
     metrics: dict[str, list[float]], max_silence_s: float = MAX_SILENCE_S, max_step_s: float = MAX_STEP_S
 ) -> Iterator[str]:
     """What is wrong with the models of a server; nothing while all is well."""
-    now = time.time()
+    now = time.monotonic()
     if not metrics.get(HEARTBEAT):
         yield "no model has ever given a sign"
     for beat in metrics.get(HEARTBEAT, []):
         if now - beat > max_silence_s:
-            yield f"a model gave its last sign {now - beat:.0f} s ago"
+            yield f"model heartbeat missing for {now - beat:.0f} s"
     for busy, step in zip(metrics.get(IN_FLIGHT, []), metrics.get(LAST_STEP, []), strict=False):
         if busy and now - step > max_step_s:
-            yield f"a job got on {now - step:.0f} s ago for the last time"
+            yield f"no progress of the running job for {now - step:.0f} s"
+    for failed in metrics.get(FAILURES, []):
+        if failed >= MAX_FAILURES:
+            yield f"the last {failed:.0f} jobs failed"
+
+
+def confirmed_troubles(
+    url: str, max_silence_s: float = MAX_SILENCE_S, max_step_s: float = MAX_STEP_S, again_s: float = SECOND_LOOK_S
+) -> list[str]:
+    """:func:`troubles` that are still there at a second look, in case that a clock was set between two heartbeats.
+
+    Raises:
+        OSError: see :func:`read`.
+    """
+    found = list(troubles(read(url), max_silence_s, max_step_s))
+    if not found:
+        return []
+    time.sleep(again_s)
+    return list(troubles(read(url), max_silence_s, max_step_s))
 
 
 def work(metrics: dict[str, list[float]]) -> int:
@@ -92,7 +113,7 @@ def main() -> int:
     if asked.question == "drain":
         return 0 if drain(asked.metrics, asked.flag, asked.within_s) else 1
     try:
-        found = list(troubles(read(asked.metrics), asked.max_silence_s, asked.max_step_s))
+        found = confirmed_troubles(asked.metrics, asked.max_silence_s, asked.max_step_s)
     except OSError as error:
         found = [f"no answer from {asked.metrics}: {error}"]
     print("\n".join(found) or "alive", file=sys.stderr)

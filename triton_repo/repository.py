@@ -17,6 +17,8 @@ from triton_repo.templates import place
 from wan22.bundle import Bundle, open_bundle
 from wan22.errors import UserError
 from wan22.files import whole_folder
+from wan22.onnx_file import check_graphs
+from wan22.residency import ResidencyChoice
 
 Topology = Literal["owner", "bls"]
 MARK = ".made-by-wan-trt-triton"
@@ -29,7 +31,7 @@ class RepositoryOptions:
     topology: Topology = "owner"
     limits: Mapping[str, int | None] = field(default_factory=dict)  # by name; the model's where there is none
     engines_at: str = ""  # where the engines are on the serving machine, if not where they are here
-    keep_experts: bool = True
+    residency: ResidencyChoice = "auto"  # what stays loaded; bls keeps everything
     drain_flag: str = ""  # while this file exists the model says that it is not ready
     memory_gib: float = 0.0  # of the GPU; 0: not known
     overwrite: bool = False
@@ -55,6 +57,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
     options = options or RepositoryOptions()
     check_name(options.name)
     bundle = open_bundle(engines, "engines", full_check=True)
+    check_graphs(bundle)
     unread = check_plans(bundle)
     if options.topology == "bls":
         _check_bls(bundle, options)
@@ -65,7 +68,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
             bundle,
             limits,
             engines_at=options.engines_at,
-            keep_experts=options.keep_experts,
+            residency="all" if options.topology == "bls" else options.residency,
             drain_flag=options.drain_flag,
         )
         if options.topology == "owner":
@@ -81,8 +84,9 @@ def _write_owner(repository: Path, name: str, settings: Settings, *, on_gpu: boo
 
 
 def _check_bls(bundle: Bundle, options: RepositoryOptions) -> None:
-    if not options.keep_experts:
-        raise UserError("one expert at a time in topology bls", "topology owner", "leave --one-expert out")
+    if options.residency not in ("auto", "all"):
+        found = f"--residency {options.residency} in topology bls, which keeps all engines loaded"
+        raise UserError(found, "topology owner", "leave --residency out")
     check_backends(bundle)
     check_resident(bundle, options.memory_gib)
 

@@ -5,11 +5,15 @@ have the same inputs; what a model cannot do with one (an image for T2V) its run
 output, empty where there is nothing to say, because some clients index all declared outputs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from runtime.request import Request
+
+Setting = str | int | float | bool | bytes
 Dtype = Literal["STRING", "UINT8", "INT32", "INT64", "FP32", "BOOL"]
 NUMPY: dict[Dtype, type] = {
     "STRING": np.object_,
@@ -29,36 +33,47 @@ class Field:
     name: str
     dtype: Dtype
     length: int = 1
-    required: bool = False
+    of: str | Callable[[Request], Any] = ""  # the field of a request that it holds, or how to get it; empty: none
 
 
+def _side(index: int) -> Callable[[Request], int | None]:
+    return lambda request: request.size and request.size[index]
+
+
+def _guidance(expert: str) -> Callable[[Request], float | None]:
+    return lambda request: request.guidance.get(expert)
+
+
+# All are optional but the prompt, which the model itself refuses to do without, so that it is counted.
 INPUTS = (
     # video
-    Field("prompt", "STRING", required=True),
-    Field("negative_prompt", "STRING"),  # left out: the official one; empty: none
-    Field("width", "INT32"),
-    Field("height", "INT32"),
-    Field("num_frames", "INT32"),
+    Field("prompt", "STRING", of="prompt"),
+    Field("negative_prompt", "STRING", of="negative_prompt"),  # left out: the official one; empty: none
+    Field("width", "INT32", of=_side(0)),
+    Field("height", "INT32", of=_side(1)),
+    Field("num_frames", "INT32", of="frames"),
     Field("fps", "INT32"),
     # image to video: encoded JPEG, PNG or WebP, never an address
-    Field("image", "UINT8", ANY),
-    Field("last_image", "UINT8", ANY),
-    Field("fit", "STRING"),
+    Field("image", "UINT8", ANY, of="image"),
+    Field("last_image", "UINT8", ANY, of="last_image"),
+    Field("fit", "STRING", of=lambda request: None if request.image is None else request.fit),
     # sampling
-    Field("seed", "INT64"),  # left out: drawn, and told in the first event
-    Field("preset", "STRING"),
-    Field("boundary", "FP32"),
-    Field("steps", "INT32"),
-    Field("shift", "FP32"),
-    Field("guidance", "FP32"),  # of every expert
-    Field("guidance_high_noise", "FP32"),
-    Field("guidance_low_noise", "FP32"),
-    Field("solver", "STRING"),
+    Field("seed", "INT64", of="seed"),  # left out: drawn, and told in the first event
+    Field("preset", "STRING", of="preset"),
+    Field("boundary", "FP32", of="boundary"),
+    Field("steps", "INT32", of="steps"),
+    Field("shift", "FP32", of="shift"),
+    Field("guidance", "FP32", of=lambda request: request.guidance.get("dit", request.guidance_scale)),  # of all experts
+    Field("guidance_high_noise", "FP32", of=_guidance("high_noise")),
+    Field("guidance_low_noise", "FP32", of=_guidance("low_noise")),
+    Field("solver", "STRING", of="solver"),
     # the answer
     Field("output_format", "STRING"),  # of VIDEO_FORMATS; mp4 unless said
     Field("progress_every", "INT32"),  # steps between progress events
     Field("preview", "BOOL"),  # a JPEG with every progress event of the denoising
-    Field("deadline_unix_ms", "INT64"),  # the job is given up then, whether it waits or runs
+    Field("deadline_ms", "INT64"),  # after the job began; a wait is bounded by Triton's parameter ``timeout``
+    Field("deadline_unix_ms", "INT64"),  # the same by the clocks of both machines, for clients that know nothing else
+    Field("errors_as_events", "BOOL"),  # a job that fails ends with an event that has a code, not with an error
 )
 OUTPUTS = (
     Field("event", "STRING"),  # JSON

@@ -9,6 +9,7 @@ import numpy as np
 from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.pipeline import NewEngine, Pipeline
 from wan22.bundle import Bundle
+from wan22.residency import ResidencyChoice
 
 Pause = Callable[[], None]  # raises to give the job up
 
@@ -24,16 +25,19 @@ class ServedPipeline(Pipeline):
     for one call. ``seconds`` and ``swaps`` only ever grow.
     """
 
-    def __init__(self, bundle: Bundle, *, keep_experts: bool = True, new_engine: NewEngine | None = None) -> None:
-        super().__init__(bundle, keep_experts=keep_experts, new_engine=new_engine)
+    def __init__(
+        self, bundle: Bundle, *, residency: ResidencyChoice = "auto", new_engine: NewEngine | None = None
+    ) -> None:
+        super().__init__(bundle, residency=residency, new_engine=new_engine)
         self.pause: Pause = go_on
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by component, inside engines
+        self._expert = ""  # the last that was asked for
         self.swaps = 0  # how often an expert made room for the other
 
     def engine(self, name: str) -> Engine:
-        resident = set(self.spec.experts) & set(self._engines)
-        if name in self.spec.experts and resident and name not in resident and not self.keep_experts:
-            self.swaps += 1
+        if name in self.spec.experts and self.residency != "all":
+            self.swaps += self._expert not in ("", name)
+            self._expert = name
         return TimedEngine(super().engine(name), name, self)
 
 

@@ -1,10 +1,11 @@
-"""Running ``tritonserver`` with settings that are safe to begin with, until it is told to stop.
+"""Running ``tritonserver`` with settings that are safe to begin with, until it is stopped.
 
 Nobody but this machine can reach it, nobody can load models or read traces, what a request may weigh is bounded, and a
 stop waits for the running job. Options that a release of the server does not know yet are left out.
 """
 
 import secrets
+import signal
 import socket
 import subprocess
 import time
@@ -17,11 +18,17 @@ from pathlib import Path
 
 from triton_repo import probe
 from triton_repo.installation import Installation, backend_folder, stub_environment
+from triton_repo.model_status import Models
+from triton_repo.process import end_group, models_of, start_group, stop_group
+from triton_repo.server_folder import close_regions, server_folder
+from triton_repo.server_log import ServerLog
 from triton_repo.settings import Limits
-from triton_repo.start import remove_regions
 from wan22.errors import UserError
 
 ADMIN_APIS = ("model-repository", "logging", "trace", "shared-memory")
+# Triton takes a key only on its command line, which everybody on the machine can read. This one opens nothing: no
+# request can carry it, because the name of a header cannot hold a line feed.
+NO_KEY = "no\nheader=no\nvalue"
 EXIT_MARGIN_S = 30  # beyond the longest job: unloading, writing the answer
 KEEPALIVE_MS = 60_000
 WATCH_EVERY_S = 1.0
@@ -35,18 +42,16 @@ class ServeOptions:
     grpc_port: int = 8001
     metrics_port: int = 8002
     config_name: str = ""  # variant of the configurations, configs/NAME.pbtxt
-    quiet: bool = False  # log errors only
+    quiet: bool = False  # errors only, and those of a start only as the reason why it failed
     # an own prefix tells the regions of this server from anybody else's, so that they can be cleaned up
     region_prefix: str = field(default_factory=lambda: f"wan22_{secrets.token_hex(4)}_")
 
 
-def arguments(
-    repository: Path, limits: Limits, options: ServeOptions, admin_key: str, known: Set[str] | None = None
-) -> list[str]:
+def arguments(repository: Path, limits: Limits, options: ServeOptions, known: Set[str] | None = None) -> list[str]:
     """The options of ``tritonserver``, of those that its release has ``known``; None: of all."""
-    admin = f"{','.join(ADMIN_APIS)}:wan22-admin={admin_key}"
+    closed = f"{','.join(ADMIN_APIS)}:{NO_KEY}"
     asked = {
-        "model-repository": repository,
+        "model-repository": repository.absolute(),
         "model-control-mode": "none",
         "model-config-name": options.config_name,
         "disable-auto-complete-config": None,
@@ -55,11 +60,11 @@ def arguments(
         "exit-timeout-secs": limits.longest_job_s + EXIT_MARGIN_S,
         "http-address": options.address,
         "http-port": options.http_port,
-        "http-restricted-api": admin,
+        "http-restricted-api": closed,
         "http-max-input-size": 2 * limits.max_image_bytes,
         "grpc-address": options.address,
         "grpc-port": options.grpc_port,
-        "grpc-restricted-protocol": admin,
+        "grpc-restricted-protocol": closed,
         "grpc-keepalive-time": KEEPALIVE_MS,  # finds clients that vanished, whose jobs are then cancelled
         "metrics-address": options.address,
         "metrics-port": options.metrics_port,
@@ -77,7 +82,7 @@ def _flag(name: str, value: object) -> str:
     return f"--{name}" if value is None else f"--{name}={value}"
 
 
-def _known_options(installation: Installation) -> set[str]:
+def known_options(installation: Installation) -> set[str]:
     try:
         done = subprocess.run([installation.binary, "--help"], capture_output=True, text=True, timeout=60, check=False)
     except OSError as error:
@@ -87,88 +92,117 @@ def _known_options(installation: Installation) -> set[str]:
     return {parts[0].removeprefix("--") for parts in words if parts and parts[0].startswith("--")}
 
 
+@dataclass(frozen=True)
+class Server:
+    """A started ``tritonserver`` and the processes of its models."""
+
+    process: "subprocess.Popen[bytes]"
+    options: ServeOptions
+    models: Models
+    log: ServerLog
+    stop_within_s: float
+
+    def wait_until_ready(self, within_s: float = LOAD_S) -> None:
+        """Returns when the server answers that every model is ready.
+
+        Raises:
+            UserError: it ended before, with the reason, or did not get ready in time.
+        """
+        give_up = time.monotonic() + within_s
+        while time.monotonic() < give_up:
+            if self.process.poll() is not None:
+                raise self._not_started()
+            if is_ready(f"http://{self.options.address}:{self.options.http_port}"):
+                close_regions(self.options.region_prefix)
+                self.log.show()
+                return
+            time.sleep(0.1)
+        raise UserError(f"tritonserver not ready after {within_s:g} s", "models that load", "see its log")
+
+    def _not_started(self) -> UserError:
+        """Why the server ended: what a model says, or else the first error in the log."""
+        when = f"tritonserver {_ending(self.process)} before it was ready"
+        failures = self.models.failures()
+        if failures:
+            found, expected, remedy = failures[0]
+            return UserError(f"{found} ({when})", expected, remedy)
+        reason = self.log.first_error()
+        return UserError(f"{when}{reason and ': '}{reason}", "models that load", "see its log with --verbose")
+
+    def watch(self, max_silence_s: float = probe.MAX_SILENCE_S) -> int:
+        """Returns 0 when the server has ended by itself; ends one whose model has died, hangs or fails every job.
+
+        Such a server answers that it is healthy, fails every job, and takes its whole exit timeout to stop.
+
+        Raises:
+            UserError: a model died or hangs, or the server crashed.
+        """
+        url = f"http://{self.options.address}:{self.options.metrics_port}/metrics"
+        while self.process.poll() is None:
+            time.sleep(WATCH_EVERY_S)
+            if dead := self.models.dead():
+                trouble = f"the process of model {', '.join(dead)} died {self._working()}"
+            else:
+                try:
+                    trouble = "; ".join(probe.confirmed_troubles(url, max_silence_s))
+                except OSError:  # it is stopping, or too busy to answer; the process tells
+                    continue
+            if trouble and self.process.poll() is None:
+                end_group(self.process)
+                raise UserError(
+                    f"{trouble}; server stopped", "models that work", "see the server's log, start it again"
+                )
+        if self.process.returncode:
+            found = f"tritonserver {_ending(self.process)} {self._working()}"
+            raise UserError(
+                found, "a server that runs until it is stopped", "see its log with --verbose, start it again"
+            )
+        return 0
+
+    def _working(self) -> str:
+        jobs = self.models.jobs()
+        return f"while job {', '.join(jobs)} ran" if jobs else "while no job ran, so no model saw the request"
+
+    def stop(self) -> None:
+        """See :func:`triton_repo.process.stop_group`."""
+        stop_group(self.process, self.models, self.stop_within_s)
+
+
+def _ending(process: "subprocess.Popen[bytes]") -> str:
+    code = process.returncode
+    return f"ended with {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+
+
 @contextmanager
 def running(
-    installation: Installation,
-    repository: Path,
-    limits: Limits,
-    options: ServeOptions,
-    environment: Mapping[str, str],
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A started server; at the end of the block it is told to stop, waited for, and its shared memory is removed.
+    installation: Installation, repository: Path, limits: Limits, options: ServeOptions, environment: Mapping[str, str]
+) -> Iterator[Server]:
+    """A started server; at the end of the block it is stopped, and its shared memory is removed.
 
-    Its output goes to this process's. It runs in a session of its own, so that Ctrl-C reaches it as one SIGTERM.
+    Its output goes to this process's. It runs in a session of its own, so that Ctrl-C reaches it as one SIGTERM, and
+    ends when the calling thread or process is killed.
 
     Raises:
         UserError: a port is taken, no address, or a server that is no program.
     """
     for port in (options.http_port, options.grpc_port, options.metrics_port):
         _check_free(options.address, port)
-    key = secrets.token_hex(16)  # told to nobody, so the APIs behind it are closed
-    with backend_folder(installation) as backends:
-        asked = arguments(repository, limits, options, key, _known_options(installation))
+    known = known_options(installation)
+    with server_folder(options.region_prefix) as (folder, lock), backend_folder(installation) as backends:
+        asked = arguments(repository, limits, options, known)
         command = [str(installation.binary), *asked, *_backend_argument(backends)]
-        process = subprocess.Popen(command, env=stub_environment(installation, environment), start_new_session=True)
+        output = subprocess.PIPE if options.quiet else None
+        process = start_group(command, stub_environment(installation, environment), folder, lock, output)
+        within_s = limits.longest_job_s + 2 * EXIT_MARGIN_S
+        server = Server(process, options, models_of(folder), ServerLog(process.stdout), within_s)
         try:
-            yield process
+            yield server
         finally:
-            stop(process, limits.longest_job_s + 2 * EXIT_MARGIN_S)
-            remove_regions(options.region_prefix)
+            server.stop()
 
 
 def _backend_argument(backends: Path | None) -> list[str]:
     return [f"--backend-directory={backends}"] if backends else []
-
-
-def stop(process: "subprocess.Popen[bytes]", within_s: float) -> None:
-    """SIGTERM, which lets the running job finish; SIGKILL after ``within_s`` or at Ctrl-C."""
-    if process.poll() is None:
-        process.terminate()
-    try:
-        process.wait(within_s)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.kill()
-        process.wait()
-
-
-def wait_until_ready(process: "subprocess.Popen[bytes]", options: ServeOptions, within_s: float = LOAD_S) -> None:
-    """Returns when the server answers that every model is ready.
-
-    Raises:
-        UserError: it ended before, or did not get ready in time.
-    """
-    give_up = time.monotonic() + within_s
-    while time.monotonic() < give_up:
-        if process.poll() is not None:
-            raise UserError(
-                f"tritonserver ended with {process.returncode} before it was ready", "models that load", "see its log"
-            )
-        if is_ready(f"http://{options.address}:{options.http_port}"):
-            return
-        time.sleep(0.1)
-    raise UserError(f"tritonserver not ready after {within_s:g} s", "models that load", "see its log")
-
-
-def watch(process: "subprocess.Popen[bytes]", options: ServeOptions, max_silence_s: float = probe.MAX_SILENCE_S) -> int:
-    """Returns the exit status when the server ends; kills one whose model has died.
-
-    Such a server answers that it is healthy, fails every job, and would take its whole exit timeout to stop.
-
-    Raises:
-        UserError: a model died or hangs.
-    """
-    while process.poll() is None:
-        time.sleep(WATCH_EVERY_S)
-        try:
-            found = list(
-                probe.troubles(probe.read(f"http://{options.address}:{options.metrics_port}/metrics"), max_silence_s)
-            )
-        except OSError:  # it is stopping, or too busy to answer; the process tells
-            continue
-        if found:
-            process.kill()
-            raise UserError(f"{found[0]}; the server was stopped", "models that live", "start it again")
-    return process.returncode
 
 
 def is_ready(url: str) -> bool:

@@ -12,6 +12,7 @@ import msgspec
 
 from wan22.bundle import MANIFEST, Bundle, sha256_of
 from wan22.errors import UserError
+from wan22.residency import ResidencyChoice
 from wan22.specs import ModelSpec
 
 MEBIBYTE = 2**20
@@ -56,7 +57,7 @@ class Settings:
     bundle_sha256: str  # of its bundle.json
     model: str  # name of the spec
     limits: Limits
-    keep_experts: bool = True  # both experts resident; else one at a time, swapped once per job
+    residency: ResidencyChoice = "auto"  # what stays loaded between jobs, see :class:`runtime.pipeline.Pipeline`
     warm_up: bool = True  # one smallest job before the model is ready
     full_check: bool = True  # hash every file at load, not only those under 1 GiB
     drain_flag: str = ""  # while this file exists the model says that it is not ready
@@ -86,7 +87,7 @@ class Settings:
 
 
 def settings_of(
-    bundle: Bundle, limits: Limits, *, engines_at: str = "", keep_experts: bool = True, drain_flag: str = ""
+    bundle: Bundle, limits: Limits, *, engines_at: str = "", residency: ResidencyChoice = "auto", drain_flag: str = ""
 ) -> Settings:
     """Settings that pin ``bundle`` as it is now; ``engines_at`` is its folder where it will be served.
 
@@ -100,7 +101,7 @@ def settings_of(
         bundle_sha256=sha256_of(bundle.folder / MANIFEST),
         model=bundle.manifest.spec.name,
         limits=limits,
-        keep_experts=keep_experts,
+        residency=residency,
         drain_flag=drain_flag,
     )
 

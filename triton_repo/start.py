@@ -1,27 +1,44 @@
-"""The first process of a container: clears away what a killed server left in shared memory, then becomes the server.
+"""The first process of a container: clears away what the one before left, starts the server, and ends with it.
 
-``python3 -m triton_repo.start PREFIX COMMAND...``. A container that is started again finds the memory of the one before
-it, as ``/dev/shm`` belongs to the pod. Standard library only.
+``python3 -m triton_repo.start PREFIX COMMAND...``. The shared memory and the temporary folder of a pod outlive its
+containers. SIGTERM lets the running job finish; a model that dies ends the container within seconds, so that it is
+started again. Standard library only.
 """
 
 import os
+import signal
 import sys
-from pathlib import Path
+import time
 
-SHARED_MEMORY = Path("/dev/shm")
+from triton_repo.probe import DRAIN_FLAG
+from triton_repo.process import end_group, models_of, start_group, stop_group
+from triton_repo.server_folder import close_regions, remove_regions, server_folder
+
+FOREVER_S = 10.0 * 365 * 86_400  # the server has its own exit timeout
+WATCH_EVERY_S = 1.0
 
 
-def remove_regions(prefix: str) -> None:
-    """Shared memory that a killed server or stub left behind."""
-    for region in SHARED_MEMORY.glob(f"{prefix}*"):
-        region.unlink(missing_ok=True)
-
-
-def main() -> None:
+def main() -> int:
     _, prefix, *command = sys.argv
     remove_regions(prefix)
-    os.execvp(command[0], command)
+    DRAIN_FLAG.unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with server_folder(prefix) as (folder, lock):
+        process, models = start_group(command, os.environ, folder, lock), models_of(folder)
+        try:
+            while process.poll() is None:
+                if dead := models.dead():
+                    print(f"the process of model {', '.join(dead)} has died; the server is ended", file=sys.stderr)
+                    return 1
+                close_regions(prefix)
+                time.sleep(WATCH_EVERY_S)
+        except KeyboardInterrupt:
+            stop_group(process, models, FOREVER_S)
+            return 0
+        finally:
+            end_group(process)
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

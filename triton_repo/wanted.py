@@ -15,15 +15,16 @@ from typing import Any, cast, get_args
 import numpy as np
 from PIL import Image
 
+from runtime.built_for import completed, default_video
 from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
 from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS
 from triton_repo.settings import Limits
-from wan22.bundle import Build
+from wan22.bundle import Manifest
 from wan22.errors import UserError
+from wan22.residency import Video
 from wan22.sampling import SolverName
-from wan22.shapes import fitting_profile
 from wan22.specs import ModelSpec
 
 EXPERT_GUIDANCE = {"guidance_high_noise": "high_noise", "guidance_low_noise": "low_noise"}
@@ -42,31 +43,36 @@ class Wanted:
     output_format: str  # of schema.VIDEO_FORMATS
     progress_every: int
     preview: bool
-    deadline_unix_s: float  # infinite where there is none
+    deadline_s: float  # after the job began; infinite where there is none
 
 
-def wanted(tensors: Mapping[str, np.ndarray], spec: ModelSpec, build: Build | None, limits: Limits) -> Wanted:
-    """The job that the input tensors of one request describe.
+def wanted(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits) -> Wanted:
+    """The job that the input tensors of one request describe, for the bundle of ``manifest``.
+
+    Args:
+        tensors: by the names of ``schema.INPUTS``.
+        manifest: of the engines.
+        limits: of the server.
 
     Raises:
         UserError: anything that the model cannot or must not do.
     """
+    spec = manifest.spec
     for name, tensor in tensors.items():
         _check_bytes(name, tensor, limits)
     given = {name: _value(name, tensor) for name, tensor in tensors.items()}
-    _check_amounts(given, spec, limits)
-    request = _request(given, spec)
-    complete = request.completed(spec)
+    if "prompt" not in given:
+        raise UserError("no prompt", "text that says what the video shows", "add the input prompt")
+    _check_amounts(given, default_video(manifest), limits)
+    complete = completed(_request(given, spec), manifest)
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
-    frames, height, width = complete.latent_shape[2:]
-    fitting_profile({"frames": frames, "height": height, "width": width}, build.profiles if build else ())
     return Wanted(
         request=complete,
         fps=_within("fps", given.get("fps", spec.sampling.fps), 1, MAX_FPS),
         output_format=_format(given.get("output_format", "mp4"), complete, limits),
         progress_every=_within("progress_every", given.get("progress_every", 1), 1, limits.max_steps),
         preview=given.get("preview", False),
-        deadline_unix_s=_deadline(given.get("deadline_unix_ms")),
+        deadline_s=_deadline(given),
     )
 
 
@@ -122,13 +128,13 @@ def _size(given: Mapping[str, Any]) -> tuple[int, int] | None:
     return (given["width"], given["height"]) if "width" in given else None
 
 
-def _check_amounts(given: Mapping[str, Any], spec: ModelSpec, limits: Limits) -> None:
+def _check_amounts(given: Mapping[str, Any], usual: Video, limits: Limits) -> None:
     """Sides, frames and steps as they were asked for, so that no image is opened and no list made for absurd ones."""
-    width, height = _size(given) or spec.sampling.sizes[0]
+    width, height = _size(given) or usual[:2]
     if min(width, height) < 1:
         raise UserError(f"size {width}x{height}", "a width and height above 0", "state another")
     _at_most("video of", width * height, limits.max_pixels, "pixels")
-    _at_most("video of", given.get("num_frames", 1), limits.max_frames, "frames")
+    _at_most("video of", given.get("num_frames", usual[2]), limits.max_frames, "frames")
     _at_most("run of", given.get("steps", 1), limits.max_steps, "steps")
 
 
@@ -178,9 +184,11 @@ def _format(name: str, request: CompleteRequest, limits: Limits) -> str:
     return name
 
 
-def _deadline(unix_ms: int | None) -> float:
-    if unix_ms is None:
-        return math.inf
-    if unix_ms <= time.time() * 1000:
+def _deadline(given: Mapping[str, Any]) -> float:
+    """Seconds from now: a duration, or a moment that is compared with this machine's clock once and then forgotten."""
+    left_ms = [given["deadline_ms"]] if "deadline_ms" in given else []
+    if "deadline_unix_ms" in given:
+        left_ms.append(given["deadline_unix_ms"] - int(time.time() * 1000))
+    if min(left_ms, default=1) <= 0:
         raise UserError("a deadline that has passed", "one in the future", "ask again with a later deadline")
-    return unix_ms / 1000
+    return min(left_ms, default=math.inf) / 1000

@@ -1,4 +1,4 @@
-"""Parity of engines with PyTorch: run both from one checkpoint, compare rung by rung, report.
+"""Parity of engines with PyTorch: run both from one checkpoint, compare them rung by rung, write a report.
 
 The reference (torch, diffusers, transformers) is imported only when a validation runs.
 """

@@ -1,4 +1,4 @@
-"""The runs that a validation compares: every prompt with every seed, the first of them on the whole ladder."""
+"""The cases of a validation: every prompt with every seed. The first case climbs the full ladder."""
 
 import shlex
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ OF_CASES = ("--prompts", "--seeds", "--prompt", "--seed", "--image", "--calls", 
 
 @dataclass(frozen=True)
 class Case:
-    """``options`` ask for this run alone."""
+    """One run; ``options`` request this run only."""
 
     number: int  # from 1
     options: ValidateOptions
 
     @property
     def command(self) -> str:
-        """What the user types to make this run alone, from what made all of them."""
+        """The command that repeats this case alone, derived from the command of the validation."""
         request = self.options.request
         words = list(_without(shlex.split(self.options.command), OF_CASES))
         words += ["-o", f"case-{self.number}", "--seed", str(request.seed)]
@@ -32,7 +32,7 @@ class Case:
 
 
 def _without(words: list[str], options: tuple[str, ...]) -> Iterator[str]:
-    """``words`` without those options and their values."""
+    """``words`` without ``options`` and their values."""
     rest = iter(words)
     for word in rest:
         if word in options:
@@ -42,14 +42,20 @@ def _without(words: list[str], options: tuple[str, ...]) -> Iterator[str]:
 
 
 def cases_of(options: ValidateOptions, image_use: ImageUse) -> list[Case]:
-    """Raises UserError for a prompt beside a file of them, a seed beside several or twice, or a file that is none."""
+    """The cases that ``options`` request.
+
+    Raises:
+        UserError: options exclude each other, a seed occurs twice, or the file of prompts is invalid.
+    """
     request = options.request
     if options.prompts is not None and (request.prompt is not None or request.image is not None):
-        raise UserError("--prompts beside --prompt or --image", "one of them", "write them into the file")
+        raise UserError("--prompts with --prompt or --image", "one of them", "write them into the file")
     if len(set(options.seeds)) < len(options.seeds):
-        raise UserError(f"--seeds {', '.join(map(str, options.seeds))}", "every seed once", "leave the others out")
+        raise UserError(f"--seeds {', '.join(map(str, options.seeds))}", "each seed once", "remove the duplicates")
     if options.seeds and request.seed:
-        raise UserError(f"--seeds beside --seed {request.seed}", "one of them", "leave --seed out")
+        raise UserError(f"--seeds with --seed {request.seed}", "one of them", "omit --seed")
+    if options.seeds and request.noise is not None:
+        raise UserError("--seeds with --noise", "one of them", "omit --seeds")
     prompts: list[tuple[str | None, Path | bytes | None]] = [(request.prompt, request.image)]
     if options.prompts is not None:
         prompts = [(prompt.text, prompt.image) for prompt in read_prompts(options.prompts, image_use)]

@@ -1,19 +1,19 @@
-"""Gates: thresholds in a TOML file that decide whether a bundle may go out. One reader for every command that measures.
+"""Gates: thresholds in a TOML file that decide whether a bundle may be released.
 
-A file has one table per command and, inside it, the name of a measurement with ``min``, ``max`` or both::
+A file has one table per command. Inside, each measurement has ``min``, ``max`` or both::
 
     [bench]
     high_noise.speedup.min = 1.3
     vae_decoder.memory_ratio.max = 0.5
 
-A command reads its own table and checks that every name in it is one that it can measure, before it does any work. A
-gate on something that this run did not measure is not passed.
+A command reads its own table and, before any work, checks that it can measure every name in it. A gate fails if the run
+did not measure its value.
 """
 
 import difflib
 import math
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +22,14 @@ from rich.text import Text
 
 from wan22.errors import UserError
 
-TABLES = ("bench", "validate")  # the commands that have gates
+TABLES = ("bench", "validate")  # the commands that support gates
 BOUNDS = ("min", "max")
 Bound = Literal["min", "max"]
+DIGITS = 17  # enough to distinguish any two float64
 
 
-def marked(passed: object, text: str = "") -> Text:
-    """``text`` with a mark for a terminal: green where the check ``passed``, else red."""
+def check_mark(passed: object, text: str = "") -> Text:
+    """``text`` after a mark for the terminal: a green tick if the check ``passed``, else a red cross."""
     mark = Text("✓", "green") if passed else Text("✗", "red")
     return mark if not text else Text.assemble(mark, " ", text)
 
@@ -41,7 +42,7 @@ class Gate:
     bound: Bound
     limit: float
 
-    def judged(self, measured: Mapping[str, float]) -> "Verdict":
+    def judge(self, measured: Mapping[str, float]) -> "Verdict":
         return Verdict(self, measured.get(self.measurement))
 
 
@@ -49,7 +50,7 @@ class Gate:
 class Verdict:
     gate: Gate
     found: float | None  # None: not measured in this run
-    where: str = ""  # "case 3", where one of several is to blame
+    where: str = ""  # the case with the worst value, such as "case 3"
 
     def __bool__(self) -> bool:
         if self.found is None or math.isnan(self.found):
@@ -62,11 +63,29 @@ class Verdict:
 
     @property
     def found_in_words(self) -> str:
-        found = "not measured" if self.found is None else f"{self.found:.4g}"
+        found = "not measured" if self.found is None else distinct_text(self.found, self.gate.limit, _significant)
         return f"{found} in {self.where}" if self.where else found
 
     def as_json(self) -> dict[str, Any]:
         return vars(self.gate) | {"found": self.found, "passed": bool(self)}
+
+
+def distinct_text(value: float, limit: float, write: Callable[[float, int], str]) -> str:
+    """``value`` as text, with enough digits to differ from the text of ``limit`` unless both are equal.
+
+    Args:
+        value: the measured value.
+        limit: its limit.
+        write: formats a number; the second argument is the number of additional digits.
+    """
+    more = 0
+    while value != limit and write(value, more) == write(limit, more) and more < DIGITS:
+        more += 1
+    return write(value, more)
+
+
+def _significant(value: float, more: int) -> str:
+    return f"{value:.{4 + more}g}"
 
 
 def read_gates(path: Path, table: str, known: Collection[str]) -> tuple[Gate, ...]:
@@ -75,44 +94,44 @@ def read_gates(path: Path, table: str, known: Collection[str]) -> tuple[Gate, ..
     Args:
         path: TOML as the module's docstring shows it.
         table: one of ``TABLES``.
-        known: the measurements that the asking command can make.
+        known: the measurements that the command can make.
 
     Raises:
-        UserError: no such file, no TOML, an unknown table or name, something that is no bound, no gate at all.
+        UserError: the file is missing, is not TOML, has no gates, or has an unknown table, name or bound.
     """
     content = _content(path)
     for name in content:
         if name not in TABLES:
-            raise _unknown(path, name, TABLES)
+            raise _unknown_key(path, name, TABLES)
     gates = tuple(_gates(path, content.get(table, {}), table))
     for gate in gates:
         if gate.measurement not in known:
-            raise _unknown(path, f"{table}.{gate.measurement}", [f"{table}.{name}" for name in known])
+            raise _unknown_key(path, f"{table}.{gate.measurement}", [f"{table}.{name}" for name in known])
     if not gates:
-        raise UserError(f"{path} has no gate in [{table}]", "at least one", f"write one, or leave --gate {path} out")
+        raise UserError(f"{path} has no gate in [{table}]", "at least one gate", f"add one, or omit --gate {path}")
     return gates
 
 
 def has_table(path: Path, table: str) -> bool:
-    """Whether the file speaks about that command at all."""
+    """True if the file has a table for that command."""
     return table in _content(path)
 
 
 def judge(gates: Collection[Gate], measured: Mapping[str, float]) -> tuple[Verdict, ...]:
-    return tuple(gate.judged(measured) for gate in gates)
+    return tuple(gate.judge(measured) for gate in gates)
 
 
 def _content(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"gate file {path}: {error.strerror}", "a file of thresholds", "name another") from None
+        raise UserError(f"gate file {path}: {error.strerror}", "a readable TOML file", "name another file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"gate file {path}: {error}", "TOML", "mend the file") from None
+        raise UserError(f"gate file {path}: {error}", "valid TOML", "fix the file") from None
 
 
 def _gates(path: Path, value: Any, name: str) -> Iterator[Gate]:
-    """The gates below the key ``name``, whose first part is the table."""
+    """Yield the gates below the key ``name``, which starts with the table."""
     if not isinstance(value, dict):
         raise UserError(
             f"{path}: {name} = {value!r}",
@@ -128,11 +147,11 @@ def _gates(path: Path, value: Any, name: str) -> Iterator[Gate]:
 
 def _limit(path: Path, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{path}: {name} = {value!r}", "a finite number", "write one")
+        raise UserError(f"{path}: {name} = {value!r}", "a finite number", "correct the value")
     return float(value)
 
 
-def _unknown(path: Path, name: str, known: Collection[str]) -> UserError:
+def _unknown_key(path: Path, name: str, known: Collection[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    told = f"one like {', '.join(near)}" if near else f"one of {', '.join(sorted(known))}"
-    return UserError(f"{path}: unknown key {name}", told, "correct the key")
+    expected = f"one like {', '.join(near)}" if near else f"one of {', '.join(sorted(known))}"
+    return UserError(f"{path}: unknown key {name}", expected, "correct the key")

@@ -1,4 +1,4 @@
-"""Pages that stand alone, from templates."""
+"""Self-contained HTML pages from templates."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,16 +11,16 @@ def page(
     template: str,
     shown: Mapping[str, Any],
     filters: Mapping[str, Callable[..., Any]] | None = None,
-    beside: Path = TEMPLATES,
+    folder: Path = TEMPLATES,
 ) -> str:
-    """The page that ``template`` makes of ``shown``, everything in it escaped.
+    """Render ``template`` with the variables ``shown``, which are escaped.
 
-    It is looked for in the folder ``beside`` first; what it includes may lie in either.
+    Templates and their includes are looked up in ``folder``, then in ``TEMPLATES``.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader([beside, TEMPLATES]),
+        loader=FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,7 +1,7 @@
-"""The pictures of the report: drift per step as a plot, frames side by side. Every one becomes a PNG data URI.
+"""The pictures of the report, as PNG data URIs: a plot of the drift per step, and frames side by side.
 
-Plots come twice, for light and dark pages, on transparent ground. matplotlib is used without pyplot: no global state,
-no display.
+Plots have a light and a dark version with a transparent background. matplotlib is used without pyplot, so there is no
+global state and no display.
 """
 
 import base64
@@ -26,7 +26,7 @@ THUMBNAIL_WIDTH = 320
 WORST_FRAME_WIDTH = 640
 PLOT_DPI = 200
 PLOT_SIZES_INCHES = {"wide": (7.2, 3.2), "narrow": (4.0, 3.0)}
-FLOOR = 1e-9  # drawn in place of a drift of exactly zero, which a logarithmic axis has no room for
+FLOOR = 1e-9  # drawn instead of zero, which a logarithmic axis cannot show
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Theme:
     text: str
     grid: str
     line: str
-    reference: str  # the reference in the precision of ours
+    reference: str  # the reference in our precision
     limit: str
     failed: str
 
@@ -45,7 +45,7 @@ DARK = Theme("#b8c0cf", "#333b4a", line="#7aa8f8", reference="#e0a43c", limit="#
 
 @dataclass(frozen=True)
 class Picture:
-    """A frame of the filmstrip: ours, the reference's, their difference, as data URIs."""
+    """A frame as data URIs: ours, the reference's and their difference."""
 
     number: int  # from 1
     ours: str
@@ -56,11 +56,11 @@ class Picture:
 @dataclass(frozen=True)
 class Filmstrip:
     pictures: tuple[Picture, ...]
-    amplification: float  # of the difference; 0 when there is none
+    amplification: float  # of the difference; 0 for equal videos
 
 
 def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float]) -> str:
-    """Relative L2 distance of the latents after every step (rows with a step), logarithmic, as a PNG data URI."""
+    """Plot the relative L2 distance of the latents after every step, logarithmic; returns a PNG data URI."""
     figure, axes = new_plot(size_inches, theme)
     axes.set_xlabel("step", color=theme.text, fontsize=10)
     limit, numbers = steps[0].limit.value, [row.step or 0 for row in steps]
@@ -77,7 +77,7 @@ def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float])
 
 
 def new_plot(size_inches: tuple[float, float], theme: Theme, label_points: float = 10) -> tuple[Any, Any]:
-    """A figure and its axes, logarithmic upwards; nothing but horizontal lines behind the data."""
+    """A figure and its axes, with a logarithmic y axis and horizontal grid lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -100,7 +100,7 @@ def png(figure: Any, *, transparent: bool = True) -> bytes:
 
 
 def in_all_themes(plot: Callable[[Theme, tuple[float, float]], str]) -> dict[str, str]:
-    """``plot`` for wide and narrow, light and dark pages: "wide_light" → its data URI."""
+    """Call ``plot`` for wide and narrow, light and dark pages: "wide_light" → data URI."""
     return {
         f"{width}_{shade}": plot(theme, size)
         for width, size in PLOT_SIZES_INCHES.items()
@@ -109,7 +109,7 @@ def in_all_themes(plot: Callable[[Theme, tuple[float, float]], str]) -> dict[str
 
 
 def _curves(steps: list[Row], theme: Theme) -> dict[str, tuple[list[float], str, str]]:
-    """Drift, colour and marker by name; NaN stays NaN, a gap in the line."""
+    """Drift, colour and marker by name. NaN is kept and leaves a gap in the line."""
     found = {"ours": ([max(row.metrics.relative_l2, FLOOR) for row in steps], theme.line, "o")}
     low = [row.in_precision for row in steps if row.in_precision is not None]
     if len(low) == len(steps):
@@ -134,7 +134,7 @@ def _threshold(axes: Any, limit: float, theme: Theme) -> None:
 
 
 def _failures(axes: Any, steps: list[Row], theme: Theme) -> None:
-    """Crosses over failed steps; at the upper edge where there is no number to draw."""
+    """Mark failed steps with crosses, at the upper edge if the value is not finite."""
     top = axes.get_ylim()[1]
     for row in steps:
         if not row.passed:
@@ -144,7 +144,7 @@ def _failures(axes: Any, steps: list[Row], theme: Theme) -> None:
 
 
 def _switch(axes: Any, steps: list[Row], theme: Theme) -> None:
-    """A vertical line where one expert hands over to the other, and their names on both sides of it."""
+    """Draw a vertical line at the switch of experts, with their names on its sides."""
     for before, after in itertools.pairwise(steps):
         if before.component != after.component:
             place = (before.step or 0) + 0.5
@@ -157,7 +157,7 @@ def _switch(axes: Any, steps: list[Row], theme: Theme) -> None:
 
 
 def filmstrip(ours: F32, reference: F32) -> Filmstrip:
-    """Frames evenly over two videos ``[1, 3, F, H, W]`` in [-1, 1], with their difference made visible."""
+    """Evenly spaced frames of two videos ``[1, 3, F, H, W]`` in [-1, 1], and their amplified difference."""
     frames = reference.shape[2]
     chosen = sorted({round(i) for i in np.linspace(0, frames - 1, min(frames, FILMSTRIP_FRAMES))})
     amplification = _amplification(ours, reference)
@@ -168,20 +168,20 @@ def filmstrip(ours: F32, reference: F32) -> Filmstrip:
 def frame_picture(
     ours: F32, reference: F32, index: int, amplification: float, width: int = WORST_FRAME_WIDTH
 ) -> Picture:
-    """Frame ``index`` (from 0) of both videos and their difference, none wider than ``width``."""
+    """Frame ``index`` (from 0) of both videos and their difference, each at most ``width`` wide."""
     sides = (ours[0, :, index], reference[0, :, index])
     shown = (*map(to_pixels, sides), _difference(*sides, amplification))
-    return Picture(index + 1, *(_scaled(pixels, width) for pixels in shown))
+    return Picture(index + 1, *(_scale_down(pixels, width) for pixels in shown))
 
 
 def to_pixels(frame: F32) -> Pixels:
-    """8-bit pixels ``[H, W, 3]`` of a frame ``[3, H, W]``, cut as wan22.md §7 says; NaN is black."""
+    """8-bit pixels ``[H, W, 3]`` of a frame ``[3, H, W]``, truncated (wan22.md §7); NaN is black."""
     shade = np.nan_to_num((np.clip(frame, -1, 1) + 1) / 2)
     return np.moveaxis((shade * 255).astype(np.uint8), 0, -1)
 
 
 def _amplification(ours: F32, reference: F32) -> float:
-    """1, 2 or 5 times a power of ten, the first that brings the largest difference to full brightness or beyond."""
+    """The smallest of 1, 2 or 5 times a power of ten that brings the largest difference to full brightness."""
     largest = float(np.nan_to_num(np.abs(ours - reference), nan=2.0, posinf=2.0).max())
     if largest == 0:
         return 0.0
@@ -195,7 +195,7 @@ def _difference(ours: F32, reference: F32, amplification: float) -> Pixels:
     return to_pixels(np.clip(error, 0, 2).astype(np.float32) - 1)
 
 
-def _scaled(pixels: Pixels, width: int) -> str:
+def _scale_down(pixels: Pixels, width: int) -> str:
     image = Image.fromarray(pixels)
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.BOX)

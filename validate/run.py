@@ -1,4 +1,4 @@
-"""One validation from two folders to a report."""
+"""A validation: from engines and checkpoint to a report."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from runtime.request import CompleteRequest
 from validate.cases import Case, cases_of
 from validate.ladder.onnx_side import how_made, open_for_comparison
 from validate.ladder.polygraphy_files import check_calls
-from validate.options import ValidateOptions, completed
-from validate.reference.device import Device, Residence, reference_device, refusing_too_large
+from validate.options import ValidateOptions, complete_request
+from validate.reference.device import Device, Residence, catch_out_of_memory, reference_device
 from validate.reference.loras import with_loras
 from validate.report.conditions import facts
 from validate.same_model import open_same_model
@@ -24,7 +24,7 @@ from wan22.specs import Precision
 
 if TYPE_CHECKING:
     from export.checkpoint.checkpoint import Checkpoint
-    from validate.ladder.comparison import Climb, Sides
+    from validate.ladder.comparison import Comparison, Sides
     from validate.ladder.row import Row
     from validate.ladder.thresholds import Thresholds
     from validate.reference.official import Official
@@ -39,44 +39,46 @@ def validate(
     options: ValidateOptions | None = None,
     progress: Progress = silent,
 ) -> "ValidationReport":
-    """Climbs the parity ladder and writes the report's files into ``out``.
+    """Climb the parity ladder and write the report's files into ``out``.
 
     Args:
-        engines: an engine bundle, or an ONNX bundle, whose numbers are then those of the CPU.
-        checkpoint: what it was made from, a folder or a hub name.
+        engines: an engine bundle, or an ONNX bundle, which then runs on the CPU.
+        checkpoint: the checkpoint that the bundle was made from, a folder or a hub name.
         out: the folder of the report.
-        options: the run, or the runs.
-        progress: told about loading, runs and rungs.
+        options: the runs, the references and the report.
+        progress: called during loading, runs and rungs.
 
     Returns:
-        The report, true when every row passed and every gate is kept.
+        The report, true if every row passes and every gate holds.
 
     Raises:
-        UserError: engines of another checkpoint, ``out`` not writable, a file of gates, prompts or a bench that says
-            nothing, no GPU for the reference where one is asked for, or one that is too small, or anything wrong with
-            the folders or the request.
+        UserError: the engines are of another checkpoint; a folder, the request, or a file of gates, prompts or a bench
+            is invalid; ``out`` is not writable; or the GPU for the reference is missing or too small.
     """
-    from validate.report.extras import attached
+    from validate.report.extras import read_attachments
     from validate.report.report import ValidationReport, write_report
 
     options = options or ValidateOptions()
     if options.calls is not None:
         check_calls(options.calls)
-    with claim(out / "report.json", "the report") as claimed, open_for_comparison(engines, options.calls) as pipeline:
+    opened = open_for_comparison(engines, options.calls, options.residency)
+    with claim(out / "report.json", "the report") as claimed, opened as pipeline:
         manifest = pipeline.bundle.manifest
         cases = cases_of(options, manifest.spec.takes.image)
-        requests = [completed(case.options.request, manifest) for case in cases]
+        requests = [complete_request(case.options.request, manifest) for case in cases]
         for request in requests:
-            pipeline.tokenizer.encode(request.prompt)  # refuses one of which nothing is left
-        judged = attached(pipeline.bundle, options)
+            pipeline.fit(request.video)
+            pipeline.tokenizer.encode(request.prompt)  # refuses a prompt without content
+        judged = read_attachments(pipeline.bundle, options)
         device = reference_device(options.reference_device, manifest)
         source = with_loras(open_same_model(checkpoint, engines, manifest, progress), manifest)
         about = facts(manifest, source, requests, options, device)
-        with official_code(options.official_repo, source) as official, refusing_too_large():
+        with official_code(options.official_repo, source) as official, catch_out_of_memory():
             sides = _sides(pipeline, source, official, device, progress)
             found = []
             for case, request in zip(cases, requests, strict=True):
-                found.append(_climbed(case, _climb(sides, request, manifest, progress), pipeline.bundle, progress))
+                comparison = _comparison(sides, request, manifest, progress)
+                found.append(_compare_case(case, comparison, pipeline.bundle, progress))
         report = ValidationReport(tuple(found), about, judged)
         write_report(report, claimed)
     return report
@@ -84,7 +86,7 @@ def validate(
 
 @contextmanager
 def official_code(repo: Path | None, checkpoint: "Checkpoint") -> Iterator["Official | None"]:
-    """The official code at ``repo``, None where there is none."""
+    """The official code at ``repo``, or None without a clone."""
     if repo is None:
         yield None
         return
@@ -98,60 +100,62 @@ def _sides(
     pipeline: Pipeline, checkpoint: "Checkpoint", official: "Official | None", device: Device, progress: Progress
 ) -> "Sides":
     from validate.ladder.comparison import Sides
-    from validate.ladder.engines_side import Ours
+    from validate.ladder.engines_side import EnginesSide
     from validate.reference.reference import Reference
 
     precisions, residence = _precisions(pipeline.bundle.manifest), Residence(device)
     lowered = None
     if set(precisions.values()) != {Precision.FP32}:
         lowered = Reference(checkpoint, progress, precisions, residence)
-    return Sides(Ours(pipeline), Reference(checkpoint, progress, residence=residence), lowered, official)
+    return Sides(EnginesSide(pipeline), Reference(checkpoint, progress, residence=residence), lowered, official)
 
 
-def _climb(sides: "Sides", request: CompleteRequest, manifest: Manifest, progress: Progress) -> "Climb":
-    from validate.ladder.comparison import Climb
+def _comparison(sides: "Sides", request: CompleteRequest, manifest: Manifest, progress: Progress) -> "Comparison":
+    from validate.ladder.comparison import Comparison
 
-    return Climb(sides, request, _limits(_precisions(manifest)), progress)
+    return Comparison(sides, request, _limits(_precisions(manifest)), progress)
 
 
-def _climbed(case: Case, climb: "Climb", bundle: Bundle, progress: Progress) -> "CaseReport":
-    """Every rung for the first case; for the others those on which a prompt or a seed makes a difference."""
+def _compare_case(case: Case, comparison: "Comparison", bundle: Bundle, progress: Progress) -> "CaseReport":
+    """Run every rung for the first case, for the others only rungs that depend on the prompt or the seed."""
     from validate.ladder.rungs import rungs
     from validate.report.case_report import CaseReport
 
     made = how_made(bundle.manifest)
     rows: list[Row] = []
-    whole = rungs(climb.spec, official=climb.sides.official is not None)
-    ladder = [rung for rung in whole if rung.of_every_case or case.number == 1]
+    full = rungs(comparison.spec, official=comparison.sides.official is not None)
+    ladder = [rung for rung in full if rung.of_every_case or case.number == 1]
     task = "parity ladder" if case.number == 1 else f"case {case.number}"
     for done, rung in enumerate(ladder, 1):
-        rows.extend(replace(row, made=_made(row, made), case=case.number) for row in _timed(rung.rows(climb)))
+        rows.extend(
+            replace(row, made=_how_made(row, made), case=case.number) for row in _add_times(rung.rows(comparison))
+        )
         progress(task, done, len(ladder), "rungs")
-    return CaseReport.of(case, climb, tuple(rows))
+    return CaseReport.of(case, comparison, tuple(rows))
 
 
-def _timed(rows: "Iterator[Row]") -> "Iterator[Row]":
-    """The same rows, each with the time that it took."""
+def _add_times(rows: "Iterator[Row]") -> "Iterator[Row]":
+    """Yield the rows with the seconds that each took."""
     started = perf_counter()
     for row in rows:
         yield replace(row, seconds=perf_counter() - started)
         started = perf_counter()
 
 
-def _made(row: "Row", made: dict[str, str]) -> str:
-    """How ours of ``row`` was made; what several components make together has the less direct way of them."""
+def _how_made(row: "Row", made: dict[str, str]) -> str:
+    """How our side of ``row`` was made; for rows of several components, the least direct way among them."""
     several = row.component == "video" or row.step is not None or row.subject.endswith("latents")
     return max(made.values()) if several else made.get(row.component, "")
 
 
 def _precisions(manifest: Manifest) -> dict[str, Precision]:
-    """By component; what the whole chain computes, "run", has the coarsest of them."""
+    """The precision of every component; "run", the end-to-end run, has the coarsest."""
     of = {component.name: component.precision for component in manifest.components}
     return of | {"run": min(of.values(), key=lambda precision: precision.significand)}
 
 
 def _limits(precisions: dict[str, Precision]) -> dict[str, "Thresholds"]:
-    """Each component is held to its own precision."""
+    """The limits of every component and of the "run", each for its own precision."""
     from validate.ladder.thresholds import thresholds_for
 
     return {name: thresholds_for(precision) for name, precision in precisions.items()}

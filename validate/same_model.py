@@ -1,4 +1,4 @@
-"""The checkpoint that engines are compared with: the one that they were made from, and no other."""
+"""Opens the checkpoint that engines are compared with, which must be the one they were made from."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from wan22.progress import Progress
 
 
 def open_same_model(where: Path | str, engines: Path, manifest: Manifest, progress: Progress) -> Checkpoint:
-    """The checkpoint at ``where``. Raises UserError when it is not the one the engines were made from."""
+    """Open the checkpoint at ``where``. Raises UserError if the engines were made from another one."""
     checkpoint = open_checkpoint(where, progress)
     ours = (manifest.spec.name, manifest.source.fingerprint)
     theirs = (checkpoint.spec.name, checkpoint.source.fingerprint)

@@ -1,8 +1,8 @@
-"""The picture that a validation starts from when the user names none: always the same, made to show faults.
+"""The default image of a validation: always the same, and designed to reveal errors.
 
-A resize betrays itself at hard edges, an encoder also on smooth ground. So there is a sky and hills in gradients, a
-disc, and a sign with letters whose strokes are one, two and three pixels wide. Drawn with numpy alone: fonts and
-antialiased lines differ from one version of a library to the next.
+Errors of a resize show at hard edges, those of an encoder also in smooth areas. So the image has a sky and hills in
+gradients, a disc, and a sign with letters whose strokes are one, two and three pixels wide. It is drawn with numpy
+only, because fonts and antialiased lines differ between versions of a library.
 """
 
 import io
@@ -22,13 +22,13 @@ STROKES = (1, 2, 3)  # pixels
 
 
 def picture_for(size: tuple[int, int]) -> bytes:
-    """A PNG in the shape of a video of ``size`` (width, height), but larger, so that it has to be scaled."""
+    """The sample image as a PNG, 1.5 times ``size`` (width, height), so that it must be scaled."""
     width, height = size
     return built_in_picture(3 * width // 2, 3 * height // 2)
 
 
 def built_in_picture(width: int, height: int) -> bytes:
-    """A PNG of that many pixels."""
+    """The sample image as a PNG of ``width`` x ``height`` pixels."""
     pixels = (_landscape(width, height) * 255).round().astype(np.uint8)
     _write_sign(pixels)
     stream = io.BytesIO()
@@ -55,7 +55,7 @@ def _blend(one: tuple[float, ...], other: tuple[float, ...], share: NDArray[np.f
 
 
 def _write_sign(pixels: NDArray[np.uint8]) -> None:
-    """Letters on paper in the right half, in place; as much of them as there is room for."""
+    """Draw the sign into the right half, in place, cropped if it does not fit."""
     height, width = pixels.shape[:2]
     top, left = height // 5, width // 2 + width // 16
     word = _word()
@@ -65,7 +65,7 @@ def _write_sign(pixels: NDArray[np.uint8]) -> None:
 
 
 def _word() -> Mask:
-    """The word in every width of stroke, one below the other, with a margin; True is ink."""
+    """The word once per stroke width, stacked, with a margin; True is ink."""
     lines = [np.kron(_line("WAN"), np.ones((stroke, stroke), bool)) for stroke in STROKES]
     sheet = np.zeros((sum(line.shape[0] + 4 for line in lines) + 4, max(line.shape[1] for line in lines) + 8), bool)
     top = 4
@@ -76,6 +76,6 @@ def _word() -> Mask:
 
 
 def _line(text: str) -> Mask:
-    """Letters 7 pixels high and 5 wide, one pixel apart."""
+    """``text`` in letters 7 pixels high and 5 wide, one pixel apart."""
     bits = [[[row >> bit & 1 for bit in range(5, -1, -1)] for row in LETTERS[letter]] for letter in text]
     return np.concatenate(np.array(bits, bool), axis=1)

@@ -16,6 +16,7 @@ import msgspec
 
 from wan22.errors import UserError
 from wan22.files import check_room, whole_folder
+from wan22.quantities import human_bytes
 from wan22.specs import ModelSpec, Precision
 
 FORMAT_VERSION = 1
@@ -61,6 +62,7 @@ class Source:
     checkpoint: str
     layout: str  # name of the module that read it
     fingerprint: str
+    commit: str = ""  # of the hub's repository, where it was downloaded from there
 
 
 @dataclass(frozen=True)
@@ -153,12 +155,8 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
     if not usage.total:  # /proc, /sys
         raise UserError(f"cannot write {folder}: {existing} is no disk", "a writable place", "choose another")
     if usage.free < needed_bytes:
-        found, expected = f"{_amount(usage.free)} free at {existing}", f"{_amount(needed_bytes)} for {folder.name}"
-        raise UserError(found, expected, "free some or choose another disk")
-
-
-def _amount(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
+        free, needed = human_bytes(usage.free, 1), human_bytes(needed_bytes, 1)
+        raise UserError(f"{free} free at {existing}", f"{needed} for {folder.name}", "free some or choose another disk")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

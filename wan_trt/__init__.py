@@ -2,7 +2,7 @@
 
 ``wan_trt.export_checkpoint``, ``build_engines``, ``calibrate``, ``apply_lora``, ``pack``, ``Pipeline``, ``generate``,
 ``validate`` and ``synthesise`` are the same functions that the subcommands call. They load on first use, so importing
-this package is free.
+this package is free. ``__version__`` is the version of the installed package.
 """
 
 from importlib import import_module
@@ -33,6 +33,10 @@ __all__ = sorted(_WHERE)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from wan22 import version
+
+        return version()
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)

@@ -1,68 +1,124 @@
 """Options that several subcommands share, and the reading of what users type into them."""
 
 import re
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.models import OptionInfo
 
 from wan22.errors import UserError
 from wan22.shapes import parse_size
 
 if TYPE_CHECKING:
+    from runtime.arrays import F32
     from runtime.request import Request
 
 Engines = Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)]
 Prompt = Annotated[str, typer.Argument(help="What the video shows, in any language.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result of the same kind.")]
-Size = Annotated[str | None, typer.Option("--size", help="Width x height in pixels, such as 832x480.")]
-Frames = Annotated[int | None, typer.Option("--frames", help="Video frames, a multiple of 4 plus 1.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**64 - 1, help="The noise torch.Generator makes of it.")]
-NegativePrompt = Annotated[str | None, typer.Option(help="What to avoid; the official one unless given.")]
-Image = Annotated[Path | None, typer.Option(help="Image to start from (I2V, TI2V): JPEG, PNG or WebP.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
+Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, such as 832x480.")]
+Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames, a multiple of 4 plus 1.")]
+SEED = typer.Option("--seed", metavar="INT", help="Seed of the noise, below 2**64; -1 draws and prints one.")
+Seed = Annotated[int, SEED]
+Noise = Annotated[
+    Path | None,
+    typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of that of the seed."),
+]
+NegativePrompt = Annotated[
+    str | None, typer.Option(help="What the video must not show; the official text unless given.")
+]
+Image = Annotated[Path | None, typer.Option(help="JPEG, PNG or WebP to start from (I2V, TI2V).")]
 LastImage = Annotated[Path | None, typer.Option(help="Image to end with (I2V).")]
-Fit = Annotated[Literal["official", "crop"], typer.Option(help="Keep the image's shape, or crop it to exactly --size.")]
+Fit = Annotated[
+    Literal["official", "crop"], typer.Option(help="Keep the shape of the image, or crop it to exactly --size.")
+]
 ExactOfficial = Annotated[
     bool, typer.Option("--exact-official", help="Round sizes as the official code does, float errors included.")
 ]
-Preset = Annotated[str | None, typer.Option(help="Settings by name; wan-trt presets lists them.")]
+Preset = Annotated[str | None, typer.Option(help="Named settings; wan-trt presets lists them.")]
 Boundary = Annotated[
-    float | None, typer.Option(help="Share of the timesteps above which the high-noise expert works, such as 0.875.")
+    float | None, typer.Option(help="Share of the timesteps below which the low-noise expert works, such as 0.875.")
 ]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
-Shift = Annotated[float | None, typer.Option(help="Bend of the noise schedule.")]
+Steps = Annotated[int | None, typer.Option(help="Number of denoising steps.")]
+Shift = Annotated[float | None, typer.Option(help="Shift of the noise schedule; more keeps the noise high for longer.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale of all experts.")]
 ExpertGuidance = Annotated[
     float | None, typer.Option(help="Guidance scale of this expert; 1 skips the unconditional pass.")
 ]
 Solver = Annotated[
-    Literal["unipc", "dpm++", "euler", "renoise"] | None, typer.Option(help="unipc unless given or preset.")
+    Literal["unipc", "dpm++", "euler", "renoise"] | None,
+    typer.Option(metavar="NAME", help="unipc, dpm++, euler or renoise; unipc unless the preset names one."),
 ]
 ReferenceDevice = Annotated[
-    Literal["auto", "cpu", "cuda"], typer.Option(help="Where PyTorch computes; auto: on the GPU if engines do.")
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where PyTorch runs; auto is the GPU if the engines use it.")
 ]
-Gate = Annotated[Path | None, typer.Option(help="TOML of thresholds; exit code 1 when one is missed.")]
-ListGates = Annotated[bool, typer.Option("--list-gates", help="Only print what a gate may name.")]
+Gate = Annotated[Path | None, typer.Option(help="TOML file of thresholds; exit code 1 when one is missed.")]
+ListGates = Annotated[bool, typer.Option("--list-gates", help="Print the names that a gate may use, and exit.")]
+Residency = Annotated[
+    Literal["all", "one-expert", "one-component", "auto"],
+    typer.Option(metavar="HOW", help="Engines that stay loaded: all, one-expert, one-component, or auto: what fits."),
+]
 Schedule = Annotated[
-    Literal["official", "diffusers"] | None, typer.Option(help="Whose list of timesteps; official unless preset.")
+    Literal["official", "diffusers"] | None,
+    typer.Option(metavar="NAME", help="Timesteps as official or diffusers; official unless the preset names one."),
 ]
 
 # of a server
 ServedName = Annotated[str, typer.Option("--name", help="Name to serve the model under.")]
 Topology = Annotated[
-    Literal["owner", "bls"], typer.Option(help="One model that owns the engines, or a model per engine.")
+    Literal["owner", "bls"], typer.Option(help="owner: one model holds all engines; bls: one model per engine.")
 ]
-GpuMemory = Annotated[float | None, typer.Option(help="GiB of the GPU, for bls; the target's unless given.", min=0)]
+GpuMemory = Annotated[
+    float | None, typer.Option(help="GiB of GPU memory, for bls; that of the target unless given.", min=0)
+]
 Limit = Annotated[
-    int | None, typer.Option(help="Largest request; sizes are the model's largest official one unless given.")
+    int | None, typer.Option(help="Largest request to accept; the model's largest official value unless given.")
 ]
-QueueSize = Annotated[int, typer.Option(help="Jobs that may wait, per priority.", min=1)]
-LongestJob = Annotated[int, typer.Option(help="Seconds a job may run, and a shutdown waits.", min=1)]
-OneExpert = Annotated[bool, typer.Option("--one-expert", help="Keep one expert in memory at a time.")]
+QueueSize = Annotated[int, typer.Option(help="Number of jobs that may wait, per priority.", min=1)]
+LongestJob = Annotated[int, typer.Option(help="Seconds that a job may run and that a shutdown waits.", min=1)]
+RequireSignature = Annotated[
+    Path | None, typer.Option(help="Public Ed25519 key (PEM) that must have signed the engines.", metavar="KEY")
+]
+
+# headings of --help and the parameters under them; all others stay under "Options"
+GROUPS = {
+    "Video": ("size", "frames", "fps", "quality"),
+    "Image": ("image", "last_image", "fit", "exact_official"),
+    "Sampling": (
+        "negative_prompt", "preset", "steps", "seed", "noise", "shift", "solver", "schedule", "boundary",
+        "guidance", "guidance_high_noise", "guidance_low_noise",
+    ),
+    "Output": ("output", "overwrite", "verbose", "preview", "html", "as_json", "plot", "calls"),
+    "Precision": (
+        "precision", "text_encoder", "high_noise", "low_noise", "dit", "vae_decoder", "fp8_attention",
+        "keep_high_precision", "input_scales", "input_means",
+    ),
+    "LoRA": ("lora", "lora_ignore_unmatched"),
+    "Comparison": ("prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official_repo"),
+    "Sweep": ("sweep", "values"),
+    "Address": ("address", "http_port", "grpc_port", "metrics_port"),
+    "Server limits": (
+        "max_pixels", "max_frames", "max_steps", "max_prompt_bytes", "max_image_bytes", "queue_size", "longest_job",
+        "max_silence",
+    ),
+    "Kubernetes": ("kubernetes", "max_pods", "prometheus"),
+}  # fmt: skip
 
 RANGE_AT_MOST = 1000
+
+
+def with_groups(run: Callable[..., int | None]) -> Callable[..., int | None]:
+    """``run`` with the options of its signature under the headings of :data:`GROUPS`."""
+    heading = {name: group for group, names in GROUPS.items() for name in names}
+    for name, hint in run.__annotations__.items():
+        for info in getattr(hint, "__metadata__", ()):
+            if isinstance(info, OptionInfo):
+                info.rich_help_panel = heading.get(name)
+    return run
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:
@@ -78,6 +134,32 @@ def blocks_of(text: str) -> frozenset[int]:
 def seeds_of(text: str | None) -> tuple[int, ...]:
     """``"0,10-12"`` → (0, 10, 11, 12)."""
     return () if text is None else tuple(_numbers("seeds", text, 2**64 - 1, "0,1,10-12"))
+
+
+def seed_of(typed: int | None) -> int:
+    """The seed as it was typed, 0 unless it was; for -1 a drawn one, printed to stderr so that the run can be repeated.
+
+    Raises:
+        UserError: neither -1 nor a seed that torch takes.
+    """
+    if typed is None:
+        return 0
+    if not -1 <= typed < 2**64:
+        raise UserError(f"seed {typed}", "0 to 2**64 - 1, or -1 to draw one", "choose another seed")
+    if typed != -1:
+        return typed
+    drawn = secrets.randbelow(2**32)  # torch uses the low 32 bits
+    typer.echo(f"seed {drawn}", err=True)
+    return drawn
+
+
+def noise_of(path: Path | None) -> "F32 | None":
+    """The noise in a file; None where none is named."""
+    if path is None:
+        return None
+    from wan_trt.recipes.noise_file import read_noise
+
+    return read_noise(path)
 
 
 def _numbers(what: str, text: str, most: int, example: str) -> list[int]:
@@ -99,16 +181,26 @@ def request_from(options: Mapping[str, Any]) -> "Request":
     """The request in the options of a command, its ``locals()``: what :class:`Request` has under the option's name."""
     from runtime.request import Request
 
-    names = {field.name for field in fields(Request)} & options.keys()
+    names = {field.name for field in fields(Request)} & options.keys() - {"seed", "noise"}
     by_expert = {name: options.get(f"guidance_{name}") for name in ("high_noise", "low_noise")}
     return Request(
         **{name: options[name] for name in names}
         | {
             "size": size_of(options["size"]),
+            "seed": seed_of(options["seed"]),
+            "noise": noise_of(options.get("noise")),
             "guidance": {name: scale for name, scale in by_expert.items() if scale is not None},
             "guidance_scale": options.get("guidance"),
         }
     )
+
+
+def check_signed(engines: Path, key: Path | None) -> None:
+    """Refuse engines that the owner of ``key`` did not sign; without a key accept all."""
+    if key is not None:
+        from runtime.signature import check_signature
+
+        check_signature(engines, key)
 
 
 def limits_of(options: Mapping[str, Any]) -> dict[str, int | None]:

@@ -5,10 +5,13 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+import wan_trt
 from wan22.errors import UserError
+from wan_trt.arguments import with_groups
 from wan_trt.commands import (
     bench,
     build,
@@ -27,34 +30,45 @@ from wan_trt.commands import (
     triton,
     validate,
 )
+from wan_trt.console import tolerate_any_encoding
 from wan_trt.guard import guarded
+
+HELP = {"help_option_names": ["-h", "--help"]}
+GROUPS = {
+    "Make": (synth, export, calibrate, build),
+    "Run": (generate, demo),
+    "Check": (plan, presets, inspect, validate, bench),
+    "Serve": (triton, serve, client),
+}
 
 app = typer.Typer(
     name="wan-trt",
     help="Wan2.2 video generation: PyTorch checkpoint → ONNX → engines → video, with proof of parity.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings=HELP,
 )
 
 
-for command in (
-    plan,
-    presets,
-    synth,
-    export,
-    calibrate,
-    build,
-    inspect,
-    generate,
-    validate,
-    bench,
-    demo,
-    triton,
-    serve,
-    client,
-):
-    app.command(command.__name__.rpartition(".")[2])(guarded(command.run))
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"wan-trt {wan_trt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options of the program itself; ``version`` is handled while it is parsed."""
+
+
+for group, commands in GROUPS.items():
+    for command in commands:
+        named = app.command(command.__name__.rpartition(".")[2], rich_help_panel=group, context_settings=HELP)
+        named(guarded(with_groups(command.run)))
 
 
 @app.command(
@@ -69,14 +83,14 @@ def scale() -> None:
     raise UserError("wan-trt scale has moved", "python -m studies.full_size", "run it in a checkout of the source")
 
 
-bundles = typer.Typer(no_args_is_help=True, help="Check a bundle, make one that can be moved, or clean up.")
-for verb in (bundle.verify, bundle.pack, bundle.clean):
-    bundles.command(verb.__name__)(guarded(verb))
-app.add_typer(bundles, name="bundle")
-loras = typer.Typer(no_args_is_help=True, help="Other LoRAs for engines with external weights.")
-loras.command("apply")(guarded(lora.apply))
-loras.callback()(lambda: None)  # keeps "apply" a word of its own while it is the only one
-app.add_typer(loras, name="lora")
+bundles = typer.Typer(no_args_is_help=True, help="Verify, sign, copy or clean up bundles.", context_settings=HELP)
+for verb in (bundle.verify, bundle.sign, bundle.pack, bundle.clean):
+    bundles.command(verb.__name__, context_settings=HELP)(guarded(with_groups(verb)))
+app.add_typer(bundles, name="bundle", rich_help_panel="Check")
+loras = typer.Typer(no_args_is_help=True, help="Merge LoRAs into engines with external weights.", context_settings=HELP)
+loras.command("apply", context_settings=HELP)(guarded(with_groups(lora.apply)))
+loras.callback()(lambda: None)  # "lora apply" needs its second word although it is the only command
+app.add_typer(loras, name="lora", rich_help_panel="Make")
 
 
 def main() -> None:
@@ -90,5 +104,6 @@ def main() -> None:
         except UnicodeDecodeError:
             print(f"wan-trt: {word!r} | expected UTF-8 | rename it, or set a UTF-8 locale", file=sys.stderr)
             sys.exit(2)
+    tolerate_any_encoding()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     app()

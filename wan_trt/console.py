@@ -1,10 +1,13 @@
 """What a person sees: progress bars and lines of text."""
 
+import io
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -14,11 +17,38 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
+from rich.table import Table
 
 from wan22.progress import Progress
+from wan22.quantities import human_bytes
 
-console = Console(highlight=False, soft_wrap=True, markup=False)  # names of files and prompts may hold brackets
-GIBIBYTE = 2**30
+
+class _Console(Console):
+    """Prints every table in the same style, whichever room made it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(styled(each) if isinstance(each, Table) else each for each in objects), **options)
+
+
+def styled(table: Table) -> Table:
+    """``table`` with a bold title on the left, one line under the headings, and columns of numbers to the right."""
+    table.box, table.title_justify, table.title_style, table.pad_edge = SIMPLE_HEAD, "left", "bold", False
+    table.padding = (0, 1, 0, 0)
+    for column in table.columns:
+        cells = [str(cell) for cell in column.cells if str(cell)]
+        if cells and all(cell.lstrip("-+<≤≥ ")[:1].isdigit() for cell in cells) and table.show_header:
+            column.justify = "right"
+    return table
+
+
+def tolerate_any_encoding() -> None:
+    """Lets a terminal in ASCII or Latin-1 show a question mark where it has no such character, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+console = _Console(highlight=False, soft_wrap=True, markup=False)  # names of files and prompts may hold brackets
 
 
 @contextmanager
@@ -54,8 +84,8 @@ def bars(*, beside_json: bool = False) -> Iterator[Progress]:
 def _amount(done: int, total: int, unit: str, seconds: float) -> str:
     if unit != "bytes":
         return f"{done}/{total} {unit}"
-    rate = f", {done / GIBIBYTE / seconds:.2f} GiB/s" if seconds > 0 else ""
-    return f"{done / GIBIBYTE:.2f}/{total / GIBIBYTE:.2f} GiB{rate}"
+    rate = f", {human_bytes(done / seconds)}/s" if seconds > 0 else ""
+    return f"{human_bytes(done)} of {human_bytes(total)}{rate}"
 
 
 def tell_unread(plans: Sequence[str]) -> None:

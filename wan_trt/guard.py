@@ -12,13 +12,17 @@ from typing import Any
 import typer
 
 from wan22.errors import NonFiniteError, UserError, disk_error
+from wan22.memory import available_host_bytes
+from wan22.quantities import human_bytes
+from wan_trt.console import tolerate_any_encoding
 from wan_trt.extras import told_missing
 
 
 def command_of(run: Callable[..., int | None], program: str) -> typer.Typer:
     """The command line of a program that has one command, such as ``python -m studies.gpu``."""
+    tolerate_any_encoding()
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(guarded(run, program))
+    app.command(context_settings={"help_option_names": ["-h", "--help"]})(guarded(run, program))
     return app
 
 
@@ -31,6 +35,9 @@ def guarded(run: Callable[..., int | None], program: str = "wan-trt") -> Callabl
             code = run(*args, **kwargs)
         except UserError as error:
             print(f"{program}: {error}", file=sys.stderr)
+            code = 2
+        except MemoryError as error:
+            print(f"{program}: {_out_of_memory(error)}", file=sys.stderr)
             code = 2
         except NonFiniteError as error:
             print(f"{program}: {error} | wan-trt validate tells engines and checkpoint apart", file=sys.stderr)
@@ -46,6 +53,13 @@ def guarded(run: Callable[..., int | None], program: str = "wan-trt") -> Callabl
         raise typer.Exit(code or 0)
 
     return guard
+
+
+def _out_of_memory(error: MemoryError) -> str:
+    """The line for an allocation that failed; numpy says what it wanted."""
+    wanted = f": {error}" if str(error) else ""
+    available = human_bytes(available_host_bytes())
+    return f"out of memory{wanted} | expected at most {available} | ask for a smaller --size or fewer --frames"
 
 
 def _line(error: OSError | ModuleNotFoundError, command: str) -> str:

@@ -6,7 +6,6 @@ unknown, missing or of another shape than the model's (wan22.md §1). Only heade
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,18 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from export.checkpoint.hub import downloaded, is_hub_name
-from export.checkpoint.layouts import layout_of
+from export.checkpoint import single_files
+from export.checkpoint.hub import commit_of, downloaded, is_hub_name
+from export.checkpoint.layouts import Layout, layout_of
+from export.checkpoint.other_models import other_model, remedy_of
 from export.checkpoint.part_files import read_part
+from export.checkpoint.place import Place, real_folder
 from export.checkpoint.schema import Shapes, part_tensors
-from export.checkpoint.spec import Parts
+from export.checkpoint.single_files import check_complete
+from export.checkpoint.spec import RELEASES, Parts
+from export.checkpoint.spelling import name_officially
+from export.checkpoint.tokenizer import tokenizer_folder
+from export.files.decoded import Codes, Decoded, Scaled, Tensor, codes_of
 from export.files.tensor_file import BFLOAT16, Array, Stored
 from wan22.bundle import Source
 from wan22.errors import UserError, some_of
@@ -32,7 +38,7 @@ NAMES_SHOWN = 3
 
 class Weights(Protocol):
     """Tensors by official name. ``read`` gives one in its own dtype, ``pieces`` its elements a few at a time,
-    ``stored`` the place in a file where it lies just so, if it does.
+    ``stored`` the place in a file where it lies just so, if it does, ``codes`` an FP8 matrix as it is stored.
     """
 
     def names(self) -> list[str]: ...
@@ -41,13 +47,14 @@ class Weights(Protocol):
     def read(self, name: str) -> npt.NDArray[Any]: ...
     def pieces(self, name: str) -> Iterable[Array]: ...
     def stored(self, name: str) -> Stored | None: ...
+    def codes(self, name: str) -> Codes | None: ...
 
 
 @dataclass(frozen=True)
 class FileWeights:
     """``Weights`` that lie in files, in the order of the tensor table."""
 
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, Tensor]
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -65,7 +72,11 @@ class FileWeights:
         return self.tensors[name].pieces()
 
     def stored(self, name: str) -> Stored | None:
-        return self.tensors[name]
+        tensor = self.tensors[name]
+        return tensor if isinstance(tensor, Stored) else None
+
+    def codes(self, name: str) -> Codes | None:
+        return codes_of(self.tensors[name])
 
 
 @dataclass(frozen=True)
@@ -77,66 +88,80 @@ class Checkpoint:
     spec: ModelSpec
     weights: Mapping[str, Weights]
     tokenizer: Path
+    files: tuple[Path, ...]  # that were read
 
 
 def open_checkpoint(where: str | Path, progress: Progress = silent) -> Checkpoint:
-    """Opens a folder of any layout, or downloads a hub repository such as ``Wan-AI/Wan2.2-T2V-A14B``.
+    """Opens a folder of any layout, single files, or downloads a hub repository such as ``Wan-AI/Wan2.2-T2V-A14B``.
+
+    ``where`` may name files for parts, alone or beside a folder: see :mod:`export.checkpoint.place`.
 
     Raises:
         UserError: no such place, no checkpoint of Wan2.2, or one that is damaged, incomplete or of unknown structure.
     """
-    folder = downloaded(str(where)) if is_hub_name(where) else Path(where)
-    layout = layout_of(folder)
-    places = layout.parts(folder)
-    tokenizer = places.pop("tokenizer")
-    raw = _read(places, progress)
+    place = Place.parse(where)
+    folder, layout, places = _locate(place)
+    tokenizer = places.pop("tokenizer", None)
+    raw = _read(places, place.files, progress)
     spec = layout.spec(folder, raw)
-    _check_tokenizer(tokenizer)
-    named = {part: _renamed(tensors, layout.names(part, spec)) for part, tensors in raw.items()}
-    parts = {part: _checked(part, spec, tensors) for part, tensors in named.items()}
-    source = Source(str(where), layout.NAME, _fingerprint(folder, parts))
-    return Checkpoint(folder, source, spec, {part: FileWeights(tensors) for part, tensors in parts.items()}, tokenizer)
+    own = {part: tensors for part, tensors in raw.items() if part not in place.files}
+    parts = {part: _checked(part, spec, _renamed(tensors, layout.names(part, spec))) for part, tensors in own.items()}
+    parts |= {part: _checked(part, spec, raw[part]) for part in raw if part in place.files}
+    text_encoder = place.files.get("text_encoder", places.get("text_encoder"))
+    vocabulary = tokenizer_folder(tokenizer, text_encoder)
+    weights = {part: FileWeights(parts[part]) for part in (*spec.experts, "text_encoder", "vae")}
+    source = Source(str(where), layout.NAME, _fingerprint(folder, parts), commit_of(place.whole, folder))
+    files = sorted({tensor.path for tensors in parts.values() for tensor in tensors.values()})
+    return Checkpoint(folder, source, spec, weights, vocabulary, tuple(files))
 
 
-def _check_tokenizer(folder: Path) -> None:
-    import tokenizers
+def _locate(place: Place) -> tuple[Path, Layout, dict[str, Path]]:
+    """The folder of a checkpoint, its layout, and where its parts are; the user's files take the place of its own."""
+    for part, path in place.files.items():
+        if not path.exists():
+            raise UserError(f"{path} does not exist", f"the {part.replace('_', ' ')}", "check the path")
+    if not place.whole:
+        check_complete(place.files)
+        return Path(), single_files, dict(place.files)
+    folder = downloaded(place.whole) if is_hub_name(place.whole) else real_folder(Path(place.whole))
+    layout = layout_of(folder)
+    places = {**layout.parts(folder, place.files), **place.files}
+    if "dit" in places and places.keys() & {"high_noise", "low_noise"}:
+        raise UserError(f"{place} has one transformer and two experts", "either", "leave the other's file out")
+    return folder, layout, places
 
-    vocabulary, expected, remedy = folder / "tokenizer.json", "the tokenizer of umt5", "download that folder again"
-    if not vocabulary.is_file():
-        raise UserError(f"{vocabulary} is missing", expected, remedy)
-    try:
-        tokenizers.Tokenizer.from_file(str(vocabulary))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{vocabulary}: {error}", expected, remedy) from None
 
-
-def _read(places: Mapping[str, Path], progress: Progress) -> Parts:
-    raw: dict[str, Mapping[str, Stored]] = {}
+def _read(places: Mapping[str, Path], given: Mapping[str, Path], progress: Progress) -> Parts:
+    """Of every part, the tensors under the names of its layout; single files are given official names."""
+    raw: dict[str, Mapping[str, Tensor]] = {}
     for done, (part, place) in enumerate(places.items(), 1):
-        raw[part] = read_part(place, part)
-        _refuse_repacked(part, raw[part])
+        tensors = read_part(place, part)
+        raw[part] = name_officially(part, tensors) if part in given or place.is_file() else tensors
+        _refuse_unreadable(part, raw[part])
         progress("open checkpoint", done, len(places), "parts")
     return raw
 
 
-def _renamed(tensors: Mapping[str, Stored], names: Mapping[str, str]) -> dict[str, Stored]:
+def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """Official names for those of the files; what has none keeps its own, and is refused later."""
     return {names.get(name, name): stored for name, stored in tensors.items()}
 
 
-def _refuse_repacked(part: str, tensors: Mapping[str, Stored]) -> None:
-    """Single-file repacks carry scales or prefixes that mean something; reading past them would give garbage."""
+def _refuse_unreadable(part: str, tensors: Mapping[str, Tensor]) -> None:
+    """Another model by its keys, and what is left of a repack when prefixes and scales are off."""
     remedy = "use the official or the -Diffusers checkpoint"
     for name, stored in tensors.items():
-        if re.search(r"(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8)$", name):
-            raise UserError(f"{part}: {name}, a scaled FP8 repack", "unscaled weights", remedy)
         if name.startswith(("model.diffusion_model.", "diffusion_model.")):
-            raise UserError(f"{part}: {name}, a repack for ComfyUI", "names without that prefix", remedy)
+            raise UserError(f"{part}: {name}, a repack for ComfyUI", "that prefix before all names or none", remedy)
         if stored.dtype not in READABLE:
             raise UserError(f"{part}: {name} is {stored.dtype}", "float32, bfloat16 or float16", remedy)
+    if part not in ("text_encoder", "vae") and (model := other_model(tensors)):
+        foreign = [name for name in tensors if other_model([name])]
+        found = f"{part} is {model}, not supported: {len(foreign)} unknown: {some_of(foreign, NAMES_SHOWN)}"
+        raise UserError(found, RELEASES, remedy_of(model))
 
 
-def _checked(part: str, spec: ModelSpec, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+def _checked(part: str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a part in the order of the table, having the names and shapes of the table."""
     expected: Shapes = part_tensors(part, spec)
     model, remedy = f"the {len(expected)} tensors of {spec.name}", "use a Wan2.2 checkpoint, or download it again"
@@ -156,16 +181,29 @@ def _checked(part: str, spec: ModelSpec, tensors: Mapping[str, Stored]) -> dict[
     return {name: tensors[name] for name in expected}
 
 
-def _refuse_mixed_types(part: str, tensors: Mapping[str, Stored]) -> None:
+def _refuse_mixed_types(part: str, tensors: Mapping[str, Tensor]) -> None:
     """Releases keep some vectors and embeddings in float32, but all matrices of the blocks are of one type."""
-    first: tuple[str, Stored] | None = None
+    if any(isinstance(stored, Decoded) and not _plain_cast(stored) for stored in tensors.values()):
+        return  # quantisers leave some matrices as they are
+    first: tuple[str, Tensor] | None = None
     for name, stored in tensors.items():
         if not name.startswith("blocks.") or len(stored.shape) != 2 or "embedding" in name:
             continue
         first = first or (name, stored)
-        if stored.dtype != first[1].dtype:
-            found = f"{part}: {name} is {stored.dtype} in {stored.path.name}, {first[0]} {first[1].dtype}"
+        if _stored_type(stored) != _stored_type(first[1]):
+            found = (
+                f"{part}: {name} is {_stored_type(stored)} in {stored.path.name}, {first[0]} {_stored_type(first[1])}"
+            )
             raise UserError(found, "one type, not shards of two downloads", "download that shard again")
+
+
+def _plain_cast(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is FP8 without a scale."""
+    return isinstance(tensor, Scaled) and not tensor.scales
+
+
+def _stored_type(tensor: Tensor) -> np.dtype[Any]:
+    return tensor.weight.dtype if isinstance(tensor, Decoded) else tensor.dtype
 
 
 def _fingerprint(folder: Path, parts: Parts) -> str:
@@ -176,5 +214,6 @@ def _fingerprint(folder: Path, parts: Parts) -> str:
         for name, stored in tensors.items()
     ]
     files = {stored.path for tensors in parts.values() for stored in tensors.values()}
-    lines += [f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in files]
+    inside = {path: path.relative_to(folder).as_posix() for path in files if path.is_relative_to(folder)}
+    lines += [f"{inside.get(path, path.name)} {path.stat().st_size}" for path in files]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

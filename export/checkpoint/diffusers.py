@@ -2,15 +2,31 @@
 every part, under the names of diffusers and transformers.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from export.checkpoint.keys import diffusers_names
-from export.checkpoint.part_files import read_config
+from export.checkpoint.part_files import AGAIN, read_config
 from export.checkpoint.sampling import stated_sampling
-from export.checkpoint.spec import Layers, Parts, Size, assembled, refuse_differing, release_that_takes
+from export.checkpoint.spec import (
+    Layers,
+    Parts,
+    Size,
+    Tensors,
+    assembled,
+    dit_from_shapes,
+    experts_of,
+    lies_in,
+    refuse_differing,
+    release_of,
+    release_that_takes,
+    text_encoder_from_shapes,
+    vae_from_shapes,
+)
+from wan22.errors import UserError
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
 from wan22.specs import ModelSpec
 
@@ -23,7 +39,7 @@ class ModelIndex(msgspec.Struct):
     """``model_index.json``."""
 
     transformer_2: tuple[str | None, str | None] = (None, None)
-    expand_timesteps: bool | None = False
+    expand_timesteps: bool | None = None
 
 
 class TransformerConfig(msgspec.Struct):
@@ -72,23 +88,41 @@ def expert_folder(expert: str) -> str:
     return "transformer_2" if expert == "low_noise" else "transformer"
 
 
-def recognise(folder: Path) -> bool:
-    return (folder / MODEL_INDEX).exists()
+def recognise(names: Iterable[str]) -> bool:
+    return MODEL_INDEX in names
 
 
-def parts(folder: Path) -> dict[str, Path]:
-    two = _read_index(folder).transformer_2[0] is not None
+def parts(folder: Path, given: Mapping[str, Path]) -> dict[str, Path]:
+    two = _read_index(folder).transformer_2[0] is not None or "low_noise" in given
     experts = ("high_noise", "low_noise") if two else ("dit",)
-    _read_transformers(folder, experts)
+    own = [expert for expert in experts if expert not in given]
+    for expert in own:
+        if not (folder / expert_folder(expert)).is_dir():
+            found = f"{folder / expert_folder(expert) / 'config.json'}: No such file"
+            what = expert.replace("_", "-")
+            raise UserError(f"{found}, the {what} expert is missing", f"what {MODEL_INDEX} names", AGAIN)
+    if own:
+        _read_transformers(folder, own)
     places = {expert: expert_folder(expert) for expert in experts}
     places |= {"text_encoder": "text_encoder", "vae": "vae", "tokenizer": TOKENIZER}
     return {part: folder / place for part, place in places.items()}
 
 
 def spec(folder: Path, parts: Parts) -> ModelSpec:
-    experts = tuple(part for part in parts if part not in ("text_encoder", "vae"))
-    config = _read_transformers(folder, experts)
-    dit = DitSpec(
+    experts = experts_of(parts)
+    vae, text = _vae(folder, parts["vae"]), _text_encoder(folder, parts["text_encoder"])
+    own = [expert for expert in experts if lies_in(folder, parts[expert])]
+    dit = _dit(_read_transformers(folder, own)) if own else dit_from_shapes(parts[experts[0]])
+    expands = _read_index(folder).expand_timesteps  # some tools leave it out, which says nothing
+    base = release_of(dit)
+    if own and expands is not None:
+        base = release_that_takes(clean_first_frame=expands, condition=dit.condition_channels > 0)
+    found = assembled(base, len(experts), dit, text, vae)
+    return replace(found, sampling=stated_sampling(folder / MODEL_INDEX, found))
+
+
+def _dit(config: TransformerConfig) -> DitSpec:
+    return DitSpec(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         width=config.num_attention_heads * config.attention_head_dim,
@@ -99,12 +133,6 @@ def spec(folder: Path, parts: Parts) -> ModelSpec:
         text_width=config.text_dim,
         eps=config.eps,
     )
-    first_frame = _read_index(folder).expand_timesteps
-    base = release_that_takes(clean_first_frame=bool(first_frame), condition=dit.condition_channels > 0)
-    text = read_config(folder / "text_encoder" / "config.json", TextEncoderConfig)
-    vae = read_config(folder / "vae" / "config.json", VaeConfig)
-    spec = assembled(base, len(experts), dit, _text_encoder(text), _vae(vae))
-    return replace(spec, sampling=stated_sampling(folder / MODEL_INDEX, spec))
 
 
 def names(part: str, spec: ModelSpec) -> dict[str, str]:
@@ -119,14 +147,17 @@ def _read_index(folder: Path) -> ModelIndex:
     return index
 
 
-def _read_transformers(folder: Path, experts: tuple[str, ...]) -> TransformerConfig:
+def _read_transformers(folder: Path, experts: Sequence[str]) -> TransformerConfig:
     paths = [folder / expert_folder(expert) / "config.json" for expert in experts]
     configs: list[TransformerConfig] = [read_config(path, TransformerConfig) for path in paths]
     refuse_differing(paths, configs)
     return configs[0]
 
 
-def _text_encoder(config: TextEncoderConfig) -> TextEncoderSpec:
+def _text_encoder(folder: Path, tensors: Tensors) -> TextEncoderSpec:
+    if not lies_in(folder, tensors):
+        return text_encoder_from_shapes(tensors)
+    config: TextEncoderConfig = read_config(folder / "text_encoder" / "config.json", TextEncoderConfig)
     return TextEncoderSpec(
         width=config.d_model,
         ffn_width=config.d_ff,
@@ -140,7 +171,10 @@ def _text_encoder(config: TextEncoderConfig) -> TextEncoderSpec:
     )
 
 
-def _vae(config: VaeConfig) -> VaeSpec:
+def _vae(folder: Path, tensors: Tensors) -> VaeSpec:
+    if not lies_in(folder, tensors):
+        return vae_from_shapes(tensors)
+    config: VaeConfig = read_config(folder / "vae" / "config.json", VaeConfig)
     return VaeSpec(
         generation="2.2" if config.is_residual else "2.1",
         latent_channels=config.z_dim,

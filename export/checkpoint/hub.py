@@ -3,27 +3,65 @@
 import re
 from pathlib import Path
 
+from export.checkpoint import diffusers, official, single_files
+from export.checkpoint.layouts import layout_named
 from wan22.errors import UserError
 
 WANTED = ("*.json", "*.safetensors", "*.pth", "*spiece.model")  # leaves pictures and examples behind
 
 
 def is_hub_name(where: str | Path) -> bool:
-    """Whether ``where`` reads ``owner/name`` and is nothing on this machine."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(where))) and not Path(where).exists()
+    """Whether ``where`` reads ``owner/name`` or ``owner/name@revision`` and is nothing on this machine."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", str(where))) and not Path(where).exists()
 
 
-def downloaded(name: str) -> Path:
-    """The folder of the repository ``name``, downloaded unless it already is. The client draws its own progress.
+def downloaded(where: str) -> Path:
+    """The folder of the repository, downloaded unless it already is. The client draws its own progress.
+
+    Nothing is downloaded of a repository whose list of files has no layout that can be exported whole.
 
     Raises:
-        UserError: no network and not in the cache, no such repository, no access, disk full.
+        UserError: no network and not in the cache, no such repository, no access, disk full, or another layout.
     """
+    name, _, revision = where.partition("@")
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
 
-        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        online = True
+        try:
+            files = HfApi().list_repo_files(name, revision=revision or None)
+        except HfHubHTTPError:  # the hub's own answer
+            raise
+        except Exception:  # no network, of a dozen kinds: what was downloaded before may do
+            online = False
+        if online:
+            _judge(where, files)
+        wanted = list(WANTED)
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=wanted, local_files_only=not online)
+        return Path(folder)
+    except UserError:
+        raise
     except Exception as error:  # the client has a dozen kinds for network, access, names and disk, with no common base
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         found = f"no folder {name} here, and the hub: {reason}"
         raise UserError(found, "a folder or a repository", "check name, network and access (hf auth login)") from error
+
+
+def _judge(where: str, files: list[str]) -> None:
+    """Refuses a repository by the names of its files."""
+    folders = {f"{file.partition('/')[0]}/" for file in files if "/" in file}
+    layout = layout_named({*files, *folders})
+    if layout in (diffusers, official) and any(file.endswith((".safetensors", ".pth")) for file in files):
+        return
+    weights = [file for file in files if file.endswith((".safetensors", ".gguf", ".pth", ".pt", ".bin"))]
+    kind = "GGUF files" if weights and all(file.endswith(".gguf") for file in weights) else "single files"
+    what = f"{len(weights)} {kind}: {', '.join(weights[:2])}, …" if weights else "no weights"
+    remedy = f"download the files of one model and name them: {' '.join(single_files.OPTIONS.values())}"
+    raise UserError(f"{where} holds {what}", "the official or the -Diffusers layout", remedy)
+
+
+def commit_of(where: str, folder: Path) -> str:
+    """The commit that the hub's client stores a snapshot under."""
+    found = is_hub_name(where) and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    return folder.name if found else ""

@@ -42,6 +42,18 @@ _TEXT_ENCODER = (
     (r"\.ffn\.fc1\.", ".1.DenseReluDense.wi_1."),
     (r"\.ffn\.fc2\.", ".1.DenseReluDense.wo."),
 )
+_LLAMA_TEXT_ENCODER = (  # llama.cpp's, in GGUF
+    (r"^token_embedding\.", "token_embd."),
+    (r"^norm\.", "enc.output_norm."),
+    (r"^blocks\.(\d+)\.", r"enc.blk.\1."),
+    (r"\.norm1\.", ".attn_norm."),
+    (r"\.norm2\.", ".ffn_norm."),
+    (r"\.attn\.", ".attn_"),
+    (r"\.pos_embedding\.embedding\.", ".attn_rel_b."),
+    (r"\.ffn\.gate\.0\.", ".ffn_gate."),
+    (r"\.ffn\.fc1\.", ".ffn_up."),
+    (r"\.ffn\.fc2\.", ".ffn_down."),
+)
 _VAE = (
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
@@ -70,6 +82,11 @@ def diffusers_names(part: str, spec: ModelSpec) -> dict[str, str]:
     if part == "vae":
         return {name: _rewritten(_vae_blocks(name, spec.vae), _VAE) for name in names}
     return {name: _dit_name(name) for name in names}
+
+
+def llama_names(spec: ModelSpec) -> dict[str, str]:
+    """Official → llama.cpp's name of every tensor of the text encoder."""
+    return {name: _rewritten(name, _LLAMA_TEXT_ENCODER) for name in part_tensors("text_encoder", spec)}
 
 
 def _dit_name(name: str) -> str:

@@ -1,9 +1,12 @@
 """The layouts of Wan2.2 checkpoints that can be read: one module each, with the same four functions."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from export.checkpoint import diffusers, official
+from export.checkpoint import diffusers, official, single_files
+from export.checkpoint.describe import describe
+from export.checkpoint.place import listing
 from export.checkpoint.spec import Parts
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
@@ -14,11 +17,11 @@ class Layout(Protocol):
 
     NAME: str
 
-    def recognise(self, folder: Path) -> bool:
-        """Whether ``folder`` has this layout, complete or not."""
+    def recognise(self, names: Iterable[str]) -> bool:
+        """Whether a folder with files of these ``names``, relative to it, has this layout, complete or not."""
 
-    def parts(self, folder: Path) -> dict[str, Path]:
-        """The file or folder of every part; the tensors are read from there later."""
+    def parts(self, folder: Path, given: Mapping[str, Path]) -> dict[str, Path]:
+        """The file or folder of every part but those ``given``; the tensors are read from there later."""
 
     def spec(self, folder: Path, parts: Parts) -> ModelSpec:
         """The model, from configurations and from the tensors as the files name them."""
@@ -27,17 +30,34 @@ class Layout(Protocol):
         """Name of a tensor in the files → its official name."""
 
 
-LAYOUTS: tuple[Layout, ...] = (diffusers, official)
+LAYOUTS: tuple[Layout, ...] = (diffusers, official, single_files)
+
+
+def layout_named(names: Iterable[str]) -> Layout | None:
+    """The layout of a folder, here or on the hub, that holds files of these names."""
+    names = frozenset(names)
+    return next((layout for layout in LAYOUTS if layout.recognise(names)), None)
 
 
 def layout_of(folder: Path) -> Layout:
     """The layout of ``folder``. Raises UserError where there is none."""
     whole = "the folder of an official or a -Diffusers checkpoint"
+    if folder.is_file():
+        options = " ".join(single_files.OPTIONS.values())
+        raise UserError(f"{folder} is a file: {_described(folder)}", whole, f"name it by its part: {options}")
     if not folder.is_dir():
-        found = f"{folder} is a file" if folder.exists() else f"{folder} does not exist"
-        raise UserError(found, whole, "point to the folder or a hub name such as Wan-AI/Wan2.2-T2V-A14B")
-    for layout in LAYOUTS:
-        if layout.recognise(folder):
-            return layout
+        raise UserError(f"{folder} does not exist", whole, f"point to the folder or a hub name such as {EXAMPLE}")
+    if layout := layout_named(listing(folder)):
+        return layout
     found = f"{folder} has neither {diffusers.MODEL_INDEX} nor {official.TEXT_ENCODER_FILE}"
     raise UserError(found, whole, "point to that folder")
+
+
+def _described(path: Path) -> str:
+    try:
+        return describe(path).text
+    except UserError as error:
+        return str(error).partition(" | ")[0]
+
+
+EXAMPLE = "Wan-AI/Wan2.2-T2V-A14B"

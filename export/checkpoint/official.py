@@ -1,9 +1,11 @@
 """The layout of the official releases, ``Wan-AI/Wan2.2-*`` (wan22.md §1.1).
 
 The experts lie in folders of their own, the single transformer of the 5B in the root, each with a ``config.json``. Text
-encoder and VAE are ``.pth`` files without a configuration: their structure is read off the tensors' shapes.
+encoder and VAE are ``.pth`` files, or safetensors of the same stem, without a configuration: their structure is read
+off the tensors' shapes.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -17,17 +19,23 @@ from export.checkpoint.spec import (
     Parts,
     Size,
     assembled,
+    dit_from_shapes,
+    experts_of,
+    lies_in,
     refuse_differing,
+    release_of,
     text_encoder_from_shapes,
     vae_from_shapes,
 )
 from wan22.errors import UserError
 from wan22.parts import DitSpec
-from wan22.specs import TEXT_TOKENS, ModelSpec
+from wan22.specs import TEXT_TOKENS, TI2V_5B, ModelSpec
 
 NAME = "official"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+TEXT_ENCODER_FILES = (TEXT_ENCODER_FILE, "models_t5_umt5-xxl-enc-bf16.safetensors")
 TOKENIZER = "google/umt5-xxl"
+TOKENIZERS = (TOKENIZER, "umt5-xxl")
 
 
 class OfficialConfig(msgspec.Struct):
@@ -54,44 +62,64 @@ def vae_file(generation: str) -> str:
     return f"Wan{generation}_VAE.pth"
 
 
-def recognise(folder: Path) -> bool:
-    marks = (TEXT_ENCODER_FILE, "high_noise_model", "low_noise_model", "config.json")
-    return any((folder / mark).exists() for mark in marks)
+def recognise(names: Iterable[str]) -> bool:
+    marks = ("high_noise_model/", "low_noise_model/", "config.json", *TEXT_ENCODER_FILES)
+    return any(name in marks for name in names)
 
 
-def parts(folder: Path) -> dict[str, Path]:
-    two = any((folder / expert_folder(expert)).exists() for expert in ("high_noise", "low_noise"))
+def parts(folder: Path, given: Mapping[str, Path]) -> dict[str, Path]:
+    two = any((folder / expert_folder(expert)).exists() or expert in given for expert in ("high_noise", "low_noise"))
     experts = ("high_noise", "low_noise") if two else ("dit",)
-    places = {expert: folder / expert_folder(expert) for expert in experts}
-    return places | {"text_encoder": _text_encoder(folder), "vae": _vae(folder), "tokenizer": folder / TOKENIZER}
+    found = {expert: folder / expert_folder(expert) for expert in experts}
+    if "text_encoder" not in given:
+        found["text_encoder"] = _text_encoder(folder)
+    if "vae" not in given:
+        found["vae"] = _vae(folder, experts[0])
+    return found | {
+        "tokenizer": next((folder / name for name in TOKENIZERS if (folder / name).is_dir()), folder / TOKENIZER)
+    }
 
 
 def _text_encoder(folder: Path) -> Path:
-    path = folder / TEXT_ENCODER_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing", "the file of the official release", "name its root folder, or download it"
-        )
-    return path
+    for name in TEXT_ENCODER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    found = f"{folder / TEXT_ENCODER_FILE} is missing"
+    raise UserError(found, "the file of the official release", "name its root folder, or download it")
 
 
-def _vae(folder: Path) -> Path:
-    """The VAE, whichever generation lies there."""
-    for generation in ("2.1", "2.2"):
-        if (path := folder / vae_file(generation)).is_file():
-            return path
-    raise UserError(f"{folder} has no {vae_file('2.1')} or {vae_file('2.2')}", "one of them", AGAIN)
+def _vae(folder: Path, expert: str) -> Path:
+    """The VAE; of two that lie there, the one for the transformer's channels."""
+    files = [(generation, folder / vae_file(generation)) for generation in ("2.1", "2.2")]
+    files = [(g, path) for g, named in files for path in (named, named.with_suffix(".safetensors")) if path.is_file()]
+    if not files:
+        raise UserError(f"{folder} has no {vae_file('2.1')} or {vae_file('2.2')}", "one of them", AGAIN)
+    config = folder / expert_folder(expert) / "config.json"
+    if len({generation for generation, _ in files}) > 1 and config.is_file():
+        wanted = "2.2" if read_config(config, OfficialConfig).in_dim == TI2V_5B.dit.in_channels else "2.1"
+        files = [(generation, path) for generation, path in files if generation == wanted]
+    return files[0][1]
 
 
 def spec(folder: Path, parts: Parts) -> ModelSpec:
-    experts = [part for part in parts if part not in ("text_encoder", "vae")]
-    paths = [folder / expert_folder(expert) / "config.json" for expert in experts]
+    experts, text = experts_of(parts), text_encoder_from_shapes(parts["text_encoder"])
+    vae = vae_from_shapes(parts["vae"])
+    own = [expert for expert in experts if lies_in(folder, parts[expert])]
+    dits = [dit_from_shapes(parts[expert]) for expert in experts if expert not in own]
+    paths = [folder / expert_folder(expert) / "config.json" for expert in own]
     configs = [read_config(path, OfficialConfig) for path in paths]
     refuse_differing(paths, configs)
-    config, text = configs[0], text_encoder_from_shapes(parts["text_encoder"])
-    if config.text_len != TEXT_TOKENS:
-        raise UserError(f"{paths[0]}: text_len {config.text_len}", f"{TEXT_TOKENS}", f"use {RELEASES}")
-    dit = DitSpec(
+    if not configs:
+        return assembled(release_of(dits[0]), len(experts), dits[0], text, vae)
+    if configs[0].text_len != TEXT_TOKENS:
+        raise UserError(f"{paths[0]}: text_len {configs[0].text_len}", f"{TEXT_TOKENS}", f"use {RELEASES}")
+    if configs[0].model_type not in RELEASED:
+        raise UserError(f"{paths[0]}: model_type {configs[0].model_type}", ", ".join(RELEASED), f"use {RELEASES}")
+    return assembled(RELEASED[configs[0].model_type], len(experts), _dit(configs[0], text.width), text, vae)
+
+
+def _dit(config: OfficialConfig, text_width: int) -> DitSpec:
+    return DitSpec(
         in_channels=config.in_dim,
         out_channels=config.out_dim,
         width=config.dim,
@@ -99,12 +127,9 @@ def spec(folder: Path, parts: Parts) -> ModelSpec:
         layers=config.num_layers,
         heads=config.num_heads,
         freq_width=config.freq_dim,
-        text_width=text.width,
+        text_width=text_width,
         eps=config.eps,
     )
-    if config.model_type not in RELEASED:
-        raise UserError(f"{paths[0]}: model_type {config.model_type}", ", ".join(RELEASED), f"use {RELEASES}")
-    return assembled(RELEASED[config.model_type], len(experts), dit, text, vae_from_shapes(parts["vae"]))
 
 
 def names(part: str, spec: ModelSpec) -> dict[str, str]:

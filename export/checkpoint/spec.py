@@ -1,24 +1,27 @@
 """Which model the configurations of a checkpoint make together, and what shapes tell where there is none."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
-from export.files.tensor_file import Stored
+from export.files.decoded import Tensor
 from wan22.errors import UserError
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
-from wan22.specs import PUBLISHED, T2V_A14B, TI2V_5B, ModelSpec, named_after_dimensions
+from wan22.specs import PATCH, PUBLISHED, T2V_A14B, TI2V_5B, ModelSpec, named_after_dimensions
 
 RELEASED = {str(spec.task): spec for spec in PUBLISHED}  # by model_type
 Size = Annotated[int, msgspec.Meta(gt=0)]
 Layers = Annotated[int, msgspec.Meta(gt=0, le=1000)]
+HEAD_WIDTH = 128
 RELEASES = "a Wan2.2 T2V-A14B, I2V-A14B or TI2V-5B"
 
-Parts = Mapping[str, Mapping[str, Stored]]  # tensors by the name of their part, then by their own
+Parts = Mapping[str, Mapping[str, Tensor]]  # tensors by the name of their part, then by their own
+Tensors = Mapping[str, Tensor]
 
 
 def refuse_differing(paths: Sequence[Path], configs: Sequence[msgspec.Struct]) -> None:
@@ -40,7 +43,10 @@ def release_that_takes(*, clean_first_frame: bool, condition: bool) -> ModelSpec
 
 def assembled(base: ModelSpec, experts: int, dit: DitSpec, text: TextEncoderSpec, vae: VaeSpec) -> ModelSpec:
     if experts != len(base.experts):
-        raise UserError(f"{experts} transformer(s) of type {base.task}", f"{len(base.experts)}", f"use {RELEASES}")
+        found = f"{experts} transformer(s) of type {base.task}"
+        if experts == 1:
+            found += ": one expert only, or Wan2.1, whose tensors have the same names and shapes"
+        raise UserError(found, f"{len(base.experts)}", f"use {RELEASES}, or name the other expert's file")
     channels = (vae.latent_channels + base.takes.condition_channels(vae.latent_channels), vae.latent_channels)
     if (dit.in_channels, dit.out_channels) != channels:
         found = f"transformer with {dit.in_channels} input and {dit.out_channels} output channels"
@@ -53,7 +59,39 @@ def assembled(base: ModelSpec, experts: int, dit: DitSpec, text: TextEncoderSpec
     return named_after_dimensions(replace(base, dit=dit, text_encoder=text, vae=vae))
 
 
-def text_encoder_from_shapes(tensors: Mapping[str, Stored]) -> TextEncoderSpec:
+def experts_of(parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(part for part in parts if part not in ("text_encoder", "vae"))
+
+
+def lies_in(folder: Path, tensors: Tensors) -> bool:
+    """Whether a part was read from the checkpoint's folder, whose configuration speaks of it."""
+    return any(tensor.path.is_relative_to(folder) for tensor in tensors.values())
+
+
+def dit_from_shapes(tensors: Tensors) -> DitSpec:
+    """The transformer whose tensors, under official names, are ``tensors``; all releases have heads of 128."""
+    width, channels = _shape("transformer", tensors, "patch_embedding.weight", 5)[:2]
+    ffn_width = _shape("transformer", tensors, "blocks.0.ffn.0.weight", 2)[0]
+    rows = _shape("transformer", tensors, "head.head.weight", 2)[0]
+    return DitSpec(
+        in_channels=channels,
+        out_channels=rows // prod(PATCH),
+        width=width,
+        ffn_width=ffn_width,
+        layers=len({match[0] for name in tensors if (match := re.match(r"blocks\.\d+\.", name))}),
+        heads=max(1, width // HEAD_WIDTH),
+        freq_width=_shape("transformer", tensors, "time_embedding.0.weight", 2)[1],
+        text_width=_shape("transformer", tensors, "text_embedding.0.weight", 2)[1],
+    )
+
+
+def release_of(dit: DitSpec) -> ModelSpec:
+    """The release with a transformer of these channels."""
+    first_frame = dit.in_channels == TI2V_5B.dit.in_channels
+    return release_that_takes(clean_first_frame=first_frame, condition=dit.condition_channels > 0)
+
+
+def text_encoder_from_shapes(tensors: Tensors) -> TextEncoderSpec:
     """The umt5 encoder whose tensors, under official names, are ``tensors``; layers are counted."""
     vocab, width = _shape("text_encoder", tensors, "token_embedding.weight", 2)
     inner, _ = _shape("text_encoder", tensors, "blocks.0.attn.q.weight", 2)
@@ -63,7 +101,7 @@ def text_encoder_from_shapes(tensors: Mapping[str, Stored]) -> TextEncoderSpec:
     return TextEncoderSpec(width, ffn_width, layers, heads, vocab, head_width=inner // heads, buckets=buckets)
 
 
-def vae_from_shapes(tensors: Mapping[str, Stored]) -> VaeSpec:
+def vae_from_shapes(tensors: Tensors) -> VaeSpec:
     """The VAE whose tensors, under official names, are ``tensors``; 2.2 is told by its nested stages."""
     nested = any(name.startswith("decoder.upsamples.0.upsamples.") for name in tensors)
     base = (TI2V_5B if nested else T2V_A14B).vae
@@ -76,7 +114,7 @@ def vae_from_shapes(tensors: Mapping[str, Stored]) -> VaeSpec:
     return replace(base, encoder_base=encoder, decoder_base=decoder // base.multipliers[-1])
 
 
-def _shape(part: str, tensors: Mapping[str, Stored], name: str, rank: int) -> tuple[int, ...]:
+def _shape(part: str, tensors: Tensors, name: str, rank: int) -> tuple[int, ...]:
     if name not in tensors:
         first = ", ".join(list(tensors)[:2])
         raise UserError(f"{part} has no {name} (but {first}, …)", f"the {part} of Wan2.2", f"use {RELEASES}")

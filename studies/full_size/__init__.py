@@ -1,1 +1,1 @@
-"""What export and build cost at full size: ``python -m studies.full_size``."""
+"""``python -m studies.full_size``: time and memory of export and build at full size."""

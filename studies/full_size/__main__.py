@@ -1,8 +1,8 @@
-"""``python -m studies.full_size``: what export and build cost at full size, measured on this machine.
+"""``python -m studies.full_size``: time and memory of export and build at full size, measured on this machine.
 
-The export's memory comes from the whole model in sparse files, which take no disk; its throughput from dense blocks,
-beside ``cp`` on the same disk. Parts can be measured one by one:
-each replaces its own figures in the file and leaves the others.
+The export's memory is measured on the full model in sparse files, which take no disk space; its throughput on dense
+blocks, compared with ``cp`` on the same disk. Parts can be measured one by one: each replaces its own figures in the
+file and keeps the others.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from studies.full_size.builds import BUILDS, measured_build
+from studies.full_size.builds import BUILDS, measure_build
 from studies.full_size.exports import CASES, TIMED, memory_of, throughput_of
 from wan22.errors import UserError
 from wan22.files import write_file
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m studies.full_size"
 MEMORY_LIMIT_BYTES = 2 * 10**9
-CP_SHARE = 0.6  # of cp's throughput, at least
+CP_SHARE = 0.6  # minimum throughput, as a share of cp's
 
 Figures = dict[str, Any]
 
 
-class Part(StrEnum):
+class StudyPart(StrEnum):
     GRAPH = "graph"
     THROUGHPUT = "throughput"
     MEMORY = "memory"
@@ -44,27 +44,30 @@ class Part(StrEnum):
 
 def run(
     model: Annotated[str, typer.Argument(help="The model whose export is measured.")] = "t2v-a14b",
-    folder: Annotated[Path, typer.Option(help="A place on the disk to measure.")] = Path("scale"),
+    folder: Annotated[Path, typer.Option(help="A folder on the disk to measure.")] = Path("scale"),
     only: Annotated[
-        list[Part] | None, typer.Option(help="This part alone; repeatable. All but builds if not given.")
+        list[StudyPart] | None,
+        typer.Option(help="Measure only this part; repeatable. The default is all except builds."),
     ] = None,
-    case: Annotated[str, typer.Option(help="Exports and builds with this in their name, such as fp8 or 5090.")] = "",
-    layers: Annotated[int, typer.Option(min=1, help="Real-size blocks whose export is timed.")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that cp and the exports take turns.")] = 3,
+    case: Annotated[
+        str, typer.Option(help="Only exports and builds whose name contains this, such as fp8 or 5090.")
+    ] = "",
+    layers: Annotated[int, typer.Option(min=1, help="Number of full-size blocks to export for the throughput.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of turns of cp and the exports.")] = 3,
     builds: Annotated[
         bool, typer.Option("--builds", help="Also build the 5B and the 14B for GPUs: 45 GB of disk, 20 minutes.")
     ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the figures go.")] = Path("scale.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file of figures.")] = Path("scale.json"),
 ) -> int:
-    """Measure export and build at full size: throughput beside cp, peak memory, time to write a graph."""
+    """Measure export and build at full size: throughput relative to cp, peak memory, time to write a graph."""
     spec = spec_named(model)
-    parts = {*(only or set(Part) - {Part.BUILDS}), *({Part.BUILDS} if builds else ())}
+    parts = {*(only or set(StudyPart) - {StudyPart.BUILDS}), *({StudyPart.BUILDS} if builds else ())}
     _check_case(case)
     figures = _earlier(output, spec)
-    _write(figures, output)  # before the long work, so that a place that cannot be written is told now
+    _write(figures, output)  # before the long work, to fail now if the file cannot be written
     with _own_folder(folder) as place:
-        for name, found in _measured(parts, case, spec, place, (layers, repeats)):
-            figures[name] = found if isinstance(found, float) else _joined(figures.get(name, []), found)
+        for name, found in _measure(parts, case, spec, place, (layers, repeats)):
+            figures[name] = found if isinstance(found, float) else _merge(figures.get(name, []), found)
             _write(figures, output)
     for table in _tables(figures):
         console.print(table)
@@ -74,36 +77,36 @@ def run(
     return 0 if _good(figures) else 1
 
 
-def _measured(
-    parts: set[Part], case: str, spec: ModelSpec, folder: Path, dense: tuple[int, int]
+def _measure(
+    parts: set[StudyPart], case: str, spec: ModelSpec, folder: Path, dense: tuple[int, int]
 ) -> Iterator[tuple[str, float | list[Figures]]]:
-    """Name in the file of figures → what was found, as soon as it is."""
+    """Yield each name in the file of figures with its result, as soon as it is measured."""
     layers, repeats = dense
-    if Part.GRAPH in parts:
+    if StudyPart.GRAPH in parts:
         yield "graph_seconds", _graph_seconds(spec)
-    if Part.THROUGHPUT in parts and (timed := [c for c in TIMED if case in c.name]):
+    if StudyPart.THROUGHPUT in parts and (timed := [c for c in TIMED if case in c.name]):
         text = replace(spec.text_encoder, layers=layers)
         small = replace(spec, dit=replace(spec.dit, layers=layers), text_encoder=text)
         found = throughput_of(timed, small, folder, repeats)
         yield "throughput", [entry | {"layers": layers} for entry in found]
-    for export in CASES if Part.MEMORY in parts else ():
+    for export in CASES if StudyPart.MEMORY in parts else ():
         if case in export.name:
             yield "memory", [memory_of(export, spec, folder)]
-    for build in BUILDS if Part.BUILDS in parts else ():
+    for build in BUILDS if StudyPart.BUILDS in parts else ():
         if case in build.name:
             console.print(f"build of {build.name}")
-            yield "builds", [measured_build(build, folder)]
+            yield "builds", [measure_build(build, folder)]
 
 
 def _check_case(case: str) -> None:
     names = [*(export.name for export in CASES), *(build.name for build in BUILDS)]
     if not any(case in name for name in names):
-        raise UserError(f"--case {case!r}", f"part of {'; '.join(names)}", "name one of them")
+        raise UserError(f"--case {case!r}", f"part of one of {'; '.join(names)}", "correct --case")
 
 
 @contextmanager
 def _own_folder(folder: Path) -> Iterator[Path]:
-    """A new folder inside ``folder``, removed at the end with all that was made in it, and nothing else."""
+    """A new folder inside ``folder``, removed at the end with its content; nothing else is removed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         made = TemporaryDirectory(prefix="wan-trt-scale-", dir=folder)
@@ -119,21 +122,21 @@ def _write(figures: Figures, output: Path) -> None:
 
 
 def _earlier(output: Path, spec: ModelSpec) -> Figures:
-    """What the file of figures holds of the same model."""
+    """The figures of the same model in the file."""
     if not output.is_file():
         return {"model": spec.name}
     try:
         figures = json.loads(output.read_bytes())
         name = figures["model"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{output} holds no figures", f"what {PROGRAM} wrote", "name another file") from None
+        raise UserError(f"{output} holds no figures", f"a file that {PROGRAM} wrote", "name another file") from None
     if name != spec.name:
-        raise UserError(f"{output} is about {name}", f"figures of {spec.name}", "name another file")
+        raise UserError(f"{output} has figures of {name}", f"figures of {spec.name}", "name another file")
     return dict(figures)
 
 
-def _joined(earlier: list[Figures], found: list[Figures]) -> list[Figures]:
-    """What is measured again replaces what was measured before."""
+def _merge(earlier: list[Figures], found: list[Figures]) -> list[Figures]:
+    """Merge figures; new ones replace earlier ones of the same case."""
     again = {entry["case"] for entry in found}
     return [entry for entry in earlier if entry["case"] not in again] + found
 
@@ -146,7 +149,7 @@ def _good(figures: Figures) -> bool:
 
 
 def _graph_seconds(spec: ModelSpec) -> float:
-    """Authoring the graph of one transformer, in memory."""
+    """The time to write the graph of one transformer in memory."""
     from export.graphs.dit import dit_graph
 
     started = time.perf_counter()
@@ -171,7 +174,7 @@ def _memory_table(figures: Figures) -> "Table":
 def _throughput_table(figures: Figures) -> "Table":
     from rich.table import Table
 
-    title = f"Export of dense blocks of {figures['model']} beside cp of the checkpoint, bytes read and written"
+    title = f"Export of dense blocks of {figures['model']} and cp of the checkpoint, bytes read and written"
     table = Table("export", "blocks", "bytes", "export", "GB/s", "cp", "GB/s", "share", "lowest", title=title)
     for entry in figures["throughput"]:
         export = _seconds(entry["export_seconds"]), f"{entry['export_gb_s']:.2f}"

@@ -1,7 +1,7 @@
-"""Full-size engines built without a GPU (``--builds``): their time, size and memory.
+"""Full-size engines built without a GPU (``--builds``): build time, size and memory.
 
-Weights that are compiled in are random numbers, since a compiler might see through zeros; weights that stay outside are
-holes in sparse files, because the compiler never sees them.
+Embedded weights are random numbers, since a compiler might optimise zeros away. External weights are holes in sparse
+files, because the compiler never sees them.
 """
 
 import shutil
@@ -22,7 +22,7 @@ class BuildCase:
     size: str
     frames: str
     weights: Literal["embedded", "external"]
-    limit_bytes: int  # of memory
+    limit_bytes: int  # of peak memory
 
     @property
     def name(self) -> str:
@@ -35,12 +35,12 @@ BUILDS = (
 )
 
 
-def measured_build(case: BuildCase, folder: Path) -> dict[str, Any]:
-    """Makes checkpoint, bundle and engines below ``folder`` and leaves none of them; what the build took and gave."""
+def measure_build(case: BuildCase, folder: Path) -> dict[str, Any]:
+    """Make checkpoint, bundle and engines below ``folder`` and remove them; returns the figures of the build."""
     checkpoint, onnx, engines = folder / "checkpoint", folder / "onnx", folder / "engines"
     try:
         _export(spec_named(case.model), checkpoint, onnx, sparse=case.weights == "external")
-        shutil.rmtree(checkpoint)  # the bundle keeps what it shares with it
+        shutil.rmtree(checkpoint)  # hard links in the bundle keep the shared files
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             return {"case": case.name, **process.submit(_build, case, onnx, engines).result()}
     finally:

@@ -1,8 +1,8 @@
-"""Exports at full size: peak memory over a whole model of holes, throughput beside ``cp``.
+"""Exports at full size: peak memory on a full model of sparse files, throughput relative to ``cp``.
 
-Holes take no disk but would flatter the throughput, so that comes from real-size blocks with random weights. ``cp`` and
-the exports take turns on the same checkpoint: every file is pushed out of the system's cache before it is read, written
-bytes are synced within the time, and a process that starts and loads its libraries counts for both.
+Sparse files take no disk space but would inflate the throughput, so it is measured on full-size blocks with random
+weights. ``cp`` and the exports take turns on the same checkpoint. Each file is evicted from the page cache before it is
+read. The time includes the sync of written bytes and, for both, the start of the process.
 """
 
 import os
@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from studies.full_size.repacked import repack
 from wan22.bundle import check_disk
 from wan22.memory import peak_rss_bytes
 from wan22.specs import ModelSpec, Precision
@@ -27,28 +28,35 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Case:
+class ExportCase:
     name: str
     layout: Literal["official", "diffusers"]
-    half: bool  # transformers of the checkpoint in bfloat16
+    half: bool  # the checkpoint's transformers are in bfloat16
     precision: Precision
     link: bool = False
+    form: str = ""  # of the experts' files, a key of ``FORMS``; the release's own where it is empty
 
 
 CASES = (
-    *(Case(f"fp32 → {precision}", "official", False, precision) for precision in Precision),
-    Case("bf16 → bf16, linked", "diffusers", True, Precision.BF16, link=True),
+    *(ExportCase(f"fp32 → {precision}", "official", False, precision) for precision in Precision),
+    ExportCase("bf16 → bf16, linked", "diffusers", True, Precision.BF16, link=True),
+    ExportCase("fp8_scaled → fp8", "official", False, Precision.FP8, form="fp8_scaled"),
+    ExportCase("fp8_scaled → bf16", "official", False, Precision.BF16, form="fp8_scaled"),
+    ExportCase("Q4_K → bf16", "official", False, Precision.BF16, form="Q4_K"),
 )
-TIMED = tuple(case for case in CASES if case.precision in (Precision.BF16, Precision.FP8) and not case.link)
+PLAIN = tuple(case for case in CASES if not case.link and not case.form)
+TIMED = tuple(case for case in PLAIN if case.precision in (Precision.BF16, Precision.FP8))
 
 
-def memory_of(case: Case, spec: ModelSpec, folder: Path) -> dict[str, Any]:
-    """What the export of the whole ``spec``, in sparse files, has resident at most."""
+def memory_of(case: ExportCase, spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    """Export the full ``spec`` from sparse files; returns its peak resident memory, time and sizes."""
     from export.synth.checkpoint import synthesise
 
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
-    with _removed(checkpoint, bundle):
+    with _remove_after(checkpoint, bundle):
         synthesise(spec, checkpoint, case.layout, 0, sparse=True, half=case.half)
+        if case.form:
+            repack(checkpoint, spec, case.form)
         console.print(f"{case.name}, all of {spec.name} in sparse files")
         started = time.perf_counter()
         peak = _export(checkpoint, bundle, case, sparse=True)
@@ -57,12 +65,12 @@ def memory_of(case: Case, spec: ModelSpec, folder: Path) -> dict[str, Any]:
         return {"case": case.name, **sizes, "seconds": seconds, "peak_rss_bytes": peak}
 
 
-def throughput_of(cases: Sequence[Case], spec: ModelSpec, folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """Every export of one float32 checkpoint of ``spec``, and ``cp`` of it, in turns; leaves nothing behind."""
+def throughput_of(cases: Sequence[ExportCase], spec: ModelSpec, folder: Path, repeats: int) -> list[dict[str, Any]]:
+    """Time ``cp`` and every export of one float32 checkpoint of ``spec``, in turns; all files are removed."""
     from export.synth.checkpoint import synthesise, weights_bytes
 
     checkpoint, copy = folder / "checkpoint", folder / "copy"
-    with _removed(checkpoint, copy, folder / "bundle"):
+    with _remove_after(checkpoint, copy, folder / "bundle"):
         check_disk(checkpoint, 3 * weights_bytes(spec))  # the checkpoint, its bundle, a copy
         with bars() as progress:
             synthesise(spec, checkpoint, "official", 0, progress=progress)
@@ -72,13 +80,13 @@ def throughput_of(cases: Sequence[Case], spec: ModelSpec, folder: Path, repeats:
             console.print(f"turn {turn + 1} of {repeats}: cp, {', '.join(runs)}")
             cp_seconds.append(_cp_seconds(checkpoint, copy))
             for case in cases:
-                runs[case.name].append(_timed(checkpoint, folder / "bundle", case))
+                runs[case.name].append(_time_export(checkpoint, folder / "bundle", case))
         size = _size(checkpoint)
-        return [{"case": name, **_beside_cp(size, found, cp_seconds)} for name, found in runs.items()]
+        return [{"case": name, **_compare_with_cp(size, found, cp_seconds)} for name, found in runs.items()]
 
 
 @contextmanager
-def _removed(*folders: Path) -> Iterator[None]:
+def _remove_after(*folders: Path) -> Iterator[None]:
     try:
         yield
     finally:
@@ -86,13 +94,13 @@ def _removed(*folders: Path) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _export(checkpoint: Path, bundle: Path, case: Case, *, sparse: bool) -> int:
-    """In a process of its own; returns the most memory it had resident."""
+def _export(checkpoint: Path, bundle: Path, case: ExportCase, *, sparse: bool) -> int:
+    """Export in a new process; returns its peak resident memory in bytes."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_exported, checkpoint, bundle, case, sparse).result()
+        return process.submit(_export_in_process, checkpoint, bundle, case, sparse).result()
 
 
-def _exported(checkpoint: Path, bundle: Path, case: Case, sparse: bool) -> int:
+def _export_in_process(checkpoint: Path, bundle: Path, case: ExportCase, sparse: bool) -> int:
     from export.exporter import export_checkpoint
     from export.options import ExportOptions
 
@@ -101,25 +109,27 @@ def _exported(checkpoint: Path, bundle: Path, case: Case, sparse: bool) -> int:
     return peak_rss_bytes()
 
 
-def _timed(checkpoint: Path, bundle: Path, case: Case) -> dict[str, Any]:
-    with _removed(bundle):
+def _time_export(checkpoint: Path, bundle: Path, case: ExportCase) -> dict[str, Any]:
+    with _remove_after(bundle):
         _forget(checkpoint)
         seconds, peak = _seconds(lambda: _export(checkpoint, bundle, case, sparse=False))
         return {"seconds": seconds, "peak_rss_bytes": peak, "bundle_bytes": _size(bundle)}
 
 
 def _cp_seconds(folder: Path, copy: Path) -> float:
-    with _removed(copy):
+    with _remove_after(copy):
         _forget(folder)
         return _seconds(lambda: subprocess.run(["cp", "-r", str(folder), str(copy)], check=True))[0]
 
 
-def _beside_cp(checkpoint_bytes: int, runs: Sequence[dict[str, Any]], cp_seconds: Sequence[float]) -> dict[str, Any]:
-    """Throughput is bytes read plus bytes written, in a second; cp reads the checkpoint and writes as much."""
+def _compare_with_cp(
+    checkpoint_bytes: int, runs: Sequence[dict[str, Any]], cp_seconds: Sequence[float]
+) -> dict[str, Any]:
+    """The throughputs: bytes read plus bytes written per second. cp writes as many bytes as it reads."""
     bundle_bytes = runs[0]["bundle_bytes"]
     export_rates = [(checkpoint_bytes + bundle_bytes) / run["seconds"] / 1e9 for run in runs]
     cp_rates = [2 * checkpoint_bytes / seconds / 1e9 for seconds in cp_seconds]
-    shares = [export / cp for export, cp in zip(export_rates, cp_rates, strict=True)]  # of the same turn
+    shares = [export / cp for export, cp in zip(export_rates, cp_rates, strict=True)]  # by turn
     return {
         "checkpoint_bytes": checkpoint_bytes,
         "bundle_bytes": bundle_bytes,

@@ -1,1 +1,1 @@
-"""What can only be measured on a GPU, stage by stage: ``python -m studies.gpu``."""
+"""``python -m studies.gpu``: measurements that need a GPU, in stages."""

@@ -1,11 +1,11 @@
-"""Everything that only a GPU can tell, in one command with a time budget; a table last, and a JSON file.
+"""Measures everything that needs a GPU, within a time budget; prints a table and writes a JSON file.
 
     python -m studies.gpu --budget-s 600 -o gpu.json
 
-Weights are random, so nothing is downloaded. Each stage runs in a process of its own and may fail by itself: what a
-GPU refuses is part of the answer. Small stages come first; the last ones, whole models, take what time is left. The
-file is written anew after every stage, so that a run that is ended early leaves what it had found.
-``--dry-run`` takes every stage through its code on the CPU at tiny sizes and keeps no figure of it.
+Weights are random, so nothing is downloaded. Each stage runs in a separate process and may fail alone: a refusal by the
+GPU is a result too. Small stages come first; the last ones, full models, use the remaining time. The file is rewritten
+after every stage, so a run that ends early keeps its results. ``--dry-run`` runs the code of every stage on the CPU at
+tiny sizes and records no figures.
 """
 
 import json
@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
-from studies.gpu.stage import Answer, Setting, Stage, run_stage
+from studies.gpu.stage import Stage, StageResult, StageSettings, run_stage
 from studies.gpu.view import table_of
 from validate.bench.machine import machine, versions
 from wan22.errors import UserError
@@ -33,46 +33,46 @@ P480, P720, P5B = (832, 480, 81), (1280, 720, 81), (1280, 704, 121)
 STAGES = (
     Stage("rtx", "TensorRT-RTX engine", "studies.gpu.rtx", "attempt"),
     Stage("sampler", "sampler", "studies.gpu.sampler", "overhead"),
-    Stage("a14b-blocks", "T2V-A14B, two blocks", "studies.gpu.transformer", "beside", ("t2v-a14b", P480)),
-    Stage("5b-blocks", "TI2V-5B, two blocks", "studies.gpu.transformer", "beside", ("ti2v-5b", P5B)),
+    Stage("a14b-blocks", "T2V-A14B, two blocks", "studies.gpu.transformer", "compare_blocks", ("t2v-a14b", P480)),
+    Stage("5b-blocks", "TI2V-5B, two blocks", "studies.gpu.transformer", "compare_blocks", ("ti2v-5b", P5B)),
     Stage("vae", "streaming VAE decode", "studies.gpu.decoder", "streaming"),
-    Stage("5b", "TI2V-5B, whole", "studies.gpu.transformer", "whole", ("ti2v-5b", (P5B,))),
-    Stage("a14b", "T2V-A14B, whole expert", "studies.gpu.transformer", "whole", ("t2v-a14b", (P480, P720))),
+    Stage("5b", "TI2V-5B, whole", "studies.gpu.transformer", "whole_model", ("ti2v-5b", (P5B,))),
+    Stage("a14b", "T2V-A14B, whole expert", "studies.gpu.transformer", "whole_model", ("t2v-a14b", (P480, P720))),
 )
 PROGRAM = "python -m studies.gpu"
-NOTHING = "no GPU: nothing measured"
+NOT_MEASURED = "no GPU: nothing measured"
 PACKAGES = ("onnxruntime-gpu", "cupy-cuda13x", "cupy-cuda12x", "tensorrt_rtx")
 
 
 def run(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the JSON goes.")] = Path("gpu.json"),
-    budget_s: Annotated[float, typer.Option(min=1, help="Seconds for everything; what is left is skipped.")] = 600,
-    only: Annotated[list[str] | None, typer.Option(help="Only this stage; repeatable.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")] = Path("gpu.json"),
+    budget_s: Annotated[float, typer.Option(min=1, help="Seconds for all stages; the rest is skipped.")] = 600,
+    only: Annotated[list[str] | None, typer.Option(help="Run only this stage; repeatable.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Run the code at tiny sizes on the CPU; measure nothing.")
     ] = False,
 ) -> int:
-    """Measure on this machine's GPU: transformers, sampler, VAE, and whether TensorRT-RTX engines load."""
-    stages = _chosen(only or [])
+    """Measure transformers, sampler and VAE on this machine's GPU, and check that TensorRT-RTX engines load."""
+    stages = _select_stages(only or [])
     gpu = {} if dry_run else _gpu()
-    answers = [Answer(stage, "skipped", "the run ended before it") for stage in stages]
+    answers = [StageResult(stage, "skipped", "the run ended before it") for stage in stages]
     circumstances, code = _circumstances(gpu, dry_run), 0
-    _write(output, {**circumstances, "stages": []})  # a place that cannot be written is refused before the work
+    _write(output, {**circumstances, "stages": []})  # fails before the work if the file cannot be written
     shown = _without_figures if dry_run else list
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it early gets what there is
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an early end keeps the results so far
     try:
-        for _ in _measure(answers, Setting(dry_run), time.monotonic() + budget_s):
+        for _ in _measure(answers, StageSettings(dry_run), time.monotonic() + budget_s):
             _write(output, {**circumstances, "stages": [answer.as_json() for answer in shown(answers)]})
     except KeyboardInterrupt:
         code = 130
     answers = shown(answers)
     _write(output, {**circumstances, "stages": [answer.as_json() for answer in answers]})
     console.print(table_of(answers))
-    console.print(f"{NOTHING if dry_run else gpu['name']}: {output}")
+    console.print(f"{NOT_MEASURED if dry_run else gpu['name']}: {output}")
     return code or int(dry_run and any(answer.status == "failed" for answer in answers))
 
 
-def _chosen(names: Sequence[str]) -> list[Stage]:
+def _select_stages(names: Sequence[str]) -> list[Stage]:
     known = [stage.name for stage in STAGES]
     for name in names:
         if name not in known:
@@ -81,7 +81,7 @@ def _chosen(names: Sequence[str]) -> list[Stage]:
 
 
 def _gpu() -> dict[str, Any]:
-    """Raises UserError where PyTorch sees none."""
+    """Properties of the GPU. Raises UserError if PyTorch sees none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -95,8 +95,8 @@ def _gpu() -> dict[str, Any]:
     }
 
 
-def _measure(answers: Sequence[Answer], setting: Setting, deadline: float) -> Iterator[None]:
-    """Yields after every stage. One that hangs takes half of the time that is left, the last one all of it."""
+def _measure(answers: Sequence[StageResult], setting: StageSettings, deadline: float) -> Iterator[None]:
+    """Run the stages, yielding after each. A stage gets half of the remaining time, the last one all of it."""
     for number, answer in enumerate(answers, 1):
         left = deadline - time.monotonic()
         if left <= 0:
@@ -108,7 +108,7 @@ def _measure(answers: Sequence[Answer], setting: Setting, deadline: float) -> It
         yield
 
 
-def _without_figures(answers: Sequence[Answer]) -> list[Answer]:
+def _without_figures(answers: Sequence[StageResult]) -> list[StageResult]:
     return [
         replace(
             answer,
@@ -131,7 +131,7 @@ def _circumstances(gpu: dict[str, Any], dry_run: bool) -> dict[str, Any]:
             continue
     return {
         "kind": "gpu_run",
-        "verdict": NOTHING if dry_run else "measured",
+        "verdict": NOT_MEASURED if dry_run else "measured",
         "command": command_line(PROGRAM),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine() | {"kernel": platform.release()},

@@ -1,4 +1,4 @@
-"""Latents to frames at 720p: our streaming graphs on ONNX Runtime, and diffusers' decoder, both in float32.
+"""VAE decoding at 720p: our streaming graphs on ONNX Runtime and diffusers' decoder, both in float32.
 
 On ONNX Runtime the caches between chunks pass through host memory; TensorRT engines keep them on the device.
 """
@@ -13,15 +13,15 @@ from export.checkpoint.schema import vae_tensors
 from runtime.arrays import F32
 from runtime.noise import standard_normal
 from runtime.vae import decode
-from studies.gpu.random_model import Weights, decoder_engines, filled, random_weights
-from studies.gpu.stage import Measurement, Setting, reason_of
-from studies.gpu.timing import peak_gib, synchronised
+from studies.gpu.random_model import Weights, decoder_engines, fill_module, random_weights
+from studies.gpu.stage import Measurement, StageSettings, reason_of
+from studies.gpu.timing import peak_gib, time_ms
 from validate.reference.parts import autoencoder
 from wan22.specs import ModelSpec, spec_named
 
 
-def streaming(setting: Setting) -> Iterator[Measurement]:
-    """Each side twice: the second run is timed, the most memory of it told."""
+def streaming(setting: StageSettings) -> Iterator[Measurement]:
+    """Run each side twice: the first run yields the peak memory, the second the time."""
     spec = spec_named("t2v-a14b-tiny" if setting.dry_run else "t2v-a14b")
     video = (64, 64, 5) if setting.dry_run else (1280, 720, 17)
     latents = standard_normal(spec.latent_shape(*video), setting.seed)
@@ -29,7 +29,7 @@ def streaming(setting: Setting) -> Iterator[Measurement]:
     for name, side in (("ONNX Runtime", _ours), ("PyTorch", _theirs)):
         try:
             milliseconds, gib = side(setting.device, spec, weights, latents)
-        except Exception as error:  # one that needs too much memory must not hide the other
+        except Exception as error:  # if one side runs out of memory, the other is still measured
             yield Measurement(name, note=f"no: {reason_of(error)}")
             continue
         yield Measurement(name, milliseconds, "ms", "{}x{}, {} frames".format(*video))
@@ -40,22 +40,22 @@ def _ours(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tuple
     with tempfile.TemporaryDirectory() as folder:
         first, later = decoder_engines(spec, weights, Path(folder), device)
         with first, later:
-            return _timed(device, lambda: [None for _ in decode(first, later, latents)])
+            return _measure(device, lambda: [None for _ in decode(first, later, latents)])
 
 
 def _theirs(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tuple[float, float]:
     with torch.device("meta"):
         module = autoencoder(spec)
-    module = filled(module, "vae", spec, weights, torch.float32).to(device)
+    module = fill_module(module, "vae", spec, weights, torch.float32).to(device)
     entering = torch.from_numpy(latents).to(device)
 
     @torch.inference_mode()
     def work() -> object:
         return module.decode(entering, return_dict=False)[0]
 
-    return _timed(device, work)
+    return _measure(device, work)
 
 
-def _timed(device: str, work: Callable[[], object]) -> tuple[float, float]:
+def _measure(device: str, work: Callable[[], object]) -> tuple[float, float]:
     gib = peak_gib(device, work)
-    return synchronised(device, work), gib
+    return time_ms(device, work), gib

@@ -1,6 +1,7 @@
-"""Models of real size with random weights: the same values in diffusers' module and in our graph.
+"""Models of real size with the same random weights in diffusers' module and in our graph.
 
-Time does not depend on the values, but power and the check that both compute the same do, so they are no zeros.
+Times do not depend on the values, but power does, and so does the check that both sides compute the same. So the
+weights are not zeros.
 """
 
 from collections.abc import Mapping
@@ -31,10 +32,11 @@ STORED = {
     ir.DataType.FLOAT: torch.float32,
 }
 CUDA = "CUDAExecutionProvider"
+WEIGHTS = "weights.bin"
 
 
 def random_weights(shapes: Shapes, device: str, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
-    """Matrices that keep the size of what they multiply; norms near 1, biases near 0."""
+    """Random weights: matrices that preserve the magnitude of their input, norms near 1, biases near 0."""
     generator = torch.Generator(device).manual_seed(seed)
     found = {}
     for name, shape in shapes.items():
@@ -45,8 +47,8 @@ def random_weights(shapes: Shapes, device: str, dtype: torch.dtype, seed: int) -
     return found
 
 
-def filled(module: Any, part: str, spec: ModelSpec, weights: Weights, dtype: torch.dtype) -> Any:
-    """``module``, made on the meta device, with ``weights``; what diffusers keeps in float32 is so."""
+def fill_module(module: Any, part: str, spec: ModelSpec, weights: Weights, dtype: torch.dtype) -> Any:
+    """Load ``weights`` into ``module`` from the meta device; parts that diffusers keeps in float32 stay so."""
     names = diffusers_names(part, spec)
     module.load_state_dict({theirs: weights[official] for official, theirs in names.items()}, strict=True, assign=True)
     module.requires_grad_(False)
@@ -57,7 +59,7 @@ def filled(module: Any, part: str, spec: ModelSpec, weights: Weights, dtype: tor
 def transformer_engine(
     spec: ModelSpec, weights: Weights, folder: Path, precision: Precision, device: str
 ) -> OnnxRuntimeEngine:
-    """Our graph of an expert, written into ``folder``, its attention as ONNX Runtime's fused operator."""
+    """Write our graph of an expert, with ONNX Runtime's fused attention, into ``folder``; returns its engine."""
     graph = dit_graph(spec.dit, COMPUTE[precision])
     write_weights([graph], weights, folder)
     model = ir.Model(graph.graph, ir_version=11)
@@ -67,7 +69,7 @@ def transformer_engine(
 
 
 def decoder_engines(spec: ModelSpec, weights: Weights, folder: Path, device: str) -> list[OnnxRuntimeEngine]:
-    """The VAE's decoder in float32: for the first latent frame, and for later ones."""
+    """Engines of the VAE's decoder in float32, for the first latent frame and for later ones."""
     graphs = {"first": vae_decoder(spec.vae, first=True), "next": vae_decoder(spec.vae, first=False)}
     write_weights(list(graphs.values()), weights, folder)
     for name, graph in graphs.items():
@@ -76,29 +78,29 @@ def decoder_engines(spec: ModelSpec, weights: Weights, folder: Path, device: str
 
 
 def write_weights(graphs: list[GraphBuilder], weights: Weights, folder: Path) -> None:
-    """One file for all ``graphs``, each weight once, in the type that the graphs want."""
+    """Write one file for all ``graphs`` with each weight once, in the dtype that the graphs declare."""
     declared = {key: value.dtype for graph in graphs for key, value in graph.weights.items()}
     placed: dict[str, Placed] = {}
-    with (folder / "weights.bin").open("wb") as file:
+    with (folder / WEIGHTS).open("wb") as file:
         for key, dtype in declared.items():
             start = file.tell()
             raw = weights[key].to(STORED[dtype or FLOAT]).cpu().contiguous().view(torch.uint8)
             raw.reshape(-1).numpy().tofile(file)
             file.flush()
-            placed[key] = Placed("weights.bin", start, file.tell() - start)
+            placed[key] = Placed(WEIGHTS, start, file.tell() - start)
     for graph in graphs:
         graph.bind({key: placed[key] for key in graph.weights}, folder)
 
 
 def _engine(graph: GraphBuilder, folder: Path, name: str, precision: Precision, device: str) -> OnnxRuntimeEngine:
-    file = File(f"{name}.onnx", "", (folder / f"{name}.onnx").stat().st_size)
+    file, weights = (File(leaf, "", (folder / leaf).stat().st_size) for leaf in (f"{name}.onnx", WEIGHTS))
     inputs, outputs = graph.edges()
     kind = CudaEngine if device == "cuda" else OnnxRuntimeEngine
-    return kind(folder, Component(name, file, (), inputs, outputs, precision))
+    return kind(folder, Component(name, file, (weights,), inputs, outputs, precision))
 
 
 class CudaEngine(OnnxRuntimeEngine):
-    """An engine that is on the GPU or not at all: ONNX Runtime itself goes on with the CPU when CUDA does not start."""
+    """An engine that requires the GPU. ONNX Runtime alone falls back to the CPU if CUDA does not start."""
 
     def __enter__(self) -> Self:
         import onnxruntime

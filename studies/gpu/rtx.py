@@ -1,4 +1,4 @@
-"""Does a TensorRT-RTX engine of our graph build, load and run on this GPU? It does not on every architecture."""
+"""Checks that a TensorRT-RTX engine of our graph builds, loads and runs on this GPU; not every architecture can."""
 
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from runtime.engine_tensorrt import Device
 from runtime.forward_inputs import forward_inputs
 from runtime.noise import standard_normal
 from studies.gpu.random_model import random_weights, write_weights
-from studies.gpu.stage import Measurement, Setting, reason_of
+from studies.gpu.stage import Measurement, StageSettings, reason_of
 from studies.gpu.timing import median_ms
 from wan22.bundle import Component, File
 from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, spec_named
@@ -28,8 +28,8 @@ VIDEO = (256, 160, 17)
 RUNS = 20
 
 
-def attempt(setting: Setting) -> Iterator[Measurement]:
-    """Builds the tiny transformer for this GPU, then tries to load and run it; a refusal is a finding too."""
+def attempt(setting: StageSettings) -> Iterator[Measurement]:
+    """Build the tiny transformer for this GPU, then try to load and run it. A refusal is a result too."""
     trt = load_module("tensorrt-rtx")
     spec, target = spec_named("t2v-a14b-tiny"), _target(setting)
     yield Measurement("version", note=str(trt.__version__))
@@ -48,13 +48,13 @@ def attempt(setting: Setting) -> Iterator[Measurement]:
             yield Measurement("loads", note="not tried: no GPU")
             return
         try:
-            yield from _loaded(trt, folder, component, (profile,), spec)
+            yield from _load_and_run(trt, folder, component, (profile,), spec)
         except Exception as error:
             yield Measurement("loads and runs", note=f"no: {reason_of(error)}")
 
 
-def _target(setting: Setting) -> Target:
-    """A GeForce, with the compute capability of this GPU."""
+def _target(setting: StageSettings) -> Target:
+    """The target of a GeForce with the compute capability of this GPU."""
     target = TARGETS["rtx4090"]
     if setting.dry_run:
         return target
@@ -70,7 +70,9 @@ def _graph(spec: ModelSpec, folder: Path, seed: int) -> Component:
     return Component("transformer", File("transformer.onnx", "", 0), (), inputs, outputs, Precision.BF16)
 
 
-def _loaded(trt: Any, folder: Path, component: Component, profiles: Any, spec: ModelSpec) -> Iterator[Measurement]:
+def _load_and_run(
+    trt: Any, folder: Path, component: Component, profiles: Any, spec: ModelSpec
+) -> Iterator[Measurement]:
     import cupy
 
     inputs = {name: cupy.asarray(array) for name, array in _inputs(spec).items()}

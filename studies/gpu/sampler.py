@@ -1,4 +1,4 @@
-"""What the sampler costs beside the transformer: solver, guidance and checks on arrays of the GPU."""
+"""The sampler's overhead outside the transformer: solver, guidance and checks on GPU arrays."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +11,7 @@ from runtime.denoise import Conditions, denoise
 from runtime.noise import standard_normal
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
-from studies.gpu.stage import Measurement, Setting
+from studies.gpu.stage import Measurement, StageSettings
 from studies.gpu.timing import median_ms
 from wan22.sampling import SolverName
 from wan22.specs import ModelSpec, spec_named
@@ -20,8 +20,8 @@ SOLVERS: tuple[SolverName, ...] = ("unipc", "dpm++", "euler")
 STEPS, RUNS = 40, 3
 
 
-def overhead(setting: Setting) -> Iterator[Measurement]:
-    """Of whole runs whose transformer answers at once, by step, at 720p."""
+def overhead(setting: StageSettings) -> Iterator[Measurement]:
+    """Time per step of runs at 720p whose transformer returns immediately."""
     xp = np if setting.dry_run else import_module("cupy")
     spec, video = spec_named("t2v-a14b"), (64, 64, 5) if setting.dry_run else (1280, 720, 81)
     noise = xp.asarray(standard_normal(spec.latent_shape(*video), setting.seed))
@@ -33,7 +33,7 @@ def overhead(setting: Setting) -> Iterator[Measurement]:
 
 
 def _run(xp: Any, spec: ModelSpec, noise: Any, name: SolverName) -> None:
-    """Ends when the device has finished."""
+    """Run and wait until the device has finished."""
     answer = 0.1 * noise
     experts = {expert: lambda **_: answer for expert in spec.experts}
     schedule = make_schedule(name, STEPS, spec.sampling.shift, "official")

@@ -1,7 +1,7 @@
-"""One stage of a run on a GPU, in a process of its own: whatever happens there becomes an answer.
+"""One stage of a run on a GPU, in a separate process; every outcome becomes a result.
 
-A stage is a generator of measurements, so that one that dies, or whose time runs out, has told what it had found. A
-package that is missing, a kernel that refuses a type, a crash of the driver: all of it is recorded with its reason.
+A stage is a generator of measurements, so a stage that dies or runs out of time keeps those it has yielded. Missing
+packages, kernels that reject a dtype and driver crashes are recorded with their reasons.
 """
 
 import time
@@ -20,8 +20,8 @@ POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Setting:
-    dry_run: bool  # tiny sizes on the CPU: proves that the stage runs, measures nothing
+class StageSettings:
+    dry_run: bool  # tiny sizes on the CPU: checks that the stage runs, measures nothing
     seed: int = 0
 
     @property
@@ -31,7 +31,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measurement:
-    """``unit`` names what ``value`` counts; a finding without a number has a ``note`` alone, as has NaN."""
+    """``unit`` is the unit of ``value``. A result without a finite value has only a ``note``."""
 
     what: str
     value: float | None = None
@@ -40,8 +40,8 @@ class Measurement:
 
     @classmethod
     def of(cls, what: str, value: float, unit: str = "", note: str = "") -> Self:
-        """Of a value that may be NaN or infinite, which JSON cannot say."""
-        return cls(what, value, unit, note) if isfinite(value) else cls(what, note=f"no number: {value}, {note}")
+        """A measurement of a value that may be NaN or infinite, which JSON cannot express."""
+        return cls(what, value, unit, note) if isfinite(value) else cls(what, note=f"not finite: {value}, {note}")
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Stage:
     function: str  # takes the setting and ``arguments``; yields measurements
     arguments: tuple[Any, ...] = ()
 
-    def measurements(self, setting: Setting) -> Iterator[Measurement]:
+    def measurements(self, setting: StageSettings) -> Iterator[Measurement]:
         work: Callable[..., Iterator[Measurement]] = getattr(import_module(self.module), self.function)
         return work(setting, *self.arguments)
 
 
 @dataclass
-class Answer:
-    """What came of a stage. ``status``: measured, failed, time ran out, interrupted, or skipped."""
+class StageResult:
+    """The result of a stage. ``status``: measured, failed, time ran out, interrupted or skipped."""
 
     stage: Stage
     status: str = "interrupted"
@@ -78,8 +78,8 @@ class Answer:
         }
 
 
-def run_stage(answer: Answer, setting: Setting, limit_s: float) -> None:
-    """Fills ``answer``, which holds what was found whenever this ends, by Ctrl-C too."""
+def run_stage(answer: StageResult, setting: StageSettings, limit_s: float) -> None:
+    """Run a stage and fill in ``answer``, which keeps its measurements however the stage ends, even by Ctrl-C."""
     started = time.monotonic()
     try:
         with child_process(_work, answer.stage, setting) as (receiver, process):
@@ -90,7 +90,7 @@ def run_stage(answer: Answer, setting: Setting, limit_s: float) -> None:
         answer.reason = f"its process ended with code {process.exitcode}"
 
 
-def _listen(answer: Answer, receiver: Connection, deadline: float) -> None:
+def _listen(answer: StageResult, receiver: Connection, deadline: float) -> None:
     while True:
         if time.monotonic() > deadline:
             answer.status = "time ran out"
@@ -99,7 +99,7 @@ def _listen(answer: Answer, receiver: Connection, deadline: float) -> None:
             continue
         try:
             message = receiver.recv()
-        except EOFError:  # it died without a word
+        except EOFError:  # the process died
             answer.status = "failed"
             return
         if isinstance(message, Measurement):
@@ -109,7 +109,7 @@ def _listen(answer: Answer, receiver: Connection, deadline: float) -> None:
             return
 
 
-def _work(sender: Connection, stage: Stage, setting: Setting) -> None:
+def _work(sender: Connection, stage: Stage, setting: StageSettings) -> None:
     try:
         for measurement in stage.measurements(setting):
             sender.send(measurement)
@@ -119,6 +119,6 @@ def _work(sender: Connection, stage: Stage, setting: Setting) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """An exception in one line."""
+    """The exception on one line."""
     name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return (name + " ".join(str(error).split()))[:LONGEST_REASON]

@@ -1,4 +1,4 @@
-"""Time and memory on either device, by the same yardstick for every library."""
+"""Time and memory on either device, measured in the same way for every library."""
 
 from collections.abc import Callable
 from time import perf_counter
@@ -10,8 +10,8 @@ import torch
 from wan22.memory import peak_bytes, reset_peak, resident_bytes, watch_peak
 
 
-def synchronised(device: str, work: Callable[[], Any]) -> float:
-    """Milliseconds of ``work`` until the device is done with it."""
+def time_ms(device: str, work: Callable[[], Any]) -> float:
+    """The milliseconds of ``work`` until the device has finished."""
     started = perf_counter()
     work()
     if device == "cuda":
@@ -20,13 +20,13 @@ def synchronised(device: str, work: Callable[[], Any]) -> float:
 
 
 def median_ms(device: str, work: Callable[[], Any], runs: int) -> float:
-    """Of ``runs``, after one that does not count."""
-    synchronised(device, work)
-    return float(np.median([synchronised(device, work) for _ in range(runs)]))
+    """The median of ``runs`` timed runs, after a warm-up run."""
+    time_ms(device, work)
+    return float(np.median([time_ms(device, work) for _ in range(runs)]))
 
 
 def peak_gib(device: str, work: Callable[[], Any]) -> float:
-    """The most memory in use during ``work`` beyond what was in use before; of the device, whoever uses it."""
+    """The peak of memory in use during ``work``, minus the use before; on a GPU, of all processes."""
     if device == "cpu":
         reset_peak()
         before = resident_bytes()

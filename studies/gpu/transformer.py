@@ -1,4 +1,4 @@
-"""One forward of a transformer of real size: PyTorch in bfloat16, and ONNX Runtime on our graph beside it."""
+"""One forward of a transformer of real size: PyTorch in bfloat16, compared with our graph on ONNX Runtime."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,24 +12,24 @@ from export.checkpoint.schema import dit_tensors
 from runtime.arrays import F32
 from runtime.forward_inputs import forward_inputs
 from runtime.noise import standard_normal
-from studies.gpu.random_model import Weights, filled, random_weights, transformer_engine
-from studies.gpu.stage import Measurement, Setting, reason_of
-from studies.gpu.timing import median_ms, synchronised
+from studies.gpu.random_model import Weights, fill_module, random_weights, transformer_engine
+from studies.gpu.stage import Measurement, StageSettings, reason_of
+from studies.gpu.timing import median_ms, time_ms
 from validate.bench.samples import Ratio
 from validate.reference.parts import timesteps_of, transformer
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, spec_named
 
 TIMESTEP = 900.0
 RUNS = 5
-FEW_BLOCKS = 2  # blocks are alike; few are enough to compare two libraries, and quickly written
+FEW_BLOCKS = 2  # blocks are alike, so few are enough to compare two libraries
 RESERVED_BYTES = 4 * 2**30
-ROWS_ALIVE = 24  # activations as wide as the model that are alive at once, generously
+ROWS_ALIVE = 24  # upper bound of the activations of the model's width that are alive at once
 Video = tuple[int, int, int]  # width, height, frames
 
 
 @dataclass(frozen=True)
-class Case:
-    """A forward: the model, the blocks it is cut to, the video."""
+class ForwardCase:
+    """A forward: the model, possibly with fewer blocks, and the video."""
 
     spec: ModelSpec
     video: Video
@@ -42,15 +42,15 @@ class Case:
         _, _, frames, height, width = self.spec.latent_shape(*self.video)
         return frames * (height // PATCH[1]) * (width // PATCH[2])
 
-    def cut(self, blocks: int) -> "Case":
+    def cut(self, blocks: int) -> "ForwardCase":
         return replace(self, spec=replace(self.spec, dit=replace(self.spec.dit, layers=blocks)))
 
     def weights(self) -> Weights:
         return random_weights(dit_tensors(self.spec.dit), self.device, self.dtype, self.seed)
 
 
-def beside(setting: Setting, model: str, video: Video) -> Iterator[Measurement]:
-    """The first blocks on both sides, in turns, with the same weights."""
+def compare_blocks(setting: StageSettings, model: str, video: Video) -> Iterator[Measurement]:
+    """Compare the first blocks on both sides, in turns, with the same weights."""
     case = _case(setting, model, video).cut(FEW_BLOCKS)
     weights = case.weights()
     torch_step = _torch_step(case, weights)
@@ -59,12 +59,12 @@ def beside(setting: Setting, model: str, video: Video) -> Iterator[Measurement]:
     for precision in (Precision.FP32,) if setting.dry_run else (Precision.BF16, Precision.FP16):
         try:
             yield from _onnxruntime_beside(case, weights, torch_step, precision)
-        except Exception as error:  # a type that its kernels do not have is an answer
+        except Exception as error:  # an unsupported dtype is a result
             yield Measurement(f"ONNX Runtime {precision.value}", note=f"no: {reason_of(error)}")
 
 
-def whole(setting: Setting, model: str, videos: tuple[Video, ...]) -> Iterator[Measurement]:
-    """PyTorch with as many blocks as fit beside the activations of the largest video."""
+def whole_model(setting: StageSettings, model: str, videos: tuple[Video, ...]) -> Iterator[Measurement]:
+    """Time PyTorch with as many blocks as fit next to the activations of the largest video."""
     cases = [_case(setting, model, video) for video in videos]
     blocks = _blocks_that_fit(max(cases, key=lambda case: case.tokens))
     weights = cases[0].cut(blocks).weights()
@@ -75,14 +75,14 @@ def whole(setting: Setting, model: str, videos: tuple[Video, ...]) -> Iterator[M
         yield Measurement(name, milliseconds, "ms", f"{case.tokens} tokens")
 
 
-def _case(setting: Setting, model: str, video: Video) -> Case:
+def _case(setting: StageSettings, model: str, video: Video) -> ForwardCase:
     if setting.dry_run:
-        return Case(spec_named(f"{model}-tiny"), (64, 64, 5), "cpu", torch.float32, setting.seed)
-    return Case(spec_named(model), video, "cuda", torch.bfloat16, setting.seed)
+        return ForwardCase(spec_named(f"{model}-tiny"), (64, 64, 5), "cpu", torch.float32, setting.seed)
+    return ForwardCase(spec_named(model), video, "cuda", torch.bfloat16, setting.seed)
 
 
-def _blocks_that_fit(case: Case) -> int:
-    """Raises MemoryError where not one does."""
+def _blocks_that_fit(case: ForwardCase) -> int:
+    """The number of blocks that fit. Raises MemoryError if none fits."""
     if case.device == "cpu":
         return case.spec.dit.layers
     free, _ = torch.cuda.mem_get_info()
@@ -98,18 +98,18 @@ def _blocks_that_fit(case: Case) -> int:
 # -- the sides
 
 
-def _latents(case: Case) -> F32:
+def _latents(case: ForwardCase) -> F32:
     return standard_normal(case.spec.latent_shape(*case.video), case.seed)
 
 
-def _text(case: Case) -> F32:
+def _text(case: ForwardCase) -> F32:
     return standard_normal((1, TEXT_TOKENS, case.spec.dit.text_width), case.seed + 1)
 
 
-def _torch_step(case: Case, weights: Weights) -> Callable[[], torch.Tensor]:
+def _torch_step(case: ForwardCase, weights: Weights) -> Callable[[], torch.Tensor]:
     with torch.device("meta"):
         module = transformer(case.spec)
-    module = filled(module, case.spec.experts[0], case.spec, weights, case.dtype).to(case.device)
+    module = fill_module(module, case.spec.experts[0], case.spec, weights, case.dtype).to(case.device)
     latents, text = (torch.from_numpy(x).to(case.device, case.dtype) for x in (_latents(case), _text(case)))
     times = timesteps_of(case.spec, latents.shape, TIMESTEP).to(case.device)
 
@@ -123,12 +123,12 @@ def _torch_step(case: Case, weights: Weights) -> Callable[[], torch.Tensor]:
     return step
 
 
-def _our_inputs(case: Case) -> dict[str, F32]:
+def _our_inputs(case: ForwardCase) -> dict[str, F32]:
     return forward_inputs(case.spec.dit, _latents(case), TIMESTEP, _text(case))
 
 
 def _onnxruntime_beside(
-    case: Case, weights: Weights, torch_step: Callable[[], torch.Tensor], precision: Precision
+    case: ForwardCase, weights: Weights, torch_step: Callable[[], torch.Tensor], precision: Precision
 ) -> Iterator[Measurement]:
     name, inputs = f"ONNX Runtime {precision.value}", _our_inputs(case)
     with (
@@ -137,8 +137,7 @@ def _onnxruntime_beside(
     ):
         found, expected = engine(**inputs), torch_step().float().cpu().numpy()
         pairs = [
-            (synchronised(case.device, torch_step), synchronised(case.device, lambda: engine(**inputs)))
-            for _ in range(RUNS)
+            (time_ms(case.device, torch_step), time_ms(case.device, lambda: engine(**inputs))) for _ in range(RUNS)
         ]
     theirs, ours = zip(*pairs, strict=True)
     ratio = Ratio.of(theirs, ours)

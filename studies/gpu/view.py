@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from studies.gpu.stage import Answer, Measurement
+from studies.gpu.stage import Measurement, StageResult
 
 DONE = ("measured", "ran")
 
 
-def table_of(answers: Sequence[Answer]) -> Table:
-    """One row for every measurement, and one for every stage that ended otherwise than measured."""
+def table_of(answers: Sequence[StageResult]) -> Table:
+    """One row per measurement, and one per stage that was not measured."""
     table = Table("stage", "what", "figure", "note", box=None, pad_edge=False)
     for answer in answers:
         title = answer.stage.title

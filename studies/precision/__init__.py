@@ -1,1 +1,1 @@
-"""What each precision costs in accuracy, without GPU and checkpoint: ``python -m studies.precision``."""
+"""``python -m studies.precision``: the error of each precision, measured without GPU and checkpoint."""

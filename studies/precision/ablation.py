@@ -1,7 +1,7 @@
-"""FP8 as no export makes it: in some places only, or in graphs that lost one of their precautions.
+"""FP8 variants that no export makes: FP8 in some places only, or without one of its precautions.
 
-Which linears run in FP8 is decided while a graph is written, so :class:`FewLinears` takes the place of
-:class:`export.graphs.linear.Fp8`. The others patch a written graph in place, before its weights are filled in.
+Which linears run in FP8 is decided while a graph is written, so :class:`FewLinears` replaces
+:class:`export.graphs.linear.Fp8`. The functions patch a written graph in place, before its weights are filled in.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ ATTENTIONS = ("self_attn", "cross_attn")
 
 @dataclass(frozen=True)
 class FewLinears(Fp8):
-    """FP8 in some kinds of linear, in every block; attention as its own fields say."""
+    """FP8 in some kinds of linears of every block; the inherited fields select attention."""
 
     linears: frozenset[str] = frozenset()  # "ffn.2", "self_attn.q" for qkv, "cross_attn.k" for kv
 
@@ -27,22 +27,22 @@ class FewLinears(Fp8):
         return super().covers(key) and key.split(".", 2)[2] in (*self.linears, *ATTENTIONS)
 
 
-def leave_k_alone(g: GraphBuilder) -> None:
-    """FP8 attention quantises K with its mean over the tokens in it."""
+def keep_k_mean(g: GraphBuilder) -> None:
+    """Quantise K of FP8 attention without subtracting its mean over the tokens."""
     for node in _nodes(g, "/smooth_k/", "Sub"):
         smooth = node.outputs[0]
         smooth.replace_all_uses_with(_before(smooth))
         g.graph.remove(node, safe=True)
 
 
-def scale_v_as_a_whole(g: GraphBuilder) -> None:
-    """FP8 attention quantises V with one scale for all channels."""
+def scale_v_per_tensor(g: GraphBuilder) -> None:
+    """Quantise V of FP8 attention with one scale for all channels."""
     for node in _nodes(g, "/scale_v/", "ReduceMax"):
         node.replace_input_with(1, g.constant([0, 1, 2]))
 
 
 def subtract_token_means(g: GraphBuilder) -> None:
-    """The input of every FP8 linear loses its mean over the tokens of the call; the rounded weights bring it back."""
+    """Subtract the mean over the call's tokens from every FP8 linear's input; the rounded weights restore it."""
     means: dict[ir.Value, ir.Value] = {}
     made = {node.name: node.outputs[0] for node in g.graph}
     for key in [name.removesuffix(".weight_scale") for name in g.weights if name.endswith(".weight_scale")]:
@@ -59,7 +59,7 @@ def subtract_token_means(g: GraphBuilder) -> None:
 
 
 def _centre(g: GraphBuilder, rows: ir.Value) -> ir.Value:
-    """The mean ``[1, in]`` that the rows behind ``rows``, quantised and dequantised again, lose."""
+    """Subtract the mean from the input that ``rows`` is quantised from; returns the mean ``[1, in]``."""
     divided = _before(_before(rows))
     x = _before(divided)
     readers = [(use.node, use.idx) for use in x.uses() if "/quantise/" in (use.node.name or "")]
@@ -69,11 +69,11 @@ def _centre(g: GraphBuilder, rows: ir.Value) -> ir.Value:
 
 
 def _before(value: ir.Value, index: int = 0) -> ir.Value:
-    """What the node that makes ``value`` reads."""
+    """Input ``index`` of the node that produces ``value``."""
     node = value.producer()
     entering = node.inputs[index] if node else None
     if entering is None:
-        raise ValueError(f"{value.name} is not what a patch expects")
+        raise ValueError(f"{value.name} has no producer with the input that the patch expects")
     return entering
 
 

@@ -1,10 +1,10 @@
-"""What FP8 does to attention's probabilities over as many tokens as real videos have, which no small twin shows.
+"""The error of FP8 attention probabilities over as many tokens as real videos have, which a small twin does not show.
 
-The exported graph quantises normalised probabilities with the scale 1/448. Over 75,600 tokens of equal weight each is
+The exported graph quantises normalised probabilities with the scale 1/448. Over 75,600 tokens of equal weight, each is
 1.3e-5, which at that scale is three of E4M3's smallest steps. A kernel that never stores the matrix of probabilities
 cannot normalise before it quantises, because it does not know the sum yet: it quantises ``exp(logit - maximum)`` and
-divides the result by the sum in the end. Both are computed here, with everything else exact; the compiled kernel is one
-of the second kind as far as can be told without a GPU (it needs no memory of the size of the matrix).
+divides the result by the sum at the end. This module computes both, with everything else exact. As far as one can see
+without a GPU, the compiled kernel is of the second kind: it needs no memory of the size of the matrix.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ import numpy as np
 from export.graphs.linear import FLOAT8_MAX
 from runtime.arrays import F32
 
-TOKENS = (1024, 8192, 32760, 75600)  # 832x480 and 1280x720 at 81 frames are the last two
-SPREADS = (1.0, 3.0)  # standard deviation of the logits: attention to nearly everything, and to a few tokens
+TOKENS = (1024, 8192, 32760, 75600)  # the last two are 832x480 and 1280x720 at 81 frames
+SPREADS = (1.0, 3.0)  # standard deviation of the logits: attention to nearly all tokens, and to a few
 HEAD, QUERIES = 128, 32
 
 
 @dataclass(frozen=True)
 class AttentionError:
-    """Relative L2 error of a head's output that quantised probabilities cause."""
+    """Relative L2 error of a head's output due to quantised probabilities."""
 
     tokens: int
     spread: float
@@ -47,7 +47,7 @@ def _error(random: np.random.Generator, tokens: int, spread: float) -> Attention
 
 
 def through_fp8(x: F32) -> F32:
-    """``x`` rounded to E4M3, what is larger than its largest number cut off."""
+    """``x`` rounded to E4M3; values beyond its range are clipped."""
     limit = np.float32(FLOAT8_MAX)
     rounded: F32 = np.clip(x, -limit, limit).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
     return rounded

@@ -1,11 +1,10 @@
-"""Outliers as large as those measured in the real TI2V-5B (wan22.md §11), planted in random weights.
+"""Plants outliers in random weights, as large as those measured in the real TI2V-5B (wan22.md §11).
 
-The weight matrices get isolated maxima of the real sizes, and the inputs of the four linears that the measurements
-cover get a few outlier channels, fitted until their largest values are the real ones: over the twin's blocks their
-minimum, median and maximum are those over the real blocks. Of self-attention nothing was measured; its K and V, and the
-K of cross-attention, get channels that are large for every token, as quantised attention has to expect (SageAttention,
-arXiv 2410.02367). Half of those of K lie in pairs that the rotary embedding turns quickly, where subtracting a mean
-over tokens cannot help.
+The weight matrices get isolated maxima of the real sizes. The inputs of the four measured linears get a few outlier
+channels, fitted until the minimum, median and maximum of their largest values over the twin's blocks are the real ones.
+There are no measurements of self-attention. Its K and V, and the K of cross-attention, get channels that are large for
+every token, which quantised attention must expect (SageAttention, arXiv 2410.02367). Half of K's outlier channels lie
+in pairs that the rotary embedding turns quickly, where subtracting a mean over tokens does not help.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,21 +24,21 @@ Kind = Literal["ffn.0", "ffn.2", "cross_attn.q", "cross_attn.o"]
 
 @dataclass(frozen=True)
 class Range:
-    """Smallest, median and largest abs-max over the blocks of the real model."""
+    """Smallest, median and largest abs-max over the blocks of a model."""
 
     low: float
     median: float
     high: float
 
     def spread(self, count: int) -> list[float]:
-        """``count`` values with this minimum, median and maximum (from three on), the largest in the middle."""
+        """``count`` values with this minimum, median and maximum (if ``count`` ≥ 3), the largest in the middle."""
         lower, upper = np.linspace(0, 1, (count + 1) // 2), np.linspace(1, 2, (count + 1) // 2)
         places = np.concatenate([lower, upper[count % 2 :]])
         rising = np.interp(places, [0, 1, 2], [self.low, self.median, self.high])
         return [float(value) for value in (*rising[::2], *rising[1::2][::-1])]
 
 
-# TI2V-5B, 50 steps at 1280x704x121, 10 % margin included: NVIDIA/TensorRT-Model-Connect, families/wan2_2_ti2v
+# TI2V-5B, 50 steps at 1280x704x121, including a margin of 10 %: NVIDIA/TensorRT-Model-Connect, families/wan2_2_ti2v
 INPUTS: Mapping[Kind, Range] = {
     "ffn.0": Range(4.47, 6.48, 12.03),
     "ffn.2": Range(8.28, 16.12, 62.70),
@@ -53,21 +52,21 @@ WEIGHTS: Mapping[Kind, Range] = {
     "cross_attn.o": Range(0.234, 0.999, 1.821),
 }
 
-MODULATION = 0.3  # of the synthetic checkpoint's shifts and scales: the real inputs of ffn.0 leave no room for more
-OUTLIER_SHARES = (1.0, 0.9, 0.8, 0.7)  # the largest value of each outlier channel, of the block's
-BULK_SHARE = 0.6  # what all other channels stay below
-OUTLIER_K, OUTLIER_K_BIAS, OUTLIER_V = 8.0, 6.0, 8.0  # factor of the norm weight, bias, factor of V's rows
-SPREAD_TO_MAXIMUM = 5.0  # a matrix's largest element is at least so many standard deviations
+MODULATION = 0.3  # factor of the synthetic shifts and scales; more would exceed the real inputs of ffn.0
+OUTLIER_SHARES = (1.0, 0.9, 0.8, 0.7)  # largest value of each outlier channel, as a share of the block's
+BULK_SHARE = 0.6  # upper limit of all other channels
+OUTLIER_K, OUTLIER_K_BIAS, OUTLIER_V = 8.0, 6.0, 8.0  # factor of the norm's weight, bias, factor of V's rows
+SPREAD_TO_MAXIMUM = 5.0  # a matrix's largest element, in standard deviations, at least
 
 
 # -- planting
 
 
 def plant(weights: dict[str, F32], spec: DitSpec, random: np.random.Generator) -> None:
-    """Changes ``weights`` in place: damped modulation, isolated maxima, outlier channels of K and V."""
+    """Damp the modulation and plant isolated maxima and outlier channels of K and V in ``weights``, in place."""
     width = spec.width
     projection = weights["time_projection.1.weight"].reshape(6, width, width)
-    projection[[0, 1, 3, 4]] *= MODULATION  # the gates stay
+    projection[[0, 1, 3, 4]] *= MODULATION  # not the gates
     for layer in range(spec.layers):
         block = f"blocks.{layer}"
         for kind, largest in WEIGHTS.items():
@@ -88,13 +87,13 @@ def outlier_channels(width: int) -> list[int]:
 
 
 def _k_outliers(spec: DitSpec) -> list[int]:
-    """One channel in every head: by turns in the slowest and in the fastest pair of the rotation over frames."""
+    """One channel per head, alternating between the slowest and the fastest pair of the rotation over frames."""
     slowest = 2 * (rope_split(spec.head_width)[0] - 1)
     return [head * spec.head_width + (slowest if head % 2 == 0 else 0) for head in range(spec.heads)]
 
 
 def _plant_maxima(matrix: F32, largest: float, random: np.random.Generator) -> None:
-    """Four isolated elements of up to ``largest``; the rest is shrunk where it would be larger."""
+    """Plant four isolated elements of up to ``largest``; shrink the rest if it is larger."""
     spread = float(matrix.std())
     if spread * SPREAD_TO_MAXIMUM > largest:
         matrix *= largest / (spread * SPREAD_TO_MAXIMUM)
@@ -111,8 +110,9 @@ def _signs(random: np.random.Generator, shape: int | tuple[int, ...]) -> F32:
 
 
 def fit(weights: dict[str, F32], spec: DitSpec, probes: list[dict[str, F32]], rounds: int) -> None:
-    """Scales channels in place until the inputs of the measured linears are as large as in the real model; every round
-    comes nearer.
+    """Scale channels in place towards inputs of the measured linears as large as in the real model.
+
+    Every round comes closer.
     """
     for _ in range(rounds):
         found = _channel_maxima(weights, spec, probes)
@@ -124,7 +124,7 @@ def fit(weights: dict[str, F32], spec: DitSpec, probes: list[dict[str, F32]], ro
 
 
 def restore_maxima(weights: dict[str, F32], spec: DitSpec) -> None:
-    """Makes the largest element of every measured matrix as large again as it was planted: fitting scaled some."""
+    """Restore the planted maxima of the measured matrices, some of which fitting has scaled."""
     for layer in range(spec.layers):
         for kind, real in WEIGHTS.items():
             matrix = weights[f"blocks.{layer}.{kind}.weight"].reshape(-1)
@@ -133,7 +133,7 @@ def restore_maxima(weights: dict[str, F32], spec: DitSpec) -> None:
 
 
 def _channel_maxima(weights: dict[str, F32], spec: DitSpec, probes: list[dict[str, F32]]) -> dict[str, F32]:
-    """Largest magnitude of every channel ``[in]`` of the measured linears' inputs, over tokens and probes."""
+    """The largest magnitude of every input channel ``[in]`` of the measured linears, over tokens and probes."""
     model = fill(dit_graph(spec), weights.__getitem__)
     values = {name: value for name, value in linear_inputs(model).items() if name.split(".", 2)[2] in INPUTS}
     model.graph.outputs.extend(values.values())
@@ -143,7 +143,7 @@ def _channel_maxima(weights: dict[str, F32], spec: DitSpec, probes: list[dict[st
 
 
 def _factors(largest: F32, target: float) -> F32:
-    """What brings the outlier channels to their shares of ``target`` and the others below ``BULK_SHARE`` of it."""
+    """Factors that bring the outlier channels to their shares of ``target``, the others below ``BULK_SHARE`` of it."""
     channels = outlier_channels(len(largest))
     bulk = float(np.delete(largest, channels).max())
     factors = np.full_like(largest, min(1.0, BULK_SHARE * target / bulk))
@@ -168,14 +168,14 @@ def _scale_v(weights: dict[str, F32], block: str, factors: F32, _largest: F32) -
 
 
 def _scale_hidden(weights: dict[str, F32], block: str, factors: F32, largest: F32) -> None:
-    """Rows of ffn.0 as far as its largest weight allows; what outlier rows lack then, their bias brings."""
+    """Scale the rows of ffn.0 as far as its largest weight allows; the bias adds what outlier rows still lack."""
     matrix, bias = weights[f"{block}.ffn.0.weight"], weights[f"{block}.ffn.0.bias"]
     limit, rows = float(np.abs(matrix).max()), outlier_channels(len(bias))
-    wanted = factors[rows] * largest[rows]
+    target = factors[rows] * largest[rows]
     factors[rows] = np.minimum(factors[rows], limit / np.abs(matrix[rows]).max(1))
     matrix *= factors[:, None]
     bias *= factors
-    bias[rows] += wanted - factors[rows] * largest[rows]
+    bias[rows] += target - factors[rows] * largest[rows]
 
 
 _SCALE: Mapping[Kind, Callable[[dict[str, F32], str, F32, F32], None]] = {

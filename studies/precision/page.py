@@ -1,4 +1,4 @@
-"""The study as two files: ``study.json`` for programs, ``study.html`` for people, which stands alone."""
+"""The study as two files: ``study.json`` for programs, the self-contained ``study.html`` for people."""
 
 import itertools
 from functools import partial
@@ -21,18 +21,18 @@ COLOURS_DARK = (
 
 
 def write_study(study: Study, claimed: Claim) -> None:
-    """Writes both files beside the claimed ``study.json``, over those of an earlier study."""
+    """Write both files into the folder of ``claimed``, replacing those of an earlier study."""
     write_files(claimed, {"study.json": study.as_json, "study.html": lambda: as_html(study).encode()})
 
 
 def as_html(study: Study) -> str:
     plots = in_all_themes(partial(error_plot, study))
     shown = {"study": study, "plots": plots, "collapse": COLLAPSE}
-    return page("study.html.j2", shown, beside=Path(__file__).parent / "templates")
+    return page("study.html.j2", shown, folder=Path(__file__).parent / "templates")
 
 
 def error_plot(study: Study, theme: Theme, size_inches: tuple[float, float]) -> str:
-    """Every variant's velocity error over the steps, logarithmic, as a PNG data URI."""
+    """Plot every variant's velocity error over the steps, logarithmic; returns a PNG data URI."""
     figure, axes = new_plot(size_inches, theme)
     colours = itertools.cycle(COLOURS if theme is LIGHT else COLOURS_DARK)
     for result, colour in zip(study.results, colours, strict=False):

@@ -1,4 +1,4 @@
-"""What a precision study found, in the order in which it is told."""
+"""The result of a precision study, in the order of its report."""
 
 import math
 from collections.abc import Mapping
@@ -10,23 +10,24 @@ import msgspec
 from studies.precision.attention import AttentionError
 from studies.precision.outliers import Range
 from studies.precision.variants import Variant
+from validate.gate import distinct_text
 from validate.report.to_json import json_number
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLLAPSE = 0.1  # relative L2 error of a velocity from which on a run no longer follows the model
+COLLAPSE = 0.1  # from this relative L2 error of a velocity, a run no longer follows the model
 LARGEST_FP16 = 65504.0
-LONG = 2.0  # as written over as fused: from here on the order of quantising and normalising matters
+LONG = 2.0  # ratio of as_written to as_fused from which the order of the two operations matters
 
 
 @dataclass(frozen=True)
-class Result:
-    """One variant's run. ``errors`` are of single velocities, at the float32 run's latents, per step."""
+class VariantResult:
+    """One variant's run. ``errors`` are those of single velocities at the float32 run's latents, one per step."""
 
     variant: Variant
     errors: tuple[float, ...]
-    psnr_db: float  # of the finished latents of its own run, over their range; NaN when it broke
+    psnr_db: float  # PSNR of the final latents of the variant's run over their range; NaN if the run failed
     seconds: float  # per forward
     problem: str = ""
 
@@ -46,14 +47,18 @@ class Result:
             return "cannot be exported"
         return "meets its aim" if self.worst <= self.variant.aim else "misses its aim"
 
+    def percent(self, error: float) -> str:
+        """``error`` as text with enough digits to differ from an aim that it misses."""
+        return distinct_text(error, self.variant.aim, lambda value, more: f"{value:.{2 + more}%}")
+
     @property
     def tone(self) -> str:
         return {"collapses": "bad", "misses its aim": "bad", "meets its aim": "good"}.get(self.verdict, "")
 
 
 @dataclass(frozen=True)
-class Part:
-    """FP8 in one place alone; ``error`` is of the first step's velocity. After a comma: what was left out of it."""
+class PartError:
+    """FP8 in a single place; ``error`` is that of the first velocity. In ``name``, a comma precedes what is omitted."""
 
     name: str
     error: float
@@ -61,7 +66,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Statistic:
-    """Magnitudes over the blocks: the real model's and what the twin reached in the float32 run."""
+    """Magnitudes over the blocks of the real model, and of the twin in the float32 run."""
 
     what: str
     real: Range
@@ -70,28 +75,28 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """The largest numbers of a block in the bfloat16 run."""
+    """The largest magnitudes of a block in the bfloat16 run."""
 
     expert: str
     block: int
-    kept: float  # of what the graph keeps in 16 bits
-    where: str
-    residual: float  # after the block; kept in float32
+    kept: float  # the largest that the graph keeps in 16 bits
+    where: str  # the node of ``kept``
+    residual: float  # after the block, in float32
 
     @property
     def headroom(self) -> float:
-        """How many times as large it could be in float16."""
+        """The factor by which ``kept`` could grow in float16."""
         return LARGEST_FP16 / self.kept if self.kept else math.inf
 
 
 @dataclass(frozen=True)
 class Study:
-    """False when a precision that can be exported collapses."""
+    """The results of a study; false if a precision that can be exported collapses."""
 
     facts: Mapping[str, str]
     timesteps: tuple[float, ...]
-    results: tuple[Result, ...]
-    parts: tuple[Part, ...]
+    results: tuple[VariantResult, ...]
+    parts: tuple[PartError, ...]
     magnitudes: tuple[Magnitude, ...]
     statistics: tuple[Statistic, ...]
     attention: tuple[AttentionError, ...]
@@ -100,18 +105,30 @@ class Study:
         return not any(result.collapsed for result in self.results if not result.variant.ablation)
 
     @property
+    def misses(self) -> list[str]:
+        """Precisions that can be exported and miss their aim without collapsing."""
+        return [result.variant.name for result in self.results if result.verdict == "misses its aim"]
+
+    @property
+    def tone(self) -> str:
+        """Of the verdict's box: "good" only where every precision that can be exported meets its aim."""
+        return "good" if self and not self.misses else "bad"
+
+    @property
     def sentences(self) -> list[str]:
-        """The findings in words, the bad ones first."""
-        told = []
+        """The findings in words, bad ones first."""
+        found = []
         for verdict in ("collapses", "misses its aim", "meets its aim"):
             for result in self.results:
                 if result.verdict == verdict:
                     aim = "" if result.variant.ablation else f", aim {result.variant.aim:.2%}"
-                    told.append(f"{result.variant.name} {verdict}: {result.worst:.2%} in the worst step{aim}")
-        return told + self._ablated() + self._long_sequences()
+                    found.append(
+                        f"{result.variant.name} {verdict}: {result.percent(result.worst)} in the worst step{aim}"
+                    )
+        return found + self._ablated() + self._long_sequences()
 
     def _ablated(self) -> list[str]:
-        """What attention errs by without one of its precautions."""
+        """The error of attention without one of its precautions, in words."""
         errors = {part.name: part.error for part in self.parts}
         ablated = {name: error for name, error in errors.items() if ", " in name}
         return [f"{name}: {error:.2%} instead of {errors[name.split(', ')[0]]:.2%}" for name, error in ablated.items()]
@@ -125,8 +142,8 @@ class Study:
         if worst is None or worst.as_written < LONG * worst.as_fused:
             return []
         return [
-            f"over {worst.tokens} tokens FP8 probabilities alone cost attention {worst.as_written:.1%} if a kernel "
-            f"normalises before it quantises, as the graph is written, and {worst.as_fused:.1%} if after, as fused do"
+            f"over {worst.tokens} tokens, FP8 probabilities alone cause an error of {worst.as_written:.1%} if a kernel "
+            f"normalises before it quantises, as in the graph, and {worst.as_fused:.1%} if after, as fused kernels do"
         ]
 
     def table(self) -> "Table":
@@ -143,7 +160,7 @@ class Study:
             table.add_row(
                 result.variant.name,
                 f"{median(result.errors):.2%}",
-                f"{result.worst:.2%}",
+                result.percent(result.worst),
                 "" if result.variant.ablation else f"{result.variant.aim:.2%}",
                 "broke" if result.problem else f"{result.psnr_db:.1f} dB",
                 Text(result.verdict, shade),
@@ -170,7 +187,7 @@ def median(values: tuple[float, ...]) -> float:
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
-def _result(result: Result) -> dict[str, Any]:
+def _result(result: VariantResult) -> dict[str, Any]:
     return {
         "name": result.variant.name,
         "verdict": result.verdict,

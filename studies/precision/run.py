@@ -1,10 +1,10 @@
-"""What each precision costs, measured on a twin with the magnitudes of the real model, without GPU and checkpoint.
+"""The error of each precision, measured on a small twin with the real model's magnitudes, without GPU and checkpoint.
 
-Every variant is the graph that an export of that precision writes, computed on the CPU. Two numbers each: the error of
-single velocities at the latents of the float32 run, step by step, with the prompt; and the distance of the finished
-latents after a run of its own, guidance and solver included. Random weights make the first a hard test: no direction is
-favoured, so rounding errors cancel as little as they can, and four blocks have little residual stream to dilute them
-in. What a trained model makes of it only the trained model can tell.
+Every variant is the graph that an export of that precision writes, computed on the CPU. Each yields two numbers: the
+error of single velocities at the latents of the float32 run, per step, with the prompt; and the distance of the final
+latents of its run, including guidance and solver. Random weights make the first a hard test: no direction is favoured,
+so rounding errors hardly cancel, and four blocks have little residual stream to dilute them. Errors of a trained model
+can only be measured on that model.
 """
 
 import statistics
@@ -20,8 +20,8 @@ from runtime.schedule import Schedule, make_schedule
 from studies.precision.attention import TOKENS, attention_errors
 from studies.precision.outliers import INPUTS, WEIGHTS, Range
 from studies.precision.page import write_study
-from studies.precision.result import Magnitude, Part, Result, Statistic, Study
-from studies.precision.sampling import Comparison, Reference
+from studies.precision.result import Magnitude, PartError, Statistic, Study, VariantResult
+from studies.precision.sampling import ReferenceRun, VariantComparison
 from studies.precision.twin import Twin, TwinSize, make_twin
 from studies.precision.variants import BFLOAT, VARIANTS, open_noted, parts
 from wan22.errors import UserError
@@ -35,7 +35,7 @@ HEAD, NARROWEST = 128, 256
 
 @dataclass(frozen=True)
 class StudyOptions:
-    model: str = "ti2v-5b"  # whose twin
+    model: str = "ti2v-5b"  # the model to make a twin of
     size: TwinSize = field(default_factory=TwinSize)
     steps: int = 4
     seed: int = 0
@@ -44,53 +44,57 @@ class StudyOptions:
 
 
 def precision_study(options: StudyOptions, folder: Path, progress: Progress = silent) -> Study:
-    """Runs the study and writes ``study.json`` and ``study.html`` into ``folder``.
+    """Run the study and write ``study.json`` and ``study.html`` into ``folder``.
 
     Raises:
-        UserError: a model that there is not, a size or number of steps that cannot be, a folder that cannot be written.
+        UserError: the model is unknown, the size or number of steps is invalid, or ``folder`` is not writable.
     """
-    spec = _checked(options)
+    spec = _check(options)
     with claim(folder / "study.json", "the study") as claimed:
-        study = _made(spec, options, progress)
+        study = _run_study(spec, options, progress)
         write_study(study, claimed)
     return study
 
 
-def _made(spec: ModelSpec, options: StudyOptions, progress: Progress) -> Study:
+def _run_study(spec: ModelSpec, options: StudyOptions, progress: Progress) -> Study:
     meter = _Meter(progress, 5 + len(VARIANTS) + len(parts()))
     schedule = make_schedule("unipc", options.steps, spec.sampling.shift)
-    twin = meter.counted(make_twin(spec, options.size, schedule, options.seed))
-    reference, beforehand, untold = (
-        meter.counted(Reference(twin, given, schedule)) for given in (twin.judged, twin.measured, twin.untold)
+    twin = meter.count(make_twin(spec, options.size, schedule, options.seed))
+    reference, beforehand, without_text = (
+        meter.count(ReferenceRun(twin, given, schedule)) for given in (twin.judged, twin.measured, twin.without_text)
     )
-    comparison = Comparison(twin, schedule, reference, beforehand, untold)
+    comparison = VariantComparison(twin, schedule, reference, beforehand, without_text)
     results, noted = _results(comparison, meter)
     return Study(
         facts=_facts(options, twin, schedule),
         timesteps=tuple(schedule.timesteps.tolist()),
         results=results,
-        parts=tuple(Part(part.name, meter.counted(comparison.first_error(part))) for part in parts()),
+        parts=tuple(PartError(part.name, meter.count(comparison.first_error(part))) for part in parts()),
         magnitudes=_magnitudes(noted),
         statistics=_statistics(twin, reference),
-        attention=meter.counted(tuple(attention_errors(options.seed, options.attention_tokens))),
+        attention=meter.count(tuple(attention_errors(options.seed, options.attention_tokens))),
     )
 
 
-def _results(comparison: Comparison, meter: "_Meter") -> tuple[tuple[Result, ...], dict[str, Tapped]]:
-    """All variants, and what the one that shows how large things get in 16 bits noted, by expert."""
+def _results(comparison: VariantComparison, meter: "_Meter") -> tuple[tuple[VariantResult, ...], dict[str, Tapped]]:
+    """The results of all variants, and the magnitudes that the bfloat16 variant records, by expert."""
     twin, results = comparison.twin, []
     noted = {expert: open_noted(BFLOAT, twin.spec.dit, weights) for expert, weights in twin.weights.items()}
     for variant in VARIANTS:
-        results.append(meter.counted(comparison.result(variant, noted if variant is BFLOAT else None)))
+        results.append(meter.count(comparison.result(variant, noted if variant is BFLOAT else None)))
     return tuple(results), noted
 
 
-def _checked(options: StudyOptions) -> ModelSpec:
+def _check(options: StudyOptions) -> ModelSpec:
     size, spec = options.size, spec_named(options.model)
     if size.width < NARROWEST or size.width % HEAD:
-        raise UserError(f"width {size.width}", f"a multiple of {HEAD} from {NARROWEST} on", "use 512 or 1024")
+        raise UserError(f"width {size.width}", f"a multiple of {HEAD}, at least {NARROWEST}", "use 512 or 1024")
     if size.layers < 1 or size.tokens < 1 or any(side % 2 for side in size.latent[1:]):
-        raise UserError(f"{size.layers} layers, latents {size.latent}", "a layer and even sides", "mend them")
+        raise UserError(
+            f"{size.layers} layers, latents {size.latent}",
+            "at least one layer and one token, and even sides",
+            "correct the size",
+        )
     timesteps = make_schedule("unipc", options.steps, spec.sampling.shift).timesteps.tolist()
     if idle := set(spec.experts) - {spec.expert_at(timestep) for timestep in timesteps}:
         raise UserError(f"{options.steps} steps, none by {min(idle)}", "steps of every expert", "use more --steps")
@@ -129,11 +133,11 @@ def _magnitudes(noted: Mapping[str, Tapped]) -> tuple[Magnitude, ...]:
     return tuple(found)
 
 
-def _statistics(twin: Twin, reference: Reference) -> tuple[Statistic, ...]:
+def _statistics(twin: Twin, reference: ReferenceRun) -> tuple[Statistic, ...]:
     inputs: dict[str, list[float]] = {kind: [] for kind in INPUTS}
     matrices: dict[str, list[float]] = {kind: [] for kind in WEIGHTS}
     for expert, weights in twin.weights.items():
-        for name, largest in reference.measured(expert).largest.items():
+        for name, largest in reference.calibration(expert).largest.items():
             if (kind := name.split(".", 2)[2]) in inputs:
                 inputs[kind].append(largest)
                 matrices[kind].append(float(np.abs(weights[f"{name}.weight"]).max()))
@@ -152,7 +156,7 @@ class _Meter:
         self._progress, self._total, self._done = progress, total, 0
         progress("precision study", 0, total, "runs")
 
-    def counted(self, result: Counted) -> Counted:
+    def count(self, result: Counted) -> Counted:
         self._done += 1
         self._progress("precision study", self._done, self._total, "runs")
         return result

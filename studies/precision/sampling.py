@@ -1,4 +1,4 @@
-"""The runs of a study: the float32 one with everything that it computed, and what other precisions make of the same."""
+"""The runs of a study: the float32 run with all its forwards, and the variants' runs on the same inputs."""
 
 import math
 import time
@@ -9,9 +9,9 @@ import numpy as np
 
 from runtime.arrays import F32
 from runtime.schedule import Schedule
-from studies.precision.result import Result
-from studies.precision.twin import Forward, Inputs, Twin, sampled
-from studies.precision.variants import Measured, Variant, open_reference, open_variant
+from studies.precision.result import VariantResult
+from studies.precision.twin import Forward, Inputs, Twin, sample
+from studies.precision.variants import Calibration, Variant, open_reference, open_variant
 from validate.ladder.metrics import compare
 from wan22.errors import NonFiniteError
 
@@ -25,17 +25,17 @@ class Call:
     velocity: F32
 
 
-class Reference:
-    """A float32 run: every forward of it, where it ended, and what entered its linears."""
+class ReferenceRun:
+    """A float32 run: all its forwards, its final latents, and statistics of its linears' inputs."""
 
     def __init__(self, twin: Twin, given: Inputs, schedule: Schedule) -> None:
         self.calls: list[Call] = []
         self._positive = given.positive
         self._tapped = {expert: open_reference(twin.spec.dit, weights) for expert, weights in twin.weights.items()}
-        experts = {expert: self._recorded(expert) for expert in self._tapped}
-        self.latents = sampled(twin.spec, given, schedule, experts)
+        experts = {expert: self._record(expert) for expert in self._tapped}
+        self.latents = sample(twin.spec, given, schedule, experts)
 
-    def _recorded(self, expert: str) -> Forward:
+    def _record(self, expert: str) -> Forward:
         def forward(**inputs: F32) -> F32:
             velocity: F32 = self._tapped[expert](**inputs)
             self.calls.append(Call(expert, inputs, velocity))
@@ -44,48 +44,54 @@ class Reference:
         return forward
 
     @property
-    def prompted(self) -> list[Call]:
-        """The forwards with the prompt, one a step."""
+    def prompted_calls(self) -> list[Call]:
+        """The forwards with the prompt, one per step."""
         return [call for call in self.calls if call.inputs["text"] is self._positive]
 
-    def measured(self, expert: str) -> Measured:
-        return Measured(self._tapped[expert].largest, self._tapped[expert].means)
+    def calibration(self, expert: str) -> Calibration:
+        return Calibration(self._tapped[expert].largest, self._tapped[expert].means)
 
 
-class Comparison:
-    """Variants beside the float32 run on the twin's judged inputs; ``beforehand`` is what they may have measured, and
-    ``untold`` what there was to measure without data.
+class VariantComparison:
+    """Compares variants with the float32 run on the twin's judged inputs.
+
+    Variants take statistics from ``beforehand``, or from ``without_text``, the run that needs no data.
     """
 
     def __init__(
-        self, twin: Twin, schedule: Schedule, reference: Reference, beforehand: Reference, untold: Reference
+        self,
+        twin: Twin,
+        schedule: Schedule,
+        reference: ReferenceRun,
+        beforehand: ReferenceRun,
+        without_text: ReferenceRun,
     ) -> None:
         self.twin, self.schedule = twin, schedule
-        self.reference, self.beforehand, self.untold = reference, beforehand, untold
+        self.reference, self.beforehand, self.without_text = reference, beforehand, without_text
 
-    def opened(self, variant: Variant) -> dict[str, Forward]:
+    def open_experts(self, variant: Variant) -> dict[str, Forward]:
         """The variant's forwards by expert."""
-        dit, measured = self.twin.spec.dit, self.untold if variant.untold else self.beforehand
+        dit, source = self.twin.spec.dit, self.without_text if variant.without_text else self.beforehand
         return {
-            expert: open_variant(variant, dit, weights, measured.measured(expert))
+            expert: open_variant(variant, dit, weights, source.calibration(expert))
             for expert, weights in self.twin.weights.items()
         }
 
-    def result(self, variant: Variant, experts: Mapping[str, Forward] | None = None) -> Result:
-        """Errors of single velocities, then a run of its own; ``experts`` where they are open already."""
-        experts, calls = experts or self.opened(variant), self.reference.prompted
+    def result(self, variant: Variant, experts: Mapping[str, Forward] | None = None) -> VariantResult:
+        """Errors of single velocities, then an end-to-end run of the variant; ``experts`` are its forwards if open."""
+        experts, calls = experts or self.open_experts(variant), self.reference.prompted_calls
         started = time.perf_counter()
         errors = tuple(compare(experts[call.expert](**call.inputs), call.velocity).relative_l2 for call in calls)
         seconds = (time.perf_counter() - started) / len(errors)
         try:
-            latents = sampled(self.twin.spec, self.twin.judged, self.schedule, experts)
+            latents = sample(self.twin.spec, self.twin.judged, self.schedule, experts)
         except NonFiniteError as error:
-            return Result(variant, errors, math.nan, seconds, str(error))
+            return VariantResult(variant, errors, math.nan, seconds, str(error))
         exact = self.reference.latents
         psnr_db = compare(latents, exact, signal_range=float(np.ptp(exact))).psnr_db
-        return Result(variant, errors, math.nan if psnr_db is None else psnr_db, seconds)
+        return VariantResult(variant, errors, math.nan if psnr_db is None else psnr_db, seconds)
 
     def first_error(self, variant: Variant) -> float:
-        """Of the first step's velocity."""
-        call = self.reference.prompted[0]
-        return compare(self.opened(variant)[call.expert](**call.inputs), call.velocity).relative_l2
+        """The error of the first step's velocity."""
+        call = self.reference.prompted_calls[0]
+        return compare(self.open_experts(variant)[call.expert](**call.inputs), call.velocity).relative_l2

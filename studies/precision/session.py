@@ -1,4 +1,4 @@
-"""Any ONNX graph in memory as a function of numpy arrays, on ONNX Runtime's CPU kernels."""
+"""ONNX graphs in memory as functions of numpy arrays, computed by ONNX Runtime on the CPU."""
 
 from collections.abc import Callable
 
@@ -6,23 +6,23 @@ import numpy as np
 import onnx_ir as ir
 
 from export.graphs.builder import IR_VERSION, GraphBuilder
-from export.graphs.weights_file import converted
+from export.graphs.weights_file import convert
 
 Read = Callable[[str], np.ndarray]
 Graph = Callable[..., tuple[np.ndarray, ...]]
 
 
 def fill(g: GraphBuilder, read: Read) -> ir.Model:
-    """The graph of ``g`` with its weights inside, each read by its name and converted to the type declared for it."""
+    """The graph of ``g`` with embedded weights, each read by name and converted to its declared dtype."""
     for key, value in g.weights.items():
         dtype = value.dtype or ir.DataType.FLOAT
-        array = converted(key, np.asarray(read(key)), dtype.numpy())
+        array = convert(key, np.asarray(read(key)), dtype.numpy())
         value.const_value = ir.Tensor(array, dtype=dtype, name=key)
     return ir.Model(g.graph, ir_version=IR_VERSION)
 
 
 def open_graph(model: ir.Model) -> Graph:
-    """``outputs = graph(latents=..., ...)``, always a tuple."""
+    """A function that runs ``model``: ``outputs = graph(latents=..., ...)``, always a tuple."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -1,9 +1,9 @@
-"""A small transformer whose tensors reach the magnitudes of the real model, with inputs to run it on.
+"""A small transformer whose tensors reach the magnitudes of the real model, and its inputs.
 
-Random weights of the synthetic checkpoint come first, then outliers are planted in them
-(:mod:`studies.precision.outliers`). Three sets of inputs are made: one that the study compares precisions on, another
-for what is measured beforehand, static scales and input means, so that no variant was tuned on the run that judges it,
-and a small one without text, for what can be measured without any data.
+Outliers are planted in the random weights of the synthetic checkpoint (:mod:`studies.precision.outliers`). There are
+three sets of inputs. The study compares precisions on the first. Static scales and input means are measured on the
+second, so that no variant is tuned on the run that judges it. The third is small and without text, for statistics that
+need no data.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 PROMPT_TOKENS, NEGATIVE_TOKENS = 40, 120
 FITTED_RUNS = 2
-UNTOLD_LATENT = (2, 16, 16)  # at most: 128 tokens
+NO_TEXT_LATENT = (2, 16, 16)  # maximum: 128 tokens
 
 Forward = Callable[..., F32]
 
@@ -48,7 +48,7 @@ class Inputs:
     latents: F32  # noise [1, z, T, h, w]
     positive: F32  # [1, 512, text width]
     negative: F32
-    condition: F32 | None = None  # [1, 20, T, h, w], zeros, where the model takes one
+    condition: F32 | None = None  # [1, 20, T, h, w], zeros, if the model takes one
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +56,14 @@ class Twin:
     spec: ModelSpec
     weights: dict[str, dict[str, F32]]  # by expert
     judged: Inputs
-    measured: Inputs  # another prompt, other noise
-    untold: Inputs  # no text, other noise, fewer tokens
+    measured: Inputs  # another prompt, other noise: for statistics
+    without_text: Inputs  # no text, other noise, fewer tokens
 
 
 def make_twin(model: ModelSpec, size: TwinSize, schedule: Schedule, seed: int) -> Twin:
-    """The twin of ``model`` with ``size`` and its inputs; the same seed makes the same.
+    """The twin of ``model`` in ``size``, with its inputs; the same seed yields the same twin.
 
-    Outliers are fitted to noise first and then to what a run meets.
+    Outliers are fitted first to noise, then to the inputs of a run.
     """
     spec = _twin_spec(model, size)
     random = np.random.default_rng(seed)
@@ -75,22 +75,22 @@ def make_twin(model: ModelSpec, size: TwinSize, schedule: Schedule, seed: int) -
             for name, shape in dit_tensors(spec.dit).items()
         }
         plant(made, spec.dit, random)
-        fit(made, spec.dit, [_probe(spec, judged, timestep) for timestep in _probed(spec, expert)], rounds=2)
+        fit(made, spec.dit, [_probe(spec, judged, timestep) for timestep in _probe_timesteps(spec, expert)], rounds=2)
         weights[expert] = made
     for _ in range(FITTED_RUNS):
-        for expert, probes in _met(spec, judged, schedule, weights).items():
+        for expert, probes in _run_inputs(spec, judged, schedule, weights).items():
             fit(weights[expert], spec.dit, probes, rounds=1)
             restore_maxima(weights[expert], spec.dit)
-    return Twin(spec, weights, judged, measured, _untold(spec, size, seed + 2))
+    return Twin(spec, weights, judged, measured, _inputs_without_text(spec, size, seed + 2))
 
 
-def _met(
+def _run_inputs(
     spec: ModelSpec, given: Inputs, schedule: Schedule, weights: Mapping[str, dict[str, F32]]
 ) -> dict[str, list[dict[str, F32]]]:
     """The inputs of every forward of a float32 run, by expert."""
     met: dict[str, list[dict[str, F32]]] = {expert: [] for expert in weights}
 
-    def recorded(expert: str) -> Forward:
+    def record(expert: str) -> Forward:
         graph = open_graph(fill(dit_graph(spec.dit), weights[expert].__getitem__))
 
         def forward(**inputs: F32) -> F32:
@@ -99,15 +99,15 @@ def _met(
 
         return forward
 
-    sampled(spec, given, schedule, {expert: recorded(expert) for expert in weights})
+    sample(spec, given, schedule, {expert: record(expert) for expert in weights})
     return met
 
 
-def sampled(spec: ModelSpec, given: Inputs, schedule: Schedule, experts: Mapping[str, Forward]) -> F32:
-    """The finished latents ``[1, z, T, h, w]``.
+def sample(spec: ModelSpec, given: Inputs, schedule: Schedule, experts: Mapping[str, Forward]) -> F32:
+    """Denoise with UniPC and return the final latents ``[1, z, T, h, w]``.
 
     Raises:
-        NonFiniteError: a velocity that is no number.
+        NonFiniteError: a velocity has NaN or infinity.
     """
     conditions = Conditions(given.positive, given.negative, condition=given.condition)
     solver, guidance = make_solver("unipc", schedule), spec.sampling.guidance
@@ -128,8 +128,8 @@ def _inputs(random: np.random.Generator, spec: ModelSpec, size: TwinSize, seed: 
     return _with_text(spec, size.latent, seed, (positive, negative))
 
 
-def _untold(spec: ModelSpec, size: TwinSize, seed: int) -> Inputs:
-    frames, rows, columns = map(min, size.latent, UNTOLD_LATENT)
+def _inputs_without_text(spec: ModelSpec, size: TwinSize, seed: int) -> Inputs:
+    frames, rows, columns = map(min, size.latent, NO_TEXT_LATENT)
     texts = np.zeros((2, 1, TEXT_TOKENS, spec.dit.text_width), np.float32)
     return _with_text(spec, (frames, rows, columns), seed, (texts[0], texts[1]))
 
@@ -141,13 +141,13 @@ def _with_text(spec: ModelSpec, latent: tuple[int, int, int], seed: int, texts: 
 
 
 def _text(random: np.random.Generator, spec: ModelSpec, rows: int) -> F32:
-    """Embeddings of order 1/3, as umt5's final norm leaves them; zeros after the last token."""
+    """Random embeddings of magnitude 1/3, as after UMT5's final norm; zeros after the last token."""
     embeddings = random.standard_normal((1, rows, spec.dit.text_width), np.float32) / 3
     return text_rows(embeddings.astype(np.float32))
 
 
-def _probed(spec: ModelSpec, expert: str) -> tuple[float, float]:
-    """Two timesteps that ``expert`` works at."""
+def _probe_timesteps(spec: ModelSpec, expert: str) -> tuple[float, float]:
+    """Two timesteps in the range of ``expert``."""
     boundary = 1000 * (spec.sampling.boundary or 0)
     return {"high_noise": (999.0, boundary + 1), "low_noise": (boundary - 1, 100.0), "dit": (999.0, 500.0)}[expert]
 

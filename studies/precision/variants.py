@@ -1,4 +1,4 @@
-"""The precisions that a study compares, each computed on a CPU from the graph that an export of it writes."""
+"""The precisions of the study, each computed on the CPU from the graph that an export in it writes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from export.quantise.fp8_weights import Fp8Weights
 from export.quantise.input_means import CENTRED, input_width
 from export.quantise.input_scales import MARGIN
 from runtime.arrays import F32
-from studies.precision.ablation import FewLinears, Patch, leave_k_alone, scale_v_as_a_whole, subtract_token_means
+from studies.precision.ablation import FewLinears, Patch, keep_k_mean, scale_v_per_tensor, subtract_token_means
 from studies.precision.session import fill, open_graph
 from validate.ladder.thresholds import BF16, FP16
 from wan22.parts import DitSpec
@@ -24,12 +24,12 @@ PLAIN = "float32, ONNX Runtime's own kernels"
 ROUNDED = "the exported graph in float32, rounded to {} wherever it keeps 16 bits; sums in float32"
 QUANTISED = "the exported graph; FP8 quantised exactly, sums in float32, bfloat16 by rounding as in bf16"
 BEFOREHAND = "measured on a run with another prompt and other noise"
-WITHIN = "every linear's input loses its mean over the tokens of the call; the rounded weights bring it back"
-UNTOLD = "measured on a run without text over few tokens: no data"
+WITHIN = "subtracts from every linear's input its mean over the tokens of the call; the rounded weights restore it"
+WITHOUT_TEXT = "measured on a run without text and with few tokens, so without data"
 BOTH = Fp8(self_attention=True, cross_attention=True)
-LESS = {"K not smoothed": leave_k_alone, "V per tensor": scale_v_as_a_whole}  # attention without its precautions
+LESS = {"K not smoothed": keep_k_mean, "V per tensor": scale_v_per_tensor}  # attention without one of its precautions
 
-# Linears by the name under which the graph multiplies them (q is q, k and v; k of cross-attention is k and v).
+# Linears by their names in the graph (self_attn.q stands for q, k and v; cross_attn.k for k and v).
 LINEARS = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2")
 
 
@@ -38,28 +38,30 @@ class Variant:
     name: str
     compute: ir.DataType
     how: str
-    aim: float = 0.0  # relative L2 error of a velocity; 0 where there is none
+    aim: float = 0.0  # relative L2 error of a velocity; 0: no aim
     fp8: Fp8 | None = None
-    static: bool = False  # with input scales measured beforehand
-    centred: bool = False  # with input means measured beforehand
-    untold: bool = False  # those of a small run without text
-    patch: Patch | None = None  # of the exported graph
+    static: bool = False  # uses input scales measured beforehand
+    centred: bool = False  # uses input means measured beforehand
+    without_text: bool = False  # measures them on a small run without text
+    patch: Patch | None = None  # applied to the exported graph
     note: str = ""
 
     @property
     def ablation(self) -> bool:
-        """No export makes it."""
+        """True if no export makes this variant."""
         return self.patch is not None
 
 
 REFERENCE = Variant("fp32", FLOAT, PLAIN)
-BFLOAT = Variant("bf16", BFLOAT16, ROUNDED.format("bfloat16"), BF16.velocity.value)  # whose magnitudes are shown
+BFLOAT = Variant("bf16", BFLOAT16, ROUNDED.format("bfloat16"), BF16.velocity.value)  # the report shows its magnitudes
 VARIANTS = (
     BFLOAT,
     Variant("fp16", FLOAT16, ROUNDED.format("float16"), FP16.velocity.value),
-    Variant("fp8", BFLOAT16, QUANTISED, 0.02, Fp8(), note="every token scaled by itself"),
+    Variant("fp8", BFLOAT16, QUANTISED, 0.02, Fp8(), note="one scale per token"),
     Variant("fp8 with input means", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, note=BEFOREHAND),
-    Variant("fp8, means without text", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, untold=True, note=UNTOLD),
+    Variant(
+        "fp8, means without text", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, without_text=True, note=WITHOUT_TEXT
+    ),
     Variant("fp8, token means at run time", BFLOAT16, QUANTISED, 0.02, Fp8(), patch=subtract_token_means, note=WITHIN),
     Variant("fp8 with static scales", BFLOAT16, QUANTISED, 0.02, Fp8(), static=True, note=f"{BEFOREHAND}, 10 % margin"),
     Variant("fp8-attn", BFLOAT16, QUANTISED, 0.04, BOTH),
@@ -69,7 +71,7 @@ VARIANTS = (
 
 
 def parts() -> list[Variant]:
-    """Variants with FP8 in one place alone, which show what each place costs."""
+    """Variants with FP8 in a single place, which show the error of each place."""
     alone: list[tuple[str, Fp8, Patch | None]]
     alone = [(linear, FewLinears(linears=frozenset({linear})), None) for linear in LINEARS]
     for name, fp8 in {"self-attention": FewLinears(True), "cross-attention": FewLinears(False, True)}.items():
@@ -78,20 +80,20 @@ def parts() -> list[Variant]:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was found to enter the linears of an expert, before the run that is judged."""
+class Calibration:
+    """The inputs of an expert's linears, measured before the judged run: largest magnitude and mean, by linear."""
 
     largest: Mapping[str, float]
     means: Mapping[str, F32]
 
 
-NOTHING = Measured({}, {})
+NO_CALIBRATION = Calibration({}, {})
 
 
 def open_variant(
-    variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Measured
+    variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Calibration
 ) -> Callable[..., np.ndarray]:
-    """The velocity as a function."""
+    """The variant as a function from inputs to the velocity."""
     model = _model(variant, spec, weights, measured)
     if variant.compute != FLOAT:
         emulate(model, variant.compute)
@@ -100,8 +102,8 @@ def open_variant(
 
 
 def open_reference(spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
-    """The float32 graph, noting what enters every linear: the largest of it, and the means that an export takes."""
-    model = _model(REFERENCE, spec, weights, NOTHING)
+    """The float32 graph, recording of every linear's input the largest magnitude and the means that an export uses."""
+    model = _model(REFERENCE, spec, weights, NO_CALIBRATION)
     entering = linear_inputs(model)
     centred = {name: (x, input_width(spec, name)) for name, x in entering.items() if name.split(".", 2)[2] in CENTRED}
     taps = add_taps(model, entering, centred)
@@ -109,11 +111,11 @@ def open_reference(spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
 
 
 def open_noted(variant: Variant, spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
-    """A 16-bit variant, noting the largest of what each block keeps in 16 bits, and of the residual stream after it.
+    """A 16-bit variant that records each block's largest magnitude in 16 bits, and that of the residual stream.
 
-    Labels: "3/ffn/Gelu" (block, node), "3/residual".
+    Labels are "3/ffn/Gelu" (block, node) and "3/residual".
     """
-    model = _model(variant, spec, weights, NOTHING)
+    model = _model(variant, spec, weights, NO_CALIBRATION)
     tapped: dict[str, ir.Value] = {}
     for node in model.graph:
         block, _, place = (node.name or "").removeprefix("blocks.").partition("/")
@@ -126,7 +128,7 @@ def open_noted(variant: Variant, spec: DitSpec, weights: Mapping[str, F32]) -> T
     return Tapped(open_graph(model), taps)
 
 
-def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Measured) -> ir.Model:
+def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Calibration) -> ir.Model:
     if variant.fp8 is None:
         return fill(dit_graph(spec, variant.compute), weights.__getitem__)
     scales = {name: MARGIN * value / FLOAT8_MAX for name, value in measured.largest.items()} if variant.static else {}

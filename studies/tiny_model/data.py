@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from export.checkpoint.tokenizer import unigram
 from export.synth.corpus import lines
-from export.synth.tokenizer import converted, train
+from export.synth.tokenizer import train
 from studies.tiny_model.clips import random_clip
 from studies.tiny_model.files import save, weights
 from studies.tiny_model.scenes import COLOURS, LIGHTS, MOVES, SHAPES, SIZES, STAYS, WALLS, Content
@@ -51,7 +52,7 @@ class Captions:
     """Token ids of captions, padded to the longest."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer: Any = converted(tokenizer_model(folder))
+        self._tokenizer: Any = unigram(tokenizer_model(folder))
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids ``[B, n]``, and which of them are there."""

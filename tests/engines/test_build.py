@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from engines.build import BuildOptions, build_engines
+from engines.build import BuildOptions, build_engines, disk_bytes
+from engines.targets import target_named
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from wan22.bundle import open_bundle, sha256_of
@@ -42,6 +43,39 @@ def test_bfloat16_on_the_cpu_is_refused_with_the_way_out(tmp_path, tiny_checkpoi
     with pytest.raises(UserError, match=r"precision bf16 for cpu .* use --precision fp32"):
         build_engines(tmp_path / "onnx", tmp_path / "engines")
     assert not (tmp_path / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "target", "found", "remedy"),
+    [
+        (Precision.FP8, "cpu", "precision fp8 for cpu", "in wan-trt export use --precision fp32, or name another"),
+        (Precision.FP8, "rtx3090", "precision fp8 for rtx3090", "in wan-trt export use --precision bf16"),
+        (Precision.FP32, "rtx4090", "text_encoder in fp32 for rtx4090", "in wan-trt export use --text-encoder bf16"),
+    ],
+)
+def test_a_target_refuses_the_precision_of_the_bundle_and_says_how_to_export(
+    tmp_path, tiny_checkpoint, precision, target, found, remedy
+):
+    export_checkpoint(tiny_checkpoint, tmp_path / "onnx", ExportOptions(precision))
+    with pytest.raises(UserError) as refused:
+        build_engines(tmp_path / "onnx", tmp_path / "engines", BuildOptions(target))
+    assert str(refused.value).startswith(found)
+    assert remedy in refused.value.remedy
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+
+
+def test_a_part_of_another_precision_is_named(tmp_path, tiny_checkpoint):
+    options = ExportOptions(Precision.FP32, {"low_noise": Precision.BF16})
+    export_checkpoint(tiny_checkpoint, tmp_path / "onnx", options)
+    with pytest.raises(UserError, match="low_noise in bf16 for cpu"):
+        build_engines(tmp_path / "onnx", tmp_path / "engines")
+
+
+def test_the_disk_is_priced_at_what_a_build_writes(tmp_path, tiny_bundle):
+    price = disk_bytes(open_bundle(tiny_bundle, "graphs").manifest, target_named("cpu"), BuildOptions())
+    built = build_engines(tiny_bundle, tmp_path / "engines")
+    written = sum(path.stat().st_size for path in built.folder.rglob("*"))
+    assert 0.95 * price < written < 1.05 * price
 
 
 def test_float16_on_the_cpu_loads(tmp_path, tiny_checkpoint):

@@ -7,14 +7,16 @@ from rich.console import Console
 
 from engines.plan import dit_scratch_bytes, dit_weights_bytes, make_plan
 from engines.plan_view import as_text
-from engines.targets import TARGETS
+from engines.targets import TARGETS, target_named
 from export.graphs.builder import BFLOAT16
 from export.graphs.dit import dit_graph
 from export.graphs.linear import Fp8
-from export.graphs.weights_file import declared
+from export.graphs.weights_file import declare_weights
 from wan22.errors import UserError
+from wan22.quantities import human_bytes
 from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
 
+FP8 = Precision.FP8
 HD, SD = (1280, 720, 81), (832, 480, 81)
 
 
@@ -38,7 +40,7 @@ def test_arithmetic_of_a_whole_video(spec, video, petaflop):
 def test_weights_are_what_the_graph_stores(name, precision, fp8):
     """All but the scalar scales of FP8, a few kilobytes."""
     spec = SPECS[name].dit
-    stored = sum(s.size_bytes for s in declared([dit_graph(spec, BFLOAT16, None, fp8)]).values())
+    stored = sum(s.size_bytes for s in declare_weights([dit_graph(spec, BFLOAT16, None, fp8)]).values())
     assert dit_weights_bytes(spec, precision) == pytest.approx(stored, abs=4096)
 
 
@@ -86,6 +88,32 @@ def test_a_faster_type_takes_less_time_and_fewer_bytes():
 def test_the_cpu_has_no_figures_for_time():
     plan = make_plan(SPECS["t2v-a14b-tiny"], TARGETS["cpu"], Precision.FP32)
     assert (plan.step_seconds, plan.video_seconds) == (None, None)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
+def test_every_target_has_a_plan_that_says_what_auto_chooses(target):
+    plan = make_plan(TI2V_5B, target, target.default_precision)
+    console = Console(record=True, width=200)
+    console.print(*as_text(plan))
+    text = console.export_text()
+    if target.name == "cpu":
+        assert "--residency auto" not in text
+    elif plan.residency is None:
+        assert f"nothing fits {human_bytes(plan.usable_vram_bytes)}: vae_decoder_next alone takes 20.79 GiB, " in text
+        assert "12.02 GiB of it caches and frames" in text
+    else:
+        assert plan.needed[plan.residency] <= plan.usable_vram_bytes
+        assert "--residency auto" in text
+    assert plan.as_json()["residency"] == plan.residency
+
+
+def test_a_compute_capability_has_sizes_and_no_verdicts():
+    plan = make_plan(T2V_A14B, target_named("sm89"), FP8, SD)
+    assert (plan.residency, plan.step_seconds) == (None, None)
+    console = Console(record=True, width=160)
+    console.print(*as_text(plan))
+    assert "no figures for sm89" in console.export_text()
+    assert "fits" not in console.export_text()
 
 
 def test_a_precision_that_the_target_lacks_is_refused():

@@ -11,7 +11,8 @@ GPUS = [target for target in TARGETS.values() if target.name != "cpu"]
 
 
 def test_the_table_holds_every_target_of_the_product():
-    wanted = "a100 l40s l4 h100 h200 b200 rtx3090 rtx4090 rtx5090 rtx-pro-6000-blackwell gb10 cpu"
+    wanted = "a100 a10g l40 l40s l4 h100 h20 h200 b200 rtx3090 rtx4090 rtx4080 rtx4070ti rtx5090 rtx5080 gb10 cpu"
+    wanted += " rtx-pro-6000-blackwell"
     assert set(TARGETS) == set(wanted.split())
 
 
@@ -58,6 +59,13 @@ def test_hopper_and_data_centre_blackwell_are_not_offered_to_tensorrt_rtx():
         ("NVIDIA L4", "8.9", "l4"),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "12.0", "rtx-pro-6000-blackwell"),
         ("NVIDIA GB10", "12.1", "gb10"),
+        ("NVIDIA GeForce RTX 4080", "8.9", "rtx4080"),
+        ("NVIDIA GeForce RTX 4070 Ti", "8.9", "rtx4070ti"),
+        ("NVIDIA GeForce RTX 5080", "12.0", "rtx5080"),
+        ("NVIDIA A10G", "8.6", "a10g"),
+        ("NVIDIA L40", "8.9", "l40"),
+        ("NVIDIA H20", "9.0", "h20"),
+        ("NVIDIA H200", "9.0", "h200"),
     ],
 )
 def test_auto_knows_the_gpu_by_its_name(name, capability, target):
@@ -69,10 +77,39 @@ def test_auto_without_a_gpu_is_the_cpu(monkeypatch):
     assert target_named("auto").name == "cpu"
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4070", "NVIDIA GeForce RTX 4090 Laptop GPU"])
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA GeForce RTX 4070", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4080 SUPER"],
+)
 def test_auto_points_a_gpu_outside_the_table_to_its_sibling(name):
     with pytest.raises(UserError, match=r"RTX 40.*compute capability 8.9.*--target rtx4090"):
         detect([(name, "8.9")])
+
+
+def test_a_gpu_that_nobody_listed_is_pointed_to_its_compute_capability():
+    with pytest.raises(UserError, match=r"--target sm103 has its compute capability"):
+        detect([("NVIDIA B300", "10.3")])
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "backend"),
+    [("sm86", "8.6", "tensorrt-rtx"), ("sm89", "8.9", "tensorrt-rtx"), ("SM90", "9.0", "tensorrt")],
+)
+def test_a_compute_capability_is_a_target_without_figures(name, capability, backend):
+    target = target_named(name)
+    assert (target.compute_capability, target.backend, target.sm) == (capability, backend, name.upper())
+    assert (Precision.FP8 in target.precisions) == (capability != "8.6")
+    assert target.peak_tflops(Precision.BF16) is None
+
+
+@pytest.mark.parametrize("target", GPUS, ids=lambda t: t.name)
+def test_every_gpu_has_fp8_figures_exactly_where_it_has_fp8_units(target):
+    assert (target.fp8_tflops is not None) == (Precision.FP8 in target.precisions)
+
+
+def test_fp32_needs_another_text_encoder_on_tensorrt_rtx():
+    assert TARGETS["rtx4090"].text_encoder_precision(Precision.FP32) == Precision.BF16
+    assert TARGETS["h100"].text_encoder_precision(Precision.FP32) == Precision.FP32
 
 
 def test_auto_reads_what_nvidia_smi_prints(monkeypatch):

@@ -123,3 +123,31 @@ def test_a_decode_holds_one_set_of_caches(decoder):
     finally:
         tracemalloc.stop()
     assert set_bytes < peak_bytes < 1.5 * set_bytes
+
+
+SHORT_OF_MEMORY = """
+import re, resource, sys
+from pathlib import Path
+import numpy as np
+from runtime.engine_onnxruntime import OnnxRuntimeEngine
+from wan22.bundle import open_bundle
+from wan22.errors import UserError
+folder, spare = Path(sys.argv[1]), int(sys.argv[2])
+component = open_bundle(folder, "engines").component("vae_decoder_first")
+with OnnxRuntimeEngine(folder, component) as engine:
+    engine(latents=np.zeros((1, 16, 1, 4, 4), np.float32))
+    size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (size + spare, size + spare))
+    try:
+        engine(latents=np.zeros((1, 16, 1, 256, 256), np.float32))
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("spare_bytes", [2**26, 5 * 2**29], ids=["for the outputs", "inside ONNX Runtime"])
+def test_too_little_memory_is_told_in_one_line(tiny_engines, spare_bytes):
+    words = [sys.executable, "-c", SHORT_OF_MEMORY, str(tiny_engines), str(spare_bytes)]
+    told = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    assert told.startswith("out of memory in vae_decoder_first: ")
+    assert "| use --residency one-component, a smaller --size or fewer --frames" in told

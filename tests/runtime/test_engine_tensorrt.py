@@ -9,7 +9,7 @@ import pytest
 
 from runtime import engine_tensorrt
 from runtime.engine_tensorrt import Device, TensorRTEngine, output_shapes
-from tests.runtime.fake_gpu import DeviceArray, FakeCupy, FakeEngine, FakeTensorRT, at
+from tests.runtime.fake_gpu import DeviceArray, FakeCupy, FakeEngine, FakeTensorRT, Memory, at
 from wan22.bundle import Build, Component, File, Manifest, Source, Tensor
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
@@ -122,8 +122,15 @@ def test_engines_share_one_arena_as_large_as_the_largest_needs(opened, tmp_path)
 
 def test_too_little_memory_says_how_much_there_is(opened):
     _, engine = opened(FakeEngine(doubled, 20_000))
-    with engine, pytest.raises(UserError, match=r"no room for 0.0 GiB of scratch .*1.0 GiB free of 24.0 GiB"):
+    with engine, pytest.raises(UserError, match=r"no room for 19.5 KiB of scratch .*1.0 GiB free of 24.0 GiB"):
         engine(x=row(1))
+
+
+def test_too_little_memory_for_the_arrays_of_a_call_is_told(opened):
+    cupy = FakeCupy(memory=Memory(40))  # the input fits, the output does not
+    _, engine = opened(FakeEngine(doubled), cupy=cupy)
+    with engine, pytest.raises(UserError, match=r"no room for inputs and outputs of dit.*--residency one-component"):
+        engine(x=row(1, 2, 3, 4, 5, 6))
 
 
 def test_a_plan_that_does_not_open_is_reported(opened):
@@ -186,7 +193,7 @@ def test_a_plan_that_was_built_for_something_else_is_not_run(opened):
 def test_missing_cupy_names_its_package(monkeypatch):
     monkeypatch.setitem(engine_tensorrt.MODULES, "tensorrt-rtx", "json")
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
-    with pytest.raises(UserError, match=r"no module cupy .* pip install cupy-cuda13x"):
+    with pytest.raises(UserError, match=r"cannot import cupy .* pip install cupy-cuda13x"):
         Device.open(manifest())
 
 

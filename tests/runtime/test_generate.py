@@ -42,14 +42,14 @@ def test_a_seed_repeats_and_another_differs(tiny_engines, tmp_path):
 def test_both_experts_work_and_one_at_a_time_gives_the_same(tiny_engines):
     complete = None
     latents = []
-    for keep in (True, False):
-        with Pipeline.open(tiny_engines, keep_experts=keep) as pipeline:
+    for residency, kept in (("all", 2), ("one-expert", 1), ("one-component", 1)):
+        with Pipeline.open(tiny_engines, residency=residency) as pipeline:
             complete = SMALL.completed(pipeline.spec)
             steps = list(pipeline.denoise(complete))
             assert {step.expert for step in steps} == {"high_noise", "low_noise"}
-            assert len({"high_noise", "low_noise"} & set(pipeline._engines)) == (2 if keep else 1)
+            assert len({"high_noise", "low_noise"} & set(pipeline._engines)) == kept
             latents.append(steps[-1].latents)
-    assert (latents[0] == latents[1]).all()
+    assert all((each == latents[0]).all() for each in latents)
 
 
 def test_guidance_1_needs_no_negative_prompt(tiny_engines, monkeypatch):
@@ -91,6 +91,10 @@ def test_every_solver_and_schedule_ends_in_finite_latents(tiny_engines, solver, 
         (Request("x", frames=8), "8 frames"),
         (Request("x", guidance={"dit": 3.0}), "guidance for 'dit'"),
         (Request("x", guidance={"low_noise": float("nan")}), "guidance nan"),
+        (Request("x", guidance={"low_noise": 1e300}), "guidance 1e.300 for low_noise .* from 0 to 100"),
+        (Request("x", steps=2_000_000_000), "2000000000 steps"),
+        (Request("x", frames=1_000_001), r"1000001 frames \| expected at most 4093"),
+        (Request("x", size=(96000, 96000)), r"size 96000x96000 \| expected sides of at most 16384 pixels"),
     ],
 )
 def test_requests_that_the_model_cannot_fulfil(tiny_engines, request_, told):

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtime.built_for import completed
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.schedule import make_schedule
+from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.sampling import NEGATIVE_PROMPT
 from wan22.specs import SPECS, T2V_A14B, TI2V_5B
@@ -160,13 +162,14 @@ def test_a_scale_of_all_experts_gives_way_to_that_of_one():
         Request("x", guidance_scale=float("nan")).completed(T2V)
 
 
-def test_fixed_engines_give_size_and_frames_and_take_no_other():
+def test_fixed_engines_give_size_and_frames_and_take_no_other(tiny_engines):
     fixed = (64, 48, 9)
-    complete = Request("x").completed(T2V, fixed)
+    manifest = replace(open_bundle(tiny_engines, "engines").manifest, size=fixed)
+    complete = completed(Request("x"), manifest)
     assert (complete.width, complete.height, complete.frames) == fixed
     for other in (Request("x", size=(48, 64)), Request("x", frames=5)):
         with pytest.raises(UserError, match="64x48, 9 frames, which the engines are made for"):
-            other.completed(T2V, fixed)
+            completed(other, manifest)
 
 
 def test_a_request_without_a_prompt_is_refused():

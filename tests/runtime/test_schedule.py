@@ -85,6 +85,12 @@ def test_two_steps_may_share_a_timestep():
     assert schedule.steps == 100
 
 
+@pytest.mark.parametrize("steps", [1001, 2_000_000_000])
+def test_more_steps_than_there_are_timesteps_are_refused_before_a_list_is_made(steps):
+    with pytest.raises(UserError, match=rf"{steps} steps \| expected at most 1000"):
+        make_schedule("unipc", steps, 5.0)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 37, 40, 50])
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])

@@ -1,4 +1,4 @@
-"""Studies treat bad input as ``wan-trt`` does, and the names that they had say where they went."""
+"""Studies handle bad input like ``wan-trt``, and their old names point to the new ones."""
 
 import errno
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from wan22.errors import UserError
 from wan_trt.cli import app as wan_trt
 
-# study → a bad option and part of the line about it
+# study → a bad option and part of the error
 BAD = {
     "precision": (["--model", "wan3"], "model 'wan3'"),
     "gpu": (["--dry-run", "--only", "vea"], "stage 'vea'"),
@@ -39,7 +39,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("study", BAD)
-def test_an_unknown_option_is_the_parsers_to_refuse(study):
+def test_the_parser_refuses_an_unknown_option(study):
     assert status(command_of(study).app, ["--nonsense"]) == 2
 
 

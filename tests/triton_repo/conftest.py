@@ -38,6 +38,7 @@ def compiled(tiny_engines, tmp_path):
             manifest.build,
             target="h100",
             backend=changes.get("backend", "tensorrt"),
+            compute_capability="9.0",
             profiles=tuple(part | {"rows": (30, 30, 30), "columns": (52, 52, 52)} for part in PROFILES),
         )
         write_manifest(folder, replace(manifest, components=tuple(components), build=build))

@@ -12,17 +12,24 @@ import psutil
 
 from triton_repo.client import WanClient
 from triton_repo.repository import RepositoryOptions, write_repository
-from triton_repo.server import ServeOptions, free_ports, is_ready, running, wait_until_ready
+from triton_repo.server import ServeOptions, Server, free_ports, is_ready, running
 from triton_repo.settings import Limits
 
 SMALL = {"width": 64, "height": 64, "num_frames": 5, "steps": 3}
-LONG = {"width": 256, "height": 160, "num_frames": 17, "steps": 60}  # 0.1 s a step or so
+LONG = {"width": 256, "height": 160, "num_frames": 17, "steps": 60}  # 0.1 s a step or so; to be given up
 
 
 @dataclass(frozen=True)
 class Served:
-    process: object
-    options: ServeOptions
+    server: Server
+
+    @property
+    def process(self):
+        return self.server.process
+
+    @property
+    def options(self):
+        return self.server.options
 
     @property
     def url(self):
@@ -57,8 +64,7 @@ class Served:
         return time.monotonic() - started
 
     def stubs(self):
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "stub" in child.name()]
+        return psutil.Process(self.process.pid).children()
 
     def rss_bytes(self):
         return sum(p.memory_info().rss for p in (psutil.Process(self.process.pid), *self.stubs()))
@@ -78,6 +84,6 @@ def serving(installation, folder, engines, topology="owner", **limits):
             shutil.move(model, repository / model.name)
     options = ServeOptions("127.0.0.1", *free_ports(3), config_name="cpu" if topology == "bls" else "")
     enough = Limits(1, 1, longest_job_s=limits.get("longest_job_s", 60))
-    with running(installation, repository, enough, options, os.environ) as process:
-        wait_until_ready(process, options, within_s=60)
-        yield Served(process, options)
+    with running(installation, repository, enough, options, os.environ) as server:
+        server.wait_until_ready(within_s=120)
+        yield Served(server)

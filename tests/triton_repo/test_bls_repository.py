@@ -87,7 +87,7 @@ def test_the_pipeline_has_the_inputs_outputs_and_queue_of_the_owner(tiny_engines
 @pytest.mark.parametrize(
     ("changes", "options", "told"),
     [
-        ({}, {"keep_experts": False}, "one expert at a time in topology bls"),
+        ({}, {"residency": "one-expert"}, "--residency one-expert in topology bls, which keeps all engines loaded"),
         ({}, {"memory_gib": 1e-6}, "of engines, all resident in topology bls | expected at most 0.0 of 1e-06 GiB"),
         ({"backend": "tensorrt-rtx"}, {}, "tensorrt-rtx engines in topology bls"),
     ],

@@ -3,9 +3,11 @@
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import av
 import numpy as np
@@ -20,6 +22,7 @@ from triton_repo.server import free_ports
 from wan_trt.cli import app
 
 MODELS = {"wan22_t2v": "t2v-a14b-tiny", "wan22_i2v": "i2v-a14b-tiny", "wan22_ti2v": "ti2v-5b-tiny"}
+DOCS = Path(__file__).parents[2] / "docs"
 PROMPT = "灯塔 and a lighthouse in a storm"
 SEED = 7
 
@@ -137,9 +140,8 @@ def test_a_job_moves_the_metrics(server):
     counters += [("wan22_requests_total", {"outcome": outcome}) for outcome in outcomes]
     before = [read(name, **labels) for name, labels in counters]
     started = time.time()
-    in_flight = []
     with server.client("wan22_t2v") as client:
-        client.generate("x", on_progress=lambda _: in_flight.append(read("wan22_in_flight")), **SMALL)
+        client.generate("x", **SMALL)
         with pytest.raises(JobError):
             client.generate("x", **{**SMALL, "steps": 0})
     moved = [read(name, **labels) - was for (name, labels), was in zip(counters, before, strict=True)]
@@ -147,10 +149,20 @@ def test_a_job_moves_the_metrics(server):
     assert moved[2] == 0
     assert all(seconds > 0 for seconds in (moved[1], *moved[3:8]))
     assert moved[8:] == [1, 1, 0, 0, 0]
-    assert in_flight[0] == 1
     assert read("wan22_in_flight") == 0
     assert read("wan22_last_step_timestamp_seconds") >= started
     assert time.time() - read("wan22_heartbeat_timestamp_seconds") < 60
+
+
+def test_a_job_is_in_flight_until_it_is_counted(server):
+    cancelled = server.metric("wan22_requests_total", "wan22_t2v", outcome="cancelled")
+    with server.client("wan22_t2v") as client:
+        job = client.submit({"prompt": "x", **LONG, "steps": 100})
+        next(job.events())
+        assert server.metric("wan22_in_flight", "wan22_t2v") == 1
+        job.cancel()
+    server.wait_for("wan22_in_flight", 0, model="wan22_t2v")
+    assert server.metric("wan22_requests_total", "wan22_t2v", outcome="cancelled") == cancelled + 1
 
 
 def test_progress_every_other_step_still_tells_the_last(server):
@@ -172,7 +184,7 @@ def test_a_job_that_is_cancelled_in_the_middle_ends(server):
     before = server.metric("wan22_requests_total", "wan22_t2v", outcome="cancelled")
     with server.client("wan22_t2v") as client, pytest.raises(StoppedError):
         client.generate("x", on_progress=stop_after_two_steps, **LONG)
-    server.wait_for("wan22_requests_total", before + 1, 5, "wan22_t2v", outcome="cancelled")
+    server.wait_for("wan22_requests_total", before + 1, model="wan22_t2v", outcome="cancelled")
     steps = server.metric("wan22_steps_total", "wan22_t2v")
     time.sleep(0.3)
     assert server.metric("wan22_steps_total", "wan22_t2v") == steps
@@ -267,16 +279,40 @@ def test_a_client_needs_no_torch(server):
     )
 
 
-def test_curl_can_follow_a_job_as_server_sent_events(server):
-    body = {"prompt": "x", **SMALL}
-    address = f"{server.http}/v2/models/wan22_t2v/generate_stream"
+def curl(server, model, folder, body):
+    """The answers to a request as the page shows it: from a file, as JSON."""
+    (folder / "request.json").write_text(json.dumps(body))
+    address = f"{server.http}/v2/models/{model}/generate_stream"
+    words = ["-H", "Content-Type: application/json", "--data-binary", f"@{folder / 'request.json'}"]
     done = subprocess.run(
-        ["curl", "-sN", "--max-time", "30", address, "-d", json.dumps(body)], capture_output=True, text=True, check=True
+        ["curl", "-sN", "--max-time", "120", address, *words], capture_output=True, text=True, check=True
     )
-    answers = [json.loads(line.removeprefix("data: ")) for line in done.stdout.splitlines() if line]
+    return [json.loads(line.removeprefix("data: ")) for line in done.stdout.splitlines() if line]
+
+
+@pytest.mark.parametrize(("model", "image"), [("wan22_t2v", {}), ("wan22_i2v", {"image": list(photo())})])
+def test_curl_can_follow_a_job_as_server_sent_events(server, tmp_path, model, image):
+    answers = curl(server, model, tmp_path, {"prompt": "x", **image, **SMALL})
     assert json.loads(answers[0]["event"])["phase"] == "start"
     assert json.loads(answers[-1]["event"])["phase"] == "done"
     assert bytes(answers[-1]["video"])[4:8] == b"ftyp"
+
+
+def test_curl_can_ask_for_failures_as_events(server, tmp_path):
+    (answer,) = curl(server, "wan22_t2v", tmp_path, {"prompt": "x", "steps": 0, "errors_as_events": True})
+    event = json.loads(answer["event"])
+    assert (event["phase"], event["code"]) == ("failed", "INVALID_ARGUMENT")
+    assert event["message"] == f"{event['found']} | expected {event['expected']} | {event['remedy']}"
+
+
+def test_the_python_of_the_page_about_serving_runs(server, capsys):
+    (script,) = re.findall(r"```python\n(.*?)```", (DOCS / "serving.md").read_text(), re.S)
+    there = script.replace('WanClient("localhost:8001")', f'WanClient("{server.url}", "wan22_t2v")')
+    assert there != script
+    made = {}
+    exec(compile(there, "serving.md", "exec"), made)
+    assert made["video"][4:8] == b"ftyp"
+    assert "denoise 1 " in capsys.readouterr().out
 
 
 def test_a_client_without_a_server_says_so():

@@ -1,9 +1,15 @@
 """What strangers send: each of it is refused with a reason, and the server goes on serving."""
 
+import contextlib
 import io
+import json
 import queue
+import socket
 import struct
+import urllib.error
+import urllib.request
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +18,7 @@ from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.triton_repo.serving import SMALL, serving
+from triton_repo.client_errors import JobError
 
 LIMITS = {
     "max_pixels": 64 * 64,
@@ -93,7 +100,8 @@ BAD = [
     ("t2v", {**SIZE, "prompt": text(b"a\0b")}, "NUL"),
     ("t2v", {**SIZE, "prompt": text(b"x" * 20_000)}, "prompt of 20000 bytes"),
     ("t2v", {**PROMPT, "negative_prompt": text(b"\xc3\x28")}, "negative_prompt is not UTF-8"),
-    ("t2v", {}, "expected"),
+    ("t2v", {}, "no prompt"),
+    ("t2v", SIZE, "no prompt"),
     # names that might be paths
     ("t2v", {**PROMPT, "output_format": text(b"../../etc/passwd")}, "output_format '../../etc/passwd'"),
     ("t2v", {**PROMPT, "output_format": text(b"frames_npz")}, "frames of 61440 bytes"),
@@ -128,9 +136,9 @@ BAD = [
     # images
     ("t2v", {**PROMPT, "image": image(png(64, 64))}, "an image for t2v-a14b-tiny"),
     ("i2v", PROMPT, "no image for i2v-a14b-tiny"),
-    ("i2v", {**PROMPT, "image": image(b"")}, "no image"),
-    ("i2v", {**PROMPT, "image": image(b"/etc/passwd")}, "no image"),
-    ("i2v", {**PROMPT, "image": image(b"<svg xmlns='http://www.w3.org/2000/svg'/>")}, "no image"),
+    ("i2v", {**PROMPT, "image": image(b"")}, "unknown or damaged format"),
+    ("i2v", {**PROMPT, "image": image(b"/etc/passwd")}, "unknown or damaged format"),
+    ("i2v", {**PROMPT, "image": image(b"<svg xmlns='http://www.w3.org/2000/svg'/>")}, "is an SVG"),
     ("i2v", {**PROMPT, "image": image(png(64, 64)[:60])}, "image"),
     ("i2v", {**PROMPT, "image": image(png(8, 8))}, "8x8 pixels"),
     ("i2v", {**PROMPT, "image": image(png(2000, 2000))}, "image of 4000000 pixels"),
@@ -145,6 +153,56 @@ def test_it_is_refused_with_a_reason(server, model, inputs, reason):
     assert reason in message
     assert len(message) < 600
     assert "Traceback" not in message
+    assert "--" not in message  # an option of a command that the client does not have
+
+
+def test_a_refusal_is_counted_as_one_whatever_is_missing(server):
+    before = server.metric("wan22_requests_total", "t2v", outcome="refused")
+    for body in ({}, {"steps": 1}):
+        request = urllib.request.Request(f"{server.http}/v2/models/t2v/generate", json.dumps(body).encode())
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request, timeout=60)
+        assert error.value.code == 400
+        assert "no prompt" in error.value.read().decode()
+    assert server.metric("wan22_requests_total", "t2v", outcome="refused") == before + 2
+    assert server.metric("wan22_requests_total", "t2v", outcome="failed") == 0
+
+
+def test_a_refusal_reaches_the_client_with_a_code_and_in_parts(server):
+    with server.client("i2v") as client, pytest.raises(JobError) as error:
+        client.generate("x", **SMALL)
+    assert error.value.status == "INVALID_ARGUMENT"
+    assert error.value.reason.found == "no image for i2v-a14b-tiny"
+    assert error.value.reason.expected == "an image to start from"
+    assert error.value.reason.remedy == "give one with image"
+
+
+def test_a_model_that_the_server_does_not_have_is_named(server):
+    with server.client("wan23") as client, pytest.raises(JobError, match="wan23") as error:
+        client.generate("x", **SMALL)
+    assert error.value.status == "NOT_FOUND"
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/x-www-form-urlencoded"])
+def test_a_large_body_does_not_end_the_server(server, kind):
+    """Of the second kind curl makes every body unless told otherwise."""
+    body = json.dumps({"prompt": "x", "width": 64, "height": 64, "steps": 0}).encode() + b" " * (24 * 2**20)
+    address = f"{server.http}/v2/models/t2v/generate"
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(urllib.request.Request(address, body, {"Content-Type": kind}), timeout=60)
+    assert error.value.code == 400
+    assert "0 steps" in error.value.read().decode()
+
+
+def test_a_cut_prompt_is_told_to_the_client_and_to_no_log(server, capfd):
+    events = []
+    with server.client("t2v") as client:
+        long = "a red panda, very detailed, " * 300
+        client.generate(long, negative_prompt="x", on_progress=events.append, **SMALL)
+        client.generate("a red panda", negative_prompt=long, on_progress=events.append, **SMALL)
+        client.generate("a red panda", negative_prompt="x", on_progress=events.append, **SMALL)
+    assert [event["cut"] for event in events if event["phase"] == "start"] == [["prompt"], ["negative_prompt"], []]
+    assert "red panda" not in capfd.readouterr().err
 
 
 def test_administration_is_closed(server):
@@ -152,3 +210,46 @@ def test_administration_is_closed(server):
         for call in (client.get_model_repository_index, lambda: client.load_model("t2v"), client.get_trace_settings):
             with pytest.raises(InferenceServerException, match="restricted"):
                 call()
+    for path in ("/v2/repository/index", "/v2/logging", "/v2/trace/setting", "/v2/systemsharedmemory/status"):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            body = b"{}" if path == "/v2/repository/index" else None
+            urllib.request.urlopen(urllib.request.Request(server.http + path, body), timeout=60)
+        assert error.value.code == 403
+
+
+def literal(text):
+    """A string of HPACK without Huffman's code."""
+    return bytes([len(text)]) + text
+
+
+def grpc_call(server, method, **headers):
+    """What the server sends for a call with no message, whatever bytes are in the headers."""
+    sent = {":method": "POST", ":scheme": "http", ":path": f"/inference.GRPCInferenceService/{method}",
+            ":authority": "x", "te": "trailers", "content-type": "application/grpc", **headers}  # fmt: skip
+    block = b"".join(b"\0" + literal(name.encode()) + literal(value.encode()) for name, value in sent.items())
+    frames = ((4, 0, 0, b""), (1, 4, 1, block), (0, 1, 1, bytes(5)))  # settings, headers, an empty message
+    parts = [struct.pack(">I", len(data))[1:] + struct.pack(">BBI", kind, flags, stream) + data
+             for kind, flags, stream, data in frames]  # fmt: skip
+    with socket.create_connection(("127.0.0.1", server.options.grpc_port), timeout=30) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"".join(parts))
+        connection.settimeout(3)
+        received = b""
+        with contextlib.suppress(TimeoutError):
+            while data := connection.recv(65536):
+                received += data
+        return received
+
+
+def test_the_lock_of_the_administration_opens_to_nobody_who_knows_it(server):
+    """Its key stands on a command line that everybody can read; no request can carry it."""
+    words = Path(f"/proc/{server.process.pid}/cmdline").read_bytes().decode().split("\0")
+    (lock,) = (word for word in words if word.startswith("--grpc-restricted-protocol="))
+    name, _, value = lock.partition(":")[2].rpartition("=")
+    assert b"triton" in grpc_call(server, "ServerMetadata")  # so the call is one
+    answer = grpc_call(server, "RepositoryIndex", **{f"triton-grpc-protocol-{name}": value})
+    assert b"t2v" not in answer
+    with socket.create_connection(("127.0.0.1", server.options.http_port), timeout=30) as connection:
+        head = "POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nConnection: close"
+        connection.sendall(f"{head}\r\n{name}: {value}\r\n\r\n{{}}".encode())
+        assert b"t2v" not in connection.recv(65536)
+    assert server.is_ready()

@@ -1,5 +1,6 @@
 """The manifests are what Kubernetes and KEDA take, and say what a server with long jobs needs."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,16 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from triton_repo.manifests import MINIMUM_RELEASE, shared_memory_gib
+from triton_repo.manifests import MINIMUM_RELEASE, ClusterOptions
+from triton_repo.pod import shared_memory_gib
+from triton_repo.probe import SECOND_LOOK_S
 from triton_repo.repository import RepositoryOptions, write_repository
 from wan22.errors import UserError
 from wan_trt.cli import app
 
 VERSIONS = ("1.31", "1.37")
+KINDS = ("Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy", "ServiceAccount")
+CHECKOV = Path(__file__).parents[2] / ".venv-checkov" / "bin" / "checkov"
 TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
 # The fields of KEDA's reference that are in use; its own definition is no part of the Kubernetes schemas.
 SCALED_OBJECT = {
@@ -70,8 +75,8 @@ def container(pod):
 @pytest.mark.parametrize("topology", ["owner", "bls"])
 def test_kubernetes_takes_every_object(compiled, tmp_path, topology, version):
     made = rendered(compiled(), tmp_path, "--topology", topology)
-    assert set(made) == {"Deployment", "Service", "ScaledObject", "PodDisruptionBudget"}
-    for kind in ("Deployment", "Service", "PodDisruptionBudget"):
+    assert set(made) == {*KINDS, "ScaledObject"}
+    for kind in KINDS:
         assert kubernetes_validate.validate(made[kind], version, strict=True) == version
 
 
@@ -105,21 +110,67 @@ def test_the_objects_find_each_other(gpu):
         deployment["spec"]["selector"]["matchLabels"],
         gpu["Service"]["spec"]["selector"],
         gpu["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        gpu["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
     ]
     assert all(selector.items() <= labels.items() for selector in selectors)
     assert gpu["ScaledObject"]["spec"]["scaleTargetRef"]["name"] == name
     ports = {port["name"] for port in deployment["spec"]["template"]["spec"]["containers"][0]["ports"]}
     assert {port["targetPort"] for port in gpu["Service"]["spec"]["ports"]} <= ports
+    assert {port["port"] for rule in gpu["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]} == ports
+    assert deployment["spec"]["template"]["spec"]["serviceAccountName"] == gpu["ServiceAccount"]["metadata"]["name"]
+    assert {manifest["metadata"]["namespace"] for manifest in gpu.values()} == {"wan22"}
 
 
 def test_a_pod_has_one_gpu_shared_memory_and_nothing_that_it_may_write_but_tmp(pod, container):
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 1, "memory": "19Gi", "ephemeral-storage": "3Gi"}
+    assert container["resources"]["requests"] == {"cpu": "4", "memory": "11Gi", "ephemeral-storage": "3Gi"}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert volumes["shared-memory"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "2Gi"}
+    assert volumes["temporary"]["emptyDir"] == {"sizeLimit": "2Gi"}
     mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
     assert mounts == {"/models": True, "/engines": True, "/dev/shm": False, "/tmp": False}
     assert pod["securityContext"]["runAsNonRoot"] is True
-    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert pod["securityContext"]["runAsUser"] > 10_000
+    assert pod["automountServiceAccountToken"] is False
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_pods_go_to_nodes_with_the_gpu_that_the_engines_are_for(pod, compiled, tiny_engines, tmp_path):
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.compute.major": "9", "nvidia.com/gpu.compute.minor": "0"}
+    assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    on_cpu = rendered(tiny_engines, tmp_path / "cpu")["Deployment"]["spec"]["template"]["spec"]
+    assert {"nodeSelector", "tolerations"}.isdisjoint(on_cpu)
+
+
+def test_the_gateway_alone_sends_jobs_and_prometheus_alone_reads_metrics(gpu):
+    policy = gpu["NetworkPolicy"]["spec"]
+    assert (set(policy["policyTypes"]), policy["egress"]) == ({"Ingress", "Egress"}, [])
+    sources = {port["port"]: rule["from"] for rule in policy["ingress"] for port in rule["ports"]}
+    gateway = [{"podSelector": {"matchLabels": {"app.kubernetes.io/component": "gateway"}}}]
+    prometheus = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    assert sources == {"http": gateway, "grpc": gateway, "metrics": prometheus}
+
+
+def test_a_pod_that_liveness_gives_up_is_not_waited_for(container):
+    assert container["livenessProbe"]["terminationGracePeriodSeconds"] == 30
+    assert container["livenessProbe"]["timeoutSeconds"] > SECOND_LOOK_S
+
+
+@pytest.mark.parametrize("topology", ["owner", "bls"])
+def test_checkov_finds_nothing(compiled, tmp_path, topology):
+    if not CHECKOV.is_file():
+        pytest.skip("no checkov, run make checkov")
+    rendered(compiled(), tmp_path, "--topology", topology, "--image", f"registry.example/wan-trt@sha256:{'0' * 64}")
+    command = [CHECKOV, "-d", tmp_path / "manifests", "--framework", "kubernetes", "--skip-download", "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)
+    assert [check["check_id"] for check in found["results"]["failed_checks"]] == []
+    assert [check["check_id"] for check in found["results"]["skipped_checks"]] == ["CKV_K8S_11"]
+    assert found["summary"]["passed"] > 80
 
 
 def test_a_pod_is_given_the_time_that_its_jobs_may_take(compiled, tmp_path):
@@ -165,12 +216,15 @@ def test_the_image_says_why_it_must_be_new(gpu, container, compiled, tmp_path, c
     assert not (tmp_path / "r").exists()
 
 
-def test_administration_needs_the_secret(container):
-    (variable,) = container["env"]
-    assert variable["valueFrom"]["secretKeyRef"] == {"name": "wan22-admin", "key": "key"}
+def test_administration_is_closed_without_a_key_that_anybody_could_read(gpu, container):
+    """The lock is a header with line feeds, which no request can have."""
+    assert "env" not in container
+    assert all("Secret" not in yaml.safe_dump(manifest) for manifest in gpu.values())
     for option in ("--http-restricted-api", "--grpc-restricted-protocol"):
         (word,) = (word for word in container["command"] if word.startswith(option))
-        assert word.endswith(f"wan22-admin=$({variable['name']})")
+        name, _, value = word.partition(":")[2].rpartition("=")
+        assert "\n" in name
+        assert "\n" in value
         assert "model-repository" in word
 
 
@@ -184,13 +238,22 @@ def test_the_probes_are_programs_that_there_are(container):
 def test_pods_are_counted_by_metrics_that_move_while_a_job_runs(gpu):
     (trigger,) = gpu["ScaledObject"]["spec"]["triggers"]
     query = trigger["metadata"]["query"]
-    assert query == 'sum(wan22_in_flight{model="wan22"}) + sum(nv_inference_pending_request_count{model="wan22"})'
+    labels = '{namespace="wan22", model="wan22"}'
+    assert query == f"sum(wan22_in_flight{labels}) + sum(nv_inference_pending_request_count{labels})"
+
+
+def test_a_namespace_is_a_name_and_is_counted_apart(compiled, tmp_path):
+    made = rendered(compiled(), tmp_path, "--namespace", "staging")
+    assert {manifest["metadata"]["namespace"] for manifest in made.values()} == {"staging"}
+    assert 'namespace="staging"' in made["ScaledObject"]["spec"]["triggers"][0]["metadata"]["query"]
+    with pytest.raises(UserError, match="namespace 'A\"'"):
+        ClusterOptions(namespace='A"')
 
 
 def test_a_model_on_the_cpu_asks_for_no_gpu(tiny_engines, tmp_path):
     made = rendered(tiny_engines, tmp_path, "--topology", "bls")
     (container,) = made["Deployment"]["spec"]["template"]["spec"]["containers"]
-    assert "limits" not in container["resources"]
+    assert "nvidia.com/gpu" not in container["resources"]["limits"]
     assert "--model-config-name=cpu" in container["command"]
 
 
@@ -201,12 +264,3 @@ def test_shared_memory_grows_with_the_calls_of_topology_bls(compiled, tmp_path):
         sizes[topology] = shared_memory_gib(write_repository(engines, tmp_path / topology, options), options)
     assert sizes["owner"] == 2
     assert sizes["bls"] > 2
-
-
-def test_a_started_container_clears_the_memory_of_the_one_before(tmp_path):
-    prefix = f"wan22_test_{tmp_path.name}_"
-    left = Path("/dev/shm", f"{prefix}1")
-    left.touch()
-    command = [sys.executable, "-m", "triton_repo.start", prefix, "echo", "the server"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (done.stdout, left.exists()) == ("the server\n", False)

@@ -4,23 +4,27 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
+
+from triton_repo import probe
 
 
 @pytest.fixture
 def answering():
-    """``answering(data)`` → the address of a server that answers so, once."""
+    """``answering(data, ...)`` → the address of a server that answers so, each once."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
-        def answer(data):
-            def once():
-                connection, _ = server.accept()
-                with connection:
-                    connection.recv(65536)
-                    connection.sendall(data)
+        def answer(*answers):
+            def each():
+                for data in answers:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(data)
 
-            threading.Thread(target=once, daemon=True).start()
+            threading.Thread(target=each, daemon=True).start()
             return "http://{}:{}/metrics".format(*server.getsockname())
 
         yield answer
@@ -42,3 +46,22 @@ def test_an_address_that_is_none_ends_a_drain_at_once(tmp_path):
     done = subprocess.run([*asked, "drain"], capture_output=True, text=True, check=False, timeout=20)
     assert (done.returncode, done.stderr) == (1, "")
     assert (tmp_path / "flag").exists()
+
+
+def beats(*ages_s, failures=0):
+    """Answers with heartbeats of these ages."""
+    now = time.monotonic()
+    lines = (f"wan22_heartbeat_monotonic_seconds {now - age}\nwan22_failures_in_a_row {failures}\n" for age in ages_s)
+    return [b"HTTP/1.0 200 OK\r\n\r\n" + line.encode() for line in lines]
+
+
+@pytest.mark.parametrize(("ages", "silent"), [((1,), False), ((600, 1), False), ((600, 600), True)])
+def test_a_heartbeat_is_missing_when_it_is_at_a_second_look(answering, ages, silent):
+    found = probe.confirmed_troubles(answering(*beats(*ages)), again_s=0.01)
+    assert [trouble.startswith("model heartbeat missing for 60") for trouble in found] == [True] * silent
+
+
+@pytest.mark.parametrize(("failures", "broken"), [(probe.MAX_FAILURES - 1, False), (probe.MAX_FAILURES, True)])
+def test_many_failures_in_a_row_are_a_trouble(answering, failures, broken):
+    found = probe.confirmed_troubles(answering(*beats(1, 1, failures=failures)), again_s=0.01)
+    assert found == [f"the last {failures} jobs failed"] * broken

@@ -1,10 +1,14 @@
 """Input tensors become the request that they describe."""
 
+import math
+import time
+
 import numpy as np
 import pytest
 
 from triton_repo.settings import Limits
 from triton_repo.wanted import wanted
+from wan22.errors import UserError
 from wan22.specs import SPECS
 
 T2V = SPECS["t2v-a14b-tiny"]
@@ -32,3 +36,31 @@ def test_a_preset_goes_by_both_of_its_names(name):
     request = request_of(preset=np.array([name], np.object_))
     assert request.noise_schedule().timesteps.tolist() == pytest.approx([1000, 937.5, 833.3333, 625])
     assert request.switch_step == 2
+
+
+def ms(value):
+    return np.array([value], np.int64)
+
+
+def wanted_of(**inputs):
+    return wanted({**SMALL, **inputs}, T2V, None, Limits.of(T2V))
+
+
+def test_a_deadline_is_a_duration_whatever_the_clocks_say(monkeypatch):
+    assert wanted_of().deadline_s == math.inf
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    assert wanted_of(deadline_ms=ms(1500)).deadline_s == 1.5
+    assert wanted_of(deadline_unix_ms=ms(10**12 + 2500)).deadline_s == 2.5
+    assert wanted_of(deadline_ms=ms(1500), deadline_unix_ms=ms(10**12 + 2500)).deadline_s == 1.5
+    for late in ({"deadline_ms": ms(0)}, {"deadline_unix_ms": ms(10**12)}):
+        with pytest.raises(UserError, match="a deadline that has passed"):
+            wanted_of(**late)
+
+
+def test_engines_of_one_size_make_it_unless_asked_for_another():
+    fixed = (64, 48, 9)
+    prompt = {"prompt": SMALL["prompt"]}
+    complete = wanted(prompt, T2V, None, Limits.of(T2V), fixed).request
+    assert (complete.width, complete.height, complete.frames) == fixed
+    with pytest.raises(UserError, match="64x48, 9 frames, which the engines are made for"):
+        wanted(SMALL, T2V, None, Limits.of(T2V), fixed)

@@ -1,4 +1,4 @@
-"""Gate files say what must hold; what they cannot say is refused, what was not measured does not pass."""
+"""Gate files: invalid ones are refused, and a gate without a measurement does not pass."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_a_command_reads_its_own_table_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[bench]\nhigh_noise.speedpu.min = 1", "unknown key bench.high_noise.speedpu .* bench.high_noise.speedup"),
         ("[bnech]\nhigh_noise.speedup.min = 1", "unknown key bnech .* bench"),
@@ -40,17 +40,17 @@ def test_a_command_reads_its_own_table_only(tmp_path):
         ("[bench]\nhigh_noise.speedup.min = true", "min = True .* finite number"),
         ("[bench]\nmin = 1", "unknown key bench"),
         ("bench = 3", "bench = 3"),
-        ("[bench", "expected TOML"),
-        ("x = " + "[" * 50_000, "expected TOML"),
+        ("[bench", "expected valid TOML"),
+        ("x = " + "[" * 50_000, "expected valid TOML"),
         ("[validate]\nx.max = 1", "no gate in .bench."),
     ],
 )
-def test_what_a_gate_file_cannot_say(tmp_path, text, told):
-    with pytest.raises(UserError, match=told):
+def test_an_invalid_gate_file_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
         gates_of(tmp_path, text)
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read_gates(tmp_path / "none.toml", "bench", KNOWN)
 
@@ -75,3 +75,16 @@ def test_a_verdict_in_words():
     missing, there = judge([Gate("a", "min", 1), Gate("b", "max", 2.5)], {"b": 2.0})
     assert str(missing) == "a not measured, ≥ 1"
     assert str(there) == "b 2, ≤ 2.5"
+
+
+@pytest.mark.parametrize(
+    ("found", "gate", "message"),
+    [
+        (59.99996, Gate("x", "min", 60), "x 59.99996, ≥ 60"),
+        (0.020000001, Gate("x", "max", 0.02), "x 0.020000001, ≤ 0.02"),
+        (60.0, Gate("x", "min", 60), "x 60, ≥ 60"),
+        (59.2, Gate("x", "min", 60), "x 59.2, ≥ 60"),
+    ],
+)
+def test_a_value_that_misses_a_limit_does_not_look_like_the_limit(found, gate, message):
+    assert str(gate.judge({"x": found})) == message

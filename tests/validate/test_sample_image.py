@@ -1,4 +1,4 @@
-"""The built-in picture is always the same, of any size, and hard to scale."""
+"""The built-in image is always the same, has any size, and is hard to scale."""
 
 import io
 

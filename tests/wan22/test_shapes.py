@@ -1,4 +1,4 @@
-"""Named dimensions are read off a call, agree with each other, and are held by a profile or not."""
+"""Named dimensions are derived from a call, agree with each other, and are inside a profile or not."""
 
 import pytest
 
@@ -14,7 +14,7 @@ LANDSCAPE = {"frames": (1, 21, 21), "height": (60, 60, 60), "width": (104, 104, 
 PORTRAIT = {"frames": (1, 21, 21), "height": (104, 104, 104), "width": (60, 60, 60)}
 
 
-@pytest.mark.parametrize("text", ["832x480", "832X480", "832×480", " 832 * 480 "])
+@pytest.mark.parametrize("text", ["832x480", "832X480", "832 X 480", "832×480", " 832 * 480 "])
 def test_a_size_may_be_written_in_several_ways(text):
     assert parse_size(text) == (832, 480)
 

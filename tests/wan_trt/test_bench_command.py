@@ -79,7 +79,7 @@ def test_a_baseline_of_another_machine_is_told(tiny_engines, baseline, tmp_path,
     (tmp_path / "other.json").write_text(json.dumps(content))
     assert status(tiny_engines, *QUICK, "--compare", tmp_path / "other.json") == 0
     out = capsys.readouterr().out
-    assert "of another machine (cpu 'Another', here" in out
+    assert "from another machine (cpu 'Another', here" in out
     assert json.loads(out.strip().splitlines()[-1])["compare"]["same_machine"] is False
 
 
@@ -123,8 +123,8 @@ def test_bad_options_in_one_line(tiny_engines, capsys, options, told):
     [
         ("gate", "[bench]\nhigh_noise.speedpu.min = 1", "unknown key bench.high_noise.speedpu | expected one like"),
         ("gate", "[bench]\nvae_encoder.speed.min = 1", "unknown key bench.vae_encoder.speed"),
-        ("compare", "", "its last line is no JSON"),
-        ("compare", "[" * 100_000, "its last line is no JSON"),
+        ("compare", "", "its last line is not JSON"),
+        ("compare", "[" * 100_000, "its last line is not JSON"),
         ("compare", "[1]", "format 'list' | expected wan-trt bench 1"),
         ("compare", '{"format": "wan-trt sweep 1"}', "format 'wan-trt sweep 1' | expected wan-trt bench 1"),
         ("compare", '{"format": "wan-trt bench 1"}', "model None | expected a str"),
@@ -167,3 +167,12 @@ def test_a_disk_that_is_full_loses_no_result(tiny_engines, tmp_path, capsys, mon
     assert json.loads(told.out.strip().splitlines()[-1])["passed"] is True
     assert f"disk full while writing output {tmp_path / 'bench.json'}" in told.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("terminal", "options", "lines"), [(True, [], 0), (True, ["--json", "-"], 1), (False, [], 1)])
+def test_a_terminal_gets_json_only_when_asked(tiny_engines, tmp_path, monkeypatch, capsys, terminal, options, lines):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    assert status(tiny_engines, *QUICK, *options) == 0
+    assert sum(line.startswith("{") for line in capsys.readouterr().out.splitlines()) == lines
+    assert list(tmp_path.iterdir()) == []

@@ -55,3 +55,40 @@ def test_a_folder_that_is_no_bundle(tmp_path, verb):
     result = run(verb, tmp_path, *([tmp_path / "out"] if verb == "pack" else []))
     assert result.exit_code == 2
     assert "is no bundle" in result.stderr
+
+
+def test_pack_copies_what_the_manifest_names_and_no_link_to_other_files(tmp_path, tiny_bundle):
+    shutil.copytree(tiny_bundle, tmp_path / "b")
+    (tmp_path / "private").write_text("PRIVATE")
+    (tmp_path / "b" / "linked.log").symlink_to(tmp_path / "private")
+    (tmp_path / "b" / "notes.txt").symlink_to(tmp_path / "private")
+    (tmp_path / "b" / "dit.log").write_text("of a builder")
+    assert run("pack", tmp_path / "b", tmp_path / "packed").exit_code == 0
+    manifest = open_bundle(tmp_path / "packed", "graphs", full_check=True).manifest
+    packed = {
+        path.relative_to(tmp_path / "packed").as_posix() for path in (tmp_path / "packed").rglob("*") if path.is_file()
+    }
+    assert packed == {*manifest.files(), "bundle.json", "dit.log"}
+
+
+@pytest.mark.parametrize("verb", ["verify", "pack"])
+def test_a_graph_that_reads_outside_of_the_bundle_is_refused(tmp_path, tiny_bundle, verb):
+    import onnx
+
+    folder = tmp_path / "b"
+    shutil.copytree(tiny_bundle, folder)
+    (tmp_path / "outer.bin").write_bytes(bytes(2**20))
+    manifest, path = open_bundle(folder, "graphs").manifest, folder / "text_encoder.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../outer.bin" if entry.key == "location" else entry.value
+    path.write_bytes(model.SerializeToString())
+    components = tuple(
+        replace(c, graph=file_entry(folder, path)) if c.name == "text_encoder" else c for c in manifest.components
+    )
+    write_manifest(folder, replace(manifest, components=components))
+    result = run(verb, folder, *([tmp_path / "packed"] if verb == "pack" else []))
+    assert result.exit_code == 2
+    assert "text_encoder.onnx reads '../outer.bin'" in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "packed").exists()

@@ -1,1 +1,1 @@
-"""What engines cost in time, memory and energy, beside PyTorch in the same run: what ``wan-trt bench`` measures."""
+"""``wan-trt bench``: time, memory and energy of engines, compared with PyTorch in the same run."""

@@ -1,4 +1,4 @@
-"""Work in a process of its own, which ends with the block that started it."""
+"""Runs work in a child process, which ends with the block that started it."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -10,9 +10,9 @@ from multiprocessing.process import BaseProcess
 
 @contextmanager
 def child_process(work: Callable[..., None], *arguments: object) -> Iterator[tuple[Connection, BaseProcess]]:
-    """Runs ``work(sender, *arguments)`` in a new Python process; yields the other end of ``sender``, and the process.
+    """Run ``work(sender, *arguments)`` in a new Python process; yields the receiving end and the process.
 
-    The process does not hear Ctrl-C, which this one answers for both. It is killed when the block ends.
+    The child ignores Ctrl-C, which the parent handles for both. It is killed when the block ends.
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -30,8 +30,8 @@ def child_process(work: Callable[..., None], *arguments: object) -> Iterator[tup
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Processes started inside inherit the blocked signal; here it is answered when the block ends."""
-    resource_tracker.ensure_running()  # the first process would start it, which unblocks the signal (CPython 3.11)
+    """Block SIGINT: processes started inside inherit the block; this process handles the signal afterwards."""
+    resource_tracker.ensure_running()  # otherwise the first process starts it, which unblocks the signal (CPython 3.11)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,7 +1,7 @@
-"""A bench beside an earlier one: what got slower or larger, and what may be compared at all.
+"""Compares a bench with an earlier one and finds what became slower or larger.
 
-On the machine of the baseline everything is compared; on another one only ratios of sides that ran there together. A
-change counts when it is beyond the tolerance and, for timings, beyond the spread that both runs had themselves.
+On the machine of the baseline all measurements are compared; on another machine only ratios between sides of the same
+bench. A change counts if it exceeds the tolerance and, for timings, the spread of both benches.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from wan22.errors import UserError
 
 TOLERANCE = 0.05
 HIGHER_IS_BETTER = ("speedup", "roofline_percent")
-RATIOS = ("speedup", "memory_ratio")  # what stays meaningful on another machine
-NEUTRAL = (  # told by their neighbours, or no merit
+RATIOS = ("speedup", "memory_ratio")  # meaningful across machines
+NEUTRAL = (  # implied by other measurements, or neither good nor bad
     "vae_share_percent", "host_overhead_percent", "speedup_p10", "step_speedup_p10", "cpu_speedup", "p90_ms",
     "total_p90_s", "cpu_median_ms", "relative_l2",
 )  # fmt: skip
@@ -28,11 +28,11 @@ class Change:
     measurement: str
     before: float
     after: float
-    spread: float  # relative, of the noisier run
+    spread: float  # relative, of the noisier bench
 
     @property
     def worse(self) -> float:
-        """How much worse, relative: 0.1 is 10 %; negative is better."""
+        """The relative change for the worse: 0.1 is 10 % worse, negative is better."""
         if not self.before or not self.after:
             return 0.0
         return (self.before / self.after if is_better_when_higher(self.measurement) else self.after / self.before) - 1
@@ -46,11 +46,11 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BaselineComparison:
     baseline: Path
     same_machine: bool
-    told: str  # which machines, when they differ
-    busy: bool  # one of the two was made while others used the machine
+    difference: str  # how the machines differ; empty if they do not
+    busy: bool  # another load used the machine during one of the two
     changes: tuple[Change, ...]
 
     @property
@@ -63,7 +63,7 @@ def is_better_when_higher(measurement: str) -> bool:
 
 
 def check_comparable(path: Path, baseline: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Raises UserError, naming the first field, when the baseline measured something else."""
+    """Raise UserError, with the first differing field, if the baseline measured something else."""
     for field, value in facts.items():
         if (found := baseline.get(field)) != value:
             raise UserError(
@@ -71,20 +71,20 @@ def check_comparable(path: Path, baseline: Mapping[str, Any], facts: Mapping[str
             )
 
 
-def compare(path: Path, baseline: Mapping[str, Any], result: BenchResult) -> Comparison:
-    """Of measurements that both have. ``baseline`` is what ``read_bench`` gave."""
+def compare(path: Path, baseline: Mapping[str, Any], result: BenchResult) -> BaselineComparison:
+    """Compare the measurements that both benches have; ``baseline`` comes from ``read_bench``."""
     same = baseline["machine"] == dict(result.machine)
     before, after, now = baseline["measurements"], result.measurements(), result.as_json()
     names = [name for name in before if after.get(name) and _counts(name, same)]
     spread = {name: max(_spread(name, before), _spread(name, now["measurements"])) for name in names}
     changes = tuple(Change(name, before[name], after[name], spread[name]) for name in names)
     differing = [key for key in result.machine if baseline["machine"].get(key) != result.machine[key]]
-    told = ", ".join(f"{key} {baseline['machine'].get(key)!r}, here {result.machine[key]!r}" for key in differing)
-    return Comparison(path, same, told, was_busy(baseline) or was_busy(now), changes)
+    difference = ", ".join(f"{key} {baseline['machine'].get(key)!r}, here {result.machine[key]!r}" for key in differing)
+    return BaselineComparison(path, same, difference, was_busy(baseline) or was_busy(now), changes)
 
 
 def was_busy(found: Mapping[str, Any]) -> bool:
-    """Whether others wanted the cores when a bench began."""
+    """True if other processes used the cores when the bench began."""
     return bool(found["conditions"].get("load_average", [0])[0] > BUSY * found["machine"].get("cores", 1))
 
 
@@ -96,9 +96,9 @@ def _counts(name: str, same_machine: bool) -> bool:
 
 
 def _spread(name: str, measurements: Mapping[str, float]) -> float:
-    """Relative, as far as the run tells: from median to p90 of a timing, from p10 to median of a speed-up.
+    """The relative spread: from median to p90 of a timing, from p10 to median of a speed-up, 0 if unknown.
 
-    Whatever is timed in whole runs has the spread of their total.
+    Timings of end-to-end runs have the spread of their total.
     """
     piece, _, leaf = name.rpartition(".")
     if leaf == "median_ms":
@@ -111,5 +111,5 @@ def _spread(name: str, measurements: Mapping[str, float]) -> float:
 
 
 def _beyond(larger: float | None, smaller: float | None) -> float:
-    """How much larger, relative; nothing where one is missing or zero."""
+    """How much larger, relative; 0 if one is missing or zero."""
     return larger / smaller - 1 if larger and smaller else 0.0

@@ -1,10 +1,9 @@
-"""What a piece of work must cost at least: arithmetic, bytes, and the time that a target's peaks allow for them.
+"""The minimum cost of a piece of work: arithmetic, bytes, and the time that a target's peaks allow for them.
 
-Arithmetic is counted on the graphs where the engines are graphs (ONNX Runtime), and is the model's
-(:mod:`wan22.costs`) where they are a compiler's. Of a transformer that is a step: what engines keep from one step to
-the next is not in it. Bytes are those that no implementation avoids: weights, inputs and outputs of every call. For
-GPUs peaks come from the table of targets; for a CPU they are measured here and now, on a large matrix product and a
-large copy.
+If the engines are graphs (ONNX Runtime), arithmetic is counted on the graphs; for compiled engines it is the model's
+(:mod:`wan22.costs`). A transformer counts one step, without results that engines cache across steps. Bytes are those
+that no implementation can avoid: weights, inputs and outputs of every call. Peaks of GPUs come from the table of
+targets; peaks of a CPU are measured on a large matrix product and a large copy.
 """
 
 import math
@@ -16,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from engines.targets import TARGETS
+from engines.targets import target_named
 from validate.bench.graph_flops import GraphFlops, graph_flops, stored_bytes
 from validate.bench.machine import usable_cores
 from validate.bench.work import DECODER, ENCODER, TEXT, Work, components_of
@@ -29,30 +28,30 @@ MATRIX = 2048  # rows of the measured product: 50 MB of operands, beyond most ca
 COPY_BYTES = 2**28
 TRIES = 6
 
-Source = Literal["graph", "spec"]
+FlopSource = Literal["graph", "spec"]
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that a machine can do."""
+    """The peak rates of a machine."""
 
-    flops_per_s: Mapping[Precision, float | None]  # of matrix products with operands of that type
+    flops_per_s: Mapping[Precision, float | None]  # matrix products, by precision of the operands
     bytes_per_s: float
     source: str
 
 
 @dataclass(frozen=True)
 class Cost:
-    flop: Mapping[Precision, float]  # by the type that it is computed in
+    flop: Mapping[Precision, float]  # by the precision that computes it
     bytes: float
-    source: Source = "spec"  # of ``flop``
+    source: FlopSource = "spec"  # where ``flop`` comes from
 
     @property
     def total_flop(self) -> float:
         return sum(self.flop.values())
 
     def roofline_s(self, peak: Peak) -> float | None:
-        """The shortest time that ``peak`` allows; None where it has no figure for a type."""
+        """The shortest time that ``peak`` allows; None if it has no rate for a precision."""
         seconds = 0.0
         for precision, flop in self.flop.items():
             rate = peak.flops_per_s.get(precision)
@@ -63,7 +62,7 @@ class Cost:
 
 
 def costs_of(work: Work, bundle: Bundle) -> dict[str, Cost]:
-    """By piece."""
+    """The cost of every piece."""
     return {piece: _cost(piece, work, bundle) for piece in work.pieces}
 
 
@@ -78,7 +77,7 @@ def _cost(piece: str, work: Work, bundle: Bundle) -> Cost:
 
 
 def _of_graphs(piece: str, work: Work, bundle: Bundle) -> GraphFlops | None:
-    """All calls of ``piece``; None where engines are no graphs, or have nodes that cannot be counted."""
+    """The sum over all calls of ``piece``; None for compiled engines or nodes that cannot be counted."""
     if bundle.manifest.build is None or bundle.manifest.build.backend != "onnxruntime":
         return None
     total, sizes = GraphFlops(0.0, 0.0), _sizes(work)
@@ -97,7 +96,7 @@ def _of_graphs(piece: str, work: Work, bundle: Bundle) -> GraphFlops | None:
 def _of_the_prompt(
     bundle: Bundle, component: Component, inputs: Mapping[str, tuple[int, ...]], kept_text_rows: int
 ) -> GraphFlops | None:
-    """What engines compute once a prompt, not in every forward."""
+    """The part that engines compute once per prompt instead of in every forward."""
     if not component.halves:
         return GraphFlops(0.0, 0.0)
     return graph_flops(bundle.path(component.halves[0]), inputs, kept_text_rows)
@@ -115,7 +114,7 @@ def _of_spec(piece: str, work: Work) -> GraphFlops:
 
 
 def _calls(piece: str, work: Work) -> list[tuple[str, int]]:
-    """Every graph that ``piece`` runs, and how often."""
+    """The graphs that ``piece`` runs, with the number of calls."""
     first, *later = components_of(piece, work)
     return [(first, 1), *((name, work.latents.shape[2] - 1) for name in later)]
 
@@ -130,7 +129,7 @@ def _bytes(piece: str, work: Work, bundle: Bundle) -> float:
 
 
 def _sizes(work: Work) -> dict[str, int]:
-    """Of every named dimension."""
+    """The size of every named dimension."""
     frames, height, width = work.latents.shape[2:]
     sizes = {"frames": frames, "height": height, "width": width, "tokens": work.token_ids.shape[1]}
     return sizes | {"rows": height // PATCH[1], "columns": width // PATCH[2]}
@@ -141,33 +140,33 @@ def _size_bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int:
 
 
 def _weights_bytes(bundle: Bundle, component: Component) -> int:
-    """Weights lie beside a graph for ONNX Runtime, inside of an engine of TensorRT."""
+    """The bytes of the weights, which are separate files for ONNX Runtime and part of a TensorRT engine."""
     if component.halves:
         return stored_bytes(bundle.path(component.halves[1]))
     return sum(file.size_bytes for file in (component.graph, *component.weights))
 
 
 def peak_of(bundle: Bundle) -> Peak:
-    """The peaks of the target that ``bundle`` was built for; measured, a second of work, where that is the CPU."""
+    """The peaks of the target of ``bundle``. For the CPU they are measured, which takes about a second."""
     build = bundle.manifest.build
-    target = TARGETS[build.target if build else "cpu"]
+    target = target_named(build.target if build else "cpu")
     if target.backend == "onnxruntime":
-        return measured_peak()
+        return measure_peak()
     rates = {p: None if (t := target.peak_tflops(p.linears)) is None else t * 1e12 for p in Precision}
-    return Peak(rates, target.bandwidth_gb_s * 1e9, target.source)
+    return Peak(rates, target.bandwidth_gb_s * 1e9 or math.inf, target.source)
 
 
 @cache
-def measured_peak() -> Peak:
-    """In processor time, best of a few tries, so that other work on the machine does not lower it; once a process."""
+def measure_peak() -> Peak:
+    """Measure the CPU's peaks once per process: the best processor time of a few tries, to exclude other load."""
     a, b, out = (np.ones((MATRIX, MATRIX), np.float32) for _ in range(3))
     product = min(_cpu_seconds(lambda: np.matmul(a, b, out=out)) for _ in range(TRIES))
     source, target = np.ones(COPY_BYTES // 4, np.float32), np.ones(COPY_BYTES // 4, np.float32)
     copy = min(_cpu_seconds(lambda: np.copyto(target, source)) for _ in range(TRIES))
     cores = usable_cores()
     rate = cores * 2 * MATRIX**3 / product
-    told = f"measured: numpy's float32 product of {MATRIX}x{MATRIX} on a core, times {cores} cores; one core's copy"
-    return Peak(dict.fromkeys((Precision.FP32, Precision.FP16), rate), 2 * COPY_BYTES / copy, told)
+    how = f"measured: numpy's float32 product of {MATRIX}x{MATRIX} on a core, times {cores} cores; one core's copy"
+    return Peak(dict.fromkeys((Precision.FP32, Precision.FP16), rate), 2 * COPY_BYTES / copy, how)
 
 
 def _cpu_seconds(work: Callable[[], object]) -> float:

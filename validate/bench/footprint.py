@@ -1,8 +1,8 @@
-"""Peak memory of a piece of work, each side in a process of its own, so that neither hides behind the other.
+"""Peak memory of a piece of work, measured in a separate process per side.
 
-Every process does one piece on one side and nothing else: libraries, load, two runs; or one whole run from prompt to
-frames. Its peak is that of the runs, with libraries and weights in it, and of torch.compile with the compiling; what
-the libraries alone take is told beside it.
+Each process runs one piece on one side: it imports the libraries, loads the weights and runs twice, or once from prompt
+to frames. The peak covers the runs and includes libraries, weights and, for torch.compile, the compilation. The memory
+of the libraries alone is reported separately.
 """
 
 from collections import deque
@@ -19,23 +19,24 @@ from validate.reference.device import reference_device
 from wan22.backends import MODULES
 from wan22.bundle import open_bundle
 from wan22.memory import peak_bytes, reset_peak, resident_bytes
+from wan22.residency import ONE_EXPERT
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-LEAVING_SECONDS = 10.0  # for what a process puts away at its end, as the compiler's workers of torch.compile
-RUNS = 2  # the second may need more: planned memory, caches of kernels
+LEAVING_SECONDS = 10.0  # for the cleanup at exit, such as torch.compile's workers
+RUNS = 2  # the second may need more: planned memory, kernel caches
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one process, in bytes; the GPU's are None where there is none."""
+    """Memory of one process in bytes; the values of the GPU are None without one."""
 
     libraries: int
     loaded: int
     peak: int
-    device: int | None = None  # the GPU's memory in use by anyone at the peak, as NVML sees it
-    device_tensors: int | None = None  # what PyTorch's allocator gave out at its peak; None for ours
+    device: int | None = None  # the peak of GPU memory in use by all processes, from NVML
+    device_tensors: int | None = None  # the peak of PyTorch's allocator; None for our side
 
     @property
     def beyond_libraries(self) -> int:
@@ -46,7 +47,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Job:
+class FootprintJob:
     side: str
     piece: str
     engines: Path
@@ -54,11 +55,11 @@ class Job:
     options: BenchOptions
 
 
-def footprint(job: Job) -> Footprint:
-    """Runs ``job`` in a new process, which ends when this one is interrupted.
+def footprint(job: FootprintJob) -> Footprint:
+    """Measure ``job`` in a new process, which ends if this one is interrupted.
 
     Raises:
-        RuntimeError: the process was killed, as by a system that is out of memory.
+        RuntimeError: the process was killed, for example by the kernel for lack of memory.
     """
     with child_process(_report, job) as (receiver, process):
         try:
@@ -66,25 +67,25 @@ def footprint(job: Job) -> Footprint:
             process.join(LEAVING_SECONDS)
         except EOFError:
             process.join()
-            told = f"the process that measured {job.piece} ({job.side}) ended with {process.exitcode}"
-            raise RuntimeError(told) from None
+            problem = f"the process that measured {job.piece} ({job.side}) ended with {process.exitcode}"
+            raise RuntimeError(problem) from None
     if isinstance(found, Exception):
         raise found
     return found
 
 
-def _report(sender: "Connection", job: Job) -> None:
+def _report(sender: "Connection", job: FootprintJob) -> None:
     try:
-        sender.send(_measured(job))
+        sender.send(_measure(job))
     except Exception as error:
         sender.send(error)
 
 
-def _measured(job: Job) -> Footprint:
+def _measure(job: FootprintJob) -> Footprint:
     bundle = open_bundle(job.engines, "engines")
     _import_libraries(job, bundle.manifest.build.backend if bundle.manifest.build else "")
     libraries = resident_bytes()
-    with device_peak() as device, Pipeline(bundle, keep_experts=False) as pipeline:
+    with device_peak() as device, Pipeline(bundle, residency=job.options.residency, choices=ONE_EXPERT) as pipeline:
         side = _side(job, pipeline)
         if job.piece != RUN:
             side.open(job.piece)
@@ -96,8 +97,8 @@ def _measured(job: Job) -> Footprint:
     return Footprint(libraries, loaded, peak, device.bytes if device else None, side.device_tensors())
 
 
-def _import_libraries(job: Job, backend: str) -> None:
-    """All that the piece will load, lazy parts of packages too."""
+def _import_libraries(job: FootprintJob, backend: str) -> None:
+    """Import everything that the piece loads, including lazy parts of packages."""
     if job.side == OURS:
         import_module(MODULES[backend])
         return
@@ -108,11 +109,12 @@ def _import_libraries(job: Job, backend: str) -> None:
         from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
 
 
-def _side(job: Job, pipeline: Pipeline) -> Side:
+def _side(job: FootprintJob, pipeline: Pipeline) -> Side:
     work, manifest = work_for(pipeline.bundle, job.options), pipeline.bundle.manifest
     if job.side == OURS:
         from validate.bench.our_side import OurSide
 
+        pipeline.fit(work.request.video)
         return OurSide(pipeline, work)
     from export.checkpoint.checkpoint import open_checkpoint
     from validate.bench.torch_side import TorchSide

@@ -1,7 +1,7 @@
-"""The arithmetic of an ONNX graph, counted node by node for given input shapes; no weight is read.
+"""The arithmetic of an ONNX graph, counted node by node for given input shapes, without reading weights.
 
-Counted are matrix products, convolutions and attention, two operations per multiplication with addition. The rest is
-under a percent. Shapes inside of the graph come from ONNX's own inference.
+Matrix products, convolutions and attention count two operations per multiply-add. All other nodes are under a percent.
+The shapes inside the graph come from ONNX's shape inference.
 """
 
 import math
@@ -32,13 +32,13 @@ class GraphFlops:
 
 
 def graph_flops(path: Path, inputs: Mapping[str, Shape], rows_by_value: int | None = None) -> GraphFlops | None:
-    """Of one call of the graph at ``path`` with ``inputs`` of these shapes; None where a node cannot be counted.
+    """The arithmetic of one call of the graph; None if a node cannot be counted.
 
     Args:
-        path: ONNX.
-        inputs: by name.
-        rows_by_value: the size of dimensions that depend on values, not on shapes: a CPU engine keeps of the text the
-            prompt's rows and one for all the padding.
+        path: an ONNX file.
+        inputs: shapes by name of the input.
+        rows_by_value: the size of dimensions that depend on values instead of shapes: a CPU engine keeps the prompt's
+            rows of the text and one row for all padding.
     """
     import onnx
 
@@ -52,7 +52,7 @@ def graph_flops(path: Path, inputs: Mapping[str, Shape], rows_by_value: int | No
     for node in model.graph.node:
         operands = [name for name in node.input if name]
         if node.op_type == "Constant" or (operands and constants.issuperset(operands)):
-            constants.update(node.output)  # so is a weight that is dequantised or transposed
+            constants.update(node.output)  # a dequantised or transposed weight is a constant too
             continue
         flops = _flops(node, shapes)
         if flops is None:
@@ -65,7 +65,7 @@ def graph_flops(path: Path, inputs: Mapping[str, Shape], rows_by_value: int | No
 
 
 def stored_bytes(path: Path) -> int:
-    """Of all weights that the graph at ``path`` reads."""
+    """The size of all weights that the graph at ``path`` reads."""
     import onnx
 
     stored = onnx.load(path, load_external_data=False).graph.initializer
@@ -74,7 +74,7 @@ def stored_bytes(path: Path) -> int:
 
 
 def _shapes(model: Any, inputs: Mapping[str, Shape], rows_by_value: int | None) -> dict[str, Shape]:
-    """Of every value whose shape ``inputs`` decide, or ``rows_by_value`` where that is known."""
+    """The shapes that follow from ``inputs`` and, if known, ``rows_by_value``, by value."""
     from onnx import shape_inference
 
     standing_in = type(model)()
@@ -96,7 +96,7 @@ def _shapes(model: Any, inputs: Mapping[str, Shape], rows_by_value: int | None) 
 
 
 def _flops(node: Any, shapes: Mapping[str, Shape]) -> float | None:
-    """Of one node, 0 for those that are not counted; None where shapes are not known."""
+    """The operations of one node: 0 for nodes that do not count, None if a shape is unknown."""
     if node.op_type not in COUNTED:
         return 0.0
     if not all(name in shapes for name in (node.output[0], *node.input[:2])):

@@ -1,6 +1,6 @@
-"""The machine that a bench ran on: what it is, how busy it is, and what its GPU spends.
+"""The machine that a bench runs on: its hardware, its load, and the energy and memory of its GPU.
 
-NVIDIA's management library is asked where its Python package (``nvidia-ml-py``) and a GPU are; nothing needs them.
+GPU values come from NVIDIA's management library. Its Python package (``nvidia-ml-py``) and a GPU are optional.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any
 
 from wan22.memory import Peak, watch_peak
 
-BUSY = 0.5  # load average per core from which timings are not those of an idle machine
+BUSY = 0.5  # a machine with a higher load average per core is not idle
 LIBRARIES = ("wan-trt", "onnxruntime", "torch", "diffusers", "transformers", "numpy")
 
 
@@ -24,12 +24,12 @@ def usable_cores() -> int:
 
 
 def load_average() -> float:
-    """Processes that wanted a core, averaged over the last minute."""
+    """The load average of the last minute: processes that run or wait for a core."""
     return os.getloadavg()[0]
 
 
 def machine() -> dict[str, Any]:
-    """What decides how fast it is. Two runs compare in absolute terms where these agree."""
+    """The properties that determine speed. Absolute times are comparable only if all of them agree."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gpu = Nvml.open()
     return {
@@ -64,19 +64,19 @@ def _cpu_name() -> str:
 
 @dataclass(frozen=True)
 class Nvml:
-    """The first GPU, as NVIDIA's management library sees it."""
+    """The first GPU, through NVIDIA's management library."""
 
     library: Any
     handle: Any
 
     @classmethod
     def open(cls) -> "Nvml | None":
-        """None without the package, the driver or a GPU."""
+        """Open the first GPU; None without the package, the driver or a GPU."""
         try:
             library = import_module("pynvml")
             library.nvmlInit()
             return cls(library, library.nvmlDeviceGetHandleByIndex(0))
-        except Exception:  # the package's errors are classes of its own, which are not there without it
+        except Exception:  # the package's error classes cannot be named if it is missing
             return None
 
     @property
@@ -85,20 +85,20 @@ class Nvml:
         return name.decode() if isinstance(name, bytes) else str(name)
 
     def joules(self) -> float | None:
-        """Energy spent since the driver was loaded; None where this GPU does not count it."""
+        """Energy used since the driver was loaded; None if this GPU does not count it."""
         try:
             return float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
         except Exception:
             return None
 
     def used_bytes(self) -> int:
-        """By every process."""
+        """GPU memory in use by all processes."""
         return int(self.library.nvmlDeviceGetMemoryInfo(self.handle).used)
 
 
 @contextmanager
 def device_peak() -> Iterator[Peak | None]:
-    """The most memory of the GPU in use while the block runs, by every process; None without a GPU."""
+    """Track the peak of GPU memory in use by all processes during the block; None without a GPU."""
     gpu = Nvml.open()
     if gpu is None:
         yield None

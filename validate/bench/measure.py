@@ -1,7 +1,7 @@
-"""``wan-trt bench``: what engines cost in time and memory, beside PyTorch in the same run.
+"""``wan-trt bench``: time and memory of engines, compared with PyTorch in the same run.
 
-The order: memory of every piece, in processes of their own; then every piece on all sides in turns; then whole runs,
-in turns as well.
+It measures, in this order: the memory of every piece, in child processes; the time of every piece, the sides taking
+turns; the time of end-to-end runs, the sides taking turns again.
 """
 
 import itertools
@@ -20,24 +20,25 @@ from runtime.arrays import F32
 from runtime.pipeline import Pipeline
 from validate.bench.compare import check_comparable, compare
 from validate.bench.costs import costs_of, peak_of
-from validate.bench.footprint import Footprint, Job, footprint
+from validate.bench.footprint import Footprint, FootprintJob, footprint
 from validate.bench.machine import Nvml, load_average, machine, versions
 from validate.bench.our_side import OurSide
 from validate.bench.read import read_bench
-from validate.bench.report import BenchReport, HeldTo
+from validate.bench.report import BenchReport, Criteria
 from validate.bench.result import REGRESSIONS, BenchResult, Piece, known_measurements
-from validate.bench.samples import Samples, in_turns, timed
+from validate.bench.samples import Samples, in_turns, measure_time
 from validate.bench.whole_run import Run, Runs
 from validate.bench.whole_run import in_turns as events_in_turns
 from validate.bench.work import COMPILED, EAGER, OURS, RUN, BenchOptions, Side, Work, runner, work_for
 from validate.gate import judge, read_gates
 from validate.reference.device import Device, reference_device
-from wan22.bundle import Bundle
+from wan22.bundle import Bundle, open_bundle
 from wan22.errors import NonFiniteError, UserError
 from wan22.progress import Progress, silent
+from wan22.residency import ONE_EXPERT
 
-NEW_PROMPTS = 3  # timed forwards that are the first of their prompt
-ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")  # recorded: it decides how fast it is
+NEW_PROMPTS = 3  # timed forwards with a new prompt
+ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")  # recorded because it affects speed
 
 
 def bench(
@@ -45,62 +46,65 @@ def bench(
     checkpoint: str | Path | None = None,
     options: BenchOptions | None = None,
     progress: Progress = silent,
-    held_to: HeldTo | None = None,
+    criteria: Criteria | None = None,
 ) -> BenchReport:
-    """Measures the engine bundle at ``engines``, beside PyTorch where the ``checkpoint`` it came from is given.
+    """Measure the engine bundle at ``engines``, and PyTorch as well if its ``checkpoint`` is given.
 
     Returns:
-        The report, true when every gate of ``held_to`` was passed.
+        The report, true if every gate of ``criteria`` holds and the timings can be trusted.
 
     Raises:
-        UserError: no engines, engines of another checkpoint, a request that they cannot serve, a piece that there is
-            not, torch.compile without a checkpoint or compiler, a GPU for PyTorch that it does not see, a gate file or
-            baseline that cannot be used. All before any work. A GPU that is too small for PyTorch shows later.
+        UserError: the engines, checkpoint, request, pieces, gate file or baseline are invalid or do not fit together;
+            torch.compile lacks a checkpoint or compiler; or PyTorch does not see the GPU. All of this is checked
+            before any work. Only a GPU that is too small for PyTorch is found later.
     """
-    options, held_to = options or BenchOptions(), held_to or HeldTo()
-    with opened(engines, checkpoint, options, progress) as setting:
+    options, criteria = options or BenchOptions(), criteria or Criteria()
+    with open_bench(engines, checkpoint, options, progress) as setting:
         bundle, work = setting.pipeline.bundle, setting.work
-        gates = () if held_to.gate is None else read_gates(held_to.gate, "bench", known_measurements(work.spec))
-        baseline = None if held_to.baseline is None else read_bench(held_to.baseline, "baseline")
-        if held_to.baseline and baseline:
-            check_comparable(held_to.baseline, baseline, facts(work, bundle))
-        result = setting.measured()
-    compared = compare(held_to.baseline, baseline, result) if held_to.baseline and baseline else None
+        gates = () if criteria.gate is None else read_gates(criteria.gate, "bench", known_measurements(work.spec))
+        baseline = None if criteria.baseline is None else read_bench(criteria.baseline, "baseline")
+        if criteria.baseline and baseline:
+            check_comparable(criteria.baseline, baseline, facts(work, bundle))
+        result = setting.measure()
+    compared = compare(criteria.baseline, baseline, result) if criteria.baseline and baseline else None
     measured = result.measurements() | ({REGRESSIONS: len(compared.regressions)} if compared else {})
     return BenchReport(result, compared, judge(gates, measured))
 
 
 @contextmanager
-def opened(
+def open_bench(
     engines: Path, checkpoint: str | Path | None, options: BenchOptions, progress: Progress
-) -> Iterator["Setting"]:
+) -> Iterator["BenchRun"]:
     if options.compiled and checkpoint is None:
-        raise UserError("torch.compile without a checkpoint", "the checkpoint of the engines", "name it after them")
+        raise UserError(
+            "torch.compile without a checkpoint", "the checkpoint of the engines", "name it after the engines"
+        )
     if checkpoint is None and options.reference_device != "auto":
         raise UserError("--reference-device without a checkpoint", "one for PyTorch", "name it after the engines")
-    with Pipeline.open(engines, keep_experts=False) as pipeline:
+    with Pipeline(open_bundle(engines, "engines"), residency=options.residency, choices=ONE_EXPERT) as pipeline:
+        pipeline.fit(options.complete_request(pipeline.bundle.manifest).video)
         work = work_for(pipeline.bundle, options)
         if checkpoint is None:
-            yield Setting(pipeline, work, None, options, progress)
+            yield BenchRun(pipeline, work, None, options, progress)
             return
         device = reference_device(options.reference_device, pipeline.bundle.manifest)
-        yield Setting(pipeline, work, str(checkpoint), options, progress, device)
+        yield BenchRun(pipeline, work, str(checkpoint), options, progress, device)
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a bench works with. The pipeline keeps one expert at a time."""
+class BenchRun:
+    """An open bench. The pipeline keeps one expert at a time."""
 
     pipeline: Pipeline
     work: Work
     checkpoint: str | None
     options: BenchOptions
     progress: Progress
-    device: Device = "cpu"  # of PyTorch's sides
+    device: Device = "cpu"  # of the PyTorch sides
 
-    def measured(self) -> BenchResult:
+    def measure(self) -> BenchResult:
         bundle, work = self.pipeline.bundle, self.work
-        chosen, load = work.chosen(self.options.only), load_average()
+        chosen, load = work.select_pieces(self.options.only), load_average()
         sides = self.sides()
         peak, costs = peak_of(bundle), costs_of(work, bundle)
         measured = [*chosen, *([RUN] if self.options.whole_runs else [])]
@@ -117,7 +121,7 @@ class Setting:
         return BenchResult(facts(work, bundle), machine(), conditions, peak, pieces, runs, stopped, used)
 
     def sides(self) -> dict[str, Side]:
-        """Ours, then PyTorch's where there is a checkpoint. Raises UserError for another model's checkpoint."""
+        """Our side and, with a checkpoint, PyTorch's. Raises UserError for a checkpoint of another model."""
         ours: dict[str, Side] = {OURS: OurSide(self.pipeline, self.work)}
         if self.checkpoint is None:
             return ours
@@ -138,7 +142,7 @@ class Setting:
         return {**ours, **theirs}
 
     def _footprints(self, piece: str, done: int, total: int) -> dict[str, Footprint]:
-        """By side; of the experts, which are alike, the first speaks for both. None of a run that stops at a NaN."""
+        """Memory by side, only for the first of two equal experts. A run that stops at a NaN has none."""
         if not self.options.memory or piece in self.work.spec.experts[1:]:
             return {}
         beside = [] if self.checkpoint is None else [EAGER]
@@ -146,17 +150,17 @@ class Setting:
         folder, found = self.pipeline.bundle.folder, {}
         with suppress(NonFiniteError):
             for side in (OURS, *beside):
-                found[side] = footprint(Job(side, piece, folder, self.checkpoint, self.options))
+                found[side] = footprint(FootprintJob(side, piece, folder, self.checkpoint, self.options))
         self.progress("measure memory", done, total, "pieces")
         return found
 
     def times(self, piece: str, sides: Mapping[str, Side], share: float) -> "Times":
-        """``share`` of all pieces is done with this one."""
+        """Time ``piece`` on all sides; ``share`` of all pieces is then done."""
         results, first = {}, {}
         for name, side in sides.items():
             side.open(piece)
-            chunks, first[name] = timed(partial(_all, side, piece))
-            results[name] = side.joined(chunks)
+            chunks, first[name] = measure_time(partial(_all_chunks, side, piece))
+            results[name] = side.join(chunks)
         runners = {name: runner(side, piece) for name, side in sides.items()}
         for run in [*runners.values()] * (self.options.warmup - 1):
             run()
@@ -170,19 +174,19 @@ class Setting:
         return Times(samples, first, *differences(results), graphs, new_prompt)
 
     def _new_prompts(self, piece: str, ours: Side, beside: Mapping[str, Callable[[], None]]) -> dict[str, Samples]:
-        """By side, where a forward of ours takes longer when it is the first of its prompt."""
+        """Times of forwards with a new prompt, by side; empty if ours do not take longer for it."""
         forward = ours.new_prompt(piece) if isinstance(ours, OurSide) else None
         return in_turns({OURS: forward, **beside}, min(self.options.runs, NEW_PROMPTS)) if forward else {}
 
     def _whole_runs(self, sides: Mapping[str, Side]) -> tuple[dict[str, Runs], str | None]:
-        """The runs, or none and what stopped them."""
+        """The runs, or none and the reason why they stopped."""
         try:
             return self.whole_runs(sides, self.options.whole_runs), None
         except NonFiniteError as error:
             return {}, str(error)
 
     def whole_runs(self, sides: Mapping[str, Side], count: int) -> dict[str, Runs]:
-        """By side; torch.compile is left out, it would compile anew whenever an expert is loaded.
+        """End-to-end runs by side, without torch.compile, which compiles again whenever an expert is loaded.
 
         Raises:
             NonFiniteError: a side computed NaN or infinity.
@@ -198,21 +202,21 @@ class Setting:
         return {name: Runs(tuple(runs)) for name, runs in found.items() if runs}
 
     def _event_counter(self, done: int, total: int) -> Callable[[], None]:
-        """Moves the bar when an event of whole run ``done`` is over."""
+        """A callback that advances the progress after each event of end-to-end run ``done``."""
         work = self.work
         expected = len(work.spec.components) + 2 + work.request.steps + work.latents.shape[2]
         events = itertools.count(1)
 
-        def over() -> None:
+        def after_event() -> None:
             share = min(next(events) / expected, 1.0)
             self.progress("whole runs", round(100 * (done + share) / total), 100, "%")
 
-        return over
+        return after_event
 
 
 @dataclass(frozen=True)
 class Times:
-    """Of one piece: by side, and by graph of ours."""
+    """The times of one piece by side, and by graph of our side."""
 
     samples: Mapping[str, Samples]
     first_s: Mapping[str, float]
@@ -223,7 +227,7 @@ class Times:
 
 
 def facts(work: Work, bundle: Bundle) -> dict[str, Any]:
-    """What was computed; runs compare where all of it is equal."""
+    """The work that was measured. Benches are comparable only if all of it agrees."""
     request = work.request
     return {
         "model": work.spec.name,
@@ -238,12 +242,12 @@ def facts(work: Work, bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _all(side: Side, piece: str) -> list[Any]:
+def _all_chunks(side: Side, piece: str) -> list[Any]:
     return list(side.chunks(piece))
 
 
 def conditions_of(bundle: Bundle, options: BenchOptions) -> dict[str, Any]:
-    """What times depend on beside the machine."""
+    """Everything except the machine that affects times."""
     build = bundle.manifest.build
     return {
         "command": options.command,
@@ -258,15 +262,15 @@ def conditions_of(bundle: Bundle, options: BenchOptions) -> dict[str, Any]:
 
 
 def _counter() -> Callable[[], float | None]:
-    """Reads the joules that the GPU has spent; always None without one."""
+    """A function that reads the energy counter of the GPU in joules; it returns None without one."""
     gpu = Nvml.open()
     return gpu.joules if gpu else lambda: None
 
 
 def differences(results: Mapping[str, F32]) -> tuple[dict[str, float], tuple[str, ...]]:
-    """How far results of the same work are from ours, relative L2 by side, and the sides with NaN or infinity.
+    """The distance of each side's result from ours (relative L2), and the sides with NaN or infinity.
 
-    A side that is not finite has no distance; where it is ours, no side has.
+    A side that is not finite has no distance. If ours is not finite, no side has one.
     """
     not_finite = tuple(name for name, result in results.items() if not np.isfinite(result).all())
     if OURS in not_finite:

@@ -10,29 +10,28 @@ from runtime.arrays import F32, require_finite, to_numpy
 from runtime.denoise import Conditions, denoise
 from runtime.engine import Engine
 from runtime.forward_inputs import forward_inputs
-from runtime.noise import standard_normal
 from runtime.pipeline import Pipeline
 from runtime.solver import make_solver
 from runtime.vae import encode
-from validate.bench.samples import timed
+from validate.bench.samples import measure_time
 from validate.bench.whole_run import Event
 from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work, components_of
 
 
 class OurSide:
-    """The pieces on the engines of ``pipeline``, which keeps one expert at a time."""
+    """The pieces, computed by the engines of ``pipeline``, which keeps one expert at a time."""
 
     def __init__(self, pipeline: Pipeline, work: Work) -> None:
         self._pipeline, self._work = pipeline, work
         self._text = work.text.copy()
-        self._text.flags.writeable = False  # as a pipeline leaves it
-        self.graph_seconds: dict[str, list[float]] = {}  # of calls of the decoder, by component
+        self._text.flags.writeable = False  # as in a pipeline, where read-only text is cached
+        self.graph_seconds: dict[str, list[float]] = {}  # of the decoder's calls, by component
 
     def open(self, piece: str) -> None:
-        wanted = components_of(piece, self._work)
-        for component in set(self._pipeline.spec.components) - set(wanted):
+        needed = components_of(piece, self._work)
+        for component in set(self._pipeline.spec.components) - set(needed):
             self._pipeline.release(component)
-        for component in wanted:
+        for component in needed:
             self._pipeline.engine(component)
 
     def chunks(self, piece: str) -> Iterator[Any]:
@@ -40,7 +39,7 @@ class OurSide:
             yield from self._decode(self._work.latents)
         elif piece == ENCODER:
             assert self._work.video is not None
-            engines = [self._pipeline.engine(name) for name in components_of(piece, self._work)]
+            engines = [self._pipeline.on_call(name) for name in components_of(piece, self._work)]
             yield encode(engines[0], engines[1] if len(engines) > 1 else None, self._work.video)
         elif piece == TEXT:
             yield self._pipeline.engine(TEXT)(input_ids=self._work.token_ids)
@@ -48,12 +47,12 @@ class OurSide:
             yield self._pipeline.engine(piece)(**self._inputs(piece))
 
     def new_prompt(self, piece: str) -> Callable[[], object] | None:
-        """A forward whose text is new to the engine in every call; None where that makes no difference."""
+        """A forward with text that the engine has not cached; None if the engine caches none."""
         if not any(self._pipeline.bundle.component(name).halves for name in components_of(piece, self._work)):
             return None
         return partial(self._pipeline.engine(piece), **self._inputs(piece) | {"text": self._work.text})
 
-    def joined(self, chunks: list[Any]) -> F32:
+    def join(self, chunks: list[Any]) -> F32:
         return np.concatenate(list(map(to_numpy, chunks)), axis=2) if len(chunks) > 1 else to_numpy(chunks[0])
 
     def close(self) -> None:
@@ -64,63 +63,66 @@ class OurSide:
         return _run(self._pipeline, self._work)
 
     def device_tensors(self) -> None:
-        """Not known: engines take their memory from several places."""
+        """None: engines allocate memory in several places, so it is unknown."""
 
     def _decode(self, latents: F32) -> Iterator[F32]:
         chunks = self._pipeline.decode(latents)
         for index in range(latents.shape[2]):
-            chunk, seconds = timed(lambda: next(chunks))
+            chunk, seconds = measure_time(lambda: next(chunks))
             self.graph_seconds.setdefault(f"{DECODER}_{'next' if index else 'first'}", []).append(seconds)
             yield chunk
 
     def _inputs(self, expert: str) -> dict[str, F32]:
         work, clean = self._work, self._work.first_frame is not None
-        given = (work.spec.dit, work.latents, TIMESTEPS[expert], self._text, work.condition)
-        return forward_inputs(*given, clean_first_frame=clean)
+        inputs = (work.spec.dit, work.latents, TIMESTEPS[expert], self._text, work.condition)
+        return forward_inputs(*inputs, clean_first_frame=clean)
 
 
 # -- the whole run
 
 
 def _run(pipeline: Pipeline, work: Work) -> Iterator[Event]:
-    """The video is dropped chunk by chunk. Of the experts the first is opened before the run."""
+    """Yield the events of an end-to-end run. The first expert is opened before it; frames are discarded."""
     spec, request = pipeline.spec, work.request
+    at_once = pipeline.residency != "one-component"
     for component in spec.components:
-        if component not in spec.experts[1:]:
-            yield Event("open", component, _opening(pipeline, component))
-    positive, seconds = timed(lambda: pipeline.text(request.prompt))
+        if at_once and component not in spec.experts[1:]:
+            yield Event("open", component, _open_seconds(pipeline, component))
+    if not at_once:
+        yield Event("open", TEXT, _open_seconds(pipeline, TEXT))
+    positive, seconds = measure_time(lambda: pipeline.text(request.prompt))
     yield Event("text", TEXT, seconds)
     negative = None
     if request.guided:
-        negative, seconds = timed(lambda: pipeline.text(request.negative_prompt, allow_empty=True))
+        negative, seconds = measure_time(lambda: pipeline.text(request.negative_prompt, allow_empty=True))
         yield Event("text", TEXT, seconds)
-    given, seconds = timed(lambda: pipeline.image_condition(request))
+    given, seconds = measure_time(lambda: pipeline.image_condition(request))
     if given:
         yield Event("image", ENCODER, seconds)
     latents = yield from _denoise(pipeline, work, Conditions(positive, negative, **given))
     chunks = pipeline.decode(latents)
     for index in range(latents.shape[2]):
-        frames, seconds = timed(lambda: next(chunks))
+        frames, seconds = measure_time(lambda: next(chunks))
         require_finite(frames, f"frames of latent {index + 1} of {latents.shape[2]}")
         yield Event("decode", DECODER, seconds)
 
 
-def _opening(pipeline: Pipeline, component: str) -> float:
-    return timed(lambda: pipeline.engine(component))[1]
+def _open_seconds(pipeline: Pipeline, component: str) -> float:
+    return measure_time(lambda: pipeline.engine(component))[1]
 
 
 def _denoise(pipeline: Pipeline, work: Work, given: Conditions) -> Generator[Event, None, F32]:
-    """Yields steps and swaps of experts; returns the finished latents."""
+    """Yield steps and swaps of experts; return the final latents."""
     request, opened = work.request, list[Event]()
 
     def expert(name: str) -> Engine:
-        engine, seconds = timed(lambda: pipeline.engine(name))
+        engine, seconds = measure_time(lambda: pipeline.engine(name))
         opened.append(Event("swap", name, seconds))
         return engine
 
     schedule, spec = request.noise_schedule(), request.switched(pipeline.spec)
     solver = make_solver(request.solver, schedule, request.seed)
-    noise = standard_normal(request.latent_shape, request.seed)
+    noise = request.initial_noise()
     for step in denoise(spec, expert, noise, given, request.guidance, schedule, solver):
         if step.index and opened:
             yield opened[-1]

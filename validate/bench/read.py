@@ -1,4 +1,4 @@
-"""The JSON of an earlier bench: a file of it, or a captured output whose last line it is."""
+"""Reads the JSON of an earlier bench from a file of it, or from captured output that ends with it."""
 
 import json
 import sys
@@ -24,18 +24,20 @@ REMEDY = "name the output of an earlier wan-trt bench"
 
 
 def read_bench(path: Path, what: str = "bench") -> dict[str, Any]:
-    """What ``BenchReport.as_json`` gave. Errors call the file ``what``.
+    """Read the output of ``BenchReport.as_json``. Errors call the file ``what``.
 
     Raises:
-        UserError: no such file, no bench in it, or one that no report or comparison could be made of.
+        UserError: the file is missing, is not a bench, or cannot be used in a report or comparison.
     """
     try:
         content = _content(path.read_text(encoding="utf-8-sig").strip())
-        json.dumps(content, ensure_ascii=False).encode()  # JSON can escape what UTF-8, and so a report, cannot hold
+        json.dumps(
+            content, ensure_ascii=False
+        ).encode()  # JSON can escape characters that UTF-8, and so a report, cannot encode
     except OSError as error:
         raise UserError(f"{what} {path}: {error.strerror}", "the JSON of a bench", REMEDY) from None
     except (ValueError, RecursionError):
-        raise UserError(f"{what} {path}: its last line is no JSON", "the JSON of a bench", REMEDY) from None
+        raise UserError(f"{what} {path}: its last line is not JSON", "the JSON of a bench", REMEDY) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{what} {path}: format {found!r}", FORMAT, REMEDY)
@@ -52,7 +54,7 @@ def read_bench(path: Path, what: str = "bench") -> dict[str, Any]:
 
 
 def _content(text: str) -> Any:
-    """A file that somebody indented is still one object."""
+    """Parse the whole text, which may be indented, or else its last line."""
     try:
         return json.loads(text)
     except ValueError:
@@ -60,7 +62,7 @@ def _content(text: str) -> Any:
 
 
 def _numbers(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Everything in a bench that is calculated with, by name."""
+    """Yield the numbers that later calculations use, by name."""
     yield from content["measurements"].items()
     load = content["conditions"].get("load_average", [0.0])
     yield "load_average", load[0] if isinstance(load, list) and load else None

@@ -1,29 +1,29 @@
-"""A bench with what it was held to: an earlier bench, a file of gates."""
+"""A bench with its criteria: an earlier bench and a file of gates."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from validate.bench.compare import Comparison
+from validate.bench.compare import BaselineComparison
 from validate.bench.result import BenchResult
 from validate.gate import Verdict
 
 
 @dataclass(frozen=True)
-class HeldTo:
-    gate: Path | None = None  # TOML, see validate.gate
+class Criteria:
+    gate: Path | None = None  # TOML, see :mod:`validate.gate`
     baseline: Path | None = None  # JSON of an earlier bench
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """True when every gate was passed and nothing forbids to trust the times.
+    """True if every gate holds and the timings can be trusted.
 
-    Regressions alone fail nothing, a gate on ``compare.regressions`` does.
+    Regressions fail a bench only through a gate on ``compare.regressions``.
     """
 
     result: BenchResult
-    comparison: Comparison | None = None
+    comparison: BaselineComparison | None = None
     verdicts: tuple[Verdict, ...] = ()
 
     def __bool__(self) -> bool:

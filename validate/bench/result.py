@@ -1,7 +1,7 @@
-"""What a bench found: one object that the table, the JSON line, gates and comparisons all read.
+"""The result of a bench, from which the table, the JSON, the gates and the comparison are made.
 
-A *measurement* is a number with a name that a gate or a comparison can use: ``high_noise.median_ms``. Its unit is in
-the name; ``speedup`` says how many times as long PyTorch took, ``memory_ratio`` how much of PyTorch's peak we need.
+A *measurement* is a number with a name for gates and comparisons, such as ``high_noise.median_ms``. The name contains
+the unit. ``speedup`` is PyTorch's time over ours, ``memory_ratio`` our peak memory over PyTorch's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,19 +31,19 @@ OF_A_RUN = (
     *OF_MEMORY,
 )  # fmt: skip
 REGRESSIONS = "compare.regressions"
-APART = 0.1  # relative L2: FP8 of random weights is nearer, another weight or input farther
+APART = 0.1  # relative L2: above FP8's error on random weights, below that of a wrong weight or input
 
 
 def known_measurements(spec: ModelSpec) -> tuple[str, ...]:
-    """Every name that a bench of this model can measure, with an image or without."""
+    """Every name that a bench of this model can measure, with or without an image."""
     pieces, alike = pieces_of(spec, has_image="vae_encoder_first" in spec.components), spec.experts[1:]
     names = [f"{piece}.{name}" for piece in pieces for name in OF_A_PIECE if not (piece in alike and name in OF_MEMORY)]
     names += [f"{expert}.{name}" for expert in spec.experts for name in OF_AN_EXPERT]
     return (*names, *(f"{RUN}.{name}" for name in OF_A_RUN), REGRESSIONS)
 
 
-def of_memory(memory: Mapping[str, Footprint]) -> Iterator[tuple[str, float | None]]:
-    """The measurements of footprints by side."""
+def memory_measurements(memory: Mapping[str, Footprint]) -> Iterator[tuple[str, float | None]]:
+    """Yield the memory measurements of the footprints by side."""
     ours, eager = memory.get(OURS), memory.get(EAGER)
     if ours is None:
         return
@@ -56,30 +56,30 @@ def of_memory(memory: Mapping[str, Footprint]) -> Iterator[tuple[str, float | No
 
 
 def faults_of(piece: str, not_finite: Sequence[str], difference: Mapping[str, float]) -> Iterator[str]:
-    """Why times of ``piece`` say nothing: a side that computed no numbers, sides that did not do the same work."""
+    """Yield the reasons not to trust the timings of ``piece``: NaN on a side, or sides with different work."""
     yield from (f"{piece}: NaN or infinity computed by {side}" for side in not_finite)
-    for side, apart in difference.items():
-        if apart > APART:
-            yield f"{piece}: {side} is {apart:.2g} away from ours, which is not the same work"
+    for side, distance in difference.items():
+        if distance > APART:
+            yield f"{piece}: {side} is {distance:.2g} away from ours, so they did different work"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One piece on every side that computed it, by the name of the side."""
+    """The results of one piece by side."""
 
     name: str
     samples: Mapping[str, Samples]
     cost: Cost
     roofline_s: float | None
-    first_s: Mapping[str, float] = field(default_factory=dict)  # the first run by side: torch.compile compiles in it
-    difference: Mapping[str, float] = field(default_factory=dict)  # relative L2 to ours, of the other sides
+    first_s: Mapping[str, float] = field(default_factory=dict)  # the first run, in which torch.compile compiles
+    difference: Mapping[str, float] = field(default_factory=dict)  # relative L2 of the other sides to ours
     not_finite: tuple[str, ...] = ()  # sides whose result has NaN or infinity
     memory: Mapping[str, Footprint] = field(default_factory=dict)
-    graphs: Mapping[str, Samples] = field(default_factory=dict)  # of ours, where a piece is several calls
-    new_prompt: Mapping[str, Samples] = field(default_factory=dict)  # forwards of a text that ours has not met, by side
+    graphs: Mapping[str, Samples] = field(default_factory=dict)  # times of our graphs if a piece has several calls
+    new_prompt: Mapping[str, Samples] = field(default_factory=dict)  # times of forwards with a new prompt
 
     def ratio(self, side: str, *, new_prompt: bool = False) -> Ratio | None:
-        """How many times as long ``side`` took as ours."""
+        """The time of ``side`` over ours; None if it did not run."""
         samples = self.new_prompt if new_prompt else self.samples
         return Ratio.of(samples[side].seconds, samples[OURS].seconds) if side in samples else None
 
@@ -88,7 +88,7 @@ class Piece:
         return None if self.roofline_s is None else 100 * self.roofline_s / self.samples[OURS].median
 
     def faults(self) -> Iterator[str]:
-        """Why the times say nothing."""
+        """Yield the reasons not to trust the timings."""
         return faults_of(self.name, self.not_finite, self.difference)
 
     def measurements(self) -> Iterator[tuple[str, float | None]]:
@@ -106,7 +106,7 @@ class Piece:
             yield "new_prompt_speedup", anew.median
         if (compiled := self.ratio(COMPILED)) is not None:
             yield "speedup_compiled", compiled.median
-        yield from of_memory(self.memory)
+        yield from memory_measurements(self.memory)
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {side: samples.as_json() for side, samples in self.samples.items()}
@@ -124,24 +124,24 @@ class Piece:
 
 @dataclass(frozen=True)
 class BenchResult:
-    facts: Mapping[str, Any]  # what was asked and of what; equal in runs that compare
+    facts: Mapping[str, Any]  # the work that was measured; equal in comparable benches
     machine: Mapping[str, Any]
     conditions: Mapping[str, Any]  # versions, load, environment
     peak: Peak
     pieces: tuple[Piece, ...]
-    runs: Mapping[str, Runs] = field(default_factory=dict)  # whole runs by side
-    stopped: str | None = None  # why a whole run could not be finished
-    memory: Mapping[str, Footprint] = field(default_factory=dict)  # of a whole run by side
+    runs: Mapping[str, Runs] = field(default_factory=dict)  # end-to-end runs by side
+    stopped: str | None = None  # why an end-to-end run stopped early
+    memory: Mapping[str, Footprint] = field(default_factory=dict)  # of an end-to-end run, by side
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """What forbids to trust the times, one line each."""
-        whole = [f"{RUN}: {self.stopped}"] if self.stopped else []
-        return (*(fault for piece in self.pieces for fault in piece.faults()), *whole)
+        """The reasons not to trust the timings, one line each."""
+        of_run = [f"{RUN}: {self.stopped}"] if self.stopped else []
+        return (*(fault for piece in self.pieces for fault in piece.faults()), *of_run)
 
     def measurements(self) -> dict[str, float]:
         found = {f"{p.name}.{name}": value for p in self.pieces for name, value in p.measurements()}
-        found |= {f"{RUN}.{name}": value for name, value in of_memory(self.memory)}
+        found |= {f"{RUN}.{name}": value for name, value in memory_measurements(self.memory)}
         if (ours := self.runs.get(OURS)) is not None:
             found |= {f"{RUN}.{name}": value for name, value in ours.figures().items()}
             if (eager := self.runs.get(EAGER)) is not None:

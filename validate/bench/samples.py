@@ -1,11 +1,10 @@
-"""Timings of the same work on several sides, taken in turns, and what may be said about them.
+"""Timings of the same work on several sides that take turns, and statistics on them.
 
-Sides alternate, A B A B, so that a busy or throttled machine slows both; not equally, though: PyTorch's threads wait
-for each other in a spin and lose most where others want their cores. The speed-up is the median of the ratios of
-neighbours, and its spread is theirs. Before each run the threads of the side before get time to stop spinning.
-Processor time is kept beside the time on the clock: where others want the same
-cores, it says how much work there was. It counts waiting in a spin as work, which PyTorch's threads do unless
-``OMP_WAIT_POLICY=passive``.
+Sides alternate, A B A B, so that a busy or throttled machine slows both. It does not slow them equally: PyTorch's
+threads spin while they wait for each other and lose most when other processes use their cores. The speed-up is the
+median of the ratios of neighbouring runs, and its spread is that of the ratios. Before each run, the previous side's
+threads get time to stop spinning. Processor time is recorded as well as wall time: on a busy machine it shows how much
+work was done. It includes spinning, which PyTorch's threads do unless ``OMP_WAIT_POLICY=passive``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 T = TypeVar("T")
-SETTLING_SECONDS = 0.02  # thread pools of both sides spin for a few milliseconds after their work
+SETTLING_SECONDS = 0.02  # the thread pools of both sides spin for a few milliseconds after work
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of repeated runs: on the clock, and of all threads of the process; energy of the GPU, if known."""
+    """Repeated runs: wall time, processor time of all threads and, if known, energy of the GPU."""
 
     seconds: tuple[float, ...]
     cpu_seconds: tuple[float, ...] = ()
@@ -37,7 +36,7 @@ class Samples:
 
     @property
     def energy_j(self) -> float | None:
-        """Of a run, on average: the counter is too coarse for a median."""
+        """The mean per run, since the counter is too coarse for a median."""
         return float(np.mean(self.joules)) if self.joules else None
 
     def as_json(self) -> dict[str, Any]:
@@ -51,7 +50,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long as another side one side took, from runs made in turns."""
+    """The ratio of two sides' times, from runs that took turns."""
 
     median: float
     p10: float
@@ -59,34 +58,34 @@ class Ratio:
 
     @classmethod
     def of(cls, numerator: Sequence[float], denominator: Sequence[float]) -> "Ratio":
-        """Of pairs of neighbouring runs; both sequences in the order in which they were made."""
+        """The ratios of neighbouring runs; both sequences are in the order of the runs."""
         ratios = np.asarray(numerator) / np.asarray(denominator)
         p10, median, p90 = np.percentile(ratios, [10, 50, 90])
         return cls(float(median), float(p10), float(p90))
 
 
-def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """What ``work`` returns, and the seconds that it took."""
+def measure_time(work: Callable[[], T]) -> tuple[T, float]:
+    """Call ``work``; return its result and the seconds it took."""
     started = perf_counter()
     result = work()
     return result, perf_counter() - started
 
 
 def settle() -> None:
-    """Waits until the threads of whatever ran last are asleep."""
+    """Wait until the threads of the previous side are asleep."""
     sleep(SETTLING_SECONDS)
 
 
 def in_turns(
     sides: Mapping[str, Callable[[], Any]], runs: int, joules: Callable[[], float | None] = lambda: None
 ) -> dict[str, Samples]:
-    """Times every side ``runs`` times, one run of each after the other; ``joules`` reads a counter of energy."""
+    """Time every side ``runs`` times, in turns; ``joules`` reads an energy counter."""
     found: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in sides}
     for _ in range(runs):
         for name, work in sides.items():
             settle()
             cpu, energy = process_time(), joules()
-            seconds = timed(work)[1]
+            seconds = measure_time(work)[1]
             spent = None if energy is None else (joules() or energy) - energy
             found[name].append((seconds, process_time() - cpu, spent))
     return {name: _samples(rows) for name, rows in found.items()}

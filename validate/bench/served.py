@@ -1,30 +1,30 @@
-"""What a Triton server adds to a run: the same job in this process and through a server, in turns; and how soon it
-lets go of a job that nobody wants any more.
+"""The overhead of a Triton server: the same job in this process and through a server, in turns.
 
-Both sides are warm, take the same request and end with the bytes of the file. Each has the machine to itself while it
-works. The server's side is what a client waits for: the request's way there, the queue, progress events, the way back.
+The latency of cancelling a job is measured as well. Both sides are warm, take the same request
+and return the bytes of the video file. Only one runs at a time. The served time is what a client waits for: sending
+the request, the queue, progress events and the response.
 """
 
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from runtime.built_for import completed
 from runtime.generate import generate
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from triton_repo import probe
 from triton_repo.bls_repository import CPU
-from triton_repo.client import Event, WanClient, content_of
+from triton_repo.client import WanClient
 from triton_repo.installation import Installation
 from triton_repo.repository import RepositoryOptions, Topology, is_for_gpu, write_repository
-from triton_repo.server import ServeOptions, free_ports, running, wait_until_ready
+from triton_repo.server import ServeOptions, free_ports, running
 from validate.bench.machine import load_average, machine, versions
 from validate.bench.samples import Samples, in_turns
 from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
@@ -33,6 +33,7 @@ from validate.options import with_samples
 from wan22.bundle import Manifest, open_bundle
 from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
+from wan22.residency import ResidencyChoice
 
 CANCELS, CANCEL_AFTER, CANCEL_STEPS = 10, 5, 100
 RUNS, STEPS = 10, 10
@@ -41,19 +42,20 @@ POLL_S = 0.002
 
 @dataclass(frozen=True)
 class ServedOptions:
-    request: Request = field(default_factory=Request)  # of STEPS unless it says; see validate.options.with_samples
-    # what is measured
+    request: Request = field(default_factory=Request)  # STEPS steps by default; see validate.options.with_samples
+    # measurements
     topology: Topology = "owner"
-    runs: int = RUNS  # of each side
-    warmup: int = 2  # runs of each side before them
-    gate: Path | None = None  # TOML, see validate.gate; None: the targets
+    runs: int = RUNS  # timed runs per side
+    warmup: int = 2  # untimed runs per side before them
+    gate: Path | None = None  # TOML, see :mod:`validate.gate`; None: TARGETS
+    residency: ResidencyChoice = "auto"  # the engines that stay loaded on each side
     # for the record
     command: str = ""
 
 
 @dataclass
 class Server:
-    """A served model, and the questions that a bench has for it."""
+    """A served model and its bench operations."""
 
     client: WanClient
     metrics_url: str
@@ -61,28 +63,25 @@ class Server:
     latents_sha256: str = ""
 
     def make(self, request: Request) -> bytes:
-        result = self.client.generate(**_wire(request))
+        result = self.client.submit(request).result()
         self.inside_s.append(float(result.event["seconds"]))
         self.latents_sha256 = result.event["latents_sha256"]
         return result.video
 
     def cancel(self, request: Request) -> Cancel:
-        """Gives a long job up after a few steps.
+        """Cancel a long job after a few steps.
 
         Raises:
-            RuntimeError: the job went on to its end.
+            RuntimeError: the job ran to its end.
         """
         ticks: list[float] = []
-
-        def told(event: Event) -> None:
-            if event["phase"] == "denoise":
-                ticks.append(time.perf_counter())
-                if len(ticks) == CANCEL_AFTER:
-                    raise _EnoughError
-
         before = self._metric("wan22_steps_total")
-        with suppress(_EnoughError):
-            self.client.generate(**{**_wire(request), "steps": CANCEL_STEPS}, on_progress=told)
+        with self.client.submit(replace(request, steps=CANCEL_STEPS)) as job:
+            for event in job.events():
+                if event["phase"] == "denoise":
+                    ticks.append(time.perf_counter())
+                if len(ticks) == CANCEL_AFTER:
+                    break
         while self._metric(probe.IN_FLIGHT):
             time.sleep(POLL_S)
         latency = time.perf_counter() - ticks[-1]
@@ -96,7 +95,7 @@ class Server:
 
 @dataclass
 class Direct:
-    """The same without a server, in this process."""
+    """The same job in this process, without a server."""
 
     pipeline: Pipeline
     folder: Path
@@ -108,36 +107,10 @@ class Direct:
         return made.path.read_bytes()
 
 
-class _EnoughError(Exception):
-    """Gives a job up."""
-
-
 def _request(options: ServedOptions, manifest: Manifest) -> Request:
-    """The job, complete enough to be the same on both sides."""
+    """The job with every option that could otherwise differ between the sides."""
     steps = STEPS if options.request.steps is None else options.request.steps
     return with_samples(replace(options.request, steps=steps), manifest)
-
-
-def _wire(request: Request) -> dict[str, Any]:
-    """The job as inputs of the server, which has no name for ``schedule`` and ``exact_official``."""
-    width, height = request.size or (None, None)
-    scales = {f"guidance_{expert}": scale for expert, scale in request.guidance.items()}
-    return scales | {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "width": width,
-        "height": height,
-        "num_frames": request.frames,
-        "image": content_of(request.image),
-        "last_image": content_of(request.last_image),
-        "fit": request.fit,
-        "seed": request.seed,
-        "preset": request.preset,
-        "steps": request.steps,
-        "shift": request.shift,
-        "guidance": request.guidance_scale,
-        "solver": request.solver,
-    }
 
 
 def bench_served(
@@ -147,22 +120,22 @@ def bench_served(
     environment: Mapping[str, str],
     progress: Progress = silent,
 ) -> ServedBench:
-    """Runs both sides in turns.
+    """Run both sides in turns, then cancel a few jobs.
 
     Args:
         engines: the bundle that both sides run.
-        options: the job, and how often.
+        options: the job and the number of runs.
         installation: the server.
-        environment: variables of its process.
-        progress: told of every pair of runs.
+        environment: environment variables of the server's process.
+        progress: called for every pair of runs.
 
     Raises:
-        UserError: a request that the model cannot do, a gate that this does not measure, a server that does not start.
+        UserError: the model cannot serve the request, a gate has an unknown measurement, or the server fails to start.
     """
     gates = read_gates(options.gate, "bench", (OVERHEAD, BEYOND_STEP)) if options.gate else TARGETS
     manifest = open_bundle(engines, "engines").manifest
     request = _request(options, manifest)
-    complete = request.completed(manifest.spec, manifest.size)
+    complete = completed(request, manifest)
     facts = {
         "model": manifest.spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
         "frames": complete.frames, "steps": complete.steps, "runs": options.runs, "machine": machine(),
@@ -170,45 +143,47 @@ def bench_served(
     }  # fmt: skip
     with (
         scratch_folder("bench") as folder,
-        _served(engines, folder, options, installation, environment) as server,
-        Pipeline.open(engines) as pipeline,
+        _start_server(engines, folder, options, installation, environment) as server,
+        Pipeline.open(engines, residency=options.residency) as pipeline,
     ):
         direct = Direct(pipeline, folder)
         sides = {DIRECT: lambda: direct.make(request), SERVED: lambda: server.make(request)}
         in_turns(sides, options.warmup)
         server.inside_s.clear()
-        samples = _shown(sides, options.runs, progress)
+        samples = _run_with_progress(sides, options.runs, progress)
         cancels = tuple(server.cancel(request) for _ in range(CANCELS))
         same = server.latents_sha256 == direct.latents_sha256
         return ServedBench(facts, samples, tuple(server.inside_s), cancels, same, gates)
 
 
-def _shown(sides: Mapping[str, Callable[[], bytes]], runs: int, progress: Progress) -> dict[str, Samples]:
-    """Both sides in turns, with progress."""
+def _run_with_progress(sides: Mapping[str, Callable[[], bytes]], runs: int, progress: Progress) -> dict[str, Samples]:
+    """Run both sides in turns and report progress."""
     last, done = list(sides)[-1], 0
 
-    def counted(work: Callable[[], bytes]) -> bytes:
+    def count_run(work: Callable[[], bytes]) -> bytes:
         nonlocal done
         done += 1
         progress("runs", done, runs)
         return work()
 
-    return in_turns({name: partial(counted, work) if name == last else work for name, work in sides.items()}, runs)
+    return in_turns({name: partial(count_run, work) if name == last else work for name, work in sides.items()}, runs)
 
 
 @contextmanager
-def _served(
+def _start_server(
     engines: Path, folder: Path, options: ServedOptions, installation: Installation, environment: Mapping[str, str]
 ) -> Iterator[Server]:
-    """A server of ``engines`` on free ports of loopback, ready, and a client."""
+    """Start a server of ``engines`` on free loopback ports; yields it with a client when it is ready."""
     repository = folder / "repository"
-    written = write_repository(engines, repository, RepositoryOptions(topology=options.topology))
+    written = write_repository(
+        engines, repository, RepositoryOptions(topology=options.topology, residency=options.residency)
+    )
     variant = CPU if options.topology == "bls" and not is_for_gpu(written.bundle) else ""
     http, grpc, metrics = free_ports(3)
     serve = ServeOptions("127.0.0.1", http, grpc, metrics, variant, quiet=True)
     with (
-        running(installation, repository, written.limits, serve, environment) as process,
+        running(installation, repository, written.limits, serve, environment) as server,
         WanClient(f"127.0.0.1:{serve.grpc_port}") as client,
     ):
-        wait_until_ready(process, serve)
+        server.wait_until_ready()
         yield Server(client, f"http://127.0.0.1:{serve.metrics_port}/metrics")

@@ -1,4 +1,4 @@
-"""What a bench of a server found, for people and for programs, and the targets that it is held to."""
+"""The result of a server bench, for people and for programs, and its targets."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ import numpy as np
 
 from validate.bench.machine import BUSY, usable_cores
 from validate.bench.samples import Ratio, Samples
-from validate.gate import Gate, Verdict, judge, marked
+from validate.gate import Gate, Verdict, check_mark, judge
+from wan22.quantities import counted, video_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,35 +21,35 @@ TARGETS = (Gate(OVERHEAD, "max", 10), Gate(BEYOND_STEP, "max", 100))
 
 @dataclass(frozen=True)
 class Cancel:
-    """One job given up in the middle, in seconds."""
+    """The times of one cancelled job, in seconds."""
 
-    latency: float  # from the client's decision until the model is free
-    step: float  # a step of that job, the median
+    latency: float  # from the client's cancel until the model is free
+    step: float  # the median step of that job
 
 
 @dataclass(frozen=True)
 class ServedBench:
-    """True when every target was met."""
+    """True if every gate holds."""
 
     facts: dict[str, Any]
-    samples: Mapping[str, Samples]  # by side, whole runs
-    inside_s: tuple[float, ...]  # of the served runs, as the model itself told them
+    samples: Mapping[str, Samples]  # end-to-end runs by side
+    inside_s: tuple[float, ...]  # times of the served runs that the model itself reports
     cancels: tuple[Cancel, ...]
-    same_latents: bool  # to the last bit, which needs the same numpy on both sides
+    same_latents: bool  # bitwise, which requires the same numpy on both sides
     gates: tuple[Gate, ...] = TARGETS
 
     @property
     def ratio(self) -> Ratio:
-        """Served over in process, of neighbouring runs."""
+        """Served time over in-process time, of neighbouring runs."""
         return Ratio.of(self.samples[SERVED].seconds, self.samples[DIRECT].seconds)
 
-    def measured(self) -> dict[str, float]:
+    def measurements(self) -> dict[str, float]:
         beyond = max(cancel.latency - cancel.step for cancel in self.cancels)
         return {OVERHEAD: 100 * (self.ratio.median - 1), BEYOND_STEP: 1000 * beyond}
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        return judge(self.gates, self.measured())
+        return judge(self.gates, self.measurements())
 
     def __bool__(self) -> bool:
         return all(self.verdicts)
@@ -62,26 +63,27 @@ class ServedBench:
             "ratio": {"median": ratio.median, "p10": ratio.p10, "p90": ratio.p90},
             "cancels": [{"latency_ms": 1000 * c.latency, "step_ms": 1000 * c.step} for c in self.cancels],
             "same_latents": self.same_latents,
-            "measured": self.measured(),
+            "measured": self.measurements(),
             "gates": [verdict.as_json() for verdict in self.verdicts],
             "passed": bool(self),
         }
 
     def as_text(self) -> "Iterator[RenderableType]":
-        """What people are shown."""
+        """Yield the output for a terminal."""
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("one job, ms", "median", "p90", title="{model}: {width}x{height}, {frames} frames, {steps} steps")
-        table.title = str(table.title).format(**self.facts)
+        model, *size = (self.facts[name] for name in ("model", "width", "height", "frames"))
+        title = f"{model}: {video_text(*size)}, {counted(self.facts['steps'], 'step')}"
+        table = Table("one job, ms", "median", "p90", title=title)
         for side in (DIRECT, SERVED):
             table.add_row(side, *(f"{1000 * s:.1f}" for s in (self.samples[side].median, self.samples[side].p90)))
-        table.add_row("of it inside the model", f"{1000 * float(np.median(self.inside_s)):.1f}", "")
+        table.add_row("inside the model", f"{1000 * float(np.median(self.inside_s)):.1f}", "")
         yield table
         ratio, latencies = self.ratio, [1000 * cancel.latency for cancel in self.cancels]
         yield f"served / in process {ratio.median:.3f} (p10 {ratio.p10:.3f}, p90 {ratio.p90:.3f})"
         step_ms = 1000 * float(np.median([cancel.step for cancel in self.cancels]))
         yield f"cancel: {np.median(latencies):.0f} ms, {max(latencies):.0f} at most; a step is {step_ms:.0f} ms"
-        yield from (marked(verdict, str(verdict)) for verdict in self.verdicts)
+        yield from (check_mark(verdict, str(verdict)) for verdict in self.verdicts)
         if self.facts["load_average"] > BUSY * usable_cores():
-            yield Text("the machine was busy before this began: distrust the times", "yellow")
+            yield Text("the machine was busy before the bench: do not trust the times", "yellow")

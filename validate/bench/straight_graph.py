@@ -1,20 +1,20 @@
-"""A graph of standard operators without control flow, whose shapes ONNX's own inference can tell.
+"""Rewrites a graph into standard operators without control flow, so that ONNX can infer its shapes.
 
-The CPU engines work through tokens in chunks (``Scan``), choose by the length of the prompt (``If``) and use operators
-of ONNX Runtime's own. What stands in for them here has the same shapes; it is never run.
+The CPU engines process tokens in chunks (``Scan``), branch on the length of the prompt (``If``) and use ONNX Runtime's
+own operators. Their replacements have the same shapes and are never run.
 """
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-FUSED = {"MultiHeadAttention", "FusedMatMul", "FastGelu"}  # ONNX Runtime's own operators that are known here
+FUSED = {"MultiHeadAttention", "FusedMatMul", "FastGelu"}  # ONNX Runtime's operators that this module can replace
 
 
 def straighten(model: Any, rows_by_value: int | None) -> bool:
-    """Takes control flow out of an ONNX model in place; False where it has some that is not known here.
+    """Remove control flow from an ONNX model in place; returns False if it has unknown control flow.
 
-    A ``Scan`` over the chunks that a ``Reshape`` makes becomes its body on all of them; an ``If`` that compares a
-    number of rows with a constant becomes the branch for ``rows_by_value``, its ``else`` where that is not told.
+    A ``Scan`` over the chunks of a ``Reshape`` becomes its body on all chunks. An ``If`` that compares a number of rows
+    with a constant becomes the branch for ``rows_by_value``, or its ``else`` branch if that is None.
     """
     makers = {name: node for node in model.graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -34,7 +34,7 @@ def _straight(
     for node in nodes:
         if node.op_type == "Scan":
             body = _graph(node, "body")
-            sources = [_known(makers[name], "Reshape").input[0] for name in node.input]
+            sources = [_expect_kind(makers[name], "Reshape").input[0] for name in node.input]
             yield from _same(sources, [value.name for value in body.input])
         elif node.op_type == "If":
             body = _graph(node, "then_branch" if _is_true(makers[node.input[0]], constants, rows) else "else_branch")
@@ -49,7 +49,7 @@ def _graph(node: Any, name: str) -> Any:
     return {item.name: item.g for item in node.attribute}[name]
 
 
-def _known(node: Any, kind: str) -> Any:
+def _expect_kind(node: Any, kind: str) -> Any:
     if node.op_type != kind:
         raise KeyError(node.op_type)
     return node
@@ -63,15 +63,15 @@ def _same(sources: Iterable[str], names: Iterable[str]) -> Iterator[Any]:
 
 
 def _is_true(condition: Any, constants: dict[str, Any], rows: int | None) -> bool:
-    """Of ``rows <= constant``."""
+    """The value of the condition ``rows <= constant``."""
     from onnx import numpy_helper
 
-    limit = constants[_known(condition, "LessOrEqual").input[1]]
+    limit = constants[_expect_kind(condition, "LessOrEqual").input[1]]
     return rows is not None and rows <= int(numpy_helper.to_array(limit).item())
 
 
 def make_known(model: Any, rows_by_value: int | None) -> None:
-    """Puts operators of the standard in the place of fused ones, and ``rows_by_value`` where a slice ends by value."""
+    """Replace fused operators by standard ones, and slice ends that depend on values by ``rows_by_value``."""
     from onnx import helper
 
     constants = {tensor.name for tensor in model.graph.initializer}

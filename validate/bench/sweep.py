@@ -1,6 +1,8 @@
-"""How time grows: the same work at several lengths, sizes or numbers of steps, and the exponent of the growth.
+"""Scaling of time: the same work at several lengths, sizes or numbers of steps, and the exponent of growth.
 
-The exponent is the slope of a straight line through the logarithms: 1 is linear, 2 is what attention alone would make.
+The exponent is the slope of a straight line through the logarithms: 1 is linear, 2 is attention alone. A transformer's
+work grows with its tokens, a VAE's with the pixels: the first latent frame is one frame and every later one is four, so
+the exponent of linear work over tokens would be above 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from validate.bench.machine import load_average, machine
-from validate.bench.measure import Setting, conditions_of, opened
+from validate.bench.measure import BenchRun, conditions_of, open_bench
 from validate.bench.result import faults_of
 from validate.bench.work import DECODER, BenchOptions
 from wan22.errors import UserError
@@ -28,7 +30,8 @@ FRAMES, STEPS, SHARES = (5, 9, 17, 33), (2, 4, 8), (0.5, 0.75, 1.0)  # unless va
 class Point:
     x: int  # tokens, or steps
     label: str  # the value swept: "17" frames, "256x160"
-    seconds: dict[str, float]  # by series: "high_noise, ours"
+    seconds: dict[str, float]  # by series, such as "high_noise, ours"
+    pixels: int = 0  # of all frames
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Sweep:
     precision: str = ""
     machine: Mapping[str, Any] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)  # command, versions, load
-    faults: tuple[str, ...] = ()  # what forbids to trust the times
+    faults: tuple[str, ...] = ()  # reasons not to trust the timings
 
     @property
     def unit(self) -> str:
@@ -49,22 +52,30 @@ class Sweep:
     def series(self) -> tuple[str, ...]:
         return tuple(self.points[0].seconds)
 
+    def grows_with(self, name: str) -> str:
+        """The x axis of a series' fit: "steps", "tokens" or "pixels"."""
+        return "pixels" if self.axis != "steps" and name.startswith("vae_") else self.unit
+
+    def amounts(self, name: str) -> list[int]:
+        """Steps, tokens or pixels of every point."""
+        return [point.pixels if self.grows_with(name) == "pixels" else point.x for point in self.points]
+
     def exponents(self) -> dict[str, float]:
-        """By series; of fewer than two different x there is none."""
-        if len({point.x for point in self.points}) < 2:
-            return {}
-        return {name: self.fit(name)[0] for name in self.series}
+        """The exponent of every series that has at least two different amounts."""
+        return {name: self.fit(name)[0] for name in self.series if len(set(self.amounts(name))) > 1}
 
     def fit(self, name: str) -> tuple[float, float]:
-        """``b, a`` of ``seconds = a · x ** b``."""
-        x = np.array([point.x for point in self.points], np.float64)
+        """Fit ``seconds = a · amount ** b``; returns ``b, a``."""
+        x = np.array(self.amounts(name), np.float64)
         seconds = np.array([point.seconds[name] for point in self.points])
         slope, intercept = np.polyfit(np.log(x), np.log(seconds), 1)
         return float(slope), float(np.exp(intercept))
 
     def as_json(self) -> dict[str, Any]:
         points = [
-            {self.axis: p.label if self.axis == "size" else int(p.label), self.unit: p.x, "seconds": p.seconds}
+            {self.axis: p.label if self.axis == "size" else int(p.label), self.unit: p.x}
+            | ({} if self.axis == "steps" else {"pixels": p.pixels})
+            | {"seconds": p.seconds}
             for p in self.points
         ]
         return {
@@ -76,6 +87,7 @@ class Sweep:
             "conditions": dict(self.conditions),
             "points": points,
             "exponents": self.exponents(),
+            "exponents_of": {name: self.grows_with(name) for name in self.exponents()},
             "faults": list(self.faults),
         }
 
@@ -88,25 +100,27 @@ def sweep(
     options: BenchOptions | None = None,
     progress: Progress = silent,
 ) -> Sweep:
-    """Benches ``values`` of ``axis``, the defaults where none are given; the rest is as ``options`` say.
+    """Bench ``values`` of ``axis``, or the default values, with otherwise the same ``options``.
 
     Raises:
-        UserError: as ``bench``, and for values that are none; for every value, before any work.
+        UserError: as ``bench``, or a value is invalid. All values are checked before any work.
     """
     options = replace(options or BenchOptions(), memory=False)
     if axis == "steps" and options.only:
-        raise UserError("--only with a sweep of steps", "whole runs, of all pieces", "leave it out")
-    with opened(engines, checkpoint, options, progress) as setting:
+        raise UserError("--only with a sweep of steps", "end-to-end runs, which use all pieces", "omit --only")
+    with open_bench(engines, checkpoint, options, progress) as setting:
         chosen = options_of(axis, values, options, setting.work.spec)
         for each in chosen.values():
-            each.completed(setting.pipeline.bundle.manifest)
+            setting.pipeline.fit(each.complete_request(setting.pipeline.bundle.manifest).video)
         manifest, load = setting.pipeline.bundle.manifest, load_average()
         conditions = conditions_of(setting.pipeline.bundle, options)
     points, faults = [], []
     for done, (label, each) in enumerate(chosen.items(), 1):
-        with opened(engines, checkpoint, each, silent) as setting:
+        with open_bench(engines, checkpoint, each, silent) as setting:
             seconds, faulty = _run_seconds(setting) if axis == "steps" else _piece_seconds(setting)
-            points.append(Point(setting.work.request.steps if axis == "steps" else setting.work.tokens, label, seconds))
+            request = setting.work.request
+            pixels = request.width * request.height * request.frames
+            points.append(Point(request.steps if axis == "steps" else setting.work.tokens, label, seconds, pixels))
             faults += [f"{axis} {label}, {fault}" for fault in faulty]
         progress(f"sweep {axis}", done, len(chosen), "points")
     conditions |= {"load_average": [load, load_average()]}
@@ -114,16 +128,16 @@ def sweep(
     return Sweep(axis, manifest.spec.name, tuple(points), *described, tuple(faults))
 
 
-def _run_seconds(setting: Setting) -> tuple[dict[str, float], list[str]]:
-    """Of all steps of a run. A run in which a side computes NaN raises."""
+def _run_seconds(setting: BenchRun) -> tuple[dict[str, float], list[str]]:
+    """The denoising time of an end-to-end run by side. Raises NonFiniteError if a side computes NaN."""
     runs = setting.whole_runs(setting.sides(), max(1, setting.options.whole_runs))
     return {f"all steps, {side}": found.figures()["denoise_s"] for side, found in runs.items()}, []
 
 
-def _piece_seconds(setting: Setting) -> tuple[dict[str, float], list[str]]:
-    """Medians of an expert and of the decoder, or of the pieces that were chosen; and their faults."""
+def _piece_seconds(setting: BenchRun) -> tuple[dict[str, float], list[str]]:
+    """Median times of an expert and the decoder, or of the selected pieces; and their faults."""
     sides, spec = setting.sides(), setting.work.spec
-    pieces = setting.work.chosen(setting.options.only or (spec.experts[0], DECODER))
+    pieces = setting.work.select_pieces(setting.options.only or (spec.experts[0], DECODER))
     found: dict[str, float] = {}
     faults: list[str] = []
     for piece in pieces:
@@ -136,7 +150,7 @@ def _piece_seconds(setting: Setting) -> tuple[dict[str, float], list[str]]:
 def options_of(
     axis: Axis, values: Sequence[str] | None, options: BenchOptions, spec: ModelSpec
 ) -> dict[str, BenchOptions]:
-    """By label. Raises UserError for what is no value of ``axis``, and for fewer than two."""
+    """Options by label. Raises UserError for an invalid value of ``axis`` or fewer than two values."""
     labels = _defaults(axis, options, spec) if values is None else list(dict.fromkeys(values))
     if len(labels) < 2:
         raise UserError(f"a sweep over {labels[0] or 'nothing'}", "at least two values", "give more with --values")
@@ -155,5 +169,5 @@ def _defaults(axis: Axis, options: BenchOptions, spec: ModelSpec) -> list[str]:
 
 def _number(axis: Axis, text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise UserError(f"{axis} {text!r}", "positive whole numbers with commas", "write them as 5,9,17")
+        raise UserError(f"{axis} {text!r}", "positive integers separated by commas", "write them as 5,9,17")
     return int(text)

@@ -1,4 +1,4 @@
-"""A sweep as a picture: a PNG, or a page that stands alone with the figures beside it. Both axes are logarithmic."""
+"""A sweep as a plot with logarithmic axes: a PNG, or a self-contained page that also has the figures."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ COLOURS = ("#2563c9", "#d9730d", "#1a8754", "#9333ea", "#b4232f", "#5b6472")
 
 
 def check_plot(path: Path) -> None:
-    """Raises UserError for a name that says neither PNG nor HTML."""
+    """Raise UserError unless the name ends in .png or .html."""
     if path.suffix not in ENDINGS:
         raise UserError(f"plot {path}", "a name ending in .png or .html", "rename it")
 
@@ -35,7 +35,7 @@ def write_plot(sweep: Sweep, path: Path) -> None:
 
 
 def png(sweep: Sweep, theme: Theme, *, transparent: bool = True) -> bytes:
-    """Points and fitted lines of every series."""
+    """Plot the points and the fitted line of every series."""
     figure, axes = new_plot(SIZE_INCHES, theme, label_points=9)
     exponents = sweep.exponents()
     for name, colour in zip(sweep.series, COLOURS * len(sweep.series), strict=False):
@@ -46,11 +46,12 @@ def png(sweep: Sweep, theme: Theme, *, transparent: bool = True) -> bytes:
 
 def _draw(axes: Any, sweep: Sweep, name: str, colour: str, exponent: float | None) -> None:
     x = [point.x for point in sweep.points]
-    label = name if exponent is None else f"{name}: {sweep.unit} to the {exponent:.2f}"
+    label = name if exponent is None else f"{name}: {sweep.grows_with(name)} to the {exponent:.2f}"
     axes.plot(x, [point.seconds[name] for point in sweep.points], "o", color=colour, label=label, markersize=5)
     if exponent is not None:
-        line = np.geomspace(min(x), max(x), 50)
-        axes.plot(line, sweep.fit(name)[1] * line**exponent, color=colour, linewidth=1.2, alpha=0.7)
+        fitted = sweep.fit(name)[1] * np.array(sweep.amounts(name), np.float64) ** exponent
+        order = np.argsort(x)
+        axes.plot(np.array(x)[order], fitted[order], color=colour, linewidth=1.2, alpha=0.7)
 
 
 def _label(axes: Any, sweep: Sweep, theme: Theme) -> None:
@@ -74,21 +75,21 @@ def as_html(sweep: Sweep) -> str:
 
 
 def _remarks(sweep: Sweep) -> Iterator[str]:
-    """What forbids to trust the times, or asks to look twice."""
+    """Yield the reasons not to trust the timings."""
     yield from sweep.faults
     if sweep.conditions.get("load_average", [0.0])[0] > BUSY * sweep.machine.get("cores", 1):
-        yield "the machine was busy: times are too long, and not equally so; measure again on an idle one"
+        yield "the machine was busy, which slows the sides unequally: measure again on an idle one"
 
 
 def as_text(sweep: Sweep) -> "Iterator[RenderableType]":
-    """What a terminal shows."""
+    """Yield the output for a terminal."""
     yield as_table(sweep)
     for remark in _remarks(sweep):
         yield Text(remark, "red" if remark in sweep.faults else "yellow")
 
 
 def as_table(sweep: Sweep) -> "Table":
-    """For a terminal."""
+    """The points and exponents as a table."""
     from rich.table import Table
 
     table = Table(
@@ -101,5 +102,7 @@ def as_table(sweep: Sweep) -> "Table":
         table.add_row(point.label, *tokens, *(f"{point.seconds[name]:.4g}" for name in sweep.series))
     if exponents := sweep.exponents():
         blank = [] if sweep.axis == "steps" else [""]
-        table.add_row("exponent", *blank, *(f"{exponents[name]:.2f}" for name in sweep.series))
+        cells = [f"{exponents[name]:.2f}" if name in exponents else "" for name in sweep.series]
+        table.add_row("exponent", *blank, *cells)
+        table.add_row("of", *blank, *(sweep.grows_with(name) if name in exponents else "" for name in sweep.series))
     return table

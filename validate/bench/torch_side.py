@@ -1,7 +1,7 @@
 """PyTorch's side of a bench: modules of diffusers and transformers with the checkpoint's weights, as users run them.
 
-Each part has the type that the bundle gives its component, but for what diffusers itself keeps in float32. Nothing of
-the parity check's care for equal arithmetic is in here: convolutions take whatever kernel torch picks.
+Each part has the precision of its component in the bundle, except what diffusers keeps in float32. Unlike the parity
+check, the bench does not match arithmetic: convolutions use whatever kernel torch picks.
 """
 
 from collections.abc import Generator, Iterator
@@ -15,13 +15,13 @@ from torch._dynamo.exc import TorchDynamoException
 
 from export.checkpoint.checkpoint import Checkpoint
 from runtime.arrays import F32
-from validate.bench.samples import timed
+from validate.bench.samples import measure_time
 from validate.bench.whole_run import Event
 from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work
-from validate.reference.device import Device, refusing_too_large
+from validate.reference.device import Device, catch_out_of_memory
 from validate.reference.parts import load_part, lower, timesteps_of
 from validate.reference.precision import dtype_of
-from validate.reference.whole_run import noise, scheduler_for
+from validate.reference.whole_run import initial_noise, scheduler_for
 from wan22.bundle import Manifest
 from wan22.errors import NonFiniteError, UserError
 from wan22.progress import Progress, silent
@@ -30,7 +30,7 @@ VAE = "vae"
 
 
 class TorchSide:
-    """The pieces on PyTorch; of the parts of the model one is loaded at a time."""
+    """The pieces, computed by PyTorch, with one part of the model loaded at a time."""
 
     def __init__(
         self,
@@ -49,25 +49,25 @@ class TorchSide:
     # -- pieces
 
     def open(self, piece: str) -> None:
-        wanted = VAE if piece in (ENCODER, DECODER) else piece
-        for other in set(self._parts) - {wanted}:
+        needed = VAE if piece in (ENCODER, DECODER) else piece
+        for other in set(self._parts) - {needed}:
             del self._parts[other]
-        with _refusing():
-            self._part(wanted)
+        with _catch_compile_errors():
+            self._part(needed)
 
     def chunks(self, piece: str) -> Iterator[Any]:
-        """One tensor: PyTorch's pipelines have their frames when they have all of them.
+        """Yield one tensor, since PyTorch's pipelines return all frames at once.
 
         Raises:
             UserError: torch.compile cannot compile the piece, or the GPU is too small for it.
         """
-        with _refusing():
+        with _catch_compile_errors():
             yield from self._chunks(piece)
 
     def _chunks(self, piece: str) -> Iterator[Any]:
         work = self._work
         if piece == TEXT:
-            yield self._done(self._encoded(work.token_ids))
+            yield self._done(self._encode(work.token_ids))
         elif piece == ENCODER:
             assert work.video is not None
             yield self._done(self._latents_of(torch.from_numpy(work.video)))
@@ -77,7 +77,7 @@ class TorchSide:
             tensors = [torch.from_numpy(array) for array in (work.latents, work.text)]
             yield self._done(self._velocity(piece, TIMESTEPS[piece], *tensors))
 
-    def joined(self, chunks: list[Any]) -> F32:
+    def join(self, chunks: list[Any]) -> F32:
         array: F32 = chunks[0].float().cpu().numpy()
         return array
 
@@ -100,9 +100,9 @@ class TorchSide:
         if name not in self._parts:
             module, dtype = load_part(self._checkpoint, name, self._progress), self._dtype(name)
             if dtype != torch.float32:
-                lower(module, dtype)  # before it goes to a GPU, which may not hold it in float32
+                lower(module, dtype)  # before the move to a GPU, which may be too small for float32
             module = module.to(self.device)
-            self._parts[name] = _compiled(module, name) if self._compiled else module
+            self._parts[name] = _compile(module, name) if self._compiled else module
         return self._parts[name]
 
     def _dtype(self, part: str) -> torch.dtype:
@@ -110,8 +110,8 @@ class TorchSide:
         return dtype_of(precision)
 
     @torch.inference_mode()
-    def _encoded(self, token_ids: np.ndarray) -> torch.Tensor:
-        """``[1, n, text width]`` of ids ``[1, n]``, without padding, as our engine takes them."""
+    def _encode(self, token_ids: np.ndarray) -> torch.Tensor:
+        """Embeddings ``[1, n, text width]`` of ids ``[1, n]``, without padding, like our engine."""
         ids = torch.from_numpy(token_ids).to(self.device)
         hidden: torch.Tensor = self._part(TEXT)(input_ids=ids).last_hidden_state
         return hidden
@@ -153,48 +153,53 @@ class TorchSide:
     # -- the whole run
 
     def run(self) -> Iterator[Event]:
-        """All parts but the second expert are loaded before the run. Raises UserError as ``chunks``."""
-        with _refusing():
+        """Yield the events of an end-to-end run. All parts except the second expert are loaded before it.
+
+        Raises UserError as ``chunks``.
+        """
+        with _catch_compile_errors():
             yield from self._run()
 
     def _run(self) -> Iterator[Event]:
         work = self._work
         for name in (TEXT, VAE, work.spec.experts[0]):
-            yield Event("open", name, timed(partial(self._part, name))[1])
+            yield Event("open", name, measure_time(partial(self._part, name))[1])
         texts: list[torch.Tensor] = []
         for ids in (work.token_ids, *([work.negative_ids] if work.request.guided else [])):
-            text, seconds = timed(partial(self._padded, ids))
+            text, seconds = measure_time(partial(self._encode_padded, ids))
             require_finite(text, f"PyTorch's embeddings of the {'negative ' if texts else ''}prompt")
             texts.append(text)
             yield Event("text", TEXT, seconds)
         if work.video is not None:
             video = torch.from_numpy(work.video)
-            encoded, seconds = timed(lambda: self._done(self._latents_of(video)))
+            encoded, seconds = measure_time(lambda: self._done(self._latents_of(video)))
             require_finite(encoded, "PyTorch's encoded image")
             yield Event("image", ENCODER, seconds)
         latents = yield from self._denoise(texts)
-        frames, seconds = timed(lambda: self._done(self._frames_of(latents)))
+        frames, seconds = measure_time(lambda: self._done(self._frames_of(latents)))
         require_finite(frames, "PyTorch's frames")
         yield Event("decode", DECODER, seconds)
 
-    def _padded(self, token_ids: np.ndarray) -> torch.Tensor:
-        """``[1, 512, text width]``, zeros after the last token."""
+    def _encode_padded(self, token_ids: np.ndarray) -> torch.Tensor:
+        """Embeddings ``[1, 512, text width]``; rows after the last token are zero."""
         text = torch.zeros(self._work.text.shape, device=self.device)
-        text[:, : token_ids.shape[1]] = self._encoded(token_ids)
+        text[:, : token_ids.shape[1]] = self._encode(token_ids)
         return self._done(text)
 
     def _denoise(self, texts: list[torch.Tensor]) -> Generator[Event, None, torch.Tensor]:
-        """Yields steps and swaps of experts; returns the finished latents."""
+        """Yield steps and swaps of experts; return the final latents."""
         request, spec = self._work.request, self._work.request.switched(self._work.spec)
         scheduler = scheduler_for(request)
-        latents = torch.from_numpy(noise(request.latent_shape, request.seed)).to(self.device)
+        latents = torch.from_numpy(initial_noise(request)).to(self.device)
         for index, timestep in enumerate(scheduler.timesteps, 1):
             expert = spec.expert_at(float(timestep), index - 1)
             if expert not in self._parts:
-                yield Event("swap", expert, timed(partial(self._swap, expert))[1])
-            (latents, engine_seconds), seconds = timed(partial(self._step, scheduler, texts, expert, timestep, latents))
-            told = f"step {index} of {len(scheduler.timesteps)} (t = {float(timestep):g})"
-            require_finite(latents, f"PyTorch's latents of {expert} after {told}")
+                yield Event("swap", expert, measure_time(partial(self._swap, expert))[1])
+            (latents, engine_seconds), seconds = measure_time(
+                partial(self._step, scheduler, texts, expert, timestep, latents)
+            )
+            which = f"step {index} of {len(scheduler.timesteps)} (t = {float(timestep):g})"
+            require_finite(latents, f"PyTorch's latents of {expert} after {which}")
             yield Event("step", expert, seconds, engine_seconds)
         return latents
 
@@ -207,10 +212,10 @@ class TorchSide:
     def _step(
         self, scheduler: Any, texts: list[torch.Tensor], expert: str, timestep: torch.Tensor, latents: torch.Tensor
     ) -> tuple[torch.Tensor, float]:
-        """The latents after a step, and the seconds inside its forwards."""
+        """The latents after a step, and the seconds spent in its forwards."""
         scale, t = self._work.request.guidance[expert], float(timestep)
         used = texts if scale != 1 else texts[:1]
-        velocities, engine_seconds = timed(
+        velocities, engine_seconds = measure_time(
             lambda: [self._done(self._velocity(expert, t, latents, text)).float() for text in used]
         )
         velocity = velocities[0]
@@ -223,25 +228,23 @@ class TorchSide:
 
 
 def check_compiles(device: torch.device) -> None:
-    """Compiles next to nothing, so that what torch.compile lacks is told before any work. Raises UserError."""
-    with _refusing():
+    """Compile a trivial function, to raise UserError before any work if torch.compile does not work."""
+    with _catch_compile_errors():
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
+def _catch_compile_errors() -> Iterator[None]:
     try:
-        with refusing_too_large():
+        with catch_out_of_memory():
             yield
     except TorchDynamoException as error:
         found = f"torch.compile: {str(error).splitlines()[0]}"
-        raise UserError(
-            found, "a compiler that it can use", "install g++ (and triton for a GPU), or leave --compile out"
-        ) from error
+        raise UserError(found, "a working compiler", "install g++ (and triton for a GPU), or omit --compile") from error
 
 
-def _compiled(module: Any, part: str) -> Any:
-    """``module`` compiled; of the VAE its two halves, which its streaming loop calls."""
+def _compile(module: Any, part: str) -> Any:
+    """Compile ``module``, or the two halves of the VAE, which its streaming loop calls."""
     if part != VAE:
         return torch.compile(module)
     module.encoder, module.decoder = torch.compile(module.encoder), torch.compile(module.decoder)
@@ -249,6 +252,6 @@ def _compiled(module: Any, part: str) -> Any:
 
 
 def require_finite(tensor: torch.Tensor, what: str) -> None:
-    """Raises NonFiniteError unless every value is finite."""
+    """Raise NonFiniteError unless every value is finite."""
     if not bool(torch.isfinite(tensor).all()):
         raise NonFiniteError(f"{what}: NaN or infinity")

@@ -1,27 +1,28 @@
-"""A bench in the terminal: tables that fit 80 columns, then what was measured on."""
+"""A bench in the terminal: tables that fit 80 columns, then remarks on the machine."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from validate.bench.compare import TOLERANCE, Change, Comparison
+from validate.bench.compare import TOLERANCE, BaselineComparison, Change
 from validate.bench.footprint import Footprint
 from validate.bench.machine import BUSY
 from validate.bench.report import BenchReport
-from validate.bench.result import BenchResult, Piece, of_memory
+from validate.bench.result import BenchResult, Piece, memory_measurements
 from validate.bench.samples import Ratio, Samples
 from validate.bench.whole_run import Runs, step_ratio, total_ratio
 from validate.bench.work import COMPILED, EAGER, OURS
-from validate.gate import marked
+from validate.gate import check_mark
+from wan22.quantities import video_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
 NAMES = {OURS: "ours", EAGER: "PyTorch eager", COMPILED: "torch.compile"}
-NEW_PROMPT = "  first of a prompt"  # a row below that of the piece
-COUNTED = {"graph": "counted on the graphs", "spec": "of the model's formulas"}
+NEW_PROMPT = "  first of a prompt"  # a row below the piece's row
+COUNTED = {"graph": "counted on the graphs", "spec": "from the model's formulas"}
 CHANGES_SHOWN = 12
 TIMES = (
     ("text", "text_s"), ("image", "image_s"), ("all steps", "denoise_s"), ("decode", "decode_s"),
@@ -32,22 +33,23 @@ SHARES = (
     ("VAE's share of the total, %", "vae_share_percent"),
     ("of a step outside engines, %", "host_overhead_percent"),
 )
-LOADING = ("expert_swap_s", "open_s")  # does not compare: each side reads other files
+LOADING = ("expert_swap_s", "open_s")  # not comparable: each side reads different files
 
 
 def as_text(report: BenchReport) -> "Iterator[RenderableType]":
-    """What ``wan-trt bench`` prints for people."""
+    """Yield the output of ``wan-trt bench`` for a terminal."""
     yield from _result(report.result)
     if report.comparison is not None:
         yield from _comparison(report.comparison)
     for verdict in report.verdicts:
-        yield marked(verdict, str(verdict))
+        yield check_mark(verdict, str(verdict))
     for fault in report.result.faults:
-        yield marked(False, fault)
+        yield check_mark(False, fault)
 
 
 def _result(result: BenchResult) -> "Iterator[RenderableType]":
-    title = "{model} {precision}: {width}x{height}, {frames} frames, {tokens:,} tokens".format(**result.facts)
+    video = video_text(*(result.facts[name] for name in ("width", "height", "frames")))
+    title = "{model} {precision}: {video}, {tokens:,} tokens".format(**result.facts, video=video)
     yield Text(title, "bold")
     yield _times(result.pieces)
     if len(result.pieces[0].samples) > 1:
@@ -59,7 +61,7 @@ def _result(result: BenchResult) -> "Iterator[RenderableType]":
     if any(memory.values()):
         yield _memory(memory)
     if result.runs:
-        yield _whole(result.runs)
+        yield _run_table(result.runs)
         yield _steps(result.runs)
     yield from _remarks(result)
 
@@ -90,7 +92,7 @@ def _ratios(pieces: Sequence[Piece]) -> "Table":
 
 
 def _difference(piece: Piece) -> Text | str:
-    """How far apart the results are, at most."""
+    """The largest distance between the results."""
     if piece.not_finite:
         return Text(f"NaN: {', '.join(piece.not_finite)}", "red")
     return f"{max(piece.difference.values()):.0e}"
@@ -121,20 +123,20 @@ def _graphs(pieces: Sequence[Piece]) -> "Table":
 
 
 def _memory(measured: Mapping[str, Mapping[str, Footprint]]) -> "Table":
-    """Host memory; the device's where there is one. Footprints by row and side."""
+    """Host memory and, with a GPU, device memory. ``measured`` holds footprints by row and side."""
     sides = [side for side in NAMES if any(side in prints for prints in measured.values())]
     on_device = [side for side in sides if any(_on_device(prints.get(side)) for prints in measured.values())]
-    title = "Peak memory, MiB, each in a process of its own: all (beyond the libraries)"
+    title = "Peak memory, MiB, each in a separate process: total (without libraries)"
     ratios = ["ours / PyTorch"] if EAGER in sides else []
     table = _table(title, "", *(NAMES[side] for side in sides), *ratios, *(f"{NAMES[side]}, GPU" for side in on_device))
     for name, prints in measured.items():
-        told = [_on_host(prints.get(side)) for side in sides]
+        cells = [_on_host(prints.get(side)) for side in sides]
         if ratios:
-            found = dict(of_memory(prints))
+            found = dict(memory_measurements(prints))
             both = (found.get("memory_ratio"), found.get("memory_ratio_beyond_libraries"))
-            told.append("" if None in both else "{:.2f} ({:.2f})".format(*both))
+            cells.append("" if None in both else "{:.2f} ({:.2f})".format(*both))
         if prints:
-            table.add_row(name, *told, *(_on_device(prints.get(side)) for side in on_device))
+            table.add_row(name, *cells, *(_on_device(prints.get(side)) for side in on_device))
     return table
 
 
@@ -143,7 +145,7 @@ def _on_host(used: Footprint | None) -> str:
 
 
 def _on_device(used: Footprint | None) -> str:
-    """All that was in use; where that is not known, PyTorch's tensors."""
+    """All GPU memory in use or, if unknown, that of PyTorch's tensors."""
     size = used and (used.device or used.device_tensors)
     return _mebibytes(size) if size else ""
 
@@ -151,7 +153,7 @@ def _on_device(used: Footprint | None) -> str:
 # -- whole runs
 
 
-def _whole(runs: Mapping[str, Runs]) -> "Table":
+def _run_table(runs: Mapping[str, Runs]) -> "Table":
     figures = {side: found.figures() for side, found in runs.items()}
     title = f"From prompt to frames, s: median of {len(runs[OURS].each)}"
     table = _table(title, "", *(NAMES[side] for side in runs), *(["ratio"] if EAGER in runs else []))
@@ -187,18 +189,18 @@ def _steps(runs: Mapping[str, Runs]) -> "Table":
 
 def _remarks(result: BenchResult) -> Iterator[Text | str]:
     if compiling := {piece.name: piece.first_s[COMPILED] for piece in result.pieces if COMPILED in piece.first_s}:
-        told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in compiling.items())
-        yield f"torch.compile's first run, compiling included: {told}"
+        firsts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in compiling.items())
+        yield f"torch.compile's first run, including compilation: {firsts}"
     rates = [f"{rate / 1e12:.3g} TFLOPS {precision}" for precision, rate in result.peak.flops_per_s.items() if rate]
     yield f"roofline: {', '.join(rates)}, {result.peak.bytes_per_s / 1e9:.3g} GB/s; {result.peak.source}"
     machine, (before, after) = result.machine, result.conditions["load_average"]
-    told = f"{machine['cpu']}, {machine['cores']} cores" + (f", {machine['gpu']}" if machine["gpu"] else "")
-    told += "; PyTorch on the GPU" if result.conditions.get("reference_device") == "cuda" else ""
-    yield f"machine: {told}; load average {before:.1f} before and {after:.1f} after"
+    host = f"{machine['cpu']}, {machine['cores']} cores" + (f", {machine['gpu']}" if machine["gpu"] else "")
+    host += "; PyTorch on the GPU" if result.conditions.get("reference_device") == "cuda" else ""
+    yield f"machine: {host}; load average {before:.1f} before and {after:.1f} after"
     if before > BUSY * machine["cores"]:
         yield Text(
-            "the machine was busy: times are too long and ratios too good, because PyTorch's threads, which "
-            "spin while they wait, suffer most. Measure again on an idle machine",
+            "the machine was busy: times are too long and ratios too good, because PyTorch's spinning threads "
+            "suffer most. Measure again on an idle machine",
             "yellow",
         )
 
@@ -206,16 +208,18 @@ def _remarks(result: BenchResult) -> Iterator[Text | str]:
 # -- comparisons
 
 
-def _comparison(comparison: Comparison) -> "Iterator[RenderableType]":
+def _comparison(comparison: BaselineComparison) -> "Iterator[RenderableType]":
     if not comparison.same_machine:
-        yield f"{comparison.baseline} is of another machine ({comparison.told}): only ratios are compared"
+        yield f"{comparison.baseline} is from another machine ({comparison.difference}): only ratios are compared"
     if comparison.busy:
-        yield Text("one of the two was made on a busy machine: a change may be that", "yellow")
+        yield Text("one of the two ran on a busy machine, which may explain a change", "yellow")
     if not comparison.changes:
-        yield "nothing of it compares: ratios are of runs beside PyTorch"
+        yield "nothing is comparable: ratios need a bench with PyTorch"
         return
     ordered = sorted(comparison.changes, key=lambda change: -change.worse)
-    title = f"Beside {comparison.baseline}: {len(comparison.regressions)} of {len(ordered)} measurements got worse"
+    title = (
+        f"Compared with {comparison.baseline}: {len(comparison.regressions)} of {len(ordered)} measurements got worse"
+    )
     table = _table(title, "", "before", "now", "change")
     for change in ordered[:CHANGES_SHOWN]:
         table.add_row(change.measurement, f"{change.before:.4g}", f"{change.after:.4g}", _change(change))

@@ -1,7 +1,7 @@
-"""A whole run, from the prompt to the last frame, as events with their times; and what release managers ask of it.
+"""An end-to-end run, from the prompt to the last frame, as timed events; and the figures derived from them.
 
-Both sides take turns event by event: a step of ours, a step of PyTorch's. So every step is a pair of neighbours, and
-one run gives a ratio with a spread. Loading is told apart: neither side's total contains it.
+The sides take turns event by event: a step of ours, a step of PyTorch's. So every step is a pair of neighbours, and one
+run yields a ratio with a spread. Loading is reported separately; the totals exclude it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ class Event:
     kind: Kind
     component: str
     seconds: float
-    engine_seconds: float = 0.0  # of a step: inside the forwards
+    engine_seconds: float = 0.0  # for a step: the part inside forwards
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Run:
 
     @property
     def first_frame_s(self) -> float:
-        """Until the first frames can be shown."""
+        """The time until the first frames can be shown."""
         kinds = [event.kind for event in self.events]
         until = kinds.index("decode") + 1
         return sum(event.seconds for event in self.events[:until] if event.kind not in LOADING)
 
     @property
     def host_overhead_ms(self) -> float:
-        """Of a step, outside its forwards: guidance, solver, inputs. The median; the first step warms up."""
+        """The median time of a step outside its forwards: guidance, solver, inputs. The first step is warm-up."""
         steps = self.steps[1:] or self.steps
         return float(np.median([1000 * (step.seconds - step.engine_seconds) for step in steps]))
 
@@ -61,7 +61,7 @@ class Run:
         return float(np.median([100 * (1 - step.engine_seconds / step.seconds) for step in steps]))
 
     def figures(self) -> dict[str, float]:
-        """Every figure by its name in gates and JSON."""
+        """All figures, by their names in gates and JSON."""
         figures = {
             "total_s": self.total_s,
             "first_frame_s": self.first_frame_s,
@@ -80,7 +80,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Runs:
-    """Repeated runs of one side, of the same events each."""
+    """Repeated runs of one side, with the same events in each."""
 
     each: tuple[Run, ...]
 
@@ -90,12 +90,12 @@ class Runs:
 
     @property
     def steps(self) -> list[Event]:
-        """The curve: of every step the median over the runs."""
+        """Every step as the median over the runs."""
         together = zip(*(run.steps for run in self.each), strict=True)
         return [_median(same) for same in together]
 
     def figures(self) -> dict[str, float]:
-        """As a run has them, medians over the runs, and the p90 of the total."""
+        """The figures of a run as medians over the runs, and the p90 of the total."""
         each = [run.figures() for run in self.each]
         medians = {name: float(np.median([found[name] for found in each])) for name in each[0]}
         return medians | {"total_p90_s": float(np.percentile(self.totals_s, 90))}
@@ -109,15 +109,15 @@ class Runs:
 
 
 def _median(same: Sequence[Event]) -> Event:
-    """Of one step in several runs."""
+    """The median of one step over several runs."""
     seconds, inside = (float(np.median([getattr(e, key) for e in same])) for key in ("seconds", "engine_seconds"))
     return Event("step", same[0].component, seconds, inside)
 
 
 def in_turns(sides: Mapping[str, Iterator[Event]], after_event: Callable[[], None]) -> dict[str, Run]:
-    """Advances one run of every side, event by event; ``after_event`` is called when each has made one."""
+    """Advance one run of every side, event by event; ``after_event`` is called after each round."""
     events: dict[str, list[Event]] = {name: [] for name in sides}
-    for row in zip_longest(*map(_settled, sides.values())):
+    for row in zip_longest(*map(_settle_before_each, sides.values())):
         for name, event in zip(sides, row, strict=True):
             if event is not None:
                 events[name].append(event)
@@ -125,8 +125,8 @@ def in_turns(sides: Mapping[str, Iterator[Event]], after_event: Callable[[], Non
     return {name: Run(tuple(found)) for name, found in events.items()}
 
 
-def _settled(events: Iterator[Event]) -> Iterator[Event]:
-    """The same events, each begun when the other side's threads are asleep."""
+def _settle_before_each(events: Iterator[Event]) -> Iterator[Event]:
+    """Yield the events, each started when the other side's threads are asleep."""
     while True:
         settle()
         try:
@@ -136,10 +136,10 @@ def _settled(events: Iterator[Event]) -> Iterator[Event]:
 
 
 def step_ratio(other: Runs, ours: Runs) -> Ratio:
-    """How many times as long the other side's steps took."""
+    """The time of the other side's steps over ours."""
     return Ratio.of(*([step.seconds for run in side.each for step in run.steps] for side in (other, ours)))
 
 
 def total_ratio(other: Runs, ours: Runs) -> Ratio:
-    """How many times as long the other side's runs took."""
+    """The time of the other side's runs over ours."""
     return Ratio.of(other.totals_s, ours.totals_s)

@@ -1,4 +1,4 @@
-"""Our side of the comparison: the runtime's own pipeline, asked in the words of the reference."""
+"""Our side of the comparison: the runtime's pipeline behind the interface of the reference."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -8,18 +8,17 @@ from PIL import Image
 from runtime.arrays import F32
 from runtime.denoise import Step
 from runtime.forward_inputs import forward_inputs, time_features
-from runtime.image_condition import Fit, fitted
-from runtime.noise import standard_normal
+from runtime.image_condition import Fit, fit_image
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
 from runtime.solver import make_solver
 from runtime.vae import encode
 from validate.reference.parts import I64
-from validate.reference.reference import NOTHING, Given
+from validate.reference.reference import NO_IMAGE, ImageInputs
 
 
-class Ours:
-    """The engines behind an open pipeline; what each method returns is what the reference's namesake returns."""
+class EnginesSide:
+    """The engines of an open pipeline. Each method returns what the reference's method of the same name returns."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline, self._dit = pipeline, pipeline.spec.dit
@@ -28,15 +27,15 @@ class Ours:
         return self._pipeline.tokenizer.encode(prompt, allow_empty=True).ids
 
     def embeddings(self, prompt: str) -> F32:
-        """From the prompt, through our own tokenizer."""
+        """Embeddings ``[1, 512, width]`` of the prompt, which our tokenizer encodes."""
         return self._pipeline.text(prompt, allow_empty=True)
 
-    def lists(self, request: CompleteRequest) -> tuple[F32, F32]:
+    def sigmas_and_timesteps(self, request: CompleteRequest) -> tuple[F32, F32]:
         schedule = request.noise_schedule()
         return schedule.sigmas, schedule.timesteps
 
-    def noise(self, shape: tuple[int, ...], seed: int) -> F32:
-        return standard_normal(shape, seed)
+    def noise(self, request: CompleteRequest) -> F32:
+        return request.initial_noise()
 
     def time_features(self, timesteps: Sequence[float]) -> F32:
         """``[steps, freq_width]``."""
@@ -44,28 +43,33 @@ class Ours:
 
     def pixels(self, image: Image.Image, size: tuple[int, int], fit: Fit) -> F32:
         """``[1, 3, H, W]``."""
-        return fitted(image, self._pipeline.spec.takes.resizing, size, fit)[:, :, 0]
+        return fit_image(image, self._pipeline.spec.takes.resizing, size, fit)[:, :, 0]
 
     def encode(self, video: F32) -> F32:
-        """Normalised latents of frames ``[1, 3, F, H, W]``, chunk by chunk."""
-        following = self._pipeline.engine("vae_encoder_next") if video.shape[2] > 1 else None
-        return encode(self._pipeline.engine("vae_encoder_first"), following, video)
+        """Normalised latents of frames ``[1, 3, F, H, W]``, encoded chunk by chunk."""
+        following = self._pipeline.on_call("vae_encoder_next") if video.shape[2] > 1 else None
+        return encode(self._pipeline.on_call("vae_encoder_first"), following, video)
 
-    def given(self, request: CompleteRequest) -> Given:
-        return Given(**self._pipeline.image_condition(request))
+    def image_inputs(self, request: CompleteRequest) -> ImageInputs:
+        return ImageInputs(**self._pipeline.image_condition(request))
 
-    def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = NOTHING) -> F32:
-        clean = given.first_frame is not None
-        inputs = forward_inputs(self._dit, latents, timestep, text, given.condition, clean_first_frame=clean)
+    def velocity(
+        self, expert: str, latents: F32, timestep: float, text: F32, image_inputs: ImageInputs = NO_IMAGE
+    ) -> F32:
+        clean = image_inputs.first_frame is not None
+        inputs = forward_inputs(self._dit, latents, timestep, text, image_inputs.condition, clean_first_frame=clean)
         return np.asarray(self._pipeline.engine(expert)(**inputs))
 
     def run(self, request: CompleteRequest) -> Iterator[Step]:
         return self._pipeline.denoise(request)
 
-    def solved(
+    def solve(
         self, request: CompleteRequest, start: F32, velocities: Iterable[F32], first_frame: F32 | None = None
     ) -> Iterator[F32]:
-        """Latents after every step of our solver on given velocities, from ``start``; a given frame is put back."""
+        """Yield the latents after every step of our solver on ``velocities``, from ``start``.
+
+        ``first_frame`` is restored after each step.
+        """
         schedule = request.noise_schedule()
         solver, latents = make_solver(request.solver, schedule, request.seed), start
         for velocity in velocities:

@@ -1,7 +1,6 @@
-"""How far one tensor is from another. Sums run in float64 over slices, so a 720p video needs no second copy.
+"""Distances between two tensors. Sums run in float64 over slices, so a 720p video needs no second copy.
 
-A value that is not finite on either side makes every number NaN and no comparison with a limit true: what is not a
-number cannot agree. The same holds for two shapes that differ.
+If either side has a value that is not finite, or the shapes differ, every metric is NaN, and NaN satisfies no limit.
 """
 
 import math
@@ -24,15 +23,15 @@ SMALLEST_SIDE = 31  # pixels that the smaller side must have for AlexNet's layer
 
 @dataclass(frozen=True)
 class Metrics:
-    """Distance of ``ours`` from ``reference``; all NaN when ``problem`` says why they cannot be compared."""
+    """Distance of ``ours`` from ``reference``. If they cannot be compared, all are NaN and ``problem`` says why."""
 
     max_abs: float
     relative_l2: float  # ‖ours − reference‖ / ‖reference‖; against an all-zero reference 0 or inf
     cosine: float  # 1 for two all-zero tensors, 0 when only one is
-    psnr_db: float | None  # only where a signal range was given; inf for identical tensors
+    psnr_db: float | None  # None without a signal range; inf for identical tensors
     values: int
     problem: str = ""
-    excess: float | None = None  # error in units of what the reference loses in the same precision
+    excess: float | None = None  # our error over the reference's error in the same precision
     ssim: float | None = None  # structural similarity of the worst frame, 1 for the same picture
     lpips: float | None = None  # perceptual distance of the worst frame, 0 for the same picture
 
@@ -55,9 +54,9 @@ class _Sums:
 
 
 def compare(ours: ArrayLike, reference: ArrayLike, *, signal_range: float | None = None) -> Metrics:
-    """Compares two tensors of the same shape and any real dtype.
+    """Compare two tensors of the same shape and any real dtype.
 
-    ``signal_range`` is the width of the interval in which the values live (``FRAME_RANGE``); with it comes a PSNR.
+    ``signal_range`` is the width of the interval of possible values (``FRAME_RANGE``). It is needed for the PSNR.
     """
     a, b = np.asarray(ours), np.asarray(reference)
     if problem := _problem(a, b):
@@ -70,7 +69,7 @@ def compare(ours: ArrayLike, reference: ArrayLike, *, signal_range: float | None
 
 
 def compare_changes(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> Metrics:
-    """The change from each frame to the next in two videos ``[1, 3, F, H, W]``, F > 1: flicker that frames hide."""
+    """Compare the changes from frame to frame in two videos ``[1, 3, F, H, W]``, F > 1. They reveal flicker."""
     if problem := _problem(ours, reference):
         return incomparable(problem)
     sums = _Sums()
@@ -81,12 +80,12 @@ def compare_changes(ours: NDArray[np.float32], reference: NDArray[np.float32]) -
 
 
 def incomparable(problem: str) -> Metrics:
-    """The metrics of what was not computed, or cannot be compared; no limit accepts them."""
+    """Metrics for tensors that are missing or cannot be compared; no limit accepts them."""
     return Metrics(math.nan, math.nan, math.nan, None, 0, problem)
 
 
-def of_one_number(measure: Literal["excess", "ssim", "lpips"], value: float) -> Metrics:
-    """Metrics of which only ``measure`` says anything."""
+def single_metric(measure: Literal["excess", "ssim", "lpips"], value: float) -> Metrics:
+    """Metrics with a value for ``measure`` only."""
     return Metrics(math.nan, math.nan, math.nan, None, 0, "", **{measure: value})
 
 
@@ -150,26 +149,26 @@ def _psnr_db(mean_square: float, signal_range: float) -> float:
     return math.inf if mean_square == 0 else 10 * math.log10(signal_range**2 / mean_square)
 
 
-# -- LPIPS, where its package is installed; nothing else needs it
+# -- LPIPS, which needs an optional package
 
 
 @cache
 def why_no_lpips() -> str:
-    """Empty where it can be measured."""
+    """The reason why LPIPS cannot be measured; empty if it can."""
     if find_spec(PACKAGE) is None:
         return f"not measured: package {PACKAGE} is not installed"
     try:
         _network()
-    except Exception as error:  # no network, another torchvision: the rest of the report does not need it
+    except Exception as error:  # offline or another torchvision: the rest of the report works without LPIPS
         return f"not measured: the network of package {PACKAGE} cannot be loaded ({' '.join(str(error).split())})"
     return ""
 
 
 @cache
 def _network() -> Any:
-    """AlexNet with the published weights, which the package fetches on first use."""
+    """AlexNet with the published weights, which the package downloads on first use."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torchvision, about how the package asks it for the weights
+        warnings.simplefilter("ignore")  # torchvision warns of the deprecated way in which the package loads weights
         return import_module(PACKAGE).LPIPS(net="alex", verbose=False).eval()
 
 

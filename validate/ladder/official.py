@@ -1,97 +1,102 @@
-"""The rungs against the official Wan2.2 code, where the user has a clone of it.
+"""The rungs against the official Wan2.2 code, for users who have a clone of it.
 
-Inputs are those of the first ladder, so that a row here and its neighbour there differ in the reference alone; the note
-says how far the two references are from each other. Precision is told from export there.
+The inputs are those of the main ladder, so a row here differs from its counterpart there only in the reference. The
+note gives the distance between the two references. Only the main ladder separates precision loss from export error.
 """
 
 from collections.abc import Iterator
 from itertools import groupby
 
 from validate.ladder import thresholds
-from validate.ladder.comparison import Climb, solved
+from validate.ladder.comparison import Comparison, solver_row
 from validate.ladder.metrics import FRAME_RANGE, compare, incomparable
 from validate.ladder.row import Row
 from validate.ladder.thresholds import Limit
 from validate.reference.parts import F32
-from validate.reference.whole_run import lists
+from validate.reference.whole_run import sigmas_and_timesteps
 
 
-def token_ids(climb: Climb) -> Iterator[Row]:
-    for name, prompt in climb.prompts.items():
-        metrics = compare(climb.ours.token_ids(prompt), climb.official.token_ids(prompt))
+def token_ids(comparison: Comparison) -> Iterator[Row]:
+    for name, prompt in comparison.prompts.items():
+        metrics = compare(comparison.ours.token_ids(prompt), comparison.official.token_ids(prompt))
         yield Row(f"official token ids, {name}", "tokenizer", metrics, thresholds.TOKEN_IDS)
 
 
-def embeddings(climb: Climb) -> Iterator[Row]:
-    limit = climb.limits["text_encoder"].text
-    for name, prompt in climb.prompts.items():
-        sides = (climb.ours.embeddings(prompt), climb.official_text[name], climb.text[name])
+def embeddings(comparison: Comparison) -> Iterator[Row]:
+    limit = comparison.limits["text_encoder"].text
+    for name, prompt in comparison.prompts.items():
+        sides = (comparison.ours.embeddings(prompt), comparison.official_text[name], comparison.text[name])
         yield _row(f"official embeddings, {name}", "text_encoder", limit, sides)
 
 
-def schedule(climb: Climb) -> Iterator[Row]:
-    if climb.official_runs:
-        ours, official = climb.ours.lists(climb.request), climb.official.lists(climb.request)
-        sides = (ours[0], official[0], lists(climb.request)[0])
+def schedule(comparison: Comparison) -> Iterator[Row]:
+    if comparison.official_can_run:
+        ours, official = (
+            comparison.ours.sigmas_and_timesteps(comparison.request),
+            comparison.official.sigmas_and_timesteps(comparison.request),
+        )
+        sides = (ours[0], official[0], sigmas_and_timesteps(comparison.request)[0])
         yield _row("official sigmas", "sampler", thresholds.SIGMAS, sides)
         yield Row("official timesteps", "sampler", compare(ours[1], official[1]), thresholds.TIMESTEPS)
 
 
-def encode(climb: Climb) -> Iterator[Row]:
-    if climb.images:
-        video, limit = climb.condition.video, climb.limits["vae_encoder_first"].vae
-        sides = (climb.ours.encode(video), climb.official.encode(video), climb.condition.latents)
+def encode(comparison: Comparison) -> Iterator[Row]:
+    if comparison.images:
+        video, limit = comparison.condition.video, comparison.limits["vae_encoder_first"].vae
+        sides = (comparison.ours.encode(video), comparison.official.encode(video), comparison.condition.latents)
         yield _row("official encode of the reference's pixels", "vae_encoder_first", limit, sides)
 
 
-def velocities(climb: Climb) -> Iterator[Row]:
-    """At the first and the last step that each expert makes in diffusers' run."""
-    for expert, group in groupby(climb.reference_steps, lambda step: step.expert):
-        steps, limit = list(group), climb.limits[expert].velocity
+def velocities(comparison: Comparison) -> Iterator[Row]:
+    """Compare velocities at the first and last step of each expert in diffusers' run."""
+    for expert, group in groupby(comparison.reference_steps, lambda step: step.expert):
+        steps, limit = list(group), comparison.limits[expert].velocity
         for step in {steps[0].index: steps[0], steps[-1].index: steps[-1]}.values():
-            inputs = (expert, step.before, step.timestep, climb.text["prompt"], climb.given)
+            inputs = (expert, step.before, step.timestep, comparison.text["prompt"], comparison.image_inputs)
             ours, official, diffusers = (
-                side.velocity(*inputs) for side in (climb.ours, climb.official, climb.reference)
+                side.velocity(*inputs) for side in (comparison.ours, comparison.official, comparison.reference)
             )
             yield _row(f"official velocity at t = {step.timestep:g}", expert, limit, (ours, official, diffusers))
 
 
-def solver(climb: Climb) -> Iterator[Row]:
-    """Our solver on the velocities of the official run."""
-    if climb.official_runs:
-        yield solved("official solver on its velocities", climb, climb.official_steps)
+def solver(comparison: Comparison) -> Iterator[Row]:
+    """Compare our solver with the official one on the velocities of the official run."""
+    if comparison.official_can_run:
+        yield solver_row("official solver on its velocities", comparison, comparison.official_steps)
 
 
-def latents(climb: Climb) -> Iterator[Row]:
-    """Two runs that each go their own way, after every step."""
-    limit = climb.limits["run"].latents
-    if not climb.official_runs:
+def latents(comparison: Comparison) -> Iterator[Row]:
+    """Compare the latents of two independent runs after every step."""
+    limit = comparison.limits["run"].latents
+    if not comparison.official_can_run:
         return
-    if climb.stopped:
-        yield Row("official latents of the run", "sampler", incomparable(climb.stopped), limit)
+    if comparison.stop_reason:
+        yield Row("official latents of the run", "sampler", incomparable(comparison.stop_reason), limit)
         return
-    for ours, theirs, diffusers in zip(climb.our_steps, climb.official_steps, climb.reference_steps, strict=True):
+    for ours, theirs, diffusers in zip(
+        comparison.our_steps, comparison.official_steps, comparison.reference_steps, strict=True
+    ):
         sides, name = (ours.latents, theirs.after, diffusers.after), f"official latents after step {theirs.index + 1}"
         yield _row(name, theirs.expert, limit, sides)
 
 
-def decode(climb: Climb) -> Iterator[Row]:
-    limit = climb.limits["vae_decoder_next"].vae
-    sides = (climb.our_decode, climb.official.decode(climb.latents), climb.reference_frames)
+def decode(comparison: Comparison) -> Iterator[Row]:
+    limit = comparison.limits["vae_decoder_next"].vae
+    sides = (comparison.our_decode, comparison.official.decode(comparison.latents), comparison.reference_frames)
     yield _row("official decode of the reference's latents", "vae_decoder_next", limit, sides, FRAME_RANGE)
 
 
-def video(climb: Climb) -> Iterator[Row]:
-    if climb.official_runs and climb.our_frames is not None:
-        official = climb.official.decode(climb.official_steps[-1].after)
-        sides = (climb.our_frames, official, climb.reference_frames)
-        yield _row("official frames, end to end", "video", climb.limits["run"].frames, sides, FRAME_RANGE)
+def video(comparison: Comparison) -> Iterator[Row]:
+    if comparison.official_can_run and comparison.our_frames is not None:
+        official = comparison.official.decode(comparison.official_steps[-1].after)
+        sides = (comparison.our_frames, official, comparison.reference_frames)
+        yield _row("official frames, end to end", "video", comparison.limits["run"].frames, sides, FRAME_RANGE)
 
 
 def _row(
     name: str, component: str, limit: Limit, sides: tuple[F32, F32, F32], signal_range: float | None = None
 ) -> Row:
-    """``sides`` are ours, the official code's and diffusers'."""
+    """Compare two of ``sides``: ours and the official code's. The third is diffusers', for the note."""
     ours, official, diffusers = sides
     note = f"diffusers is {compare(diffusers, official).relative_l2:.1e} from it"
     return Row(name, component, compare(ours, official, signal_range=signal_range), limit, note)

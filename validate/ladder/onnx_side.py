@@ -1,8 +1,8 @@
-"""An ONNX bundle as a pipeline on the CPU, before any engine is built: what its numbers are, whatever its precision.
+"""An ONNX bundle as a pipeline on the CPU, in any precision, before an engine is built.
 
-ONNX Runtime's CPU kernels compute float32 and float16 graphs. It has none for bfloat16, so a graph that keeps 16 bits
-in bfloat16, FP8 ones included, is rewritten for it: :mod:`engines.cpu.emulation` rounds at every edge that the compiled
-graph would keep in fewer bits. Whoever shows a number says which way it was made.
+ONNX Runtime's CPU kernels compute float32 and float16 graphs. They do not support bfloat16, so a graph that keeps
+values in bfloat16 (FP8 graphs do) is rewritten: :mod:`engines.cpu.emulation` rounds at every edge that the compiled
+graph would keep in fewer bits. Reports state which of the two ways produced a number.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ from runtime.pipeline import Pipeline
 from validate.ladder.polygraphy_files import RecordingPipeline
 from wan22.backends import loading
 from wan22.bundle import Build, Component, Manifest, kind_of, open_bundle
+from wan22.onnx_file import check_graphs
+from wan22.residency import ONE_EXPERT, ResidencyChoice
 from wan22.specs import Precision
 
 if TYPE_CHECKING:
@@ -23,39 +25,42 @@ if TYPE_CHECKING:
 
 BY_KERNELS = "computed by kernels"
 BY_ROUNDING = "emulated by rounding"
-WITH_KERNELS = (Precision.FP32, Precision.FP16)  # of ONNX Runtime on the CPU
+WITH_KERNELS = (Precision.FP32, Precision.FP16)  # precisions that ONNX Runtime's CPU kernels support
 
 
-def open_for_comparison(folder: Path, calls: Path | None = None) -> Pipeline:
-    """The pipeline of the engines at ``folder``, or of the graphs there; first calls are written into ``calls``.
+def open_for_comparison(folder: Path, calls: Path | None = None, residency: ResidencyChoice = "auto") -> Pipeline:
+    """Open the engines or the graphs at ``folder``; ``calls`` receives the first call of each.
+
+    The reference needs memory too, so ``auto`` keeps one expert at most.
 
     Raises:
-        UserError: no bundle there, or not as its manifest says.
+        UserError: there is no bundle, or it does not match its manifest.
     """
     engines = kind_of(folder) == "engines"
     bundle = open_bundle(folder, "engines" if engines else "graphs")
+    check_graphs(bundle)
     new_engine = None if engines else partial(_engine, folder)
     if calls is None:
-        return Pipeline(bundle, keep_experts=False, new_engine=new_engine)
-    return RecordingPipeline(bundle, calls, keep_experts=False, new_engine=new_engine)
+        return Pipeline(bundle, residency=residency, choices=ONE_EXPERT, new_engine=new_engine)
+    return RecordingPipeline(bundle, calls, residency=residency, choices=ONE_EXPERT, new_engine=new_engine)
 
 
 def how_made(manifest: Manifest) -> dict[str, str]:
-    """``BY_KERNELS`` or ``BY_ROUNDING`` by component."""
-    return {c.name: BY_ROUNDING if _emulated(manifest.build, c) else BY_KERNELS for c in manifest.components}
+    """How each component's numbers are made, ``BY_KERNELS`` or ``BY_ROUNDING``, by component."""
+    return {c.name: BY_ROUNDING if _needs_emulation(manifest.build, c) else BY_KERNELS for c in manifest.components}
 
 
-def _emulated(build: Build | None, component: Component) -> bool:
+def _needs_emulation(build: Build | None, component: Component) -> bool:
     return build is None and component.precision not in WITH_KERNELS
 
 
 def _engine(folder: Path, component: Component) -> Engine:
-    kind = EmulatedEngine if _emulated(None, component) else OnnxRuntimeEngine
+    kind = EmulatedEngine if _needs_emulation(None, component) else OnnxRuntimeEngine
     return kind(folder, component, (), ("CPUExecutionProvider",))
 
 
 class EmulatedEngine(OnnxRuntimeEngine):
-    """A graph with bfloat16 in it, computed in float32 and rounded; its weights stay where they are."""
+    """A graph that uses bfloat16, computed in float32 with rounding; its weights stay in their files."""
 
     def __enter__(self) -> Self:
         import onnx_ir as ir
@@ -69,7 +74,7 @@ class EmulatedEngine(OnnxRuntimeEngine):
 
 
 def _session(model: "ir.Model", folder: Path, providers: Sequence[str]) -> Any:
-    """``model`` goes in as bytes, its external weights are looked for in ``folder``."""
+    """Open ``model``, whose external weights lie in ``folder``. It is passed as bytes and needs no file."""
     import onnx_ir as ir
     import onnxruntime
 

@@ -1,13 +1,13 @@
-"""One real call of every engine, in files that ``polygraphy run`` reads: the way on from a row that failed.
+"""One real call of every engine, in files that ``polygraphy run`` reads, for debugging a failed row.
 
-The files hold what the engine was given and what it answered, the first time that the ladder called it. Another backend
-or another build is run on the same inputs and compared with the same answers, layer by layer if need be::
+The files hold the inputs and outputs of the ladder's first call of each engine. ``polygraphy run`` feeds the inputs to
+another backend or build and compares its outputs, layer by layer if needed::
 
     polygraphy run onnx/low_noise.onnx --onnxrt
         --load-inputs calls/low_noise.inputs.json --load-outputs calls/low_noise.outputs.json
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +18,24 @@ from runtime.pipeline import NewEngine, Pipeline
 from wan22.bundle import Bundle
 from wan22.errors import UserError
 from wan22.files import whole_file
+from wan22.residency import RESIDENCIES, Residency, ResidencyChoice
 
 Record = Callable[[str, dict[str, np.ndarray], dict[str, np.ndarray]], None]  # component, inputs, outputs
 
 
 class RecordingPipeline(Pipeline):
-    """A pipeline that writes the first call of each of its engines into ``calls``."""
+    """A pipeline that writes the first call of each engine into the folder ``calls``."""
 
     def __init__(
-        self, bundle: Bundle, calls: Path, *, keep_experts: bool = True, new_engine: NewEngine | None = None
+        self,
+        bundle: Bundle,
+        calls: Path,
+        *,
+        residency: ResidencyChoice = "auto",
+        choices: Sequence[Residency] = RESIDENCIES,
+        new_engine: NewEngine | None = None,
     ) -> None:
-        super().__init__(bundle, keep_experts=keep_experts, new_engine=new_engine)
+        super().__init__(bundle, residency=residency, choices=choices, new_engine=new_engine)
         self._calls, self._recorded = calls, set[str]()
 
     def engine(self, name: str) -> Engine:
@@ -42,26 +49,26 @@ class RecordingPipeline(Pipeline):
 
 
 class RecordedEngine(BorrowedEngine):
-    """An engine whose calls are told to ``record``; opened and closed by its pipeline, not through this."""
+    """An engine whose calls are passed to ``record``. The pipeline, not this wrapper, opens and closes it."""
 
     def __init__(self, engine: Engine, name: str, record: Record) -> None:
         self._engine, self._name, self._record = engine, name, record
         self.inputs, self.outputs = engine.inputs, engine.outputs
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
-        given = {name: array.copy() for name, array in inputs.items()}  # the call uses up state
+        recorded = {name: array.copy() for name, array in inputs.items()}  # the call overwrites state
         answer = self._engine(**inputs)
         arrays = answer if isinstance(answer, tuple) else (answer,)
-        self._record(self._name, given, {t.name: array for t, array in zip(self.outputs, arrays, strict=True)})
+        self._record(self._name, recorded, {t.name: array for t, array in zip(self.outputs, arrays, strict=True)})
         return answer
 
 
 def check_calls(folder: Path) -> None:
-    """Makes ``folder``. Raises UserError when it cannot be, or where polygraphy is not installed."""
+    """Create ``folder``. Raises UserError if that fails or polygraphy is not installed."""
     try:
         import polygraphy  # noqa: F401
     except ImportError:
-        raise UserError("no polygraphy", "it, for --calls", "pip install polygraphy") from None
+        raise UserError("polygraphy is not installed", "polygraphy for --calls", "pip install polygraphy") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,7 +76,7 @@ def check_calls(folder: Path) -> None:
 
 
 def write_call(folder: Path, name: str, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
-    """``<name>.inputs.json`` and ``<name>.outputs.json``, each whole or not there; arrays may lie on a device."""
+    """Write ``<name>.inputs.json`` and ``<name>.outputs.json`` atomically; arrays may lie on a device."""
     from polygraphy.comparator import IterationResult, RunResults
     from polygraphy.json import save_json
 

@@ -1,17 +1,17 @@
-"""One claim of the parity ladder, with what was found."""
+"""One claim of the parity ladder and its result."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from validate.ladder.metrics import Metrics, incomparable, of_one_number
+from validate.ladder.metrics import Metrics, incomparable, single_metric
 from validate.ladder.thresholds import Limit
 from wan22.specs import Precision
 
 
 @dataclass(frozen=True)
 class InPrecision:
-    """What a low precision costs by itself: the reference computed in it as well, beside ours."""
+    """The error that a low precision causes by itself, from the reference computed in it."""
 
     precision: Precision
     alone: Metrics  # the reference in this precision against the reference in float32
@@ -27,14 +27,14 @@ class Row:
     metrics: Metrics  # ours against the reference in float32
     limit: Limit
     note: str = ""
-    step: int | None = None  # of the run, from 1
+    step: int | None = None  # denoising step, from 1
     timestep: float | None = None
-    in_precision: InPrecision | None = None  # where ours is not float32
-    # what the ladder knows of all rows of a rung
-    subject: str = ""  # "velocity": what is measured, for gates
-    case: int = 1  # of several runs
-    made: str = ""  # how the numbers of ours were made, where there is more than one way
-    seconds: float = 0.0  # until it was there; what rows share is computed for the first of them
+    in_precision: InPrecision | None = None  # None if ours is float32
+    # set by the ladder, not by the rung
+    subject: str = ""  # the name that gates use, such as "velocity"
+    case: int = 1  # from 1
+    made: str = ""  # how our numbers were made, see :mod:`validate.ladder.onnx_side`
+    seconds: float = 0.0  # to compute; shared work counts toward the first row that needs it
 
     @property
     def passed(self) -> bool:
@@ -42,7 +42,7 @@ class Row:
 
 
 def excess(rows: Sequence[Row], limit: Limit) -> Row | None:
-    """The error of ``rows`` over what the reference loses in the same precision; None where all is float32."""
+    """Our error in ``rows`` over the reference's error in the same precision; None if all are float32."""
     pairs = [(row.metrics, row.in_precision) for row in rows if row.in_precision is not None]
     if not pairs:
         return None
@@ -50,7 +50,7 @@ def excess(rows: Sequence[Row], limit: Limit) -> Row | None:
     ours = _root_mean_square([total.relative_l2 for total, _ in pairs])
     theirs = _root_mean_square([found.alone.relative_l2 for _, found in pairs])
     problems = [m.problem for total, found in pairs for m in (total, found.alone) if m.problem]
-    metrics = incomparable(problems[0]) if problems else of_one_number("excess", ours / theirs if theirs else math.inf)
+    metrics = incomparable(problems[0]) if problems else single_metric("excess", ours / theirs if theirs else math.inf)
     note = f"rel L2 {ours:.1e} of ours, {theirs:.1e} of PyTorch in {precision}"
     return Row(f"error over PyTorch's own in {precision}", rows[0].component, metrics, limit, note)
 

@@ -1,7 +1,7 @@
 """The parity ladder: one row per claim that the engines compute what PyTorch computes, from token ids to the video.
 
-Every rung belongs to a component, and a model climbs the rungs of the components it has (``spec.components``). Rungs
-that isolate a component feed both sides the reference's tensors; the run and the video share nothing with it but the
+Every rung belongs to a component; a model's ladder has the rungs of its components (``spec.components``). Rungs that
+isolate a component feed both sides the reference's tensors. In the run and the video, the two sides share only the
 checkpoint and the request.
 """
 
@@ -13,20 +13,21 @@ from itertools import chain
 import numpy as np
 
 from validate.ladder import image, official, thresholds, video
-from validate.ladder.comparison import Climb, solved
-from validate.ladder.engines_side import Ours
+from validate.ladder.comparison import Comparison, solver_row
+from validate.ladder.engines_side import EnginesSide
 from validate.ladder.metrics import FRAME_RANGE, compare, incomparable
 from validate.ladder.row import Row, excess
 from validate.ladder.thresholds import Limit, Measure
 from validate.reference.parts import F32, time_features
 from validate.reference.reference import Reference
-from validate.reference.whole_run import ReferenceStep, lists, noise
+from validate.reference.whole_run import ReferenceStep, initial_noise, sigmas_and_timesteps
+from wan22.quantities import counted
 from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
 
-VELOCITY_POINTS = 4  # timesteps per expert, evenly over the range it works in
+VELOCITY_POINTS = 4  # timesteps per expert, evenly spaced over its range
 
 
-Climbed = Callable[[Climb], Iterator[Row]]
+Compare = Callable[[Comparison], Iterator[Row]]
 DISTANCES: tuple[Measure, ...] = ("max_abs", "relative_l2")
 OF_FRAMES: tuple[Measure, ...] = (*DISTANCES, "psnr_db")
 BESIDE_PRECISION: tuple[Measure, ...] = (*DISTANCES, "excess")
@@ -34,19 +35,19 @@ BESIDE_PRECISION: tuple[Measure, ...] = (*DISTANCES, "excess")
 
 @dataclass(frozen=True)
 class Rung:
-    """``subject`` is what gates call the rows."""
+    """``compare`` yields the rows; ``subject`` is their name in gates."""
 
     subject: str
-    climb: Climbed
-    of_every_case: bool = False  # a prompt or a seed makes a difference to it that no other rung shows
-    measures: tuple[Measure, ...] = DISTANCES  # what gates may ask of the rows
+    compare: Compare
+    of_every_case: bool = False  # repeated for every prompt and seed
+    measures: tuple[Measure, ...] = DISTANCES  # the measures that gates may use
 
-    def rows(self, climb: Climb) -> Iterator[Row]:
-        return (replace(row, subject=self.subject) for row in self.climb(climb))
+    def rows(self, comparison: Comparison) -> Iterator[Row]:
+        return (replace(row, subject=self.subject) for row in self.compare(comparison))
 
 
 def rungs(spec: ModelSpec, *, official: bool = False) -> tuple[Rung, ...]:
-    """The ladder of a model, from the bottom; ``official`` adds the part that stands on the official code."""
+    """The ladder of a model, from the bottom; ``official`` adds the rungs against the official code."""
     experts = tuple(
         Rung("velocity", partial(velocities, expert=expert), measures=BESIDE_PRECISION) for expert in spec.experts
     )
@@ -63,27 +64,27 @@ def rungs(spec: ModelSpec, *, official: bool = False) -> tuple[Rung, ...]:
     return (*ladder, *OFFICIAL_RUNGS) if official else ladder
 
 
-def token_ids(climb: Climb) -> Iterator[Row]:
-    for name, prompt in climb.prompts.items():
-        theirs = climb.reference.token_ids(prompt)
-        metrics = compare(climb.ours.token_ids(prompt), theirs)
+def token_ids(comparison: Comparison) -> Iterator[Row]:
+    for name, prompt in comparison.prompts.items():
+        theirs = comparison.reference.token_ids(prompt)
+        metrics = compare(comparison.ours.token_ids(prompt), theirs)
         yield Row(f"token ids, {name}", "tokenizer", metrics, thresholds.TOKEN_IDS, f"{theirs.shape[1]} tokens")
 
 
-def embeddings(climb: Climb) -> Iterator[Row]:
-    limit = climb.limits["text_encoder"].text
-    for name, prompt in climb.prompts.items():
-        ours, theirs = climb.ours.embeddings(prompt), climb.text[name]
-        ids = climb.reference.token_ids(prompt)
-        low = climb.in_precision("text_encoder", (ours, theirs), partial(Reference.embeddings, token_ids=ids))
+def embeddings(comparison: Comparison) -> Iterator[Row]:
+    limit = comparison.limits["text_encoder"].text
+    for name, prompt in comparison.prompts.items():
+        ours, theirs = comparison.ours.embeddings(prompt), comparison.text[name]
+        ids = comparison.reference.token_ids(prompt)
+        low = comparison.in_precision("text_encoder", (ours, theirs), partial(Reference.embeddings, token_ids=ids))
         note = "512 rows, zeros after the last token"
         yield Row(f"embeddings, {name}", "text_encoder", compare(ours, theirs), limit, note, in_precision=low)
 
 
-def schedule(climb: Climb) -> Iterator[Row]:
-    sigmas, timesteps = lists(climb.request)
-    our_sigmas, our_timesteps = climb.ours.lists(climb.request)
-    note = f"{climb.request.solver}, {climb.request.schedule}, shift {climb.request.shift:g}"
+def schedule(comparison: Comparison) -> Iterator[Row]:
+    sigmas, timesteps = sigmas_and_timesteps(comparison.request)
+    our_sigmas, our_timesteps = comparison.ours.sigmas_and_timesteps(comparison.request)
+    note = f"{comparison.request.solver}, {comparison.request.schedule}, shift {comparison.request.shift:g}"
     yield Row("sigmas", "sampler", compare(our_sigmas, sigmas), thresholds.SIGMAS, note)
     whole = np.issubdtype(timesteps.dtype, np.integer)
     limit = thresholds.TIMESTEPS if whole else thresholds.FRACTIONAL_TIMESTEPS
@@ -91,77 +92,81 @@ def schedule(climb: Climb) -> Iterator[Row]:
     yield Row("timesteps", "sampler", compare(our_timesteps, timesteps), limit, shown)
 
 
-def initial_noise(climb: Climb) -> Iterator[Row]:
-    shape, seed = climb.request.latent_shape, climb.request.seed
-    metrics = compare(climb.ours.noise(shape, seed), noise(shape, seed))
-    yield Row("initial noise", "sampler", metrics, thresholds.NOISE, f"torch.randn on the CPU, seed {seed}")
+def noise_rung(comparison: Comparison) -> Iterator[Row]:
+    request = comparison.request
+    metrics = compare(comparison.ours.noise(request), initial_noise(request))
+    source = f"torch.randn on the CPU, seed {request.seed}" if request.noise is None else "the given noise"
+    yield Row("initial noise", "sampler", metrics, thresholds.NOISE, source)
 
 
-def time_conditions(climb: Climb) -> Iterator[Row]:
-    """What the transformer is told of the timesteps of the run."""
-    _, timesteps = lists(climb.request)
-    width = climb.spec.dit.freq_width
+def time_conditions(comparison: Comparison) -> Iterator[Row]:
+    """Compare the time features of the run's timesteps."""
+    _, timesteps = sigmas_and_timesteps(comparison.request)
+    width = comparison.spec.dit.freq_width
     limits = {"float64": thresholds.SINUSOID, "float32": thresholds.SINUSOID_OF_DIFFUSERS}
     whose = {"float64": "the official formula in float64", "float32": "diffusers' own, computed in float32"}
     for precision, theirs in time_features(timesteps, width).items():
-        metrics = compare(climb.ours.time_features(timesteps.tolist()), theirs)
+        metrics = compare(comparison.ours.time_features(timesteps.tolist()), theirs)
         yield Row(f"time features, {precision} reference", "sampler", metrics, limits[precision], whose[precision])
 
 
-def velocities(climb: Climb, expert: str) -> Iterator[Row]:
-    """The first step of the run that ``expert`` makes, with both prompts, then timesteps over its whole range."""
-    everywhere = _velocities_everywhere(climb, expert, "velocity at t = {:g}")
-    yield from _with_excess(chain(_velocities_at_first(climb, expert), everywhere), expert)
+def velocities(comparison: Comparison, expert: str) -> Iterator[Row]:
+    """Compare velocities at the first step of ``expert`` with both prompts, then over its range of timesteps."""
+    everywhere = _velocities_everywhere(comparison, expert, "velocity at t = {:g}")
+    yield from _with_excess(chain(_velocities_at_first(comparison, expert), everywhere), expert)
 
 
-def _velocities_at_first(climb: Climb, expert: str) -> Iterator[Row]:
-    first = next((step for step in climb.reference_steps if step.expert == expert), None)
+def _velocities_at_first(comparison: Comparison, expert: str) -> Iterator[Row]:
+    first = next((step for step in comparison.reference_steps if step.expert == expert), None)
     if first is not None:
-        for name in climb.text:
+        for name in comparison.text:
             row = f"velocity at its first step, {name}"
-            yield _velocity(climb, expert, row, (first.before, first.timestep, climb.text[name]))
+            yield _velocity(comparison, expert, row, (first.before, first.timestep, comparison.text[name]))
 
 
-def _velocities_everywhere(climb: Climb, expert: str, name: str) -> Iterator[Row]:
-    """With the reference's finished latents, noisy as they are at each timestep; ``name`` has room for it."""
-    start, image = noise(climb.request.latent_shape, climb.request.seed), climb.given.first_frame
-    for timestep in velocity_points(climb.spec, expert):
+def _velocities_everywhere(comparison: Comparison, expert: str, name: str) -> Iterator[Row]:
+    """Compare velocities on the reference's final latents, noised for each timestep.
+
+    ``name`` is a format string for the timestep.
+    """
+    start, image = initial_noise(comparison.request), comparison.image_inputs.first_frame
+    for timestep in velocity_points(comparison.spec, expert):
         sigma = np.float32(timestep / TRAIN_TIMESTEPS)
-        noisy = (1 - sigma) * climb.latents + sigma * start
+        noisy = (1 - sigma) * comparison.latents + sigma * start
         if image is not None:
             noisy[:, :, :1] = image
-        yield _velocity(climb, expert, name.format(timestep), (noisy, timestep, climb.text["prompt"]))
+        yield _velocity(comparison, expert, name.format(timestep), (noisy, timestep, comparison.text["prompt"]))
 
 
 def velocity_points(spec: ModelSpec, expert: str) -> list[float]:
-    """Falling timesteps, whole and fractional, from the first to the last that ``expert`` can meet."""
+    """Descending timesteps, integer and fractional, from the first to the last in the range of ``expert``."""
     boundary = TRAIN_TIMESTEPS * (spec.sampling.boundary or 0)
     first, last = {"high_noise": (999.0, boundary), "low_noise": (boundary - 1, 1.0), "dit": (999.0, 1.0)}[expert]
     return [round(4 * float(t)) / 4 for t in np.linspace(first, last, VELOCITY_POINTS)]  # exact in float32
 
 
-def _velocity(climb: Climb, expert: str, name: str, inputs: tuple[F32, float, F32]) -> Row:
-    def of(side: Ours | Reference) -> F32:
-        return side.velocity(expert, *inputs, climb.given)
+def _velocity(comparison: Comparison, expert: str, name: str, inputs: tuple[F32, float, F32]) -> Row:
+    def of(side: EnginesSide | Reference) -> F32:
+        return side.velocity(expert, *inputs, comparison.image_inputs)
 
-    ours, theirs = of(climb.ours), of(climb.reference)
-    low = climb.in_precision(expert, (ours, theirs), of)
-    limit = climb.limits[expert].velocity
+    ours, theirs = of(comparison.ours), of(comparison.reference)
+    low = comparison.in_precision(expert, (ours, theirs), of)
+    limit = comparison.limits[expert].velocity
     return Row(name, expert, compare(ours, theirs), limit, timestep=inputs[1], in_precision=low)
 
 
-def solver(climb: Climb) -> Iterator[Row]:
-    """What the run adds to its velocities: our solver on the reference's, at the step where they are farthest apart."""
-    yield solved("solver on PyTorch's velocities", climb, climb.reference_steps)
+def solver(comparison: Comparison) -> Iterator[Row]:
+    """Compare our solver with the reference's on the reference's velocities."""
+    yield solver_row("solver on PyTorch's velocities", comparison, comparison.reference_steps)
 
 
-def trajectory(climb: Climb) -> Iterator[Row]:
-    """Latents after every step of two runs that each go their own way; three where ours is not float32."""
-    yield from _with_excess((_step(climb, theirs) for theirs in climb.reference_steps), "sampler")
+def trajectory(comparison: Comparison) -> Iterator[Row]:
+    """Compare the latents of independent runs after every step: two runs, or three if ours is not float32."""
+    yield from _with_excess((_step(comparison, theirs) for theirs in comparison.reference_steps), "sampler")
 
 
 def _with_excess(rows: Iterable[Row], component: str) -> Iterator[Row]:
-    """``rows`` as they come, then what all of them say of the precision."""
+    """Yield ``rows``, then one row with their error relative to PyTorch's in the same precision."""
     seen = []
     for row in rows:
         seen.append(row)
@@ -170,42 +175,46 @@ def _with_excess(rows: Iterable[Row], component: str) -> Iterator[Row]:
         yield replace(over, component=component)
 
 
-def _step(climb: Climb, theirs: ReferenceStep) -> Row:
-    name, limit = f"latents after step {theirs.index + 1}", climb.limits["run"].latents
+def _step(comparison: Comparison, theirs: ReferenceStep) -> Row:
+    name, limit = f"latents after step {theirs.index + 1}", comparison.limits["run"].latents
     row = Row(name, theirs.expert, incomparable(""), limit, step=theirs.index + 1, timestep=theirs.timestep)
-    if theirs.index >= len(climb.our_steps):
-        return replace(row, metrics=incomparable(climb.stopped or "no such step"))
+    if theirs.index >= len(comparison.our_steps):
+        return replace(row, metrics=incomparable(comparison.stop_reason or "no such step"))
     if theirs.problem:
         return replace(row, metrics=incomparable(theirs.problem))
-    ours = climb.our_steps[theirs.index]
+    ours = comparison.our_steps[theirs.index]
     note = "" if ours.expert == theirs.expert else f"ours ran {ours.expert}"
-    low = climb.in_precision("run", (ours.latents, theirs.after), lambda _: climb.lowered_steps[theirs.index].after)
+    low = comparison.in_precision(
+        "run", (ours.latents, theirs.after), lambda _: comparison.lowered_steps[theirs.index].after
+    )
     return replace(row, metrics=compare(ours.latents, theirs.after), note=note, in_precision=low)
 
 
-def text_mode(climb: Climb) -> Iterator[Row]:
-    """The same request as text to video, for models that can do both: no frame is given, every token has the same t."""
-    plain = climb.without_image
-    for expert in climb.spec.experts:
+def text_mode(comparison: Comparison) -> Iterator[Row]:
+    """Compare the same request as text to video: without a clean first frame, all tokens share one timestep."""
+    plain = comparison.without_image
+    for expert in comparison.spec.experts:
         yield from _velocities_everywhere(plain, expert, "text mode, velocity at t = {:g}")
     last = _step(plain, plain.reference_steps[-1])
-    name, note = "text mode, latents after the last step", last.note or f"{last.step} steps on each side"
-    yield replace(last, name=name, note=note, step=None)
+    note = last.note or f"{counted(last.step or 0, 'step')} on each side"
+    yield replace(last, name="text mode, latents after the last step", note=note, step=None)
 
 
-def decoder(climb: Climb) -> Iterator[Row]:
-    """Our VAE on the reference's latents; its two graphs apart, then the whole video."""
-    first, following = climb.limits["vae_decoder_first"], climb.limits["vae_decoder_next"]
-    yield _decoded(climb, "decode of the first latent", "vae_decoder_first", first.vae, slice(0, 1))
-    if climb.reference_frames.shape[2] > 1:
-        yield _decoded(climb, "decode of the later latents", "vae_decoder_next", following.vae, slice(1, None))
+def decoder(comparison: Comparison) -> Iterator[Row]:
+    """Compare our VAE decoder on the reference's latents: each of its two graphs, then the whole video."""
+    first, following = comparison.limits["vae_decoder_first"], comparison.limits["vae_decoder_next"]
+    yield _decoder_row(comparison, "decode of the first latent", "vae_decoder_first", first.vae, slice(0, 1))
+    if comparison.reference_frames.shape[2] > 1:
+        yield _decoder_row(comparison, "decode of the later latents", "vae_decoder_next", following.vae, slice(1, None))
     name = "streaming decode against whole decode"
-    yield _decoded(climb, name, "vae_decoder_next", following.streaming, slice(None))
+    yield _decoder_row(comparison, name, "vae_decoder_next", following.streaming, slice(None))
 
 
-def _decoded(climb: Climb, name: str, component: str, limit: Limit, frames: slice) -> Row:
-    ours, theirs = climb.our_decode[:, :, frames], climb.reference_frames[:, :, frames]
-    low = climb.in_precision(component, (ours, theirs), lambda _: climb.lowered_decode[:, :, frames], FRAME_RANGE)
+def _decoder_row(comparison: Comparison, name: str, component: str, limit: Limit, frames: slice) -> Row:
+    ours, theirs = comparison.our_decode[:, :, frames], comparison.reference_frames[:, :, frames]
+    low = comparison.in_precision(
+        component, (ours, theirs), lambda _: comparison.lowered_decode[:, :, frames], FRAME_RANGE
+    )
     metrics = compare(ours, theirs, signal_range=FRAME_RANGE)
     return Row(name, component, metrics, limit, "the reference's latents", in_precision=low)
 
@@ -228,7 +237,7 @@ VIDEO_RUNGS = (
 )
 SAMPLER_RUNGS = (
     Rung("schedule", schedule),
-    Rung("noise", initial_noise),
+    Rung("noise", noise_rung),
     Rung("time_features", time_conditions),
 )
 OFFICIAL_RUNGS = (

@@ -1,16 +1,17 @@
-"""How near is near enough, and why: every limit of the parity ladder with its reason.
+"""The limits of the parity ladder, each with its reason.
 
-``fp32`` limits are the product's promise. Both sides then compute the same formulas with the same float32 weights and
-differ in the order of additions only, which random-walks a few units of 6e-8 through a component. In ``fp16`` and
-``bf16`` the reference stays float32, so a limit has to admit the rounding of every matrix product's operands (2**-11
-and 2**-8 of their size) carried through all layers. As a yardstick, an eight-layer transformer of random weights run
-wholly in bf16 is 0.9 % off (wan22.md §10). fp16 rounds eight times finer, and so are its limits. ``fp8`` rounds 16
-times coarser than bf16, but only where the transformer's blocks multiply; its limits leave room for real activations.
+The ``fp32`` limits are the product's promise. Both sides compute the same formulas with the same float32 weights and
+differ only in the order of additions, which random-walks a few units of 6e-8 through a component. For ``fp16`` and
+``bf16`` the reference stays float32, so a limit must admit the rounding of every matrix product's operands (2**-11
+and 2**-8 of their size) through all layers. For scale: an eight-layer transformer with random weights has an error of
+0.9 % when it runs entirely in bf16 (wan22.md §10). fp16 rounds eight times finer, and its limits are tighter by as
+much. ``fp8`` rounds 16 times coarser than bf16, but only in the matrix products of the transformer's blocks; its limits
+leave room for real activations.
 
-Limits against float32 have to be wide there. The one that tells an export from its precision is ``EXCESS``: the error
-of ours over the error of PyTorch in that same precision, on the same inputs.
+These limits against float32 are necessarily wide. ``EXCESS`` separates export error from precision loss: it limits our
+error divided by PyTorch's error in the same precision on the same inputs.
 
-What no engine computes (token ids, noise levels, noise) does not depend on precision.
+Values that no engine computes (token ids, noise levels, noise) do not depend on the precision.
 """
 
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ from validate.ladder.metrics import Metrics
 from wan22.specs import Number, Precision
 
 Measure = Literal["max_abs", "relative_l2", "psnr_db", "ssim", "lpips", "excess"]
-AT_LEAST = frozenset({"psnr_db", "ssim"})  # measures that say how alike two things are, not how far apart
+AT_LEAST = frozenset({"psnr_db", "ssim"})  # measures of similarity, not of distance
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The value that ``measure`` must not exceed; one of ``AT_LEAST`` must not fall below it."""
+    """The bound of ``measure``: a lower bound for measures in ``AT_LEAST``, an upper bound for the others."""
 
     measure: Measure
     value: float
@@ -40,7 +41,7 @@ class Limit:
         return found >= self.value if self.measure in AT_LEAST else found <= self.value
 
     def found(self, metrics: Metrics) -> float:
-        """The measured number; NaN where it was not measured, which no comparison accepts."""
+        """The measured value; NaN if it was not measured, so that no comparison holds."""
         value: float | None = getattr(metrics, self.measure)
         return float("nan") if value is None else value
 
@@ -57,25 +58,25 @@ SINUSOID = Limit("max_abs", 1e-6, "both computed in float64 and rounded to float
 SINUSOID_OF_DIFFUSERS = Limit("max_abs", 1e-4, "an angle near 1000 has a spacing of 6e-5 in float32")
 
 
-LPIPS = Limit("lpips", 0.1, "people hardly tell pictures apart that are nearer (Zhang et al. 2018)")
+LPIPS = Limit("lpips", 0.1, "people can hardly distinguish pictures with a smaller distance (Zhang et al. 2018)")
 CHANGES_DB = 3.0
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The limits of what engines compute, for one precision."""
+    """The limits of the engines' tensors in one precision."""
 
     text: Limit  # embeddings of the prompt
     velocity: Limit  # one pass through an expert
     latents: Limit  # after every step of the run
-    vae: Limit  # one graph of the VAE on the reference's latents
-    streaming: Limit  # the chunked decode against the reference's decode of the whole video
-    frames: Limit  # the finished video of two runs that share nothing but the checkpoint and the seed
-    ssim: Limit  # its worst frame
+    vae: Limit  # one graph of the VAE on the reference's latents or pixels
+    streaming: Limit  # coding in chunks against the reference's in one pass
+    frames: Limit  # the final video of two runs that share only the checkpoint and the request
+    ssim: Limit  # the worst frame of that video
 
     @property
     def changes(self) -> Limit:
-        """From each frame of the video to the next."""
+        """The limit of the changes from frame to frame."""
         reason = f"errors of two frames add up: {CHANGES_DB:g} dB below the frames' own"
         return Limit("psnr_db", self.frames.value - CHANGES_DB, reason)
 
@@ -91,7 +92,7 @@ FP32 = Thresholds(
 )
 FP16 = Thresholds(
     text=Limit("relative_l2", 2e-3, "operands rounded to 2**-11 in each of 24 layers, float32 between them"),
-    velocity=Limit("relative_l2", 2e-3, "an eighth of what bf16 costs"),
+    velocity=Limit("relative_l2", 2e-3, "an eighth of bf16's limit"),
     latents=Limit("relative_l2", 1e-2, "a velocity's 2e-3, times guidance and the solver's history"),
     vae=Limit("relative_l2", 5e-3, "some 30 convolutions in a row, operands rounded to 2**-11"),
     streaming=Limit("relative_l2", 5e-3, "as the single graph: caches are float32 and add nothing"),
@@ -110,13 +111,13 @@ BF16 = Thresholds(
 FP8 = Thresholds(
     text=BF16.text,
     velocity=Limit("relative_l2", 8e-2, "3 bits of mantissa: 2.6 % of an operand, 3.7 % of a product, and twice that"),
-    latents=Limit("relative_l2", 2e-1, "a velocity's 8e-2, times guidance, less what steps average out"),
+    latents=Limit("relative_l2", 2e-1, "a velocity's 8e-2, times guidance; the steps average out part of it"),
     vae=BF16.vae,
     streaming=BF16.streaming,
     frames=Limit("psnr_db", 20.0, "a tenth of the range: other details, the same picture"),
     ssim=Limit("ssim", 0.8, "other details, the same picture"),
 )
-EXCESS = Limit("excess", 1.5, "what PyTorch loses in the same precision, and half of it for rounding elsewhere")
+EXCESS = Limit("excess", 1.5, "PyTorch's error in the same precision, plus half of it for rounding in other places")
 BY_LINEARS = {Number.FP32: FP32, Number.FP16: FP16, Number.BF16: BF16, Number.FP8: FP8}
 
 

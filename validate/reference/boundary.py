@@ -1,6 +1,6 @@
-"""Where a run changes from the high-noise expert to the other, by the reference's own reading of the checkpoint.
+"""The boundary between the experts, which the reference reads from the checkpoint itself.
 
-Nothing of it comes from the bundle or its exporter, which may be wrong.
+It takes nothing from the bundle or the exporter, which may be wrong.
 """
 
 import json
@@ -9,23 +9,23 @@ from export.checkpoint.checkpoint import Checkpoint
 from runtime.request import CompleteRequest
 from wan22.specs import TRAIN_TIMESTEPS
 
-OFFICIAL = {"t2v": 0.875, "i2v": 0.9}  # by model_type: wan/configs of the official code
+OFFICIAL = {"t2v": 0.875, "i2v": 0.9}  # model_type → boundary, from wan/configs of the official code
 
 
 def stated_boundary(checkpoint: Checkpoint) -> float | None:
-    """The share of the timesteps above which the checkpoint's high-noise expert works; None where it has one expert.
+    """The fraction of the timestep range from which the high-noise expert runs; None with a single expert.
 
     ``boundary_ratio`` of ``model_index.json``, else the constant of the official code.
     """
     if len(checkpoint.spec.experts) == 1:
         return None
     index = checkpoint.folder / "model_index.json"
-    stated = json.loads(index.read_text()).get("boundary_ratio") if index.is_file() else None
+    stated = json.loads(index.read_text()).get("boundary_ratio") if checkpoint.source.layout == "diffusers" else None
     return OFFICIAL[str(checkpoint.spec.task)] if stated is None else float(stated)
 
 
 def expert_of(boundary: float | None, request: CompleteRequest, index: int, timestep: float) -> str:
-    """Who makes step ``index`` (from 0) of a checkpoint with that boundary, unless the request says otherwise."""
+    """The expert of step ``index`` (from 0). A switch step or boundary in the request takes precedence."""
     if boundary is None:
         return "dit"
     if request.switch_step is not None:

@@ -1,4 +1,4 @@
-"""Where PyTorch's side computes: on the GPU where engines do and PyTorch sees one, else on the CPU."""
+"""The device of the PyTorch side: the GPU if the engines use it and PyTorch sees it, else the CPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ Device = Literal["cpu", "cuda"]
 
 
 def reference_device(choice: Choice, manifest: Manifest) -> Device:
-    """What ``choice`` means beside the engines, or graphs, of ``manifest``.
+    """Resolve ``choice`` for the engines or graphs of ``manifest``.
 
     Raises:
-        UserError: CUDA, where PyTorch has none.
+        UserError: ``choice`` is CUDA and PyTorch sees no GPU.
     """
     if choice == "cpu" or (choice == "auto" and not _run_on_gpu(manifest)):
         return "cpu"
@@ -25,8 +25,8 @@ def reference_device(choice: Choice, manifest: Manifest) -> Device:
         return "cuda"
     if choice == "auto":
         return "cpu"
-    remedy = "leave it out, or install a PyTorch with CUDA"
-    raise UserError("--reference-device cuda, but PyTorch sees no GPU", "one that PyTorch can use", remedy)
+    remedy = "omit the option or install PyTorch with CUDA"
+    raise UserError("--reference-device cuda, but PyTorch sees no GPU", "a GPU that PyTorch can use", remedy)
 
 
 def _run_on_gpu(manifest: Manifest) -> bool:
@@ -41,9 +41,9 @@ def _run_on_gpu(manifest: Manifest) -> bool:
 
 
 class Residence:
-    """Keeps one module on the device at a time, the others in host memory: together they may not fit a GPU.
+    """Keep one module at a time on the device and the others in host memory, since a GPU may not hold all.
 
-    On a GPU float32 is made exact for the whole process: by default convolutions there round to TF32.
+    On a GPU, this disables TF32 for the process: by default float32 convolutions round to it.
     """
 
     def __init__(self, device: Device = "cpu") -> None:
@@ -54,27 +54,27 @@ class Residence:
 
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
-    def taken(self, module: Any) -> Any:
-        """``module``, on the device; whatever was there is in host memory again."""
+    def place(self, module: Any) -> Any:
+        """Move ``module`` to the device, the previous one back to host memory, and return ``module``."""
         if self.device != "cpu" and module is not self._module:
             if self._module is not None:
                 self._module.to("cpu")
             self._module = module.to(self.device)
         return module
 
-    def left(self, module: Any) -> None:
-        """``module`` is not needed any more."""
+    def release(self, module: Any) -> None:
+        """Forget ``module``, which is no longer needed."""
         if module is self._module:
             self._module = None
 
 
 @contextmanager
-def refusing_too_large() -> Iterator[None]:
-    """Inside, a GPU that is too small for PyTorch's side is bad input. Raises UserError."""
+def catch_out_of_memory() -> Iterator[None]:
+    """Turn out-of-memory errors of PyTorch's side on the GPU into UserError."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
         found = f"PyTorch's side: {str(error).splitlines()[0]}"
-        raise UserError(found, "room beside the engines", "add --reference-device cpu") from error
+        raise UserError(found, "GPU memory for both PyTorch and the engines", "add --reference-device cpu") from error

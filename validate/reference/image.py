@@ -1,8 +1,8 @@
-"""From an image to what the transformer is given of it, in the words of the references.
+"""The reference's path from an image to the transformer's image inputs.
 
-Pixels are prepared as the official code does it (wan22.md §6): for I2V torch's own bicubic interpolation of the
-normalised tensor, for TI2V Pillow's Lanczos. diffusers prepares them otherwise, with Lanczos for both, so it is asked
-only from there on: mask, encoding and normalisation are those of its image-to-video pipeline.
+Pixels are prepared as in the official code (wan22.md §6): torch's bicubic interpolation of the normalised tensor for
+I2V, Pillow's Lanczos for TI2V. diffusers uses Lanczos for both, so only the later stages come from its image-to-video
+pipeline: mask, encoding and normalisation.
 """
 
 from typing import Any
@@ -37,10 +37,10 @@ def _tensor(image: Image.Image) -> torch.Tensor:
 
 
 def conditioning(vae: Any, frames: int, first: torch.Tensor, last: torch.Tensor | None, *, one_frame: bool) -> Found:
-    """What diffusers encodes ``[1, 3, F, H, W]``, its mask ``[1, 4, T, h, w]`` (I2V) and latents ``[1, z, T, h, w]``.
+    """The video ``[1, 3, F, H, W]`` that diffusers encodes, its mask ``[1, 4, T, h, w]`` (I2V), its latents.
 
-    ``first`` and ``last`` are ``[1, 3, H, W]``, ``frames`` those of the video to be made. With ``one_frame``
-    the image alone is encoded (TI2V): F = T = 1.
+    The latents are ``[1, z, T, h, w]``, ``first`` and ``last`` ``[1, 3, H, W]``; ``frames`` is the length of the
+    generated video. With ``one_frame`` only the image is encoded (TI2V): F = T = 1.
     """
     pipeline = _pipeline_class()(None, None, vae, None, expand_timesteps=one_frame)
     _, condition, *_ = pipeline.prepare_latents(
@@ -56,7 +56,7 @@ def conditioning(vae: Any, frames: int, first: torch.Tensor, last: torch.Tensor 
 
 
 def _pipeline_class() -> Any:
-    """Imported in silence: transformers warns of an image processor that Wan2.2 has no use for."""
+    """Import the pipeline without transformers' warning about an image processor that Wan2.2 does not use."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

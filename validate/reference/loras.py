@@ -1,8 +1,8 @@
-"""LoRAs of a bundle, merged into the reference's weights by an implementation that shares nothing with the export's.
+"""LoRAs of a bundle, merged into the reference's weights; the implementation shares nothing with the export's.
 
-The bundle records file, hash, strength and experts; the files themselves are not part of it. Keys are read by taking
-words off their front until a module of the model is left, scales and formulas are those of the libraries that train
-such files (peft, LyCORIS), as dense products in float32.
+The bundle records each LoRA's file, hash, strength and experts, but not its content. A key is parsed by dropping words
+from its front until a module of the model remains. Scales and formulas follow the libraries that train such files
+(peft, LyCORIS). Products are dense and in float32.
 """
 
 import json
@@ -23,14 +23,15 @@ from wan22.specs import ModelSpec
 
 if TYPE_CHECKING:
     from export.checkpoint.checkpoint import Checkpoint, Weights
+    from export.files.decoded import Codes
     from export.files.tensor_file import Stored
 
-PUT_BACK = "put the file back that was merged, or export again"
+PUT_BACK = "restore the file that was merged, or export again"
 BESIDE = "adapter_config.json"
-# Words before a module that say nothing about which module it is.
+# Words before a module name that carry no meaning.
 FRONT = frozenset(("base", "model", "diffusion", "transformer", "lora", "unet", "lycoris", "pipe", "dit", "module"))
 FRONT |= {"net", "orig", "mod", "1", "2"}
-ENDS = {  # by what is left of a key behind the module, dots as underscores
+ENDS = {  # role → endings of a key after the module, dots as underscores
     "down": ("lora_down", "lora_a", "lora_a_default", "lora_linear_layer_down"),
     "up": ("lora_up", "lora_b", "lora_b_default", "lora_linear_layer_up"),
     "up bias": ("lora_b_bias", "lora_b_default_bias"),
@@ -49,23 +50,23 @@ ROLES = {end: role for role, ends in ENDS.items() for end in ends}
 
 
 def with_loras(checkpoint: "Checkpoint", manifest: Manifest) -> "Checkpoint":
-    """``checkpoint`` with the LoRAs of ``manifest`` merged into the weights of its experts when they are read.
+    """``checkpoint`` with the LoRAs of ``manifest`` merged into its experts' weights on reading.
 
     Raises:
-        UserError: a LoRA file that is missing or not the one that was merged.
+        UserError: a LoRA file is missing or is not the one that was merged.
     """
-    loras = [_opened(record, manifest.spec) for record in manifest.loras]
+    loras = [_open_lora(record, manifest.spec) for record in manifest.loras]
     experts = {}
     for name in manifest.spec.experts:
-        meant = tuple(lora for lora in loras if name in lora.record.experts)
-        experts[name] = _Merged(checkpoint.weights[name], meant, name) if meant else checkpoint.weights[name]
+        its_loras = tuple(lora for lora in loras if name in lora.record.experts)
+        experts[name] = _Merged(checkpoint.weights[name], its_loras, name) if its_loras else checkpoint.weights[name]
     return replace(checkpoint, weights={**checkpoint.weights, **experts})
 
 
-def _opened(record: MergedLora, spec: ModelSpec) -> "_Lora":
+def _open_lora(record: MergedLora, spec: ModelSpec) -> "_Lora":
     path = Path(record.file)
     if not path.is_file():
-        raise UserError(f"LoRA {path} is missing", "the file that the engines have merged", PUT_BACK)
+        raise UserError(f"LoRA {path} is missing", "the file that was merged into the engines", PUT_BACK)
     if (found := sha256_of(path)) != record.sha256:
         raise UserError(f"LoRA {path}: sha256 {found[:12]}…", f"{record.sha256[:12]}… of the engines", PUT_BACK)
     beside = path.parent / BESIDE
@@ -81,7 +82,7 @@ class _Lora:
 
     @cached_property
     def keys(self) -> dict[tuple[str, str], dict[str, str]]:
-        """By expert ("" for any) and official module: role → key."""
+        """Keys by role, for every expert ("" for any) and official module."""
         found: dict[tuple[str, str], dict[str, str]] = {}
         modules = _modules(self.spec)
         for key in self._names:
@@ -92,7 +93,10 @@ class _Lora:
         return found
 
     def _expert(self, front: list[str]) -> str:
-        """Only files that name the second transformer speak of the first one by "transformer"."""
+        """The expert that the words before a module name; "" for any.
+
+        "transformer" means the first expert only in files that also name a second one.
+        """
         split = any(re.search(r"transformer_[12]\.", key) for key in self._names)
         if not split or "transformer" not in front:
             return ""
@@ -104,7 +108,7 @@ class _Lora:
 
     @cached_property
     def _state(self) -> dict[str, Any] | None:
-        """All of a pickled file; None for safetensors, which is read tensor by tensor."""
+        """The content of a pickled file; None for safetensors, which is read tensor by tensor."""
         import torch
 
         return None if self._path.suffix == ".safetensors" else torch.load(self._path, weights_only=True)
@@ -119,7 +123,7 @@ class _Lora:
             return list(file.keys())
 
     def tensor(self, key: str) -> Any:
-        """In float32."""
+        """The tensor of ``key`` in float32."""
         from safetensors import safe_open
 
         if self._state is not None:
@@ -129,7 +133,7 @@ class _Lora:
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
-        """Fields of the adapter's configuration, by the transformer that they are about."""
+        """The adapter's configuration by expert; "" for any."""
         from safetensors import safe_open
 
         header: dict[str, str] = {}
@@ -148,8 +152,8 @@ class _Lora:
             found[""] = found.pop("high_noise", found[""])
         return found
 
-    def updated(self, weight: Any, name: str, expert: str) -> Any:
-        """The float32 tensor ``weight``, called ``name``, of ``expert`` after this LoRA."""
+    def update(self, weight: Any, name: str, expert: str) -> Any:
+        """Apply this LoRA to the float32 tensor ``weight``, named ``name``, of ``expert``."""
         module, _, leaf = name.rpartition(".")
         for owner in ("", expert):
             roles = self.keys.get((owner, module))
@@ -169,7 +173,7 @@ class _Lora:
             if "magnitude" not in roles:
                 weight = weight + ((strength * scale) * product).reshape(weight.shape)
             else:
-                trained = self._decomposed(weight + (scale * product).reshape(weight.shape), roles["magnitude"])
+                trained = self._decompose(weight + (scale * product).reshape(weight.shape), roles["magnitude"])
                 weight = trained if strength == 1 else torch.lerp(weight, trained, strength)
         if leaf == "bias" and "up bias" in roles:
             scale = self._scale(roles, config, len(self.tensor(roles["down"])))
@@ -178,7 +182,7 @@ class _Lora:
             weight = weight + strength * change
         return weight
 
-    def _decomposed(self, total: Any, key: str) -> Any:
+    def _decompose(self, total: Any, key: str) -> Any:
         magnitude = self.tensor(key)
         columns = magnitude.ndim == 2 and magnitude.shape[0] == 1 and total.shape[0] != 1
         flat = total.flatten(1)
@@ -186,7 +190,7 @@ class _Lora:
         return (flat * magnitude.reshape(norm.shape) / norm).reshape(total.shape)
 
     def _product(self, roles: Mapping[str, str], config: Mapping[str, Any]) -> tuple[Any, float] | None:
-        """The unscaled difference as a matrix, and its scale."""
+        """The unscaled weight difference as a matrix, and its scale; None if the LoRA has no product."""
         import torch
 
         of = {role: self.tensor(key).flatten(1) for role, key in roles.items() if role in MATRICES}
@@ -204,7 +208,7 @@ class _Lora:
         return torch.kron(*sides), self._scale(roles, config, ranks[0]) if ranks else 1.0
 
     def _scale(self, roles: Mapping[str, str], config: Mapping[str, Any], rank: float) -> float:
-        """alpha/rank, or alpha/sqrt(rank) as rsLoRA has it."""
+        """alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
         alpha = config.get("alpha" if config.get("peft_type") in ("LOHA", "LOKR") else "lora_alpha")
         key = next(iter(roles.values())).removeprefix("base_model.model.")
         path = re.split(r"\.(?:lora_|lora\.|hada_|lokr_)", key)[0]
@@ -221,7 +225,7 @@ MATRICES = frozenset(role for role in ENDS if role in ("down", "up") or role.sta
 
 
 def _modules(spec: ModelSpec) -> dict[str, str]:
-    """Official and diffusers' module, dots as underscores → official module."""
+    """Map official and diffusers' module names, dots as underscores, to official module names."""
     from export.checkpoint.keys import diffusers_names
 
     pairs = [(spelled, name) for name, theirs in diffusers_names("dit", spec).items() for spelled in (name, theirs)]
@@ -229,7 +233,7 @@ def _modules(spec: ModelSpec) -> dict[str, str]:
 
 
 def _meaning(key: str, modules: Mapping[str, str]) -> tuple[list[str], str, str] | None:
-    """The words before the module, the official module, and the role; None where the model has no such module."""
+    """Parse ``key``: the words before the module, the official module and the role; None for an unknown module."""
     words = re.sub(r"[._]+", "_", key).lower().strip("_").split("_")
     for front in range(len(words)):
         for end in range(len(words), front, -1):
@@ -244,7 +248,7 @@ def _meaning(key: str, modules: Mapping[str, str]) -> tuple[list[str], str, str]
 
 @dataclass(frozen=True)
 class _Merged:
-    """``Weights`` of an expert with LoRAs."""
+    """The ``Weights`` of an expert with LoRAs merged in."""
 
     base: "Weights"
     loras: tuple[_Lora, ...]
@@ -265,11 +269,14 @@ class _Merged:
         own = self.base.read(name)
         before = weight = torch.from_numpy(np.array(own, np.float32))
         for lora in self.loras:
-            weight = lora.updated(weight, name, self.expert)
+            weight = lora.update(weight, name, self.expert)
         return own if weight is before else weight.numpy()
 
     def pieces(self, name: str) -> Iterable[NDArray[Any]]:
         return [self.read(name)]
 
-    def stored(self, name: str) -> "Stored | None":  # noqa: ARG002  # the export alone shares files
+    def stored(self, name: str) -> "Stored | None":  # noqa: ARG002  # only the export shares files
+        return None
+
+    def codes(self, name: str) -> "Codes | None":  # noqa: ARG002  # nor does the reference multiply FP8
         return None

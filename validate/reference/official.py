@@ -1,8 +1,7 @@
-"""The official Wan2.2 code as a second reference: a clone named by the user, in a process of its own.
+"""The official Wan2.2 code as a second reference: the user's clone of it, run in a separate process.
 
-There it cannot touch what this process has imported, and its packages, called ``wan``, cannot be taken for others. In
-float32 on the CPU, filled from the same checkpoint under the official names. Nothing of the code is part of this
-project.
+The separate process keeps its imports and its packages, named ``wan``, away from ours. The code runs in float32 on the
+CPU with weights from the same checkpoint under their official names. This project contains none of that code.
 """
 
 import multiprocessing
@@ -21,18 +20,18 @@ from runtime.request import CompleteRequest
 from validate.reference.boundary import stated_boundary
 from validate.reference.official_modules import Modules, check_clone
 from validate.reference.parts import F32, I64
-from validate.reference.reference import NOTHING, Given
-from validate.reference.whole_run import ReferenceStep, guided
+from validate.reference.reference import NO_IMAGE, ImageInputs
+from validate.reference.whole_run import ReferenceStep, guided_run
 from wan22.errors import UserError
 
-SOLVERS = ("unipc", "dpm++")  # the official code has no other
+SOLVERS = ("unipc", "dpm++")  # all that the official code has
 
-_modules: list[Modules] = []  # of the other process
+_modules: list[Modules] = []  # set only in the other process
 
 
 def commit_of(repo: Path) -> str:
-    """The commit that is checked out at ``repo``, twelve digits of it; "" where git does not know."""
-    if not (repo / ".git").exists():  # git would answer for a repository around it
+    """The commit checked out at ``repo``, twelve digits; "" if git cannot tell."""
+    if not (repo / ".git").exists():  # git would answer for an enclosing repository
         return ""
     try:
         asked = subprocess.run(
@@ -43,15 +42,15 @@ def commit_of(repo: Path) -> str:
     return asked.stdout.strip() if asked.returncode == 0 else ""
 
 
-def makes(request: CompleteRequest) -> bool:
-    """Whether the official code can make the requested run."""
+def can_run(request: CompleteRequest) -> bool:
+    """True if the official code supports the solver and schedule of the requested run."""
     return request.solver in SOLVERS and request.schedule == "official" and not request.sigmas
 
 
 class Official:
-    """What the methods of :class:`validate.reference.reference.Reference` return, computed by the code at ``repo``.
+    """The interface of :class:`validate.reference.reference.Reference`, computed by the code at ``repo``.
 
-    A context manager. Raises UserError where ``repo`` is no clone, or lacks what it imports.
+    A context manager. Raises UserError if ``repo`` is not a clone or its dependencies are missing.
     """
 
     def __init__(self, repo: Path, checkpoint: Checkpoint) -> None:
@@ -75,14 +74,18 @@ class Official:
         self._process.shutdown(cancel_futures=True)
 
     def token_ids(self, prompt: str) -> I64:
-        ids: I64 = self._asked("token_ids", prompt)
+        ids: I64 = self._ask("token_ids", prompt)
         return ids
 
     def embeddings(self, token_ids: I64) -> F32:
         return self._array("embeddings", token_ids)
 
-    def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = NOTHING) -> F32:
-        return self._array("velocity", expert, latents, timestep, text, given.condition, given.first_frame)
+    def velocity(
+        self, expert: str, latents: F32, timestep: float, text: F32, image_inputs: ImageInputs = NO_IMAGE
+    ) -> F32:
+        return self._array(
+            "velocity", expert, latents, timestep, text, image_inputs.condition, image_inputs.first_frame
+        )
 
     def encode(self, video: F32) -> F32:
         return self._array("encode", video)
@@ -90,35 +93,37 @@ class Official:
     def decode(self, latents: F32) -> F32:
         return self._array("decode", latents)
 
-    def lists(self, request: CompleteRequest) -> tuple[F32, I64]:
-        """Sigmas [N+1] and timesteps [N], of a solver that the official code has."""
-        sigmas, timesteps = self._asked("lists", request.solver, request.steps, request.shift)
+    def sigmas_and_timesteps(self, request: CompleteRequest) -> tuple[F32, I64]:
+        """Sigmas [N+1] and timesteps [N]; starts a run in the other process. ``can_run`` must hold."""
+        sigmas, timesteps = self._ask("start_run", request.solver, request.steps, request.shift)
         return sigmas, timesteps
 
     def run(
-        self, request: CompleteRequest, text: F32, negative: F32 | None, given: Given = NOTHING
+        self, request: CompleteRequest, text: F32, negative: F32 | None, image_inputs: ImageInputs = NO_IMAGE
     ) -> Iterator[ReferenceStep]:
-        """As :func:`validate.reference.whole_run.guided`, with the official models and solver."""
+        """Run :func:`validate.reference.whole_run.guided_run` with the official models and solver."""
 
         def step(velocity: F32, index: int, latents: F32) -> F32:
             return self._array("step", velocity, index, latents)
 
-        return guided(self, request, self.lists(request)[1].tolist(), step, (text, negative), given)
+        return guided_run(
+            self, request, self.sigmas_and_timesteps(request)[1].tolist(), step, (text, negative), image_inputs
+        )
 
     def _array(self, method: str, *arguments: Any) -> F32:
-        array: F32 = self._asked(method, *arguments)
+        array: F32 = self._ask(method, *arguments)
         return array
 
-    def _asked(self, method: str, *arguments: Any) -> Any:
+    def _ask(self, method: str, *arguments: Any) -> Any:
         try:
             return self._process.submit(_call, method, arguments).result()
         except BrokenProcessPool:
             found = f"the process of {self._repo} was killed during {method}"
-            raise UserError(found, "memory for its float32 weights", "use a machine with more of it") from None
+            raise UserError(found, "memory for its float32 weights", "use a machine with more memory") from None
 
 
 def _leave_at_ctrl_c() -> None:
-    """The terminal interrupts this process as well; the other one tells the user."""
+    """Exit silently on Ctrl-C: the terminal interrupts both processes, and the main one reports it."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 

@@ -1,9 +1,9 @@
-"""The official Wan2.2 code, run inside a process of its own: nothing but :mod:`validate.reference.official` calls it.
+"""The official Wan2.2 code, which runs in the separate process of :mod:`validate.reference.official`.
 
-The modules are taken from a clone as they are. Three things around them are changed, in that process alone. The
-packages are entered without their ``__init__`` files, which import every task the code has, and what those need. The
-attention function is PyTorch's own: the official one takes half precision on CUDA only, and this is a comparison in
-float32 (wan22.md §9.12). And a default argument asks CUDA for its current device while a file is read.
+The modules come unchanged from a clone. Three things around them are patched, in that process only. The packages skip
+their ``__init__`` files, which import every task of the code and its dependencies. PyTorch's attention replaces the
+official function, which accepts only half precision on CUDA, while this comparison is in float32 (wan22.md §9.12). And
+``torch.cuda.current_device``, which a default argument calls at import, works without CUDA.
 """
 
 import importlib
@@ -29,7 +29,7 @@ SOLVERS = ("utils/fm_solvers.py", "utils/fm_solvers_unipc.py")
 
 
 def check_clone(repo: Path) -> None:
-    """Raises UserError where a file of the official code is missing."""
+    """Raises UserError if a file of the official code is missing."""
     for file in (*FILES, *SOLVERS):
         if not (repo / "wan" / file).is_file():
             remedy = "git clone https://github.com/Wan-Video/Wan2.2 and name that folder"
@@ -37,16 +37,16 @@ def check_clone(repo: Path) -> None:
 
 
 class Modules:
-    """The official modules of one checkpoint, built when they are first asked for; of the experts one stays."""
+    """The official modules of one checkpoint, built on first use; only one expert stays loaded."""
 
     def __init__(self, repo: Path, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._spec = checkpoint, checkpoint.spec
         self._parts: dict[str, Any] = {}
         self._scheduler: Any = None
-        self._code = _imported(repo)
+        self._code = _import_code(repo)
 
     def token_ids(self, prompt: str) -> I64:
-        """``[1, tokens]``, without the padding."""
+        """Token ids ``[1, tokens]``, without padding."""
         tokenizer = self._part("tokenizer", self._tokenizer)
         ids, mask = tokenizer([prompt], return_mask=True, add_special_tokens=True)
         tokens: I64 = ids[:, : int(mask.sum())].numpy()
@@ -54,7 +54,7 @@ class Modules:
 
     @torch.inference_mode()
     def embeddings(self, token_ids: I64) -> F32:
-        """``[1, 512, text width]``, rows after the last token zero."""
+        """Embeddings ``[1, 512, text width]``; rows after the last token are zero."""
         count = token_ids.shape[1]
         ids, mask = torch.zeros(1, TEXT_TOKENS, dtype=torch.int64), torch.arange(TEXT_TOKENS)[None] < count
         ids[:, :count] = torch.from_numpy(token_ids)
@@ -65,15 +65,15 @@ class Modules:
     def velocity(
         self, expert: str, latents: F32, timestep: float, text: F32, condition: F32 | None, first_frame: F32 | None
     ) -> F32:
-        """``[1, z, T, h, w]``; arguments as :meth:`validate.reference.reference.Reference.velocity` has them."""
+        """The velocity ``[1, z, T, h, w]``; see :meth:`validate.reference.reference.Reference.velocity`."""
         for other in set(self._spec.experts) - {expert}:
             self._parts.pop(other, None)
         model = self._part(expert, lambda: self._transformer(expert))
         time = timesteps_of(self._spec, latents.shape, timestep, clean_first_frame=first_frame is not None)
         grid = [side // step for side, step in zip(latents.shape[2:], PATCH, strict=True)]
-        given = None if condition is None else [torch.from_numpy(condition[0])]
+        y = None if condition is None else [torch.from_numpy(condition[0])]
         tensors = [torch.from_numpy(latents[0])], time, [torch.tensor(text[0])]
-        return to_numpy(model(*tensors, math.prod(grid), y=given)[0][None])
+        return to_numpy(model(*tensors, math.prod(grid), y=y)[0][None])
 
     @torch.inference_mode()
     def encode(self, video: F32) -> F32:
@@ -85,8 +85,8 @@ class Modules:
         """Frames ``[1, 3, F, H, W]`` in [-1, 1]."""
         return to_numpy(self._part("vae", self._vae).decode(torch.from_numpy(latents), self._scale()).clamp(-1, 1))
 
-    def lists(self, solver: str, steps: int, shift: float) -> tuple[F32, I64]:
-        """Starts a run of ``unipc`` or ``dpm++``: its sigmas [N+1] and timesteps [N]."""
+    def start_run(self, solver: str, steps: int, shift: float) -> tuple[F32, I64]:
+        """Start a run of ``unipc`` or ``dpm++`` and return its sigmas [N+1] and timesteps [N]."""
         settings = {"num_train_timesteps": TRAIN_TIMESTEPS, "shift": 1, "use_dynamic_shifting": False}
         if solver == "unipc":
             self._scheduler = self._code["fm_solvers_unipc"].FlowUniPCMultistepScheduler(**settings)
@@ -98,7 +98,7 @@ class Modules:
         return self._scheduler.sigmas.numpy(), self._scheduler.timesteps.numpy()
 
     def step(self, velocity: F32, index: int, latents: F32) -> F32:
-        """The latents after step ``index`` of the run that :meth:`lists` started."""
+        """The latents after step ``index`` of the run that :meth:`start_run` started."""
         timestep = self._scheduler.timesteps[index]
         moved = self._scheduler.step(torch.from_numpy(velocity), timestep, torch.from_numpy(latents), return_dict=False)
         return to_numpy(moved[0])
@@ -120,7 +120,7 @@ class Modules:
         sizes = (text.vocab, text.width, attention, text.ffn_width, text.heads, text.layers, text.buckets)
         with torch.device("meta"):
             module = self._code["t5"].T5Encoder(*sizes, shared_pos=False)
-        return self._filled(module, "text_encoder")
+        return self._fill(module, "text_encoder")
 
     def _transformer(self, expert: str) -> Any:
         dit, make = self._spec.dit, self._code["model"].WanModel
@@ -137,8 +137,8 @@ class Modules:
         }
         with torch.device("meta"):
             module = make(**config, num_layers=dit.layers)
-        module.freqs = make(**config, num_layers=0).freqs  # computed, not loaded, and not a buffer
-        return self._filled(module, expert)
+        module.freqs = make(**config, num_layers=0).freqs  # computed tables, neither loaded nor a buffer
+        return self._fill(module, expert)
 
     def _vae(self) -> Any:
         vae = self._spec.vae
@@ -152,21 +152,21 @@ class Modules:
         }
         with torch.device("meta"):
             module = self._code["vae2_2" if vae.residual else "vae2_1"].WanVAE_(**sizes)
-        return self._filled(module, "vae")
+        return self._fill(module, "vae")
 
     def _scale(self) -> list[torch.Tensor]:
         vae = self._spec.vae
         return [torch.tensor(vae.latents_mean), 1.0 / torch.tensor(vae.latents_std)]
 
-    def _filled(self, module: Any, part: str) -> Any:
+    def _fill(self, module: Any, part: str) -> Any:
         weights = self._checkpoint.weights[part]
         state = {name: torch.from_numpy(np.array(weights.read(name), np.float32)) for name in weights.names()}
         module.load_state_dict(state, strict=True, assign=True)
         return module.requires_grad_(False).eval()
 
 
-def _imported(repo: Path) -> dict[str, types.ModuleType]:
-    """The official modules by the name of their file."""
+def _import_code(repo: Path) -> dict[str, types.ModuleType]:
+    """Import the official modules; returns them by file name."""
     warnings.filterwarnings("ignore", message=".*autocast.*")
     if not torch.cuda.is_available():
         torch.cuda.current_device = lambda: 0
@@ -181,14 +181,14 @@ def _imported(repo: Path) -> dict[str, types.ModuleType]:
         }
     except ImportError as error:
         missing = f"pip install einops regex (the extra official), or {error.name}"
-        remedy = missing if error.name else "name a clone of another version"
-        raise UserError(f"the official code at {repo}: {error}", "what it imports", remedy) from None
+        remedy = missing if error.name else "use a clone of another version"
+        raise UserError(f"the official code at {repo}: {error}", "its dependencies", remedy) from None
     vars(code["model"])["flash_attention"] = _attention
     return code
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """``[B, L, heads, head]`` in and out; no row is padding here, so there is nothing to mask."""
+    """Attention on ``[B, L, heads, head]``. It needs no mask, since no row is padding here."""
     by_head = (x.transpose(1, 2) for x in (q, k, v))
     out: torch.Tensor = functional.scaled_dot_product_attention(*by_head)  # type: ignore[misc, arg-type]
     return out.transpose(1, 2)

@@ -1,12 +1,12 @@
-"""The modules of the reference: transformers' UMT5 encoder, diffusers' Wan transformers and VAE, filled by us.
+"""The modules of the reference: transformers' UMT5 encoder, diffusers' Wan transformers and VAE, all in float32.
 
-They are filled from the project's own reading of the checkpoint, through its own key maps, strictly: a tensor that is
-missing, left over or of another shape stops the load. diffusers' single-file loaders are no alternative, they configure
-every Wan2.2 transformer as one of Wan2.1 (wan22.md §1.3). Everything is float32.
+Their weights come from the project's checkpoint reader and key maps. Loading is strict: it fails if a tensor is
+missing, left over or of another shape. diffusers' single-file loaders cannot be used, because they configure every
+Wan2.2 transformer as Wan2.1 (wan22.md §1.3).
 
-One thing in diffusers is changed: the sinusoid of the timestep. The official code computes it in float64 (§2.3),
-diffusers in float32, where the angle of t = 999 is already 3e-5 off. That alone moves a velocity by 1e-5 and would hide
-as much of our own error, so the reference does as the official code does, and the ladder holds ours against both.
+One part of diffusers is replaced: the sinusoid of the timestep. The official code computes it in float64 (§2.3),
+diffusers in float32, where the angle at t = 999 has an error of 3e-5. This shifts a velocity by 1e-5 and would hide an
+error of ours of that size. So the reference follows the official code, and the ladder compares ours with both.
 """
 
 import math
@@ -27,7 +27,7 @@ I64 = NDArray[np.int64]
 
 
 def load_part(checkpoint: Checkpoint, name: str, progress: Progress) -> Any:
-    """The module of ``name``: "text_encoder", "vae" or an expert. Raises RuntimeError where the weights do not fit."""
+    """The module of ``name``: "text_encoder", "vae" or an expert. Raises RuntimeError if the weights do not fit."""
     build = {"text_encoder": _text_encoder, "vae": autoencoder}.get(name, transformer)
     with torch.device("meta"):
         module = build(checkpoint.spec)
@@ -42,20 +42,20 @@ def _text_encoder(spec: ModelSpec) -> Any:
 
 
 def transformer(spec: ModelSpec) -> Any:
-    """The module on the device that is the default, its tables on the CPU."""
+    """The module on the default device, with its tables on the CPU."""
     from diffusers import WanTransformer3DModel
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
     config = _arguments(dit_config(spec))
     module = WanTransformer3DModel(**config)
     module.condition_embedder.timesteps_proj = _Sinusoid(config["freq_dim"])
-    with torch.device("cpu"):  # its tables are computed, not loaded
+    with torch.device("cpu"):  # the tables are computed, not loaded
         module.rope = WanRotaryPosEmbed(config["attention_head_dim"], config["patch_size"], config["rope_max_seq_len"])
     return module
 
 
 class _Sinusoid(torch.nn.Module):
-    """Timesteps ``[B]`` to ``[B, width]``, as the official code has it."""
+    """Timesteps ``[B]`` → ``[B, width]``, as in the official code."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _Sinusoid(torch.nn.Module):
 
 
 def sinusoid(timesteps: torch.Tensor, width: int) -> torch.Tensor:
-    """``[B, width]`` in float32, computed in float64: cosines, then sines (wan22.md §2.3)."""
+    """Cosines, then sines ``[B, width]`` (wan22.md §2.3), computed in float64 and rounded to float32."""
     numbers = torch.arange(width // 2, dtype=torch.float64, device=timesteps.device)
     frequencies = torch.exp(numbers * (-math.log(10000) / (width // 2)))
     angles = timesteps.to(torch.float64)[:, None] * frequencies
@@ -74,7 +74,7 @@ def sinusoid(timesteps: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def time_features(timesteps: F32 | I64, width: int) -> dict[str, F32]:
-    """``[steps, width]`` in the official precision, float64, and as diffusers computes it, in float32."""
+    """Time features ``[steps, width]`` by precision: float64, as in the official code, and diffusers' float32."""
     from diffusers.models.embeddings import Timesteps
 
     times = torch.from_numpy(timesteps)
@@ -85,9 +85,9 @@ def time_features(timesteps: F32 | I64, width: int) -> dict[str, F32]:
 def timesteps_of(
     spec: ModelSpec, shape: Sequence[int], timestep: float, *, clean_first_frame: bool = False
 ) -> torch.Tensor:
-    """``[1]``, or for TI2V one of every token, ``[1, L]``: an image as first frame is at time 0 (wan22.md §2.6).
+    """Timesteps ``[1]``, or per token ``[1, L]`` for TI2V, where a clean first frame has t = 0 (wan22.md §2.6).
 
-    ``shape`` is that of the latents, ``[1, z, T, h, w]``.
+    ``shape`` is the shape of the latents, ``[1, z, T, h, w]``.
     """
     if not spec.takes.clean_first_frame:
         return torch.tensor([timestep], dtype=torch.float32)
@@ -105,7 +105,7 @@ def autoencoder(spec: ModelSpec) -> Any:
 
 
 def lower(module: Any, dtype: torch.dtype) -> None:
-    """Converts ``module`` to ``dtype`` but for what its class keeps in float32, as ``from_pretrained`` does."""
+    """Convert ``module`` to ``dtype`` except the parts that its class keeps in float32, as ``from_pretrained`` does."""
     kept = getattr(module, "_keep_in_fp32_modules", None) or ()
     for name, parameter in module.named_parameters():
         keeps = any(part in name.split(".") for part in kept)
@@ -117,12 +117,12 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fill(module: Any, checkpoint: Checkpoint, part: str, progress: Progress) -> None:
-    """Gives the meta tensors of ``module`` the checkpoint's values, as float32."""
+    """Load the checkpoint's values, as float32, into the meta tensors of ``module``."""
     names, weights, state = diffusers_names(part, checkpoint.spec), checkpoint.weights[part], {}
     for done, (official, theirs) in enumerate(names.items(), 1):
         state[theirs] = torch.from_numpy(np.array(weights.read(official), np.float32))
         progress(f"reference {part}", done, len(names), "tensors")
-    if "shared.weight" in state:  # transformers keeps the same tensor under a second name
+    if "shared.weight" in state:  # transformers has a second name for the same tensor
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False)

@@ -1,12 +1,12 @@
-"""The reference in less than float32: what the precision alone costs, without anything of ours.
+"""The reference in lower precision. It shows the precision's own error, without any of our code.
 
-16 bits are diffusers' and transformers' own: weights, activations and the residual stream in that type, the modules
-that they keep in float32 kept there. PyTorch has no FP8 transformer to compare with, so FP8 is the plain recipe put
-around those modules: every matrix of a block with one scale, its inputs with one per token, 16 bits around it; for FP8
-attention the recipe of SageAttention (arXiv 2410.02367) with one scale per tensor. What is kept higher in a bundle by
-choice, single blocks or linears, is not kept higher here.
+16-bit precisions are those of diffusers and transformers: weights, activations and the residual stream use that dtype,
+and the modules that the libraries keep in float32 stay there. PyTorch has no FP8 transformer to compare with, so those
+modules get a plain recipe: one scale per matrix of a block, one per token of its input, and 16 bits elsewhere. FP8
+attention follows SageAttention (arXiv 2410.02367) with one scale per tensor. Blocks or linears that a bundle keeps in
+higher precision by choice are not kept higher here.
 
-Convolutions on the CPU can be made oneDNN's, which changes how long they take and not what they compute.
+Convolutions on the CPU can use oneDNN. This changes their speed, not the formula.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +23,17 @@ FLOAT8 = torch.float8_e4m3fn
 DTYPES = {Number.FP32: torch.float32, Number.BF16: torch.bfloat16, Number.FP16: torch.float16}
 LARGEST = torch.finfo(FLOAT8).max
 SMALLEST_SCALE = 1e-12
-QUERIES_AT_ONCE = 1024  # rows of an attention matrix in memory
-ONLY_FOR_FP16 = frozenset({"wo"})  # transformers keeps umt5's feed-forward in float32 where float16 would overflow
+QUERIES_AT_ONCE = 1024  # rows of the attention matrix held in memory at once
+ONLY_FOR_FP16 = frozenset({"wo"})  # transformers keeps UMT5's "wo" in float32 only because float16 would overflow
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """The type of what is not FP8."""
+    """The dtype of everything that is not FP8."""
     return DTYPES[precision.wide.linears]
 
 
-def lowered(module: Any, precision: Precision) -> Any:
-    """``module``, whose weights are float32, for computing in ``precision``; changed in place."""
+def lower_precision(module: Any, precision: Precision) -> Any:
+    """Convert the float32 ``module`` to ``precision`` in place, and return it."""
     dtype = dtype_of(precision)
     kept = set(module._keep_in_fp32_modules or ()) - (ONLY_FOR_FP16 if dtype == torch.bfloat16 else set())
     if precision.linears is Number.FP8:
@@ -53,7 +53,7 @@ def _quantise_linears(module: Any) -> None:
 
 
 class Fp8Linear(torch.nn.Module):
-    """A linear that multiplies FP8 numbers exactly; the matrix has one scale, every token its own."""
+    """A linear layer that multiplies FP8 values exactly, with one scale for the matrix and one per token."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         super().__init__()
@@ -62,32 +62,31 @@ class Fp8Linear(torch.nn.Module):
         self.bias = torch.nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in] → [..., out]`` in the type of ``x``."""
+        """``[..., in]`` → ``[..., out]`` in the dtype of ``x``."""
         values, scale = _through_fp8(x.float(), -1)
         product = functional.linear(values, self.weight.float()) * (scale * self.scale)
         return (product + self.bias.float()).to(x.dtype)
 
 
 def attention_of(precision: Precision) -> AbstractContextManager[Any]:
-    """Inside its ``with`` block attention is computed in ``precision``."""
+    """A context in which attention is computed in ``precision``."""
     if precision.attention is not Number.FP8:
         return nullcontext()
     return _Instead(functional.scaled_dot_product_attention, _fp8_attention)
 
 
 def onednn_convolutions() -> AbstractContextManager[Any]:
-    """Inside its ``with`` block, ``torch.conv3d`` of float32 tensors on the CPU is oneDNN's, where torch has it.
+    """A context in which ``torch.conv3d`` of float32 tensors on the CPU uses oneDNN, if torch has it.
 
-    For small float32 convolutions (channels times frames times rows up to 20480) torch's dispatcher takes its own
-    im2col kernel, which is right for a tiny tensor and takes most of the time of a validation on small videos.
-    oneDNN's kernel is the one that the same call reaches for videos of ordinary size. The formula is the same, the
-    order of additions is not.
+    For small float32 convolutions (channels × frames × rows up to 20480) torch's dispatcher picks its own im2col
+    kernel, which is slow enough to dominate a validation on small videos. For videos of ordinary size the same call
+    reaches oneDNN's kernel. The formula is the same; only the order of additions differs.
     """
     return _Instead(torch.conv3d, _convolution)
 
 
 class _Instead(TorchFunctionMode):
-    """Inside its ``with`` block, calls of ``function`` are calls of ``instead``."""
+    """A context in which calls of ``function`` go to ``instead``."""
 
     def __init__(self, function: Callable[..., Any], instead: Callable[..., Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -113,9 +112,9 @@ def _convolution(*args: Any, **kwargs: Any) -> Any:
 
 
 def _fp8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-    """``scaled_dot_product_attention`` without a mask, of numbers rounded to FP8; tensors are ``[B, heads, L, head]``.
+    """Unmasked ``scaled_dot_product_attention`` of values rounded to FP8; tensors are ``[B, heads, L, head]``.
 
-    K is taken without its mean over the tokens, V has a scale per channel.
+    K loses its mean over the tokens; V has one scale per channel.
     """
     centred = key.float() - key.float().mean(dim=-2, keepdim=True)
     q, q_scale = _through_fp8(query.float(), None)
@@ -130,7 +129,7 @@ def _fp8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
 
 
 def _through_fp8(x: torch.Tensor, axis: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` over its scale, rounded to FP8 and back; the scale is one of all ``x``, or one along ``axis``."""
+    """``x`` divided by its scale and rounded to FP8, as float32, and the scale: one for ``x`` or one along ``axis``."""
     scale = _scale(x, axis)
     return (x / scale).clamp(-LARGEST, LARGEST).to(FLOAT8).float(), scale
 

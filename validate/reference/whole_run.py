@@ -1,9 +1,9 @@
-"""A whole run of the PyTorch side: diffusers' schedulers around the reference's models, noise of a torch generator.
+"""An end-to-end run of the PyTorch side: diffusers' schedulers, the reference's models, noise from a torch generator.
 
-The official schedule is not one of diffusers' own (wan22.md §5.2), but its UniPC and Euler schedulers take a grid of
-sigmas to shift, and given the official grid they end at the official list. Its DPM++ takes none; there both lists
-are set over what it computed. ``set_begin_index`` makes the schedulers count steps: they would otherwise look a step
-up by its timestep, and a long, strongly shifted list has the same integer twice.
+diffusers does not have the official schedule (wan22.md §5.2), but its UniPC and Euler schedulers accept a grid of
+sigmas, and the official grid yields the official schedule. Its DPM++ accepts none, so its sigmas and timesteps are
+overwritten. ``set_begin_index`` makes the schedulers count steps. Otherwise they look up a step by its timestep, which
+is ambiguous: in a long, strongly shifted schedule an integer timestep occurs twice.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +16,14 @@ import torch
 from runtime.request import CompleteRequest
 from validate.reference.boundary import expert_of
 from validate.reference.parts import F32, I64
-from validate.reference.reference import NOTHING, Given, Reference
+from validate.reference.reference import NO_IMAGE, ImageInputs, Reference
 from wan22.sampling import SolverName
 from wan22.specs import TRAIN_TIMESTEPS
 
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    """Step ``index`` of the reference's run; latents ``[1, z, T, h, w]`` before and after it, guided velocity."""
+    """Step ``index`` of the reference's run: latents ``[1, z, T, h, w]`` before and after it, guided velocity."""
 
     index: int
     timestep: float
@@ -31,30 +31,36 @@ class ReferenceStep:
     before: F32
     after: F32
     velocity: F32
-    problem: str = ""  # what of this step was the first to hold NaN or infinity
+    problem: str = ""  # names the first tensor of this step with NaN or infinity
 
 
 class Models(Protocol):
-    """What a run of the reference asks of a model."""
+    """The interface that a run of the reference needs."""
 
-    boundary: float | None  # as the checkpoint states it
+    boundary: float | None  # from the checkpoint
 
-    def velocity(self, expert: str, latents: F32, timestep: float, text: F32, given: Given = ...) -> F32:
-        """As :meth:`validate.reference.reference.Reference.velocity`."""
+    def velocity(self, expert: str, latents: F32, timestep: float, text: F32, image_inputs: ImageInputs = ...) -> F32:
+        """See :meth:`validate.reference.reference.Reference.velocity`."""
         ...
 
 
-def noise(shape: tuple[int, ...], seed: int) -> F32:
-    """Initial latents of a run on the CPU."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    values: F32 = torch.randn(shape, generator=generator).numpy()
+def initial_noise(request: CompleteRequest) -> F32:
+    """The initial latents: the request's own, or those of torch's CPU generator."""
+    if request.noise is not None:
+        return request.noise
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    values: F32 = torch.randn(request.latent_shape, generator=generator).numpy()
     return values
 
 
 def run(
-    reference: Reference, request: CompleteRequest, text: F32, negative: F32 | None, given: Given = NOTHING
+    reference: Reference,
+    request: CompleteRequest,
+    text: F32,
+    negative: F32 | None,
+    image_inputs: ImageInputs = NO_IMAGE,
 ) -> Iterator[ReferenceStep]:
-    """As :func:`guided`, with diffusers' scheduler."""
+    """Run :func:`guided_run` with diffusers' scheduler."""
     scheduler = scheduler_for(request)
     fresh = torch.Generator("cpu").manual_seed((request.seed + 1) % 2**64)
     drawing = {"generator": fresh} if request.solver == "renoise" else {}
@@ -64,55 +70,55 @@ def run(
         stepped: F32 = scheduler.step(*tensors, return_dict=False, **drawing)[0].numpy()
         return stepped
 
-    return guided(reference, request, scheduler.timesteps.tolist(), step, (text, negative), given)
+    return guided_run(reference, request, scheduler.timesteps.tolist(), step, (text, negative), image_inputs)
 
 
-def guided(
+def guided_run(
     models: Models,
     request: CompleteRequest,
     timesteps: Sequence[float],
     step: Callable[[F32, int, F32], F32],
     texts: tuple[F32, F32 | None],
-    given: Given,
+    image_inputs: ImageInputs,
 ) -> Iterator[ReferenceStep]:
-    """Denoises from noise, yielding after every step; a frame that is given is put back after each, as officially.
+    """Denoise from noise and yield every step. A clean first frame is restored after each, as in the official code.
 
     Args:
-        models: what computes velocities.
+        models: compute the velocities.
         request: seed, shape and guidance of the run.
-        timesteps: one a step.
-        step: latents after a step, of velocity, index of the step and latents before it.
-        texts: with and without the prompt, ``[1, 512, text width]``; a run without guidance needs no second one.
-        given: what comes of an image.
+        timesteps: one per step.
+        step: returns the latents after a step from the velocity, the index and the latents before it.
+        texts: embeddings ``[1, 512, text width]`` of the prompt and of the negative prompt; None without guidance.
+        image_inputs: what the image adds to the inputs; empty for text to video.
     """
     text, negative = texts
-    latents = _with_first_frame(noise(request.latent_shape, request.seed), given)
+    latents = _with_first_frame(initial_noise(request), image_inputs)
     for index, t in enumerate(map(float, timesteps)):
         expert = expert_of(models.boundary, request, index, t)
-        velocity = models.velocity(expert, latents, t, text, given)
-        problem = "" if np.isfinite(velocity).all() else _named(f"velocity of {expert}", index, request, t)
+        velocity = models.velocity(expert, latents, t, text, image_inputs)
+        problem = "" if np.isfinite(velocity).all() else _describe_problem(f"velocity of {expert}", index, request, t)
         if negative is not None and (scale := request.guidance[expert]) != 1:
-            unconditional = models.velocity(expert, latents, t, negative, given)
+            unconditional = models.velocity(expert, latents, t, negative, image_inputs)
             velocity = unconditional + np.float32(scale) * (velocity - unconditional)
-        after = _with_first_frame(step(velocity, index, latents), given)
+        after = _with_first_frame(step(velocity, index, latents), image_inputs)
         if not problem and not np.isfinite(after).all():
-            problem = _named("latents", index, request, t)
+            problem = _describe_problem("latents", index, request, t)
         yield ReferenceStep(index, t, expert, latents, after, velocity, problem)
         latents = after
 
 
-def _named(tensor: str, index: int, request: CompleteRequest, timestep: float) -> str:
+def _describe_problem(tensor: str, index: int, request: CompleteRequest, timestep: float) -> str:
     return f"reference: {tensor} in step {index + 1} of {request.steps} (t = {timestep:g}) has NaN or infinity"
 
 
-def _with_first_frame(latents: F32, given: Given) -> F32:
-    if given.first_frame is None:
+def _with_first_frame(latents: F32, image_inputs: ImageInputs) -> F32:
+    if image_inputs.first_frame is None:
         return latents
-    return np.concatenate([given.first_frame, latents[:, :, 1:]], axis=2)
+    return np.concatenate([image_inputs.first_frame, latents[:, :, 1:]], axis=2)
 
 
 def scheduler_for(request: CompleteRequest) -> Any:
-    """One of diffusers' schedulers with ``.sigmas`` [N+1] and ``.timesteps`` [N] set for this run."""
+    """A diffusers scheduler with ``.sigmas`` [N+1] and ``.timesteps`` [N] set for this run."""
     official, steps = request.schedule == "official", request.steps
     scheduler = _scheduler(request.solver, 1.0 if request.sigmas else request.shift)
     if request.sigmas:
@@ -120,7 +126,7 @@ def scheduler_for(request: CompleteRequest) -> Any:
     elif not official:
         scheduler.set_timesteps(steps)
     elif request.solver == "unipc":
-        top = float(np.float32(1 - 1 / TRAIN_TIMESTEPS))  # the official code reads it back from a float32 table
+        top = float(np.float32(1 - 1 / TRAIN_TIMESTEPS))  # the official code reads this value from a float32 table
         scheduler.set_timesteps(sigmas=np.linspace(top, 0, steps + 1)[:-1])
     elif request.solver in ("euler", "renoise"):
         scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
@@ -149,13 +155,13 @@ def _set_list(scheduler: Any, request: CompleteRequest) -> None:
 
 
 def _overwrite(scheduler: Any, grid: np.ndarray, shift: float) -> None:
-    """Sets the sigmas that ``grid`` (float64) is shifted to, and their timesteps cut to integers."""
+    """Set the sigmas to the shifted ``grid`` (float64), and the timesteps to their truncated integers."""
     sigmas = shift * grid / (1 + (shift - 1) * grid)
     scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
     scheduler.timesteps = torch.from_numpy((sigmas * TRAIN_TIMESTEPS).astype(np.int64))
 
 
-def lists(request: CompleteRequest) -> tuple[F32, F32 | I64]:
+def sigmas_and_timesteps(request: CompleteRequest) -> tuple[F32, F32 | I64]:
     """Sigmas [N+1] and timesteps [N] of the reference; timesteps are integers for UniPC and DPM++."""
     scheduler = scheduler_for(request)
     return scheduler.sigmas.numpy(), scheduler.timesteps.numpy()

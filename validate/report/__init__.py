@@ -1,1 +1,1 @@
-"""The verdict of a validation as HTML, JSON, Markdown and JUnit."""
+"""The verdict of a validation as HTML, JSON, Markdown and JUnit XML."""

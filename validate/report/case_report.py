@@ -1,4 +1,4 @@
-"""What one run of a validation found."""
+"""The results of one case of a validation."""
 
 import math
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from validate.plots import Filmstrip, Picture, filmstrip, frame_picture
 
 if TYPE_CHECKING:
     from validate.cases import Case
-    from validate.ladder.comparison import Climb
+    from validate.ladder.comparison import Comparison
 
 
 @dataclass(frozen=True)
 class CaseReport:
-    """Rows in the ladder's order; ``command`` makes this run alone. Pictures where both sides came to an end."""
+    """Rows in the ladder's order; ``command`` repeats this case alone. Pictures exist only if both runs finished."""
 
     rows: tuple[Row, ...]
     number: int = 1
@@ -28,8 +28,8 @@ class CaseReport:
     worst_frame: Picture | None = None
 
     @classmethod
-    def of(cls, case: "Case", climb: "Climb", rows: tuple[Row, ...]) -> Self:
-        request, ours, theirs = climb.request, climb.our_frames, climb.reference_frames
+    def of(cls, case: "Case", comparison: "Comparison", rows: tuple[Row, ...]) -> Self:
+        request, ours, theirs = comparison.request, comparison.our_frames, comparison.reference_frames
         strip = None if ours is None else filmstrip(ours, theirs)
         worst = None
         if ours is not None and strip is not None:
@@ -43,17 +43,17 @@ class CaseReport:
 
     @property
     def steps(self) -> list[Row]:
-        """The rows of the run, in order."""
+        """The rows of the denoising steps, in order."""
         return [row for row in self.rows if row.step is not None]
 
     def found(self, subject: str, measure: str) -> float:
-        """Of the last row about ``subject`` that has it; NaN where there is none."""
+        """The value of ``measure`` in the last row about ``subject`` that has one, else NaN."""
         values = [getattr(row.metrics, measure) for row in self.rows if row.subject == subject]
         stated = [value for value in values if value is not None]
         return float(stated[-1]) if stated else math.nan
 
     @property
     def badness(self) -> tuple[int, float]:
-        """Larger is worse: failed checks, then the error of the video; one without video is the worst of all."""
+        """A sort key, larger is worse: failed checks, then the error of the video. A missing video is the worst."""
         psnr = self.found("frames", "psnr_db")
         return len(self.failed), math.inf if math.isnan(psnr) else -psnr

@@ -1,7 +1,8 @@
-"""What was compared, in the words of the report."""
+"""The report's description of what was compared and how."""
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.request import CompleteRequest
@@ -10,6 +11,7 @@ from validate.ladder.onnx_side import how_made
 from validate.options import ValidateOptions
 from validate.reference.device import Device
 from wan22.bundle import Manifest
+from wan22.quantities import counted, video_text
 from wan22.specs import Precision
 
 if TYPE_CHECKING:
@@ -23,9 +25,9 @@ def facts(
     options: ValidateOptions,
     device: Device,
 ) -> dict[str, str]:
-    """What was compared, by the label that the report prints it under.
+    """Describe the comparison: the label that the report prints → text.
 
-    The ``requests`` differ in prompt, image and seed.
+    The ``requests`` differ only in prompt, image and seed.
     """
     build, request = manifest.build, requests[0]
     higher = [f"{c.name} {c.precision}: {c.why_higher}" for c in manifest.components if c.why_higher]
@@ -35,15 +37,15 @@ def facts(
         "model": manifest.spec.name,
         "precision": "; ".join((str(manifest.precision), *higher)),
         **({"target": build.target, "backend": f"{build.backend} {build.backend_version}"} if build else {}),
-        "checkpoint": f"{checkpoint.folder} ({checkpoint.source.layout} layout)",
+        "checkpoint": f"{_where(checkpoint)} ({checkpoint.source.layout} layout)",
         "fingerprint": checkpoint.source.fingerprint,
         **({"LoRAs": "; ".join(loras)} if loras else {}),
-        "video": f"{request.width}x{request.height}, {request.frames} frames",
+        "video": video_text(request.width, request.height, request.frames),
         **dict(_images(options, request)),
-        "prompt": _all([each.prompt for each in requests], "prompts, told case by case"),
+        "prompt": _all([each.prompt for each in requests], "prompts: see each case"),
         "negative prompt": request.negative_prompt,
-        "sampling": f"{request.solver}, {request.schedule} schedule, {request.steps} steps, shift {request.shift:g}, "
-        f"{_seeds(requests)}, guidance {guidance}{_switch(request)}",
+        "sampling": f"{request.solver}, {request.schedule} schedule, {counted(request.steps, 'step')}, "
+        f"shift {request.shift:g}, {_seeds(requests)}, guidance {guidance}{_switch(request)}",
         "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in _ways(manifest).items()),
         "reference": _reference(manifest, device),
         **dict(second_reference(options, request)),
@@ -55,10 +57,10 @@ def facts(
     }
 
 
-def _all(values: Sequence[str], told: str) -> str:
+def _all(values: Sequence[str], plural: str) -> str:
     """The value that all cases share, or how many there are."""
     different = list(dict.fromkeys(values))
-    return different[0] if len(different) == 1 else f"{len(different)} {told}"
+    return different[0] if len(different) == 1 else f"{len(different)} {plural}"
 
 
 def _seeds(requests: Sequence[CompleteRequest]) -> str:
@@ -67,45 +69,52 @@ def _seeds(requests: Sequence[CompleteRequest]) -> str:
 
 
 def _switch(request: CompleteRequest) -> str:
-    """Where the experts change, if the request says so and not the model."""
+    """The switch between the experts, if the request overrides the model's."""
     if request.switch_step is not None:
-        return f", {request.switch_step} steps of the high-noise expert"
+        return f", {counted(request.switch_step, 'step')} of the high-noise expert"
     return "" if request.boundary is None else f", boundary {request.boundary:g}"
 
 
 def _machine() -> str:
     found = machine()
-    told = f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB"
-    return ", ".join(filter(None, (told, found["gpu"], found["system"])))
+    host = f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB"
+    return ", ".join(filter(None, (host, found["gpu"], found["system"])))
 
 
 def _ways(manifest: Manifest) -> dict[str, list[str]]:
-    """The components by how their numbers are made."""
+    """How the numbers are made → the components that are made so."""
     made = how_made(manifest)
     return {way: [name for name, its in made.items() if its == way] for way in dict.fromkeys(made.values())}
 
 
 def _reference(manifest: Manifest, device: Device) -> str:
     low = sorted({str(c.precision) for c in manifest.components if c.precision is not Precision.FP32})
-    beside = f", and in {' and '.join(low)} where the bundle is" if low else ""
+    also = f", and in {' and '.join(low)} where the bundle is" if low else ""
     where = "CPU" if device == "cpu" else "GPU"
-    return f"PyTorch in fp32 on the {where}, with the official float64 sinusoid of the timestep{beside}"
+    return f"PyTorch in fp32 on the {where}, with the official float64 sinusoid of the timestep{also}"
 
 
 def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
-    """Label and description of the official code, where there is a clone of it."""
-    from validate.reference.official import commit_of, makes
+    """Yield label and description of the official code, if a clone is given."""
+    from validate.reference.official import can_run, commit_of
 
     if options.official_repo is not None:
         at = commit_of(options.official_repo)
-        told = f"the code at {options.official_repo}{at and f', commit {at}'}, fp32 on the CPU"
-        if not makes(request):
-            told += f"; it has no {request.solver} with the {request.schedule} schedule: no run of its own is compared"
-        yield "second reference", told
+        description = f"the code at {options.official_repo}{at and f', commit {at}'}, fp32 on the CPU"
+        if not can_run(request):
+            description += (
+                f"; it has no {request.solver} with the {request.schedule} schedule, so its run is not compared"
+            )
+        yield "second reference", description
+
+
+def _where(checkpoint: "Checkpoint") -> str:
+    """The folder of the checkpoint, or its files if they were named individually."""
+    return str(checkpoint.folder) if checkpoint.folder != Path() else checkpoint.source.checkpoint
 
 
 def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
-    """Label and description of every image of the request."""
+    """Yield label and description of every image of the request."""
     for label, source, image in (
         ("image", options.request.image, request.image),
         ("last image", options.request.last_image, request.last_image),

@@ -1,4 +1,4 @@
-"""What a report holds beside parity: the bundle, a bench, the compiler's kernels, and the gates on all of it."""
+"""Attachments of a report: the bundle, a bench, the compiler's kernels, and the gates on all of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from wan22.specs import ModelSpec
 
 
 @dataclass(frozen=True)
-class Attached:
-    gates: tuple[Gate, ...] = ()  # on what a validation measures
-    bench_gates: tuple[Gate, ...] = ()  # judged where there is a bench
+class Attachments:
+    gates: tuple[Gate, ...] = ()  # on the measurements of a validation
+    bench_gates: tuple[Gate, ...] = ()  # judged only if there is a bench
     bench: Mapping[str, Any] | None = None  # the JSON of ``wan-trt bench``
-    fusion: tuple[Mapping[str, Any], ...] = ()  # of every engine, as ``wan-trt inspect --json`` has it
+    fusion: tuple[Mapping[str, Any], ...] = ()  # one summary per engine, as in ``wan-trt inspect --json``
     why_no_fusion: str = ""
     manifest: Manifest | None = None
 
@@ -33,27 +33,27 @@ class Attached:
 
     @property
     def not_judged(self) -> str:
-        """What of the gate file this report says nothing about."""
+        """Names the gates that this report cannot judge; empty if it judges all."""
         if self.bench is not None or not self.bench_gates:
             return ""
         return f"{len(self.bench_gates)} of [bench] not judged, no --bench given"
 
 
-def attached(bundle: Bundle, options: ValidateOptions) -> Attached:
-    """Reads everything before the long work.
+def read_attachments(bundle: Bundle, options: ValidateOptions) -> Attachments:
+    """Read all attachments before the long work starts.
 
     Raises:
-        UserError: a gate file or a bench that cannot be read, unknown names in it, a bench of another model.
+        UserError: a gate file or bench is unreadable or has unknown names, or the bench is of another model.
     """
     manifest = bundle.manifest
     bench = None if options.bench is None else _bench_of(options.bench, manifest)
     gates = () if options.gate is None else _gates(options.gate, manifest.spec, with_bench=bench is not None)
     fusion, why = _fusion(bundle)
-    return Attached(*(gates or ((), ())), bench, fusion, why, manifest)
+    return Attachments(*(gates or ((), ())), bench, fusion, why, manifest)
 
 
 def _gates(path: Path, spec: ModelSpec, *, with_bench: bool) -> tuple[tuple[Gate, ...], tuple[Gate, ...]]:
-    """The gates of both tables, whose names are checked whether this run judges them or not."""
+    """The gates of both tables. All names are checked, even those that this run does not judge."""
     from validate.report.worst import known
 
     of_bench: tuple[Gate, ...] = ()
@@ -65,28 +65,28 @@ def _gates(path: Path, spec: ModelSpec, *, with_bench: bool) -> tuple[tuple[Gate
 
 
 def _bench_of(path: Path, manifest: Manifest) -> Mapping[str, Any]:
-    """The JSON that ``wan-trt bench`` printed last or wrote to a file.
+    """Read the JSON that ``wan-trt bench`` printed or wrote.
 
     Raises:
-        UserError: no such file, something else in it, or a bench of another model, precision or target.
+        UserError: the file is missing, is not a bench, or is of another model, precision or target.
     """
     found, build = read_bench(path), manifest.build
     measured = [found["model"], found["precision"]]
     ours = [manifest.spec.name, str(manifest.precision)]
-    if build is not None:  # a bundle of graphs may be beside a bench of any engines made of it
+    if build is not None:  # a bundle of graphs accepts a bench of any engines built from it
         measured.append(found["conditions"].get("target"))
         ours.append(build.target)
     if measured != ours:
-        raise UserError(f"bench {path}: of {_described(measured)}", _described(ours), "bench this bundle")
+        raise UserError(f"bench {path}: of {_describe(measured)}", _describe(ours), "bench this bundle")
     return found
 
 
-def _described(facts: Sequence[Any]) -> str:
+def _describe(facts: Sequence[Any]) -> str:
     return " in ".join(map(str, facts[:2])) + "".join(f" for {target}" for target in facts[2:])
 
 
 def _fusion(bundle: Bundle) -> tuple[tuple[Mapping[str, Any], ...], str]:
-    """What the compiler made of the graphs, or why there is nothing to show."""
+    """The summaries of the compiled engines, or the reason why there are none."""
     from engines.inspect.inspection import inspect_engines
 
     build = bundle.manifest.build

@@ -1,4 +1,4 @@
-"""What was compared, and the verdict on it; on disk a page, JSON for programs, Markdown and JUnit for pipelines."""
+"""The verdict of a validation; on disk an HTML page, JSON for programs, Markdown and JUnit XML for CI."""
 
 import math
 import tempfile
@@ -8,18 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from validate.gate import Verdict, judge, marked
+from validate.gate import Verdict, check_mark, judge
 from validate.ladder.row import Row
 from validate.report.case_report import CaseReport
-from validate.report.extras import Attached
+from validate.report.extras import Attachments
 from validate.report.text import line
 from validate.report.to_html import as_html
 from validate.report.to_json import as_json
 from validate.report.to_junit import as_junit
 from validate.report.to_markdown import as_markdown
-from validate.report.worst import FAILED, measured
+from validate.report.worst import FAILED, worst_values
 from wan22.errors import UserError
 from wan22.files import Claim, claim, write_files
+from wan22.quantities import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """All rows of all cases, true when every one passed and every gate is kept.
+    """The rows of all cases; true if there are any, all pass and every gate holds.
 
-    ``facts`` says what was compared, in the order to print.
+    ``facts`` describes the comparison, label → text, in print order.
     """
 
     cases: tuple[CaseReport, ...]
     facts: dict[str, str]
-    attached: Attached = field(default_factory=Attached)
+    attached: Attachments = field(default_factory=Attachments)
 
     def __bool__(self) -> bool:
         return bool(self.rows) and not self.failed and all(self.verdicts)
@@ -49,17 +50,17 @@ class ValidationReport:
 
     @cached_property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """Of the gates, those on the bench last."""
-        ours = (self._placed(verdict) for verdict in judge(self.attached.gates, measured(self.rows)))
+        """The verdicts on the gates; gates on the bench come last."""
+        ours = (self._with_case(verdict) for verdict in judge(self.attached.gates, worst_values(self.rows)))
         of_bench = () if self.attached.bench is None else self.attached.bench_gates
         return (*ours, *judge(of_bench, self.attached.bench_measured))
 
-    def _placed(self, verdict: Verdict) -> Verdict:
-        """With the case that the worst number comes from; a sum over cases has none."""
+    def _with_case(self, verdict: Verdict) -> Verdict:
+        """Add the case that has the worst value. A sum over cases has no such case."""
         name = verdict.gate.measurement
         if len(self.cases) == 1 or verdict.found is None or name == FAILED:
             return verdict
-        found = {case.number: its[name] for case in self.cases if name in (its := measured(case.rows))}
+        found = {case.number: its[name] for case in self.cases if name in (its := worst_values(case.rows))}
         guilty = next(number for number, value in found.items() if value == verdict.found or math.isnan(value))
         return replace(verdict, where=f"case {guilty}")
 
@@ -82,7 +83,7 @@ class ValidationReport:
 
     @property
     def first_not_finite(self) -> Row | None:
-        """The row that met the first NaN or infinity: of the inputs, then of the runs, then of anything."""
+        """The first row with NaN or infinity: inputs come first, then the runs, then all others."""
         met = [row for row in self.rows if "NaN" in row.metrics.problem]
         return min(met, key=lambda row: (row.case, _depth(row)), default=None)
 
@@ -90,14 +91,15 @@ class ValidationReport:
         """The verdict in one line."""
         if not self.rows:
             return "nothing was checked"
-        return "; ".join((*self._told_of_rows(), *(f"gate missed: {verdict}" for verdict in self.missed)))
+        return "; ".join((*self._row_sentences(), *(f"gate missed: {verdict}" for verdict in self.missed)))
 
-    def _told_of_rows(self) -> Iterator[str]:
+    def _row_sentences(self) -> Iterator[str]:
         if not self.failed:
-            yield f"{len(self.rows)} of {len(self.rows)} checks passed"
+            yield f"{len(self.rows)} of {counted(len(self.rows), 'check')} passed"
             return
         first, step, bad = self.failed[0], self.first_diverging_step, self.first_not_finite
-        yield f"{len(self.failed)} of {len(self.rows)} checks failed, the first: {first.name} ({first.component})"
+        failed = f"{len(self.failed)} of {counted(len(self.rows), 'check')} failed"
+        yield f"{failed}, the first: {first.name} ({first.component})"
         if step is not None:
             yield f"first diverging step: {step.step}, t = {step.timestep:g}, {step.component}"
         if bad is not None:
@@ -106,15 +108,19 @@ class ValidationReport:
             yield f"worst case: {self.worst_case.number}"
 
     def table(self) -> "Table":
-        """The rows for a terminal; of several cases only what failed beyond the first."""
+        """The rows for a terminal, by component: all rows of the first case, only failed rows of the others."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table("", "check", "component", "found", "limit", "margin")
+        table, component = Table("", "check", "found", "limit", "margin"), ""
         for row in self.rows:
             if row.case == 1 or not row.passed:
+                if row.component != component:
+                    component = row.component
+                    table.add_row("", Text(component, "bold"))
                 shown = line(row)
                 name = row.name if row.case == 1 else f"case {row.case}: {row.name}"
-                table.add_row(marked(row.passed), name, row.component, shown.found, shown.limit, shown.margin)
+                table.add_row(check_mark(row.passed), name, shown.found, shown.limit, shown.margin)
         return table
 
 
@@ -125,10 +131,10 @@ def _depth(row: Row) -> int:
 
 
 def write_report(report: ValidationReport, claimed: Claim) -> None:
-    """Writes the report's files beside the claimed ``report.json``, over those of an earlier one.
+    """Write all files of the report into the folder of ``claimed``, replacing those of an earlier report.
 
     Raises:
-        UserError: they cannot be written there; they are in a temporary folder then, which the error names.
+        UserError: the files cannot be written there. They are then in a temporary folder that the error names.
     """
     files = {
         "report.json": lambda: as_json(report),
@@ -143,4 +149,4 @@ def write_report(report: ValidationReport, claimed: Claim) -> None:
         with claim(spare / "report.json") as other:
             write_files(other, files)
         found = error.found if isinstance(error, UserError) else f"cannot write the report: {error.strerror}"
-        raise UserError(found, f"a place for the report, which is in {spare}", "copy it from there") from error
+        raise UserError(found, f"a writable folder; the report is in {spare}", "copy it from there") from error

@@ -1,10 +1,11 @@
-"""How a row of the ladder is put into words, the same in the terminal and on the page."""
+"""The wording of the ladder's rows, shared by the terminal, the page, Markdown and JUnit XML."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
-from validate.gate import Verdict
+from validate.gate import Verdict, distinct_text
 from validate.ladder.metrics import Metrics
 from validate.ladder.row import InPrecision, Row
 from validate.ladder.thresholds import Limit, Measure
@@ -18,39 +19,39 @@ class Line:
     found: str
     limit: str
     margin: str
-    others: str  # the measures that the limit is not about
-    precision: str  # what the precision costs by itself
+    others: str  # the measures that have no limit here
+    precision: str  # the error that the precision alone causes
 
 
 def line(row: Row) -> Line:
-    found = measure_text(row.limit.measure, row.limit.found(row.metrics))
-    low = "" if row.in_precision is None else precision(row.in_precision)
+    found = distinct_text(row.limit.found(row.metrics), row.limit.value, partial(measure_text, row.limit.measure))
+    low = "" if row.in_precision is None else precision_text(row.in_precision)
     return Line(row, found, limit_text(row.limit), margin(row), others(row.metrics, row.limit.measure), low)
 
 
-def precision(found: InPrecision) -> str:
-    """Where no number of ours is in it: the reference in the lower precision; and what is left between the two."""
+def precision_text(found: InPrecision) -> str:
+    """The error of the reference in the lower precision, and the distance of ours from that reference."""
     alone, between = (
         metrics.problem or f"{number(metrics.relative_l2)} rel L2" for metrics in (found.alone, found.between)
     )
     return f"PyTorch in {found.precision}: {alone} from its float32; ours from that: {between}"
 
 
-def number(value: float) -> str:
-    """Two significant digits, with words for the extremes."""
+def number(value: float, more: int = 0) -> str:
+    """Format with two significant digits plus ``more``; NaN becomes words, infinity a sign."""
     if math.isnan(value):
         return "not a number"
     if value == 0:
         return "0"
     if math.isinf(value):
         return "∞"
-    return f"{value:.1f}" if 1 <= abs(value) < 1e4 else f"{value:.1e}"
+    return f"{value:.{1 + more}f}" if 1 <= abs(value) < 1e4 else f"{value:.{1 + more}e}"
 
 
-def measure_text(measure: Measure, value: float) -> str:
-    """As :func:`number`, but as fine as the measure wants it near 1."""
+def measure_text(measure: Measure, value: float, more: int = 0) -> str:
+    """Format as :func:`number`, with more digits for measures whose values lie near 1."""
     digits = {"ssim": 6, "excess": 2}.get(measure)
-    return f"{value:.{digits}f}" if digits and math.isfinite(value) else number(value)
+    return f"{value:.{digits + more}f}" if digits and math.isfinite(value) else number(value, more)
 
 
 def limit_text(limit: Limit) -> str:
@@ -68,7 +69,7 @@ def limit_text(limit: Limit) -> str:
 
 
 def margin(row: Row) -> str:
-    """How far the row is from its limit."""
+    """The distance of the row from its limit, in words."""
     found, limit = row.limit.found(row.metrics), row.limit.value
     if math.isnan(found):
         return "cannot be compared"
@@ -98,13 +99,13 @@ def others(metrics: Metrics, measure: str) -> str:
 
 
 def verdict_words(verdict: Verdict) -> tuple[str, str]:
-    """What was found and what is allowed."""
+    """The measured value and the limit."""
     sign = "≥" if verdict.gate.bound == "min" else "≤"
     return verdict.found_in_words, f"{sign} {verdict.gate.limit:g}"
 
 
 def by_section(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
-    """The rows by their subject, in the order in which the subjects begin."""
+    """The rows by section, in the order in which the sections first appear."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(section_title(row), []).append(row)

@@ -1,4 +1,4 @@
-"""The report as a page that stands alone: no network, no script, pictures inside; for phones, light and dark."""
+"""The report as a self-contained page: no network, no scripts, embedded pictures, responsive, light and dark."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from validate.ladder.metrics import why_no_lpips
 from validate.ladder.row import Row
 from validate.plots import drift_plot, in_all_themes
 from validate.report.text import Line, by_section, limit_text, line, number, verdict_words
+from wan22.quantities import counted
 
 if TYPE_CHECKING:
     from validate.report.case_report import CaseReport
@@ -27,11 +28,11 @@ def as_html(report: "ValidationReport") -> str:
         "shown": case,
         "sections": sections(report),
         "plots": in_all_themes(partial(drift_plot, case.steps)) if case.steps else {},
-        "lights": lights(report),
+        "lights": status_lights(report),
         "headlines": headlines(case),
         "reasons": reasons(report.rows),
         "compared": "Graphs" if report.attached.uncompiled else "Engines",
-        "apart": apart(report.rows),
+        "apart": precision_losses(report.rows),
         "latency_columns": LATENCY_COLUMNS,
         "latency": latency(report.attached.bench) if report.attached.bench else None,
         "no_lpips": why_no_lpips(),
@@ -49,7 +50,7 @@ HEADLINES = {
 
 
 def headlines(case: "CaseReport") -> dict[str, Line]:
-    """By label, what a release is judged by first: the end of the run and the video."""
+    """The rows that decide a release, by label: the end of the run and the video."""
     found = {}
     for subject, label in HEADLINES.items():
         rows = [row for row in case.rows if row.subject == subject and row.limit.measure != "excess"]
@@ -59,28 +60,28 @@ def headlines(case: "CaseReport") -> dict[str, Line]:
 
 
 def reasons(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
-    """Why every limit is what it is, by the limit in words and the subject that it is about."""
+    """The reasons for the limits, by the limit in words and its subject."""
     return {(limit_text(row.limit), row.subject.replace("_", " ")): row.limit.reason for row in rows}
 
 
 @dataclass(frozen=True)
-class Apart:
+class PrecisionLoss:
     """The worst relative L2 errors of a section whose precision is not float32."""
 
     title: str
     precision: str
     total: float
-    alone: float  # of the reference in that precision
-    between: float
+    alone: float  # the reference in that precision against float32
+    between: float  # the engines against the reference in that precision
 
 
-def apart(rows: Sequence[Row]) -> list[Apart]:
+def precision_losses(rows: Sequence[Row]) -> list[PrecisionLoss]:
     found = []
     for title, its in by_section(rows):
         low = [(row.metrics, row.in_precision) for row in its if row.in_precision is not None]
         if low:
             errors = [(total.relative_l2, its.alone.relative_l2, its.between.relative_l2) for total, its in low]
-            found.append(Apart(title, str(low[0][1].precision), *map(_largest, zip(*errors, strict=True))))
+            found.append(PrecisionLoss(title, str(low[0][1].precision), *map(_largest, zip(*errors, strict=True))))
     return found
 
 
@@ -89,20 +90,20 @@ def _largest(values: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Light:
-    """One line of what a release is decided on. ``tone`` is "good", "bad" or "none", where nothing was measured."""
+class StatusLight:
+    """One summary line for the release decision. ``tone`` is "good", "bad" or, if nothing was measured, "none"."""
 
     title: str
     tone: str
-    told: str
-    where: str  # id of the part of the page
+    text: str
+    where: str  # id of the section on the page
 
 
-def lights(report: "ValidationReport") -> list[Light]:
+def status_lights(report: "ValidationReport") -> list[StatusLight]:
     its, missed = report.attached, len(report.missed)
     faults = its.bench["faults"] if its.bench else []
     problems = [problem for engine in its.fusion for problem in engine["problems"]]
-    parity = f"{len(report.rows) - len(report.failed)} of {len(report.rows)} checks passed"
+    parity = f"{len(report.rows) - len(report.failed)} of {counted(len(report.rows), 'check')} passed"
     kept = f"{len(report.verdicts) - missed} of {len(report.verdicts)} kept" if report.verdicts else "no --gate given"
     kept = "; ".join(filter(None, (kept, its.not_judged)))
     busy = its.bench is not None and was_busy(its.bench)
@@ -111,10 +112,10 @@ def lights(report: "ValidationReport") -> list[Light]:
         timed = "; ".join(faults) or ("measured on a busy machine: measure again" if busy else "measured")
     fused = "; ".join(problems) or f"{len(its.fusion)} engines inspected" if its.fusion else its.why_no_fusion
     return [
-        Light("Parity", "good" if report.rows and not report.failed else "bad", parity, "checks"),
-        Light("Gates", "none" if not report.verdicts else "bad" if missed else "good", kept, "gates"),
-        Light("Latency", "bad" if faults else "none" if its.bench is None or busy else "good", timed, "latency"),
-        Light("Fusion", "none" if not its.fusion else "bad" if problems else "good", fused, "fusion"),
+        StatusLight("Parity", "good" if report.rows and not report.failed else "bad", parity, "checks"),
+        StatusLight("Gates", "none" if not report.verdicts else "bad" if missed else "good", kept, "gates"),
+        StatusLight("Latency", "bad" if faults else "none" if its.bench is None or busy else "good", timed, "latency"),
+        StatusLight("Fusion", "none" if not its.fusion else "bad" if problems else "good", fused, "fusion"),
     ]
 
 
@@ -128,7 +129,7 @@ LATENCY_COLUMNS = {
 
 
 def latency(bench: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Piece → column → figure, of the bench's measurements; whole runs are apart, under their own names."""
+    """The bench's measurements: piece → column → value. End-to-end runs keep their own column names."""
     figures: dict[str, dict[str, float | None]] = {}
     for name, value in bench["measurements"].items():
         piece, _, measure = name.partition(".")
@@ -145,7 +146,7 @@ class Section:
 
 
 def sections(report: "ValidationReport") -> list[Section]:
-    """The rows by their subject."""
+    """The rows by section; a section is open if it is short or has failures."""
     result = []
     for title, rows in by_section(report.rows):
         passed = sum(row.passed for row in rows)

@@ -1,4 +1,4 @@
-"""The report for programs. A number that is not finite is the text ``"nan"`` or ``"inf"``, which JSON cannot say."""
+"""The report as JSON. NaN and infinity, which JSON cannot express, become the strings ``"nan"`` and ``"inf"``."""
 
 import math
 from dataclasses import asdict
@@ -10,7 +10,7 @@ from validate.gate import Verdict
 from validate.ladder.metrics import Metrics
 from validate.ladder.row import InPrecision, Row
 from validate.report.case_report import CaseReport
-from validate.report.worst import measured
+from validate.report.worst import worst_values
 
 if TYPE_CHECKING:
     from validate.report.report import ValidationReport
@@ -24,7 +24,7 @@ def as_json(report: "ValidationReport") -> bytes:
         "first_diverging_step": None if first is None else first.step,
         "facts": report.facts,
         "gates": [_verdict(verdict) for verdict in report.verdicts],
-        "measured": {name: json_number(value) for name, value in measured(report.rows).items()},
+        "measured": {name: json_number(value) for name, value in worst_values(report.rows).items()},
         "worst_case": report.worst_case.number,
         "cases": [_case(case) for case in report.cases],
         "rows": [_row(row) for row in report.rows],
@@ -89,5 +89,5 @@ def _metrics(metrics: Metrics) -> dict[str, Any]:
 
 
 def json_number(value: Any) -> Any:
-    """``value``, but text for a number that JSON cannot say."""
+    """``value``, or its text if it is a number that JSON cannot express."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

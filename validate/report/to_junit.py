@@ -1,4 +1,4 @@
-"""The report as JUnit XML: a suite for every section and one for the gates, a timed test case for every row."""
+"""The report as JUnit XML: one suite per section plus one for the gates, one timed test case per row."""
 
 import re
 from math import fsum
@@ -26,7 +26,7 @@ def as_junit(report: "ValidationReport") -> bytes:
     if report.verdicts:
         gates = suites["Gates"] = _suite(root, "Gates")
         for verdict in report.verdicts:
-            _test(gates, ("gate", _named(verdict)), "" if verdict else str(verdict))
+            _test(gates, ("gate", _gate_name(verdict)), "" if verdict else str(verdict))
     for element in (root, *suites.values()):
         element.set("tests", str(len(list(element.iter("testcase")))))
         element.set("failures", str(len(list(element.iter("failure")))))
@@ -39,9 +39,9 @@ def _suite(root: ElementTree.Element, title: str) -> ElementTree.Element:
     return ElementTree.SubElement(root, "testsuite", name=title)
 
 
-def _test(suite: ElementTree.Element, named: tuple[str, str], failure: str, seconds: float = 0.0) -> None:
-    told = {"classname": named[0], "name": _text(named[1]), "time": _seconds(seconds)}
-    case = ElementTree.SubElement(suite, "testcase", told)
+def _test(suite: ElementTree.Element, names: tuple[str, str], failure: str, seconds: float = 0.0) -> None:
+    attributes = {"classname": names[0], "name": _text(names[1]), "time": _seconds(seconds)}
+    case = ElementTree.SubElement(suite, "testcase", attributes)
     if failure:
         ElementTree.SubElement(case, "failure", message=_text(failure))
 
@@ -51,7 +51,7 @@ def _message(row: "Row") -> str:
     return f"{shown.found}, limit {shown.limit}, {shown.margin}: {row.metrics.problem or row.limit.reason}"
 
 
-def _named(verdict: Verdict) -> str:
+def _gate_name(verdict: Verdict) -> str:
     return f"{verdict.gate.measurement}.{verdict.gate.bound}"
 
 
@@ -60,5 +60,5 @@ def _seconds(seconds: float) -> str:
 
 
 def _text(text: str) -> str:
-    """``text`` without the characters that no XML file may have."""
+    """``text`` with a replacement character for every character that XML forbids."""
     return NOT_IN_XML.sub("\ufffd", text)

@@ -1,4 +1,4 @@
-"""The report as Markdown, for a pipeline's summary or a comment: the verdict, gates, sections, what failed."""
+"""The report as Markdown, for a CI summary or a comment: verdict, gates, sections and failed checks."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -20,11 +20,11 @@ def _lines(report: "ValidationReport") -> Iterator[str]:
     if not_judged := report.attached.not_judged:
         yield from (_text(f"Gates: {not_judged}."), "")
     if report.verdicts:
-        told = [(_mark(bool(v)), v.gate.measurement, *verdict_words(v)) for v in report.verdicts]
-        yield from _table(("", "gate", "found", "limit"), told)
+        verdicts = [(_mark(bool(v)), v.gate.measurement, *verdict_words(v)) for v in report.verdicts]
+        yield from _table(("", "gate", "found", "limit"), verdicts)
     yield from _table(("", "section", "passed"), _sections(report))
     if report.failed:
-        yield from _table(("failed check", "component", "found", "limit"), _failed(report))
+        yield from _table(("failed check", "component", "found", "limit"), _failed_rows(report))
     if len(report.cases) > 1:
         yield from _cases(report)
     yield from _table(("", ""), list(report.facts.items()))
@@ -35,7 +35,7 @@ def _sections(report: "ValidationReport") -> list[Sequence[str]]:
     return [(_mark(passed == rows), title, f"{passed} of {rows}") for title, rows, passed in counted]
 
 
-def _failed(report: "ValidationReport") -> list[Sequence[str]]:
+def _failed_rows(report: "ValidationReport") -> list[Sequence[str]]:
     shown = [(row, line(row)) for row in report.failed]
     return [(f"case {row.case}: {row.name}", row.component, its.found, its.limit) for row, its in shown]
 
@@ -62,7 +62,7 @@ def _mark(passed: bool) -> str:
 
 
 def _text(text: str) -> str:
-    """One line of text that Markdown takes for nothing else."""
+    """``text`` on one line, with Markdown's special characters escaped."""
     for special in "\\|`*_<[":
         text = text.replace(special, f"\\{special}")
     return " ".join(text.split())

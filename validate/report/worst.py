@@ -1,4 +1,4 @@
-"""What gates may ask about: the worst number of every subject over all its rows and all cases."""
+"""The values that gates judge: the worst of every subject and measure over all rows and cases."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,11 +7,11 @@ from validate.ladder.row import Row
 from validate.ladder.thresholds import AT_LEAST
 
 MEASURES = ("max_abs", "relative_l2", "psnr_db", "ssim", "lpips", "excess")
-FAILED = "checks.failed"  # rows beyond the project's own limits
+FAILED = "checks.failed"  # number of rows that miss their limit
 
 
 def known() -> tuple[str, ...]:
-    """Every name that a validation of some model can measure."""
+    """Every name that a validation of any model can measure."""
     from validate.ladder.rungs import rungs
     from wan22.specs import SPECS
 
@@ -20,19 +20,19 @@ def known() -> tuple[str, ...]:
     return (FAILED, *dict.fromkeys(names))
 
 
-def measured(rows: Iterable[Row]) -> Mapping[str, float]:
-    """By name, ``velocity.relative_l2``; NaN where a row could not be compared."""
+def worst_values(rows: Iterable[Row]) -> Mapping[str, float]:
+    """The worst values by name, such as ``velocity.relative_l2``; NaN if a row could not be compared."""
     found: dict[str, float] = {FAILED: 0.0}
     for row in rows:
         found[FAILED] += not row.passed
-        for measure, value in _stated(row).items():
+        for measure, value in _values(row).items():
             name = f"{row.subject}.{measure}"
             found[name] = _worse(measure, found.get(name), value)
     return found
 
 
-def _stated(row: Row) -> dict[str, float]:
-    """The measures of ``row`` that say something; NaN for the one it is about where it could not be compared."""
+def _values(row: Row) -> dict[str, float]:
+    """The measures that ``row`` has; if it could not be compared, NaN for the measure of its limit."""
     if row.metrics.problem:
         return {row.limit.measure: math.nan}
     measures = MEASURES if row.metrics.values else (row.limit.measure,)
@@ -43,4 +43,4 @@ def _stated(row: Row) -> dict[str, float]:
 def _worse(measure: str, one: float | None, other: float) -> float:
     if one is None or math.isnan(other):
         return other
-    return min(one, other) if measure in AT_LEAST else max(one, other)  # a NaN in ``one`` stays, being first
+    return min(one, other) if measure in AT_LEAST else max(one, other)  # min and max keep a NaN in ``one``

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,15 +19,16 @@ if TYPE_CHECKING:
 
 Axis = Literal["frames", "size", "steps"]
 
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of a whole run; 4, or 10 with --triton.")]
+Json = Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file; - prints it.")]
+
 
 def run(
     engines: given.Engines,
     checkpoint: Annotated[str | None, typer.Argument(help="The checkpoint it came from: PyTorch runs beside.")] = None,
     size: given.Size = None,
     frames: given.Frames = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps of a whole run; 4, or 10 with --triton.")
-    ] = None,
+    steps: Steps = None,
     image: Annotated[Path | None, typer.Option(help="Image (I2V, TI2V); a built-in one unless given.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Its length decides the text encoder's work.")] = None,
     seed: given.Seed = 0,
@@ -37,6 +39,7 @@ def run(
     whole_runs: Annotated[int, typer.Option(min=0, help="Runs from prompt to frames.")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Only this piece, such as vae_decoder; repeatable.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile as a third side.")] = False,
+    residency: given.Residency = "auto",
     reference_device: given.ReferenceDevice = "auto",
     memory: Annotated[bool, typer.Option(help="Measure peak memory, in processes of their own.")] = True,
     compare: Annotated[Path | None, typer.Option(help="JSON of an earlier bench: show what got worse.")] = None,
@@ -47,21 +50,27 @@ def run(
     plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, .png or .html.")] = None,
     triton: Annotated[bool, typer.Option("--triton", help="Measure what a server adds to a run instead.")] = False,
     topology: given.Topology = "owner",
-    output: Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file.")] = None,
+    output: Json = None,
 ) -> int:
-    """Measure time and memory. The last line is one JSON object, with units in its keys."""
+    """Measure time and memory of engines, beside PyTorch where a checkpoint is given.
+
+    Output to a pipe or file ends with one JSON object, with units in its keys; --json - prints it on a terminal too.
+    """
     request = given.request_from(locals())
     from validate.bench.work import RUNS, BenchOptions
 
     options = BenchOptions(
-        request, tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, command_line()
-    )
+        request, tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, residency,
+        command_line(),
+    )  # fmt: skip
     if list_gates:
         return _list_gates(engines)
     _check(sweep, values, plot, gate, compare)
     if triton and (checkpoint or sweep or compare):
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", "run it on its own")
-    with whole_file(output, "output", make_folder=False) if output is not None else nullcontext() as new:
+    to_stdout = str(output) == "-" or not sys.stdout.isatty()
+    in_file = output is not None and str(output) != "-"
+    with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
         if triton:
             found, passed = _served(engines, options, runs, topology, gate)
         elif sweep is not None:
@@ -69,7 +78,8 @@ def run(
         else:
             found, passed = _benched(engines, checkpoint, options, gate, compare)
         line = json.dumps(found, separators=(",", ":"), allow_nan=False)
-        print(line, flush=True)
+        if to_stdout:
+            print(line, flush=True)
         if new is not None:
             new.write_text(f"{line}\n")
     return 0 if passed else 1
@@ -108,7 +118,9 @@ def _served(
     from triton_repo.installation import default_environments, find_installation
     from validate.bench.served import RUNS, ServedOptions, bench_served
 
-    asked = ServedOptions(options.request, topology, runs or RUNS, gate=gate, command=options.command)
+    asked = ServedOptions(
+        options.request, topology, runs or RUNS, gate=gate, residency=options.residency, command=options.command
+    )
     installation = find_installation(default_environments())
     with bars() as progress:
         found = bench_served(engines, asked, installation, os.environ, progress)
@@ -121,11 +133,11 @@ def _benched(
     engines: Path, checkpoint: str | None, options: "BenchOptions", gate: Path | None, compare: Path | None
 ) -> tuple[dict[str, Any], bool]:
     from validate.bench.measure import bench
-    from validate.bench.report import HeldTo
+    from validate.bench.report import Criteria
     from validate.bench.view import as_text
 
     with bars() as progress:
-        report = bench(engines, checkpoint, options, progress, HeldTo(gate, compare))
+        report = bench(engines, checkpoint, options, progress, Criteria(gate, compare))
     for part in as_text(report):
         console.print(part)
     return report.as_json(), bool(report)

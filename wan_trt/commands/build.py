@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from wan22.quantities import human_bytes
 from wan_trt.arguments import Overwrite
 from wan_trt.console import bars, command_line, console
 
@@ -34,8 +35,8 @@ def run(
     build = result.manifest.build
     assert build is not None
     told = (
-        f"{build.backend} {build.backend_version}, {build.seconds:.1f} s, {build.peak_rss_bytes / 1e9:.1f} GB of memory"
+        f"{build.backend} {build.backend_version}, {build.seconds:.1f} s, {human_bytes(build.peak_rss_bytes)} of memory"
     )
     console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {build.target} ({told}): {engines}")
     sizes = {component.graph.path: component.graph.size_bytes for component in result.manifest.components}
-    console.print(", ".join(f"{path} {size / 1e9:.2f} GB" for path, size in sizes.items()))
+    console.print(", ".join(f"{path} {human_bytes(size)}" for path, size in sizes.items()))

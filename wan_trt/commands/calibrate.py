@@ -12,7 +12,9 @@ from wan_trt.console import bars, console
 def run(
     bundle: Annotated[Path, typer.Argument(help="ONNX bundle in 16 or 32 bits.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="JSON for wan-trt export --input-scales.", show_default=False)],
-    prompts: Annotated[Path, typer.Option(help='One prompt a line; with images {"prompt": ..., "image": ...} a line.')],
+    prompts: Annotated[
+        Path, typer.Option(help='Prompts: one a line, or {"prompt": ..., "image": ...}; "# " begins a comment.')
+    ],
     negative_prompt: given.NegativePrompt = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's default unless given.")] = None,
     size: given.Size = None,
@@ -23,13 +25,14 @@ def run(
     means: Annotated[
         Path | None, typer.Option(help="Also write .safetensors for wan-trt export --input-means.")
     ] = None,
+    residency: given.Residency = "auto",
     overwrite: given.Overwrite = False,
 ) -> None:
-    """Measure the largest inputs of all linears over prompts; FP8 without static scales scales each token by itself."""
+    """Measure the largest inputs of all linears over prompts, which become static FP8 scales."""
     request = given.request_from(locals())
     from wan_trt.recipes.calibrate import CalibrateOptions, calibrate
 
-    options = CalibrateOptions(prompts, request, margin, target, means, overwrite)
+    options = CalibrateOptions(prompts, request, margin, target, means, overwrite, residency)
     with bars() as progress:
         calibration = calibrate(bundle, out, options, progress)
     console.print(calibration.table())

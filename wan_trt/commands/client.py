@@ -12,15 +12,20 @@ import typer
 from wan22.errors import UserError
 from wan22.files import Claim, claim_file
 from wan22.progress import Progress
+from wan22.quantities import video_text
+from wan22.specs import TEXT_TOKENS
 from wan_trt import arguments as given
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
-    from triton_repo.client import Result, Setting
+    from triton_repo.client import Event, Result
+    from triton_repo.schema import Setting
 
 
 def run(
-    url: Annotated[str, typer.Argument(help="Host and gRPC port of the server.", show_default=False)],
+    url: Annotated[
+        str, typer.Argument(help="Host and gRPC port of the server; port 8001 unless given.", show_default=False)
+    ],
     prompt: given.Prompt,
     output: Annotated[Path, typer.Option("-o", "--output", help=".mp4, .webm, .npz, or .png or .jpg for one frame.")],
     negative_prompt: given.NegativePrompt = None,
@@ -44,9 +49,9 @@ def run(
     preview: Annotated[Path | None, typer.Option(help="JPEG to keep up to date while the video is made.")] = None,
     model: Annotated[str, typer.Option(help="The name it is served under.")] = "wan22",
 ) -> None:
-    """Generate a video on a server. What is not given is the model's default; Ctrl-C cancels the job."""
+    """Generate a video on a server; Ctrl-C cancels the job."""
     from runtime.video import check_destination, renamed_at_end
-    from triton_repo.client import content_of
+    from triton_repo.wire import content_of
 
     check_destination(output, frames or 1)
     width, height = given.size_of(size) or (None, None)
@@ -91,32 +96,34 @@ class _Job:
 
     def run(self, settings: "Mapping[str, Setting | None]") -> "Result":
         """Raises UserError for a job that the server refused or gave up."""
-        from triton_repo.client import JobError, WanClient
+        from triton_repo.client import WanClient
+        from triton_repo.client_errors import JobError
+        from triton_repo.wire import content_of
 
+        request = {"prompt": self.prompt, "image": content_of(self.image), **settings}
         with WanClient(self.url, self.model) as client, bars() as progress:
+            job = client.submit(request, deadline_s=self.deadline_s, priority=self.priority)
             try:
-                return client.generate(
-                    self.prompt,
-                    image=self.image,
-                    on_progress=lambda event: self._show(event, progress),
-                    deadline_s=self.deadline_s,
-                    priority=self.priority,
-                    **settings,
-                )
+                for event in job.events():
+                    self._show(event, progress)
+                return job.result()
             except JobError as error:
-                raise error.as_user_error() from None
+                raise error.reason from None
 
-    def _show(self, event: dict[str, object], progress: Progress) -> None:
+    def _show(self, event: "Event", progress: Progress) -> None:
+        for prompt in event.get("cut", ()):
+            console.print(f"{prompt.replace('_', ' ')} cut to {TEXT_TOKENS} tokens")
         if event["phase"] in ("denoise", "decode"):
-            progress(str(event["phase"]), int(str(event["step"])), int(str(event["total"])))
+            progress(event["phase"], event["step"], event["total"])
         if self.preview is not None and event["preview"]:
-            self.preview.new.write_bytes(bytes(event["preview"]))  # type: ignore[call-overload]
+            self.preview.new.write_bytes(event["preview"])
             self.preview.publish()
 
 
 def _told(result: "Result") -> str:
     event = result.event
-    return f"{event['width']}x{event['height']}, {event['frames']} frames at {event['fps']} fps, seed {event['seed']}"
+    shown = video_text(event["width"], event["height"], event["frames"])
+    return f"{shown} at {event['fps']} fps, seed {event['seed']}"
 
 
 def _format(output: Path) -> str:

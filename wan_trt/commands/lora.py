@@ -16,7 +16,7 @@ def apply(
     checkpoint: Annotated[str | None, typer.Option(help="Where it is not where it was at export.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make new weight files with LoRAs merged, and an engine bundle with them; nothing is compiled."""
+    """Merge LoRAs into the weights of engines without compiling anything."""
     from export.lora.merge import parse_lora
     from wan_trt.recipes.apply_lora import ApplyOptions, apply_lora
 

@@ -19,7 +19,7 @@ def run(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
-    """Print parameters, sizes, memory, arithmetic and roofline times. Needs neither weights nor a GPU."""
+    """Print sizes, memory, arithmetic and roofline times of a model, without weights or a GPU."""
     from engines.plan import make_plan
     from engines.plan_view import as_text
     from engines.targets import target_named

@@ -2,8 +2,9 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,9 @@ from wan22.files import scratch_folder
 from wan_trt import arguments as given
 from wan_trt.commands.triton import memory_gib
 from wan_trt.console import console, tell_unread
+
+if TYPE_CHECKING:
+    from triton_repo.server import Server
 
 
 def run(
@@ -34,35 +38,64 @@ def run(
     max_silence: Annotated[
         float, typer.Option(help="Seconds without a sign of the model before it counts as dead.", min=1)
     ] = 120,
-    one_expert: given.OneExpert = False,
+    residency: given.Residency = "auto",
+    require_signature: given.RequireSignature = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Triton's log.")] = False,
 ) -> int:
-    """Serve engines until Ctrl-C or SIGTERM; the running job is finished first, a second Ctrl-C ends it."""
+    """Serve engines from Triton until Ctrl-C or SIGTERM.
+
+    The running job is finished first; a second Ctrl-C ends it.
+    """
     limits = given.limits_of(locals())
+    given.check_signed(engines, require_signature)
     from triton_repo.bls_repository import CPU
     from triton_repo.installation import default_environments, find_installation
     from triton_repo.repository import RepositoryOptions, is_for_gpu, write_repository
-    from triton_repo.server import ServeOptions, running, wait_until_ready, watch
+    from triton_repo.server import ServeOptions, running
 
     environments = default_environments() if environment is None else (environment,)
     installation = find_installation(environments, server)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _stop_at_signals()
+    options = ServeOptions(address, http_port, grpc_port, metrics_port, quiet=not verbose)
     with scratch_folder("serve") as folder:
         repository = folder / "repository"
         packing = RepositoryOptions(
             name,
             topology,
             limits,
-            keep_experts=not one_expert,
+            residency=residency,
             memory_gib=memory_gib(engines, topology, gpu_memory),
         )
         written = write_repository(engines, repository, packing)
         tell_unread(written.unread)
         variant = CPU if topology == "bls" and not is_for_gpu(written.bundle) else ""
-        options = ServeOptions(address, http_port, grpc_port, metrics_port, variant)
+        options = replace(options, config_name=variant)
+        with running(installation, repository, written.limits, options, os.environ) as tritonserver:
+            return _serve(
+                tritonserver, f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4", max_silence
+            )
+
+
+def _serve(server: "Server", ready: str, max_silence_s: float) -> int:
+    """From the start of the server to its end."""
+    from triton_repo.process import end_group
+
+    try:
+        server.wait_until_ready()
+        console.print(ready)
+        return server.watch(max_silence_s)
+    except KeyboardInterrupt:
         try:
-            with running(installation, repository, written.limits, options, os.environ) as process:
-                wait_until_ready(process, options)
-                console.print(f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4")
-                return watch(process, options, max_silence)
+            console.print("stopping: running and waiting jobs are finished first; Ctrl-C again ends them")
+            server.stop()
         except KeyboardInterrupt:
-            return 0
+            end_group(server.process)
+            raise
+        return 0
+
+
+def _stop_at_signals() -> None:
+    """SIGTERM and SIGHUP do what Ctrl-C does, but for a SIGHUP that nohup has turned off."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from wan22.specs import spec_named
-from wan_trt.arguments import Seed
+from wan_trt.arguments import Seed, seed_of
 from wan_trt.console import bars, console
 
 
@@ -18,10 +18,10 @@ def run(
     half: Annotated[bool, typer.Option("--half", help="Transformers in bfloat16, as converted releases have.")] = False,
     sparse: Annotated[bool, typer.Option("--sparse", help="Files of the true size that take no disk space.")] = False,
 ) -> None:
-    """Make a checkpoint with seeded random weights: real file names, keys and types."""
+    """Make a checkpoint with random weights and the file names, keys and types of a real one."""
     spec = spec_named(model)
     from export.synth.checkpoint import synthesise
 
     with bars() as progress:
-        synthesise(spec, folder, layout, seed, sparse=sparse, half=half, progress=progress)
+        synthesise(spec, folder, layout, seed_of(seed), sparse=sparse, half=half, progress=progress)
     console.print(f"{spec.name} in the {layout} layout: {folder}")

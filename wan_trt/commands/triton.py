@@ -25,11 +25,13 @@ def run(
     max_image_bytes: given.Limit = None,
     queue_size: given.QueueSize = 8,
     longest_job: given.LongestJob = 3600,
-    one_expert: given.OneExpert = False,
+    residency: given.Residency = "auto",
+    require_signature: given.RequireSignature = None,
     kubernetes: Annotated[Path | None, typer.Option(help="Folder to write Kubernetes manifests to as well.")] = None,
     image: Annotated[
         str, typer.Option(help="Of the pods: tritonserver 26.07 or later with wan-trt installed.")
     ] = "wan-trt:26.07",
+    namespace: Annotated[str, typer.Option(help="Kubernetes namespace of the pods.")] = "wan22",
     max_pods: Annotated[int, typer.Option(help="Most pods that the autoscaler may make.", min=1)] = 4,
     prometheus: Annotated[
         str, typer.Option(help="Where the autoscaler reads metrics.")
@@ -38,8 +40,10 @@ def run(
 ) -> None:
     """Package engines as a Triton model repository."""
     limits = given.limits_of(locals())
+    given.check_signed(engines, require_signature)
     from triton_repo.bls_repository import largest_call_bytes
-    from triton_repo.manifests import ENGINES_AT, ClusterOptions, check_image, write_manifests
+    from triton_repo.manifests import ClusterOptions, check_image, write_manifests
+    from triton_repo.pod import ENGINES_AT
     from triton_repo.probe import DRAIN_FLAG
     from triton_repo.repository import MARK, RepositoryOptions, write_repository
 
@@ -48,11 +52,12 @@ def run(
         topology,
         limits=limits,
         engines_at=engines_at or (ENGINES_AT if kubernetes else ""),
-        keep_experts=not one_expert,
+        residency=residency,
         drain_flag=str(DRAIN_FLAG) if kubernetes else "",
         memory_gib=memory_gib(engines, topology, gpu_memory),
         overwrite=overwrite,
     )
+    cluster = ClusterOptions(image, namespace, max_pods, prometheus)
     if kubernetes is not None:
         check_image(image)
         if kubernetes.absolute() == repository.absolute():
@@ -62,7 +67,7 @@ def run(
     console.print(f"{written.bundle.manifest.spec.name} as Triton model {name}: {repository}")
     tell_unread(written.unread)
     if kubernetes is not None:
-        write_manifests(kubernetes, written, options, ClusterOptions(image, max_pods, prometheus))
+        write_manifests(kubernetes, written, options, cluster)
         console.print(f"manifests: {kubernetes}")
     if topology == "bls":
         mebibytes = largest_call_bytes(written.bundle, written.limits) / 2**20

@@ -19,7 +19,10 @@ PrecisionStudy = Annotated[bool, typer.Option("--precision-study", hidden=True)]
 Model = Annotated[str | None, typer.Option(hidden=True)]
 Prompt = Annotated[str | None, typer.Option(help="Prompt of the compared run.")]
 Image = Annotated[Path | None, typer.Option(help="Image to start from (I2V, TI2V); a built-in picture unless given.")]
-Prompts = Annotated[Path | None, typer.Option(help='Compare several: one a line, or {"prompt": ..., "image": ...}.')]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help='Prompts to compare: one a line, or {"prompt": ..., "image": ...}; "# " begins a comment.'),
+]
 Seeds = Annotated[str | None, typer.Option(help="Every prompt with each of these: 0,1,10-12.")]
 Bench = Annotated[Path | None, typer.Option(help="JSON of wan-trt bench, for the report and its gates.")]
 Calls = Annotated[Path | None, typer.Option(help="Folder for one call of every engine, to be read by polygraphy run.")]
@@ -46,6 +49,7 @@ def run(
     boundary: given.Boundary = None,
     steps: given.Steps = None,
     seed: given.Seed = 0,
+    noise: given.Noise = None,
     shift: given.Shift = None,
     guidance_high_noise: given.ExpertGuidance = None,
     guidance_low_noise: given.ExpertGuidance = None,
@@ -58,10 +62,14 @@ def run(
     list_gates: given.ListGates = False,
     bench: Bench = None,
     calls: Calls = None,
+    residency: given.Residency = "auto",
     reference_device: given.ReferenceDevice = "auto",
     official_repo: OfficialRepo = None,
 ) -> int:
-    """Prove that the engines compute what PyTorch computes. Exit code 1 when a check fails or a gate is missed."""
+    """Prove that the engines compute what PyTorch computes.
+
+    The exit code is 1 when a check fails or a gate is missed.
+    """
     if list_gates:
         return _list_gates()
     if precision_study or model is not None:
@@ -73,20 +81,20 @@ def run(
     from validate import ValidateOptions
 
     options = ValidateOptions(
-        request, prompts, several, reference_device, official_repo, calls, gate, bench, command_line()
+        request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line()
     )
     return _compare(engines, checkpoint, output, options)
 
 
 def _compare(engines: Path, checkpoint: str, output: Path, options: "ValidateOptions") -> int:
     from validate import validate
-    from validate.gate import marked
+    from validate.gate import check_mark
 
     with bars() as progress:
         report = validate(engines, checkpoint, output, options, progress)
     console.print(report.table())
     for verdict in report.verdicts:
-        console.print(marked(verdict, f"gate {verdict}"))
+        console.print(check_mark(verdict, f"gate {verdict}"))
     if not_judged := report.attached.not_judged:
         console.print(f"gates: {not_judged}")
     if len(report.cases) > 1:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.gpu.external_weights import attention_scales_of, check_layout, externalised, write_weights
+from engines.gpu.external_weights import attention_scales_of, check_layout, externalise, write_weights
 from export.exporter import export_checkpoint
 from export.lora.merge import LoraChoice
 from export.options import ExportOptions
 from export.shared_files import share
+from runtime.signature import SIGNATURE
 from wan22.bundle import Bundle, Component, check_disk, open_bundle, refuse_existing, staged, write_manifest
 from wan22.errors import UserError
 from wan22.external_layout import read_layout
@@ -127,7 +128,7 @@ def _replaced(old: Bundle, merged: Bundle, folder: Path, progress: Progress) -> 
     """The components, experts with new weights, in ``folder``; other files are shared with the old bundle."""
     experts = old.manifest.spec.experts
     renewed = {old.component(name).weights[1].path for name in experts}
-    for file in [path for path in old.folder.rglob("*") if path.is_file()]:
+    for file in [path for path in old.folder.rglob("*") if path.is_file() and path.name != SIGNATURE]:
         target = folder / file.relative_to(old.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".json":
@@ -138,7 +139,7 @@ def _replaced(old: Bundle, merged: Bundle, folder: Path, progress: Progress) -> 
     components = {component.name: component for component in old.manifest.components}
     for name in experts:
         layout, stale = components[name].weights
-        _, weights = externalised(merged.path(merged.component(name).graph), scales)
+        _, weights = externalise(merged.path(merged.component(name).graph), scales)
         check_layout(old.path(layout), weights)
         written = write_weights(merged.folder, weights, folder / stale.path, progress)
         components[name] = replace(components[name], weights=(layout, written))

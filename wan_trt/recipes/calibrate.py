@@ -24,15 +24,19 @@ from engines.build import BuildOptions, build_engines
 from engines.targets import target_named
 from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
 from export.graphs.linear import FLOAT8_MAX
-from export.quantise.input_means import CENTRED, Means, input_width, write_input_means
+from export.quantise.input_means import CENTRED, InputMeans, input_width, write_input_means
 from export.quantise.input_scales import MARGIN, LinearScales, Scales, largest_magnitude, write_input_scales
+from runtime.built_for import completed
 from runtime.pipeline import Pipeline
 from runtime.prompts import Prompt, read_prompts
 from runtime.request import CompleteRequest, Request
 from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.files import whole_file
+from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
+from wan22.quantities import counted
+from wan22.residency import ONE_EXPERT, ResidencyChoice
 from wan22.specs import Precision
 
 if TYPE_CHECKING:
@@ -51,6 +55,7 @@ class CalibrateOptions:
     target: str = "cpu"
     means: Path | None = None  # also write the means of the inputs, for ``wan-trt export --input-means``
     overwrite: bool = False
+    residency: ResidencyChoice = "auto"  # what stays loaded of the engines
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ class Calibration:
     @property
     def coverage(self) -> str:
         linears = sum(map(len, self.inputs.values()))
-        runs = ", ".join(f"{count} forwards of {expert}" for expert, count in self.forwards.items())
-        return f"{linears} linears, {self.prompts} prompts of {self.steps} steps: {runs}"
+        runs = ", ".join(f"{counted(count, 'forward')} of {expert}" for expert, count in self.forwards.items())
+        return f"{linears} linears, {counted(self.prompts, 'prompt')} of {counted(self.steps, 'step')}: {runs}"
 
     def table(self) -> "Table":
         """Largest inputs over the blocks, by expert and kind of linear."""
@@ -96,6 +101,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
         raise UserError(f"{out} for scales and means", "a file for each", "name another with --means")
     source = open_bundle(bundle, "graphs")
     spec = source.manifest.spec
+    check_graphs(source)
     _check_precision(source)
     requests = _requests(read_prompts(options.prompts, spec.takes.image), source, options)
     with_means = whole_file(options.means, "means") if options.means is not None else nullcontext()
@@ -104,14 +110,14 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
             folder = Path(temporary)
             taps = write_tapped(source, folder / "graphs", options.target)
             build_engines(folder / "graphs", folder / "engines", _build_options(source, requests[0], options), progress)
-            with TappedPipeline(open_bundle(folder / "engines", "engines"), taps) as pipeline:
+            with TappedPipeline(open_bundle(folder / "engines", "engines"), taps, options.residency) as pipeline:
                 _run(pipeline, requests, progress)
                 found = pipeline.tapped
         inputs = {expert: _largest(expert, found.get(expert), requests[0].steps) for expert in spec.experts}
         scales = {expert: _scales(source, expert, part, options.margin) for expert, part in inputs.items()}
         write_input_scales(new, scales, spec)
         if new_means is not None:
-            means = {expert: Means(found[expert].means, scales[expert]) for expert in spec.experts}
+            means = {expert: InputMeans(found[expert].means, scales[expert]) for expert in spec.experts}
             write_input_means(new_means, means)
     forwards = {expert: found[expert].calls for expert in spec.experts}
     return Calibration(inputs, scales, forwards, len(requests), requests[0].steps)
@@ -129,9 +135,7 @@ def _check_precision(source: Bundle) -> None:
 def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) -> list[CompleteRequest]:
     of_each = replace(options.request, fit="crop")
     return [
-        replace(of_each, prompt=prompt.text, image=prompt.image, seed=seed).completed(
-            source.manifest.spec, source.manifest.size
-        )
+        completed(replace(of_each, prompt=prompt.text, image=prompt.image, seed=seed), source.manifest)
         for seed, prompt in enumerate(prompts, of_each.seed)
     ]
 
@@ -201,8 +205,8 @@ def _link(source: Path, target: Path) -> None:
 class TappedPipeline(Pipeline):
     """A pipeline whose experts note their maxima."""
 
-    def __init__(self, bundle: Bundle, taps: Mapping[str, "Taps"]) -> None:
-        super().__init__(bundle, keep_experts=False)
+    def __init__(self, bundle: Bundle, taps: Mapping[str, "Taps"], residency: ResidencyChoice) -> None:
+        super().__init__(bundle, residency=residency, choices=ONE_EXPERT)
         self._taps = taps
         self.tapped: dict[str, Tapped] = {}
 

@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 from runtime.built_for import check_plans
-from wan22.bundle import Bundle, check_disk, kind_of, open_bundle, refuse_existing, staged
+from runtime.signature import SIGNATURE
+from wan22.bundle import MANIFEST, Bundle, check_disk, kind_of, open_bundle, refuse_existing, staged
+from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 
 
@@ -16,8 +18,11 @@ def pack(bundle: Path, folder: Path, *, overwrite: bool = False, progress: Progr
     """
     refuse_existing(folder, overwrite=overwrite)
     source = open_bundle(bundle, kind_of(bundle), full_check=True)
+    check_graphs(source)
     check_plans(source)
-    files = [path for path in bundle.rglob("*") if path.is_file()]  # no manifest names the logs
+    files = [bundle / path for path in (MANIFEST, *source.manifest.files())]
+    others = [*bundle.rglob("*.log"), bundle / SIGNATURE]  # builders' logs and the signature are in no manifest
+    files += [path for path in others if path.is_file() and not path.is_symlink()]
     total, done = sum(file.stat().st_size for file in files), 0
     check_disk(folder, total)
     with staged(folder, overwrite=overwrite) as temporary:

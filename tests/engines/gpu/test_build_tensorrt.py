@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.build import BuildOptions, build_engines
+from engines.build import BuildOptions, build_engines, disk_bytes
+from engines.targets import target_named
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from wan22.bundle import open_bundle
@@ -40,6 +41,9 @@ def test_all_components_of_a_model_compile(tmp_path, bundle_of, model, target):
     assert (manifest.build.target, manifest.build.backend) == (target, "tensorrt-rtx")
     assert manifest.build.profiles[0]["frames"] == (2, 5, 5)
     assert not [c for c in built.manifest.components if c.weights]
+    written = sum(path.stat().st_size for path in built.folder.rglob("*"))
+    price = disk_bytes(open_bundle(bundle_of(model, Precision.FP8), "graphs").manifest, target_named(target), options)
+    assert written < price < 1.5 * written
     assert (tmp_path / "engines" / f"{manifest.spec.experts[0]}.log").stat().st_size > 0
 
 

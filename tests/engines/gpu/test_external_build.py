@@ -1,11 +1,12 @@
-"""``--weights external``: both experts share one engine, each has its file of weights, the VAE keeps its own inside."""
+"""``--weights external``: both experts share one engine, each has a weights file, the VAE keeps embedded weights."""
 
 import json
 
 import pytest
 
-from engines.build import BuildOptions, build_engines
+from engines.build import BuildOptions, build_engines, disk_bytes
 from engines.inspect.inspection import inspect_engines
+from engines.targets import target_named
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from runtime.built_for import check_plans
@@ -13,9 +14,18 @@ from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.shapes import own_profiles
 from wan22.specs import Precision
-from wan22.stamp import Stamp, name_in
+from wan22.stamp import Stamp, read_name
 
 TINY = "t2v-a14b-tiny"
+
+
+@pytest.mark.slow
+def test_the_disk_is_priced_at_what_a_build_writes(external_engines):
+    written = sum(path.stat().st_size for path in external_engines.rglob("*"))
+    options = BuildOptions("rtx4090", weights="external")
+    source = open_bundle(external_engines.parent / "b", "graphs")
+    price = disk_bytes(source.manifest, target_named("rtx4090"), options)
+    assert written < price < 1.5 * written
 
 
 @pytest.mark.slow
@@ -44,7 +54,7 @@ def test_every_plan_says_what_it_was_built_for(external_engines):
     build = bundle.manifest.build
     for component in bundle.manifest.components:
         stamp = Stamp("rtx4090", component.precision, own_profiles(build.profiles, component.inputs))
-        assert name_in(bundle.path(component.graph)) == stamp.name, component.name
+        assert read_name(bundle.path(component.graph)) == stamp.name, component.name
     assert check_plans(bundle) == ()
 
 

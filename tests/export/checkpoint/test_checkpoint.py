@@ -169,12 +169,11 @@ def test_an_expert_folder_is_no_checkpoint(official):
     ("path", "words"),
     [
         ("low_noise_model", r"low_noise_model has neither diffusion_pytorch_model\.safetensors\.index\.json"),
-        (f"high_noise_model/{INDEX}", "high_noise_model has neither"),
         (f"high_noise_model/{SHARD.format(2)}", "00002-of-00002.safetensors is missing"),
         ("high_noise_model/config.json", "config.json: No such file"),
         ("models_t5_umt5-xxl-enc-bf16.pth", "enc-bf16.pth is missing"),
         ("Wan2.1_VAE.pth", "has no Wan2.1_VAE.pth or Wan2.2_VAE.pth"),
-        ("google/umt5-xxl/tokenizer.json", "tokenizer.json is missing"),
+        ("google/umt5-xxl", "tokenizer.json is missing"),
     ],
 )
 def test_something_missing_in_the_official_layout(official, path, words):
@@ -206,6 +205,15 @@ def test_something_missing_in_the_diffusers_layout(copied, path, words):
 def test_a_truncated_file(official, path):
     os.truncate(official / path, (official / path).stat().st_size - 1000)
     assert path in refused(official, "download")
+
+
+def test_a_tokenizer_that_makes_its_library_panic(official, capfd):
+    path = official / "google/umt5-xxl/tokenizer.json"
+    text = path.read_text()
+    at = text.index('"', text.index("precompiled_charsmap") + len('precompiled_charsmap"')) + 50
+    path.write_text(text[:at] + "|" + text[at + 1 :])
+    refused(official, r"tokenizer\.json: .*download that folder again")
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("size_bytes", [0, 1000])
@@ -320,7 +328,7 @@ def test_experts_of_two_models(official):
 
 def test_the_text_encoder_of_another_model(official):
     torch.save({"shared.weight": torch.ones(4, 4)}, official / "models_t5_umt5-xxl-enc-bf16.pth")
-    refused(official, r"text_encoder has no token_embedding\.weight \(but shared\.weight")
+    refused(official, r"text_encoder has no blocks\.0\.attn\.q\.weight \(but token_embedding\.weight")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -344,7 +352,9 @@ def test_a_hub_name_is_downloaded(made, monkeypatch):
         asked.update(options, name=name)
         return str(made(TINY[0], "official"))
 
+    listed = [path.relative_to(made(TINY[0], "official")).as_posix() for path in made(TINY[0], "official").rglob("*")]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision: listed)
     checkpoint = open_checkpoint("Wan-AI/Wan2.2-T2V-A14B")
     assert asked["name"] == checkpoint.source.checkpoint == "Wan-AI/Wan2.2-T2V-A14B"
     assert checkpoint.spec == spec_named(TINY[0])
@@ -353,6 +363,41 @@ def test_a_hub_name_is_downloaded(made, monkeypatch):
         [*needed, "assets/a.png"], allow_patterns=asked["allow_patterns"]
     )
     assert sorted(filtered) == sorted(needed)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["split_files/diffusion_models/a_high.safetensors", "split_files/vae/b.safetensors"], "2 single files: split"),
+        (["HighNoise/a.gguf", "LowNoise/b.gguf"], "2 GGUF files: HighNoise/a.gguf, LowNoise/b.gguf"),
+        (["README.md", "config.json"], "holds no weights"),
+        (["a.safetensors"], "1 single files: a.safetensors"),
+    ],
+)
+def test_a_repository_is_judged_by_its_list_of_files(monkeypatch, files, words):
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("downloaded"))
+    refused("Comfy-Org/Wan_2.2_ComfyUI_Repackaged", f"{words}.*--high-noise FILE")
+
+
+def test_a_revision_is_asked_for_and_its_commit_recorded(made, monkeypatch, tmp_path):
+    commit, asked = "c" * 40, []
+    folder = shutil.copytree(made(TINY[0], "diffusers"), tmp_path / "snapshots" / commit)
+    listed = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+
+    def list_repo_files(self, name, revision):
+        asked.append((name, revision))
+        return listed
+
+    def snapshot_download(name, *, revision, **options):
+        asked.append((name, revision))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    source = open_checkpoint("Wan-AI/Wan2.2-T2V-A14B-Diffusers@v1").source
+    assert asked == [("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "v1")] * 2
+    assert (source.checkpoint, source.commit) == ("Wan-AI/Wan2.2-T2V-A14B-Diffusers@v1", commit)
 
 
 def test_no_network_is_said_in_one_line(monkeypatch, tmp_path):

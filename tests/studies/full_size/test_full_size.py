@@ -1,25 +1,29 @@
-"""``python -m studies.full_size``: the figures of an export and of a build, on models of a size for tests."""
+"""``python -m studies.full_size``: the figures of an export and of a build, on models small enough for tests."""
 
 import json
 
 import pytest
 from typer.testing import CliRunner
 
+from export.checkpoint.checkpoint import open_checkpoint
+from export.synth.checkpoint import synthesise
 from studies.full_size.__main__ import app
-from studies.full_size.builds import BuildCase, measured_build
+from studies.full_size.builds import BuildCase, measure_build
+from studies.full_size.repacked import FORMS, repack
+from wan22.specs import spec_named
 
 
 def scaled(tmp_path, *arguments):
     """The command's result and the figures it wrote."""
     places = ["--folder", str(tmp_path / "s"), "-o", str(tmp_path / "s.json")]
-    told = CliRunner().invoke(app, ["t2v-a14b-tiny", "--layers", "1", *places, *arguments])
-    return told, json.loads((tmp_path / "s.json").read_text()) if told.exit_code in (0, 1) else {}
+    outcome = CliRunner().invoke(app, ["t2v-a14b-tiny", "--layers", "1", *places, *arguments])
+    return outcome, json.loads((tmp_path / "s.json").read_text()) if outcome.exit_code in (0, 1) else {}
 
 
 @pytest.mark.slow
 def test_an_export_and_cp_take_turns_and_nothing_is_left(tmp_path):
-    told, figures = scaled(tmp_path, "--only", "throughput", "--case", "fp8", "--repeats", "2")
-    assert told.exit_code in (0, 1), told.output  # whether a tiny model is quick enough says nothing
+    outcome, figures = scaled(tmp_path, "--only", "throughput", "--case", "fp8", "--repeats", "2")
+    assert outcome.exit_code in (0, 1), outcome.output  # the speed of a tiny model means nothing
     (quantised,) = figures["throughput"]
     moved = quantised["checkpoint_bytes"] + quantised["bundle_bytes"]
     turns = list(zip(quantised["export_seconds"], quantised["cp_seconds"], strict=True))
@@ -35,8 +39,8 @@ def test_an_export_and_cp_take_turns_and_nothing_is_left(tmp_path):
 def test_parts_that_are_measured_alone_end_in_one_file(tmp_path):
     scaled(tmp_path, "--only", "graph")
     for case in ("fp8-attn", "linked"):
-        told, figures = scaled(tmp_path, "--only", "memory", "--case", case)
-        assert told.exit_code == 0, told.output
+        outcome, figures = scaled(tmp_path, "--only", "memory", "--case", case)
+        assert outcome.exit_code == 0, outcome.output
     assert figures["graph_seconds"] > 0
     assert [entry["case"] for entry in figures["memory"]] == ["fp32 → fp8-attn", "bf16 → bf16, linked"]
     assert all(10**8 < entry["peak_rss_bytes"] < 2 * 10**9 for entry in figures["memory"])
@@ -44,22 +48,22 @@ def test_parts_that_are_measured_alone_end_in_one_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [("[]", "holds no figures"), ('{"model": "ti2v-5b"}', "is about ti2v-5b")]
+    ("content", "message"), [("[]", "holds no figures"), ('{"model": "ti2v-5b"}', "has figures of ti2v-5b")]
 )
-def test_a_file_of_other_figures_is_not_written_over(tmp_path, content, told):
+def test_a_file_of_other_figures_is_not_overwritten(tmp_path, content, message):
     (tmp_path / "s.json").write_text(content)
     result, _ = scaled(tmp_path, "--only", "graph")
     assert (result.exit_code, (tmp_path / "s.json").read_text()) == (2, content)
-    assert told in result.stderr
+    assert message in result.stderr
 
 
-def test_a_case_that_is_none_is_refused_before_anything_is_written(tmp_path):
+def test_an_unknown_case_is_refused_before_anything_is_written(tmp_path):
     result, _ = scaled(tmp_path, "--case", "fp4")
     assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
     assert "--case 'fp4'" in result.stderr
 
 
-def test_figures_that_cannot_be_written_are_told_in_one_line(tmp_path):
+def test_figures_that_cannot_be_written_are_reported_in_one_line(tmp_path):
     (tmp_path / "s.json").mkdir()
     result, _ = scaled(tmp_path, "--only", "graph")
     assert result.exit_code == 2
@@ -71,19 +75,33 @@ def test_a_checkpoint_of_the_user_in_the_same_place_stays(tmp_path):
     theirs = tmp_path / "s" / "checkpoint" / "weights"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("theirs")
-    told, _ = scaled(tmp_path, "--only", "memory", "--case", "fp16")
-    assert told.exit_code == 0, told.output
+    outcome, _ = scaled(tmp_path, "--only", "memory", "--case", "fp16")
+    assert outcome.exit_code == 0, outcome.output
     assert [path for path in (tmp_path / "s").rglob("*") if path.is_file()] == [theirs]
     assert theirs.read_text() == "theirs"
 
 
 @pytest.mark.slow
-def test_a_build_tells_time_memory_and_size_and_leaves_nothing(tmp_path):
+def test_a_build_reports_time_memory_and_size_and_leaves_nothing(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
     case = BuildCase("t2v-a14b-tiny", "rtx5090", "256x160", "17", "external", 4 * 10**9)
-    found = measured_build(case, tmp_path)
+    found = measure_build(case, tmp_path)
     assert found["build_seconds"] > 0
     assert 10**8 < found["peak_rss_bytes"] < case.limit_bytes
     assert found["engine_bytes"]["experts.plan"] > 10**5
     assert found["kernels_per_block"]["external"] > 5
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_repacked_experts_are_the_checkpoints(tmp_path, form):
+    spec = spec_named("t2v-a14b-tiny")
+    synthesise(spec, tmp_path / "c", "official", 0, sparse=True)
+    repack(tmp_path / "c", spec, form)
+    checkpoint = open_checkpoint(tmp_path / "c")
+    assert checkpoint.spec == spec
+    for expert in spec.experts:
+        read = checkpoint.weights[expert].read("blocks.1.ffn.2.weight")
+        assert (read.shape, float(abs(read).max())) == ((256, 512), 0.0)
+        (path,) = {f for f in checkpoint.files if f.parent.name == f"{expert}_model"}
+        assert path.name.startswith(form)

@@ -1,4 +1,4 @@
-"""The run on a GPU: its stages work on a CPU at tiny sizes, and it does not pretend to have measured there."""
+"""The GPU study: a dry run executes all stages on a CPU at tiny sizes and reports no measurements."""
 
 import json
 import signal
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from studies.gpu import __main__ as gpu_run
-from studies.gpu.__main__ import NOTHING, STAGES
+from studies.gpu.__main__ import NOT_MEASURED, STAGES
 from studies.gpu.random_model import CudaEngine
-from studies.gpu.stage import Answer, Setting
+from studies.gpu.stage import StageResult, StageSettings
 from wan22.bundle import Component, File
 from wan22.errors import UserError
 from wan22.specs import Precision
@@ -22,7 +22,7 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 def measured(name):
-    return list(BY_NAME[name].measurements(Setting(dry_run=True)))
+    return list(BY_NAME[name].measurements(StageSettings(dry_run=True)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -41,8 +41,8 @@ def test_a_dry_run_keeps_no_figure_and_says_that_nothing_was_measured(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
-    assert found["verdict"] == NOTHING
-    assert NOTHING in done.stdout
+    assert found["verdict"] == NOT_MEASURED
+    assert NOT_MEASURED in done.stdout
     (stage,) = found["stages"]
     assert [row["what"] for row in stage["measurements"]] == ["numpy unipc", "numpy dpm++", "numpy euler"]
     assert {row["value"] for row in stage["measurements"]} == {None}
@@ -80,8 +80,8 @@ def test_a_tensorrt_rtx_engine_is_built_and_where_there_is_no_gpu_not_loaded():
 def test_a_stage_that_hangs_leaves_half_of_the_time_to_the_others(monkeypatch):
     limits = []
     monkeypatch.setattr(gpu_run, "run_stage", lambda answer, setting, limit_s: limits.append(limit_s))
-    answers = [Answer(stage) for stage in STAGES[:3]]
-    for _ in gpu_run._measure(answers, Setting(dry_run=True), time.monotonic() + 600):
+    answers = [StageResult(stage) for stage in STAGES[:3]]
+    for _ in gpu_run._measure(answers, StageSettings(dry_run=True), time.monotonic() + 600):
         pass
     assert limits == pytest.approx([300, 300, 600], rel=0.01)
 
@@ -93,14 +93,14 @@ def test_an_engine_for_the_gpu_never_runs_on_the_cpu_instead(tmp_path):
         pass
 
 
-def test_a_place_that_takes_no_file_is_told_before_anything_is_measured(tmp_path):
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
     asked = [*COMMAND, "--dry-run", "-o", tmp_path]
     done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"python -m studies.gpu: output {tmp_path}: a folder")
 
 
-def test_a_stage_that_there_is_not_is_refused(tmp_path):
+def test_an_unknown_stage_is_refused(tmp_path):
     command = [*COMMAND, "--dry-run", "--only", "vea", "-o", tmp_path / "gpu.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -108,7 +108,7 @@ def test_a_stage_that_there_is_not_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ended_early_it_writes_what_it_has(tmp_path, how):
+def test_a_run_that_ends_early_writes_its_results(tmp_path, how):
     file = tmp_path / "gpu.json"
     running = subprocess.Popen([*COMMAND, "--dry-run", "-o", file], stdout=subprocess.PIPE, text=True)
     assert running.stdout is not None

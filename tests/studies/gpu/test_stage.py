@@ -1,22 +1,22 @@
-"""Whatever happens in a stage becomes an answer, and what it had found before is kept."""
+"""Every outcome of a stage becomes a result that keeps the measurements before it."""
 
 import pytest
 
-from studies.gpu.stage import Answer, Measurement, Setting, Stage, run_stage
+from studies.gpu.stage import Measurement, Stage, StageResult, StageSettings, run_stage
 
-TOLD = Measurement("told", 1.0, "ms")
+FOUND = Measurement("found", 1.0, "ms")
 
 
 def answer_of(monkeypatch, tmp_path, body, limit_s=60.0):
-    """Of a stage in a module of its own, which its process imports as any other."""
+    """Run a stage from a new module, which its process imports like any other."""
     (tmp_path / "validate_gpu_probe.py").write_text(
         "import os, time\nfrom studies.gpu.stage import Measurement\n"
-        f"def work(setting):\n    yield Measurement('told', 1.0, 'ms')\n    {body}\n"
+        f"def work(setting):\n    yield Measurement('found', 1.0, 'ms')\n    {body}\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
-    answer = Answer(Stage("probe", "a probe", "validate_gpu_probe", "work"))
-    run_stage(answer, Setting(dry_run=True), limit_s)
+    answer = StageResult(Stage("probe", "a probe", "validate_gpu_probe", "work"))
+    run_stage(answer, StageSettings(dry_run=True), limit_s)
     return answer
 
 
@@ -28,19 +28,19 @@ def answer_of(monkeypatch, tmp_path, body, limit_s=60.0):
         ("os._exit(11)", "failed", "its process ended with code 11"),
     ],
 )
-def test_every_end_of_a_stage_is_told(monkeypatch, tmp_path, body, status, reason):
+def test_every_end_of_a_stage_is_reported(monkeypatch, tmp_path, body, status, reason):
     answer = answer_of(monkeypatch, tmp_path, body)
-    assert (answer.status, answer.reason, answer.measurements) == (status, reason, [TOLD])
+    assert (answer.status, answer.reason, answer.measurements) == (status, reason, [FOUND])
 
 
-def test_a_stage_whose_time_runs_out_is_ended_and_keeps_what_it_told(monkeypatch, tmp_path):
+def test_a_stage_whose_time_runs_out_is_killed_and_keeps_its_measurements(monkeypatch, tmp_path):
     answer = answer_of(monkeypatch, tmp_path, "time.sleep(600)", limit_s=6.0)
-    assert (answer.status, answer.measurements) == ("time ran out", [TOLD])
+    assert (answer.status, answer.measurements) == ("time ran out", [FOUND])
     assert answer.seconds < 60
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_no_number_is_told_in_words(value):
+def test_a_value_that_is_not_finite_is_reported_in_words(value):
     found = Measurement.of("relative L2", value, "", "to PyTorch")
-    assert (found.value, found.note) == (None, f"no number: {value}, to PyTorch")
+    assert (found.value, found.note) == (None, f"not finite: {value}, to PyTorch")
     assert Measurement.of("relative L2", 0.5) == Measurement("relative L2", 0.5)

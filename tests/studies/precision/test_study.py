@@ -61,23 +61,23 @@ def test_fp8_in_one_place_costs_less_than_in_all(study, results):
     assert all(0 < part.error < results["fp8"].errors[0] for part in study.parts if "attention" not in part.name)
 
 
-def test_the_order_of_quantising_and_normalising_is_told(study):
+def test_the_order_of_quantising_and_normalising_is_reported(study):
     assert {error.tokens for error in study.attention} == {256}
     assert all(0 < error.as_fused < 0.1 and 0 < error.as_written < 0.1 for error in study.attention)
 
 
-def test_the_residual_stream_and_the_largest_number_of_every_block_are_noted(study):
+def test_the_largest_magnitudes_of_every_block_are_recorded(study):
     assert [(found.expert, found.block) for found in study.magnitudes] == [("dit", block) for block in range(3)]
     assert all(found.kept > 1 and found.headroom > 1 and found.residual > 1 for found in study.magnitudes)
 
 
 def test_programs_read_what_people_read(study, folder):
-    told = json.loads((folder / "study.json").read_text())
-    assert told["passed"] is bool(study) is True
-    assert told["findings"] == study.sentences
-    assert [result["relative_l2_per_step"] for result in told["results"]] == [list(r.errors) for r in study.results]
+    content = json.loads((folder / "study.json").read_text())
+    assert content["passed"] is bool(study) is True
+    assert content["findings"] == study.sentences
+    assert [result["relative_l2_per_step"] for result in content["results"]] == [list(r.errors) for r in study.results]
     page = (folder / "study.html").read_text()
-    assert all(result["name"] in page for result in told["results"])
+    assert all(result["name"] in page for result in content["results"])
     pictures = re.findall(r"""(?:src|srcset|href)=["']?([^"'\s>]*)""", page)
     assert len(pictures) == 4 and all(picture.startswith("data:image/png") for picture in pictures)
     assert "<script" not in page and "@import" not in page and "url(" not in page
@@ -89,17 +89,17 @@ def test_progress_ends_with_everything_done(study, seen):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"model": "wan3"}, "one of t2v-a14b"),
         ({"steps": 0}, "0 steps"),
         ({"model": "t2v-a14b", "steps": 1}, "none by low_noise"),
-        ({"size": TwinSize(width=128)}, "a multiple of 128 from 256 on"),
+        ({"size": TwinSize(width=128)}, "a multiple of 128, at least 256"),
         ({"size": TwinSize(layers=0)}, "0 layers"),
         ({"size": TwinSize(latent=(2, 7, 8))}, "even sides"),
     ],
 )
-def test_what_cannot_be_studied_is_refused_before_any_work(tmp_path, change, told):
-    with pytest.raises(UserError, match=told):
+def test_an_invalid_study_is_refused_before_any_work(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
         precision_study(replace(SMALL, **change), tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""A precision that collapses is told first, and fails the study where it can be exported."""
+"""A precision that collapses is reported first and, if it can be exported, fails the study."""
 
 import math
 import statistics
@@ -7,7 +7,7 @@ import pytest
 
 from studies.precision.attention import attention_errors
 from studies.precision.outliers import INPUTS
-from studies.precision.result import COLLAPSE, Part, Result, Study
+from studies.precision.result import COLLAPSE, PartError, Study, VariantResult
 from studies.precision.variants import VARIANTS
 
 OFFERED = next(variant for variant in VARIANTS if variant.name == "fp8-attn")
@@ -15,7 +15,7 @@ ABLATION = next(variant for variant in VARIANTS if variant.ablation)
 
 
 def study_of(*results):
-    parts = (Part("self-attention", 0.01), Part("self-attention, K not smoothed", 0.05))
+    parts = (PartError("self-attention", 0.01), PartError("self-attention, K not smoothed", 0.05))
     return Study({"model": "m"}, (999.0, 500.0), results, parts, (), (), ())
 
 
@@ -30,21 +30,22 @@ def study_of(*results):
     ],
 )
 def test_the_worst_step_decides(errors, problem, verdict):
-    result = Result(OFFERED, errors, 40.0, 1.0, problem)
+    result = VariantResult(OFFERED, errors, 40.0, 1.0, problem)
     assert result.verdict == verdict
-    study = study_of(Result(OFFERED, (0.01, 0.01), 40.0, 1.0), result)
+    study = study_of(VariantResult(OFFERED, (0.01, 0.01), 40.0, 1.0), result)
     assert bool(study) == (verdict != "collapses")
+    assert study.tone == ("good" if verdict == "meets its aim" else "bad")
     assert study.sentences[0].startswith(f"fp8-attn {verdict}: ")
 
 
-def test_an_ablation_that_collapses_is_told_but_fails_nothing():
-    study = study_of(Result(ABLATION, (0.5, math.inf), 3.0, 1.0))
+def test_an_ablation_that_collapses_is_reported_but_fails_nothing():
+    study = study_of(VariantResult(ABLATION, (0.5, math.inf), 3.0, 1.0))
     assert study
     assert study.sentences[0].startswith(f"{ABLATION.name} collapses")
 
 
-def test_an_ablation_that_does_not_collapse_is_no_choice_either():
-    assert Result(ABLATION, (0.01, 0.01), 40.0, 1.0).verdict == "cannot be exported"
+def test_an_ablation_that_does_not_collapse_cannot_be_exported_either():
+    assert VariantResult(ABLATION, (0.01, 0.01), 40.0, 1.0).verdict == "cannot be exported"
     assert "self-attention, K not smoothed: 5.00% instead of 1.00%" in study_of().sentences
 
 
@@ -61,3 +62,12 @@ def test_a_range_spread_over_blocks_has_its_minimum_median_and_maximum(blocks):
     assert len(found) == blocks
     assert (min(found), max(found)) == pytest.approx((real.low, real.high))
     assert statistics.median(found) == pytest.approx(real.median)
+
+
+def test_an_error_just_beyond_its_aim_does_not_look_like_the_aim():
+    result = VariantResult(OFFERED, (0.01, OFFERED.aim + 2e-6), 40.0, 1.0)
+    study = study_of(result)
+    aim = f"{OFFERED.aim:.2%}"
+    (said,) = [sentence for sentence in study.sentences if "misses its aim" in sentence]
+    assert f"{aim} in the worst step" not in said
+    assert f"{OFFERED.aim + 2e-6:.4%} in the worst step, aim {aim}" in said

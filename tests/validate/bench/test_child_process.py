@@ -1,4 +1,4 @@
-"""A child process does not hear Ctrl-C and does not outlive the block that started it."""
+"""A child process ignores Ctrl-C and does not outlive the block that started it."""
 
 import os
 import signal
@@ -11,12 +11,12 @@ from validate.bench.child_process import child_process
 
 def answer_twice(sender, word):
     sender.send(word)
-    os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C reaches every process of a terminal
+    os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C reaches every process of a terminal
     sender.send(word)
     threading.Event().wait()
 
 
-def test_ctrl_c_does_not_end_it_and_the_end_of_the_block_does():
+def test_ctrl_c_does_not_end_the_child_but_the_end_of_the_block_does():
     with child_process(answer_twice, "here") as (receiver, process):
         assert [receiver.recv(), receiver.recv()] == ["here", "here"]
         assert process.is_alive()
@@ -30,6 +30,6 @@ def test_a_block_that_fails_ends_it_too():
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_this_process_hears_ctrl_c_again():
+def test_this_process_handles_ctrl_c_again():
     with child_process(answer_twice, "here"):
         assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -1,4 +1,4 @@
-"""What counts as a regression, and what may be compared with another machine."""
+"""Regressions, and the measurements that are comparable across machines."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ BEFORE = {
 
 
 class Result:
-    """As much of a result as a comparison reads."""
+    """The part of a result that a comparison reads."""
 
     def __init__(self, machine=HERE, **changed):
         self.machine, self._changed = machine, {name.replace("__", "."): value for name, value in changed.items()}
@@ -53,7 +53,7 @@ def test_nothing_changed():
         ({"high_noise__roofline_percent": 60.0}, set()),
         ({"high_noise__speedup": 1.8, "high_noise__speedup_p10": 1.75}, {"high_noise.speedup"}),
         ({"high_noise__memory_ratio": 0.6}, {"high_noise.memory_ratio"}),
-        ({"high_noise__relative_l2": 1e-3}, set()),  # parity is another command's business
+        ({"high_noise__relative_l2": 1e-3}, set()),  # another command judges parity
         ({"end_to_end__decode_s": 5.0}, set()),  # whole runs spread by 30 %
         ({"end_to_end__decode_s": 6.0}, {"end_to_end.decode_s"}),
         ({"end_to_end__step_speedup": 1.5, "end_to_end__step_speedup_p10": 1.4}, {"end_to_end.step_speedup"}),
@@ -64,10 +64,10 @@ def test_what_is_a_regression(changed, expected):
     assert regressions(Result(**changed)) == expected
 
 
-def test_of_another_machine_only_ratios_are_compared():
+def test_only_ratios_are_compared_with_another_machine():
     found = compared(Result(high_noise__median_ms=500.0, high_noise__memory_ratio=0.6), HERE | {"cpu": "B"})
     assert not found.same_machine
-    assert found.told == "cpu 'B', here 'A'"
+    assert found.difference == "cpu 'B', here 'A'"
     assert {change.measurement for change in found.changes} == {
         "high_noise.speedup", "high_noise.memory_ratio", "end_to_end.step_speedup",
     }  # fmt: skip
@@ -75,7 +75,7 @@ def test_of_another_machine_only_ratios_are_compared():
 
 
 @pytest.mark.parametrize("lacking", ["high_noise.p90_ms", "end_to_end.total_p90_s", "end_to_end.total_s"])
-def test_a_baseline_may_lack_what_tells_the_spread(lacking):
+def test_a_baseline_may_lack_the_values_of_the_spread(lacking):
     baseline = {"machine": HERE, "conditions": IDLE}
     for measurements in ({k: v for k, v in BEFORE.items() if k != lacking}, BEFORE | {lacking: 0}):
         found = compare(Path("old.json"), baseline | {"measurements": measurements}, Result())

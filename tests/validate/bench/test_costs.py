@@ -1,4 +1,4 @@
-"""What pieces cost where engines are a compiler's and hold no graph: the formulas of the model say what graphs do."""
+"""Costs of pieces of compiled engines: the formulas of the model agree with the graphs."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def work(bundle):
 
 
 def compiled(bundle, precision=Precision.FP32):
-    """The bundle as TensorRT's for an H100 would describe itself."""
+    """The bundle with the manifest of a TensorRT build for an H100."""
     build = replace(bundle.manifest.build, backend="tensorrt", target="h100")
     parts = tuple(
         replace(part, precision=precision) if part.name in bundle.manifest.spec.experts else part
@@ -45,14 +45,14 @@ def test_formulas_and_graphs_agree(flow_of, bundle, work):
 
 
 def embeddings_and_head(work):
-    """Of a forward, what the formula leaves out: under a thousandth in a model of real size."""
+    """The part of a forward that the formula omits: under 0.1 % in a model of real size."""
     dit, patch = work.spec.dit, 4
     text = TEXT_TOKENS * (dit.text_width + dit.width)
     time = dit.freq_width + dit.width + 6 * dit.width
     return 2 * dit.width * (text + time + work.tokens * patch * (dit.in_channels + dit.out_channels))
 
 
-def test_a_step_costs_what_the_whole_does_without_what_is_done_once_a_prompt(bundle, work):
+def test_a_step_costs_the_full_graph_minus_the_work_done_once_per_prompt(bundle, work):
     whole = replace(bundle.manifest, components=tuple(replace(part, halves=()) for part in bundle.manifest.components))
     of_whole, of_step = (costs_of(work, each)["high_noise"] for each in (Bundle(bundle.folder, whole), bundle))
     dit, rows = work.spec.dit, work.token_ids.shape[1] + 1
@@ -72,7 +72,7 @@ def test_a_step_costs_what_the_whole_does_without_what_is_done_once_a_prompt(bun
         (Precision.FP8_ATTN, {Precision.FP8_ATTN}),
     ],
 )
-def test_each_type_is_held_to_its_own_peak(bundle, work, precision, types):
+def test_each_precision_is_measured_against_its_peak(bundle, work, precision, types):
     plans = compiled(bundle, precision)
     cost, peak = costs_of(work, plans)["high_noise"], peak_of(plans)
     assert set(cost.flop) == types

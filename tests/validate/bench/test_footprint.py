@@ -1,16 +1,16 @@
-"""Memory is measured in a process of its own, which has loaded what the piece needs and nothing else."""
+"""Memory is measured in a separate process that has loaded only what the piece needs."""
 
 import pytest
 
 from runtime.request import Request
-from validate.bench.footprint import Job, footprint
+from validate.bench.footprint import FootprintJob, footprint
 from validate.bench.work import OURS, RUN, BenchOptions
 from wan22.errors import UserError
 
 
 def test_a_piece_needs_its_weights_beyond_the_libraries(tiny_engines):
     options = BenchOptions(Request(size=(64, 64), frames=5))
-    found = footprint(Job(OURS, "vae_decoder", tiny_engines, None, options))
+    found = footprint(FootprintJob(OURS, "vae_decoder", tiny_engines, None, options))
     weights = (tiny_engines / "vae_decoder.safetensors").stat().st_size
     assert 0 < found.libraries < found.loaded < found.peak
     assert found.beyond_libraries > weights
@@ -19,12 +19,14 @@ def test_a_piece_needs_its_weights_beyond_the_libraries(tiny_engines):
 
 
 def test_a_whole_run_needs_more_than_its_engines(tiny_engines):
-    found = footprint(Job(OURS, RUN, tiny_engines, None, BenchOptions(Request(size=(32, 32), frames=5, steps=2))))
+    found = footprint(
+        FootprintJob(OURS, RUN, tiny_engines, None, BenchOptions(Request(size=(32, 32), frames=5, steps=2)))
+    )
     both = (tiny_engines / f"{name}.safetensors" for name in ("text_encoder", "vae_decoder"))
     assert found.libraries <= found.loaded < found.peak
     assert found.beyond_libraries > sum(path.stat().st_size for path in both)
 
 
-def test_what_is_wrong_in_the_other_process_is_told_in_this_one(tiny_engines):
+def test_an_error_of_the_child_process_is_raised_in_this_one(tiny_engines):
     with pytest.raises(UserError, match="size 50x50"):
-        footprint(Job(OURS, "vae_decoder", tiny_engines, None, BenchOptions(Request(size=(50, 50)))))
+        footprint(FootprintJob(OURS, "vae_decoder", tiny_engines, None, BenchOptions(Request(size=(50, 50)))))

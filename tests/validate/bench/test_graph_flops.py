@@ -1,4 +1,4 @@
-"""Arithmetic counted on graphs: what the formulas of the models say, and nothing that a graph leaves out."""
+"""Arithmetic counted on graphs agrees with the formulas and excludes what a graph skips."""
 
 import onnx
 import pytest
@@ -35,7 +35,7 @@ def counted(tiny_engines):
 
 
 def unneeded(dit, rows):
-    """What k and v of the padding would cost."""
+    """The arithmetic that k and v of the padding would take."""
     return dit.layers * (TEXT_TOKENS - rows) * 4 * dit.width**2
 
 
@@ -96,7 +96,7 @@ def graph_of(path, *nodes, weights=()):
     return path
 
 
-def test_products_with_weights_and_of_activations_are_told_apart(tmp_path):
+def test_products_with_weights_and_of_activations_are_distinguished(tmp_path):
     path = graph_of(
         tmp_path / "graph.onnx",
         helper.make_node("Transpose", ["w"], ["turned"], perm=[1, 0]),
@@ -108,7 +108,7 @@ def test_products_with_weights_and_of_activations_are_told_apart(tmp_path):
     assert graph_flops(path, {"x": (2, 5, 8)}) == GraphFlops(2 * 2 * 5 * 8 * 8, 2 * 2 * 5 * 5 * 8)
 
 
-def test_a_graph_with_an_operator_that_cannot_be_counted_is_not_counted_by_half(tmp_path):
+def test_a_graph_with_an_operator_that_cannot_be_counted_has_no_count(tmp_path):
     path = graph_of(
         tmp_path / "graph.onnx",
         helper.make_node("MatMul", ["x", "w"], ["h"]),
@@ -118,7 +118,7 @@ def test_a_graph_with_an_operator_that_cannot_be_counted_is_not_counted_by_half(
     assert graph_flops(path, {"x": (2, 5, 8)}) is None
 
 
-def test_a_size_that_depends_on_values_has_to_be_told(tmp_path):
+def test_a_size_that_depends_on_values_must_be_given(tmp_path):
     path = graph_of(
         tmp_path / "graph.onnx",
         helper.make_node("Reshape", ["x", "flat"], ["rows"]),

@@ -1,4 +1,4 @@
-"""The machine's GPU, where NVIDIA's library sees one."""
+"""The machine's GPU, if NVIDIA's library sees one."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from validate.bench.machine import Nvml, device_peak, machine
 
 
 def library(used, energy):
-    """As much of ``pynvml`` as is asked."""
+    """The part of ``pynvml`` that is used."""
     return types.SimpleNamespace(
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByIndex=lambda index: index,
@@ -18,7 +18,7 @@ def library(used, energy):
     )
 
 
-def test_without_a_gpu_nothing_is_measured_of_it(monkeypatch):
+def test_without_a_gpu_nothing_is_measured(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert Nvml.open() is None
     assert machine()["gpu"] == ""

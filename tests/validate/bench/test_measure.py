@@ -1,4 +1,4 @@
-"""A bench of a tiny model: every piece on both sides, whole runs, and what it says of numbers that are none."""
+"""A bench of a tiny model: every piece on both sides, end-to-end runs, and values that are not finite."""
 
 import math
 
@@ -40,7 +40,7 @@ def relative_l2(report):
     return {piece.name: piece.difference[EAGER] for piece in report.result.pieces}
 
 
-def test_calls_of_the_decoder_are_told_apart(report):
+def test_calls_of_the_decoder_are_timed_separately(report):
     graphs = report.result.pieces[-1].graphs
     assert {name: len(samples.seconds) for name, samples in graphs.items()} == {
         "vae_decoder_first": 2,
@@ -48,7 +48,7 @@ def test_calls_of_the_decoder_are_told_apart(report):
     }
 
 
-def test_a_forward_that_is_the_first_of_its_prompt_is_told_apart(report):
+def test_a_forward_with_a_new_prompt_is_timed_separately(report):
     pieces = {piece.name: piece for piece in report.result.pieces}
     anew = pieces["high_noise"].new_prompt
     assert {side: len(samples.seconds) for side, samples in anew.items()} == {OURS: 2, EAGER: 2}

@@ -1,4 +1,4 @@
-"""Timings in turns, and what is said about them."""
+"""Timings in turns, and statistics on them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A job through a server beside the same job in this process, and how that is judged."""
+"""A job through a server, compared with the same job in this process, and its verdict."""
 
 import json
 
@@ -30,22 +30,22 @@ def left(arguments):
 
 def test_both_sides_are_timed_and_jobs_are_cancelled(server, tiny_engines, capfd):
     code = left([tiny_engines, *SMALL])
-    told = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert code == (0 if told["passed"] else 1)
-    assert (told["width"], told["height"], told["frames"], told["steps"]) == (64, 64, 5, 2)
-    assert len(told["in_process"]["samples_ms"]) == len(told["served"]["samples_ms"]) == 2
-    assert 0 < told["served_inside_model_median_ms"] <= told["served"]["median_ms"]
-    assert len(told["cancels"]) == 10
-    assert set(told["measured"]) == {OVERHEAD, BEYOND_STEP}
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert code == (0 if result["passed"] else 1)
+    assert (result["width"], result["height"], result["frames"], result["steps"]) == (64, 64, 5, 2)
+    assert len(result["in_process"]["samples_ms"]) == len(result["served"]["samples_ms"]) == 2
+    assert 0 < result["served_inside_model_median_ms"] <= result["served"]["median_ms"]
+    assert len(result["cancels"]) == 10
+    assert set(result["measured"]) == {OVERHEAD, BEYOND_STEP}
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [(["checkpoint"], "engines alone"), (["--sweep", "steps", "--values", "2,4"], "engines alone")],
 )
-def test_what_a_server_has_no_part_in_is_refused(tiny_engines, capsys, options, told):
+def test_options_that_a_server_bench_does_not_use_are_refused(tiny_engines, capsys, options, message):
     assert left([tiny_engines, *options, *SMALL]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_gate_on_something_else_is_refused_before_any_work(server, tiny_engines, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What is read off the events of a whole run."""
+"""Figures derived from the events of an end-to-end run."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def run(step_s=1.0):
     return Run(tuple(events(step_s)))
 
 
-def test_loading_is_told_apart():
+def test_loading_is_reported_separately():
     figures = run().figures()
     assert figures["total_s"] == 10.0
     assert figures["first_frame_s"] == 7.0
@@ -53,12 +53,12 @@ def test_figures_of_several_runs_are_medians():
 def test_runs_alternate_event_by_event_also_when_one_has_more():
     order, calls = [], []
 
-    def told(name, count):
+    def run_events(name, count):
         for index in range(count):
             order.append(f"{name}{index}")
             yield Event("step", "dit", 1.0)
 
-    found = in_turns({"a": told("a", 3), "b": told("b", 2)}, lambda: calls.append(1))
+    found = in_turns({"a": run_events("a", 3), "b": run_events("b", 2)}, lambda: calls.append(1))
     assert order == ["a0", "b0", "a1", "b1", "a2"]
     assert {name: len(run.events) for name, run in found.items()} == {"a": 3, "b": 2}
     assert len(calls) == 3

@@ -1,4 +1,4 @@
-"""The ladder of the models that take images: every rung holds, and a fault on the way from the image is found there."""
+"""The ladder of models that take images: every rung passes, and an error in the image path is found where it occurs."""
 
 import io
 from dataclasses import replace
@@ -9,7 +9,7 @@ from PIL import Image
 
 from runtime.request import Request
 from validate import ValidateOptions, validate
-from validate.options import completed
+from validate.options import complete_request
 from wan22.errors import UserError
 from wan22.specs import SPECS
 
@@ -54,7 +54,7 @@ def test_image_to_video_matches_pytorch(report):
     assert report.facts["image"] == "built-in picture, 96x96, official fit"
 
 
-def test_the_encoder_is_held_to_the_promises_of_the_decoder(report):
+def test_the_encoder_has_the_limits_of_the_decoder(report):
     encoder = [row for row in report.rows if row.component.startswith("vae_encoder")]
     decoder = [row for row in report.rows if row.component.startswith("vae_decoder")]
     assert [row.limit for row in encoder] == [row.limit for row in decoder]
@@ -87,13 +87,13 @@ def test_the_5b_matches_in_both_modes(ti2v, tmp_path):
 
 
 def test_wrong_pixels_are_found_at_the_pixels(i2v, tmp_path, monkeypatch):
-    from runtime.image_condition import fitted
+    from runtime.image_condition import fit_image
 
     def smooth(image, resizing, size, fit="official"):
-        return fitted(image.resize(size, Image.Resampling.LANCZOS), resizing, size, fit)
+        return fit_image(image.resize(size, Image.Resampling.LANCZOS), resizing, size, fit)
 
     for user in ("runtime.pipeline", "validate.ladder.engines_side"):
-        monkeypatch.setattr(f"{user}.fitted", smooth)
+        monkeypatch.setattr(f"{user}.fit_image", smooth)
     found = validate(i2v.engines, i2v.checkpoint, tmp_path, SMALL)
     failed = names(found.failed)
     assert failed[:2] == ["pixels of the first image", "latents of the condition"]
@@ -118,8 +118,8 @@ def test_a_wrong_mask_is_found(i2v, tmp_path, monkeypatch):
     assert found.first_diverging_step.step == 1
 
 
-def test_the_frame_that_is_given_must_stay(ti2v, tmp_path, monkeypatch):
-    """A time of its own for the first frame is the one thing that only image mode has."""
+def test_a_clean_first_frame_must_stay(ti2v, tmp_path, monkeypatch):
+    """Only image mode has a separate timestep for the first frame."""
     import runtime.denoise
 
     inputs = runtime.denoise.step_inputs
@@ -136,10 +136,10 @@ def test_an_image_of_another_shape_than_fixed_engines(i2v, tmp_path):
 
     with Pipeline.open(i2v.engines) as pipeline:
         manifest = replace(pipeline.bundle.manifest, size=(64, 64, 5))
-    assert completed(replace(REQUEST, size=None, frames=None), manifest).latent_shape == (1, 16, 2, 8, 8)
+    assert complete_request(replace(REQUEST, size=None, frames=None), manifest).latent_shape == (1, 16, 2, 8, 8)
     with pytest.raises(UserError, match=r"80x48, 5 frames.*64x64, 5 frames.*--fit crop"):
-        completed(replace(REQUEST, image=png(150, 90)), manifest)
-    assert completed(replace(REQUEST, image=png(150, 90), fit="crop"), manifest).width == 64
+        complete_request(replace(REQUEST, image=png(150, 90)), manifest)
+    assert complete_request(replace(REQUEST, image=png(150, 90), fit="crop"), manifest).width == 64
 
 
 @pytest.mark.slow

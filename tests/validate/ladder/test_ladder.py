@@ -1,4 +1,4 @@
-"""The ladder on real engines: all rungs hold, and one wrong weight is found where it sits."""
+"""The ladder on real engines: all rungs pass, and a single wrong weight is located."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from runtime.request import Request
 from runtime.solver import make_solver
 from validate import ValidateOptions, validate
 from validate.ladder.rungs import velocity_points
-from validate.report.worst import FAILED, known, measured
+from validate.report.worst import FAILED, known, worst_values
 from wan22.errors import NonFiniteError, UserError
 from wan22.specs import SPECS, Precision
 from wan_trt.cli import app
@@ -58,7 +58,7 @@ def test_frames_are_measured_in_decibels(report):
 def test_gates_know_what_a_ladder_measures_and_nothing_else(report):
     names, subjects = set(known()), {row.subject for row in report.rows}
     of_float32 = {name for name in names if name.partition(".")[0] in subjects and not name.endswith(".excess")}
-    assert set(measured(report.rows)) == of_float32 | {FAILED}
+    assert set(worst_values(report.rows)) == of_float32 | {FAILED}
 
 
 def test_velocity_points_stay_with_their_expert():
@@ -73,7 +73,7 @@ def test_velocity_points_stay_with_their_expert():
 
 
 def overwrite_one_weight(folder, name, value):
-    """Sets the first element of a float32 tensor, in place."""
+    """Set the first element of a float32 tensor, in place."""
     for path in folder.glob("*.safetensors"):
         with path.open("r+b") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -101,8 +101,9 @@ def test_one_wrong_weight_is_found_in_its_expert(tiny_engines, tiny_checkpoint, 
     assert passed >= {"text_encoder", "high_noise", "vae_decoder_first", "vae_decoder_next"}
 
 
-def test_a_wrong_solver_is_told_from_a_wrong_transformer(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("validate.ladder.engines_side.make_solver", lambda _, schedule: make_solver("euler", schedule))
+def test_a_wrong_solver_is_distinguished_from_a_wrong_transformer(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch):
+    euler = lambda _, schedule, seed: make_solver("euler", schedule, seed)  # noqa: E731
+    monkeypatch.setattr("validate.ladder.engines_side.make_solver", euler)
     options = ValidateOptions(Request(size=(32, 32), frames=1, steps=4))
     found = validate(tiny_engines, tiny_checkpoint, tmp_path, options)
     assert [row.subject for row in found.failed] == ["solver"]
@@ -119,9 +120,9 @@ def test_a_nan_weight_in_the_reference_never_passes(tiny_engines, tiny_checkpoin
 
 
 def test_our_run_that_stops_is_a_failure_with_its_reason(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch):
-    from validate.ladder.engines_side import Ours
+    from validate.ladder.engines_side import EnginesSide
 
-    velocity_of, calls = Ours.run, []
+    velocity_of, calls = EnginesSide.run, []
 
     def dies(self, request):
         for step in velocity_of(self, request):
@@ -130,7 +131,7 @@ def test_our_run_that_stops_is_a_failure_with_its_reason(tiny_engines, tiny_chec
             if len(calls) == 2:
                 raise NonFiniteError("velocity of high_noise in step 3 of 4")
 
-    monkeypatch.setattr(Ours, "run", dies)
+    monkeypatch.setattr(EnginesSide, "run", dies)
     found = validate(tiny_engines, tiny_checkpoint, tmp_path, SMALL)
     assert [row.passed for row in found.steps] == [True, True, False, False]
     assert found.first_diverging_step.step == 3
@@ -182,7 +183,7 @@ def test_the_first_nan_of_the_reference_is_named(tiny_engines, tiny_checkpoint, 
 
     monkeypatch.setattr(Reference, "velocity", breaks)
     found = validate(tiny_engines, tiny_checkpoint, tmp_path, SMALL)
-    told = "reference: velocity of high_noise in step 2 of 4"
-    assert found.first_not_finite.metrics.problem.startswith(told)
-    assert told in found.summary()
-    assert told in (tmp_path / "report.html").read_text()
+    message = "reference: velocity of high_noise in step 2 of 4"
+    assert found.first_not_finite.metrics.problem.startswith(message)
+    assert message in found.summary()
+    assert message in (tmp_path / "report.html").read_text()

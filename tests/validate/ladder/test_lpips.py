@@ -1,4 +1,4 @@
-"""LPIPS: measured where its package and network are there, and nothing but a line of the report where they are not."""
+"""LPIPS is measured if its package and network are available; otherwise the report says so in one line."""
 
 import sys
 from types import SimpleNamespace
@@ -20,12 +20,12 @@ def _asked_anew():
         cached.cache_clear()
 
 
-def climb(ours, theirs):
+def comparison(ours, theirs):
     return SimpleNamespace(our_frames=ours, reference_frames=theirs)
 
 
 def videos(side=32):
-    """Three frames; the second of ours is another one."""
+    """Three frames; the second one differs between the sides."""
     theirs = np.zeros((1, 3, 3, side, side), np.float32)
     ours = theirs.copy()
     ours[:, :, 1] = 0.5
@@ -42,23 +42,23 @@ def network(monkeypatch):
 
 def test_the_worst_frame_is_a_row_of_the_ladder(network):
     assert metrics.why_no_lpips() == ""
-    (row,) = video.perception(climb(*videos()))
+    (row,) = video.perception(comparison(*videos()))
     assert (row.metrics.lpips, row.limit) == (0.5, LPIPS)
     assert row.note.startswith("frame 2, ")
     assert not row.passed
 
 
-def test_frames_too_small_for_the_network_and_frames_that_are_no_numbers_have_no_row(network):
+def test_frames_too_small_for_the_network_or_not_finite_have_no_row(network):
     ours, theirs = videos()
-    assert not list(video.perception(climb(*videos(side=16))))
-    assert not list(video.perception(climb(ours * np.float32("nan"), theirs)))
-    assert not list(video.perception(climb(None, theirs)))
+    assert not list(video.perception(comparison(*videos(side=16))))
+    assert not list(video.perception(comparison(ours * np.float32("nan"), theirs)))
+    assert not list(video.perception(comparison(None, theirs)))
 
 
 @pytest.mark.parametrize(
     "error", [URLError("no route\nto host"), RuntimeError("operator nms does not exist"), AttributeError("no alexnet")]
 )
-def test_a_network_that_cannot_be_loaded_is_told_in_one_line(monkeypatch, error):
+def test_a_network_that_cannot_be_loaded_is_reported_in_one_line(monkeypatch, error):
     def fails(**_):
         raise error
 
@@ -67,7 +67,7 @@ def test_a_network_that_cannot_be_loaded_is_told_in_one_line(monkeypatch, error)
     why = metrics.why_no_lpips()
     assert why.startswith("not measured: the network of package lpips cannot be loaded (")
     assert "\n" not in why
-    assert not list(video.perception(climb(*videos())))
+    assert not list(video.perception(comparison(*videos())))
 
 
 def test_the_package_itself_takes_our_frames(monkeypatch):

@@ -1,4 +1,4 @@
-"""Numbers that decide over a release: known values, and no way for a NaN to pass."""
+"""Metrics that decide a release: known values, and a NaN never passes."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_zero_reference_is_equal_only_to_zero():
 @pytest.mark.parametrize(
     "limit", [Limit("max_abs", 1e9, ""), Limit("psnr_db", -1e9, ""), Limit("relative_l2", 1e9, "")]
 )
-def test_what_is_not_finite_never_passes(bad, limit):
+def test_values_that_are_not_finite_never_pass(bad, limit):
     good, spoilt = np.zeros((2, 3)), np.zeros((2, 3))
     spoilt[1, 2] = bad
     for ours, reference in ((spoilt, good), (good, spoilt), (spoilt, spoilt)):
@@ -55,7 +55,7 @@ def test_integers_compare_exactly():
     assert not Limit("max_abs", 0, "").accepts(compare(np.array([2**40 + 1]), np.array([2**40])))
 
 
-def test_slices_add_up_to_the_whole():
+def test_slices_sum_to_the_full_tensor():
     values = np.ones(SLICE_VALUES + 5, np.float32)
     off = values.copy()
     off[-1] += 1
@@ -65,7 +65,7 @@ def test_slices_add_up_to_the_whole():
 
 
 def video(values):
-    """``[1, 3, F, 8, 8]``, every frame of one value."""
+    """Frames ``[1, 3, F, 8, 8]``, each of one value."""
     return np.broadcast_to(np.float32(values)[None, None, :, None, None], (1, 3, len(values), 8, 8)).copy()
 
 

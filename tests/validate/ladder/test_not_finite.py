@@ -1,4 +1,4 @@
-"""NaN on either side: a report with the first tensor named, and never a pass."""
+"""NaN on either side never passes, and the report names the first tensor."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Bundles of graphs are validated as they are, whatever their precision, and the report says how."""
+"""Bundles of graphs are validated in any precision, and the report says how their numbers were made."""
 
 import json
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_the_export_loses_no_more_than_pytorch_in_that_precision(reported, preci
     assert all(0.1 < excess < 1.3 for excess in found.values())
 
 
-def test_the_report_tells_precision_from_export(reported):
+def test_the_report_separates_precision_loss_from_export_error(reported):
     folder = reported(Precision.BF16)[1] / "report"
     rows = json.loads((folder / "report.json").read_text())["rows"]
     low = next(row["in_precision"] for row in rows if row["step"] == 2)

@@ -1,4 +1,4 @@
-"""What ``--calls`` writes is read by polygraphy's own command, which then runs the graph and compares."""
+"""``polygraphy run`` reads the files of ``--calls``, runs the graph and compares."""
 
 import subprocess
 import sys
@@ -38,8 +38,8 @@ def test_every_engine_that_was_called_has_its_files(calls, tiny_engines):
     assert {path.name for path in calls.iterdir()} == expected
 
 
-def test_state_is_kept_as_the_call_was_given_it(calls):
-    """The call itself uses it up."""
+def test_state_is_recorded_before_the_call_overwrites_it(calls):
+    """The call itself overwrites it."""
     from polygraphy.comparator import RunResults
     from polygraphy.json import load_json
 
@@ -65,7 +65,7 @@ def test_polygraphy_finds_another_answer(calls, tiny_bundle, tmp_path):
     assert "FAILED" in result.stdout + result.stderr
 
 
-def test_a_folder_that_cannot_be_is_told(tmp_path):
+def test_an_impossible_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write calls"):
         check_calls(tmp_path / "file")

@@ -1,4 +1,4 @@
-"""The limits are what the project promises, and coarser arithmetic gets coarser ones."""
+"""The limits are those that the project promises; coarser arithmetic has wider ones."""
 
 from dataclasses import fields
 
@@ -41,7 +41,7 @@ def test_limits_widen_from_fp32_over_fp16_to_bf16(name):
     assert all(limit.reason for limit in (fp32, fp16, bf16))
 
 
-def test_every_precision_has_limits_no_finer_than_those_of_the_one_before():
+def test_limits_never_tighten_from_one_precision_to_the_next():
     for name in (field.name for field in fields(Thresholds)):
         values = [getattr(thresholds_for(precision), name).value for precision in (Precision.BF16, Precision.FP8)]
         assert values == sorted(values, reverse=getattr(BF16, name).measure in AT_LEAST)

@@ -1,4 +1,4 @@
-"""The reference reads the switch of experts from the checkpoint itself, so that a wrong one in a bundle is found."""
+"""The reference reads the boundary from the checkpoint itself, so a wrong one in a bundle is found."""
 
 import json
 import shutil
@@ -17,13 +17,13 @@ from wan22.bundle import open_bundle, write_manifest
 from wan22.specs import SPECS
 
 # four official steps with shift 5: 999 937 833 624
-SMALL = ValidateOptions(size=(32, 32), frames=1, steps=4, shift=5.0, seed=3)
+SMALL = ValidateOptions(Request(size=(32, 32), frames=1, steps=4, shift=5.0, seed=3))
 STATED = 0.95
 
 
 @pytest.fixture(scope="module")
 def diffusers_checkpoint(tmp_path_factory):
-    """A -Diffusers checkpoint that states another boundary than its release."""
+    """A -Diffusers checkpoint with a different boundary than its release."""
     folder = tmp_path_factory.mktemp("stated") / "checkpoint"
     synthesise(SPECS["t2v-a14b-tiny"], folder, "diffusers", seed=0)
     _state(folder, STATED)
@@ -47,15 +47,17 @@ def _experts(report):
     return [row.component for row in report.steps]
 
 
-def test_a_stated_boundary_reaches_engines_and_reference_apart(engines, diffusers_checkpoint, tmp_path):
+def test_engines_and_reference_read_the_boundary_independently(engines, diffusers_checkpoint, tmp_path):
     assert open_bundle(engines, "engines").manifest.spec.sampling.boundary == STATED
     report = validate(engines, diffusers_checkpoint, tmp_path, SMALL)
     assert [row.name for row in report.failed] == []
     assert _experts(report) == ["high_noise", "low_noise", "low_noise", "low_noise"]
 
 
-def test_a_boundary_that_is_asked_for_holds_on_both_sides(engines, diffusers_checkpoint, tmp_path):
-    report = validate(engines, diffusers_checkpoint, tmp_path, replace(SMALL, boundary=0.8))
+def test_a_requested_boundary_holds_on_both_sides(engines, diffusers_checkpoint, tmp_path):
+    report = validate(
+        engines, diffusers_checkpoint, tmp_path, replace(SMALL, request=replace(SMALL.request, boundary=0.8))
+    )
     assert [row.name for row in report.failed] == []
     assert _experts(report) == ["high_noise"] * 3 + ["low_noise"]
 

@@ -1,4 +1,4 @@
-"""Where PyTorch's side computes, and that all of it is there."""
+"""The device of PyTorch's side, and that all its tensors are there."""
 
 from dataclasses import replace
 
@@ -11,8 +11,8 @@ from runtime.request import Request
 from validate.bench.torch_side import TorchSide
 from validate.bench.work import TEXT, BenchOptions, work_for
 from validate.reference import reference
-from validate.reference.device import Residence, reference_device, refusing_too_large
-from validate.reference.reference import Given, Reference
+from validate.reference.device import Residence, catch_out_of_memory, reference_device
+from validate.reference.reference import ImageInputs, Reference
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan_trt.cli import app
@@ -42,7 +42,7 @@ def test_the_device_follows_the_engines_unless_it_is_chosen(manifest, monkeypatc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["validate", "bench"])
-def test_a_gpu_that_pytorch_does_not_see_is_told_before_any_work(tiny_engines, tiny_checkpoint, capsys, command):
+def test_a_gpu_that_pytorch_does_not_see_is_reported_before_any_work(tiny_engines, tiny_checkpoint, capsys, command):
     with pytest.raises(SystemExit) as left:
         app([command, str(tiny_engines), str(tiny_checkpoint), "--reference-device", "cuda"])
     assert left.value.code == 2
@@ -51,7 +51,7 @@ def test_a_gpu_that_pytorch_does_not_see_is_told_before_any_work(tiny_engines, t
 
 
 class Moved:
-    """A module that notes where it is."""
+    """A module that records its device."""
 
     where = "cpu"
 
@@ -62,22 +62,22 @@ class Moved:
 
 def test_one_module_at_a_time_is_on_the_gpu():
     residence, one, other = Residence("cuda"), Moved(), Moved()
-    residence.taken(one)
-    assert (residence.taken(one).where, residence.taken(other).where, one.where) == ("cuda", "cuda", "cpu")
-    residence.left(other)
-    residence.taken(one)
-    assert (one.where, other.where) == ("cuda", "cuda")  # what is dropped is not carried back first
+    residence.place(one)
+    assert (residence.place(one).where, residence.place(other).where, one.where) == ("cuda", "cuda", "cpu")
+    residence.release(other)
+    residence.place(one)
+    assert (one.where, other.where) == ("cuda", "cuda")  # a module that is released is not moved back first
 
 
-def test_a_gpu_that_is_too_small_is_told_with_the_way_out():
-    with pytest.raises(UserError, match=r"CUDA out of memory.*--reference-device cpu"), refusing_too_large():
+def test_a_gpu_that_is_too_small_is_reported_with_a_remedy():
+    with pytest.raises(UserError, match=r"CUDA out of memory.*--reference-device cpu"), catch_out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
 
 
 class OnMeta(Residence):
-    """PyTorch's device without numbers: like a GPU, it takes no tensor of the CPU beside one of its own."""
+    """PyTorch's meta device: like a GPU, it does not mix its tensors with those of the CPU."""
 
-    def taken(self, module):
+    def place(self, module):
         return module.to("meta")
 
 
@@ -89,7 +89,7 @@ def test_no_tensor_of_the_reference_stays_on_the_cpu(flow_of, monkeypatch, model
     latents = np.zeros(side.spec.latent_shape(64, 64, 5), np.float32)
     text = np.zeros((1, 512, side.spec.dit.text_width), np.float32)
     condition = side.condition(np.zeros((1, 3, 64, 64), np.float32), 5)
-    for given in (condition.given, *([Given()] if model.startswith("ti2v") else [])):
+    for given in (condition.image_inputs, *([ImageInputs()] if model.startswith("ti2v") else [])):
         side.velocity(side.spec.experts[0], latents, 500.0, text, given)
     side.decode(latents)
     assert {tensor.device.type for tensor in found} == {"meta"}

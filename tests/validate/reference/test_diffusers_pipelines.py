@@ -1,4 +1,4 @@
-"""Our whole runs against diffusers' own pipelines, which nothing of ours has touched but the loading of the weights.
+"""Our end-to-end runs against diffusers' pipelines, in which only the loading of the weights is ours.
 
 They are asked as their users ask them: an image, embeddings, noise, steps, guidance. So this holds the reference of the
 ladder to account as well: its loop, its conditions, the times of TI2V's tokens and its float64 sinusoid.
@@ -20,14 +20,14 @@ from wan22.specs import SPECS
 
 pytestmark = pytest.mark.slow
 
-# Float32 sums in another order and diffusers' float32 sinusoid, through a run with guidance
+# Float32 sums in another order and diffusers' float32 sinusoid, over a run with guidance
 LIMIT = 1e-4
 SIZE = (96, 64)
 GUIDANCE = {"high_noise": 3.5, "low_noise": 2.5, "dit": 5.0}
 
 
 def module(checkpoint, part):
-    """The reference's module, with the sinusoid that diffusers has."""
+    """The reference's module with diffusers' sinusoid."""
     from diffusers.models.embeddings import Timesteps
 
     loaded = load_part(checkpoint, part, silent)
@@ -37,7 +37,7 @@ def module(checkpoint, part):
 
 
 def diffusers_latents(checkpoint, request):
-    """What diffusers' pipeline for the model and request ends with, ``[1, z, T, h, w]``."""
+    """The final latents ``[1, z, T, h, w]`` of diffusers' pipeline for the model and request."""
     import diffusers
 
     spec = checkpoint.spec

@@ -86,13 +86,13 @@ def test_the_reference_has_the_merge_of_pytorch_bit_for_bit(folder, tiny_checkpo
     assert all(torch.equal(merged[name], weight) for name, weight in plain.items())
 
 
-def test_a_lora_that_is_gone_is_named(tiny_checkpoint, manifest, tmp_path):
+def test_a_missing_lora_is_named(tiny_checkpoint, manifest, tmp_path):
     gone = replace(manifest, loras=(replace(manifest.loras[0], file=str(tmp_path / "style.safetensors")),))
     with pytest.raises(UserError, match=r"LoRA .*style\.safetensors is missing"):
         with_loras(open_checkpoint(tiny_checkpoint), gone)
 
 
-def test_a_lora_that_has_changed_is_named(tiny_checkpoint, manifest, tmp_path):
+def test_a_changed_lora_is_named(tiny_checkpoint, manifest, tmp_path):
     write_lora(tmp_path / "style.safetensors", seed=5)
     changed = replace(manifest, loras=(replace(manifest.loras[0], file=str(tmp_path / "style.safetensors")),))
     with pytest.raises(UserError, match=r"LoRA .*style\.safetensors: sha256"):

@@ -1,4 +1,4 @@
-"""The official code as a second reference: kept apart from ours, and agreeing with both where a clone of it is."""
+"""The official code as a second reference: isolated from ours and, with a clone, in agreement with both sides."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ from wan.modules import t5  # a sibling, reached without the package's __init__
 
 class HuggingfaceTokenizer:
     def __init__(self, name, seq_len, clean):
-        torch.nn.functional.made_up = True  # what such code may do to what it shares
+        torch.nn.functional.made_up = True  # such code may patch shared modules
 
     def __call__(self, texts, return_mask, add_special_tokens):
         ids = torch.tensor([[len(texts[0]), 7, 0, 0]])
@@ -45,7 +45,7 @@ def clone(tmp_path):
     return tmp_path
 
 
-def test_the_code_runs_where_it_cannot_touch_ours(clone, tiny_checkpoint):
+def test_the_official_code_runs_isolated_from_ours(clone, tiny_checkpoint):
     import torch
 
     with Official(clone, open_checkpoint(tiny_checkpoint)) as official:
@@ -60,7 +60,7 @@ def test_a_package_that_the_code_lacks_is_named(clone, tiny_checkpoint):
         Official(clone, open_checkpoint(tiny_checkpoint)).__enter__()
 
 
-def test_a_folder_that_is_no_clone_is_refused_before_any_work(tiny_engines, tiny_checkpoint, tmp_path):
+def test_a_folder_that_is_not_a_clone_is_refused_before_any_work(tiny_engines, tiny_checkpoint, tmp_path):
     (tmp_path / "repo").mkdir()
     with pytest.raises(UserError, match=r"no wan/modules/model.py .* git clone"):
         validate(tiny_engines, tiny_checkpoint, tmp_path / "out", replace(SMALL, official_repo=tmp_path / "repo"))
@@ -68,17 +68,17 @@ def test_a_folder_that_is_no_clone_is_refused_before_any_work(tiny_engines, tiny
 
 
 @pytest.mark.parametrize(("solver", "schedule"), [("euler", "official"), ("unipc", "diffusers")])
-def test_a_run_that_the_code_cannot_make_is_told(clone, solver, schedule):
+def test_a_run_that_the_code_does_not_support_is_reported(clone, solver, schedule):
     request = Request("x", solver=solver, schedule=schedule, size=(32, 32), frames=1).completed(SPECS["t2v-a14b-tiny"])
-    (told,) = second_reference(ValidateOptions(official_repo=clone), request)
-    assert told == (
+    (message,) = second_reference(ValidateOptions(official_repo=clone), request)
+    assert message == (
         "second reference",
-        f"the code at {clone}, fp32 on the CPU; it has no {solver} with the {schedule} schedule: no run of its own is "
+        f"the code at {clone}, fp32 on the CPU; it has no {solver} with the {schedule} schedule, so its run is not "
         "compared",
     )
 
 
-def test_a_process_that_dies_is_told_in_one_line(clone, tiny_checkpoint):
+def test_a_process_that_dies_is_reported_in_one_line(clone, tiny_checkpoint):
     (clone / "wan/modules/tokenizers.py").write_text("import os\nHuggingfaceTokenizer = lambda *_, **__: os._exit(9)")
     with Official(clone, open_checkpoint(tiny_checkpoint)) as official, pytest.raises(UserError, match="was killed"):
         official.token_ids("four")
@@ -123,4 +123,4 @@ def test_the_commit_of_a_clone_and_of_no_other(tmp_path):
     git(tmp_path, "commit", "--allow-empty", "-m", "first")
     assert len(commit_of(tmp_path)) == 12
     (tmp_path / "unpacked").mkdir()
-    assert commit_of(tmp_path / "unpacked") == ""  # the repository around it is another
+    assert commit_of(tmp_path / "unpacked") == ""  # the enclosing repository is another one

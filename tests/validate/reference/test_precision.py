@@ -1,4 +1,4 @@
-"""The reference in less than float32: how far each precision takes it, and that nothing else changes."""
+"""The reference in lower precision: the size of its error, and that nothing else changes."""
 
 import numpy as np
 import pytest
@@ -24,13 +24,13 @@ def checkpoint(tiny_checkpoint):
 
 
 @pytest.mark.parametrize("precision", UNIT)
-def test_a_velocity_errs_as_its_mantissa_says(checkpoint, precision):
+def test_the_error_of_a_velocity_follows_its_mantissa(checkpoint, precision):
     exact, lowered = Reference(checkpoint), Reference(checkpoint, precisions={"high_noise": precision})
     found, expected = (side.velocity("high_noise", LATENTS, 900.0, TEXT) for side in (lowered, exact))
     assert 0.2 * UNIT[precision] < compare(found, expected).relative_l2 < 3 * UNIT[precision]
 
 
-def test_components_have_precisions_of_their_own(checkpoint):
+def test_each_component_has_its_precision(checkpoint):
     exact, lowered = Reference(checkpoint), Reference(checkpoint, precisions={"vae_decoder_first": Precision.BF16})
     assert np.array_equal(*(side.velocity("low_noise", LATENTS, 9.0, TEXT) for side in (exact, lowered)))
     assert 1e-3 < compare(*(side.decode(LATENTS) for side in (lowered, exact))).relative_l2 < 4e-2
@@ -50,7 +50,7 @@ def test_fp8_products_of_numbers_that_fp8_has_are_exact():
     assert torch.equal(Fp8Linear(weight, bias)(x), functional.linear(x, weight, bias))
 
 
-def test_fp8_attention_does_not_feel_what_all_keys_share():
+def test_fp8_attention_ignores_what_all_keys_share():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 300, 32) for _ in range(3))
     expected = functional.scaled_dot_product_attention(q, k, v)
@@ -60,7 +60,7 @@ def test_fp8_attention_does_not_feel_what_all_keys_share():
         assert 1e-3 < compare(found.numpy(), expected.numpy()).relative_l2 < 6e-2
 
 
-# -- convolutions are quicker inside the block, and the same
+# -- convolutions are faster inside the block, with the same values
 
 VIDEO = torch.randn(1, 16, 3, 20, 20, generator=torch.Generator().manual_seed(0))
 KERNEL = torch.randn(24, 16, 3, 3, 3, generator=torch.Generator().manual_seed(1)) / 20

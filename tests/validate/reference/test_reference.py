@@ -1,4 +1,4 @@
-"""The PyTorch side is filled from either layout, whole or not at all."""
+"""The PyTorch side loads either layout, and loads it completely or fails."""
 
 import dataclasses
 
@@ -62,7 +62,7 @@ def test_text_is_zero_after_its_last_token(official):
     assert text[:, : ids.shape[1]].any(axis=-1).all()
 
 
-def test_a_tensor_left_out_stops_the_load(official, monkeypatch):
+def test_a_missing_tensor_stops_the_load(official, monkeypatch):
     import validate.reference.parts
 
     def without_one(part, spec):

@@ -1,4 +1,4 @@
-"""What is given beside engines and checkpoint: a bench of other engines, gates that this run cannot judge."""
+"""Attachments of a report: a bench of other engines, gates that this run cannot judge."""
 
 import json
 
@@ -12,7 +12,7 @@ from validate.ladder.metrics import compare
 from validate.ladder.row import Row
 from validate.ladder.thresholds import TOKEN_IDS
 from validate.report.case_report import CaseReport
-from validate.report.extras import attached
+from validate.report.extras import read_attachments
 from validate.report.report import ValidationReport
 from validate.report.to_html import as_html
 from wan22.bundle import open_bundle
@@ -35,7 +35,7 @@ def bundle(tiny_engines):
 
 @pytest.fixture
 def asked(tmp_path):
-    """``asked(gate=text, bench=content)`` → options that name files of it."""
+    """``asked(gate=text, bench=content)`` → options that name files with this content."""
 
     def made(gate=None, bench=None):
         paths = {}
@@ -48,22 +48,22 @@ def asked(tmp_path):
     return made
 
 
-def test_gates_on_a_bench_that_is_not_there_are_told_as_not_judged(bundle, asked):
-    found = attached(bundle, asked(BOTH))
+def test_gates_on_a_missing_bench_are_reported_as_not_judged(bundle, asked):
+    found = read_attachments(bundle, asked(BOTH))
     assert found.not_judged == "1 of [bench] not judged, no --bench given"
-    assert attached(bundle, asked(BOTH, BENCH)).not_judged == ""
+    assert read_attachments(bundle, asked(BOTH, BENCH)).not_judged == ""
 
 
 def test_names_are_checked_in_both_tables_whether_they_are_judged_or_not(bundle, asked):
     with pytest.raises(UserError, match=r"unknown key bench\.high_noise\.speed "):
-        attached(bundle, asked(BOTH.replace("speedup", "speed")))
+        read_attachments(bundle, asked(BOTH.replace("speedup", "speed")))
 
 
 def test_the_kernels_of_compiled_engines_are_on_the_page(flow_of, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
     export_checkpoint(flow_of("t2v-a14b-tiny").checkpoint, tmp_path / "onnx", ExportOptions(Precision.BF16))
     build_engines(tmp_path / "onnx", tmp_path / "rtx", BuildOptions("rtx4090", size="64x64", frames="5"))
-    found = attached(open_bundle(tmp_path / "rtx", "engines"), ValidateOptions())
+    found = read_attachments(open_bundle(tmp_path / "rtx", "engines"), ValidateOptions())
     assert [engine["problems"] for engine in found.fusion] == [[]] * 5
     row = Row("token ids", "tokenizer", compare([1], [1]), TOKEN_IDS)
     page = as_html(ValidationReport((CaseReport((row,)),), {"model": "t2v", "precision": "bf16"}, found))
@@ -72,15 +72,15 @@ def test_the_kernels_of_compiled_engines_are_on_the_page(flow_of, tmp_path):
     assert "5 engines inspected" in page
 
 
-def test_a_file_of_gates_on_the_bench_alone_is_enough_beside_a_bench(bundle, asked):
+def test_gates_on_the_bench_alone_are_enough_with_a_bench(bundle, asked):
     only = "[bench]\nhigh_noise.speedup.min = 1\n"
-    assert len(attached(bundle, asked(only, BENCH)).bench_gates) == 1
+    assert len(read_attachments(bundle, asked(only, BENCH)).bench_gates) == 1
     with pytest.raises(UserError, match=r"no gate in \[validate\]"):
-        attached(bundle, asked(only))
+        read_attachments(bundle, asked(only))
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"model": "ti2v-5b"}, "of ti2v-5b in fp32 for cpu .* expected t2v-a14b-tiny in fp32 for cpu"),
         ({"precision": "fp16"}, "of t2v-a14b-tiny in fp16 for cpu"),
@@ -90,13 +90,13 @@ def test_a_file_of_gates_on_the_bench_alone_is_enough_beside_a_bench(bundle, ask
         ({"tokens": "many"}, "tokens 'many' .* expected a int"),
     ],
 )
-def test_a_bench_of_something_else(bundle, asked, changed, told):
-    with pytest.raises(UserError, match=told):
-        attached(bundle, asked(bench=BENCH | changed))
+def test_a_bench_of_something_else(bundle, asked, changed, message):
+    with pytest.raises(UserError, match=message):
+        read_attachments(bundle, asked(bench=BENCH | changed))
 
 
 def damaged():
-    """Every field of a bench, the inner ones too, exchanged for whatever JSON can hold, and left out."""
+    """Yield benches in which one field, outer or inner, is missing or replaced by any kind of JSON value."""
     whole = BENCH | {"conditions": {"target": "cpu", "load_average": [0.5, 1.0], "command": "c", "date": "d"}}
     whole |= {"machine": {"cpu": "A", "cores": 2, "gpu": "B"}, "faults": ["f"]}
     for field, value in whole.items():
@@ -111,7 +111,7 @@ def test_a_damaged_bench_is_refused_before_the_work_or_can_be_shown(bundle, aske
     refused = 0
     for bench in damaged():
         try:
-            judged = attached(bundle, asked(bench=bench))
+            judged = read_attachments(bundle, asked(bench=bench))
         except UserError as error:
             refused += 1
             assert len(str(error).splitlines()) == 1

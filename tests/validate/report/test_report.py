@@ -1,4 +1,4 @@
-"""What the report says, to programs and to people."""
+"""The content of the report, for programs and for people."""
 
 import io
 import json
@@ -6,26 +6,27 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from validate.gate import Gate
+from validate.gate import Gate, distinct_text
 from validate.ladder.metrics import compare, incomparable
 from validate.ladder.row import Row
 from validate.ladder.thresholds import FP32, TOKEN_IDS, Limit
 from validate.plots import DARK, LIGHT, drift_plot, filmstrip, to_pixels
 from validate.report.case_report import CaseReport
-from validate.report.extras import Attached
+from validate.report.extras import Attachments
 from validate.report.report import ValidationReport, write_report
-from validate.report.text import margin, number
-from validate.report.to_html import as_html, headlines, lights, sections
+from validate.report.text import margin, measure_text, number
+from validate.report.to_html import as_html, headlines, sections, status_lights
 from validate.report.to_json import as_json
 from validate.report.to_junit import as_junit
 from validate.report.to_markdown import as_markdown
-from validate.report.worst import measured
+from validate.report.worst import worst_values
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.files import claim
@@ -34,7 +35,7 @@ FACTS = {"model": "t2v-a14b-tiny", "precision": "fp32", "target": "cpu", "prompt
 
 
 def off_by(share):
-    """Metrics of a tensor that is ``share`` of its norm away."""
+    """Metrics of a tensor with a relative error of ``share``."""
     return compare(np.array([1.0 + share, 0.0]), np.array([1.0, 0.0]))
 
 
@@ -76,7 +77,7 @@ def test_the_first_diverging_step_is_named():
 def test_the_json_can_be_read_by_any_reader(tmp_path):
     written(report_of(1e-6, math.nan), tmp_path / "new" / "folder")
     text = (tmp_path / "new" / "folder" / "report.json").read_text()
-    found = json.loads(text, parse_constant=pytest.fail)  # bare NaN or Infinity are no JSON
+    found = json.loads(text, parse_constant=pytest.fail)  # bare NaN or Infinity is not JSON
     assert found["passed"] is False
     assert found["first_diverging_step"] == 2
     assert found["rows"][2]["metrics"]["relative_l2"] == "nan"
@@ -98,11 +99,15 @@ def report_with(attached, *drifts):
     return replace(report_of(*drifts), attached=attached)
 
 
-def test_a_missed_gate_fails_what_passed_every_check():
+def test_a_missed_gate_fails_a_report_that_passed_every_check():
     gates = (Gate("latents.relative_l2", "max", 1e-6), Gate("checks.failed", "max", 0), Gate("ssim.ssim", "min", 0.9))
-    found = report_with(Attached(gates), 1e-7, 2e-6)
+    found = report_with(Attachments(gates), 1e-7, 2e-6)
     assert not found.failed
-    assert [bool(verdict) for verdict in found.verdicts] == [False, True, False]  # what was not measured is missed
+    assert [bool(verdict) for verdict in found.verdicts] == [
+        False,
+        True,
+        False,
+    ]  # a gate without a measurement is missed
     assert not found
     assert "gate missed: latents.relative_l2 2e-06, ≤ 1e-06; gate missed: ssim.ssim not measured" in found.summary()
     assert json.loads(as_json(found))["gates"][0] == {
@@ -110,13 +115,13 @@ def test_a_missed_gate_fails_what_passed_every_check():
     }  # fmt: skip
 
 
-def test_the_page_has_a_light_for_everything_a_release_is_decided_on():
+def test_the_page_has_a_light_for_every_part_of_the_release_decision():
     bench = {"measurements": {"high_noise.speedup": 1.5}, "faults": [], "pieces": {"high_noise": {}}}
     bench |= {"width": 64, "height": 64, "frames": 5, "tokens": 32, "machine": {"cpu": "Z80", "cores": 1, "gpu": ""}}
     bench |= {"conditions": {"command": "wan-trt bench engines --json b.json", "load_average": [0.1, 0.1]}}
-    attached = Attached((Gate("checks.failed", "max", 0),), (Gate("high_noise.speedup", "min", 2),), bench)
+    attached = Attachments((Gate("checks.failed", "max", 0),), (Gate("high_noise.speedup", "min", 2),), bench)
     found = report_with(attached, 1e-6)
-    assert [(light.title, light.tone) for light in lights(found)] == [
+    assert [(light.title, light.tone) for light in status_lights(found)] == [
         ("Parity", "good"), ("Gates", "bad"), ("Latency", "good"), ("Fusion", "none"),
     ]  # fmt: skip
     page = as_html(found)
@@ -124,11 +129,11 @@ def test_the_page_has_a_light_for_everything_a_release_is_decided_on():
     assert "Z80" in page
     assert "wan-trt bench engines --json b.json" in page
     busy = bench | {"conditions": {"load_average": [0.9, 0.1]}}
-    (light,) = (each for each in lights(report_with(Attached(bench=busy), 1e-6)) if each.title == "Latency")
-    assert (light.tone, light.told) == ("none", "measured on a busy machine: measure again")
+    (light,) = (each for each in status_lights(report_with(Attachments(bench=busy), 1e-6)) if each.title == "Latency")
+    assert (light.tone, light.text) == ("none", "measured on a busy machine: measure again")
 
 
-def test_the_page_begins_with_what_a_video_is_judged_by():
+def test_the_page_begins_with_the_measures_of_the_video():
     metrics = replace(off_by(1e-5), psnr_db=81.5)
     rows = (step(1, "dit", off_by(1e-6)), step(2, "dit", off_by(2e-6)))
     video = Row("frames, end to end", "video", metrics, FP32.frames, subject="frames")
@@ -148,7 +153,7 @@ def test_the_page_gives_the_reason_of_every_limit():
 
 def test_graphs_are_not_called_engines(tiny_bundle):
     manifest = open_bundle(tiny_bundle, "graphs").manifest
-    page = as_html(report_with(Attached(manifest=manifest), 1e-6))
+    page = as_html(report_with(Attachments(manifest=manifest), 1e-6))
     assert 'Graphs <span class="word">match</span> PyTorch' in page
 
 
@@ -160,10 +165,10 @@ def test_the_worst_of_several_cases_is_named():
         cases.append(CaseReport((video,), case, "a fox", case, f"wan-trt validate --seed {case}"))
     found = ValidationReport(tuple(cases), FACTS)
     assert found.worst_case.number == 2
-    assert measured(found.rows)["frames.psnr_db"] == 61
-    for told in (as_markdown(found), as_html(found)):
-        assert "wan-trt validate --seed 2" in told
-        assert "--seed 3" not in told
+    assert worst_values(found.rows)["frames.psnr_db"] == 61
+    for shown in (as_markdown(found), as_html(found)):
+        assert "wan-trt validate --seed 2" in shown
+        assert "--seed 3" not in shown
 
 
 def test_a_gate_names_the_case_that_its_number_comes_from():
@@ -172,7 +177,7 @@ def test_a_gate_names_the_case_that_its_number_comes_from():
         CaseReport((step(1, "high_noise", off_by(drift)),), number, "a cat", number) for number, drift in drifts.items()
     )
     gates = (Gate("latents.relative_l2", "max", 1e-6), Gate("ssim.ssim", "min", 0.9), Gate("checks.failed", "max", 0))
-    found = ValidationReport(cases, FACTS, Attached(gates))
+    found = ValidationReport(cases, FACTS, Attachments(gates))
     assert str(found.verdicts[2]) == "checks.failed 0, ≤ 0"  # a sum over all cases
     assert found.summary().endswith(
         "gate missed: latents.relative_l2 2e-06 in case 2, ≤ 1e-06; gate missed: ssim.ssim not measured, ≥ 0.9"
@@ -182,7 +187,7 @@ def test_a_gate_names_the_case_that_its_number_comes_from():
 
 
 def test_junit_has_a_case_for_every_row_and_gate():
-    found = report_with(Attached((Gate("checks.failed", "max", 0),)), 1e-6, 5e-3)
+    found = report_with(Attachments((Gate("checks.failed", "max", 0),)), 1e-6, 5e-3)
     root = ElementTree.fromstring(as_junit(found))
     assert (root.get("tests"), root.get("failures")) == ("4", "2")
     failures = {case.get("name"): case[0].get("message") for case in root.iter("testcase") if len(case)}
@@ -204,13 +209,13 @@ def test_junit_can_be_read_whatever_a_name_holds():
     assert next(root.iter("testcase")).get("name") == "a\ufffd\ufffd<b>"
 
 
-def test_markdown_takes_text_for_text():
+def test_markdown_escapes_text():
     facts = FACTS | {"prompt": "a | b\n# c *d*"}
-    told = as_markdown(ValidationReport((CaseReport((step(1, "high_noise", off_by(1e-6)),)),), facts))
-    assert "| prompt | a \\| b # c \\*d\\* |" in told
+    shown = as_markdown(ValidationReport((CaseReport((step(1, "high_noise", off_by(1e-6)),)),), facts))
+    assert "| prompt | a \\| b # c \\*d\\* |" in shown
 
 
-def test_the_page_stands_alone_and_trusts_no_text():
+def test_the_page_is_self_contained_and_escapes_text():
     page = as_html(report_of(1e-6, 1e-5, 1e-4))
     assert "<script" not in page
     assert "&lt;script&gt;alert" in page
@@ -218,7 +223,7 @@ def test_the_page_stands_alone_and_trusts_no_text():
     assert all(source.startswith("data:") for source in re.findall(r'(?:src|srcset)="([^"]{0,8})', page))
 
 
-def test_files_are_replaced_whole(tmp_path):
+def test_files_are_replaced_atomically(tmp_path):
     written(report_of(1e-6), tmp_path)
     written(report_of(1e-2), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md", "report.xml"]
@@ -255,10 +260,10 @@ def test_a_page_that_cannot_be_made_keeps_the_json(tmp_path, monkeypatch):
 def test_the_terminal_gets_a_line_per_row():
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report_of(1e-6, 2e-3).table())
-    told = console.export_text()
-    assert told.count("✓") == 2
-    assert told.count("✗") == 1
-    assert "2.0× over" in told
+    shown = console.export_text()
+    assert shown.count("✓") == 2
+    assert shown.count("✗") == 1
+    assert "2.0× over" in shown
 
 
 def test_sections_follow_the_subject_and_long_passed_ones_are_folded():
@@ -268,7 +273,7 @@ def test_sections_follow_the_subject_and_long_passed_ones_are_folded():
 
 
 @pytest.mark.parametrize(
-    ("metrics", "limit", "told"),
+    ("metrics", "limit", "expected"),
     [
         (off_by(1e-5), FP32.latents, "100× below"),
         (off_by(2e-3), FP32.latents, "2.0× over"),
@@ -280,8 +285,8 @@ def test_sections_follow_the_subject_and_long_passed_ones_are_folded():
         (compare([0.2], [0.2], signal_range=2.0), FP32.frames, "identical"),
     ],
 )
-def test_margins_in_words(metrics, limit, told):
-    assert margin(Row("", "", metrics, limit)) == told
+def test_margins_in_words(metrics, limit, expected):
+    assert margin(Row("", "", metrics, limit)) == expected
 
 
 def test_numbers_in_words():
@@ -317,3 +322,20 @@ def test_pixels_are_cut_as_the_official_code_cuts():
 def test_any_drift_can_be_drawn(drifts):
     images = {drift_plot(report_of(*drifts).steps, theme, (4, 3)) for theme in (LIGHT, DARK)}
     assert len(images) == 2
+
+
+@pytest.mark.parametrize(
+    ("measure", "value", "limit", "expected"),
+    [
+        ("relative_l2", 0.016004, 0.016, "1.6004e-02"),
+        ("psnr_db", 59.96, 60.0, "59.96"),
+        ("ssim", 0.99899999, 0.999, "0.99899999"),
+        ("excess", 1.5, 1.5, "1.50"),
+    ],
+)
+def test_a_number_beyond_its_limit_does_not_look_like_the_limit(measure, value, limit, expected):
+    assert distinct_text(value, limit, partial(measure_text, measure)) == expected
+
+
+def test_the_page_says_once_that_all_passed():
+    assert as_html(report_of(1e-6, 1e-6)).count("checks passed") == 1

@@ -1,0 +1,77 @@
+"""Graphs are loaded in a child process first: a damaged one may crash a compiler, which then is not this process."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engines.targets import Target, target_named
+from wan22.errors import UserError
+
+ROOT = str(Path(__file__).parents[1])
+CHILD = f"import sys; sys.path.insert(0, {ROOT!r}); from engines.load_check import main; main(*sys.argv[1:])"
+REFUSED = 3  # exit code
+
+
+def check_loads(target: Target, graphs: Sequence[Path], again: str) -> None:
+    """Refuses what the backend of ``target`` cannot load, or crashes on.
+
+    Args:
+        target: what the graphs are for.
+        graphs: ONNX files.
+        again: the remedy.
+
+    Raises:
+        UserError: names the graph and what is wrong with it.
+    """
+    words = [sys.executable, "-P", "-c", CHILD, target.name, *map(str, graphs)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    *_, begun = ["", *(line for line in done.stdout.splitlines() if line.startswith("graph "))]
+    name = begun.removeprefix("graph ")
+    if done.returncode == REFUSED:
+        found, expected = json.loads(done.stdout.splitlines()[-1])
+        raise UserError(found, expected, again)
+    if done.returncode < 0 and name:
+        told = f"{name} ends {target.backend} with signal {-done.returncode}"
+        raise UserError(told, f"a graph that {target.backend} loads", again)
+    raise RuntimeError(f"loading graphs in a process of their own failed: {done.stderr.strip()}")
+
+
+def main(target_name: str, *graphs: str) -> None:
+    """The child: says which graph it begins, and what is wrong with one as the last line."""
+    target = target_named(target_name)
+    for path in map(Path, graphs):
+        print(f"graph {path.name}", flush=True)
+        try:
+            _load(target, path)
+        except UserError as error:
+            print(json.dumps([error.found, error.expected]), flush=True)
+            sys.exit(REFUSED)
+
+
+def _load(target: Target, graph: Path) -> None:
+    if target.backend != "onnxruntime":
+        from engines.gpu.tensorrt_backend import check_parses
+
+        check_parses(graph, target)
+        return
+    import onnxruntime
+
+    try:
+        onnxruntime.InferenceSession(graph, _quick(onnxruntime), providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has a class for each of its codes
+        reason = str(error).replace(str(graph), graph.name)
+        raise UserError(f"{graph.name} does not load: {reason}", "a graph that onnxruntime loads", "") from error
+
+
+def _quick(onnxruntime: Any) -> Any:
+    """Options for a look: nothing optimised, weights left in their files."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options

@@ -1,0 +1,173 @@
+"""The tokenizer of a checkpoint: the folder with ``tokenizer.json``, or one made from SentencePiece's model.
+
+ComfyUI's text encoders carry that model as a tensor, slow tokenizers as ``spiece.model``. Its pieces, scores and
+compiled normalisation are all that a Unigram tokenizer of ``tokenizers`` needs.
+"""
+
+import atexit
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from export.files.decoded import Tensor
+from export.files.tensor_file import Stored, check_regular
+from export.files.weights_files import SUFFIXES, read_weights, refuse_stand_in
+from wan22.errors import UserError, panics_as_errors
+
+VOCABULARY, MODEL = "tokenizer.json", "spiece.model"
+PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # types of pieces
+EXPECTED = "the tokenizer of umt5"
+CONFIG = {
+    "additional_special_tokens": [],
+    "clean_up_tokenization_spaces": False,
+    "extra_ids": 0,
+    "legacy": False,
+    "model_max_length": 512,
+    "padding_side": "right",
+    "tokenizer_class": "T5Tokenizer",
+}
+SPECIALS = {"eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
+
+
+def tokenizer_folder(place: Path | None, text_encoder: Path | None) -> Path:
+    """A folder with ``tokenizer.json``: that at ``place``, or a temporary one for this process.
+
+    ``place`` is a folder or a ``spiece.model``; where it has neither file, the text encoder's may hold the model.
+
+    Raises:
+        UserError: there is none, or one that cannot be read.
+    """
+    if place is not None and place.is_file():
+        return _convert(place.read_bytes(), str(place))
+    if place is not None and (place / VOCABULARY).is_file():
+        _check(place / VOCABULARY)
+        return place
+    if place is not None and (place / MODEL).is_file():
+        check_regular(place / MODEL)
+        return _convert((place / MODEL).read_bytes(), str(place / MODEL))
+    if text_encoder is not None and text_encoder.suffix in SUFFIXES and (held := _held(text_encoder)) is not None:
+        return _convert(held.read().tobytes(), f"{text_encoder}: spiece_model")
+    if place is None:
+        remedy = "name its folder, google/umt5-xxl of the official release, with --tokenizer DIR"
+        raise UserError(f"{text_encoder} holds no tokenizer", EXPECTED, remedy)
+    remedy = "download that folder again, or copy tokenizer.json from google/umt5-xxl"
+    raise UserError(f"{place / VOCABULARY} is missing", EXPECTED, remedy)
+
+
+def _held(text_encoder: Path) -> Tensor | None:
+    tensors = read_weights(text_encoder).tensors
+    found = [tensor for name, tensor in tensors.items() if name.endswith("spiece_model")]
+    return found[0] if found and isinstance(found[0], Stored) else None
+
+
+def _check(vocabulary: Path) -> None:
+    import tokenizers
+
+    refuse_stand_in(vocabulary)
+    try:
+        with panics_as_errors():
+            tokenizers.Tokenizer.from_file(str(vocabulary))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{vocabulary}: {error}", EXPECTED, "download that folder again") from None
+
+
+@lru_cache(maxsize=4)
+def _convert(model: bytes, source: str) -> Path:
+    try:
+        with panics_as_errors():
+            tokenizer = unigram(model)
+    except (ValueError, TypeError, IndexError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: {error}", "SentencePiece's model of umt5", "download it again") from None
+    folder = Path(tempfile.mkdtemp(prefix="wan-trt-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tokenizer.save(str(folder / VOCABULARY))
+    (folder / MODEL).write_bytes(model)
+    for name, content in (("special_tokens_map.json", SPECIALS), ("tokenizer_config.json", SPECIALS | CONFIG)):
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return folder
+
+
+def unigram(model: bytes) -> Any:
+    """A ``tokenizers.Tokenizer`` of SentencePiece's ``model``, with T5's pipeline.
+
+    Raises:
+        ValueError: no such model, or no Unigram one.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    pieces, charsmap, kind = _parsed(model)
+    names = [name for name, _, _ in pieces]
+    if kind != 1 or any(special not in names for special in (PAD, EOS, UNK)):
+        raise ValueError("no Unigram model with the pieces of T5")
+    tokenizer = Tokenizer(models.Unigram([(name, score) for name, score, _ in pieces], unk_id=names.index(UNK)))
+    if charsmap:
+        tokenizer.normalizer = normalizers.Precompiled(charsmap)
+    metaspace = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.add_special_tokens([PAD, EOS, UNK])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, names.index(EOS))]
+    )
+    return tokenizer
+
+
+def _parsed(model: bytes) -> tuple[list[tuple[str, float, int]], bytes, int]:
+    """Pieces with score and type, the compiled normalisation, and the type of model (1: Unigram).
+
+    The fields are those of sentencepiece_model.proto: pieces (1: piece, score, type), trainer (2; its field 3 is the
+    type), normaliser (3; its field 2 is the compiled table).
+    """
+    import struct
+
+    pieces, charsmap, kind = [], b"", 1
+    for number, value in _fields(model):
+        if number == 1 and isinstance(value, bytes):
+            entry = dict(_fields(value))
+            text, score = entry.get(1, b""), entry.get(2, bytes(4))
+            if not isinstance(text, bytes) or not isinstance(score, bytes) or len(score) != 4:
+                raise ValueError("a piece without text and score")
+            pieces.append((text.decode(), float(struct.unpack("<f", score)[0]), int(entry.get(3, NORMAL))))
+        elif number == 2 and isinstance(value, bytes):
+            kind = int(dict(_fields(value)).get(3, 1))
+        elif number == 3 and isinstance(value, bytes):
+            found = dict(_fields(value)).get(2, b"")
+            charsmap = found if isinstance(found, bytes) else b""
+    return pieces, charsmap, kind
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Number and content of every field of a protocol buffer: numbers, or the bytes of anything else."""
+    place = 0
+    while place < len(message):
+        tag, place = _varint(message, place)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, place = _varint(message, place)
+            yield number, value
+            continue
+        if wire == 2:
+            length, place = _varint(message, place)
+        elif wire in (1, 5):
+            length = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"field of wire type {wire}")
+        if place + length > len(message):
+            raise ValueError("it ends within a field")
+        yield number, message[place : place + length]
+        place += length
+
+
+def _varint(message: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[place]
+        value |= (byte & 127) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 128 or shift > 63:
+            return value, place

@@ -1,0 +1,403 @@
+"""Checkpoints of single files: ComfyUI's, GGUF, mixtures with folders; the same tensors as the official folder has."""
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from export.checkpoint.checkpoint import open_checkpoint
+from export.checkpoint.describe import describe
+from export.checkpoint.keys import diffusers_names, llama_names
+from export.checkpoint.place import Place
+from export.lora.inspection import as_lines, inspect_weights
+from export.synth.checkpoint import synthesise
+from runtime.tokenizer import Tokenizer
+from wan22.errors import UserError
+from wan22.specs import spec_named
+
+MODELS = ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"]
+T2V = spec_named(MODELS[0])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """``made(name, layout)`` → a folder nobody may change."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def folder(name, layout="official"):
+        if not (root / name / layout).exists():
+            synthesise(spec_named(name), root / name / layout, layout, seed=5)
+        return root / name / layout
+
+    return folder
+
+
+def tensors_of(folder, part):
+    weights = open_checkpoint(folder).weights[part]
+    return {name: torch.from_numpy(np.array(weights.read(name), np.float32)) for name in weights.names()}
+
+
+def save(path, tensors, metadata=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def comfy_text_encoder(folder, path, *, with_tokenizer=True):
+    names = diffusers_names("text_encoder", open_checkpoint(folder).spec)
+    tensors = {names[name]: tensor.half() for name, tensor in tensors_of(folder, "text_encoder").items()}
+    model = torch.frombuffer(bytearray((folder / "google/umt5-xxl/spiece.model").read_bytes()), dtype=torch.uint8)
+    return save(path, tensors | ({"spiece_model": model} if with_tokenizer else {}))
+
+
+def comfy(folder, target, name):
+    """The files of ComfyUI's templates, in a models folder; fp16, VAE bf16."""
+    spec = open_checkpoint(folder).spec
+    for expert in spec.experts:
+        words = expert if expert != "dit" else "ti2v"
+        half = {key: tensor.half() for key, tensor in tensors_of(folder, expert).items()}
+        save(target / "diffusion_models" / f"wan2.2_{name}_{words}_fp16.safetensors", half)
+    comfy_text_encoder(folder, target / "text_encoders" / "umt5_xxl_fp16.safetensors")
+    save(target / "vae" / "wan_vae.safetensors", {k: t.bfloat16() for k, t in tensors_of(folder, "vae").items()})
+    return target
+
+
+def same(found, expected, part, dtype=torch.float16):
+    theirs = open_checkpoint(expected).weights[part]
+    assert found.weights[part].names() == theirs.names()
+    for name in theirs.names():
+        rounded = torch.from_numpy(np.array(theirs.read(name), np.float32)).to(dtype).float().numpy()
+        np.testing.assert_array_equal(np.array(found.weights[part].read(name), np.float32), rounded)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_of_comfyui(made, tmp_path, name):
+    checkpoint = open_checkpoint(comfy(made(name), tmp_path / "models", name))
+    assert checkpoint.spec == spec_named(name)
+    assert checkpoint.source.layout == "files"
+    for part in (*checkpoint.spec.experts, "text_encoder"):
+        same(checkpoint, made(name), part)
+    same(checkpoint, made(name), "vae", torch.bfloat16)
+    own, official = Tokenizer(checkpoint.tokenizer), Tokenizer(made(name) / "google/umt5-xxl")
+    for prompt in ("A red fox runs through fresh snow.", "一只猫在月光下弹钢琴", "ｆｕｌｌ-width & 4K"):
+        np.testing.assert_array_equal(own.encode(prompt).ids, official.encode(prompt).ids)
+
+
+def fp8_scaled(tensors, prefix=""):
+    """As ComfyUI's: every matrix FP8 with a scale; and the values that this stands for."""
+    written, expected = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, {}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and name.endswith(".weight"):
+            scale = tensor.abs().max() / 448
+            written[prefix + name] = (tensor / scale).to(torch.float8_e4m3fn)
+            written[prefix + name.removesuffix("weight") + "scale_weight"] = scale
+            written[prefix + name.removesuffix("weight") + "scale_input"] = torch.tensor(1.0)
+            expected[name] = written[prefix + name].float() * scale
+        else:
+            written[prefix + name] = tensor.half()
+            expected[name] = tensor.half().float()
+    return written, expected
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_named_files_of_fp8_beside_a_folder(made, tmp_path, prefix):
+    """Every part that is not named is the folder's."""
+    written, expected = fp8_scaled(tensors_of(made(MODELS[0]), "high_noise"), prefix)
+    path = save(tmp_path / "x.safetensors", written)
+    for layout in ("official", "diffusers"):
+        checkpoint = open_checkpoint(f"{made(MODELS[0], layout)},high_noise={path}")
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(checkpoint.weights["high_noise"].read(name), tensor.numpy())
+        same(checkpoint, made(MODELS[0]), "low_noise", torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+def test_every_part_can_be_named(made, tmp_path, layout):
+    folder = comfy(made(MODELS[0]), tmp_path / "comfy", "t2v")
+    files = {
+        "text_encoder": folder / "text_encoders/umt5_xxl_fp16.safetensors",
+        "vae": folder / "vae/wan_vae.safetensors",
+        "low_noise": folder / "diffusion_models/wan2.2_t2v_low_noise_fp16.safetensors",
+    }
+    checkpoint = open_checkpoint(str(Place(str(made(MODELS[0], layout)), files)))
+    same(checkpoint, made(MODELS[0]), "text_encoder")
+    same(checkpoint, made(MODELS[0]), "low_noise")
+    same(checkpoint, made(MODELS[0]), "vae", torch.bfloat16)
+    same(checkpoint, made(MODELS[0]), "high_noise", torch.float32)
+
+
+def test_files_alone_are_a_checkpoint_that_can_be_named_again(made, tmp_path):
+    folder = comfy(made(MODELS[0]), tmp_path / "comfy", "t2v")
+    experts = {e: folder / f"diffusion_models/wan2.2_t2v_{e}_fp16.safetensors" for e in T2V.experts}
+    files = experts | {"text_encoder": folder / "text_encoders/umt5_xxl_fp16.safetensors"}
+    where = str(Place("", files | {"vae": folder / "vae/wan_vae.safetensors"}))
+    checkpoint = open_checkpoint(where)
+    assert checkpoint.spec == T2V
+    again = open_checkpoint(checkpoint.source.checkpoint)
+    assert again.source.fingerprint == checkpoint.source.fingerprint
+    assert Place.parse(where) == Place("", {**files, "vae": folder / "vae/wan_vae.safetensors"})
+
+
+def all_in_one(made, path):
+    """One file with every part, as ComfyUI's CheckpointSave writes it."""
+    folder = made(MODELS[2])
+    names = diffusers_names("text_encoder", spec_named(MODELS[2]))
+    model = torch.frombuffer(bytearray((folder / "google/umt5-xxl/spiece.model").read_bytes()), dtype=torch.uint8)
+    tensors = {f"model.diffusion_model.{k}": t.half() for k, t in tensors_of(folder, "dit").items()}
+    text = tensors_of(folder, "text_encoder").items()
+    tensors |= {f"text_encoders.umt5xxl.transformer.{names[k]}": t.half() for k, t in text}
+    tensors |= {f"vae.{k}": t.half() for k, t in tensors_of(folder, "vae").items()}
+    return save(path, tensors | {"text_encoders.umt5xxl.spiece_model": model})
+
+
+def test_an_all_in_one_file_is_named_for_every_part(made, tmp_path):
+    path = all_in_one(made, tmp_path / "aio.safetensors")
+    checkpoint = open_checkpoint(f"dit={path},text_encoder={path},vae={path}")
+    for part in ("dit", "text_encoder", "vae"):
+        same(checkpoint, made(MODELS[2]), part)
+    assert describe(path).form.startswith("ComfyUI all-in-one")
+
+
+# GGUF
+
+
+def write_gguf(path, tensors, names=None, architecture="wan"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer, expected = gguf.GGUFWriter(path, architecture), {}
+    for name, tensor in tensors.items():
+        blocks = tensor.ndim == 2 and name.startswith("blocks.") and tensor.shape[1] % 32 == 0
+        kind = gguf.GGMLQuantizationType.Q8_0 if blocks else gguf.GGMLQuantizationType.F32
+        data = gguf.quantize(tensor.numpy(), kind) if blocks else tensor.numpy()
+        expected[name] = gguf.dequantize(data, kind) if blocks else data
+        writer.add_tensor((names or {}).get(name, name), data, raw_dtype=kind)
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    return expected
+
+
+def test_gguf_of_transformer_and_text_encoder(made, tmp_path):
+    experts = {"high_noise": "HighNoise", "low_noise": "LowNoise"}
+    expected = {
+        expert: write_gguf(tmp_path / word / f"Wan2.2-{word}-Q8_0.gguf", tensors_of(made(MODELS[0]), expert))
+        for expert, word in experts.items()
+    }
+    text = tensors_of(made(MODELS[0]), "text_encoder")
+    expected["text_encoder"] = write_gguf(tmp_path / "umt5.gguf", text, llama_names(T2V))
+    vae = save(tmp_path / "VAE" / "Wan2.1_VAE.safetensors", tensors_of(made(MODELS[0]), "vae"))
+    checkpoint = open_checkpoint(f"{tmp_path},tokenizer={made(MODELS[0]) / 'google/umt5-xxl'}")
+    assert checkpoint.spec == T2V
+    assert vae in checkpoint.files
+    for part, tensors in expected.items():
+        for name, value in tensors.items():
+            np.testing.assert_array_equal(checkpoint.weights[part].read(name), value)
+    with pytest.raises(UserError, match=r"umt5\.gguf holds no tokenizer .* --tokenizer DIR"):
+        open_checkpoint(tmp_path)
+
+
+def test_other_ggufs_are_named(made, tmp_path):
+    tensors = tensors_of(made(MODELS[0]), "high_noise")
+    write_gguf(tmp_path / "x.gguf", {k: t for k, t in tensors.items() if k != "patch_embedding.weight"})
+    refused(f"{made(MODELS[0])},high_noise={tmp_path / 'x.gguf'}", "without the step that adds tensors of 5 dimensions")
+    write_gguf(tmp_path / "y.gguf", {"token_embd.weight": torch.ones(4, 4)}, architecture="llama")
+    refused(f"{made(MODELS[0])},high_noise={tmp_path / 'y.gguf'}", "a GGUF of architecture llama")
+
+
+# Folders of releases that people have changed
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    return lambda name, layout: shutil.copytree(made(name, layout), tmp_path / "copied")
+
+
+def unsharded(folder, target, change=lambda tensors: tensors):
+    tensors = {}
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
+        tensors |= safetensors.torch.load_file(path) if path.suffix == ".safetensors" else {}
+        path.unlink()
+    return save(folder / target, change(tensors))
+
+
+def test_the_only_file_of_an_experts_folder_is_the_expert(made, copied):
+    folder = copied(MODELS[0], "official")
+    unsharded(folder / "high_noise_model", "wan2.2_t2v_A14b_high_noise_lightx2v_4step.safetensors")
+    same(open_checkpoint(folder), made(MODELS[0]), "high_noise", torch.float32)
+    shutil.copy(folder / "Wan2.1_VAE.pth", folder / "high_noise_model" / "second.pth")
+    with pytest.raises(UserError, match=r"holds 2 files of weights: second\.pth, wan2\.2"):
+        open_checkpoint(folder)
+
+
+def test_variants_are_read(made, copied):
+    folder = copied(MODELS[0], "diffusers")
+    unsharded(folder / "transformer", "diffusion_pytorch_model.bf16.safetensors")
+    (folder / "text_encoder/model.safetensors.index.json").rename(
+        folder / "text_encoder/model.safetensors.index.fp16.json"
+    )
+    for part in ("high_noise", "text_encoder"):
+        same(open_checkpoint(folder), made(MODELS[0]), part, torch.float32)
+    shutil.copy(
+        folder / "transformer/diffusion_pytorch_model.bf16.safetensors",
+        folder / "transformer/diffusion_pytorch_model.fp16.safetensors",
+    )
+    with pytest.raises(UserError, match="the variants bf16, fp16"):
+        open_checkpoint(folder)
+
+
+def test_shards_without_an_index_are_read_where_none_is_missing(made, copied):
+    folder = copied(MODELS[0], "official")
+    (folder / "high_noise_model/diffusion_pytorch_model.safetensors.index.json").unlink()
+    same(open_checkpoint(folder), made(MODELS[0]), "high_noise", torch.float32)
+    (folder / "high_noise_model/diffusion_pytorch_model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="shard 1 of diffusion_pytorch_model is missing"):
+        open_checkpoint(folder)
+
+
+def test_safetensors_in_place_of_pickles(made, copied):
+    folder = copied(MODELS[0], "official")
+    for stem in ("models_t5_umt5-xxl-enc-bf16", "Wan2.1_VAE"):
+        save(folder / f"{stem}.safetensors", torch.load(folder / f"{stem}.pth", weights_only=True))
+        (folder / f"{stem}.pth").unlink()
+    for part in ("text_encoder", "vae"):
+        same(open_checkpoint(folder), made(MODELS[0]), part, torch.float32)
+
+
+def test_of_two_vaes_the_one_for_the_transformer_is_read(made, copied):
+    folder = copied(MODELS[2], "official")
+    shutil.copy(made(MODELS[0]) / "Wan2.1_VAE.pth", folder)
+    same(open_checkpoint(folder), made(MODELS[2]), "vae", torch.float32)
+
+
+def test_wrapped_transformers_are_read(made, copied):
+    folder = copied(MODELS[2], "official")
+    path = unsharded(folder, "x.safetensors", lambda tensors: {f"_orig_mod.{k}": t for k, t in tensors.items()})
+    same(open_checkpoint(folder), made(MODELS[2]), "dit", torch.float32)
+    state = {k.removeprefix("_orig_mod."): t for k, t in safetensors.torch.load_file(path).items()}
+    path.unlink()
+    torch.save({"generator_ema": {f"model.{k}": t for k, t in state.items()}}, folder / "model.pt")
+    same(open_checkpoint(folder), made(MODELS[2]), "dit", torch.float32)
+
+
+def test_a_model_index_that_does_not_speak_of_timesteps(copied):
+    folder = copied(MODELS[2], "diffusers")
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["expand_timesteps"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert open_checkpoint(folder).spec == spec_named(MODELS[2])
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+def test_a_slow_tokenizer_will_do(copied, layout):
+    folder = copied(MODELS[0], layout)
+    (vocabulary,) = folder.rglob("tokenizer.json")
+    vocabulary.unlink()
+    found = Tokenizer(open_checkpoint(folder).tokenizer).encode("A red fox runs.").ids
+    assert found.ravel()[-1] == 1
+    (vocabulary.parent / "spiece.model").write_bytes(b"\x0a\x03abc")
+    with pytest.raises(UserError, match=r"spiece\.model: "):
+        open_checkpoint(folder)
+
+
+def test_the_cache_folder_of_the_hub(made, tmp_path):
+    cache = tmp_path / "models--Wan-AI--Wan2.2-T2V-A14B"
+    shutil.copytree(made(MODELS[0]), cache / "snapshots" / "abc")
+    shutil.copytree(made(MODELS[1]), cache / "snapshots" / "def")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("abc")
+    assert open_checkpoint(cache).spec == T2V
+    (cache / "refs/main").unlink()
+    with pytest.raises(UserError, match="2 snapshots"):
+        open_checkpoint(cache)
+
+
+# What cannot be meant
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("vace_blocks.0.after_proj.weight", "Wan VACE, not supported"),
+        ("control_adapter.conv.weight", "Fun Camera, not supported"),
+        ("ref_conv.weight", "Fun Control, not supported"),
+        ("casual_audio_encoder.weights", "S2V, not supported"),
+        ("face_adapter.fuser.weight", "Animate, not supported"),
+        ("blocks.0.self_attn.attn_op.local_attn.proj_l.weight", "sparse-linear attention"),
+        ("img_emb.proj.0.weight", r"Wan2\.1 I2V"),
+        ("blocks.0.self_attn.q.lora_A.weight", "a LoRA, not supported.* --lora"),
+    ],
+)
+def test_other_models_are_named(made, tmp_path, key, words):
+    tensors = tensors_of(made(MODELS[0]), "high_noise") | {key: torch.ones(4, 4)}
+    path = save(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(UserError, match=words):
+        open_checkpoint(f"{made(MODELS[0])},high_noise={path}")
+
+
+def refused(where, words):
+    with pytest.raises(UserError, match=words) as error:
+        open_checkpoint(where)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_make_no_model(made, tmp_path):
+    folder = comfy(made(MODELS[0]), tmp_path / "comfy", "t2v")
+    high = folder / "diffusion_models/wan2.2_t2v_high_noise_fp16.safetensors"
+    text = folder / "text_encoders/umt5_xxl_fp16.safetensors"
+    refused(f"high_noise={high}", r"no file for low noise, text encoder, vae .* --low-noise FILE --text-encoder FILE")
+    refused(f"high_noise={high},dit={high},text_encoder={text},vae={high}", "--dit beside an expert")
+    refused(f"high_noise={high},high_noise={high}", "every part once")
+    refused(f"{folder},vae={tmp_path / 'none.safetensors'}", "does not exist")
+    refused(f"{folder},text_encoder={high}", r"text_encoder has no token_embedding\.weight")
+    refused(f"{folder},vae={made(MODELS[2]) / 'Wan2.2_VAE.pth'}", "input and 16 output channels")
+    refused(high, r"is a file: transformer of width 256.*high noise by its name.* --high-noise FILE")
+    shutil.copy(high, high.with_name("second_high_noise.safetensors"))
+    refused(folder, r"holds 2 files for high noise: second_high_noise\.safetensors, wan2\.2.* --high-noise FILE")
+    text.unlink()
+    high.unlink()
+    refused(folder, "holds no text encoder .* --text-encoder FILE")
+
+
+def test_stand_ins_for_files_are_named(copied):
+    folder = copied(MODELS[0], "official")
+    path = folder / "high_noise_model/diffusion_pytorch_model-00002-of-00002.safetensors"
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5\n")
+    refused(folder, "is a Git LFS pointer .* git lfs pull")
+    path.write_text("<!DOCTYPE html><html>404</html>")
+    refused(folder, "is a web page")
+
+
+# wan-trt inspect
+
+
+def test_inspection_of_files_folders_and_loras(made, tmp_path):
+    folder = comfy(made(MODELS[0]), tmp_path / "comfy", "t2v")
+    found = inspect_weights(folder)
+    assert [entry["path"].rpartition("/")[2] for entry in found] == [
+        "wan2.2_t2v_high_noise_fp16.safetensors",
+        "wan2.2_t2v_low_noise_fp16.safetensors",
+        "umt5_xxl_fp16.safetensors",
+        "wan_vae.safetensors",
+    ]
+    assert found[0]["expert"] == "high noise, by its name"
+    assert found[1]["export"].startswith("reads it with --low-noise ")
+    assert (found[2]["is"], found[2]["tokenizer"]) == ("umt5 text encoder of width 128", "inside")
+    assert found[3]["is"] == "Wan2.1 VAE"
+    (official,) = inspect_weights(made(MODELS[0]))
+    assert official["is"] == "t2v-a14b-tiny in the official layout"
+    pair = {"blocks.0.ffn.0.lora_A.weight": torch.ones(4, 256), "blocks.0.ffn.0.lora_B.weight": torch.ones(512, 4)}
+    (lora,) = inspect_weights(save(tmp_path / "style_HIGH.safetensors", pair))
+    assert (lora["is"], lora["ranks"], lora["expert"]) == ("LoRA (1 LoRA)", {"4": 1}, "high")
+    assert "  expert     high" in [*as_lines(lora)]
+    (tmp_path / "broken.safetensors").write_bytes(b"\0" * 20)
+    (broken,) = inspect_weights(tmp_path / "broken.safetensors")
+    assert broken["export"] == "refuses it"
+    with pytest.raises(UserError, match="does not exist"):
+        inspect_weights(tmp_path / "none")

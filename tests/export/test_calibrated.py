@@ -1,0 +1,115 @@
+"""A checkpoint that was quantised and calibrated for FP8 runs as its publisher made it."""
+
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+from export.checkpoint.checkpoint import open_checkpoint
+from export.checkpoint.keys import diffusers_names
+from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
+from export.exporter import export_checkpoint
+from export.lora.merge import LoraChoice
+from export.options import ExportOptions
+from export.synth.checkpoint import synthesise
+from wan22.errors import UserError
+from wan22.specs import Precision, spec_named
+
+SPEC = spec_named("ti2v-5b-tiny")
+THEIRS = {name: theirs.removesuffix(".weight") for name, theirs in diffusers_names("dit", SPEC).items()}
+ALONE = ("self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """ModelOpt's FP8 in the -Diffusers layout: block 0 is quantised, block 1 is not; q, k and v share a scale."""
+    folder = tmp_path_factory.mktemp("modelopt") / "checkpoint"
+    synthesise(SPEC, folder, "diffusers", seed=3)
+    weights = open_checkpoint(folder).weights["dit"]
+    tensors = {}
+    scales = {"self_attn": 0.0, "cross_attn": 0.0}
+    for module in scales:
+        parts = [weights.read(f"blocks.0.{module}.{part}.weight") for part in "qkv"]
+        scales[module] = max(float(np.abs(part).max()) for part in parts) / 448
+    for name in weights.names():
+        array = torch.from_numpy(np.array(weights.read(name), np.float32))
+        linear = name.removeprefix("blocks.0.").removesuffix(".weight")
+        if name.startswith("blocks.0.") and name.endswith(".weight") and linear in DIT_LINEARS_PER_BLOCK:
+            shared = scales.get(linear.split(".")[0]) if linear[-1] in "qkv" else None
+            scale = torch.tensor(shared if shared is not None else float(array.abs().max()) / 448 * 1.5)
+            tensors[f"{THEIRS[name]}.weight"] = (array / scale).to(torch.float8_e4m3fn)
+            tensors[f"{THEIRS[name]}.weight_scale"] = scale
+            tensors[f"{THEIRS[name]}.input_scale"] = torch.tensor(0.02 + 0.001 * len(linear))
+        else:
+            tensors[diffusers_names("dit", SPEC)[name]] = array.bfloat16()
+    for path in (folder / "transformer").glob("diffusion_pytorch_model*"):
+        path.unlink()
+    safetensors.torch.save_file(tensors, folder / "transformer/diffusion_pytorch_model.safetensors")
+    return folder, tensors
+
+
+def exported(folder, target, **options):
+    return export_checkpoint(folder, target, ExportOptions(Precision.FP8, **options))
+
+
+def weights_of(bundle):
+    """Name → array of the transformer's file; FP8 as its bytes."""
+    tensors = safetensors.torch.load_file(bundle.folder / "dit.safetensors")
+    return {k: t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t.float() for k, t in tensors.items()}
+
+
+def test_stored_codes_go_into_the_graph_bit_for_bit(calibrated, tmp_path):
+    folder, tensors = calibrated
+    found = weights_of(exported(folder, tmp_path / "onnx"))
+    for linear in ALONE:
+        theirs = THEIRS[f"blocks.0.{linear}.weight"]
+        assert torch.equal(found[f"blocks.0.{linear}.weight"], tensors[f"{theirs}.weight"].view(torch.uint8))
+        assert torch.equal(found[f"blocks.0.{linear}.weight_scale"], tensors[f"{theirs}.weight_scale"])
+    for joined, parts in (("self_attn.qkv", "qkv"), ("cross_attn.kv", "kv")):
+        module = joined.split(".")[0]
+        theirs = [tensors[f"{THEIRS[f'blocks.0.{module}.{part}.weight']}.weight"] for part in parts]
+        assert torch.equal(found[f"blocks.0.{joined}.weight"], torch.cat(theirs).view(torch.uint8))
+
+
+def test_its_input_scales_are_ours(calibrated, tmp_path):
+    folder, tensors = calibrated
+    found = weights_of(exported(folder, tmp_path / "onnx"))
+    for linear in (*ALONE, "self_attn.q", "cross_attn.k"):
+        theirs = THEIRS[f"blocks.0.{linear}.weight"]
+        assert torch.equal(found[f"blocks.0.{linear}.input_scale"], tensors[f"{theirs}.input_scale"])
+
+
+def test_blocks_that_the_publisher_left_in_16_bits_stay_so(calibrated, tmp_path):
+    found = weights_of(exported(calibrated[0], tmp_path / "onnx"))
+    assert not any(name.endswith("_scale") for name in found if name.startswith("blocks.1."))
+
+
+def test_a_lora_makes_new_codes_of_what_it_changes(calibrated, tmp_path):
+    folder, tensors = calibrated
+    key = "blocks.0.ffn.0"
+    pair = {f"{key}.lora_A.weight": torch.ones(1, 256), f"{key}.lora_B.weight": torch.ones(512, 1)}
+    safetensors.torch.save_file(pair, tmp_path / "x.safetensors")
+    bundle = exported(folder, tmp_path / "onnx", loras=(LoraChoice(tmp_path / "x.safetensors"),))
+    found = weights_of(bundle)
+    codes = tensors[f"{THEIRS[f'{key}.weight']}.weight"]
+    assert not torch.equal(found[f"{key}.weight"], codes.view(torch.uint8))
+    merged = codes.float() * tensors[f"{THEIRS[f'{key}.weight']}.weight_scale"] + 1
+    step = found[f"{key}.weight_scale"]
+    values = torch.from_numpy(found[f"{key}.weight"].numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)) * step
+    torch.testing.assert_close(values, merged, rtol=2**-4, atol=float(step) * 2**-9)
+    other = THEIRS["blocks.0.ffn.2.weight"]
+    assert torch.equal(found["blocks.0.ffn.2.weight"], tensors[f"{other}.weight"].view(torch.uint8))
+
+
+def test_an_input_scale_that_makes_no_sense_is_named(calibrated, tmp_path):
+    folder, tensors = calibrated
+    target = shutil.copytree(folder, tmp_path / "spoiled")
+    key = f"{THEIRS['blocks.0.ffn.0.weight']}.input_scale"
+    path = target / "transformer/diffusion_pytorch_model.safetensors"
+    safetensors.torch.save_file(tensors | {key: torch.tensor(0.0)}, path)
+    with pytest.raises(UserError, match="input_scale holds the scale 0"):
+        open_checkpoint(target)

@@ -1,0 +1,48 @@
+"""Why a job ended without a video: a stable code, and words that a stranger on the wire may read.
+
+The words are those of :class:`wan22.errors.UserError`, with the names of the wire's inputs in the place of options of
+the command line.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from wan22.errors import UserError
+
+Code = Literal["INVALID_ARGUMENT", "CANCELLED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "INTERNAL"]
+MAX_WORDS = 180  # characters of each part; a request may hold much more
+OPTION = re.compile(r"--([a-z][a-z-]*)")
+INPUTS = {"size": "width and height", "frames": "num_frames"}  # by option, where they are not the same word
+
+
+@dataclass(frozen=True)
+class Failure:
+    code: Code
+    found: str  # what is wrong
+    expected: str = ""  # what is right, and how to get there, where that is known
+    remedy: str = ""
+
+    @classmethod
+    def of(cls, error: UserError) -> "Failure":
+        """A request that the model cannot or must not do."""
+        parts = (_short(_on_the_wire(part)) for part in (error.found, error.expected, error.remedy))
+        return cls("INVALID_ARGUMENT", *parts)
+
+    @property
+    def message(self) -> str:
+        """One line."""
+        return str(UserError(self.found, self.expected, self.remedy)) if self.expected else self.found
+
+    def event(self) -> dict[str, Any]:
+        """The last event of the job, for clients that ask for failures as events."""
+        parts = {"found": self.found, "expected": self.expected, "remedy": self.remedy}
+        return {"phase": "failed", "code": self.code, "message": self.message, **parts}
+
+
+def _on_the_wire(words: str) -> str:
+    return OPTION.sub(lambda option: INPUTS.get(option[1], option[1].replace("-", "_")), words)
+
+
+def _short(words: str) -> str:
+    return words if len(words) <= MAX_WORDS else words[:MAX_WORDS] + "…"

@@ -1,0 +1,71 @@
+"""A request → input tensors of the served model, as ``schema.INPUTS`` has them."""
+
+from collections.abc import Mapping
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.request import Request
+from triton_repo.schema import INPUTS, INPUTS_BY_NAME, NUMPY, Setting
+from wan22.errors import UserError
+
+WIRE_NAMES = {"STRING": "BYTES"}  # the protocol has its own word
+
+
+def inputs_of(request: Request) -> dict[str, Setting | None]:
+    """The inputs that describe ``request``; what it leaves to the model stays None.
+
+    Raises:
+        UserError: an image that cannot be read, or what the wire has no input for.
+    """
+    if request.exact_official or request.schedule is not None:
+        raise UserError("exact_official or another schedule in a served job", "neither", "generate without a server")
+    getters = {
+        field.name: attrgetter(field.of) if isinstance(field.of, str) else field.of for field in INPUTS if field.of
+    }
+    values = {name: get(request) for name, get in getters.items()}
+    return {name: content_of(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def content_of(image: bytes | Path | None) -> bytes | None:
+    if not isinstance(image, Path):
+        return image
+    try:
+        return image.read_bytes()
+    except OSError as error:
+        raise UserError(f"{image}: {error.strerror}", "a readable image", "name an image file") from None
+
+
+def input_tensors(settings: Mapping[str, Setting | None]) -> list[Any]:
+    """Tensors for Triton's client of every setting that is not None.
+
+    Raises:
+        UserError: a setting that no model has, or a value that its type cannot hold.
+    """
+    from tritonclient import grpc
+
+    tensors = []
+    for name, value in settings.items():
+        if name not in INPUTS_BY_NAME:
+            raise UserError(f"setting {name!r}", f"one of {', '.join(INPUTS_BY_NAME)}", "name one of them")
+        if value is not None:
+            array = _array(name, value)
+            dtype = INPUTS_BY_NAME[name].dtype
+            tensor = grpc.InferInput(name, list(array.shape), WIRE_NAMES.get(dtype, dtype))
+            tensor.set_data_from_numpy(array)
+            tensors.append(tensor)
+    return tensors
+
+
+def _array(name: str, value: Setting) -> np.ndarray:
+    dtype = INPUTS_BY_NAME[name].dtype
+    if dtype == "UINT8":
+        return np.frombuffer(value, np.uint8) if isinstance(value, bytes) else np.asarray(value, np.uint8)
+    if isinstance(value, str):
+        value = value.encode("utf-8", "surrogatepass")
+    try:
+        return np.array([value], NUMPY[dtype])
+    except (OverflowError, ValueError, TypeError):
+        raise UserError(f"{name} {value!r}", f"a number that fits {dtype}", "choose another") from None

@@ -1,0 +1,21 @@
+"""Format quantities for people: bytes in a suitable unit, and nouns in singular or plural."""
+
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def human_bytes(size_bytes: float, digits: int = 2) -> str:
+    """``13_737_984`` → "13.10 MiB"; below 1 KiB "412 B". ``digits`` is the number of decimals."""
+    for unit, factor in UNITS:
+        if abs(size_bytes) >= factor:
+            return f"{size_bytes / factor:.{digits}f} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1, "frame"`` → "1 frame"; ``81, "frame"`` → "81 frames"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def video_text(width: int, height: int, frames: int) -> str:
+    """``832, 480, 1`` → "832x480, 1 frame"."""
+    return f"{width}x{height}, {counted(frames, 'frame')}"

@@ -1,0 +1,234 @@
+"""The memory that a model needs, from its spec alone, and the engines that stay loaded in the available memory.
+
+Sizes of weights are exact. Scratch memory is the graph's peak of live tensors times a factor measured on the compiler's
+memory planner; the estimates are within 15 % of builds of real-size blocks and VAEs. ``wan-trt plan`` and a pipeline
+with ``residency="auto"`` use the same figures.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from wan22.costs import (
+    VaeLayer,
+    block_parameters,
+    cache_elements,
+    decoder_layers,
+    dit_parameters,
+    encoder_layers,
+    text_encoder_parameters,
+)
+from wan22.errors import UserError
+from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
+from wan22.quantities import human_bytes
+from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, tokens
+
+Residency = Literal["all", "one-expert", "one-component"]
+RESIDENCIES: tuple[Residency, ...] = get_args(Residency)  # what stays loaded, in descending order
+ONE_EXPERT = RESIDENCIES[1:]  # those that leave memory for other work
+ResidencyChoice = Literal["all", "one-expert", "one-component", "auto"]
+Video = tuple[int, int, int]  # width, height in pixels; frames
+
+PLANNER_FACTOR = 1.3  # ratio of scratch memory to live tensors: 1.14 to 1.36 in builds for SM89 and SM120
+VAE_TENSORS = {"2.1": 1.9, "2.2": 3.9}  # ratio of a VAE's scratch memory to its largest tensor, measured at 720p
+VRAM_RESERVED = 0.06  # fraction of the card: driver, context, ECC, fragmentation
+SHARES = range(16, 0, -1)  # sixteenths of a side to try for a smaller video
+CALL_COPIES = 2  # copies of a recorded call's inputs: the caller's, and those at the recorded addresses
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory of one graph's engine, in bytes."""
+
+    component: str
+    weights: float
+    scratch: float
+    inputs_and_outputs: float
+
+    @property
+    def has_state(self) -> bool:
+        """True for a VAE, which passes gigabytes of caches between calls; the inputs of other graphs are small."""
+        return self.component.startswith("vae")
+
+    @property
+    def kept(self) -> float:
+        """The memory that stays allocated while another engine runs."""
+        return self.weights + (0.0 if self.has_state else CALL_COPIES * self.inputs_and_outputs)
+
+    @property
+    def state(self) -> float:
+        """The memory passed between calls, freed after the last."""
+        return self.inputs_and_outputs if self.has_state else 0.0
+
+
+def usual_precisions(spec: ModelSpec, precision: Precision) -> dict[str, Precision]:
+    """The default precision of every component: the VAE in float32, the text encoder never below 16 bits."""
+    of_vae = {name: Precision.FP32 for name in spec.components if name.startswith("vae")}
+    return {"text_encoder": precision.wide, **dict.fromkeys(spec.experts, precision), **of_vae}
+
+
+def engines_memory(
+    spec: ModelSpec, precisions: Mapping[str, Precision], video: Video, *, cache_sets: int = 2
+) -> dict[str, Memory]:
+    """The memory of the engines of ``spec`` for ``video``, by component; only those in ``precisions``.
+
+    Args:
+        spec: the model.
+        precisions: by component.
+        video: width, height, frames.
+        cache_sets: sets of VAE caches in memory during a call: 2 if read and written separately, 1 if overwritten.
+
+    Raises:
+        UserError: the model does not support the size or number of frames.
+    """
+    shape = spec.latent_shape(*video)
+    found: dict[str, Memory] = {}
+    for name in (name for name in spec.components if name in precisions):
+        if name.endswith("_next") and shape[2] == 1:
+            continue  # there is only the first latent frame
+        if name == "text_encoder":
+            found[name] = _text_encoder(spec.text_encoder, precisions[name])
+        elif name.startswith("vae"):
+            found[name] = _vae(spec.vae, name, precisions[name], shape, cache_sets)
+        else:
+            found[name] = _expert(spec, name, precisions[name], shape)
+    return found
+
+
+def needed_bytes(spec: ModelSpec, memory: Mapping[str, Memory]) -> dict[Residency, float]:
+    """The peak memory of a run by residency; a model with one expert has no "one-expert"."""
+    experts = spec.experts
+    one_expert = [name for name in memory if name not in experts[1:]]
+    ways: dict[Residency, float] = {"all": _together(memory.values())}
+    if len(experts) > 1:
+        ways["one-expert"] = _together(memory[name] for name in one_expert)
+    return ways | {"one-component": max(_together([each]) for each in memory.values())}
+
+
+def choose_residency(needed: Mapping[Residency, float], available: float) -> Residency | None:
+    """The residency that keeps the most and fits into ``available`` bytes; None if none fits."""
+    return next((way for way in RESIDENCIES if way in needed and needed[way] <= available), None)
+
+
+def largest_fitting(
+    spec: ModelSpec, precisions: Mapping[str, Precision], video: Video, available: float, *, cache_sets: int = 2
+) -> Video | None:
+    """The largest video of about the same aspect ratio that fits with one component at a time.
+
+    It is at least half as long as ``video``, or a single picture if no video fits; None if not even that fits.
+    """
+
+    def fits(size: tuple[int, int], frames: int) -> bool:
+        memory = engines_memory(spec, precisions, (*size, frames), cache_sets=cache_sets)
+        return needed_bytes(spec, memory)["one-component"] <= available
+
+    width, height, frames = video
+    multiple, stride = spec.size_multiple, spec.vae.temporal_stride
+    lengths = [*range(frames, frames // 2, -stride), 1]
+    sizes = [tuple(max(1, side * share // (16 * multiple)) * multiple for side in (width, height)) for share in SHARES]
+    for several in (lengths[:-1], lengths[-1:]):
+        for wide, high in sizes:
+            for length in several:
+                if fits((wide, high), length):
+                    return wide, high, length
+    return None
+
+
+def refusal(
+    needed: Mapping[Residency, float], memory: Mapping[str, Memory], available: float, fitting: Video | None
+) -> UserError:
+    """The error if no residency fits into ``available`` bytes, with the video that would fit."""
+    worst = max(memory.values(), key=lambda each: _together([each]))
+    found = f"{worst.component} alone takes {human_bytes(needed['one-component'])}"
+    if worst.has_state:
+        found += f", {human_bytes(worst.inputs_and_outputs)} of it caches and frames"
+    fits = "no smaller video fits either" if fitting is None else "{}x{} with --frames {} fits".format(*fitting)
+    remedy = f"{fits}; --residency one-component tries anyway"
+    return UserError(found, f"at most {human_bytes(available)}", remedy)
+
+
+def _together(engines: Iterable[Memory]) -> float:
+    """The memory of engines loaded together. They share one region of scratch memory, the largest one needed."""
+    engines = list(engines)
+    shared = max(each.scratch for each in engines) + max(each.state for each in engines)
+    return sum(each.kept for each in engines) + shared
+
+
+# -- components
+
+
+def _text_encoder(spec: TextEncoderSpec, precision: Precision) -> Memory:
+    wide = precision.wide.linears.bits / 8
+    biases = spec.layers * spec.heads * TEXT_TOKENS  # position biases, computed for all layers first
+    scratch = PLANNER_FACTOR * TEXT_TOKENS * (2 * spec.ffn_width + 2 * spec.width + biases) * wide
+    return Memory("text_encoder", text_encoder_weights_bytes(spec, precision), scratch, 4.0 * TEXT_TOKENS * spec.width)
+
+
+def text_encoder_weights_bytes(spec: TextEncoderSpec, precision: Precision) -> float:
+    """The size of the stored weights; only feed-forward matrices can be in FP8."""
+    count = text_encoder_parameters(spec)
+    wide, linears = precision.wide.linears.bits / 8, precision.linears.bits / 8
+    feed_forward = spec.layers * 3 * spec.width * spec.ffn_width
+    return wide * (count - feed_forward) + linears * feed_forward
+
+
+def _expert(spec: ModelSpec, name: str, precision: Precision, latent_shape: tuple[int, ...]) -> Memory:
+    dit, positions = spec.dit, latent_shape[2] * latent_shape[3] * latent_shape[4]
+    count = tokens(latent_shape)
+    channels = dit.in_channels + dit.out_channels
+    rope = 2 * count * dit.head_width / 2
+    given = TEXT_TOKENS * dit.text_width + dit.time_rows * dit.freq_width
+    edges = 4.0 * (channels * positions + rope + given)
+    return Memory(name, dit_weights_bytes(dit, precision), dit_scratch_bytes(dit, count, precision), edges)
+
+
+def dit_weights_bytes(spec: DitSpec, precision: Precision) -> float:
+    """The size of one expert's stored weights: matrices in ``precision``, embeddings in its ``wide``, rest float32."""
+    stored, wide, block = precision.linears.bits / 8, precision.wide.linears.bits / 8, block_parameters(spec)
+    width = spec.width
+    per_block = stored * block.linear + (4 if precision.quantised else wide) * block.bias + 4 * block.other
+    text_and_patch = (spec.text_width + width + 2) * width + (4 * spec.in_channels + 1) * width
+    rest = dit_parameters(spec) - spec.layers * block.total - text_and_patch
+    return float(spec.layers * per_block + wide * text_and_patch + 4 * rest)
+
+
+def dit_scratch_bytes(spec: DitSpec, count: int, precision: Precision) -> float:
+    """The memory between kernels for ``count`` tokens: the larger of two peaks, in rows of D 16-bit numbers.
+
+    Attention: the float32 residual stream (2), the joint q, k, v (3) and the same three as attention's operands.
+    Feed-forward: the residual stream and the hidden rows, in FP8 also their quantised copy.
+    """
+    wide = precision.wide.linears.bits / 16  # rows are twice as wide in float32
+    hidden = spec.ffn_width / spec.width
+    attention = 2 + 3 * wide + 3 * precision.attention.bits / 16
+    feed_forward = 2 + ((wide + precision.linears.bits / 16) * hidden if precision.quantised else wide * (1 + hidden))
+    return PLANNER_FACTOR * max(attention, feed_forward) * 2.0 * count * spec.width
+
+
+def _vae(spec: VaeSpec, name: str, precision: Precision, latent_shape: tuple[int, ...], cache_sets: int) -> Memory:
+    """The memory of one VAE graph. The first chunk only writes caches, which are always float32."""
+    half, first, size = name.rpartition("_")[0], name.endswith("_first"), (latent_shape[3], latent_shape[4])
+    positions = size[0] * size[1]
+    weights = vae_weights_bytes(spec, name, precision)
+    scratch = (
+        VAE_TENSORS[spec.generation] * precision.linears.bits / 8 * _largest_tensor(_layers(spec, name), positions)
+    )
+    frames, sets = (1, 1) if first else (spec.temporal_stride, cache_sets)
+    pixels = 3 * frames * spec.spatial_stride**2 * positions
+    edges = 4.0 * (sets * cache_elements(spec, half, size) + pixels + spec.latent_channels * positions)
+    return Memory(name, weights, scratch, edges)
+
+
+def vae_weights_bytes(spec: VaeSpec, component: str, precision: Precision) -> float:
+    """The size of one graph's weights; the first chunk's graph needs no taps for past frames."""
+    return float(precision.linears.bits / 8 * sum(layer.parameters for layer in _layers(spec, component)))
+
+
+def _layers(spec: VaeSpec, component: str) -> list[VaeLayer]:
+    layers = decoder_layers if component.startswith("vae_decoder") else encoder_layers
+    return list(layers(spec, component.endswith("_first")))
+
+
+def _largest_tensor(layers: Iterable[VaeLayer], positions: int) -> float:
+    """The number of elements of the largest tensor that a convolution reads or writes."""
+    return max(max(x.entering, x.leaving) * x.frames * x.scale**2 * positions for x in layers if x.taps)
