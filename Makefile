@@ -7,10 +7,14 @@ TOOLS := .venv-tools/installed
 COMPILE = .venv-tools/bin/uv pip compile --quiet $(UPGRADE) --generate-hashes --no-annotate --no-header \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_36
 
-.PHONY: demo test check triton checkov lock sbom scale clean
+.PHONY: demo picture test check triton checkov lock sbom scale clean
 
 demo: $(INSTALLED)
 	$(BIN)/wan-trt demo demo
+
+# The picture of the README, from what make demo left. Needs Chromium.
+picture: $(INSTALLED)
+	$(BIN)/python -m studies.picture demo docs/demo.png
 
 test: $(INSTALLED) $(TRITON) check
 	$(BIN)/python -m pytest -q

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.cpu.onnxruntime_backend import fitted
+from engines.cpu.onnxruntime_backend import fit_components
 from engines.gpu.external_build import ExternalBuild
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
 from engines.load_check import check_loads
@@ -80,7 +80,7 @@ def build_engines(
     with staged(folder, overwrite=options.overwrite) as temporary:
         if target.backend == "onnxruntime":
             _place(source, temporary, source.manifest.files().values())
-            compiled = _Compiled(*fitted(source, temporary, progress))
+            compiled = _Compiled(*fit_components(source, temporary, progress))
         else:
             compiled = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
         build = Build(

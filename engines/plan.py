@@ -16,7 +16,7 @@ from wan22.residency import (
     VRAM_RESERVED,
     Memory,
     Residency,
-    chosen,
+    choose_residency,
     dit_scratch_bytes,
     dit_weights_bytes,
     engines_memory,
@@ -116,7 +116,7 @@ class Plan:
     @property
     def residency(self) -> Residency | None:
         """What ``--residency auto`` chooses on a card with nothing else on it; None where nothing fits."""
-        return chosen(self.needed, self.usable_vram_bytes)
+        return choose_residency(self.needed, self.usable_vram_bytes)
 
     @property
     def refusal(self) -> UserError:

@@ -1,1 +1,1 @@
-"""Checkpoint to ONNX. The only stage that builds graphs, and with validation the only one that may load PyTorch."""
+"""Checkpoint to ONNX: the only stage that builds graphs. Only this stage and validation may load PyTorch."""

@@ -1,4 +1,4 @@
-"""A part of an export: the graphs that share one weights file, and the tensors that go into it."""
+"""A part of an export: graphs that share one weights file, and the tensors in that file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,26 +8,26 @@ from pathlib import Path
 from export.checkpoint.checkpoint import Checkpoint, Weights
 from export.files.tensor_file import FLOAT8, Array, Pieces, Planned, Stored
 from export.graphs.builder import GraphBuilder
-from export.graphs.weights_file import declared
+from export.graphs.weights_file import declare_weights
 from export.quantise.fp8_weights import Fp8Weights, remade_biases
-from export.shared_files import shareable
+from export.shared_files import find_shareable
 from wan22.specs import Number, Precision
 
 
 @dataclass(frozen=True)
-class Part:
+class ExportPart:
     weights: str  # key of Checkpoint.weights
     precision: Precision
     graphs: dict[str, GraphBuilder]
-    # what was measured of the inputs of FP8 linears, by linear
+    # measured on the inputs of FP8 linears, by linear
     input_scales: Mapping[str, float] = field(default_factory=dict)
     input_means: Mapping[str, Array] = field(default_factory=dict)
-    # tensors that stay in the checkpoint's files
+    # tensors left in the checkpoint's files
     shared: Mapping[str, Stored] = field(default_factory=dict)
 
     @cached_property
     def declared(self) -> dict[str, Planned]:
-        return declared(self.graphs.values())
+        return declare_weights(self.graphs.values())
 
     @property
     def written(self) -> dict[str, Planned]:
@@ -39,21 +39,21 @@ class Part:
 
     @cached_property
     def remade(self) -> frozenset[str]:
-        """Official names whose tensors are not the checkpoint's."""
+        """Official names of tensors that differ from the checkpoint's."""
         quantised = self.quantised
         return frozenset(quantised) | remade_biases(quantised, self.input_scales, self.input_means)
 
-    def sharing(self, weights: Weights) -> "Part":
-        """The part with what it can share of ``weights``."""
+    def share(self, weights: Weights) -> "ExportPart":
+        """A copy of this part that shares as many tensors of ``weights`` as possible."""
         same = {key: planned for key, planned in self.declared.items() if key not in self.remade}
-        return replace(self, shared=shareable(weights, same))
+        return replace(self, shared=find_shareable(weights, same))
 
     @property
     def shared_files(self) -> list[Path]:
         return sorted({stored.path for stored in self.shared.values()})
 
     def pieces(self, source: Checkpoint) -> Pieces:
-        """Gives the tensors that the graphs declare: the checkpoint's, or what FP8 makes of them."""
+        """A reader of the declared tensors, which come from the checkpoint or are computed for FP8."""
         weights = source.weights[self.weights]
         if self.precision.linears is not Number.FP8:
             return weights.pieces

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from export.component import Part
-from export.files.resumable import Journal, kept_bytes, resumable
+from export.component import ExportPart
+from export.files.resumable import Journal, kept_bytes, resumable_folder
 from export.files.tensor_file import Array
 from export.graphs.builder import GraphBuilder, Placed
 from export.graphs.dit import LatentDims, dit_graph
@@ -40,7 +40,7 @@ from wan22.specs import ModelSpec, Precision
 
 log = logging.getLogger(__name__)
 
-SAME_INPUT = (  # linears of a block that read one input
+SAME_INPUT = (  # groups of a block's linears that read the same input
     ("self_attn.q", "self_attn.k", "self_attn.v"),
     ("self_attn.o",),
     ("cross_attn.q",),
@@ -56,16 +56,16 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 def export_checkpoint(
     checkpoint: str | Path, folder: Path, options: ExportOptions | None = None, progress: Progress = silent
 ) -> Bundle:
-    """Writes the ONNX bundle of ``checkpoint`` (a folder of any layout, single files, or a hub name) to ``folder``.
+    """Write the ONNX bundle of ``checkpoint`` (a folder of any layout, single files or a hub name) to ``folder``.
 
     Raises:
-        UserError: whatever is wrong with checkpoint, options or disk. Nothing is left behind then; a killed or
-            interrupted export leaves a hidden folder that the next one of the same goes on with.
+        UserError: the checkpoint, the options or the disk are unsuitable. Nothing is left behind; a killed or
+            interrupted export leaves a hidden folder, from which the next export of the same input resumes.
     """
     options = options or ExportOptions()
     refuse_existing(folder, overwrite=options.overwrite)
     opened = open_checkpoint(checkpoint, progress)
-    loras = _opened(options, opened.spec)
+    loras = _open_loras(options, opened.spec)
     source = _with_loras(opened, loras)
     if options.preset is not None:
         source = replace(source, spec=source.spec.with_preset(options.preset))
@@ -73,11 +73,14 @@ def export_checkpoint(
     parts = _parts(source.spec, options, _read_measured(source, opened, options))
     parts = {name: part for name, part in parts.items() if not options.parts or name in options.parts}
     if options.link:
-        parts = {name: part.sharing(source.weights[part.weights]) for name, part in parts.items()}
+        parts = {name: part.share(source.weights[part.weights]) for name, part in parts.items()}
     meter = _Meter(progress, parts.values())
     if not options.sparse:
         check_disk(folder, meter.written_bytes - kept_bytes(folder))
-    with resumable(folder, _made_of(source, loras, parts), overwrite=options.overwrite) as (temporary, journal):
+    with resumable_folder(folder, _input_hash(source, loras, parts), overwrite=options.overwrite) as (
+        temporary,
+        journal,
+    ):
         writer = _Writer(temporary, source, options, meter, journal)
         components = [component for name, part in parts.items() for component in writer.components(name, part)]
         manifest = Manifest(
@@ -95,7 +98,7 @@ def export_checkpoint(
     return Bundle(folder, manifest)
 
 
-def _opened(options: ExportOptions, spec: ModelSpec) -> list[Lora]:
+def _open_loras(options: ExportOptions, spec: ModelSpec) -> list[Lora]:
     loras = [open_lora(lora, spec, ignore_unmatched=options.lora_ignore_unmatched) for lora in options.loras]
     for lora in loras:
         for warning in lora.warnings:
@@ -111,25 +114,31 @@ def _with_loras(source: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
 def _fixed_size(options: ExportOptions) -> tuple[int, int, int] | None:
     if (options.size is None) != (options.frames is None):
         raise UserError(
-            "--size without --frames or the reverse", "both for fixed shapes, none for dynamic", "give both"
+            "only one of --size and --frames",
+            "both for fixed shapes or neither for dynamic ones",
+            "give both or leave both out",
         )
     return None if options.size is None or options.frames is None else (*options.size, options.frames)
 
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """What is known of the inputs of an expert's linears."""
+    """Measurements on the inputs of an expert's linears."""
 
     scales: Mapping[str, float] = field(default_factory=dict)
     means: Mapping[str, Array] = field(default_factory=dict)
-    wide_blocks: frozenset[int] = frozenset()  # without FP8, as the checkpoint's publisher left them
+    wide_blocks: frozenset[int] = frozenset()  # blocks that the checkpoint's publisher did not quantise
 
 
 def _read_measured(source: Checkpoint, base: Checkpoint, options: ExportOptions) -> dict[str, _Measured]:
-    """By expert; refused when it belongs to other weights than those of ``source``, or of ``base`` without LoRAs."""
+    """Measurements by expert.
+
+    Raises:
+        UserError: they match neither the weights of ``source`` nor those of ``base``, the checkpoint without LoRAs.
+    """
     scales, means = options.input_scales, options.input_means
     if scales is not None and means is not None:
-        expected = "one of them: scales are measured on inputs that are not centred"
+        expected = "only one: scales are measured on inputs that are not centred"
         raise UserError("--input-scales and --input-means", expected, "leave one out")
     found: dict[str, _Measured] = {}
     if scales is not None:
@@ -142,14 +151,14 @@ def _read_measured(source: Checkpoint, base: Checkpoint, options: ExportOptions)
             found[expert] = _Measured(means=of_expert.inputs)
     if scales is None and means is None:
         in_fp8 = [expert for expert in source.spec.experts if precisions_of(source.spec, options)[expert].quantised]
-        found = {expert: _calibrated(source, expert) for expert in in_fp8}
+        found = {expert: _read_calibration(source, expert) for expert in in_fp8}
     return found
 
 
-def _calibrated(source: Checkpoint, expert: str) -> _Measured:
-    """What a checkpoint that was calibrated for FP8 brings: scales of inputs, and blocks that are not quantised.
+def _read_calibration(source: Checkpoint, expert: str) -> _Measured:
+    """The input scales of a checkpoint calibrated for FP8, and the blocks that it does not quantise.
 
-    Linears that read the same input have its largest scale.
+    Linears that read the same input get the largest of their scales.
     """
     weights, entering = source.weights[expert], dict[str, float]()
     for block in range(source.spec.dit.layers):
@@ -171,14 +180,14 @@ def _check_weights(path: Path, scales: Scales, expert: str, sources: tuple[Check
         check_weights(path, scales, expert, base)
 
 
-def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Measured]) -> dict[str, Part]:
-    """Name of the weights file → its graphs, for every component of the model."""
+def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Measured]) -> dict[str, ExportPart]:
+    """The parts of the model by the name of their weights file."""
     size, precisions = _fixed_size(options), precisions_of(spec, options)
     shape = spec.latent_shape(*size) if size else None
     compute = {part: compute_type(precision) for part, precision in precisions.items()}
     text_in_fp8 = precisions["text_encoder"].quantised
     text = text_encoder_graph(spec.text_encoder, compute["text_encoder"], fp8_feed_forward=text_in_fp8)
-    parts = {"text_encoder": Part("text_encoder", precisions["text_encoder"], {"text_encoder": text})}
+    parts = {"text_encoder": ExportPart("text_encoder", precisions["text_encoder"], {"text_encoder": text})}
     dims = LatentDims(*shape[2:]) if shape else LatentDims()
     parts |= _expert_parts(spec, options, measured, dims)
     for coder, vae in (("vae_encoder", vae_encoder), ("vae_decoder", vae_decoder)):
@@ -186,14 +195,14 @@ def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Meas
         latent_size = shape[3:] if shape else None
         graphs = {name: vae(spec.vae, first, compute[coder], latent_size) for name, first in chunks.items()}
         if graphs:
-            parts[coder] = Part("vae", precisions[coder], graphs)
+            parts[coder] = ExportPart("vae", precisions[coder], graphs)
     return parts
 
 
 def _expert_parts(
     spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Measured], dims: LatentDims
-) -> dict[str, Part]:
-    """Experts that compute alike share a graph, authored once: bound to one's weights and saved, then to the next's."""
+) -> dict[str, ExportPart]:
+    """The experts as parts. Experts with equal settings share one graph, bound to the weights of each in turn."""
     precisions, parts = precisions_of(spec, options), {}
     authored: list[tuple[Precision, Fp8 | None, GraphBuilder]] = []
     for expert in spec.experts:
@@ -204,14 +213,14 @@ def _expert_parts(
         alike = [graph for *of, graph in authored if of == [precision, fp8]]
         graph = alike[0] if alike else dit_graph(spec.dit, compute_type(precision), dims, fp8)
         authored.append((precision, fp8, graph))
-        parts[expert] = Part(expert, precision, {expert: graph}, known.scales, known.means)
+        parts[expert] = ExportPart(expert, precision, {expert: graph}, known.scales, known.means)
     return parts
 
 
 class _Meter:
-    """Adds up stored bytes over all files for one progress bar."""
+    """Sum the stored bytes of all files for one progress bar."""
 
-    def __init__(self, progress: Progress, parts: Collection[Part]) -> None:
+    def __init__(self, progress: Progress, parts: Collection[ExportPart]) -> None:
         self.written_bytes = sum(planned.size_bytes for part in parts for planned in part.written.values())
         shared_bytes = sum(path.stat().st_size for part in parts for path in part.shared_files)
         self._progress, self._done, self._total = progress, 0, self.written_bytes + shared_bytes
@@ -223,7 +232,7 @@ class _Meter:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes the parts of one bundle."""
+    """Write the parts of one bundle."""
 
     folder: Path
     source: Checkpoint
@@ -231,7 +240,7 @@ class _Writer:
     meter: _Meter
     journal: Journal
 
-    def components(self, name: str, part: Part) -> list[Component]:
+    def components(self, name: str, part: ExportPart) -> list[Component]:
         files, placed = self.weights(name, part)
         components = []
         for component, graph in part.graphs.items():
@@ -242,8 +251,8 @@ class _Writer:
             components.append(Component(component, entry, files, *graph.edges(), part.precision, why))
         return components
 
-    def weights(self, name: str, part: Part) -> tuple[tuple[File, ...], dict[str, Placed]]:
-        """The part's files, and where in them its tensors lie."""
+    def weights(self, name: str, part: ExportPart) -> tuple[tuple[File, ...], dict[str, Placed]]:
+        """Write the part's files; return their entries and the position of each tensor."""
         location, files = f"{name}.safetensors", []
         if part.written:
             pieces = part.pieces(self.source)
@@ -256,13 +265,13 @@ class _Writer:
         return tuple(files), placements(location, part.written) | shared_placements(name, part.shared)
 
 
-def _made_of(source: Checkpoint, loras: Sequence[Lora], parts: Mapping[str, Part]) -> str:
-    """A hash of all that decides the weights' bytes; source files count as changed when their time did."""
+def _input_hash(source: Checkpoint, loras: Sequence[Lora], parts: Mapping[str, ExportPart]) -> str:
+    """A hash of everything that determines the weights' bytes; a source file with a new mtime counts as changed."""
     times = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
     stored = {name: (part.written, dict(part.input_scales)) for name, part in parts.items()}
     means = {name: [mean.tobytes() for mean in part.input_means.values()] for name, part in parts.items()}
-    told = (source.source.fingerprint, times, [lora.record() for lora in loras], stored, means)
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+    inputs = (source.source.fingerprint, times, [lora.record() for lora in loras], stored, means)
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> tuple[File, ...]:

@@ -1,4 +1,4 @@
-"""What an export can be asked for."""
+"""Options of an export."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,22 +13,24 @@ from wan22.specs import Precision
 class ExportOptions:
     # precision
     precision: Precision = Precision.FP32
-    precisions: Mapping[str, Precision] = field(default_factory=dict)  # of single parts: experts, text encoder, decoder
-    fp8_attention: Literal["both", "self", "cross"] = "both"  # which attention fp8-attn computes in FP8
+    precisions: Mapping[str, Precision] = field(default_factory=dict)  # keys: experts, text_encoder, vae_decoder
+    fp8_attention: Literal["both", "self", "cross"] = "both"  # attention that fp8-attn computes in FP8
     keep_high_precision: frozenset[int] = frozenset()  # transformer blocks without FP8
-    input_scales: Path | None = None  # static FP8 scales of activations; dynamic per token where there are none
-    input_means: Path | None = None  # what FP8 linears subtract from their inputs before they scale them per token
+    input_scales: Path | None = None  # static FP8 scales of activations; linears without one are scaled per token
+    input_means: Path | None = None  # means that FP8 linears subtract from their inputs before scaling per token
     # shapes
     size: tuple[int, int] | None = None  # width, height in pixels; with frames: fixed shapes
     frames: int | None = None
     # sampling
-    preset: str | None = None  # of wan22.sampling.PRESETS, which the bundle then samples with by default
+    preset: str | None = None  # a name in wan22.sampling.PRESETS, stored as the bundle's default
     # LoRAs, added to the experts in this order
     loras: tuple[LoraChoice, ...] = ()
     lora_ignore_unmatched: bool = False
     # writing
-    parts: frozenset[str] = frozenset()  # experts, text_encoder, vae_encoder, vae_decoder; all where empty
-    link: bool = False  # tensors stored as the graphs want them stay in the checkpoint's files, shared with the bundle
+    parts: frozenset[str] = frozenset()  # experts, text_encoder, vae_encoder, vae_decoder; empty: all
+    link: bool = False  # share the checkpoint's files where they store tensors in the graphs' dtype and shape
     overwrite: bool = False
-    sparse: bool = False  # the checkpoint is holes (``synth --sparse``), which take no disk in the result either
+    sparse: bool = (
+        False  # the checkpoint, hence the bundle, consists of holes (``synth --sparse``): skip the disk check
+    )
     command: str = field(default="export.export_checkpoint(...)", compare=False)  # recorded in the manifest

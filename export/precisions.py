@@ -1,4 +1,4 @@
-"""Which precision each part of a model has, and what of a transformer is computed in FP8."""
+"""The precision of each part of a model, and the layers of a transformer that run in FP8."""
 
 from collections.abc import Mapping
 
@@ -19,27 +19,31 @@ WHY_HIGHER = {
 
 
 def compute_type(precision: Precision) -> ir.DataType:
-    """The type that a graph computes in what it does not quantise."""
+    """The type in which a graph computes everything it does not quantise."""
     return IN_GRAPHS[precision.wide.linears]
 
 
 def precisions_of(spec: ModelSpec, options: ExportOptions) -> dict[str, Precision]:
-    """Of every part. What is not said follows ``options.precision`` as far as it is good for the part."""
+    """The precision of every part. Parts without an explicit one follow ``options.precision`` where it suits them.
+
+    Raises:
+        UserError: an unknown part, or a precision the part does not support.
+    """
     asked = options.precision
     usual = dict.fromkeys(spec.experts, asked)
     usual |= {"text_encoder": asked.wide, "vae_encoder": Precision.FP32, "vae_decoder": Precision.FP32}
     for part, precision in options.precisions.items():
         if part not in usual or part == "vae_encoder":
             known = ", ".join(p for p in usual if p != "vae_encoder")
-            raise UserError(f"a precision for {part!r}", f"one of {known}", "leave it out")
+            raise UserError(f"precision for unknown part {part!r}", f"one of {known}", "correct the name")
         if part not in spec.experts and precision not in (possible := _possible(part)):
             feed_forward = " for its feed-forward" if possible[-1].quantised else ""
-            raise UserError(f"{part} in {precision}", f"{', '.join(possible)}{feed_forward}", "choose one of them")
+            raise UserError(f"{part} in {precision}", f"{', '.join(possible)}{feed_forward}", "choose one of these")
     return {**usual, **options.precisions}
 
 
 def _possible(part: str) -> tuple[Precision, ...]:
-    """The precisions of a part other than an expert; the feed-forward of the text encoder can be in FP8."""
+    """The precisions that a part other than an expert supports; only the text encoder's feed-forward runs in FP8."""
     quantised = [p for p in Precision if p.linears is Number.FP8 and p.attention.bits == 16]
     return (*(p for p in Precision if not p.quantised), *(quantised if part == "text_encoder" else ()))
 
@@ -47,7 +51,14 @@ def _possible(part: str) -> tuple[Precision, ...]:
 def fp8_of(
     precision: Precision, options: ExportOptions, static: Mapping[str, float], centred: Mapping[str, int]
 ) -> Fp8 | None:
-    """What of an expert is computed in FP8; linears with a static scale, and with a mean and its length."""
+    """The FP8 settings of an expert; None if it does not use FP8.
+
+    Args:
+        precision: the expert's precision.
+        options: the export's options.
+        static: linears with a static input scale.
+        centred: linears with an input mean → its length.
+    """
     if precision.linears is not Number.FP8:
         return None
     in_fp8 = {options.fp8_attention} if precision.attention is Number.FP8 else set()
@@ -61,13 +72,17 @@ def fp8_of(
 
 
 def check_fp8(spec: ModelSpec, options: ExportOptions) -> None:
-    """Refuses what says how FP8 is to be done where none is, and blocks that are not there."""
+    """Refuse FP8 options without FP8 and block numbers that do not exist.
+
+    Raises:
+        UserError: one of these.
+    """
     precisions = precisions_of(spec, options)
     linears = {precisions[expert].linears for expert in spec.experts}
     attention = {precisions[expert].attention for expert in spec.experts}
     if beyond := [block for block in sorted(options.keep_high_precision) if block >= spec.dit.layers]:
         expected = f"blocks 0 to {spec.dit.layers - 1} of {spec.name}"
-        raise UserError(f"--keep-high-precision {beyond[0]}", expected, "name others")
+        raise UserError(f"--keep-high-precision {beyond[0]}", expected, "name existing blocks")
     for option, given in {
         "--keep-high-precision": options.keep_high_precision,
         "--input-scales": options.input_scales,
@@ -82,12 +97,13 @@ def check_fp8(spec: ModelSpec, options: ExportOptions) -> None:
 
 
 def why_higher(part: str, precision: Precision, options: ExportOptions) -> str:
-    """Why ``part``, or something in it, is above the precision that was asked for."""
+    """Why ``part``, or some of its layers, has a higher precision than requested; "" if it does not."""
     if part in WHY_HIGHER:
         return WHY_HIGHER[part] if precision != options.precision else ""
-    told = []
+    reasons = []
     if precision.quantised and options.keep_high_precision:
-        told.append(f"asked for: no FP8 in blocks {', '.join(map(str, sorted(options.keep_high_precision)))}")
+        blocks = ", ".join(map(str, sorted(options.keep_high_precision)))
+        reasons.append(f"requested: no FP8 in blocks {blocks}")
     if precision.attention is Number.FP8 and options.fp8_attention != "both":
-        told.append(f"asked for: only {options.fp8_attention}-attention in FP8")
-    return "; ".join(told)
+        reasons.append(f"requested: only {options.fp8_attention}-attention in FP8")
+    return "; ".join(reasons)

@@ -1,8 +1,8 @@
-"""Weights that a bundle does not copy: the checkpoint's own files, cloned or hard-linked into it (``--link``).
+"""Clone or hard-link the checkpoint's files into a bundle instead of copying their weights (``--link``).
 
-A clone shares blocks of the disk until one of the two is written to, so it is as good as a copy; ext4 has none. A hard
-link is one file under two names: whoever changes the checkpoint in place changes the bundle, which the bundle's hashes
-would tell, and ONNX's own checker refuses such files. ONNX Runtime and TensorRT read them. Hence only when asked for.
+A clone shares disk blocks until either file is written, so it is as safe as a copy; ext4 does not support clones. A
+hard link is a second name of the same file: editing the checkpoint in place edits the bundle, which the bundle's hashes
+reveal, and ONNX's checker rejects such files although ONNX Runtime and TensorRT read them. Linking is therefore opt-in.
 """
 
 import fcntl
@@ -18,8 +18,11 @@ from wan22.errors import UserError
 FICLONE = 0x40049409  # linux/fs.h
 
 
-def shareable(weights: Weights, wanted: Mapping[str, Planned]) -> dict[str, Stored]:
-    """The tensors of ``wanted`` that the checkpoint has just so, in files that are mostly such tensors."""
+def find_shareable(weights: Weights, wanted: Mapping[str, Planned]) -> dict[str, Stored]:
+    """The ``wanted`` tensors that the checkpoint stores in the same dtype and shape.
+
+    A file is used only if such tensors take at least half of it.
+    """
     known = frozenset(weights.names())
     stored = {key: weights.stored(key) for key in wanted if key in known}
     same = {k: s for k, s in stored.items() if s and (s.dtype, s.shape) == (wanted[k].dtype, wanted[k].shape)}
@@ -30,7 +33,7 @@ def shareable(weights: Weights, wanted: Mapping[str, Planned]) -> dict[str, Stor
 
 
 def shared_name(part: str, path: Path) -> str:
-    """What a file of the checkpoint is called in the bundle."""
+    """The name in the bundle of the checkpoint's file ``path``."""
     return f"{part}-{path.name}"
 
 
@@ -39,10 +42,10 @@ def shared_placements(part: str, shared: Mapping[str, Stored]) -> dict[str, Plac
 
 
 def share(path: Path, target: Path) -> None:
-    """Makes ``target`` a clone of ``path``, or another name of it where the file system cannot clone.
+    """Make ``target`` a clone of ``path``, or a hard link where the file system cannot clone.
 
     Raises:
-        UserError: the two places are not on one file system.
+        UserError: the file system cannot link the two.
     """
     real = path.resolve()  # the hub's cache is symbolic links
     target.unlink(missing_ok=True)
@@ -55,4 +58,4 @@ def share(path: Path, target: Path) -> None:
             os.link(real, target)
         except OSError as error:
             found = f"cannot link {real} into {target.parent.parent}: {error.strerror}"
-            raise UserError(found, "both on one file system that has links", "leave out --link") from None
+            raise UserError(found, "both on one file system with hard links", "leave out --link") from None

@@ -1,7 +1,7 @@
 """``torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`` without torch: no antialiasing, a = -0.75.
 
-Positions are rounded to float32 once, as the fused multiply-add of torch's kernels does: near a thousand pixels another
-rounding would move a sample by 6e-5 of a pixel, which sharp edges turn into errors of 1e-4.
+Positions are rounded to float32 once, like the fused multiply-add in torch's kernels: near a thousand pixels, other
+rounding would move a sample by 6e-5 pixels, which causes errors of 1e-4 at sharp edges.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ A = np.float32(-0.75)
 
 
 def resize_bicubic(image: F32, height: int, width: int) -> F32:
-    """``[C, height, width]`` of an image ``[C, H, W]``, float32. Values may overshoot the range of the input."""
+    """Resize an image ``[C, H, W]`` to ``[C, height, width]``, float32. Values may exceed the range of the input."""
     rows, row_weights = _taps(image.shape[1], height)
     columns, column_weights = _taps(image.shape[2], width)
     tall = np.zeros((image.shape[0], height, image.shape[2]), np.float32)
@@ -26,7 +26,7 @@ def resize_bicubic(image: F32, height: int, width: int) -> F32:
 
 
 def _taps(size: int, wanted: int) -> tuple[NDArray[np.intp], F32]:
-    """Four source indices and their weights, ``[4, wanted]`` each, for every sample along one axis."""
+    """The four source indices and weights, ``[4, wanted]`` each, of every sample along one axis."""
     scale = np.float64(np.float32(size) / np.float32(wanted))
     position = (scale * (np.arange(wanted) + 0.5) - 0.5).astype(np.float32)
     before = np.floor(position)

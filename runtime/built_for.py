@@ -1,4 +1,4 @@
-"""What engines were built for: a machine, what the manifest says of each, and which videos."""
+"""Check engines against their machine, their manifest and the requested video."""
 
 from runtime.request import CompleteRequest, Request
 from wan22.bundle import Build, Bundle, Component, Manifest
@@ -7,31 +7,31 @@ from wan22.quantities import video_text
 from wan22.residency import Video
 from wan22.shapes import Profile, own_profiles
 from wan22.specs import ModelSpec
-from wan22.stamp import Stamp, check_stamp, name_in
+from wan22.stamp import Stamp, check_stamp, read_name
 
 
 def check_build(manifest: Manifest, version: str, compute_capability: str) -> Build:
-    """The manifest's build record, if engines made so run with TensorRT ``version`` on this compute capability.
+    """The manifest's build record, if its engines run with TensorRT ``version`` on this compute capability.
 
     Raises:
-        UserError: names the field that differs, both values and the command that builds anew.
+        UserError: they do not; names the differing field, both values and the command to rebuild.
     """
     build = manifest.build
     if build is None:
-        raise UserError("a bundle without engines", "one made by wan-trt build", "run wan-trt build")
+        raise UserError("a bundle without engines", "an engine bundle", "run wan-trt build")
     here = {"backend_version": version, "compute_capability": compute_capability}
     for field, value in here.items():
         if getattr(build, field) != value:
-            found = f"{field} {getattr(build, field)} of the engines for {build.target}"
-            raise UserError(found, f"{value} of this machine", f"build here: {manifest.command}")
+            found = f"engines for {build.target} have {field} {getattr(build, field)}"
+            raise UserError(found, f"this machine's {value}", f"build here: {manifest.command}")
     return build
 
 
 def check_plan(name: str, manifest: Manifest, component: Component) -> None:
-    """Refuses the plan of ``component``, whose network is called ``name``, where the manifest says something else.
+    """Refuse the plan of ``component``, whose network is called ``name``, if it contradicts the manifest.
 
     Raises:
-        UserError: names the field (target, precision or profiles), both values and the command that builds anew.
+        UserError: names the field (target, precision or profiles), both values and the command to rebuild.
     """
     if manifest.build is not None:
         profiles = own_profiles(manifest.build.profiles, component.inputs)
@@ -40,15 +40,15 @@ def check_plan(name: str, manifest: Manifest, component: Component) -> None:
 
 
 def check_plans(bundle: Bundle) -> tuple[str, ...]:
-    """:func:`check_plan` for every plan of ``bundle``, read from its file: no TensorRT, no GPU.
+    """Run :func:`check_plan` for every plan of ``bundle``, reading only the files, without TensorRT or a GPU.
 
     Returns:
-        The plans that could not be checked, since no name of ours stands in their files in clear.
+        The plans that could not be checked, because their files contain no readable stamp.
     """
     build = bundle.manifest.build
     if build is None or not build.backend.startswith("tensorrt"):
         return ()
-    names = {component: name_in(bundle.path(component.graph)) for component in bundle.manifest.components}
+    names = {component: read_name(bundle.path(component.graph)) for component in bundle.manifest.components}
     for component, name in names.items():
         check_plan(name, bundle.manifest, component)
     return tuple(dict.fromkeys(component.graph.path for component, name in names.items() if not name))
@@ -58,9 +58,9 @@ def check_plans(bundle: Bundle) -> tuple[str, ...]:
 
 
 def default_video(manifest: Manifest) -> Video:
-    """Width, height and frames of a request that states none: the model's default where the bundle can make it.
+    """Width, height and frames of a request without a size: the model's default if the bundle supports it.
 
-    Else what the graphs are fixed to, or what the first profile of the engines is tuned for.
+    Otherwise the fixed size of the graphs, or the size that the engines' first profile is tuned for.
     """
     spec = manifest.spec
     usual = (*spec.sampling.sizes[0], spec.sampling.frames)
@@ -73,23 +73,23 @@ def default_video(manifest: Manifest) -> Video:
 
 
 def completed(request: Request, manifest: Manifest) -> CompleteRequest:
-    """``request`` with what it leaves open filled in from the bundle of ``manifest`` and its model.
+    """``request`` with missing values filled in from the bundle of ``manifest`` and its model.
 
     Raises:
-        UserError: as :meth:`runtime.request.Request.completed`, and for a video that the bundle cannot make.
+        UserError: see :meth:`runtime.request.Request.completed`; or the bundle does not support the video.
     """
     complete = request.completed(manifest.spec, default_video(manifest))
     shaped_by_image = complete.image is not None and complete.fit == "official"
     hint = "; with an image, --fit crop makes exactly that size" if shaped_by_image else ""
-    check_video(manifest, (complete.width, complete.height, complete.frames), hint)
+    check_video(manifest, complete.video, hint)
     return complete
 
 
 def check_video(manifest: Manifest, video: Video, hint: str = "") -> None:
-    """Refuses, in pixels and frames, a video that the bundle cannot make; ``hint`` ends the remedy.
+    """Refuse a video that the bundle does not support; ``hint`` is appended to the remedy.
 
     Raises:
-        UserError: names the video, those that the bundle makes, and what to do.
+        UserError: states the video and the supported ones in pixels and frames, and the remedy.
     """
     found = video_text(*video)
     if manifest.size is not None and manifest.size != video:
@@ -104,7 +104,7 @@ def check_video(manifest: Manifest, video: Video, hint: str = "") -> None:
 
 
 def _ranges(manifest: Manifest) -> list[tuple[Video, Video, Video]]:
-    """The smallest, the best and the largest video of every profile; none where any shape will do."""
+    """The smallest, the best and the largest video of every profile; empty if any shape is supported."""
     profiles = manifest.build.profiles if manifest.build else ()
     return [_videos(manifest.spec, profile) for profile in profiles]
 

@@ -1,19 +1,19 @@
-"""Calls of an engine with fixed shapes, recorded once as a CUDA graph and replayed."""
+"""Record engine calls with fixed shapes as CUDA graphs and replay them."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 class RecordedCalls:
-    """A call recorded as a CUDA graph: the same kernels on the same addresses, launched as one."""
+    """Calls recorded as CUDA graphs: the same kernels with the same addresses, launched together."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._arrays: dict[tuple[Any, ...], Any] = {}
         self._graphs: dict[tuple[int, ...], Any] = {}
 
-    def kept(self, side: str, arrays: Mapping[str, Any], *, copy: bool) -> dict[str, Any]:
-        """``arrays`` at the addresses that earlier calls used for these names and shapes."""
+    def keep(self, side: str, arrays: Mapping[str, Any], *, copy: bool) -> dict[str, Any]:
+        """``arrays``, moved to the addresses that earlier calls used for the same names and shapes."""
         found = {}
         for name, array in arrays.items():
             key = (side, name, tuple(array.shape))
@@ -25,7 +25,7 @@ class RecordedCalls:
         return found
 
     def run(self, key: tuple[int, ...], enqueue: Any) -> None:
-        """The first call of a kind just runs (kernels load), the second is recorded, later ones are replayed."""
+        """Run the first call with ``key`` directly (it loads kernels), record the second and replay all later ones."""
         stream = self._stream
         if key not in self._graphs:
             enqueue()

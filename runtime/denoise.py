@@ -1,8 +1,8 @@
-"""The denoising loop, a generator: progress, timing, previews, cancellation and parity live in its caller.
+"""The denoising loop as a generator: its caller handles progress, timing, previews, cancellation and parity.
 
-A step is one forward with the prompt, one without it unless guidance is 1, and one move of the solver. What surrounds
-the engine is float32 and small: classifier-free guidance, the solver, and for image to video on the 5B model the first
-latent frame, which stays the image.
+A step is one forward with the prompt, one without it unless guidance is 1, and one solver step. The operations around
+the engine are small and run in float32: classifier-free guidance, the solver and, for image to video on the 5B model,
+resetting the first latent frame to the image.
 """
 
 import math
@@ -22,21 +22,25 @@ from wan22.specs import ModelSpec
 
 # ``velocity = forward(latents=..., time_features=..., text=..., rope_cos=..., rope_sin=..., [condition=...])``
 Forward = Callable[..., Any]
-# Forwards by expert name, or a function that opens one; it is asked once per change of expert and may close the last.
+# Forwards by expert name, or a function that opens one: it is called once per change of expert and may close the last.
 Experts = Mapping[str, Forward] | Callable[[str], Forward]
 
 
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """What steers a run. All float32."""
+    """The conditions of a run, all float32."""
 
     positive: F32  # [1, 512, text_width], embeddings of the prompt, zeros after its last token
-    negative: F32 | None = None  # the same of the negative prompt; not needed where guidance is 1
+    negative: F32 | None = None  # embeddings of the negative prompt; not needed if guidance is 1
     condition: F32 | None = None  # [1, 20, T, h, w], mask and encoded image (I2V)
-    first_frame: F32 | None = None  # [1, z, 1, h, w], the encoded image that latent frame 0 stays (TI2V)
+    first_frame: F32 | None = None  # [1, z, 1, h, w], the encoded image, kept as latent frame 0 (TI2V)
 
     def require_finite(self) -> None:
-        """Raises NonFiniteError, naming what of it is not."""
+        """Require that all values are finite.
+
+        Raises:
+            NonFiniteError: names the condition that is not.
+        """
         named = {"embeddings of the prompt": self.positive, "embeddings of the negative prompt": self.negative}
         for what, x in (*named.items(), ("encoded image", self.condition), ("encoded image", self.first_frame)):
             if x is not None:
@@ -49,9 +53,9 @@ class Step:
     total: int
     timestep: float
     expert: str
-    latents: F32  # [1, z, T, h, w] after the step; not to be changed
-    seconds_engine: float  # inside the forwards
-    seconds_total: float  # the whole step, without opening the expert
+    latents: F32  # [1, z, T, h, w] after the step; the caller must not change them
+    seconds_engine: float  # time in the forwards
+    seconds_total: float  # time of the whole step, except opening the expert
 
 
 def denoise(
@@ -63,20 +67,20 @@ def denoise(
     schedule: Schedule,
     solver: Solver,
 ) -> Generator[Step, None, None]:
-    """Yields after every step; the last one carries the finished latents.
+    """Yield after every step; the last step holds the final latents.
 
     Args:
-        spec: says which expert works at which timestep or step.
-        experts: one forward is used at a time, so a function may keep one expert resident.
-        latents: noise ``[1, z, T, h, w]``, left as it is.
+        spec: determines the expert of each timestep or step.
+        experts: only one forward is used at a time, so a function may keep one expert resident.
+        latents: noise ``[1, z, T, h, w]``, not modified.
         given: text and image.
-        guidance: scale by expert name; at 1 the unconditional forward is not run.
+        guidance: scale by expert name; 1 skips the unconditional forward.
         schedule: the timesteps.
-        solver: a fresh one, made for this schedule.
+        solver: a new one, made for this schedule.
 
     Raises:
-        UserError: a guidance that is no finite number.
-        NonFiniteError: a condition with NaN or infinity; a velocity, naming expert and step.
+        UserError: a guidance scale is not finite.
+        NonFiniteError: a condition or a velocity holds NaN or infinity; for a velocity, names expert and step.
     """
     for name in spec.experts:
         if not math.isfinite(guidance[name]):
@@ -84,13 +88,13 @@ def denoise(
         if guidance[name] != 1 and given.negative is None:
             raise ValueError(f"guidance {guidance[name]} for {name} needs embeddings of the negative prompt")
     given.require_finite()
-    opened = experts.__getitem__ if isinstance(experts, Mapping) else experts
-    return _steps(spec, opened, latents, given, guidance, schedule, solver)
+    open_expert = experts.__getitem__ if isinstance(experts, Mapping) else experts
+    return _steps(spec, open_expert, latents, given, guidance, schedule, solver)
 
 
 def _steps(
     spec: ModelSpec,
-    opened: Callable[[str], Forward],
+    open_expert: Callable[[str], Forward],
     latents: F32,
     given: Conditions,
     guidance: Mapping[str, float],
@@ -105,7 +109,7 @@ def _steps(
     for index, timestep in enumerate(schedule.timesteps.tolist()):
         if forward is None or spec.expert_at(timestep, index) != expert:
             expert, forward = spec.expert_at(timestep, index), None
-            forward = opened(expert)
+            forward = open_expert(expert)
         started = perf_counter()
         inputs |= step_inputs(spec.dit, latents, timestep, clean_first_frame=keeps_first)
         velocity, seconds_engine = _guided_velocity(forward, inputs, given, guidance[expert])
@@ -118,7 +122,7 @@ def _steps(
 
 
 def _guided_velocity(forward: Forward, inputs: Mapping[str, F32], given: Conditions, scale: float) -> tuple[F32, float]:
-    """``u + scale (c - u)`` in float32, and the seconds spent in the forwards; ``c`` alone where the scale is 1."""
+    """``u + scale (c - u)`` in float32, or ``c`` if the scale is 1, and the seconds spent in the forwards."""
     started = perf_counter()
     conditional: F32 = forward(**inputs, text=given.positive)
     if scale == 1:

@@ -1,9 +1,9 @@
-"""An engine stands where the module stood: ``velocity = engine(latents=..., time_features=..., ...)``.
+"""The interface of engines, which replace modules: ``velocity = engine(latents=..., time_features=..., ...)``.
 
 Every backend checks names, types and shapes here before it touches a device.
 
-An output ``next_x`` beside an input ``x`` is state on its way to the next call. A call uses up the state that it is
-given: afterwards the array may hold the next state. Who needs it as it was keeps a copy.
+An output ``next_x`` with an input ``x`` is state for the next call. A call consumes its input state: afterwards the
+array may hold the next state, so callers that still need the old one must copy it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from wan22.bundle import Tensor
 from wan22.shapes import Profile, fitting_profile, sizes_of
 
 Arrays = np.ndarray | tuple[np.ndarray, ...]
-NEXT = "next_"  # begins the names of outputs that are state
+NEXT = "next_"  # prefix of outputs that are state
 
 
 class Engine(Protocol):
-    """A compiled graph. Opened as a context manager, it holds its weights until it is left."""
+    """A compiled graph, used as a context manager: it holds its weights inside the block."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -32,12 +32,12 @@ class Engine(Protocol):
     ) -> None: ...
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
-        """The output, or the outputs in graph order where there are several."""
+        """The output, or a tuple of several outputs in graph order."""
         ...
 
 
 class BorrowedEngine:
-    """An engine that others open and close: entering and leaving it does nothing. Subclasses say what a call does."""
+    """An engine that its owner opens and closes: entering and leaving it does nothing. Subclasses define the call."""
 
     def __enter__(self) -> Self:
         return self
@@ -45,17 +45,17 @@ class BorrowedEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing: the owner closes it."""
+        """Do nothing: the owner closes it."""
 
 
 def check_inputs(
     name: str, expected: Sequence[Tensor], given: Mapping[str, np.ndarray], profiles: Sequence[Profile]
 ) -> int:
-    """The index of the shape profile that fits a call, 0 where there is none.
+    """The index of the shape profile that fits a call, 0 if the engine has no profiles.
 
     Raises:
-        ValueError: names, types or shapes that are not the graph's (a caller's bug).
-        UserError: shapes outside every profile that the engine was built for.
+        ValueError: names, types or shapes differ from the graph's (a bug in the caller).
+        UserError: the shapes are outside all profiles of the engine.
     """
     if given.keys() != {tensor.name for tensor in expected}:
         raise ValueError(f"{name} takes {sorted(t.name for t in expected)}, not {sorted(given)}")

@@ -22,6 +22,7 @@ import numpy as np
 
 from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.prompt_part import TEXT, PromptPart
+from wan22.backends import loading
 from wan22.bundle import Component, Tensor
 from wan22.errors import UserError
 from wan22.memory import available_host_bytes
@@ -79,7 +80,7 @@ class OnnxRuntimeEngine:
         there = onnxruntime.get_available_providers()
         usable = [provider for provider in self._providers if provider in there]
         try:
-            with out_of_memory_told(self.name):
+            with out_of_memory_told(self.name), loading(path):
                 return onnxruntime.InferenceSession(path, options, providers=usable)
         except (state.InvalidProtobuf, state.InvalidGraph, state.NoSuchFile, state.NotImplemented) as error:
             found = f"{path} does not load: {error}"

@@ -20,7 +20,7 @@ from runtime.built_for import check_build, check_plan
 from runtime.cuda_graph import RecordedCalls
 from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.external_weights import ExternalWeights, HostCopies
-from wan22.backends import MODULES, imported
+from wan22.backends import MODULES, require_module
 from wan22.bundle import Component, Manifest, Tensor
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
@@ -52,7 +52,7 @@ class Device:
             UserError: TensorRT or CuPy missing, no GPU, or engines that were built for another machine.
         """
         backend = manifest.build.backend if manifest.build else "tensorrt"
-        trt, cupy = imported(MODULES[backend], backend, TO_RUN), imported("cupy", "cupy-cuda13x", TO_RUN)
+        trt, cupy = require_module(MODULES[backend], backend, TO_RUN), require_module("cupy", "cupy-cuda13x", TO_RUN)
         try:
             capability = cupy.cuda.Device().compute_capability  # "89"
         except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -238,13 +238,13 @@ class TensorRTEngine:
         """The inputs on the device, contiguous; in the places of the recorded call where there is one."""
         cupy = self._device.cupy
         placed = {name: cupy.ascontiguousarray(cupy.asarray(array)) for name, array in inputs.items()}
-        return self._replay.kept("in", placed, copy=True) if self._replay else placed
+        return self._replay.keep("in", placed, copy=True) if self._replay else placed
 
     def _made(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """Room for the outputs."""
         dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
         made = {name: self._device.cupy.empty(shape, dtypes[name]) for name, shape in shapes.items()}
-        return self._replay.kept("out", made, copy=False) if self._replay else made
+        return self._replay.keep("out", made, copy=False) if self._replay else made
 
     def _bind(self, arrays: Mapping[str, Any]) -> None:
         context = self._context

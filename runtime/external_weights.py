@@ -1,7 +1,7 @@
-"""Weights of an engine that takes them as inputs (``wan-trt build --weights external``).
+"""Load the weights of an engine that takes them as inputs (``wan-trt build --weights external``).
 
-They lie in one block of device memory, filled from pinned host memory, where they stay: an expert that was closed to
-make room comes back at the speed of the bus. Where the system has no room to pin them, they are read from the file.
+They occupy one block of device memory, filled from a copy in pinned host memory. The pinned copy is kept, so an expert
+that was closed to free memory returns at bus speed. If the system cannot pin enough memory, they are read from disk.
 """
 
 import ctypes
@@ -17,14 +17,14 @@ READ_AT_ONCE_BYTES = 2**26
 
 
 class HostCopies:
-    """Pinned copies of weight files, each read once."""
+    """Pinned copies of weights files, each read once."""
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
         self._pinned: dict[Path, Any] = {}
 
-    def pinned(self, path: Path) -> Any | None:
-        """The content of ``path`` in pinned memory; None where there is no room for it."""
+    def pin(self, path: Path) -> Any | None:
+        """The content of ``path`` in pinned memory; None if it cannot be allocated."""
         if path not in self._pinned:
             size = path.stat().st_size
             try:
@@ -50,9 +50,9 @@ class ExternalWeights:
         self._cupy, self._copies, self._memory = cupy, copies, None
 
     def load(self, stream: Any) -> dict[str, int]:
-        """Puts the weights on the device; the address of each by name. Raises CuPy's error when there is no room."""
+        """Copy the weights to the device; return their addresses by name. Raises CuPy's error when out of memory."""
         memory = self._memory = self._cupy.cuda.alloc(self.size_bytes)
-        pinned = self._copies.pinned(self.path)
+        pinned = self._copies.pin(self.path)
         if pinned is not None:
             memory.copy_from_host_async(ctypes.c_void_p(pinned.ptr), self.size_bytes, stream)
         else:

@@ -10,8 +10,9 @@ import numpy as np
 
 from runtime.arrays import F32
 from runtime.pipeline import Pipeline
+from runtime.recipe import recipe_of
 from runtime.request import Request
-from runtime.video import check_destination, encode_video, renamed_at_end
+from runtime.video import QUALITY, check_destination, encode_video, renamed_at_end
 from wan22.progress import Progress, silent
 from wan22.residency import ResidencyChoice
 
@@ -45,6 +46,15 @@ class Timings:
         return float(np.median([1 - s.engine_seconds / s.total_seconds for s in steps])) if steps else 0.0
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How frames become a file."""
+
+    fps: int | None = None  # None: the model's
+    quality: int = QUALITY  # of mp4 and webm, 1 to 10
+    overwrite: bool = False  # a folder of frames may be replaced
+
+
 @dataclass(frozen=True, eq=False)
 class Generated:
     path: Path
@@ -61,13 +71,12 @@ def generate(
     engines: Path | Pipeline,
     request: Request,
     output: Path,
+    encoding: Encoding = Encoding(),
     *,
-    fps: int | None = None,
     residency: ResidencyChoice = "auto",
-    overwrite: bool = False,
     progress: Progress = silent,
 ) -> Generated:
-    """Runs ``request`` and writes ``output``, as ``write_video`` has it; ``overwrite`` replaces a folder of frames.
+    """Runs ``request`` and writes ``output``, as ``write_video`` has it, with its recipe in the metadata.
 
     ``residency`` is for engines at a path, which are opened for this run alone; a pipeline has its own.
 
@@ -76,11 +85,12 @@ def generate(
     """
     if isinstance(engines, Path):
         with Pipeline.open(engines, residency=residency, once=True) as pipeline:
-            return generate(pipeline, request, output, fps=fps, overwrite=overwrite, progress=progress)
+            return generate(pipeline, request, output, encoding, progress=progress)
     pipeline, timings = engines, Timings()
-    complete, rate = pipeline.complete(request), fps or pipeline.spec.sampling.fps
-    check_destination(output, complete.frames, overwrite=overwrite)
-    with renamed_at_end(output, overwrite=overwrite) as new:
+    complete, rate = pipeline.complete(request), encoding.fps or pipeline.spec.sampling.fps
+    check_destination(output, complete.frames, overwrite=encoding.overwrite)
+    note = recipe_of(complete, pipeline.bundle.manifest, rate, encoding.quality).encoded()
+    with renamed_at_end(output, overwrite=encoding.overwrite) as new:
         with timings.stage("denoise"):
             for step in pipeline.denoise(complete):
                 timings.steps.append(
@@ -88,7 +98,8 @@ def generate(
                 )
                 progress("denoise", step.index + 1, step.total, "steps")
         with timings.stage("decode and write"):
-            encode_video(_reported(pipeline.decode(step.latents), complete.frames, progress), new, rate)
+            chunks = _reported(pipeline.decode(step.latents), complete.frames, progress)
+            encode_video(chunks, new, rate, encoding.quality, note)
     return Generated(
         output, complete.seed, complete.width, complete.height, complete.frames, rate, step.latents, timings
     )

@@ -1,7 +1,6 @@
-"""An image from outside, opened without trusting it: its header is judged before any pixel is decoded.
+"""Open an untrusted image: its header is checked before any pixel is decoded.
 
-What comes out is what the photographer saw: upright, opaque, 8-bit RGB. Pillow decodes; colour profiles are ignored, as
-in the official code.
+The result is upright, opaque, 8-bit RGB. Pillow decodes; colour profiles are ignored like in the official code.
 """
 
 import io
@@ -21,40 +20,41 @@ OTHERS = (
     (r"%PDF", "a PDF"), (r"\s*<(?:\?xml|svg)", "an SVG"), (r".{4}ftyp|\x1aE\xdf\xa3", "a video"),
 )  # fmt: skip
 MIN_SIDE = 16
-MAX_PIXELS = 89_478_485  # where Pillow begins to suspect a decompression bomb; 268 MB of RGB
+MAX_PIXELS = 89_478_485  # Pillow's limit for suspected decompression bombs; 268 MB of RGB
 BACKGROUND = (255, 255, 255, 255)  # behind transparent pixels
 
 
 def open_image(source: Path | bytes) -> Image.Image:
-    """The image as upright RGB; transparency over white, the first frame of an animation, 16 bits cut to 8.
+    """The image, or the first frame of an animation, as upright 8-bit RGB with transparency on white.
 
     Raises:
-        UserError: no such file, no JPEG, PNG or WebP (other kinds are named), sides under 16 pixels, over 89
-            megapixels, broken data.
+        UserError: the file is missing, damaged, not JPEG, PNG or WebP (the message names other known formats), under 16
+            pixels wide or high, or over 89 megapixels.
     """
     name = "the image" if isinstance(source, bytes) else str(source)
-    image = _opened(source, name)
+    image = _read_header(source, name)
     width, height = image.size
     if min(image.size) < MIN_SIDE:
-        raise UserError(f"{name}: {width}x{height} pixels", f"at least {MIN_SIDE} each way", "use a larger image")
+        found = f"{name}: {width}x{height} pixels"
+        raise UserError(found, f"at least {MIN_SIDE} in each direction", "use a larger image")
     if width * height > MAX_PIXELS:
         raise _too_large(name, f"{width}x{height} pixels")
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on broken data
-        raise UserError(f"{name}: {error}", "a whole image", "fetch or save it again") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's decoders raise these on broken data
+        raise UserError(f"{name}: {error}", "an undamaged image", "download or save it again") from None
     return _opaque(_eight_bit(_upright(image)))
 
 
-def _opened(source: Path | bytes, name: str) -> Image.Image:
-    """The image with its header read and nothing decoded."""
+def _read_header(source: Path | bytes, name: str) -> Image.Image:
+    """The image with its header read and no pixel decoded."""
     try:
         content = source if isinstance(source, bytes) else source.read_bytes()
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror}", "a readable image", "name an image file") from None
+        raise UserError(f"{name}: {error.strerror}", "a readable image", "give the path of an image file") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken EXIF, which is no reason to refuse
+            warnings.simplefilter("ignore")  # broken EXIF data is acceptable
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -62,11 +62,12 @@ def _opened(source: Path | bytes, name: str) -> Image.Image:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError):
         if kind := _kind(content):
             raise UserError(f"{name} is {kind}", "a JPEG, PNG or WebP image", "convert it") from None
-        raise UserError(f"{name} is no image", "a whole JPEG, PNG or WebP file", "convert or fetch it again") from None
+        found = f"{name} has an unknown or damaged format"
+        raise UserError(found, "a JPEG, PNG or WebP file", "convert or download it again") from None
 
 
 def _kind(content: bytes) -> str:
-    """What its first bytes say it is, "a GIF"; "" for what is unknown. Nothing is decoded."""
+    """The format according to the first bytes, such as "a GIF"; "" if unknown. Decodes nothing."""
     head = content[:64].decode("latin-1")
     return next((kind for pattern, kind in OTHERS if re.match(pattern, head, re.DOTALL)), "")
 
@@ -76,17 +77,17 @@ def _too_large(name: str, found: str) -> UserError:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; EXIF data that cannot be read says nothing."""
+    """The image rotated by its EXIF orientation; unreadable EXIF data is ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return ImageOps.exif_transpose(image)
-        except Exception:  # a dozen kinds, depending on where the data is broken
+        except Exception:  # the type depends on where the data is broken
             return image
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey; Pillow would clip it. Everything else Pillow converts itself."""
+    """Scale 16-bit grey to 8 bits, because Pillow would clip it; Pillow converts all other modes correctly."""
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))

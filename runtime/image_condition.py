@@ -1,9 +1,9 @@
-"""What image to video is conditioned on: the size of the video, the image in that size, mask and condition (§6).
+"""Inputs of image to video: the size of the video, the image in that size, mask and condition (§6).
 
-The official code treats the wanted size as a budget of pixels: the video keeps the shape of the image and has about
-that area. I2V stretches the image to the grid, TI2V covers the grid and cuts off the rest. Two departures are ours. The
-grid is computed in integers, because the official floating-point floor makes 832x464 of an 832x480 image, unless
-``exact_official`` is set. And ``fit="crop"`` gives exactly the wanted size, whatever the shape of the image.
+The official code treats the requested size as a pixel budget: the video keeps the image's aspect ratio and has about
+that area. I2V stretches the image to the grid, TI2V covers the grid and crops the rest. This module differs in two
+ways. Unless ``exact_official`` is set, the grid is computed in integers, because the official floating-point floor
+turns an 832x480 image into 832x464. And ``fit="crop"`` gives exactly the requested size for any image.
 """
 
 from math import isqrt
@@ -24,10 +24,10 @@ Size = tuple[int, int]  # width, height in pixels
 def video_size(
     spec: ModelSpec, image: Size, wanted: Size, fit: Fit = "official", *, exact_official: bool = False
 ) -> Size:
-    """The size of the video made of an image of size ``image``.
+    """The size of the video for an image of size ``image``.
 
     Raises:
-        UserError: ``wanted`` off the model's grid, or an image so long that no grid has its shape.
+        UserError: ``wanted`` is off the model's grid, or no grid has the image's extreme aspect ratio.
     """
     spec.check_size(*wanted)
     if fit == "crop":
@@ -40,19 +40,19 @@ def video_size(
     width, height = grid(image, area, multiple)
     if min(width, height) < multiple or max(width, height) > multiple * POSITIONS:
         found = f"an image of {image[0]}x{image[1]} for a video of {wanted[0]}x{wanted[1]} pixels"
-        raise UserError(found, "a less extreme shape", "crop the image, or use --fit crop")
+        raise UserError(found, "a less extreme aspect ratio", "crop the image or use --fit crop")
     return width, height
 
 
 def _area_size(image: Size, area: int, multiple: int) -> Size:
-    """I2V (§6.1): each side the largest multiple under its share of the area."""
+    """The size for I2V (§6.1): each side is the largest multiple below its exact value."""
     width, height = image
     step = multiple**2
     return multiple * isqrt(area * width // (height * step)), multiple * isqrt(area * height // (width * step))
 
 
 def _area_size_in_floats(image: Size, area: int, multiple: int) -> Size:
-    """As the official code computes it: the VAE's stride and the patch are floored one after the other."""
+    """The official computation for I2V, which floors by the VAE's stride and then by the patch."""
     ratio, stride = image[1] / image[0], multiple // 2
     width = np.sqrt(area / ratio) // stride // 2 * 2 * stride
     height = np.sqrt(area * ratio) // stride // 2 * 2 * stride
@@ -60,7 +60,7 @@ def _area_size_in_floats(image: Size, area: int, multiple: int) -> Size:
 
 
 def _best_size(image: Size, area: int, multiple: int) -> Size:
-    """TI2V (§6.2): of two grids, one rounded by width first and one by height, that with the shape of the image."""
+    """The size for TI2V (§6.2): round by width first or by height first, whichever is closer in aspect ratio."""
     width, height = image
     step = multiple**2
     wide = multiple * isqrt(area * width // (height * step))
@@ -75,7 +75,7 @@ def _best_size_in_floats(image: Size, area: int, multiple: int) -> Size:
 
 
 def _closer(image: Size, area: int, multiple: int, width: int, height: int) -> Size:
-    """Completes both grids to the area and compares their shapes with the image's; a tie goes to the second."""
+    """Complete both grids to the area and choose the one closer in aspect ratio; a tie goes to ``height``."""
     if not (width and height):
         return width, height
     by_width = width, area // width // multiple * multiple
@@ -89,27 +89,27 @@ def _closer(image: Size, area: int, multiple: int, width: int, height: int) -> S
     return by_width if distance(by_width) < distance(by_height) else by_height
 
 
-def fitted(image: Image.Image, resizing: Resizing, size: Size, fit: Fit = "official") -> F32:
-    """An RGB image as one frame ``[1, 3, 1, H, W]`` of that size, in [-1, 1] but for the overshoot of bicubic I2V."""
+def fit_image(image: Image.Image, resizing: Resizing, size: Size, fit: Fit = "official") -> F32:
+    """An RGB image as one frame ``[1, 3, 1, H, W]`` of ``size``, in [-1, 1] except for the overshoot of bicubic I2V."""
     if fit == "crop":
-        pixels = _pixels(_cut(image, size))
+        pixels = _pixels(_crop(image, size))
     elif resizing == "cover":
-        pixels = _pixels(_covering(image, size))
+        pixels = _pixels(_cover(image, size))
     else:
         pixels = resize_bicubic(_pixels(image), size[1], size[0])
     return pixels[None, :, None]
 
 
-def _cut(image: Image.Image, size: Size) -> Image.Image:
-    """The largest central part of the shape of ``size``, scaled to it."""
+def _crop(image: Image.Image, size: Size) -> Image.Image:
+    """The largest central region with the aspect ratio of ``size``, scaled to ``size``."""
     width = min(image.width, image.height * size[0] / size[1])
     height = min(image.height, image.width * size[1] / size[0])
     left, top = (image.width - width) / 2, (image.height - height) / 2
     return image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
 
 
-def _covering(image: Image.Image, size: Size) -> Image.Image:
-    """Scaled to whole pixels until it covers ``size``, then cut to it around the centre, as the official code does."""
+def _cover(image: Image.Image, size: Size) -> Image.Image:
+    """The image scaled to whole pixels so that it covers ``size``, then centre-cropped like in the official code."""
     scale = max(size[0] / image.width, size[1] / image.height)
     scaled = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     left, top = (scaled.width - size[0]) // 2, (scaled.height - size[1]) // 2
@@ -117,7 +117,7 @@ def _covering(image: Image.Image, size: Size) -> Image.Image:
 
 
 def _pixels(image: Image.Image) -> F32:
-    """``[3, H, W]`` in [-1, 1], in the arithmetic of torchvision's ``to_tensor`` and ``(x - 0.5) / 0.5``."""
+    """``[3, H, W]`` in [-1, 1], computed like torchvision's ``to_tensor`` and ``(x - 0.5) / 0.5``."""
     values = np.asarray(image).transpose(2, 0, 1).astype(np.float32)
     values /= np.float32(255)
     values -= np.float32(0.5)
@@ -126,15 +126,15 @@ def _pixels(image: Image.Image) -> F32:
 
 
 def conditioning_video(first: F32, frames: int, last: F32 | None = None) -> F32:
-    """``[1, 3, F, H, W]``, what I2V encodes: the image, mid grey, and the last image if there is one (§6.1).
+    """The video ``[1, 3, F, H, W]`` that I2V encodes: the image, mid grey, and the last image if given (§6.1).
 
     Args:
         first: ``[1, 3, 1, H, W]``.
         frames: F.
-        last: as ``first``, for first-last-frame conditioning.
+        last: ``[1, 3, 1, H, W]``, for first-last-frame conditioning.
 
     Raises:
-        UserError: a last image for a video of one frame.
+        UserError: a last image is given for a video of one frame.
     """
     _check_room(frames, has_last=last is not None)
     video = np.zeros((1, 3, frames, *first.shape[3:]), np.float32)
@@ -145,10 +145,10 @@ def conditioning_video(first: F32, frames: int, last: F32 | None = None) -> F32:
 
 
 def conditioning_mask(latent_frames: int, height: int, width: int, *, has_last: bool = False) -> F32:
-    """``[1, 4, T, h, w]``: 1 where a pixel frame is given.
+    """The mask ``[1, 4, T, h, w]``: 1 for given pixel frames.
 
-    The four channels are the pixel frames of a latent frame; frame 0 counts four times. So a given last frame is
-    channel 3 of the last latent frame, as in diffusers.
+    The four channels are the pixel frames of a latent frame; frame 0 counts four times. A given last frame is therefore
+    channel 3 of the last latent frame, like in diffusers.
     """
     _check_room(4 * latent_frames - 3, has_last=has_last)
     mask = np.zeros((1, 4, latent_frames, height, width), np.float32)
@@ -160,7 +160,7 @@ def conditioning_mask(latent_frames: int, height: int, width: int, *, has_last: 
 
 def _check_room(frames: int, *, has_last: bool) -> None:
     if has_last and frames == 1:
-        raise UserError("a last image for 1 frame", "at least 5 frames", "make a video, or leave the last image out")
+        raise UserError("a last image for 1 frame", "at least 5 frames", "use more frames or omit the last image")
 
 
 def i2v_condition(latents: F32, *, has_last: bool = False) -> F32:

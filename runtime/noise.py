@@ -1,9 +1,9 @@
-"""The noise of ``torch.randn`` on a CPU generator, without torch.
+"""The noise of ``torch.randn`` with a CPU generator, without torch.
 
-The recipe (ATen, ``DistributionTemplates.h``): a Mersenne twister seeded with ``init_genrand``; from 16 values on,
-24-bit uniforms turned into normals by Box-Muller in blocks of 16 (the first eight with the last eight), where the last
-16 values are drawn afresh if the size is no multiple of 16; below 16 values, 53-bit uniforms in double precision, each
-pair giving two values. Differences are those of vectorised ``log`` and ``cos`` in the last place (5e-7).
+The algorithm (ATen, ``DistributionTemplates.h``) uses a Mersenne twister seeded with ``init_genrand``. For 16 or more
+values, Box-Muller turns 24-bit uniforms into normals in blocks of 16, pairing the first eight with the last eight. If
+the size is not a multiple of 16, the last 16 values are redrawn. For fewer values, it takes 53-bit uniforms in double
+precision, and each pair gives two values. Only the last place differs (5e-7), due to vectorised ``log`` and ``cos``.
 """
 
 from math import prod
@@ -19,10 +19,10 @@ SEED_LIMIT = 2**64
 
 
 class NormalStream:
-    """What one CPU generator of torch gives in several calls of ``torch.randn``, each of at least 16 values.
+    """The noise of consecutive ``torch.randn`` calls with one CPU generator, each of at least 16 values.
 
     Raises:
-        UserError: the seed is none that torch takes (0 to 2**64 - 1; torch uses its low 32 bits).
+        UserError: the seed is outside torch's range (0 to 2**64 - 1; torch uses the low 32 bits).
     """
 
     def __init__(self, seed: int) -> None:
@@ -31,23 +31,23 @@ class NormalStream:
         self._twister = np.random.RandomState(seed % 2**32)
 
     def draw(self, shape: tuple[int, ...]) -> F32:
-        """The next noise, float32 of that shape."""
+        """The next noise, float32 of ``shape``."""
         size = prod(shape)
         values = _blocks(self._twister, size) if size >= BLOCK else _pairs(self._twister, size)
         return values.reshape(shape)
 
 
 def standard_normal(shape: tuple[int, ...], seed: int) -> F32:
-    """Float32 noise of that shape, the same as ``torch.randn(shape, generator=torch.Generator("cpu"))`` for ``seed``.
+    """Float32 noise of ``shape``, equal to ``torch.randn(shape, generator=torch.Generator("cpu"))`` for ``seed``.
 
     Raises:
-        UserError: the seed is none that torch takes.
+        UserError: the seed is outside torch's range.
     """
     return NormalStream(seed).draw(shape)
 
 
 def _words(twister: np.random.RandomState, count: int) -> NDArray[np.uint32]:
-    """The next raw 32-bit outputs; numpy promises never to change this stream."""
+    """The next raw 32-bit outputs; numpy guarantees that this stream never changes."""
     return twister.randint(0, 2**32, count, dtype=np.uint32)
 
 
@@ -67,7 +67,7 @@ def _uniform24(twister: np.random.RandomState, count: int) -> F32:
 
 
 def _box_muller(uniforms: F32) -> None:
-    """Turns uniforms into normals in place, all of it in float32 as torch does; the size is a multiple of 16."""
+    """Turn uniforms into normals, in place and in float32 like torch; the size is a multiple of 16."""
     blocks = uniforms.reshape(-1, 2, BLOCK // 2)
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - blocks[:, 0]))
     angle = np.float32(2 * np.pi) * blocks[:, 1]
@@ -76,7 +76,7 @@ def _box_muller(uniforms: F32) -> None:
 
 
 def _pairs(twister: np.random.RandomState, size: int) -> F32:
-    """The path for fewer than 16 values: double precision, cosine first, then the sine of the same draw."""
+    """Fewer than 16 values: double precision, first the cosine, then the sine of the same draw."""
     pairs = (size + 1) // 2
     words = _words(twister, 4 * pairs).astype(np.uint64).reshape(pairs, 2, 2)
     integers = (words[..., 0] << np.uint64(32) | words[..., 1]) & np.uint64(2**53 - 1)

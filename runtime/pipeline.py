@@ -16,8 +16,7 @@ from runtime.built_for import check_video, completed, default_video
 from runtime.denoise import Conditions, Step, denoise
 from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.forward_inputs import text_rows
-from runtime.image_condition import conditioning_video, fitted, i2v_condition
-from runtime.noise import standard_normal
+from runtime.image_condition import conditioning_video, fit_image, i2v_condition
 from runtime.request import CompleteRequest, Request
 from runtime.solver import make_solver
 from runtime.tokenizer import TokenIds, Tokenizer
@@ -33,7 +32,7 @@ from wan22.residency import (
     Residency,
     ResidencyChoice,
     Video,
-    chosen,
+    choose_residency,
     engines_memory,
     largest_fitting,
     needed_bytes,
@@ -120,7 +119,7 @@ class Pipeline:
         """What stays loaded; before the first request, what would for the video that the bundle makes by default."""
         if self._residency is None:
             needed = self._needed(default_video(self.bundle.manifest))
-            self._residency = chosen(needed, self._available_bytes) or "one-component"
+            self._residency = choose_residency(needed, self._available_bytes) or "one-component"
         return self._residency
 
     def fit(self, video: Video) -> None:
@@ -132,7 +131,7 @@ class Pipeline:
         if self._asked != "auto":
             return
         needed, available = self._needed(video), self._available_bytes
-        found = chosen(needed, available)
+        found = choose_residency(needed, available)
         if found is None:
             spec, sets = self.spec, self._backend.cache_sets
             fitting = largest_fitting(spec, self._precisions, video, available, cache_sets=sets)
@@ -213,11 +212,13 @@ class Pipeline:
             return {}
         self._begin("vae_encoder_first", "vae_encoder_next")
         size = (request.width, request.height)
-        first = fitted(request.image, self.spec.takes.resizing, size, request.fit)
+        first = fit_image(request.image, self.spec.takes.resizing, size, request.fit)
         if self.spec.takes.clean_first_frame:
             return {"first_frame": encode(self.on_call("vae_encoder_first"), None, first)}
         has_last = request.last_image is not None
-        last = fitted(request.last_image, self.spec.takes.resizing, size, request.fit) if request.last_image else None
+        last = (
+            fit_image(request.last_image, self.spec.takes.resizing, size, request.fit) if request.last_image else None
+        )
         video = conditioning_video(first, request.frames, last)
         following = self.on_call("vae_encoder_next") if request.frames > 1 else None
         latents = encode(self.on_call("vae_encoder_first"), following, video)
@@ -229,18 +230,16 @@ class Pipeline:
         Raises:
             UserError: before any work, a video that the engines were not built for or that does not fit into memory.
         """
-        video = (request.width, request.height, request.frames)
-        check_video(self.bundle.manifest, video)
-        self.fit(video)
+        check_video(self.bundle.manifest, request.video)
+        self.fit(request.video)
         positive = self.text(request.prompt)
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None
         schedule = request.noise_schedule()
         given = Conditions(positive, negative, **self.image_condition(request))
         self._begin(*self.spec.experts)
-        noise = standard_normal(request.latent_shape, request.seed)
         solver = make_solver(request.solver, schedule, request.seed)
         spec = request.switched(self.spec)
-        yield from denoise(spec, self.engine, noise, given, request.guidance, schedule, solver)
+        yield from denoise(spec, self.engine, request.initial_noise(), given, request.guidance, schedule, solver)
 
     def decode(self, latents: F32) -> Iterator[F32]:
         """Frames ``[1, 3, f, H, W]`` in [-1, 1] of clean latents ``[1, z, T, h, w]``, one latent frame at a time."""

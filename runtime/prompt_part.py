@@ -1,4 +1,4 @@
-"""What a prompt alone decides in a transformer, computed once a prompt instead of in every forward."""
+"""Run the prompt-only half of a transformer once per prompt instead of in every forward."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 
 TEXT = "text"
-KEPT = 2  # the prompt and the negative prompt, which take turns
+KEPT = 2  # the prompt and the negative prompt, which alternate
 
 
 class PromptPart:
-    """The first half of a graph: ``text`` to what the second half takes of it, by name.
+    """The first half of a graph, from ``text`` to inputs of the second half by name.
 
-    The results for the last two texts are kept, if these are arrays of their own that cannot be written to; a text that
-    its owner may change between two calls is worked on in every call.
+    Results for the last two texts are cached. Only read-only arrays that own their data are cached: any other array may
+    have changed since.
     """
 
     def __init__(self, session: Any) -> None:
@@ -22,16 +22,16 @@ class PromptPart:
         self._kept: list[tuple[np.ndarray, Mapping[str, Any]]] = []
 
     def __call__(self, text: np.ndarray) -> Mapping[str, Any]:
-        """Values of ONNX Runtime for the embeddings ``[1, 512, text width]``."""
+        """ONNX Runtime values for the embeddings ``[1, 512, text width]``."""
         for known, values in self._kept:
             if known is text:
                 return values
-        values = self._computed(text)
+        values = self._compute(text)
         if text.flags.owndata and not text.flags.writeable:
             self._kept = [*self._kept[1 - KEPT :], (text, values)]
         return values
 
-    def _computed(self, text: np.ndarray) -> Mapping[str, Any]:
+    def _compute(self, text: np.ndarray) -> Mapping[str, Any]:
         import onnxruntime
 
         given = {TEXT: onnxruntime.OrtValue.ortvalue_from_numpy(text)}

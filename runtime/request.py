@@ -4,10 +4,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from PIL import Image
 
+from runtime.arrays import F32
 from runtime.image import open_image
 from runtime.image_condition import Fit, video_size
+from runtime.noise import standard_normal
 from runtime.schedule import Schedule, make_schedule
 from wan22.errors import UserError, warn_once
 from wan22.quantities import counted
@@ -35,6 +38,7 @@ class Request:
     exact_official: bool = False  # the official rounding of sizes, float errors included
     # sampling
     seed: int = 0
+    noise: F32 | None = field(default=None, compare=False)  # [z, T, h, w] or [1, z, T, h, w]; instead of the seed's
     preset: str | None = None  # of wan22.sampling.PRESETS
     boundary: float | None = None  # share of the timesteps above which the high-noise expert works
     steps: int | None = None
@@ -68,9 +72,9 @@ class Request:
         sampling = (spec if self.preset is None else spec.with_preset(self.preset)).sampling
         image = self._image(spec)
         width, height, frames = self.shape(spec, usual)
+        asked_size = (width, height)
         if image is not None:
-            size = (width, height)
-            width, height = video_size(spec, image.size, size, self.fit, exact_official=self.exact_official)
+            width, height = video_size(spec, image.size, asked_size, self.fit, exact_official=self.exact_official)
         latent_shape = spec.latent_shape(width, height, frames)
         complete = CompleteRequest(
             prompt=self.prompt,
@@ -83,6 +87,7 @@ class Request:
             last_image=None if self.last_image is None else open_image(self.last_image),
             fit=self.fit,
             seed=self.seed,
+            noise=self._noise(latent_shape),
             steps=_or(self.steps, sampling.steps),
             shift=_or(self.shift, sampling.shift),
             guidance=self._guidance(spec, sampling),
@@ -91,10 +96,21 @@ class Request:
             sigmas=self._sigmas(sampling),
             boundary=self._boundary(spec),
             switch_step=self._switch_step(sampling),
+            asked=replace(self, size=asked_size),
         )
         complete.noise_schedule()  # refused now, not later
         _warn_beyond_distillation(spec, complete)
         return complete
+
+    def _noise(self, latent_shape: tuple[int, ...]) -> F32 | None:
+        if self.noise is None:
+            return None
+        if self.noise.shape not in (latent_shape, latent_shape[1:]):
+            found = f"noise of shape {list(self.noise.shape)}"
+            raise UserError(found, f"{list(latent_shape)}, the latents", "choose the --size and --frames of the noise")
+        if not np.isfinite(self.noise).all():
+            raise UserError("noise with NaN or infinity", "finite numbers", "save it again")
+        return self.noise.astype(np.float32).reshape(latent_shape)
 
     def _sigmas(self, sampling: SamplingSpec) -> tuple[float, ...]:
         for option, value in (("steps", self.steps), ("shift", self.shift)):
@@ -170,18 +186,29 @@ class CompleteRequest:
     guidance: dict[str, float]
     solver: SolverName
     schedule: Convention
+    noise: F32 | None = field(default=None, compare=False)  # of latent_shape; None: the seed's
     sigmas: tuple[float, ...] = ()  # noise levels; instead of those of steps and shift
     boundary: float | None = None  # asked for; None: the model's
     switch_step: int | None = None  # first step of the low-noise expert; instead of the boundary
+
+    asked: Request = field(default_factory=Request, compare=False)  # what this completes, with its size
 
     def noise_schedule(self) -> Schedule:
         """Raises UserError for settings that make none."""
         return make_schedule(self.solver, self.steps, self.shift, self.schedule, self.sigmas)
 
+    def initial_noise(self) -> F32:
+        """Float32 of ``latent_shape``: what was given, or else what torch's CPU generator draws for the seed."""
+        return standard_normal(self.latent_shape, self.seed) if self.noise is None else self.noise
+
     def switched(self, spec: ModelSpec) -> ModelSpec:
         """``spec`` with the switch of experts of this request."""
         boundary = _or(self.boundary, spec.sampling.boundary)
         return replace(spec, sampling=replace(spec.sampling, boundary=boundary, switch_step=self.switch_step))
+
+    @property
+    def video(self) -> Video:
+        return self.width, self.height, self.frames
 
     @property
     def guided(self) -> bool:

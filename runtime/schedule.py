@@ -1,7 +1,7 @@
-"""Which noise levels a run visits: the lists of sigmas and timesteps (wan22.md §5.2).
+"""The noise levels of a run: the lists of sigmas and timesteps (wan22.md §5.2).
 
-Every list is an even grid ``u`` bent by the shift, ``sigma = s u / (1 + (s - 1) u)``, with a final 0. The references
-differ in the grid and in how a sigma becomes the timestep that the model sees:
+Every list is an even grid ``u`` transformed by the shift, ``sigma = s u / (1 + (s - 1) u)``, plus a final 0. The
+references differ in the grid and in how a sigma becomes the model's timestep:
 
 ========  ===========  =========================================  ===================================
 solver    convention   grid (i < N)                               timestep
@@ -9,15 +9,15 @@ solver    convention   grid (i < N)                               timestep
 unipc     official     ``0.999 (1 - i/N)``                        truncated to an integer
 dpm++     official     ``1 - i/N``                                truncated to an integer
 euler     official     ``1 - i/N`` (Wan2.2-Lightning)             fractional
-renoise   both         as euler                                   fractional
+renoise   both         same as euler                              fractional
 unipc     diffusers    ``1 - 0.999 i/N``, first sigma below 1     truncated to an integer
 dpm++     diffusers    ``0.999 (1 - i/N)``                        truncated to an integer
 euler     diffusers    even between the shifted bounds, shifted   fractional
                        a second time
 ========  ===========  =========================================  ===================================
 
-The last row is what diffusers' FlowMatchEulerDiscreteScheduler does when it is given only a number of steps. It is here
-for parity with pipelines that use it; four-step models are trained on the official row.
+The last row is the behaviour of diffusers' FlowMatchEulerDiscreteScheduler when given only a number of steps. It exists
+for parity with pipelines that use it; four-step models are trained with the official row.
 """
 
 import math
@@ -59,34 +59,34 @@ def make_schedule(
     convention: Convention = "official",
     listed: Sequence[float] = (),
 ) -> Schedule:
-    """The schedule that the reference named by ``convention`` runs ``solver`` with.
+    """The schedule of ``solver`` in the reference named by ``convention``.
 
-    ``listed`` are noise levels to use as they are, without the final 0, instead of those of steps and shift.
+    ``listed`` are explicit noise levels without the final 0; they replace those derived from steps and shift.
 
     Raises:
-        UserError: an unknown name, fewer than one step or more than there are timesteps, a shift that is not positive,
-            so many steps or so strong a shift that two neighbouring sigmas are the same float32 number, or a list that
-            does not fall to above 0.
+        UserError: a name is unknown, ``steps`` is below 1 or above the number of timesteps, the shift is not positive,
+            or neighbouring sigmas are equal in float32 (too many steps or too strong a shift). Also if ``listed`` does
+            not fall strictly from at most 1 to above 0.
     """
     _check(solver, steps, shift, convention)
     if listed:
-        return _schedule(solver, _checked_list(solver, listed))
+        return _schedule(solver, _check_levels(solver, listed))
     sigmas = _sigmas(solver, steps, shift, convention)
     single = np.append(sigmas, 0).astype(np.float32)
     if not (np.diff(single) < 0).all():
         raise UserError(
             f"{counted(steps, 'step')} with shift {shift:g}",
-            "sigmas that float32 can tell apart",
-            "use fewer steps or a shift nearer to 1",
+            "sigmas that differ in float32",
+            "use fewer steps or a shift closer to 1",
         )
     return _schedule(solver, sigmas)
 
 
-def _checked_list(solver: SolverName, sigmas: Sequence[float]) -> Reals:
+def _check_levels(solver: SolverName, sigmas: Sequence[float]) -> Reals:
     levels = np.array(sigmas, np.float64)
     if not (levels[0] <= 1 and (np.diff(np.append(levels, 0).astype(np.float32)) < 0).all()):
         found = f"noise levels {', '.join(f'{sigma:g}' for sigma in sigmas)}"
-        raise UserError(found, "levels that fall, from at most 1 to above 0", "sort them, and leave the final 0 out")
+        raise UserError(found, "levels that fall from at most 1 to above 0", "sort them and omit the final 0")
     if solver == "unipc" and levels[0] == 1:
         levels[0] -= BELOW_ONE
     return levels
@@ -102,35 +102,36 @@ def _schedule(solver: SolverName, sigmas: Reals) -> Schedule:
 def _check(solver: str, steps: int, shift: float, convention: str) -> None:
     for what, value, known in (("solver", solver, SolverName), ("schedule", convention, Convention)):
         if value not in get_args(known):
-            raise UserError(f"{what} {value!r}", f"one of {', '.join(get_args(known))}", "name one of them")
+            raise UserError(f"{what} {value!r}", f"one of {', '.join(get_args(known))}", "choose one of these")
     if steps < 1:
         raise UserError(f"{steps} steps", "at least 1", "use more steps")
     if steps > TRAIN_TIMESTEPS:
-        raise UserError(f"{steps} steps", f"at most {TRAIN_TIMESTEPS}, the timesteps of the models", "use fewer steps")
+        expected = f"at most {TRAIN_TIMESTEPS}, the models' number of timesteps"
+        raise UserError(f"{steps} steps", expected, "use fewer steps")
     if not (math.isfinite(shift) and shift > 0):
         raise UserError(f"shift {shift}", "a finite number above 0", "the models use 5 or 12")
 
 
 def _sigmas(solver: SolverName, steps: int, shift: float, convention: Convention) -> Reals:
-    """The N sigmas before the final 0, each list in the reference's own arithmetic: truncation forgives no last bit."""
+    """The N sigmas before the final 0, in the reference's arithmetic, because truncation amplifies the last bit."""
     low = 1 / TRAIN_TIMESTEPS
     match "euler" if solver == "renoise" else solver, convention:
         case "unipc", "official":
-            return _shifted(np.linspace(SIGMA_MAX, 0, steps + 1)[:-1], shift)
+            return _apply_shift(np.linspace(SIGMA_MAX, 0, steps + 1)[:-1], shift)
         case "dpm++", "official":
-            return _shifted(np.linspace(1, 0, steps + 1)[:-1], shift)
+            return _apply_shift(np.linspace(1, 0, steps + 1)[:-1], shift)
         case "euler", "official":
             grid = np.linspace(TRAIN_TIMESTEPS, 0, steps + 1, dtype=np.float32)[:-1]
-            return _shifted(grid / np.float32(TRAIN_TIMESTEPS), shift)
+            return _apply_shift(grid / np.float32(TRAIN_TIMESTEPS), shift)
         case "dpm++", "diffusers":
-            return _shifted(1 - np.linspace(1, low, steps + 1)[:0:-1], shift)
+            return _apply_shift(1 - np.linspace(1, low, steps + 1)[:0:-1], shift)
         case "euler", "diffusers":
-            bounds = _shifted(np.array([1, low]), shift)
-            return _shifted(np.linspace(bounds[0], bounds[1], steps), shift)
-    sigmas = _shifted(np.linspace(1, low, steps + 1)[:-1], shift)
+            bounds = _apply_shift(np.array([1, low]), shift)
+            return _apply_shift(np.linspace(bounds[0], bounds[1], steps), shift)
+    sigmas = _apply_shift(np.linspace(1, low, steps + 1)[:-1], shift)
     sigmas[0] -= BELOW_ONE
     return sigmas
 
 
-def _shifted(grid: Reals, shift: float) -> Reals:
+def _apply_shift(grid: Reals, shift: float) -> Reals:
     return shift * grid / (1 + (shift - 1) * grid)

@@ -1,8 +1,8 @@
 """Ed25519 signatures of bundles.
 
-A manifest holds the SHA-256 of every file, so a signature of ``bundle.json`` covers the bundle. The hash that a
-manifest holds of itself is a checksum against damage: whoever can edit the file can write a new one. A signature needs
-the private key. Keys are PEM files, as ``openssl genpkey -algorithm ed25519`` writes them.
+A manifest contains the SHA-256 of every file, so a signature of ``bundle.json`` covers the bundle. A manifest's hash of
+itself only detects damage: anyone who can edit the file can write a new hash. A signature needs the private key. Keys
+are PEM files in the format of ``openssl genpkey -algorithm ed25519``.
 """
 
 from pathlib import Path
@@ -17,10 +17,10 @@ PEM_MAX_BYTES = 64 * 1024
 
 
 def sign(folder: Path, private_key: Path) -> Path:
-    """Check every hash of the bundle at ``folder`` and write the signature beside its manifest.
+    """Check every hash of the bundle at ``folder`` and write the signature next to its manifest.
 
     Raises:
-        UserError: there is no bundle, it does not match its manifest, or the key is not a private Ed25519 key.
+        UserError: the bundle is missing or differs from its manifest, or the key is not a private Ed25519 key.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -66,7 +66,7 @@ def _load(path: Path, kind: str, load: Any) -> Any:
     try:
         with path.open("rb") as file:
             return load(file.read(PEM_MAX_BYTES))
-    except (ValueError, TypeError) as error:  # damaged, of the other kind, or with a passphrase
+    except (ValueError, TypeError) as error:  # damaged, another kind of key, or protected by a passphrase
         reason = str(error).partition("\n")[0][:80]
         raise UserError(
             f"{path}: {reason}", f"an Ed25519 {kind} key as PEM, without a passphrase", _make("key.pem")

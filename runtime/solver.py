@@ -1,10 +1,10 @@
-"""UniPC, DPM++ 2M, Euler and re-noising in closed form (wan22.md §5.4, §5.5), pure maths that knows no model.
+"""UniPC, DPM++ 2M, Euler and re-noising in closed form (wan22.md §5.4, §5.5), independent of the model.
 
 With ``x = (1 - sigma) x0 + sigma noise`` a velocity ``v`` predicts the clean latents ``m = x - sigma v``. Each step is
-then a weighted sum of the latents and the last two or three predictions, and the weights depend on the schedule alone:
-they are worked out once, in float32 from the float32 sigmas, the arithmetic of the references (UniPC: Zhao et al. 2023,
-order 2, B(h) = e^h - 1; DPM-Solver++: Lu et al. 2022, two steps, midpoint). Steps count by a loop index and never look
-a timestep up, since two steps may share one.
+then a weighted sum of the latents and the last two or three predictions. The weights depend on the schedule alone and
+are computed once, in float32 from the float32 sigmas like in the references (UniPC: Zhao et al. 2023, order 2,
+B(h) = e^h - 1; DPM-Solver++: Lu et al. 2022, two steps, midpoint). Steps are identified by index, not by timestep,
+because two steps may have the same timestep.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,18 @@ from wan22.sampling import SolverName
 
 
 class Solver(Protocol):
-    """Moves latents along one schedule, once."""
+    """Move latents along one schedule; a solver serves one run."""
 
     def step(self, velocity: F32, latents: F32) -> F32:
-        """The latents of the next noise level, a new array; the call count says which step this is.
+        """The latents at the next noise level, a new array. The number of previous calls determines the step.
 
-        The arrays are of one float32 shape, numpy or CuPy. What is passed in must not be changed afterwards.
+        Both arrays are float32 of one shape, numpy or CuPy. The caller must not change them afterwards.
         """
         ...
 
 
 def make_solver(name: SolverName, schedule: Schedule, seed: int = 0) -> Solver:
-    """A fresh solver for one run. ``seed`` is the run's; only ``renoise`` draws noise."""
+    """A new solver for one run. ``seed`` is the run's seed; only ``renoise`` draws noise."""
     if name == "renoise":
         return Renoise(schedule, seed)
     solvers: dict[str, Callable[[Schedule], Solver]] = {"unipc": UniPC, "dpm++": DpmPlusPlus, "euler": Euler}
@@ -54,13 +54,13 @@ class Levels:
             return cls(sigma, alpha, np.log(alpha) - np.log(sigma))
 
     def move(self, start: int) -> tuple[Any, Any, Any]:
-        """From one level to the next: the weight of the latents, that of the clean prediction, and the gap h."""
+        """The weights of the latents and of the clean prediction for a step to the next level, and the gap h."""
         gap = self.lam[start + 1] - self.lam[start]
         keep = self.sigma[start + 1] / self.sigma[start]
         return keep, -self.alpha[start + 1] * np.expm1(-gap), gap
 
     def ratio(self, start: int, gap: Any) -> Any:
-        """Where the level before ``start`` lies, in units of the gap after it: negative, -inf at sigma 1."""
+        """The position of the level before ``start`` in units of the gap after it: negative, -inf at sigma 1."""
         return (self.lam[start - 1] - self.lam[start]) / gap
 
 
@@ -80,8 +80,8 @@ class Euler:
 class Renoise:
     """``(1 - sigma') m + sigma' noise``: every step predicts the clean latents and adds fresh noise to them.
 
-    What models distilled by distribution matching or consistency are sampled with; the last step gives ``m``. The noise
-    is that of a second generator of torch, seeded with the seed after the run's.
+    Models distilled by distribution matching or consistency are sampled this way; the last step returns ``m``. The
+    noise is that of a second torch generator, seeded with the run's seed plus one.
     """
 
     def __init__(self, schedule: Schedule, seed: int) -> None:
@@ -120,7 +120,7 @@ class DpmPlusPlus:
 
 
 class UniPC:
-    """UniPC of order 2, B2(h), predicting clean latents: every velocity first corrects the step that led to it."""
+    """UniPC of order 2, B2(h), predicting clean latents: every velocity first corrects the step before it."""
 
     def __init__(self, schedule: Schedule) -> None:
         levels, steps = Levels.of(schedule), schedule.steps
@@ -129,11 +129,9 @@ class UniPC:
         self._predict = [_predictor(levels, i, second_order=second_order[i]) for i in range(steps)]
         self._correct = [_corrector(levels, i, second_order=second_order[i]) for i in range(steps - 1)]
         self._index = 0
-        self._sample: F32 | None = None  # the corrected latents of the step before
-        self._clean: tuple[F32 | None, F32 | None] = (
-            None,
-            None,
-        )  # the predictions of the two steps before, newest first
+        self._sample: F32 | None = None  # corrected latents of the previous step
+        # predictions of the previous two steps, newest first
+        self._clean: tuple[F32 | None, F32 | None] = (None, None)
 
     def step(self, velocity: F32, latents: F32) -> F32:
         i, self._index = self._index, self._index + 1
@@ -148,9 +146,9 @@ class UniPC:
 
 
 def _predictor(levels: Levels, start: int, *, second_order: bool) -> tuple[float, float, float]:
-    """Weights of the latents, the prediction made at ``start`` and the one before it.
+    """Weights of the latents, of the prediction at ``start`` and of the one before it.
 
-    Both solvers extrapolate with ``m_i + (m_{i-1} - m_i) / 2r``; UniPC's order 2 has a fixed 1/2 too.
+    Both solvers extrapolate with ``m_i + (m_{i-1} - m_i) / 2r``; UniPC's order 2 also has a fixed 1/2.
     """
     keep, weight, gap = levels.move(start)
     share = np.float32(0.5) / levels.ratio(start, gap) if second_order else np.float32(0)
@@ -158,10 +156,10 @@ def _predictor(levels: Levels, start: int, *, second_order: bool) -> tuple[float
 
 
 def _corrector(levels: Levels, start: int, *, second_order: bool) -> tuple[float, float, float, float]:
-    """Redoes the move from ``start``, now that the prediction at its end is known.
+    """Weights that repeat the step from ``start`` once the prediction at its end is known.
 
     Returns:
-        Weights of the latents at ``start`` and of the predictions at the end, at ``start`` and one level before it.
+        The weights of the latents at ``start`` and of the predictions at the end, at ``start`` and one level earlier.
     """
     keep, weight, gap = levels.move(start)
     if not second_order:
@@ -175,7 +173,7 @@ def _corrector(levels: Levels, start: int, *, second_order: bool) -> tuple[float
 
 
 def _sum(*terms: tuple[float, F32 | None]) -> F32:
-    """The weighted sum as a new array. Terms of weight 0, which may lack an array, are left out."""
+    """The weighted sum as a new array. Terms of weight 0 are skipped and may have no array."""
     total: F32 | None = None
     for weight, values in terms:
         if weight == 0 or values is None:

@@ -1,7 +1,7 @@
-"""From a prompt to token ids, as the official code cleans and tokenises it (wan22.md §3).
+"""Clean and tokenise a prompt like the official code (wan22.md §3).
 
-The vocabulary comes from the checkpoint's ``tokenizer.json``, read by the ``tokenizers`` library; neither transformers
-nor sentencepiece is needed. Ids are not padded: the text encoder takes any length up to 512.
+The ``tokenizers`` library reads the vocabulary from the checkpoint's ``tokenizer.json``, without transformers or
+sentencepiece. Ids are not padded: the text encoder takes any length up to 512.
 """
 
 import html
@@ -22,24 +22,24 @@ END = "</s>"
 
 @dataclass(frozen=True, eq=False)
 class TokenIds:
-    ids: NDArray[np.int64]  # [1, n], the last one the end of sequence, n at most 512
-    truncated: bool  # the prompt had more tokens than fit
+    ids: NDArray[np.int64]  # [1, n], n at most 512; the last id is the end of sequence
+    truncated: bool  # the prompt had too many tokens
 
 
 def clean(prompt: str) -> str:
-    """Mends broken Unicode, undoes HTML escapes twice, and makes one space of every run of whitespace."""
-    mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return " ".join(mended.split())
+    """Repair broken Unicode, unescape HTML twice, and collapse whitespace to single spaces."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return " ".join(text.split())
 
 
 class Tokenizer:
     """The tokenizer of a checkpoint or a bundle.
 
     Args:
-        folder: holds ``tokenizer.json``.
+        folder: contains ``tokenizer.json``.
 
     Raises:
-        UserError: no such file, or not a tokenizer with an end of sequence.
+        UserError: the file is missing, not a tokenizer, or has no end of sequence.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,14 +47,14 @@ class Tokenizer:
         self._tokenizer = _load(path)
         end = self._tokenizer.token_to_id(END)
         if end is None:
-            raise UserError(f"{path} has no token {END}", "the tokenizer of umt5", "fetch the checkpoint again")
+            raise UserError(f"{path} has no token {END}", "the tokenizer of umt5", "download the checkpoint again")
         self._end: int = end
 
     def encode(self, prompt: str, *, allow_empty: bool = False) -> TokenIds:
-        """Token ids of the cleaned prompt, cut to 511, and the end of sequence.
+        """The token ids of the cleaned prompt, at most 511, and the end of sequence.
 
         Raises:
-            UserError: nothing is left of the prompt, unless ``allow_empty`` (a negative prompt: the end alone).
+            UserError: the cleaned prompt is empty, unless ``allow_empty`` (for negative prompts).
         """
         ids = self._tokenizer.encode(clean(prompt), add_special_tokens=False).ids
         if not ids and not allow_empty:
@@ -69,8 +69,8 @@ def _load(path: Path) -> tokenizers.Tokenizer:
     try:
         with panics_as_errors():
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path}: {error}", "a tokenizer.json of umt5", "fetch the checkpoint again") from None
+    except Exception as error:  # the library raises no narrower type
+        raise UserError(f"{path}: {error}", "the tokenizer.json of umt5", "download the checkpoint again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -80,7 +80,7 @@ def _missing(path: Path) -> UserError:
     if (path.parent / "spiece.model").is_file():
         return UserError(
             f"{path.parent} has spiece.model but no {VOCABULARY}",
-            f"{VOCABULARY} beside it",
-            "copy it from google/umt5-xxl, or make it with transformers.AutoTokenizer and save_pretrained",
+            f"{VOCABULARY} in the same folder",
+            "copy it from google/umt5-xxl, or create it with transformers.AutoTokenizer and save_pretrained",
         )
-    return UserError(f"{path} is missing", "the tokenizer of the checkpoint", "name the folder that holds it")
+    return UserError(f"{path} is missing", "the checkpoint's tokenizer", "give the folder that contains it")

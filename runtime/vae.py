@@ -1,8 +1,8 @@
-"""The streaming VAE: one latent frame or four pixel frames at a time, memory in explicit caches (wan22.md §4.5).
+"""The streaming VAE: one latent frame or four pixel frames per call, with explicit caches (wan22.md §4.5).
 
-The first chunk has a graph of its own, which takes no caches; every later chunk takes those that the one before it
-left. At most one set of caches is alive beside the set being written, and where an engine writes the new set over the
-old one, none: at 720p one set is 8.7 GB in float32.
+The first chunk has a separate graph without cache inputs; every later chunk takes the caches of the previous one. At
+most one set of caches exists in addition to the set being written, and none if the engine overwrites the old set: at
+720p one set takes 8.7 GB in float32.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,12 +17,12 @@ CHUNK_FRAMES = 4  # pixel frames per latent frame, except for the first, which i
 
 
 def decode(first: Engine, next: Engine | None, latents: F32) -> Iterator[F32]:
-    """Yields frames ``[1, 3, 1, H, W]``, then ``[1, 3, 4, H, W]`` for each further latent frame, in [-1, 1].
+    """Yield frames ``[1, 3, 1, H, W]``, then ``[1, 3, 4, H, W]`` for each further latent frame, in [-1, 1].
 
     Args:
         first: ``vae_decoder_first``.
-        next: ``vae_decoder_next``; None is enough for one latent frame.
-        latents: ``[1, z, T, h, w]`` as the sampler leaves them.
+        next: ``vae_decoder_next``; not needed for one latent frame.
+        latents: ``[1, z, T, h, w]`` as the sampler returns them.
     """
     for frames, _ in _stream(first, next, latents, chunk=1):
         yield frames
@@ -33,12 +33,12 @@ def encode(first: Engine, next: Engine | None, frames: F32, progress: Progress =
 
     Args:
         first: ``vae_encoder_first``.
-        next: ``vae_encoder_next``; None is enough for one frame.
-        frames: the video; the chunks are copied out of it one by one.
-        progress: told the frames done.
+        next: ``vae_encoder_next``; not needed for one frame.
+        frames: the video; chunks are copied from it one by one.
+        progress: receives the number of encoded frames.
 
     Raises:
-        ValueError: a number of frames that is no multiple of 4 plus 1.
+        ValueError: the number of frames is not a multiple of 4 plus 1.
     """
     total = frames.shape[2]
     if total % CHUNK_FRAMES != 1:
@@ -52,7 +52,7 @@ def encode(first: Engine, next: Engine | None, frames: F32, progress: Progress =
 
 
 def _stream(first: Engine, next: Engine | None, video: F32, *, chunk: int) -> Iterator[tuple[F32, int]]:
-    """What the graphs make of frame 0 and of each further ``chunk`` frames, with the count of frames done."""
+    """Yield the result for frame 0 and for every next ``chunk`` frames, with the number of frames done."""
     result, caches = _run(first, video[:, :, :1], {})
     yield result, 1
     for start in range(1, video.shape[2], chunk):
@@ -63,7 +63,7 @@ def _stream(first: Engine, next: Engine | None, video: F32, *, chunk: int) -> It
 
 
 def _run(engine: Engine, part: F32, caches: Mapping[str, F32]) -> tuple[F32, dict[str, F32]]:
-    """One call: what it computed, and its caches under the names that the next call takes them by."""
+    """Call ``engine``; return its result, and its caches under the input names of the next call."""
     (name,) = (tensor.name for tensor in engine.inputs if not tensor.name.startswith(CACHE))
     outputs: Any = engine(**{name: array_namespace(part).ascontiguousarray(part)}, **caches)
     if not isinstance(outputs, tuple):

@@ -1,7 +1,7 @@
-"""Frames to a file: film as mp4 (H.264) or webm (VP9), raw as npz or numbered PNGs, or one image; the name says which.
+"""Write frames as mp4 (H.264), webm (VP9), npz, numbered PNGs or one image; the name determines the format.
 
-Frames are written as they come, so a film of any length needs the memory of one chunk. What has the final name is
-whole (:mod:`wan22.files`).
+Frames are written as they arrive, so a video of any length needs the memory of one chunk (npz collects all frames). A
+file with its final name is always complete (:mod:`wan22.files`).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +15,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from runtime.arrays import F32, array_namespace, require_finite, to_numpy
 from wan22.errors import UserError, refusing_disk_errors
@@ -22,9 +23,9 @@ from wan22.files import check_room, whole_file, whole_folder
 from wan22.quantities import counted
 
 Frames = Iterator[NDArray[np.uint8]]  # each [H, W, 3], RGB
-X264_CRF = 10  # what imageio makes of quality 8, the official setting: int((1 - 8 / 10) * 51)
-VP9_CRF = 10  # of 63: about as near to the frames
-VP9_SPEED = 4  # of 8: a fifth of the time of 0
+QUALITY = 8  # the official setting; VP9 has about the same fidelity at the same constant rate factor
+TAG = "comment"  # metadata key
+VP9_SPEED = 4  # out of 8; takes a fifth of the time of 0
 BT709 = 1  # its number as colour primaries and as transfer curve (ITU-T H.273)
 JPEG_QUALITY = 95
 FRAME = "frame_{:05d}.png"
@@ -34,7 +35,7 @@ FILMS = (".mp4", ".webm")
 
 
 def to_uint8(frames: F32) -> NDArray[np.uint8]:
-    """``[f, H, W, 3]`` of frames ``[1, 3, f, H, W]`` in [-1, 1]: clamped, scaled and cut off, not rounded (§7).
+    """Convert frames ``[1, 3, f, H, W]`` in [-1, 1] to ``[f, H, W, 3]``: clamp, scale and truncate, not round (§7).
 
     Raises:
         NonFiniteError: the frames hold NaN or infinity.
@@ -45,15 +46,15 @@ def to_uint8(frames: F32) -> NDArray[np.uint8]:
 
 
 def check_destination(path: Path, frames: int, *, overwrite: bool = False) -> None:
-    """Refuses, before any work is done, a name that ``frames`` frames cannot be written to.
+    """Refuse a path that cannot hold ``frames`` frames, before any work is done.
 
     Args:
-        path: where the frames go.
-        frames: how many there are.
-        overwrite: a folder of frames may be replaced, as a file may anyway.
+        path: the output.
+        frames: the number of frames.
+        overwrite: allow replacing a folder of frames; a file may always be replaced.
 
     Raises:
-        UserError: an unknown ending, many frames for one image, a folder with something else in it.
+        UserError: the extension is unknown, an image cannot hold several frames, or a folder contains anything else.
     """
     ending, shown = path.suffix.lower(), path.name or str(path)
     if ending not in (*FILMS, ".npz", "", *IMAGES):
@@ -61,7 +62,7 @@ def check_destination(path: Path, frames: int, *, overwrite: bool = False) -> No
             f"{shown}", "a name ending in .mp4, .webm, .npz, .png or .jpg, or a folder", "rename the output"
         )
     if ending in IMAGES and frames > 1:
-        raise UserError(f"{counted(frames, 'frame')} for {shown}", "one frame", "use .mp4, a folder, or one frame")
+        raise UserError(f"{counted(frames, 'frame')} for {shown}", "one frame", "use .mp4, a folder or one frame")
     if not ending:
         check_room(path, FIRST_FRAME if overwrite else "")
     with refusing_disk_errors(shown):
@@ -69,33 +70,38 @@ def check_destination(path: Path, frames: int, *, overwrite: bool = False) -> No
             raise UserError(f"{path} is a folder", "a file to write", "choose another name")
 
 
-def write_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
-    """Writes chunks ``[1, 3, f, H, W]`` in [-1, 1] and returns the count of frames.
+def write_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUALITY, note: str = "") -> int:
+    """Write chunks ``[1, 3, f, H, W]`` in [-1, 1] and return the number of frames.
 
     Args:
-        chunks: consumed one by one; what they raise passes through and nothing is left behind.
+        chunks: consumed one by one; their exceptions propagate and no partial file remains.
         path: ``.mp4`` or ``.webm``; ``.npz`` with ``frames``, uint8 ``[F, H, W, 3]``, and ``fps``; ``.png`` or ``.jpg``
-            for a single frame; no ending: a folder of ``frame_00000.png`` and so on.
-        fps: frames per second, where the format has it.
+            for a single frame; without an extension a folder of ``frame_00000.png`` and so on.
+        fps: frames per second, if the format stores it.
+        quality: of mp4 and webm, 1 to 10 on imageio's scale; 8 is the official setting.
+        note: text for the metadata of mp4, webm and PNG.
 
     Raises:
-        UserError: as :func:`check_destination` and :func:`encode_video`; another process writes it; a full disk.
-        ValueError: no frames.
+        UserError: see :func:`check_destination` and :func:`encode_video`; another process writes the file; the disk is
+            full.
+        ValueError: ``chunks`` yields no frames.
     """
     check_destination(path, frames=1)
     with renamed_at_end(path) as new:
-        return encode_video(chunks, new, fps)
+        return encode_video(chunks, new, fps, quality, note)
 
 
-def encode_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
-    """Writes ``path`` itself, under that name from the first frame on; arguments and result as :func:`write_video`.
+def encode_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUALITY, note: str = "") -> int:
+    """Like :func:`write_video`, but write directly to ``path``.
 
     Raises:
-        UserError: a size that yuv420p cannot hold, no frame rate.
-        ValueError: no frames.
+        UserError: yuv420p does not support the size, or ``fps`` is below 1.
+        ValueError: ``chunks`` yields no frames.
     """
     if fps < 1:
         raise UserError(f"{fps} frames per second", "at least 1", "the models make 16 or 24")
+    if not 1 <= quality <= 10:
+        raise UserError(f"quality {quality}", "1 to 10", f"the official setting is {QUALITY}")
     written = 0
 
     def frames() -> Frames:
@@ -107,44 +113,50 @@ def encode_video(chunks: Iterable[F32], path: Path, fps: int) -> int:
             raise ValueError("no frames to write")
 
     writers: dict[str, Callable[[Frames, Path], None]] = {
-        ".mp4": lambda images, name: _write_film(images, name, fps),
-        ".webm": lambda images, name: _write_film(images, name, fps),
+        ".mp4": lambda images, name: _write_film(images, name, fps, _format_of(name, quality, note)),
+        ".webm": lambda images, name: _write_film(images, name, fps, _format_of(name, quality, note)),
         ".npz": lambda images, name: np.savez(name, frames=np.stack([*images]), fps=fps),
-        "": _write_folder,
+        ".png": lambda images, name: _write_image(images, name, note),
+        "": lambda images, name: _write_folder(images, name, note),
     }
-    writers.get(path.suffix.lower(), _write_image)(frames(), path)
+    writer = writers.get(path.suffix.lower(), writers[".png"])
+    writer(frames(), path)
     return written
 
 
 @dataclass(frozen=True)
 class _Format:
-    """How one kind of film is written."""
+    """The settings of one video format."""
 
     encoder: str
     options: dict[str, str]
     container: dict[str, str]
+    note: str
 
 
-def _format_of(path: Path) -> _Format:
+def _format_of(path: Path, quality: int, note: str) -> _Format:
+    crf = max(1, int(5.1 * (10 - quality)))  # as imageio: int((1 - quality / 10) * 51); 0 means lossless
     if path.suffix.lower() == ".webm":
-        options = {"crf": str(VP9_CRF), "deadline": "good", "cpu-used": str(VP9_SPEED)}
-        return _Format("libvpx-vp9", options, {"fflags": "+bitexact"})  # else the file gets a random name inside
-    # x264's macroblock tree does not always make the same file of the same frames
-    return _Format("libx264", {"crf": str(X264_CRF), "x264-params": "mbtree=0"}, {"movflags": "+faststart"})
+        options = {"crf": str(crf), "deadline": "good", "cpu-used": str(VP9_SPEED)}
+        return _Format("libvpx-vp9", options, {"fflags": "+bitexact"}, note)  # otherwise the file contains a random id
+    # x264's macroblock tree is not deterministic, not even with one thread
+    options = {"crf": str(crf), "x264-params": "mbtree=0"}
+    return _Format("libx264", options, {"movflags": "+faststart"}, note)
 
 
-def _write_film(frames: Frames, path: Path, fps: int) -> None:
-    """Converts to BT.709 and says so in the stream: unmarked colours are guessed from the size, and drift."""
+def _write_film(frames: Frames, path: Path, fps: int, form: _Format) -> None:
+    """Convert to BT.709 and declare it in the stream: players guess undeclared colours from the size, often wrongly."""
     first = next(frames)
     height, width = first.shape[:2]
     if height % 2 or width % 2:
         raise UserError(f"{width}x{height} for {path.suffix[1:]}", "even sides", "write a folder of PNG frames")
-    form = _format_of(path)
     with av.open(str(path), "w", options=form.container) as container:
+        if form.note:
+            container.metadata[TAG] = form.note
         stream = container.add_stream(form.encoder, rate=fps, options=form.options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
-        context.bit_rate = 0  # the quality alone decides
+        context.bit_rate = 0  # determined by quality alone
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         context.color_primaries = context.color_trc = BT709
         for frame in chain([first], frames):
@@ -161,22 +173,30 @@ def _bt709(frame: NDArray[np.uint8]) -> av.VideoFrame:
     )
 
 
-def _write_folder(frames: Frames, folder: Path) -> None:
+def _write_folder(frames: Frames, folder: Path, note: str) -> None:
     folder.mkdir(exist_ok=True)
     for index, frame in enumerate(frames):
-        Image.fromarray(frame).save(folder / FRAME.format(index))
+        Image.fromarray(frame).save(folder / FRAME.format(index), pnginfo=_text(note))
 
 
-def _write_image(frames: Frames, path: Path) -> None:
+def _write_image(frames: Frames, path: Path, note: str) -> None:
     image = next(frames)
     if next(frames, None) is not None:
         raise UserError(f"several frames for {path.suffix}", "one frame", "use .mp4 or a folder")
-    Image.fromarray(image).save(path, quality=JPEG_QUALITY)
+    options = {"pnginfo": _text(note)} if path.suffix.lower() == ".png" else {"quality": JPEG_QUALITY}
+    Image.fromarray(image).save(path, **options)
+
+
+def _text(note: str) -> PngInfo:
+    info: PngInfo = PngInfo()  # type: ignore[no-untyped-call]
+    if note:
+        info.add_itxt(TAG, note)
+    return info
 
 
 @contextmanager
 def renamed_at_end(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Where to write the file or folder that becomes ``path`` if the block ends well. Raises as ``whole_file``."""
+    """Yield a temporary file or folder that becomes ``path`` if the block succeeds. Raises like ``whole_file``."""
     replaces = FIRST_FRAME if overwrite else ""
     with whole_file(path) if path.suffix else whole_folder(path, replaces) as new:
         yield new

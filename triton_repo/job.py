@@ -17,8 +17,9 @@ from PIL import Image
 
 from runtime.arrays import F32, to_numpy
 from runtime.denoise import Step
+from runtime.recipe import recipe_of
 from runtime.vae import decode
-from runtime.video import encode_video, to_uint8
+from runtime.video import QUALITY, encode_video, to_uint8
 from triton_repo.failure import Code
 from triton_repo.schema import VIDEO_FORMATS
 from triton_repo.served_pipeline import ServedPipeline
@@ -144,7 +145,8 @@ class Job:
     def _video(self, latents: F32) -> bytes:
         with scratch_folder("job") as folder:
             path = folder / f"video{VIDEO_FORMATS[self.wanted.output_format]}"
-            encode_video(self._told(self.pipeline.decode(latents)), path, self.wanted.fps)
+            recipe = recipe_of(self.wanted.request, self.pipeline.bundle.manifest, self.wanted.fps, QUALITY)
+            encode_video(self._told(self.pipeline.decode(latents)), path, self.wanted.fps, QUALITY, recipe.encoded())
             return path.read_bytes()
 
     def _told(self, chunks: Iterator[F32]) -> Iterator[F32]:

@@ -54,6 +54,8 @@ def cases_of(options: ValidateOptions, image_use: ImageUse) -> list[Case]:
         raise UserError(f"--seeds {', '.join(map(str, options.seeds))}", "each seed once", "remove the duplicates")
     if options.seeds and request.seed:
         raise UserError(f"--seeds with --seed {request.seed}", "one of them", "omit --seed")
+    if options.seeds and request.noise is not None:
+        raise UserError("--seeds with --noise", "one of them", "omit --seeds")
     prompts: list[tuple[str | None, Path | bytes | None]] = [(request.prompt, request.image)]
     if options.prompts is not None:
         prompts = [(prompt.text, prompt.image) for prompt in read_prompts(options.prompts, image_use)]

@@ -67,6 +67,7 @@ def validate(
         cases = cases_of(options, manifest.spec.takes.image)
         requests = [complete_request(case.options.request, manifest) for case in cases]
         for request in requests:
+            pipeline.fit(request.video)
             pipeline.tokenizer.encode(request.prompt)  # refuses a prompt without content
         judged = read_attachments(pipeline.bundle, options)
         device = reference_device(options.reference_device, manifest)

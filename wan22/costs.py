@@ -1,7 +1,7 @@
-"""What a model costs, from its spec alone: parameters and arithmetic, before a weight or a GPU is there.
+"""Parameters and FLOPs of a model, from its spec alone, without weights or a GPU.
 
-Formulas of the transformer are wan22.md §2.8; the VAE is walked layer by layer (§4.2), which gives its parameters and
-its arithmetic in one go. Two operations per multiplication with addition.
+The transformer's formulas are in wan22.md §2.8; the VAE is listed layer by layer (§4.2), which gives both parameters
+and FLOPs. A multiply-add counts as two operations.
 """
 
 import itertools
@@ -14,11 +14,11 @@ from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 @dataclass(frozen=True)
 class BlockParameters:
-    """Of one transformer block: ``linear`` are matrices, what FP8 quantises; ``other`` biases, norms, modulation."""
+    """Parameters of one transformer block: ``linear``, the matrices, which FP8 quantises; their biases; the rest."""
 
     linear: int
     bias: int
-    other: int
+    other: int  # norms and modulation
 
     @property
     def total(self) -> int:
@@ -27,9 +27,9 @@ class BlockParameters:
 
 @dataclass(frozen=True)
 class DitFlops:
-    """Of one forward: one expert, one step, one of the two guidance branches."""
+    """FLOPs of one forward: one expert, one step, one of the two guidance branches."""
 
-    linears: float  # of the tokens and of the text
+    linears: float  # for tokens and text
     self_attention: float
     cross_attention: float
 
@@ -40,12 +40,12 @@ class DitFlops:
 
 def block_parameters(spec: DitSpec) -> BlockParameters:
     width, ffn = spec.width, spec.ffn_width
-    norms = 4 * width + 2 * width  # q and k of both attentions; the affine norm before cross-attention
+    norms = 4 * width + 2 * width  # norms of q and k in both attentions; the affine norm before cross-attention
     return BlockParameters(8 * width**2 + 2 * width * ffn, 8 * width + ffn + width, norms + 6 * width)
 
 
 def dit_parameters(spec: DitSpec) -> int:
-    """Of one expert, or of the only transformer."""
+    """Parameters of one expert, or of the only transformer."""
     width = spec.width
     patch = PATCH[0] * PATCH[1] * PATCH[2]
     ends = _linear(spec.in_channels * patch, width) + _linear(width, spec.out_channels * patch) + 2 * width
@@ -61,7 +61,7 @@ def text_encoder_parameters(spec: TextEncoderSpec) -> int:
 
 
 def dit_flops(spec: DitSpec, tokens: int) -> DitFlops:
-    """wan22.md §2.8; the embeddings and the head are left out, they are under 0.1 %."""
+    """FLOPs of one forward (wan22.md §2.8), without embeddings and head, which are under 0.1 %."""
     n, width = spec.layers, spec.width
     return DitFlops(
         linears=n * tokens * (12 * width**2 + 4 * width * spec.ffn_width) + n * TEXT_TOKENS * 4 * width**2,
@@ -81,13 +81,13 @@ def text_encoder_flops(spec: TextEncoderSpec, tokens: int = TEXT_TOKENS) -> floa
 
 @dataclass(frozen=True)
 class VaeLayer:
-    """A convolution with its norm, or an attention; sizes are relative to the latent grid."""
+    """A convolution with its norm, or an attention. Sizes are relative to the latent grid."""
 
     entering: int
     leaving: int
     taps: int = 0
-    scale: int = 1  # of the rows and columns that it writes
-    frames: int = 1  # that it writes
+    scale: int = 1  # output rows and columns over those of the latent grid
+    frames: int = 1  # output frames
     norm: int = 0  # channels of the norm before it
     attends: bool = False
 
@@ -103,10 +103,10 @@ class VaeLayer:
 
 
 def decoder_layers(spec: VaeSpec, first: bool = False) -> Iterator[VaeLayer]:
-    """The decoder for one latent frame; the ``first`` one makes a single frame and skips the time convolutions.
+    """The decoder's layers for one latent frame. The ``first`` one gives a single frame and skips time convolutions.
 
-    Nothing lies before the first frame, so that of the 3x3x3 taps of its convolutions only the last 3x3 count; the
-    official code multiplies the others with zeros.
+    No frame precedes the first one, so only the last 3x3 of the 3x3x3 taps of its convolutions count; the official code
+    multiplies the others by zeros.
     """
     widths, z, frames, taps = spec.decoder_widths, spec.latent_channels, 1, 9 if first else 27
     yield VaeLayer(z, z, 1)
@@ -126,7 +126,7 @@ def decoder_layers(spec: VaeSpec, first: bool = False) -> Iterator[VaeLayer]:
 
 
 def encoder_layers(spec: VaeSpec, first: bool = False) -> Iterator[VaeLayer]:
-    """The encoder for one latent frame: of four frames, or of the ``first`` one, as the decoder's."""
+    """The encoder's layers for one latent frame, from four frames or, like the decoder's, from the ``first`` one."""
     widths, z, taps = spec.encoder_widths, spec.latent_channels, 9 if first else 27
     scale, frames = 2 ** len(spec.temporal_down), 1 if first else spec.temporal_stride
     yield VaeLayer(3 * spec.patch**2, widths[0], taps, scale, frames)
@@ -161,7 +161,7 @@ def _middle(width: int, taps: int) -> Iterator[VaeLayer]:
 
 
 def vae_parameters(spec: VaeSpec) -> dict[str, int]:
-    """By half, each with the 1×1×1 convolution beside the latent."""
+    """Parameters by half, each including its 1×1×1 convolution next to the latents."""
     return {
         "vae_decoder": sum(layer.parameters for layer in decoder_layers(spec)),
         "vae_encoder": sum(layer.parameters for layer in encoder_layers(spec)),
@@ -169,14 +169,14 @@ def vae_parameters(spec: VaeSpec) -> dict[str, int]:
 
 
 def vae_flops(spec: VaeSpec, half: str, latent_size: tuple[int, int], latent_frames: int) -> float:
-    """Of decoding or encoding ``latent_frames`` frames of ``latent_size`` (rows, columns), chunk by chunk."""
+    """FLOPs to decode or encode ``latent_frames`` frames of ``latent_size`` (rows, columns), chunk by chunk."""
     layers = decoder_layers if half == "vae_decoder" else encoder_layers
     first, later = (sum(layer.flops(latent_size) for layer in layers(spec, first)) for first in (True, False))
     return first + (latent_frames - 1) * later
 
 
 def model_parameters(spec: ModelSpec) -> dict[str, int]:
-    """By part, both experts where there are two; the encoder of the VAE only where the model uses it."""
+    """Parameters by part, for every expert; the VAE's encoder only if the model uses it."""
     vae = vae_parameters(spec.vae)
     used = [half for half in ("vae_encoder", "vae_decoder") if any(name.startswith(half) for name in spec.components)]
     experts = {expert: dit_parameters(spec.dit) for expert in spec.experts}
@@ -184,7 +184,7 @@ def model_parameters(spec: ModelSpec) -> dict[str, int]:
 
 
 def cache_elements(spec: VaeSpec, half: str, latent_size: tuple[int, int]) -> int:
-    """Numbers that a streaming half hands from chunk to chunk."""
+    """The number of elements that a streaming half passes from chunk to chunk."""
     caches = spec.decoder_caches if half == "vae_decoder" else spec.encoder_caches
     positions = latent_size[0] * latent_size[1]
     return sum(cache.channels * cache.frames * cache.scale**2 * positions for cache in caches)

@@ -1,4 +1,4 @@
-"""What is told in one line: bad input, a disk that fails, a model that computes NaN. Any other exception is a bug."""
+"""Failures reported in one line: bad input, a failing disk, a model that computes NaN. Other exceptions are bugs."""
 
 import errno
 import logging
@@ -9,9 +9,9 @@ from functools import cache
 
 
 class UserError(Exception):
-    """Bad input, said in one line: what was found, what was expected, what to do about it.
+    """Bad input, reported in one line: the value found, the value expected, and the remedy.
 
-    The command line prints ``str(error)`` and leaves with exit code 2.
+    The command line prints ``str(error)`` and exits with code 2.
     """
 
     def __init__(self, found: str, expected: str, remedy: str) -> None:
@@ -23,15 +23,15 @@ class UserError(Exception):
 
 
 def some_of(names: Sequence[str], most: int) -> str:
-    """The first ``most`` names, for an error."""
+    """The first ``most`` names, for an error message."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Makes a ValueError of a panic in a library written in Rust.
+    """Turn a panic of a library written in Rust into a ValueError.
 
-    A panic is no ``Exception`` in Python, and prints a backtrace of its own; standard error is closed meanwhile.
+    A panic is not a Python ``Exception`` and prints its own backtrace, so standard error is redirected in the block.
     """
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -55,43 +55,44 @@ UNWRITABLE = (errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG)
 class NonFiniteError(RuntimeError):
     """A model computed NaN or infinity; the message names the first such tensor and the step.
 
-    No input of the user explains that, so it is no ``UserError``. The command line leaves with exit code 1.
+    This is not a ``UserError``, because no user input causes it. The command line exits with code 1.
     """
 
 
 @cache
 def warn_once(message: str) -> None:
-    """Logs a warning; the same again in this process is not repeated."""
+    """Log a warning, at most once per process for each message."""
     logging.getLogger("wan22").warning(message)
 
 
 def disk_error(error: OSError, named: str = "") -> UserError | None:
-    """The line for an error that comes from the machine, not from this program; None for any other.
+    """The user error for a failure of the machine rather than of this program; None for any other error.
 
     Args:
-        error: wherever it comes from.
-        named: the output under way, for an error that names no file.
+        error: any OSError.
+        named: the current output, used if the error names no file.
     """
     place = error.filename or named
     where = f" while writing {place}" if place else ""
     if error.errno in DISK_FULL:
         return UserError(f"disk full{where}", "free space", "free some and run again")
     if error.errno in DISK_BROKEN:
-        return UserError(f"{error.strerror}{where}", "disks that work", "see the system's log and run again")
+        found = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}{where}"
+        return UserError(found, "a working disk", "see the system's log and run again")
     if error.errno in UNWRITABLE:
-        return UserError(f"{error.strerror}{where}", "a place that can be written", "choose another")
+        return UserError(f"{error.strerror}{where}", "a writable place", "choose another")
     if isinstance(error, PermissionError):
         found = f"{place}: {error.strerror}"
-        return UserError(found, "what this user may use", "change its mode or the user")
+        return UserError(found, "permission for this user", "check the owner and mode of the file")
     return None
 
 
 @contextmanager
 def refusing_disk_errors(named: str, remedy: Callable[[], str] = str) -> Iterator[None]:
-    """Turns a :func:`disk_error` of the block into one line, with ``remedy()`` at its end; others pass."""
+    """Turn an OSError of the block into its :func:`disk_error`, with ``remedy()`` appended; other errors propagate."""
     try:
         yield
     except OSError as error:
-        if (told := disk_error(error, named)) is None:
+        if (refusal := disk_error(error, named)) is None:
             raise
-        raise UserError(told.found, told.expected, told.remedy + remedy()) from error
+        raise UserError(refusal.found, refusal.expected, refusal.remedy + remedy()) from error

@@ -1,6 +1,6 @@
-"""Where the weights of a component lie in their file, when they are inputs of its engine (``--weights external``).
+"""The layout of a component's weights file, if weights are inputs of its engine (``--weights external``).
 
-The layout lies beside the engine as JSON; components that share an engine have weight files of the same layout.
+The layout is stored next to the engine as JSON; components that share an engine have files of the same layout.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import msgspec
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where a weight lies in the file of its component."""
+    """The location of a weight in its component's file."""
 
     name: str
     offset: int

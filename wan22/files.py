@@ -171,8 +171,7 @@ def check_room(folder: Path, replaces: str = "") -> None:
     with refusing_disk_errors(str(folder)):
         if folder.is_symlink() or folder.is_mount():
             kind = "a link" if folder.is_symlink() else "where a disk is mounted"
-            expected = "a folder that can be replaced when all is done"
-            raise UserError(f"{folder} is {kind}", expected, "name one inside it")
+            raise UserError(f"{folder} is {kind}", "a folder that can be replaced in the end", "name one inside it")
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return
         if not replaces:
@@ -228,7 +227,12 @@ def _locked(folder: Path, named: str, *, wait: bool) -> int:
 def _lock(folder: Path, *, wait: bool) -> int | None:
     """None while another process has it, or where the folder was removed meanwhile."""
     with suppress(FileNotFoundError, BlockingIOError), ExitStack() as stack:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            with suppress(OSError):
+                folder.rmdir()  # which may have been made a moment ago
+            raise
         stack.callback(os.close, descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
@@ -275,13 +279,15 @@ def scratch_folder(use: str) -> Iterator[Path]:
 def remove_leftovers(place: Path) -> dict[Path, int]:
     """Removes the hidden folders in ``place`` and the temporary ones whose processes are dead: folder → bytes."""
     found = [*place.glob(f".*{SUFFIX}"), *Path(tempfile.gettempdir()).glob(f"{SCRATCH}*{SUFFIX}")]
-    removed = {folder: _remove_if_dead(folder) for folder in sorted(found)}
-    return {folder: size for folder, size in removed.items() if size is not None}
+    return {folder: size for folder in sorted(found) if (size := _remove_if_dead(folder)) is not None}
 
 
 def _remove_if_dead(folder: Path) -> int | None:
     """Bytes that were removed; None for a folder that another process uses or that none of ours made."""
     try:
+        if not any(folder.iterdir()):  # its process died before it had the lock
+            folder.rmdir()
+            return 0
         ours = (folder / LOCK).is_file() and folder.lstat().st_uid == os.getuid()
         if not ours or (lock := _lock(folder, wait=False)) is None:
             return None

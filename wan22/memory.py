@@ -1,4 +1,4 @@
-"""How much memory a process has resident and can still take, and the largest of values that come and go."""
+"""The resident memory of this process, the memory still available to it, and the peak of a varying value."""
 
 import re
 import resource
@@ -16,28 +16,28 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Most memory resident since the start or the last reset, mapped files included."""
+    """The peak resident memory since the start or the last reset, including mapped files."""
     return _status_bytes("VmHWM")
 
 
 def reset_peak() -> None:
-    """Forgets the high-water mark of the process's memory, where the system can."""
+    """Reset the high-water mark of this process's memory, if the system supports it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return  # the mark then also covers what came before
+        return  # the mark then also covers earlier work
 
 
 def peak_rss_bytes() -> int:
-    """:func:`peak_bytes` plus the peak of the largest child that has ended.
+    """:func:`peak_bytes` plus the peak of the largest finished child.
 
-    ``getrusage`` cannot answer for the process itself: its figure may be the parent's, inherited at the start.
+    ``getrusage`` is unreliable for the process itself: its value may be inherited from the parent at the start.
     """
     return peak_bytes() + 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 
 
 def available_host_bytes() -> float:
-    """Memory that this process can still take: free in the system, in its control group and under its own limit."""
+    """The memory that this process can still allocate: the least of system, control group and process limit."""
     system = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     free = [1024.0 * int(system[1])] if system else []
     with suppress(OSError, ValueError):  # no such group, or no limit
@@ -63,7 +63,7 @@ class Peak:
 
 @contextmanager
 def watch_peak(used_bytes: Callable[[], int]) -> Iterator[Peak]:
-    """The largest value of ``used_bytes``, read every few milliseconds by a thread while the block runs."""
+    """Yield the peak of ``used_bytes``, which a thread samples every few milliseconds while the block runs."""
     peak, over = Peak(used_bytes()), threading.Event()
 
     def watch() -> None:

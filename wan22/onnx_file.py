@@ -1,7 +1,7 @@
-"""Where the weights of an ONNX file lie, read from its bytes: whoever opens a bundle can check it without ONNX.
+"""Locate the weights of an ONNX file from its bytes, so that bundles can be checked without ONNX.
 
-A graph names the files of its weights as it likes, and runtimes read whatever they can open. Only files that the
-bundle's manifest names, which lie inside it and have the hashes that it states, may be read.
+A graph may name any file as its weights, and runtimes read whatever they can open. Only files listed in the bundle's
+manifest, which are inside the bundle and have the stated hashes, may be read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from wan22.bundle import Bundle, Component
 from wan22.errors import UserError
 
-# messages of onnx.proto that lead to a tensor: field number → message
+# Messages of onnx.proto that can contain a tensor: field number → message.
 LEADS_TO: Mapping[str, Mapping[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -24,22 +24,22 @@ LEADS_TO: Mapping[str, Mapping[int, str]] = {
 GRAPH, EXTERNAL_DATA, KEY, VALUE = 7, 13, 1, 2  # fields of model, tensor and entry
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 VARINT_BITS = 64
-MOST_NESTED = 100  # messages, as protobuf's own readers allow
+MOST_NESTED = 100  # levels of messages, protobuf's limit
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies."""
+    """The location of a tensor."""
 
-    location: str  # of a file, relative to the folder of the graph
+    location: str  # a file, relative to the graph's folder
     offset: int
-    length: int  # 0: to the end of the file
+    length: int  # 0 means to the end of the file
 
 
 def stored_tensors(content: bytes) -> Iterator[Stored]:
-    """Every tensor of the ONNX file with this content that lies in another file.
+    """Every tensor of the ONNX file ``content`` that is stored in another file.
 
     Raises:
-        ValueError: the content is no ONNX model, or a damaged one.
+        ValueError: ``content`` is not an ONNX model, or damaged.
     """
     model = memoryview(content)
     if GRAPH not in {number for number, _ in _fields(model)}:
@@ -48,10 +48,10 @@ def stored_tensors(content: bytes) -> Iterator[Stored]:
 
 
 def check_graphs(bundle: Bundle) -> None:
-    """Refuses a bundle of ONNX graphs, of either kind, of which one reads what the manifest does not name.
+    """Refuse a bundle with an ONNX graph that reads a file missing from the manifest.
 
     Raises:
-        UserError: names the graph and what it points at; a file that is no ONNX model.
+        UserError: a graph reads another file, or is not an ONNX model.
     """
     build = bundle.manifest.build
     if build is None or build.backend == "onnxruntime":
@@ -60,7 +60,7 @@ def check_graphs(bundle: Bundle) -> None:
 
 
 def check_component(folder: Path, component: Component) -> None:
-    """:func:`check_graphs` for one component of the bundle at ``folder``."""
+    """Run :func:`check_graphs` for one component of the bundle at ``folder``."""
     named = {file.path: file.size_bytes for file in component.weights}
     for file in (component.graph, *component.halves):
         path = folder / file.path
@@ -74,8 +74,8 @@ def check_component(folder: Path, component: Component) -> None:
                 expected = f"a file of its bundle: {', '.join(named) or 'it has none'}"
                 raise UserError(f"{path} reads {location!r}", expected, "export or build again")
             if offset < 0 or length < 0 or offset + length > named[weights]:
-                told = f"{path} reads bytes {offset} to {offset + length} of {location}"
-                raise UserError(told, f"at most {named[weights]}", "export or build again")
+                reads = f"{path} reads bytes {offset} to {offset + length} of {location}"
+                raise UserError(reads, f"at most {named[weights]}", "export or build again")
 
 
 def _in_message(kind: str, message: memoryview, depth: int) -> Iterator[Stored]:
@@ -93,12 +93,12 @@ def _in_tensor(tensor: memoryview) -> Iterator[Stored]:
     entries = [dict(_fields(_bytes(value))) for number, value in _fields(tensor) if number == EXTERNAL_DATA]
     if not entries:
         return
-    told = {_text(entry.get(KEY, b"")): _text(entry.get(VALUE, b"")) for entry in entries}
-    yield Stored(told.get("location", ""), int(told.get("offset") or 0), int(told.get("length") or 0))
+    place = {_text(entry.get(KEY, b"")): _text(entry.get(VALUE, b"")) for entry in entries}
+    yield Stored(place.get("location", ""), int(place.get("offset") or 0), int(place.get("length") or 0))
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """Number and value of every field of a protobuf message: its bytes, or 0 where it is a number."""
+    """The number and value of every field of a protobuf message: its bytes, or 0 if the value is a number."""
     at, end = 0, len(message)
     while at < end:
         tag, at = _varint(message, at)

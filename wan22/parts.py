@@ -26,7 +26,7 @@ LATENTS_STD_2_2 = (
 
 
 def rope_split(head_width: int) -> tuple[int, int, int]:
-    """Complex pairs of a head that turn with the latent frame, row and column: 22, 21, 21 of a 128-wide head."""
+    """The numbers of complex pairs of a head that rotate with the latent frame, row and column: 22, 21, 21 for 128."""
     side = head_width // 6
     return head_width // 2 - 2 * side, side, side
 
@@ -41,7 +41,7 @@ class DitSpec:
     ffn_width: int
     layers: int
     heads: int
-    time_rows: int = 1  # 2: the first latent frame has a timestep of its own (TI2V)
+    time_rows: int = 1  # 2 if the first latent frame has its own timestep (TI2V)
     freq_width: int = 256
     text_width: int = 4096
     eps: float = 1e-6
@@ -52,13 +52,13 @@ class DitSpec:
 
     @property
     def condition_channels(self) -> int:
-        """Channels that are given, not denoised: mask and encoded image of I2V, none elsewhere."""
+        """Channels of the condition, which are not denoised: mask and encoded image for I2V, else 0."""
         return self.in_channels - self.out_channels
 
 
 @dataclass(frozen=True)
 class TextEncoderSpec:
-    """The encoder half of umt5; every layer owns its table of relative position biases."""
+    """The encoder half of umt5; every layer has its own table of relative position biases."""
 
     width: int
     ffn_width: int
@@ -73,10 +73,10 @@ class TextEncoderSpec:
 
 @dataclass(frozen=True)
 class Cache:
-    """One causal convolution's memory between chunks of a streaming VAE.
+    """The frames that one causal convolution of a streaming VAE keeps between chunks.
 
-    ``scale`` relates its rows and columns to the latent grid: a decoder cache is ``scale`` times as large, and so is an
-    encoder cache (which at the pixel end reaches the spatial stride). ``frames`` is its fixed temporal length.
+    Rows and columns are ``scale`` times those of the latent grid (at an encoder's pixel end, the spatial stride divided
+    by the patch). ``frames`` is the fixed temporal length.
     """
 
     channels: int
@@ -95,18 +95,18 @@ class VaeSpec:
     latents_mean: tuple[float, ...]
     latents_std: tuple[float, ...]
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    blocks_per_stage: int = 2  # of the encoder; the decoder has one more
+    blocks_per_stage: int = 2  # in the encoder; the decoder has one more
     temporal_down: tuple[bool, ...] = (False, True, True)
     temporal_stride: int = 4
 
     @property
     def residual(self) -> bool:
-        """Stages have parameter-free shortcuts around them (2.2 only)."""
+        """True if stages have parameter-free shortcuts around them (2.2 only)."""
         return self.generation == "2.2"
 
     @property
     def patch(self) -> int:
-        """Pixels per side that become channels before the encoder and after the decoder."""
+        """The side of the pixel squares that become channels before the encoder and pixels after the decoder."""
         return 2 if self.residual else 1
 
     @property
@@ -115,17 +115,17 @@ class VaeSpec:
 
     @property
     def encoder_widths(self) -> tuple[int, ...]:
-        """Channels entering each stage, then those leaving the last."""
+        """Input channels of each stage, then output channels of the last."""
         return tuple(self.encoder_base * m for m in (1, *self.multipliers))
 
     @property
     def decoder_widths(self) -> tuple[int, ...]:
-        """Channels leaving conv_in, then those leaving each stage's residual blocks."""
+        """Output channels of conv_in, then of each stage's residual blocks."""
         reverse = self.multipliers[::-1]
         return tuple(self.decoder_base * m for m in (reverse[0], *reverse))
 
     def decoder_stage_input(self, stage: int) -> int:
-        """Channels entering a decoder stage: the upsampler of 2.1 halves them, that of 2.2 does not."""
+        """Input channels of a decoder stage: the upsampler of 2.1 halves them, that of 2.2 does not."""
         halved = stage > 0 and not self.residual
         return self.decoder_widths[stage] // (2 if halved else 1)
 

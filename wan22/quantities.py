@@ -1,10 +1,10 @@
-"""Quantities as people read them: bytes in the unit that fits, and nouns that agree with their number."""
+"""Format quantities for people: bytes in a suitable unit, and nouns in singular or plural."""
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def human_bytes(size_bytes: float, digits: int = 2) -> str:
-    """``13_737_984`` → "13.10 MiB"; below 1 KiB "412 B". ``digits`` are those after the point."""
+    """``13_737_984`` → "13.10 MiB"; below 1 KiB "412 B". ``digits`` is the number of decimals."""
     for unit, factor in UNITS:
         if abs(size_bytes) >= factor:
             return f"{size_bytes / factor:.{digits}f} {unit}"

@@ -1,8 +1,8 @@
-"""What a model needs in memory, from its spec alone, and which of its engines stay loaded in the memory that there is.
+"""The memory that a model needs, from its spec alone, and the engines that stay loaded in the available memory.
 
-Sizes of weights are exact. Scratch memory is the live tensors of the fattest moment of the graph times a factor that
-the compiler's memory planner was seen to need; builds of real-size blocks and VAEs were met within 15 %. The planner of
-``wan-trt plan`` and a pipeline with ``residency="auto"`` decide by the same figures.
+Sizes of weights are exact. Scratch memory is the graph's peak of live tensors times a factor measured on the compiler's
+memory planner; the estimates are within 15 % of builds of real-size blocks and VAEs. ``wan-trt plan`` and a pipeline
+with ``residency="auto"`` use the same figures.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,21 +24,21 @@ from wan22.quantities import human_bytes
 from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, tokens
 
 Residency = Literal["all", "one-expert", "one-component"]
-RESIDENCIES: tuple[Residency, ...] = get_args(Residency)  # what stays loaded, from the most to the least
-ONE_EXPERT = RESIDENCIES[1:]  # of them, those that leave room for other work
+RESIDENCIES: tuple[Residency, ...] = get_args(Residency)  # what stays loaded, in descending order
+ONE_EXPERT = RESIDENCIES[1:]  # those that leave memory for other work
 ResidencyChoice = Literal["all", "one-expert", "one-component", "auto"]
 Video = tuple[int, int, int]  # width, height in pixels; frames
 
-PLANNER_FACTOR = 1.3  # scratch memory over live tensors: 1.14 to 1.36 in builds for SM89 and SM120
-VAE_TENSORS = {"2.1": 1.9, "2.2": 3.9}  # scratch memory of a VAE over its largest tensor, as built at 720p
-VRAM_RESERVED = 0.06  # of the card: driver, context, ECC, fragmentation
-SHARES = range(16, 0, -1)  # sixteenths of a side that are tried for a smaller video
-CALL_COPIES = 2  # of the inputs of a recorded call: those given, and those at the recorded addresses
+PLANNER_FACTOR = 1.3  # ratio of scratch memory to live tensors: 1.14 to 1.36 in builds for SM89 and SM120
+VAE_TENSORS = {"2.1": 1.9, "2.2": 3.9}  # ratio of a VAE's scratch memory to its largest tensor, measured at 720p
+VRAM_RESERVED = 0.06  # fraction of the card: driver, context, ECC, fragmentation
+SHARES = range(16, 0, -1)  # sixteenths of a side to try for a smaller video
+CALL_COPIES = 2  # copies of a recorded call's inputs: the caller's, and those at the recorded addresses
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the engine of one graph takes, in bytes."""
+    """The memory of one graph's engine, in bytes."""
 
     component: str
     weights: float
@@ -47,22 +47,22 @@ class Memory:
 
     @property
     def has_state(self) -> bool:
-        """A VAE hands gigabytes of caches from call to call; the inputs of other graphs are small."""
+        """True for a VAE, which passes gigabytes of caches between calls; the inputs of other graphs are small."""
         return self.component.startswith("vae")
 
     @property
     def kept(self) -> float:
-        """What stays while another engine runs."""
+        """The memory that stays allocated while another engine runs."""
         return self.weights + (0.0 if self.has_state else CALL_COPIES * self.inputs_and_outputs)
 
     @property
     def state(self) -> float:
-        """What calls hand on, and give back after the last."""
+        """The memory passed between calls, freed after the last."""
         return self.inputs_and_outputs if self.has_state else 0.0
 
 
 def usual_precisions(spec: ModelSpec, precision: Precision) -> dict[str, Precision]:
-    """Of every component of a model exported in ``precision``: VAE in float32, the text encoder never below 16 bits."""
+    """The default precision of every component: the VAE in float32, the text encoder never below 16 bits."""
     of_vae = {name: Precision.FP32 for name in spec.components if name.startswith("vae")}
     return {"text_encoder": precision.wide, **dict.fromkeys(spec.experts, precision), **of_vae}
 
@@ -70,22 +70,22 @@ def usual_precisions(spec: ModelSpec, precision: Precision) -> dict[str, Precisi
 def engines_memory(
     spec: ModelSpec, precisions: Mapping[str, Precision], video: Video, *, cache_sets: int = 2
 ) -> dict[str, Memory]:
-    """What the engines of ``spec`` that have a precision take for ``video``, by component.
+    """The memory of the engines of ``spec`` for ``video``, by component; only those in ``precisions``.
 
     Args:
         spec: the model.
         precisions: by component.
         video: width, height, frames.
-        cache_sets: of a VAE that lie in memory during a call: the one read and the one written, or both in one.
+        cache_sets: sets of VAE caches in memory during a call: 2 if read and written separately, 1 if overwritten.
 
     Raises:
-        UserError: a size or number of frames that the model cannot make.
+        UserError: the model does not support the size or number of frames.
     """
     shape = spec.latent_shape(*video)
     found: dict[str, Memory] = {}
     for name in (name for name in spec.components if name in precisions):
         if name.endswith("_next") and shape[2] == 1:
-            continue  # nothing comes after the first latent frame
+            continue  # there is only the first latent frame
         if name == "text_encoder":
             found[name] = _text_encoder(spec.text_encoder, precisions[name])
         elif name.startswith("vae"):
@@ -96,7 +96,7 @@ def engines_memory(
 
 
 def needed_bytes(spec: ModelSpec, memory: Mapping[str, Memory]) -> dict[Residency, float]:
-    """The most memory that a run takes, for each way to keep components; a model with one expert has two ways."""
+    """The peak memory of a run by residency; a model with one expert has no "one-expert"."""
     experts = spec.experts
     one_expert = [name for name in memory if name not in experts[1:]]
     ways: dict[Residency, float] = {"all": _together(memory.values())}
@@ -105,17 +105,17 @@ def needed_bytes(spec: ModelSpec, memory: Mapping[str, Memory]) -> dict[Residenc
     return ways | {"one-component": max(_together([each]) for each in memory.values())}
 
 
-def chosen(needed: Mapping[Residency, float], available: float) -> Residency | None:
-    """The way that keeps most of those that fit into ``available`` bytes; None where none does."""
+def choose_residency(needed: Mapping[Residency, float], available: float) -> Residency | None:
+    """The residency that keeps the most and fits into ``available`` bytes; None if none fits."""
     return next((way for way in RESIDENCIES if way in needed and needed[way] <= available), None)
 
 
 def largest_fitting(
     spec: ModelSpec, precisions: Mapping[str, Precision], video: Video, available: float, *, cache_sets: int = 2
 ) -> Video | None:
-    """A video of about the shape of ``video`` that fits, one component at a time: the largest at least half as long.
+    """The largest video of about the same aspect ratio that fits with one component at a time.
 
-    A single picture where no video fits, None where not even that does.
+    It is at least half as long as ``video``, or a single picture if no video fits; None if not even that fits.
     """
 
     def fits(size: tuple[int, int], frames: int) -> bool:
@@ -137,19 +137,18 @@ def largest_fitting(
 def refusal(
     needed: Mapping[Residency, float], memory: Mapping[str, Memory], available: float, fitting: Video | None
 ) -> UserError:
-    """Why no way to keep components fits into ``available`` bytes, and what would."""
+    """The error if no residency fits into ``available`` bytes, with the video that would fit."""
     worst = max(memory.values(), key=lambda each: _together([each]))
     found = f"{worst.component} alone takes {human_bytes(needed['one-component'])}"
     if worst.has_state:
         found += f", {human_bytes(worst.inputs_and_outputs)} of it caches and frames"
     fits = "no smaller video fits either" if fitting is None else "{}x{} with --frames {} fits".format(*fitting)
-    return UserError(
-        found, f"at most {human_bytes(available)}", f"{fits}; --residency one-component tries all the same"
-    )
+    remedy = f"{fits}; --residency one-component tries anyway"
+    return UserError(found, f"at most {human_bytes(available)}", remedy)
 
 
 def _together(engines: Iterable[Memory]) -> float:
-    """Engines share one region of scratch memory, as large as the largest needs."""
+    """The memory of engines loaded together. They share one region of scratch memory, the largest one needed."""
     engines = list(engines)
     shared = max(each.scratch for each in engines) + max(each.state for each in engines)
     return sum(each.kept for each in engines) + shared
@@ -160,13 +159,13 @@ def _together(engines: Iterable[Memory]) -> float:
 
 def _text_encoder(spec: TextEncoderSpec, precision: Precision) -> Memory:
     wide = precision.wide.linears.bits / 8
-    biases = spec.layers * spec.heads * TEXT_TOKENS  # of positions, made for all layers first
+    biases = spec.layers * spec.heads * TEXT_TOKENS  # position biases, computed for all layers first
     scratch = PLANNER_FACTOR * TEXT_TOKENS * (2 * spec.ffn_width + 2 * spec.width + biases) * wide
     return Memory("text_encoder", text_encoder_weights_bytes(spec, precision), scratch, 4.0 * TEXT_TOKENS * spec.width)
 
 
 def text_encoder_weights_bytes(spec: TextEncoderSpec, precision: Precision) -> float:
-    """As stored; in FP8 the feed-forward matrices alone are."""
+    """The size of the stored weights; only feed-forward matrices can be in FP8."""
     count = text_encoder_parameters(spec)
     wide, linears = precision.wide.linears.bits / 8, precision.linears.bits / 8
     feed_forward = spec.layers * 3 * spec.width * spec.ffn_width
@@ -184,7 +183,7 @@ def _expert(spec: ModelSpec, name: str, precision: Precision, latent_shape: tupl
 
 
 def dit_weights_bytes(spec: DitSpec, precision: Precision) -> float:
-    """Of one expert as stored: matrices in ``precision``, what is sensitive in float32, embeddings in between."""
+    """The size of one expert's stored weights: matrices in ``precision``, embeddings in its ``wide``, rest float32."""
     stored, wide, block = precision.linears.bits / 8, precision.wide.linears.bits / 8, block_parameters(spec)
     width = spec.width
     per_block = stored * block.linear + (4 if precision.quantised else wide) * block.bias + 4 * block.other
@@ -194,10 +193,10 @@ def dit_weights_bytes(spec: DitSpec, precision: Precision) -> float:
 
 
 def dit_scratch_bytes(spec: DitSpec, count: int, precision: Precision) -> float:
-    """Memory between kernels for ``count`` tokens: the larger of two moments, in rows of D 16-bit numbers.
+    """The memory between kernels for ``count`` tokens: the larger of two peaks, in rows of D 16-bit numbers.
 
-    Attention: the float32 residual stream (2), the joined q, k, v (3) and the three of them as attention reads them.
-    Feed-forward: the residual stream and the hidden rows, in FP8 beside their quantised copy.
+    Attention: the float32 residual stream (2), the joint q, k, v (3) and the same three as attention's operands.
+    Feed-forward: the residual stream and the hidden rows, in FP8 also their quantised copy.
     """
     wide = precision.wide.linears.bits / 16  # rows are twice as wide in float32
     hidden = spec.ffn_width / spec.width
@@ -207,7 +206,7 @@ def dit_scratch_bytes(spec: DitSpec, count: int, precision: Precision) -> float:
 
 
 def _vae(spec: VaeSpec, name: str, precision: Precision, latent_shape: tuple[int, ...], cache_sets: int) -> Memory:
-    """The first chunk writes caches, later ones read them too; in float32 whatever the precision."""
+    """The memory of one VAE graph. The first chunk only writes caches, which are always float32."""
     half, first, size = name.rpartition("_")[0], name.endswith("_first"), (latent_shape[3], latent_shape[4])
     positions = size[0] * size[1]
     weights = vae_weights_bytes(spec, name, precision)
@@ -221,7 +220,7 @@ def _vae(spec: VaeSpec, name: str, precision: Precision, latent_shape: tuple[int
 
 
 def vae_weights_bytes(spec: VaeSpec, component: str, precision: Precision) -> float:
-    """Of one graph: that of the first chunk has no taps into the past."""
+    """The size of one graph's weights; the first chunk's graph needs no taps for past frames."""
     return float(precision.linears.bits / 8 * sum(layer.parameters for layer in _layers(spec, component)))
 
 
@@ -231,5 +230,5 @@ def _layers(spec: VaeSpec, component: str) -> list[VaeLayer]:
 
 
 def _largest_tensor(layers: Iterable[VaeLayer], positions: int) -> float:
-    """Elements of the largest tensor that a convolution reads or writes."""
+    """The number of elements of the largest tensor that a convolution reads or writes."""
     return max(max(x.entering, x.leaving) * x.frames * x.scale**2 * positions for x in layers if x.taps)

@@ -1,4 +1,4 @@
-"""What a model samples with: the defaults of its release, which travel in bundles, and named presets over them."""
+"""Sampling settings: the defaults of a model's release, stored in bundles, and named presets that override them."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from wan22.errors import UserError
 
 SolverName = Literal["unipc", "dpm++", "euler", "renoise"]
-Convention = Literal["official", "diffusers"]  # whose noise levels follow from a number of steps and a shift
+Convention = Literal["official", "diffusers"]  # the reference that derives noise levels from steps and shift
 
 # The negative prompt of the official release: garish, overexposed, static, blurred details, subtitles, ...
 NEGATIVE_PROMPT = (
@@ -19,37 +19,37 @@ NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """What a model samples with when the user says nothing. Fields with defaults are younger than the first bundles."""
+    """A model's default sampling settings. Fields with defaults are missing in old bundles."""
 
     steps: int
     shift: float
-    guidance: dict[str, float]  # by expert name; 1: no unconditional pass
+    guidance: dict[str, float]  # by expert name; 1 skips the unconditional pass
     frames: int
     fps: int
     sizes: tuple[tuple[int, int], ...]  # width, height in pixels; the first is the default
-    boundary: float | None = None  # share of the timesteps above which the high-noise expert works
+    boundary: float | None = None  # fraction of the timestep range above which the high-noise expert is used
     solver: SolverName = "unipc"
     schedule: Convention = "official"
-    sigmas: tuple[float, ...] = ()  # falling noise levels of the steps; instead of those of steps and shift
-    switch_step: int | None = None  # first step of the low-noise expert; instead of the boundary
-    negative_prompt: str | None = None  # None: the official one
-    preset: str = "official"  # where these settings come from
+    sigmas: tuple[float, ...] = ()  # falling noise levels; replace those derived from steps and shift
+    switch_step: int | None = None  # first step of the low-noise expert; replaces the boundary
+    negative_prompt: str | None = None  # None means the official one
+    preset: str = "official"  # the origin of these settings
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings over those of a model's release."""
+    """Settings that override those of a model's release."""
 
     source: str
-    tasks: tuple[str, ...]  # of the models that it is for
+    tasks: tuple[str, ...]  # tasks of the supported models
     changes: Mapping[str, Any]  # fields of SamplingSpec
-    distilled: bool = False  # made for weights that were trained for these few steps and no guidance
+    distilled: bool = False  # for weights trained for these few steps without guidance
 
 
 A14B = ("t2v", "i2v")
 UNGUIDED = {"high_noise": 1.0, "low_noise": 1.0}
 FOUR_STEPS = {"solver": "euler", "steps": 4, "guidance": UNGUIDED, "switch_step": 2}
-ANGLES = (math.atan(200), 1.5, 1.4, 1.0)  # of TurboWan's noise levels: tangents of noise over signal
+ANGLES = (math.atan(200), 1.5, 1.4, 1.0)  # TurboWan's noise levels: arctangents of noise over signal
 PRESETS: Mapping[str, Preset] = {
     "official": Preset("Wan-Video/Wan2.2, wan/configs", (*A14B, "ti2v"), {}),
     "lightx2v-4step": Preset(
@@ -86,15 +86,15 @@ ALIASES = {"lightning": "lightx2v-4step"}
 
 
 def presets_for(task: str) -> dict[str, Preset]:
-    """The presets of a model of ``task``, by name."""
+    """The presets for models of ``task``, by name."""
     return {name: preset for name, preset in PRESETS.items() if task in preset.tasks}
 
 
 def preset_named(name: str, task: str) -> tuple[str, Preset]:
-    """The preset ``name``, which may be an alias, for a model of ``task``, with its proper name.
+    """The proper name and the preset for ``name``, which may be an alias, for a model of ``task``.
 
     Raises:
-        UserError: no such preset, or one for other models.
+        UserError: the preset does not exist or is for other models.
     """
     proper = ALIASES.get(name, name)
     if proper not in PRESETS:

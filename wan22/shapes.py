@@ -1,9 +1,9 @@
-"""Named dimensions: what "height" is in a call, which shapes follow from it, and whether an engine was built for it.
+"""Named dimensions: their sizes in a call, the shapes that follow, and whether an engine supports them.
 
 A graph's inputs and outputs share dimension names (``wan22.bundle.Tensor``): "frames", "height" and "width" of the
 latents, "rows" and "columns" of the token grid (half of those), "tokens" of text, and multiples such as "8*height".
-Engines know ranges of the names only; everything else is derived here, once for the builder and once for the runtime.
-Sizes that users type are read here too.
+Engines store only ranges of the names; the builder and the runtime derive everything else with this module. It also
+parses sizes that users type.
 """
 
 import re
@@ -20,10 +20,10 @@ HALVES = {"rows": ("height", PATCH[1]), "columns": ("width", PATCH[2])}
 def parse_size(
     text: str, expected: str = "width x height in pixels", remedy: str = "write it as 832x480"
 ) -> tuple[int, int]:
-    """``"832x480"`` → (832, 480); x may be X, × or *, with spaces around it.
+    """Parse ``"832x480"`` to (832, 480); x may be X, × or *, with spaces around it.
 
     Raises:
-        UserError: text that is no size, with ``expected`` and ``remedy``.
+        UserError: ``text`` is not a size; the message uses ``expected`` and ``remedy``.
     """
     match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×*]\s*(\d{1,6})\s*", text)
     if not match:
@@ -32,49 +32,49 @@ def parse_size(
 
 
 def parts_of(dim: str) -> tuple[int, str]:
-    """Factor and name of a dimension: ``"8*height"`` → 8, "height"."""
+    """The factor and name of a dimension: ``"8*height"`` → 8, "height"."""
     factor, star, name = dim.partition("*")
     return (int(factor), name.strip()) if star else (1, dim)
 
 
 def names_in(tensors: Iterable[Tensor]) -> tuple[str, ...]:
-    """The dimension names that occur in ``tensors``, in order of appearance."""
+    """The dimension names in ``tensors``, in order of appearance."""
     named = (parts_of(dim)[1] for tensor in tensors for dim in tensor.dims if isinstance(dim, str))
     return tuple(dict.fromkeys(named))
 
 
 def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of ``tensor`` where every name has the size given."""
+    """The shape of ``tensor`` for the given ``sizes`` of dimension names."""
     return tuple(dim if isinstance(dim, int) else parts_of(dim)[0] * sizes[parts_of(dim)[1]] for dim in tensor.dims)
 
 
-def restricted(profile: Profile, tensors: Iterable[Tensor]) -> Profile:
-    """The part of ``profile`` that speaks about dimensions of ``tensors``."""
+def restrict(profile: Profile, tensors: Iterable[Tensor]) -> Profile:
+    """The entries of ``profile`` for dimensions of ``tensors``."""
     return {name: profile[name] for name in names_in(tensors)}
 
 
 def own_profiles(profiles: Sequence[Profile], tensors: Sequence[Tensor]) -> tuple[Profile, ...]:
-    """``profiles`` as far as they concern a graph with inputs ``tensors``, each once and in order.
+    """``profiles`` restricted to the dimensions of a graph's inputs ``tensors``, without duplicates, in order.
 
-    The builder makes one optimisation profile of each, the runtime chooses among them by index.
+    The builder creates one optimisation profile for each; the runtime selects one by index.
     """
     own: list[Profile] = []
     for profile in profiles:
-        if (part := restricted(profile, tensors)) and part not in own:
+        if (part := restrict(profile, tensors)) and part not in own:
             own.append(part)
     return tuple(own)
 
 
 def is_static(profile: Profile) -> bool:
-    """Every dimension has one size: an engine of that profile can be captured into a CUDA graph."""
+    """True if every dimension has one size, so that a CUDA graph can capture an engine with this profile."""
     return all(low == high for low, _, high in profile.values())
 
 
 def sizes_of(tensors: Iterable[Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The size of every dimension name, read off the shapes of a call.
+    """The size of every dimension name, derived from the shapes of a call.
 
     Raises:
-        ValueError: a rank or a fixed dimension differs, or one name would have two sizes.
+        ValueError: a rank or a fixed dimension differs, or a name has two sizes.
     """
     found: dict[str, tuple[int, str]] = {}
     for tensor in tensors:
@@ -85,8 +85,9 @@ def sizes_of(tensors: Iterable[Tensor], shapes: Mapping[str, Sequence[int]]) -> 
             _agree(found, tensor.name, dim, size)
     for half, (whole, parts) in HALVES.items():
         if half in found and whole in found and found[half][0] * parts != found[whole][0]:
-            told = f"{half} is {found[half][0]} in {found[half][1]}"
-            raise ValueError(f"{told}, expected {whole} / {parts} = {found[whole][0] / parts:g} ({found[whole][1]})")
+            mismatch = f"{half} is {found[half][0]} in {found[half][1]}"
+            expected = f"{whole} / {parts} = {found[whole][0] / parts:g} ({found[whole][1]})"
+            raise ValueError(f"{mismatch}, expected {expected}")
     return {name: size for name, (size, _) in found.items()}
 
 
@@ -102,10 +103,10 @@ def _agree(found: dict[str, tuple[int, str]], tensor: str, dim: int | str, size:
 
 
 def fitting_profile(sizes: Mapping[str, int], profiles: Sequence[Profile]) -> int:
-    """Index of the first profile that holds ``sizes``; 0 where there is no profile at all.
+    """The index of the first profile that contains ``sizes``; 0 if ``profiles`` is empty.
 
     Raises:
-        UserError: none does. Names the dimension that is outside of the profile that comes closest.
+        UserError: no profile does; names the dimensions outside the closest one.
     """
     outside = [_outside(sizes, profile) for profile in profiles]
     for index, dims in enumerate(outside):
@@ -116,7 +117,7 @@ def fitting_profile(sizes: Mapping[str, int], profiles: Sequence[Profile]) -> in
     closest = min(range(len(profiles)), key=lambda index: len(outside[index]))
     found = ", ".join(f"{name} {sizes[name]}" for name in outside[closest])
     ranges = " or ".join(_ranges(profile, outside[closest]) for profile in profiles)
-    raise UserError(f"{found} (in latents)", ranges, "run wan-trt build with a --size and --frames that cover it")
+    raise UserError(f"{found} (in latents)", ranges, "run wan-trt build with --size and --frames that include it")
 
 
 def _outside(sizes: Mapping[str, int], profile: Profile) -> list[str]:

@@ -1,8 +1,8 @@
-"""Every constant of the Wan2.2 models that more than one stage needs, as frozen dataclasses.
+"""All constants of the Wan2.2 models that more than one stage needs, as frozen dataclasses.
 
-A stage asks the spec, never a second table. Tiny twins have the structure of their originals (both experts, all caches,
-the same latent channels) with small widths, so that the whole flow runs on a laptop CPU in seconds. Numbers come from
-the official configurations (Wan-Video/Wan2.2, ``wan/configs``) and from the diffusers configurations of these models.
+Specs are the only source of these constants. Tiny models have the structure of their originals (both experts, all
+caches, the same latent channels) with small widths, so that the whole flow runs on a laptop CPU in seconds. The numbers
+are from the official configurations (Wan-Video/Wan2.2, ``wan/configs``) and diffusers' configurations of these models.
 """
 
 from dataclasses import dataclass, replace
@@ -14,14 +14,14 @@ from wan22.parts import VAE_2_1, VAE_2_2, DitSpec, TextEncoderSpec, VaeSpec
 from wan22.sampling import SamplingSpec, preset_named
 
 PATCH = (1, 2, 2)  # latent frames, rows and columns per token
-TEXT_TOKENS = 512  # rows of text that the transformer sees, the unused ones exact zeros
+TEXT_TOKENS = 512  # rows of text in the transformer; unused rows are exact zeros
 TRAIN_TIMESTEPS = 1000
-POSITIONS = 1024  # tokens per axis that the transformers' rotary embedding knows
-CUSTOM = "-custom"  # ends the name of a model of unknown dimensions
+POSITIONS = 1024  # maximum number of tokens per axis in the transformers' rotary embedding
+CUSTOM = "-custom"  # suffix of the name of a model with unknown dimensions
 
 
 class Number(StrEnum):
-    """A type of number that matrix multiplications take."""
+    """A number type of matrix multiplications."""
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -34,7 +34,7 @@ class Number(StrEnum):
 
     @property
     def significand(self) -> int:
-        """Bits of it, the leading one counted."""
+        """Bits of the significand, including the leading one."""
         return _BITS[self][1]
 
 
@@ -42,9 +42,9 @@ _BITS = {Number.FP32: (32, 24), Number.BF16: (16, 8), Number.FP16: (16, 11), Num
 
 
 class Precision(StrEnum):
-    """What the matrix multiplications of a component run in. Sensitive parts stay in float32 whatever it says.
+    """The precision of a component's matrix multiplications. Sensitive parts always stay in float32.
 
-    Code asks for the properties and does not compare members, so that a new precision is a new row of the table below.
+    Code uses the properties instead of comparing members, so that a new precision only needs a new row in ``_AXES``.
     """
 
     FP32 = "fp32"
@@ -55,27 +55,27 @@ class Precision(StrEnum):
 
     @property
     def linears(self) -> Number:
-        """What linears multiply, and how their weights are stored."""
+        """The number type of linears and of their stored weights."""
         return _AXES[self][0]
 
     @property
     def attention(self) -> Number:
-        """What attention multiplies."""
+        """The number type of attention."""
         return _AXES[self][1]
 
     @property
     def wide(self) -> "Precision":
-        """What everything around quantised linears and attention runs in; itself where nothing is quantised."""
+        """The precision of everything except quantised linears and attention; itself if nothing is quantised."""
         return Precision.BF16 if self.quantised else self
 
     @property
     def quantised(self) -> bool:
-        """Weights of linears are stored in less than 16 bits, with scales."""
+        """True if weights of linears are stored in fewer than 16 bits, with scales."""
         return self.linears.bits < 16
 
     @property
     def significand(self) -> tuple[int, int]:
-        """Significand bits of linears and attention: the smaller, the coarser."""
+        """Significand bits of linears and attention; fewer bits are coarser."""
         return self.linears.significand, self.attention.significand
 
 
@@ -89,7 +89,7 @@ _AXES = {  # linears, attention
 
 
 class Task(StrEnum):
-    """What official configurations call ``model_type``. Code asks what a model takes, never which of these it is."""
+    """``model_type`` in official configurations. Code checks :attr:`ModelSpec.takes` instead of the task."""
 
     T2V = "t2v"
     I2V = "i2v"
@@ -102,16 +102,16 @@ Resizing = Literal["stretch", "cover"]
 
 @dataclass(frozen=True)
 class Takes:
-    """What a model is given beside text, and how."""
+    """The inputs of a model other than text."""
 
     image: ImageUse = "no"
     last_image: bool = False
-    resizing: Resizing = "stretch"  # of images: to the size of the video, or until they cover it, then cut (§6)
-    clean_first_frame: bool = False  # latent frame 0 is the image, without noise, its tokens at timestep 0 (§2.6)
-    mask_channels: int = 0  # of the condition, before the channels of the encoded video; 0: there is no condition
+    resizing: Resizing = "stretch"  # "stretch" images to the video's size, or "cover" it and crop (§6)
+    clean_first_frame: bool = False  # latent frame 0 is the noise-free image, its tokens at timestep 0 (§2.6)
+    mask_channels: int = 0  # of the condition, before the channels of the encoded video; 0 means no condition
 
     def condition_channels(self, latent_channels: int) -> int:
-        """Channels of the condition for a VAE with that many latent channels."""
+        """The number of channels of the condition; 0 without one."""
         return self.mask_channels + latent_channels if self.mask_channels else 0
 
 
@@ -141,20 +141,20 @@ class ModelSpec:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The graphs of this model, in the order in which a run uses them."""
+        """The graphs of this model, in order of use."""
         chunks = ("first", "next") if self.takes.mask_channels else () if self.takes.image == "no" else ("first",)
         encoder = tuple(f"vae_encoder_{chunk}" for chunk in chunks)
         return ("text_encoder", *encoder, *self.experts, "vae_decoder_first", "vae_decoder_next")
 
     @property
     def size_multiple(self) -> int:
-        """Width and height in pixels must be multiples of this: VAE stride times patch."""
+        """The divisor of width and height in pixels: VAE stride times patch."""
         return self.vae.spatial_stride * PATCH[1]
 
     def expert_at(self, timestep: float, step: int | None = None) -> str:
-        """The expert that denoises at ``timestep`` (0…1000); the official code compares the truncated integer.
+        """The expert for ``timestep`` (0…1000); the official code compares the truncated integer.
 
-        ``step`` counts from 0; it decides where the sampling switches at a step and not at a timestep.
+        ``step`` counts from 0 and determines the expert if sampling switches at a step instead of a timestep.
         """
         sampling = self.sampling
         if sampling.boundary is None:
@@ -164,10 +164,10 @@ class ModelSpec:
         return "high_noise" if timestep >= sampling.boundary * TRAIN_TIMESTEPS else "low_noise"
 
     def with_preset(self, name: str) -> "ModelSpec":
-        """The model with the settings of preset ``name`` over those of its release; boundary and video stay.
+        """The model with preset ``name`` applied to its release's settings; boundary, frames, fps and sizes are kept.
 
         Raises:
-            UserError: no such preset, or one for other models.
+            UserError: the preset does not exist or is for other models.
         """
         proper, preset = preset_named(name, self.task)
         release, own = SPECS.get(self.name.removesuffix(CUSTOM), self).sampling, self.sampling
@@ -175,7 +175,7 @@ class ModelSpec:
         return replace(self, sampling=replace(release, **{**kept, **preset.changes, "preset": proper}))
 
     def latent_shape(self, width: int, height: int, frames: int) -> tuple[int, int, int, int, int]:
-        """``[1, z, T, h, w]`` of a video of that many pixels and frames; refuses what the model cannot make."""
+        """The latent shape ``[1, z, T, h, w]`` of a video; UserError for a size or number of frames not supported."""
         self.check_size(width, height)
         self.check_frames(frames)
         stride = self.vae.spatial_stride
@@ -202,7 +202,7 @@ class ModelSpec:
 
 
 def tokens(latent_shape: tuple[int, ...]) -> int:
-    """Tokens of the transformer for latents ``[1, z, T, h, w]``."""
+    """The transformer's number of tokens for latents ``[1, z, T, h, w]``."""
     t, h, w = latent_shape[-3:]
     return (t // PATCH[0]) * (h // PATCH[1]) * (w // PATCH[2])
 
@@ -258,7 +258,7 @@ def _tiny(spec: ModelSpec, size: tuple[int, int]) -> ModelSpec:
     )
 
 
-# The trained tiny model (studies/tiny_model); a shift that suits its 120 tokens.
+# The trained tiny model (studies/tiny_model); the shift suits its 120 tokens.
 _TOY = replace(
     _tiny(T2V_A14B, (96, 64)),
     name="t2v-a14b-toy",
@@ -288,12 +288,12 @@ SPECS = {
 
 def spec_named(name: str) -> ModelSpec:
     if name not in SPECS:
-        raise UserError(f"model {name!r}", f"one of {', '.join(SPECS)}", "name one of them")
+        raise UserError(f"model {name!r}", f"one of {', '.join(SPECS)}", "choose one of these")
     return SPECS[name]
 
 
 def named_after_dimensions(spec: ModelSpec) -> ModelSpec:
-    """``spec`` with the name and sampling defaults of the known model whose dimensions it has, else marked custom."""
+    """The known model with the dimensions of ``spec``; otherwise ``spec`` with its name marked as custom."""
     for known in SPECS.values():
         if replace(known, name=spec.name, sampling=spec.sampling) == spec:
             return known

@@ -34,19 +34,12 @@ __all__ = sorted(_WHERE)  # noqa: PLE0605
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version()
+        from wan22 import version
+
+        return version()
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_WHERE[name]), name)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("wan-trt")
-    except PackageNotFoundError:
-        return "unknown"  # run from its sources
 
 
 def __dir__() -> list[str]:

@@ -14,6 +14,7 @@ from wan22.errors import UserError
 from wan22.shapes import parse_size
 
 if TYPE_CHECKING:
+    from runtime.arrays import F32
     from runtime.request import Request
 
 Engines = Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)]
@@ -21,8 +22,11 @@ Prompt = Annotated[str, typer.Argument(help="What the video shows, in any langua
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, such as 832x480.")]
 Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames, a multiple of 4 plus 1.")]
-Seed = Annotated[
-    int, typer.Option("--seed", metavar="INT", help="Seed of the noise, below 2**64; -1 draws and prints one.")
+SEED = typer.Option("--seed", metavar="INT", help="Seed of the noise, below 2**64; -1 draws and prints one.")
+Seed = Annotated[int, SEED]
+Noise = Annotated[
+    Path | None,
+    typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of that of the seed."),
 ]
 NegativePrompt = Annotated[
     str | None, typer.Option(help="What the video must not show; the official text unless given.")
@@ -82,10 +86,10 @@ RequireSignature = Annotated[
 
 # headings of --help and the parameters under them; all others stay under "Options"
 GROUPS = {
-    "Video": ("size", "frames", "fps"),
+    "Video": ("size", "frames", "fps", "quality"),
     "Image": ("image", "last_image", "fit", "exact_official"),
     "Sampling": (
-        "negative_prompt", "preset", "steps", "seed", "shift", "solver", "schedule", "boundary",
+        "negative_prompt", "preset", "steps", "seed", "noise", "shift", "solver", "schedule", "boundary",
         "guidance", "guidance_high_noise", "guidance_low_noise",
     ),
     "Output": ("output", "overwrite", "verbose", "preview", "html", "as_json", "plot", "calls"),
@@ -132,12 +136,14 @@ def seeds_of(text: str | None) -> tuple[int, ...]:
     return () if text is None else tuple(_numbers("seeds", text, 2**64 - 1, "0,1,10-12"))
 
 
-def seed_of(typed: int) -> int:
-    """The seed as it was typed; for -1 a drawn one, printed to stderr so that the run can be repeated.
+def seed_of(typed: int | None) -> int:
+    """The seed as it was typed, 0 unless it was; for -1 a drawn one, printed to stderr so that the run can be repeated.
 
     Raises:
         UserError: neither -1 nor a seed that torch takes.
     """
+    if typed is None:
+        return 0
     if not -1 <= typed < 2**64:
         raise UserError(f"seed {typed}", "0 to 2**64 - 1, or -1 to draw one", "choose another seed")
     if typed != -1:
@@ -145,6 +151,15 @@ def seed_of(typed: int) -> int:
     drawn = secrets.randbelow(2**32)  # torch uses the low 32 bits
     typer.echo(f"seed {drawn}", err=True)
     return drawn
+
+
+def noise_of(path: Path | None) -> "F32 | None":
+    """The noise in a file; None where none is named."""
+    if path is None:
+        return None
+    from wan_trt.recipes.noise_file import read_noise
+
+    return read_noise(path)
 
 
 def _numbers(what: str, text: str, most: int, example: str) -> list[int]:
@@ -166,17 +181,26 @@ def request_from(options: Mapping[str, Any]) -> "Request":
     """The request in the options of a command, its ``locals()``: what :class:`Request` has under the option's name."""
     from runtime.request import Request
 
-    names = {field.name for field in fields(Request)} & options.keys() - {"seed"}
+    names = {field.name for field in fields(Request)} & options.keys() - {"seed", "noise"}
     by_expert = {name: options.get(f"guidance_{name}") for name in ("high_noise", "low_noise")}
     return Request(
         **{name: options[name] for name in names}
         | {
             "size": size_of(options["size"]),
             "seed": seed_of(options["seed"]),
+            "noise": noise_of(options.get("noise")),
             "guidance": {name: scale for name, scale in by_expert.items() if scale is not None},
             "guidance_scale": options.get("guidance"),
         }
     )
+
+
+def check_signed(engines: Path, key: Path | None) -> None:
+    """Refuse engines that the owner of ``key`` did not sign; without a key accept all."""
+    if key is not None:
+        from runtime.signature import check_signature
+
+        check_signature(engines, key)
 
 
 def limits_of(options: Mapping[str, Any]) -> dict[str, int | None]:

@@ -1,1 +1,1 @@
-"""Graph passes for target cpu: what ONNX Runtime has one kernel for becomes one operator. In fp32 only."""
+"""Graph passes for target cpu, fp32 only: replace subgraphs for which ONNX Runtime has one kernel by one operator."""

@@ -1,13 +1,13 @@
 """Attention as ONNX Runtime's fused ``MultiHeadAttention``.
 
 The exported graphs write attention as MatMul, Softmax, MatMul, which GPU compilers fuse. ONNX Runtime would store the
-whole ``[heads, L, S]`` matrix of probabilities; its fused operator works through it in blocks that fit the cache
-(FlashAttention), and takes q, k and v as rows of tokens, which saves the transposes as well.
+whole ``[heads, L, S]`` matrix of probabilities; its fused operator processes it in blocks that fit the cache
+(FlashAttention) and takes q, k and v as rows of tokens, which also saves the transposes.
 """
 
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import consumer, ints, producer, replaced, shape_constant
+from engines.cpu.match import consumer, ints, producer, replace_value, shape_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -17,16 +17,16 @@ BY_HEAD, TURNED, BY_TOKEN = (1, 0, 2), (1, 2, 0), (0, 2, 1, 3)  # orders of axes
 
 
 def fuse_attention(model: "ir.Model", heads: int, head_width: int) -> int:
-    """Replaces every attention of the exported form by one operator, in place; returns how many.
+    """Replace every attention of the exported form by one operator, in place; return their number.
 
     The form: ``q, k, v [tokens, heads, head]``, each transposed by head and unsqueezed, ``Softmax(q kᵀ) v``, transposed
-    back and squeezed to ``[tokens, heads, head]``. The scale is in q already. Attention of another form is left alone.
+    back and squeezed to ``[tokens, heads, head]``. q is already scaled. Other forms of attention stay unchanged.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     fused = 0
     for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
-        if (found := _matched(softmax)) is not None:
+        if (found := _match(softmax)) is not None:
             _replace(model.graph, softmax.name or "attention", found, (heads, head_width))
             fused += 1
     if fused:
@@ -35,7 +35,7 @@ def fuse_attention(model: "ir.Model", heads: int, head_width: int) -> int:
     return fused
 
 
-def _matched(softmax: "ir.Node") -> "tuple[list[ir.Value], ir.Node] | None":
+def _match(softmax: "ir.Node") -> "tuple[list[ir.Value], ir.Node] | None":
     """q, k and v as rows of tokens, and the node that yields the result as rows of tokens."""
     scores, mixed = producer(softmax.inputs[0], "MatMul"), consumer(softmax, "MatMul")
     if scores is None or mixed is None:
@@ -62,11 +62,11 @@ def _replace(graph: "ir.Graph", name: str, found: "tuple[list[ir.Value], ir.Node
         name=f"{name}/fused",
     )
     back = ir.node("Reshape", [attention.outputs[0], by_head], name=f"{name}/by_token")
-    replaced(graph, squeezed.outputs[0], [*rows, attention, back])
+    replace_value(graph, squeezed.outputs[0], [*rows, attention, back])
 
 
 def _rows(value: "ir.Value | None", order: tuple[int, ...]) -> "ir.Value | None":
-    """What was transposed in ``order`` and unsqueezed to become ``value``."""
+    """The value before the Transpose in ``order`` and the Unsqueeze that produce ``value``; None for another form."""
     unsqueezed = producer(value, "Unsqueeze")
     transposed = producer(unsqueezed.inputs[0], "Transpose") if unsqueezed is not None else None
     return transposed.inputs[0] if transposed is not None and ints(transposed, "perm") == order else None

@@ -1,27 +1,27 @@
-"""Products without their biases, which the next pass over the rows adds, or none.
+"""Move biases out of matrix products into the next pass over the rows, or remove the pass altogether.
 
-ONNX Runtime's ``Gemm`` writes the bias into its result, on one core, before it multiplies, and reads it back: a tenth
-of its time where the result is wide. ``FastGelu``, the same approximation by tanh, adds a bias on all cores while it
-passes over the rows; elsewhere an ``Add`` is still cheaper. The bias of the values of an attention needs no pass:
-probabilities sum to 1, so that it comes out as it went in and can be added by the linear behind.
+ONNX Runtime's ``Gemm`` writes the bias into its result on one core before it multiplies, and reads it back: a tenth of
+its time if the result is wide. ``FastGelu``, the same tanh approximation, adds a bias on all cores during its pass over
+the rows; elsewhere a separate ``Add`` is still cheaper. The bias of an attention's values needs no pass: probabilities
+sum to 1, so it passes through the attention unchanged, and the next linear can add it.
 """
 
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import consumer, producer, replaced, shape_constant
+from engines.cpu.match import consumer, producer, replace_value, shape_constant
 from engines.cpu.padding import MODULE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN = "com.microsoft"
-OF_BOTH = "/bias_of_both"  # ends the name of a linear that is a sum of biases
+OF_BOTH = "/bias_of_both"  # suffix of the name of a linear that sums two biases
 
 
 def forward_value_biases(model: "ir.Model") -> int:
-    """Adds the bias of every self-attention's values to that of the linear behind it, in place; returns how many.
+    """Add the bias of every self-attention's values to the next linear's bias, in place; return their number.
 
-    For fused attention whose values are a linear of their own. ONNX Runtime computes the sum when it loads the graph.
+    Requires fused attention with a separate linear for the values. ONNX Runtime computes the sum at load time.
     """
     attentions = [node for node in model.graph if node.op_type == "MultiHeadAttention" and MODULE not in str(node.name)]
     moved = [_forward(model.graph, node) for node in attentions]
@@ -45,13 +45,13 @@ def _forward(graph: "ir.Graph", attention: "ir.Node") -> bool:
     graph.insert_before(after, [row, both])
     after.replace_input_with(2, both.outputs[0])
     plain = ir.node("FusedMatMul", [x, weight], {"transB": 1}, domain=DOMAIN, name=f"{before.name}/product")
-    replaced(graph, before.outputs[0], [plain])
+    replace_value(graph, before.outputs[0], [plain])
     graph.remove(before, safe=True)
     return True
 
 
 def separate_biases(model: "ir.Model") -> int:
-    """Takes the bias out of every linear ``x Wᵀ + b`` of the graph, in place; returns how many."""
+    """Move the bias out of every linear ``x Wᵀ + b`` of the graph, in place; return their number."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     products = [node for node in model.graph if node.op_type == "Gemm" and not str(node.name).endswith(OF_BOTH)]
@@ -76,7 +76,7 @@ def _replace(graph: "ir.Graph", linear: "ir.Node") -> None:
     product = ir.node("FusedMatMul", linear.inputs[:2], {"transB": 1}, domain=DOMAIN, name=f"{name}/product")
     if gelu is not None and "approximate" in gelu.attributes and gelu.attributes["approximate"].as_string() == "tanh":
         activated = ir.node("FastGelu", [product.outputs[0], bias], domain=DOMAIN, name=f"{name}/gelu")
-        replaced(graph, gelu.outputs[0], [product, activated])
+        replace_value(graph, gelu.outputs[0], [product, activated])
     else:
         added = ir.node("Add", [product.outputs[0], bias], name=f"{name}/bias")
-        replaced(graph, linear.outputs[0], [product, added])
+        replace_value(graph, linear.outputs[0], [product, added])

@@ -1,10 +1,10 @@
-"""Everything between two self-attentions in chunks of tokens that stay in a core's cache.
+"""Compute everything between two self-attentions in chunks of tokens that stay in a core's cache.
 
 A linear over all tokens of a video streams its input and output from memory once for every few columns of its weights;
 ONNX Runtime's product is a tenth slower there than on rows that fit the second-level cache, and norms, gates and
-activations pass over memory once more each. Only self-attention reads other tokens than its own: what lies between two
-of them becomes the body of a ``Scan`` over chunks of equal length, which neither copies nor pads. Its weights belong to
-the graph outside.
+activations each pass over memory again. Only self-attention mixes tokens: everything between two self-attentions
+becomes the body of a ``Scan`` over chunks of equal length, which neither copies nor pads. The weights stay in the outer
+graph.
 """
 
 from typing import TYPE_CHECKING
@@ -15,42 +15,42 @@ from engines.cpu.patches import patches_of
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-CHUNK_BYTES = 1200 * 1024 * 4  # of the residual stream, for all cores together: fastest of 400, 600 and 1,200 rows
-FEWEST_ROWS = 192  # below, reading the weights costs more than the cache saves
+CHUNK_BYTES = 1200 * 1024 * 4  # residual stream of all cores together: fastest of 400, 600 and 1,200 rows
+FEWEST_ROWS = 192  # with fewer, reading the weights costs more than the cache saves
 ALIKE = frozenset({"Add", "Mul", "Gelu", "FastGelu", "LayerNormalization", "RMSNormalization", "RotaryEmbedding"})
 LINEAR = frozenset({"Gemm", "FusedMatMul"})
 
-Layout = tuple[int, ...]  # a shape with -1 where the tokens are
+Layout = tuple[int, ...]  # a shape with -1 for the token axis
 
 
 def chunk_tokens(model: "ir.Model", width: int) -> int:
-    """Moves what is done to every token by itself into ``Scan`` nodes, in place; returns how many.
+    """Move per-token computations into ``Scan`` nodes, in place; return the number of nodes.
 
-    For graphs that the other passes have been over, with one time for all tokens. How many rows a chunk has is found
-    when the graph runs: the greatest divisor of the number of tokens that fits, or all of them where none does.
+    Runs after the other passes, on graphs with one timestep for all tokens. The graph computes the chunk length at run
+    time: the greatest divisor of the number of tokens that fits, or all tokens if none does.
     """
     graph = model.graph
     pixels = patches_of(graph)
     if pixels is None:
         return 0
     tokens = pixels.outputs[0]
-    traced = _Traced(graph, pixels, width)
-    regions = [nodes for nodes in traced.regions.values() if any(node.op_type in LINEAR for node in nodes)]
+    trace = _TokenTrace(graph, pixels, width)
+    regions = [nodes for nodes in trace.regions.values() if any(node.op_type in LINEAR for node in nodes)]
     rows = _rows(graph, tokens, width)
     for number, nodes in enumerate(regions):
-        _scan(graph, nodes, traced.layouts, rows, f"chunks.{number}")
+        _scan(graph, nodes, trace.layouts, rows, f"chunks.{number}")
     graph.sort()
     return len(regions)
 
 
-class _Traced:
-    """Values that have the tokens as an axis, and what makes them token by token between two self-attentions."""
+class _TokenTrace:
+    """Values with a token axis, and the per-token nodes between two self-attentions that produce them."""
 
     def __init__(self, graph: "ir.Graph", pixels: "ir.Node", width: int) -> None:
         self._width = width
         self.layouts = _tables(graph)
         self.layouts[pixels.outputs[0]] = _target(pixels) or ()
-        self.levels: dict[ir.Value | None, int] = dict.fromkeys(self.layouts, 0)  # how many attentions lie before
+        self.levels: dict[ir.Value | None, int] = dict.fromkeys(self.layouts, 0)  # number of preceding attentions
         self.regions: dict[int, list[ir.Node]] = {}
         for node in graph:
             if any(value in self.levels for value in _read(node)) and node.outputs[0] not in self.levels:
@@ -70,7 +70,7 @@ class _Traced:
         self.levels |= dict.fromkeys(node.outputs, level)
 
     def _layout(self, node: "ir.Node") -> Layout | None:
-        """Of the node's output. None where the node is not known to treat tokens alike."""
+        """The layout of the node's output; None unless the node is known to treat all tokens alike."""
         first = self.layouts.get(node.inputs[0]) if node.inputs else None
         if node.op_type in ALIKE:
             return first or self.layouts.get(node.inputs[1])
@@ -78,18 +78,18 @@ class _Traced:
             return _target(node)
         if node.op_type in LINEAR:
             return _columns(node)
-        # cross-attention, and the choice between two ways to it and the linear behind it
+        # cross-attention, and the choice between its two forms together with the next linear
         return {"MultiHeadAttention": (1, -1, self._width), "If": (-1, self._width)}.get(node.op_type)
 
 
 def _columns(linear: "ir.Node") -> Layout | None:
-    """What a linear makes whose weight, transposed, is stored in the graph."""
+    """The output layout of a linear with a stored, transposed weight."""
     shape = linear.inputs[1].shape if linear.inputs[1] is not None else None
     return None if shape is None or "transB" not in linear.attributes else (-1, int(shape.numpy()[0]))
 
 
 def _read(node: "ir.Node") -> "list[ir.Value | None]":
-    """Its inputs and what its branches read from outside."""
+    """The node's inputs and the outer values that its branches read."""
     found = list(node.inputs)
     for branch in _branches(node):
         inside = set(branch)
@@ -104,21 +104,21 @@ def _branches(node: "ir.Node") -> "list[ir.Graph]":
 
 
 def _tables(graph: "ir.Graph") -> "dict[ir.Value | None, Layout]":
-    """cos and sin, which have a row for every token."""
+    """The layouts of cos and sin, which have one row per token."""
     tables = [value for node in graph if node.op_type == "RotaryEmbedding" for value in node.inputs[1:3]]
     found = {value: _target(node) for value in tables if value is not None and (node := value.producer()) is not None}
     return {value: layout for value, layout in found.items() if layout is not None}
 
 
 def _target(node: "ir.Node") -> Layout | None:
-    """What a Reshape makes, if the tokens are the axis that it leaves open."""
+    """The output layout of a Reshape that infers the token axis; None otherwise."""
     shape = node.inputs[1].const_value if node.op_type == "Reshape" and node.inputs[1] is not None else None
     layout = () if shape is None else tuple(int(size) for size in shape.numpy())
     return layout if layout.count(-1) == 1 else None
 
 
 def _rows(graph: "ir.Graph", tokens: "ir.Value", width: int) -> "ir.Value":
-    """``[1]``: how many tokens a chunk has."""
+    """The number of tokens per chunk, ``[1]``."""
     import numpy as np
     import onnx_ir as ir
 
@@ -141,7 +141,7 @@ def _rows(graph: "ir.Graph", tokens: "ir.Value", width: int) -> "ir.Value":
 def _scan(
     graph: "ir.Graph", nodes: "list[ir.Node]", layouts: "dict[ir.Value | None, Layout]", rows: "ir.Value", name: str
 ) -> None:
-    """Puts a ``Scan`` over chunks in the place of ``nodes``."""
+    """Replace ``nodes`` by a ``Scan`` over chunks."""
     import onnx_ir as ir
 
     inside = set(nodes) | {inner for node in nodes for branch in _branches(node) for inner in branch}
@@ -149,8 +149,8 @@ def _scan(
     leaving = [value for value in made if any(use.node not in inside for use in value.uses())]
     graph.remove(nodes)
     chunks = _entering(nodes, inside, layouts, name)
-    # A Reshape would be copied into the result of the Scan: what it reads leaves in its place. What is only reshaped
-    # enters and leaves as it was: a Scan has no result that its body did not make.
+    # A Reshape at the end would cost a copy into the Scan's result, so its input becomes the result instead. Values
+    # that are only reshaped bypass the Scan, because it can return only values that its body produces.
     results = {value: _before_reshapes(value, inside) for value in leaving}
     whole = {chunk: value for value, chunk in chunks.items()}
     outputs = [result for result in dict.fromkeys(results.values()) if result not in whole]
@@ -172,7 +172,7 @@ def _scan(
 def _entering(
     nodes: "list[ir.Node]", inside: "set[ir.Node]", layouts: "dict[ir.Value | None, Layout]", name: str
 ) -> "dict[ir.Value, ir.Value]":
-    """What ``nodes`` read of the tokens outside, and the chunk of it that they read from now on."""
+    """Make ``nodes`` read chunks instead of outer values with a token axis; return value → chunk."""
     import onnx_ir as ir
 
     used = dict.fromkeys(value for node in nodes for value in node.inputs)
@@ -195,7 +195,7 @@ def _join(
     inside: "set[ir.Node]",
     layouts: "dict[ir.Value | None, Layout]",
 ) -> None:
-    """Lets all who read ``value`` outside read ``chunks`` in its layout."""
+    """Make all outer readers of ``value`` read ``chunks``, reshaped to its layout."""
     import onnx_ir as ir
 
     shape = shape_constant(graph, [*layouts[value]])
@@ -213,7 +213,7 @@ def _before_reshapes(value: "ir.Value", inside: "set[ir.Node]") -> "ir.Value":
 
 
 def _split(graph: "ir.Graph", value: "ir.Value", layout: Layout, rows: "ir.Value") -> "ir.Value":
-    """``value`` in chunks, which become its first axis."""
+    """``value`` split into chunks along a new first axis."""
     import onnx_ir as ir
 
     name = f"{value.name}/chunks"

@@ -1,25 +1,25 @@
-"""A graph in 16 bits, rewritten so that a CPU computes its numbers: float32 arithmetic, rounded where 16 bits are kept.
+"""Emulate a 16-bit graph on a CPU with float32 arithmetic, rounding wherever the compiled graph stores 16 bits.
 
-ONNX Runtime has no bfloat16 kernels for the CPU, but it casts to bfloat16 and back. So every tensor of the type becomes
-float32, and each result that the compiled graph would keep in 16 bits goes through that cast and back. Kept in full, as
-fused kernels keep them, are an attention's logits (they stay in registers between the two matrix products), what FP8
-quantisation reads, and dequantised FP8 numbers (they enter the matrix product as they are, its scale applied in
-float32). FP8 itself needs no emulation: ONNX Runtime quantises on the CPU, and the products of FP8 numbers are exact in
-float32.
+ONNX Runtime has no bfloat16 kernels for the CPU, but it casts to bfloat16 and back. So every 16-bit tensor becomes
+float32, and each result that the compiled graph would store in 16 bits is cast there and back. Three kinds of values
+are not rounded, because fused kernels keep them in full: an attention's logits, which stay in registers between the two
+matrix products; the inputs of FP8 quantisation; and dequantised FP8 numbers, which enter the matrix product directly,
+with their scale applied in float32. FP8 itself needs no emulation: ONNX Runtime quantises on the CPU, and products of
+FP8 numbers are exact in float32.
 """
 
 import onnx_ir as ir
 
-# Operators that hand on numbers without computing any.
+# Operators that move numbers without computing.
 MOVING = frozenset(
     {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Split", "Concat", "Identity", "Expand", "Gather"}
 )
-IN_REGISTERS = frozenset({"Softmax", "QuantizeLinear"})  # these read what comes before them unrounded
+IN_REGISTERS = frozenset({"Softmax", "QuantizeLinear"})  # they read their input unrounded
 FLOAT = ir.DataType.FLOAT
 
 
 def emulate(model: ir.Model, emulated: ir.DataType = ir.DataType.BFLOAT16) -> None:
-    """Rewrites ``model`` in place; all its inputs and outputs are float32 or integers, and stay what they are."""
+    """Rewrite ``model`` in place; its inputs and outputs must be float32 or integers and do not change."""
     graph = model.graph
     for weight in list(graph.initializers.values()):
         if weight.dtype == emulated:
@@ -37,7 +37,7 @@ def emulate(model: ir.Model, emulated: ir.DataType = ir.DataType.BFLOAT16) -> No
 
 
 def _widen(graph: ir.Graph, weight: ir.Value) -> None:
-    """A stored weight keeps its 16 bits; what reads it reads a float32 copy."""
+    """Keep a stored weight in 16 bits and make its readers read a float32 copy."""
     cast = ir.node("Cast", [weight], {"to": int(FLOAT)}, name=f"{weight.name}/widened")
     wide = cast.outputs[0]
     wide.name, wide.type, wide.shape = f"{weight.name}/float32", ir.TensorType(FLOAT), weight.shape
@@ -47,7 +47,7 @@ def _widen(graph: ir.Graph, weight: ir.Value) -> None:
 
 
 def _rounds(node: ir.Node, output: ir.Value) -> bool:
-    """Whether the compiled graph keeps this result in 16 bits."""
+    """True if the compiled graph stores this result in 16 bits."""
     if node.op_type in MOVING or node.op_type == "DequantizeLinear":
         return False
     readers = {use.node.op_type for use in output.uses()}

@@ -1,4 +1,4 @@
-"""Finding an exported form in a graph, for passes that replace it, and adding nodes one operator at a time."""
+"""Match exported forms in a graph for passes that replace them, and add nodes one operator at a time."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,19 +7,19 @@ if TYPE_CHECKING:
 
 
 def producer(value: "ir.Value | None", kind: str) -> "ir.Node | None":
-    """The node that makes ``value``, if it is of that kind."""
+    """The node that produces ``value`` if it is of ``kind``, else None."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == kind else None
 
 
 def consumer(node: "ir.Node | None", kind: str) -> "ir.Node | None":
-    """The only reader of ``node``'s output, if it is of that kind."""
+    """The only reader of ``node``'s output if it is of ``kind``, else None."""
     uses = list(node.outputs[0].uses()) if node is not None else []
     return uses[0].node if len(uses) == 1 and uses[0].node.op_type == kind else None
 
 
 def climb(value: "ir.Value | None", *steps: tuple[str, int]) -> "list[ir.Node] | None":
-    """The nodes above ``value``; a step is a kind and by which of its inputs to go on. None where a kind differs."""
+    """The nodes above ``value``. A step is a kind and the input to follow; None if a node has another kind."""
     found = []
     for kind, index in steps:
         node = producer(value, kind)
@@ -36,21 +36,25 @@ def ints(node: "ir.Node", attribute: str) -> tuple[int, ...]:
 
 
 def number(value: "ir.Value | None") -> float:
-    """A constant of one element."""
+    """The value of a one-element constant.
+
+    Raises:
+        ValueError: it is not one.
+    """
     if value is None or value.const_value is None or value.const_value.size != 1:
         raise ValueError("expected a constant of one element")
     return float(value.const_value.numpy().reshape(()))
 
 
 def shape_constant(graph: "ir.Graph", shape: list[int]) -> "ir.Value":
-    """The initializer that a Reshape to ``shape`` reads; one for all."""
+    """The initializer for a Reshape to ``shape``, shared by all such nodes."""
     import numpy as np
 
     return constant(graph, "shape_" + "x".join(map(str, shape)), np.array(shape, np.int64))
 
 
 def constant(graph: "ir.Graph", name: str, array: Any) -> "ir.Value":
-    """The initializer ``name``, made of ``array`` where the graph does not have it yet."""
+    """The initializer ``name``, created from ``array`` if the graph does not have it yet."""
     import onnx_ir as ir
 
     if name not in graph.initializers:
@@ -61,8 +65,8 @@ def constant(graph: "ir.Graph", name: str, array: Any) -> "ir.Value":
     return graph.initializers[name]
 
 
-def replaced(graph: "ir.Graph", old: "ir.Value", nodes: "list[ir.Node]") -> None:
-    """Puts ``nodes`` behind the node of ``old``; everything that read ``old`` reads the last one's output."""
+def replace_value(graph: "ir.Graph", old: "ir.Value", nodes: "list[ir.Node]") -> None:
+    """Insert ``nodes`` after the producer of ``old``; all readers of ``old`` then read the last node's output."""
     import onnx_ir as ir
 
     node, new = old.producer(), nodes[-1].outputs[0]
@@ -73,7 +77,7 @@ def replaced(graph: "ir.Graph", old: "ir.Value", nodes: "list[ir.Node]") -> None
 
 
 class Writer:
-    """Adds nodes before ``place``."""
+    """Add nodes before ``place``."""
 
     def __init__(self, graph: "ir.Graph", place: "ir.Node") -> None:
         self._graph, self._place = graph, place

@@ -1,18 +1,18 @@
-"""Modulation as scale and bias of the LayerNormalization before it: one pass over the rows instead of three."""
+"""Fold modulation into the scale and bias of the preceding LayerNormalization: one pass over the rows, not three."""
 
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import consumer, replaced, shape_constant
+from engines.cpu.match import consumer, replace_value, shape_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
 def fold_modulation(model: "ir.Model") -> int:
-    """Folds ``LayerNormalization(x, ones) · scale + shift`` into one operator, in place; returns how many.
+    """Fold ``LayerNormalization(x, ones) · scale + shift`` into one operator, in place; return their number.
 
-    Scale and shift must be one row ``[1, D]`` for all tokens: models whose frames have times of their own (TI2V) write
-    another form, which is left alone.
+    Scale and shift must be one row ``[1, D]`` for all tokens: models with one timestep per frame (TI2V) have another
+    form, which stays unchanged.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -28,7 +28,7 @@ def fold_modulation(model: "ir.Model") -> int:
 
 
 def _is_plain(norm: "ir.Node") -> bool:
-    """Whether its scale is ones and it has no bias."""
+    """True if the scale is all ones and the bias is missing."""
     scale = norm.inputs[1].const_value if norm.inputs[1] is not None else None
     return len(norm.inputs) == 2 and scale is not None and bool((scale.numpy() == 1).all())
 
@@ -45,4 +45,4 @@ def _replace(graph: "ir.Graph", norm: "ir.Node", scaled: "ir.Node", shifted: "ir
     ]
     inputs = [norm.inputs[0], *(row.outputs[0] for row in rows)]
     modulated = ir.node("LayerNormalization", inputs, dict(norm.attributes), name=f"{norm.name}/modulated")
-    replaced(graph, shifted.outputs[0], [*rows, modulated])
+    replace_value(graph, shifted.outputs[0], [*rows, modulated])

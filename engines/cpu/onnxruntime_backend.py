@@ -1,4 +1,4 @@
-"""Engines for ONNX Runtime, which compiles when it loads: graphs fitted to its CPU kernels, proven to load here."""
+"""Engines for ONNX Runtime, which compiles at load time: graphs adapted to its CPU kernels and test-loaded here."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from engines.cpu.passes import fit_decoder, fit_transformer
 from engines.cpu.prompt import split_at_prompt
+from wan22.backends import loading
 from wan22.bundle import Bundle, Component, File, file_entry
 from wan22.progress import Progress
 from wan22.specs import Precision
@@ -14,21 +15,22 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def fitted(source: Bundle, folder: Path, progress: Progress) -> tuple[tuple[Component, ...], str]:
-    """The components of ``source``, whose files were copied to ``folder``, rewritten there; the backend's version."""
+def fit_components(source: Bundle, folder: Path, progress: Progress) -> tuple[tuple[Component, ...], str]:
+    """Rewrite the components of ``source``, already copied to ``folder``; return them and the backend's version."""
     import onnxruntime
 
     components, prepared = source.manifest.components, []
     for done, component in enumerate(components, 1):
         prepared.append(engine := _for_cpu(source, component, folder))
         for file in (engine.graph, *engine.halves):
-            onnxruntime.InferenceSession(folder / file.path, providers=["CPUExecutionProvider"])
+            with loading(folder / file.path):
+                onnxruntime.InferenceSession(folder / file.path, providers=["CPUExecutionProvider"])
         progress("build engines", done, len(components), "components")
     return tuple(prepared), str(onnxruntime.__version__)
 
 
 def _for_cpu(source: Bundle, component: Component, folder: Path) -> Component:
-    """The component fitted to CPU kernels where there are passes for it; the fused ones have no 16-bit form there."""
+    """The component adapted to CPU kernels if passes exist for it; the fused kernels have no 16-bit form."""
     spec, path = source.manifest.spec, folder / component.graph.path
     is_transformer, is_decoder = component.name in spec.experts, component.name.startswith("vae_decoder")
     if component.precision is not Precision.FP32 or not (is_transformer or is_decoder):
@@ -45,7 +47,7 @@ def _for_cpu(source: Bundle, component: Component, folder: Path) -> Component:
 
 
 def _halves(transformer: "ir.Model", path: Path) -> tuple[File, ...]:
-    """Writes what the prompt alone decides, and a step without it, beside the whole transformer at ``path``."""
+    """Write the prompt-only part and the per-step part next to the complete transformer at ``path``."""
     import onnx_ir as ir
 
     paths = [path.with_suffix(f".{name}.onnx") for name in ("prompt", "step")]

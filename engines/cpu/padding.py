@@ -1,9 +1,9 @@
-"""Padding of the text computed once instead of once a row.
+"""Compute the padding of the text once instead of once per row.
 
-A prompt is followed by rows of zeros up to 512. They do take part in attention, all with the same key and value, so
-one row stands for ``n`` of them if its logit is raised by ``log n``: ``n·exp(s) = exp(s + log n)``. The fused operator
-takes no addend for a column unless it is stored for every token, hence every head of q gets one more channel, which is
-1, and of k one that is ``log n`` in the last row and 0 in the others.
+Rows of zeros pad a prompt to 512. They take part in attention, all with the same key and value, so one row represents
+``n`` of them if its logit is raised by ``log n``: ``n·exp(s) = exp(s + log n)``. The fused operator accepts no bias per
+column unless it is stored for every token. So every head of q gets an extra channel of ones, and every head of k one
+that is ``log n`` in the last row and 0 elsewhere.
 """
 
 from typing import TYPE_CHECKING
@@ -13,13 +13,13 @@ from engines.cpu.match import Writer, constant, shape_constant
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-TEXT, MODULE = "text", "/cross_attn/"  # the input; in the names of nodes of cross-attention
+TEXT, MODULE = "text", "/cross_attn/"  # name of the input; part of the names of cross-attention nodes
 
 
 def merge_padding(model: "ir.Model", heads: int, head_width: int) -> int:
-    """Lets only rows of the text ``[1, 512, width]`` up to the first of its last zeros into the graph, in place.
+    """Cut the text ``[1, 512, width]`` after its first trailing row of zeros, in place.
 
-    Returns how many attentions read it. To be run when they are fused: where one is not, nothing is done.
+    Returns the number of attentions that read it. Does nothing unless all of them are fused.
     """
     fused = [node for node in model.graph if node.op_type == "MultiHeadAttention" and MODULE in str(node.name)]
     text = next((value for value in model.graph.inputs if value.name == TEXT), None)
@@ -33,7 +33,7 @@ def merge_padding(model: "ir.Model", heads: int, head_width: int) -> int:
 
 
 def _shorten(graph: "ir.Graph", text: "ir.Value", heads: int) -> "ir.Value":
-    """Puts the needed rows in the place of ``text``; returns the addends of their logits ``[1, rows, heads, 1]``."""
+    """Replace ``text`` by the needed rows; return the addends of their logits ``[1, rows, heads, 1]``."""
     import numpy as np
     import onnx_ir as ir
 
@@ -57,7 +57,7 @@ def _shorten(graph: "ir.Graph", text: "ir.Value", heads: int) -> "ir.Value":
 def _widen(
     graph: "ir.Graph", attention: "ir.Node", index: int, channel: "ir.Value | None", split: tuple[int, int]
 ) -> None:
-    """Gives every head of an input ``[1, rows, D]`` one more channel, of ones where none is given."""
+    """Add one channel to every head of an input ``[1, rows, D]``: ``channel``, or ones if it is None."""
     import numpy as np
 
     heads, head_width = split

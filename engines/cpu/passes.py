@@ -1,4 +1,4 @@
-"""The passes for each part of a model, in the order in which they find each other's results."""
+"""The passes for each part of a model, in the order of their dependencies."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ from engines.cpu.modulation import fold_modulation
 from engines.cpu.padding import merge_padding
 from engines.cpu.patches import multiply_patches
 from engines.cpu.rms_norm import fuse_rms_norms
-from engines.cpu.rotary import separate_rotated
+from engines.cpu.rotary import split_qkv
 from engines.cpu.short_text import project_short_text
 from engines.cpu.upsampling import convolve_before_doubling
 from wan22.parts import DitSpec
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def fit_transformer(model: "ir.Model", spec: DitSpec) -> None:
-    """Rewrites the fp32 graph of a transformer for ONNX Runtime's CPU kernels, in place."""
+    """Rewrite the fp32 graph of a transformer for ONNX Runtime's CPU kernels, in place."""
     split = (spec.heads, spec.head_width)
     multiply_patches(model)
     if spec.time_rows == 1:
         fold_modulation(model)
-    separate_rotated(model, *split)
+    split_qkv(model, *split)
     fuse_rms_norms(model)
     fuse_attention(model, *split)
     forward_value_biases(model)
@@ -36,5 +36,5 @@ def fit_transformer(model: "ir.Model", spec: DitSpec) -> None:
 
 
 def fit_decoder(model: "ir.Model") -> None:
-    """Rewrites an fp32 graph of the VAE's decoder for ONNX Runtime's CPU kernels, in place."""
+    """Rewrite an fp32 graph of the VAE's decoder for ONNX Runtime's CPU kernels, in place."""
     convolve_before_doubling(model)

@@ -1,21 +1,21 @@
-"""The patch embedding as a product: a kernel as wide as its stride is a linear on the pixels of a patch.
+"""Compute the patch embedding as a matrix product: with stride = kernel size it is a linear on a patch's pixels.
 
-ONNX Runtime's convolution writes it channel by channel, which are then transposed to rows of tokens.
+ONNX Runtime's convolution writes its result by channel and must then transpose it to rows of tokens.
 """
 
 from math import prod
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import Writer, climb, consumer, ints, replaced
+from engines.cpu.match import Writer, climb, consumer, ints, replace_value
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-BY_PATCH = (1, 3, 5, 0, 2, 4, 6)  # of C, T, t, H, h, W, w: the tokens first
+BY_PATCH = (1, 3, 5, 0, 2, 4, 6)  # of C, T, t, H, h, W, w: tokens first
 
 
 def multiply_patches(model: "ir.Model") -> int:
-    """Replaces every ``Conv`` of ``[1, C, T, h, w]`` into rows of patches, in place; returns how many."""
+    """Replace every ``Conv`` from ``[1, C, T, h, w]`` to rows of patches, in place; return their number."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     rows = (node for node in model.graph if node.op_type == "Transpose" and ints(node, "perm") == (1, 0))
@@ -28,18 +28,18 @@ def multiply_patches(model: "ir.Model") -> int:
 
 
 def patches_of(graph: "ir.Graph") -> "ir.Node | None":
-    """The node that makes the rows ``[L, pixels of a patch]``, if the graph was rewritten."""
+    """The node that produces the rows ``[L, pixels of a patch]``; None if the graph was not rewritten."""
     transposes = [node for node in graph if node.op_type == "Transpose" and ints(node, "perm") == BY_PATCH]
     return consumer(transposes[0], "Reshape") if transposes else None
 
 
 def _is_patching(conv: "ir.Node") -> bool:
-    """Whether kernels neither overlap nor leave pixels out; padded or grouped ones have more attributes."""
+    """True if kernels neither overlap nor skip pixels; padded or grouped convolutions have more attributes."""
     return {"strides", "kernel_shape"} == set(conv.attributes) and ints(conv, "strides") == ints(conv, "kernel_shape")
 
 
 def _replace(graph: "ir.Graph", transpose: "ir.Node", conv: "ir.Node") -> None:
-    """``[1, C, T·t, H·h, W·w]`` as ``[T·H·W, C·t·h·w]``, times the kernels."""
+    """Reshape ``[1, C, T·t, H·h, W·w]`` to ``[T·H·W, C·t·h·w]`` and multiply by the kernels."""
     import onnx_ir as ir
 
     video, kernels, bias = conv.inputs
@@ -56,4 +56,4 @@ def _replace(graph: "ir.Graph", transpose: "ir.Node", conv: "ir.Node") -> None:
     matrix = add("Reshape", kernels, add.integers(width, -1))
     matrix.shape, matrix.type = ir.Shape([width, channels * prod(patch)]), kernels.type
     product = ir.node("Gemm", [pixels, matrix, bias], {"transB": 1}, name=f"{conv.name}/Gemm")
-    replaced(graph, transpose.outputs[0], [product])
+    replace_value(graph, transpose.outputs[0], [product])

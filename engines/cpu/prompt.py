@@ -1,8 +1,8 @@
-"""What the prompt alone decides, in a graph of its own: it is the same in every step of a video.
+"""Split off the part of a graph that depends on the prompt only and is therefore the same in every step of a video.
 
-Keys and values of the text, and its way through the linear behind cross-attention where the prompt is short, are
-computed once a prompt: what the first forward of a prompt takes longer than those after it, as ``wan-trt bench`` prints
-it. On a GPU at full size they are next to nothing, so that engines for one stay a single graph.
+The keys and values of the text and, for short prompts, their product with the linear after cross-attention are computed
+once per prompt; ``wan-trt bench`` reports the extra time of the first forward. On a GPU at full size their share is
+negligible, so GPU engines remain a single graph.
 """
 
 from collections.abc import Iterator
@@ -13,41 +13,41 @@ from engines.cpu.padding import TEXT
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-BOOLEAN = frozenset({"LessOrEqual"})  # what else is handed over is float32
+BOOLEAN = frozenset({"LessOrEqual"})  # all other values passed between the halves are float32
 
 
 def split_at_prompt(model: "ir.Model") -> "tuple[ir.Model, ir.Model] | None":
-    """``model`` as two: from ``text`` to what follows from nothing else, and the step that starts there.
+    """Split ``model`` in two: everything computed from ``text`` alone, and a step that continues from there.
 
-    The outputs of the first are inputs of the second, under the same names; ``text`` is no input of the second.
-    The weights stay where they are. None where nothing is made of the text alone.
+    The outputs of the first graph are inputs of the second, with the same names; the second has no input ``text``. The
+    weights stay in their files. None if nothing depends on the text alone.
     """
     import onnx_ir as ir
 
     graph = model.graph
-    decided = _decided(graph)
-    if not decided:
+    boundary = _boundary(graph)
+    if not boundary:
         return None
-    for number, value in enumerate(decided):
+    for number, value in enumerate(boundary):
         value.name = f"prompt_{number:02d}"
         kind = getattr(value.producer(), "op_type", "")
         value.type = ir.TensorType(ir.DataType.BOOL if kind in BOOLEAN else ir.DataType.FLOAT)
     others = [value for value in graph.inputs if value.name != TEXT]
-    halves = ([TEXT], decided), ([*others, *decided], list(graph.outputs))
-    prompt, step = (_sorted(ir.convenience.extract(graph, entering, leaving)) for entering, leaving in halves)
+    halves = ([TEXT], boundary), ([*others, *boundary], list(graph.outputs))
+    prompt, step = (_sort_weights(ir.convenience.extract(graph, entering, leaving)) for entering, leaving in halves)
     return ir.Model(prompt, ir_version=model.ir_version), ir.Model(step, ir_version=model.ir_version)
 
 
-def _sorted(graph: "ir.Graph") -> "ir.Graph":
-    """With its weights sorted by name: ``extract`` lists them in the order of a set, which no two runs share."""
+def _sort_weights(graph: "ir.Graph") -> "ir.Graph":
+    """Sort the weights by name: ``extract`` lists them in the order of a set, which differs between runs."""
     weights = sorted(graph.initializers.items())
     graph.initializers.clear()
     graph.initializers.update(weights)
     return graph
 
 
-def _decided(graph: "ir.Graph") -> "list[ir.Value]":
-    """What the rest of the graph reads of what the text alone decides."""
+def _boundary(graph: "ir.Graph") -> "list[ir.Value]":
+    """The values that depend on the text alone and that the rest of the graph reads."""
     varying = {value for value in graph.inputs if value.name != TEXT}
     of_text = {value for value in graph.inputs if value.name == TEXT}
     found: dict[ir.Value, None] = {}
@@ -62,7 +62,7 @@ def _decided(graph: "ir.Graph") -> "list[ir.Value]":
 
 
 def _read(node: "ir.Node") -> "Iterator[ir.Value]":
-    """Its inputs, and what its bodies and branches read."""
+    """The node's inputs, and the values that its bodies and branches read."""
     import onnx_ir as ir
 
     yield from (value for value in node.inputs if value is not None)

@@ -1,18 +1,18 @@
-"""The norm of a cross-attention's q or k as ``RMSNormalization``: one pass over the rows instead of four."""
+"""Fuse the norm of a cross-attention's q or k to ``RMSNormalization``: one pass over the rows instead of four."""
 
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import climb, consumer, number, replaced, shape_constant
+from engines.cpu.match import climb, consumer, number, replace_value, shape_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
 def fuse_rms_norms(model: "ir.Model") -> int:
-    """Fuses norms of the exported form, in place; returns how many.
+    """Fuse norms of the exported form, in place; return their number.
 
     The form: statistics of ``x [L, D]``, that is ``1 / Sqrt(ReduceMean(x · x) + eps)``, times ``x`` in heads, times a
-    weight in heads. Norms of q and k at once have another form and a pass of their own.
+    weight in heads. Joint norms of q and k have another form; :mod:`engines.cpu.rotary` handles them.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -41,4 +41,4 @@ def _replace(graph: "ir.Graph", in_heads: "ir.Node", epsilon: float, weighted: "
     inputs = [in_heads.inputs[0], weight.outputs[0]]
     norm = ir.node("RMSNormalization", inputs, {"axis": -1, "epsilon": epsilon}, name=f"{name}/fused")
     back = ir.node("Reshape", [norm.outputs[0], in_heads.inputs[1]], name=f"{name}/heads")
-    replaced(graph, weighted.outputs[0], [weight, norm, back])
+    replace_value(graph, weighted.outputs[0], [weight, norm, back])

@@ -1,20 +1,20 @@
-"""q and k of self-attention by ``RMSNormalization`` and ``RotaryEmbedding``, each from a linear of its own.
+"""Split joint q, k and v of self-attention into three linears, with ``RMSNormalization`` and ``RotaryEmbedding``.
 
-The exported graphs join q, k and v in one linear and rotate q and k at once, of which GPU compilers make the fewest
-kernels. ONNX Runtime would copy every part out of the joint rows, and pass over q and k a dozen times. Three linears
-read the same rows three times, which a CPU's caches do not mind, and copy nothing.
+The exported graphs compute q, k and v in one linear and rotate q and k together, which gives the fewest kernels on
+GPUs. ONNX Runtime would copy every part out of the joint rows and pass over q and k a dozen times. Three linears read
+the same rows three times, mostly from the CPU's caches, and copy nothing.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import climb, number, producer, replaced, shape_constant
+from engines.cpu.match import climb, number, producer, replace_value, shape_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# From the rotated halves up to the joint linear; input 1 of the second Mul is the weight of the norm, of the third its
-# statistics.
+# From the rotated halves up to the joint linear. Input 1 of the second Mul is the norm's weight, input 1 of the third
+# its statistics.
 PATH = [("Concat", 0), ("Sub", 0), ("Mul", 0), ("Split", 0), ("Mul", 0), ("Mul", 0), ("Reshape", 0), ("Slice", 0)]
 STATISTICS = [("Reshape", 0), ("Slice", 0), ("Reciprocal", 0), ("Sqrt", 0), ("Add", 1)]
 
@@ -23,17 +23,17 @@ STATISTICS = [("Reshape", 0), ("Slice", 0), ("Reciprocal", 0), ("Sqrt", 0), ("Ad
 class _Found:
     gemm: "ir.Node"
     slice: "ir.Node"  # the columns of q and k
-    halves: "ir.Node"  # Split into q and k, rotated
-    norm_weights: "ir.Node"  # Concat of both
+    halves: "ir.Node"  # the Split into rotated q and k
+    norm_weights: "ir.Node"  # the Concat of both weights
     epsilon: float
     tables: "tuple[ir.Value, ir.Value]"  # cos, sin [..., head/2]
 
 
-def separate_rotated(model: "ir.Model", heads: int, head_width: int) -> int:
-    """Rewrites every joint q, k and v of the exported form, in place; returns how many."""
+def split_qkv(model: "ir.Model", heads: int, head_width: int) -> int:
+    """Split every joint q, k and v of the exported form, in place; return their number."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    found = [match for node in model.graph if node.op_type == "Split" and (match := _matched(node)) is not None]
+    found = [match for node in model.graph if node.op_type == "Split" and (match := _match(node)) is not None]
     for match in found:
         _replace(model.graph, match, (heads, head_width))
     if found:
@@ -41,7 +41,7 @@ def separate_rotated(model: "ir.Model", heads: int, head_width: int) -> int:
     return len(found)
 
 
-def _matched(halves: "ir.Node") -> _Found | None:
+def _match(halves: "ir.Node") -> _Found | None:
     path = climb(halves.inputs[0], *PATH, ("Gemm", 1))
     if path is None:
         return None
@@ -55,7 +55,7 @@ def _matched(halves: "ir.Node") -> _Found | None:
 
 
 def _tables(subtracted: "ir.Node", added: "ir.Node | None", times_cos: "ir.Node") -> "tuple[ir.Value, ir.Value] | None":
-    """The inputs cos and sin, if the nodes compute ``a·cos - b·sin`` and ``a·sin + b·cos``."""
+    """The inputs cos and sin if the nodes compute ``a·cos - b·sin`` and ``a·sin + b·cos``, else None."""
     factors = [producer(value, "Mul") for node in (subtracted, added) if node is not None for value in node.inputs]
     if len(factors) != 4 or any(node is None for node in factors):
         return None
@@ -77,10 +77,10 @@ def _replace(graph: "ir.Graph", found: _Found, split: tuple[int, int]) -> None:
     cos, sin = (_table(graph, value, head_width // 2) for value in found.tables)
     by_head = shape_constant(graph, [-1, heads, head_width])
     for part, (linear, rotated) in enumerate(zip((q, k), found.halves.outputs, strict=True)):
-        nodes = _normed_and_rotated(graph, found, part, (linear, cos, sin), split)
+        nodes = _norm_and_rotate(graph, found, part, (linear, cos, sin), split)
         (reshaped,) = (use.node for use in rotated.uses())
         back = ir.node("Reshape", [nodes[-1].outputs[0], by_head], name=f"{linear.name}/heads")
-        replaced(graph, reshaped.outputs[0], [*nodes, back])
+        replace_value(graph, reshaped.outputs[0], [*nodes, back])
     for use in list(found.gemm.outputs[0].uses()):
         if use.node.op_type == "Slice" and use.node is not found.slice:
             ir.convenience.replace_all_uses_with(use.node.outputs[0], v.outputs[0])
@@ -107,7 +107,7 @@ def _table(graph: "ir.Graph", table: "ir.Value", pairs: int) -> "ir.Value":
     return node.outputs[0]
 
 
-def _normed_and_rotated(
+def _norm_and_rotate(
     graph: "ir.Graph", found: _Found, part: int, operands: "tuple[ir.Node, ir.Value, ir.Value]", split: tuple[int, int]
 ) -> "list[ir.Node]":
     import onnx_ir as ir

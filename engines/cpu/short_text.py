@@ -1,15 +1,15 @@
-"""Cross-attention with a short prompt: its output linear on the rows of text instead of on the tokens of the video.
+"""Cross-attention with a short prompt: apply the output linear to the rows of text, not to the tokens of the video.
 
-``(P V) W = P (V W)``: with ``r`` rows of text the linear costs ``heads · r`` instead of ``D`` columns a token, less
-where the prompt is short. ``V W`` is computed once a prompt, head by head. The probabilities ``P`` are few enough then
-to be stored, and since they sum to 1 in every head, ``V W`` brings the linear's bias along, a share of it in every row.
-A long prompt goes the usual way.
+``(P V) W = P (V W)``: with ``r`` rows of text the linear costs ``heads · r`` instead of ``D`` columns per token, which
+is less for short prompts. ``V W`` is computed once per prompt, head by head. The probabilities ``P`` are then small
+enough to store, and since they sum to 1 in every head, each row of ``V W`` can include a share of the linear's bias.
+Long prompts use the usual form.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engines.cpu.match import climb, constant, consumer, replaced, shape_constant
+from engines.cpu.match import climb, constant, consumer, replace_value, shape_constant
 from engines.cpu.padding import MODULE
 
 if TYPE_CHECKING:
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 DOMAIN = "com.microsoft"
 BY_HEAD = {"transBatchA": 1, "transBatchB": 1, "transB": 1}  # a [rows, heads, n], b [columns, heads, n]
-WIDE_Q = (("Reshape", 0), ("Pad", 0), ("Reshape", 0))  # how q and k get the channel for the padding
+WIDE_Q = (("Reshape", 0), ("Pad", 0), ("Reshape", 0))  # the nodes that add the padding channel to q, and to k
 WIDE_K = (("Reshape", 0), ("Concat", 0), ("Reshape", 0))
 
 
 @dataclass(frozen=True)
 class _Found:
-    usual: "list[ir.Node]"  # from q to the linear
+    usual: "list[ir.Node]"  # the nodes from q to the linear
     q: "ir.Value"  # [1, L, D]
     k: "ir.Value"  # [1, r, D]
     v: "ir.Value"  # [1, r, D]
@@ -31,15 +31,18 @@ class _Found:
 
 
 def project_short_text(model: "ir.Model", heads: int, head_width: int) -> int:
-    """Lets every cross-attention choose when it runs, in place; returns how many. To be run when padding is merged."""
+    """Make every cross-attention choose its form at run time, in place; return their number.
+
+    Runs after :func:`engines.cpu.padding.merge_padding`.
+    """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     graph = model.graph
     attentions = [node for node in graph if node.op_type == "MultiHeadAttention" and MODULE in str(node.name)]
-    found = [match for node in attentions if (match := _matched(node)) is not None]
+    found = [match for node in attentions if (match := _match(node)) is not None]
     if not found:
         return 0
-    short, addends = _shared(graph, found[0].logits, head_width)
+    short, addends = _add_shared(graph, found[0].logits, head_width)
     for match in found:
         _choose(graph, match, (short, addends), (heads, head_width))
     RemoveUnusedNodesPass()(model)
@@ -47,7 +50,7 @@ def project_short_text(model: "ir.Model", heads: int, head_width: int) -> int:
     return len(found)
 
 
-def _matched(attention: "ir.Node") -> _Found | None:
+def _match(attention: "ir.Node") -> _Found | None:
     by_token = consumer(attention, "Reshape")
     flat = consumer(by_token, "Reshape")
     linear = consumer(flat, "Gemm")
@@ -60,11 +63,11 @@ def _matched(attention: "ir.Node") -> _Found | None:
     return _Found([*reversed(queries), attention, by_token, flat, linear], q, k, v, logits)
 
 
-def _shared(graph: "ir.Graph", logits: "ir.Value", head_width: int) -> "tuple[ir.Value, ir.Value]":
-    """Whether the prompt is short, and the addends ``[r]`` of the logits."""
+def _add_shared(graph: "ir.Graph", logits: "ir.Value", head_width: int) -> "tuple[ir.Value, ir.Value]":
+    """A flag that is true for short prompts, and the addends ``[r]`` of the logits."""
     import onnx_ir as ir
 
-    # r · (D + heads · r) operations a token instead of D · (D + r), and the price of weights that nobody packed
+    # r · (D + heads · r) operations per token instead of D · (D + r), plus the cost of unpacked weights
     most = shape_constant(graph, [head_width * 3 // 4])
     count = ir.node("Shape", [logits], {"start": 1, "end": 2}, name="short_text/rows")
     short = ir.node("LessOrEqual", [count.outputs[0], most], name="short_text/short")
@@ -82,7 +85,7 @@ def _choose(graph: "ir.Graph", found: _Found, shared: "tuple[ir.Value, ir.Value]
     name, by_head = str(linear.name), shape_constant(graph, [-1, *split])
     flat = shape_constant(graph, [-1, heads * head_width])
     weight, bias = linear.inputs[1:]
-    # -- once a prompt: v times the weight
+    # -- once per prompt: v times the weight
     product = _Branch(f"{name}/text")
     v, w = (product("Reshape", value, by_head) for value in (found.v, weight))
     share = product("Mul", bias, constant(graph, "short_text/share", np.float32(1 / heads)))
@@ -102,7 +105,7 @@ def _choose(graph: "ir.Graph", found: _Found, shared: "tuple[ir.Value, ir.Value]
     usual = _Branch(f"{name}/long")
     usual("Add", usual("Gemm", found.usual[-2].outputs[0], weight, transB=1), bias)
     chosen = ir.node("If", [short], name=f"{name}/chosen", attributes={"then_branch": brief.graph()})
-    replaced(graph, linear.outputs[0], [chosen])
+    replace_value(graph, linear.outputs[0], [chosen])
     graph.remove(linear, safe=True)
     graph.remove(found.usual[:-1])
     long = _graph([*found.usual[:-1], *usual.nodes], f"{name}/long")
@@ -110,7 +113,7 @@ def _choose(graph: "ir.Graph", found: _Found, shared: "tuple[ir.Value, ir.Value]
 
 
 class _Branch:
-    """The nodes of a branch, one reading the other; the last one's output is the branch's."""
+    """The nodes of a branch in sequence; the last one's output is the branch's output."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -121,7 +124,7 @@ class _Branch:
 
         name = f"{self.name}/{len(self.nodes)}_{kind}"
         node = ir.node(kind, list(inputs), attributes, domain=domain, name=name)
-        node.outputs[0].name = f"{name}:0"  # the branch would name it like a value outside
+        node.outputs[0].name = f"{name}:0"  # the default name could clash with an outer value
         self.nodes.append(node)
         return node.outputs[0]
 

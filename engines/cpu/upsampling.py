@@ -1,14 +1,14 @@
-"""A doubled picture convolved without being doubled.
+"""Convolve a doubled picture without doubling it.
 
-The exported graphs repeat every pixel to 2×2 and convolve what comes out, which a GPU's compiler fuses. Where rows and
-columns are copies, a 3×3 convolution meets only 2×2 different pixels: each of the four results of a pixel is a
-convolution of the small picture with a 2×2 kernel, whose taps are sums of the 3×3 kernel's. That is 4/9 of the
-arithmetic, and the doubled picture, the largest tensor of a decoder, never exists.
+The exported graphs repeat every pixel to 2×2 and convolve the result, which GPU compilers fuse. Because rows and
+columns are repeated, a 3×3 convolution reads only 2×2 different pixels: each of a pixel's four results is a convolution
+of the small picture with a 2×2 kernel whose taps are sums of the 3×3 kernel's. This takes 4/9 of the arithmetic and
+never stores the doubled picture, the largest tensor of a decoder.
 """
 
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import Writer, climb, consumer, ints, producer, replaced, shape_constant
+from engines.cpu.match import Writer, climb, consumer, ints, producer, replace_value, shape_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -19,14 +19,14 @@ AFTER_DOUBLED = (0, 1, 1, 0, 1, 1)  # padding of the exported convolution
 
 
 def convolve_before_doubling(model: "ir.Model") -> int:
-    """Rewrites every convolution of doubled pixels of the exported form, in place; returns how many.
+    """Rewrite every convolution of doubled pixels of the exported form, in place; return their number.
 
     The form: ``x [1, C, F, h, w]`` reshaped, joined with itself along rows and along columns, reshaped to
     ``[1, C, F, 2h, 2w]`` and convolved with ``[O, C, 1, 3, 3]``.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    found = [(node, x) for node in model.graph if node.op_type == "Conv" and (x := _doubled(node)) is not None]
+    found = [(node, x) for node in model.graph if node.op_type == "Conv" and (x := _small_picture(node)) is not None]
     for conv, x in found:
         _replace(model.graph, conv, x)
     if found:
@@ -34,8 +34,8 @@ def convolve_before_doubling(model: "ir.Model") -> int:
     return len(found)
 
 
-def _doubled(conv: "ir.Node") -> "ir.Value | None":
-    """What is doubled, if a 3×3 convolution of doubled pixels is what ``conv`` is."""
+def _small_picture(conv: "ir.Node") -> "ir.Value | None":
+    """The picture before doubling if ``conv`` is a 3×3 convolution of doubled pixels, else None."""
     path = climb(conv.inputs[0], *PATH)
     if path is None or ints(conv, "kernel_shape") != (1, 3, 3) or ints(conv, "pads") != AFTER_DOUBLED:
         return None
@@ -45,13 +45,13 @@ def _doubled(conv: "ir.Node") -> "ir.Value | None":
 
 
 def _replace(graph: "ir.Graph", conv: "ir.Node", x: "ir.Value") -> None:
-    """Each row of pixels becomes an upper and a lower one, each of them joined from its left and right pixels."""
+    """Compute an upper and a lower row from each row of pixels, each interleaved from its left and right pixels."""
     import onnx_ir as ir
 
     add, rows = Writer(graph, conv), []
-    for lower, kernel in enumerate(_merged(add, conv.inputs[1], ROWS)):
+    for lower, kernel in enumerate(_merge_taps(add, conv.inputs[1], ROWS)):
         pixels = []
-        for right, taps in enumerate(_merged(add, kernel, COLUMNS)):
+        for right, taps in enumerate(_merge_taps(add, kernel, COLUMNS)):
             pads = (0, 1 - lower, 1 - right, 0, lower, right)
             pixel = add("Conv", x, taps, conv.inputs[2], kernel_shape=(1, 2, 2), strides=(1, 1, 1), pads=pads)
             pixels.append(add("Unsqueeze", add("Squeeze", pixel, add.integers(0)), add.integers(4)))
@@ -59,11 +59,11 @@ def _replace(graph: "ir.Graph", conv: "ir.Node", x: "ir.Value") -> None:
         rows.append(add("Reshape", row, add.integers(0, 0, 0, 1, -1)))
     picture = add("Concat", *rows, axis=3)
     result = ir.node("Reshape", [picture, _result_shape(graph, conv)], name=f"{conv.name}/doubled")
-    replaced(graph, conv.outputs[0], [result])
+    replace_value(graph, conv.outputs[0], [result])
 
 
 def _result_shape(graph: "ir.Graph", conv: "ir.Node") -> "ir.Value":
-    """Of ``[O, F, h, 2, 2w]`` as ``[1, O, F, 2h, 2w]``; the frames are those that the exported graph names."""
+    """The shape that turns ``[O, F, h, 2, 2w]`` into ``[1, O, F, 2h, 2w]``; F is that of the exported graph."""
     before, bias = producer(conv.inputs[0], "Reshape"), conv.inputs[2]
     assert before is not None and before.inputs[1] is not None and before.inputs[1].const_value is not None
     assert bias is not None and bias.shape is not None
@@ -71,8 +71,8 @@ def _result_shape(graph: "ir.Graph", conv: "ir.Node") -> "ir.Value":
     return shape_constant(graph, [1, int(bias.shape.numpy()[0]), frames, -1, 0])
 
 
-def _merged(add: Writer, kernel: "ir.Value | None", axis: int) -> "tuple[ir.Value, ir.Value]":
-    """A kernel's three taps as the two that meet different pixels: for the first of two results, and the second."""
+def _merge_taps(add: Writer, kernel: "ir.Value | None", axis: int) -> "tuple[ir.Value, ir.Value]":
+    """A kernel's three taps summed to two, one per different pixel: for the first and for the second result."""
     first, middle, last = (
         add("Slice", kernel, add.integers(tap), add.integers(tap + 1), add.integers(axis)) for tap in range(3)
     )

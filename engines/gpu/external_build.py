@@ -1,7 +1,7 @@
-"""Engines whose weights are inputs (``--weights external``): one per graph, and a file of weights per component.
+"""Build engines with weights as inputs (``--weights external``): one engine per graph, one weights file per component.
 
-The two experts of a model have one graph, so they share ``experts.plan``. What is small stays as it is: a VAE's weights
-are compiled in, which fuses best.
+The two experts of a model have the same graph, so they share ``experts.plan``. The small VAE keeps embedded weights,
+which fuse best.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from engines.gpu.external_weights import (
     Weight,
     attention_scales_of,
     check_alike,
-    externalised,
+    externalise,
     layout,
     write_weights,
 )
@@ -27,7 +27,7 @@ from wan22.progress import Progress
 
 
 class ExternalBuild:
-    """Builds the components of ``source`` into ``folder``, each graph once."""
+    """Build the components of ``source`` into ``folder``, each graph once."""
 
     def __init__(self, source: Bundle, folder: Path, progress: Progress) -> None:
         self._source, self._folder, self._progress = source, folder, progress
@@ -35,10 +35,14 @@ class ExternalBuild:
         self._built: dict[str, tuple[File, File, str, Sequence[Weight]]] = {}
 
     def check(self) -> None:
-        """Refuses graphs whose weights cannot be inputs, before anything is compiled."""
+        """Refuse graphs whose weights cannot be inputs, before anything is compiled.
+
+        Raises:
+            UserError: see :func:`engines.gpu.external_weights.externalise`.
+        """
         for component in self._source.manifest.components:
             if self.applies_to(component):
-                self._externalised(component)
+                self._externalise(component)
 
     def applies_to(self, component: Component) -> bool:
         return component.name in (*self._experts, "text_encoder")
@@ -48,12 +52,12 @@ class ExternalBuild:
         return self._folder / f"{'experts' if shared else component.name}.plan"
 
     def component(self, component: Component, options: EngineOptions) -> Component:
-        """The component with its engine, its layout and its weights.
+        """The component with its engine, layout and weights.
 
         Raises:
-            UserError: as :func:`engines.gpu.tensorrt_backend.build_engine`; or experts whose graphs differ.
+            UserError: see :func:`engines.gpu.tensorrt_backend.build_engine`; or the experts' graphs differ.
         """
-        graph, weights = self._externalised(component)
+        graph, weights = self._externalise(component)
         plan = self.plan(component)
         if plan.name not in self._built:
             places = plan.with_suffix(".layout.json")
@@ -70,13 +74,13 @@ class ExternalBuild:
 
     @cached_property
     def attention_scales(self) -> dict[str, float]:
-        """Of Q and K where attention is in FP8: constants of the engine that do for every expert."""
+        """FP8 scales of Q and K: constants of the engine, valid for every expert."""
         components = [c for c in self._source.manifest.components if c.name in self._experts]
         return attention_scales_of(self._source.path(component.graph) for component in components)
 
-    def _externalised(self, component: Component) -> tuple[ir.Model, tuple[Weight, ...]]:
+    def _externalise(self, component: Component) -> tuple[ir.Model, tuple[Weight, ...]]:
         scales = self.attention_scales if component.name in self._experts else {}
-        return externalised(self._source.path(component.graph), scales)
+        return externalise(self._source.path(component.graph), scales)
 
     def _compile(self, graph: ir.Model, plan: Path, options: EngineOptions) -> None:
         with scratch_folder("build") as place:

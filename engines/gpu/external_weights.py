@@ -1,14 +1,14 @@
-"""Weights as inputs of an engine instead of constants inside it: one small engine for both experts and every LoRA.
+"""Weights as inputs of an engine instead of constants: one small engine for both experts and every LoRA.
 
-The compiler then never sees a weight: it needs a few GB for a 14B model, and the engine is kernels only. It cannot
-prepare weights either, so what it would do to constants is done here: matrices lie as [in, out], the parts of ``qkv``
-are one matrix. An FP8 matrix is dequantised with the constant scale 1 (a scale that is an input costs the FP8 kernel)
-and its own scale, an input, multiplies the float32 result. For the same reason the scales of Q and K in FP8 attention
-are constants, of each the largest of all weights that the engine is for: it only has to be large enough, since FP8
-numbers are as exact when they are small.
+The compiler never sees a weight: it needs a few GB for a 14B model, and the engine contains only kernels. It cannot
+prepare weights either, so this module does: matrices are stored as [in, out], the parts of ``qkv`` as one matrix. An
+FP8 matrix is dequantised with the constant scale 1 (with a scale as input, no FP8 kernel is used), and its real scale,
+an input, multiplies the float32 result. For the same reason the scales of Q and K in FP8 attention are constants: for
+each, the largest among all weights that use the engine. A scale only has to be large enough, since the relative
+precision of FP8 does not depend on magnitude.
 
-All weights of a component are one file, each at a fixed place; a component that shares the engine has a file of the
-same layout. The layout lies beside the engine as JSON.
+All weights of a component are in one file at fixed offsets; components that share an engine have files of the same
+layout. The layout is stored next to the engine as JSON.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ from wan22.errors import UserError
 from wan22.external_layout import Place, read_layout
 from wan22.progress import Progress, silent
 
-ALIGNMENT_BYTES = 256  # of every weight, as CUDA allocates
+ALIGNMENT_BYTES = 256  # same as CUDA's allocations
 FLOAT, FLOAT8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
-ROWS_AT_ONCE = 256  # when a matrix is turned
-BEFORE_CAST = ("Slice", "Reshape", "Split")  # between a product and its conversion to float32
+ROWS_AT_ONCE = 256  # per step of a transposition
+BEFORE_CAST = ("Slice", "Reshape", "Split")  # operators between a product and its conversion to float32
 
 
 @dataclass(frozen=True)
-class Source:
-    """Bytes of a stored tensor."""
+class StoredTensor:
+    """The location of a stored tensor."""
 
     location: str  # relative to the ONNX bundle
     offset: int
@@ -43,13 +43,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Weight:
-    """An input of the engine, made of one stored tensor or of several side by side along the last axis."""
+    """An input of the engine: one stored tensor, or several concatenated along the first stored axis."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    turned: bool  # stored [out, in], given [in, out]
-    sources: tuple[Source, ...]
+    turned: bool  # stored as [out, in], passed as [in, out]
+    sources: tuple[StoredTensor, ...]
 
     @property
     def size_bytes(self) -> int:
@@ -57,74 +57,73 @@ class Weight:
 
     @property
     def layout(self) -> tuple[str, str, tuple[int, ...]]:
-        """What weights that share an engine agree in."""
+        """The properties in which weights that share an engine must agree."""
         return self.name, self.dtype, self.shape
 
 
-def externalised(
-    path: Path, attention_scales: Mapping[str, float] | None = None
-) -> tuple[ir.Model, tuple[Weight, ...]]:
-    """The graph at ``path`` with every stored weight an input, and what those inputs are made of.
+def externalise(path: Path, attention_scales: Mapping[str, float] | None = None) -> tuple[ir.Model, tuple[Weight, ...]]:
+    """The graph at ``path`` with every stored weight as an input, and these inputs sorted by name.
 
     Args:
-        path: the ONNX file, its weights beside it.
-        attention_scales: of Q and K in FP8 attention, by name; the graph's own where there are none.
+        path: the ONNX file, with its weights in the same folder.
+        attention_scales: scales of Q and K in FP8 attention by name; empty or None uses the graph's.
 
     Raises:
-        UserError: static FP8 scales, which compilers need as constants.
+        UserError: the graph has static FP8 scales, which compilers need as constants.
     """
     model = ir.load(path)
     graph = model.graph
     for name, scale in (attention_scales or attention_scales_of([path])).items():
         graph.initializers[name].const_value = ir.tensor(np.array(scale, np.float32), name=name)
-    joined = dict(_joins(graph))
-    weights = [_one(graph, value) for value in _stored(graph) if not any(value in parts for parts in joined.values())]
-    weights += [_joined(graph, concat, parts) for concat, parts in joined.items()]
+    joins = dict(_joins(graph))
+    single = [value for value in _external_values(graph) if not any(value in parts for parts in joins.values())]
+    weights = [_single_input(graph, value) for value in single]
+    weights += [_joint_input(graph, concat, parts) for concat, parts in joins.items()]
     return model, tuple(sorted(weights, key=lambda weight: weight.name))
 
 
 def attention_scales_of(paths: Iterable[Path]) -> dict[str, float]:
-    """The scales of Q and K in FP8 attention that do for all graphs at ``paths``; none without FP8 attention."""
+    """Scales of Q and K valid for all graphs at ``paths``, by name; empty without FP8 attention."""
     scales: dict[str, float] = {}
     for path in paths:
-        for value in _stored(ir.load(path).graph):
+        for value in _external_values(ir.load(path).graph):
             if (name := str(value.name)).endswith((".q_scale", ".k_scale")) and value.const_value is not None:
                 scales[name] = max(scales.get(name, 0.0), float(value.const_value.numpy()))
     return scales
 
 
-def _stored(graph: ir.Graph) -> list[ir.Value]:
+def _external_values(graph: ir.Graph) -> list[ir.Value]:
     return [value for value in graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)]
 
 
 def _joins(graph: ir.Graph) -> Iterator[tuple[ir.Node, tuple[ir.Value, ...]]]:
-    """Concatenations of whole stored tensors, along their first axis."""
-    stored = set(_stored(graph))
+    """Concatenations of complete stored tensors along their first axis."""
+    stored = set(_external_values(graph))
     for node in graph:
         inputs = tuple(value for value in node.inputs if value is not None)
         if node.op_type == "Concat" and node.attributes["axis"].as_int() == 0 and stored.issuperset(inputs):
             yield node, inputs
 
 
-def _source(value: ir.Value) -> Source:
+def _source(value: ir.Value) -> StoredTensor:
     tensor = value.const_value
     assert isinstance(tensor, ir.ExternalTensor)
-    return Source(str(tensor.location), tensor.offset or 0, tuple(tensor.shape.numpy()))
+    return StoredTensor(str(tensor.location), tensor.offset or 0, tuple(tensor.shape.numpy()))
 
 
-def _one(graph: ir.Graph, value: ir.Value) -> Weight:
-    """Turns an initializer into an input, as a matrix of [in, out] where it is multiplied by."""
+def _single_input(graph: ir.Graph, value: ir.Value) -> Weight:
+    """Turn an initializer into an input; a factor of a matrix product becomes [in, out]."""
     source, name = _source(value), str(value.name)
     if name.endswith(".input_scale"):
-        raise UserError(f"static FP8 scale {name}", "scales computed for each token", "export without --input-scales")
+        raise UserError(f"static FP8 scale {name}", "scales computed per token", "export without --input-scales")
     del graph.initializers[name]
     turned = _turn_products(value) or (value.dtype == FLOAT8 and _turn_fp8(graph, value))
     shape = source.shape[::-1] if turned else source.shape
     return _as_input(graph, value, shape, turned, (source,))
 
 
-def _joined(graph: ir.Graph, concat: ir.Node, parts: Sequence[ir.Value]) -> Weight:
-    """One input for the concatenation of ``parts``."""
+def _joint_input(graph: ir.Graph, concat: ir.Node, parts: Sequence[ir.Value]) -> Weight:
+    """Turn the concatenation of ``parts`` into one input."""
     value, sources = concat.outputs[0], tuple(map(_source, parts))
     for part in parts:
         del graph.initializers[str(part.name)]
@@ -141,7 +140,7 @@ def _joined(graph: ir.Graph, concat: ir.Node, parts: Sequence[ir.Value]) -> Weig
 
 
 def _as_input(
-    graph: ir.Graph, value: ir.Value, shape: Sequence[int], turned: bool, sources: tuple[Source, ...]
+    graph: ir.Graph, value: ir.Value, shape: Sequence[int], turned: bool, sources: tuple[StoredTensor, ...]
 ) -> Weight:
     assert value.dtype is not None
     value.const_value, value.shape = None, ir.Shape(shape)
@@ -150,7 +149,7 @@ def _as_input(
 
 
 def _turn_products(value: ir.Value) -> bool:
-    """Makes ``Gemm(x, W, transB=1)`` a ``Gemm`` with the turned matrix; False where that is not how it is used."""
+    """Make every ``Gemm(x, W, transB=1)`` read the transposed matrix; False if ``value`` has other uses."""
     users = [(user, index) for user, index in value.uses()]
     if not all(user.op_type == "Gemm" and index == 1 and user.attributes["transB"].as_int() for user, index in users):
         return False
@@ -160,7 +159,7 @@ def _turn_products(value: ir.Value) -> bool:
 
 
 def _turn_fp8(graph: ir.Graph, value: ir.Value) -> bool:
-    """``Dequantize(W, s) → Transpose → MatMul`` becomes ``Dequantize(W', 1) → MatMul``, times ``s`` in float32."""
+    """Turn ``Dequantize(W, s) → Transpose → MatMul`` into ``Dequantize(Wᵀ, 1) → MatMul``, times ``s`` in float32."""
     (dequantise, _), *others = value.uses()
     (transpose, _), *more = dequantise.outputs[0].uses()
     assert not others and not more and transpose.op_type == "Transpose"
@@ -188,7 +187,7 @@ def _unit(graph: ir.Graph) -> ir.Value:
 
 
 def _casts(value: ir.Value) -> Iterator[ir.Node]:
-    """The conversions to float32 of a product, of all of it or of some columns."""
+    """The nodes that convert a product, or some of its columns, to float32."""
     for user, _ in value.uses():
         if user.op_type in BEFORE_CAST:
             for output in user.outputs:
@@ -196,11 +195,11 @@ def _casts(value: ir.Value) -> Iterator[ir.Node]:
         elif user.op_type == "Cast" and user.attributes["to"].as_int() == FLOAT:
             yield user
         else:
-            raise ValueError(f"{user.name} reads an FP8 product before it is float32")
+            raise ValueError(f"{user.name} reads an FP8 product before its conversion to float32")
 
 
 def _scale(graph: ir.Graph, node: ir.Node, scale: ir.Value) -> None:
-    """Multiplies what ``node`` gives by ``scale``."""
+    """Multiply the output of ``node`` by ``scale``."""
     users, name = tuple(node.outputs[0].uses()), f"{node.name}/weight_scale"
     scaled = ir.node("Mul", [node.outputs[0], scale], name=name)
     scaled.outputs[0].name, scaled.outputs[0].type = f"{name}:0", ir.TensorType(FLOAT)
@@ -213,7 +212,7 @@ def _scale(graph: ir.Graph, node: ir.Node, scale: ir.Value) -> None:
 
 
 def layout(weights: Sequence[Weight]) -> tuple[tuple[Place, ...], int]:
-    """The place of every weight in a component's file, and the size of that in bytes."""
+    """The place of every weight in a component's file, and the file's size in bytes."""
     places, end = [], 0
     for weight in weights:
         places.append(Place(weight.name, end, weight.size_bytes))
@@ -222,14 +221,18 @@ def layout(weights: Sequence[Weight]) -> tuple[tuple[Place, ...], int]:
 
 
 def check_layout(path: Path, weights: Sequence[Weight]) -> None:
-    """Refuses weights that do not fit the engine whose layout lies at ``path``."""
+    """Refuse weights that do not fit the engine whose layout is stored at ``path``.
+
+    Raises:
+        UserError: the layouts differ.
+    """
     if read_layout(path) != list(layout(weights)[0]):
-        found = f"{len(weights)} weights of another layout than {path}"
-        raise UserError(found, "an export with the options of the engine's", "export and build again")
+        found = f"{len(weights)} weights with a layout other than {path}"
+        raise UserError(found, "an export with the engine's options", "export and build again")
 
 
 def write_weights(folder: Path, weights: Sequence[Weight], target: Path, progress: Progress = silent) -> File:
-    """Writes the file of a component from the weights of the ONNX bundle ``folder``, one weight in memory at a time."""
+    """Write a component's weights file from the ONNX bundle ``folder``, with one weight in memory at a time."""
     digest, (places, total) = hashlib.sha256(), layout(weights)
     with target.open("wb") as file:
         for place, weight in zip(places, weights, strict=True):
@@ -237,7 +240,7 @@ def write_weights(folder: Path, weights: Sequence[Weight], target: Path, progres
             padding = bytes(-len(content) % ALIGNMENT_BYTES)
             for piece in (content, padding):
                 digest.update(piece)
-            if np.frombuffer(content, np.uint8).any():  # zeros of sparse test models stay holes
+            if np.frombuffer(content, np.uint8).any():  # keep the holes of sparse test models
                 file.seek(place.offset)
                 file.write(content)
             progress(f"{target.stem}: weights", place.offset + place.size_bytes, total, "bytes")
@@ -249,26 +252,31 @@ def _content(folder: Path, weight: Weight) -> "memoryview[int]":
     dtype = np.dtype(f"u{ir.DataType[weight.dtype].numpy().itemsize}")
     parts = [_read(folder, source, dtype) for source in weight.sources]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return (_transposed(whole) if weight.turned else whole).reshape(-1).view(np.uint8).data
+    return (_transpose(whole) if weight.turned else whole).reshape(-1).view(np.uint8).data
 
 
-def _transposed(matrix: np.ndarray) -> np.ndarray:
-    """Some rows at a time, whose columns stay in the cache: seven times as fast for FP8 as all at once."""
+def _transpose(matrix: np.ndarray) -> np.ndarray:
+    """Transpose a few rows at a time, so that columns stay in the cache: for FP8 seven times as fast as all at once."""
     result = np.empty(matrix.shape[::-1], matrix.dtype)
     for row in range(0, len(matrix), ROWS_AT_ONCE):
         result[:, row : row + ROWS_AT_ONCE] = matrix[row : row + ROWS_AT_ONCE].T
     return result
 
 
-def _read(folder: Path, source: Source, dtype: np.dtype[Any]) -> np.ndarray:
+def _read(folder: Path, source: StoredTensor, dtype: np.dtype[Any]) -> np.ndarray:
     count = prod(source.shape)
     return np.fromfile(folder / source.location, dtype, count, offset=source.offset).reshape(source.shape)
 
 
 def check_alike(weights: Mapping[str, Sequence[Weight]]) -> None:
-    """Refuses components that are to share an engine and differ in a weight."""
+    """Refuse components that share an engine but differ in a weight's name, dtype or shape.
+
+    Raises:
+        UserError: they differ.
+    """
     (first, reference), *others = weights.items()
     for name, found in others:
         for ours, theirs in zip(reference, found, strict=False):
             if ours.layout != theirs.layout:
-                raise UserError(f"{theirs.layout} of {name}", f"{ours.layout} of {first}", "export both alike")
+                remedy = "export both with the same options"
+                raise UserError(f"{theirs.layout} of {name}", f"{ours.layout} of {first}", remedy)

@@ -1,8 +1,8 @@
-"""The weights of a graph as a builder reads them: mapped files, let go of while it works.
+"""Memory-mapped weights whose pages are dropped during the build.
 
-A builder copies weights into its own structures. Mapped pages that it has read count as memory of the process and stay
-there until the system is short of it, which would make every build look, and on a full machine be, a whole model larger
-than it is. Read-only pages of a file can be dropped at any moment: who needs one again gets it from the file.
+The builder copies weights into its own structures, but mapped pages that it has read stay resident until memory runs
+short. They would count against the process and inflate its peak by the size of the model. Read-only pages can be
+dropped at any time: a later access reads them from the file again.
 """
 
 import mmap
@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 
 class MappedWeights:
-    """The stored tensors of the ONNX file ``graph``; pointers stay good as long as this lives."""
+    """The stored tensors of the ONNX file ``graph``; pointers remain valid as long as this object exists."""
 
     def __init__(self, graph: Path) -> None:
         self._maps: dict[str, mmap.mmap] = {}
@@ -25,15 +25,15 @@ class MappedWeights:
             with (graph.parent / location).open("rb") as file:
                 self._maps[location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def give_to(self, parser: Any) -> bool:
-        """Tells an ONNX parser where every tensor lies; False where it does not take one."""
+    def load_into(self, parser: Any) -> bool:
+        """Pass the address of every tensor to an ONNX parser; False if it rejects one."""
         starts = {location: np.frombuffer(mapped, np.uint8).ctypes.data for location, mapped in self._maps.items()}
         return all(
             parser.load_initializer(tensor.name, starts[str(tensor.location)] + (tensor.offset or 0), tensor.nbytes)
             for tensor in self._tensors
         )
 
-    def let_go(self) -> None:
-        """Drops what was read so far from memory; what is read again comes from the file."""
+    def drop_pages(self) -> None:
+        """Drop all pages read so far from memory."""
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)

@@ -1,10 +1,10 @@
-"""ONNX to a serialized engine, for TensorRT 10.13 to 11 and TensorRT-RTX alike: the two modules share one API.
+"""ONNX to a serialized engine, for TensorRT 10.13 to 11 and for TensorRT-RTX: the two modules share one API.
 
-What differs is asked of the module, not of its name: TensorRT-RTX is told the compute capability and needs no GPU to
-build, TensorRT times kernels on the GPU it finds and remembers them in a timing cache. Networks are strongly typed, so
-precision is what the graph says. TF32 is off unless asked for: the graphs' float32 islands are there for a reason.
+The code tests features of the module, not its name: TensorRT-RTX builds for a given compute capability without a GPU;
+TensorRT times kernels on the GPU it finds and stores the timings in a cache. Networks are strongly typed, so the graph
+determines precision. TF32 is off by default, because it would undo the graphs' deliberate float32 operations.
 
-The builder's verbose log is kept beside the engine; ``engines.inspect.log`` reads the compiled kernels from it.
+The builder's verbose log is kept next to the engine; ``engines.inspect.log`` reads the compiled kernels from it.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from engines.gpu.mapped_weights import MappedWeights
 from engines.gpu.timing_cache import timing_cache
 from engines.profiles import input_shapes
 from engines.targets import Target
-from wan22.backends import MODULES, Backend, imported
+from wan22.backends import MODULES, Backend, require_module
 from wan22.bundle import Tensor
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
@@ -36,12 +36,12 @@ ERRORS_KEPT = 20
 @dataclass(frozen=True)
 class EngineOptions:
     target: Target
-    profiles: tuple[Profile, ...]  # one optimisation profile each; none needed where every shape is fixed
+    profiles: tuple[Profile, ...]  # one optimisation profile each; not needed if every shape is fixed
     inputs: tuple[Tensor, ...]
     tf32: bool = False
-    timing_cache: Path | None = None  # TensorRT only: read if there, rewritten after the build
-    name: str = ""  # of the network, which the plan keeps; the parser's where empty
-    aux_streams: int | None = 0  # streams beside the main one; each keeps activations of its own alive
+    timing_cache: Path | None = None  # TensorRT only: read if it exists, rewritten after the build
+    name: str = ""  # the network's name, stored in the plan; empty keeps the parser's
+    aux_streams: int | None = 0  # additional streams; each needs its own activation memory
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def load_module(backend: Backend) -> ModuleType:
     """The module that builds and runs engines of ``backend``.
 
     Raises:
-        UserError: it is not installed, or older than what is supported.
+        UserError: it is not installed or too old.
     """
-    module = imported(MODULES[backend], backend, f"{backend} for this target")
+    module = require_module(MODULES[backend], backend, f"{backend} for this target")
     version = tuple(int(part) for part in module.__version__.split(".")[:2])
     if backend == "tensorrt" and version < OLDEST_TENSORRT:
         oldest = ".".join(map(str, OLDEST_TENSORRT))
@@ -67,16 +67,16 @@ def load_module(backend: Backend) -> ModuleType:
 
 
 def log_beside(engine: Path) -> Path:
-    """Where the builder's log of ``engine`` is kept."""
+    """The path of the builder's log for ``engine``."""
     return engine.with_suffix(".log")
 
 
 def build_engine(graph: Path, engine: Path, options: EngineOptions, progress: Progress = silent) -> BuiltEngine:
-    """Compiles the ONNX file ``graph`` into ``engine``, which appears only when it is whole; its log stays in any case.
+    """Compile the ONNX file ``graph`` to ``engine``, which appears only when complete; the log is kept in any case.
 
     Raises:
-        UserError: module missing, a graph that does not parse, a build that fails (with the builder's last error).
-        KeyboardInterrupt: after Ctrl-C, when the builder has stopped.
+        UserError: the module is missing, the graph does not parse, or the build fails (with the builder's last errors).
+        KeyboardInterrupt: after Ctrl-C, once the builder has stopped.
     """
     trt = load_module(options.target.backend)
     started = time.monotonic()
@@ -92,13 +92,13 @@ def build_engine(graph: Path, engine: Path, options: EngineOptions, progress: Pr
 
 
 def check_parses(graph: Path, target: Target) -> None:
-    """Parses the ONNX file ``graph`` as a build for ``target`` would. Raises UserError as :func:`build_engine` does."""
+    """Parse the ONNX file ``graph`` like a build for ``target``. Raises UserError like :func:`build_engine`."""
     trt, options = load_module(target.backend), EngineOptions(target, (), ())
     _Build(trt, options, _logger(trt, io.StringIO()), _monitor(trt, graph.stem, silent)).parse(graph)
 
 
 class _Build:
-    """One run of the builder. Network, parser and configuration live until it ends: the builder borrows them."""
+    """One run of the builder. Keeps network, parser and configuration alive, because the builder borrows them."""
 
     def __init__(self, trt: Any, options: EngineOptions, logger: Any, monitor: Any) -> None:
         self.trt, self.options, self.logger, self.monitor = trt, options, logger, monitor
@@ -113,30 +113,34 @@ class _Build:
         self.configure()
         timings = self.options.timing_cache if self.options.target.backend == "tensorrt" else None
         with timing_cache(self.config, timings), engine.open("wb") as stream:
-            done = _in_background(lambda: self.write(stream), self.monitor, self.let_go)
+            done = _in_background(lambda: self.write(stream), self.monitor, self.drop_pages)
         if not done:
             raise self.failure(graph)
 
     def parse(self, graph: Path) -> None:
-        """Reads the graph; its weights are mapped into memory, not read."""
-        if self._parsed(graph):
+        """Read the graph and map its weights into memory.
+
+        Raises:
+            UserError: the graph does not parse.
+        """
+        if self._try_parse(graph):
             self.network.name = self.options.name or self.network.name
             return
         errors = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
         first = f"{errors[0].node_name() or errors[0].node_operator()}: {errors[0].desc()}" if errors else "no reason"
-        raise UserError(f"{graph.name} does not parse: {first}", "operators that TensorRT knows", "export it again")
+        raise UserError(f"{graph.name} does not parse: {first}", "operators TensorRT supports", "export it again")
 
-    def _parsed(self, graph: Path) -> bool:
+    def _try_parse(self, graph: Path) -> bool:
         if not hasattr(self.parser, "load_initializer"):
             return bool(self.parser.parse_from_file(str(graph)))
         self.weights = MappedWeights(graph)
         loaded = self.parser.load_model_proto(graph.read_bytes(), str(graph))
-        return bool(loaded and self.weights.give_to(self.parser) and self.parser.parse_model_proto())
+        return bool(loaded and self.weights.load_into(self.parser) and self.parser.parse_model_proto())
 
-    def let_go(self) -> None:
-        """Gives memory back that the builder's reading of weights has taken."""
+    def drop_pages(self) -> None:
+        """Free the page memory of weights that the builder has read."""
         if self.weights is not None:
-            self.weights.let_go()
+            self.weights.drop_pages()
 
     def configure(self) -> None:
         trt, config, options = self.trt, self.config, self.options
@@ -147,8 +151,8 @@ class _Build:
         if options.aux_streams is not None:
             config.max_aux_streams = options.aux_streams
         if hasattr(config, "set_compute_capability"):
-            _aim(trt, config, options.target)
-        if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # scratch memory by the shapes of a call
+            _set_architecture(trt, config, options.target)
+        if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # scratch memory follows the call's shapes
             config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
         for profile in own_profiles(options.profiles, options.inputs):
             self.add_profile(profile)
@@ -160,7 +164,7 @@ class _Build:
         self.config.add_optimization_profile(shapes)
 
     def write(self, stream: BinaryIO) -> bool:
-        """Builds and writes the engine; False when the builder gave up."""
+        """Build and write the engine; False if the builder failed."""
         if hasattr(self.builder, "build_serialized_network_to_stream"):
             writer = _stream_writer(self.trt, stream)
             done = bool(self.builder.build_serialized_network_to_stream(self.network, self.config, writer))
@@ -173,32 +177,32 @@ class _Build:
         return plan is not None
 
     def failure(self, graph: Path) -> UserError:
-        errors = "; ".join(self.logger.errors) or "the builder gave no reason"
+        errors = "; ".join(self.logger.errors) or "the builder reported no reason"
         expected = f"a graph that {self.options.target.backend} compiles for {self.options.target.name}"
-        return UserError(f"no engine of {graph.name}: {errors}", expected, "the log beside the engine tells more")
+        return UserError(f"cannot build {graph.name}: {errors}", expected, "see the log next to the engine")
 
 
 def _network_flags(trt: Any) -> int:
-    """Strong typing is a flag up to TensorRT 10 and the only kind of network after it."""
+    """Flags for a strongly typed network: a flag up to TensorRT 10, the only kind of network after it."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
-def _aim(trt: Any, config: Any, target: Target) -> None:
-    """Tells TensorRT-RTX the architecture; without it the engine would be a generic one."""
+def _set_architecture(trt: Any, config: Any, target: Target) -> None:
+    """Set the architecture for TensorRT-RTX, which would otherwise build a generic engine."""
     capability = getattr(trt.ComputeCapability, target.sm, None)
     if capability is None:
-        expected = f"an architecture that {trt.__name__} {trt.__version__} compiles for"
+        expected = f"an architecture that {trt.__name__} {trt.__version__} supports"
         raise UserError(f"{target.name} ({target.sm})", expected, "build on that GPU with TensorRT")
     config.num_compute_capabilities = 1
     config.set_compute_capability(capability, 0)
 
 
 def _in_background(work: Any, monitor: Any, meanwhile: Callable[[], None]) -> bool:
-    """Runs ``work`` in a thread, so that this one hears Ctrl-C while the builder is busy; then waits for its end.
+    """Run ``work`` in a thread, so that this thread can receive Ctrl-C while the builder works; wait until it ends.
 
-    It waits on an event: ``Thread.join`` that was interrupted takes the thread for finished, and a process that ends
-    while the builder works crashes.
+    Calls ``meanwhile`` every 0.2 s. Waits on an event: an interrupted ``Thread.join`` considers the thread finished,
+    and a process that exits while the builder works crashes.
     """
     outcome: list[bool | BaseException] = []
     finished = threading.Event()
@@ -218,7 +222,7 @@ def _in_background(work: Any, monitor: Any, meanwhile: Callable[[], None]) -> bo
             meanwhile()
     except KeyboardInterrupt:
         monitor.cancelled = True
-        _wait_whatever_comes(finished)
+        _wait_despite_interrupts(finished)
         raise
     finally:
         thread.join()
@@ -227,8 +231,8 @@ def _in_background(work: Any, monitor: Any, meanwhile: Callable[[], None]) -> bo
     return outcome[0]
 
 
-def _wait_whatever_comes(finished: threading.Event) -> None:
-    """However often Ctrl-C is pressed."""
+def _wait_despite_interrupts(finished: threading.Event) -> None:
+    """Wait for ``finished``, however often Ctrl-C is pressed."""
     while not finished.is_set():
         with contextlib.suppress(KeyboardInterrupt):
             finished.wait()
@@ -251,7 +255,7 @@ def _logger(trt: Any, log: TextIO) -> Any:
 
 
 def _monitor(trt: Any, name: str, progress: Progress) -> Any:
-    """Passes the builder's outermost phases on as progress; ``cancelled`` makes it stop at the next step."""
+    """A monitor that reports the builder's outermost phases; ``cancelled`` stops the build at its next step."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -277,7 +281,7 @@ def _monitor(trt: Any, name: str, progress: Progress) -> Any:
 
 
 def _stream_writer(trt: Any, stream: BinaryIO) -> Any:
-    """Writes the engine piece by piece, so that it never lies in memory as a whole."""
+    """A writer that receives the engine in pieces, so that it is never completely in memory."""
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
     pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 

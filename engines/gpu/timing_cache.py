@@ -1,4 +1,4 @@
-"""Kernel timings that TensorRT measured in earlier builds, in a file that builds share."""
+"""Kernel timings from earlier TensorRT builds, in a file shared between builds."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ from wan22.files import whole_file
 
 @contextmanager
 def timing_cache(config: Any, path: Path | None) -> Iterator[None]:
-    """``config`` knows the timings in ``path`` within the block; those that it has at its end are saved there.
+    """Load the timings in ``path`` into ``config`` for the block, and save its timings there afterwards.
 
     Raises:
-        UserError: a place that can be no such file, before the block.
+        UserError: ``path`` cannot be such a file; raised before the block.
     """
     if path is None:
         yield
@@ -23,7 +23,7 @@ def timing_cache(config: Any, path: Path | None) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         known = path.read_bytes() if path.exists() else b""
     except OSError as error:
-        raise UserError(f"timing cache {path}: {error.strerror}", "a file, there or not", "name another") from None
+        raise UserError(f"timing cache {path}: {error.strerror}", "a writable file", "choose another") from None
     config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     yield
     with whole_file(path, wait=True) as partial:

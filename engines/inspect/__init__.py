@@ -1,1 +1,1 @@
-"""Fusion reports: the kernels that the compiler made, read from its log."""
+"""Fusion reports: the kernels that the compiler generated, read from its log."""

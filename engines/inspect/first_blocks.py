@@ -1,7 +1,7 @@
-"""The first blocks of a graph, for looking at what a compiler makes of it without compiling all of it.
+"""Cut a graph to its first blocks, to inspect a compiler's result without compiling the whole graph.
 
-Blocks of a transformer are alike, so three of forty show every fusion in a tenth of the time and memory. Nodes carry
-the path of their block ("blocks.3/..."); the one value that a block hands on is found by who uses it.
+All blocks of a transformer are alike, so three of forty show every fusion in a tenth of the time and memory. Nodes
+carry the path of their block ("blocks.3/..."); a block's output is the one value that nodes outside of it read.
 """
 
 import re
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def first_blocks(graph: Path, folder: Path, count: int) -> Path:
-    """Writes the graph with only its first ``count`` blocks into ``folder``, its weights linked, not copied.
+    """Write the graph with only its first ``count`` blocks to ``folder``, with links to its weights.
 
-    Returns ``graph`` itself where it has no more blocks than that.
+    Returns the new path, or ``graph`` if it has no more than ``count`` blocks.
 
     Raises:
-        UserError: the onnx-ir package is missing.
+        UserError: the onnx-ir package is not installed.
     """
     ir = _onnx_ir()
     model = ir.load(graph)
@@ -30,7 +30,7 @@ def first_blocks(graph: Path, folder: Path, count: int) -> Path:
             blocks.setdefault(int(match[1]), []).append(node)
     if len(blocks) <= count:
         return graph
-    last_kept, last = (_handed_on(blocks[index]) for index in (count - 1, max(blocks)))
+    last_kept, last = (_block_output(blocks[index]) for index in (count - 1, max(blocks)))
     ir.convenience.replace_all_uses_with(last, last_kept)
     dropped = [node for index, nodes in blocks.items() if index >= count for node in nodes]
     model.graph.remove(dropped, safe=True)
@@ -41,12 +41,12 @@ def first_blocks(graph: Path, folder: Path, count: int) -> Path:
     return folder / graph.name
 
 
-def _handed_on(nodes: "list[ir.Node]") -> "ir.Value":
-    """The one value of a block that nodes outside of it use."""
+def _block_output(nodes: "list[ir.Node]") -> "ir.Value":
+    """The one value of a block that nodes outside of it read."""
     inside = set(nodes)
     values = [value for node in nodes for value in node.outputs if any(use.node not in inside for use in value.uses())]
     if len(values) != 1:
-        raise ValueError(f"{nodes[0].name}: the block hands on {len(values)} values, expected one")
+        raise ValueError(f"{nodes[0].name}: the block has {len(values)} outputs, expected one")
     return values[0]
 
 
@@ -61,5 +61,5 @@ def _onnx_ir() -> Any:
     try:
         import onnx_ir
     except ImportError:
-        raise UserError("no module onnx_ir", "it to cut a graph", "pip install onnx-ir") from None
+        raise UserError("onnx_ir is not installed", "it to shorten a graph", "pip install onnx-ir") from None
     return onnx_ir

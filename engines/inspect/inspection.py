@@ -1,7 +1,7 @@
-"""``wan-trt inspect``: what was fused, of engines that exist, or of a bundle as it would be built for a target.
+"""``wan-trt inspect``: the fused kernels of existing engines, or of a bundle as compiled for a target.
 
-Engines are read from the log that the builder left beside them, or asked through TensorRT's inspector where there is a
-GPU. A bundle is compiled to look at it, its transformers with three blocks only: all are alike.
+Existing engines are described by the builder's log next to them or, on a machine with a GPU, by TensorRT's inspector. A
+bundle is compiled for inspection, with three blocks per transformer because all blocks are alike.
 """
 
 from collections.abc import Sequence
@@ -22,34 +22,34 @@ from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec
 
-BLOCKS_TO_LOOK_AT = 3  # a first, a last and one in between
+BLOCKS_TO_COMPILE = 3  # a first, a last and one in between
 
 
 def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[FusionReport]:
-    """The reports of the engines of the bundle at ``folder``, of all ``components`` where none is named.
+    """A report for each engine of the bundle at ``folder``; ``components`` selects engines, empty means all.
 
     Raises:
-        UserError: no engine bundle, or one for ONNX Runtime, which has no kernels of its own.
+        UserError: not an engine bundle, or one for ONNX Runtime, which does not generate kernels.
     """
     bundle = open_bundle(folder, "engines")
     build = bundle.manifest.build
     if build is None or build.backend == "onnxruntime":
         remedy = "inspect the ONNX bundle with --target"
-        raise UserError(f"{folder}: engines for the CPU", "engines of TensorRT", remedy)
+        raise UserError(f"{folder} has engines for the CPU", "TensorRT engines", remedy)
     target = target_named(build.target)
     return [
         FusionReport(
             component.name,
             target,
-            _compiled(bundle, component, target),
+            _read_compiled(bundle, component, target),
             component.precision,
             "external" if component.weights else "embedded",
         )
-        for component in _chosen(bundle, components)
+        for component in _select(bundle, components)
     ]
 
 
-def _chosen(bundle: Bundle, names: Sequence[str]) -> list[Component]:
+def _select(bundle: Bundle, names: Sequence[str]) -> list[Component]:
     return [bundle.component(name) for name in names] or list(bundle.manifest.components)
 
 
@@ -60,28 +60,29 @@ def inspect_bundle(
     components: Sequence[str] = (),
     progress: Progress = silent,
 ) -> list[FusionReport]:
-    """Compiles the graphs of the ONNX bundle at ``folder`` for ``target`` and reports; nothing is kept.
+    """Compile the graphs of the ONNX bundle at ``folder`` for ``target`` and report on them; the engines are discarded.
 
     Args:
         folder: an ONNX bundle.
         target: a name of :mod:`engines.targets`, or "auto".
-        video: ``--size`` and ``--frames`` as :func:`engines.profiles.profiles_for` takes them.
-        components: which to look at; all of them where empty.
-        progress: told the builder's steps.
+        video: ``--size`` and ``--frames`` for :func:`engines.profiles.profiles_for`.
+        components: the components to inspect; empty means all.
+        progress: receives the builder's steps.
 
     Raises:
-        UserError: no such bundle, component or target, or a graph that does not compile.
+        UserError: the bundle, a component or the target does not exist, or a graph does not compile.
     """
     bundle, aim = open_bundle(folder, "graphs"), target_named(target)
     if aim.backend == "onnxruntime":
-        raise UserError(f"target {aim.name}", "a GPU: ONNX Runtime has no kernels to show", "name one with --target")
-    chosen = _chosen(bundle, components)
+        expected = "a GPU target: ONNX Runtime has no kernels to show"
+        raise UserError(f"target {aim.name}", expected, "choose one with --target")
+    chosen = _select(bundle, components)
     check_graphs(bundle)
     check_bundle(aim, replace(bundle.manifest, components=tuple(chosen)))
-    return [_look_at(bundle, component, aim, video, progress) for component in chosen]
+    return [_inspect(bundle, component, aim, video, progress) for component in chosen]
 
 
-def _look_at(
+def _inspect(
     bundle: Bundle, component: Component, target: Target, video: tuple[str | None, str | None], progress: Progress
 ) -> FusionReport:
     manifest = bundle.manifest
@@ -92,7 +93,7 @@ def _look_at(
     )
     options = EngineOptions(target, profiles[:1], component.inputs)
     with scratch_folder("inspect") as temporary:
-        graph = first_blocks(bundle.path(component.graph), temporary, BLOCKS_TO_LOOK_AT)
+        graph = first_blocks(bundle.path(component.graph), temporary, BLOCKS_TO_COMPILE)
         built = build_engine(graph, temporary / f"{component.name}.plan", options, progress)
         compiled = read_log(built.log)
     return FusionReport(
@@ -106,17 +107,17 @@ def _blocks(spec: ModelSpec, component: Component) -> int:
     return spec.dit.layers if component.name in spec.experts else 0
 
 
-def _compiled(bundle: Bundle, component: Component, target: Target) -> Compiled:
+def _read_compiled(bundle: Bundle, component: Component, target: Target) -> Compiled:
     plan = bundle.path(component.graph)
     if log_beside(plan).is_file():
         return read_log(log_beside(plan))
-    return parse(_asked(load_module(target.backend), plan), str(plan))
+    return parse(_query_inspector(load_module(target.backend), plan), str(plan))
 
 
-def _asked(trt: Any, plan: Path) -> str:
-    """What TensorRT's inspector says about an engine whose log is gone; it needs the GPU of the engine."""
+def _query_inspector(trt: Any, plan: Path) -> str:
+    """The output of TensorRT's inspector for an engine without a log; it needs the engine's GPU."""
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
-        raise UserError(f"no builder log beside {plan}", "it, or the GPU of the engine", "run wan-trt build again")
-    told: str = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.ONELINE)
-    return told if "Layers:\n" in told else f"Layers:\n{told}"
+        raise UserError(f"{plan} has no builder log", "the log or the engine's GPU", "run wan-trt build again")
+    text: str = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.ONELINE)
+    return text if "Layers:\n" in text else f"Layers:\n{text}"

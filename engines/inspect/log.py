@@ -1,8 +1,8 @@
-"""What the compiler made of a graph, read from its verbose log: every kernel with its operands and the nodes inside.
+"""Read the compiled kernels of a graph from the compiler's verbose log, each with its operands and graph nodes.
 
-TensorRT prints the compiled kernels as a section ``Layers:`` (the engine inspector's one-line format is the same text),
-with or without a GPU, so a build on any machine shows whether attention is one kernel, what runs in FP8 and whether a
-matrix of tokens times tokens lies in memory. Graph nodes carry module paths, so every kernel finds its block.
+TensorRT prints the compiled kernels in a section ``Layers:`` (the engine inspector's one-line format is the same text),
+with or without a GPU. So a build on any machine shows whether attention is one kernel, what runs in FP8 and whether a
+tokens x tokens matrix is stored. Graph nodes carry module paths, which assign every kernel to a block.
 """
 
 import re
@@ -20,7 +20,7 @@ DTYPES = {
     "Int64": ("int64", 8), "Int32": ("int32", 4), "Int8": ("int8", 1), "UInt8": ("uint8", 1), "Bool": ("bool", 1),
 }  # fmt: skip
 BYTES: dict[str, float] = dict(DTYPES.values())
-# steps of a generated kernel that compute nothing: a kernel of only these moves or converts data
+# Steps of a generated kernel that compute nothing: a kernel with no other steps moves or converts data.
 MOVES = {"Tran", "Move", "Resh", "Slic", "Conc", "Cast", "Unsq", "Sque", "Expa", "Copy", "Iden"}
 NO_KERNEL = {"shape_call", "dummy", "signal", "wait", "constant", "noop"}
 BEFORE_BLOCKS = ("patch_embedding", "time_embedding", "time_projection")
@@ -30,7 +30,7 @@ Role = Literal["gemm", "attention", "convolution", "elementwise", "copy"]
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that a kernel reads or writes; -1 is a size that is known at run time only."""
+    """A tensor that a kernel reads or writes; -1 is a size known only at run time."""
 
     name: str
     dims: tuple[int, ...]
@@ -41,7 +41,7 @@ class Operand:
         return prod(self.dims) * BYTES.get(self.dtype, 4)
 
     def is_square_of(self, tokens: int) -> bool:
-        """A row for every token with a column for every token: attention that was not fused."""
+        """True for a tokens x tokens matrix, the sign of unfused attention."""
         return self.dims[-2:] == (tokens, tokens)
 
 
@@ -52,11 +52,11 @@ class Kernel:
     inputs: tuple[Operand, ...]
     constants: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
-    nodes: tuple[str, ...]  # of the ONNX graph
+    nodes: tuple[str, ...]  # their names in the ONNX graph
 
     @cached_property
     def steps(self) -> list[str]:
-        """What a generated kernel does, in the compiler's abbreviations: ``["Cast", "Mul", "Mean"]``."""
+        """The steps of a generated kernel, in the compiler's abbreviations: ``["Cast", "Mul", "Mean"]``."""
         return re.findall(r"r?[A-Z][a-z0-9]*", self.name.split("_myl_")[-1].split("_")[0])
 
     @cached_property
@@ -71,16 +71,16 @@ class Kernel:
 
     @property
     def dtype(self) -> str:
-        """The type of what it multiplies or, for other kernels, reads first."""
+        """The type of its first operand, which for matrix products is the type they multiply."""
         operands = (*self.inputs, *self.constants, *self.outputs)
         return operands[0].dtype if operands else ""
 
     @cached_property
     def block(self) -> str:
-        """``blocks.3``; "all blocks" for what the compiler joined across blocks, "" outside them.
+        """``blocks.3``; "all blocks" for kernels merged across blocks, "" for kernels outside them.
 
-        The kernel that ends a block also begins the next (its residual addition and the next normalisation); it
-        counts for the one it ends.
+        The last kernel of a block also starts the next one (residual addition and next normalisation); it counts for
+        the block that it ends.
         """
         if any(node.startswith(BEFORE_BLOCKS) for node in self.nodes):
             return ""
@@ -92,7 +92,7 @@ class Kernel:
 
     @property
     def flops(self) -> float:
-        """Of matrix multiplications, attention and convolutions; the rest is bound by memory."""
+        """FLOPs of matrix multiplications, attention and convolutions; other kernels are memory-bound and count 0."""
         if self.role == "attention":
             q, k, v = (operand.dims for operand in self.inputs[:3])
             return 2.0 * prod(q[:-1]) * (prod(k[-2:]) + prod(v[-2:]))
@@ -104,45 +104,49 @@ class Kernel:
 
     @property
     def size_bytes(self) -> float:
-        """Bytes read and written if every operand passes once."""
+        """Bytes read and written if every operand is transferred once."""
         operands = {o.name: o.size_bytes for o in (*self.inputs, *self.constants, *self.outputs)}
         return float(sum(operands.values()))
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The kernels of an engine's first profile and its memory, all sizes at the profile's maximum."""
+    """The kernels and memory of an engine's first profile; all sizes are at the profile's maximum."""
 
     kernels: tuple[Kernel, ...]
     scratch_bytes: int
     weights_bytes: int
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of inputs at the maximum
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # inputs only
 
     @property
     def tokens(self) -> int | None:
-        """Tokens of the transformer; None for other graphs."""
+        """The number of tokens of a transformer; None for other graphs."""
         table = self.shapes.get("rope_cos")
         return prod(table[:3]) if table else None
 
 
 def read_log(path: Path) -> Compiled:
-    """The kernels in a builder's log.
+    """Read the kernels from a builder's log.
 
     Raises:
-        UserError: no such file, or a log of a build that did not end.
+        UserError: the file is missing, or its build did not finish.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        raise UserError(f"no builder log {path}", "the log beside the engine", "run wan-trt build again") from None
+        raise UserError(f"no builder log {path}", "the log next to the engine", "run wan-trt build again") from None
     return parse(text, str(path))
 
 
 def parse(text: str, origin: str = "the log") -> Compiled:
-    """The kernels in a builder's log or an engine inspector's answer."""
+    """Parse a builder's log or the output of the engine inspector.
+
+    Raises:
+        UserError: ``text`` lists no kernels, or in an unknown format.
+    """
     _, found, section = text.rpartition("Layers:\n")
     if not found:
-        raise UserError(f"{origin} lists no compiled kernels", "a build that ended well", "run wan-trt build again")
+        raise UserError(f"{origin} lists no compiled kernels", "a successful build", "run wan-trt build again")
     lines, _, edges = section.partition("I/O Tensors:")
     shapes = _input_shapes(edges)
     first = _first_profile([line for line in lines.splitlines() if line.startswith("Name: ")])
@@ -165,7 +169,7 @@ def _input_shapes(edges: str) -> dict[str, tuple[int, ...]]:
 
 
 def _first_profile(lines: list[str]) -> list[str]:
-    """The lines of profile 0. Kernels carry the number of their region, and some lines of a region its profile."""
+    """The lines of profile 0. Kernels carry their region's number; some lines of a region carry its profile."""
     regions = [match[1] if (match := re.search(r"_myl(\d+)_\d+,", line)) else "" for line in lines]
     later = {region for region, line in zip(regions, lines, strict=True) if re.search(r"\[profile [1-9]", line)}
     return [line for region, line in zip(regions, lines, strict=True) if region not in later or not region]
@@ -181,7 +185,7 @@ _OPERAND = re.compile(r"Name: (.+?), Dimensions: \[([-\d,]*)\],.*?Datatype: (\w+
 def _kernel(line: str, shapes: Mapping[str, tuple[int, ...]]) -> Kernel:
     match = _LAYER.match(line)
     if not match:
-        raise UserError(f"line {line[:80]!r} of the log", "a kernel as TensorRT 10.13 to 11 prints it", "report it")
+        raise UserError(f"log line {line[:80]!r}", "a kernel in the format of TensorRT 10.13 to 11", "report it")
     inputs, constants, outputs = (
         tuple(_operands(match[part] or "", shapes)) for part in ("inputs", "constants", "outputs")
     )
@@ -192,11 +196,11 @@ def _kernel(line: str, shapes: Mapping[str, tuple[int, ...]]) -> Kernel:
 def _operands(text: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Operand]:
     for name, dims, dtype in _OPERAND.findall(text):
         sizes = tuple(int(size) for size in dims.split(",") if size)
-        yield Operand(name, _resolved(name, sizes, shapes), DTYPES.get(dtype, (dtype.lower(), 4))[0])
+        yield Operand(name, _resolve(name, sizes, shapes), DTYPES.get(dtype, (dtype.lower(), 4))[0])
 
 
-def _resolved(name: str, dims: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Sizes known at run time only, at the profile's maximum where the graph tells which they are."""
+def _resolve(name: str, dims: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """``dims`` with run-time sizes replaced by the profile's maximum, if they can be derived from the inputs."""
     if len(shapes.get(name, ())) == len(dims):
         return shapes[name]
     sizes = iter(_unknown_sizes(dims, shapes))
@@ -204,11 +208,11 @@ def _resolved(name: str, dims: tuple[int, ...], shapes: Mapping[str, tuple[int, 
 
 
 def _unknown_sizes(dims: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """What the -1 of ``dims`` are: of a transformer tokens, frames and tokens of a frame, or the token grid."""
+    """The values of the -1 in ``dims``: in a transformer tokens, frames and tokens per frame, or the token grid."""
     grid, text = shapes.get("rope_cos", ())[:3], shapes.get("input_ids", ())
     if not grid:
         return (text[-1],) * len(dims) if text else ()
-    if len(dims) == 5 and dims[0] == 1:  # a video [1, C, T, h, w]: of latents, or of tokens after the patch embedding
+    if len(dims) == 5 and dims[0] == 1:  # a video [1, C, T, h, w] of latents, or of tokens after the patch embedding
         latents = shapes.get("latents", ())
         video = latents[2:] if latents and dims[1] < 4 * latents[1] else grid
         return tuple(size for dim, size in zip(dims[2:], video, strict=True) if dim == -1)

@@ -1,7 +1,7 @@
-"""The compiled kernels of one engine, counted and weighed against a target: what ``wan-trt inspect`` shows.
+"""The report behind ``wan-trt inspect``: one engine's compiled kernels, counted, with estimated times on a target.
 
-Times are rooflines: the larger of arithmetic over the dense peak of the operands' type and bytes over the bandwidth.
-They are a lower bound and a way to see which kernels matter, no measurement.
+Times are rooflines: the larger of FLOPs over the dense peak of the operands' type and bytes over the bandwidth. They
+are lower bounds that show which kernels matter, not measurements.
 """
 
 import statistics
@@ -16,7 +16,7 @@ from engines.targets import Target
 from wan22.quantities import human_bytes
 from wan22.specs import Number, Precision
 
-SLOW_UNFUSED_BYTES = 2**26  # copies of less than 64 MiB are not worth a line
+SLOW_UNFUSED_BYTES = 2**26  # smaller copies are not reported
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class FusionReport:
     target: Target
     compiled: Compiled
     precision: Precision
-    weights: str = ""  # where they are: "embedded" or "external"
-    blocks_in_model: int = 0  # where only some of its blocks were compiled to look at
+    weights: str = ""  # "embedded" or "external"
+    blocks_in_model: int = 0  # set if only some blocks were compiled
 
     # -- counts
 
     @cached_property
     def blocks(self) -> dict[str, list[Kernel]]:
-        """Kernels by block, in order; "all blocks" and "" are what does not belong to one."""
+        """Kernels by block, in order; "all blocks" and "" hold kernels that belong to no single block."""
         found: dict[str, list[Kernel]] = {}
         for kernel in self.compiled.kernels:
             found.setdefault(kernel.block, []).append(kernel)
@@ -43,19 +43,19 @@ class FusionReport:
         return [len(kernels) for block, kernels in self.blocks.items() if block.startswith("blocks.")]
 
     def by_dtype(self, role: str) -> dict[str, int]:
-        """How many kernels of ``role`` there are, by the type that they compute in."""
+        """The number of kernels of ``role`` by compute type."""
         return dict(Counter(kernel.dtype for kernel in self.compiled.kernels if kernel.role == role))
 
     @property
     def typical_block(self) -> list[Kernel]:
-        """The kernels of a block in the middle, which shares no kernel with the ends."""
+        """The kernels of a block in the middle, which shares no kernel with the first and last modules."""
         names = [name for name in self.blocks if name.startswith("blocks.")]
         return self.blocks[names[len(names) // 2]] if names else []
 
     # -- cost on the target
 
     def seconds(self, kernel: Kernel) -> float | None:
-        """Roofline time; None where the target has no figures or sizes are known at run time only."""
+        """The roofline time; None if the target has no figures or a size is known only at run time."""
         if not self.target.bandwidth_gb_s or kernel.size_bytes < 0:
             return None
         memory = kernel.size_bytes / (self.target.bandwidth_gb_s * 1e9)
@@ -69,11 +69,11 @@ class FusionReport:
     def blocks_left_out(self) -> int:
         return max(0, self.blocks_in_model - len(self.kernels_per_block))
 
-    # -- what is wrong
+    # -- problems
 
     @cached_property
     def problems(self) -> list[str]:
-        """Faults that make an engine slow or impossible to run, each in one line."""
+        """Faults that make an engine slow or impossible to run, one line each."""
         return [*self._squares(), *self._loose_softmax(), *self._lost_fp8()]
 
     def _squares(self) -> Iterable[str]:
@@ -87,7 +87,7 @@ class FusionReport:
                     yield f"{kernel.name} writes tokens x tokens: {list(operand.dims)} {operand.dtype}, {size}"
 
     def _loose_softmax(self) -> Iterable[str]:
-        if self.compiled.tokens is None:  # the VAE's one attention has heads too wide for any fused kernel
+        if self.compiled.tokens is None:  # the heads of the VAE's attention are too wide for any fused kernel
             return
         for kernel in self.compiled.kernels:
             softmax = [node for node in kernel.nodes if node.endswith(("Softmax", "Attention"))]
@@ -98,17 +98,17 @@ class FusionReport:
         for kernel in self.compiled.kernels:
             quantised = any(node.rstrip("_0123456789").endswith("DequantizeLinear") for node in kernel.nodes)
             if quantised and kernel.role in ("gemm", "attention") and kernel.dtype != "fp8":
-                yield f"{kernel.name} was meant to multiply FP8 and multiplies {kernel.dtype}"
+                yield f"{kernel.name} multiplies {kernel.dtype} instead of FP8"
 
     @property
     def unfused(self) -> list[Kernel]:
-        """Kernels that only move or convert data, and enough of it to matter."""
+        """Kernels that only move or convert data, at least ``SLOW_UNFUSED_BYTES`` of it."""
         return [k for k in self.compiled.kernels if k.role == "copy" and k.size_bytes >= SLOW_UNFUSED_BYTES]
 
     # -- plain data
 
     def summary(self) -> dict[str, Any]:
-        """Counts of what was compiled, figures of the whole model, with their units in the keys."""
+        """Counts of the compiled kernels and figures of the whole model; keys include units."""
         per_block, kernels, more = self.kernels_per_block, self.compiled.kernels, self.blocks_left_out
         return {
             "component": self.component,
@@ -140,7 +140,7 @@ class FusionReport:
         return self.summary() | {"all_kernels": [self._row(kernel) for kernel in self.compiled.kernels]}
 
     def _row(self, kernel: Kernel) -> dict[str, Any]:
-        def told(operands: Iterable[Any]) -> list[str]:
+        def describe(operands: Iterable[Any]) -> list[str]:
             return [f"{o.dtype}{list(o.dims)}" for o in operands]
 
         return {
@@ -148,9 +148,9 @@ class FusionReport:
             "block": kernel.block,
             "role": kernel.role,
             "dtype": kernel.dtype,
-            "inputs": told(kernel.inputs),
-            "constants": told(kernel.constants),
-            "outputs": told(kernel.outputs),
+            "inputs": describe(kernel.inputs),
+            "constants": describe(kernel.constants),
+            "outputs": describe(kernel.outputs),
             "nodes": list(kernel.nodes),
             "gflop": kernel.flops / 1e9,
             "bytes": kernel.size_bytes,

@@ -1,4 +1,4 @@
-"""A fusion report for eyes: a table in the terminal, a page with a diagram of one block in the browser."""
+"""Show a fusion report as a table in the terminal, or as a web page with a diagram of one block."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ NARROWEST_BAR, WIDEST_BAR = 2.0, 100.0  # per cent
 
 
 def as_text(report: FusionReport) -> "list[RenderableType]":
-    """What ``wan-trt inspect`` prints of one component: counts, then the kernels of a typical block."""
+    """The terminal output for one component: counts, then the kernels of a typical block."""
     from rich.text import Text
 
     lines: list[RenderableType] = [_counts(report)]
@@ -27,12 +27,12 @@ def as_text(report: FusionReport) -> "list[RenderableType]":
 
 
 def as_html(reports: Sequence[FusionReport], title: str) -> str:
-    """A self-contained page; a kernel's bar is as long as its roofline time."""
+    """A self-contained page; the length of a kernel's bar is its roofline time."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    parts = [{"report": r, "summary": r.summary(), "rows": _rows(r), "flow": _flow(r)} for r in reports]
+    parts = [{"summary": r.summary(), "flow": _flow(r), "roles": _roles(r)} for r in reports]
     return environment.get_template("fusion.html.j2").render(title=title, parts=parts, human_bytes=human_bytes)
 
 
@@ -48,7 +48,7 @@ def _counts(report: FusionReport) -> "RenderableType":
     table = Table(
         title=f"{s['component']} for {s['target']}, {s['precision']}", show_header=False, title_justify="left"
     )
-    left_out = f", {s['blocks_left_out']} left out: alike" if s["blocks_left_out"] else ""
+    left_out = f", {s['blocks_left_out']} identical ones left out" if s["blocks_left_out"] else ""
     rows = {
         **({"weights": s["weights"]} if s["weights"] else {}),
         "blocks compiled": f"{s['blocks_compiled']}{left_out}",
@@ -96,18 +96,23 @@ def _rows(report: FusionReport) -> list[dict[str, str]]:
 
 
 def _flow(report: FusionReport) -> list[dict[str, str]]:
-    """Kernels of a typical block with the length of their bars in per cent of the longest."""
+    """The kernels of a typical block, with bar lengths in per cent of the longest."""
     times = [report.seconds(kernel) or 0.0 for kernel in report.typical_block]
     longest = max(times, default=0.0) or 1.0
     widths = [max(NARROWEST_BAR, WIDEST_BAR * time / longest) for time in times]
     return [row | {"width": f"{width:.1f}"} for row, width in zip(_rows(report), widths, strict=True)]
 
 
+def _roles(report: FusionReport) -> list[str]:
+    """The roles of a typical block's kernels, for the legend."""
+    return list(dict.fromkeys(kernel.role for kernel in report.typical_block))
+
+
 def _what(kernel: Kernel) -> str:
-    """The modules inside, without the block's own name: ``self_attn/norm_qk + self_attn/rope``."""
+    """The modules inside the kernel, without the block's name: ``self_attn/norm_qk + self_attn/rope``."""
     working = ("MatMul", "Gemm", "Softmax", "Attention", "Gelu", "Conv")
     inside = [node.removeprefix(f"{kernel.block}/") for node in kernel.nodes if node.startswith(kernel.block)]
-    if kernel.role in ("gemm", "attention"):  # the quantisation around them is part of them
+    if kernel.role in ("gemm", "attention"):  # do not list the quantisation around them separately
         inside = [node for node in inside if node.split("/")[-1].rstrip("_0123456789") in working]
     modules = dict.fromkeys(node.rpartition("/")[0] for node in inside)
     return " + ".join(module for module in modules if module) or kernel.name

@@ -23,7 +23,7 @@ from export.checkpoint.place import Place, real_folder
 from export.checkpoint.schema import Shapes, part_tensors
 from export.checkpoint.single_files import check_complete
 from export.checkpoint.spec import RELEASES, Parts
-from export.checkpoint.spelling import officially_named
+from export.checkpoint.spelling import name_officially
 from export.checkpoint.tokenizer import tokenizer_folder
 from export.files.decoded import Codes, Decoded, Scaled, Tensor, codes_of
 from export.files.tensor_file import BFLOAT16, Array, Stored
@@ -100,7 +100,7 @@ def open_checkpoint(where: str | Path, progress: Progress = silent) -> Checkpoin
         UserError: no such place, no checkpoint of Wan2.2, or one that is damaged, incomplete or of unknown structure.
     """
     place = Place.parse(where)
-    folder, layout, places = _located(place)
+    folder, layout, places = _locate(place)
     tokenizer = places.pop("tokenizer", None)
     raw = _read(places, place.files, progress)
     spec = layout.spec(folder, raw)
@@ -115,7 +115,7 @@ def open_checkpoint(where: str | Path, progress: Progress = silent) -> Checkpoin
     return Checkpoint(folder, source, spec, weights, vocabulary, tuple(files))
 
 
-def _located(place: Place) -> tuple[Path, Layout, dict[str, Path]]:
+def _locate(place: Place) -> tuple[Path, Layout, dict[str, Path]]:
     """The folder of a checkpoint, its layout, and where its parts are; the user's files take the place of its own."""
     for part, path in place.files.items():
         if not path.exists():
@@ -136,7 +136,7 @@ def _read(places: Mapping[str, Path], given: Mapping[str, Path], progress: Progr
     raw: dict[str, Mapping[str, Tensor]] = {}
     for done, (part, place) in enumerate(places.items(), 1):
         tensors = read_part(place, part)
-        raw[part] = officially_named(part, tensors) if part in given or place.is_file() else tensors
+        raw[part] = name_officially(part, tensors) if part in given or place.is_file() else tensors
         _refuse_unreadable(part, raw[part])
         progress("open checkpoint", done, len(places), "parts")
     return raw

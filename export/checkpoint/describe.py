@@ -1,14 +1,14 @@
 """What a file of weights is: which part of which model, in which form; headers only, nothing is refused but damage."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.checkpoint.expert_names import said
 from export.checkpoint.other_models import other_model
 from export.checkpoint.part_files import PREFIXES, PREFIXES_OF, without_prefix
-from export.checkpoint.spelling import officially_named
+from export.checkpoint.spelling import name_officially
 from export.files.decoded import GgufBlocks, Tensor
 from export.files.weights_files import WeightsFile, read_weights
 
@@ -31,6 +31,9 @@ FORMS = (  # by the last words of keys, or keys of the header; the first whose m
     ({"_data", "_scale"}, "quanto int8 (Wan2GP)"),
     ({"int8_weight"}, "TurboDiffusion int8"),
 )
+
+LETTERS = {"H": "high", "L": "low"}
+NO_NOISE = r"[-_ ]?(?:res|rank|poly|key|light(?!ning|x2v)|quality|speed|motion|angle|vram|mem)"
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,10 @@ def describe(path: Path) -> Description:
     if other := other_model(tensors):
         return Description(path, "", f"{other}: not supported" if other != "a LoRA" else other, "", form, types)
     for part in ("transformer", "text_encoder", "vae"):
-        own = officially_named("dit" if part == "transformer" else part, without_prefix(part, tensors))
+        own = name_officially("dit" if part == "transformer" else part, without_prefix(part, tensors))
         if described := _model(part, own):
             model, channels = described
-            named = said(path.stem) or said(path.absolute().parent.name)
+            named = named_expert(path.stem) or named_expert(path.absolute().parent.name)
             expert = f"{named}_noise" if named and part == "transformer" and channels != 48 else ""
             return Description(path, part, model, expert, form, types, channels, tokenizer)
     return Description(path, "", "no file of Wan2.2 that is known here", "", form, types)
@@ -111,3 +114,10 @@ def _form(path: Path, found: WeightsFile) -> str:
     quantised = next((form for marks, form in FORMS if marks <= ends), None)
     prefixed = any(name.startswith(PREFIXES[:2]) for name in names)
     return quantised or ("with ComfyUI's prefix" if prefixed else path.suffix.removeprefix(".") or "weights")
+
+
+def named_expert(name: str) -> str | None:
+    """Which of "high" and "low", if ``name`` says exactly one of them of noise, and not of rank or resolution."""
+    found = set(re.findall(rf"(?<![a-z])(high|low)(?!{NO_NOISE})(?:[-_ ]?noise)?(?![a-z])", name.lower()))
+    found |= {LETTERS[letter] for letter in re.findall(r"(?<![A-Za-z0-9])([HL])N?(?![A-Za-z0-9])", name)}
+    return str(found.pop()) if len(found) == 1 else None

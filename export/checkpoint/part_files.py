@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from export.checkpoint.quantised import MARKS, plain
+from export.checkpoint.quantised import MARKS, apply_scales
 from export.files.decoded import GgufBlocks, Tensor
 from export.files.tensor_file import check_regular
 from export.files.weights_files import SUFFIXES, WeightsFile, read_weights, refuse_stand_in
@@ -40,7 +40,7 @@ def read_part(place: Path, part: str) -> dict[str, Tensor]:
     found = read_files(place, part)
     _refuse_other_gguf(part, found)
     tensors = without_prefix(part, found.tensors)
-    return plain(part, tensors, found.metadata)
+    return apply_scales(part, tensors, found.metadata)
 
 
 def _refuse_other_gguf(part: str, found: WeightsFile) -> None:
@@ -122,7 +122,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _variant(folder: Path, stem: str) -> tuple[Path, Path]:
-    """Index and file of the only variant, such as ``stem.bf16.safetensors``; the plain names where there is none."""
+    """Index and file of the only variant, such as ``stem.bf16.safetensors``; the usual names where there is none."""
     pattern = rf"{re.escape(stem)}(?:\.safetensors\.index\.(\w+)\.json|\.(\w+)\.safetensors)"
     matches = [match for path in _files(folder) if (match := re.fullmatch(pattern, path.name))]
     variants = sorted({match[1] or match[2] for match in matches})

@@ -23,8 +23,11 @@ class Place:
     @classmethod
     def parse(cls, where: str | Path) -> "Place":
         """Raises UserError where a part is named twice."""
-        if Path(where).exists():
-            return cls(str(where))
+        try:
+            if Path(where).exists():
+                return cls(str(where))
+        except OSError:  # names of many files together are longer than a path may be
+            pass
         whole, *rest = _SPLIT.split(str(where))
         parts, files = rest[::2], rest[1::2]
         if len(set(parts)) < len(parts):

@@ -53,7 +53,7 @@ class _Module:
     stored: dict[str, Stored] = field(default_factory=dict)
 
 
-def plain(part: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+def apply_scales(part: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of ``part`` with scales applied.
 
     Raises:
@@ -73,7 +73,7 @@ def plain(part: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any])
         if role == "tensor":
             found[key] = tensor
         elif role == "codes":
-            found[f"{name}.weight"] = _decoded(part, name, modules[name], formats.get(name, {}))
+            found[f"{name}.weight"] = _decode(part, name, modules[name], formats.get(name, {}))
     _refuse_orphans(part, modules)
     if any(key.rpartition(".")[2] == "scaled_fp8" for key in tensors):
         bare = [key for key, tensor in found.items() if isinstance(tensor, Scaled) and not tensor.scales]
@@ -121,9 +121,9 @@ def _formats(part: str, modules: Mapping[str, _Module], metadata: Mapping[str, A
     found: dict[str, dict[str, Any]] = {}
     try:
         content = json.loads(metadata.get("_quantization_metadata", "{}"))
-        for name, told in content.get("layers", {}).items():
+        for name, description in content.get("layers", {}).items():
             ends = [module for module in modules if name == module or name.endswith(f".{module}")]
-            found |= {module: dict(told) for module in ends}
+            found |= {module: dict(description) for module in ends}
         for name, module in modules.items():
             if "format" in module.stored:
                 found[name] = dict(json.loads(module.stored["format"].read().tobytes()))
@@ -132,8 +132,8 @@ def _formats(part: str, modules: Mapping[str, _Module], metadata: Mapping[str, A
     return found
 
 
-def _decoded(part: str, name: str, module: _Module, told: Mapping[str, Any]) -> Decoded:
-    codes, kind = module.stored["codes"], str(told.get("format", ""))
+def _decode(part: str, name: str, module: _Module, description: Mapping[str, Any]) -> Decoded:
+    codes, kind = module.stored["codes"], str(description.get("format", ""))
     _check_scales(part, module)
     scales = tuple(module.stored[role] for role in ("scale", "second") if role in module.stored)
     columns = module.stored.get("columns")
@@ -150,7 +150,7 @@ def _decoded(part: str, name: str, module: _Module, told: Mapping[str, Any]) -> 
     if scales and not _fits(scales[0].shape, codes.shape):
         found = f"{module.keys['scale']} has shape {list(scales[0].shape)}"
         _refuse(part, found, f"one scale, or one for every row or block of {list(codes.shape)}")
-    turned = int(told.get("convrot_groupsize", 0)) if told.get("convrot") else 0
+    turned = int(description.get("convrot_groupsize", 0)) if description.get("convrot") else 0
     if turned and (len(codes.shape) != 2 or codes.shape[1] % turned or not _is_power_of_4(turned)):
         _refuse(part, f"{name} is rotated in groups of {turned}", "a power of 4 that divides its inputs")
     return Scaled(codes, scales, columns, turned, _entering(part, module))

@@ -85,7 +85,7 @@ def _name_them(parts: Iterable[str]) -> str:
 
 
 def check_complete(files: Iterable[str]) -> None:
-    """Refuses a set of named files that is no model."""
+    """Refuses named files that do not make a whole model."""
     files = set(files)
     experts = ("dit",) if "dit" in files else ("high_noise", "low_noise")
     if "dit" in files and files & {"high_noise", "low_noise"}:

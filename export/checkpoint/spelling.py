@@ -16,7 +16,7 @@ _LAYER = re.compile(r"^(?:blocks|encoder\.block|enc\.blk)\.(\d+)\.")
 LAYERS_MAX = 1000
 
 
-def officially_named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def name_officially(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``tensors`` under official names; what has none keeps its own, and is refused later."""
     spec = _model_like(part, tensors)
     names = {theirs: name for name, theirs in diffusers_names(part, spec).items()}

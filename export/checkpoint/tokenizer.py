@@ -43,15 +43,15 @@ def tokenizer_folder(place: Path | None, text_encoder: Path | None) -> Path:
         UserError: there is none, or one that cannot be read.
     """
     if place is not None and place.is_file():
-        return _converted(place.read_bytes(), str(place))
+        return _convert(place.read_bytes(), str(place))
     if place is not None and (place / VOCABULARY).is_file():
         _check(place / VOCABULARY)
         return place
     if place is not None and (place / MODEL).is_file():
         check_regular(place / MODEL)
-        return _converted((place / MODEL).read_bytes(), str(place / MODEL))
+        return _convert((place / MODEL).read_bytes(), str(place / MODEL))
     if text_encoder is not None and text_encoder.suffix in SUFFIXES and (held := _held(text_encoder)) is not None:
-        return _converted(held.read().tobytes(), f"{text_encoder}: spiece_model")
+        return _convert(held.read().tobytes(), f"{text_encoder}: spiece_model")
     if place is None:
         remedy = "name its folder, google/umt5-xxl of the official release, with --tokenizer DIR"
         raise UserError(f"{text_encoder} holds no tokenizer", EXPECTED, remedy)
@@ -77,7 +77,7 @@ def _check(vocabulary: Path) -> None:
 
 
 @lru_cache(maxsize=4)
-def _converted(model: bytes, source: str) -> Path:
+def _convert(model: bytes, source: str) -> Path:
     try:
         with panics_as_errors():
             tokenizer = unigram(model)

@@ -1,7 +1,7 @@
-"""Quantised tensors as the float32 values they stand for, computed a few rows at a time while they are read.
+"""Decode quantised tensors to float32, a few rows at a time, while they are read.
 
-Every class is one formula; the codes and scales stay in the file. Products are float32, in the order in which the
-formula is written, so the values are those that the format's own library gives.
+Each class implements one formula; codes and scales stay in the file. Products are float32, in the order of the written
+formula, so the values equal those of the format's reference library.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ F32 = npt.NDArray[np.float32]
 FLOAT32 = np.dtype(np.float32)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 HADAMARD = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32)
-CODES = (*FLOAT8, np.dtype(np.int8))  # types of one byte with a value for each
+CODES = (*FLOAT8, np.dtype(np.int8))  # one-byte types, decoded by table
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A tensor made of ``weight``, the codes, whose first axis is that of the result."""
+    """A tensor decoded from ``weight``, its codes; both have the same first axis."""
 
     weight: Stored
 
@@ -63,14 +63,14 @@ class Decoded:
             yield block.reshape(-1)
 
     def _blocks(self) -> Iterator[F32]:
-        """Of at most ``PIECE_BYTES``, as far as rows allow."""
+        """Blocks of rows, of at most ``PIECE_BYTES`` or one row."""
         step = max(1, PIECE_BYTES // max(4 * prod(self.shape[1:]), 1))
         for first in range(0, self.shape[0] if self.shape else 1, step):
             yield self.rows(first, min(first + step, self.shape[0] if self.shape else 1))
 
 
 def rows_of(stored: Stored, first: int, last: int) -> Array:
-    """Rows of the first axis of a tensor in a file."""
+    """Rows ``first`` to ``last`` of the first axis of a tensor in a file."""
     if not stored.shape:
         return stored.read().reshape(1)
     width = prod(stored.shape[1:]) * stored.dtype.itemsize
@@ -78,23 +78,23 @@ def rows_of(stored: Stored, first: int, last: int) -> Array:
 
 
 def table(dtype: np.dtype[np.generic]) -> F32:
-    """The value of every byte."""
+    """The float32 value of each of the 256 bytes."""
     values: F32 = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
     return values
 
 
 @dataclass(frozen=True)
 class Scaled(Decoded):
-    """``codes · scale``: one scale, one for every row, or one for every block of a matrix.
+    """``codes · scale``: one scale per tensor, per row or per block of a matrix.
 
-    ``scales`` are multiplied with each other; ``columns`` [in] scales the input channels; ``turned`` is the size of the
-    groups of inputs that were rotated.
+    The scale is the product of ``scales``; ``columns`` [in] scales the input channels; ``turned`` is the size of the
+    rotated groups of inputs, 0 without rotation.
     """
 
     scales: tuple[Stored, ...] = ()
     columns: Stored | None = None
     turned: int = 0
-    entering: Stored | None = None  # the static scale of what the matrix multiplies, measured by its publisher
+    entering: Stored | None = None  # the static scale of the matrix's inputs, measured by the publisher
 
     def rows(self, first: int, last: int) -> F32:
         codes, scale = rows_of(self.weight, first, last), _product(self.scales)
@@ -102,7 +102,7 @@ class Scaled(Decoded):
         if self.scales:
             values = self._times(values, scale, first, last)
         if self.turned:
-            values = unrotated(values, self.turned)
+            values = unrotate(values, self.turned)
         if self.columns is not None:
             values *= self.columns.read().astype(np.float32)
         return values
@@ -124,7 +124,7 @@ class Scaled(Decoded):
 
 @dataclass(frozen=True)
 class Codes:
-    """An FP8 matrix as it is stored: E4M3 codes, their one scale, and the static scale of its inputs, if any."""
+    """An FP8 matrix as stored: E4M3 codes, their single scale, and the static scale of its inputs, if any."""
 
     stored: Stored
     scale: float
@@ -132,7 +132,7 @@ class Codes:
 
 
 def codes_of(tensor: "Tensor") -> Codes | None:
-    """``tensor`` as FP8 can be multiplied; None for any other form."""
+    """``tensor`` in a form that FP8 can multiply directly; None for any other form."""
     if (
         not isinstance(tensor, Scaled)
         or tensor.weight.dtype != FLOAT8[0]
@@ -147,9 +147,10 @@ def codes_of(tensor: "Tensor") -> Codes | None:
     return Codes(tensor.weight, float(scale), entering)
 
 
-def unrotated(values: F32, size: int) -> F32:
-    """``values`` [rows, in] with every group of ``size`` inputs, a power of 4, rotated back by the regular Hadamard
-    matrix, which is its own inverse.
+def unrotate(values: F32, size: int) -> F32:
+    """Rotate every group of ``size`` inputs of ``values`` [rows, in] back.
+
+    ``size`` is a power of 4; the rotation is the regular Hadamard matrix, which is its own inverse.
     """
     matrix = HADAMARD
     while len(matrix) < size:
@@ -161,10 +162,10 @@ def unrotated(values: F32, size: int) -> F32:
 
 @dataclass(frozen=True)
 class Nvfp4(Decoded):
-    """``e2m1 · block scale · world``: two codes in a byte, a scale in FP8 for 16 inputs, one or two for the matrix.
+    """``e2m1 · block scale · world``: two codes per byte, an FP8 scale per 16 inputs, one or two scales per matrix.
 
-    ``high_first``: the even column is in the high nibble. ``tiled``: block scales lie in cuBLAS' tiles of 128 x 4.
-    ``divided``: the last scale divides.
+    ``high_first``: the even column is in the high nibble. ``tiled``: block scales use cuBLAS' tiles of 128 x 4.
+    ``divided``: divide by the last scale instead of multiplying.
     """
 
     blocks: Stored
@@ -188,7 +189,7 @@ class Nvfp4(Decoded):
 
 @dataclass(frozen=True)
 class Mxfp8(Decoded):
-    """FP8 codes with a power of two, 2^(byte - 127), for every 32 inputs, in cuBLAS' tiles of 128 x 4."""
+    """FP8 codes with a power of two, 2^(byte - 127), per 32 inputs, in cuBLAS' tiles of 128 x 4."""
 
     powers: Stored
 
@@ -199,7 +200,7 @@ class Mxfp8(Decoded):
         return values
 
 
-# Scales of a matrix, kept while its rows are made and no longer: those of a whole model would take gigabytes.
+# Small caches keep the scales of the matrix being decoded; those of a whole model would take gigabytes.
 
 
 @lru_cache(maxsize=4)
@@ -212,23 +213,23 @@ def _product(scales: tuple[Stored, ...]) -> F32:
 
 @lru_cache(maxsize=2)
 def _nvfp4_steps(tensor: Nvfp4) -> F32:
-    """[out, in/16]"""
+    """The scale of each block: [out, in/16]."""
     rows, columns = tensor.shape[0], tensor.shape[1] // 16
     found = tensor.blocks.read()
-    steps: F32 = (untiled(found, rows, columns) if tensor.tiled else found.reshape(rows, columns)).astype(np.float32)
+    steps: F32 = (untile(found, rows, columns) if tensor.tiled else found.reshape(rows, columns)).astype(np.float32)
     world = _product(tensor.worlds)
     return steps / world if tensor.divided else steps * world
 
 
 @lru_cache(maxsize=2)
 def _mxfp8_steps(tensor: Mxfp8) -> F32:
-    """[out, in/32]"""
-    found = untiled(tensor.powers.read().view(np.uint8), tensor.shape[0], tensor.shape[1] // 32)
+    """The scale of each block: [out, in/32]."""
+    found = untile(tensor.powers.read().view(np.uint8), tensor.shape[0], tensor.shape[1] // 32)
     return np.ldexp(np.float32(1), found.astype(np.int32) - 127).astype(np.float32)
 
 
-def untiled(stored: Array, rows: int, columns: int) -> Array:
-    """``[rows, columns]`` of scales that are stored in tiles of 128 x 4, padded."""
+def untile(stored: Array, rows: int, columns: int) -> Array:
+    """``[rows, columns]`` scales from their padded tiles of 128 x 4."""
     tall, wide = -(-rows // 128), -(-columns // 4)
     tiles = stored.reshape(tall, wide, 32, 4, 4).transpose(0, 3, 2, 1, 4)
     return tiles.reshape(tall * 128, wide * 4)[:rows, :columns]
@@ -236,7 +237,7 @@ def untiled(stored: Array, rows: int, columns: int) -> Array:
 
 @dataclass(frozen=True)
 class GgufBlocks(Decoded):
-    """Blocks of ggml along the last axis; ``weight`` holds their bytes, [rows, bytes of a row]."""
+    """Blocks of ggml along the last axis; ``weight`` holds their bytes, [rows, bytes per row]."""
 
     kind: int
     values_shape: tuple[int, ...]
@@ -249,7 +250,7 @@ class GgufBlocks(Decoded):
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        each = prod(self.values_shape[1:-1])  # rows of blocks for one row of the first axis
+        each = prod(self.values_shape[1:-1])  # rows of blocks per row of the first axis
         found = rows_of(self.weight, first * each, last * each)
         values: F32 = dequantize(found, GGMLQuantizationType(self.kind))
         return values.reshape(last - first, *self.values_shape[1:])

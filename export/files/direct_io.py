@@ -1,8 +1,8 @@
-"""Reading and writing past the system's cache, where the file system knows how, in memory that is used again.
+"""Direct I/O (O_DIRECT) where the file system supports it, into reusable memory.
 
-Through the cache every byte is copied once more, and once memory is full of other files the system must find pages to
-give up: together most of a core at a gigabyte in a second. Past it, offset and memory must both begin at a block. And
-memory that the system hands out is zeroed first, which takes longer than to read into it; so it is kept.
+The page cache copies every byte once more, and once it is full the kernel must evict pages: together most of a core at
+1 GB/s. Direct I/O requires that offset and memory are block-aligned. The kernel zeroes new memory first, which takes
+longer than reading into it, so buffers are kept and reused.
 """
 
 import errno
@@ -17,47 +17,47 @@ from weakref import finalize
 import numpy as np
 import numpy.typing as npt
 
-BLOCK_BYTES = 4096  # no disk's is larger
-AT_ONCE_BYTES = 2**22  # more in one call is slower
-LARGE_BYTES = 2**20  # smaller is not worth the trouble
-KEPT_BYTES = 2**29  # of memory that waits for its next use
+BLOCK_BYTES = 4096  # no disk has larger blocks
+AT_ONCE_BYTES = 2**22  # larger calls are slower
+LARGE_BYTES = 2**20  # direct I/O does not pay off below
+KEPT_BYTES = 2**29  # limit of memory kept for reuse
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 
 Bytes = npt.NDArray[np.uint8]
 
 
-def blocks_of(size_bytes: int) -> int:
-    """``size_bytes`` and what is missing of the last block."""
+def round_up_to_block(size_bytes: int) -> int:
+    """``size_bytes`` rounded up to a multiple of the block size."""
     return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 class _Lent(np.ndarray[tuple[int], np.dtype[np.uint8]]):
-    """Lives as long as any view of the memory below it."""
+    """An array that lives as long as any view of its memory."""
 
 
-_kept: list[mmap] = []  # lists are safe between threads
+_kept: list[mmap] = []  # list operations are thread-safe
 
 
-def aligned(size_bytes: int) -> Bytes:
-    """Memory that begins at a block; it is kept for the next when the last view of it is gone."""
-    memory = _taken_up(size_bytes) or _new(size_bytes)
+def aligned_memory(size_bytes: int) -> Bytes:
+    """Block-aligned memory, kept for reuse once its last view is gone."""
+    memory = _reuse(size_bytes) or _allocate(size_bytes)
     lent = _Lent((size_bytes,), np.uint8, memory)  # type: ignore[arg-type]  # an mmap is a buffer
     finalize(lent, _keep, memory)
     return lent.view(np.ndarray)
 
 
-def _new(size_bytes: int) -> mmap:
+def _allocate(size_bytes: int) -> mmap:
     memory = mmap(-1, max(size_bytes, BLOCK_BYTES))
     memory.madvise(MADV_HUGEPAGE)
     return memory
 
 
-def _taken_up(size_bytes: int) -> mmap | None:
+def _reuse(size_bytes: int) -> mmap | None:
     for memory in sorted(_kept, key=len):
         if size_bytes <= len(memory) <= 2 * size_bytes:
             try:
                 _kept.remove(memory)
-            except ValueError:  # another thread was quicker
+            except ValueError:  # another thread took it
                 continue
             return memory
     return None
@@ -68,19 +68,19 @@ def _keep(memory: mmap) -> None:
         _kept.append(memory)
 
 
-def opened(path: Path, flags: int) -> int:
-    """A descriptor that goes past the cache if the file system can."""
+def open_direct(path: Path, flags: int) -> int:
+    """A file descriptor for direct I/O, or an ordinary one where the file system does not support it."""
     try:
         return os.open(path, flags | os.O_DIRECT, 0o666)
-    except OSError:  # one that cannot says so here; whatever else is wrong is told again
+    except OSError:  # no O_DIRECT here; any other error occurs again
         return os.open(path, flags, 0o666)
 
 
-def transferred(file: int, path: Path, transfer: Callable[[], int]) -> int:
-    """What ``transfer`` returns, which reads or writes ``file``, the descriptor that :func:`opened` gave for ``path``.
+def transfer_or_reopen(file: int, path: Path, transfer: Callable[[], int]) -> int:
+    """Call ``transfer``, which reads or writes ``file``, the descriptor of :func:`open_direct` for ``path``.
 
-    Some file systems open a file past the cache and only then refuse to use it so, at once or where something ended
-    within a block. It is opened anew under the same number then, since theirs may have been told how it was opened.
+    Some file systems accept O_DIRECT when opening but reject it later, immediately or at an unaligned end. The file is
+    then reopened without O_DIRECT under the same descriptor, and ``transfer`` is called again. Returns its result.
     """
     try:
         return transfer()
@@ -88,26 +88,29 @@ def transferred(file: int, path: Path, transfer: Callable[[], int]) -> int:
         flags = fcntl.fcntl(file, fcntl.F_GETFL)
         if error.errno not in REFUSALS or not flags & os.O_DIRECT:
             raise
-    through = os.open(path, flags & os.O_ACCMODE)
-    os.dup2(through, file, inheritable=False)
-    os.close(through)
+    cached = os.open(path, flags & os.O_ACCMODE)
+    os.dup2(cached, file, inheritable=False)
+    os.close(cached)
     return transfer()
 
 
-def read_past(path: Path, place: int, size_bytes: int) -> Bytes:
-    """``size_bytes`` from ``place`` of the file, in memory of their own.
+def read_direct(path: Path, place: int, size_bytes: int) -> Bytes:
+    """``size_bytes`` of the file from offset ``place``, in separate memory.
 
-    Not mapped, because what is mapped counts as memory used. What went through the cache all the same is forgotten, or
-    126 GB of checkpoint would push everything else out of it.
+    The file is not mapped, because mapped pages count as memory used. Data that went through the page cache anyway is
+    dropped from it, or 126 GB of checkpoint would evict everything else.
+
+    Raises:
+        EOFError: the file ends earlier.
     """
     lead = place % BLOCK_BYTES
-    memory, wanted, done = aligned(blocks_of(lead + size_bytes)), lead + size_bytes, 0
-    file = opened(path, os.O_RDONLY) if size_bytes >= LARGE_BYTES else os.open(path, os.O_RDONLY)
+    memory, wanted, done = aligned_memory(round_up_to_block(lead + size_bytes)), lead + size_bytes, 0
+    file = open_direct(path, os.O_RDONLY) if size_bytes >= LARGE_BYTES else os.open(path, os.O_RDONLY)
     try:
         while done < wanted:
             start = place - lead + done
             room = memory[done : done + AT_ONCE_BYTES].data
-            count = transferred(file, path, partial(os.preadv, file, [room], start))
+            count = transfer_or_reopen(file, path, partial(os.preadv, file, [room], start))
             if not count:
                 raise EOFError(f"{path} ends after {start} bytes")
             os.posix_fadvise(file, start, count, os.POSIX_FADV_DONTNEED)

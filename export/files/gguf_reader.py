@@ -1,7 +1,7 @@
-"""GGUF files read tensor by tensor: ggml's container of typed metadata, tensors and blocks of quantised values.
+"""Read GGUF files tensor by tensor: ggml's container of typed metadata, tensors and blocks of quantised values.
 
-The header is read here, every length held against the file's size, because a header may promise anything; the values of
-blocks come from the ``gguf`` package. ``comfy.gguf.orig_shape.NAME`` overrides a shape, as ComfyUI's writers mean it.
+The header is parsed here and every length checked against the file's size, because a header may claim anything. The
+``gguf`` package decodes the blocks. ``comfy.gguf.orig_shape.NAME``, written by ComfyUI's tools, overrides a shape.
 """
 
 import struct
@@ -30,29 +30,29 @@ PLAIN: dict[int, np.dtype[Any]] = {
     28: np.dtype(np.float64),
     30: BFLOAT16,
 }
-ENTRIES_MAX = 100_000  # of tensors and of metadata; arrays are bounded by the file
+ENTRIES_MAX = 100_000  # tensors, and metadata entries; arrays are limited by the file's size
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every tensor of the file, and its metadata; arrays of metadata are given as their length alone.
+    """Every tensor of the file, and its metadata; long arrays in the metadata are replaced by their length.
 
     Raises:
-        UserError: no such file, another version, cut off, or a type of blocks that has no formula.
+        UserError: the file is missing, truncated, of another version, or has blocks of an unsupported type.
     """
     check_regular(path)
     try:
         with path.open("rb") as stream:
             head = _Head(stream.read(_head_limit(path)), path.stat().st_size)
-        return _parsed(path, head)
+        return _parse(path, head)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", "a readable GGUF file", "check the path") from None
     except (struct.error, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path}: {error}", "a whole GGUF file", "download it again") from None
+        raise UserError(f"{path}: {error}", "a complete GGUF file", "download it again") from None
 
 
 def _head_limit(path: Path) -> int:
-    """Bytes that are read for the header: tokenizers of 256,000 pieces take about 8 MB."""
+    """The most bytes to read for the header; a tokenizer of 256,000 pieces takes about 8 MB."""
     return min(path.stat().st_size, 2**26)
 
 
@@ -70,7 +70,7 @@ class _Head:
     def text(self) -> str:
         length = self.take("Q")
         if self.place + length > len(self.content):
-            raise ValueError("a text that is longer than the header")
+            raise ValueError("a string longer than the header")
         found = self.content[self.place : self.place + length].decode()
         self.place += length
         return found
@@ -98,9 +98,9 @@ class _Head:
         raise ValueError(f"metadata of type {kind}")
 
 
-def _parsed(path: Path, head: _Head) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _parse(path: Path, head: _Head) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if head.content[:4] != MAGIC:
-        raise ValueError("no GGUF file")
+        raise ValueError("not a GGUF file")
     head.place = 4
     version, tensors, entries = head.take("I"), head.take("Q"), head.take("Q")
     if version not in (2, 3) or max(tensors, entries) > ENTRIES_MAX:
@@ -122,7 +122,7 @@ def _parsed(path: Path, head: _Head) -> tuple[dict[str, Tensor], dict[str, Any]]
     start = -(-head.place // alignment) * alignment
     found = {name: _tensor(path, head, metadata, (name, shape, kind, start + at)) for name, shape, kind, at in infos}
     if len(found) < len(infos):
-        raise ValueError("two tensors of one name")
+        raise ValueError("two tensors with the same name")
     return found, metadata
 
 
@@ -142,7 +142,7 @@ def _tensor(
         stored = _blocks(path, name, shape, (kind, offset))
         size_bytes = stored.weight.size_bytes
     if offset + size_bytes > head.file_bytes:
-        raise ValueError(f"{head.file_bytes} bytes, it ends within {name}")
+        raise ValueError(f"truncated: {head.file_bytes} bytes end within {name}")
     return stored
 
 
@@ -151,7 +151,7 @@ def _blocks(path: Path, name: str, shape: tuple[int, ...], place: tuple[int, int
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
     except ModuleNotFoundError:
-        raise UserError(f"{path}: blocks of GGUF", "the gguf package", "pip install gguf") from None
+        raise UserError(f"{path} has quantised GGUF blocks", "the gguf package", "pip install gguf") from None
     kind, offset = place
     named = f"number {kind}"
     try:
@@ -160,9 +160,9 @@ def _blocks(path: Path, name: str, shape: tuple[int, ...], place: tuple[int, int
         dequantize(np.zeros((1, size_bytes), np.uint8), GGMLQuantizationType(kind))
     except (ValueError, KeyError, NotImplementedError):
         known = "Q8_0, Q6_K, Q5_K, Q4_K or another that gguf-py reads"
-        raise UserError(f"{path}: {name} is of GGUF type {named}", known, "use another quantisation") from None
+        raise UserError(f"{path}: {name} has GGUF type {named}", known, "use another quantisation") from None
     if not shape or shape[-1] % values:
-        raise ValueError(f"{name} {list(shape)} is not made of blocks of {values}")
+        raise ValueError(f"{name} {list(shape)} is not divisible into blocks of {values}")
     rows = prod(shape[:-1])
     bytes_each = shape[-1] // values * size_bytes
     return GgufBlocks(Stored(path, np.dtype(np.uint8), (rows, bytes_each), offset), kind, shape)

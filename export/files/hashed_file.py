@@ -1,7 +1,7 @@
-"""A file that is hashed while it is written, and written past the system's cache.
+"""Hash a file while writing it with direct I/O.
 
-It is filled in a few buffers of whole disk blocks that go to the disk as they are, by one thread, while another hashes
-them and the caller fills the next.
+Three stages run in parallel: the caller fills a block-aligned buffer, one thread hashes the previous buffer, and a
+second thread writes it to disk.
 """
 
 import hashlib
@@ -16,20 +16,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.files.direct_io import BLOCK_BYTES, Bytes, aligned, blocks_of, opened, transferred
+from export.files.direct_io import (
+    BLOCK_BYTES,
+    Bytes,
+    aligned_memory,
+    open_direct,
+    round_up_to_block,
+    transfer_or_reopen,
+)
 from wan22.bundle import File
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
 BUFFERS, BUFFER_BYTES = 4, 2**24
-HOLE_BYTES = 2**18  # so many zeros, and no fewer, take no space on the disk
+HOLE_BYTES = 2**18  # aligned runs of this many zeros become holes
 
 
 @dataclass(frozen=True, eq=False)
 class _Buffer:
     data: Bytes
-    busy: list[Future[None]] = field(default_factory=list)  # who still reads it
+    busy: list[Future[None]] = field(default_factory=list)  # tasks that still read it
 
     def wait(self) -> None:
         while self.busy:
@@ -37,18 +44,18 @@ class _Buffer:
 
 
 class HashedFile:
-    """Appends to the file at ``path``, of which the first ``begun`` bytes stay; ``digest`` is their hash, continued."""
+    """Keep the first ``begun`` bytes of the file at ``path`` and append to them; ``digest`` is their hash so far."""
 
     def __init__(self, path: Path, begun: int = 0, digest: "_Hash | None" = None) -> None:
         self._path, self._digest = path, digest or hashlib.sha256()
-        self._file = opened(path, os.O_WRONLY | os.O_CREAT)
+        self._file = open_direct(path, os.O_WRONLY | os.O_CREAT)
         os.ftruncate(self._file, begun)
         self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._all = [_Buffer(aligned(BUFFER_BYTES)) for _ in range(BUFFERS)]
+        self._all = [_Buffer(aligned_memory(BUFFER_BYTES)) for _ in range(BUFFERS)]
         self._next = cycle(self._all)
         self._buffer = next(self._next)
-        self._start = begun // BLOCK_BYTES * BLOCK_BYTES  # of the buffer, in the file
-        self._filled = self._hashed = begun - self._start  # bytes of the buffer
+        self._start = begun // BLOCK_BYTES * BLOCK_BYTES  # offset of the buffer in the file
+        self._filled = self._hashed = begun - self._start  # bytes in the buffer
         self._buffer.data[: self._filled] = _read(path, self._start, begun)
 
     def __enter__(self) -> "HashedFile":
@@ -60,7 +67,7 @@ class HashedFile:
         os.close(self._file)
 
     def put(self, data: Bytes) -> None:
-        """Appends ``data``, which the caller may change afterwards."""
+        """Append ``data``; the caller may change it afterwards."""
         while len(data):
             room = self._buffer.data[self._filled :]
             taken = min(len(room), len(data))
@@ -71,7 +78,7 @@ class HashedFile:
                 self._flush()
 
     def written(self) -> File:
-        """The entry of the file, all of which is on the disk then."""
+        """Write everything to disk and return the file's manifest entry."""
         self._flush()
         for buffer in self._all:
             buffer.wait()
@@ -80,8 +87,8 @@ class HashedFile:
         return File(self._path.name, self._digest.hexdigest(), size)
 
     def _flush(self) -> None:
-        """Sends the buffer off; a block that is not full yet is the first of the next buffer too."""
-        whole = blocks_of(self._filled)
+        """Hash and write the buffer; an incomplete last block is also copied to the start of the next buffer."""
+        whole = round_up_to_block(self._filled)
         begun = self._filled % BLOCK_BYTES
         full, self._buffer = self._buffer, next(self._next)
         self._buffer.wait()
@@ -100,14 +107,14 @@ def _read(path: Path, start: int, end: int) -> Bytes:
 
 
 def _write(file: int, path: Path, data: Bytes, place: int) -> None:
-    for begin, end in _no_holes(data):
+    for begin, end in _without_holes(data):
         done = begin
-        while done < end:  # the system may take less than it is given, on a disk that is nearly full
-            done += transferred(file, path, partial(os.pwrite, file, data[done:end].data, place + done))
+        while done < end:  # a write may be short on a nearly full disk
+            done += transfer_or_reopen(file, path, partial(os.pwrite, file, data[done:end].data, place + done))
 
 
-def _no_holes(data: Bytes) -> Iterator[tuple[int, int]]:
-    """What of ``data`` is to be written: long stretches between stretches of zeros."""
+def _without_holes(data: Bytes) -> Iterator[tuple[int, int]]:
+    """Begin and end of each range of ``data`` between holes."""
     begin = 0
     for start in range(0, len(data), HOLE_BYTES):
         chunk = data[start : start + HOLE_BYTES]

@@ -1,8 +1,8 @@
-"""A bundle under way that survives a kill: a hidden folder beside it, and a journal of what of it is known to be right.
+"""A resumable bundle: a hidden folder next to the final one, and a journal of the progress.
 
-The journal's first line says what the bundle is made of; every other line is a file, how much of it was written, and
-the hash of that much. An export of the same thing that starts again hashes those prefixes and goes on where they end;
-anything else starts afresh. The journal lies beside the bundle in the hidden folder (:mod:`wan22.files`).
+The journal's first line identifies the input; every other line names a file, the number of bytes written so far, and
+their hash. A new export of the same input verifies these prefixes and resumes where they end; any other input starts
+from scratch. The journal is stored next to the bundle inside the hidden folder (:mod:`wan22.files`).
 """
 
 import hashlib
@@ -26,7 +26,7 @@ HASHED_AT_ONCE_BYTES = 2**22
 
 
 class Journal:
-    """Prefixes of files and their hashes, one JSON line each, behind a line that says what they are made of."""
+    """Prefixes of files and their hashes, one JSON line each, after a line that identifies the input."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,7 +34,7 @@ class Journal:
         self._prefixes: list[File] = []
 
     def begin(self, folder: Path, made_of: str) -> None:
-        """Goes on with what is known of ``folder`` if it is made of the same; removes the rest."""
+        """Keep the recorded files of ``folder`` if the input is the same; remove everything else."""
         self._stream.seek(0)
         first, *lines = self._stream.read().splitlines() or [b""]
         if first.decode(errors="replace") == made_of:
@@ -57,8 +57,8 @@ class Journal:
         self._prefixes.append(prefix)
         self._stream.write(msgspec.json.encode(prefix) + b"\n")
 
-    def verified(self, path: Path) -> tuple[int, "_Hash"]:
-        """How many bytes of ``path`` are as they were written, and their hash, to be continued."""
+    def verify(self, path: Path) -> tuple[int, "_Hash"]:
+        """The number of intact bytes at the start of ``path``, and their hash object."""
         known, size_bytes = hashlib.sha256(), 0
         if not path.is_file():
             return size_bytes, known
@@ -78,7 +78,7 @@ class Journal:
 
 
 def _readable(lines: list[bytes]) -> Iterator[File]:
-    """A kill may have cut the last line off."""
+    """The complete lines; a kill may have truncated the last one."""
     for line in lines:
         try:
             yield msgspec.json.decode(line, type=File)
@@ -91,18 +91,18 @@ def partial_folder(folder: Path) -> Path:
 
 
 def kept_bytes(folder: Path) -> int:
-    """What an interrupted export to ``folder`` has on the disk already."""
+    """The bytes that an interrupted export to ``folder`` left on disk."""
     return sum(path.stat().st_size for path in partial_folder(folder).rglob("*") if path.is_file())
 
 
 @contextmanager
-def resumable(folder: Path, made_of: str, *, overwrite: bool = False) -> Iterator[tuple[Path, Journal]]:
-    """Yields the folder to write to, which becomes ``folder`` when the block ends well, and its journal.
+def resumable_folder(folder: Path, made_of: str, *, overwrite: bool = False) -> Iterator[tuple[Path, Journal]]:
+    """Yield the folder to write to, which becomes ``folder`` if the block succeeds, and its journal.
 
-    What is finished stays for the next try after a kill, Ctrl-C or a full disk; after any other error nothing does.
+    After a kill, Ctrl-C or a full disk, recorded progress stays for the next attempt; any other error removes it.
 
     Raises:
-        UserError: as :func:`wan22.files.claim` and :func:`wan22.bundle.refuse_existing`.
+        UserError: see :func:`wan22.files.claim` and :func:`wan22.bundle.refuse_existing`.
     """
     refuse_existing(folder, overwrite=overwrite)
     with claim(folder, resume=True) as claimed:

@@ -1,7 +1,7 @@
-"""Safetensors: an 8-byte header length, a JSON header, the data. Read and written here tensor by tensor.
+"""Read and write safetensors files tensor by tensor: an 8-byte header length, a JSON header, the data.
 
-The safetensors library reads well, but its errors do not say what to do, it knows numpy's types only, and it writes
-whole files from memory. The format is short enough to state in full: every check below is one of its rules.
+The safetensors library's errors suggest no remedy, it supports numpy's types only, and it writes whole files from
+memory. The format is short enough to implement in full: each check below is one of its rules.
 """
 
 import itertools
@@ -37,7 +37,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_MAX_BYTES = 100_000_000  # the format's own limit
+HEADER_MAX_BYTES = 100_000_000  # the format's limit
 
 
 class _Entry(msgspec.Struct):
@@ -50,28 +50,28 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     """Every tensor of the file; reads the header only.
 
     Raises:
-        UserError: no such file, no safetensors, cut off, or a header that contradicts itself.
+        UserError: the file is missing, truncated or not safetensors, or its header is inconsistent.
     """
-    return _parsed(path)[0]
+    return _parse(path)[0]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The free-form strings that a file may carry beside its tensors."""
-    return _parsed(path)[1]
+    """The optional free-form strings of the file's header."""
+    return _parse(path)[1]
 
 
-def _parsed(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def _parse(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     content, start = _header(path)
     try:
         header = msgspec.json.decode(content)
         metadata = msgspec.convert(header.pop("__metadata__", {}), dict[str, str])
         entries = msgspec.convert(header, dict[str, _Entry])
     except (msgspec.MsgspecError, AttributeError, UnicodeDecodeError, RecursionError) as error:
-        _refuse(path, f"header is no safetensors header ({error})")
-    tensors = {name: _stored(path, name, entry, start) for name, entry in entries.items()}
+        _refuse(path, f"invalid header ({error})")
+    tensors = {name: _locate(path, name, entry, start) for name, entry in entries.items()}
     end = max((t.offset + t.size_bytes for t in tensors.values()), default=start)
     if (size := path.stat().st_size) != end:
-        _refuse(path, f"{size} bytes", f"the {end} bytes its header promises")
+        _refuse(path, f"{size} bytes", f"the {end} bytes that its header declares")
     in_order = sorted(tensors.values(), key=lambda t: (t.offset, t.size_bytes))
     if any(a.offset + a.size_bytes != b.offset for a, b in itertools.pairwise(in_order)):
         _refuse(path, "tensors that overlap or leave gaps")
@@ -79,7 +79,7 @@ def _parsed(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def _header(path: Path) -> tuple[bytes, int]:
-    """The JSON text and the offset of the data behind it."""
+    """The JSON text, and the offset of the data."""
     check_regular(path)
     try:
         with path.open("rb") as stream:
@@ -95,7 +95,7 @@ def _header(path: Path) -> tuple[bytes, int]:
     return content, 8 + length
 
 
-def _stored(path: Path, name: str, entry: _Entry, start: int) -> Stored:
+def _locate(path: Path, name: str, entry: _Entry, start: int) -> Stored:
     if entry.dtype not in DTYPES:
         _refuse(path, f"{name} has type {entry.dtype}", f"one of {', '.join(DTYPES)}")
     begin, end = entry.data_offsets
@@ -107,14 +107,14 @@ def _stored(path: Path, name: str, entry: _Entry, start: int) -> Stored:
     return stored
 
 
-def _refuse(path: Path, found: str, expected: str = "a whole safetensors file") -> NoReturn:
+def _refuse(path: Path, found: str, expected: str = "a complete safetensors file") -> NoReturn:
     raise UserError(f"{path}: {found}", expected, "download or copy the file again")
 
 
 def write_safetensors(
     path: Path, tensors: Mapping[str, Planned], pieces: Pieces, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes ``tensors`` in the order given; ``pieces(name)`` yields the elements, blocks of zeros become holes."""
+    """Write ``tensors`` in the given order; ``pieces(name)`` yields the elements, blocks of zeros become holes."""
     with HoleyFile(path, "w") as stream:
         stream.write(header_bytes(tensors, metadata))
         for name, planned in tensors.items():
@@ -125,7 +125,7 @@ def write_safetensors(
 def header_bytes(
     tensors: Mapping[str, Planned], metadata: Mapping[str, str] | None = None, alignment_bytes: int = 8
 ) -> bytes:
-    """All that stands before the data, which starts at a multiple of ``alignment_bytes``."""
+    """The header, padded so that the data starts at a multiple of ``alignment_bytes``."""
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     offset = 0
     for name, planned in tensors.items():

@@ -1,7 +1,6 @@
-"""A tensor inside a file, and files that are written without ever holding a model in memory.
+"""Tensors inside files, and files written without holding a model in memory.
 
-Both formats of a checkpoint (safetensors, torch's zip) store tensors as plain little-endian rows at some offset. So one
-description serves both.
+Safetensors and torch's zip both store tensors as plain little-endian rows at some offset, so one description fits both.
 """
 
 import io
@@ -17,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from export.files.direct_io import read_past
+from export.files.direct_io import read_direct
 from wan22.errors import UserError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -31,7 +30,7 @@ Pieces = Callable[[str], Iterable[Array]]  # name → the tensor's elements in o
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: ``offset`` bytes into ``path``."""
+    """The location of a tensor: ``offset`` bytes into ``path``."""
 
     path: Path
     dtype: np.dtype[np.generic]
@@ -43,23 +42,23 @@ class Stored:
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Array:
-        """The whole tensor, in memory of its own."""
+        """The whole tensor, in separate memory."""
         return self._elements(0, self.size_bytes).reshape(self.shape)
 
     def pieces(self) -> Iterator[Array]:
-        """The elements in order, flat, at most ``PIECE_BYTES`` at a time, each piece in memory of its own."""
+        """The elements in order, flat, in pieces of at most ``PIECE_BYTES``, each in separate memory."""
         for start in range(0, self.size_bytes, PIECE_BYTES):
             yield self._elements(start, min(PIECE_BYTES, self.size_bytes - start))
 
     def _elements(self, start: int, size_bytes: int) -> Array:
-        """What begins ``start`` bytes into the tensor."""
-        found = read_past(self.path, self.offset + start, size_bytes).view(self.dtype)
+        """The elements in ``size_bytes`` from ``start`` bytes into the tensor."""
+        found = read_direct(self.path, self.offset + start, size_bytes).view(self.dtype)
         return found if found.flags.aligned else found.copy()
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written."""
+    """A tensor to write."""
 
     dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
@@ -70,7 +69,7 @@ class Planned:
 
 
 def as_torch(array: Array) -> Any:
-    """A ``torch.Tensor`` over the memory of ``array``; torch does not know numpy's bfloat16 by itself."""
+    """A ``torch.Tensor`` that shares the memory of ``array``; ``torch.from_numpy`` does not support bfloat16."""
     import torch
 
     if array.dtype == BFLOAT16:
@@ -79,7 +78,7 @@ def as_torch(array: Array) -> Any:
 
 
 def extremes(array: Array) -> npt.NDArray[np.float32]:
-    """Smallest and largest element: what is no number shows in them, in one pass and without a mask."""
+    """The smallest and the largest element, in one pass; they reveal NaN and infinity without a mask."""
     import torch
 
     smallest, largest = torch.aminmax(as_torch(array))
@@ -87,7 +86,7 @@ def extremes(array: Array) -> npt.NDArray[np.float32]:
 
 
 def check_finite(key: str, ends: npt.NDArray[np.float32]) -> None:
-    """Refuses the tensor ``key`` whose :func:`extremes` are no numbers."""
+    """Refuse the tensor ``key`` if its :func:`extremes` are not finite."""
     if not np.isfinite(ends).all():
         raise UserError(f"{key} holds NaN or infinity", "finite weights", "download or train the checkpoint again")
 
@@ -102,7 +101,7 @@ SPECIAL = {
 
 
 def check_regular(path: Path) -> None:
-    """Refuses a path that exists and is no file: to read a pipe or a device may wait, or never end."""
+    """Refuse a path that exists but is not a regular file: reading a pipe or device may block or never end."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except OSError:
@@ -112,7 +111,7 @@ def check_regular(path: Path) -> None:
 
 
 class HoleyFile(io.FileIO):
-    """A file whose blocks of zeros take no space on the disk."""
+    """A file whose blocks of zeros take no disk space."""
 
     def write(self, data: object) -> int:
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
@@ -124,7 +123,7 @@ class HoleyFile(io.FileIO):
         return len(view)
 
     def _write_all(self, view: memoryview) -> int:
-        """The system may take less than it is given, on a disk that is nearly full."""
+        """Write all of ``view``; a single write may be short on a nearly full disk."""
         done = 0
         while done < len(view):
             done += super().write(view[done:]) or 0
@@ -132,6 +131,6 @@ class HoleyFile(io.FileIO):
 
 
 def _any(view: memoryview) -> bool:
-    """Whether any byte is not zero; eight at a time, which is as fast as memory."""
+    """True if any byte is not zero; compares eight at once, as fast as memory."""
     words = len(view) // 8 * 8
     return bool(np.bitwise_or.reduce(np.frombuffer(view[:words], np.uint64))) or any(view[words:])

@@ -1,6 +1,6 @@
-"""``.pth`` files written tensor by tensor: torch's zip of a pickle and one uncompressed record per tensor.
+"""Write ``.pth`` files tensor by tensor: torch's zip of a pickle and one uncompressed record per tensor.
 
-The format is stated in full, because ``torch.save`` wants the whole model in memory: 11 GB for the real text encoder.
+``torch.save`` needs the whole model in memory, 11 GB for the real text encoder, so the format is implemented here.
 """
 
 import io
@@ -17,24 +17,24 @@ import numpy as np
 
 from export.files.tensor_file import BFLOAT16, HoleyFile, Pieces, Planned
 
-ALIGNMENT = 64  # of every record, as torch writes them
+ALIGNMENT = 64  # bytes, for every record, same as torch
 _LOCAL_HEADER_BYTES, _ZIP64_EXTRA_BYTES = 30, 20
 
 
 def write_torch(path: Path, tensors: Mapping[str, Planned], pieces: Pieces) -> None:
-    """Writes what ``torch.save`` of a state dict writes; ``pieces(name)`` yields the elements, zeros become holes."""
+    """Write a state dict like ``torch.save``; ``pieces(name)`` yields the elements, zeros become holes."""
     with HoleyFile(path, "w") as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickled(tensors))
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickle(tensors))
         for key, (name, planned) in enumerate(tensors.items()):
-            with archive.open(_aligned(f"archive/data/{key}", stream), "w", force_zip64=True) as record:
+            with archive.open(_aligned_entry(f"archive/data/{key}", stream), "w", force_zip64=True) as record:
                 for piece in pieces(name):
                     record.write(np.ascontiguousarray(piece, planned.dtype).view(np.uint8).data)
         archive.writestr(zipfile.ZipInfo("archive/byteorder"), b"little")
         archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
 
 
-def _aligned(name: str, stream: HoleyFile) -> zipfile.ZipInfo:
-    """An entry whose header is padded so that the data behind it is aligned."""
+def _aligned_entry(name: str, stream: HoleyFile) -> zipfile.ZipInfo:
+    """An entry whose header is padded so that its data is aligned."""
     data = stream.tell() + _LOCAL_HEADER_BYTES + len(name) + _ZIP64_EXTRA_BYTES + 4
     padding = -data % ALIGNMENT
     info = zipfile.ZipInfo(name)
@@ -51,7 +51,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """Pickles as torch pickles a contiguous tensor."""
+    """Pickles like a contiguous torch tensor."""
 
     storage: _Storage
     shape: tuple[int, ...]
@@ -74,7 +74,7 @@ class _Pickler(pickle.Pickler):
         return "storage", kind, obj.key, "cpu", obj.elements
 
 
-def _pickled(tensors: Mapping[str, Planned]) -> bytes:
+def _pickle(tensors: Mapping[str, Planned]) -> bytes:
     state = {
         name: _Tensor(_Storage(str(key), planned.dtype, int(np.prod(planned.shape))), planned.shape)
         for key, (name, planned) in enumerate(tensors.items())

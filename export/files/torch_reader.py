@@ -1,8 +1,8 @@
-"""``.pth`` and ``.pt`` files read tensor by tensor: torch's zip of a pickle and one uncompressed record per storage.
+"""Read ``.pth`` and ``.pt`` files tensor by tensor: torch's zip of a pickle and one uncompressed record per storage.
 
-The pickle is read without PyTorch. Its opcodes are checked first; then Python's unpickler builds it, and the only names
-that it may call are the handful that describe tensors, which are functions of this module. So no code of the file runs,
-nothing larger than the file is allocated, and a tensor is refused unless its record holds all of it.
+The pickle is read without PyTorch. Its opcodes are checked first; then Python's unpickler loads it and may call only
+the few names that describe tensors, which this module implements. So the file cannot run code, nothing larger than the
+file is allocated, and a tensor is refused unless its record contains all of it.
 """
 
 import io
@@ -40,31 +40,44 @@ STORAGES = {
 WRAPPERS = ("generator_ema", "ema", "state_dict", "model_state_dict", "model", "module", "generator")
 PICKLE_MAX_BYTES = 2**26
 AGAIN = "download it again"
-WHOLE = "a whole file written by torch.save"
+WHOLE = "a complete file written by torch.save"
 
 
 def read_torch(path: Path) -> dict[str, Stored]:
-    """Every tensor of a state dict, also of one inside a trainer's dictionary; reads the pickle only.
+    """Every tensor of a state dict, which may be nested in a trainer's dictionary; reads the pickle only.
 
     Raises:
-        UserError: no such file, cut off, big-endian, compressed, no state dict, or a pickle that wants to run code.
+        UserError: the file is missing, truncated, big-endian, compressed or not a state dict, or would run code.
     """
+    state, records = _read(path)
+    state = _unwrap(state)
+    if not isinstance(state, dict) or not state:
+        raise UserError(f"{path} holds a {type(state).__name__}", "a state dict", "use the official file")
+    return {name: _locate(path, name, tensor, records) for name, tensor in state.items()}
+
+
+def read_tensor(path: Path) -> Stored:
+    """The only tensor of a ``torch.save`` file, alone or in a dictionary. Raises like :func:`read_torch`."""
+    state, records = _read(path)
+    tensors = [each for each in (state.values() if isinstance(state, dict) else [state]) if isinstance(each, _Tensor)]
+    if len(tensors) != 1:
+        raise UserError(f"{path} holds {len(tensors)} tensors", "one tensor", "save it alone with torch.save")
+    return _locate(path, "the tensor", tensors[0], records)
+
+
+def _read(path: Path) -> tuple[Any, dict[str, "_Record"]]:
+    """The unpickled content, and the location of every storage's data."""
     if not path.exists():
-        raise UserError(
-            f"{path} is missing", "the file of the official release", "name its root folder, or download it"
-        )
+        raise UserError(f"{path} is missing", "the file of the official release", "give its root folder or download it")
     check_regular(path)
     try:
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-            content, records = _opened(path, archive, stream)
+            content, records = _read_archive(path, archive, stream)
     except PermissionError:
         raise
     except (OSError, RuntimeError, zipfile.BadZipFile, EOFError, struct.error, ValueError) as error:
-        raise UserError(f"{path} is no torch zip ({error})", WHOLE, AGAIN) from None
-    state = _unwrapped(_unpickled(path, content))
-    if not isinstance(state, dict) or not state:
-        raise UserError(f"{path} holds a {type(state).__name__}", "a state dict", "use the official file")
-    return {name: _stored(path, name, tensor, records) for name, tensor in state.items()}
+        raise UserError(f"{path} is not a torch zip ({error})", WHOLE, AGAIN) from None
+    return _unpickle(path, content), records
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +86,15 @@ class _Record:
     size_bytes: int
 
 
-def _opened(path: Path, archive: zipfile.ZipFile, stream: io.BufferedReader) -> tuple[bytes, dict[str, _Record]]:
-    """The pickle, and where the data of every storage lies."""
+def _read_archive(path: Path, archive: zipfile.ZipFile, stream: io.BufferedReader) -> tuple[bytes, dict[str, _Record]]:
+    """The pickle, and the location of every storage's data."""
     entries = archive.infolist()
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
         raise UserError(f"{path} has compressed or encrypted records", WHOLE, "save it again with torch.save")
     pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].file_size > PICKLE_MAX_BYTES:
-        found = "a TorchScript archive or none of torch" if not pickles else "more than one pickle, or a huge one"
-        raise UserError(f"{path}: {found}", WHOLE, "use a state dict that torch.save wrote")
+        found = "TorchScript or not written by torch" if not pickles else "more than one pickle, or too large a pickle"
+        raise UserError(f"{path}: {found}", WHOLE, "use a state dict written by torch.save")
     root = pickles[0].filename.removesuffix("data.pkl")
     order = next((archive.read(entry) for entry in entries if entry.filename == f"{root}byteorder"), b"little")
     if order != b"little":
@@ -92,11 +105,11 @@ def _opened(path: Path, archive: zipfile.ZipFile, stream: io.BufferedReader) -> 
 
 
 def _record(stream: io.BufferedReader, entry: zipfile.ZipInfo) -> _Record:
-    """The place of the data behind the entry's own header, whose length the directory does not tell."""
+    """The location of an entry's data. The entry's header precedes it; only that header contains its length."""
     stream.seek(entry.header_offset)
     signature, name, extra = struct.unpack("<4s22xHH", stream.read(30))
     if signature != b"PK\x03\x04":
-        raise zipfile.BadZipFile(f"no header of {entry.filename}")
+        raise zipfile.BadZipFile(f"no header for {entry.filename}")
     return _Record(entry.header_offset + 30 + name + extra, entry.file_size)
 
 
@@ -116,7 +129,7 @@ class _Tensor:
 
 
 def _rebuild_tensor(storage: Any, first: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-    """Both forms of torch's: the longer one, of newer types, ends with dtype and metadata."""
+    """Both of torch's forms; the longer one, for newer types, ends with dtype and metadata."""
     if not isinstance(storage, _Storage):
         raise TypeError("a tensor without a storage")
     dtype = next((each.name for each in rest if isinstance(each, _Dtype)), storage.dtype)
@@ -142,7 +155,7 @@ ALLOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows names that describe tensors, and no others."""
+    """An unpickler that accepts only names that describe tensors."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.storage") and name in STORAGES:
@@ -151,7 +164,7 @@ class _Unpickler(pickle.Unpickler):
             return _Dtype(name)
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
-        owner = "a torchao tensor" if module.startswith("torchao") else "a torch type without a layout here"
+        owner = "a torchao tensor" if module.startswith("torchao") else "an unsupported torch type"
         what = f"{owner} " if module.startswith("torch") else ""
         raise pickle.UnpicklingError(f"{what}{module}.{name}")
 
@@ -162,7 +175,7 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(key, dtype.name)
 
 
-def _unpickled(path: Path, content: bytes) -> Any:
+def _unpickle(path: Path, content: bytes) -> Any:
     try:
         for opcode, argument, _ in pickletools.genops(content):
             if "PUT" in opcode.name and isinstance(argument, int) and argument > len(content):
@@ -183,34 +196,34 @@ def _unpickled(path: Path, content: bytes) -> Any:
         raise UserError(f"{path}: {str(error).partition(chr(10))[0]}", WHOLE, AGAIN) from None
 
 
-def _unwrapped(state: Any) -> Any:
-    """The state dict in a trainer's dictionary, such as ``{"generator_ema": {...}, "step": 3}``."""
+def _unwrap(state: Any) -> Any:
+    """The state dict inside a trainer's dictionary, such as ``{"generator_ema": {...}, "step": 3}``."""
     if isinstance(state, dict) and not any(isinstance(value, _Tensor) for value in state.values()):
         for name in WRAPPERS:
             if isinstance(inner := state.get(name), dict):
-                return _unwrapped(inner)
+                return _unwrap(inner)
     return state
 
 
-def _stored(path: Path, name: object, tensor: Any, records: Mapping[str, _Record]) -> Stored:
+def _locate(path: Path, name: object, tensor: Any, records: Mapping[str, _Record]) -> Stored:
     if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-        raise UserError(f"{path}: entry {name!r} is no plain tensor", "tensors by name", "use the official file")
+        raise UserError(f"{path}: entry {name!r} is not a plain tensor", "tensors by name", "use the official file")
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
-        raise UserError(f"{path}: {name} is {tensor.dtype}", ", ".join(DTYPES), "use a file without such tensors")
+        raise UserError(f"{path}: {name} is {tensor.dtype}", ", ".join(DTYPES), "use a file with these types")
     strides = tuple(int(np.prod(tensor.shape[axis + 1 :], dtype=object)) for axis in range(len(tensor.shape)))
     sized = [
         (ours, theirs) for ours, theirs, size in zip(strides, tensor.strides, tensor.shape, strict=False) if size > 1
     ]
     if len(tensor.strides) != len(tensor.shape) or any(ours != theirs for ours, theirs in sized):
-        raise UserError(f"{path}: entry {name!r} is no plain tensor", "tensors by name", "use the official file")
+        raise UserError(f"{path}: entry {name!r} is not a plain tensor", "contiguous tensors", "use the official file")
     record = records.get(tensor.storage.key)
     if record is None:
-        raise UserError(f"{path} has no record {tensor.storage.key} for {name}", "the whole file", AGAIN)
+        raise UserError(f"{path} has no record {tensor.storage.key} for {name}", "the complete file", AGAIN)
     begin = tensor.first * dtype.itemsize
     stored = Stored(path, dtype, tensor.shape, record.offset + begin)
     negative = min((tensor.first, *tensor.shape), default=0) < 0
     end = record.offset + record.size_bytes
     if negative or begin + stored.size_bytes > record.size_bytes or end > path.stat().st_size:
-        raise UserError(f"{path} ends within {name}", "the whole file", AGAIN)
+        raise UserError(f"{path} ends within {name}", "the complete file", AGAIN)
     return stored

@@ -1,4 +1,4 @@
-"""A file of weights of any format: safetensors, torch's zip or GGUF, told apart by content, not by name."""
+"""Read a weights file in any format: safetensors, torch's zip or GGUF, recognised by content, not by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ class WeightsFile:
 
 
 def read_weights(path: Path) -> WeightsFile:
-    """Every tensor of the file; reads headers only.
+    """Every tensor of the file, and its metadata; reads headers only.
 
     Raises:
-        UserError: no such file, cut off, damaged, or something else under that name.
+        UserError: the file is missing, truncated, damaged or in another format.
     """
     refuse_stand_in(path)
     start = _start(path)
@@ -39,12 +39,12 @@ def read_weights(path: Path) -> WeightsFile:
 
 
 def refuse_stand_in(path: Path) -> None:
-    """Refuses what stands in a file's place until it is downloaded."""
+    """Refuse a placeholder for a file that was not downloaded: a Git LFS pointer or a web page."""
     start = _start(path)
     if start.startswith(LFS):
         raise UserError(f"{path} is a Git LFS pointer", "the file itself", "run git lfs pull in that folder")
     if start.lstrip()[:9].lower() in (b"<!doctype", b"<html>", b"<html lan"):
-        raise UserError(f"{path} is a web page", "a file of weights", "download the file, not the page about it")
+        raise UserError(f"{path} is a web page", "a weights file", "download the file, not the page about it")
 
 
 def _start(path: Path) -> bytes:

@@ -1,15 +1,15 @@
-"""Softmax attention without a mask, written as MatMul, Softmax, MatMul: compilers fuse it into one kernel.
+"""Softmax attention without a mask, written as MatMul, Softmax, MatMul, which compilers fuse into one kernel.
 
-In this form the result needs no copy before the output projection, and it is the only one whose FP8 version is fused
-(``Attention`` with quantised inputs is not). FP8 attention needs no calibration either:
+In this form the result needs no copy before the output projection, and only this form is also fused in FP8
+(``Attention`` with quantised inputs is not). FP8 attention needs no calibration:
 
-* K loses its mean over all tokens first. Softmax does not see it (every logit of a row moves alike), and channels that
-  are large for every token, the outliers of K, vanish. The smoothing of SageAttention (arXiv 2410.02367).
-* V is scaled per channel by its largest magnitude; the result is linear in each channel of V, so the scale multiplies
-  the result, exactly.
-* Q and K take a constant scale that cannot overflow: after RMSNorm over D channels no value exceeds ``sqrt(D)`` times
-  the largest norm weight, and a rotation does not change that. FP8 is a floating type, so a loose bound is harmless.
-* Probabilities are at most 1: scale 1/448.
+* K is centred over all tokens. Softmax is invariant to this (every logit of a row shifts equally), and it removes the
+  outliers of K, channels that are large for every token. This is SageAttention's smoothing (arXiv 2410.02367).
+* V is scaled per channel by its largest magnitude. The result is linear in each channel of V, so multiplying the
+  result by the scale is exact.
+* Q and K have constant scales that cannot overflow: after RMSNorm over D channels no value exceeds ``sqrt(D)`` times
+  the largest norm weight, and rotation preserves this bound. FP8 is a floating type, so a loose bound does no harm.
+* Probabilities are at most 1, so their scale is 1/448.
 """
 
 import onnx_ir as ir
@@ -19,8 +19,9 @@ from export.graphs.linear import FLOAT8_MAX, LARGEST_QUANTISED, SMALLEST_ROW, Li
 
 
 def attention(g: GraphBuilder, compute: ir.DataType, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
-    """``q [L, heads, head]``, already divided by ``sqrt(head)``, ``k, v [S, heads, head]``, float32, computed in
-    ``compute`` → ``[L, heads, head]`` in ``compute``.
+    """Attention of float32 ``q [L, heads, head]``, already divided by ``sqrt(head)``, to ``k, v [S, heads, head]``.
+
+    Computes in ``compute`` and returns ``[L, heads, head]`` in ``compute``.
     """
     q, k, v = (g.cast(x, compute) for x in (q, k, v))
     probabilities = g.op("Softmax", g.op("MatMul", _by_head(g, q), _by_head(g, k, turned=True)), axis=-1)
@@ -28,10 +29,10 @@ def attention(g: GraphBuilder, compute: ir.DataType, q: ir.Value, k: ir.Value, v
 
 
 def fp8_attention(linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
-    """As :func:`attention`, in FP8; returns float32. ``key`` has ``q_scale`` and ``k_scale`` among the weights."""
+    """Same as :func:`attention` in FP8; returns float32. The weights contain ``q_scale`` and ``k_scale`` of ``key``."""
     g = linears.g
-    k = _centred(g, k)
-    v, v_scale = _scaled_channels(g, v)
+    k = _centre(g, k)
+    v, v_scale = _scale_channels(g, v)
     q8 = linears.through_fp8(_by_head(g, q), g.weight(f"{key}.q_scale", (), FLOAT))
     k8 = linears.through_fp8(_by_head(g, k, turned=True), g.weight(f"{key}.k_scale", (), FLOAT))
     v8 = linears.through_fp8(_by_head(g, v), g.constant(1.0, FLOAT))
@@ -41,7 +42,7 @@ def fp8_attention(linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Va
 
 
 def _by_head(g: GraphBuilder, x: ir.Value, *, turned: bool = False) -> ir.Value:
-    """``[L, heads, head] → [1, heads, L, head]``, or with its last two axes exchanged."""
+    """``[L, heads, head] → [1, heads, L, head]``, or ``[1, heads, head, L]`` when ``turned``."""
     order = (1, 2, 0) if turned else (1, 0, 2)
     return g.op("Unsqueeze", g.transpose(x, *order), g.constant([0]))
 
@@ -50,12 +51,12 @@ def _by_token(g: GraphBuilder, x: ir.Value) -> ir.Value:
     return g.op("Squeeze", g.transpose(x, 0, 2, 1, 3), g.constant([0]))
 
 
-def _centred(g: GraphBuilder, k: ir.Value) -> ir.Value:
+def _centre(g: GraphBuilder, k: ir.Value) -> ir.Value:
     with g.scope("smooth_k"):
         return g.op("Sub", k, g.op("ReduceMean", k, g.constant([0]), keepdims=1))
 
 
-def _scaled_channels(g: GraphBuilder, v: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _scale_channels(g: GraphBuilder, v: ir.Value) -> tuple[ir.Value, ir.Value]:
     """``v`` divided by the largest magnitude of each channel over the tokens, and that scale."""
     with g.scope("scale_v"):
         largest = g.op("ReduceMax", g.op("Abs", v), g.constant([0]), keepdims=1)

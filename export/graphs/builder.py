@@ -1,8 +1,8 @@
-"""Writing ONNX graphs by hand, one operator at a time.
+"""Build ONNX graphs by hand, one operator at a time.
 
-The graphs are authored, not traced: a 40-layer transformer is ready in a second without a weight in memory, every node
-carries the path of the module it belongs to ("blocks.3/self_attn/q/Gemm"), casts stand exactly where they are meant.
-Weights are declared by their official name, shape and stored type, and bound to file offsets later.
+The graphs are authored, not traced: a 40-layer transformer takes a second and no weights in memory, every node carries
+the path of its module ("blocks.3/self_attn/q/Gemm"), and every cast is deliberate. Weights are declared by official
+name, shape and stored type, and bound to file offsets later.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ FLOAT, BFLOAT16, FLOAT16, INT64 = (
     ir.DataType.INT64,
 )
 
-# What an operator's outputs are made of; every other operator used here keeps the type of its first input.
+# Output types of operators that do not keep the type of their first input; None: set by the caller.
 CHANGES_TYPE = {"Shape": INT64, "QuantizeLinear": None, "DequantizeLinear": None, "Cast": None}
 
 Attribute = int | float | str | Sequence[int] | Sequence[float]
@@ -32,7 +32,7 @@ Attribute = int | float | str | Sequence[int] | Sequence[float]
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a stored weight lies: bytes ``[offset, offset + length)`` of a file in the graph's folder."""
+    """The position of a stored weight: bytes ``[offset, offset + length)`` of a file in the graph's folder."""
 
     location: str
     offset: int
@@ -57,7 +57,7 @@ class GraphBuilder:
         return value
 
     def output(self, name: str, value: ir.Value, dims: Sequence[int | str], dtype: ir.DataType = FLOAT) -> None:
-        """Declares ``value`` as a graph output; a value that already carries a public name passes an Identity."""
+        """Declare ``value`` as a graph output; graph inputs and outputs go through Identity."""
         if value.is_graph_input() or value.is_graph_output():
             value = self.op("Identity", value)
         value.name, value.shape, value.type = name, ir.Shape(dims), ir.TensorType(dtype)
@@ -67,7 +67,7 @@ class GraphBuilder:
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Nodes made inside are named below ``name``, as the module path of the official code."""
+        """Prefix the names of nodes created inside with ``name``, following the official code's module paths."""
         self._scope.append(name)
         try:
             yield
@@ -80,7 +80,7 @@ class GraphBuilder:
     def multi(
         self, op_type: str, outputs: int, *inputs: ir.Value | None, domain: str = "", **attributes: Attribute
     ) -> tuple[ir.Value, ...]:
-        """An operator with several outputs, such as Split."""
+        """Add an operator with several outputs, such as Split."""
         name = self._unique("/".join([*self._scope, op_type]))
         node = ir.node(op_type, list(inputs), attributes, num_outputs=outputs, name=name, domain=domain)
         first = next((value.dtype for value in inputs if value is not None), None)
@@ -92,7 +92,7 @@ class GraphBuilder:
         return tuple(node.outputs)
 
     def constant(self, value: np.ndarray | float | Sequence[float], dtype: ir.DataType = INT64) -> ir.Value:
-        """A small tensor inside the graph file; equal constants are one initializer."""
+        """A small tensor inside the graph file; equal constants share one initializer."""
         array = np.asarray(value, dtype.numpy())
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constants:
@@ -101,7 +101,7 @@ class GraphBuilder:
         return self._constants[key]
 
     def weight(self, key: str, shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
-        """The checkpoint's tensor ``key``, stored as ``dtype``; its bytes are bound by :meth:`bind`."""
+        """The checkpoint's tensor ``key``, stored as ``dtype``; :meth:`bind` assigns its bytes."""
         if key not in self.weights:
             self.weights[key] = self._initializer(key, dtype, shape, None)
         value = self.weights[key]
@@ -120,7 +120,7 @@ class GraphBuilder:
         self._count[name] = count = self._count.get(name, 0) + 1
         return name if count == 1 else f"{name}_{count - 1}"
 
-    # -- the handful of operators that would drown the formulas
+    # -- shorthands that keep formulas readable
 
     def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
         return self.op("Add", a, b)
@@ -156,7 +156,7 @@ class GraphBuilder:
     # -- the finished graph
 
     def bind(self, placed: Mapping[str, Placed], folder: Path) -> None:
-        """Gives every declared weight its bytes on disk. Nothing is read."""
+        """Point every declared weight to its bytes on disk without reading them."""
         for key, value in self.weights.items():
             place = placed[key]
             value.const_value = ir.ExternalTensor(
@@ -174,7 +174,7 @@ class GraphBuilder:
         ir.save(model, path)
 
     def edges(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Inputs and outputs as the manifest describes them."""
+        """The inputs and outputs in the manifest's form."""
         return tuple(map(_edge, self.graph.inputs)), tuple(map(_edge, self.graph.outputs))
 
 

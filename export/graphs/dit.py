@@ -2,8 +2,8 @@
 
 Tokens are rows of a ``[L, D]`` matrix throughout; the batch of one exists only at the edges and around attention. The
 residual stream, normalisation, modulation, rotary embedding, time embedding and output head compute in float32, the
-other matrix multiplications in the compute type: the islands of the official code under autocast. Sinusoid and rotary
-tables come in from outside, so the graph holds no position or timestep arithmetic of its own.
+other matrix multiplications in the compute type, as in the official code under autocast. Sinusoid and rotary tables are
+inputs, so the graph contains no position or timestep arithmetic.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from wan22.specs import PATCH, TEXT_TOKENS
 
 @dataclass(frozen=True)
 class LatentDims:
-    """Latent frames, rows and columns: numbers where the shapes are fixed, names where they are dynamic."""
+    """Latent frames, rows and columns: numbers if the shapes are fixed, names if they are dynamic."""
 
     frames: int | str = "frames"
     height: int | str = "height"
@@ -27,7 +27,7 @@ class LatentDims:
 
     @property
     def grid(self) -> tuple[int | str, int | str, int | str]:
-        """The same in tokens."""
+        """Frames, rows and columns of tokens."""
         rows = self.height // PATCH[1] if isinstance(self.height, int) else "rows"
         columns = self.width // PATCH[2] if isinstance(self.width, int) else "columns"
         return self.frames, rows, columns
@@ -36,14 +36,14 @@ class LatentDims:
 def dit_graph(
     spec: DitSpec, compute: ir.DataType = FLOAT, dims: LatentDims | None = None, fp8: Fp8 | None = None
 ) -> GraphBuilder:
-    """The velocity of ``latents`` at a timestep.
+    """The graph of one expert, which predicts the velocity of ``latents`` at a timestep.
 
-    Inputs, all float32: ``latents`` [1, z, T, h, w]; ``condition`` [1, c, T, h, w] where the model has one;
+    Inputs, all float32: ``latents`` [1, z, T, h, w]; ``condition`` [1, c, T, h, w] if the model has one;
     ``time_features`` [rows, 256]; ``text`` [1, 512, text width]; ``rope_cos``, ``rope_sin`` [T, h/2, w/2, head/2].
-    Output: ``velocity`` [1, z, T, h, w] float32, about noise minus clean latents.
+    Output: ``velocity`` [1, z, T, h, w] float32, an estimate of noise minus clean latents.
 
-    Matrix multiplications run in ``compute``, those that ``fp8`` names in FP8. Weights carry their official names; in
-    FP8, ``self_attn.qkv`` and ``cross_attn.kv`` are stored joined, each matrix with its ``weight_scale``.
+    Matrix multiplications run in ``compute``, those covered by ``fp8`` in FP8. Weights keep their official names; in
+    FP8, ``self_attn.qkv`` and ``cross_attn.kv`` are each stored as one matrix, and every matrix has a ``weight_scale``.
     """
     dims = dims or LatentDims()
     g = GraphBuilder("dit")
@@ -80,7 +80,7 @@ def _tables(g: GraphBuilder, spec: DitSpec, latents: ir.Value, rope_cos: ir.Valu
 
 
 class _Ends:
-    """What surrounds the blocks, named as the official modules."""
+    """The modules before and after the blocks, named as in the official code."""
 
     def __init__(self, spec: DitSpec, linears: Linears, modulated: Modulation) -> None:
         self.g, self.spec, self.linears, self.modulated = linears.g, spec, linears, modulated
@@ -112,7 +112,7 @@ class _Ends:
             return time, self.linear(g.silu(time), "time_projection.1", (width, 6 * width), FLOAT)
 
     def text_embedding(self, text: ir.Value) -> ir.Value:
-        """``[1, 512, text width] → [512, D]``; zero rows become a constant that attention does see."""
+        """``[1, 512, text width] → [512, D]``; zero rows become a constant row that attention includes."""
         g, spec, compute = self.g, self.spec, self.linears.compute
         with g.scope("text_embedding"):
             x = g.reshape(text, [-1, spec.text_width])
@@ -120,11 +120,11 @@ class _Ends:
             x = g.op("Gelu", x, approximate="tanh")
             context = self.linear(x, "text_embedding.2", (spec.width, spec.width), compute)
             if self.linears.fp8 is not None:
-                self.linears.per_token(context)  # once, here: it enters every block
+                self.linears.per_token(context)  # quantise once here, because every block reads it
             return context
 
     def head(self, x: ir.Value, time: ir.Value, latents: ir.Value, rope_cos: ir.Value) -> ir.Value:
-        """``[L, D] → [1, z, T, h, w]``; uses the time embedding before SiLU, and unpatches channel fastest."""
+        """``[L, D] → [1, z, T, h, w]``; uses the time embedding before SiLU and unpatches with channels fastest."""
         g, spec = self.g, self.spec
         with g.scope("head"):
             table = g.reshape(g.weight("head.modulation", (1, 2, spec.width), FLOAT), [1, -1])

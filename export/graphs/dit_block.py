@@ -1,8 +1,8 @@
 """One block of the transformer: self-attention, cross-attention to the text, feed-forward.
 
-The residual stream is float32 ``[L, D]``. The shape of this code is what compilers made the fewest kernels of: q, k and
-v are one matrix multiplication; a norm over all heads takes its statistics from the flat rows and applies them to the
-rows split into heads, so that neither a float32 copy of q and k nor a second pass over them is stored.
+The residual stream is float32 ``[L, D]``. Compilers turn this form into fewer kernels than any other form tried. q, k
+and v are one matrix multiplication. A norm over all heads takes its statistics from the flat rows and applies them to
+the rows split into heads, which stores no float32 copy of q and k and saves a second pass over them.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from export.graphs.builder import FLOAT, GraphBuilder
 from export.graphs.linear import Linears, Product
 from wan22.parts import DitSpec
 
-Columns = tuple[int, int] | None  # first and end; None: all
+Columns = tuple[int, int] | None  # first and end; None means all
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What depends on the video's size and is shared by all blocks."""
+    """Values that depend on the video's size and that all blocks share."""
 
     cos: ir.Value  # float32 [L, 1, 1, head/2, 1]
     sin: ir.Value
     frames: ir.Value  # int64 [1], latent frames
-    time_row_of_frame: ir.Value | None  # int64 [T] where frames have timesteps of their own (TI2V)
+    time_row_of_frame: ir.Value | None  # int64 [T] if each frame has its own timestep (TI2V)
 
 
 class Modulation:
-    """Normalises rows and applies rows of time: one for all tokens, or each latent frame's own (TI2V)."""
+    """Normalise rows and apply a time row: one for all tokens, or one per latent frame (TI2V)."""
 
     def __init__(self, g: GraphBuilder, spec: DitSpec, tables: Tables) -> None:
         self.g, self.spec, self.tables = g, spec, tables
@@ -57,7 +57,7 @@ class Modulation:
 
 
 class Blocks:
-    """Writes blocks; ``key`` is the official path of the module, "blocks.3.self_attn"."""
+    """Write blocks; ``key`` is the official path of a module, such as "blocks.3.self_attn"."""
 
     def __init__(self, spec: DitSpec, linears: Linears, modulated: Modulation) -> None:
         self.g, self.spec, self.linears, self.modulated = linears.g, spec, linears, modulated
@@ -81,22 +81,23 @@ class Blocks:
     def self_attention(self, key: str, x: ir.Value) -> ir.Value:
         width = self.spec.width
         qkv = self.linears(self.linears.operand(x, f"{key}.q"), key, "qkv", (width, width))
-        rotated = self.rotated(self.pairs(key, qkv))
+        rotated = self.rotate(self.norm_pairs(key, qkv))
         q, k = (self.g.reshape(half, [-1, *self.heads]) for half in self.g.split(rotated, 2, 1))
         v = self.linears.values(qkv, (2 * width, 3 * width), self.heads)
-        return self.attended(key, q, k, v)
+        return self.attend(key, q, k, v)
 
     def cross_attention(self, key: str, x: ir.Value, context: ir.Value) -> ir.Value:
         square = (self.spec.width, self.spec.width)
         q = self.linears(self.linears.operand(x, f"{key}.q"), key, "q", square)
         k, v, columns_of_k, columns_of_v = self.keys_and_values(key, context)
-        q_heads = self.normed(f"{key}.norm_q", q, None, self.spec.head_width**-0.5)
-        k_heads = self.normed(f"{key}.norm_k", k, columns_of_k)
-        return self.attended(key, q_heads, k_heads, self.linears.values(v, columns_of_v, self.heads))
+        q_heads = self.norm_heads(f"{key}.norm_q", q, None, self.spec.head_width**-0.5)
+        k_heads = self.norm_heads(f"{key}.norm_k", k, columns_of_k)
+        return self.attend(key, q_heads, k_heads, self.linears.values(v, columns_of_v, self.heads))
 
     def keys_and_values(self, key: str, context: ir.Value) -> tuple[Product, Product, Columns, Columns]:
-        """K and V of the text and which columns of the products they are. Compilers join the 16-bit linears of all
-        blocks into one, but only whole ones; FP8 linears they leave alone, so those two are joined here.
+        """The products that contain K and V of the text, and the columns of each.
+
+        Compilers merge the separate 16-bit linears of all blocks, but never FP8 linears, so those two are joined here.
         """
         width, entering = self.spec.width, self.linears.operand(context, f"{key}.k")
         if entering.fp8:
@@ -112,7 +113,7 @@ class Blocks:
         hidden_rows = linears.operand(self.g.op("Gelu", raw, approximate="tanh"), f"{key}.2")
         return linears.values(linears(hidden_rows, key, "2", (spec.ffn_width, spec.width)))
 
-    def attended(self, key: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+    def attend(self, key: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """Attention in the type chosen for ``key``, then the output projection."""
         width = self.spec.width
         if self.attends_in_fp8(key):
@@ -134,7 +135,7 @@ class Blocks:
     def heads(self) -> tuple[int, int]:
         return (self.spec.heads, self.spec.head_width)
 
-    def normed(self, key: str, y: Product, columns: Columns, factor: float = 1.0) -> ir.Value:
+    def norm_heads(self, key: str, y: Product, columns: Columns, factor: float = 1.0) -> ir.Value:
         """RMSNorm of ``columns`` of ``y`` with the weight ``key``, times ``factor``: ``[rows, heads, head]``."""
         g = self.g
         with g.scope(key.rsplit(".", 1)[-1]):
@@ -142,19 +143,19 @@ class Blocks:
             weight = self._weight(key, self.heads, factor)
             return g.mul(g.mul(self.linears.values(y, columns, self.heads), inverse), weight)
 
-    def pairs(self, key: str, qkv: Product) -> ir.Value:
-        """RMSNorm of q and k at once, q divided by ``sqrt(head)``: ``[L, 2, heads, head/2, 2]``."""
+    def norm_pairs(self, key: str, qkv: Product) -> ir.Value:
+        """RMSNorm of q and k together, q divided by ``sqrt(head)``: ``[L, 2, heads, head/2, 2]``."""
         g, spec = self.g, self.spec
         split = [spec.heads, spec.head_width // 2, 2]
         with g.scope("norm_qk"):
-            flat = self.linears.values(qkv, shape=[3, spec.width])  # v as well: leaving it out would copy q and k
+            flat = self.linears.values(qkv, shape=[3, spec.width])  # includes v: slicing it off would copy q and k
             inverse = g.reshape(g.slice(self._inverse_rms(flat, 2), 1, 0, 2), [-1, 2, 1, 1, 1])
             factors = {"q": spec.head_width**-0.5, "k": 1.0}
             weight = g.concat([self._weight(f"{key}.norm_{n}", [1, *split], f) for n, f in factors.items()], 0)
             values = self.linears.values(qkv, (0, 2 * spec.width), [2, *split])
             return g.mul(g.mul(values, inverse), weight)
 
-    def rotated(self, x: ir.Value) -> ir.Value:
+    def rotate(self, x: ir.Value) -> ir.Value:
         """Rotary embedding of interleaved pairs: ``(a, b) → (a·cos - b·sin, a·sin + b·cos)``."""
         g, tables = self.g, self.modulated.tables
         with g.scope("rope"):

@@ -1,15 +1,14 @@
-"""Linears of the transformer in 16 or 32 bits, or in FP8 with a scale for every token.
+"""Linears of the transformer in 16 or 32 bits, or in FP8 with one scale per token.
 
-FP8 needs no calibration: each row of activations is divided by its own largest magnitude, quantised with the constant
-scale 1, and its scale multiplies the result afterwards. Compilers make one kernel of normalisation, modulation, maximum
-and quantisation, an FP8 matrix multiplication, and fold scale and bias into whatever follows. A scale computed for the
-whole tensor at run time is not fused, so it is not offered; one measured beforehand is (``static``). The same goes for
-the mean of an input over its tokens: measured beforehand (``centred``) it costs no kernel, taken at run time it costs
-two or three for every linear, memory for the centred rows, and brings back less than it promises, since what it is
-multiplied by are weights that are rounded already.
+FP8 needs no calibration: each row of activations is divided by its largest magnitude and quantised with the constant
+scale 1; the result is multiplied by the row's scale. Compilers fuse normalisation, modulation, maximum and quantisation
+into one kernel, use an FP8 matrix multiplication, and fold scale and bias into the next kernel. They do not fuse a
+per-tensor scale computed at run time, so only measured ones are supported (``static``). The same holds for the mean of
+an input over its tokens: a measured mean (``centred``) costs no kernel; a mean computed at run time costs two or three
+kernels per linear and memory for the centred rows, and gains little because it multiplies already rounded weights.
 
-What follows a linear asks for its float32 values, perhaps of some columns, perhaps reshaped. It may ask twice: a norm
-that reads the 16-bit result once for its statistics and once to apply them keeps no float32 copy of it in memory.
+The consumer of a linear requests its float32 values, optionally of some columns or reshaped, and may do so twice: a
+norm reads the 16-bit result once for its statistics and once to apply them, which keeps no float32 copy in memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +20,13 @@ from export.graphs.builder import FLOAT, GraphBuilder
 
 FLOAT8 = ir.DataType.FLOAT8E4M3FN
 FLOAT8_MAX = 448.0
-LARGEST_QUANTISED = 440.0  # a little below, so that the division's rounding cannot overflow
-SMALLEST_ROW = 1e-6  # keeps the scale of a row of zeros positive
+LARGEST_QUANTISED = 440.0  # below the maximum, so that rounding in the division cannot overflow
+SMALLEST_ROW = 1e-6  # keeps the scale of an all-zero row positive
 
 
 @dataclass(frozen=True)
 class Fp8:
-    """What of the transformer's blocks is computed in FP8; embeddings, modulation, norms and head never are."""
+    """The layers of the transformer's blocks that run in FP8; embeddings, modulation, norms and head never do."""
 
     self_attention: bool = False
     cross_attention: bool = False
@@ -36,13 +35,13 @@ class Fp8:
     centred: Mapping[str, int] = field(default_factory=dict)  # linears with a stored ``input_mean`` → its length
 
     def covers(self, key: str) -> bool:
-        """Whether ``key``, a linear or an attention ("blocks.3.ffn.2", "blocks.3.self_attn"), may run in FP8."""
+        """True if ``key``, a linear or an attention ("blocks.3.ffn.2", "blocks.3.self_attn"), may run in FP8."""
         return key.startswith("blocks.") and int(key.split(".")[1]) not in self.high_precision_blocks
 
 
 @dataclass(frozen=True)
 class Operand:
-    """What enters a linear: ``value [L, in]`` in the compute type; the true rows are ``value * scale``."""
+    """The input of a linear: ``value [L, in]`` in the compute type; the true rows are ``value * scale``."""
 
     value: ir.Value
     scale: ir.Value | None = None  # float32 [L, 1]
@@ -51,7 +50,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Product:
-    """What leaves a linear: the true values are ``raw * scale + bias``, in float32."""
+    """The output of a linear: the true values are ``raw * scale + bias``, in float32."""
 
     raw: ir.Value  # [L, out], compute type
     scale: ir.Value | None = None  # float32 [L, 1]
@@ -59,20 +58,20 @@ class Product:
 
 
 class Linears:
-    """Writes linears into ``g``; keys are official names, ``parts`` the names below a key ("qkv" is three linears)."""
+    """Write linears into ``g``. A key is an official name, ``parts`` the linears below it ("qkv": three linears)."""
 
     def __init__(self, g: GraphBuilder, compute: ir.DataType, fp8: Fp8 | None) -> None:
         self.g, self.compute, self.fp8 = g, compute, fp8
         self._quantised: dict[ir.Value, Operand] = {}
 
     def runs_fp8(self, key: str) -> bool:
-        """Whether the linear ``blocks.N. ...`` multiplies FP8 numbers."""
+        """True if the linear ``blocks.N. ...`` multiplies FP8 numbers."""
         return self.fp8 is not None and self.fp8.covers(key)
 
-    # -- what enters
+    # -- inputs
 
     def operand(self, x: ir.Value, key: str) -> Operand:
-        """``x [L, in]`` for the linears below ``key`` that read it, quantised where they run in FP8."""
+        """``x [L, in]`` as the input of the linear ``key``, quantised if it runs in FP8."""
         if not self.runs_fp8(key):
             return Operand(self.g.cast(x, self.compute))
         if self.fp8 and key in self.fp8.static:
@@ -84,7 +83,7 @@ class Linears:
         return self.per_token(x)
 
     def per_token(self, x: ir.Value) -> Operand:
-        """``x [L, in]`` quantised, each row with its own scale; the same ``x`` is quantised once."""
+        """``x [L, in]`` quantised with one scale per row; each ``x`` is quantised only once."""
         if x not in self._quantised:
             self._quantised[x] = self._per_token(self.g.cast(x, FLOAT))
         return self._quantised[x]
@@ -97,10 +96,10 @@ class Linears:
             return Operand(self.through_fp8(g.op("Div", x, scale), _float(g, 1.0)), scale, fp8=True)
 
     def through_fp8(self, x: ir.Value, scale: ir.Value) -> ir.Value:
-        """Quantises float32 ``x`` with a constant ``scale`` and dequantises it to the compute type."""
+        """Quantise float32 ``x`` with a constant ``scale`` and dequantise it to the compute type."""
         g = self.g
         quantised = g.op("QuantizeLinear", x, scale, output_dtype=int(FLOAT8))
-        return self._dequantised(quantised, scale)
+        return self._dequantise(quantised, scale)
 
     # -- the multiplication
 
@@ -111,39 +110,39 @@ class Linears:
             if x.fp8:
                 return self._fp8_product(x, f"{key}.{parts}", (len(parts) * leaving, entering), key, parts)
             weight, bias = (
-                self._joined([f"{key}.{part}.{leaf}" for part in parts], dims, self.compute)
+                self._join([f"{key}.{part}.{leaf}" for part in parts], dims, self.compute)
                 for leaf, dims in (("weight", (leaving, entering)), ("bias", (leaving,)))
             )
             return Product(self.g.op("Gemm", x.value, weight, bias, transB=1))
 
     def _fp8_product(self, x: Operand, name: str, shape: tuple[int, int], key: str, parts: str) -> Product:
-        """Several parts are one stored matrix with one scale: graphs cannot join FP8 constants."""
+        """The product with one stored matrix and scale for all ``parts``: graphs cannot concatenate FP8 constants."""
         raw = self.fp8_matmul(x, name, shape)
         each = shape[0] // len(parts)
-        return Product(raw, x.scale, self._joined([f"{key}.{part}.bias" for part in parts], (each,), FLOAT))
+        return Product(raw, x.scale, self._join([f"{key}.{part}.bias" for part in parts], (each,), FLOAT))
 
     def fp8_matmul(self, x: Operand, name: str, shape: tuple[int, int]) -> ir.Value:
         """``x [L, in]`` times the stored matrix ``name [out, in]``, transposed, in the compute type."""
         stored = self.g.weight(f"{name}.weight", shape, FLOAT8)
-        matrix = self._dequantised(stored, self.g.weight(f"{name}.weight_scale", (), FLOAT))
+        matrix = self._dequantise(stored, self.g.weight(f"{name}.weight_scale", (), FLOAT))
         return self.g.op("MatMul", x.value, self.g.transpose(matrix, 1, 0))
 
-    def _joined(self, keys: Sequence[str], shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
+    def _join(self, keys: Sequence[str], shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
         weights = [self.g.weight(key, shape, dtype) for key in keys]
         return weights[0] if len(weights) == 1 else self.g.concat(weights, 0)
 
-    def _dequantised(self, x: ir.Value, scale: ir.Value) -> ir.Value:
-        """The scale stays float32 whatever comes out: a 16-bit one would overflow or lose the product's range."""
+    def _dequantise(self, x: ir.Value, scale: ir.Value) -> ir.Value:
+        """``x`` in the compute type. The float32 scale avoids overflow and keeps the product's range."""
         value = self.g.op("DequantizeLinear", x, scale, output_dtype=int(self.compute))
         value.type = ir.TensorType(self.compute)
         return value
 
-    # -- what leaves
+    # -- outputs
 
     def values(
         self, y: Product, columns: tuple[int, int] | None = None, shape: Sequence[int] | None = None
     ) -> ir.Value:
-        """Float32 values of ``y [L, out]``, of ``columns`` (first, end) only, each row in ``shape``."""
+        """Float32 values of ``y [L, out]``, optionally only ``columns`` (first, end), rows reshaped to ``shape``."""
         g, raw, bias = self.g, y.raw, y.bias
         if columns:
             raw = g.slice(raw, 1, *columns)

@@ -1,4 +1,4 @@
-"""A graph that also tells what its tensors are like: the largest magnitude of some, the mean row of others."""
+"""Extra graph outputs that measure tensors: the largest magnitude of some, the mean row of others."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ LARGEST, MEANS = "amax", "means"
 
 
 class Tapped:
-    """A tapped graph in the place of the plain one; sums up over all its calls what the taps tell."""
+    """Call a tapped graph like the plain one and accumulate the measurements over all calls."""
 
     def __init__(self, graph: Callable[..., tuple[np.ndarray, ...]], taps: "Taps") -> None:
         self.graph, self.taps, self.calls = graph, taps, 0
@@ -24,7 +24,7 @@ class Tapped:
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """The graph's first output."""
         first, largest, *means = self.graph(**inputs)
-        np.maximum(self._largest, largest, out=self._largest)  # NaN stays
+        np.maximum(self._largest, largest, out=self._largest)  # propagates NaN
         for mean in means:
             self._sums += mean
         self.calls += 1
@@ -32,12 +32,12 @@ class Tapped:
 
     @property
     def largest(self) -> dict[str, float]:
-        """Largest magnitude by label, 0 before the first call."""
+        """The largest magnitude by label, 0 before the first call."""
         return dict(zip(self.taps.largest, self._largest.tolist(), strict=True))
 
     @property
     def means(self) -> dict[str, np.ndarray]:
-        """Mean row ``[columns]`` float32 by label, all calls counting the same."""
+        """The mean row ``[columns]`` float32 by label; all calls have equal weight."""
         ends = np.cumsum(list(self.taps.means.values()))[:-1]
         parts = np.split((self._sums / max(self.calls, 1)).astype(np.float32), ends)
         return dict(zip(self.taps.means, parts, strict=True))
@@ -45,7 +45,7 @@ class Tapped:
 
 @dataclass(frozen=True)
 class Taps:
-    """What the outputs of a tapped graph list: labels of maxima, labels of mean rows and their lengths."""
+    """The contents of a tapped graph's outputs: labels of maxima, labels of mean rows and their lengths."""
 
     largest: tuple[str, ...]
     means: Mapping[str, int] = field(default_factory=dict)
@@ -59,8 +59,12 @@ class Taps:
 def add_taps(
     model: ir.Model, largest: Mapping[str, ir.Value], means: Mapping[str, tuple[ir.Value, int]] | None = None
 ) -> Taps:
-    """Appends outputs to ``model``: of ``largest`` the largest magnitude of each value; of ``means``, label → rows and
-    their length, the mean row of each.
+    """Append outputs to ``model``, in place.
+
+    Args:
+        model: a graph.
+        largest: label → value whose largest magnitude is output.
+        means: label → rows ``[L, length]`` whose mean is output, and ``length``.
     """
     graph = model.graph
     first = ir.Value(name=f"{LARGEST}/first", shape=ir.Shape([1]), type=ir.TensorType(INT64))
@@ -69,14 +73,14 @@ def add_taps(
     maxima = []
     for label, value in largest.items():
         name, dtype = f"{LARGEST}/{label}", value.dtype or FLOAT
-        magnitude = _appended(graph, "Abs", [value], name, dtype)
-        top = _wide(graph, _appended(graph, "ReduceMax", [magnitude], name, dtype, keepdims=0), name)
-        maxima.append(_appended(graph, "Unsqueeze", [top, first], name, FLOAT))
+        magnitude = _append(graph, "Abs", [value], name, dtype)
+        top = _wide(graph, _append(graph, "ReduceMax", [magnitude], name, dtype, keepdims=0), name)
+        maxima.append(_append(graph, "Unsqueeze", [top, first], name, FLOAT))
     _output(graph, LARGEST, maxima, len(maxima))
     rows = []
     for label, (value, _) in (means or {}).items():
         wide = _wide(graph, value, f"{MEANS}/{label}")
-        rows.append(_appended(graph, "ReduceMean", [wide, first], f"{MEANS}/{label}", FLOAT, keepdims=0))
+        rows.append(_append(graph, "ReduceMean", [wide, first], f"{MEANS}/{label}", FLOAT, keepdims=0))
     taps = Taps(tuple(largest), {label: length for label, (_, length) in (means or {}).items()})
     if rows:
         _output(graph, MEANS, rows, sum(taps.means.values()))
@@ -84,16 +88,16 @@ def add_taps(
 
 
 def _output(graph: ir.Graph, name: str, parts: list[ir.Value], length: int) -> None:
-    joined = _appended(graph, "Concat", parts, f"{name}/all", FLOAT, axis=0)
+    joined = _append(graph, "Concat", parts, f"{name}/all", FLOAT, axis=0)
     joined.name, joined.shape = name, ir.Shape([length])
     graph.outputs.append(joined)
 
 
 def _wide(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
-    return value if value.dtype == FLOAT else _appended(graph, "Cast", [value], name, FLOAT, to=int(FLOAT))
+    return value if value.dtype == FLOAT else _append(graph, "Cast", [value], name, FLOAT, to=int(FLOAT))
 
 
-def _appended(
+def _append(
     graph: ir.Graph, op: str, inputs: Iterable[ir.Value], name: str, dtype: ir.DataType, **attributes: int
 ) -> ir.Value:
     node = ir.node(op, list(inputs), attributes, name=f"{name}/{op}")
@@ -104,9 +108,9 @@ def _appended(
 
 
 def linear_inputs(model: ir.Model) -> dict[str, ir.Value]:
-    """What enters each linear of the blocks of a 16- or 32-bit transformer, by official name ("blocks.0.ffn.2").
+    """The input of each linear in the blocks of a 16- or 32-bit transformer, by official name ("blocks.0.ffn.2").
 
-    Linears are known by the weights that they multiply: the graph may have joined several into one product.
+    Linears are identified by their weights, because one product may compute several of them.
     """
     entering: dict[str, ir.Value] = {}
     for node in model.graph:
@@ -117,7 +121,7 @@ def linear_inputs(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def _weights(value: ir.Value) -> list[str]:
-    """The stored weights that ``value`` is made of, across joining, turning and casting."""
+    """The stored weights behind ``value``, through Concat, Transpose and Cast."""
     node = value.producer()
     if node is None:
         return [str(value.name)] if value.is_initializer() else []

@@ -1,7 +1,7 @@
-"""The encoder half of umt5 as an ONNX graph, for one unpadded prompt of any length up to 512 tokens.
+"""The encoder half of umt5 as an ONNX graph, for one unpadded prompt of up to 512 tokens.
 
-Encoding only the real tokens gives the same rows as encoding 512 padded ones under a mask, so the graph needs no mask.
-Residual stream and normalisation are float32; the rest computes in the compute type.
+Encoding only the real tokens gives the same rows as encoding 512 padded tokens with a mask, so the graph needs no mask.
+Residual stream and normalisation are float32; everything else uses the compute type.
 """
 
 import math
@@ -16,10 +16,10 @@ from wan22.specs import TEXT_TOKENS
 
 
 def relative_buckets(spec: TextEncoderSpec) -> np.ndarray:
-    """The bias row of every distance key minus query, from -511 to 511: int64 [1023].
+    """The bias row for each distance (key minus query) from -511 to 511: int64 [1023].
 
-    Half of the buckets look back, half forward; in each, the first half count single tokens and the rest grow
-    logarithmically up to ``max_distance`` (T5's bidirectional buckets, computed in float32 as the references do).
+    Half of the buckets look back, half forward; in each half, the first buckets hold one distance each and the others
+    grow logarithmically up to ``max_distance`` (T5's bidirectional buckets, in float32 like the references).
     """
     side, exact = spec.buckets // 2, spec.buckets // 4
     distance = np.arange(1 - TEXT_TOKENS, TEXT_TOKENS)
@@ -33,7 +33,7 @@ def relative_buckets(spec: TextEncoderSpec) -> np.ndarray:
 def text_encoder_graph(
     spec: TextEncoderSpec, compute: ir.DataType = FLOAT, *, fp8_feed_forward: bool = False
 ) -> GraphBuilder:
-    """``input_ids`` int64 [1, tokens] → ``embeddings`` float32 [1, tokens, width]."""
+    """The graph from ``input_ids`` int64 [1, tokens] to ``embeddings`` float32 [1, tokens, width]."""
     g = GraphBuilder("text_encoder")
     writer = _TextEncoder(g, spec, compute, Linears(g, compute, Fp8()) if fp8_feed_forward else None)
     ids = g.input("input_ids", INT64, [1, "tokens"])
@@ -49,7 +49,7 @@ def text_encoder_graph(
 
 
 class _TextEncoder:
-    """The parts of the encoder, named as the official modules; ``g`` collects their nodes."""
+    """The parts of the encoder, named like the official modules; ``g`` collects their nodes."""
 
     def __init__(
         self, g: GraphBuilder, spec: TextEncoderSpec, compute: ir.DataType, fp8_linears: Linears | None
@@ -57,7 +57,7 @@ class _TextEncoder:
         self.g, self.spec, self.compute, self.fp8_linears = g, spec, compute, fp8_linears
 
     def buckets(self, ids: ir.Value) -> ir.Value:
-        """Bias row of every pair of tokens: int64 [tokens, tokens], shared by all layers."""
+        """The bias row of every pair of tokens: int64 [tokens, tokens], shared by all layers."""
         g = self.g
         with g.scope("relative_buckets"):
             count = g.op("Squeeze", g.op("Shape", ids, start=1, end=2))
@@ -85,7 +85,7 @@ class _TextEncoder:
             return g.add(x, g.cast(self.feed_forward(f"{key}.ffn", self.norm(x, f"{key}.norm2")), FLOAT))
 
     def position_bias(self, key: str, buckets: ir.Value) -> ir.Value:
-        """The layer's own bias for every head and pair of tokens: [1, heads, tokens, tokens]."""
+        """The layer's bias for every head and pair of tokens: [1, heads, tokens, tokens]."""
         g, spec = self.g, self.spec
         table = g.weight(f"{key}.embedding.weight", (spec.buckets, spec.heads), self.compute)
         bias = g.transpose(g.op("Gather", table, buckets, axis=0), 2, 0, 1)
@@ -112,7 +112,7 @@ class _TextEncoder:
         x = g.cast(x, self.compute)
         gate = g.op("Gelu", self.linear(x, f"{key}.gate.0", widths, self.compute), approximate="tanh")
         hidden = self.linear(x, f"{key}.fc1", widths, self.compute)
-        # umt5's gated activations leave float16's range: there the product and the projection run in float32.
+        # umt5's gated activations exceed float16's range, so the product and the projection run in float32.
         last = FLOAT if self.compute == FLOAT16 else self.compute
         product = g.mul(g.cast(gate, last), g.cast(hidden, last))
         return self.linear(product, f"{key}.fc2", widths[::-1], last)

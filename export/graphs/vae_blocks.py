@@ -1,13 +1,13 @@
-"""What the graphs of the VAE's two halves are made of (wan22.md §4.1, §4.4, §4.5).
+"""Building blocks of the VAE's encoder and decoder graphs (wan22.md §4.1, §4.4, §4.5).
 
-A video inside a graph is a five-dimensional value ``[1, channels, frames, rows, columns]`` whose channels and frames
-are known and whose rows and columns may be dynamic. Reshapes do not ask for a size (but for one in attention): ``0``
-copies an axis and one ``-1`` is inferred, so a dynamic graph has the nodes of a static one and no shape arithmetic at
-run time. To that end an axis is moved to where ``0`` finds it before its neighbours are merged. 2-D convolutions are
-3-D ones with a kernel of one frame: no frame ever moves to the batch.
+A video inside a graph is a five-dimensional value ``[1, channels, frames, rows, columns]`` with known channels and
+frames; rows and columns may be dynamic. Except in attention, reshapes need no run-time sizes: ``0`` copies an axis and
+one ``-1`` is inferred, so a dynamic graph has the same nodes as a static one. For this, an axis moves to where ``0``
+copies it before its neighbours are merged. 2-D convolutions run as 3-D ones with a one-frame kernel, so frames never
+move to the batch axis.
 
 Scopes are module paths: inside ``scope("decoder")`` and ``scope("conv1")`` the parameter ``weight`` is
-``decoder.conv1.weight`` and its shape is the checkpoint's.
+``decoder.conv1.weight``, with the checkpoint's shape.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ _END = 2**31 - 1
 
 
 class VaeGraph(GraphBuilder):
-    """A chunk's graph with its caches.
+    """The graph of one chunk with its caches.
 
-    ``first`` is the graph of a video's first chunk: one frame, no history, hence no cache inputs. Convolutions and the
-    values between them are of type ``compute``; edges, channel norms, SiLU and softmax are float32.
+    A ``first`` graph is for a video's first chunk: one frame, no history, hence no cache inputs. Convolutions and the
+    values between them have type ``compute``; inputs, outputs, channel norms, SiLU and softmax are float32.
     """
 
     def __init__(self, half: str, spec: VaeSpec, *, first: bool, compute: ir.DataType, size: LatentSize | None) -> None:
@@ -42,30 +42,30 @@ class VaeGraph(GraphBuilder):
     # -- edges
 
     def video(self, channels: int, frames: int, scale: int) -> list[int | str]:
-        """Dimensions of a video ``scale`` times as large as the latent grid.
+        """The dimensions of a video ``scale`` times as large as the latent grid.
 
-        Dynamic sides read "height" and "width" at scale 1, else "K*height" and "K*width": the number before the star
-        times the latent dimension after it.
+        Dynamic sides are named "height" and "width" at scale 1, otherwise "K*height" and "K*width": K times the latent
+        dimension.
         """
         sides = self.size or ("height", "width")
-        return [1, channels, frames, *(_scaled(side, scale) for side in sides)]
+        return [1, channels, frames, *(_scale_side(side, scale) for side in sides)]
 
     def take_caches(self, caches: Sequence[Cache]) -> None:
-        """Declares ``cache_00``, ``cache_01``, ..., which :meth:`recall` hands out in this order."""
+        """Declare ``cache_00``, ``cache_01``, ..., which :meth:`recall` returns in this order."""
         for index, cache in enumerate(() if self.first else caches):
             dims = self.video(cache.channels, cache.frames, cache.scale)
             self._entering.append(self.input(f"cache_{index:02d}", FLOAT, dims))
 
     def recall(self) -> ir.Value:
-        """The frames that the convolution whose turn it is kept from the previous chunk."""
+        """The frames that the current convolution kept from the previous chunk."""
         return self.cast(self._entering[len(self._leaving)], self.compute)
 
     def remember(self, frames: ir.Value) -> None:
-        """Keeps ``frames`` for the next chunk."""
+        """Keep ``frames`` for the next chunk."""
         self._leaving.append(frames)
 
     def give_caches(self, caches: Sequence[Cache]) -> None:
-        """Declares ``next_cache_00``, ..., one for each value remembered."""
+        """Declare ``next_cache_00``, ..., one for each remembered value."""
         with self.scope("caches"):
             for index, (cache, value) in enumerate(zip(caches, self._leaving, strict=True)):
                 dims = self.video(cache.channels, cache.frames, cache.scale)
@@ -74,23 +74,23 @@ class VaeGraph(GraphBuilder):
     # -- parameters
 
     def parameter(self, leaf: str, dtype: ir.DataType) -> ir.Value:
-        """The parameter of the module whose scope is open."""
+        """The parameter ``leaf`` of the module in scope."""
         key = ".".join([*self._scope, leaf])
         return self.weight(key, self._shapes[key], dtype)
 
     def has(self, module: str) -> bool:
-        """Whether the module whose scope is open has a convolution of that name."""
+        """True if the module in scope has a convolution named ``module``."""
         return ".".join([*self._scope, module, "weight"]) in self._shapes
 
 
-def _scaled(side: int | str, scale: int) -> int | str:
+def _scale_side(side: int | str, scale: int) -> int | str:
     if isinstance(side, int):
         return side * scale
     return side if scale == 1 else f"{scale}*{side}"
 
 
 def latent_statistics(g: VaeGraph) -> tuple[ir.Value, ir.Value]:
-    """Mean and 1/std of the latents ``[1, z, 1, 1, 1]``, the reciprocal rounded once as in the official code (§4.3)."""
+    """Mean and 1/std of the latents ``[1, z, 1, 1, 1]``; the reciprocal is rounded once, as officially (§4.3)."""
     shape = (1, g.spec.latent_channels, 1, 1, 1)
     inverse_std = (1 / np.array(g.spec.latents_std, np.float32)).reshape(shape)
     return g.constant(np.array(g.spec.latents_mean, np.float32).reshape(shape), FLOAT), g.constant(inverse_std, FLOAT)
@@ -102,12 +102,12 @@ def latent_statistics(g: VaeGraph) -> tuple[ir.Value, ir.Value]:
 def conv(
     g: VaeGraph, x: ir.Value, *, strides: Sequence[int] = (1, 1, 1), pads: Sequence[int] | None = None
 ) -> ir.Value:
-    """The open scope's convolution, without padding in time; ``pads`` (top, left, bottom, right) keep the size."""
+    """The convolution in scope, without padding in time; default ``pads`` (top, left, bottom, right) keep the size."""
     weight, bias = g.parameter("weight", g.compute), g.parameter("bias", g.compute)
     kernel = list((weight.shape or ir.Shape([])).numpy())[2:]
     if len(kernel) == 2:
         weight, kernel = g.op("Unsqueeze", weight, g.constant([2])), [1, *kernel]
-    elif g.first and kernel[0] > 1:  # before the first frame lie zeros: only the last tap meets a frame
+    elif g.first and kernel[0] > 1:  # zeros precede the first frame, so only the last tap reads a frame
         weight, kernel = g.slice(weight, 2, kernel[0] - 1, kernel[0]), [1, *kernel[1:]]
     top, left, bottom, right = pads or [n // 2 for n in kernel[1:]] * 2
     pads = [0, top, left, 0, bottom, right]
@@ -115,22 +115,22 @@ def conv(
 
 
 def causal_conv(g: VaeGraph, x: ir.Value) -> ir.Value:
-    """A convolution over three frames that sees the past only; its cache is the last two frames it was given."""
+    """A convolution over the current and two past frames; its cache is the last two frames of its input."""
     if g.first:
-        g.remember(after_zeros(g, x))
+        g.remember(prepend_zeros(g, x))
         return conv(g, x)
-    return conv(g, continued(g, x, kept=2))
+    return conv(g, prepend_cache(g, x, kept=2))
 
 
-def continued(g: VaeGraph, x: ir.Value, *, kept: int) -> ir.Value:
-    """``x`` behind the frames of its cache; the last ``kept`` of them all are the next cache."""
+def prepend_cache(g: VaeGraph, x: ir.Value, *, kept: int) -> ir.Value:
+    """The cached frames followed by ``x``; the last ``kept`` frames of both become the next cache."""
     joined = g.concat([g.recall(), x], 2)
     g.remember(g.slice(joined, 2, -kept, _END))
     return joined
 
 
-def after_zeros(g: VaeGraph, x: ir.Value) -> ir.Value:
-    """``x`` with one frame of zeros in front."""
+def prepend_zeros(g: VaeGraph, x: ir.Value) -> ir.Value:
+    """One frame of zeros followed by ``x``."""
     return g.op("Pad", x, g.constant([0, 0, 1, 0, 0] + [0] * 5))
 
 
@@ -138,7 +138,7 @@ def after_zeros(g: VaeGraph, x: ir.Value) -> ir.Value:
 
 
 def norm(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
-    """``x / max(|x|, 1e-12) · sqrt(width) · gamma`` over the channels of each position, in float32 to the end."""
+    """``x / max(|x|, 1e-12) · sqrt(width) · gamma`` over the channels of each position, in float32 throughout."""
     x = g.cast(x, FLOAT)
     gamma = g.parameter("gamma", FLOAT)
     gamma = g.reshape(g.mul(gamma, g.constant(width**0.5, FLOAT)), [1, width, 1, 1, 1])
@@ -147,7 +147,7 @@ def norm(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
 
 
 def activation(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
-    """Channel norm, then SiLU: what stands before every convolution over three frames but the first."""
+    """Channel norm, then SiLU. Precedes every convolution over three frames except the first."""
     return g.cast(g.silu(norm(g, x, width)), g.compute)
 
 
@@ -166,16 +166,16 @@ def residual_block(g: VaeGraph, x: ir.Value, entering: int, leaving: int) -> ir.
 
 
 def attention(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
-    """Self-attention of one head over the positions of the chunk's only latent frame ``[1, width, 1, h, w]``.
+    """Single-head self-attention over the positions of the chunk's one latent frame ``[1, width, 1, h, w]``.
 
-    Written as MatMul, Softmax, MatMul: TensorRT has no fused kernel for heads this wide, and none for float32.
+    Written as MatMul, Softmax, MatMul: TensorRT has no fused kernel for heads this wide or for float32.
     """
     with g.scope("norm"):
         y = g.cast(norm(g, x, width), g.compute)
     with g.scope("to_qkv"):
         y = g.reshape(conv(g, y), [1, 3 * width, -1])
     q, k, v = g.split(g.transpose(y, 0, 2, 1), 3, axis=2)
-    q = g.mul(q, g.constant(width**-0.5, g.compute))  # scaled before fp16 can overflow
+    q = g.mul(q, g.constant(width**-0.5, g.compute))  # scale q first, so that fp16 cannot overflow
     scores = g.cast(g.op("MatMul", q, g.transpose(k, 0, 2, 1)), FLOAT)
     weights = g.cast(g.op("Softmax", scores, axis=-1), g.compute)
     y = g.transpose(g.op("MatMul", weights, v), 0, 2, 1)
@@ -202,11 +202,12 @@ def head(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
 
 
 def unsupported_shortcut(entering: int, leaving: int) -> UserError:
-    """For widths that no published VAE 2.2 has, whose parameter-free shortcuts would mix channels otherwise."""
-    return UserError(f"a VAE stage of {entering} to {leaving} channels", "multipliers 1, 2, 4, 4", "use such a VAE")
+    """The error for widths of no published VAE 2.2, for which the parameter-free shortcuts would mix channels."""
+    found = f"a VAE stage of {entering} to {leaving} channels"
+    return UserError(found, "channel multipliers 1, 2, 4, 4", "use a published VAE 2.2")
 
 
-# -- pixels between places
+# -- pixels
 
 
 def split_pixels(g: VaeGraph, x: ir.Value, channels: int, frames: int) -> ir.Value:

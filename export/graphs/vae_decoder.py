@@ -1,8 +1,8 @@
-"""Latents to frames: the VAE's decoder as two graphs, for the first latent frame and for every later one.
+"""Latents to frames: the VAE's decoder as two graphs, one for the first latent frame and one for every later frame.
 
-A latent frame becomes four frames, the first only one: its time convolutions stay idle and their caches zero
-(wan22.md §4.4). Pixels double by a Concat of a value with itself: with the reshapes around it one copying kernel in
-TensorRT, where Resize stands alone, and on a CPU ten times as fast as Expand.
+A latent frame becomes four frames, the first only one: its time convolutions are skipped and their caches are zero
+(wan22.md §4.4). Pixels are doubled by concatenating a value with itself: TensorRT fuses this with the surrounding
+reshapes into one copy kernel, while Resize stays separate; on a CPU it is ten times as fast as Expand.
 """
 
 import onnx_ir as ir
@@ -27,11 +27,11 @@ from wan22.parts import VaeSpec
 def vae_decoder(
     spec: VaeSpec, first: bool, compute: ir.DataType = FLOAT, size: LatentSize | None = None
 ) -> GraphBuilder:
-    """One latent frame to one (``first``) or four frames.
+    """The graph from one latent frame to one (``first``) or four frames.
 
-    Inputs: ``latents`` [1, z, 1, h, w] as the sampler leaves them, unless first ``cache_00`` ... ``cache_31``.
-    Outputs: ``frames`` [1, 3, 1 or 4, H, W] in [-1, 1], ``next_cache_00`` ... ``next_cache_31``. All float32; sides of
-    frames and caches are named as :meth:`VaeGraph.video` says, or fixed by ``size``, the latent rows and columns.
+    Inputs: ``latents`` [1, z, 1, h, w] as the sampler returns them and, unless ``first``, ``cache_00`` ...
+    ``cache_31``. Outputs: ``frames`` [1, 3, 1 or 4, H, W] in [-1, 1] and ``next_cache_00`` ... ``next_cache_31``. All
+    are float32; dynamic sides are named by :meth:`VaeGraph.video`, fixed ones follow ``size`` (latent rows, columns).
     """
     g = VaeGraph("vae_decoder", spec, first=first, compute=compute, size=size)
     latents = g.input("latents", FLOAT, g.video(spec.latent_channels, 1, 1))
@@ -43,7 +43,7 @@ def vae_decoder(
     with g.scope("decoder"):
         x, frames = _decoder(g, x)
     if spec.patch > 1:
-        x = _unpatchified(g, x, frames)
+        x = _unpatchify(g, x, frames)
     x = g.op("Clip", g.cast(x, FLOAT), g.constant(-1.0, FLOAT), g.constant(1.0, FLOAT))
     g.output("frames", x, g.video(3, frames, spec.spatial_stride))
     g.give_caches(spec.decoder_caches)
@@ -62,7 +62,7 @@ def _decoder(g: VaeGraph, x: ir.Value) -> tuple[ir.Value, int]:
 
 
 def _stage(g: VaeGraph, x: ir.Value, stage: int, frames: int) -> tuple[ir.Value, int]:
-    """Residual blocks, then all but the last stage double rows and columns, some also the frames."""
+    """Residual blocks; every stage but the last then doubles rows and columns, and some also the frames."""
     spec, entering = g.spec, x
     widths = spec.decoder_stage_input(stage), spec.decoder_widths[stage + 1]
     blocks = spec.blocks_per_stage + 1
@@ -72,40 +72,39 @@ def _stage(g: VaeGraph, x: ir.Value, stage: int, frames: int) -> tuple[ir.Value,
     if stage == len(spec.temporal_down):
         return x, frames
     with g.scope(vae_module("upsamples", spec, stage, blocks)):
-        x, leaving_frames = _upsampled(g, x, widths[1], frames)
+        x, leaving_frames = _upsample(g, x, widths[1], frames)
     if spec.residual:
         with g.scope(f"upsamples.{stage}.avg_shortcut"):
-            x = g.add(x, _duplicated(g, entering, widths, frames, leaving_frames))
+            x = g.add(x, _duplicate(g, entering, widths, frames, leaving_frames))
     return x, leaving_frames
 
 
-def _upsampled(g: VaeGraph, x: ir.Value, width: int, frames: int) -> tuple[ir.Value, int]:
+def _upsample(g: VaeGraph, x: ir.Value, width: int, frames: int) -> tuple[ir.Value, int]:
     if g.has("time_conv"):
         with g.scope("time_conv"):
-            x, frames = _first_in_time(g, x, width) if g.first else _doubled_in_time(g, x, width, frames)
-    x = _enlarged(g, x, width, frames)
+            x, frames = _skip_first_frame(g, x, width) if g.first else _double_frames(g, x, width, frames)
+    x = _enlarge(g, x, width, frames)
     with g.scope("resample.1"):
         return conv(g, x), frames
 
 
-def _first_in_time(g: VaeGraph, x: ir.Value, width: int) -> tuple[ir.Value, int]:
-    """The first frame passes by: it is neither doubled nor remembered."""
+def _skip_first_frame(g: VaeGraph, x: ir.Value, width: int) -> tuple[ir.Value, int]:
+    """The first frame unchanged: it is neither doubled nor remembered."""
     shape = g.concat([g.constant([1, width, 2]), g.op("Shape", x, start=3, end=5)], 0)
     g.remember(g.op("Expand", g.constant(0.0, FLOAT), shape))
     return x, 1
 
 
-def _doubled_in_time(g: VaeGraph, x: ir.Value, width: int, frames: int) -> tuple[ir.Value, int]:
-    """Two frames for each, from the lower and the upper half of the convolution's channels."""
+def _double_frames(g: VaeGraph, x: ir.Value, width: int, frames: int) -> tuple[ir.Value, int]:
+    """Two frames per frame, from the lower and the upper half of the convolution's channels."""
     halves = g.reshape(causal_conv(g, x), [2, width, frames, 0, 0])
     return g.reshape(g.transpose(halves, 1, 2, 0, 3, 4), [1, width, 2 * frames, 0, 0]), 2 * frames
 
 
-def _enlarged(g: VaeGraph, x: ir.Value, width: int, frames: int, sources: int = 1) -> ir.Value:
+def _enlarge(g: VaeGraph, x: ir.Value, width: int, frames: int, sources: int = 1) -> ir.Value:
     """``[1, sources·width, F, h, w]`` → ``[1, width, F, 2h, 2w]``.
 
-    One source channel is repeated to all 2×2 pixels; of two, one makes the upper row and one the lower; four make a
-    pixel each, row by row.
+    One source channel fills all 2×2 pixels; two fill the upper and the lower row; four fill a pixel each, row by row.
     """
     if sources == 1:
         x = g.reshape(x, [width, frames, -1, 1, 0, 1])
@@ -118,18 +117,18 @@ def _enlarged(g: VaeGraph, x: ir.Value, width: int, frames: int, sources: int = 
     return merge_pixels(g, x, width, frames)
 
 
-def _duplicated(g: VaeGraph, x: ir.Value, widths: tuple[int, int], frames: int, leaving_frames: int) -> ir.Value:
-    """The shortcut around a stage of VAE 2.2 (DupUp3D, §4.1): every value repeated over the box that it becomes."""
+def _duplicate(g: VaeGraph, x: ir.Value, widths: tuple[int, int], frames: int, leaving_frames: int) -> ir.Value:
+    """The shortcut around a stage of VAE 2.2 (DupUp3D, §4.1): repeat every value over the box it expands to."""
     entering, leaving = widths
     if entering not in (leaving, *([] if leaving_frames > frames else [2 * leaving, 4 * leaving])):
         raise unsupported_shortcut(entering, leaving)
     if leaving_frames > frames:
         x = g.op("Expand", g.reshape(x, [entering, frames, 1, 0, 0]), g.constant([1, 1, 2, 1, 1]))
         x = g.reshape(x, [1, entering, leaving_frames, 0, 0])
-    return _enlarged(g, x, leaving, leaving_frames, sources=entering // leaving)
+    return _enlarge(g, x, leaving, leaving_frames, sources=entering // leaving)
 
 
-def _unpatchified(g: VaeGraph, x: ir.Value, frames: int) -> ir.Value:
-    """``[1, 12, F, h, w]`` → ``[1, 3, F, 2h, 2w]``; of a colour's four channels the column is the slower index."""
+def _unpatchify(g: VaeGraph, x: ir.Value, frames: int) -> ir.Value:
+    """``[1, 12, F, h, w]`` → ``[1, 3, F, 2h, 2w]``; the column is the slower index of a colour's four channels."""
     x = g.reshape(g.op("Unsqueeze", x, g.constant([0])), [3, 2, 2, frames, 0, 0])
     return merge_pixels(g, g.transpose(x, 0, 3, 4, 2, 5, 1), 3, frames)

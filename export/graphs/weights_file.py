@@ -1,7 +1,7 @@
-"""The weights of a bundle: safetensors files that every graph of a part points into.
+"""The weights of a bundle: one safetensors file per part, addressed by all graphs of the part.
 
-Tensors are written piece by piece in the type the graph declares, hashed on the way, so the peak is a few pieces. Any
-tool that reads safetensors can look inside; ONNX addresses the same bytes by offset.
+Tensors are converted to the graph's type, hashed and written piece by piece, so peak memory is a few pieces. Any
+safetensors reader can open the file; ONNX addresses the same bytes by offset.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,13 +24,13 @@ from wan22.bundle import File
 from wan22.errors import UserError
 
 T = TypeVar("T")
-BLOCK_ELEMENTS = 2**18  # converted at once
-MARK_EVERY_BYTES = 2**30  # what a killed export loses at most
-PAGE_BYTES = 4096  # the data starts at a page, so that readers may map it without copying
+BLOCK_ELEMENTS = 2**18  # elements per conversion
+MARK_EVERY_BYTES = 2**30  # the most that a killed export loses
+PAGE_BYTES = 4096  # the data starts on a page boundary, so that readers can map it without copying
 
 
-def declared(graphs: Iterable[GraphBuilder]) -> dict[str, Planned]:
-    """Every weight that ``graphs`` share a file for; they must agree on type and shape."""
+def declare_weights(graphs: Iterable[GraphBuilder]) -> dict[str, Planned]:
+    """Every weight of ``graphs``, which share a file and must agree on type and shape."""
     weights: dict[str, Planned] = {}
     for graph in graphs:
         for key, value in graph.weights.items():
@@ -41,7 +41,7 @@ def declared(graphs: Iterable[GraphBuilder]) -> dict[str, Planned]:
 
 
 def placements(location: str, weights: Mapping[str, Planned]) -> dict[str, Placed]:
-    """Where each tensor will lie in the file named ``location``."""
+    """The position of each tensor in the file ``location``."""
     offset, placed = len(header_bytes(weights, alignment_bytes=PAGE_BYTES)), {}
     for key, stored in weights.items():
         placed[key] = Placed(location, offset, stored.size_bytes)
@@ -56,24 +56,24 @@ def write_weights(
     written: Callable[[str, int], None] = lambda _key, _size_bytes: None,
     journal: Journal | None = None,
 ) -> File:
-    """Streams ``weights`` to ``path`` in order and returns the manifest's entry for it.
+    """Stream ``weights`` to ``path`` in order and return the manifest's entry for it.
 
     Args:
-        path: the file to write, its folder existing.
-        weights: what is to stand in it.
-        pieces: gives the elements of a name in order, any floating type, converted here.
-        written: told every tensor's name and stored size in bytes after it was written.
-        journal: told now and then how far the file is, and asked where an interrupted one goes on.
+        path: the file to write; its folder exists.
+        weights: the tensors to write.
+        pieces: returns the elements of a tensor in order, in any floating type.
+        written: called with each tensor's name and stored size in bytes once it is written.
+        journal: records progress and says where an interrupted file resumes.
 
     Raises:
-        UserError: a NaN or infinity in a source tensor, or a value that the stored type cannot hold.
+        UserError: a source tensor holds NaN, infinity or a value outside the stored type's range.
     """
     header = header_bytes(weights, alignment_bytes=PAGE_BYTES)
-    begun, digest = journal.verified(path) if journal else (0, None)
+    begun, digest = journal.verify(path) if journal else (0, None)
     with HashedFile(path, begun, digest) as file, _one_thread():
         marked, end = begun, len(header)
         file.put(np.frombuffer(b"" if begun else header, np.uint8))
-        made = groupby(_made(_left(weights, begun - len(header)), pieces), itemgetter(0))
+        made = groupby(_read_ahead(_remaining(weights, begun - len(header)), pieces), itemgetter(0))
         for key, stored in weights.items():
             end += stored.size_bytes
             if end > begun:
@@ -88,22 +88,24 @@ def write_weights(
     return entry
 
 
-def _left(weights: Mapping[str, Planned], begun: int) -> list[str]:
-    """The tensors of which not all lies in the first ``begun`` bytes of data."""
+def _remaining(weights: Mapping[str, Planned], begun: int) -> list[str]:
+    """The tensors that end beyond the first ``begun`` bytes of data."""
     ends = accumulate(stored.size_bytes for stored in weights.values())
     return [key for key, end in zip(weights, ends, strict=True) if end > begun]
 
 
-def _made(keys: Iterable[str], pieces: Pieces) -> Iterator[tuple[str, Array]]:
-    """Every piece of every tensor, by its name. One thread begins tensors, which reads what must be known as a whole;
-    another makes their pieces; so the disk, both and who converts, hashes and writes them are busy at a time.
+def _read_ahead(keys: Iterable[str], pieces: Pieces) -> Iterator[tuple[str, Array]]:
+    """Yield every piece of every tensor with the tensor's name.
+
+    One thread prepares tensors (and reads whole-tensor statistics), a second produces pieces, so reading, converting
+    and writing overlap.
     """
-    begun = ahead((key, pieces(key)) for key in keys)
-    return ahead((key, piece) for key, elements in begun for piece in elements)
+    begun = prefetch((key, pieces(key)) for key in keys)
+    return prefetch((key, piece) for key, elements in begun for piece in elements)
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
-    """``items`` in order, each made while the one before it is being used; no more than one waits."""
+def prefetch(items: Iterable[T]) -> Iterator[T]:
+    """Yield ``items`` in order, computing at most one ahead in a thread."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, iterator, end)
@@ -114,7 +116,7 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """PyTorch with one thread: several wait for each other by spinning, and leave no core for hashing and writing."""
+    """Limit PyTorch to one thread: its workers spin while they wait and would leave no core for hashing and writing."""
     import torch
 
     before = torch.get_num_threads()
@@ -126,20 +128,24 @@ def _one_thread() -> Iterator[None]:
 
 
 def _put(file: HashedFile, key: str, stored: Planned, pieces: Iterable[Array]) -> None:
-    """In blocks that stay in a core's cache, so that memory is read and written once."""
+    """Convert and write a tensor in cache-sized blocks, so that memory is read and written only once."""
     missing = prod(stored.shape)
     for piece in pieces:
         flat = piece.reshape(-1)
         for start in range(0, flat.size, BLOCK_ELEMENTS):
-            file.put(converted(key, flat[start : start + BLOCK_ELEMENTS], stored.dtype).view(np.uint8))
+            file.put(convert(key, flat[start : start + BLOCK_ELEMENTS], stored.dtype).view(np.uint8))
         missing -= piece.size
     if missing:
-        raise ValueError(f"{key}: {missing} elements fewer than the {stored.shape} that the graph wants")
+        raise ValueError(f"{key}: {missing} elements short of the graph's shape {stored.shape}")
 
 
-def converted(key: str, array: Array, dtype: np.dtype[np.generic]) -> Array:
-    """``array`` in ``dtype``, rounded to nearest even; refuses what is no number, before or after."""
-    if array.dtype in FLOAT8 or array.size == 0:  # quantised here, from finite values
+def convert(key: str, array: Array, dtype: np.dtype[np.generic]) -> Array:
+    """``array`` in ``dtype``, rounded to nearest even.
+
+    Raises:
+        UserError: ``array`` or the result holds NaN or infinity.
+    """
+    if array.dtype in FLOAT8 or array.size == 0:  # quantised by this export from finite values
         return array.astype(dtype, copy=False)
     ends = extremes(array)
     check_finite(key, ends)
@@ -148,12 +154,12 @@ def converted(key: str, array: Array, dtype: np.dtype[np.generic]) -> Array:
     with np.errstate(over="ignore"):
         rounded = ends.astype(dtype).astype(np.float32)
     if not np.isfinite(rounded).all():
-        raise UserError(f"{key} holds values beyond {dtype.name}", "weights that it can hold", "use --precision bf16")
+        raise UserError(f"{key} exceeds the range of {dtype.name}", "weights within it", "use --precision bf16")
     return _cast(array, dtype)
 
 
 def _cast(array: Array, dtype: np.dtype[np.generic]) -> Array:
-    """Several times as fast in PyTorch as in numpy, most of all into memory that is there already."""
+    """``array`` in ``dtype``. PyTorch converts several times as fast as numpy, especially into existing memory."""
     result = np.empty(array.shape, dtype)
     as_torch(result).copy_(as_torch(array))
     return result

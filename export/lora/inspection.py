@@ -13,7 +13,7 @@ from export.checkpoint.single_files import OPTIONS
 from export.files.tensor_file import Stored
 from export.files.weights_files import SUFFIXES, read_weights
 from export.lora.adapter import BESIDE, read_configs
-from export.lora.experts import said_by
+from export.lora.experts import expert_of_file
 from export.lora.file import lora_file
 from export.lora.keys import SUFFIXES as LORA_SUFFIXES
 from export.lora.keys import Role
@@ -24,7 +24,7 @@ KIND_OF = {Role.DOWN: "LoRA", Role.HADA_W1_B: "LoHa", Role.LOKR_W1: "LoKr", Role
 KIND_OF |= {Role.MAGNITUDE: "DoRA", Role.DIFF: "differences", Role.DIFF_BIAS: "differences"}
 
 
-def inspected(path: Path) -> list[dict[str, Any]]:
+def inspect_weights(path: Path) -> list[dict[str, Any]]:
     """One entry for a file or a checkpoint's folder, one for every file of weights of any other folder.
 
     Raises:
@@ -93,7 +93,7 @@ def _lora(path: Path) -> dict[str, Any]:
         mark for mark in ("transformer.", "transformer_2.") if any(f"{mark}blocks" in key for key in found.tensors)
     }
     both = "transformer_2." in marks and "transformer." in marks
-    expert = "both, one part for each" if both else said_by(path, metadata) or "not named: all"
+    expert = "both, one part for each" if both else expert_of_file(path, metadata) or "not named: all"
     suffix = f":{expert}" if expert in ("high", "low") else ""
     return {
         "path": str(path),
@@ -129,7 +129,7 @@ def _types(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
 
 
 def as_lines(entry: dict[str, Any]) -> Iterator[str]:
-    """An entry of :func:`inspected` as lines of text."""
+    """An entry of :func:`inspect_weights` as lines of text."""
     yield str(entry["path"])
     for key, value in entry.items():
         if key == "path":

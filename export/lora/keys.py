@@ -1,7 +1,7 @@
 """What a key of a LoRA file means: which official module it changes, and how (wan22.md §8.1).
 
 All trainers share one grammar: prefixes, a module path (official or diffusers, with dots or underscores), a suffix. So
-a key is read by its parts, and files that mix dialects, as distilled LoRAs do, need no rule of their own.
+a key is read by its parts, and files that mix dialects, as distilled LoRAs do, need no extra rule.
 """
 
 import re

@@ -19,7 +19,7 @@ from export.checkpoint.checkpoint import Weights
 from export.files.decoded import Codes
 from export.files.tensor_file import Stored
 from export.lora.adapter import WEIGHT_SUFFIXES, config_files
-from export.lora.experts import EXPERTS, SHORT, misplaced, said_by
+from export.lora.experts import EXPERTS, SHORT, expert_of_file, misplaced
 from export.lora.file import Deltas, LoraFile, lora_file, read_lora, shown
 from wan22.bundle import MergedLora, sha256_of
 from wan22.errors import UserError
@@ -141,8 +141,8 @@ def open_lora(choice: LoraChoice, spec: ModelSpec, *, ignore_unmatched: bool = F
         warnings.append(f"LoRA {file}: left out {found}")
     if not content.deltas:
         raise UserError(f"LoRA {file} is empty", "keys of this model", "use another file")
-    deltas, told = _by_expert(choice, file, content, spec)
-    return Lora(choice, file, deltas, tuple(content.unmatched), (*warnings, *told))
+    deltas, notes = _by_expert(choice, file, content, spec)
+    return Lora(choice, file, deltas, tuple(content.unmatched), (*warnings, *notes))
 
 
 def _what_to_do(content: LoraFile) -> str:
@@ -171,8 +171,8 @@ def _by_expert(
         if not set(wanted) & set(keyed):
             found = f"LoRA {file}: its keys are for the {keyed[0]}-noise expert"
             raise UserError(found, f":{keyed[0]}", f"leave :{choice.expert} off")
-        return {EXPERTS[short]: _joined(common, content.deltas[EXPERTS[short]]) for short in wanted}, []
-    name = said_by(file, content.metadata)
+        return {EXPERTS[short]: _join(common, content.deltas[EXPERTS[short]]) for short in wanted}, []
+    name = expert_of_file(file, content.metadata)
     if choice.expert:
         return {EXPERTS[choice.expert]: common}, misplaced(file, [EXPERTS[choice.expert]], name)
     if name is None:
@@ -182,7 +182,7 @@ def _by_expert(
     return {EXPERTS[name]: common}, [f"{found}; add it with :{other} to merge it into the {other}-noise expert"]
 
 
-def _joined(first: Deltas, second: Deltas) -> Deltas:
+def _join(first: Deltas, second: Deltas) -> Deltas:
     return {name: [*first.get(name, ()), *second.get(name, ())] for name in first | second}
 
 

@@ -1,11 +1,11 @@
-"""The tensors that an FP8 graph stores beside the official ones, computed while the weights stream by.
+"""The tensors that an FP8 graph stores in addition to the official ones, computed while the weights are streamed.
 
-A matrix is quantised with one scale, its largest magnitude over 448, so that the scale stays in float32 inside the
-multiplication. ``qkv`` and ``kv`` join their parts' rows. The scales of Q and K follow from the norm weights alone.
+A matrix is quantised with one scale, its largest magnitude over 448, which stays in float32 inside the multiplication.
+``qkv`` and ``kv`` concatenate the rows of their parts. The scales of Q and K depend on the norm weights only.
 
-The bias of V moves behind the output projection: probabilities sum to 1, so ``O(P (V + b)) = O(P V) + O b``, and what
-is added there in float32 needs not pass through FP8. Where the input of O has a static scale it stays, because that
-scale was measured with it. A mean that the graph subtracts from the input of a linear comes back through its bias.
+The bias of V moves behind the output projection: probabilities sum to 1, so ``O(P (V + b)) = O(P V) + O b``, and the
+float32 addition there avoids FP8. If the input of O has a static scale, the bias stays in V, because the scale was
+measured with it. The bias of a linear restores the mean that the graph subtracts from its input.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -22,19 +22,21 @@ Read = Callable[[str], np.ndarray]
 
 JOINED = ("qkv", "kv")
 PIECE_ELEMENTS, BLOCK_ELEMENTS = 2**22, 2**16
-MARGIN = 1.01  # over the bound of Q and K: the norms compute in float32, their weights may have been rounded
+MARGIN = 1.01  # over the bound of Q and K: the norms compute in float32, but their weights may have been rounded
 
 
 class Fp8Weights:
-    """``read`` for :func:`export.graphs.weights_file.write_weights`, over ``official``, the transformer's reader.
+    """The tensors of an FP8 transformer, made from the official ones.
+
+    :meth:`pieces` serves :func:`export.graphs.weights_file.write_weights`.
 
     Args:
-        official: gives a tensor by its official name, in any floating type.
+        official: reads a tensor by its official name, in any floating type.
         spec: the transformer's dimensions.
         quantised: names of the weights that the graph stores in FP8.
-        input_scales: static activation scales of the linears that have one ("blocks.0.ffn.0" → largest input / 448).
-        input_means: what enters the linears whose inputs the graph centres, on average, [in] each.
-        codes: gives a matrix that is stored in FP8 already; it is not rounded again.
+        input_scales: static activation scales by linear ("blocks.0.ffn.0" → largest input / 448).
+        input_means: mean inputs [in] of the linears whose inputs the graph centres.
+        codes: returns a matrix that is already stored in FP8, which is not rounded again; None for any other.
     """
 
     def __init__(
@@ -50,33 +52,34 @@ class Fp8Weights:
         self._quantised, self._input_scales, self._means = frozenset(quantised), input_scales or {}, input_means or {}
         self._codes = codes
         self._scales: dict[str, float] = {}
-        self._held: dict[str, np.ndarray] = {}  # official matrices that are in memory anyway
-        self._biases: dict[str, np.ndarray] = {}  # made of them
+        self._held: dict[str, np.ndarray] = {}  # official matrices currently in memory
+        self._biases: dict[str, np.ndarray] = {}  # biases computed from them, not yet written
         self._moved = moved_biases(quantised, self._input_scales)
         self._remade = remade_biases(quantised, self._input_scales, self._means)
 
     def pieces(self, key: str) -> Iterable[np.ndarray]:
-        """The elements of a tensor in order. Matrices are read at once; all that is computed, matrix by matrix, is
-        computed as it is asked for, so that one thread may read while another computes.
+        """The elements of a tensor in order.
+
+        Matrices are read immediately and quantised lazily, so that one thread can read while another computes.
         """
-        if kept := self._kept(key):
+        if kept := self._stored_codes(key):
             return (piece for codes in kept for piece in codes.stored.pieces())
         parts = self._parts(key) if key in self._quantised else {}
-        return self._made(key, parts)
+        return self._compute(key, parts)
 
-    def _kept(self, key: str) -> list[Codes]:
-        """The stored codes of a matrix, where those of all its parts have one scale; else nothing."""
+    def _stored_codes(self, key: str) -> list[Codes]:
+        """The stored codes of a matrix's parts if all of them have codes with the same scale, else none."""
         found = [self._codes(name) for name in self._names(key)] if key in self._quantised else []
         kept = [codes for codes in found if codes is not None]
         return kept if kept and len(kept) == len(found) and len({codes.scale for codes in kept}) == 1 else []
 
-    def _made(self, key: str, parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
+    def _compute(self, key: str, parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
         if not parts:
             yield self(key)
             return
-        scale = self._measured(key, parts)
+        scale = self._measure(key, parts)
         for part in parts.values():
-            yield from _quantised(part, scale)
+            yield from _quantise(part, scale)
 
     def __call__(self, key: str) -> np.ndarray:
         stem, leaf = key.rsplit(".", 1)
@@ -94,15 +97,15 @@ class Fp8Weights:
         return self._official(key)
 
     def _whole(self, key: str) -> np.ndarray:
-        """``[out, in]``"""
-        if kept := self._kept(key):
+        """The FP8 matrix ``[out, in]``."""
+        if kept := self._stored_codes(key):
             return np.concatenate([np.asarray(codes.stored.read()) for codes in kept])
         parts = self._parts(key)
-        pieces = list(self._made(key, parts))
+        pieces = list(self._compute(key, parts))
         return np.concatenate(pieces).reshape(-1, next(iter(parts.values())).shape[1])
 
     def _bias(self, linear: str) -> np.ndarray:
-        """With what the mean of the input brings; none is left of V's, O's takes it over, projected in float32."""
+        """The bias including the term of the input's mean; V's bias becomes zero and moves, projected, into O's."""
         module, name = linear.rsplit(".", 1)
         if f"{linear}.bias" not in self._moved:
             return self._own_bias(linear)
@@ -111,11 +114,11 @@ class Fp8Weights:
 
     def _own_bias(self, linear: str) -> np.ndarray:
         bias = self._official(f"{linear}.bias").astype(np.float32)
-        entering = _entry(linear)
+        entering = _input_owner(linear)
         return np.asarray(bias + self._weight(linear) @ self._mean(entering) if entering in self._means else bias)
 
     def _mean(self, linear: str) -> np.ndarray:
-        """Of what enters in this graph: without V's bias where that comes after O."""
+        """The mean input in this graph: for O without V's bias, if that moved behind O."""
         mean = self._means[linear].astype(np.float32)
         moved = linear.endswith(".o") and f"{linear}.bias" in self._moved
         return np.asarray(mean - self._own_bias(f"{linear[:-1]}v") if moved else mean)
@@ -125,14 +128,14 @@ class Fp8Weights:
         weight = self._held[key] if key in self._held else self._official(key)
         return np.asarray(weight.astype(np.float32, copy=False))
 
-    def _measured(self, key: str, parts: dict[str, np.ndarray]) -> float:
-        """The scale of the matrices that are one FP8 matrix ``[out, in]``."""
+    def _measure(self, key: str, parts: dict[str, np.ndarray]) -> float:
+        """The scale of ``parts``, stored as one FP8 matrix ``[out, in]``; also computes the biases that need them."""
         self._make_biases(parts)
         self._scales[key] = _scale_of(parts)
         return self._scales[key]
 
     def _make_biases(self, parts: dict[str, np.ndarray]) -> None:
-        """Biases that need a matrix are made while it is here; they stand behind it in the file."""
+        """Compute the biases that depend on ``parts`` while these are in memory; the file stores biases later."""
         self._held = parts
         for linear in (name.removesuffix(".weight") for name in parts):
             if f"{linear}.bias" in self._remade:
@@ -140,7 +143,7 @@ class Fp8Weights:
         self._held = {}
 
     def _scale_of(self, key: str) -> float:
-        if kept := self._kept(key):
+        if kept := self._stored_codes(key):
             return kept[0].scale
         if key not in self._scales:
             self._scales[key] = _scale_of(self._parts(key))
@@ -150,19 +153,19 @@ class Fp8Weights:
         return {name: self._official(name) for name in self._names(key)}
 
     def _names(self, key: str) -> list[str]:
-        """Official names of the matrices whose rows are joined to one."""
+        """Official names of the matrices whose rows form the stored matrix ``key``."""
         module, name, leaf = key.rsplit(".", 2)
         return [f"{module}.{part}.{leaf}" for part in (name if name in JOINED else [name])]
 
     def _head_scale(self, module: str, name: str) -> np.ndarray:
-        """No value of RMSNorm over D channels exceeds sqrt(D) times its weight; K may double when centred."""
+        """The scale of Q or K: RMSNorm over D channels is at most sqrt(D) times its weight; centring may double K."""
         largest = float(np.abs(self._official(f"{module}.norm_{name}.weight").astype(np.float32)).max())
         bound = largest * self._spec.width**0.5 * (self._spec.head_width**-0.5 if name == "q" else 2.0)
         return np.array(max(bound, 1e-6) * MARGIN / FLOAT8_MAX, np.float32)
 
 
 def moved_biases(quantised: Collection[str], input_scales: Collection[str]) -> frozenset[str]:
-    """Biases of V and O that are not the checkpoint's, where ``quantised`` are the weights stored in FP8."""
+    """The biases of V and O that differ from the checkpoint's because V's bias moved; ``quantised``: FP8 weights."""
     modules = [key.removesuffix(".o.weight") for key in quantised if key.endswith("_attn.o.weight")]
     return frozenset(
         f"{module}.{part}.bias" for module in modules if f"{module}.o" not in input_scales for part in "vo"
@@ -172,15 +175,15 @@ def moved_biases(quantised: Collection[str], input_scales: Collection[str]) -> f
 def remade_biases(
     quantised: Collection[str], input_scales: Collection[str], input_means: Collection[str]
 ) -> frozenset[str]:
-    """All biases that are not the checkpoint's."""
+    """All biases that differ from the checkpoint's."""
     stems = [key.removesuffix(".weight").rsplit(".", 1) for key in quantised]
     linears = [f"{module}.{part}" for module, name in stems for part in (name if name in JOINED else [name])]
-    centred = frozenset(f"{linear}.bias" for linear in linears if _entry(linear) in input_means)
+    centred = frozenset(f"{linear}.bias" for linear in linears if _input_owner(linear) in input_means)
     return centred | moved_biases(quantised, input_scales)
 
 
-def _entry(linear: str) -> str:
-    """The linear whose name stands for what enters: q for q, k and v of self-attention."""
+def _input_owner(linear: str) -> str:
+    """The linear under whose name the input is recorded: q for q, k and v of self-attention."""
     module, name = linear.rsplit(".", 1)
     return f"{module}.q" if module.endswith("self_attn") and name in "qkv" else linear
 
@@ -194,8 +197,8 @@ def _scale_of(parts: Mapping[str, np.ndarray]) -> float:
     return largest / FLOAT8_MAX
 
 
-def _quantised(matrix: np.ndarray, scale: float) -> Iterator[np.ndarray]:
-    """In blocks that stay in a core's cache, so that memory is read and written once."""
+def _quantise(matrix: np.ndarray, scale: float) -> Iterator[np.ndarray]:
+    """Quantise in cache-sized blocks, so that memory is read and written only once."""
     import torch
 
     elements, block = as_torch(matrix.reshape(-1)), torch.empty(BLOCK_ELEMENTS)

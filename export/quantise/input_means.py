@@ -1,9 +1,9 @@
-"""What enters a linear on average, measured on the 16-bit model: FP8 rounds without it, the bias brings it back.
+"""Mean inputs of linears, measured on the 16-bit model: the FP8 graph subtracts them and the bias restores them.
 
 ``W x = W (x - m) + W m``: the second term is a constant, computed in float32 at export. Channels that are large for
-every token would otherwise be rounded coarsely in each of them, and meet rounded weights besides. In a file are, by
+every token would otherwise be rounded coarsely for each token and then multiplied by rounded weights. A file holds, by
 expert and official name of the linear, ``low_noise.blocks.0.ffn.2.input_mean`` [in] float32 and ``...weight_scale``,
-the largest weight over 448, by which the file is known to belong to a model.
+the largest weight over 448, which identifies the model.
 """
 
 from collections.abc import Mapping
@@ -20,29 +20,29 @@ from wan22.errors import UserError
 from wan22.parts import DitSpec
 from wan22.specs import ModelSpec
 
-# Linears whose inputs are centred; k and v of cross-attention read the text, which is quantised once for all blocks.
+# Linears with centred inputs. k and v of cross-attention read the text, which is quantised once for all blocks.
 CENTRED = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
 
 
 @dataclass(frozen=True, eq=False)
-class Means:
-    """Of one expert."""
+class InputMeans:
+    """The mean inputs of one expert."""
 
     inputs: Mapping[str, Array]  # [in] float32, by linear ("blocks.0.ffn.2"; q stands for q, k and v)
-    weights: Scales  # their largest weights, to know the model by
+    weights: Scales  # the largest weight of each linear, which identifies the model
 
 
 def input_width(spec: DitSpec, linear: str) -> int:
     return spec.ffn_width if linear.endswith("ffn.2") else spec.width
 
 
-def read_input_means(path: Path, spec: ModelSpec) -> dict[str, Means]:
-    """The means of every expert that the file speaks about.
+def read_input_means(path: Path, spec: ModelSpec) -> dict[str, InputMeans]:
+    """The means of every expert in the file.
 
     Raises:
-        UserError: no such file, linears of another model, values that are no numbers.
+        UserError: the file is missing, describes another model's linears, or holds NaN or infinity.
     """
-    found: dict[str, Means] = {}
+    found: dict[str, InputMeans] = {}
     known, tensors = dit_tensors(spec.dit), read_safetensors(path)
     for name, stored in tensors.items():
         expert, _, rest = name.partition(".")
@@ -56,16 +56,16 @@ def read_input_means(path: Path, spec: ModelSpec) -> dict[str, Means]:
         if not np.isfinite(mean).all():
             raise UserError(f"{path}: {name} holds NaN or infinity", "finite means", "calibrate again")
         scale = tensors.get(f"{expert}.{linear}.weight_scale")
-        part = found.setdefault(expert, Means({}, {}))
-        found[expert] = Means(
+        part = found.setdefault(expert, InputMeans({}, {}))
+        found[expert] = InputMeans(
             {**part.inputs, linear: mean},
             {**part.weights, linear: LinearScales(1.0, float(scale.read().item()) if scale else None)},
         )
     return found
 
 
-def write_input_means(path: Path, means: Mapping[str, Means]) -> None:
-    """Writes the file that :func:`read_input_means` reads."""
+def write_input_means(path: Path, means: Mapping[str, InputMeans]) -> None:
+    """Write the file that :func:`read_input_means` reads."""
     tensors: dict[str, Array] = {}
     for expert, part in means.items():
         for linear, mean in part.inputs.items():

@@ -1,10 +1,9 @@
-"""Static scales of activations in FP8, measured beforehand on the 16-bit model.
+"""Static FP8 scales of activations, measured on the 16-bit model.
 
-The layout is that of NVIDIA's TensorRT-Model-Connect, by diffusers' names of the linears:
+The layout is that of NVIDIA's TensorRT-Model-Connect, keyed by diffusers' names of the linears:
 ``{"blocks.0.ffn.net.0.proj": {"input_scale": s, "weight_scale": w}, ...}``, where ``s`` times 448 is the largest input
-seen, with a margin, and ``w`` times 448 the largest weight. Two experts have a part of the file each,
-``{"high_noise": {...}, "low_noise": {...}}``; a file without parts speaks about every expert. Linears that a file
-leaves out are quantised per token.
+seen plus a margin, and ``w`` times 448 the largest weight. Two experts have a section each, ``{"high_noise": {...},
+"low_noise": {...}}``; a file without sections applies to every expert. Linears without an entry are scaled per token.
 """
 
 import json
@@ -21,10 +20,10 @@ from export.graphs.linear import FLOAT8_MAX
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
 
-MARGIN = 1.1  # over the largest input seen, as NVIDIA's file has it
-COMPARED = 6  # linears per expert whose weights are held against the file's
-LARGEST_MARGIN = 1.25  # a factor: files may state weights with a margin, the same for all
-SAME_WITHIN = 1.02  # a factor, margin aside: checkpoints may round
+MARGIN = 1.1  # over the largest input seen, same as NVIDIA's file
+COMPARED = 6  # linears per expert whose weights are compared with the file's
+LARGEST_MARGIN = 1.25  # factor: a file may add a margin to its weights, the same for all of them
+SAME_WITHIN = 1.02  # factor, beyond that margin: checkpoints may round
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,10 @@ Scales = Mapping[str, LinearScales]  # by official name of the linear, "blocks.0
 
 
 def read_input_scales(path: Path, spec: ModelSpec) -> dict[str, Scales]:
-    """The scales of every expert that the file speaks about.
+    """The scales of every expert in the file.
 
     Raises:
-        UserError: no such file, no such layout, linears of another model, a scale that is no positive number.
+        UserError: the file is missing, has another layout or another model's linears, or a scale is not positive.
     """
     try:
         content = json.loads(path.read_text())
@@ -54,7 +53,7 @@ def read_input_scales(path: Path, spec: ModelSpec) -> dict[str, Scales]:
         raise UserError(f"{path}: {reason}", "a JSON of input scales by linear", "write one with calibrate") from None
     names = {theirs.removesuffix(".weight"): ours for ours, theirs in diffusers_names("dit", spec).items()}
     if not all(found.values()):
-        raise UserError(f"{path} speaks about no linear", "scales of some", "write one with calibrate")
+        raise UserError(f"{path} has no scales", "scales of at least one linear", "write one with calibrate")
     for part in found.values():
         _check(path, part, names, spec)
     return {
@@ -78,9 +77,12 @@ def _check(path: Path, part: Scales, names: Mapping[str, str], spec: ModelSpec) 
 
 
 def check_weights(path: Path, scales: Scales, expert: str, read: Callable[[str], np.ndarray]) -> None:
-    """Refuses scales of another model: some of the weights that the file states are held against ``read``'s.
+    """Refuse scales of another model by comparing a few of the file's largest weights with the matrices of ``read``.
 
-    Models of one size share all names, so weights are all that tells their files apart. A few matrices are read.
+    Models of one size share all names, so only the weights distinguish their files.
+
+    Raises:
+        UserError: the weights differ.
     """
     stated = sorted((name, found.weight) for name, found in scales.items() if found.weight is not None)
     margin = None
@@ -92,7 +94,7 @@ def check_weights(path: Path, scales: Scales, expert: str, read: Callable[[str],
         if not (alike and 1 / LARGEST_MARGIN < ratio < LARGEST_MARGIN):
             raise UserError(
                 f"{path}: weights of {name} up to {scale * FLOAT8_MAX:.3g}",
-                f"{largest:.3g} as in the checkpoint's {expert}",
+                f"{largest:.3g} like the checkpoint's {expert}",
                 "use scales measured on this model",
             )
 
@@ -102,7 +104,7 @@ def largest_magnitude(array: np.ndarray) -> float:
 
 
 def write_input_scales(path: Path, scales: Mapping[str, Scales], spec: ModelSpec) -> None:
-    """Writes the file that :func:`read_input_scales` reads; ``scales`` by expert."""
+    """Write the file that :func:`read_input_scales` reads; ``scales`` by expert."""
     names = diffusers_names("dit", spec)
     parts = {
         expert: {

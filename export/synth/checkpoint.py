@@ -1,8 +1,8 @@
-"""Synthetic checkpoints: the folders that Wan2.2 is published as, with random weights that behave, or trained ones.
+"""Synthetic checkpoints: folders like those of the Wan2.2 releases, with well-scaled random or trained weights.
 
-Real file names, key names, dtypes and shards, in the official and in the -Diffusers layout (wan22.md §1.1, §1.3).
-Tensors are made and written one after the other, so even a full-size checkpoint needs little memory; ``sparse`` writes
-files of the true size whose data is holes, to try the handling of 130 GB on a laptop.
+File names, key names, dtypes and shards are the real ones, in the official and the -Diffusers layout (wan22.md §1.1,
+§1.3). Tensors are made and written one by one, so even a full-size checkpoint needs little memory; ``sparse`` writes
+files of the true size that consist of holes, to test the handling of 130 GB on a laptop.
 """
 
 import json
@@ -45,27 +45,27 @@ def synthesise(
     half: bool = False,
     progress: Progress = silent,
 ) -> None:
-    """Writes a checkpoint of ``spec`` into the new ``folder``; the same seed gives the same bytes.
+    """Write a checkpoint of ``spec`` into the new ``folder``; the same seed gives the same bytes.
 
-    A model whose trained weights come with the package gets those, whatever the seed.
-    ``half`` stores the transformers in bfloat16, as converted checkpoints have them.
+    A model whose trained weights ship with the package gets those for every seed. ``half`` stores the transformers in
+    bfloat16 like converted checkpoints.
 
     Raises:
-        UserError: the folder exists or cannot be written, or its disk is too small.
+        UserError: the folder is not empty or not writable, or its disk is too small.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists", "a new folder", "choose another")
+        raise UserError(f"{folder} exists", "a new or empty folder", "choose another")
     check_disk(folder, 0 if sparse else weights_bytes(spec, half=half))
-    source = _Source(spec, seed, sparse, half, progress)
+    tensors = _Tensors(spec, seed, sparse, half, progress)
     with staged(folder) as temporary:
         if layout == "official":
-            _write_official(temporary, source)
+            _write_official(temporary, tensors)
         else:
-            _write_diffusers(temporary, source)
+            _write_diffusers(temporary, tensors)
 
 
 def weights_bytes(spec: ModelSpec, *, half: bool = False) -> int:
-    """Bytes of all tensors of a checkpoint; what else is in one, and heads of files, is a few MB."""
+    """The size of all tensors of a checkpoint in bytes; headers and other files add a few MB."""
     return sum(
         _dtype(part, half=half).itemsize * prod(shape)
         for part in _parts(spec)
@@ -78,13 +78,13 @@ def _parts(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def _dtype(part: str, *, half: bool) -> np.dtype[Any]:
-    """How a release stores the part; ``half`` is about transformers."""
+    """The dtype in which a release stores the part; ``half`` affects transformers only."""
     return BFLOAT16 if part == "text_encoder" or (half and part != "vae") else FLOAT32
 
 
 @dataclass
-class _Source:
-    """Makes the tensors and counts them."""
+class _Tensors:
+    """Make the tensors and count them."""
 
     spec: ModelSpec
     seed: int
@@ -98,7 +98,7 @@ class _Source:
         self.total = sum(len(part_tensors(part, self.spec)) for part in _parts(self.spec))
 
     def part(self, part: str, names: dict[str, str] | None = None) -> tuple[dict[str, Planned], Pieces]:
-        """The tensors of a part, called by ``names`` (official → written), and what yields their elements."""
+        """The tensors of a part, renamed by ``names`` (official → written), and a reader of their elements."""
         dtype = _dtype(part, half=self.half)
         shapes, trained = part_tensors(part, self.spec), trained_folder(self.spec)
         official = {(names or {}).get(name, name): name for name in shapes}
@@ -123,15 +123,15 @@ def _zeros(count: int, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
         yield buffer[: count - start]
 
 
-def _write_official(folder: Path, source: _Source) -> None:
-    spec = source.spec
+def _write_official(folder: Path, tensors: _Tensors) -> None:
+    spec = tensors.spec
     for expert in spec.experts:
         part = folder / official.expert_folder(expert)
         part.mkdir(exist_ok=True)
         _write_json(part / "config.json", _official_config(spec))
-        _write_shards(part, TRANSFORMER_STEM, *source.part(expert))
-    write_torch(folder / official.TEXT_ENCODER_FILE, *source.part("text_encoder"))
-    write_torch(folder / official.vae_file(spec.vae.generation), *source.part("vae"))
+        _write_shards(part, TRANSFORMER_STEM, *tensors.part(expert))
+    write_torch(folder / official.TEXT_ENCODER_FILE, *tensors.part("text_encoder"))
+    write_torch(folder / official.vae_file(spec.vae.generation), *tensors.part("vae"))
     write_tokenizer(folder / official.TOKENIZER, trained_tokenizer(spec))
 
 
@@ -153,20 +153,20 @@ def _official_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _write_diffusers(folder: Path, source: _Source) -> None:
-    spec = source.spec
+def _write_diffusers(folder: Path, tensors: _Tensors) -> None:
+    spec = tensors.spec
     _write_json(folder / diffusers.MODEL_INDEX, _model_index(spec))
-    _write_json(_new(folder / "scheduler") / "scheduler_config.json", _scheduler_config(spec))
+    _write_json(_make_folder(folder / "scheduler") / "scheduler_config.json", _scheduler_config(spec))
     for expert in spec.experts:
-        part = _new(folder / diffusers.expert_folder(expert))
+        part = _make_folder(folder / diffusers.expert_folder(expert))
         _write_json(part / "config.json", dit_config(spec))
-        _write_shards(part, TRANSFORMER_STEM, *source.part(expert, diffusers_names(expert, spec)))
-    part = _new(folder / "vae")
+        _write_shards(part, TRANSFORMER_STEM, *tensors.part(expert, diffusers_names(expert, spec)))
+    part = _make_folder(folder / "vae")
     _write_json(part / "config.json", vae_config(spec))
-    write_safetensors(part / f"{TRANSFORMER_STEM}.safetensors", *source.part("vae", diffusers_names("vae", spec)))
-    part = _new(folder / "text_encoder")
+    write_safetensors(part / f"{TRANSFORMER_STEM}.safetensors", *tensors.part("vae", diffusers_names("vae", spec)))
+    part = _make_folder(folder / "text_encoder")
     _write_json(part / "config.json", text_encoder_config(spec))
-    _write_shards(part, TEXT_ENCODER_STEM, *source.part("text_encoder", diffusers_names("text_encoder", spec)))
+    _write_shards(part, TEXT_ENCODER_STEM, *tensors.part("text_encoder", diffusers_names("text_encoder", spec)))
     write_tokenizer(folder / diffusers.TOKENIZER, trained_tokenizer(spec))
 
 
@@ -189,7 +189,7 @@ def _model_index(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _scheduler_config(spec: ModelSpec) -> dict[str, Any]:
-    """As the converter writes it: its shift is not the one the official code samples with (wan22.md §0.2)."""
+    """The converter's scheduler config; its shift differs from the official code's (wan22.md §0.2)."""
     return {
         "_class_name": "UniPCMultistepScheduler",
         "_diffusers_version": "0.35.0",
@@ -210,7 +210,7 @@ def _scheduler_config(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _write_shards(folder: Path, stem: str, plan: dict[str, Planned], elements: Pieces) -> None:
-    """At least two safetensors shards and the index that says which tensor is in which."""
+    """Write at least two safetensors shards and the index that maps tensors to shards."""
     total = sum(planned.size_bytes for planned in plan.values())
     limit = min(SHARD_MAX_BYTES, total * 3 // 5)
     shards: list[dict[str, Planned]] = [{}]
@@ -230,7 +230,7 @@ def _write_shards(folder: Path, stem: str, plan: dict[str, Planned], elements: P
     _write_json(folder / index_file(stem), index)
 
 
-def _new(folder: Path) -> Path:
+def _make_folder(folder: Path) -> Path:
     folder.mkdir()
     return folder
 

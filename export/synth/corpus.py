@@ -1,7 +1,7 @@
-"""What the small tokenizer of a synthetic checkpoint is trained on: captions of the kind people prompt videos with.
+"""The training corpus of the synthetic checkpoints' small tokenizer: typical video prompts.
 
-Written for this purpose, in English and Chinese. The last lines are frequent Chinese characters one by one, so that a
-prompt about something else still falls into characters instead of unknowns.
+Written for this purpose, in English and Chinese. The last lines list frequent Chinese characters, so that prompts on
+other subjects become characters instead of unknown tokens.
 """
 
 from wan22.sampling import NEGATIVE_PROMPT
@@ -137,5 +137,5 @@ FREQUENT = """\
 
 
 def lines() -> list[str]:
-    """Sentences to train on: both languages, then every frequent character by itself."""
+    """The training sentences: both languages, then every frequent character on its own."""
     return [*ENGLISH.splitlines(), *CHINESE.splitlines(), NEGATIVE_PROMPT, *FREQUENT.replace("\n", "")]

@@ -1,9 +1,9 @@
-"""A small Unigram tokenizer with the files of ``google/umt5-xxl``, trained on a corpus kept in the source.
+"""A small Unigram tokenizer with the files of ``google/umt5-xxl``, trained on a corpus in the source code.
 
-T5's pipeline: NFKC-like normalisation by sentencepiece's compiled table, split at white space, ``▁`` before each word,
-Viterbi over the pieces, ``</s>`` appended. Every piece is covered by characters, not bytes: transformers' T5 class
-rebuilds the tokenizer without byte fallback, and then the three readers (sentencepiece, tokenizers, transformers) would
-disagree.
+T5's pipeline: NFKC-like normalisation with sentencepiece's compiled table, split at white space, ``▁`` before each
+word, Viterbi over the pieces, ``</s>`` appended. Pieces consist of characters, not bytes: transformers' T5 class
+rebuilds the tokenizer without byte fallback, so with bytes the three readers (sentencepiece, tokenizers, transformers)
+would disagree.
 """
 
 import functools
@@ -20,9 +20,9 @@ PIECES = 1024
 
 
 def write_tokenizer(folder: Path, model: bytes | None = None) -> None:
-    """Writes ``spiece.model``, ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``.
+    """Write ``spiece.model``, ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``.
 
-    ``model`` is the content of ``spiece.model``; None trains one on the corpus of this package.
+    ``model`` is the content of ``spiece.model``; None trains one on this package's corpus.
     """
     folder.mkdir(parents=True)
     model = model or trained_model()
@@ -34,12 +34,12 @@ def write_tokenizer(folder: Path, model: bytes | None = None) -> None:
 
 @functools.cache
 def trained_model() -> bytes:
-    """The sentencepiece model of the corpus of this package."""
+    """A sentencepiece model trained on this package's corpus."""
     return train(lines())
 
 
 def train(sentences: Iterable[str]) -> bytes:
-    """A sentencepiece model with exactly ``PIECES`` pieces; one thread, so that every training gives the same."""
+    """A sentencepiece model with exactly ``PIECES`` pieces; one thread makes training deterministic."""
     import sentencepiece
 
     model = io.BytesIO()

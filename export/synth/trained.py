@@ -1,7 +1,7 @@
-"""Weights that come with the package: the trained tiny model, one safetensors file per part, and its tokenizer.
+"""Trained weights that ship with the package: the tiny model, one safetensors file per part, and its tokenizer.
 
-``studies/tiny_model`` makes them. They are kept in 16 bits (text encoder bfloat16 as it is published, all else float16)
-and written into a checkpoint in the dtypes of the release.
+``studies/tiny_model`` trains them. They are stored in 16 bits (the text encoder in bfloat16 like the release, the rest
+in float16) and written into a checkpoint in the dtypes of the release.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ TOKENIZER_MODEL = "spiece.model"
 
 
 def trained_folder(spec: ModelSpec) -> Path | None:
-    """Where the weights of ``spec`` lie; None for a model whose weights do not come with the package."""
+    """The folder with the weights of ``spec``; None if they do not ship with the package."""
     folder = Path(__file__).parent / "trained" / spec.name
     return folder if folder.is_dir() else None
 
@@ -28,11 +28,11 @@ def part_file(folder: Path, part: str) -> Path:
 
 
 def trained_pieces(folder: Path, part: str, name: str) -> Iterator[npt.NDArray[Any]]:
-    """The elements of a tensor, called by its official ``name``, in order."""
+    """The elements of the tensor with the official ``name``, in order."""
     yield from read_safetensors(part_file(folder, part))[name].pieces()
 
 
 def trained_tokenizer(spec: ModelSpec) -> bytes | None:
-    """The ``spiece.model`` that belongs to the weights of ``spec``, if there is one."""
+    """The ``spiece.model`` of the weights of ``spec``; None if they do not ship with the package."""
     folder = trained_folder(spec)
     return None if folder is None else (folder / TOKENIZER_MODEL).read_bytes()

@@ -1,9 +1,9 @@
-"""Values for the tensors of a synthetic checkpoint: random, but scaled so that every part of the model does real work.
+"""Values of a synthetic checkpoint's tensors: random, but scaled so that every part of the model does real work.
 
-Matrices are scaled by their fan-in, so a unit-variance input leaves with the variance set by ``_GAINS``. That gives
-velocities of order 1 from N(0, 1) latents, gates of order ½, text embeddings of order ⅓, frames that fill [-1, 1]
-without being clipped much, and encoded latents in the range of the real VAE. Every tensor has a generator of its own,
-seeded with (seed, part, name): order, layout and sharding never change a value, and the two experts differ.
+Matrices are scaled by their fan-in, and ``_GAINS`` sets the standard deviation of the output for a unit-variance input.
+N(0, 1) latents give velocities of order 1, gates of order ½ and text embeddings of order ⅓. Frames fill [-1, 1] with
+little clipping, and encoded latents have the real VAE's range. Every tensor has its own generator, seeded with
+(seed, part, name): order, layout and sharding never change a value, and the two experts differ.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from wan22.specs import ModelSpec
 
 PIECE_ELEMENTS = 2**22
 
-# Standard deviation of the output for a unit-variance input, where it is not 1. Keys are ends of names.
+# Standard deviation of the output for a unit-variance input, if not 1. Keys are suffixes of names.
 _GAINS = {
     "dit": {
         "text_embedding.0.weight": 3.0,  # embeddings are of order 1/3
@@ -74,12 +74,12 @@ def moments(spec: ModelSpec, part: str, name: str, shape: tuple[int, ...]) -> tu
         return 0.0, _text_encoder_std(spec, name, shape)
     gain = next((gain for end, gain in _GAINS[kind].items() if name.endswith(end)), 1.0)
     if (part, name) == ("vae", "conv1.weight"):
-        gain = 1.6 * mean(spec.vae.latents_std)  # so that normalised latents have unit variance
+        gain = 1.6 * mean(spec.vae.latents_std)  # gives normalised latents unit variance
     return 0.0, gain / prod(shape[1:]) ** 0.5
 
 
 def _text_encoder_std(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> float:
-    """T5's own initialisation: no 1/√d in its attention, so the queries carry that factor."""
+    """T5's initialisation: its attention has no 1/√d, so the queries carry that factor."""
     if name.startswith("token_embedding") or "pos_embedding" in name:
         return 1.0
     fan_in = shape[1] * (spec.text_encoder.head_width if name.endswith("attn.q.weight") else 1)

@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from studies.full_size.repacked import repack
 from wan22.bundle import check_disk
 from wan22.memory import peak_rss_bytes
 from wan22.specs import ModelSpec, Precision
@@ -33,13 +34,18 @@ class ExportCase:
     half: bool  # the checkpoint's transformers are in bfloat16
     precision: Precision
     link: bool = False
+    form: str = ""  # of the experts' files, a key of ``FORMS``; the release's own where it is empty
 
 
 CASES = (
     *(ExportCase(f"fp32 → {precision}", "official", False, precision) for precision in Precision),
     ExportCase("bf16 → bf16, linked", "diffusers", True, Precision.BF16, link=True),
+    ExportCase("fp8_scaled → fp8", "official", False, Precision.FP8, form="fp8_scaled"),
+    ExportCase("fp8_scaled → bf16", "official", False, Precision.BF16, form="fp8_scaled"),
+    ExportCase("Q4_K → bf16", "official", False, Precision.BF16, form="Q4_K"),
 )
-TIMED = tuple(case for case in CASES if case.precision in (Precision.BF16, Precision.FP8) and not case.link)
+PLAIN = tuple(case for case in CASES if not case.link and not case.form)
+TIMED = tuple(case for case in PLAIN if case.precision in (Precision.BF16, Precision.FP8))
 
 
 def memory_of(case: ExportCase, spec: ModelSpec, folder: Path) -> dict[str, Any]:
@@ -49,6 +55,8 @@ def memory_of(case: ExportCase, spec: ModelSpec, folder: Path) -> dict[str, Any]
     checkpoint, bundle = folder / "checkpoint", folder / "bundle"
     with _remove_after(checkpoint, bundle):
         synthesise(spec, checkpoint, case.layout, 0, sparse=True, half=case.half)
+        if case.form:
+            repack(checkpoint, spec, case.form)
         console.print(f"{case.name}, all of {spec.name} in sparse files")
         started = time.perf_counter()
         peak = _export(checkpoint, bundle, case, sparse=True)

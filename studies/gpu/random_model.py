@@ -32,6 +32,7 @@ STORED = {
     ir.DataType.FLOAT: torch.float32,
 }
 CUDA = "CUDAExecutionProvider"
+WEIGHTS = "weights.bin"
 
 
 def random_weights(shapes: Shapes, device: str, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
@@ -80,22 +81,22 @@ def write_weights(graphs: list[GraphBuilder], weights: Weights, folder: Path) ->
     """Write one file for all ``graphs`` with each weight once, in the dtype that the graphs declare."""
     declared = {key: value.dtype for graph in graphs for key, value in graph.weights.items()}
     placed: dict[str, Placed] = {}
-    with (folder / "weights.bin").open("wb") as file:
+    with (folder / WEIGHTS).open("wb") as file:
         for key, dtype in declared.items():
             start = file.tell()
             raw = weights[key].to(STORED[dtype or FLOAT]).cpu().contiguous().view(torch.uint8)
             raw.reshape(-1).numpy().tofile(file)
             file.flush()
-            placed[key] = Placed("weights.bin", start, file.tell() - start)
+            placed[key] = Placed(WEIGHTS, start, file.tell() - start)
     for graph in graphs:
         graph.bind({key: placed[key] for key in graph.weights}, folder)
 
 
 def _engine(graph: GraphBuilder, folder: Path, name: str, precision: Precision, device: str) -> OnnxRuntimeEngine:
-    file = File(f"{name}.onnx", "", (folder / f"{name}.onnx").stat().st_size)
+    file, weights = (File(leaf, "", (folder / leaf).stat().st_size) for leaf in (f"{name}.onnx", WEIGHTS))
     inputs, outputs = graph.edges()
     kind = CudaEngine if device == "cuda" else OnnxRuntimeEngine
-    return kind(folder, Component(name, file, (), inputs, outputs, precision))
+    return kind(folder, Component(name, file, (weights,), inputs, outputs, precision))
 
 
 class CudaEngine(OnnxRuntimeEngine):

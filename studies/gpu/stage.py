@@ -41,7 +41,7 @@ class Measurement:
     @classmethod
     def of(cls, what: str, value: float, unit: str = "", note: str = "") -> Self:
         """A measurement of a value that may be NaN or infinite, which JSON cannot express."""
-        return cls(what, value, unit, note) if isfinite(value) else cls(what, note=f"no number: {value}, {note}")
+        return cls(what, value, unit, note) if isfinite(value) else cls(what, note=f"not finite: {value}, {note}")
 
 
 @dataclass(frozen=True)

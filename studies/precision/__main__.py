@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wan_trt.arguments import Seed
+from wan_trt.arguments import Seed, seed_of
 from wan_trt.console import bars, command_line, console
 from wan_trt.guard import command_of
 
@@ -23,7 +23,7 @@ def run(
     """Compare precisions with float32. The exit code is 1 if a precision that can be exported collapses."""
     from studies.precision.run import StudyOptions, precision_study
 
-    options = StudyOptions(model, steps=steps, seed=seed, command=command_line(PROGRAM))
+    options = StudyOptions(model, steps=steps, seed=seed_of(seed), command=command_line(PROGRAM))
     with bars() as progress:
         study = precision_study(options, output, progress)
     console.print(study.table())

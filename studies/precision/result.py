@@ -105,6 +105,16 @@ class Study:
         return not any(result.collapsed for result in self.results if not result.variant.ablation)
 
     @property
+    def misses(self) -> list[str]:
+        """Precisions that can be exported and miss their aim without collapsing."""
+        return [result.variant.name for result in self.results if result.verdict == "misses its aim"]
+
+    @property
+    def tone(self) -> str:
+        """Of the verdict's box: "good" only where every precision that can be exported meets its aim."""
+        return "good" if self and not self.misses else "bad"
+
+    @property
     def sentences(self) -> list[str]:
         """The findings in words, bad ones first."""
         found = []

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.graphs.builder import IR_VERSION, GraphBuilder
-from export.graphs.weights_file import converted
+from export.graphs.weights_file import convert
 
 Read = Callable[[str], np.ndarray]
 Graph = Callable[..., tuple[np.ndarray, ...]]
@@ -16,7 +16,7 @@ def fill(g: GraphBuilder, read: Read) -> ir.Model:
     """The graph of ``g`` with embedded weights, each read by name and converted to its declared dtype."""
     for key, value in g.weights.items():
         dtype = value.dtype or ir.DataType.FLOAT
-        array = converted(key, np.asarray(read(key)), dtype.numpy())
+        array = convert(key, np.asarray(read(key)), dtype.numpy())
         value.const_value = ir.Tensor(array, dtype=dtype, name=key)
     return ir.Model(g.graph, ir_version=IR_VERSION)
 

@@ -1,4 +1,4 @@
-"""Transformer graphs with made-up weights, compiled for GPUs that are not there."""
+"""Transformer graphs with synthetic weights, compiled for absent GPUs."""
 
 from dataclasses import replace
 
@@ -16,11 +16,11 @@ from export.graphs.linear import Fp8
 from wan22.specs import SPECS, Precision
 
 FP8_OF = {Precision.BF16: None, Precision.FP8: Fp8(), Precision.FP8_ATTN: Fp8(True, True)}
-REPEATED_VALUES = 2**20 + 7  # an odd length, so that no two rows are alike
+REPEATED_VALUES = 2**20 + 7  # an odd length, so that no two rows are equal
 
 
 def bound(g, folder):
-    """Gives every weight of ``g`` bytes of one file per type; their values do not matter, but are not all alike."""
+    """Bind every weight of ``g`` to one file per type; the values are arbitrary but not all equal."""
     rng, placed = np.random.default_rng(0), {}
     for dtype in {value.dtype for value in g.weights.values()}:
         weights = {key: value for key, value in g.weights.items() if value.dtype == dtype}

@@ -11,7 +11,7 @@ from engines.targets import TARGETS, target_named
 from export.graphs.builder import BFLOAT16
 from export.graphs.dit import dit_graph
 from export.graphs.linear import Fp8
-from export.graphs.weights_file import declared
+from export.graphs.weights_file import declare_weights
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
 from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
@@ -40,7 +40,7 @@ def test_arithmetic_of_a_whole_video(spec, video, petaflop):
 def test_weights_are_what_the_graph_stores(name, precision, fp8):
     """All but the scalar scales of FP8, a few kilobytes."""
     spec = SPECS[name].dit
-    stored = sum(s.size_bytes for s in declared([dit_graph(spec, BFLOAT16, None, fp8)]).values())
+    stored = sum(s.size_bytes for s in declare_weights([dit_graph(spec, BFLOAT16, None, fp8)]).values())
     assert dit_weights_bytes(spec, precision) == pytest.approx(stored, abs=4096)
 
 

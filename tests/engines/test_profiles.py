@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from engines.profiles import PRESETS, input_shapes, profile_between, profiles_for
 from wan22.bundle import Tensor
 from wan22.errors import UserError
-from wan22.shapes import fitting_profile, is_static, own_profiles, restricted, sizes_of
+from wan22.shapes import fitting_profile, is_static, own_profiles, restrict, sizes_of
 from wan22.specs import T2V_A14B, TI2V_5B
 
 LATENTS = Tensor("latents", "float32", (1, 16, "frames", "height", "width"))
@@ -21,7 +21,7 @@ def test_one_size_is_one_fixed_profile():
     assert (profile["height"], profile["rows"]) == ((90, 90, 90), (45, 45, 45))
     assert input_shapes(ROPE, profile)[2] == (21, 45, 80, 64)
     assert input_shapes(CACHE, profile)[1] == (1, 96, 2, 720, 1280)
-    assert is_static(restricted(profile, [LATENTS, ROPE]))
+    assert is_static(restrict(profile, [LATENTS, ROPE]))
 
 
 def test_a_graph_has_the_profiles_that_concern_it_and_no_twins():

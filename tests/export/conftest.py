@@ -1,4 +1,4 @@
-"""Graphs with weights made up on the spot, run by ONNX Runtime."""
+"""Graphs with synthetic weights, run by ONNX Runtime."""
 
 import numpy as np
 import onnx_ir as ir
@@ -9,7 +9,7 @@ from export.graphs.builder import Placed
 
 
 def made_up(shapes, seed=0):
-    """Weights that leave no part of a model idle: fan-in scaled matrices, norms near one, everything else spread."""
+    """Weights that exercise every part of a model: fan-in scaled matrices, norms near one, random values elsewhere."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in shapes.items():

@@ -94,7 +94,7 @@ def test_fixed_shapes(tmp_path, tiny_checkpoint):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (ExportOptions(size=(64, 48)), "--size without --frames"),
+        (ExportOptions(size=(64, 48)), "only one of --size and --frames"),
         (ExportOptions(size=(60, 48), frames=9), "size 60x48"),
         (ExportOptions(size=(64, 48), frames=8), "8 frames"),
     ],
@@ -138,9 +138,10 @@ def test_what_is_no_disk_is_told_as_such(tiny_checkpoint):
         export_checkpoint(tiny_checkpoint, Path("/proc/b"))
 
 
-def test_a_checkpoint_without_tokenizer_json_is_refused(tmp_path, tiny_checkpoint):
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path, tiny_checkpoint):
     shutil.copytree(tiny_checkpoint, tmp_path / "c")
-    (tmp_path / "c" / "google" / "umt5-xxl" / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "spiece.model"):
+        (tmp_path / "c" / "google" / "umt5-xxl" / name).unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         export_checkpoint(tmp_path / "c", tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
@@ -252,7 +253,7 @@ def test_either_attention_may_stay_in_sixteen_bits(tmp_path, tiny_checkpoint, ch
     scales = {f"blocks.0.{choice}_attn.{name}_scale" for name in "qk"}
     assert {name for name in stored if name.endswith((".q_scale", ".k_scale"))} == scales
     assert bundle.component("low_noise").why_higher == (
-        f"asked for: no FP8 in blocks 1; asked for: only {choice}-attention in FP8"
+        f"requested: no FP8 in blocks 1; requested: only {choice}-attention in FP8"
     )
 
 

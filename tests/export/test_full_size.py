@@ -13,7 +13,7 @@ from export.graphs.linear import Fp8
 from export.graphs.text_encoder import text_encoder_graph
 from export.graphs.vae_decoder import vae_decoder
 from export.graphs.vae_encoder import vae_encoder
-from export.graphs.weights_file import declared, placements
+from export.graphs.weights_file import declare_weights, placements
 from wan22.specs import I2V_A14B, T2V_A14B, TI2V_5B
 
 DITS = [(T2V_A14B, 14_288_491_584), (I2V_A14B, 14_288_901_184), (TI2V_5B, 4_999_787_712)]
@@ -21,7 +21,7 @@ PRECISIONS = {"bf16": None, "fp8": Fp8(), "fp8-attn": Fp8(self_attention=True, c
 
 
 def parameters(*graphs):
-    weights = declared(graphs)
+    weights = declare_weights(graphs)
     return sum(prod(w.shape) for key, w in weights.items() if not key.endswith("_scale"))
 
 
@@ -30,7 +30,7 @@ def parameters(*graphs):
 def test_a_transformer_has_its_parameters_and_is_written_in_seconds(tmp_path, spec, count, precision):
     started = time.perf_counter()
     graph = dit_graph(spec.dit, BFLOAT16, None, PRECISIONS[precision])
-    graph.bind(placements("dit.safetensors", declared([graph])), tmp_path)
+    graph.bind(placements("dit.safetensors", declare_weights([graph])), tmp_path)
     graph.save(tmp_path / "dit.onnx")
     assert parameters(graph) == count
     assert time.perf_counter() - started < 60

@@ -1,4 +1,4 @@
-"""CuPy and TensorRT as far as the engine uses them, on host memory: every rule that real ones enforce is asserted."""
+"""The parts of CuPy and TensorRT that the engine uses, on host memory; every rule of the real ones is asserted."""
 
 import itertools
 import json
@@ -142,7 +142,7 @@ class FakeCupy:
 
 
 class FakeContext:
-    """Computes ``outputs[i] = compute[i](inputs)`` on whatever lies at the bound addresses."""
+    """Computes ``outputs[i] = compute[i](inputs)`` on the arrays at the bound addresses."""
 
     def __init__(self, engine):
         self.engine, self.shapes, self.addresses, self.scratch, self.profiles = engine, {}, {}, None, []
@@ -178,7 +178,7 @@ class FakeContext:
 
 
 class FakeTensorRT:
-    """The module; ``engine`` is what every plan deserialises to."""
+    """The module; every plan deserialises to ``engine``."""
 
     __version__ = "11.4.0"
 
@@ -229,7 +229,7 @@ def paper_tensorrt(memory):
 
 
 def at(address, shape, dtype=np.float32):
-    """The array that lies at ``address``."""
+    """The array at ``address``."""
     import ctypes
 
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize

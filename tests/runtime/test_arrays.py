@@ -35,7 +35,7 @@ def test_bad_values_are_counted_and_named(bad):
 
 @pytest.mark.parametrize("name", ["unipc", "dpm++", "euler", "renoise"])
 def test_a_solver_moves_arrays_of_any_library(name):
-    """CuPy is not at hand everywhere; torch's tensors stand in for arrays that are not numpy's."""
+    """CuPy is not available everywhere, so torch tensors stand in for arrays of another library."""
     torch = pytest.importorskip("torch")
     schedule = make_schedule(name, 4, 5)
     ours, theirs = make_solver(name, schedule), make_solver(name, schedule)

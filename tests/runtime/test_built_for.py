@@ -1,4 +1,4 @@
-"""Engines are refused on another machine, and a plan where the manifest says something else of it."""
+"""Engines are refused on another machine, and plans that contradict their manifest."""
 
 from dataclasses import replace
 
@@ -25,8 +25,8 @@ BUILT = Stamp("rtx4090", Precision.FP8, ({"frames": (5, 5, 9)},))
 @pytest.mark.parametrize(
     ("version", "capability", "message"),
     [
-        ("1.8.0", "8.9", "backend_version 1.7.1 of the engines for rtx4090 | expected 1.8.0 of this machine"),
-        ("1.7.1", "12.0", "compute_capability 8.9 of the engines for rtx4090 | expected 12.0 of this machine"),
+        ("1.8.0", "8.9", "engines for rtx4090 have backend_version 1.7.1 | expected this machine's 1.8.0"),
+        ("1.7.1", "12.0", "engines for rtx4090 have compute_capability 8.9 | expected this machine's 12.0"),
     ],
 )
 def test_engines_of_another_machine_are_refused_with_the_command_that_builds_anew(version, capability, message):
@@ -61,14 +61,14 @@ def test_a_plan_that_does_not_say_what_it_was_built_for_is_accepted(name):
     ],
     ids=["target", "precision", "profiles"],
 )
-def test_a_manifest_that_says_something_else_of_a_plan_is_refused(manifest, component, message):
+def test_a_manifest_that_contradicts_a_plan_is_refused(manifest, component, message):
     with pytest.raises(UserError) as refused:
         check_plan(BUILT.name, manifest, component)
-    assert str(refused.value) == f"high_noise.plan was built for {message} of the manifest | run {COMMAND}"
+    assert str(refused.value) == f"high_noise.plan was built for {message} as in the manifest | run {COMMAND}"
 
 
 def test_a_name_that_another_version_wrote_is_refused():
-    with pytest.raises(UserError, match=r"high_noise.plan is named 'wan-trt \{\}'"):
+    with pytest.raises(UserError, match=r"high_noise.plan has the stamp 'wan-trt \{\}'"):
         check_plan("wan-trt {}", MANIFEST, COMPONENT)
 
 

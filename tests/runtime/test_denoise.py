@@ -18,7 +18,7 @@ TEXT = Conditions(POSITIVE, NEGATIVE)
 
 
 class Recorder:
-    """A forward that remembers its inputs; the velocity is the value of the text everywhere."""
+    """A forward that remembers its inputs; every element of the velocity is the text's value."""
 
     def __init__(self):
         self.calls = []

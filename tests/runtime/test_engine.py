@@ -26,6 +26,6 @@ def test_another_signature_is_a_bug(given):
         check_inputs("dit", EDGES, given, [])
 
 
-def test_a_size_it_was_not_built_for_is_the_users_to_mend():
+def test_a_size_it_was_not_built_for_is_a_user_error():
     with pytest.raises(UserError, match="height 4"):
         check_inputs("dit", EDGES, call(), [{"height": (8, 8, 8)}])

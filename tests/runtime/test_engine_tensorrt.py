@@ -193,7 +193,7 @@ def test_a_plan_that_was_built_for_something_else_is_not_run(opened):
 def test_missing_cupy_names_its_package(monkeypatch):
     monkeypatch.setitem(engine_tensorrt.MODULES, "tensorrt-rtx", "json")
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
-    with pytest.raises(UserError, match=r"no module cupy .* pip install cupy-cuda13x"):
+    with pytest.raises(UserError, match=r"cannot import cupy .* pip install cupy-cuda13x"):
         Device.open(manifest())
 
 

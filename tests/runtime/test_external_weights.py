@@ -1,4 +1,4 @@
-"""Weights that are inputs of an engine: bound by address, one engine for two experts, pinned in memory meanwhile."""
+"""Weights as inputs of an engine: bound by address, one engine for two experts, pinned copies in host memory."""
 
 import ctypes
 import json
@@ -18,7 +18,7 @@ OFFSET = 256
 
 
 class Memory:
-    """Device memory that is memory."""
+    """Device memory in host memory."""
 
     def __init__(self, size):
         self.buffer = np.zeros(size, np.uint8)

@@ -101,8 +101,8 @@ def test_other_modes_become_rgb(mode):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"", "no image"),
-        (b"not an image at all", "no image"),
+        (b"", "unknown or damaged"),
+        (b"not an image at all", "unknown or damaged"),
         (encoded(Image.fromarray(picture()), "GIF"), "the image is a GIF"),
         (encoded(Image.fromarray(picture()), "BMP"), "the image is a BMP"),
         (encoded(Image.fromarray(picture()), "TIFF"), "the image is a TIFF"),
@@ -112,7 +112,7 @@ def test_other_modes_become_rgb(mode):
         (b'<?xml version="1.0"?><svg/>', "the image is an SVG"),
         (encoded(Image.fromarray(picture()), "PNG")[:-40], "the image: "),
         (encoded(Image.fromarray(picture()).resize((400, 400)), "JPEG")[:-2000], "truncated"),
-        (encoded(Image.fromarray(picture()), "WEBP")[:-100], "no image"),
+        (encoded(Image.fromarray(picture()), "WEBP")[:-100], "unknown or damaged"),
         (encoded(Image.fromarray(picture()[:1, :1])), "1x1 pixels"),
         (encoded(Image.fromarray(picture()[:1])), "40x1 pixels"),
         (png_claiming(30000, 30000), "900000000 pixels"),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.image_condition import conditioning_mask, conditioning_video, fitted, i2v_condition, video_size
+from runtime.image_condition import conditioning_mask, conditioning_video, fit_image, i2v_condition, video_size
 from wan22.errors import UserError
 from wan22.specs import SPECS
 
@@ -86,29 +86,29 @@ def test_i2v_stretches_as_the_official_code_does():
     torch = pytest.importorskip("torch")
     image = photo(211, 150)
     theirs = torch.nn.functional.interpolate(to_tensor(image)[None], (128, 224), mode="bicubic")
-    ours = fitted(image, "stretch", (224, 128))
+    ours = fit_image(image, "stretch", (224, 128))
     assert ours.shape == (1, 3, 1, 128, 224)
     np.testing.assert_allclose(ours[:, :, 0], theirs.numpy(), rtol=0, atol=1e-5)
 
 
 def test_i2v_keeps_the_overshoot():
     edge = Image.fromarray(np.repeat(np.where(np.arange(40) < 20, 0, 255).astype(np.uint8), 90).reshape(40, 30, 3))
-    assert fitted(edge, "stretch", (32, 64)).max() > 1.01
+    assert fit_image(edge, "stretch", (32, 64)).max() > 1.01
 
 
 def test_ti2v_covers_and_cuts_as_the_official_code_does():
     image = photo(300, 200)
     scaled = image.resize((192, 128), Image.Resampling.LANCZOS)
-    ours = fitted(image, "cover", (160, 128))
+    ours = fit_image(image, "cover", (160, 128))
     np.testing.assert_array_equal(ours[0, :, 0], to_tensor(scaled.crop((16, 0, 176, 128))).numpy())
 
 
 @pytest.mark.parametrize("resizing", ["stretch", "cover"])
 def test_crop_keeps_proportions_and_centre(resizing):
-    """A disc in the middle stays a disc in the middle; edges of the long side are gone."""
+    """A disc in the middle stays a disc in the middle; the ends of the long side are cropped."""
     y, x = np.mgrid[:200, :600]
     disc = ((x - 300) ** 2 + (y - 100) ** 2 < 80**2) * np.uint8(255)
-    shown = fitted(Image.fromarray(np.repeat(disc[..., None], 3, -1)), resizing, (256, 256), "crop")[0, 0, 0] > 0
+    shown = fit_image(Image.fromarray(np.repeat(disc[..., None], 3, -1)), resizing, (256, 256), "crop")[0, 0, 0] > 0
     for axis in (0, 1):
         inside = np.flatnonzero(shown.any(axis=axis))
         assert abs(inside[0] - (128 - 102.4)) <= 1.5
@@ -116,7 +116,7 @@ def test_crop_keeps_proportions_and_centre(resizing):
 
 
 def test_crop_of_a_ribbon_needs_little_memory():
-    assert fitted(Image.new("RGB", (16, 80000)), "stretch", (1280, 720), "crop").shape == (1, 3, 1, 720, 1280)
+    assert fit_image(Image.new("RGB", (16, 80000)), "stretch", (1280, 720), "crop").shape == (1, 3, 1, 720, 1280)
 
 
 def test_the_video_is_the_image_then_grey():

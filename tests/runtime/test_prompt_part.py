@@ -1,4 +1,4 @@
-"""What follows from a prompt alone is computed once for every prompt, as long as nobody can change the prompt."""
+"""The prompt-only half is computed once per prompt, as long as the prompt's array cannot change."""
 
 import numpy as np
 import onnxruntime

@@ -63,7 +63,7 @@ def card(tmp_path, tiny_engines, monkeypatch):
         memory = Memory(int(target.memory_gib * 2**30))
         cupy = FakeCupy(target.compute_capability.replace(".", ""), memory=memory)
         modules = {"cupy": cupy, "tensorrt": paper_tensorrt(memory), "tensorrt_rtx": paper_tensorrt(memory)}
-        monkeypatch.setattr(engine_tensorrt, "imported", lambda module, *_: modules[module])
+        monkeypatch.setattr(engine_tensorrt, "require_module", lambda module, *_: modules[module])
         return Bundle(tmp_path, manifest), memory
 
     return made

@@ -11,7 +11,7 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
 def worst_difference(theirs, ours, steps):
-    """Both from the same noise through the same random velocities; the largest difference after any step."""
+    """The largest difference after any step, from the same noise with the same random velocities."""
     random = torch.Generator().manual_seed(steps)
     x = torch.randn(SHAPE, generator=random)
     y, worst = x.numpy(), 0.0
@@ -77,7 +77,7 @@ def test_the_last_step_of_renoise_is_the_prediction_itself():
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 40])
 def test_a_straight_path_ends_at_the_clean_latents(solver, steps):
-    """A perfect model's velocity is constant, noise - clean, and every solver is exact on it, from sigma 1 too."""
+    """A perfect model's velocity is constant, noise - clean; every solver is exact on it, even from sigma 1."""
     random = np.random.default_rng(0)
     noise, clean = random.standard_normal((2, *SHAPE), dtype=np.float32)
     schedule = make_schedule("dpm++", steps, 5)
@@ -97,7 +97,7 @@ def test_euler_is_one_multiplication_and_one_addition():
 
 
 def test_a_step_with_equal_timesteps_still_moves_on():
-    """Official code looks the timestep up and dies here (wan22.md §5.6)."""
+    """The official code looks up the timestep and fails here (wan22.md §5.6)."""
     solver, latents = make_solver("unipc", make_schedule("unipc", 100, 12)), np.ones(SHAPE, np.float32)
     for _ in range(100):
         latents = solver.step(np.zeros(SHAPE, np.float32), latents)

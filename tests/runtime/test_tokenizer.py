@@ -14,7 +14,7 @@ END = 1
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tokenizer.json with the structure of umt5's, which pads and truncates unless told otherwise."""
+    """A tokenizer.json with the structure of umt5's, which pads and truncates by default."""
     tokenizer = tokenizers.Tokenizer(models.Unigram([(p, -float(i)) for i, p in enumerate(PIECES)], unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])

@@ -8,7 +8,7 @@ from wan22.bundle import Tensor
 
 
 class Stage:
-    """A graph with two caches. It returns chunk totals, so that what was carried shows in what comes out."""
+    """A graph with two caches. It returns chunk totals, so that the caches affect the results."""
 
     def __init__(self, given, made, repeat, *, takes_caches):
         caches = ("cache_00", "cache_01")

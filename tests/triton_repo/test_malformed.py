@@ -136,9 +136,9 @@ BAD = [
     # images
     ("t2v", {**PROMPT, "image": image(png(64, 64))}, "an image for t2v-a14b-tiny"),
     ("i2v", PROMPT, "no image for i2v-a14b-tiny"),
-    ("i2v", {**PROMPT, "image": image(b"")}, "no image"),
-    ("i2v", {**PROMPT, "image": image(b"/etc/passwd")}, "no image"),
-    ("i2v", {**PROMPT, "image": image(b"<svg xmlns='http://www.w3.org/2000/svg'/>")}, "no image"),
+    ("i2v", {**PROMPT, "image": image(b"")}, "unknown or damaged format"),
+    ("i2v", {**PROMPT, "image": image(b"/etc/passwd")}, "unknown or damaged format"),
+    ("i2v", {**PROMPT, "image": image(b"<svg xmlns='http://www.w3.org/2000/svg'/>")}, "is an SVG"),
     ("i2v", {**PROMPT, "image": image(png(64, 64)[:60])}, "image"),
     ("i2v", {**PROMPT, "image": image(png(8, 8))}, "8x8 pixels"),
     ("i2v", {**PROMPT, "image": image(png(2000, 2000))}, "image of 4000000 pixels"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.prompts import read_prompts
 from runtime.request import Request
 from validate import ValidateOptions, validate
 from validate.cases import cases_of
@@ -112,3 +113,9 @@ def test_gates_and_bench_are_read_before_any_work(tiny_engines, tiny_checkpoint,
         with pytest.raises(UserError, match=message):
             validate(tiny_engines, tiny_checkpoint, tmp_path / "out", ValidateOptions(**options))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_may_begin_with_a_hash(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('#\n# a comment\n#cinematic street\n{"prompt": "# of the beast"}\n')
+    assert [prompt.text for prompt in read_prompts(path, "no")] == ["#cinematic street", "# of the beast"]

@@ -1,4 +1,4 @@
-"""Parameters and arithmetic computed from specs agree with what was counted on the models (wan22.md)."""
+"""Parameters and FLOPs computed from specs equal those counted on the models (wan22.md)."""
 
 from dataclasses import replace
 
@@ -87,7 +87,7 @@ def test_teraflop_of_the_text_encoder_at_its_longest():
     ],
 )
 def test_teraflop_of_a_vae_chunk(spec, video, layers, first, later):
-    """The figures are the official code's, which has zeros before the first frame and multiplies them too."""
+    """The figures are those of the official code, which also multiplies the zeros before the first frame."""
     size, ours, following = spec.latent_shape(*video)[-2:], *(list(layers(spec.vae, chunk)) for chunk in (True, False))
     official = [replace(layer, taps=padded.taps) for layer, padded in zip(ours, following, strict=True)]
     counted = [sum(layer.flops(size) for layer in chunk) / 1e12 for chunk in (official, following)]

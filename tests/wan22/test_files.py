@@ -344,10 +344,13 @@ def test_a_folder_to_be_made_first_is_named(tmp_path):
         (errno.EDQUOT, "disk full while writing x | expected free space | free some and run again"),
         (
             errno.EIO,
-            "Input/output error while writing x | expected disks that work | see the system's log and run again",
+            "Input/output error while writing x | expected a working disk | see the system's log and run again",
         ),
-        (errno.EROFS, "Read-only file system while writing x | expected a place that can be written | choose another"),
-        (errno.EACCES, "x: Permission denied | expected what this user may use | change its mode or the user"),
+        (errno.EROFS, "Read-only file system while writing x | expected a writable place | choose another"),
+        (
+            errno.EACCES,
+            "x: Permission denied | expected permission for this user | check the owner and mode of the file",
+        ),
     ],
 )
 def test_an_error_of_the_disk_is_one_line(number, line):

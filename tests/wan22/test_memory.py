@@ -1,4 +1,4 @@
-"""The peak that commands report is what the process really had."""
+"""The peak that commands report is the process's real peak."""
 
 import threading
 
@@ -11,7 +11,7 @@ MEBIBYTE = 2**20
 
 def test_the_peak_rises_with_what_is_touched_and_stays_when_it_is_freed():
     before = peak_rss_bytes()
-    held = np.ones(max(before, 2**28) // 4, np.float32)  # more than is there, whatever was freed before
+    held = np.ones(max(before, 2**28) // 4, np.float32)  # more than is resident, whatever was freed before
     during = peak_rss_bytes()
     assert during >= held.nbytes
     del held

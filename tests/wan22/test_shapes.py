@@ -1,4 +1,4 @@
-"""Named dimensions are read off a call, agree with each other, and are held by a profile or not."""
+"""Named dimensions are derived from a call, agree with each other, and are inside a profile or not."""
 
 import pytest
 

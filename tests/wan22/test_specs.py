@@ -1,4 +1,4 @@
-"""The constants agree with what was measured on the official code."""
+"""The constants equal those measured on the official code."""
 
 from dataclasses import replace
 from math import prod

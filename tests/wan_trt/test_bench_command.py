@@ -79,7 +79,7 @@ def test_a_baseline_of_another_machine_is_told(tiny_engines, baseline, tmp_path,
     (tmp_path / "other.json").write_text(json.dumps(content))
     assert status(tiny_engines, *QUICK, "--compare", tmp_path / "other.json") == 0
     out = capsys.readouterr().out
-    assert "of another machine (cpu 'Another', here" in out
+    assert "from another machine (cpu 'Another', here" in out
     assert json.loads(out.strip().splitlines()[-1])["compare"]["same_machine"] is False
 
 

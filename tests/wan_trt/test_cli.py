@@ -61,6 +61,13 @@ def test_every_part_of_a_request_has_an_option(command):
     assert parts <= set(signature(command.run).parameters)
 
 
+@pytest.mark.parametrize("command", ["generate", "validate", "bench", "calibrate", "serve", "triton"])
+def test_every_command_that_runs_engines_takes_a_residency(command, tmp_path, capsys):
+    assert status([command, "--help"]) == 0
+    assert "--residency" in capsys.readouterr().out
+    assert status(["generate", "e", "x", "-o", str(tmp_path / "o.mp4"), "--residency", "some"]) == 2
+
+
 def test_an_unknown_model_lists_the_known_ones(tmp_path, capsys):
     assert "t2v-a14b-tiny" in refused(capsys, "synth", "wan3", tmp_path / "c")
 
@@ -161,7 +168,7 @@ def test_what_the_user_may_not_read_is_told_in_one_line(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(Path, "is_dir", denied)
     told = refused(capsys, "export", tmp_path / "c", tmp_path / "b")
-    assert "Permission denied | expected what this user may use" in told
+    assert "Permission denied | expected permission for this user" in told
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, tiny_checkpoint, monkeypatch):

@@ -114,6 +114,7 @@ def _side(job: FootprintJob, pipeline: Pipeline) -> Side:
     if job.side == OURS:
         from validate.bench.our_side import OurSide
 
+        pipeline.fit(work.request.video)
         return OurSide(pipeline, work)
     from export.checkpoint.checkpoint import open_checkpoint
     from validate.bench.torch_side import TorchSide

@@ -82,6 +82,7 @@ def open_bench(
     if checkpoint is None and options.reference_device != "auto":
         raise UserError("--reference-device without a checkpoint", "one for PyTorch", "name it after the engines")
     with Pipeline(open_bundle(engines, "engines"), residency=options.residency, choices=ONE_EXPERT) as pipeline:
+        pipeline.fit(options.complete_request(pipeline.bundle.manifest).video)
         work = work_for(pipeline.bundle, options)
         if checkpoint is None:
             yield BenchRun(pipeline, work, None, options, progress)

@@ -10,7 +10,6 @@ from runtime.arrays import F32, require_finite, to_numpy
 from runtime.denoise import Conditions, denoise
 from runtime.engine import Engine
 from runtime.forward_inputs import forward_inputs
-from runtime.noise import standard_normal
 from runtime.pipeline import Pipeline
 from runtime.solver import make_solver
 from runtime.vae import encode
@@ -123,7 +122,7 @@ def _denoise(pipeline: Pipeline, work: Work, given: Conditions) -> Generator[Eve
 
     schedule, spec = request.noise_schedule(), request.switched(pipeline.spec)
     solver = make_solver(request.solver, schedule, request.seed)
-    noise = standard_normal(request.latent_shape, request.seed)
+    noise = request.initial_noise()
     for step in denoise(spec, expert, noise, given, request.guidance, schedule, solver):
         if step.index and opened:
             yield opened[-1]

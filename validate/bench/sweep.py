@@ -111,7 +111,7 @@ def sweep(
     with open_bench(engines, checkpoint, options, progress) as setting:
         chosen = options_of(axis, values, options, setting.work.spec)
         for each in chosen.values():
-            each.complete_request(setting.pipeline.bundle.manifest)
+            setting.pipeline.fit(each.complete_request(setting.pipeline.bundle.manifest).video)
         manifest, load = setting.pipeline.bundle.manifest, load_average()
         conditions = conditions_of(setting.pipeline.bundle, options)
     points, faults = [], []

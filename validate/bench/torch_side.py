@@ -21,7 +21,7 @@ from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work
 from validate.reference.device import Device, catch_out_of_memory
 from validate.reference.parts import load_part, lower, timesteps_of
 from validate.reference.precision import dtype_of
-from validate.reference.whole_run import noise, scheduler_for
+from validate.reference.whole_run import initial_noise, scheduler_for
 from wan22.bundle import Manifest
 from wan22.errors import NonFiniteError, UserError
 from wan22.progress import Progress, silent
@@ -190,7 +190,7 @@ class TorchSide:
         """Yield steps and swaps of experts; return the final latents."""
         request, spec = self._work.request, self._work.request.switched(self._work.spec)
         scheduler = scheduler_for(request)
-        latents = torch.from_numpy(noise(request.latent_shape, request.seed)).to(self.device)
+        latents = torch.from_numpy(initial_noise(request)).to(self.device)
         for index, timestep in enumerate(scheduler.timesteps, 1):
             expert = spec.expert_at(float(timestep), index - 1)
             if expert not in self._parts:

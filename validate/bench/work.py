@@ -12,7 +12,7 @@ import numpy as np
 
 from runtime.arrays import F32
 from runtime.forward_inputs import text_rows
-from runtime.image_condition import conditioning_video, fitted, i2v_condition
+from runtime.image_condition import conditioning_video, fit_image, i2v_condition
 from runtime.noise import standard_normal
 from runtime.request import CompleteRequest, Request
 from runtime.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ def _of_image(spec: ModelSpec, request: CompleteRequest) -> dict[str, F32]:
     """``video``, ``condition`` and ``first_frame`` of the request's image; empty without one."""
     if request.image is None:
         return {}
-    first = fitted(request.image, spec.takes.resizing, (request.width, request.height), request.fit)
+    first = fit_image(request.image, spec.takes.resizing, (request.width, request.height), request.fit)
     if spec.takes.clean_first_frame:
         shape = (*request.latent_shape[:2], 1, *request.latent_shape[3:])
         return {"video": first, "first_frame": standard_normal(shape, 2)}

@@ -8,8 +8,7 @@ from PIL import Image
 from runtime.arrays import F32
 from runtime.denoise import Step
 from runtime.forward_inputs import forward_inputs, time_features
-from runtime.image_condition import Fit, fitted
-from runtime.noise import standard_normal
+from runtime.image_condition import Fit, fit_image
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
 from runtime.solver import make_solver
@@ -35,8 +34,8 @@ class EnginesSide:
         schedule = request.noise_schedule()
         return schedule.sigmas, schedule.timesteps
 
-    def noise(self, shape: tuple[int, ...], seed: int) -> F32:
-        return standard_normal(shape, seed)
+    def noise(self, request: CompleteRequest) -> F32:
+        return request.initial_noise()
 
     def time_features(self, timesteps: Sequence[float]) -> F32:
         """``[steps, freq_width]``."""
@@ -44,7 +43,7 @@ class EnginesSide:
 
     def pixels(self, image: Image.Image, size: tuple[int, int], fit: Fit) -> F32:
         """``[1, 3, H, W]``."""
-        return fitted(image, self._pipeline.spec.takes.resizing, size, fit)[:, :, 0]
+        return fit_image(image, self._pipeline.spec.takes.resizing, size, fit)[:, :, 0]
 
     def encode(self, video: F32) -> F32:
         """Normalised latents of frames ``[1, 3, F, H, W]``, encoded chunk by chunk."""

@@ -14,6 +14,7 @@ from runtime.engine import Engine
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from runtime.pipeline import Pipeline
 from validate.ladder.polygraphy_files import RecordingPipeline
+from wan22.backends import loading
 from wan22.bundle import Build, Component, Manifest, kind_of, open_bundle
 from wan22.onnx_file import check_graphs
 from wan22.residency import ONE_EXPERT, ResidencyChoice
@@ -82,4 +83,5 @@ def _session(model: "ir.Model", folder: Path, providers: Sequence[str]) -> Any:
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     content = ir.serde.serialize_model(model).SerializeToString()
-    return onnxruntime.InferenceSession(content, options, providers=list(providers))
+    with loading(folder):
+        return onnxruntime.InferenceSession(content, options, providers=list(providers))

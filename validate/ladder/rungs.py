@@ -20,7 +20,7 @@ from validate.ladder.row import Row, excess
 from validate.ladder.thresholds import Limit, Measure
 from validate.reference.parts import F32, time_features
 from validate.reference.reference import Reference
-from validate.reference.whole_run import ReferenceStep, noise, sigmas_and_timesteps
+from validate.reference.whole_run import ReferenceStep, initial_noise, sigmas_and_timesteps
 from wan22.quantities import counted
 from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
 
@@ -92,10 +92,11 @@ def schedule(comparison: Comparison) -> Iterator[Row]:
     yield Row("timesteps", "sampler", compare(our_timesteps, timesteps), limit, shown)
 
 
-def initial_noise(comparison: Comparison) -> Iterator[Row]:
-    shape, seed = comparison.request.latent_shape, comparison.request.seed
-    metrics = compare(comparison.ours.noise(shape, seed), noise(shape, seed))
-    yield Row("initial noise", "sampler", metrics, thresholds.NOISE, f"torch.randn on the CPU, seed {seed}")
+def noise_rung(comparison: Comparison) -> Iterator[Row]:
+    request = comparison.request
+    metrics = compare(comparison.ours.noise(request), initial_noise(request))
+    source = f"torch.randn on the CPU, seed {request.seed}" if request.noise is None else "the given noise"
+    yield Row("initial noise", "sampler", metrics, thresholds.NOISE, source)
 
 
 def time_conditions(comparison: Comparison) -> Iterator[Row]:
@@ -128,7 +129,7 @@ def _velocities_everywhere(comparison: Comparison, expert: str, name: str) -> It
 
     ``name`` is a format string for the timestep.
     """
-    start, image = noise(comparison.request.latent_shape, comparison.request.seed), comparison.image_inputs.first_frame
+    start, image = initial_noise(comparison.request), comparison.image_inputs.first_frame
     for timestep in velocity_points(comparison.spec, expert):
         sigma = np.float32(timestep / TRAIN_TIMESTEPS)
         noisy = (1 - sigma) * comparison.latents + sigma * start
@@ -236,7 +237,7 @@ VIDEO_RUNGS = (
 )
 SAMPLER_RUNGS = (
     Rung("schedule", schedule),
-    Rung("noise", initial_noise),
+    Rung("noise", noise_rung),
     Rung("time_features", time_conditions),
 )
 OFFICIAL_RUNGS = (

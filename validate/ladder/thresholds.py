@@ -92,7 +92,7 @@ FP32 = Thresholds(
 )
 FP16 = Thresholds(
     text=Limit("relative_l2", 2e-3, "operands rounded to 2**-11 in each of 24 layers, float32 between them"),
-    velocity=Limit("relative_l2", 2e-3, "an eighth of what bf16 costs"),
+    velocity=Limit("relative_l2", 2e-3, "an eighth of bf16's limit"),
     latents=Limit("relative_l2", 1e-2, "a velocity's 2e-3, times guidance and the solver's history"),
     vae=Limit("relative_l2", 5e-3, "some 30 convolutions in a row, operands rounded to 2**-11"),
     streaming=Limit("relative_l2", 5e-3, "as the single graph: caches are float32 and add nothing"),
@@ -111,13 +111,13 @@ BF16 = Thresholds(
 FP8 = Thresholds(
     text=BF16.text,
     velocity=Limit("relative_l2", 8e-2, "3 bits of mantissa: 2.6 % of an operand, 3.7 % of a product, and twice that"),
-    latents=Limit("relative_l2", 2e-1, "a velocity's 8e-2, times guidance, less what steps average out"),
+    latents=Limit("relative_l2", 2e-1, "a velocity's 8e-2, times guidance; the steps average out part of it"),
     vae=BF16.vae,
     streaming=BF16.streaming,
     frames=Limit("psnr_db", 20.0, "a tenth of the range: other details, the same picture"),
     ssim=Limit("ssim", 0.8, "other details, the same picture"),
 )
-EXCESS = Limit("excess", 1.5, "what PyTorch loses in the same precision, and half of it for rounding elsewhere")
+EXCESS = Limit("excess", 1.5, "PyTorch's error in the same precision, plus half of it for rounding in other places")
 BY_LINEARS = {Number.FP32: FP32, Number.FP16: FP16, Number.BF16: BF16, Number.FP8: FP8}
 
 

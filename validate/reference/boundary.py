@@ -20,7 +20,7 @@ def stated_boundary(checkpoint: Checkpoint) -> float | None:
     if len(checkpoint.spec.experts) == 1:
         return None
     index = checkpoint.folder / "model_index.json"
-    stated = json.loads(index.read_text()).get("boundary_ratio") if index.is_file() else None
+    stated = json.loads(index.read_text()).get("boundary_ratio") if checkpoint.source.layout == "diffusers" else None
     return OFFICIAL[str(checkpoint.spec.task)] if stated is None else float(stated)
 
 

@@ -44,10 +44,12 @@ class Models(Protocol):
         ...
 
 
-def noise(shape: tuple[int, ...], seed: int) -> F32:
-    """The initial latents, from torch's CPU generator."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    values: F32 = torch.randn(shape, generator=generator).numpy()
+def initial_noise(request: CompleteRequest) -> F32:
+    """The initial latents: the request's own, or those of torch's CPU generator."""
+    if request.noise is not None:
+        return request.noise
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    values: F32 = torch.randn(request.latent_shape, generator=generator).numpy()
     return values
 
 
@@ -90,7 +92,7 @@ def guided_run(
         image_inputs: what the image adds to the inputs; empty for text to video.
     """
     text, negative = texts
-    latents = _with_first_frame(noise(request.latent_shape, request.seed), image_inputs)
+    latents = _with_first_frame(initial_noise(request), image_inputs)
     for index, t in enumerate(map(float, timesteps)):
         expert = expert_of(models.boundary, request, index, t)
         velocity = models.velocity(expert, latents, t, text, image_inputs)

@@ -109,7 +109,7 @@ def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iter
 
 
 def _where(checkpoint: "Checkpoint") -> str:
-    """Its folder; the files themselves where they were named one by one."""
+    """The folder of the checkpoint, or its files if they were named individually."""
     return str(checkpoint.folder) if checkpoint.folder != Path() else checkpoint.source.checkpoint
 
 

@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 Axis = Literal["frames", "size", "steps"]
 
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of a whole run; 4, or 10 with --triton.")]
+Json = Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file; - prints it.")]
+
 
 def run(
     engines: given.Engines,
     checkpoint: Annotated[str | None, typer.Argument(help="The checkpoint it came from: PyTorch runs beside.")] = None,
     size: given.Size = None,
     frames: given.Frames = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps of a whole run; 4, or 10 with --triton.")
-    ] = None,
+    steps: Steps = None,
     image: Annotated[Path | None, typer.Option(help="Image (I2V, TI2V); a built-in one unless given.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Its length decides the text encoder's work.")] = None,
     seed: given.Seed = 0,
@@ -49,9 +50,7 @@ def run(
     plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, .png or .html.")] = None,
     triton: Annotated[bool, typer.Option("--triton", help="Measure what a server adds to a run instead.")] = False,
     topology: given.Topology = "owner",
-    output: Annotated[
-        Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file; - prints it.")
-    ] = None,
+    output: Json = None,
 ) -> int:
     """Measure time and memory of engines, beside PyTorch where a checkpoint is given.
 

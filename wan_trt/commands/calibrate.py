@@ -12,7 +12,9 @@ from wan_trt.console import bars, console
 def run(
     bundle: Annotated[Path, typer.Argument(help="ONNX bundle in 16 or 32 bits.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="JSON for wan-trt export --input-scales.", show_default=False)],
-    prompts: Annotated[Path, typer.Option(help='One prompt a line; with images {"prompt": ..., "image": ...} a line.')],
+    prompts: Annotated[
+        Path, typer.Option(help='Prompts: one a line, or {"prompt": ..., "image": ...}; "# " begins a comment.')
+    ],
     negative_prompt: given.NegativePrompt = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's default unless given.")] = None,
     size: given.Size = None,

@@ -38,7 +38,7 @@ def _run(spec: ModelSpec, folder: Path, prompt: str, seed: int) -> int:
     build.run(bundle, engines, "cpu")
     console.rule("generate")
     image = None if spec.takes.image == "no" else _picture(folder / "image.png", spec.sampling.sizes[0])
-    generate.run(engines, prompt, folder / "out.mp4", image=image, seed=seed)
+    generate.run(engines, folder / "out.mp4", prompt, image=image, seed=seed)
     console.rule("validate against PyTorch")
     return validate.run(engines, str(checkpoint), folder, prompt=prompt, image=image, seed=seed)
 

@@ -12,14 +12,20 @@ from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
     from runtime.generate import Timings
+    from runtime.request import Request
 
 
 def run(
     engines: given.Engines,
-    prompt: given.Prompt,
     output: Annotated[
         Path, typer.Option("-o", "--output", help=".mp4, .webm, .npz, .png, .jpg, or a folder for PNG frames.")
     ],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What the video shows, in any language.", show_default=False)
+    ] = None,
+    again: Annotated[
+        Path | None, typer.Option(help="Make this .mp4, .webm or .png again, with the settings in its metadata.")
+    ] = None,
     negative_prompt: given.NegativePrompt = None,
     size: given.Size = None,
     frames: given.Frames = None,
@@ -30,8 +36,12 @@ def run(
     preset: given.Preset = None,
     boundary: given.Boundary = None,
     steps: given.Steps = None,
-    seed: given.Seed = 0,
+    seed: Annotated[int | None, given.SEED] = None,
+    noise: given.Noise = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.", min=1, max=240)] = None,
+    quality: Annotated[
+        int | None, typer.Option(metavar="1...10", help="Quality of mp4 and webm, 8 unless given, as officially.")
+    ] = None,
     shift: given.Shift = None,
     guidance_high_noise: given.ExpertGuidance = None,
     guidance_low_noise: given.ExpertGuidance = None,
@@ -44,15 +54,32 @@ def run(
 ) -> None:
     """Generate a video with the default settings of the bundle unless others are given."""
     request = given.request_from(locals())
-    from runtime.generate import generate
+    from runtime.generate import Encoding, generate
     from runtime.pipeline import Pipeline
+    from runtime.video import QUALITY
 
+    if again is not None:
+        request, fps, quality = _again(again, request, engines, fps, quality)
     with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:
-        result = generate(pipeline, request, output, fps=fps, overwrite=overwrite, progress=progress)
+        encoding = Encoding(fps, QUALITY if quality is None else quality, overwrite)
+        result = generate(pipeline, request, output, encoding, progress=progress)
     if verbose:
         _print_timings(result.timings)
     shown = video_text(result.width, result.height, result.frames)
     console.print(f"{output}: {shown} at {result.fps} fps, seed {result.seed}")
+
+
+def _again(
+    video: Path, given_files: "Request", engines: Path, fps: int | None, quality: int | None
+) -> "tuple[Request, int, int]":
+    """Request, frame rate and quality of ``video``; says so when other engines made it."""
+    from runtime.recipe import read_recipe
+    from wan22.bundle import read_manifest
+
+    recipe = read_recipe(video)
+    if read_manifest(engines, "engines").own_sha256 != recipe.bundle:
+        console.print(f"{video} was made by other engines ({recipe.model}): frames will differ")
+    return recipe.request(given_files), fps or recipe.fps, recipe.quality if quality is None else quality
 
 
 def _print_timings(timings: "Timings") -> None:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from wan22.bundle import MANIFEST, kind_of
@@ -16,7 +17,7 @@ from wan_trt.console import bars, console
 def run(
     folder: Annotated[
         Path,
-        typer.Argument(help="Engines, an ONNX bundle (--target), or any weights.", show_default=False),
+        typer.Argument(help="Engines, an ONNX bundle (--target), any weights, or a video.", show_default=False),
     ],
     target: Annotated[str | None, typer.Option(help="GPU to compile an ONNX bundle for.")] = None,
     component: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
@@ -25,11 +26,13 @@ def run(
     html: Annotated[Path | None, typer.Option(help="Also write a page with a diagram of a block.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of tables.")] = False,
 ) -> int:
-    """Show the kernels of engines, or what any checkpoint, LoRA or file of weights is.
+    """Show the kernels of engines, what a checkpoint, LoRA or file of weights is, or how a video was made.
 
     Of engines: kernels, types, copies, memory and roofline times; exit code 1 when something is badly compiled. Of a
     file of weights: its kind, and what an export would do with it.
     """
+    if folder.suffix.lower() in (".mp4", ".webm", ".png"):
+        return _video(folder, as_json=as_json)
     from engines.inspect.inspection import inspect_bundle, inspect_engines
     from engines.inspect.views import as_html, as_text
 
@@ -57,13 +60,26 @@ def run(
 
 
 def _weights(path: Path, *, as_json: bool) -> int:
-    from export.lora.inspection import as_lines, inspected
+    from export.lora.inspection import as_lines, inspect_weights
 
-    entries = inspected(path)
+    entries = inspect_weights(path)
     if as_json:
         print(json.dumps(entries))
         return 0
     for entry in entries:
         for line in as_lines(entry):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _video(path: Path, *, as_json: bool) -> int:
+    """Prints what stands in the metadata of a video; characters that control a terminal are escaped."""
+    from runtime.recipe import read_recipe
+
+    settings = msgspec.to_builtins(read_recipe(path))
+    if as_json:
+        print(json.dumps(settings))
+        return 0
+    for name, value in settings.items():
+        console.print(f"{name.replace('_', ' ')}: {json.dumps(value, ensure_ascii=False)}")
     return 0

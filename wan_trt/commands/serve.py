@@ -47,10 +47,7 @@ def run(
     The running job is finished first; a second Ctrl-C ends it.
     """
     limits = given.limits_of(locals())
-    if require_signature is not None:
-        from runtime.signature import check_signature
-
-        check_signature(engines, require_signature)
+    given.check_signed(engines, require_signature)
     from triton_repo.bls_repository import CPU
     from triton_repo.installation import default_environments, find_installation
     from triton_repo.repository import RepositoryOptions, is_for_gpu, write_repository

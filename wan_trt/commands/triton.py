@@ -40,10 +40,7 @@ def run(
 ) -> None:
     """Package engines as a Triton model repository."""
     limits = given.limits_of(locals())
-    if require_signature is not None:
-        from runtime.signature import check_signature
-
-        check_signature(engines, require_signature)
+    given.check_signed(engines, require_signature)
     from triton_repo.bls_repository import largest_call_bytes
     from triton_repo.manifests import ClusterOptions, write_manifests
     from triton_repo.pod import ENGINES_AT

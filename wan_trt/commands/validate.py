@@ -19,7 +19,10 @@ PrecisionStudy = Annotated[bool, typer.Option("--precision-study", hidden=True)]
 Model = Annotated[str | None, typer.Option(hidden=True)]
 Prompt = Annotated[str | None, typer.Option(help="Prompt of the compared run.")]
 Image = Annotated[Path | None, typer.Option(help="Image to start from (I2V, TI2V); a built-in picture unless given.")]
-Prompts = Annotated[Path | None, typer.Option(help='Compare several: one a line, or {"prompt": ..., "image": ...}.')]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help='Prompts to compare: one a line, or {"prompt": ..., "image": ...}; "# " begins a comment.'),
+]
 Seeds = Annotated[str | None, typer.Option(help="Every prompt with each of these: 0,1,10-12.")]
 Bench = Annotated[Path | None, typer.Option(help="JSON of wan-trt bench, for the report and its gates.")]
 Calls = Annotated[Path | None, typer.Option(help="Folder for one call of every engine, to be read by polygraphy run.")]
@@ -46,6 +49,7 @@ def run(
     boundary: given.Boundary = None,
     steps: given.Steps = None,
     seed: given.Seed = 0,
+    noise: given.Noise = None,
     shift: given.Shift = None,
     guidance_high_noise: given.ExpertGuidance = None,
     guidance_low_noise: given.ExpertGuidance = None,

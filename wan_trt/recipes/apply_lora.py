@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.gpu.external_weights import attention_scales_of, check_layout, externalised, write_weights
+from engines.gpu.external_weights import attention_scales_of, check_layout, externalise, write_weights
 from export.exporter import export_checkpoint
 from export.lora.merge import LoraChoice
 from export.options import ExportOptions
@@ -139,7 +139,7 @@ def _replaced(old: Bundle, merged: Bundle, folder: Path, progress: Progress) -> 
     components = {component.name: component for component in old.manifest.components}
     for name in experts:
         layout, stale = components[name].weights
-        _, weights = externalised(merged.path(merged.component(name).graph), scales)
+        _, weights = externalise(merged.path(merged.component(name).graph), scales)
         check_layout(old.path(layout), weights)
         written = write_weights(merged.folder, weights, folder / stale.path, progress)
         components[name] = replace(components[name], weights=(layout, written))

@@ -24,7 +24,7 @@ from engines.build import BuildOptions, build_engines
 from engines.targets import target_named
 from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
 from export.graphs.linear import FLOAT8_MAX
-from export.quantise.input_means import CENTRED, Means, input_width, write_input_means
+from export.quantise.input_means import CENTRED, InputMeans, input_width, write_input_means
 from export.quantise.input_scales import MARGIN, LinearScales, Scales, largest_magnitude, write_input_scales
 from runtime.built_for import completed
 from runtime.pipeline import Pipeline
@@ -117,7 +117,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
         scales = {expert: _scales(source, expert, part, options.margin) for expert, part in inputs.items()}
         write_input_scales(new, scales, spec)
         if new_means is not None:
-            means = {expert: Means(found[expert].means, scales[expert]) for expert in spec.experts}
+            means = {expert: InputMeans(found[expert].means, scales[expert]) for expert in spec.experts}
             write_input_means(new_means, means)
     forwards = {expert: found[expert].calls for expert in spec.experts}
     return Calibration(inputs, scales, forwards, len(requests), requests[0].steps)

@@ -1,4 +1,4 @@
-"""What the tests of the passes share: a model's real blocks with made-up weights, run before and after."""
+"""Shared by the tests of the passes: a model's real blocks with synthetic weights, run before and after a pass."""
 
 from dataclasses import replace
 

@@ -14,7 +14,7 @@ HEADS, HEAD = 2, 16
 
 
 def attention_graph(path, *, extra_reader=False):
-    """Attention of q over a shorter text, as the transformer's blocks write it."""
+    """Attention of q over a shorter text, in the form of the transformer's blocks."""
     g = GraphBuilder("attention")
     q, k, v = (g.input(name, FLOAT, [f"{name}_tokens" if name == "q" else "s", HEADS, HEAD]) for name in "qkv")
     g.output("y", attention(g, FLOAT, q, k, v), ["q_tokens", HEADS, HEAD])

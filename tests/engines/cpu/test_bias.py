@@ -1,10 +1,10 @@
-"""Biases are added behind the products, by the activation or another linear where it can be, to the same velocity."""
+"""Biases are added after the products, if possible by the activation or another linear; the velocity is the same."""
 
 import numpy as np
 
 from engines.cpu.attention import fuse_attention
 from engines.cpu.bias import forward_value_biases, separate_biases
-from engines.cpu.rotary import separate_rotated
+from engines.cpu.rotary import split_qkv
 from tests.engines.cpu.graphs import SPEC, inputs, kinds, run, transformer
 
 SPLIT = (SPEC.heads, SPEC.head_width)
@@ -26,7 +26,7 @@ def test_every_bias_leaves_its_product_and_gelu_takes_one_along():
 
 def fused():
     model = transformer()
-    separate_rotated(model, *SPLIT)
+    split_qkv(model, *SPLIT)
     fuse_attention(model, *SPLIT)
     return model
 

@@ -1,4 +1,4 @@
-"""What is done to every token by itself runs chunk by chunk, and the velocity is the same."""
+"""Per-token computations run chunk by chunk, and the velocity is the same."""
 
 from dataclasses import replace
 

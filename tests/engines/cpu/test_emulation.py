@@ -1,4 +1,4 @@
-"""A CPU computes a bfloat16 graph's numbers: float32 arithmetic, rounded where the graph keeps 16 bits."""
+"""A CPU reproduces a bfloat16 graph: float32 arithmetic, rounded where the graph stores 16 bits."""
 
 from math import erf
 

@@ -1,4 +1,4 @@
-"""A norm and the modulation behind it are one operator, and compute the same."""
+"""A norm and the modulation after it become one operator with the same result."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Rows of zeros behind a prompt are computed once, whatever their number, and weigh as many as they are."""
+"""Rows of zeros after a prompt are computed once for any number of rows and weighted by their number."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""All passes together, on the transformer of every model: one operator for each thing, and the same velocity."""
+"""All passes together, on the transformer of every model: fused operators and the same velocity."""
 
 from dataclasses import replace
 

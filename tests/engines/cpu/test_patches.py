@@ -1,4 +1,4 @@
-"""The patch embedding becomes a product of pixels, for every number of channels, and the velocity is the same."""
+"""The patch embedding becomes a matrix product for any number of channels, and the velocity is the same."""
 
 from dataclasses import replace
 

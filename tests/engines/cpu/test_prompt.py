@@ -1,4 +1,4 @@
-"""A transformer in two halves computes what it did as a whole, and the second half knows nothing of the text."""
+"""A transformer split in halves gives the same result, and the second half does not depend on the text."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def spec(request):
 
 @pytest.fixture(scope="module")
 def models(spec):
-    """The whole, and its halves."""
+    """The complete transformer, and its halves."""
     whole = fitted(spec)
     return whole, split_at_prompt(fitted(spec))
 

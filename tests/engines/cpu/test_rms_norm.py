@@ -1,4 +1,4 @@
-"""Norms of cross-attention become ONNX Runtime's own operator, and compute the same."""
+"""Norms of cross-attention become one ONNX Runtime operator with the same result."""
 
 import numpy as np
 

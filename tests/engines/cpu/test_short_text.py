@@ -1,4 +1,4 @@
-"""Short and long prompts take different ways through cross-attention to the same velocity."""
+"""Short and long prompts take different branches of cross-attention and give the same velocity."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from engines.cpu.short_text import project_short_text
 from tests.engines.cpu.graphs import SPEC, inputs, kinds, run, transformer
 
 SPLIT = (SPEC.heads, SPEC.head_width)
-LONGEST = SPEC.head_width * 3 // 4 - 1  # rows of a prompt that is short, without the one for its padding
+LONGEST = SPEC.head_width * 3 // 4 - 1  # rows of a short prompt, without the row for its padding
 
 
 @pytest.fixture(scope="module")

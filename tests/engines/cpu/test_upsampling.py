@@ -1,4 +1,4 @@
-"""A decoder's doubled pictures are convolved before they are doubled, and the frames stay what they were."""
+"""A decoder's pictures are convolved before they are doubled, and the frames are the same."""
 
 import numpy as np
 import onnx_ir as ir

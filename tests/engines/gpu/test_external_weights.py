@@ -12,7 +12,7 @@ from engines.gpu import external_weights
 from engines.gpu.external_weights import (
     attention_scales_of,
     check_alike,
-    externalised,
+    externalise,
     layout,
     write_weights,
 )
@@ -25,7 +25,7 @@ from export.checkpoint.schema import dit_tensors
 from export.graphs.builder import BFLOAT16, FLOAT
 from export.graphs.dit import dit_graph
 from export.graphs.linear import FLOAT8, Fp8
-from export.graphs.weights_file import declared, placements
+from export.graphs.weights_file import declare_weights, placements
 from export.graphs.weights_file import write_weights as write_bundle_weights
 from export.quantise.fp8_weights import Fp8Weights
 from tests.engines.conftest import FP8_OF, bound
@@ -39,20 +39,20 @@ SPEC = SPECS["t2v-a14b-tiny"].dit
 
 
 def exported(folder, fp8, seed=0):
-    """A transformer in float32 beside its matrices in FP8 where asked for."""
+    """A transformer in float32, with FP8 matrices if requested."""
     folder.mkdir(exist_ok=True)
     made = made_up(dit_tensors(SPEC), seed)
     g = dit_graph(SPEC, FLOAT, None, fp8)
     quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
     read = Fp8Weights(made.__getitem__, SPEC, quantised)
-    write_bundle_weights(folder / "w.safetensors", declared([g]), lambda key: [read(key)])
-    g.bind(placements("w.safetensors", declared([g])), folder)
+    write_bundle_weights(folder / "w.safetensors", declare_weights([g]), lambda key: [read(key)])
+    g.bind(placements("w.safetensors", declare_weights([g])), folder)
     g.save(folder / "dit.onnx")
     return folder / "dit.onnx"
 
 
 def fed(weights, file):
-    """The weights of a component's file as ONNX Runtime takes them."""
+    """The weights of a component's file as inputs for ONNX Runtime."""
     data, values = file.read_bytes(), {}
     for place, weight in zip(layout(weights)[0], weights, strict=True):
         dtype = ir.DataType[weight.dtype]
@@ -83,12 +83,12 @@ def velocity(path, weights=(), file=None):
         (None, 1e-6),
         (Fp8(), 0.01),
         (Fp8(True, True), 0.02),
-    ],  # another order of two multiplications moves some activations to the next FP8 number
+    ],  # swapping two multiplications rounds some activations to the next FP8 number
     ids=["fp32", "fp8", "fp8-attn"],
 )
 def test_the_velocity_is_that_of_the_graph_with_its_weights_inside(tmp_path, fp8, limit):
     path = exported(tmp_path / "b", fp8)
-    model, weights = externalised(path)
+    model, weights = externalise(path)
     ir.save(model, tmp_path / "external.onnx")
     write_weights(tmp_path / "b", weights, tmp_path / "dit.weights")
     found = velocity(tmp_path / "external.onnx", weights, tmp_path / "dit.weights")
@@ -96,7 +96,7 @@ def test_the_velocity_is_that_of_the_graph_with_its_weights_inside(tmp_path, fp8
 
 
 def test_matrices_are_given_in_by_out_and_qkv_as_one(tmp_path):
-    _, weights = externalised(exported(tmp_path / "b", None))
+    _, weights = externalise(exported(tmp_path / "b", None))
     shapes = {weight.name: weight.shape for weight in weights}
     assert shapes["blocks.0.self_attn.qkv.weight"] == (SPEC.width, 3 * SPEC.width)
     assert shapes["blocks.0.self_attn.qkv.bias"] == (3 * SPEC.width,)
@@ -106,7 +106,7 @@ def test_matrices_are_given_in_by_out_and_qkv_as_one(tmp_path):
 
 def test_a_matrix_in_the_file_is_the_stored_one_turned(tmp_path, monkeypatch):
     monkeypatch.setattr(external_weights, "ROWS_AT_ONCE", 100)  # the last of several blocks is not full
-    _, weights = externalised(exported(tmp_path / "b", None))
+    _, weights = externalise(exported(tmp_path / "b", None))
     write_weights(tmp_path / "b", weights, tmp_path / "dit.weights")
     places = {place.name: place for place in layout(weights)[0]}
     place, stored = places["blocks.0.ffn.0.weight"], made_up(dit_tensors(SPEC), 0)["blocks.0.ffn.0.weight"]
@@ -115,7 +115,7 @@ def test_a_matrix_in_the_file_is_the_stored_one_turned(tmp_path, monkeypatch):
 
 
 def test_both_experts_have_one_graph_and_files_of_one_layout(tmp_path):
-    (high, of_high), (low, of_low) = (externalised(exported(tmp_path / n, Fp8(), n == "low")) for n in ("high", "low"))
+    (high, of_high), (low, of_low) = (externalise(exported(tmp_path / n, Fp8(), n == "low")) for n in ("high", "low"))
     ir.save(high, tmp_path / "high.onnx")
     ir.save(low, tmp_path / "low.onnx")
     assert (tmp_path / "high.onnx").read_bytes() == (tmp_path / "low.onnx").read_bytes()
@@ -128,17 +128,17 @@ def test_both_experts_have_one_graph_and_files_of_one_layout(tmp_path):
 
 
 def test_experts_of_two_precisions_cannot_share_an_engine(tmp_path):
-    (_, high), (_, low) = (externalised(exported(tmp_path / n, fp8)) for n, fp8 in (("high", Fp8()), ("low", None)))
+    (_, high), (_, low) = (externalise(exported(tmp_path / n, fp8)) for n, fp8 in (("high", Fp8()), ("low", None)))
     with pytest.raises(UserError, match=r"of low_noise .* of high_noise"):
         check_alike({"high_noise": high, "low_noise": low})
 
 
 def test_static_scales_are_refused(tmp_path):
     g = dit_graph(SPEC, FLOAT, None, Fp8(static=frozenset({"blocks.0.ffn.0"})))
-    g.bind(placements("w.safetensors", declared([g])), tmp_path)
+    g.bind(placements("w.safetensors", declare_weights([g])), tmp_path)
     g.save(tmp_path / "dit.onnx")
     with pytest.raises(UserError, match=r"static FP8 scale blocks\.0\.ffn\.0\.input_scale"):
-        externalised(tmp_path / "dit.onnx")
+        externalise(tmp_path / "dit.onnx")
 
 
 def test_scales_of_fp8_attention_are_constants_large_enough_for_both_experts(tmp_path):
@@ -147,7 +147,7 @@ def test_scales_of_fp8_attention_are_constants_large_enough_for_both_experts(tmp
     assert len(scales) == 4 * SPEC.layers
     assert scales == {name: max(of_expert[name] for of_expert in own) for name in scales}
     assert own[0] != own[1]
-    (high, of_high), (low, of_low) = (externalised(path, scales) for path in paths)
+    (high, of_high), (low, of_low) = (externalise(path, scales) for path in paths)
     ir.save(high, tmp_path / "high.onnx")
     ir.save(low, tmp_path / "low.onnx")
     assert (tmp_path / "high.onnx").read_bytes() == (tmp_path / "low.onnx").read_bytes()
@@ -161,7 +161,7 @@ def test_the_compiler_makes_few_more_kernels_of_it_and_the_same_fp8(tmp_path, pr
     g = dit_graph(replace(SPEC, layers=3), BFLOAT16, None, FP8_OF[precision])
     bound(g, tmp_path)
     g.save(tmp_path / "embedded.onnx")
-    model, _ = externalised(tmp_path / "embedded.onnx")
+    model, _ = externalise(tmp_path / "embedded.onnx")
     ir.save(model, tmp_path / "external.onnx")
     profiles = profiles_for(SPECS["t2v-a14b-tiny"], "256x160", "5..17")
     options = EngineOptions(TARGETS["rtx4090"], profiles, g.edges()[0])

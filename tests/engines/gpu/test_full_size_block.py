@@ -1,4 +1,4 @@
-"""One block of the 14B models in its real size, with weights, from a checkpoint to an engine for a GPU not here."""
+"""One block of the 14B models in its real size, with weights, from a checkpoint to an engine for an absent GPU."""
 
 from dataclasses import replace
 

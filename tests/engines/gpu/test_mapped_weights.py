@@ -1,4 +1,4 @@
-"""Weights reach a builder through pointers, and what it has read of them does not stay in memory."""
+"""A builder receives weights through pointers, and the pages it has read do not stay in memory."""
 
 import ctypes
 import re
@@ -13,7 +13,7 @@ from export.graphs.builder import BFLOAT16, FLOAT, GraphBuilder, Placed
 
 
 class Reader:
-    """The two calls of an ONNX parser, which reads what it is told of at once."""
+    """The two methods of an ONNX parser; it reads each tensor immediately."""
 
     def __init__(self):
         self.read = {}
@@ -29,7 +29,7 @@ def resident_file_bytes():
 
 @pytest.fixture
 def graph(tmp_path):
-    """32 MiB of weights in two files, one of them at an offset that is no page's."""
+    """32 MiB of weights in two files, one at an offset that is not page-aligned."""
     g, values = GraphBuilder("g"), np.arange(2**23, dtype=np.uint32)
     x = g.input("x", FLOAT, [2**21])
     for key, dtype in (("a", FLOAT), ("b", BFLOAT16), ("c", FLOAT)):
@@ -47,7 +47,7 @@ def graph(tmp_path):
 
 def test_a_parser_reads_every_stored_tensor_where_it_lies(graph):
     reader = Reader()
-    assert MappedWeights(graph).give_to(reader)
+    assert MappedWeights(graph).load_into(reader)
     stored = {name: value.const_value for name, value in ir.load(graph).graph.initializers.items()}
     expected = {name: tensor.tobytes() for name, tensor in stored.items() if isinstance(tensor, ir.ExternalTensor)}
     assert reader.read == expected
@@ -56,9 +56,9 @@ def test_a_parser_reads_every_stored_tensor_where_it_lies(graph):
 
 def test_what_was_read_is_let_go_of_and_can_be_read_again(graph):
     weights, reader, again = MappedWeights(graph), Reader(), Reader()
-    weights.give_to(reader)
+    weights.load_into(reader)
     read = resident_file_bytes()
-    weights.let_go()
+    weights.drop_pages()
     assert resident_file_bytes() < read - 2**24
-    weights.give_to(again)
+    weights.load_into(again)
     assert again.read == reader.read

@@ -1,4 +1,4 @@
-"""The builder compiles ONNX files for GPUs that are not there, keeps its log, and says plainly what went wrong."""
+"""The builder compiles ONNX files for absent GPUs, keeps its log, and reports failures clearly."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ RTX4090 = TARGETS["rtx4090"]
 
 
 def mlp(folder, op="Gelu"):
-    """``y [frames, 64] = op(x) · w`` with weights outside."""
+    """A graph of ``y [frames, 64] = op(x) · w`` with external weights."""
     g = GraphBuilder("mlp")
     x = g.input("x", FLOAT, ["frames", 64])
     with g.scope("blocks.0"):
@@ -73,7 +73,7 @@ def test_an_operator_that_is_not_known_is_named_with_its_node(tmp_path):
 def test_a_build_that_fails_repeats_the_builders_last_error(tmp_path):
     graph, inputs = mlp(tmp_path)
     no_bf16 = replace(RTX4090, name="rtx2080", compute_capability="7.5")
-    with pytest.raises(UserError, match=r"no engine of mlp.onnx: .*sm75.*see|no engine of mlp.onnx: .*b16"):
+    with pytest.raises(UserError, match=r"cannot build mlp.onnx: .*sm75.*see|cannot build mlp.onnx: .*b16"):
         build_engine(graph, tmp_path / "mlp.engine", options_for(inputs, no_bf16))
     assert log_beside(tmp_path / "mlp.engine").exists()
     assert not list(tmp_path.glob("*.partial"))
@@ -95,7 +95,7 @@ def test_ctrl_c_stops_the_build_and_leaves_no_engine_and_no_builder_at_work(tmp_
         if len(pressed) < presses:
             pressed.append(True)
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.3)  # until the waiting thread has heard it
+            time.sleep(0.3)  # until the waiting thread receives it
 
     with pytest.raises(KeyboardInterrupt):
         build_engine(graph, tmp_path / "mlp.engine", options_for(inputs), progress)
@@ -114,7 +114,7 @@ def test_the_monitor_asks_the_builder_to_stop_once_cancelled():
 @pytest.mark.parametrize(("backend", "package"), [("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt-rtx")])
 def test_a_missing_module_names_the_package_to_install(monkeypatch, backend, package):
     monkeypatch.setitem(tensorrt_backend.MODULES, backend, "no_such_module_anywhere")
-    with pytest.raises(UserError, match=f"no module no_such_module_anywhere.*pip install {package}$"):
+    with pytest.raises(UserError, match=f"cannot import no_such_module_anywhere.*pip install {package}$"):
         load_module(backend)
 
 

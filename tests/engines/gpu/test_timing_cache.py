@@ -1,4 +1,4 @@
-"""Kernel timings outlive a build, and where they cannot be kept is told before it."""
+"""Kernel timings outlive a build, and an unusable cache path is refused before the build."""
 
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ def test_kernel_timings_are_kept_over_builds_and_of_a_failed_one_nothing(tmp_pat
             pass
         assert timings.read_bytes() == kept
     with pytest.raises(UserError), timing_cache(TimingConfig(), timings):
-        raise UserError("a build", "to succeed", "mend it")
+        raise UserError("a build", "to succeed", "fix it")
     assert [path.name for path in timings.parent.iterdir()] == ["timings"]
     assert timings.read_bytes() == b"++"
 

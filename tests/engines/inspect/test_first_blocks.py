@@ -25,7 +25,7 @@ def test_the_first_blocks_of_a_model_are_a_model_of_that_many(run_graph, tmp_pat
     cut.mkdir()
     path = first_blocks(tmp_path / "graph.onnx", cut, 2)
     assert (cut / "weights.bin").is_symlink()
-    (cut / "weights.bin").unlink()  # ONNX Runtime reads no weights through links
+    (cut / "weights.bin").unlink()  # ONNX Runtime does not read weights through links
     shutil.copyfile(tmp_path / "weights.bin", cut / "weights.bin")
     found = ort.InferenceSession(path).run(None, inputs)[0]
     two = replace(FIVE, layers=2)

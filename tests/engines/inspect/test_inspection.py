@@ -1,4 +1,4 @@
-"""Bundles and engines are inspected: what was fused, per component."""
+"""Inspection of bundles and engines reports the fused kernels per component."""
 
 import pytest
 
@@ -52,7 +52,7 @@ def test_an_engine_whose_log_is_gone_is_asked_itself_and_that_takes_its_gpu(engi
     kept = lost.read_bytes()
     lost.unlink()
     try:
-        with pytest.raises(UserError, match=r"no builder log beside .*low_noise.plan .* GPU of the engine"):
+        with pytest.raises(UserError, match=r"low_noise.plan has no builder log .* the engine's GPU"):
             inspect_engines(engines)
     finally:
         lost.write_bytes(kept)

@@ -1,4 +1,4 @@
-"""The kernels that graphs compile to: counted, attributed to blocks, weighed, and their faults found."""
+"""Compiled kernels are counted, assigned to blocks and weighted, and their faults are found."""
 
 import json
 
@@ -11,7 +11,7 @@ from engines.targets import TARGETS
 from wan22.errors import UserError
 from wan22.specs import Precision
 
-# the most kernels that a block may have: the 5B, whose frames have rows of time of their own, in TensorRT-RTX 1.7.1
+# the most kernels that a block may have: the 5B, with one time row per frame, in TensorRT-RTX 1.7.1
 KERNELS = {Precision.BF16: 18, Precision.FP8: 21, Precision.FP8_ATTN: 23}
 SCRATCH_BYTES = 6.5e9
 PRECISIONS = list(KERNELS)
@@ -78,10 +78,13 @@ def test_the_report_is_told_in_text_json_and_html(compiled):
     page = as_html([report], "Fusion <of> tiny")
     assert "Fusion &lt;of&gt; tiny" in page
     assert page.count('class="bar') == len(report.typical_block)
+    roles = {kernel.role for kernel in report.typical_block}
+    assert all(f'<i class="{role}"></i>{role}' in page for role in roles)
+    assert "prefers-color-scheme: dark" in page
     assert by_dtype({"bf16": 1, "fp8": 7}) == "7 fp8, 1 bf16"
 
 
-# -- faults, in logs that the compiler does not write of our graphs
+# -- faults, in logs that the compiler does not write for our graphs
 
 EDGES = "I/O Tensors:\n Name: rope_cos, IOMode: Input, DataType: Float, MaxShape: [5,10,16,64], Format"
 
@@ -120,10 +123,7 @@ def test_softmax_outside_an_attention_kernel_is_an_error():
 def test_fp8_that_was_lost_is_an_error(name, kind):
     nodes = ["blocks.0/ffn/0/MatMul", "blocks.0/ffn/0/DequantizeLinear_1"]
     ends = {"inputs": [(n, "8,8", "BFloat16") for n in "abc"], "outputs": [("y", "8,8", "BFloat16")]}
-    assert (
-        "was meant to multiply FP8 and multiplies bf16"
-        in report_of(kernel(name, kind, nodes=nodes, **ends)).problems[0]
-    )
+    assert "multiplies bf16 instead of FP8" in report_of(kernel(name, kind, nodes=nodes, **ends)).problems[0]
 
 
 def test_large_copies_are_listed_and_small_ones_are_not():

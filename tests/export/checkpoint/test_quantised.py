@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from export.checkpoint.quantised import plain
-from export.files.decoded import PIECE_BYTES, untiled
+from export.checkpoint.quantised import apply_scales
+from export.files.decoded import PIECE_BYTES, untile
 from export.files.gguf_reader import read_gguf
 from export.files.safetensors_file import read_metadata, read_safetensors
 from export.files.weights_files import read_weights
@@ -39,7 +39,7 @@ def read(tmp_path, tensors, metadata=None):
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors", metadata)
     path = tmp_path / "x.safetensors"
-    return plain("high_noise", read_safetensors(path), read_metadata(path))
+    return apply_scales("high_noise", read_safetensors(path), read_metadata(path))
 
 
 def check(tmp_path, tensors, expected, metadata=None):
@@ -130,7 +130,7 @@ def tiled(scales):
 
 def test_tiles_are_taken_apart():
     scales = torch.randint(0, 256, (200, 9), dtype=torch.uint8)
-    np.testing.assert_array_equal(untiled(tiled(scales).numpy(), 200, 9), scales.numpy())
+    np.testing.assert_array_equal(untile(tiled(scales).numpy(), 200, 9), scales.numpy())
 
 
 @pytest.mark.parametrize("publisher", ["ComfyUI", "ModelOpt", "LightX2V", "LightX2V alpha"])
@@ -308,7 +308,7 @@ def test_a_gguf_shape_can_be_overridden(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c[:-1], "ends within"),
+        (lambda c: c[:-1], "end within"),
         (lambda c: c[:40], r"x\.gguf: "),
         (lambda c: b"GGUF" + (9).to_bytes(4, "little") + c[8:], "version 9"),
         (lambda c: c[:8] + (2**60).to_bytes(8, "little") + c[16:], "version 3 with"),
@@ -326,5 +326,5 @@ def test_a_damaged_gguf_is_refused(tmp_path, change, words):
 
 def test_a_gguf_type_without_a_formula_is_named(tmp_path):
     path = written(tmp_path / "x.gguf", {"w": (np.zeros((2, 292), np.uint8), KIND.Q8_K)})
-    with pytest.raises(UserError, match="of GGUF type Q8_K"):
+    with pytest.raises(UserError, match="has GGUF type Q8_K"):
         read_gguf(path)

@@ -13,7 +13,7 @@ from export.checkpoint.checkpoint import open_checkpoint
 from export.checkpoint.describe import describe
 from export.checkpoint.keys import diffusers_names, llama_names
 from export.checkpoint.place import Place
-from export.lora.inspection import as_lines, inspected
+from export.lora.inspection import as_lines, inspect_weights
 from export.synth.checkpoint import synthesise
 from runtime.tokenizer import Tokenizer
 from wan22.errors import UserError
@@ -379,7 +379,7 @@ def test_stand_ins_for_files_are_named(copied):
 
 def test_inspection_of_files_folders_and_loras(made, tmp_path):
     folder = comfy(made(MODELS[0]), tmp_path / "comfy", "t2v")
-    found = inspected(folder)
+    found = inspect_weights(folder)
     assert [entry["path"].rpartition("/")[2] for entry in found] == [
         "wan2.2_t2v_high_noise_fp16.safetensors",
         "wan2.2_t2v_low_noise_fp16.safetensors",
@@ -390,14 +390,14 @@ def test_inspection_of_files_folders_and_loras(made, tmp_path):
     assert found[1]["export"].startswith("reads it with --low-noise ")
     assert (found[2]["is"], found[2]["tokenizer"]) == ("umt5 text encoder of width 128", "inside")
     assert found[3]["is"] == "Wan2.1 VAE"
-    (official,) = inspected(made(MODELS[0]))
+    (official,) = inspect_weights(made(MODELS[0]))
     assert official["is"] == "t2v-a14b-tiny in the official layout"
     pair = {"blocks.0.ffn.0.lora_A.weight": torch.ones(4, 256), "blocks.0.ffn.0.lora_B.weight": torch.ones(512, 4)}
-    (lora,) = inspected(save(tmp_path / "style_HIGH.safetensors", pair))
+    (lora,) = inspect_weights(save(tmp_path / "style_HIGH.safetensors", pair))
     assert (lora["is"], lora["ranks"], lora["expert"]) == ("LoRA (1 LoRA)", {"4": 1}, "high")
     assert "  expert     high" in [*as_lines(lora)]
     (tmp_path / "broken.safetensors").write_bytes(b"\0" * 20)
-    (broken,) = inspected(tmp_path / "broken.safetensors")
+    (broken,) = inspect_weights(tmp_path / "broken.safetensors")
     assert broken["export"] == "refuses it"
     with pytest.raises(UserError, match="does not exist"):
-        inspected(tmp_path / "none")
+        inspect_weights(tmp_path / "none")

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from export.checkpoint.part_files import read_part
-from export.lora.inspection import inspected
+from export.lora.inspection import inspect_weights
 from export.lora.merge import LoraChoice, open_lora
 from wan22.errors import UserError
 from wan22.specs import spec_named
@@ -71,7 +71,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, number):
     for _ in range(ROUNDS // 5):
         path.write_bytes(damaged(content, chance))
         for call in (
-            lambda: inspected(path),
+            lambda: inspect_weights(path),
             lambda: read_part(path, "high_noise"),
             lambda: open_lora(LoraChoice(path), SPEC),
         ):

@@ -1,4 +1,4 @@
-"""What is put into a file stands there, hashed, whatever the sizes, where it went on, and what file system it is on."""
+"""A hashed file contains what was put into it, for all sizes, resume positions and file systems."""
 
 import errno
 import fcntl
@@ -94,7 +94,7 @@ def test_a_file_system_that_refuses_only_to_write_gets_the_same(tmp_path, monkey
             if len(written) == direct:
                 raise OSError(errno.EINVAL, "Invalid argument")
             written.append(place)
-            data = data[: len(data) - 100]  # as on a disk that is nearly full
+            data = data[: len(data) - 100]  # like on a nearly full disk
         return original(file, data, place)
 
     monkeypatch.setattr(hashed_file.os, "pwrite", write)

@@ -1,4 +1,4 @@
-"""An export that was killed goes on where its journal says, and two of them never write the same folder."""
+"""A killed export resumes where its journal ends, and two exports never write the same folder."""
 
 import multiprocessing
 import random
@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from export.exporter import export_checkpoint
-from export.files.resumable import partial_folder, resumable
+from export.files.resumable import partial_folder, resumable_folder
 from export.graphs import weights_file
 from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
@@ -81,23 +81,26 @@ def test_another_precision_starts_afresh(tmp_path, tiny_checkpoint, tiny_bundle,
 
 
 def test_the_second_of_two_exports_into_one_folder_is_refused(tmp_path, tiny_checkpoint):
-    with resumable(tmp_path / "b", "the first"):
+    with resumable_folder(tmp_path / "b", "the first"):
         with pytest.raises(UserError, match="another process writes"):
             export_checkpoint(tiny_checkpoint, tmp_path / "b", BF16)
         assert partial_folder(tmp_path / "b").exists()
 
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path):
-    with pytest.raises(UserError, match="run again to go on"), resumable(tmp_path / "b", "x") as (folder, journal):
+    with (
+        pytest.raises(UserError, match="run again to go on"),
+        resumable_folder(tmp_path / "b", "x") as (folder, journal),
+    ):
         (folder / "w").write_bytes(b"weights")
         journal.record(File("w", sha256_of(folder / "w"), 7))
         raise OSError(28, "No space left on device")
-    with resumable(tmp_path / "b", "x") as (folder, journal):
-        assert journal.verified(folder / "w")[0] == 7
+    with resumable_folder(tmp_path / "b", "x") as (folder, journal):
+        assert journal.verify(folder / "w")[0] == 7
 
 
 def test_an_error_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="bug"), resumable(tmp_path / "b", "x") as (folder, _):
+    with pytest.raises(ValueError, match="bug"), resumable_folder(tmp_path / "b", "x") as (folder, _):
         (folder / "w").write_bytes(b"weights")
         raise ValueError("bug")
     assert list(tmp_path.iterdir()) == []
@@ -105,7 +108,7 @@ def test_an_error_leaves_nothing(tmp_path):
 
 def test_a_read_only_place_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write"), resumable(tmp_path / "file" / "b", "x"):
+    with pytest.raises(UserError, match="cannot write"), resumable_folder(tmp_path / "file" / "b", "x"):
         pass
 
 
@@ -126,7 +129,7 @@ def test_ten_kills_at_random_moments_change_no_byte(tmp_path):
         process = context.Process(target=exported, args=(tmp_path / "c", tmp_path / "b"))
         process.start()
         process.join(moments.uniform(0, seconds))
-        process.kill()  # nothing to one that has ended meanwhile
+        process.kill()  # no effect on a process that has ended
         process.join()
         kills += process.exitcode == -signal.SIGKILL
         if (tmp_path / "b").exists():

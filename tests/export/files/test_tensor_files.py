@@ -89,13 +89,13 @@ def damaged(path, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c[:-1], "bytes its header promises"),
-        (lambda c: c + b"\0", "bytes its header promises"),
+        (lambda c: c[:-1], "bytes that its header declares"),
+        (lambda c: c + b"\0", "bytes that its header declares"),
         (lambda c: c[:5], "no safetensors header"),
         (lambda c: c[:40], "bytes of its header"),
         (lambda c: b"\xff" * 8 + c[8:], "no safetensors header"),
-        (lambda c: c.replace(b"{", b"[", 1), "header is no safetensors header"),
-        (lambda c: (100_000).to_bytes(8, "little") + b"[" * 100_000, "header is no safetensors header"),
+        (lambda c: c.replace(b"{", b"[", 1), "invalid header"),
+        (lambda c: (100_000).to_bytes(8, "little") + b"[" * 100_000, "invalid header"),
         (lambda c: c.replace(b"BF16", b"BF17"), "a.bias has type BF17"),
         (lambda c: c.replace(b"[48,58]", b"[38,48]"), "overlap"),
         (lambda c: c.replace(b"[3,4]", b"[3,5]"), r"b.weight F32\[3, 5\] in bytes 0 to 48"),
@@ -124,8 +124,8 @@ class RunsCode:
         ({"w": RunsCode()}, "tensors only, no code"),
         ([torch.ones(2)], "holds a list"),
         ({}, "a state dict"),
-        ({"w": 3}, "'w' is no plain tensor"),
-        ({"w": torch.ones(3, 2).T}, "'w' is no plain tensor"),
+        ({"w": 3}, "'w' is not a plain tensor"),
+        ({"w": torch.ones(3, 2).T}, "'w' is not a plain tensor"),
     ],
 )
 def test_a_torch_file_of_anything_but_tensors_is_refused(tmp_path, content, words):
@@ -136,7 +136,7 @@ def test_a_torch_file_of_anything_but_tensors_is_refused(tmp_path, content, word
 
 
 def rezipped(path, change, kind=zipfile.ZIP_STORED):
-    """The zip at ``path`` with ``change(name, content)`` in place of every record."""
+    """Replace every record of the zip at ``path`` by ``change(name, content)``."""
     with zipfile.ZipFile(path) as archive:
         entries = [(each.filename, archive.read(each)) for each in archive.infolist()]
     with zipfile.ZipFile(path, "w", kind) as archive:
@@ -157,7 +157,7 @@ def pickled(content):
         (lambda name, old: old[:-1] if name.endswith("data/0") else old, "ends within b.weight"),
         (pickled(b"\x80\x02r\xff\xff\xff\x7f."), "a memo of 2147483647 entries"),
         (pickled(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R."), "builtins.bytearray"),
-        (pickled(b"\x80\x02ctorch.sparse\nx\n."), "a torch type without a layout here"),
+        (pickled(b"\x80\x02ctorch.sparse\nx\n."), "an unsupported torch type"),
         (pickled(b"\x80\x02ctorchao.x\nY\n."), "a torchao tensor"),
         (pickled(b"\x80\x02\x8d\xff\xff\xff\xff\x00\x00\x00\x00."), "x.pth"),
         (pickled(b""), "x.pth"),

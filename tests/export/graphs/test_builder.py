@@ -9,7 +9,7 @@ from export.graphs.builder import BFLOAT16, FLOAT, INT64, GraphBuilder, Placed
 
 
 def line(weight_dtype=FLOAT):
-    """y = x·w + 1 with w [2, 2] stored outside."""
+    """A graph of y = x·w + 1 with external w [2, 2]."""
     g = GraphBuilder("line")
     x = g.input("x", FLOAT, ["rows", 2])
     with g.scope("layer"):

@@ -12,7 +12,7 @@ from export.checkpoint.keys import diffusers_names, dit_config
 from export.checkpoint.schema import dit_tensors
 from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16, Placed
 from export.graphs.dit import LatentDims, dit_graph
-from export.graphs.weights_file import declared
+from export.graphs.weights_file import declare_weights
 from runtime.forward_inputs import rope_tables, time_features
 from tests.export.conftest import made_up
 from wan22.specs import PATCH, SPECS, T2V_A14B, TEXT_TOKENS
@@ -41,7 +41,7 @@ def inputs_for(spec, frames, height, width, timesteps, seed=1):
 
 
 def reference(model, weights, inputs, timesteps):
-    """The velocity by diffusers, the model built from official weights through the key map."""
+    """The velocity of diffusers' model, built from official weights through the key map."""
     config = {k: v for k, v in dit_config(model).items() if not k.startswith("_")}
     module = WanTransformer3DModel(**config).eval()
     names = diffusers_names("dit", model)
@@ -110,7 +110,7 @@ def test_operators_are_those_that_compile_well(name, compute):
 @pytest.mark.parametrize("compute", [FLOAT, FLOAT16, BFLOAT16])
 def test_onnx_accepts_the_graph(tmp_path, compute):
     g = dit_graph(SPECS["ti2v-5b-tiny"].dit, compute)
-    g.bind({key: Placed("weights.bin", 0, value.size_bytes) for key, value in declared([g]).items()}, tmp_path)
+    g.bind({key: Placed("weights.bin", 0, value.size_bytes) for key, value in declare_weights([g]).items()}, tmp_path)
     (tmp_path / "weights.bin").write_bytes(bytes(2**22))
     g.save(tmp_path / "dit.onnx")
     onnx.checker.check_model(tmp_path / "dit.onnx", full_check=True)

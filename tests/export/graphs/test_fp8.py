@@ -1,8 +1,9 @@
-"""FP8 graphs compute the float32 graph's velocity within what eight bits allow; their stored tensors are what they say.
+"""FP8 graphs compute the float32 graph's velocity within the error of eight bits; their stored tensors are correct.
 
-ONNX Runtime computes FP8 graphs whose other type is float32: quantisation is emulated exactly, sums are float32. Three
-bits of mantissa are 2.6 % of error in every factor, 3.7 % in every product of two; random weights average none of it
-away, and two layers have little residual stream to dilute it, so the limits here are that and not a model's quality.
+ONNX Runtime computes FP8 graphs whose other type is float32: it emulates quantisation exactly and sums in float32.
+Three mantissa bits cause 2.6 % of error in every factor and 3.7 % in every product of two. Random weights do not
+average this out, and two layers have little residual stream to dilute it: these limits do not describe a model's
+quality.
 """
 
 import ml_dtypes

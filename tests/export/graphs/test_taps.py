@@ -1,4 +1,4 @@
-"""A tapped graph tells the largest magnitude of what enters every linear, and computes what it computed before."""
+"""A tapped graph reports the largest magnitude of every linear's input, and its result does not change."""
 
 import numpy as np
 import pytest

@@ -11,7 +11,7 @@ from export.checkpoint.schema import text_encoder_tensors
 from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16, Placed
 from export.graphs.linear import FLOAT8
 from export.graphs.text_encoder import relative_buckets, text_encoder_graph
-from export.graphs.weights_file import declared
+from export.graphs.weights_file import declare_weights
 from export.quantise.fp8_weights import Fp8Weights
 from tests.export.conftest import made_up
 from wan22.specs import SPECS
@@ -25,7 +25,7 @@ def token_ids(count, seed=0):
 
 
 def reference(weights, ids):
-    """The embeddings by transformers, from the ids padded to 512 under a mask as the pipelines do it."""
+    """The embeddings of transformers' model, from ids padded to 512 with a mask like in the pipelines."""
     module = UMT5EncoderModel(UMT5Config(**text_encoder_config(MODEL))).eval()
     names = diffusers_names("text_encoder", MODEL)
     module.load_state_dict({names[k]: torch.from_numpy(v) for k, v in weights.items()}, strict=False)
@@ -63,7 +63,7 @@ def test_fp8_is_for_the_feed_forward_alone_and_stays_near(run_graph):
     read = Fp8Weights(weights.__getitem__, MODEL.dit, in_fp8)
     found = run_graph(g, {key: np.asarray(read(key)) for key in g.weights})(input_ids=ids)[0]
     exact = run_graph(text_encoder_graph(SPEC), weights)(input_ids=ids)[0]
-    # Random operands in E4M3 put a product 3.7 % off: three in a row sqrt(3) of that a layer, and there are two.
+    # A product of random E4M3 operands is 3.7 % off; three in a row give sqrt(3) times that per layer, in two layers.
     assert 0.01 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.037 * 6**0.5
 
 
@@ -78,7 +78,7 @@ def test_buckets_grow_where_the_reference_grows_them():
 @pytest.mark.parametrize("compute", [FLOAT, FLOAT16, BFLOAT16])
 def test_onnx_accepts_the_graph(tmp_path, compute):
     g = text_encoder_graph(SPEC, compute)
-    g.bind({key: Placed("weights.bin", 0, value.size_bytes) for key, value in declared([g]).items()}, tmp_path)
+    g.bind({key: Placed("weights.bin", 0, value.size_bytes) for key, value in declare_weights([g]).items()}, tmp_path)
     (tmp_path / "weights.bin").write_bytes(bytes(2**22))
     g.save(tmp_path / "text_encoder.onnx")
     onnx.checker.check_model(tmp_path / "text_encoder.onnx", full_check=True)

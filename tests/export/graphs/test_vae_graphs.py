@@ -1,4 +1,4 @@
-"""What holds for every VAE graph: both halves, both generations, first and later chunks."""
+"""Properties of every VAE graph: both halves, both generations, first and later chunks."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def graph(model, half, first, *arguments):
 
 
 def checked(g, model, folder):
-    """The saved graph, past ONNX's full check, with every value's type inferred."""
+    """The saved graph after ONNX's full check, with inferred types for every value."""
     path = write(g, made_up(vae_tensors(SPECS[model].vae)), folder)
     onnx.checker.check_model(path, full_check=True)
     return onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True).graph
@@ -82,7 +82,7 @@ def test_edges_are_named_and_sized_as_the_contract_says(model, half, first):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("half", HALVES)
 def test_a_new_cache_is_made_of_the_only_value_that_is_made_of_the_old_one(model, half):
-    """So it can be written where the old one lies."""
+    """Only then can an engine overwrite the old cache."""
     made = graph(model, half, False).graph
     readers = {value.name: [use.node for use in value.uses()] for value in made.inputs if value.name != "latents"}
     for value in made.outputs[1:]:
@@ -94,7 +94,7 @@ def test_a_new_cache_is_made_of_the_only_value_that_is_made_of_the_old_one(model
 @pytest.mark.parametrize("spec", [T2V_A14B.vae, TI2V_5B.vae], ids=["2.1", "2.2"])
 @pytest.mark.parametrize("half", HALVES)
 def test_both_graphs_declare_the_checkpoint_s_tensors(spec, half):
-    """At full size: the later chunks need all of their half, the first all but the time convolutions."""
+    """At full size: later chunks need all parameters of their half, the first all but the time convolutions."""
     first, later = (HALVES[half](spec, first).weights for first in (True, False))
     outer = {"decoder": "conv2.", "encoder": "conv1."}[half]
     expected = {k: v for k, v in vae_tensors(spec).items() if k.startswith((f"{half}.", outer))}

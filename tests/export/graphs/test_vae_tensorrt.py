@@ -30,7 +30,7 @@ class Log(trt.ILogger):
 
 
 def compiled(path, profile):
-    """Name and type of every kernel of the engine for SM 8.9, with the shapes of ``profile`` (min, opt, max)."""
+    """The name and type of every kernel of the engine for SM 8.9, with the shapes of ``profile`` (min, opt, max)."""
     log = Log()
     builder = trt.Builder(log)
     network = builder.create_network(0)
@@ -50,7 +50,7 @@ def compiled(path, profile):
 
 
 def sized(tensor, side):
-    """Dimensions of an edge whose latent grid has ``side`` rows and columns; "8*height" is eight times that."""
+    """The dimensions of an edge if the latent grid has ``side`` rows and columns; "8*height" is eight times that."""
     factors = (1 if isinstance(d, int) or "*" not in d else int(d.split("*")[0]) for d in tensor.dims)
     return [d if isinstance(d, int) else factor * side for d, factor in zip(tensor.dims, factors, strict=True)]
 
@@ -60,7 +60,7 @@ def sized(tensor, side):
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("model", MODELS)
 def test_three_kernels_per_convolution(model, half, first, compute, tmp_path):
-    """Sum of squares; norm, SiLU, joining and cache; convolution with the residual. No operator is left alone."""
+    """Sum of squares; norm, SiLU, concatenation and cache; convolution with the residual. All operators are fused."""
     spec = SPECS[model].vae
     g = HALVES[half](spec, first, compute)
     profile = {tensor.name: [sized(tensor, side) for side in (8, 16, 32)] for tensor in g.edges()[0]}

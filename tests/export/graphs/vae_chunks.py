@@ -21,7 +21,7 @@ HALVES = {"decoder": vae_decoder, "encoder": vae_encoder}
 
 
 def write(g, weights, folder):
-    """Saves ``g`` with its weights as ``folder/name.onnx``."""
+    """Save ``g`` with its weights as ``folder/name.onnx``."""
     placed, data = {}, bytearray()
     for key, value in g.weights.items():
         stored = weights[key].astype(value.dtype.numpy())
@@ -47,7 +47,7 @@ class Half:
         return cls(*(ort.InferenceSession(write(g, weights, folder)) for g in graphs))
 
     def __call__(self, video, chunk):
-        """``video`` split into its first frame and chunks of ``chunk``; what comes out, joined."""
+        """Process ``video`` as its first frame and chunks of ``chunk`` frames; concatenate the results."""
         name = self.first.get_inputs()[0].name
         self.outputs = _named(self.first, {name: video[:, :, :1]})
         results = [next(iter(self.outputs.values()))]
@@ -75,7 +75,7 @@ def reference(model):
 
 
 def statistics(model):
-    """Mean and 1/std of the latents, as diffusers' pipelines apply them."""
+    """Mean and 1/std of the latents as applied by diffusers' pipelines."""
     vae = SPECS[model].vae
     return (
         torch.tensor(vae.latents_mean).view(1, -1, 1, 1, 1),
@@ -85,13 +85,13 @@ def statistics(model):
 
 @torch.no_grad()
 def decoded(model, latents):
-    """Frames of the whole video in one call."""
+    """The frames of the whole video from one call."""
     mean, inverse_std = statistics(model)
     return reference(model).decode(torch.from_numpy(latents) / inverse_std + mean).sample.numpy()
 
 
 @torch.no_grad()
 def encoded(model, frames):
-    """Normalised latents of the whole video in one call."""
+    """The normalised latents of the whole video from one call."""
     mean, inverse_std = statistics(model)
     return ((reference(model).encode(torch.from_numpy(frames)).latent_dist.mode() - mean) * inverse_std).numpy()

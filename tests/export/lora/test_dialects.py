@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from export.checkpoint.checkpoint import open_checkpoint
-from export.checkpoint.expert_names import said
+from export.checkpoint.describe import named_expert
 from export.checkpoint.keys import diffusers_names
 from export.lora.merge import LoraChoice, merged, open_lora
 from export.synth.checkpoint import synthesise
@@ -378,7 +378,7 @@ def test_a_file_for_one_expert_of_two_names_it(tmp_path):
     ],
 )
 def test_the_names_that_people_publish(name, expert):
-    assert said(name) == expert
+    assert named_expert(name) == expert
 
 
 def test_a_name_or_the_metadata_choose_the_expert_and_say_so(tmp_path):

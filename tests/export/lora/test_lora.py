@@ -358,7 +358,7 @@ def test_a_missing_or_corrupt_file(tmp_path):
     refused(tmp_path / "absent.safetensors", "absent.safetensors: No such file")
     path = saved(tmp_path / "x.safetensors", native, pairs())
     path.write_bytes(path.read_bytes()[:-7])
-    refused(path, "bytes its header promises")
+    refused(path, "bytes that its header declares")
     path.write_bytes(b"<html>404</html>")
     refused(path, "no safetensors header")
 

@@ -1,4 +1,4 @@
-"""A centred input rounds better, and what was subtracted comes back through the bias."""
+"""A centred input is rounded more precisely, and the bias restores the mean."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from export.graphs.dit import dit_graph
 from export.graphs.linear import FLOAT8, Fp8
 from export.options import ExportOptions
 from export.quantise.fp8_weights import Fp8Weights
-from export.quantise.input_means import CENTRED, Means, input_width, read_input_means, write_input_means
+from export.quantise.input_means import CENTRED, InputMeans, input_width, read_input_means, write_input_means
 from export.quantise.input_scales import LinearScales, largest_magnitude
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
@@ -21,7 +21,7 @@ from wan22.specs import SPECS, Precision
 TINY = SPECS["t2v-a14b-tiny"]
 SPEC = TINY.dit
 LINEARS = [f"blocks.{layer}.{kind}" for layer in range(SPEC.layers) for kind in CENTRED]
-ENTERING = {"cross_attn.q": "cross_attn/LayerNormalization", "ffn.2": "ffn/Gelu"}  # what gives the input
+ENTERING = {"cross_attn.q": "cross_attn/LayerNormalization", "ffn.2": "ffn/Gelu"}  # the producer of the input
 
 
 def means(size=1.0):
@@ -37,7 +37,7 @@ def run(run_graph, weights, fp8, input_means=None):
 
 
 def test_any_means_leave_what_is_computed_the_same(run_graph):
-    """Small ones hardly change what FP8 rounds to, so nothing but a wrong bias could make the difference."""
+    """Small means hardly change FP8 rounding, so only a wrong bias could cause a difference."""
     weights = made_up(dit_tensors(SPEC))
     exact = run_graph(dit_graph(SPEC), weights)(**inputs_for(SPEC, 2, 8, 8, [900.0]))[0]
     centred = Fp8(centred={name: input_width(SPEC, name) for name in LINEARS})
@@ -84,7 +84,7 @@ def test_centring_pays_where_channels_are_large_for_every_token(run_graph):
 
 def test_what_is_written_is_read_again(tmp_path):
     scales = {name: LinearScales(1.0, 0.25) for name in LINEARS}
-    write_input_means(tmp_path / "m.safetensors", {"low_noise": Means(means(), scales)})
+    write_input_means(tmp_path / "m.safetensors", {"low_noise": InputMeans(means(), scales)})
     found = read_input_means(tmp_path / "m.safetensors", TINY)["low_noise"]
     assert all(np.array_equal(found.inputs[name], mean) for name, mean in means().items())
     assert found.weights == scales
@@ -93,7 +93,7 @@ def test_what_is_written_is_read_again(tmp_path):
 def test_an_export_subtracts_them(tmp_path, tiny_checkpoint, tiny_bundle):
     stored = read_safetensors(tiny_bundle / "low_noise.safetensors")
     scales = {n: LinearScales(1.0, largest_magnitude(stored[f"{n}.weight"].read()) / 448) for n in LINEARS}
-    write_input_means(tmp_path / "m", {"low_noise": Means(means(), scales)})
+    write_input_means(tmp_path / "m", {"low_noise": InputMeans(means(), scales)})
     options = ExportOptions(Precision.FP8, input_means=tmp_path / "m", keep_high_precision=frozenset({1}))
     export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
     low, high = (read_safetensors(tmp_path / "b" / f"{e}_noise.safetensors") for e in ("low", "high"))
@@ -110,13 +110,13 @@ def test_an_export_subtracts_them(tmp_path, tiny_checkpoint, tiny_bundle):
         (lambda m, s: ({"blocks.9.ffn.0": m["blocks.0.ffn.0"]}, {"blocks.9.ffn.0": s["blocks.0.ffn.0"]}), r"blocks\.9"),
         (lambda m, s: ({"blocks.0.ffn.2": m["blocks.0.ffn.0"]}, s), r"blocks\.0\.ffn\.2\.input_mean \[256\]"),
         (lambda m, s: ({"blocks.0.ffn.0": m["blocks.0.ffn.0"] * np.nan}, s), "NaN"),
-        (lambda m, s: (m, dict.fromkeys(s, LinearScales(1.0, 9.0))), "as in the checkpoint's high_noise"),
+        (lambda m, s: (m, dict.fromkeys(s, LinearScales(1.0, 9.0))), "like the checkpoint's high_noise"),
     ],
     ids=["linear", "shape", "nan", "weights"],
 )
 def test_means_of_another_model_are_refused(tmp_path, tiny_checkpoint, change, told):
     inputs, scales = change(means(), {name: LinearScales(1.0, 0.01) for name in LINEARS})
-    write_input_means(tmp_path / "m", {"high_noise": Means(inputs, scales)})
+    write_input_means(tmp_path / "m", {"high_noise": InputMeans(inputs, scales)})
     with pytest.raises(UserError, match=told):
         export_checkpoint(tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.FP8, input_means=tmp_path / "m"))
     assert not (tmp_path / "b").exists()

@@ -13,7 +13,7 @@ from export.quantise.input_scales import LinearScales, check_weights, read_input
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
 
-# Entries of NVIDIA/TensorRT-Model-Connect, families/wan2_2_ti2v/data (Apache-2.0), as they stand.
+# Entries of NVIDIA/TensorRT-Model-Connect, families/wan2_2_ti2v/data (Apache-2.0), unmodified.
 NVIDIA = """{
   "blocks.0.ffn.net.0.proj": {
     "input_scale": 0.014808872767857143,
@@ -43,7 +43,7 @@ def test_nvidias_file_is_read_as_it_stands(nvidia):
     }
 
 
-def test_a_file_without_parts_speaks_about_every_expert(nvidia):
+def test_a_file_without_sections_applies_to_every_expert(nvidia):
     assert set(read_input_scales(nvidia, TINY)) == {"high_noise", "low_noise"}
 
 
@@ -62,14 +62,14 @@ def test_what_is_written_is_read_again(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("{}", "speaks about no linear"),
-        ('{"high_noise": {}, "low_noise": {}}', "speaks about no linear"),
+        ("{}", "has no scales"),
+        ('{"high_noise": {}, "low_noise": {}}', "has no scales"),
         ("[]", "another layout"),
         ("[" * 100_000, "expected a JSON of input scales"),
     ],
     ids=["empty", "empty parts", "a list", "too deep"],
 )
-def test_a_file_that_speaks_about_no_linear_is_refused(tmp_path, content, told):
+def test_a_file_without_scales_is_refused(tmp_path, content, told):
     (tmp_path / "s.json").write_text(content)
     with pytest.raises(UserError, match=told):
         read_input_scales(tmp_path / "s.json", TINY)
@@ -78,14 +78,14 @@ def test_a_file_that_speaks_about_no_linear_is_refused(tmp_path, content, told):
 def test_scales_of_other_weights_are_refused():
     scales = {"blocks.0.ffn.0": LinearScales(0.1, 0.5 / 448)}
     check_weights("s.json", scales, "dit", lambda _: np.array([0.1, -0.45]))
-    with pytest.raises(UserError, match=r"blocks\.0\.ffn\.0 up to 0\.5 .* 0\.2 as in the checkpoint's dit"):
+    with pytest.raises(UserError, match=r"blocks\.0\.ffn\.0 up to 0\.5 .* 0\.2 like the checkpoint's dit"):
         check_weights("s.json", scales, "dit", lambda _: np.array([0.1, -0.2]))
 
 
 def test_weights_may_be_stated_with_a_margin_that_is_the_same_for_all():
     scales = {f"blocks.{n}.ffn.0": LinearScales(0.1, 1.1 * (1 + n) / 448) for n in range(6)}
     check_weights("s.json", scales, "dit", lambda name: np.array([1.0 + int(name.split(".")[1])]))
-    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.0 up to 2\.2 .* 2\.06 as in"):
+    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.0 up to 2\.2 .* 2\.06 like"):
         check_weights("s.json", scales, "dit", lambda name: np.array([1.0 + 1.06 * int(name.split(".")[1])]))
 
 
@@ -96,7 +96,7 @@ def test_an_export_refuses_scales_of_a_model_of_the_same_size(tmp_path, tiny_che
     }
     scales = {name: LinearScales(0.1, float(np.abs(weight).max()) / 448) for name, weight in stated.items()}
     write_input_scales(tmp_path / "s.json", {"high_noise": scales, "low_noise": scales}, TINY)
-    with pytest.raises(UserError, match=r"as in the checkpoint's high_noise"):
+    with pytest.raises(UserError, match=r"like the checkpoint's high_noise"):
         options = ExportOptions(Precision.FP8, input_scales=tmp_path / "s.json")
         export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
 

@@ -5,8 +5,12 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from export.checkpoint.checkpoint import open_checkpoint
+from export.synth.checkpoint import synthesise
 from studies.full_size.__main__ import app
 from studies.full_size.builds import BuildCase, measure_build
+from studies.full_size.repacked import FORMS, repack
+from wan22.specs import spec_named
 
 
 def scaled(tmp_path, *arguments):
@@ -87,3 +91,17 @@ def test_a_build_reports_time_memory_and_size_and_leaves_nothing(tmp_path):
     assert found["engine_bytes"]["experts.plan"] > 10**5
     assert found["kernels_per_block"]["external"] > 5
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_repacked_experts_are_the_checkpoints(tmp_path, form):
+    spec = spec_named("t2v-a14b-tiny")
+    synthesise(spec, tmp_path / "c", "official", 0, sparse=True)
+    repack(tmp_path / "c", spec, form)
+    checkpoint = open_checkpoint(tmp_path / "c")
+    assert checkpoint.spec == spec
+    for expert in spec.experts:
+        read = checkpoint.weights[expert].read("blocks.1.ffn.2.weight")
+        assert (read.shape, float(abs(read).max())) == ((256, 512), 0.0)
+        (path,) = {f for f in checkpoint.files if f.parent.name == f"{expert}_model"}
+        assert path.name.startswith(form)

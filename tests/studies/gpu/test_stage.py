@@ -42,5 +42,5 @@ def test_a_stage_whose_time_runs_out_is_killed_and_keeps_its_measurements(monkey
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_is_reported_in_words(value):
     found = Measurement.of("relative L2", value, "", "to PyTorch")
-    assert (found.value, found.note) == (None, f"no number: {value}, to PyTorch")
+    assert (found.value, found.note) == (None, f"not finite: {value}, to PyTorch")
     assert Measurement.of("relative L2", 0.5) == Measurement("relative L2", 0.5)

@@ -34,6 +34,7 @@ def test_the_worst_step_decides(errors, problem, verdict):
     assert result.verdict == verdict
     study = study_of(VariantResult(OFFERED, (0.01, 0.01), 40.0, 1.0), result)
     assert bool(study) == (verdict != "collapses")
+    assert study.tone == ("good" if verdict == "meets its aim" else "bad")
     assert study.sentences[0].startswith(f"fp8-attn {verdict}: ")
 
 

@@ -8,6 +8,7 @@ from runtime.request import Request
 from validate.bench.sweep import Point, Sweep, options_of, sweep
 from validate.bench.sweep_view import as_html, as_table, write_plot
 from validate.bench.work import BenchOptions
+from wan22.errors import UserError
 from wan22.specs import SPECS
 
 TINY = SPECS["t2v-a14b-tiny"]
@@ -86,3 +87,9 @@ def test_page_and_table_show_the_exponent():
     assert "<td>1.50</td>" in page
     assert "&lt;tiny&gt;" in page
     assert list(as_table(grown(1.5)).columns[-1].cells)[-2:] == ["1.50", "tokens"]
+
+
+def test_a_size_beyond_the_memory_is_refused_before_any_work(tiny_engines):
+    options = BenchOptions(Request(frames=1), runs=1)
+    with pytest.raises(UserError, match="alone takes"):
+        sweep(tiny_engines, None, "size", ["16384x16384", "64x64"], options)

@@ -87,13 +87,13 @@ def test_the_5b_matches_in_both_modes(ti2v, tmp_path):
 
 
 def test_wrong_pixels_are_found_at_the_pixels(i2v, tmp_path, monkeypatch):
-    from runtime.image_condition import fitted
+    from runtime.image_condition import fit_image
 
     def smooth(image, resizing, size, fit="official"):
-        return fitted(image.resize(size, Image.Resampling.LANCZOS), resizing, size, fit)
+        return fit_image(image.resize(size, Image.Resampling.LANCZOS), resizing, size, fit)
 
     for user in ("runtime.pipeline", "validate.ladder.engines_side"):
-        monkeypatch.setattr(f"{user}.fitted", smooth)
+        monkeypatch.setattr(f"{user}.fit_image", smooth)
     found = validate(i2v.engines, i2v.checkpoint, tmp_path, SMALL)
     failed = names(found.failed)
     assert failed[:2] == ["pixels of the first image", "latents of the condition"]

@@ -102,7 +102,8 @@ def test_one_wrong_weight_is_found_in_its_expert(tiny_engines, tiny_checkpoint, 
 
 
 def test_a_wrong_solver_is_distinguished_from_a_wrong_transformer(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("validate.ladder.engines_side.make_solver", lambda _, schedule: make_solver("euler", schedule))
+    euler = lambda _, schedule, seed: make_solver("euler", schedule, seed)  # noqa: E731
+    monkeypatch.setattr("validate.ladder.engines_side.make_solver", euler)
     options = ValidateOptions(Request(size=(32, 32), frames=1, steps=4))
     found = validate(tiny_engines, tiny_checkpoint, tmp_path, options)
     assert [row.subject for row in found.failed] == ["solver"]

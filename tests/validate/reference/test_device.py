@@ -62,10 +62,10 @@ class Moved:
 
 def test_one_module_at_a_time_is_on_the_gpu():
     residence, one, other = Residence("cuda"), Moved(), Moved()
-    residence.taken(one)
-    assert (residence.taken(one).where, residence.taken(other).where, one.where) == ("cuda", "cuda", "cpu")
-    residence.left(other)
-    residence.taken(one)
+    residence.place(one)
+    assert (residence.place(one).where, residence.place(other).where, one.where) == ("cuda", "cuda", "cpu")
+    residence.release(other)
+    residence.place(one)
     assert (one.where, other.where) == ("cuda", "cuda")  # a module that is released is not moved back first
 
 
@@ -77,7 +77,7 @@ def test_a_gpu_that_is_too_small_is_reported_with_a_remedy():
 class OnMeta(Residence):
     """PyTorch's meta device: like a GPU, it does not mix its tensors with those of the CPU."""
 
-    def taken(self, module):
+    def place(self, module):
         return module.to("meta")
 
 

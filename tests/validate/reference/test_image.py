@@ -9,7 +9,7 @@ from PIL import Image
 
 from export.checkpoint.checkpoint import open_checkpoint
 from export.synth.checkpoint import synthesise
-from runtime.image_condition import conditioning_mask, conditioning_video, fitted
+from runtime.image_condition import conditioning_mask, conditioning_video, fit_image
 from validate.ladder.metrics import compare
 from validate.ladder.thresholds import MASK, PIXELS
 from validate.reference.image import pixels
@@ -42,7 +42,7 @@ def references_of(tmp_path_factory):
 def test_our_pixels_are_those_of_torch_and_pillow(image, size, resizing, fit):
     expected = pixels(image, resizing, size, fit)
     assert expected.shape == (1, 3, size[1], size[0])
-    assert PIXELS.accepts(compare(fitted(image, resizing, size, fit)[:, :, 0], expected))
+    assert PIXELS.accepts(compare(fit_image(image, resizing, size, fit)[:, :, 0], expected))
 
 
 def test_i2v_stretches_without_antialiasing():

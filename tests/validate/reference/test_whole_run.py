@@ -7,7 +7,7 @@ import torch
 from runtime.request import Request
 from validate import ValidateOptions, validate
 from validate.reference.reference import NO_IMAGE, ImageInputs
-from validate.reference.whole_run import noise, run, sigmas_and_timesteps
+from validate.reference.whole_run import initial_noise, run, sigmas_and_timesteps
 from wan22.specs import SPECS, T2V_A14B
 
 # wan22.md §5.2, from the official code
@@ -54,8 +54,15 @@ def test_unmodified_diffusers_unipc():
 
 
 def test_noise_is_that_of_a_cpu_generator():
-    expected = torch.randn(1, 2, 3, generator=torch.Generator("cpu").manual_seed(7)).numpy()
-    assert np.array_equal(noise((1, 2, 3), 7), expected)
+    expected = torch.randn(1, 16, 1, 6, 8, generator=torch.Generator("cpu").manual_seed(7)).numpy()
+    complete = Request("x", size=(64, 48), frames=1, seed=7).completed(SPECS["t2v-a14b-tiny"])
+    assert np.array_equal(initial_noise(complete), expected)
+
+
+def test_noise_that_is_given_is_taken():
+    given = np.ones((16, 1, 6, 8), np.float32)
+    complete = Request("x", size=(64, 48), frames=1, noise=given).completed(SPECS["t2v-a14b-tiny"])
+    assert np.array_equal(initial_noise(complete)[0], given)
 
 
 class Toward:

@@ -335,3 +335,7 @@ def test_any_drift_can_be_drawn(drifts):
 )
 def test_a_number_beyond_its_limit_does_not_look_like_the_limit(measure, value, limit, expected):
     assert distinct_text(value, limit, partial(measure_text, measure)) == expected
+
+
+def test_the_page_says_once_that_all_passed():
+    assert as_html(report_of(1e-6, 1e-6)).count("checks passed") == 1

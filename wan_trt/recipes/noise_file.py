@@ -1,0 +1,46 @@
+"""Initial noise from a file: what a CUDA generator drew for the official release, or a benchmark's fixed latent."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from export.files.torch_reader import read_tensor
+from runtime.arrays import F32
+from wan22.errors import UserError
+
+
+def read_noise(path: Path) -> F32:
+    """The only array of an ``.npz``, ``.npy``, ``.pt`` or ``.pth`` file as float32; no code of the file runs.
+
+    Raises:
+        UserError: no such file, another format, several arrays, an array of anything but floats.
+    """
+    if path.suffix in (".pt", ".pth"):
+        found = read_tensor(path).read()
+    elif path.suffix in (".npz", ".npy"):
+        found = _numpy(path)
+    else:
+        raise UserError(f"noise {path}", "a name ending in .npz, .npy, .pt or .pth", "save the array as one of these")
+    if found.dtype.kind != "f" and found.dtype.name != "bfloat16":
+        raise UserError(f"{path} holds {found.dtype}", "floating-point noise", "save float32")
+    return np.ascontiguousarray(found, np.float32)
+
+
+def _numpy(path: Path) -> np.ndarray:
+    try:
+        with path.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            names = loaded.files
+            if len(names) != 1:
+                remedy = "save the noise alone"
+                raise UserError(f"{path} holds {len(names)} arrays", "one array of noise", remedy)
+            found: np.ndarray = loaded[names[0]]
+            return found
+    except OSError as error:
+        raise UserError(f"noise {path}: {error.strerror or error}", "a readable file", "name another") from None
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        found_text = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"noise {path}: {found_text}", "an array that numpy saved", "save it again") from None
