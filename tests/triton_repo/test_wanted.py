@@ -36,7 +36,7 @@ def wanted_of(tiny_engines):
 def test_a_boundary_comes_as_it_was_typed(wanted_of):
     request = wanted_of({**SMALL, "boundary": np.array([0.8], np.float32)}).request
     assert request.boundary == 0.8
-    assert [request.switched(T2V).expert_at(t) for t in (800, 799)] == ["high_noise", "low_noise"]
+    assert [request.with_switch(T2V).expert_at(t) for t in (800, 799)] == ["high_noise", "low_noise"]
     assert wanted_of(SMALL).request.boundary is None
 
 
@@ -69,5 +69,5 @@ def test_engines_of_one_size_make_it_unless_asked_for_another(wanted_of):
     fixed = (64, 48, 9)
     complete = wanted_of({"prompt": SMALL["prompt"]}, size=fixed).request
     assert (complete.width, complete.height, complete.frames) == fixed
-    with pytest.raises(UserError, match="64x48, 9 frames, which the engines are made for"):
+    with pytest.raises(UserError, match="64x48, 9 frames, which the engines were built for"):
         wanted_of(SMALL, size=fixed)
