@@ -20,9 +20,7 @@ def owner_config(name: str, settings: Settings, *, on_gpu: bool) -> Any:
     config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=0)
     config.model_transaction_policy.decoupled = True
     for field in INPUTS:
-        config.input.add(
-            optional=True, **_tensor(field)
-        )  # the model itself refuses missing inputs, and counts them
+        config.input.add(optional=True, **_tensor(field))  # the model itself refuses missing inputs, and counts them
     for field in OUTPUTS:
         config.output.add(**_tensor(field))
     add_instance(config, on_gpu=on_gpu)

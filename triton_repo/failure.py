@@ -1,6 +1,7 @@
 """The reason why a job ended without a video: a stable code, and a message that any client may see.
 
-The message is that of a :class:`wan22.errors.UserError`, with command-line options replaced by input names.
+The message is that of a :class:`wan22.errors.UserError`, with input names instead of command-line options, and no
+commands.
 """
 
 import re
@@ -25,7 +26,8 @@ class Failure:
     @classmethod
     def of(cls, error: UserError) -> "Failure":
         """The failure for a request that the model or the server refuses."""
-        parts = (_short(_on_the_wire(part)) for part in (error.found, error.expected, error.remedy))
+        remedy = "request a setting that this server supports" if "wan-trt" in error.remedy else error.remedy
+        parts = (_short(_on_the_wire(part)) for part in (error.found, error.expected, remedy))
         return cls("INVALID_ARGUMENT", *parts)
 
     @property

@@ -63,9 +63,7 @@ def _from_wheel(environment: Path, folder: Path) -> Installation:
     version = folder.parents[2].name.removeprefix("python")
     stub = folder / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
-        raise UserError(
-            f"no stub for Python {version} in {folder}", "a stub for it", "create it with Python 3.11"
-        )
+        raise UserError(f"no stub for Python {version} in {folder}", "a stub for it", "create it with Python 3.11")
     return Installation(folder / "bin" / "tritonserver", stub, environment)
 
 

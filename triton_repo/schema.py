@@ -33,9 +33,7 @@ class Field:
     name: str
     dtype: Dtype
     length: int = 1
-    of: str | Callable[[Request], Any] = (
-        ""  # field or function of a request; empty if it has none
-    )
+    of: str | Callable[[Request], Any] = ""  # field or function of a request; empty if it has none
 
 
 def _side(index: int) -> Callable[[Request], int | None]:
@@ -65,9 +63,7 @@ INPUTS = (
     Field("boundary", "FP32", of="boundary"),
     Field("steps", "INT32", of="steps"),
     Field("shift", "FP32", of="shift"),
-    Field(
-        "guidance", "FP32", of=lambda request: request.guidance.get("dit", request.guidance_scale)
-    ),  # for all
+    Field("guidance", "FP32", of=lambda request: request.guidance.get("dit", request.guidance_scale)),  # for all
     Field("guidance_high_noise", "FP32", of=_guidance("high_noise")),
     Field("guidance_low_noise", "FP32", of=_guidance("low_noise")),
     Field("solver", "STRING", of="solver"),
@@ -76,9 +72,7 @@ INPUTS = (
     Field("progress_every", "INT32"),  # steps between progress events
     Field("preview", "BOOL"),  # a JPEG with every progress event of the denoising
     Field("deadline_ms", "INT64"),  # after the job's start; Triton's parameter ``timeout`` limits the wait
-    Field(
-        "deadline_unix_ms", "INT64"
-    ),  # the same in Unix time; needs synchronised clocks
+    Field("deadline_unix_ms", "INT64"),  # the same in Unix time; needs synchronised clocks
     Field("errors_as_events", "BOOL"),  # report failures as events with a code instead of errors
 )
 OUTPUTS = (

@@ -2,12 +2,14 @@
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from triton_repo.job_request import parse_request
 from triton_repo.settings import Limits
+from wan22.bundle import read_manifest
 from wan22.errors import UserError
 from wan22.specs import SPECS
 
@@ -20,20 +22,27 @@ SMALL = {
 }
 
 
-def request_of(**inputs):
-    return parse_request({**SMALL, **inputs}, T2V, None, Limits.of(T2V)).request
+@pytest.fixture
+def job_of(tiny_engines):
+    """``job_of(inputs)`` → the job, for engines of any size unless ``changes`` fix one."""
+    manifest = read_manifest(tiny_engines, "engines")
+
+    def parse(inputs, **changes):
+        return parse_request(inputs, replace(manifest, **changes), Limits.of(manifest.spec))
+
+    return parse
 
 
-def test_a_boundary_comes_as_it_was_typed():
-    request = request_of(boundary=np.array([0.8], np.float32))
+def test_a_boundary_comes_as_it_was_typed(job_of):
+    request = job_of({**SMALL, "boundary": np.array([0.8], np.float32)}).request
     assert request.boundary == 0.8
     assert [request.with_switch(T2V).expert_at(t) for t in (800, 799)] == ["high_noise", "low_noise"]
-    assert request_of().boundary is None
+    assert job_of(SMALL).request.boundary is None
 
 
 @pytest.mark.parametrize("name", [b"lightning", b"lightx2v-4step"])
-def test_a_preset_goes_by_both_of_its_names(name):
-    request = request_of(preset=np.array([name], np.object_))
+def test_a_preset_goes_by_both_of_its_names(job_of, name):
+    request = job_of({**SMALL, "preset": np.array([name], np.object_)}).request
     assert request.noise_schedule().timesteps.tolist() == pytest.approx([1000, 937.5, 833.3333, 625])
     assert request.switch_step == 2
 
@@ -42,25 +51,23 @@ def ms(value):
     return np.array([value], np.int64)
 
 
-def job_of(**inputs):
-    return parse_request({**SMALL, **inputs}, T2V, None, Limits.of(T2V))
+def test_a_deadline_is_a_duration_whatever_the_clocks_say(job_of, monkeypatch):
+    def deadline_s(**inputs):
+        return job_of({**SMALL, **inputs}).deadline_s
 
-
-def test_a_deadline_is_a_duration_whatever_the_clocks_say(monkeypatch):
-    assert job_of().deadline_s == math.inf
+    assert deadline_s() == math.inf
     monkeypatch.setattr(time, "time", lambda: 1e9)
-    assert job_of(deadline_ms=ms(1500)).deadline_s == 1.5
-    assert job_of(deadline_unix_ms=ms(10**12 + 2500)).deadline_s == 2.5
-    assert job_of(deadline_ms=ms(1500), deadline_unix_ms=ms(10**12 + 2500)).deadline_s == 1.5
+    assert deadline_s(deadline_ms=ms(1500)) == 1.5
+    assert deadline_s(deadline_unix_ms=ms(10**12 + 2500)) == 2.5
+    assert deadline_s(deadline_ms=ms(1500), deadline_unix_ms=ms(10**12 + 2500)) == 1.5
     for late in ({"deadline_ms": ms(0)}, {"deadline_unix_ms": ms(10**12)}):
         with pytest.raises(UserError, match="a deadline in the past"):
-            job_of(**late)
+            deadline_s(**late)
 
 
-def test_engines_of_one_size_make_it_unless_asked_for_another():
+def test_engines_of_one_size_make_it_unless_asked_for_another(job_of):
     fixed = (64, 48, 9)
-    prompt = {"prompt": SMALL["prompt"]}
-    complete = parse_request(prompt, T2V, None, Limits.of(T2V), fixed).request
+    complete = job_of({"prompt": SMALL["prompt"]}, size=fixed).request
     assert (complete.width, complete.height, complete.frames) == fixed
     with pytest.raises(UserError, match="64x48, 9 frames, which the engines were built for"):
-        parse_request(SMALL, T2V, None, Limits.of(T2V), fixed)
+        job_of(SMALL, size=fixed)

@@ -96,7 +96,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path):
         journal.record(File("w", sha256_of(folder / "w"), 7))
         raise OSError(28, "No space left on device")
     with resumable_folder(tmp_path / "b", "x") as (folder, journal):
-        assert journal.verified(folder / "w")[0] == 7
+        assert journal.verify(folder / "w")[0] == 7
 
 
 def test_an_error_leaves_nothing(tmp_path):
