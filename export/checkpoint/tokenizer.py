@@ -1,7 +1,7 @@
-"""The tokenizer of a checkpoint: the folder with ``tokenizer.json``, or one made from SentencePiece's model.
+"""The tokenizer of a checkpoint: the folder with ``tokenizer.json``, or one converted from SentencePiece's model.
 
-ComfyUI's text encoders carry that model as a tensor, slow tokenizers as ``spiece.model``. Its pieces, scores and
-compiled normalisation are all that a Unigram tokenizer of ``tokenizers`` needs.
+ComfyUI's text encoders store that model as a tensor, slow tokenizers as ``spiece.model``. Its pieces, scores and
+compiled normalisation suffice for a Unigram tokenizer of ``tokenizers``.
 """
 
 import atexit
@@ -35,12 +35,12 @@ SPECIALS = {"eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
 
 
 def tokenizer_folder(place: Path | None, text_encoder: Path | None) -> Path:
-    """A folder with ``tokenizer.json``: that at ``place``, or a temporary one for this process.
+    """A folder with ``tokenizer.json``: the one at ``place``, or a temporary one for this process.
 
-    ``place`` is a folder or a ``spiece.model``; where it has neither file, the text encoder's may hold the model.
+    ``place`` is a folder or a ``spiece.model``; without either, the text encoder's file may contain the model.
 
     Raises:
-        UserError: there is none, or one that cannot be read.
+        UserError: there is no tokenizer, or it is unreadable.
     """
     if place is not None and place.is_file():
         return _convert(place.read_bytes(), str(place))
@@ -93,10 +93,10 @@ def _convert(model: bytes, source: str) -> Path:
 
 
 def unigram(model: bytes) -> Any:
-    """A ``tokenizers.Tokenizer`` of SentencePiece's ``model``, with T5's pipeline.
+    """A ``tokenizers.Tokenizer`` for SentencePiece's ``model``, with T5's pipeline.
 
     Raises:
-        ValueError: no such model, or no Unigram one.
+        ValueError: ``model`` is damaged, or not a Unigram model.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -118,7 +118,7 @@ def unigram(model: bytes) -> Any:
 
 
 def _parsed(model: bytes) -> tuple[list[tuple[str, float, int]], bytes, int]:
-    """Pieces with score and type, the compiled normalisation, and the type of model (1: Unigram).
+    """The pieces with score and type, the compiled normalisation, and the model's type (1: Unigram).
 
     The fields are those of sentencepiece_model.proto: pieces (1: piece, score, type), trainer (2; its field 3 is the
     type), normaliser (3; its field 2 is the compiled table).
@@ -142,7 +142,7 @@ def _parsed(model: bytes) -> tuple[list[tuple[str, float, int]], bytes, int]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and content of every field of a protocol buffer: numbers, or the bytes of anything else."""
+    """The number and content of every field of a protocol buffer: numbers, or the bytes of anything else."""
     place = 0
     while place < len(message):
         tag, place = _varint(message, place)
