@@ -6,9 +6,8 @@ compiled normalisation suffice for a Unigram tokenizer of ``tokenizers``.
 
 import atexit
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from export.files.decoded import Tensor
 from export.files.tensor_file import Stored, check_regular
 from export.files.weights_files import SUFFIXES, read_weights, refuse_stand_in
 from wan22.errors import UserError, panics_as_errors
+from wan22.files import scratch_folder
 
 VOCABULARY, MODEL = "tokenizer.json", "spiece.model"
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
@@ -83,8 +83,9 @@ def _convert(model: bytes, source: str) -> Path:
             tokenizer = unigram(model)
     except (ValueError, TypeError, IndexError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: {error}", "SentencePiece's model of umt5", "download it again") from None
-    folder = Path(tempfile.mkdtemp(prefix="wan-trt-tokenizer-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    stack = ExitStack()
+    folder = stack.enter_context(scratch_folder("tokenizer"))
+    atexit.register(stack.close)
     tokenizer.save(str(folder / VOCABULARY))
     (folder / MODEL).write_bytes(model)
     for name, content in (("special_tokens_map.json", SPECIALS), ("tokenizer_config.json", SPECIALS | CONFIG)):
