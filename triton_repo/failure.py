@@ -1,7 +1,7 @@
 """Why a job ended without a video: a stable code, and words that a stranger on the wire may read.
 
-The words are those of :class:`wan22.errors.UserError`, with the names of the wire's inputs in the place of options of
-the command line.
+The words are those of :class:`wan22.errors.UserError`, with the names of the wire's inputs in the place of options, and
+no commands.
 """
 
 import re
@@ -26,7 +26,8 @@ class Failure:
     @classmethod
     def of(cls, error: UserError) -> "Failure":
         """A request that the model cannot or must not do."""
-        parts = (_short(_on_the_wire(part)) for part in (error.found, error.expected, error.remedy))
+        remedy = "ask for what this server has" if "wan-trt" in error.remedy else error.remedy
+        parts = (_short(_on_the_wire(part)) for part in (error.found, error.expected, remedy))
         return cls("INVALID_ARGUMENT", *parts)
 
     @property

@@ -38,6 +38,7 @@ class ClusterOptions:
     prometheus: str = "http://prometheus-server.monitoring.svc"
 
     def __post_init__(self) -> None:
+        check_image(self.image)
         if not NAMESPACE.fullmatch(self.namespace):
             raise UserError(
                 f"namespace {self.namespace!r}", "lower-case letters, digits and -", "choose another --namespace"

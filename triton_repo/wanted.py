@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 import numpy as np
 from PIL import Image
 
-from runtime.built_for import completed, default_video
+from runtime.built_for import default_video, fill_defaults
 from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
@@ -64,7 +64,7 @@ def wanted(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits
     if "prompt" not in given:
         raise UserError("no prompt", "text that says what the video shows", "add the input prompt")
     _check_amounts(given, default_video(manifest), limits)
-    complete = completed(_request(given, spec), manifest)
+    complete = fill_defaults(_request(given, spec), manifest)
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
     return Wanted(
         request=complete,

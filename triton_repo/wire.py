@@ -20,8 +20,9 @@ def inputs_of(request: Request) -> dict[str, Setting | None]:
     Raises:
         UserError: an image that cannot be read, or what the wire has no input for.
     """
-    if request.exact_official or request.schedule is not None:
-        raise UserError("exact_official or another schedule in a served job", "neither", "generate without a server")
+    if request.exact_official or request.schedule is not None or request.noise is not None:
+        found = "exact_official, another schedule or own noise in a served job"
+        raise UserError(found, "none of them", "generate without a server")
     getters = {
         field.name: attrgetter(field.of) if isinstance(field.of, str) else field.of for field in INPUTS if field.of
     }

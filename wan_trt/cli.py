@@ -94,7 +94,7 @@ app.add_typer(loras, name="lora", rich_help_panel="Make")
 
 
 def main() -> None:
-    """Runs one command line, unless a word of it or the folder that it runs in is not UTF-8, as all files of it are."""
+    """Run one command line, unless a word of it or the folder that it runs in is not UTF-8, as all files of it are."""
     words = [os.fsencode(word) for word in sys.argv[1:]]
     with contextlib.suppress(OSError):  # the folder may be gone
         words.append(os.fsencode(Path.cwd()))

@@ -42,7 +42,7 @@ def styled(table: Table) -> Table:
 
 
 def tolerate_any_encoding() -> None:
-    """Lets a terminal in ASCII or Latin-1 show a question mark where it has no such character, instead of failing."""
+    """Let a terminal in ASCII or Latin-1 show a question mark where it has no such character, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

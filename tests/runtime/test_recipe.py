@@ -89,7 +89,7 @@ RECIPE = Recipe("1", "m", "b", "x", "", (64, 48), 1, 16, 8, 5, "unipc", "officia
 
 @pytest.mark.parametrize("other", [Request("y"), Request(seed=4), Request(steps=3), Request(size=(32, 32))])
 def test_other_settings_beside_a_video_are_refused(other):
-    with pytest.raises(UserError, match="--again beside a prompt or settings"):
+    with pytest.raises(UserError, match="--again with a prompt or settings"):
         RECIPE.request(other)
 
 

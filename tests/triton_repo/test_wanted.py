@@ -2,12 +2,14 @@
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from triton_repo.settings import Limits
 from triton_repo.wanted import wanted
+from wan22.bundle import read_manifest
 from wan22.errors import UserError
 from wan22.specs import SPECS
 
@@ -20,20 +22,27 @@ SMALL = {
 }
 
 
-def request_of(**inputs):
-    return wanted({**SMALL, **inputs}, T2V, None, Limits.of(T2V)).request
+@pytest.fixture
+def wanted_of(tiny_engines):
+    """``wanted_of(inputs)`` → the job, for engines of any size unless told otherwise."""
+    manifest = read_manifest(tiny_engines, "engines")
+
+    def judged(inputs, **changes):
+        return wanted(inputs, replace(manifest, **changes), Limits.of(manifest.spec))
+
+    return judged
 
 
-def test_a_boundary_comes_as_it_was_typed():
-    request = request_of(boundary=np.array([0.8], np.float32))
+def test_a_boundary_comes_as_it_was_typed(wanted_of):
+    request = wanted_of({**SMALL, "boundary": np.array([0.8], np.float32)}).request
     assert request.boundary == 0.8
-    assert [request.switched(T2V).expert_at(t) for t in (800, 799)] == ["high_noise", "low_noise"]
-    assert request_of().boundary is None
+    assert [request.with_switch(T2V).expert_at(t) for t in (800, 799)] == ["high_noise", "low_noise"]
+    assert wanted_of(SMALL).request.boundary is None
 
 
 @pytest.mark.parametrize("name", [b"lightning", b"lightx2v-4step"])
-def test_a_preset_goes_by_both_of_its_names(name):
-    request = request_of(preset=np.array([name], np.object_))
+def test_a_preset_goes_by_both_of_its_names(wanted_of, name):
+    request = wanted_of({**SMALL, "preset": np.array([name], np.object_)}).request
     assert request.noise_schedule().timesteps.tolist() == pytest.approx([1000, 937.5, 833.3333, 625])
     assert request.switch_step == 2
 
@@ -42,25 +51,23 @@ def ms(value):
     return np.array([value], np.int64)
 
 
-def wanted_of(**inputs):
-    return wanted({**SMALL, **inputs}, T2V, None, Limits.of(T2V))
+def test_a_deadline_is_a_duration_whatever_the_clocks_say(wanted_of, monkeypatch):
+    def deadline_s(**inputs):
+        return wanted_of({**SMALL, **inputs}).deadline_s
 
-
-def test_a_deadline_is_a_duration_whatever_the_clocks_say(monkeypatch):
-    assert wanted_of().deadline_s == math.inf
+    assert deadline_s() == math.inf
     monkeypatch.setattr(time, "time", lambda: 1e9)
-    assert wanted_of(deadline_ms=ms(1500)).deadline_s == 1.5
-    assert wanted_of(deadline_unix_ms=ms(10**12 + 2500)).deadline_s == 2.5
-    assert wanted_of(deadline_ms=ms(1500), deadline_unix_ms=ms(10**12 + 2500)).deadline_s == 1.5
+    assert deadline_s(deadline_ms=ms(1500)) == 1.5
+    assert deadline_s(deadline_unix_ms=ms(10**12 + 2500)) == 2.5
+    assert deadline_s(deadline_ms=ms(1500), deadline_unix_ms=ms(10**12 + 2500)) == 1.5
     for late in ({"deadline_ms": ms(0)}, {"deadline_unix_ms": ms(10**12)}):
         with pytest.raises(UserError, match="a deadline that has passed"):
-            wanted_of(**late)
+            deadline_s(**late)
 
 
-def test_engines_of_one_size_make_it_unless_asked_for_another():
+def test_engines_of_one_size_make_it_unless_asked_for_another(wanted_of):
     fixed = (64, 48, 9)
-    prompt = {"prompt": SMALL["prompt"]}
-    complete = wanted(prompt, T2V, None, Limits.of(T2V), fixed).request
+    complete = wanted_of({"prompt": SMALL["prompt"]}, size=fixed).request
     assert (complete.width, complete.height, complete.frames) == fixed
-    with pytest.raises(UserError, match="64x48, 9 frames, which the engines are made for"):
-        wanted(SMALL, T2V, None, Limits.of(T2V), fixed)
+    with pytest.raises(UserError, match="64x48, 9 frames, which the engines were built for"):
+        wanted_of(SMALL, size=fixed)

@@ -54,7 +54,7 @@ def test_a_plan_is_taken_at_its_own_word(tmp_path, tiny_engines, verb):
 def test_a_folder_that_is_no_bundle(tmp_path, verb):
     result = run(verb, tmp_path, *([tmp_path / "out"] if verb == "pack" else []))
     assert result.exit_code == 2
-    assert "is no bundle" in result.stderr
+    assert "is not a bundle" in result.stderr
 
 
 def test_pack_copies_what_the_manifest_names_and_no_link_to_other_files(tmp_path, tiny_bundle):

@@ -19,7 +19,7 @@ from wan22.errors import UserError
 from wan22.specs import SPECS
 
 FIXED = (128, 64, 9)
-TOLD = r"expected 128x64, 9 frames, which the engines are made for"
+TOLD = r"expected 128x64, 9 frames, which the engines were built for"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_default_video_is_that_of_the_graphs(fixed, tmp_path):
 @pytest.mark.parametrize("options", [["--size", "256x160"], ["--frames", "17"], ["--size", "64x64", "--frames", "5"]])
 def test_another_video_is_refused_in_one_line(fixed, tmp_path, capsys, options):
     line = refused(capsys, "generate", fixed, "x", "-o", tmp_path / "out.mp4", *options)
-    assert "expected 128x64, 9 frames, which the engines are made for" in line
+    assert "expected 128x64, 9 frames, which the engines were built for" in line
     assert not list(tmp_path.glob("out*"))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.built_for import completed
+from runtime.built_for import fill_defaults
 from runtime.generate import generate
 from runtime.pipeline import Pipeline
 from runtime.request import Request
@@ -135,7 +135,7 @@ def bench_served(
     gates = read_gates(options.gate, "bench", (OVERHEAD, BEYOND_STEP)) if options.gate else TARGETS
     manifest = open_bundle(engines, "engines").manifest
     request = _request(options, manifest)
-    complete = completed(request, manifest)
+    complete = fill_defaults(request, manifest)
     facts = {
         "model": manifest.spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
         "frames": complete.frames, "steps": complete.steps, "runs": options.runs, "machine": machine(),

@@ -101,7 +101,7 @@ def _check(
     gate: Path | None,
     compare: Path | None,
 ) -> None:
-    """Raises UserError for options that do not go together."""
+    """Raise UserError for options that do not go together."""
     if sweep is None and (values or plot):
         raise UserError("--values or --plot", "a sweep that they belong to", "add --sweep frames, size or steps")
     if sweep is not None and (gate or compare):

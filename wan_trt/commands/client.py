@@ -95,7 +95,7 @@ class _Job:
     preview: Claim | None
 
     def run(self, settings: "Mapping[str, Setting | None]") -> "Result":
-        """Raises UserError for a job that the server refused or gave up."""
+        """Raise UserError for a job that the server refused or gave up."""
         from triton_repo.client import WanClient
         from triton_repo.client_errors import JobError
         from triton_repo.wire import content_of

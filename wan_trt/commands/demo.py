@@ -44,7 +44,7 @@ def _run(spec: ModelSpec, folder: Path, prompt: str, seed: int) -> int:
 
 
 def _picture(path: Path, size: tuple[int, int]) -> Path:
-    """Writes the picture that the video starts from, for a video of ``size``."""
+    """Write the picture that the video starts from, for a video of ``size``."""
     from validate.sample_image import picture_for
 
     write_file(path, picture_for(size))

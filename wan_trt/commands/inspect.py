@@ -73,7 +73,7 @@ def _weights(path: Path, *, as_json: bool) -> int:
 
 
 def _video(path: Path, *, as_json: bool) -> int:
-    """Prints what stands in the metadata of a video; characters that control a terminal are escaped."""
+    """Print what stands in the metadata of a video; characters that control a terminal are escaped."""
     from runtime.recipe import read_recipe
 
     settings = msgspec.to_builtins(read_recipe(path))

@@ -17,7 +17,7 @@ from export.lora.merge import LoraChoice
 from export.options import ExportOptions
 from export.shared_files import share
 from runtime.signature import SIGNATURE
-from wan22.bundle import Bundle, Component, check_disk, open_bundle, refuse_existing, staged, write_manifest
+from wan22.bundle import Bundle, Component, check_disk, new_bundle, open_bundle, refuse_existing, write_manifest
 from wan22.errors import UserError
 from wan22.external_layout import read_layout
 from wan22.progress import Progress, silent
@@ -37,7 +37,7 @@ def apply_lora(
     options: ApplyOptions | None = None,
     progress: Progress = silent,
 ) -> Bundle:
-    """Writes the engine bundle ``folder``: the engines at ``engines`` with the weights of the checkpoint and ``loras``.
+    """Write the engine bundle ``folder``: the engines at ``engines`` with the weights of the checkpoint and ``loras``.
 
     Nothing is compiled. LoRAs that the engines had are replaced.
 
@@ -53,7 +53,7 @@ def apply_lora(
         raise UserError(f"{engines} has its weights inside", "engines with external weights", "build or export again")
     check_disk(folder, 2 * sum(old.component(e).weights[1].size_bytes for e in manifest.spec.experts))
     checkpoint = options.checkpoint or manifest.source.checkpoint
-    with staged(folder, overwrite=options.overwrite) as temporary:
+    with new_bundle(folder, overwrite=options.overwrite) as temporary:
         with tempfile.TemporaryDirectory(dir=temporary) as place:
             merged = _exported(old, checkpoint, loras, Path(place) / "onnx", progress)
             components = _replaced(old, merged, temporary, progress)

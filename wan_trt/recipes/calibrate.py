@@ -26,7 +26,7 @@ from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
 from export.graphs.linear import FLOAT8_MAX
 from export.quantise.input_means import CENTRED, InputMeans, input_width, write_input_means
 from export.quantise.input_scales import MARGIN, LinearScales, Scales, largest_magnitude, write_input_scales
-from runtime.built_for import completed
+from runtime.built_for import fill_defaults
 from runtime.pipeline import Pipeline
 from runtime.prompts import Prompt, read_prompts
 from runtime.request import CompleteRequest, Request
@@ -88,7 +88,7 @@ class Calibration:
 
 
 def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Progress = silent) -> Calibration:
-    """Measures the ONNX bundle at ``bundle`` and writes the scales to ``out``, for ``wan-trt export --input-scales``.
+    """Measure the ONNX bundle at ``bundle`` and writes the scales to ``out``, for ``wan-trt export --input-scales``.
 
     Raises:
         UserError: no bundle of graphs, one that is quantised already, no prompts, too few steps for both experts,
@@ -135,7 +135,7 @@ def _check_precision(source: Bundle) -> None:
 def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) -> list[CompleteRequest]:
     of_each = replace(options.request, fit="crop")
     return [
-        completed(replace(of_each, prompt=prompt.text, image=prompt.image, seed=seed), source.manifest)
+        fill_defaults(replace(of_each, prompt=prompt.text, image=prompt.image, seed=seed), source.manifest)
         for seed, prompt in enumerate(prompts, of_each.seed)
     ]
 
