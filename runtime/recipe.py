@@ -18,7 +18,7 @@ from runtime.request import CompleteRequest, Request
 from runtime.video import FILMS, TAG
 from wan22 import version
 from wan22.bundle import Manifest
-from wan22.errors import UserError
+from wan22.errors import DAMAGED_JSON, UserError
 from wan22.sampling import Convention, SolverName
 
 MAX_CHARACTERS = 2**20
@@ -121,7 +121,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path} cannot be read", "an .mp4, .webm or .png made by wan-trt", "name another") from None
     try:
         return msgspec.json.decode(text[:MAX_CHARACTERS], type=Recipe)
-    except msgspec.DecodeError:
+    except DAMAGED_JSON:
         expected = "settings written by wan-trt into an .mp4, .webm or .png"
         raise UserError(f"{path} has no settings in its metadata", expected, "name the original file") from None
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from wan22.errors import UserError
+from wan22.errors import DAMAGED_JSON, UserError
 from wan22.files import check_room, whole_folder
 from wan22.quantities import human_bytes
 from wan22.specs import ModelSpec, Precision
@@ -198,7 +198,7 @@ def kind_of(folder: Path) -> Kind:
         found = msgspec.json.decode((folder / MANIFEST).read_bytes()).get("kind")
     except PermissionError:  # it may be one
         raise
-    except (OSError, msgspec.DecodeError, AttributeError, RecursionError):
+    except (OSError, *DAMAGED_JSON, AttributeError):
         found = None
     for kind in STAGE_OF:
         if found == kind:
@@ -212,7 +212,7 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
     """The manifest of ``folder``, without checking the files that it names.
 
     Raises:
-        UserError: it is missing, of another kind or version, unreadable or edited.
+        UserError: it is missing, of another kind or version, unreadable or edited, or names a component amiss.
     """
     stage, path = STAGE_OF[kind], folder / MANIFEST
     try:
@@ -231,17 +231,29 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
                 f"run {stage} of this version",
             )
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (msgspec.DecodeError, AttributeError, RecursionError) as error:
+    except (*DAMAGED_JSON, AttributeError) as error:
         raise UserError(f"{path}: {error}", "the manifest as written", f"run {stage} again") from None
     if (digest := _own_sha256(head)) != manifest.own_sha256:
         expected = f"{manifest.own_sha256[:12]}… as recorded in it"
         raise UserError(f"{path} was edited: sha256 {digest[:12]}…", expected, f"run {stage} again")
+    for component in manifest.components:
+        if not component.name.isidentifier():  # files are named after it
+            found = f"{path}: a component named {component.name!r}"
+            raise UserError(found, "letters, digits and underscores", f"run {stage} again")
     return manifest
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """False also for what is no path on any disk: a name with a NUL, a link to itself."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (ValueError, RuntimeError):
+        return False
 
 
 def _check_file(folder: Path, file: File, again: str, *, full_check: bool) -> None:
     path = folder / file.path
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not _is_inside(path, folder):
         raise UserError(f"{folder / MANIFEST}: path {file.path}", "a path inside the bundle", again)
     if not path.is_file():
         raise UserError(f"{path} is missing", "every file the manifest names", again)

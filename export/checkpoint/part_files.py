@@ -12,7 +12,7 @@ from export.checkpoint.quantised import MARKS, apply_scales
 from export.files.decoded import GgufBlocks, Tensor
 from export.files.tensor_file import check_regular
 from export.files.weights_files import SUFFIXES, WeightsFile, read_weights, refuse_stand_in
-from wan22.errors import UserError
+from wan22.errors import DAMAGED_JSON, UserError
 
 TRANSFORMER_STEM = "diffusion_pytorch_model"  # official experts, and diffusers' transformers and VAE
 TEXT_ENCODER_STEM = "model"  # transformers
@@ -90,7 +90,7 @@ def read_config(path: Path, kind: type[Any]) -> Any:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", "the model's configuration", AGAIN) from None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except DAMAGED_JSON as error:
         refuse_stand_in(path)
         raise UserError(f"{path}: {error}", "the model's configuration", AGAIN) from None
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from wan22.errors import UserError
+from wan22.errors import DAMAGED_JSON, UserError
 
 BESIDE = "adapter_config.json"  # peft
 IN_HEADER = "lora_adapter_metadata"  # diffusers; its keys begin with the transformer's name
@@ -92,7 +92,7 @@ def _owns(path: Path) -> bool:
 def _decoded(path: Path, source: str, text: bytes) -> dict[str, Any]:
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except DAMAGED_JSON as error:
         _refuse(path, f"{source}: {error}")
 
 

@@ -14,6 +14,7 @@ from wan22.bundle import (
     MANIFEST,
     Build,
     Component,
+    File,
     Manifest,
     Source,
     Tensor,
@@ -23,7 +24,7 @@ from wan22.bundle import (
     open_bundle,
     write_manifest,
 )
-from wan22.errors import UserError
+from wan22.errors import UserError, refusing_disk_errors
 from wan22.specs import SPECS, Precision
 
 
@@ -138,6 +139,22 @@ def test_a_path_out_of_the_bundle_is_refused(tmp_path):
         open_bundle(tmp_path / "b", "graphs")
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "", "a\0b", "a b"])
+def test_a_component_that_would_name_files_elsewhere_is_refused(tmp_path, name):
+    made = write_bundle(tmp_path / "a")
+    write_bundle(tmp_path / "b", components=(replace(made.components[0], name=name),))
+    with pytest.raises(UserError, match="a component named"):
+        open_bundle(tmp_path / "b", "graphs")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "loop", "loop/file"])
+def test_a_path_that_no_disk_has_is_refused(tmp_path, path):
+    write_bundle(tmp_path / "b", tokenizer=(File(path, "0" * 64, 1),))
+    (tmp_path / "b" / "loop").symlink_to("loop")
+    with pytest.raises(UserError), refusing_disk_errors(""):
+        open_bundle(tmp_path / "b", "graphs")
+
+
 @pytest.mark.parametrize("target", ["nowhere", "empty"])
 def test_what_nothing_can_take_the_place_of_is_refused_before_the_work(tmp_path, target):
     (tmp_path / "empty").mkdir()
@@ -194,7 +211,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         open_bundle(tmp_path / "b", "graphs")
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{", b"\xff", b'{"kind": "\xf6"}', b"[" * 100_000])
 def test_what_is_no_manifest_is_told_as_such(tmp_path, content):
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(UserError, match=r"bundle\.json: "):
