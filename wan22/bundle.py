@@ -143,9 +143,15 @@ def staged(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield new
 
 
-def refuse_existing(folder: Path, *, overwrite: bool) -> None:
-    """Refuses to write over anything but an earlier bundle that the user gave up; raises as :func:`check_room`."""
+def refuse_existing(folder: Path, kind: Kind, *, overwrite: bool) -> None:
+    """Refuses to write a bundle over anything but an earlier one of the same kind that the user gave up.
+
+    Raises:
+        UserError: a bundle of the other kind, such as the source of this one; and as :func:`check_room`.
+    """
     check_room(folder, MANIFEST if overwrite else "")
+    if (found := _declared_kind(folder)) not in (None, kind):
+        raise UserError(f"{folder} holds {found}", f"{kind}, or a new folder", "choose another folder")
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
@@ -192,16 +198,20 @@ def _again(manifest: Manifest) -> str:
 
 def kind_of(folder: Path) -> Kind:
     """What kind of bundle lies in ``folder``, before anything else of it is believed."""
+    if (kind := _declared_kind(folder)) is not None:
+        return kind
+    raise UserError(f"{folder} is no bundle", f"a folder made by {' or '.join(STAGE_OF.values())}", "name that folder")
+
+
+def _declared_kind(folder: Path) -> Kind | None:
+    """The kind that a manifest in ``folder`` declares; ``None`` without a manifest that declares one."""
     try:
         found = msgspec.json.decode((folder / MANIFEST).read_bytes()).get("kind")
     except PermissionError:  # it may be one
         raise
     except (OSError, msgspec.DecodeError, AttributeError, RecursionError):
-        found = None
-    for kind in STAGE_OF:
-        if found == kind:
-            return kind
-    raise UserError(f"{folder} is no bundle", f"a folder made by {' or '.join(STAGE_OF.values())}", "name that folder")
+        return None
+    return next((kind for kind in STAGE_OF if found == kind), None)
 
 
 def read_manifest(folder: Path, kind: Kind) -> Manifest:
@@ -220,6 +230,8 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
     try:
         head = msgspec.json.decode(content)
         found = (head.get("format_version"), head.get("kind"))
+        if found[0] == FORMAT_VERSION and found[1] in STAGE_OF and found[1] != kind:
+            raise UserError(f"{folder} holds {found[1]}", f"{kind}, a folder made by {stage}", "name that folder")
         if found != (FORMAT_VERSION, kind):
             raise UserError(
                 f"{path}: format {found[0]}, kind {found[1]}",

@@ -46,7 +46,7 @@ def apply_lora(
             or scales of Q and K that the LoRAs would make wrong, a full disk. Nothing is left behind then.
     """
     options = options or ApplyOptions()
-    refuse_existing(folder, overwrite=options.overwrite)
+    refuse_existing(folder, "engines", overwrite=options.overwrite)
     old = open_bundle(engines, "engines")
     manifest = old.manifest
     if manifest.build is None or manifest.build.options.get("weights") != "external":
