@@ -64,7 +64,7 @@ def build_engines(
             model does not support, a graph that does not compile. Only the builder's log is kept then.
     """
     options = options or BuildOptions()
-    refuse_existing(folder, overwrite=options.overwrite)
+    refuse_existing(folder, "engines", overwrite=options.overwrite)
     target = target_named(options.target)
     source = open_bundle(bundle, "graphs", full_check=True)
     check_bundle(target, source.manifest)

@@ -143,9 +143,15 @@ def new_bundle(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield new
 
 
-def refuse_existing(folder: Path, *, overwrite: bool) -> None:
-    """Refuse to overwrite anything except a bundle, and that only with ``overwrite``; raises as :func:`check_room`."""
+def refuse_existing(folder: Path, kind: Kind, *, overwrite: bool) -> None:
+    """Refuse to overwrite anything except a bundle of the same kind, and that only with ``overwrite``.
+
+    Raises:
+        UserError: a bundle of the other kind, such as the source of this one; and as :func:`check_room`.
+    """
     check_room(folder, MANIFEST if overwrite else "")
+    if (found := _declared_kind(folder)) not in (None, kind):
+        raise UserError(f"{folder} holds {found}", f"{kind}, or a new folder", "choose another folder")
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
@@ -194,18 +200,21 @@ def _again(manifest: Manifest) -> str:
 
 def kind_of(folder: Path) -> Kind:
     """The kind of the bundle in ``folder``, without any further check."""
+    if (kind := _declared_kind(folder)) is not None:
+        return kind
+    expected = f"a folder made by {' or '.join(STAGE_OF.values())}"
+    raise UserError(f"{folder} is not a bundle", expected, "name that folder")
+
+
+def _declared_kind(folder: Path) -> Kind | None:
+    """The kind that a manifest in ``folder`` declares; ``None`` without a manifest that declares one."""
     try:
         found = msgspec.json.decode((folder / MANIFEST).read_bytes()).get("kind")
     except PermissionError:  # it may be one
         raise
     except (OSError, *DAMAGED_JSON, AttributeError):
-        found = None
-    for kind in STAGE_OF:
-        if found == kind:
-            return kind
-    raise UserError(
-        f"{folder} is not a bundle", f"a folder made by {' or '.join(STAGE_OF.values())}", "name that folder"
-    )
+        return None
+    return next((kind for kind in STAGE_OF if found == kind), None)
 
 
 def read_manifest(folder: Path, kind: Kind) -> Manifest:
@@ -224,6 +233,8 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
     try:
         head = msgspec.json.decode(content)
         found = (head.get("format_version"), head.get("kind"))
+        if found[0] == FORMAT_VERSION and found[1] in STAGE_OF and found[1] != kind:
+            raise UserError(f"{folder} holds {found[1]}", f"{kind}, a folder made by {stage}", "name that folder")
         if found != (FORMAT_VERSION, kind):
             raise UserError(
                 f"{path}: format {found[0]}, kind {found[1]}",
@@ -238,8 +249,8 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
         raise UserError(f"{path} was edited: sha256 {digest[:12]}…", expected, f"run {stage} again")
     for component in manifest.components:
         if not component.name.isidentifier():  # files are named after it
-            found = f"{path}: a component named {component.name!r}"
-            raise UserError(found, "letters, digits and underscores", f"run {stage} again")
+            name = f"{path}: a component named {component.name!r}"
+            raise UserError(name, "letters, digits and underscores", f"run {stage} again")
     return manifest
 
 

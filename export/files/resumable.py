@@ -104,7 +104,7 @@ def resumable_folder(folder: Path, made_of: str, *, overwrite: bool = False) -> 
     Raises:
         UserError: see :func:`wan22.files.claim` and :func:`wan22.bundle.refuse_existing`.
     """
-    refuse_existing(folder, overwrite=overwrite)
+    refuse_existing(folder, "graphs", overwrite=overwrite)
     with claim(folder, resume=True) as claimed:
         claimed.new.mkdir(exist_ok=True)
         journal = Journal(claimed.folder / JOURNAL)

@@ -22,6 +22,7 @@ from wan22.bundle import (
     kind_of,
     new_bundle,
     open_bundle,
+    refuse_existing,
     write_manifest,
 )
 from wan22.errors import UserError, refusing_disk_errors
@@ -106,7 +107,7 @@ def test_a_damaged_bundle_says_how_it_was_made(tmp_path, made_by, remedy):
 
 def test_another_kind_or_version_is_refused(tmp_path):
     write_bundle(tmp_path / "b")
-    with pytest.raises(UserError, match=r"kind graphs \| expected format 1, kind engines"):
+    with pytest.raises(UserError, match=r"b holds graphs \| expected engines, a folder made by wan-trt build"):
         open_bundle(tmp_path / "b", "engines")
     write_bundle(tmp_path / "c", format_version=99)
     with pytest.raises(UserError, match="format 99"):
@@ -177,6 +178,15 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     with new_bundle(tmp_path / "b", overwrite=True) as temporary:
         (temporary / "new").touch()
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["new"]
+
+
+def test_a_bundle_is_not_overwritten_by_the_other_kind(tmp_path):
+    write_bundle(tmp_path / "onnx")
+    refuse_existing(tmp_path / "onnx", "graphs", overwrite=True)
+    with pytest.raises(UserError, match=r"onnx holds graphs \| expected engines, or a new folder"):
+        refuse_existing(tmp_path / "onnx", "engines", overwrite=True)
+    (tmp_path / "onnx" / "bundle.json").write_text("{")  # a damaged one may be replaced
+    refuse_existing(tmp_path / "onnx", "engines", overwrite=True)
 
 
 def test_an_edited_manifest_is_refused(tmp_path):

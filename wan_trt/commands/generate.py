@@ -56,8 +56,9 @@ def run(
     request = given.request_from(locals())
     from runtime.generate import Encoding, generate
     from runtime.pipeline import Pipeline
-    from runtime.video import QUALITY
+    from runtime.video import QUALITY, check_no_source
 
+    check_no_source(output, noise, again)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)
     with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:

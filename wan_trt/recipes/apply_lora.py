@@ -46,7 +46,7 @@ def apply_lora(
             model or outgrows the scales of Q and K, the disk is full. Nothing is written then.
     """
     options = options or ApplyOptions()
-    refuse_existing(folder, overwrite=options.overwrite)
+    refuse_existing(folder, "engines", overwrite=options.overwrite)
     old = open_bundle(engines, "engines")
     manifest = old.manifest
     if manifest.build is None or manifest.build.options.get("weights") != "external":

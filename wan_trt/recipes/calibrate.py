@@ -36,7 +36,7 @@ from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.quantities import counted
 from wan22.residency import ONE_EXPERT, ResidencyChoice
-from wan22.specs import Precision
+from wan22.specs import ModelSpec, Precision
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,6 +103,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     check_graphs(source)
     _check_precision(source)
     requests = _requests(read_prompts(options.prompts, spec.takes.image), source, options)
+    _check_steps(spec, requests[0])
     with_means = whole_file(options.means, "means") if options.means is not None else nullcontext()
     with whole_file(out, "scales") as new, with_means as new_means:
         with tempfile.TemporaryDirectory(dir=new.parent) as temporary:
@@ -112,7 +113,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
             with TappedPipeline(open_bundle(folder / "engines", "engines"), taps, options.residency) as pipeline:
                 _run(pipeline, requests, progress)
                 found = pipeline.tapped
-        inputs = {expert: _largest(expert, found.get(expert), requests[0].steps) for expert in spec.experts}
+        inputs = {expert: _largest(expert, found[expert]) for expert in spec.experts}
         scales = {expert: _scales(source, expert, part, options.margin) for expert, part in inputs.items()}
         write_input_scales(new, scales, spec)
         if new_means is not None:
@@ -129,6 +130,14 @@ def _check_precision(source: Bundle) -> None:
             raise UserError(
                 f"{expert} in {found}", f"one of {expected}", "export the model in 16 bits and calibrate that"
             )
+
+
+def _check_steps(spec: ModelSpec, request: CompleteRequest) -> None:
+    spec, timesteps = request.with_switch(spec), request.noise_schedule().timesteps.tolist()
+    used = {spec.expert_at(timestep, step) for step, timestep in enumerate(timesteps)}
+    for expert in spec.experts:
+        if expert not in used:
+            raise UserError(f"{request.steps} steps, none by {expert}", "steps of every expert", "use more --steps")
 
 
 def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) -> list[CompleteRequest]:
@@ -230,9 +239,7 @@ def _run(pipeline: Pipeline, requests: list[CompleteRequest], progress: Progress
             progress("calibrate", done, total, "steps")
 
 
-def _largest(expert: str, tapped: "Tapped | None", steps: int) -> dict[str, float]:
-    if tapped is None:
-        raise UserError(f"{steps} steps, none by {expert}", "steps of every expert", "use more --steps")
+def _largest(expert: str, tapped: "Tapped") -> dict[str, float]:
     if bad := [name for name, value in tapped.largest.items() if not isfinite(value)]:
         raise UserError(f"{expert}: inputs of {bad[0]} overflow", "finite values", "calibrate a bf16 bundle")
     return tapped.largest

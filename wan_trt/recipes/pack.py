@@ -16,8 +16,9 @@ def pack(bundle: Path, folder: Path, *, overwrite: bool = False, progress: Progr
     Raises:
         UserError: there is no bundle, a file or plan differs from the manifest, or ``folder`` is not writable.
     """
-    refuse_existing(folder, overwrite=overwrite)
-    source = open_bundle(bundle, kind_of(bundle), full_check=True)
+    kind = kind_of(bundle)
+    refuse_existing(folder, kind, overwrite=overwrite)
+    source = open_bundle(bundle, kind, full_check=True)
     check_graphs(source)
     check_plans(source)
     files = [bundle / path for path in (MANIFEST, *source.manifest.files())]
