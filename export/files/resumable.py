@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from wan22.bundle import File, refuse_existing
-from wan22.errors import DISK_FULL
+from wan22.errors import DAMAGED_JSON, DISK_FULL
 from wan22.files import claim, hidden_folder
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _readable(lines: list[bytes]) -> Iterator[File]:
     for line in lines:
         try:
             yield msgspec.json.decode(line, type=File)
-        except msgspec.DecodeError:
+        except DAMAGED_JSON:
             return
 
 

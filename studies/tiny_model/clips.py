@@ -56,7 +56,8 @@ def render(content: Content, placement: Placement) -> Clip:
     paint = np.array(COLOURS[content.colour]) * _shading(content.shape, across, down, radius)[..., None]
     picture = picture * (1 - cover) + paint * cover
     lit = np.clip(picture * np.array(LIGHTS[content.light]), 0, 1)
-    return np.round(255 * lit).astype(np.uint8)
+    result: Clip = np.round(255 * lit).astype(np.uint8)
+    return result
 
 
 def distance(shape: str, x: Reals, y: Reals, radius: float) -> Reals:
@@ -69,7 +70,8 @@ def distance(shape: str, x: Reals, y: Reals, radius: float) -> Reals:
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.84 * radius
     if shape == "triangle":
-        return np.maximum(np.abs(x) * np.sqrt(0.75) - y / 2, y) - 0.58 * radius
+        result: Reals = np.maximum(np.abs(x) * np.sqrt(0.75) - y / 2, y) - 0.58 * radius
+        return result
     if shape == "cross":
         near, wide = np.minimum(np.abs(x), np.abs(y)), np.maximum(np.abs(x), np.abs(y))
         return np.maximum(near - 0.32 * radius, wide - radius)
@@ -92,7 +94,8 @@ def _background(x: Reals, y: Reals, content: Content, placement: Placement) -> R
     panels = 1 + 0.06 * np.clip(3 * wave, -1, 1)
     floor = np.clip(y - FLOOR + 0.5, 0, 1)
     brightness = panels * (1 - floor) + 0.62 * floor
-    return brightness[..., None] * np.array(WALLS[content.wall])
+    result: Reals = brightness[..., None] * np.array(WALLS[content.wall])
+    return result
 
 
 def _path(content: Content, placement: Placement) -> tuple[Reals, Reals, Reals]:

@@ -103,7 +103,7 @@ def main() -> None:
     if not kept.exists():
         vae.load_state_dict(weights(arguments.folder / "vae.pt"))
         calibrate(vae, as_tensor(pool("calibration", 48)))
-        save(kept, vae, None, 0)
+        save(kept, vae, [], 0)
     vae.load_state_dict(weights(kept))
     encode(vae, arguments.folder, arguments.clips)
 

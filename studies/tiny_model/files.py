@@ -1,5 +1,6 @@
 """Checkpoints of a training that is interrupted and resumed: written beside, then moved into place."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,21 +8,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 
-def save(path: Path, model: nn.Module, optimiser: Optimizer | None, step: int) -> None:
+def save(path: Path, model: nn.Module, optimisers: Sequence[Optimizer], step: int) -> None:
     """Replaces ``path`` at once; whoever reads it finds a whole checkpoint."""
     beside = path.with_suffix(".partial")
-    state = optimiser.state_dict() if optimiser else {}
-    torch.save({"model": model.state_dict(), "optimiser": state, "step": step}, beside)
+    states = [optimiser.state_dict() for optimiser in optimisers]
+    torch.save({"model": model.state_dict(), "optimisers": states, "step": step}, beside)
     beside.replace(path)
 
 
-def resumed(path: Path, model: nn.Module, optimiser: Optimizer) -> int:
+def resumed(path: Path, model: nn.Module, optimisers: Sequence[Optimizer]) -> int:
     """Loads what ``path`` holds, if there is one, and returns the steps done."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
-    optimiser.load_state_dict(state["optimiser"])
+    for optimiser, kept in zip(optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(kept)
     return int(state["step"])
 
 

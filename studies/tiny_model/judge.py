@@ -90,7 +90,8 @@ def object_mask(frame: Reals) -> Mask:
     if not count:
         return np.zeros((HEIGHT, WIDTH), bool)
     sizes = np.bincount(labels.flat)[1:]
-    return labels == 1 + int(sizes.argmax())
+    result: Mask = labels == 1 + int(sizes.argmax())
+    return result
 
 
 def outline(mask: Mask) -> dict[str, tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""From the checkpoints of the training to the data files of the package, in 16 bits."""
+"""From the checkpoints of the training to the data files of the package, in 16 bits, kernels of the VAE in 8."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export.checkpoint.schema import part_tensors
-from export.synth.trained import TOKENIZER_MODEL, part_file
+from export.synth.trained import SCALE, TOKENIZER_MODEL, part_file
 from studies.tiny_model.data import tokenizer_model
 from studies.tiny_model.files import weights
 from studies.tiny_model.train_vae import MODEL
@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[2] / "export" / "synth" / "trained" / MODEL
 
 def parts(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The tensors of every part under official names, from the training's ``folder``."""
-    found = {"vae": weights(folder / "vae-calibrated.pt")}
+    found = {"vae": weights(folder / "vae-tuned.pt")}
     for expert in ("high_noise", "low_noise"):
         average = weights(folder / f"{expert}-average.pt")
         found[expert] = _below("dit.", average)
@@ -39,9 +39,19 @@ def pack(folder: Path, package: Path) -> int:
         dtype = torch.bfloat16 if part == "text_encoder" else torch.float16
         shapes = part_tensors(part, spec)
         assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes, part
-        save_file({name: tensors[name].to(dtype).contiguous() for name in shapes}, part_file(package, part))
+        kept = {name: tensors[name].to(dtype).contiguous() for name in shapes}
+        for name in [name for name in shapes if part == "vae" and len(shapes[name]) > 3 and name.endswith("weight")]:
+            kept |= _in_8_bits(name, tensors[name])
+        save_file(kept, part_file(package, part))
     (package / TOKENIZER_MODEL).write_bytes(tokenizer_model(folder))
     return sum(path.stat().st_size for path in package.iterdir())
+
+
+def _in_8_bits(name: str, kernel: Tensor) -> dict[str, Tensor]:
+    """A convolution's kernel as int8 and a scale per output channel."""
+    scale = (kernel.flatten(1).abs().amax(1) / 127).clamp(min=1e-6).half()
+    rounded = (kernel / scale.float().view(-1, *(1,) * (kernel.ndim - 1))).round().clamp(-127, 127)
+    return {name: rounded.to(torch.int8).contiguous(), name + SCALE: scale}
 
 
 if __name__ == "__main__":

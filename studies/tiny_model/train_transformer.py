@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from studies.tiny_model.data import Captions, encoded
 from studies.tiny_model.files import resumed, save, weights
@@ -25,7 +26,7 @@ from studies.tiny_model.transformer import Dit, TextEncoder
 from wan22.sampling import NEGATIVE_PROMPT
 from wan22.specs import TRAIN_TIMESTEPS, spec_named
 
-BATCH, LEARNING_RATE, WITHOUT_CAPTION = 32, 2e-3, 0.1
+BATCH, LEARNING_RATE, WITHOUT_CAPTION = 16, 2e-3, 0.1
 AVERAGED = 0.998  # per step, of the moving average that is kept as the result
 EXPERTS = {"shared": (0.0, 1.0), "high_noise": (0.875, 1.0), "low_noise": (0.0, 0.875)}  # range of σ
 
@@ -39,7 +40,8 @@ class Model(nn.Module):
         self.text_encoder, self.dit = TextEncoder(spec.text_encoder), Dit(spec.dit)
 
     def forward(self, latents: Tensor, timestep: Tensor, ids: Tensor, present: Tensor) -> Tensor:
-        return self.dit(latents, timestep, self.text_encoder(ids, present), present)
+        result: Tensor = self.dit(latents, timestep, self.text_encoder(ids, present), present)
+        return result
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def loss_of(model: Model, batch: tuple[Tensor, Tensor, Tensor], limits: tuple[fl
     level = sigma[:, None, None, None, None]
     with torch.autocast("cpu", torch.bfloat16):
         velocity = model((1 - level) * latents + level * noise, TRAIN_TIMESTEPS * sigma, ids, present)
-    return (velocity.float() - (noise - latents)).square().mean()
+    result: Tensor = (velocity.float() - (noise - latents)).square().mean()
+    return result
 
 
 def taught_text_encoder(captions: Captions, steps: int = 250) -> TextEncoder:
@@ -89,12 +92,13 @@ def taught_text_encoder(captions: Captions, steps: int = 250) -> TextEncoder:
         contents = [random_content(draw, held_out=False) for _ in range(32)]
         ids, present = captions([content.caption for content in contents])
         mean = encoder(ids, present).sum(1) / present.sum(1, keepdim=True)
-        loss = sum(
+        losses = [
             F.cross_entropy(heads[name](mean), torch.tensor([words.index(getattr(c, name)) for c in contents]))
             for name, words in said.items()
-        )
+        ]
+        loss = torch.stack(losses).sum()
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
         if step % 50 == 49:
             print(f"text encoder: step {step + 1}  loss {loss.item():.3f}", flush=True)
@@ -110,8 +114,8 @@ def train(folder: Path, part: str, minutes: float, steps: int, rate: float) -> N
         model.load_state_dict(weights(folder / "shared-average.pt"))
         model.text_encoder.requires_grad_(False)  # both experts read the same text
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(learned, rate, betas=(0.9, 0.98), weight_decay=0.01)
-    done = resumed(folder / f"{part}.pt", model, optimiser)
+    optimisers = _optimisers(model, rate)
+    done = resumed(folder / f"{part}.pt", model, optimisers)
     average = copy.deepcopy(model)
     if done:
         average.load_state_dict(weights(folder / f"{part}-average.pt"))
@@ -122,13 +126,14 @@ def train(folder: Path, part: str, minutes: float, steps: int, rate: float) -> N
         share = max(step / steps, (time.monotonic() - start) / 60 / minutes)
         if share >= 1:
             break
-        for group in optimiser.param_groups:
+        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
             group["lr"] = rate * min(1, (step + 1) / 100) * (0.03 + 0.97 * (1 + math.cos(math.pi * share)) / 2)
         loss = loss_of(model, data.batch(draw, BATCH), EXPERTS[part])
-        optimiser.zero_grad()
-        loss.backward()
+        model.zero_grad()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         with torch.no_grad():
             weight = 1 - min(AVERAGED, (step + 1) / (step + 10))
             for kept, now in zip(average.parameters(), model.parameters(), strict=True):
@@ -137,14 +142,23 @@ def train(folder: Path, part: str, minutes: float, steps: int, rate: float) -> N
         if step % 50 == 49:
             print(f"step {step + 1}  {time.monotonic() - start:.0f} s  loss {shown:.4f}", flush=True)
         if step % 200 == 199:
-            _save(folder, part, model, average, optimiser, step + 1)
+            _save(folder, part, model, average, optimisers, step + 1)
             data = Data(*encoded(folder), captions)  # more clips may have been encoded meanwhile
-    _save(folder, part, model, average, optimiser, step + 1)
+    _save(folder, part, model, average, optimisers, step + 1)
 
 
-def _save(folder: Path, part: str, model: Model, average: Model, optimiser: torch.optim.Optimizer, step: int) -> None:
-    save(folder / f"{part}-average.pt", average, None, step)
-    save(folder / f"{part}.pt", model, optimiser, step)
+def _optimisers(model: Model, rate: float) -> list[Optimizer]:
+    """Muon for the matrices of the blocks, which needs about half the steps, and AdamW for everything else."""
+    matrices = [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and "dit.blocks" in name]
+    kept = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in kept]
+    muon = torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [torch.optim.AdamW(others, rate, betas=(0.9, 0.98), weight_decay=0.01), muon]
+
+
+def _save(folder: Path, part: str, model: Model, average: Model, optimisers: list[Optimizer], step: int) -> None:
+    save(folder / f"{part}-average.pt", average, [], step)
+    save(folder / f"{part}.pt", model, optimisers, step)
 
 
 if __name__ == "__main__":

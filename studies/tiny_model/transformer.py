@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan22.specs import PATCH, TEXT_TOKENS, DitSpec, TextEncoderSpec
+from wan22.parts import DitSpec, TextEncoderSpec, rope_split
+from wan22.specs import PATCH, TEXT_TOKENS
 
 
 class RmsNorm(nn.Module):
@@ -25,7 +26,7 @@ class RmsNorm(nn.Module):
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """``[B, n, D]`` → ``[B, heads, n, D / heads]``."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 # --- text encoder ----------------------------------------------------------------------------------------------------
@@ -44,7 +45,8 @@ class TextAttention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (_heads(linear(x), self.heads) for linear in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=1.0)
-        return self.o(mixed.transpose(1, 2).flatten(2))
+        result: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
+        return result
 
 
 class GatedFfn(nn.Module):
@@ -55,7 +57,8 @@ class GatedFfn(nn.Module):
         self.fc2 = nn.Linear(spec.ffn_width, spec.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.gate(x) * self.fc1(x))
+        result: Tensor = self.fc2(self.gate(x) * self.fc1(x))
+        return result
 
 
 class PositionBias(nn.Module):
@@ -75,7 +78,8 @@ class PositionBias(nn.Module):
         size = distance.abs()
         log = exact + (size.clamp(min=1).float() / exact).log() / math.log(self.far / exact) * (half - exact)
         bucket = torch.where(size < exact, size, log.long().clamp(max=half - 1)) + half * (distance > 0)
-        return self.embedding(bucket).permute(2, 0, 1)[None]
+        result: Tensor = self.embedding(bucket).permute(2, 0, 1)[None]
+        return result
 
 
 class TextBlock(nn.Module):
@@ -87,7 +91,8 @@ class TextBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x), self.pos_embedding(x.shape[1]) + mask)
-        return x + self.ffn(self.norm2(x))
+        result: Tensor = x + self.ffn(self.norm2(x))
+        return result
 
 
 class TextEncoder(nn.Module):
@@ -104,7 +109,8 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(ids)
         for block in self.blocks:
             x = block(x, mask)
-        return self.norm(x) * present[..., None]
+        result: Tensor = self.norm(x) * present[..., None]
+        return result
 
 
 # --- transformer -----------------------------------------------------------------------------------------------------
@@ -126,12 +132,13 @@ class Attention(nn.Module):
             q, k = _turned(q, *turns), _turned(k, *turns)
         scores = (q.to(v.dtype) @ k.to(v.dtype).mT).float() * q.shape[-1] ** -0.5  # faster here than torch's fused one
         weights = (scores if bias is None else scores + bias).softmax(-1)
-        return self.o((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        result: Tensor = self.o((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        return result
 
 
 def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Neighbouring channels ``(2j, 2j + 1)`` turned by the position's angles."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack([a * cosine - b * sine, a * sine + b * cosine], -1).flatten(-2)
 
 
@@ -140,7 +147,7 @@ def rotations(spec: DitSpec, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor
     places = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angles = [
         place.flatten()[:, None] * 10000 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-        for place, pairs in zip(places, spec.rope_split, strict=True)
+        for place, pairs in zip(places, rope_split(spec.head_width), strict=True)
     ]
     joined = torch.cat(angles, 1)
     return joined.cos().float(), joined.sin().float()
@@ -151,6 +158,7 @@ class Block(nn.Module):
         super().__init__()
         width = spec.width
         self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+        self.modulation.data[:, [2, 5]] = 0.5  # gates that are open from the start
         self.self_attn, self.cross_attn = Attention(spec), Attention(spec)
         self.norm1 = nn.LayerNorm(width, spec.eps, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(width, spec.eps, elementwise_affine=False)
@@ -164,7 +172,8 @@ class Block(nn.Module):
         a = self.norm1(x) * (1 + m[1]) + m[0]
         x = x + self.self_attn(a, a, turns) * m[2]
         x = x + self.cross_attn(self.norm3(x), text, bias=bias)
-        return x + self.ffn(self.norm2(x) * (1 + m[4]) + m[3]) * m[5]
+        result: Tensor = x + self.ffn(self.norm2(x) * (1 + m[4]) + m[3]) * m[5]
+        return result
 
 
 class Head(nn.Module):
@@ -178,7 +187,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         shift, scale = (self.modulation + e[:, None]).unsqueeze(2).unbind(1)
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        result: Tensor = self.head(self.norm(x) * (1 + scale) + shift)
+        return result
 
 
 class Dit(nn.Module):
@@ -213,7 +223,8 @@ class Dit(nn.Module):
         for block in self.blocks:
             x = block(x, e0, text, bias, turns)
         y = self.head(x, e).float().unflatten(-1, (*PATCH[1:], -1)).unflatten(1, grid)
-        return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, -1, t, h, w)
+        result: Tensor = y.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, -1, t, h, w)
+        return result
 
     def _context(self, text: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded rows with one for all unused rows behind them, and the scores to add, ``[B, 1, 1, n + 1]``."""

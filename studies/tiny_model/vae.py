@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan22.specs import VaeSpec
+from wan22.parts import VaeSpec
+
+CONSTANT = 7  # the channel that begins as 1 everywhere
 
 
 class CausalConv(nn.Conv3d):
@@ -33,7 +35,8 @@ class _Normalise(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
         inverse = (norm.square() / x.shape[1] + 1e-12).rsqrt().to(x.dtype)
         context.save_for_backward(x, inverse, gamma)
-        return (x * inverse).mul_(gamma.to(x.dtype))
+        result: Tensor = (x * inverse).mul_(gamma.to(x.dtype))
+        return result
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +59,9 @@ class Norm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * (2 if images else 3)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Normalise.apply(x, self.gamma)
+        normalise: Any = _Normalise.apply
+        normal: Tensor = normalise(x, self.gamma)
+        return normal
 
 
 class ResidualBlock(nn.Module):
@@ -74,7 +79,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv(entering, leaving, 1) if entering != leaving else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.residual(x) + self.shortcut(x)
+        result: Tensor = self.residual(x) + self.shortcut(x)
+        return result
 
 
 class AttentionBlock(nn.Module):
@@ -91,7 +97,8 @@ class AttentionBlock(nn.Module):
         images = x.transpose(1, 2).reshape(b * t, c, h, w)
         q, k, v = self.to_qkv(self.norm(images)).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)
         mixed = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(b * t, c, h, w)
-        return x + self.proj(mixed).reshape(b, t, c, h, w).transpose(1, 2)
+        result: Tensor = x + self.proj(mixed).reshape(b, t, c, h, w).transpose(1, 2)
+        return result
 
 
 class Down(nn.Module):
@@ -130,7 +137,8 @@ def _per_frame(module: nn.Module, x: Tensor) -> Tensor:
     b, c, t, h, w = x.shape
     y = module(x.transpose(1, 2).reshape(b * t, c, h, w).contiguous(memory_format=torch.channels_last))
     y = y.reshape(b, t, *y.shape[1:]).transpose(1, 2)
-    return y.contiguous(memory_format=torch.channels_last_3d)
+    result: Tensor = y.contiguous(memory_format=torch.channels_last_3d)
+    return result
 
 
 def _middle(width: int) -> nn.Sequential:
@@ -156,7 +164,8 @@ class Encoder(nn.Module):
         self.head = _head(widths[-1], 2 * spec.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.middle(self.downsamples(self.conv1(x))))
+        result: Tensor = self.head(self.middle(self.downsamples(self.conv1(x))))
+        return result
 
 
 class Decoder(nn.Module):
@@ -175,25 +184,58 @@ class Decoder(nn.Module):
         self.head = _head(widths[-1], 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.head(self.upsamples(self.middle(self.conv1(z))))
+        result: Tensor = self.head(self.upsamples(self.middle(self.conv1(z))))
+        return result
 
 
 def channels_last(module: nn.Module) -> None:
     """Lays the 3-D convolutions out with their channels innermost, which CPUs are fastest with."""
     for part in module.modules():
         if isinstance(part, nn.Conv3d):
-            part.to(memory_format=torch.channels_last_3d)
+            part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
+@torch.no_grad()
 def _initialise(vae: nn.Module) -> None:
-    """Signals keep their size through every convolution, and blocks begin as identities: a small VAE learns fast."""
+    """Begins as a blurred copy: every channel is carried on, as means downwards and by repetition upwards.
+
+    What is not carried begins random and looks at the present frame only; residual blocks begin as identities. Without
+    this a small VAE takes hundreds of steps until it has colours.
+    """
     for part in vae.modules():
         if isinstance(part, nn.Conv2d | nn.Conv3d):
-            nn.init.kaiming_normal_(part.weight, nonlinearity="linear")
-            nn.init.zeros_(part.bias)
+            _carry(part)
     for part in vae.modules():
         if isinstance(part, ResidualBlock):
-            nn.init.normal_(part.residual[-1].weight, std=1e-3)
+            next(part.residual[-1].parameters()).mul_(0.02)  # its weight
+        if isinstance(part, AttentionBlock):
+            part.proj.weight.mul_(0.02)
+        if isinstance(part, Encoder | Decoder):  # a constant channel: norms would lose how bright a picture is
+            part.conv1.weight[CONSTANT] = 0
+            if part.conv1.bias is not None:
+                part.conv1.bias[CONSTANT] = 1
+
+
+def _carry(part: nn.Conv2d | nn.Conv3d) -> None:
+    """Channel n of the input becomes channel n of the output, and of its second half where frames are doubled."""
+    weight = part.weight[:, :, None] if part.weight.ndim == 4 else part.weight  # [leaving, entering, time, y, x]
+    leaving, entering, times, side, _ = weight.shape
+    weight.zero_()
+    scale = 0.5 / (entering * side**2) ** 0.5
+    weight[:, :, -1] = scale * torch.randn(leaving, entering, side, side)
+    half = leaving // 2 if (times, leaving) == (3, 2 * entering) and side == 1 else leaving
+    for channel in range(leaving):
+        source = channel % half
+        if source >= entering:
+            continue
+        if part.stride[-1] == 2:
+            weight[channel, source, -1, :2, :2] += 1 / 4
+        elif part.stride[0] == 2:
+            weight[channel, source, 1:, 0, 0] += 1 / 2
+        else:
+            weight[channel, source, -1, side // 2, side // 2] += 1
+    if part.bias is not None:
+        part.bias.zero_()
 
 
 class Vae(nn.Module):
@@ -205,10 +247,8 @@ class Vae(nn.Module):
         self.encoder, self.decoder = Encoder(spec), Decoder(spec)
         self.conv1, self.conv2 = CausalConv(2 * z, 2 * z, 1), CausalConv(z, z, 1)
         _initialise(self)
-        self.conv1.bias.data[z:] = -8.0  # little noise, until the decoder can use the latents
         mean, std = torch.tensor(spec.latents_mean), torch.tensor(spec.latents_std)
-        self.register_buffer("mean", mean[:, None, None, None], persistent=False)
-        self.register_buffer("std", std[:, None, None, None], persistent=False)
+        self.mean, self.std = mean[:, None, None, None], std[:, None, None, None]
 
     def encode(self, clips: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents, not normalised."""
@@ -217,14 +257,13 @@ class Vae(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Clips, not clamped, of latents that are not normalised."""
-        return self.decoder(self.conv2(latents))
+        result: Tensor = self.decoder(self.conv2(latents))
+        return result
 
     def normalised(self, clips: Tensor) -> Tensor:
         """The latents that the transformer works on."""
-        mean: Any = self.mean
-        return (self.encode(clips)[0] - mean) / self.std
+        return (self.encode(clips)[0] - self.mean) / self.std
 
     def pictured(self, normalised: Tensor) -> Tensor:
         """Clips in [-1, 1] of latents as the transformer makes them."""
-        mean: Any = self.mean
-        return self.decode(normalised * self.std + mean).clamp(-1, 1)
+        return self.decode(normalised * self.std + self.mean).clamp(-1, 1)

@@ -7,7 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from runtime.pipeline import Pipeline
+from runtime.request import Request
 from studies.tiny_model.clips import FRAMES, HEIGHT, WIDTH, random_clip, render
+from studies.tiny_model.evaluate import rendered
 from studies.tiny_model.judge import judge, look
 from studies.tiny_model.scenes import COLOURS, MOVES, ROUND, SHAPES, Content, random_content, random_placement
 
@@ -83,3 +86,11 @@ def test_every_motion_and_shape_is_trained_on_about_equally_often():
     shapes = Counter(content.shape for content in contents)
     assert min(shapes.values()) > 120
     assert not any(content.motion == "spins" and content.shape in ROUND for content in contents)
+
+
+@pytest.mark.slow
+def test_the_engines_render_what_a_prompt_says(flow_of):
+    content = Content("large", "red", "square", "moves right quickly", "light grey")
+    with Pipeline.open(flow_of("t2v-a14b-toy").engines) as pipeline:
+        clip = rendered(pipeline, Request(content.caption, seed=0))
+    assert judge(content, clip).right

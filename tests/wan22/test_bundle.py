@@ -14,22 +14,23 @@ from wan22.bundle import (
     MANIFEST,
     Build,
     Component,
+    File,
     Manifest,
     Source,
     Tensor,
     file_entry,
     kind_of,
+    new_bundle,
     open_bundle,
     refuse_existing,
-    staged,
     write_manifest,
 )
-from wan22.errors import UserError
+from wan22.errors import UserError, refusing_disk_errors
 from wan22.specs import SPECS, Precision
 
 
 def write_bundle(folder: Path, **changes: object) -> Manifest:
-    with staged(folder) as temporary:
+    with new_bundle(folder) as temporary:
         (temporary / "dit.onnx").write_bytes(b"graph")
         graph = file_entry(temporary, temporary / "dit.onnx")
         inputs = (Tensor("latents", "float32", (1, 16, "frames", "height", "width")),)
@@ -55,14 +56,14 @@ def test_what_is_written_is_read_back(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_write_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), staged(tmp_path / "b") as temporary:
+    with pytest.raises(error), new_bundle(tmp_path / "b") as temporary:
         (temporary / "half").write_bytes(b"x")
         raise error
     assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_full_is_the_users_to_mend(tmp_path):
-    with pytest.raises(UserError, match="disk full"), staged(tmp_path / "b"):
+    with pytest.raises(UserError, match="disk full"), new_bundle(tmp_path / "b"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
@@ -139,26 +140,42 @@ def test_a_path_out_of_the_bundle_is_refused(tmp_path):
         open_bundle(tmp_path / "b", "graphs")
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "", "a\0b", "a b"])
+def test_a_component_that_would_name_files_elsewhere_is_refused(tmp_path, name):
+    made = write_bundle(tmp_path / "a")
+    write_bundle(tmp_path / "b", components=(replace(made.components[0], name=name),))
+    with pytest.raises(UserError, match="a component named"):
+        open_bundle(tmp_path / "b", "graphs")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "loop", "loop/file"])
+def test_a_path_that_no_disk_has_is_refused(tmp_path, path):
+    write_bundle(tmp_path / "b", tokenizer=(File(path, "0" * 64, 1),))
+    (tmp_path / "b" / "loop").symlink_to("loop")
+    with pytest.raises(UserError), refusing_disk_errors(""):
+        open_bundle(tmp_path / "b", "graphs")
+
+
 @pytest.mark.parametrize("target", ["nowhere", "empty"])
 def test_what_nothing_can_take_the_place_of_is_refused_before_the_work(tmp_path, target):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / target)
-    with pytest.raises(UserError, match=r"link is a link .* name one inside it"), staged(tmp_path / "link"):
+    with pytest.raises(UserError, match=r"link is a link .* name one inside it"), new_bundle(tmp_path / "link"):
         raise AssertionError("it was begun")
-    with pytest.raises(UserError, match=r"/ is where a disk is mounted .* name one inside it"), staged(Path("/")):
+    with pytest.raises(UserError, match=r"/ is a mount point .* name one inside it"), new_bundle(Path("/")):
         raise AssertionError("it was begun")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):
     write_bundle(tmp_path / "b")
-    with pytest.raises(UserError, match="--overwrite"), staged(tmp_path / "b"):
+    with pytest.raises(UserError, match="--overwrite"), new_bundle(tmp_path / "b"):
         pass
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "photo").touch()
-    with pytest.raises(UserError, match=r"home has no bundle\.json"), staged(tmp_path / "home", overwrite=True):
+    with pytest.raises(UserError, match=r"home has no bundle\.json"), new_bundle(tmp_path / "home", overwrite=True):
         pass
-    with staged(tmp_path / "b", overwrite=True) as temporary:
+    with new_bundle(tmp_path / "b", overwrite=True) as temporary:
         (temporary / "new").touch()
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["new"]
 
@@ -204,12 +221,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         open_bundle(tmp_path / "b", "graphs")
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{", b"\xff", b'{"kind": "\xf6"}', b"[" * 100_000])
 def test_what_is_no_manifest_is_told_as_such(tmp_path, content):
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(UserError, match=r"bundle\.json: "):
         open_bundle(tmp_path, "graphs")
-    with pytest.raises(UserError, match="is no bundle"):
+    with pytest.raises(UserError, match="is not a bundle"):
         kind_of(tmp_path)
 
 
@@ -238,6 +255,6 @@ def test_whatever_is_edited_of_what_engines_are_for_is_refused(tmp_path, written
     assert changed != content
     path.write_bytes(changed)
     with pytest.raises(
-        UserError, match=r"edited: sha256 \w+… \| expected \w+… written in it \| run wan-trt build again"
+        UserError, match=r"edited: sha256 \w+… \| expected \w+… as recorded in it \| run wan-trt build again"
     ):
         open_bundle(tmp_path / "b", "engines")

@@ -145,7 +145,7 @@ def test_too_little_memory_is_told_in_one_line(tmp_path, tiny_engines, monkeypat
     monkeypatch.setattr(runtime.request, "standard_normal", lambda *_: np.empty(2**55, np.uint8))
     told = refused(capsys, "generate", tiny_engines, "x", "-o", tmp_path / "o.mp4", "--size", "64x64", "--frames", "5")
     assert told.startswith("wan-trt: out of memory: Unable to allocate 32.0 PiB")
-    assert told.endswith("| ask for a smaller --size or fewer --frames")
+    assert told.endswith("| use a smaller --size or fewer --frames")
     assert not list(tmp_path.iterdir())
 
 
