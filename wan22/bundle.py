@@ -147,7 +147,7 @@ def refuse_existing(folder: Path, kind: Kind, *, overwrite: bool) -> None:
     """Refuse to overwrite anything except a bundle of the same kind, and that only with ``overwrite``.
 
     Raises:
-        UserError: a bundle of the other kind, such as the source of this one; and as :func:`check_room`.
+        UserError: a bundle of the other kind, which may be the source of this one; and as :func:`check_room`.
     """
     check_room(folder, MANIFEST if overwrite else "")
     if (found := _declared_kind(folder)) not in (None, kind):
@@ -232,12 +232,12 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
         raise UserError(f"{folder} has no {MANIFEST}", f"a folder made by {stage}", f"run {stage} first") from None
     try:
         head = msgspec.json.decode(content)
-        found = (head.get("format_version"), head.get("kind"))
-        if found[0] == FORMAT_VERSION and found[1] in STAGE_OF and found[1] != kind:
-            raise UserError(f"{folder} holds {found[1]}", f"{kind}, a folder made by {stage}", "name that folder")
-        if found != (FORMAT_VERSION, kind):
+        version, holds = head.get("format_version"), head.get("kind")
+        if version == FORMAT_VERSION and holds != kind and holds in list(STAGE_OF):
+            raise UserError(f"{folder} holds {holds}", f"{kind}, a folder made by {stage}", "name that folder")
+        if (version, holds) != (FORMAT_VERSION, kind):
             raise UserError(
-                f"{path}: format {found[0]}, kind {found[1]}",
+                f"{path}: format {version}, kind {holds}",
                 f"format {FORMAT_VERSION}, kind {kind}",
                 f"run {stage} of this version",
             )
