@@ -22,9 +22,9 @@ from wan22.bundle import (
     Manifest,
     check_disk,
     file_entry,
-    new_bundle,
     open_bundle,
     refuse_existing,
+    staged,
     write_manifest,
 )
 from wan22.errors import UserError
@@ -77,7 +77,7 @@ def build_engines(
     check_loads(target, [source.path(component.graph) for component in source.manifest.components], again)
     check_disk(folder, disk_bytes(source.manifest, target, options))
     started = time.perf_counter()
-    with new_bundle(folder, overwrite=options.overwrite) as temporary:
+    with staged(folder, overwrite=options.overwrite) as temporary:
         if target.backend == "onnxruntime":
             _place(source, temporary, source.manifest.files().values())
             compiled = _Compiled(*fit_components(source, temporary, progress))

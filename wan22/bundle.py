@@ -137,7 +137,7 @@ def file_entry(folder: Path, path: Path) -> File:
 
 
 @contextmanager
-def new_bundle(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes ``folder`` if the block succeeds; raises as :func:`refuse_existing`."""
     with whole_folder(folder, MANIFEST if overwrite else "") as new:
         yield new

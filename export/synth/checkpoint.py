@@ -26,7 +26,7 @@ from export.files.torch_file import write_torch
 from export.synth.tokenizer import write_tokenizer
 from export.synth.trained import trained_folder, trained_pieces, trained_tokenizer
 from export.synth.weights import PIECE_ELEMENTS, pieces
-from wan22.bundle import check_disk, new_bundle
+from wan22.bundle import check_disk, staged
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.specs import TEXT_TOKENS, ModelSpec
@@ -57,7 +57,7 @@ def synthesise(
         raise UserError(f"{folder} exists", "a new or empty folder", "choose another")
     check_disk(folder, 0 if sparse else weights_bytes(spec, half=half))
     tensors = _Tensors(spec, seed, sparse, half, progress)
-    with new_bundle(folder) as temporary:
+    with staged(folder) as temporary:
         if layout == "official":
             _write_official(temporary, tensors)
         else:

@@ -20,9 +20,9 @@ from wan22.bundle import (
     Tensor,
     file_entry,
     kind_of,
-    new_bundle,
     open_bundle,
     refuse_existing,
+    staged,
     write_manifest,
 )
 from wan22.errors import UserError, refusing_disk_errors
@@ -30,7 +30,7 @@ from wan22.specs import SPECS, Precision
 
 
 def write_bundle(folder: Path, **changes: object) -> Manifest:
-    with new_bundle(folder) as temporary:
+    with staged(folder) as temporary:
         (temporary / "dit.onnx").write_bytes(b"graph")
         graph = file_entry(temporary, temporary / "dit.onnx")
         inputs = (Tensor("latents", "float32", (1, 16, "frames", "height", "width")),)
@@ -56,14 +56,14 @@ def test_what_is_written_is_read_back(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_write_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), new_bundle(tmp_path / "b") as temporary:
+    with pytest.raises(error), staged(tmp_path / "b") as temporary:
         (temporary / "half").write_bytes(b"x")
         raise error
     assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_full_is_the_users_to_mend(tmp_path):
-    with pytest.raises(UserError, match="disk full"), new_bundle(tmp_path / "b"):
+    with pytest.raises(UserError, match="disk full"), staged(tmp_path / "b"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
@@ -160,22 +160,22 @@ def test_a_path_that_no_disk_has_is_refused(tmp_path, path):
 def test_what_nothing_can_take_the_place_of_is_refused_before_the_work(tmp_path, target):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / target)
-    with pytest.raises(UserError, match=r"link is a link .* name one inside it"), new_bundle(tmp_path / "link"):
+    with pytest.raises(UserError, match=r"link is a link .* name one inside it"), staged(tmp_path / "link"):
         raise AssertionError("it was begun")
-    with pytest.raises(UserError, match=r"/ is a mount point .* name one inside it"), new_bundle(Path("/")):
+    with pytest.raises(UserError, match=r"/ is a mount point .* name one inside it"), staged(Path("/")):
         raise AssertionError("it was begun")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):
     write_bundle(tmp_path / "b")
-    with pytest.raises(UserError, match="--overwrite"), new_bundle(tmp_path / "b"):
+    with pytest.raises(UserError, match="--overwrite"), staged(tmp_path / "b"):
         pass
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "photo").touch()
-    with pytest.raises(UserError, match=r"home has no bundle\.json"), new_bundle(tmp_path / "home", overwrite=True):
+    with pytest.raises(UserError, match=r"home has no bundle\.json"), staged(tmp_path / "home", overwrite=True):
         pass
-    with new_bundle(tmp_path / "b", overwrite=True) as temporary:
+    with staged(tmp_path / "b", overwrite=True) as temporary:
         (temporary / "new").touch()
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["new"]
 

@@ -17,7 +17,7 @@ from export.lora.merge import LoraChoice
 from export.options import ExportOptions
 from export.shared_files import share
 from runtime.signature import SIGNATURE
-from wan22.bundle import Bundle, Component, check_disk, new_bundle, open_bundle, refuse_existing, write_manifest
+from wan22.bundle import Bundle, Component, check_disk, open_bundle, refuse_existing, staged, write_manifest
 from wan22.errors import UserError
 from wan22.external_layout import read_layout
 from wan22.progress import Progress, silent
@@ -53,7 +53,7 @@ def apply_lora(
         raise UserError(f"{engines} has embedded weights", "engines with external weights", "build or export again")
     check_disk(folder, 2 * sum(old.component(e).weights[1].size_bytes for e in manifest.spec.experts))
     checkpoint = options.checkpoint or manifest.source.checkpoint
-    with new_bundle(folder, overwrite=options.overwrite) as temporary:
+    with staged(folder, overwrite=options.overwrite) as temporary:
         with tempfile.TemporaryDirectory(dir=temporary) as place:
             merged = _export_experts(old, checkpoint, loras, Path(place) / "onnx", progress)
             components = _replace_weights(old, merged, temporary, progress)

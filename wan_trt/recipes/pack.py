@@ -5,7 +5,7 @@ from pathlib import Path
 
 from runtime.built_for import check_plans
 from runtime.signature import SIGNATURE
-from wan22.bundle import MANIFEST, Bundle, check_disk, kind_of, new_bundle, open_bundle, refuse_existing
+from wan22.bundle import MANIFEST, Bundle, check_disk, kind_of, open_bundle, refuse_existing, staged
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 
@@ -26,7 +26,7 @@ def pack(bundle: Path, folder: Path, *, overwrite: bool = False, progress: Progr
     files += [path for path in others if path.is_file() and not path.is_symlink()]
     total, done = sum(file.stat().st_size for file in files), 0
     check_disk(folder, total)
-    with new_bundle(folder, overwrite=overwrite) as temporary:
+    with staged(folder, overwrite=overwrite) as temporary:
         for file in files:
             target = temporary / file.relative_to(bundle)
             target.parent.mkdir(parents=True, exist_ok=True)
