@@ -106,4 +106,8 @@ def main() -> None:
             sys.exit(2)
     tolerate_any_encoding()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before the command began
+        print("wan-trt: interrupted", file=sys.stderr)
+        sys.exit(130)
