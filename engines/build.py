@@ -42,7 +42,7 @@ Weights = Literal["embedded", "external"]  # compiled into the engine, or inputs
 @dataclass(frozen=True)
 class BuildOptions:
     target: str = "cpu"  # a name of engines.targets, or "auto"
-    # shapes; the model's default video where nothing is said, whatever the graphs fix where they fix it
+    # shapes; by default those of the model's default video, or of graphs with fixed shapes
     size: str | None = None  # "832x480", several with commas, a range "480x480..1280x720", or a preset
     frames: str | None = None  # "81" or "5..81"
     # TensorRT
@@ -57,14 +57,14 @@ class BuildOptions:
 def build_engines(
     bundle: Path, folder: Path, options: BuildOptions | None = None, progress: Progress = silent
 ) -> Bundle:
-    """Builds every component of the ONNX bundle at ``bundle`` and writes the engine bundle ``folder``.
+    """Build every component of the ONNX bundle at ``bundle`` and write the engine bundle ``folder``.
 
     Raises:
-        UserError: no or another bundle, a target that cannot do its precision or lacks its module, a size that the
-            model cannot make, a graph that does not compile. Nothing is left behind then but the builder's log.
+        UserError: not an ONNX bundle, a target that does not support its precision or lacks its module, a size that the
+            model does not support, a graph that does not compile. Only the builder's log is kept then.
     """
     options = options or BuildOptions()
-    refuse_existing(folder, overwrite=options.overwrite)
+    refuse_existing(folder, "engines", overwrite=options.overwrite)
     target = target_named(options.target)
     source = open_bundle(bundle, "graphs", full_check=True)
     check_bundle(target, source.manifest)
@@ -101,16 +101,16 @@ def build_engines(
 
 
 def disk_bytes(manifest: Manifest, target: Target, options: BuildOptions) -> int:
-    """What the engines of the ONNX bundle of ``manifest`` take: weights, kernels and the builder's logs."""
+    """The size of the engines built from the ONNX bundle of ``manifest``: weights, kernels and the builder's logs."""
     files, spec = manifest.files().values(), manifest.spec
-    if target.backend == "onnxruntime":  # copies, and for transformers the graph twice more
+    if target.backend == "onnxruntime":  # copies, plus two graphs per transformer
         return sum(file.size_bytes for file in files) + 2 * sum(c.graph.size_bytes for c in manifest.components)
     shared = options.weights == "external"
     total = float(sum(file.size_bytes for file in manifest.tokenizer))
     for component in manifest.components:
         alone = not shared or component.name not in spec.experts[1:]
         total += kernel_bytes(spec, component.name) if alone else 0.0
-        if component.name.startswith("vae"):  # both of its graphs store what they need of one file
+        if component.name.startswith("vae"):  # both graphs store a copy of the weights that they use
             total += vae_weights_bytes(spec.vae, component.name, component.precision)
         else:
             total += sum(file.size_bytes for file in component.weights)
@@ -135,12 +135,12 @@ def _check_options(target: Target, options: BuildOptions) -> None:
     if options.weights == "external" and target.backend == "onnxruntime":
         raise UserError("--weights external for target cpu", "a GPU target", "leave it out")
     if options.timing_cache is not None and target.backend != "tensorrt":
-        found = f"--timing-cache for {target.name}, whose backend {target.backend} times nothing"
-        raise UserError(found, "a target of TensorRT, such as h100", "leave it out")
+        found = f"--timing-cache for {target.name}, whose backend {target.backend} has no timing cache"
+        raise UserError(found, "a TensorRT target, such as h100", "leave it out")
 
 
 def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tuple[Profile, ...]:
-    """The shapes that engines are compiled for; none for ONNX Runtime, which takes any."""
+    """The shapes to compile engines for; none for ONNX Runtime, which takes any."""
     asked = options.size is not None or options.frames is not None
     if target.backend == "onnxruntime":
         if asked:
@@ -159,7 +159,7 @@ def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tupl
 
 
 def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:
-    """Copies ``files`` of the ONNX bundle; ONNX's own checker takes weights with a second hard link for an attack."""
+    """Copy ``files`` of the ONNX bundle. Hard links would not do: ONNX's checker rejects weights with two names."""
     for file in files:
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def _engine_options(
 def _compile_tensorrt(
     source: Bundle, folder: Path, asked: tuple[Target, Sequence[Profile], BuildOptions], progress: Progress
 ) -> _Compiled:
-    """One plan per component, or per graph where weights are outside, the builder's log beside it."""
+    """Build one plan per component, or per graph if weights are external, with the builder's log next to it."""
     target, profiles, options = asked
     version = str(load_module(target.backend).__version__)
     _place(source, folder, source.manifest.tokenizer)

@@ -1,4 +1,4 @@
-"""Graphs are loaded in a child process first: a damaged one may crash a compiler, which then is not this process."""
+"""Load graphs in a child process before compiling them, because a damaged graph may crash the compiler."""
 
 import json
 import subprocess
@@ -16,15 +16,15 @@ REFUSED = 3  # exit code
 
 
 def check_loads(target: Target, graphs: Sequence[Path], again: str) -> None:
-    """Refuses what the backend of ``target`` cannot load, or crashes on.
+    """Refuse graphs that the backend of ``target`` cannot load or that crash it.
 
     Args:
-        target: what the graphs are for.
+        target: the target to build for.
         graphs: ONNX files.
-        again: the remedy.
+        again: the remedy for the error.
 
     Raises:
-        UserError: names the graph and what is wrong with it.
+        UserError: names the graph and the reason.
     """
     words = [sys.executable, "-P", "-c", CHILD, target.name, *map(str, graphs)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -36,24 +36,24 @@ def check_loads(target: Target, graphs: Sequence[Path], again: str) -> None:
         found, expected = json.loads(done.stdout.splitlines()[-1])
         raise UserError(found, expected, again)
     if done.returncode < 0 and name:
-        told = f"{name} ends {target.backend} with signal {-done.returncode}"
-        raise UserError(told, f"a graph that {target.backend} loads", again)
-    raise RuntimeError(f"loading graphs in a process of their own failed: {done.stderr.strip()}")
+        found = f"{name} crashes {target.backend} with signal {-done.returncode}"
+        raise UserError(found, f"a graph that {target.backend} loads", again)
+    raise RuntimeError(f"loading graphs in a child process failed: {done.stderr.strip()}")
 
 
 def main(target_name: str, *graphs: str) -> None:
-    """The child: says which graph it begins, and what is wrong with one as the last line."""
+    """Run in the child: print the name of each graph before loading it, and the error of a bad one as the last line."""
     target = target_named(target_name)
     for path in map(Path, graphs):
         print(f"graph {path.name}", flush=True)
         try:
-            _load(target, path)
+            _load_graph(target, path)
         except UserError as error:
             print(json.dumps([error.found, error.expected]), flush=True)
             sys.exit(REFUSED)
 
 
-def _load(target: Target, graph: Path) -> None:
+def _load_graph(target: Target, graph: Path) -> None:
     if target.backend != "onnxruntime":
         from engines.gpu.tensorrt_backend import check_parses
 
@@ -62,14 +62,14 @@ def _load(target: Target, graph: Path) -> None:
     import onnxruntime
 
     try:
-        onnxruntime.InferenceSession(graph, _quick(onnxruntime), providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has a class for each of its codes
+        onnxruntime.InferenceSession(graph, _quick_options(onnxruntime), providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a different class for each error code
         reason = str(error).replace(str(graph), graph.name)
         raise UserError(f"{graph.name} does not load: {reason}", "a graph that onnxruntime loads", "") from error
 
 
-def _quick(onnxruntime: Any) -> Any:
-    """Options for a look: nothing optimised, weights left in their files."""
+def _quick_options(onnxruntime: Any) -> Any:
+    """Session options for a fast load: no optimisation, weights stay in their files."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -1,8 +1,8 @@
-"""What a model will need on a target, before a weight is downloaded or a GPU is rented: ``wan-trt plan``.
+"""The memory, disk space and time that a model needs on a target, without weights or a GPU: ``wan-trt plan``.
 
-Sizes of weights are exact. Scratch memory is the live tensors of the fattest moment of the graph times a factor that
-the compiler's memory planner was seen to need; builds of real-size blocks and VAEs were met within 15 %. Times are
-rooflines: no run is faster, real ones are often half as fast.
+Sizes of weights are exact. Scratch memory is the graph's peak of live tensors times a factor measured on the compiler's
+memory planner; the estimates are within 15 % of builds of real-size blocks and VAEs. Times are rooflines: no run is
+faster, and real runs are often half as fast.
 """
 
 from dataclasses import asdict, dataclass
@@ -35,10 +35,10 @@ WAYS: dict[Residency, str] = {
     "one-expert": "one expert resident",
     "one-component": "one component at a time",
 }
-EXPORT_RAM_GIB = 2.0  # exporting streams tensor by tensor; the largest is the text encoder's embedding
-BUILD_RAM_FACTOR = 1.5  # anonymous memory over weights with streamed serialisation (beside evictable file pages)
-BUILD_RAM_GIB = 1.0  # of the builder itself
-# in an engine and its log beside the weights, as TensorRT-RTX 1.7.1 wrote them for SM89 and SM120
+EXPORT_RAM_GIB = 2.0  # exports stream tensor by tensor; the largest is the text encoder's embedding
+BUILD_RAM_FACTOR = 1.5  # ratio of anonymous memory to weights with streamed serialisation; file pages are evictable
+BUILD_RAM_GIB = 1.0  # the builder itself
+# an engine and its log without the weights, as written by TensorRT-RTX 1.7.1 for SM89 and SM120
 KERNELS_BYTES = {"text_encoder": 1.5e6, "vae": 7e6, "transformer": 4e6}
 KERNELS_PER_LAYER_BYTES = {"text_encoder": 0.5e6, "vae": 0.0, "transformer": 1.4e6}
 
@@ -69,7 +69,7 @@ class Plan:
 
     @cached_property
     def weights_bytes(self) -> dict[str, float]:
-        """As the bundle stores them, by part: VAE in float32, the text encoder never below 16 bits."""
+        """Sizes in the bundle, by part: the VAE in float32, the text encoder never below 16 bits."""
         spec, precision = self.request.spec, self.request.precision
         text = text_encoder_weights_bytes(spec.text_encoder, self.precisions["text_encoder"])
         sizes = {"text_encoder": text} | dict.fromkeys(spec.experts, dit_weights_bytes(spec.dit, precision))
@@ -93,34 +93,34 @@ class Plan:
 
     @cached_property
     def memory(self) -> list[Memory]:
-        """Of every engine."""
+        """The memory of every engine."""
         return list(engines_memory(self.request.spec, self.precisions, self.request.video).values())
 
     @cached_property
     def precisions(self) -> dict[str, Precision]:
-        """Of every component, as an export for the target has it."""
+        """The precision of every component in an export for the target."""
         request = self.request
         text = request.target.text_encoder_precision(request.precision)
         return usual_precisions(request.spec, request.precision) | {"text_encoder": text}
 
     @cached_property
     def needed(self) -> dict[Residency, float]:
-        """Bytes on the card for each way to keep components on it."""
+        """Bytes of GPU memory for each residency."""
         return needed_bytes(self.request.spec, {memory.component: memory for memory in self.memory})
 
     @property
     def vram(self) -> dict[str, float]:
-        """:attr:`needed` in words."""
+        """:attr:`needed` with the residencies in words."""
         return {WAYS[way]: size for way, size in self.needed.items()}
 
     @property
     def residency(self) -> Residency | None:
-        """What ``--residency auto`` chooses on a card with nothing else on it; None where nothing fits."""
+        """The choice of ``--residency auto`` on an otherwise empty card; None if nothing fits."""
         return choose_residency(self.needed, self.usable_vram_bytes)
 
     @property
     def refusal(self) -> UserError:
-        """Why nothing fits where nothing does, and what would."""
+        """The error if nothing fits, with the video that would fit."""
         request, memory = self.request, {each.component: each for each in self.memory}
         fitting = largest_fitting(request.spec, self.precisions, request.video, self.usable_vram_bytes)
         return refusal(self.needed, memory, self.usable_vram_bytes, fitting)
@@ -145,7 +145,7 @@ class Plan:
 
     @cached_property
     def step_seconds(self) -> float | None:
-        """Roofline of one step: linears and attention each at the peak of their type, or the weights' passage."""
+        """Roofline of one step: linears and attention at the peaks of their types, or reading the weights if slower."""
         request, flops = self.request, dit_flops(self.request.spec.dit, self.tokens)
         numbers = (request.precision.linears, request.precision.attention)
         linear_peak, attention_peak = map(request.target.peak_tflops, numbers)
@@ -157,7 +157,7 @@ class Plan:
 
     @cached_property
     def video_seconds(self) -> float | None:
-        """Text, steps and VAE; the VAE in float32 outside the tensor cores."""
+        """Roofline of text encoder, steps and VAE; the VAE runs in float32 outside the tensor cores."""
         request, wide = self.request, self.request.target.peak_tflops(Number.FP32)
         if self.step_seconds is None or not wide:
             return None
@@ -206,7 +206,7 @@ class Plan:
 
 
 def kernel_bytes(spec: ModelSpec, component: str) -> float:
-    """What the engine of ``component`` and its log take on disk beside the weights."""
+    """The size on disk of the engine of ``component`` and its log, without the weights."""
     if component.startswith("vae"):
         return KERNELS_BYTES["vae"]
     part = "text_encoder" if component == "text_encoder" else "transformer"
@@ -221,10 +221,10 @@ def make_plan(
     video: tuple[int, int, int] | None = None,
     steps: int | None = None,
 ) -> Plan:
-    """The plan for ``video`` (width, height, frames; the model's default where not given).
+    """The plan for ``video`` (width, height, frames; the model's default if None).
 
     Raises:
-        UserError: a size that the model cannot make, a precision that the target does not compute.
+        UserError: the model does not support the size, or the target does not support the precision.
     """
     check_precision(target, precision)
     video = video or (*spec.sampling.sizes[0], spec.sampling.frames)

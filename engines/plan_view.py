@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def as_text(plan: Plan) -> "list[RenderableType]":
-    """What ``wan-trt plan`` prints: components, then the machine that is needed and the time it takes."""
+    """The output of ``wan-trt plan``: components, then the machine needed and the time it takes."""
     return [_components(plan), _totals(plan), *_remarks(plan)]
 
 
 def _remarks(plan: Plan) -> Iterable[str]:
-    """Lines that are too long for a table."""
+    """Lines too long for a table."""
     if plan.usable_vram_bytes and plan.residency is None:
         usable, refusal = human_bytes(plan.usable_vram_bytes), plan.refusal
         yield f"nothing fits {usable}: {refusal.found}; {refusal.remedy}"
@@ -36,7 +36,7 @@ def _components(plan: Plan) -> "RenderableType":
     parameters = model_parameters(plan.request.spec)
     for memory in plan.memory:
         sizes = (memory.weights, memory.scratch, memory.inputs_and_outputs)
-        count = parameters.get(memory.component, round(memory.weights / 4))  # a VAE's engines share some
+        count = parameters.get(memory.component, round(memory.weights / 4))  # a VAE's two engines share some
         table.add_row(memory.component, f"{count:,}", *map(human_bytes, sizes))
     return table
 

@@ -1,8 +1,8 @@
-"""Which shapes an engine is built for, said in the user's words: pixels and frames.
+"""The shapes that an engine is built for, from the user's pixels and frames.
 
-One size (``832x480``), several (``832x480,480x832``: one optimisation profile each, so that each runs kernels chosen
-for it) or a range (``480x480..1280x720``: one profile for all of it, with scratch memory for its largest corner).
-Frames are one number or a range likewise. Presets name the sizes of the official release.
+One size (``832x480``), several (``832x480,480x832``: one optimisation profile each, so each has its own kernels) or a
+range (``480x480..1280x720``: one profile, with scratch memory for its largest size). Frames are one number or a range.
+Presets name the sizes of the official release.
 """
 
 import re
@@ -14,16 +14,16 @@ from wan22.shapes import Profile, parse_size, shape_of
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 PRESETS = {"480p": "832x480,480x832", "720p": "1280x720,720x1280", "5b": "1280x704,704x1280"}
-TYPICAL_TEXT_TOKENS = 128  # the default negative prompt has about as many
+TYPICAL_TEXT_TOKENS = 128  # about the length of the default negative prompt
 
 Video = tuple[int, int, int]  # width, height in pixels; frames
 
 
 def profiles_for(spec: ModelSpec, size: str | None = None, frames: str | None = None) -> tuple[Profile, ...]:
-    """The profiles that ``--size`` and ``--frames`` ask for; the model's default video where they say nothing.
+    """The profiles for ``--size`` and ``--frames``; the model's default video for those not given.
 
     Raises:
-        UserError: text that is no size, a size or number of frames that the model cannot make, a range upside down.
+        UserError: malformed text, a size or number of frames that the model does not support, a reversed range.
     """
     asked = "{}x{}".format(*spec.sampling.sizes[0]) if size is None else PRESETS.get(size, size)
     counts = _frames(str(spec.sampling.frames) if frames is None else frames)
@@ -34,11 +34,11 @@ def profiles_for(spec: ModelSpec, size: str | None = None, frames: str | None = 
 
 
 def profile_between(spec: ModelSpec, small: Video, large: Video) -> Profile:
-    """The profile that holds every video from ``small`` to ``large``, tuned for ``large``."""
+    """The profile that contains every video from ``small`` to ``large``, tuned for ``large``."""
     low, high = (spec.latent_shape(*video)[-3:] for video in (small, large))
     if any(a > b for a, b in zip(low, high, strict=True)):
-        told = f"{video_text(*small)} to {video_text(*large)}"
-        raise UserError(f"the range {told}", "no side larger at its start than at its end", "give two ranges or sizes")
+        found = f"the range {video_text(*small)} to {video_text(*large)}"
+        raise UserError(found, "no side larger at its start than at its end", "give two ranges or sizes")
     names = ("frames", "height", "width")
     profile = {name: (a, b, b) for name, a, b in zip(names, low, high, strict=True)}
     for half, whole in (("rows", "height"), ("columns", "width")):

@@ -1,8 +1,8 @@
-"""The GPUs that engines are made for, and the figures that plans and rooflines are computed from.
+"""The GPUs that engines are built for, with the figures behind plans and rooflines.
 
-Peaks are dense (never "with sparsity") with float32 accumulation, which is what the builders choose: GeForce cards run
-FP8 with float32 accumulation at half the rate that is advertised. Where a vendor prints only the sparse figure, the
-dense one is half of it. Memory is the nominal capacity; drivers and ECC keep a few per cent of it for themselves.
+Peaks are dense (never "with sparsity") with float32 accumulation, which the builders choose: GeForce cards run FP8 with
+float32 accumulation at half the advertised rate. If a vendor prints only the sparse figure, the dense one is half of
+it. Memory is the nominal capacity; drivers and ECC use a few per cent of it.
 """
 
 import re
@@ -17,16 +17,16 @@ from wan22.specs import Number, Precision
 QUERY_GPU = ("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
 _NOT_A_VARIANT = "(?![ -](Ti|SUPER|Super|D|Laptop|Mobile|3e))"  # other chips or boards that share a name
 FIRST_FP8 = (8, 9)  # compute capability
-RTX_CAPABILITIES = ("8.6", "8.9", "12.0")  # that TensorRT-RTX is for, and builds for without a GPU
+RTX_CAPABILITIES = ("8.6", "8.9", "12.0")  # supported by TensorRT-RTX, which builds for them without a GPU
 TENSORRT_CAPABILITIES = ("8.0", "9.0", "10.0", "10.3", "11.0", "12.1")
 
 
 @dataclass(frozen=True)
 class Target:
     name: str
-    product: str  # contained in the name that nvidia-smi gives the GPU
+    product: str  # part of the GPU's name in nvidia-smi
     backend: Backend
-    compute_capability: str  # "8.9"; "" where there is none
+    compute_capability: str  # "8.9"; "" for a CPU
     memory_gib: float
     bandwidth_gb_s: float
     # dense peaks in TFLOPS, float32 accumulation; None: the hardware has no such units, or no figure is known
@@ -37,14 +37,14 @@ class Target:
 
     @property
     def sm(self) -> str:
-        """The builders' name of the compute capability: ``SM89``."""
+        """The builders' name for the compute capability: ``SM89``."""
         return "SM" + self.compute_capability.replace(".", "")
 
     @property
     def numbers(self) -> tuple[Number, ...]:
-        """What its matrix multiplications take."""
+        """The number types of its matrix multiplications."""
         if self.backend == "onnxruntime":
-            return (Number.FP32, Number.FP16)  # its CPU kernels know neither bfloat16 nor fast FP8
+            return (Number.FP32, Number.FP16)  # its CPU kernels support neither bfloat16 nor fast FP8
         sixteen = (Number.FP32, Number.BF16, Number.FP16)
         return (*sixteen, Number.FP8) if self._capability >= FIRST_FP8 else sixteen
 
@@ -57,7 +57,7 @@ class Target:
         return Precision.FP32 if self.backend == "onnxruntime" else Precision.BF16
 
     def text_encoder_precision(self, precision: Precision) -> Precision:
-        """Of a model in ``precision``: TensorRT-RTX has no kernel for the text encoder's attention in float32."""
+        """The text encoder's precision if the model is in ``precision``: TensorRT-RTX lacks its float32 attention."""
         if precision.wide == Precision.FP32 and self.backend == "tensorrt-rtx":
             return Precision.BF16
         return precision.wide
@@ -67,7 +67,7 @@ class Target:
         return tuple(map(int, self.compute_capability.split(".")))
 
     def peak_tflops(self, number: Number) -> float | None:
-        """Dense peak of matrix multiplications of such operands."""
+        """The dense peak of matrix multiplications with operands of this type."""
         sixteen = self.bf16_tflops
         by_number = {Number.FP32: self.fp32_tflops, Number.FP16: sixteen, Number.BF16: sixteen}
         return (by_number | {Number.FP8: self.fp8_tflops})[number]
@@ -153,7 +153,7 @@ TARGETS = {target.name: target for target in _TABLE}
 
 
 def _generic(capability: str, backend: Backend) -> Target:
-    """Any GPU of one compute capability: engines are the same, figures of memory and speed are not known."""
+    """Any GPU of one compute capability: the same engines, but unknown memory and speed."""
     name = f"sm{capability.replace('.', '')}"
     return Target(
         name, "", backend, capability, 0, 0, None, None, None, "no figures: any GPU of its compute capability"
@@ -170,10 +170,10 @@ _BY_CAPABILITY = {
 
 
 def target_named(name: str) -> Target:
-    """The target called ``name``; ``auto`` is the one in this machine, ``sm89`` any GPU of compute capability 8.9.
+    """The target called ``name``; ``auto`` is this machine's GPU, ``sm89`` any GPU of compute capability 8.9.
 
     Raises:
-        UserError: an unknown name, or a machine whose GPU is not in the table.
+        UserError: the name is unknown, or this machine's GPU is not in the table.
     """
     if name == "auto":
         return detect(_gpus())
@@ -184,10 +184,10 @@ def target_named(name: str) -> Target:
 
 
 def check_bundle(target: Target, manifest: Manifest) -> None:
-    """Refuses the ONNX bundle of ``manifest`` where ``target`` cannot compute a component of it.
+    """Refuse the ONNX bundle of ``manifest`` if ``target`` does not support the precision of a component.
 
     Raises:
-        UserError: names the precision of the bundle, or the component and its own, and how to export instead.
+        UserError: names the bundle's or the component's precision, and the export options to use instead.
     """
     beyond = [component for component in manifest.components if component.precision not in target.precisions]
     if any(component.precision == manifest.precision for component in beyond):
@@ -197,27 +197,27 @@ def check_bundle(target: Target, manifest: Manifest) -> None:
     for component in manifest.components:
         found = component.precision
         if component.name == "text_encoder" and target.text_encoder_precision(found) != found.wide:
-            told = f"text_encoder in {found} for {target.name} ({target.backend} has no kernel for its attention)"
-            raise UserError(told, "bf16 or fp16", f"{_AT_EXPORT}use --text-encoder bf16, or --target {target.name}")
+            wrong = f"text_encoder in {found} for {target.name} ({target.backend} has no kernel for its attention)"
+            raise UserError(wrong, "bf16 or fp16", f"{_AT_EXPORT}use --text-encoder bf16, or --target {target.name}")
 
 
 _AT_EXPORT = "in wan-trt export "
 
 
 def check_precision(target: Target, precision: Precision, where: str = "", what: str = "precision ") -> None:
-    """Refuses a precision that ``target`` cannot compute in, naming the next best one.
+    """Refuse a precision that ``target`` does not support, and name the next best one.
 
     Args:
-        target: what is to compute.
-        precision: the one asked for.
-        where: the command that takes --precision, where it is another.
-        what: has the precision.
+        target: the target.
+        precision: the requested precision.
+        where: the command that takes --precision, if it is another one.
+        what: the thing with this precision, for the message.
     """
     if precision in target.precisions:
         return
     instead = target.default_precision
     units = f"compute capability {target.compute_capability} has no {precision.linears.upper()} units"
-    why = units if precision.quantised else "not computed there"
+    why = units if precision.quantised else "not supported there"
     if target.backend == "onnxruntime":
         why = "ONNX Runtime does not compute it on a CPU"
     allowed = ", ".join(target.precisions)
@@ -227,7 +227,7 @@ def check_precision(target: Target, precision: Precision, where: str = "", what:
 
 
 def detect(gpus: list[tuple[str, str]]) -> Target:
-    """The target for a machine with these GPUs (name, compute capability); the first counts, none means ``cpu``."""
+    """The target for the first of ``gpus`` (name, compute capability); ``cpu`` if there are none."""
     if not gpus:
         return TARGETS["cpu"]
     name, capability = gpus[0]
@@ -238,12 +238,12 @@ def detect(gpus: list[tuple[str, str]]) -> Target:
     alike.sort(key=lambda target: (target.backend == "tensorrt-rtx") != ("RTX" in name))
     by_capability = f"sm{capability.replace('.', '')}"
     same = [*(target.name for target in alike[:1]), *([by_capability] if by_capability in _BY_CAPABILITY else [])]
-    remedy = f"--target {' or '.join(same)} has its compute capability" if same else "choose a GPU of the table"
+    remedy = f"use --target {' or '.join(same)}, of its compute capability" if same else "use another GPU"
     raise UserError(f"GPU {name!r} (compute capability {capability})", f"one of {', '.join(TARGETS)}", remedy)
 
 
 def _gpus() -> list[tuple[str, str]]:
-    """Names and compute capabilities of this machine's GPUs; empty where there is no working driver."""
+    """Names and compute capabilities of this machine's GPUs; empty without a working driver."""
     try:
         answer = subprocess.run(QUERY_GPU, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -63,7 +63,7 @@ def export_checkpoint(
             interrupted export leaves a hidden folder, from which the next export of the same input resumes.
     """
     options = options or ExportOptions()
-    refuse_existing(folder, overwrite=options.overwrite)
+    refuse_existing(folder, "graphs", overwrite=options.overwrite)
     opened = open_checkpoint(checkpoint, progress)
     loras = _open_loras(options, opened.spec)
     source = _with_loras(opened, loras)

@@ -1,4 +1,4 @@
-"""Check engines against their machine, their manifest and the requested video."""
+"""Check engines against the machine and the manifest, and find the videos that they support."""
 
 from runtime.request import CompleteRequest, Request
 from wan22.bundle import Build, Bundle, Component, Manifest
@@ -72,7 +72,7 @@ def default_video(manifest: Manifest) -> Video:
     return ranges[0][1]
 
 
-def completed(request: Request, manifest: Manifest) -> CompleteRequest:
+def fill_defaults(request: Request, manifest: Manifest) -> CompleteRequest:
     """``request`` with missing values filled in from the bundle of ``manifest`` and its model.
 
     Raises:
@@ -93,7 +93,7 @@ def check_video(manifest: Manifest, video: Video, hint: str = "") -> None:
     """
     found = video_text(*video)
     if manifest.size is not None and manifest.size != video:
-        fixed = f"{video_text(*manifest.size)}, which the engines are made for"
+        fixed = f"{video_text(*manifest.size)}, which the engines were built for"
         raise UserError(f"a video of {found}", fixed, f"leave --size and --frames out{hint}")
     ranges = _ranges(manifest)
     if not ranges or any(_holds(small, large, video) for small, _, large in ranges):

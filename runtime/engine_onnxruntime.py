@@ -1,14 +1,14 @@
-"""Engines on ONNX Runtime: the default on CPU, the reference in CI, and CUDA where onnxruntime-gpu is installed.
+"""Engines on ONNX Runtime: the default on CPU, the reference in CI, and CUDA if onnxruntime-gpu is installed.
 
-Three settings keep memory low. Nodes run in the order of the graph: ONNX Runtime's own order starts from the outputs
-and leaves the slices that become a VAE's caches to the end, each with a whole video behind it. Planned memory is off:
-the plan is one block beside what the first call already took. Outputs go straight into arrays of the caller, where
-``run`` would hold them twice. Together they halve the peak of a VAE and take a third off that of a transformer.
+Three settings keep memory low. Nodes run in the order of the graph: ONNX Runtime's default order starts from the
+outputs and delays the slices that become a VAE's caches, which keeps the full video of each in memory. Memory planning
+is off: the plan needs one more block on top of the memory of the first call. Outputs are bound to the caller's arrays,
+because ``run`` would hold them twice. Together they halve a VAE's peak and cut a transformer's by a third.
 
-State is written where it was read: a VAE's caches outweigh all else in it, and of them there is one set, never two. The
-exported graphs allow it: a new cache is made of the only value that is made of the old one. All engines of a process
-work in one arena, since one runs at a time; it begins as one large region, of which only what is used is ever resident,
-so that tensors of many sizes find room behind each other. It stays when engines are closed.
+State is overwritten in place, so a VAE's caches, which are larger than the rest of it, exist once. The exported graphs
+allow this: each new cache is computed from the only value that reads the old one. All engines of a process share one
+arena, since one runs at a time. It begins as one large region, so that tensors of many sizes fit behind each other;
+only used pages become resident. It stays when engines are closed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,10 +29,15 @@ from wan22.memory import available_host_bytes
 from wan22.onnx_file import check_component
 from wan22.shapes import Profile, shape_of, sizes_of
 
-NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "Available memory of", "out of memory")  # in errors of its own
+NO_MEMORY = (
+    "bad_alloc",
+    "Failed to allocate memory",
+    "Available memory of",
+    "out of memory",
+)  # in its errors
 PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")  # the first comes with onnxruntime-gpu
 ARENA = {
-    "max_mem": 0,  # as much as there is
+    "max_mem": 0,  # no limit
     "arena_extend_strategy": 0,  # in powers of two
     "initial_chunk_size_bytes": 2**28,  # a larger one costs a 32nd of itself
     "max_dead_bytes_per_chunk": 2**20,
@@ -60,18 +65,18 @@ class OnnxRuntimeEngine:
         check_component(self._folder, self._component)
         if self._halves:
             prompt, step = self._halves
-            self._prompt, self._session = PromptPart(self._opened(prompt, spin=False)), self._opened(step)
+            self._prompt, self._session = PromptPart(self._new_session(prompt, spin=False)), self._new_session(step)
         else:
-            self._session = self._opened(self._path)
+            self._session = self._new_session(self._path)
         return self
 
-    def _opened(self, path: Path, *, spin: bool = True) -> Any:
-        """A session. Its threads spin for a while after a run, which costs those of a session that runs next."""
+    def _new_session(self, path: Path, *, spin: bool = True) -> Any:
+        """A session. With ``spin`` its threads spin for a while after a run, which slows the next session's."""
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # warnings about fusions that did not apply are of no use to a user
+        options.log_severity_level = 3  # warnings about missed fusions do not help users
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.enable_mem_pattern = False
         _make_arena()
@@ -80,7 +85,7 @@ class OnnxRuntimeEngine:
         there = onnxruntime.get_available_providers()
         usable = [provider for provider in self._providers if provider in there]
         try:
-            with out_of_memory_told(self.name), loading(path):
+            with refuse_out_of_memory(self.name), loading(path):
                 return onnxruntime.InferenceSession(path, options, providers=usable)
         except (state.InvalidProtobuf, state.InvalidGraph, state.NoSuchFile, state.NotImplemented) as error:
             found = f"{path} does not load: {error}"
@@ -94,14 +99,14 @@ class OnnxRuntimeEngine:
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         check_inputs(self.name, self.inputs, inputs, self._profiles)
         sizes = sizes_of(self.inputs, {key: array.shape for key, array in inputs.items()})
-        entering = {key: np.ascontiguousarray(array) for key, array in inputs.items()}  # alive until the run is over
-        with out_of_memory_told(self.name):
-            results = tuple(_room(tensor, shape_of(tensor, sizes), entering) for tensor in self.outputs)
+        entering = {key: np.ascontiguousarray(array) for key, array in inputs.items()}  # kept alive until the run ends
+        with refuse_out_of_memory(self.name):
+            results = tuple(_result_array(tensor, shape_of(tensor, sizes), entering) for tensor in self.outputs)
             self._run(entering, results)
         return results[0] if len(results) == 1 else results
 
     def _run(self, entering: dict[str, np.ndarray], results: Sequence[np.ndarray]) -> None:
-        """Outputs go into ``results``; the text leaves ``entering`` where a prompt's part is computed apart."""
+        """Run into ``results``. With a separate prompt part, its outputs replace the text in ``entering``."""
         binding = self._session.io_binding()
         if self._prompt is not None:
             for key, value in self._prompt(entering.pop(TEXT)).items():
@@ -114,11 +119,11 @@ class OnnxRuntimeEngine:
 
 
 @contextmanager
-def out_of_memory_told(name: str) -> Iterator[None]:
-    """Turns an allocation that failed, numpy's or ONNX Runtime's, into a UserError."""
+def refuse_out_of_memory(name: str) -> Iterator[None]:
+    """Turn a failed allocation, numpy's or ONNX Runtime's, into a UserError."""
     try:
         yield
-    except Exception as error:  # ONNX Runtime's classes say nothing about memory; its text does
+    except Exception as error:  # only the text of ONNX Runtime's errors mentions memory
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
             raise
         found = f"out of memory in {name}: {available_host_bytes() / 2**30:.1f} GiB available"
@@ -128,7 +133,7 @@ def out_of_memory_told(name: str) -> Iterator[None]:
 
 @cache
 def _make_arena() -> None:
-    """Once in a process. It takes the place of one that others registered, which sessions opened before it keep."""
+    """Register the arena, once per process. It replaces any earlier one, which older sessions keep."""
     import onnxruntime
 
     kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
@@ -136,10 +141,10 @@ def _make_arena() -> None:
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(ARENA))
 
 
-def _room(tensor: Tensor, shape: tuple[int, ...], entering: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Where an output goes: over the state that it follows, or into memory of its own.
+def _result_array(tensor: Tensor, shape: tuple[int, ...], entering: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The array for an output: the input state that it replaces, or a new one.
 
-    State that lies in memory of someone else's is left as it is.
+    State that does not own its memory is not overwritten.
     """
     before = entering.get(tensor.name.removeprefix(NEXT)) if tensor.name.startswith(NEXT) else None
     if before is None or before.shape != shape or not (before.flags.owndata and before.flags.writeable):
@@ -148,5 +153,5 @@ def _room(tensor: Tensor, shape: tuple[int, ...], entering: Mapping[str, np.ndar
 
 
 def _place(array: np.ndarray) -> tuple[str, int, type, tuple[int, ...], int]:
-    """What a binding is told of an array in host memory: device and its number, type, shape, address."""
+    """The arguments that bind an array in host memory: device, device number, type, shape, address."""
     return "cpu", 0, array.dtype.type, array.shape, array.ctypes.data

@@ -1,10 +1,10 @@
 """Engines on TensorRT and TensorRT-RTX, without PyTorch: the raw API, with memory from CuPy.
 
-All engines of a pipeline share one :class:`Device`: a runtime, a stream and one arena of scratch memory, as large as
-the largest engine needs, since only one runs at a time. Weights belong to the engine and go when it is closed.
+All engines of a pipeline share one :class:`Device`: a runtime, a stream and one arena of scratch memory. Only one
+engine runs at a time, so the arena is as large as the largest of them needs. Closing an engine frees its weights.
 
-Arrays may be numpy's or CuPy's. Results come back as numpy arrays unless an input was CuPy's; state that only travels
-to the next call (outputs ``next_...``) stays on the device, so the VAE's gigabytes of caches never cross the bus.
+Arrays may be numpy's or CuPy's. Results are numpy arrays unless an input is CuPy's. State for the next call (outputs
+``next_...``) stays on the device, so the VAE's gigabytes of caches never cross the bus.
 """
 
 import mmap
@@ -31,11 +31,11 @@ TO_RUN = "it to run these engines"
 
 
 class Device:
-    """A GPU as the engines of a pipeline share it. Use it as a context manager around them."""
+    """The GPU shared by the engines of a pipeline. Use it as a context manager around them."""
 
     def __init__(self, trt: Any, cupy: Any, manifest: Manifest | None = None) -> None:
         self.trt, self.cupy = trt, cupy
-        self.manifest = manifest  # of the bundle that the engines are from
+        self.manifest = manifest  # the engines' bundle
         self.logger = trt.Logger(trt.Logger.WARNING)
         self.runtime = trt.Runtime(self.logger)
         self.stream = cupy.cuda.Stream(non_blocking=True)
@@ -46,10 +46,10 @@ class Device:
 
     @classmethod
     def open(cls, manifest: Manifest) -> Self:
-        """The GPU of this machine, checked against the bundle that is to run on it.
+        """The GPU of this machine, checked against the bundle of ``manifest``.
 
         Raises:
-            UserError: TensorRT or CuPy missing, no GPU, or engines that were built for another machine.
+            UserError: TensorRT or CuPy is missing, there is no GPU, or the engines were built for another machine.
         """
         backend = manifest.build.backend if manifest.build else "tensorrt"
         trt, cupy = require_module(MODULES[backend], backend, TO_RUN), require_module("cupy", "cupy-cuda13x", TO_RUN)
@@ -57,7 +57,7 @@ class Device:
             capability = cupy.cuda.Device().compute_capability  # "89"
         except cupy.cuda.runtime.CUDARuntimeError as error:
             raise UserError(
-                f"no usable GPU ({error})", "one that the engines were built for", "check nvidia-smi"
+                f"no usable GPU ({error})", "a GPU that the engines were built for", "check nvidia-smi"
             ) from None
         check_build(manifest, trt.__version__, f"{capability[:-1]}.{capability[-1]}")
         return cls(trt, cupy, manifest)
@@ -73,7 +73,7 @@ class Device:
         self.release()
 
     def plan(self, path: Path, *, shared: bool) -> Any:
-        """The engine in the file ``path``; one that components share is loaded once and stays."""
+        """The engine in the file ``path``; a ``shared`` one is loaded once and stays."""
         if path in self._shared_plans:
             return self._shared_plans[path]
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
@@ -90,7 +90,7 @@ class Device:
         return TensorRTEngine(self, folder, component, profiles)
 
     def arena(self, size_bytes: int) -> int:
-        """Address of scratch memory of at least ``size_bytes``; what lay there before is lost."""
+        """The address of at least ``size_bytes`` of scratch memory; its earlier content is lost."""
         if self._arena is None or self._arena.mem.size < size_bytes:
             self.release()
             try:
@@ -100,27 +100,28 @@ class Device:
         return int(self._arena.ptr)
 
     def release(self) -> None:
-        """Gives scratch memory and what CuPy keeps in reserve back to the GPU."""
+        """Return scratch memory and CuPy's reserve to the GPU."""
         self.stream.synchronize()
         self._arena = None
         self.cupy.get_default_memory_pool().free_all_blocks()
 
     def used_by(self, engine: object) -> None:
-        """What CuPy keeps in reserve of the engine that ran before goes back to the GPU when another runs."""
+        """Return CuPy's reserve to the GPU if another engine than ``engine`` ran last."""
         if self._last_user is not engine:
             self.cupy.get_default_memory_pool().free_all_blocks()
             self._last_user = engine
 
     def available_bytes(self) -> float:
-        """Memory that engines may take: what is free, less what drivers and fragmentation keep of a card."""
+        """The memory for engines: free bytes, at most the card's memory less drivers and fragmentation."""
         free, total = self.cupy.cuda.runtime.memGetInfo()
         return float(min(free, total * (1 - VRAM_RESERVED)))
 
-    def out_of_memory(self, wanted: str) -> UserError:
+    def out_of_memory(self, what: str) -> UserError:
+        """The error for ``what`` not fitting into the free memory."""
         free, total = self.cupy.cuda.runtime.memGetInfo()
         there = f"{human_bytes(free, 1)} free of {human_bytes(total, 1)}"
         remedy = "use --residency one-component, or a smaller --size"
-        return UserError(f"no room for {wanted}: {there}", "more free memory", remedy)
+        return UserError(f"no room for {what}: {there}", "more free memory", remedy)
 
 
 class TensorRTEngine:
@@ -140,7 +141,7 @@ class TensorRTEngine:
 
     @property
     def replays(self) -> bool:
-        """Whether a call is recorded once as a CUDA graph and replayed: fixed shapes, and no state on the device.
+        """True if a call is recorded once as a CUDA graph and replayed: fixed shapes, and no state on the device.
 
         TensorRT-RTX records by itself (see :meth:`_new_context`).
         """
@@ -160,7 +161,7 @@ class TensorRTEngine:
         return self
 
     def _bind_weights(self, weights: ExternalWeights) -> None:
-        """Swapping experts is this: the same engine, other addresses."""
+        """Load the weights and bind their addresses. Experts share an engine and differ only in these addresses."""
         try:
             addresses = weights.load(self._device.stream)
         except self._device.cupy.cuda.memory.OutOfMemoryError:
@@ -180,7 +181,7 @@ class TensorRTEngine:
             self._weights.release()
 
     def _new_context(self) -> Any:
-        """An execution context without memory of its own."""
+        """An execution context that allocates no memory."""
         trt, engine = self._device.trt, self._engine
         if not hasattr(engine, "create_runtime_config"):
             return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -191,27 +192,28 @@ class TensorRTEngine:
         return engine.create_execution_context(config)
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
-        """Runs the engine; see the module's docstring for where arrays live.
+        """Run the engine; the module's docstring says where arrays live.
 
         Raises:
-            ValueError: names, types or shapes that are not the graph's.
-            UserError: shapes that the engine was not built for, or too little memory.
+            ValueError: names, types or shapes differ from the graph's.
+            UserError: the engine was not built for these shapes, or there is too little memory.
         """
         index = check_inputs(self.name, self.inputs, inputs, self._profiles)
         sizes = sizes_of(self.inputs, {name: array.shape for name, array in inputs.items()})
         self._device.used_by(self)
-        with self._device.stream, self._out_of_memory_told():
+        with self._device.stream, self._refuse_out_of_memory():
             self._use_profile(index)
-            arrays = self._placed(inputs) | self._made(output_shapes(self.outputs, sizes))
+            arrays = self._device_inputs(inputs) | self._new_outputs(output_shapes(self.outputs, sizes))
             self._bind(arrays)
             self._run(tuple(int(array.data.ptr) for array in arrays.values()))
             on_device = self._asks_for_device(inputs)
-            results = tuple(self._delivered(tensor, arrays[tensor.name], on_device) for tensor in self.outputs)
+            results = tuple(self._result(tensor, arrays[tensor.name], on_device) for tensor in self.outputs)
             self._device.stream.synchronize()
         return results[0] if len(results) == 1 else results
 
     @contextmanager
-    def _out_of_memory_told(self) -> Iterator[None]:
+    def _refuse_out_of_memory(self) -> Iterator[None]:
+        """Turn CuPy's and CUDA's out-of-memory errors into a UserError."""
         try:
             yield
         except self._device.cupy.cuda.memory.OutOfMemoryError:
@@ -222,7 +224,7 @@ class TensorRTEngine:
             raise self._device.out_of_memory(f"a call of {self.name}") from None
 
     def _asks_for_device(self, inputs: Mapping[str, np.ndarray]) -> bool:
-        """Whether an input lies on the device that is not merely state coming back."""
+        """True if an input other than state is on the device."""
         names = {tensor.name for tensor in self.outputs}
         return any(isinstance(x, self._device.cupy.ndarray) for n, x in inputs.items() if NEXT + n not in names)
 
@@ -234,14 +236,14 @@ class TensorRTEngine:
                 raise RuntimeError(f"{self.name}: TensorRT refused optimisation profile {index}")
             self._profile_in_use = index
 
-    def _placed(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """The inputs on the device, contiguous; in the places of the recorded call where there is one."""
+    def _device_inputs(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The inputs on the device, contiguous; at the addresses of the recorded call, if there is one."""
         cupy = self._device.cupy
         placed = {name: cupy.ascontiguousarray(cupy.asarray(array)) for name, array in inputs.items()}
         return self._replay.keep("in", placed, copy=True) if self._replay else placed
 
-    def _made(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """Room for the outputs."""
+    def _new_outputs(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Arrays for the outputs; those of the recorded call, if there is one."""
         dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
         made = {name: self._device.cupy.empty(shape, dtypes[name]) for name, shape in shapes.items()}
         return self._replay.keep("out", made, copy=False) if self._replay else made
@@ -260,14 +262,15 @@ class TensorRTEngine:
     def _run(self, addresses: tuple[int, ...]) -> None:
         def enqueue() -> None:
             if not self._context.execute_async_v3(self._device.stream.ptr):
-                raise RuntimeError(f"{self.name}: TensorRT could not run the engine; its log tells why")
+                raise RuntimeError(f"{self.name}: TensorRT could not run the engine; see its log")
 
         if self._replay is None:
             enqueue()
         else:
             self._replay.run((self._profile_in_use, *addresses, self._scratch), enqueue)
 
-    def _delivered(self, tensor: Tensor, array: Any, on_device: bool) -> Any:
+    def _result(self, tensor: Tensor, array: Any, on_device: bool) -> Any:
+        """The array for the caller: state on the device, other outputs where ``on_device`` says."""
         if tensor.name.startswith(NEXT):
             return array
         if not on_device:
@@ -276,5 +279,5 @@ class TensorRTEngine:
 
 
 def output_shapes(outputs: Sequence[Tensor], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every output of a call whose dimensions have these sizes."""
+    """The shape of every output, by name, from the ``sizes`` of the named dimensions."""
     return {tensor.name: shape_of(tensor, sizes) for tensor in outputs}

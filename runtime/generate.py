@@ -1,4 +1,4 @@
-"""Prompt → video file: the whole run, timed stage by stage."""
+"""Prompt → video file, timed stage by stage."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from runtime.arrays import F32
 from runtime.pipeline import Pipeline
 from runtime.recipe import recipe_of
 from runtime.request import Request
-from runtime.video import QUALITY, check_destination, encode_video, renamed_at_end
+from runtime.video import QUALITY, check_destination, check_no_source, encode_video, renamed_at_end
 from wan22.progress import Progress, silent
 from wan22.residency import ResidencyChoice
 
@@ -28,7 +28,7 @@ class StepTiming:
 
 @dataclass
 class Timings:
-    """Where the time of a run went, in seconds."""
+    """The time of a run, in seconds, by stage and step."""
 
     stages: dict[str, float] = field(default_factory=dict)
     steps: list[StepTiming] = field(default_factory=list)
@@ -41,17 +41,17 @@ class Timings:
 
     @property
     def sampler_overhead(self) -> float:
-        """Share of the step time spent outside engines, 0…1; the median over steps, the first one apart."""
+        """The share of step time spent outside engines, 0…1: the median over all steps but the first."""
         steps = self.steps[1:] or self.steps
         return float(np.median([1 - s.engine_seconds / s.total_seconds for s in steps])) if steps else 0.0
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How frames become a file."""
+    """The settings that turn frames into a file."""
 
     fps: int | None = None  # None: the model's
-    quality: int = QUALITY  # of mp4 and webm, 1 to 10
+    quality: int = QUALITY  # 1 to 10, for mp4 and webm
     overwrite: bool = False  # a folder of frames may be replaced
 
 
@@ -76,12 +76,12 @@ def generate(
     residency: ResidencyChoice = "auto",
     progress: Progress = silent,
 ) -> Generated:
-    """Runs ``request`` and writes ``output``, as ``write_video`` has it, with its recipe in the metadata.
+    """Run ``request`` and write ``output`` as ``write_video`` does, with its recipe in the metadata.
 
-    ``residency`` is for engines at a path, which are opened for this run alone; a pipeline has its own.
+    ``residency`` applies to engines at a path, which are opened for this run alone; a pipeline has its own.
 
     Raises:
-        UserError: anything wrong with request, engines or output, before any work where it can be.
+        UserError: the request, engines or output are invalid; raised before any work if possible.
     """
     if isinstance(engines, Path):
         with Pipeline.open(engines, residency=residency, once=True) as pipeline:
@@ -89,6 +89,7 @@ def generate(
     pipeline, timings = engines, Timings()
     complete, rate = pipeline.complete(request), encoding.fps or pipeline.spec.sampling.fps
     check_destination(output, complete.frames, overwrite=encoding.overwrite)
+    check_no_source(output, request.image, request.last_image)
     note = recipe_of(complete, pipeline.bundle.manifest, rate, encoding.quality).encoded()
     with renamed_at_end(output, overwrite=encoding.overwrite) as new:
         with timings.stage("denoise"):
@@ -98,14 +99,15 @@ def generate(
                 )
                 progress("denoise", step.index + 1, step.total, "steps")
         with timings.stage("decode and write"):
-            chunks = _reported(pipeline.decode(step.latents), complete.frames, progress)
+            chunks = _report_chunks(pipeline.decode(step.latents), complete.frames, progress)
             encode_video(chunks, new, rate, encoding.quality, note)
     return Generated(
         output, complete.seed, complete.width, complete.height, complete.frames, rate, step.latents, timings
     )
 
 
-def _reported(chunks: Iterator[F32], frames: int, progress: Progress) -> Iterator[F32]:
+def _report_chunks(chunks: Iterator[F32], frames: int, progress: Progress) -> Iterator[F32]:
+    """Yield ``chunks`` and report the progress in frames."""
     done = 0
     for chunk in chunks:
         done += chunk.shape[2]

@@ -1,4 +1,4 @@
-"""From a prompt to frames: the engines of one bundle, opened when they are needed and called in order."""
+"""From a prompt to frames: open the engines of one bundle on demand and call them in order."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 from runtime.arrays import F32
-from runtime.built_for import check_video, completed, default_video
+from runtime.built_for import check_video, default_video, fill_defaults
 from runtime.denoise import Conditions, Step, denoise
 from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.forward_inputs import text_rows
@@ -46,11 +46,11 @@ NewEngine = Callable[[Component], Engine]
 
 
 class Pipeline:
-    """A model ready to generate. Use it as a context manager: engines hold memory until it is left.
+    """A model ready to generate. Use it as a context manager, which frees the engines at the end.
 
-    ``residency`` says which engines stay loaded: ``all``; ``one-expert``, where the experts take turns; or
-    ``one-component``, where every engine makes room for the next. ``auto`` keeps most of what fits into the memory that
-    is free when the pipeline is made, by the figures of :mod:`wan22.memory`, and decides again for every request.
+    ``residency`` determines which engines stay loaded: ``all``; ``one-expert``, where the experts take turns; or
+    ``one-component``, where only one engine is loaded at a time. ``auto`` keeps as many as fit into the memory that is
+    free when the pipeline is created, by the figures of :mod:`wan22.residency`, and decides again for every request.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class Pipeline:
         tell: Callable[[str], None] = log.info,
         new_engine: NewEngine | None = None,
     ) -> None:
-        """Nothing is loaded yet.
+        """Create the pipeline without loading anything.
 
         Args:
-            bundle: of kind "engines", or of graphs where ``new_engine`` opens them.
-            residency: what stays loaded.
-            choices: what ``auto`` may choose from.
-            once: for a single run: whatever no later stage of it needs is freed when its work is done.
-            tell: is given one line when ``auto`` has chosen.
-            new_engine: makes an engine of a component where the bundle's own backend is not to.
+            bundle: a bundle of kind "engines", or of graphs if ``new_engine`` can open them.
+            residency: the engines that stay loaded.
+            choices: the residencies that ``auto`` may choose.
+            once: for a single run: free each engine as soon as no later stage needs it.
+            tell: receives one line for each choice of ``auto``.
+            new_engine: makes the engine of a component, instead of the bundle's backend.
         """
         self.bundle, self.once = bundle, once
         self.tokenizer = Tokenizer(bundle.folder / "tokenizer")
@@ -95,7 +95,7 @@ class Pipeline:
         """The pipeline of the engine bundle at ``engines``; see :meth:`__init__`.
 
         Raises:
-            UserError: no engine bundle there, or not as its manifest says.
+            UserError: there is no engine bundle, or it differs from its manifest.
         """
         return cls(open_bundle(engines, "engines"), residency=residency, once=once, tell=tell)
 
@@ -116,17 +116,17 @@ class Pipeline:
 
     @property
     def residency(self) -> Residency:
-        """What stays loaded; before the first request, what would for the video that the bundle makes by default."""
+        """The engines that stay loaded; before the first request, the choice for the bundle's default video."""
         if self._residency is None:
             needed = self._needed(default_video(self.bundle.manifest))
             self._residency = choose_residency(needed, self._available_bytes) or "one-component"
         return self._residency
 
     def fit(self, video: Video) -> None:
-        """Chooses what stays loaded for ``video`` where that is left to ``auto``, and says so when it changes.
+        """With ``auto``, choose the residency for ``video``, and report a change of it.
 
         Raises:
-            UserError: no way to keep components fits; says which component does not, and what would.
+            UserError: no residency fits; names the component that does not, and a video that would fit.
         """
         if self._asked != "auto":
             return
@@ -139,7 +139,7 @@ class Pipeline:
         if found != self._residency:
             self._keep_only(())
             self._residency = found
-            self._tell(f"residency {found}: takes {human_bytes(needed[found])} of {human_bytes(available)} free")
+            self._tell(f"residency {found}: needs {human_bytes(needed[found])} of {human_bytes(available)} free")
 
     @property
     def _precisions(self) -> dict[str, Precision]:
@@ -153,7 +153,7 @@ class Pipeline:
         return {way: size for way, size in every.items() if way in self._choices or len(self.spec.experts) == 1}
 
     def engine(self, name: str) -> Engine:
-        """The engine of component ``name``, opened on first use. It may close others, see :attr:`residency`."""
+        """The engine of component ``name``, opened on first use. Opening may close others, see :attr:`residency`."""
         if name not in self._engines:
             if self.residency == "one-component":
                 self._keep_only(())
@@ -165,11 +165,11 @@ class Pipeline:
         return self._engines[name]
 
     def on_call(self, name: str) -> Engine:
-        """The engine of component ``name``, which is opened when it is called, and again if it was closed since."""
+        """An engine of component ``name`` that is opened when called, and again if it was closed since."""
         return _OnCall(self, name)
 
     def release(self, name: str) -> None:
-        """Frees the engine of component ``name`` if it is open."""
+        """Free the engine of component ``name`` if it is open."""
         if name in self._open:
             del self._engines[name]
             self._open.pop(name).close()
@@ -179,35 +179,32 @@ class Pipeline:
             self.release(name)
 
     def _begin(self, *names: str) -> None:
-        """A stage that needs these engines; in a single run nothing else is needed any more until it ends."""
+        """Begin a stage that needs only the engines ``names``; a single run closes the others."""
         if self.once:
             self._keep_only(names)
 
     # -- stages
 
     def complete(self, request: Request) -> CompleteRequest:
-        """:func:`runtime.built_for.completed` for the bundle of this pipeline."""
-        return completed(request, self.bundle.manifest)
+        """:func:`runtime.built_for.fill_defaults` for the bundle of this pipeline."""
+        return fill_defaults(request, self.bundle.manifest)
 
     def encode_text(self, prompt: str, *, allow_empty: bool = False) -> tuple[TokenIds, F32]:
-        """Token ids and their embeddings, float32 ``[1, tokens, text width]``; warns when the prompt was cut."""
+        """Token ids and their embeddings, float32 ``[1, tokens, text width]``; warns if the prompt is cut."""
         tokens = self.tokenizer.encode(prompt, allow_empty=allow_empty)
         if tokens.truncated:
-            log.warning("prompt cut to %d tokens", TEXT_TOKENS)  # prompts of others do not belong into logs
+            log.warning("prompt cut to %d tokens", TEXT_TOKENS)  # users' prompts do not belong in logs
         return tokens, _single(self.engine("text_encoder")(input_ids=tokens.ids))
 
     def text(self, prompt: str, *, allow_empty: bool = False) -> F32:
-        """The embeddings as the transformer takes them: ``[1, 512, text width]``, rows after the end exact zeros.
-
-        It cannot be written to.
-        """
+        """The transformer's text input, read-only: ``[1, 512, text width]``, with exact zeros after the last token."""
         _, embeddings = self.encode_text(prompt, allow_empty=allow_empty)
         padded = text_rows(embeddings)
-        padded.flags.writeable = False  # engines may keep what follows from it alone
+        padded.flags.writeable = False  # so engines may cache results that depend on it alone
         return padded
 
     def image_condition(self, request: CompleteRequest) -> dict[str, F32]:
-        """What the sampler is given of the request's images: ``condition`` (I2V), ``first_frame`` (TI2V) or nothing."""
+        """The sampler's inputs from the request's images: ``condition`` (I2V), ``first_frame`` (TI2V) or none."""
         if request.image is None:
             return {}
         self._begin("vae_encoder_first", "vae_encoder_next")
@@ -225,10 +222,10 @@ class Pipeline:
         return {"condition": i2v_condition(latents, has_last=has_last)}
 
     def denoise(self, request: CompleteRequest) -> Iterator[Step]:
-        """Runs the sampler, yielding after every step; the last step carries the clean latents.
+        """Run the sampler and yield after every step; the last step carries the clean latents.
 
         Raises:
-            UserError: before any work, a video that the engines were not built for or that does not fit into memory.
+            UserError: before any work, if the engines were not built for the video or it does not fit into memory.
         """
         check_video(self.bundle.manifest, request.video)
         self.fit(request.video)
@@ -238,11 +235,11 @@ class Pipeline:
         given = Conditions(positive, negative, **self.image_condition(request))
         self._begin(*self.spec.experts)
         solver = make_solver(request.solver, schedule, request.seed)
-        spec = request.switched(self.spec)
+        spec = request.with_switch(self.spec)
         yield from denoise(spec, self.engine, request.initial_noise(), given, request.guidance, schedule, solver)
 
     def decode(self, latents: F32) -> Iterator[F32]:
-        """Frames ``[1, 3, f, H, W]`` in [-1, 1] of clean latents ``[1, z, T, h, w]``, one latent frame at a time."""
+        """Decode clean latents ``[1, z, T, h, w]`` into frames ``[1, 3, f, H, W]`` in [-1, 1], per latent frame."""
         self._begin("vae_decoder_first", "vae_decoder_next")
         following = self.on_call("vae_decoder_next") if latents.shape[2] > 1 else None
         yield from decode(self.on_call("vae_decoder_first"), following, latents)
@@ -254,7 +251,7 @@ def _single(outputs: np.ndarray | tuple[np.ndarray, ...]) -> F32:
 
 
 class _OnCall(BorrowedEngine):
-    """An engine of ``pipeline`` that is opened no earlier than it is called."""
+    """An engine of ``pipeline`` that is opened when it is called."""
 
     def __init__(self, pipeline: Pipeline, name: str) -> None:
         component = pipeline.bundle.component(name)
@@ -268,15 +265,15 @@ class _OnCall(BorrowedEngine):
 @dataclass(frozen=True)
 class _Backend:
     new_engine: NewEngine
-    available_bytes: Callable[[], float]  # where its engines keep their weights
-    cache_sets: int = 1  # of a VAE during a call: ONNX Runtime writes new caches over the old ones
+    available_bytes: Callable[[], float]  # in the memory that holds its weights
+    cache_sets: int = 1  # sets of VAE caches during a call: ONNX Runtime overwrites the old ones
 
 
 def _backend(bundle: Bundle, stack: ExitStack) -> _Backend:
-    """How engines of ``bundle`` are made; what they share is opened on ``stack``.
+    """The backend of ``bundle``; ``stack`` closes whatever its engines share.
 
     Raises:
-        UserError: a backend that this version does not know, that is not installed, or that finds no fitting GPU.
+        UserError: this version does not know the backend, it is not installed, or there is no matching GPU.
     """
     folder, build = bundle.folder, bundle.manifest.build
     if build is None or build.backend not in MODULES:

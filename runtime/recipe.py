@@ -1,7 +1,7 @@
-"""How a video was made, kept in its metadata: settings, seed, hash of the bundle and version, as one line of JSON.
+"""The recipe in a video's metadata: settings, seed, hash of the bundle and version, as one line of JSON.
 
-mp4 and webm hold it as the tag "comment", PNG as text of that name. No path and no time is in it, so the same request
-still makes the same bytes. Images and noise are named by their hash and have to be given again.
+mp4 and webm hold it as the tag "comment", PNG as text of that name. It contains no path and no time, so the same
+request makes the same bytes. Images and noise are recorded by hash, so the user has to supply them again.
 """
 
 import hashlib
@@ -18,21 +18,21 @@ from runtime.request import CompleteRequest, Request
 from runtime.video import FILMS, TAG
 from wan22 import version
 from wan22.bundle import Manifest
-from wan22.errors import UserError
+from wan22.errors import DAMAGED_JSON, UserError
 from wan22.sampling import Convention, SolverName
 
 MAX_CHARACTERS = 2**20
 
 
 class Recipe(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What :func:`runtime.generate.generate` needs to make the same frames with the same engines."""
+    """The input of :func:`runtime.generate.generate` that makes the same frames with the same engines."""
 
     wan_trt: str  # version
     model: str
     bundle: str  # SHA-256 of the bundle's manifest
     prompt: str
     negative_prompt: str
-    size: tuple[int, int]  # width, height as asked for, before an image gave the video its shape
+    size: tuple[int, int]  # width, height as requested, before the aspect ratio of an image applies
     frames: int
     fps: int
     quality: int
@@ -54,17 +54,17 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True):
         return msgspec.json.encode(self).decode()
 
     def request(self, given: Request) -> Request:
-        """The request for the same video, with the images and the noise of ``given``, which says nothing else.
+        """The request for the same video, with the images and noise of ``given``, which contains nothing else.
 
         Raises:
-            UserError: ``given`` has other settings, or not the images and the noise that the video was made from.
+            UserError: ``given`` has other settings, or its images and noise differ from the video's.
         """
         files = {"image": given.image, "last_image": given.last_image, "noise": given.noise}
         if given != Request(image=given.image, last_image=given.last_image):
-            raise UserError("--again beside a prompt or settings", "one of them", "leave the others out")
+            raise UserError("--again with a prompt or settings", "only one of them", "leave the others out")
         for name, value in files.items():
             if (_digest(value) if value is not None else "") != getattr(self, name):
-                expected = f"the {name} that it was made from" if getattr(self, name) else "none, as it was made"
+                expected = f"the {name} that it was made from" if getattr(self, name) else "none, as in the first run"
                 remedy = f"give its --{name.replace('_', '-')}" if getattr(self, name) else "leave it out"
                 raise UserError(f"another {name} than the video's", expected, remedy)
         same = ("prompt", "negative_prompt", "size", "frames", "seed", "solver", "schedule", "guidance", "steps",
@@ -111,7 +111,7 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe in a video or a PNG.
 
     Raises:
-        UserError: no such file, or none that wan-trt wrote.
+        UserError: there is no such file, or wan-trt did not write it.
     """
     try:
         text = _tag(path)
@@ -121,14 +121,14 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path} cannot be read", "an .mp4, .webm or .png made by wan-trt", "name another") from None
     try:
         return msgspec.json.decode(text[:MAX_CHARACTERS], type=Recipe)
-    except msgspec.DecodeError:
+    except DAMAGED_JSON:
         expected = "settings written by wan-trt into an .mp4, .webm or .png"
         raise UserError(f"{path} has no settings in its metadata", expected, "name the original file") from None
 
 
 def _tag(path: Path) -> str:
     if path.suffix.lower() in FILMS:
-        path.open("rb").close()  # FFmpeg hides why it cannot
+        path.open("rb").close()  # raises the reason, which FFmpeg hides
         with av.open(str(path)) as container:
             tags: dict[str, Any] = {key.lower(): value for key, value in container.metadata.items()}
     else:

@@ -1,4 +1,4 @@
-"""What a user asks a pipeline for, and its completion with the model's defaults."""
+"""A user's request for a video, and its completion with the model's defaults."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,50 +24,50 @@ MOST_GUIDANCE = 100
 
 @dataclass(frozen=True)
 class Request:
-    """One video. ``None`` means the preset's or else the bundle's own default; :meth:`completed` fills it in."""
+    """One video. ``None`` means the default of the preset, else of the bundle; :meth:`completed` fills it in."""
 
-    prompt: str | None = None  # a video needs one; None where a file of prompts or a built-in one follows
-    negative_prompt: str | None = None  # None: the official one; "": none at all
+    prompt: str | None = None  # required for a video; None if a file of prompts or a built-in one follows
+    negative_prompt: str | None = None  # None means the official one, "" no negative prompt
     # video
-    size: tuple[int, int] | None = None  # width, height in pixels; with an image: about that many pixels, its shape
+    size: tuple[int, int] | None = None  # width, height in pixels; an image replaces the aspect ratio, not the area
     frames: int | None = None
     # image to video
     image: Path | bytes | None = None
     last_image: Path | bytes | None = None
     fit: Fit = "official"
-    exact_official: bool = False  # the official rounding of sizes, float errors included
+    exact_official: bool = False  # round sizes as the official code does, including its float errors
     # sampling
     seed: int = 0
-    noise: F32 | None = field(default=None, compare=False)  # [z, T, h, w] or [1, z, T, h, w]; instead of the seed's
-    preset: str | None = None  # of wan22.sampling.PRESETS
-    boundary: float | None = None  # share of the timesteps above which the high-noise expert works
+    noise: F32 | None = field(default=None, compare=False)  # [z, T, h, w] or [1, z, T, h, w]; replaces the seed's
+    preset: str | None = None  # a name of wan22.sampling.PRESETS
+    boundary: float | None = None  # fraction of the timestep range above which the high-noise expert is used
     steps: int | None = None
     shift: float | None = None
     guidance: dict[str, float] = field(default_factory=dict)  # by expert name; 1 skips the unconditional pass
-    guidance_scale: float | None = None  # of the experts that ``guidance`` does not name
+    guidance_scale: float | None = None  # for the experts that ``guidance`` does not name
     solver: SolverName | None = None
     schedule: Convention | None = None
 
     def shape(self, spec: ModelSpec, usual: Video | None = None) -> Video:
-        """The size that is asked for, before an image gives it its shape, and the frames; defaults from ``usual``."""
+        """The requested width, height and frames, before an image's aspect ratio applies; defaults from ``usual``."""
         width, height, frames = usual or (*spec.sampling.sizes[0], spec.sampling.frames)
         return (*(self.size or (width, height)), _or(self.frames, frames))
 
     def completed(self, spec: ModelSpec, usual: Video | None = None) -> "CompleteRequest":
-        """The request with images opened and every default filled in.
+        """The request with opened images and every default filled in.
 
         Args:
-            spec: of the model, whose defaults these are.
-            usual: the video where the request states none, see :func:`runtime.built_for.completed`.
+            spec: the model, which provides the defaults.
+            usual: the default video, see :func:`runtime.built_for.fill_defaults`; None means the model's.
 
         Raises:
-            UserError: no prompt, an image where none belongs or none where one does, a size, frames, guidance, boundary
-                or preset that the model cannot have, steps and a shift that make no schedule.
+            UserError: no prompt; an image missing or not supported; a size, frames, guidance, boundary or preset that
+                the model does not support; steps and shift without a valid schedule.
         """
         if self.prompt is None:
             raise UserError("no prompt", "some text", "describe a video")
         for text in (self.prompt, self.negative_prompt or ""):
-            if any("\ud800" <= character <= "\udfff" for character in text):  # would break the report or the manifest
+            if any("\ud800" <= character <= "\udfff" for character in text):  # cannot be written as UTF-8
                 raise UserError(f"prompt {text!r}", "text that UTF-8 can hold", "write it in UTF-8")
         sampling = (spec if self.preset is None else spec.with_preset(self.preset)).sampling
         image = self._image(spec)
@@ -98,7 +98,7 @@ class Request:
             switch_step=self._switch_step(sampling),
             asked=replace(self, size=asked_size),
         )
-        complete.noise_schedule()  # refused now, not later
+        complete.noise_schedule()  # raises now rather than during the run
         _warn_beyond_distillation(spec, complete)
         return complete
 
@@ -116,7 +116,7 @@ class Request:
         for option, value in (("steps", self.steps), ("shift", self.shift)):
             if sampling.sigmas and value is not None:
                 found = f"{option} {value:g} with preset {sampling.preset}"
-                raise UserError(found, f"its own list of {len(sampling.sigmas)} noise levels", f"leave {option} out")
+                raise UserError(found, f"the preset's {len(sampling.sigmas)} noise levels", f"leave {option} out")
         return sampling.sigmas
 
     def _boundary(self, spec: ModelSpec) -> float | None:
@@ -129,7 +129,7 @@ class Request:
         return self.boundary
 
     def _switch_step(self, sampling: SamplingSpec) -> int | None:
-        """The preset's, which counts its own steps; a boundary goes before it."""
+        """The preset's switch step, unless the request changes the number of steps or sets a boundary."""
         own_steps = self.steps is None or self.steps == sampling.steps
         return sampling.switch_step if self.boundary is None and own_steps else None
 
@@ -160,16 +160,16 @@ def _or(value: T | None, default: T) -> T:
 
 def _warn_beyond_distillation(spec: ModelSpec, complete: "CompleteRequest") -> None:
     own = spec.sampling
-    preset = PRESETS.get(own.preset)  # None: of a bundle by a later version
+    preset = PRESETS.get(own.preset)  # None if a later version wrote the bundle
     if preset and preset.distilled and (complete.steps > own.steps or complete.guided):
         guided = " with guidance" if complete.guided else ""
-        what = f"{counted(complete.steps, 'step')}{guided} on a checkpoint that is distilled for {own.preset}"
+        what = f"{counted(complete.steps, 'step')}{guided} on a checkpoint distilled for {own.preset}"
         warn_once(f"{what} ({own.steps} steps, no guidance): the video will be poor")
 
 
 @dataclass(frozen=True)
 class CompleteRequest:
-    """A request with nothing left open."""
+    """A request with every value set."""
 
     prompt: str
     negative_prompt: str
@@ -186,23 +186,23 @@ class CompleteRequest:
     guidance: dict[str, float]
     solver: SolverName
     schedule: Convention
-    noise: F32 | None = field(default=None, compare=False)  # of latent_shape; None: the seed's
-    sigmas: tuple[float, ...] = ()  # noise levels; instead of those of steps and shift
-    boundary: float | None = None  # asked for; None: the model's
-    switch_step: int | None = None  # first step of the low-noise expert; instead of the boundary
+    noise: F32 | None = field(default=None, compare=False)  # shape latent_shape; None means the seed's
+    sigmas: tuple[float, ...] = ()  # noise levels; replace those derived from steps and shift
+    boundary: float | None = None  # None means the model's
+    switch_step: int | None = None  # first step of the low-noise expert; replaces the boundary
 
-    asked: Request = field(default_factory=Request, compare=False)  # what this completes, with its size
+    asked: Request = field(default_factory=Request, compare=False)  # the original request, with its size filled in
 
     def noise_schedule(self) -> Schedule:
-        """Raises UserError for settings that make none."""
+        """The noise levels and timesteps. Raises UserError for steps and shift without a valid schedule."""
         return make_schedule(self.solver, self.steps, self.shift, self.schedule, self.sigmas)
 
     def initial_noise(self) -> F32:
-        """Float32 of ``latent_shape``: what was given, or else what torch's CPU generator draws for the seed."""
+        """The given noise, or the values that torch's CPU generator draws for the seed; float32 of ``latent_shape``."""
         return standard_normal(self.latent_shape, self.seed) if self.noise is None else self.noise
 
-    def switched(self, spec: ModelSpec) -> ModelSpec:
-        """``spec`` with the switch of experts of this request."""
+    def with_switch(self, spec: ModelSpec) -> ModelSpec:
+        """``spec`` with this request's boundary and switch step."""
         boundary = _or(self.boundary, spec.sampling.boundary)
         return replace(spec, sampling=replace(spec.sampling, boundary=boundary, switch_step=self.switch_step))
 
@@ -212,5 +212,5 @@ class CompleteRequest:
 
     @property
     def guided(self) -> bool:
-        """Some step needs the unconditional pass."""
+        """True if any step needs the unconditional pass."""
         return any(value != 1 for value in self.guidance.values())

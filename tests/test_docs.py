@@ -7,11 +7,19 @@ import ast
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import click
 import pytest
 import typer
+from PIL import Image
+from safetensors.numpy import save_file
+
+from engines.plan import make_plan
+from engines.targets import TARGETS
+from export.files.safetensors_file import read_safetensors
+from wan22.specs import SPECS, Precision
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,10 +30,12 @@ HEAD = "# Files\n\nEvery module with the first line of its docstring. `python te
 STAND_INS = {
     "Wan-AI/Wan2.2-T2V-A14B": "checkpoint",
     "CHECKPOINT": "checkpoint",
+    "ckpt": "checkpoint",
     "832x480": "64x64",
     "81": "5",
 }
 # Commands whose lines run here as they stand; a line with a GPU target or a server is parsed and not run.
+KERNELS = ["inspect", "engines"]  # of a GPU's engines
 RUN = ("plan", "presets", "export", "build", "inspect", "generate", "bundle", "calibrate")
 
 
@@ -51,6 +61,11 @@ def commands(script: str) -> list[list[str]]:
     """The words of every ``wan-trt`` line of a page, without the program."""
     lines = script.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("wan-trt ")]
+
+
+def keys_made(script: str) -> list[list[str]]:
+    """The words of every ``openssl`` line of a page."""
+    return [shlex.split(line, comments=True) for line in script.splitlines() if line.startswith("openssl ")]
 
 
 TABLED = re.findall(r"\| `(wan-trt [^`]*)` \|", (ROOT / "docs" / "checkpoints.md").read_text())
@@ -82,6 +97,20 @@ def test_the_readme_is_a_front_page():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+@pytest.mark.parametrize("model", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
+def test_the_figures_of_the_readme_are_those_of_plan(model):
+    table = re.search(rf"^\| {model} \|.*\n\|.*$", (ROOT / "README.md").read_text(), re.M | re.I)
+    width, height, frames = map(int, re.search(r"(\d+)x(\d+), (\d+) frames", table[0]).groups())
+    for row, precision in zip(table[0].splitlines(), (Precision.BF16, Precision.FP8), strict=True):
+        plan = make_plan(SPECS[model], TARGETS["rtx5090"], precision, (width, height, frames))
+        figures = plan.as_json()
+        keys = ("bundle_bytes", "engines_bytes", "export_ram_bytes", "build_ram_bytes")
+        needed = (plan.needed["all"], plan.needed["one-component"])
+        disk, engines, export, build, *gpu = (round(size / 2**30) for size in (*map(figures.get, keys), *needed))
+        shown = f"{precision} | {disk} + {engines} GiB | {export}, {build} GiB | {gpu[0]}, {gpu[1]} GiB |"
+        assert row.endswith(f"| {shown}")
+
+
 @pytest.mark.parametrize("line", EVERY_COMMAND)
 def test_every_command_that_is_shown_parses(line):
     from wan_trt.cli import app
@@ -99,10 +128,15 @@ def test_the_commands_of_a_page_run_in_order(page, script, prepared, monkeypatch
     from wan_trt.cli import app
 
     monkeypatch.chdir(prepared)
+    for words in keys_made(script):
+        subprocess.run(words, check=True, capture_output=True)
     for words in commands(script):
-        if words[0] not in RUN or "--weights" in words or ("--target" in words and words[0] != "plan"):
+        for_gpu = "--weights" in words or ("--target" in words and words[0] != "plan") or words == KERNELS
+        if words[0] not in RUN or for_gpu:
             continue
         small = [STAND_INS.get(word, word) for word in words]
+        if "--image" in words:
+            small[small.index("engines")] = "i2v-engines"
         for output in ("onnx", "engines"):
             if output in small[1:3] and words[0] in ("export", "build") and small[-1] != "--overwrite":
                 small.append("--overwrite")
@@ -128,6 +162,13 @@ def prepared(tmp_path, flow_of) -> Path:
     shutil.copytree(flow.bundle, tmp_path / "onnx")
     shutil.copytree(flow.engines, tmp_path / "engines")
     (tmp_path / "prompts.txt").write_text("A red panda\nA fox\n")
+    (tmp_path / "i2v-engines").symlink_to(flow_of("i2v-a14b-tiny").engines)
+    for name in ("photo.jpg", "first.jpg", "last.jpg"):
+        Image.new("RGB", (96, 64), (200, 30, 60)).save(tmp_path / name)
+    (tmp_path / "Seko-V1.1").mkdir()
+    bias = read_safetensors(flow.bundle / "high_noise.safetensors")["blocks.0.ffn.0.bias"].read()
+    for name in ("high_noise_model", "low_noise_model"):
+        save_file({"diffusion_model.blocks.0.ffn.0.diff_b": bias}, tmp_path / "Seko-V1.1" / f"{name}.safetensors")
     return tmp_path
 
 

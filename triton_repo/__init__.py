@@ -1,5 +1,5 @@
 """Engine bundles behind Triton Inference Server: model repository, server process, client, Kubernetes manifests.
 
-One decoupled Python model, the owner, opens the engines in its own process and runs one job at a time; the queue,
-priorities and cancellation are Triton's. ``model.py`` in a repository is a line that imports :mod:`triton_repo.owner`.
+One decoupled Python model, the owner, opens the engines in its process and runs one job at a time. Triton provides the
+queue, priorities and cancellation. A repository's ``model.py`` only imports :mod:`triton_repo.owner`.
 """

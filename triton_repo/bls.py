@@ -1,9 +1,9 @@
 """The pipeline model of the BLS topology: the owner's loop, with every engine call a request to another Triton model.
 
-What it buys: Triton's own backends run the engines, with their metrics per component. What it costs: every tensor
-crosses shared memory, the VAE's caches too, which are gigabytes at full size; both experts stay resident; the model
-cannot warm up, because requests to other models are refused until the server is ready; and a SIGTERM loses the running
-job, because they are refused again.
+Advantage: Triton's own backends run the engines, with metrics per component. Costs: every tensor crosses shared memory,
+including the VAE's caches, gigabytes at full size; both experts stay resident; the model cannot warm up, because Triton
+refuses requests to other models until the server is ready; and SIGTERM loses the running job, because it refuses them
+again.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ STOPPING = "Server not ready"  # Triton's own words
 
 
 class BlsPipeline(Owner):
-    """The same requests, answers and checks as the owner's."""
+    """An owner whose engines are other Triton models; requests, answers and checks are the same."""
 
     def open(self) -> ServedPipeline:
         prefix = self.settings.components
@@ -30,14 +30,14 @@ class BlsPipeline(Owner):
 
 
 class RemoteEngine(BorrowedEngine):
-    """An engine that lives in the Triton model ``model``."""
+    """An engine served as the Triton model ``model``."""
 
     def __init__(self, component: Component, model: str) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self._model = model
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
-        check_inputs(self.name, self.inputs, inputs, ())  # the request was held to the profiles already
+        check_inputs(self.name, self.inputs, inputs, ())  # the request has been checked against the profiles
         names = [tensor.name for tensor in self.outputs]
         response = pb_utils.InferenceRequest(
             model_name=self._model,
@@ -52,13 +52,13 @@ class RemoteEngine(BorrowedEngine):
 
 
 def _copy(response: Any, name: str) -> np.ndarray:
-    """An array that outlives the response, whose memory Triton takes back."""
+    """A copy that outlives the response, whose memory Triton reuses."""
     shared: np.ndarray = pb_utils.get_output_tensor_by_name(response, name).as_numpy()
     return shared.copy()
 
 
 def _failure(model: str, message: str) -> Exception:
-    """What a refused call means: a server that was told to stop is no bug."""
+    """The exception for a failed call; a stopping server is not a bug."""
     if STOPPING in message:
-        return OutOfTimeError("the server is stopping, not ready for more", "UNAVAILABLE")
+        return OutOfTimeError("the server is stopping", "UNAVAILABLE")
     return RuntimeError(f"{model}: {message}")

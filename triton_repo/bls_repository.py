@@ -1,8 +1,8 @@
 """The repository of the BLS topology: one Triton model per engine, and one that calls them.
 
-Version 1 of an engine's model is a link to the engine bundle, for Triton's own backends to read the engine from:
-nothing is copied, and external weights lie beside their graph. Version 2 is Python, for machines without a GPU;
-``--model-config-name=cpu`` chooses it. Backends look at no manifest, so keep the bundle read-only.
+Version 1 of an engine's model is a link to the engine bundle, from which Triton's backends read the engine: nothing is
+copied, and external weights stay next to their graph. Version 2 is Python, for machines without a GPU;
+``--model-config-name=cpu`` selects it. Backends do not check the manifest, so keep the bundle read-only.
 """
 
 from collections.abc import Sequence
@@ -20,27 +20,27 @@ from wan22.shapes import Profile, own_profiles, shape_of
 from wan22.specs import PATCH, TEXT_TOKENS
 
 CPU = "cpu"  # name of the variant
-BACKENDS = ("tensorrt", "onnxruntime")  # Triton has none for TensorRT-RTX
+BACKENDS = ("tensorrt", "onnxruntime")  # Triton has no backend for TensorRT-RTX
 USE_OWNER = "use --topology owner"
 ENGINE_VERSION, PYTHON_VERSION = 1, 2
 TYPES = {"float32": "FP32", "float16": "FP16", "int64": "INT64"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "int64": 8}
-WORKING_SHARE = 0.15  # of a GPU's memory, for activations, caches and contexts
+WORKING_SHARE = 0.15  # fraction of GPU memory for activations, caches and contexts
 GIBIBYTE = 2**30
 
 
 def check_backends(bundle: Bundle) -> None:
-    """Refuses engines that none of Triton's own backends can run."""
+    """Refuse engines that Triton's backends cannot run."""
     build = bundle.manifest.build
     backend = build.backend if build else None
     if backend not in BACKENDS:
-        raise UserError(f"{backend} engines in topology bls", f"engines of {' or '.join(BACKENDS)}", USE_OWNER)
+        raise UserError(f"{backend} engines in topology bls", f"{' or '.join(BACKENDS)} engines", USE_OWNER)
     if backend == "tensorrt" and any(component.weights for component in bundle.manifest.components):
-        raise UserError("engines with external weights in topology bls", "weights inside the engines", USE_OWNER)
+        raise UserError("engines with external weights in topology bls", "embedded weights", USE_OWNER)
 
 
 def check_resident(bundle: Bundle, memory_gib: float) -> None:
-    """Refuses engines that do not all fit a GPU of ``memory_gib`` (0: unknown): here none makes room for another."""
+    """Refuse engines that do not all fit into ``memory_gib`` of GPU memory (0: unknown), since all stay loaded."""
     weights = sum(file.size_bytes for file in bundle.manifest.files().values())
     room = memory_gib * GIBIBYTE * (1 - WORKING_SHARE)
     if memory_gib and weights > room:
@@ -52,7 +52,7 @@ def check_resident(bundle: Bundle, memory_gib: float) -> None:
 
 
 def write_bls(repository: Path, name: str, bundle: Bundle, settings: Settings) -> None:
-    """The pipeline model ``name`` and a model ``name_component`` for each component of ``bundle``."""
+    """Write the pipeline model ``name`` and a model ``name_component`` for each component of ``bundle``."""
     calling = replace(settings, components=name, warm_up=False)
     place("bls", repository / name / "1")
     (repository / name / "config.pbtxt").write_text(as_text(owner_config(name, calling, on_gpu=False)))
@@ -75,7 +75,7 @@ def _write_engine(model: Path, component: Component, settings: Settings, profile
 
 
 def backend_config(name: str, component: Component, profiles: Sequence[Profile] = ()) -> Any:
-    """The model of Triton's TensorRT or ONNX Runtime backend on a GPU; ``profiles`` are those of its plan."""
+    """The configuration for Triton's TensorRT or ONNX Runtime backend on a GPU; ``profiles`` are the plan's."""
     config = _engine_config(name, component, ENGINE_VERSION)
     config.default_model_filename = component.graph.path
     add_instance(config, on_gpu=True)
@@ -88,7 +88,7 @@ def backend_config(name: str, component: Component, profiles: Sequence[Profile] 
 
 
 def python_config(name: str, component: Component, settings: Settings) -> Any:
-    """The model that stands in for it without a GPU."""
+    """The configuration for the Python model that replaces it on machines without a GPU."""
     config = _engine_config(name, component, PYTHON_VERSION)
     config.backend = "python"
     add_instance(config, on_gpu=False)
@@ -98,7 +98,7 @@ def python_config(name: str, component: Component, settings: Settings) -> Any:
 
 
 def _engine_config(name: str, component: Component, version: int) -> Any:
-    """Name, version and tensors. Batching is off, so every dimension is stated; named ones are -1."""
+    """The name, version and tensors. Batching is off, so all dimensions are listed; named ones are -1."""
     from tritonclient.grpc import model_config_pb2
 
     config = model_config_pb2.ModelConfig(name=name, max_batch_size=0)
@@ -112,7 +112,7 @@ def _engine_config(name: str, component: Component, version: int) -> Any:
 
 
 def largest_call_bytes(bundle: Bundle, limits: Limits) -> int:
-    """Bytes that one engine call moves through shared memory at most, in and out, for the largest allowed video."""
+    """The most bytes that one engine call moves through shared memory, in and out, for the largest allowed video."""
     spec = bundle.manifest.spec
     side = int(limits.max_pixels**0.5) // spec.vae.spatial_stride + 1
     sizes = {

@@ -1,8 +1,8 @@
-"""A client of the served model: one gRPC stream per job, progress as it comes, the video at the end. No torch.
+"""A client of the served model: one gRPC stream per job, with progress events and the video at the end. No torch.
 
-A stream is always read to its end, also after an error: some releases of the server leak the request otherwise, and
-then never unload the model. Giving up (``Job.cancel``, Ctrl-C, a deadline) cancels the stream, which the model sees
-before its next engine call; a job that waited in the queue never starts.
+A stream is always read to its end, even after an error; otherwise some server releases leak the request and never
+unload the model. Giving up (``Job.cancel``, Ctrl-C, a deadline) cancels the stream; the model notices before its next
+engine call, and a queued job never starts.
 """
 
 import json
@@ -25,10 +25,10 @@ from triton_repo.wire import content_of, input_tensors, inputs_of
 
 Event = dict[str, Any]
 OnProgress = Callable[[Event], None]
-GRACE_S = 2.0  # beyond the deadline: the server answers first if it can
+GRACE_S = 2.0  # after the deadline, so that the server can answer first
 CONNECT_S = 10.0
-SLICE_S = 3600.0  # of a wait, because a queue that waits for ever cannot be interrupted everywhere
-KEEPALIVE_MS = 330_000  # servers take pings more often than every five minutes for an attack
+SLICE_S = 3600.0  # longest single wait, because an endless one cannot be interrupted on all systems
+KEEPALIVE_MS = 330_000  # servers treat pings more often than every five minutes as an attack
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +42,14 @@ class Result:
 
 
 class WanClient:
-    """A server to send jobs to; a context manager that cancels, at its end, the jobs that still run.
+    """A connection to a server. As a context manager it cancels unfinished jobs at the end.
 
     Args:
-        url: host and port of the server's gRPC endpoint; port 8001 unless given.
-        model: the name it is served under.
+        url: host and port of the server's gRPC endpoint; the port defaults to 8001.
+        model: name of the served model.
 
     Raises:
-        UserError: an address that is none.
+        UserError: the address is invalid.
     """
 
     def __init__(self, url: str = "localhost", model: str = "wan22") -> None:
@@ -75,15 +75,15 @@ class WanClient:
         deadline_s: float = math.inf,
         priority: Literal[1, 2] = 2,
     ) -> "Job":
-        """Sends a job and returns at once; jobs of one client wait and run beside each other.
+        """Send a job and return at once; a client can have several jobs.
 
         Args:
-            request: the video, or the inputs of ``schema.INPUTS`` by name; None leaves one to the model.
-            deadline_s: from now on; the job is given up then, whether it waits or runs.
-            priority: 1 goes before 2.
+            request: the request, or inputs of ``schema.INPUTS`` by name; None means the model's default.
+            deadline_s: seconds from now after which a waiting or running job is cancelled.
+            priority: 1 runs before 2.
 
         Raises:
-            UserError: a setting that no model has, or an image file that cannot be read.
+            UserError: an unknown setting, or an unreadable image file.
         """
         given = inputs_of(request) if isinstance(request, Request) else dict(request)
         job = Job(self.url, self.model, given, deadline_s, priority, self._jobs.discard)
@@ -100,15 +100,15 @@ class WanClient:
         priority: Literal[1, 2] = 2,
         **settings: Setting | None,
     ) -> Result:
-        """The video of ``prompt``: :meth:`submit`, the events, the result.
+        """Submit a job, follow its events and return the video.
 
         Args:
-            prompt: what it shows.
-            image: to start from: encoded JPEG, PNG or WebP, or the file that holds it.
-            on_progress: called with every event of the server, as it comes; what it raises cancels the job.
+            prompt: description of the video.
+            image: the image to start from, as encoded JPEG, PNG or WebP, or its file.
+            on_progress: called with every event; an exception in it cancels the job.
             deadline_s: see :meth:`submit`.
             priority: see :meth:`submit`.
-            settings: any other input of ``schema.INPUTS``; None leaves it to the model.
+            settings: other inputs of ``schema.INPUTS``; None means the model's default.
 
         Raises:
             JobError: the server refused, failed or could not be reached, or the deadline passed.
@@ -125,7 +125,7 @@ class WanClient:
 class Job:
     """A job on a server: follow it with :meth:`events`, end it with :meth:`cancel`, wait for it with :meth:`result`.
 
-    One thread follows a job; any may cancel it. As a context manager it is cancelled at the end unless it is over.
+    One thread follows a job; any thread may cancel it. As a context manager it cancels an unfinished job at the end.
 
     Attributes:
         id: the name of the job in the server's log and in its first event.
@@ -157,11 +157,11 @@ class Job:
         inputs = input_tensors({**limit, **settings, "errors_as_events": True})
         alive = grpc.KeepAliveOptions(keepalive_time_ms=KEEPALIVE_MS, keepalive_permit_without_calls=False)
         self._client = grpc.InferenceServerClient(url, keepalive_options=alive)
-        # tritonclient calls with the keywords ``result`` and ``error``; other names would fail in its thread, unheard
+        # tritonclient passes the keywords ``result`` and ``error``; other names would fail silently in its thread
         self._client.start_stream(
             callback=lambda result, error: self._answers.put((result, error)), headers={"triton_grpc_error": "true"}
         )
-        # a connection that has failed already refuses here, and has told why to the callback
+        # raises if the connection has already failed; the callback has received the reason
         with suppress(InferenceServerException):
             self._client.async_stream_infer(model, inputs, enable_empty_final_response=True, **options)
 
@@ -174,10 +174,10 @@ class Job:
         self._close(cancel=True)
 
     def events(self) -> Iterator[Event]:
-        """Every event that nobody has read yet, as it comes; the last one has the phase ``done``.
+        """Yield every event not read yet, as it arrives; the last one has the phase ``done``.
 
         Raises:
-            JobError: the server refused, failed or could not be reached, the deadline passed, or :meth:`cancel`.
+            JobError: the server refused, failed or was not reachable, the deadline passed, or the job was cancelled.
         """
         while self._result is None:
             if self._error is not None:
@@ -194,7 +194,7 @@ class Job:
                     yield event
 
     def result(self) -> Result:
-        """Waits for the end.
+        """Wait for the end of the job and return its result.
 
         Raises:
             JobError: see :meth:`events`.
@@ -205,16 +205,16 @@ class Job:
         return self._result
 
     def cancel(self) -> None:
-        """Ends the job, whether it waits or runs; does nothing when it is over. Returns when the server knows."""
+        """Cancel the job, waiting or running, and return when the server knows. Does nothing for a finished job."""
         self._cancelled = True
         self._close(cancel=True)
 
     def _next(self) -> Event | None:
-        """The next event; None for an answer that brings none."""
+        """The next event; None for an answer without one."""
         result, error = self._answer()
         if error is not None:
             self._close(cancel=False)
-            raise self._failed(error)
+            raise self._connection_error(error)
         is_last = result.get_response().parameters["triton_final_response"].bool_param
         if is_last:
             self._close(cancel=False)
@@ -237,7 +237,7 @@ class Job:
         raise job_error("DEADLINE_EXCEEDED", "no video before the deadline; the job is cancelled")
 
     def _close(self, *, cancel: bool) -> None:
-        """Ends the stream, once; the server sees a cancellation, or else is heard to its last word."""
+        """End the stream once: cancel it, or else read it to its end."""
         with self._lock:
             if self._is_open:
                 self._is_open = False
@@ -245,8 +245,8 @@ class Job:
                 self._client.close()
         self._closed(self)
 
-    def _failed(self, error: Any) -> JobError:
-        """What an error of Triton itself or of the connection means; errors of the model are events."""
+    def _connection_error(self, error: Any) -> JobError:
+        """The error for a failure of Triton or of the connection; the model's errors arrive as events."""
         found = str(error.message()).removeprefix(f"[request id: {self.id}] ").strip()
         status = status_of(error.status(), found)
         if self._cancelled or status == "CANCELLED":

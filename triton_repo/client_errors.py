@@ -1,4 +1,4 @@
-"""What a client says when a server does not make its video: a stable status, and a line with what to do about it."""
+"""The client's errors if the server does not make a video: a stable status, and a line with the remedy."""
 
 from typing import Literal, get_args
 from urllib.parse import urlsplit
@@ -13,8 +13,8 @@ class JobError(Exception):
     """The server did not make the video.
 
     Attributes:
-        status: what kind of no it was, a stable code.
-        reason: the same in the parts of a line of the command.
+        status: a stable code for the kind of failure.
+        reason: the failure as found, expected and remedy.
     """
 
     def __init__(self, status: Status, reason: UserError) -> None:
@@ -24,10 +24,10 @@ class JobError(Exception):
 
 
 def address_of(url: str) -> str:
-    """Host and port of ``url``, which may have a scheme and no port.
+    """The host and port of ``url``, which may have a scheme and lack the port.
 
     Raises:
-        UserError: no host, a port that is none, a scheme with encryption, or a path.
+        UserError: there is no host, the port is invalid, the scheme is encrypted, or there is a path.
     """
     expected = f"host and port of a server, such as localhost:{PORT}"
     try:
@@ -41,7 +41,7 @@ def address_of(url: str) -> str:
 
 
 def status_of(code: str | None, message: str) -> Status:
-    """The code of an error; what Triton refuses before a model sees it has a text alone."""
+    """The status for an error's code, or for its text: errors from Triton's queue have no code."""
     if code is not None:
         name = code.removeprefix("StatusCode.")
         return name if name in get_args(Status) else "INTERNAL"  # type: ignore[return-value]
@@ -50,6 +50,6 @@ def status_of(code: str | None, message: str) -> Status:
 
 
 def job_error(status: Status, found: str, expected: str = "", remedy: str = "") -> JobError:
-    remedies = {"INVALID_ARGUMENT": "ask for something else", "INTERNAL": "see the server's log"}
+    remedies = {"INVALID_ARGUMENT": "change the request", "INTERNAL": "see the server's log"}
     reason = UserError(found, expected or "a video", remedy or remedies.get(status, "try again later"))
     return JobError(status, reason)

@@ -1,6 +1,6 @@
 """One engine as a Triton model, for machines without a GPU: ONNX Runtime in a Python model.
 
-On GPU hosts Triton's TensorRT or ONNX Runtime backend stands in its place, with the same inputs and outputs.
+On GPU hosts Triton's TensorRT or ONNX Runtime backend replaces it, with the same inputs and outputs.
 """
 
 import json
@@ -17,7 +17,7 @@ from wan22.errors import UserError
 
 
 class ComponentModel:
-    """Runs the component that its parameters name, one request after the other."""
+    """A model that runs the component named in its parameters, one request after the other."""
 
     def initialize(self, args: dict[str, str]) -> None:
         end_with_server()

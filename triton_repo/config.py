@@ -1,7 +1,7 @@
-"""``config.pbtxt`` of the served model, made with Triton's own protobufs so that no field can be misspelt.
+"""``config.pbtxt`` of the served model, made with Triton's protobufs so that no field can be misspelt.
 
-``max_batch_size: 0`` with ``dynamic_batching`` batches nothing: it is how a model gets Triton's bounded queue with
-priorities and timeouts. The queue holds only while ``execute`` is synchronous.
+``max_batch_size: 0`` with ``dynamic_batching`` does not batch; it gives the model Triton's bounded queue with
+priorities and timeouts. The queue works only while ``execute`` is synchronous.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from triton_repo.schema import INPUTS, OUTPUTS, Field
 from triton_repo.settings import Settings
 
-PRIORITIES = 2  # 1 goes first; requests that state none are 2
+PRIORITIES = 2  # 1 runs first; 2 is the default
 MICROSECONDS = 1_000_000
 
 
@@ -20,7 +20,7 @@ def owner_config(name: str, settings: Settings, *, on_gpu: bool) -> Any:
     config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=0)
     config.model_transaction_policy.decoupled = True
     for field in INPUTS:
-        config.input.add(optional=True, **_tensor(field))  # what is missing the model says itself, and counts
+        config.input.add(optional=True, **_tensor(field))  # the model itself refuses missing inputs, and counts them
     for field in OUTPUTS:
         config.output.add(**_tensor(field))
     add_instance(config, on_gpu=on_gpu)
@@ -55,7 +55,7 @@ def _tensor(field: Field) -> dict[str, Any]:
 
 
 def _queue(batching: Any, settings: Settings) -> None:
-    """A default timeout must be set for clients to be able to shorten it."""
+    """Set up the queue. Clients can shorten a timeout only if a default is set."""
     batching.priority_levels = batching.default_priority_level = PRIORITIES
     policy = batching.default_queue_policy
     policy.timeout_action = policy.REJECT

@@ -1,7 +1,7 @@
-"""Why a job ended without a video: a stable code, and words that a stranger on the wire may read.
+"""The reason why a job ended without a video: a stable code, and a message that any client may see.
 
-The words are those of :class:`wan22.errors.UserError`, with the names of the wire's inputs in the place of options of
-the command line.
+The message is that of a :class:`wan22.errors.UserError`, with input names instead of command-line options, and no
+commands.
 """
 
 import re
@@ -11,22 +11,23 @@ from typing import Any, Literal
 from wan22.errors import UserError
 
 Code = Literal["INVALID_ARGUMENT", "CANCELLED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "INTERNAL"]
-MAX_WORDS = 180  # characters of each part; a request may hold much more
+MAX_WORDS = 180  # characters of each part; a request may contain much more
 OPTION = re.compile(r"--([a-z][a-z-]*)")
-INPUTS = {"size": "width and height", "frames": "num_frames"}  # by option, where they are not the same word
+INPUTS = {"size": "width and height", "frames": "num_frames"}  # by option, if the names differ
 
 
 @dataclass(frozen=True)
 class Failure:
     code: Code
-    found: str  # what is wrong
-    expected: str = ""  # what is right, and how to get there, where that is known
+    found: str
+    expected: str = ""  # empty if unknown
     remedy: str = ""
 
     @classmethod
     def of(cls, error: UserError) -> "Failure":
-        """A request that the model cannot or must not do."""
-        parts = (_short(_on_the_wire(part)) for part in (error.found, error.expected, error.remedy))
+        """The failure for a request that the model or the server refuses."""
+        remedy = "request a setting that this server supports" if "wan-trt" in error.remedy else error.remedy
+        parts = (_short(_on_the_wire(part)) for part in (error.found, error.expected, remedy))
         return cls("INVALID_ARGUMENT", *parts)
 
     @property

@@ -1,8 +1,8 @@
-"""Finding a ``tritonserver`` on this machine, and what surrounds it when it runs.
+"""Find a ``tritonserver`` on this machine, and prepare its backends and environment.
 
-Three places are looked at: the path of NVIDIA's container, ``PATH``, and the wheel ``nvidia-pytriton``, whose binary is
-an old release with the Python backend only: good for laptops and CI, on loopback. The wheel keeps one stub per Python
-version apart from its backend, so the backend folder is put together from links.
+It may be at the path of NVIDIA's container, on ``PATH``, or in the wheel ``nvidia-pytriton``. The wheel's binary is an
+old release with only the Python backend, suitable for laptops and CI on loopback. The wheel stores one stub per Python
+version apart from the backend, so links assemble the backend folder.
 """
 
 import os
@@ -26,7 +26,7 @@ class Installation:
     """A ``tritonserver`` with its Python backend."""
 
     binary: Path
-    stub: Path | None = None  # only where it lies apart from the backend, as in the wheel
+    stub: Path | None = None  # only if it is apart from the backend, as in the wheel
     environment: Path | None = None  # the virtual environment whose packages the models import
 
     @property
@@ -38,7 +38,7 @@ def find_installation(environments: Sequence[Path], binary: Path | None = None) 
     """The first of: ``binary``, the container's, the one on ``PATH``, a wheel in one of ``environments``.
 
     Raises:
-        UserError: none of them is there.
+        UserError: none of them exists.
     """
     on_path = shutil.which("tritonserver", path=_absolute_folders(os.environ.get("PATH", os.defpath)))
     for candidate in (binary, CONTAINER_BINARY, Path(on_path) if on_path else None):
@@ -55,7 +55,7 @@ def find_installation(environments: Sequence[Path], binary: Path | None = None) 
 
 
 def _absolute_folders(path: str) -> str:
-    """``path`` without relative folders, such as the working folder, where anybody may have left a program."""
+    """``path`` without relative folders, such as the working folder, where others may have put programs."""
     return os.pathsep.join(folder for folder in path.split(os.pathsep) if Path(folder).is_absolute())
 
 
@@ -63,13 +63,13 @@ def _from_wheel(environment: Path, folder: Path) -> Installation:
     version = folder.parents[2].name.removeprefix("python")
     stub = folder / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
-        raise UserError(f"no stub for Python {version} in {folder}", "one", "make the environment with Python 3.11")
+        raise UserError(f"no stub for Python {version} in {folder}", "a stub for it", "create it with Python 3.11")
     return Installation(folder / "bin" / "tritonserver", stub, environment)
 
 
 @contextmanager
 def backend_folder(installation: Installation) -> Iterator[Path | None]:
-    """The folder of backends; None where the server finds its own."""
+    """The folder of backends; None if the server finds them itself."""
     if installation.stub is None:
         yield None
         return
@@ -82,7 +82,7 @@ def backend_folder(installation: Installation) -> Iterator[Path | None]:
 
 
 def stub_environment(installation: Installation, outer: Mapping[str, str]) -> dict[str, str]:
-    """``outer`` with the models' Python first: the stub takes its packages from the first ``python3`` on PATH."""
+    """``outer`` with the models' Python first on PATH, whose packages the stub uses."""
     inner = {**outer, "PATH": _absolute_folders(outer.get("PATH", os.defpath))}
     if installation.environment is not None:
         inner["PATH"] = f"{installation.environment / 'bin'}{os.pathsep}{inner['PATH']}"
@@ -92,7 +92,7 @@ def stub_environment(installation: Installation, outer: Mapping[str, str]) -> di
 
 
 def _library_folder(environment: Path) -> str:
-    """Where the environment's own libpython is, which must match its standard library; empty if there is none."""
+    """The folder of the environment's libpython, which must match its standard library; empty if there is none."""
     script = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'), sysconfig.get_config_var('INSTSONAME'))"
     done = subprocess.run([environment / "bin" / "python3", "-c", script], capture_output=True, text=True, check=True)
     folder, name = done.stdout.split()
@@ -100,8 +100,8 @@ def _library_folder(environment: Path) -> str:
 
 
 def default_environments() -> tuple[Path, ...]:
-    """Where ``make triton`` of this checkout puts the wheel, and the environment of this process.
+    """The environment that ``make triton`` of this checkout creates, and that of this process.
 
-    Never the working folder, where anybody may have left a program.
+    The working folder is excluded, because others may have put programs there.
     """
     return (Path(__file__).resolve().parents[1] / ".venv-triton", Path(sys.prefix))

@@ -1,6 +1,6 @@
-"""One job, from a checked request to the bytes of a video, telling what it does as it goes.
+"""Run one job, from a checked request to the bytes of a video, with progress events.
 
-Nothing here knows Triton: the answers go to a callable, and so does the question whether anybody still wants them.
+This module does not depend on Triton: it sends responses and asks about cancellation through callables.
 """
 
 import hashlib
@@ -21,20 +21,20 @@ from runtime.recipe import recipe_of
 from runtime.vae import decode
 from runtime.video import QUALITY, encode_video, to_uint8
 from triton_repo.failure import Code
+from triton_repo.job_request import JobRequest
 from triton_repo.schema import VIDEO_FORMATS
 from triton_repo.served_pipeline import ServedPipeline
-from triton_repo.wanted import Wanted
 from wan22.files import scratch_folder
 
 PREVIEW_QUALITY = 80
 
 
 class CancelledError(Exception):
-    """Nobody wants the answer any more."""
+    """The client has cancelled the job."""
 
 
 class OutOfTimeError(Exception):
-    """The deadline passed, the job ran as long as any may, or the server is stopping."""
+    """The deadline passed, the job exceeded the time limit, or the server is stopping."""
 
     def __init__(self, message: str, code: Code = "DEADLINE_EXCEEDED") -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class OutOfTimeError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """One response: what is going on, and the video or a preview when there is one."""
+    """One response: an event, with the video or a preview if there is one."""
 
     event: dict[str, Any]
     video: bytes = b""
@@ -59,10 +59,10 @@ class Answer:
 
 @dataclass
 class Job:
-    """Runs ``wanted`` on ``pipeline``; ``send`` is given every answer but the last, which ``run`` returns."""
+    """Runs ``asked`` on ``pipeline``; ``send`` receives every answer but the last, which ``run`` returns."""
 
     pipeline: ServedPipeline
-    wanted: Wanted
+    asked: JobRequest
     send: Callable[[Answer], None]
     is_cancelled: Callable[[], bool]
     longest_s: float
@@ -72,9 +72,15 @@ class Job:
     _started_unix_ms: int = field(default_factory=lambda: int(time.time() * 1000))
 
     def run(self) -> Answer:
-        """Raises CancelledError or OutOfTimeError within an engine call of the cause; else what the pipeline raises."""
-        self.pipeline.pause = self._go_on
-        self._tell("start", total=self.wanted.request.steps, **self._shape(), **self.facts)
+        """The last answer, with the video.
+
+        Raises:
+            CancelledError: within one engine call of the cancellation.
+            OutOfTimeError: within one engine call of the time limit.
+            Exception: any error of the pipeline.
+        """
+        self.pipeline.pause = self._check_time
+        self._send_event("start", total=self.asked.request.steps, **self._shape(), **self.facts)
         latents = self._denoise()
         video = self._video(latents)
         digest = hashlib.sha256(to_numpy(latents).tobytes()).hexdigest()
@@ -83,55 +89,56 @@ class Job:
         return Answer({**done, **self._shape(), "latents_sha256": digest}, video)
 
     def _shape(self) -> dict[str, Any]:
-        """What the request became, so that it can be asked for again."""
-        request, wanted = self.wanted.request, self.wanted
+        """The values of the complete request, so that the client can repeat it."""
+        request, asked = self.asked.request, self.asked
         return {
             "seed": request.seed,
             "width": request.width,
             "height": request.height,
             "frames": request.frames,
-            "fps": wanted.fps,
+            "fps": asked.fps,
             "steps": request.steps,
-            "format": wanted.output_format,
+            "format": asked.output_format,
             "started_unix_ms": self._started_unix_ms,
         }
 
-    def _go_on(self) -> None:
+    def _check_time(self) -> None:
+        """Raise CancelledError or OutOfTimeError if the job should end."""
         if self.is_cancelled():
             raise CancelledError
         ran_s = time.monotonic() - self._started
-        if ran_s > self.wanted.deadline_s:
+        if ran_s > self.asked.deadline_s:
             raise OutOfTimeError("the deadline of the request has passed")
         if ran_s > self.longest_s:
-            raise OutOfTimeError(f"the job ran {self.longest_s} s, as long as any may on this server")
+            raise OutOfTimeError(f"the job reached this server's limit of {self.longest_s} s")
 
-    def _tell(self, phase: str, step: int = 0, total: int = 0, preview: bytes = b"", **more: Any) -> None:
+    def _send_event(self, phase: str, step: int = 0, total: int = 0, preview: bytes = b"", **more: Any) -> None:
         progress = step / total if total else 0.0
         event = {"phase": phase, "step": step, "total": total, "progress": round(progress, 4), **more}
-        self.send(Answer({"seed": self.wanted.request.seed, **event}, preview=preview))
+        self.send(Answer({"seed": self.asked.request.seed, **event}, preview=preview))
 
     def _denoise(self) -> F32:
-        """Clean latents; an event for every ``progress_every``-th step and the last."""
+        """The clean latents; sends an event for every ``progress_every``-th step and the last."""
         before, seconds = None, []
-        for step in self.pipeline.denoise(self.wanted.request):
-            self._go_on()
+        for step in self.pipeline.denoise(self.asked.request):
+            self._check_time()
             self.on_step(step)
             seconds.append(step.seconds_total)
             done = step.index + 1
-            if done % self.wanted.progress_every == 0 or done == step.total:
+            if done % self.asked.progress_every == 0 or done == step.total:
                 eta = median(seconds) * (step.total - done)
-                preview = self._preview(step, before) if self.wanted.preview else b""
-                self._tell("denoise", done, step.total, preview, expert=step.expert, eta_s=round(eta, 3))
+                preview = self._preview(step, before) if self.asked.preview else b""
+                self._send_event("denoise", done, step.total, preview, expert=step.expert, eta_s=round(eta, 3))
             before = step.latents
         return step.latents
 
     def _preview(self, step: Step, before: F32 | None) -> bytes:
-        """One frame as a JPEG, from a guess at where the run will end; empty before a second step.
+        """One frame as a JPEG, from an estimate of the clean latents; empty before the second step.
 
-        The first frame, but a middle one where the first is a given image.
+        It is the first frame, or the middle one if the video starts from an image.
         """
-        request = self.wanted.request
-        if request.solver == "renoise":  # its latents hold fresh noise, so two of them point nowhere
+        request = self.asked.request
+        if request.solver == "renoise":  # adds fresh noise, so the difference of two steps has no direction
             return b""
         guess = clean_estimate(before, step.latents, request.noise_schedule().sigmas, step.index)
         if guess is None:
@@ -144,32 +151,34 @@ class Job:
 
     def _video(self, latents: F32) -> bytes:
         with scratch_folder("job") as folder:
-            path = folder / f"video{VIDEO_FORMATS[self.wanted.output_format]}"
-            recipe = recipe_of(self.wanted.request, self.pipeline.bundle.manifest, self.wanted.fps, QUALITY)
-            encode_video(self._told(self.pipeline.decode(latents)), path, self.wanted.fps, QUALITY, recipe.encoded())
+            path = folder / f"video{VIDEO_FORMATS[self.asked.output_format]}"
+            recipe = recipe_of(self.asked.request, self.pipeline.bundle.manifest, self.asked.fps, QUALITY)
+            encode_video(
+                self._report_chunks(self.pipeline.decode(latents)), path, self.asked.fps, QUALITY, recipe.encoded()
+            )
             return path.read_bytes()
 
-    def _told(self, chunks: Iterator[F32]) -> Iterator[F32]:
-        """``chunks``, with an event for each."""
-        done, total, started = 0, self.wanted.request.frames, time.monotonic()
+    def _report_chunks(self, chunks: Iterator[F32]) -> Iterator[F32]:
+        """Yield ``chunks`` and send an event for each."""
+        done, total, started = 0, self.asked.request.frames, time.monotonic()
         for chunk in chunks:
             done += chunk.shape[2]
             eta = (time.monotonic() - started) / done * (total - done)
-            self._tell("decode", done, total, eta_s=round(eta, 3))
+            self._send_event("decode", done, total, eta_s=round(eta, 3))
             yield chunk
 
 
 def clean_estimate(before: F32 | None, latents: F32, sigmas: F32, index: int) -> F32 | None:
-    """Where the step from ``before`` to ``latents`` points to at sigma 0; ``latents`` itself after the last step.
+    """Extrapolate the step from ``before`` to ``latents`` to sigma 0; ``latents`` itself after the last step.
 
-    Between two steps of a flow-matching run the latents move along the model's velocity, ``v ≈ (x₁ - x₀) / (σ₁ - σ₀)``,
-    whatever the solver. Following it to σ = 0 gives ``x₁ - σ₁ v``, without asking the model again.
+    Between two steps of a flow-matching run, latents move along the model's velocity ``v ≈ (x₁ - x₀) / (σ₁ - σ₀)`` with
+    any solver. Following it to σ = 0 gives ``x₁ - σ₁ v`` without another call of the model.
 
     Args:
-        before: latents after step ``index - 1``; None before the second step, when there is no estimate.
-        latents: after step ``index``, ``[1, z, T, h, w]``.
-        sigmas: of the run, ``[N + 1]``, falling to 0.
-        index: from 0.
+        before: latents after step ``index - 1``; None in the first step, which has no estimate.
+        latents: latents after step ``index``, ``[1, z, T, h, w]``.
+        sigmas: the run's noise levels, ``[N + 1]``, falling to 0.
+        index: the step, from 0.
     """
     at, to = float(sigmas[index]), float(sigmas[index + 1])
     if to == 0:

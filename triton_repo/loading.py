@@ -1,7 +1,7 @@
-"""What a served model does before it is ready: trust the bundle or refuse it, open the engines, run them once.
+"""Prepare a served model: check the bundle, open the engines, run them once.
 
-A plan is code. It is loaded only if the manifest is the very one that the repository was made for and every file has
-the hash that the manifest states.
+A plan is code. It is loaded only if the manifest is the one that the repository was made for and every file has the
+hash in the manifest.
 """
 
 from dataclasses import replace
@@ -20,10 +20,10 @@ WARM_UP_PROMPT = "warm up"
 
 
 def load(settings: Settings, new_engine: NewEngine | None = None) -> ServedPipeline:
-    """A pipeline of the engines that ``settings`` pins, or of engines that ``new_engine`` makes of its components.
+    """A pipeline of the engines in ``settings``, or of engines that ``new_engine`` makes from its components.
 
     Raises:
-        UserError: the bundle is not the one that the settings pin, or not as its manifest says.
+        UserError: the bundle is not the pinned one, or differs from its manifest.
         NonFiniteError: the engines compute NaN.
     """
     bundle = trusted_bundle(settings)
@@ -41,14 +41,14 @@ def trusted_bundle(settings: Settings) -> Bundle:
         raise UserError(f"{folder / MANIFEST}: sha256 {found[:12]}…", f"{settings.bundle_sha256[:12]}…", again)
     bundle = open_bundle(folder, "engines", full_check=settings.full_check)
     if bundle.manifest.spec.name != settings.model:
-        raise UserError(f"{folder} holds {bundle.manifest.spec.name}", settings.model, again)
+        raise UserError(f"{folder} contains {bundle.manifest.spec.name}", settings.model, again)
     return bundle
 
 
 def warm_up(pipeline: ServedPipeline) -> None:
-    """Opens every engine and makes the smallest video they take, in which each of them runs.
+    """Open every engine and make the smallest video in which each of them runs.
 
-    The first of two steps is the high-noise expert's and the second the low-noise expert's.
+    The high-noise expert runs the first of two steps, the low-noise expert the second.
 
     Raises:
         NonFiniteError: they compute NaN or infinity.
@@ -67,7 +67,7 @@ def warm_up(pipeline: ServedPipeline) -> None:
 
 
 def smallest_video(manifest: Manifest) -> Video:
-    """Width, height and frames of the smallest video that the bundle makes, at least two latent frames if it can."""
+    """The width, height and frames of the smallest supported video, with two latent frames if possible."""
     if manifest.size is not None:
         return manifest.size
     spec, profiles = manifest.spec, manifest.build.profiles if manifest.build else ()
@@ -79,7 +79,7 @@ def smallest_video(manifest: Manifest) -> Video:
 
 
 def _grey(width: int, height: int) -> bytes:
-    """An image of that size, for models that take one."""
+    """A grey PNG, for models that take an image."""
     from io import BytesIO
 
     from PIL import Image

@@ -1,7 +1,7 @@
 """Kubernetes manifests of a served model: Deployment, Service, autoscaler, disruption budget, network policy, account.
 
-One pod is one GPU and one job at a time, so pods are counted in jobs that run or wait. A job takes minutes, so nothing
-here ends a pod that has work: it says that it is not ready, finishes, and is given the time for that.
+One pod has one GPU and runs one job at a time, so the autoscaler counts running and waiting jobs. A job takes minutes,
+so a pod with work is never ended early: it reports that it is not ready, and gets the time to finish.
 """
 
 import re
@@ -30,14 +30,15 @@ Manifest = dict[str, Any]
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What the cluster calls things."""
+    """Names and limits in the cluster."""
 
-    image: str = f"wan-trt:{MINIMUM_RELEASE}"  # made FROM that tritonserver, with wan-trt installed
-    namespace: str = "wan22"  # of all objects, and the label by which the autoscaler counts
+    image: str = f"wan-trt:{MINIMUM_RELEASE}"  # based on that tritonserver, with wan-trt installed
+    namespace: str = "wan22"  # for all objects, and as label in the autoscaler's query
     max_pods: int = 4
     prometheus: str = "http://prometheus-server.monitoring.svc"
 
     def __post_init__(self) -> None:
+        check_image(self.image)
         if not NAMESPACE.fullmatch(self.namespace):
             raise UserError(
                 f"namespace {self.namespace!r}", "lower-case letters, digits and -", "choose another --namespace"
@@ -51,10 +52,10 @@ class ClusterOptions:
 
 
 def check_image(image: str) -> None:
-    """Refuses NVIDIA's releases before the oldest that is safe; what another image was made from, nobody can tell here.
+    """Refuse NVIDIA's images older than the oldest safe release; other images cannot be checked here.
 
     Raises:
-        UserError: an older tritonserver, or what cannot be the name of an image.
+        UserError: the tritonserver is older, or the name is invalid.
     """
     if not re.fullmatch(r"[\w.:/@-]+", image):
         raise UserError(f"image {image!r}", "a name such as registry.example/wan-trt:26.07", "name one with --image")
@@ -64,7 +65,7 @@ def check_image(image: str) -> None:
 
 
 def write_manifests(folder: Path, written: Written, options: RepositoryOptions, cluster: ClusterOptions) -> None:
-    """A YAML file for each object into ``folder``, which is new, or made so before and to be overwritten."""
+    """Write a YAML file for each object to ``folder``, which must be new or an earlier result to overwrite."""
     import yaml
 
     with whole_folder(folder, MARK if options.overwrite else "") as temporary:
@@ -107,15 +108,15 @@ def _selector(name: str) -> Manifest:
 
 
 def _service(name: str) -> Manifest:
-    """Metrics are not in it: they are scraped from every pod, not through a balancer."""
+    """The Service, without metrics, which Prometheus scrapes from every pod and not through a balancer."""
     ports = [{"name": port, "port": PORTS[port], "targetPort": port} for port in ("grpc", "http")]
     return {"selector": _selector(name)["matchLabels"], "ports": ports}
 
 
 def _network_policy(name: str, cluster: ClusterOptions) -> Manifest:
-    """Jobs come from the gateway, questions from Prometheus, and a pod itself calls nobody.
+    """Allow jobs from the gateway and scraping by Prometheus; allow no outgoing connections.
 
-    The probes of the kubelet come from the pod's own node, which no policy keeps out.
+    The kubelet's probes come from the pod's node, which policies never block.
     """
     prometheus = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": cluster.prometheus_namespace}}}
 
@@ -131,8 +132,8 @@ def _network_policy(name: str, cluster: ClusterOptions) -> Manifest:
 
 
 def _scaled_object(name: str, model: str, cluster: ClusterOptions) -> Manifest:
-    """A pod for every job that runs or waits. Triton's other metrics stand still until a job ends."""
-    labels = f'namespace="{cluster.namespace}", model="{model}"'  # of another namespace a job is none of its business
+    """Scale to one pod per running or waiting job. Triton's other metrics do not change until a job ends."""
+    labels = f'namespace="{cluster.namespace}", model="{model}"'  # excludes jobs of other namespaces
     query = f"sum({IN_FLIGHT}{{{labels}}}) + sum({PENDING}{{{labels}}})"
     trigger = {"serverAddress": cluster.prometheus, "query": query, "threshold": "1"}
     one_by_one = {
@@ -150,7 +151,7 @@ def _scaled_object(name: str, model: str, cluster: ClusterOptions) -> Manifest:
 
 
 def _deployment(name: str, written: Written, options: RepositoryOptions, cluster: ClusterOptions) -> Manifest:
-    """Without a count of replicas, which is the autoscaler's."""
+    """The Deployment, without a number of replicas, which the autoscaler sets."""
     annotations = {
         "prometheus.io/scrape": "true",
         "prometheus.io/port": str(PORTS["metrics"]),

@@ -1,5 +1,7 @@
-"""Numbers for Prometheus that Triton itself does not have: its own stand still until a job ends, or leave jobs out."""
+"""Prometheus metrics that Triton lacks: its own do not change until a job ends, or miss some jobs."""
 
+import os
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -11,46 +13,46 @@ from triton_repo.served_pipeline import ServedPipeline
 Outcome = Literal["done", "refused", "cancelled", "out_of_time", "failed"]
 OUTCOMES: tuple[Outcome, ...] = ("done", "refused", "cancelled", "out_of_time", "failed")
 Kind = Literal["counter", "gauge"]
-NewFamily = Callable[[str, str, Kind], Any]  # name, help, kind → what has Triton's ``Metric(labels=...)``
+NewFamily = Callable[[str, str, Kind], Any]  # name, help, kind → an object with Triton's ``Metric(labels=...)``
 HEARTBEAT_S = 5.0
 
 
 class Metrics:
-    """All series of one model, from zero on, so that rates and alerts work before the first job.
+    """All series of one model. They start at zero, so that rates and alerts work before the first job.
 
-    Moments are given twice: in Unix time for people, and on the monotonic clock, which all processes of a machine share
-    and which nobody sets, for whoever judges the server by them.
+    Moments are exported twice: in Unix time for people, and on the monotonic clock, which all processes of a machine
+    share and which is never set, for probes.
     """
 
     def __init__(self, new_family: NewFamily, model: str, pipeline: ServedPipeline) -> None:
         self._model, self._pipeline = model, pipeline
-        self._families: list[Any] = []  # a family that is collected takes its metrics with it
+        self._families: list[Any] = []  # a garbage-collected family would remove its metrics
         self._new_family = new_family
         self.in_flight = self._one("wan22_in_flight", "Jobs running now.", "gauge")
-        self.heartbeat = self._moment("wan22_heartbeat", "When the model last gave a sign")
-        self.last_step = self._moment("wan22_last_step", "When a job last got on")
-        self.failures = self._one("wan22_failures_in_a_row", "Failed jobs since one was done.", "gauge")
+        self.heartbeat = self._moment("wan22_heartbeat", "Time of the model's last heartbeat")
+        self.last_step = self._moment("wan22_last_step", "Time of the last progress of a job")
+        self.failures = self._one("wan22_failures_in_a_row", "Failed jobs since the last success.", "gauge")
         self.failures_in_a_row = 0
         self.steps = self._one("wan22_steps_total", "Denoising steps done.", "counter")
         self.step_seconds = self._one("wan22_step_seconds_total", "Seconds spent in denoising steps.", "counter")
-        self.swaps = self._one("wan22_expert_swaps_total", "Experts that made room for the other.", "counter")
+        self.swaps = self._one("wan22_expert_swaps_total", "Swaps of one expert for the other.", "counter")
         self.requests = self._each("wan22_requests_total", "Jobs ended.", "outcome", OUTCOMES)
         stages = pipeline.spec.components
         self.stages = self._each("wan22_stage_seconds_total", "Seconds inside engines.", "stage", stages)
         self._seen = {stage: pipeline.seconds[stage] for stage in stages}
         self._swaps_seen = pipeline.swaps
 
-    def _one(self, name: str, told: str, kind: Kind) -> Any:
-        family = self._new_family(name, told, kind)
+    def _one(self, name: str, description: str, kind: Kind) -> Any:
+        family = self._new_family(name, description, kind)
         self._families.append(family)
         return family.Metric(labels={"model": self._model})
 
-    def _moment(self, name: str, told: str) -> tuple[Any, Any]:
-        unix = self._one(f"{name}_timestamp_seconds", f"{told}, in Unix time.", "gauge")
-        return unix, self._one(f"{name}_monotonic_seconds", f"{told}, on the monotonic clock.", "gauge")
+    def _moment(self, name: str, description: str) -> tuple[Any, Any]:
+        unix = self._one(f"{name}_timestamp_seconds", f"{description}, in Unix time.", "gauge")
+        return unix, self._one(f"{name}_monotonic_seconds", f"{description}, on the monotonic clock.", "gauge")
 
-    def _each(self, name: str, told: str, label: str, values: tuple[str, ...]) -> dict[str, Any]:
-        family = self._new_family(name, told, "counter")
+    def _each(self, name: str, description: str, label: str, values: tuple[str, ...]) -> dict[str, Any]:
+        family = self._new_family(name, description, "counter")
         self._families.append(family)
         return {value: family.Metric(labels={"model": self._model, label: value}) for value in values}
 
@@ -60,7 +62,7 @@ class Metrics:
         self.got_on()
 
     def got_on(self) -> None:
-        """Between two of these a job can hang."""
+        """Record progress of the running job; a long time without progress means that it hangs."""
         _set_now(self.last_step)
 
     def beat(self) -> None:
@@ -71,7 +73,7 @@ class Metrics:
         self.in_flight.set(1)
 
     def ended(self, outcome: Outcome) -> None:
-        """Counts the job, and only then takes it out of those in flight."""
+        """Count the job, and only then remove it from the jobs in flight."""
         self.requests[outcome].increment(1)
         if outcome in ("done", "failed"):
             self.failures_in_a_row = self.failures_in_a_row + 1 if outcome == "failed" else 0
@@ -92,21 +94,24 @@ def _set_now(moment: tuple[Any, Any]) -> None:
 
 
 class Heartbeat:
-    """A thread that tells the time while its process lives; Triton answers "healthy" long after a model's death."""
+    """A thread that records the time while its process lives; Triton reports "healthy" long after a model's death."""
 
     def __init__(self, beat: Callable[[], None], every_s: float = HEARTBEAT_S) -> None:
-        self._beat, self._every_s, self._over = beat, every_s, threading.Event()
+        self._beat, self._every_s = beat, every_s
+        self._over, self._end = os.pipe()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        self._over.set()
+        os.close(self._end)
         self._thread.join()
+        os.close(self._over)
 
     def _run(self) -> None:
         while True:
             self._beat()
-            if self._over.wait(self._every_s):
+            # The kernel counts this wait; those of threading are lengthened by whatever shifts a process's clock.
+            if select.select([self._over], [], [], self._every_s)[0]:
                 return

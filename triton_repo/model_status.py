@@ -1,8 +1,8 @@
-"""What the process of a model says about itself, in a file that whoever started its server reads.
+"""The status of a model's process, in a file for the program that started its server.
 
-Triton itself answers that all is well long after a model's process has died, and stops answering when it is asked to
-end. Every model therefore keeps one small JSON file in the folder that the environment variable ``WAN22_STATUS`` names:
-which process it is, the job it runs, why it did not load. Standard library only.
+Triton reports that all is well long after a model's process has died, and stops answering while it shuts down. So every
+model keeps a small JSON file in the folder of the environment variable ``WAN22_STATUS``: its process, its running job,
+and the reason if it did not load. Standard library only.
 """
 
 import json
@@ -21,9 +21,9 @@ class ModelStatus:
     """The content of one file."""
 
     process: int
-    process_began: int  # in clock ticks since boot: tells the process from a later one of the same number
-    job: str = ""  # the one that runs
-    failure: tuple[str, ...] = ()  # why the model did not load: found, expected, remedy
+    process_began: int  # in clock ticks since boot; differs for a later process of the same number
+    job: str = ""  # the running one
+    failure: tuple[str, ...] = ()  # found, expected and remedy if the model did not load
 
     @property
     def is_alive(self) -> bool:
@@ -31,13 +31,13 @@ class ModelStatus:
 
 
 def process_began(process: int) -> int | None:
-    """When a process started, in clock ticks since boot; None for one that has ended, reaped or not."""
+    """The start of a process, in clock ticks since boot; None if it has ended, reaped or not."""
     fields = _fields(process)
     return int(fields[19]) if fields and fields[0] not in "ZX" else None
 
 
 def _fields(process: int) -> list[str]:
-    """Of the kernel's line about a process, from its state on; none for one that is gone."""
+    """The fields of ``/proc/PID/stat`` from the state on; empty if the process is gone."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -45,7 +45,7 @@ def _fields(process: int) -> list[str]:
 
 
 class StatusFile:
-    """The file of this process, as model ``name``; without the environment variable nothing is written."""
+    """The file of this process, as model ``name``; not written without the environment variable."""
 
     def __init__(self, name: str) -> None:
         folder = os.environ.get(FOLDER)
@@ -63,7 +63,7 @@ class StatusFile:
         self._write(failure=(found, expected, remedy))
 
     def _write(self, **changes: object) -> None:
-        """Replaces the file as a whole; a folder that is gone means that nobody reads any more."""
+        """Replace the file atomically; if its folder is gone, nobody reads it any more."""
         self._status = replace(self._status, **changes)  # type: ignore[arg-type]
         if self._path is None or not self._path.parent.is_dir():
             return
@@ -79,28 +79,28 @@ class Models:
     folder: Path
 
     def read(self) -> dict[str, ModelStatus]:
-        """What each model said last, by name."""
+        """The last status of each model, by name."""
         return {path.stem: ModelStatus(**json.loads(path.read_text())) for path in sorted(self.folder.glob("*.json"))}
 
     def dead(self) -> list[str]:
-        """Names of models whose process has ended."""
+        """The names of models whose process has ended."""
         return [name for name, status in self.read().items() if not status.is_alive]
 
     def jobs(self) -> list[str]:
-        """Jobs that run, or ran when their model died."""
+        """The running jobs, including those of models that died."""
         return [status.job for status in self.read().values() if status.job]
 
     def failures(self) -> list[tuple[str, ...]]:
-        """Found, expected and remedy of each model that did not load."""
+        """The found, expected and remedy of each model that did not load."""
         return [tuple(status.failure) for status in self.read().values() if status.failure]
 
 
 def end_with_server() -> None:
-    """From now on this process ends when the server that started it does; to be called before it holds much memory.
+    """End this process when the server that started it ends. Call this before allocating much memory, since it forks.
 
-    Triton's stub notices that only between two requests: during a job it would stay for ever, with its GPU memory. A
-    thread would not do, because a call to a server that is gone never returns and keeps the lock of the interpreter.
-    A server that was started with a folder leads the group of this process, and may be dead already.
+    Triton's stub checks its server only between requests: during a job it would stay for ever, with its GPU memory. A
+    thread is not enough, because a call to a dead server never returns and holds the interpreter's lock. A server
+    started with a status folder leads this process's group, and may already be dead.
     """
     model, server = os.getpid(), os.getpgrp() if FOLDER in os.environ else os.getppid()
     if os.fork() == 0:

@@ -1,7 +1,7 @@
-"""The model that Triton runs: it owns the engines and does one job at a time. Imported inside Triton's stub only.
+"""The Triton model that owns the engines and runs one job at a time. Only Triton's stub can import this module.
 
-``execute`` stays synchronous, because Triton counts a request as queued only until ``execute`` has returned for it: an
-asynchronous one would empty the queue into this process, and size, priorities and timeouts would mean nothing.
+``execute`` is synchronous, because Triton counts a request as queued until ``execute`` takes it: an asynchronous one
+would empty the queue into this process and defeat its size limit, priorities and timeouts.
 """
 
 import json
@@ -15,20 +15,20 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 from runtime.request import CompleteRequest
 from triton_repo.failure import Code, Failure
 from triton_repo.job import Answer, CancelledError, Job, OutOfTimeError
+from triton_repo.job_request import parse_request
 from triton_repo.loading import load
 from triton_repo.metrics import Heartbeat, Kind, Metrics, Outcome
 from triton_repo.model_status import StatusFile, end_with_server
 from triton_repo.probe import MAX_FAILURES
 from triton_repo.served_pipeline import ServedPipeline, go_on
 from triton_repo.settings import Settings
-from triton_repo.wanted import wanted
 from wan22.errors import NonFiniteError, UserError
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class Owner:
-    """Triton calls ``initialize`` once, ``execute`` with requests, ``finalize`` at the end."""
+    """A Triton model: ``initialize`` is called once, ``execute`` with requests, ``finalize`` at the end."""
 
     def initialize(self, args: dict[str, str]) -> None:
         end_with_server()
@@ -41,7 +41,7 @@ class Owner:
             self.status.failed(error.found, error.expected, error.remedy)
             raise pb_utils.TritonModelException(str(error)) from None
         except NonFiniteError as error:
-            self.status.failed(str(error), "finite numbers", "wan-trt validate tells engines and checkpoint apart")
+            self.status.failed(str(error), "finite numbers", "run wan-trt validate to find the cause")
             raise pb_utils.TritonModelException(str(error)) from None
         self.metrics = Metrics(_family, args["model_name"], self.pipeline)
         self.heartbeat = Heartbeat(self.metrics.beat)
@@ -53,7 +53,7 @@ class Owner:
         return load(self.settings)
 
     def is_ready(self) -> bool:
-        """Asked for readiness by Triton 26.03 and later."""
+        """True if the model accepts jobs; Triton 26.03 and later call this."""
         draining = self.settings.drain_flag and Path(self.settings.drain_flag).exists()
         return not draining and self.metrics.failures_in_a_row < MAX_FAILURES
 
@@ -79,7 +79,7 @@ class Owner:
         self.status.ended()
 
     def _outcome(self, name: str, request: Any, sender: Any) -> tuple[Outcome, Answer | Failure]:
-        """How the job ended, and what its client is told; whatever happens, there is something."""
+        """The outcome of the job and the last response to its client, for every kind of failure."""
         try:
             return "done", self._run(name, request, sender)
         except UserError as error:
@@ -91,18 +91,18 @@ class Owner:
         except NonFiniteError as error:
             pb_utils.Logger.log_error(f"job {name}: {error}")
             return "failed", Failure("INTERNAL", str(error), "finite numbers", "see the server's log")
-        except Exception:  # a bug or a broken device: the reason is for the log, not for strangers
+        except Exception:  # a bug or a broken device: only the log gets the reason
             pb_utils.Logger.log_error(f"job {name}: {traceback.format_exc()}")
             return "failed", Failure("INTERNAL", "the job failed", "a video", "see the server's log")
 
     def _run(self, name: str, request: Any, sender: Any) -> Answer:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         manifest, limits = self.pipeline.bundle.manifest, self.settings.limits
-        asked = wanted(tensors, manifest, limits)
+        asked = parse_request(tensors, manifest, limits)
         return Job(
             self.pipeline,
             asked,
-            send=lambda answer: self._tell(sender, answer),
+            send=lambda answer: self._send(sender, answer),
             is_cancelled=sender.is_cancelled,
             longest_s=limits.longest_job_s,
             on_step=self.metrics.step,
@@ -110,7 +110,7 @@ class Owner:
         ).run()
 
     def _cut(self, request: CompleteRequest) -> list[str]:
-        """Names of the prompts with more tokens than fit; a prompt that cleaning leaves nothing of is refused."""
+        """The names of prompts with too many tokens. Raises UserError for a prompt that is empty after cleaning."""
         encode = self.pipeline.tokenizer.encode
         cut = {
             "prompt": encode(request.prompt).truncated,
@@ -118,7 +118,7 @@ class Owner:
         }
         return [name for name, truncated in cut.items() if truncated]
 
-    def _tell(self, sender: Any, answer: Answer) -> None:
+    def _send(self, sender: Any, answer: Answer) -> None:
         self.metrics.got_on()
         sender.send(_response(answer))
 
@@ -142,11 +142,11 @@ def _last_response(last: Answer | Failure, *, as_event: bool) -> Any:
 
 
 def _triton_code(code: Code) -> Any:
-    """Triton's code for ours; it has none for a deadline."""
+    """Triton's code for ours; it has no code for deadlines."""
     names = {"INVALID_ARGUMENT": "INVALID_ARG", "DEADLINE_EXCEEDED": "UNAVAILABLE"}
     return getattr(pb_utils.TritonError, names.get(code, code))
 
 
-def _family(name: str, told: str, kind: Kind) -> Any:
+def _family(name: str, description: str, kind: Kind) -> Any:
     kinds = {"counter": pb_utils.MetricFamily.COUNTER, "gauge": pb_utils.MetricFamily.GAUGE}
-    return pb_utils.MetricFamily(name=name, description=told, kind=kinds[kind])
+    return pb_utils.MetricFamily(name=name, description=description, kind=kinds[kind])

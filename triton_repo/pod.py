@@ -1,4 +1,4 @@
-"""The pod of a served model: one server on one GPU, with what it may use, write and reach."""
+"""The pod of a served model: one server on one GPU, with its resources, volumes and permissions."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from triton_repo.server import EXIT_MARGIN_S, LOAD_S, ServeOptions, arguments
 
 REPOSITORY_AT, ENGINES_AT = "/models", "/engines"
 PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
-USER = 10_001  # no user of a node
+USER = 10_001  # does not exist on nodes
 PROBE_S, STARTUP_PROBE_S = 20, 10
-DEAD_S = 30  # for a server that liveness gave up: there is no job left to wait for
+DEAD_S = 30  # after a failed liveness probe, when no job is left to wait for
 GIBIBYTE = 2**30
-HOST_GIB = 8  # of memory beside engines and /dev/shm: server, CUDA, a decoded video
-TEMPORARY_GIB = 2  # of /tmp: the file of one video
+HOST_GIB = 8  # memory besides engines and /dev/shm: server, CUDA, a decoded video
+TEMPORARY_GIB = 2  # /tmp: the file of one video
 LOG_GIB = 1
 Manifest = dict[str, Any]
 
@@ -45,7 +45,7 @@ def pod_spec(name: str, written: Written, options: RepositoryOptions, image: str
 
 
 def _nodes(written: Written) -> Manifest:
-    """Nodes whose GPU the engines were built for, by the labels of NVIDIA's GPU feature discovery."""
+    """Select nodes with the engines' GPU, by the labels of NVIDIA's GPU feature discovery."""
     build = written.bundle.manifest.build
     if build is None or not build.compute_capability:
         return {}
@@ -106,10 +106,10 @@ def _command(written: Written, options: RepositoryOptions) -> list[str]:
 
 
 def _resources(written: Written, options: RepositoryOptions) -> Manifest:
-    """An engine is read into memory of the host on its way to the GPU; without one all of them stay there.
+    """Requests and limits. Host memory holds one engine on its way to the GPU, or all engines without a GPU.
 
-    The limit of memory is for leaks, well above what is requested: to exceed it loses the job. Processors have none,
-    because a limit of them slows jobs down while the node has nothing else to do.
+    The memory limit catches leaks and is well above the request, because exceeding it loses the job. There is no limit
+    on processors, because it would slow jobs down on an idle node.
     """
     sizes = [file.size_bytes for file in written.bundle.manifest.files().values()]
     on_gpu = is_for_gpu(written.bundle)
@@ -123,17 +123,17 @@ def _resources(written: Written, options: RepositoryOptions) -> Manifest:
 
 
 def shared_memory_gib(written: Written, options: RepositoryOptions) -> int:
-    """Requests and answers; in topology bls also the tensors of engine calls, of which three are alive at most."""
+    """GiB for requests and answers; in topology bls also for the tensors of up to three engine calls."""
     answers = 2 * (written.limits.max_image_bytes + written.limits.max_raw_bytes)
     calls = 3 * largest_call_bytes(written.bundle, written.limits) if options.topology == "bls" else 0
     return max(2, -(-(answers + calls) // GIBIBYTE))
 
 
 def drain_s(written: Written) -> int:
-    """Until the last job that waits has begun, and has ended."""
+    """The longest time until the last waiting job has ended."""
     return written.limits.queue_timeout_s + written.limits.longest_job_s
 
 
 def termination_s(written: Written) -> int:
-    """The drain, then what the server itself waits for."""
+    """The drain plus the server's exit timeout."""
     return drain_s(written) + written.limits.longest_job_s + 2 * EXIT_MARGIN_S

@@ -1,7 +1,7 @@
-"""What an orchestrator asks a pod: is the model alive, and has it finished its work? Standard library only.
+"""Probes of a pod for an orchestrator: is the model alive, and has it finished its work? Standard library only.
 
-``python3 -m triton_repo.probe alive`` for a liveness probe: Triton's own says "alive" after the model's process died.
-``python3 -m triton_repo.probe drain`` for a preStop hook: raises the drain flag and returns when nothing runs or waits.
+``python3 -m triton_repo.probe alive`` is a liveness probe; Triton's own still succeeds after the model's process died.
+``python3 -m triton_repo.probe drain`` is a preStop hook: it raises the drain flag and waits for the last job.
 """
 
 import argparse
@@ -20,17 +20,17 @@ HEARTBEAT = "wan22_heartbeat_monotonic_seconds"
 LAST_STEP = "wan22_last_step_monotonic_seconds"
 FAILURES = "wan22_failures_in_a_row"
 IN_FLIGHT, PENDING = "wan22_in_flight", "nv_inference_pending_request_count"
-MAX_SILENCE_S = 120.0  # reading an expert from disk may keep a model from beating
+MAX_SILENCE_S = 120.0  # reading an expert from disk may delay heartbeats
 MAX_STEP_S = 1800.0
-MAX_FAILURES = 10  # jobs that fail one after the other: the device or the engines are broken, not the requests
-SECOND_LOOK_S = 7.0  # a little more than one heartbeat
+MAX_FAILURES = 10  # consecutive failed jobs mean that the device or the engines are broken, not the requests
+SECOND_LOOK_S = 7.0  # slightly more than one heartbeat
 
 
 def read(url: str = METRICS) -> dict[str, list[float]]:
-    """Values by name of the series, over all models.
+    """The values of each series, by its name, over all models.
 
     Raises:
-        OSError: nobody answers at ``url``, or something that is no metrics.
+        OSError: nothing answers at ``url``, or the answer is not metrics.
     """
     found: dict[str, list[float]] = {}
     try:
@@ -46,10 +46,10 @@ def read(url: str = METRICS) -> dict[str, list[float]]:
 def troubles(
     metrics: dict[str, list[float]], max_silence_s: float = MAX_SILENCE_S, max_step_s: float = MAX_STEP_S
 ) -> Iterator[str]:
-    """What is wrong with the models of a server; nothing while all is well."""
+    """Yield the problems of a server's models; nothing if all is well."""
     now = time.monotonic()
     if not metrics.get(HEARTBEAT):
-        yield "no model has ever given a sign"
+        yield "no heartbeat of any model"
     for beat in metrics.get(HEARTBEAT, []):
         if now - beat > max_silence_s:
             yield f"model heartbeat missing for {now - beat:.0f} s"
@@ -64,7 +64,7 @@ def troubles(
 def confirmed_troubles(
     url: str, max_silence_s: float = MAX_SILENCE_S, max_step_s: float = MAX_STEP_S, again_s: float = SECOND_LOOK_S
 ) -> list[str]:
-    """:func:`troubles` that are still there at a second look, in case that a clock was set between two heartbeats.
+    """The :func:`troubles` that a second look confirms, in case a clock was set between two heartbeats.
 
     Raises:
         OSError: see :func:`read`.
@@ -77,14 +77,14 @@ def confirmed_troubles(
 
 
 def work(metrics: dict[str, list[float]]) -> int:
-    """Jobs that run or wait."""
+    """The number of running and waiting jobs."""
     return int(sum(metrics.get(IN_FLIGHT, []) + metrics.get(PENDING, [])))
 
 
 def drain(url: str, flag: Path, within_s: float, every_s: float = 1.0) -> bool:
-    """Raises ``flag``, which makes the model unready, and waits for the last job.
+    """Create ``flag``, which makes the model unready, and wait for the last job.
 
-    False when there is nothing to wait for any more: time is up, the server is gone, a model is dead.
+    Returns False if waiting is pointless: time is up, the server is gone, or a model is dead.
     """
     flag.touch()
     give_up = time.monotonic() + within_s

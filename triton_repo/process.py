@@ -1,7 +1,7 @@
-"""The process group of a ``tritonserver``: started so that it cannot outlive us, stopped as soon as its work is done.
+"""The process group of a ``tritonserver``, which cannot outlive this process and stops as soon as its work is done.
 
-The server and the processes of its models are one group. It ends as a whole: when the server does, when a model dies,
-and, by the kernel's parent-death signal, when this process is killed. Standard library only.
+The server and the processes of its models are one group. All of it ends when the server ends, when a model dies, and,
+by the kernel's parent-death signal, when this process is killed. Standard library only.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from triton_repo.model_status import FOLDER, Models
 
 PR_SET_PDEATHSIG = 1
 STACK_BYTES = 256 * 2**20
-IDLE_S = 3.0  # for a server that neither works nor sends to end by itself, before it is killed
+IDLE_S = 3.0  # time for an idle server to end before it is killed
 POLL_S = 0.1
 
 
@@ -30,13 +30,13 @@ def start_group(
     lock: int,
     output: IO[bytes] | int | None = None,
 ) -> "subprocess.Popen[bytes]":
-    """Starts ``command`` as a group; its models report to ``folder``, and ``lock`` stays held while one of them lives.
+    """Start ``command`` as a group. Its models report to ``folder`` and hold ``lock`` while one of them lives.
 
-    Files and shared memory that it makes are for this user alone. The thread that calls this must live as long as the
-    server may, because Linux takes the end of that thread for the end of the parent.
+    Only this user can open its files and shared memory. The calling thread must live as long as the server, because
+    Linux sends the parent-death signal when that thread ends.
 
-    The larger stack keeps Triton's HTTP server alive: it copies a form-encoded body twice onto the stack of a thread,
-    and dies of one above half of the usual 8 MiB.
+    The larger stack keeps Triton's HTTP server alive: it copies a form-encoded body twice onto a thread's stack, and a
+    body above half of the usual 8 MiB would crash it.
     """
     status = folder / "status"
     status.mkdir()
@@ -47,7 +47,7 @@ def start_group(
     def prepare() -> None:
         resource.setrlimit(resource.RLIMIT_STACK, (stack, most))
         c.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was killed before the line above
+        if os.getppid() != parent:  # the parent died before the line above
             os._exit(1)
 
     return subprocess.Popen(
@@ -55,8 +55,8 @@ def start_group(
         env={**environment, FOLDER: str(status)},
         stdout=output,
         stderr=output and subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches it as one SIGTERM from us
-        cwd=folder,  # no library or module is taken from the folder of the caller
+        start_new_session=True,  # on Ctrl-C it gets one SIGTERM from us
+        cwd=folder,  # loads no library or module from the caller's folder
         umask=0o077,
         pass_fds=(lock,),
         preexec_fn=prepare,  # noqa: PLW1509 - no lock is taken in it
@@ -68,17 +68,17 @@ def models_of(folder: Path) -> Models:
 
 
 def end_group(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL for the server and the processes of its models."""
+    """Send SIGKILL to the server and the processes of its models."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def stop_group(process: "subprocess.Popen[bytes]", models: Models, within_s: float) -> None:
-    """SIGTERM, which lets running and waiting jobs finish; SIGKILL when there is nothing left to wait for.
+    """Send SIGTERM, which lets running and waiting jobs finish, then SIGKILL when waiting is pointless.
 
-    That is: the server has ended, a model is dead, no job runs and no video is on its way to a client, or ``within_s``
-    is over. Triton alone would wait for a dead model and for every idle connection.
+    Waiting ends when the server has ended, a model is dead, no job runs and no video is being sent, or after
+    ``within_s``. Triton alone would wait for a dead model and for every idle connection.
 
     Raises:
         KeyboardInterrupt: at a second Ctrl-C; the group is killed.
@@ -101,7 +101,7 @@ def _wait(process: "subprocess.Popen[bytes]", models: Models, within_s: float) -
 
 
 def _unsent_bytes(process: int) -> int:
-    """What the TCP connections of a process have not brought to the other end yet."""
+    """The bytes in the send queues of a process's TCP connections."""
     with suppress(OSError):  # it has ended
         sockets = {str(file.readlink()) for file in Path(f"/proc/{process}/fd").iterdir()}
         tables = (Path(f"/proc/{process}/net/{name}").read_text() for name in ("tcp", "tcp6"))

@@ -1,7 +1,7 @@
 """Engine bundle → Triton model repository.
 
-The repository holds configuration and three-line models; engines, weights and tokenizer stay where they are and are
-pinned by the hash of the bundle's manifest, so that nothing in the repository can be exchanged for a plan.
+The repository contains configuration and three-line models. Engines, weights and tokenizer stay in their bundle, which
+is pinned by the hash of its manifest, so that no file can be replaced.
 """
 
 from collections.abc import Mapping
@@ -29,11 +29,11 @@ VERSION = "1"
 class RepositoryOptions:
     name: str = "wan22"
     topology: Topology = "owner"
-    limits: Mapping[str, int | None] = field(default_factory=dict)  # by name; the model's where there is none
-    engines_at: str = ""  # where the engines are on the serving machine, if not where they are here
-    residency: ResidencyChoice = "auto"  # what stays loaded; bls keeps everything
-    drain_flag: str = ""  # while this file exists the model says that it is not ready
-    memory_gib: float = 0.0  # of the GPU; 0: not known
+    limits: Mapping[str, int | None] = field(default_factory=dict)  # by name; the model's defaults otherwise
+    engines_at: str = ""  # path of the engines on the serving machine, if it differs
+    residency: ResidencyChoice = "auto"  # engines that stay loaded; bls keeps all
+    drain_flag: str = ""  # while this file exists, the model reports that it is not ready
+    memory_gib: float = 0.0  # GPU memory; 0 if unknown
     overwrite: bool = False
 
 
@@ -41,18 +41,18 @@ class RepositoryOptions:
 class Written:
     bundle: Bundle
     limits: Limits
-    unread: tuple[str, ...] = ()  # plans that do not tell without a GPU what they were built for
+    unread: tuple[str, ...] = ()  # plans without a readable build target
 
 
 def write_repository(engines: Path, folder: Path, options: RepositoryOptions | None = None) -> Written:
-    """Writes the repository ``folder`` for the engine bundle at ``engines``, which is checked in full.
+    """Write the repository ``folder`` for the engine bundle at ``engines``, after a full check.
 
-    So is what its plans say of themselves, since backends of Triton's look at no manifest. At every start the model
-    that calls them holds manifest and plans to their hashes: they are those that were looked at here.
+    The stamps of the plans are checked too, since Triton's backends do not read the manifest. At every start the model
+    that calls them checks the hashes, so the plans are the ones checked here.
 
     Raises:
-        UserError: no such bundle or a broken one, a plan that was built for something else than the bundle says, a name
-            that will not do, a folder that is there already.
+        UserError: no bundle, a damaged one, a plan that was built for something else, an invalid name, an existing
+            folder.
     """
     options = options or RepositoryOptions()
     check_name(options.name)

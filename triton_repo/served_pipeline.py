@@ -1,4 +1,4 @@
-"""The pipeline of a server: it looks up between engine calls, where a job can be given up, and times every call."""
+"""The pipeline of a server: it checks for cancellation between engine calls, and times every call."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from runtime.pipeline import NewEngine, Pipeline
 from wan22.bundle import Bundle
 from wan22.residency import ResidencyChoice
 
-Pause = Callable[[], None]  # raises to give the job up
+Pause = Callable[[], None]  # raises to end the job
 
 
 def go_on() -> None:
-    """The pause of work that nothing interrupts."""
+    """A pause that never ends the job."""
 
 
 class ServedPipeline(Pipeline):
     """A pipeline whose ``pause`` is called before every engine call.
 
-    Denoising with guidance makes two calls per step, and the VAE one per latent frame, so whoever gives a job up waits
-    for one call. ``seconds`` and ``swaps`` only ever grow.
+    Guided denoising makes two calls per step, and the VAE one per latent frame, so a cancellation waits for one call.
+    ``seconds`` and ``swaps`` never decrease.
     """
 
     def __init__(
@@ -31,8 +31,8 @@ class ServedPipeline(Pipeline):
         super().__init__(bundle, residency=residency, new_engine=new_engine)
         self.pause: Pause = go_on
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by component, inside engines
-        self._expert = ""  # the last that was asked for
-        self.swaps = 0  # how often an expert made room for the other
+        self._expert = ""  # the last one used
+        self.swaps = 0  # number of times that one expert replaced the other
 
     def engine(self, name: str) -> Engine:
         if name in self.spec.experts and self.residency != "all":
@@ -42,7 +42,7 @@ class ServedPipeline(Pipeline):
 
 
 class TimedEngine(BorrowedEngine):
-    """An engine that reports to its pipeline; opened and closed by the pipeline, not through this."""
+    """An engine that reports its time to the pipeline, which opens and closes it."""
 
     def __init__(self, engine: Engine, name: str, pipeline: ServedPipeline) -> None:
         self._engine, self._name, self._pipeline = engine, name, pipeline

@@ -1,7 +1,7 @@
-"""Running ``tritonserver`` with settings that are safe to begin with, until it is stopped.
+"""Run ``tritonserver`` with settings that are safe by default.
 
-Nobody but this machine can reach it, nobody can load models or read traces, what a request may weigh is bounded, and a
-stop waits for the running job. Options that a release of the server does not know yet are left out.
+Only this machine can reach it, clients cannot load models or read traces, the size of requests is limited, and a stop
+waits for the running job. Options unknown to the server's release are left out.
 """
 
 import secrets
@@ -26,13 +26,13 @@ from triton_repo.settings import Limits
 from wan22.errors import UserError
 
 ADMIN_APIS = ("model-repository", "logging", "trace", "shared-memory")
-# Triton takes a key only on its command line, which everybody on the machine can read. This one opens nothing: no
-# request can carry it, because the name of a header cannot hold a line feed.
+# Triton takes a key only on its command line, which every user of the machine can read. No request can match this one,
+# because a header's name cannot contain a line feed.
 NO_KEY = "no\nheader=no\nvalue"
-EXIT_MARGIN_S = 30  # beyond the longest job: unloading, writing the answer
+EXIT_MARGIN_S = 30  # after the longest job: unload, write the answer
 KEEPALIVE_MS = 60_000
 WATCH_EVERY_S = 1.0
-LOAD_S = 1800  # for a stub to open its engines
+LOAD_S = 1800  # time for a stub to open its engines
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class ServeOptions:
     grpc_port: int = 8001
     metrics_port: int = 8002
     config_name: str = ""  # variant of the configurations, configs/NAME.pbtxt
-    quiet: bool = False  # errors only, and those of a start only as the reason why it failed
-    # an own prefix tells the regions of this server from anybody else's, so that they can be cleaned up
+    quiet: bool = False  # print only errors, and errors of a start only as the reason of its failure
+    # unique, so that exactly this server's regions can be removed
     region_prefix: str = field(default_factory=lambda: f"wan22_{secrets.token_hex(4)}_")
 
 
 def arguments(repository: Path, limits: Limits, options: ServeOptions, known: Set[str] | None = None) -> list[str]:
-    """The options of ``tritonserver``, of those that its release has ``known``; None: of all."""
+    """The command-line options of ``tritonserver``, limited to ``known`` ones; None means all."""
     closed = f"{','.join(ADMIN_APIS)}:{NO_KEY}"
     asked = {
         "model-repository": repository.absolute(),
@@ -65,7 +65,7 @@ def arguments(repository: Path, limits: Limits, options: ServeOptions, known: Se
         "grpc-address": options.address,
         "grpc-port": options.grpc_port,
         "grpc-restricted-protocol": closed,
-        "grpc-keepalive-time": KEEPALIVE_MS,  # finds clients that vanished, whose jobs are then cancelled
+        "grpc-keepalive-time": KEEPALIVE_MS,  # detects vanished clients, whose jobs are then cancelled
         "metrics-address": options.address,
         "metrics-port": options.metrics_port,
         "allow-sagemaker": "false",
@@ -103,10 +103,10 @@ class Server:
     stop_within_s: float
 
     def wait_until_ready(self, within_s: float = LOAD_S) -> None:
-        """Returns when the server answers that every model is ready.
+        """Return when the server reports that every model is ready.
 
         Raises:
-            UserError: it ended before, with the reason, or did not get ready in time.
+            UserError: it ended early, or was not ready in time; with the reason.
         """
         give_up = time.monotonic() + within_s
         while time.monotonic() < give_up:
@@ -120,7 +120,7 @@ class Server:
         raise UserError(f"tritonserver not ready after {within_s:g} s", "models that load", "see its log")
 
     def _not_started(self) -> UserError:
-        """Why the server ended: what a model says, or else the first error in the log."""
+        """The reason why the server ended: a model's failure, or else the first error in the log."""
         when = f"tritonserver {_ending(self.process)} before it was ready"
         failures = self.models.failures()
         if failures:
@@ -130,9 +130,9 @@ class Server:
         return UserError(f"{when}{reason and ': '}{reason}", "models that load", "see its log with --verbose")
 
     def watch(self, max_silence_s: float = probe.MAX_SILENCE_S) -> int:
-        """Returns 0 when the server has ended by itself; ends one whose model has died, hangs or fails every job.
+        """Return 0 when the server ends by itself; kill it if a model has died, hangs or fails every job.
 
-        Such a server answers that it is healthy, fails every job, and takes its whole exit timeout to stop.
+        Such a server reports that it is healthy, fails every job, and takes its full exit timeout to stop.
 
         Raises:
             UserError: a model died or hangs, or the server crashed.
@@ -145,18 +145,16 @@ class Server:
             else:
                 try:
                     trouble = "; ".join(probe.confirmed_troubles(url, max_silence_s))
-                except OSError:  # it is stopping, or too busy to answer; the process tells
+                except OSError:  # stopping or too busy to answer; the process shows which
                     continue
             if trouble and self.process.poll() is None:
                 end_group(self.process)
                 raise UserError(
-                    f"{trouble}; server stopped", "models that work", "see the server's log, start it again"
+                    f"{trouble}; server stopped", "working models", "see the server's log and start it again"
                 )
         if self.process.returncode:
             found = f"tritonserver {_ending(self.process)} {self._working()}"
-            raise UserError(
-                found, "a server that runs until it is stopped", "see its log with --verbose, start it again"
-            )
+            raise UserError(found, "a server that runs until stopped", "start it again with --verbose and see its log")
         return 0
 
     def _working(self) -> str:
@@ -174,16 +172,16 @@ def _ending(process: "subprocess.Popen[bytes]") -> str:
 
 
 @contextmanager
-def running(
+def run_server(
     installation: Installation, repository: Path, limits: Limits, options: ServeOptions, environment: Mapping[str, str]
 ) -> Iterator[Server]:
-    """A started server; at the end of the block it is stopped, and its shared memory is removed.
+    """Start a server; at the end of the block, stop it and remove its shared memory.
 
-    Its output goes to this process's. It runs in a session of its own, so that Ctrl-C reaches it as one SIGTERM, and
-    ends when the calling thread or process is killed.
+    Its output goes to this process's output. It runs in a separate session, so that it gets one SIGTERM on Ctrl-C, and
+    it ends when the calling thread or process is killed.
 
     Raises:
-        UserError: a port is taken, no address, or a server that is no program.
+        UserError: a port is in use, the address is empty, or the server is not executable.
     """
     for port in (options.http_port, options.grpc_port, options.metrics_port):
         _check_free(options.address, port)
@@ -214,7 +212,7 @@ def is_ready(url: str) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on now."""
+    """Ports of loopback that are free now."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in probes:
@@ -223,8 +221,8 @@ def free_ports(count: int) -> list[int]:
 
 
 def _check_free(address: str, port: int) -> None:
-    if not address:  # the server would take it for every address that the machine has
-        raise UserError("an empty address", "one to listen on", "127.0.0.1 is for this machine alone")
+    if not address:  # the server would listen on all addresses
+        raise UserError("an empty address", "an address to listen on", "use 127.0.0.1 for this machine alone")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,7 +1,7 @@
 """The shared memory of a server: a folder and Triton's regions under one prefix, removed together.
 
-The folder is locked while a process of its server lives, so the memory of servers that were killed can be told from
-that of running ones and removed by the next server to start. Standard library only.
+The folder is locked while a process of its server lives, so the next server to start can recognise and remove the
+memory of killed servers. Standard library only.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ OWN_PREFIX = re.compile(r"(wan22_[0-9a-f]{8}_)server")
 
 
 def remove_regions(prefix: str) -> None:
-    """Everything in shared memory whose name begins with ``prefix``."""
+    """Remove everything in shared memory whose name begins with ``prefix``."""
     for region in SHARED_MEMORY.glob(f"{prefix}*"):
         if region.is_dir() and not region.is_symlink():
             shutil.rmtree(region, ignore_errors=True)
@@ -27,14 +27,14 @@ def remove_regions(prefix: str) -> None:
 
 
 def close_regions(prefix: str) -> None:
-    """Takes regions from other users, to whom Triton opens them whatever the umask: requests and videos pass there."""
+    """Remove other users' access, which Triton grants despite the umask, to the regions with requests and videos."""
     for region in SHARED_MEMORY.glob(f"{prefix}*"):
         with suppress(FileNotFoundError):
             region.chmod(region.stat().st_mode & ~0o077)
 
 
 def remove_dead_servers() -> None:
-    """The memory of this user's servers of which no process lives."""
+    """Remove the memory of this user's servers that have no living process."""
     for folder in SHARED_MEMORY.glob(f"wan22_*{FOLDER}"):
         prefix = OWN_PREFIX.fullmatch(folder.name)
         if prefix and folder.lstat().st_uid == os.getuid() and not _is_locked(folder / LOCK):
@@ -43,7 +43,7 @@ def remove_dead_servers() -> None:
 
 @contextmanager
 def server_folder(prefix: str) -> Iterator[tuple[Path, int]]:
-    """A new folder that only this user may open, and the descriptor of its lock, for the server to inherit.
+    """Create a private folder; yield it and the descriptor of its lock, which the server inherits.
 
     At the end of the block everything under ``prefix`` is removed.
     """

@@ -1,4 +1,4 @@
-"""The output of a quiet ``tritonserver``: held back until it is ready, then passed on as it comes."""
+"""The output of a quiet ``tritonserver``: held back until it is ready, then passed on."""
 
 import signal
 import sys
@@ -8,11 +8,11 @@ from typing import IO
 
 HELD_LINES = 200
 MAX_REASON = 300  # characters
-STOPPED = f"Signal ({int(signal.SIGTERM)})"  # which was ours
+STOPPED = f"Signal ({int(signal.SIGTERM)})"  # caused by our own SIGTERM
 
 
 class ServerLog:
-    """Reads ``output`` to its end in a thread, so that the server never waits for a reader; None: not captured."""
+    """Reads ``output`` to its end in a thread, so that the server never blocks; None means not captured."""
 
     def __init__(self, output: IO[bytes] | None) -> None:
         self._held: deque[str] = deque(maxlen=HELD_LINES)
@@ -21,12 +21,12 @@ class ServerLog:
         self._thread.start()
 
     def show(self) -> None:
-        """From now on; what was held back stays so."""
+        """Print new lines from now on, but not those held back."""
         self._shown.set()
 
     def first_error(self) -> str:
-        """The first line that the server logged as an error, or else its last line; to ask when it has ended."""
-        self._thread.join(5)  # a child of the server may hold the other end
+        """The server's first error line, or else its last line; call this after it has ended."""
+        self._thread.join(5)  # a child of the server may still have the pipe open
         errors = (line for line in self._held if line.startswith("E"))
         reason = next(errors, self._held[-1] if self._held else "")
         return reason.partition("] ")[2][:MAX_REASON] or reason[:MAX_REASON]

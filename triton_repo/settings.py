@@ -1,6 +1,6 @@
-"""What a served model is told beside its requests: where its engines are, and what no request may exceed.
+"""The settings of a served model: its engines and the limits of requests.
 
-Written into ``config.pbtxt`` as string parameters and read back by the model.
+They are written to ``config.pbtxt`` as string parameters and read by the model.
 """
 
 import re
@@ -21,20 +21,20 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 
 @dataclass(frozen=True)
 class Limits:
-    """Checked before any work on a request is done."""
+    """The limits of a request, checked before any work on it."""
 
     max_pixels: int  # width times height of the video
     max_frames: int
     max_steps: int = 100
-    max_prompt_bytes: int = 16 * 1024  # of each prompt; 512 tokens are far less
+    max_prompt_bytes: int = 16 * 1024  # per prompt; 512 tokens need far less
     max_image_bytes: int = 32 * MEBIBYTE
-    max_image_pixels: int = 33_000_000  # judged by the header, before a pixel is decoded
+    max_image_pixels: int = 33_000_000  # by the header, before decoding
     max_raw_bytes: int = (
         128 * MEBIBYTE
-    )  # of frames_npz; holds 81 frames of 832x480. A server is slow with large answers
+    )  # for frames_npz; enough for 81 frames of 832x480. A server is slow with large answers
     max_queue_size: int = 8  # waiting jobs per priority; more are refused at once
-    queue_timeout_s: int = 3600  # a job that waited this long is refused
-    longest_job_s: int = 3600  # a job that runs this long is given up; also what a shutdown waits for
+    queue_timeout_s: int = 3600  # longest wait, after which a job is refused
+    longest_job_s: int = 3600  # longest run, after which a job ends; a shutdown waits this long too
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -43,7 +43,7 @@ class Limits:
 
     @classmethod
     def of(cls, spec: ModelSpec, **changed: int | None) -> "Limits":
-        """The largest official size and length of ``spec``, but for what is ``changed`` (None: not)."""
+        """The largest official size and length of ``spec``, except the ``changed`` limits that are not None."""
         pixels = max(width * height for width, height in spec.sampling.sizes)
         given = {name: value for name, value in changed.items() if value is not None}
         return cls(**{"max_pixels": pixels, "max_frames": spec.sampling.frames, **given})
@@ -57,23 +57,23 @@ class Settings:
     bundle_sha256: str  # of its bundle.json
     model: str  # name of the spec
     limits: Limits
-    residency: ResidencyChoice = "auto"  # what stays loaded between jobs, see :class:`runtime.pipeline.Pipeline`
-    warm_up: bool = True  # one smallest job before the model is ready
+    residency: ResidencyChoice = "auto"  # engines that stay loaded between jobs, see :class:`runtime.pipeline.Pipeline`
+    warm_up: bool = True  # run one smallest job before the model is ready
     full_check: bool = True  # hash every file at load, not only those under 1 GiB
-    drain_flag: str = ""  # while this file exists the model says that it is not ready
+    drain_flag: str = ""  # while this file exists, the model reports that it is not ready
     # BLS only
-    components: str = ""  # the models that hold the engines have this name, an underscore, and the component's
-    component: str = ""  # the one component that this model holds
+    components: str = ""  # prefix of the engines' models, before an underscore and the component's name
+    component: str = ""  # the component that this model runs
 
     def parameters(self) -> dict[str, str]:
-        """Name and text of each value, limits beside the rest, as a Triton configuration holds them."""
+        """All values as text by name, limits included, for a Triton configuration."""
         flat = {**asdict(self), **asdict(self.limits)}
         del flat["limits"]
         return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in flat.items()}
 
     @classmethod
     def read(cls, parameters: Mapping[str, str]) -> "Settings":
-        """What :meth:`parameters` wrote.
+        """Parse the result of :meth:`parameters`.
 
         Raises:
             UserError: a value is missing or of the wrong type.
@@ -89,13 +89,13 @@ class Settings:
 def settings_of(
     bundle: Bundle, limits: Limits, *, engines_at: str = "", residency: ResidencyChoice = "auto", drain_flag: str = ""
 ) -> Settings:
-    """Settings that pin ``bundle`` as it is now; ``engines_at`` is its folder where it will be served.
+    """Settings that pin the present content of ``bundle``; ``engines_at`` is its folder on the serving machine.
 
     Raises:
-        UserError: that folder is told relative to one that nobody knows.
+        UserError: ``engines_at`` is not absolute.
     """
     if engines_at and not PurePosixPath(engines_at).is_absolute():
-        raise UserError(f"engines at {engines_at}", "a path from the root of the server", "begin it with /")
+        raise UserError(f"engines at {engines_at}", "an absolute path on the server", "begin it with /")
     return Settings(
         engines=engines_at or str(bundle.folder.resolve()),
         bundle_sha256=sha256_of(bundle.folder / MANIFEST),
@@ -107,7 +107,7 @@ def settings_of(
 
 
 def check_name(name: str) -> str:
-    """Refuses a model name that a path, a shell or a metric could misread."""
+    """Refuse a model name that is not safe in paths, shells and metrics; return it otherwise."""
     if NAME.fullmatch(name):
         return name
     raise UserError(f"model name {name!r}", "lower-case letters, digits and _", "choose another with --name")

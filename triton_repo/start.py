@@ -1,8 +1,8 @@
-"""The first process of a container: clears away what the one before left, starts the server, and ends with it.
+"""The first process of a container: remove the previous container's leftovers, start the server, and end with it.
 
-``python3 -m triton_repo.start PREFIX COMMAND...``. The shared memory and the temporary folder of a pod outlive its
-containers. SIGTERM lets the running job finish; a model that dies ends the container within seconds, so that it is
-started again. Standard library only.
+``python3 -m triton_repo.start PREFIX COMMAND...``. A pod's shared memory and temporary folder outlive its containers.
+SIGTERM lets the running job finish. If a model dies, the container ends within seconds, so that Kubernetes restarts it.
+Standard library only.
 """
 
 import os
@@ -28,7 +28,7 @@ def main() -> int:
         try:
             while process.poll() is None:
                 if dead := models.dead():
-                    print(f"the process of model {', '.join(dead)} has died; the server is ended", file=sys.stderr)
+                    print(f"the process of model {', '.join(dead)} has died; ending the server", file=sys.stderr)
                     return 1
                 close_regions(prefix)
                 time.sleep(WATCH_EVERY_S)

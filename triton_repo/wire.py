@@ -1,4 +1,4 @@
-"""A request → input tensors of the served model, as ``schema.INPUTS`` has them."""
+"""A request → the input tensors of the served model, by ``schema.INPUTS``."""
 
 from collections.abc import Mapping
 from operator import attrgetter
@@ -11,17 +11,18 @@ from runtime.request import Request
 from triton_repo.schema import INPUTS, INPUTS_BY_NAME, NUMPY, Setting
 from wan22.errors import UserError
 
-WIRE_NAMES = {"STRING": "BYTES"}  # the protocol has its own word
+WIRE_NAMES = {"STRING": "BYTES"}  # the protocol's name
 
 
 def inputs_of(request: Request) -> dict[str, Setting | None]:
-    """The inputs that describe ``request``; what it leaves to the model stays None.
+    """The inputs that describe ``request``; None means the model's default.
 
     Raises:
-        UserError: an image that cannot be read, or what the wire has no input for.
+        UserError: an image is unreadable, or the server does not support a setting.
     """
-    if request.exact_official or request.schedule is not None:
-        raise UserError("exact_official or another schedule in a served job", "neither", "generate without a server")
+    if request.exact_official or request.schedule is not None or request.noise is not None:
+        found = "exact_official, another schedule or own noise in a served job"
+        raise UserError(found, "none of them", "generate without a server")
     getters = {
         field.name: attrgetter(field.of) if isinstance(field.of, str) else field.of for field in INPUTS if field.of
     }
@@ -39,10 +40,10 @@ def content_of(image: bytes | Path | None) -> bytes | None:
 
 
 def input_tensors(settings: Mapping[str, Setting | None]) -> list[Any]:
-    """Tensors for Triton's client of every setting that is not None.
+    """The tensors for Triton's client, one for every setting that is not None.
 
     Raises:
-        UserError: a setting that no model has, or a value that its type cannot hold.
+        UserError: a setting is unknown, or a value does not fit its type.
     """
     from tritonclient import grpc
 

@@ -12,6 +12,7 @@ did not measure its value.
 
 import difflib
 import math
+import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ TABLES = ("bench", "validate")  # the commands that support gates
 BOUNDS = ("min", "max")
 Bound = Literal["min", "max"]
 DIGITS = 17  # enough to distinguish any two float64
+LARGEST = sys.float_info.max
 
 
 def check_mark(passed: object, text: str = "") -> Text:
@@ -126,7 +128,7 @@ def _content(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"gate file {path}: {error.strerror}", "a readable TOML file", "name another file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"gate file {path}: {error}", "valid TOML", "fix the file") from None
 
 
@@ -134,7 +136,7 @@ def _gates(path: Path, value: Any, name: str) -> Iterator[Gate]:
     """Yield the gates below the key ``name``, which starts with the table."""
     if not isinstance(value, dict):
         raise UserError(
-            f"{path}: {name} = {value!r}",
+            f"{path}: {name} = {_shown(value)}",
             "a measurement with min or max",
             f"write {name}.min = ... or {name}.max = ...",
         )
@@ -146,9 +148,17 @@ def _gates(path: Path, value: Any, name: str) -> Iterator[Gate]:
 
 
 def _limit(path: Path, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{path}: {name} = {value!r}", "a finite number", "correct the value")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
+        raise UserError(f"{path}: {name} = {_shown(value)}", "a finite number", "correct the value")
     return float(value)
+
+
+def _shown(value: Any) -> str:
+    """The first characters of ``value``. Python does not print integers of thousands of digits; TOML may have them."""
+    try:
+        return f"{value!r:.60}"
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _unknown_key(path: Path, name: str, known: Collection[str]) -> UserError:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runtime.built_for import completed, default_video
+from runtime.built_for import default_video, fill_defaults
 from runtime.request import CompleteRequest, Request
 from validate.reference.device import Choice
 from validate.sample_image import picture_for
@@ -57,4 +57,4 @@ def complete_request(request: Request, manifest: Manifest) -> CompleteRequest:
     Raises:
         UserError: the model or the bundle's shapes do not allow the request.
     """
-    return completed(with_samples(request, manifest), manifest)
+    return fill_defaults(with_samples(request, manifest), manifest)

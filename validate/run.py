@@ -1,7 +1,7 @@
 """A validation: from engines and checkpoint to a report."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -62,7 +62,8 @@ def validate(
     if options.calls is not None:
         check_calls(options.calls)
     opened = open_for_comparison(engines, options.calls, options.residency)
-    with claim(out / "report.json", "the report") as claimed, opened as pipeline:
+    calls = claim(options.calls / "calls", "the calls") if options.calls is not None else nullcontext()
+    with claim(out / "report.json", "the report") as claimed, calls, opened as pipeline:
         manifest = pipeline.bundle.manifest
         cases = cases_of(options, manifest.spec.takes.image)
         requests = [complete_request(case.options.request, manifest) for case in cases]

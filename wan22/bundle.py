@@ -1,7 +1,7 @@
 """A bundle: the folder that one stage writes and the next one reads, described by its ``bundle.json``.
 
-A bundle gets its final name when it is whole (:mod:`wan22.files`).
-A reader checks format, kind and every hash before it believes a word of it, and says which field is wrong.
+A bundle gets its final name when it is complete (:mod:`wan22.files`). A reader checks format, kind and every hash
+before it uses the content, and names the field that is wrong.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from wan22.errors import UserError
+from wan22.errors import DAMAGED_JSON, UserError
 from wan22.files import check_room, whole_folder
 from wan22.quantities import human_bytes
 from wan22.specs import ModelSpec, Precision
@@ -51,18 +51,18 @@ class Component:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     precision: Precision
-    why_higher: str = ""  # the reason when it, or something in it, is above the bundle's precision
-    halves: tuple[File, ...] = ()  # the same graph as two, where built so: of the prompt alone, and of a step
+    why_higher: str = ""  # the reason if its precision, or part of it, is above the bundle's
+    halves: tuple[File, ...] = ()  # the same graph as two, if built so: for the prompt alone, and for a step
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights came from. ``fingerprint`` covers names, dtypes, shapes and sizes of all files read."""
+    """The origin of the weights. ``fingerprint`` covers names, dtypes, shapes and sizes of all files read."""
 
     checkpoint: str
     layout: str  # name of the module that read it
     fingerprint: str
-    commit: str = ""  # of the hub's repository, where it was downloaded from there
+    commit: str = ""  # of the hub's repository, if downloaded from there
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,22 @@ class MergedLora:
     sha256: str
     strength: float
     experts: tuple[str, ...]
-    config_sha256: str = ""  # of the adapter's configuration beside the file, where one says how it is scaled
+    config_sha256: str = ""  # of the adapter's configuration next to the file, if one determines its scale
 
 
 @dataclass(frozen=True)
 class Build:
-    """What made the engines of a bundle of kind "engines"."""
+    """The build that made the engines of a bundle of kind "engines"."""
 
     target: str
     backend: str
     backend_version: str
-    compute_capability: str  # "8.9", or "" where the backend has none
+    compute_capability: str  # "8.9", or "" for a backend without one
     profiles: tuple[dict[str, tuple[int, int, int]], ...]  # named dimension → min, opt, max; none: any shape
     options: dict[str, str]
     seconds: float
-    peak_rss_bytes: int = 0  # most memory that the build had resident
-    attention_scales: dict[str, float] = field(default_factory=dict)  # FP8 scales of Q and K beside external weights
+    peak_rss_bytes: int = 0  # the build's peak
+    attention_scales: dict[str, float] = field(default_factory=dict)  # FP8 scales of Q and K, with external weights
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Manifest:
     tokenizer: tuple[File, ...]
     source: Source
     command: str
-    size: tuple[int, int, int] | None = None  # width, height, frames when the shapes are fixed
+    size: tuple[int, int, int] | None = None  # width, height, frames if the shapes are fixed
     loras: tuple[MergedLora, ...] = ()
     build: Build | None = None
     format_version: int = FORMAT_VERSION
@@ -138,22 +138,30 @@ def file_entry(folder: Path, path: Path) -> File:
 
 @contextmanager
 def staged(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty folder that becomes ``folder`` when the block ends well; raises as :func:`refuse_existing`."""
+    """Yield an empty folder that becomes ``folder`` if the block succeeds; raises as :func:`refuse_existing`."""
     with whole_folder(folder, MANIFEST if overwrite else "") as new:
         yield new
 
 
-def refuse_existing(folder: Path, *, overwrite: bool) -> None:
-    """Refuses to write over anything but an earlier bundle that the user gave up; raises as :func:`check_room`."""
+def refuse_existing(folder: Path, kind: Kind, *, overwrite: bool) -> None:
+    """Refuse to overwrite anything except a bundle of the same kind, and that only with ``overwrite``.
+
+    Raises:
+        UserError: a bundle of the other kind, which may be the source of this one; and as :func:`check_room`.
+    """
     check_room(folder, MANIFEST if overwrite else "")
+    if (found := _declared_kind(folder)) not in (None, kind):
+        raise UserError(f"{folder} holds {found}", f"{kind}, or a new folder", "choose another folder")
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
-    """Refuses to begin what the disk of ``folder``, which need not exist, cannot hold."""
+    """Refuse to write more than the disk of ``folder``, which need not exist, can hold."""
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
     usage = shutil.disk_usage(existing)
     if not usage.total:  # /proc, /sys
-        raise UserError(f"cannot write {folder}: {existing} is no disk", "a writable place", "choose another")
+        raise UserError(
+            f"cannot write {folder}: {existing} is not on a disk", "a writable file system", "choose another place"
+        )
     if usage.free < needed_bytes:
         free, needed = human_bytes(usage.free, 1), human_bytes(needed_bytes, 1)
         raise UserError(f"{free} free at {existing}", f"{needed} for {folder.name}", "free some or choose another disk")
@@ -166,15 +174,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _own_sha256(content: dict[str, Any]) -> str:
-    """Of what is written, not of what this version understands: fields may be added later."""
+    """The hash of the stored content, including fields that this version does not know."""
     return hashlib.sha256(msgspec.json.encode(content | {"own_sha256": ""})).hexdigest()
 
 
 def open_bundle(folder: Path, kind: Kind, *, full_check: bool = False) -> Bundle:
-    """Reads ``folder`` and checks it. ``full_check`` hashes also the files over 1 GiB.
+    """Read and check the bundle in ``folder``. ``full_check`` also hashes files over 1 GiB.
 
     Raises:
-        UserError: no bundle there, another kind or version, an unreadable manifest, a missing, resized or edited file.
+        UserError: no bundle, another kind or version, an unreadable manifest, a missing, resized or edited file.
     """
     manifest = read_manifest(folder, kind)
     for file in manifest.files().values():
@@ -183,7 +191,7 @@ def open_bundle(folder: Path, kind: Kind, *, full_check: bool = False) -> Bundle
 
 
 def _again(manifest: Manifest) -> str:
-    """What makes the bundle anew: the command that made it, where it was one."""
+    """The remedy for a damaged bundle: the command that made it, if a command did."""
     command = manifest.command
     if not command.startswith("wan-trt "):
         return f"run {STAGE_OF[manifest.kind]} again"
@@ -191,24 +199,29 @@ def _again(manifest: Manifest) -> str:
 
 
 def kind_of(folder: Path) -> Kind:
-    """What kind of bundle lies in ``folder``, before anything else of it is believed."""
+    """The kind of the bundle in ``folder``, without any further check."""
+    if (kind := _declared_kind(folder)) is not None:
+        return kind
+    expected = f"a folder made by {' or '.join(STAGE_OF.values())}"
+    raise UserError(f"{folder} is not a bundle", expected, "name that folder")
+
+
+def _declared_kind(folder: Path) -> Kind | None:
+    """The kind that a manifest in ``folder`` declares; ``None`` without a manifest that declares one."""
     try:
         found = msgspec.json.decode((folder / MANIFEST).read_bytes()).get("kind")
     except PermissionError:  # it may be one
         raise
-    except (OSError, msgspec.DecodeError, AttributeError, RecursionError):
-        found = None
-    for kind in STAGE_OF:
-        if found == kind:
-            return kind
-    raise UserError(f"{folder} is no bundle", f"a folder made by {' or '.join(STAGE_OF.values())}", "name that folder")
+    except (OSError, *DAMAGED_JSON, AttributeError):
+        return None
+    return next((kind for kind in STAGE_OF if found == kind), None)
 
 
 def read_manifest(folder: Path, kind: Kind) -> Manifest:
-    """The manifest of ``folder``, without a look at the files that it names.
+    """The manifest of ``folder``, without checking the files that it names.
 
     Raises:
-        UserError: none there, another kind or version, unreadable or edited.
+        UserError: it is missing, of another kind or version, unreadable or edited, or names a component amiss.
     """
     stage, path = STAGE_OF[kind], folder / MANIFEST
     try:
@@ -219,25 +232,39 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
         raise UserError(f"{folder} has no {MANIFEST}", f"a folder made by {stage}", f"run {stage} first") from None
     try:
         head = msgspec.json.decode(content)
-        found = (head.get("format_version"), head.get("kind"))
-        if found != (FORMAT_VERSION, kind):
+        version, holds = head.get("format_version"), head.get("kind")
+        if version == FORMAT_VERSION and holds != kind and holds in list(STAGE_OF):
+            raise UserError(f"{folder} holds {holds}", f"{kind}, a folder made by {stage}", "name that folder")
+        if (version, holds) != (FORMAT_VERSION, kind):
             raise UserError(
-                f"{path}: format {found[0]}, kind {found[1]}",
+                f"{path}: format {version}, kind {holds}",
                 f"format {FORMAT_VERSION}, kind {kind}",
                 f"run {stage} of this version",
             )
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (msgspec.DecodeError, AttributeError, RecursionError) as error:
+    except (*DAMAGED_JSON, AttributeError) as error:
         raise UserError(f"{path}: {error}", "the manifest as written", f"run {stage} again") from None
     if (digest := _own_sha256(head)) != manifest.own_sha256:
-        told = f"{manifest.own_sha256[:12]}… written in it"
-        raise UserError(f"{path} was edited: sha256 {digest[:12]}…", told, f"run {stage} again")
+        expected = f"{manifest.own_sha256[:12]}… as recorded in it"
+        raise UserError(f"{path} was edited: sha256 {digest[:12]}…", expected, f"run {stage} again")
+    for component in manifest.components:
+        if not component.name.isidentifier():  # files are named after it
+            name = f"{path}: a component named {component.name!r}"
+            raise UserError(name, "letters, digits and underscores", f"run {stage} again")
     return manifest
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """False also for what is no path on any disk: a name with a NUL, a link to itself."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (ValueError, RuntimeError):
+        return False
 
 
 def _check_file(folder: Path, file: File, again: str, *, full_check: bool) -> None:
     path = folder / file.path
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not _is_inside(path, folder):
         raise UserError(f"{folder / MANIFEST}: path {file.path}", "a path inside the bundle", again)
     if not path.is_file():
         raise UserError(f"{path} is missing", "every file the manifest names", again)
@@ -249,6 +276,6 @@ def _check_file(folder: Path, file: File, again: str, *, full_check: bool) -> No
         digest = sha256_of(path)
     except OSError as error:
         found, expected = f"{path}: {error.strerror}", "a file that can be read"
-        raise UserError(found, expected, "look at its permissions and its disk") from error
+        raise UserError(found, expected, "check its permissions and its disk") from error
     if digest != file.sha256:
         raise UserError(f"{path}: sha256 {digest[:12]}…", f"{file.sha256[:12]}… of {MANIFEST}", again)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
+import msgspec
+
 
 class UserError(Exception):
     """Bad input, reported in one line: the value found, the value expected, and the remedy.
@@ -47,6 +49,7 @@ def panics_as_errors() -> Iterator[None]:
         os.close(nowhere)
 
 
+DAMAGED_JSON = (msgspec.MsgspecError, UnicodeError, RecursionError)  # what msgspec.json.decode raises
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 DISK_BROKEN = (errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)
 UNWRITABLE = (errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+from wan22.errors import DAMAGED_JSON, UserError
+
 
 class Place(msgspec.Struct, frozen=True):
     """The location of a weight in its component's file."""
@@ -22,4 +24,8 @@ def write_layout(path: Path, places: Sequence[Place]) -> None:
 
 
 def read_layout(path: Path) -> list[Place]:
-    return msgspec.json.decode(path.read_bytes(), type=list[Place])
+    """Raises UserError for a file that is not a layout."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Place])
+    except DAMAGED_JSON as error:
+        raise UserError(f"{path}: {error}", "the layout of weights as built", "run wan-trt build again") from None

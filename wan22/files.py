@@ -1,16 +1,16 @@
-"""Files and folders that are whole or not there, whatever ends the process or the machine.
+"""Write files and folders atomically: after any failure an output is complete or absent.
 
-What a command writes comes into being in a hidden folder beside its final place::
+Commands write their output into a hidden folder next to its final place::
 
     out/.engines.partial/
-        wan-trt.lock        locked by the process that writes; the lock ends with the process
-        engines             the file or folder under way
-        wan-trt.earlier/    the one that it replaces, on a file system that cannot exchange two names
+        wan-trt.lock        locked by the writing process, until it ends
+        engines             the unfinished file or folder
+        wan-trt.earlier/    the output to replace, on file systems that cannot exchange two names
 
-At the end it is synced, takes its name in one step, and the folder around it is synced: after a crash or a power cut
+At the end the output is synced and renamed in one step, then its parent folder is synced: after a crash or a power cut
 the name belongs to the old content or to the new. A second process is refused while the lock is held. A hidden folder
-whose lock nobody holds is left over from a process that was killed: the next claim of the same output removes it, or
-:func:`remove_leftovers`.
+without a lock is left over from a killed process; the next claim of the same output or :func:`remove_leftovers` removes
+it.
 """
 
 import errno
@@ -28,25 +28,25 @@ from wan22.errors import UserError, refusing_disk_errors
 from wan22.renames import EARLIER, exchange, put_back, sync, sync_tree
 
 LOCK, SUFFIX = "wan-trt.lock", ".partial"
-SCRATCH = "wan-trt-"  # how names of folders begin that only the running process needs
+SCRATCH = "wan-trt-"  # prefix of the temporary folders of a running process
 NAME_MAX_BYTES = 255
 
 
 @dataclass
 class Claim:
-    """The hidden folder of one output, which belongs to this process alone and is removed at the end."""
+    """The hidden folder of one output. This process alone uses it and removes it at the end."""
 
     output: Path
     folder: Path
-    keep: bool = False  # leave the folder to the next claim of the same output
+    keep: bool = False  # leave the folder for the next claim of the same output
 
     @property
     def new(self) -> Path:
-        """What becomes the output; nothing is there at first."""
+        """The path to write; it becomes the output and does not exist at first."""
         return self.folder / self.output.name
 
     def publish(self) -> None:
-        """Gives ``new`` its final name, on the disk too; what has that name is replaced, and never by nothing."""
+        """Sync ``new`` and give it its final name, replacing an earlier output in one step."""
         sync_tree(self.new)
         try:
             if self.new.is_dir() and self.output.is_dir() and any(self.output.iterdir()):
@@ -54,13 +54,13 @@ class Claim:
             else:
                 self.new.replace(self.output)
         except OSError as error:
-            expected = "a place where it can take its name"
+            expected = "a name that it can take"
             raise UserError(f"cannot write {self.output}: {error.strerror}", expected, "choose another") from error
         sync(self.output.parent)
 
 
 def hidden_folder(output: Path) -> Path:
-    """Where ``output`` comes into being. A name too long for a prefix is cut, and told from others by its hash."""
+    """The hidden folder for ``output``. A name too long for the prefix is cut and gets a hash."""
     name = f".{output.name}{SUFFIX}"
     if len(os.fsencode(name)) > NAME_MAX_BYTES:
         digest = hashlib.sha256(os.fsencode(output.name)).hexdigest()[:16]
@@ -72,17 +72,17 @@ def hidden_folder(output: Path) -> Path:
 def claim(
     output: Path, what: str = "", *, resume: bool = False, make_folder: bool = True, wait: bool = False
 ) -> Iterator[Claim]:
-    """Makes ``output`` this process's to write until the block ends.
+    """Reserve ``output`` for this process until the block ends.
 
     Args:
-        output: a file or folder, there or not.
-        what: what it is called in errors, "report".
-        resume: keep what an earlier claim left in the hidden folder; it is emptied otherwise.
-        make_folder: make the folder around it, removed again when the block fails.
-        wait: for the process that writes it, for files that several commands share.
+        output: a file or folder, which may exist.
+        what: its name in errors, such as "report".
+        resume: keep the content that an earlier claim left in the hidden folder instead of deleting it.
+        make_folder: create the parent folder; it is removed again if the block fails.
+        wait: wait while another process writes it, for files that several commands share.
 
     Raises:
-        UserError: no place for a file or folder, another process writes it, the disk is full, read-only or broken.
+        UserError: the path is not usable, another process writes it, the disk is full, read-only or broken.
     """
     named, output = f"{what} {output}" if what else str(output), output.absolute()
     _check_name(output, named, make_folder=make_folder)
@@ -90,7 +90,7 @@ def claim(
     with ExitStack() as stack:
         try:
             stack.enter_context(_parents(output.parent))
-            stack.callback(os.close, _locked(claimed.folder, named, wait=wait))
+            stack.callback(os.close, _acquire_lock(claimed.folder, named, wait=wait))
             put_back(claimed.folder)
             if not resume:
                 _empty(claimed.folder)
@@ -104,9 +104,9 @@ def claim(
 
 @contextmanager
 def whole_file(path: Path, what: str = "", *, make_folder: bool = True, wait: bool = False) -> Iterator[Path]:
-    """Yields where to write the file that becomes ``path`` when the block ends well, in place of an earlier one.
+    """Yield the path to write; the file there becomes ``path`` if the block succeeds, replacing an earlier file.
 
-    Temporary files of the block may lie beside it, by names that are not its. Raises as :func:`claim`.
+    The block may put temporary files of other names next to it. Raises as :func:`claim`.
     """
     with claim_file(path, what, make_folder=make_folder, wait=wait) as claimed:
         yield claimed.new
@@ -116,7 +116,7 @@ def whole_file(path: Path, what: str = "", *, make_folder: bool = True, wait: bo
 def claim_file(
     path: Path, what: str = "", *, make_folder: bool = True, wait: bool = False
 ) -> AbstractContextManager[Claim]:
-    """:func:`claim` for a file, to be published once or again and again; raises UserError also for a folder."""
+    """:func:`claim` for a file that is published once or repeatedly; raises UserError also for a folder."""
     with refusing_disk_errors(f"{what} {path}".strip()):
         if path.is_dir():
             raise UserError(f"{what} {path}: a folder".strip(), "the name of a file", "name one in it")
@@ -125,7 +125,7 @@ def claim_file(
 
 @contextmanager
 def whole_folder(folder: Path, replaces: str = "") -> Iterator[Path]:
-    """Yields an empty folder that becomes ``folder`` when the block ends well; arguments as :func:`check_room`."""
+    """Yield an empty folder that becomes ``folder`` if the block succeeds; arguments as :func:`check_room`."""
     check_room(folder, replaces)
     with claim(folder) as claimed:
         claimed.new.mkdir()
@@ -134,16 +134,16 @@ def whole_folder(folder: Path, replaces: str = "") -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes, what: str = "", *, wait: bool = False) -> None:
-    """Writes one file. Raises as :func:`claim`."""
+    """Write one file. Raises as :func:`claim`."""
     with whole_file(path, what, wait=wait) as new:
         new.write_bytes(content)
 
 
 def write_files(claimed: Claim, contents: Mapping[str, Callable[[], bytes]]) -> None:
-    """Writes files by name into the folder of the claimed output, each whole, and each whatever happens to the others.
+    """Write files by name into the folder of the claimed output, each atomically and independently of the others.
 
     Raises:
-        Exception: the first that was raised, by a content or for a disk, when all that can be written is.
+        Exception: the first failure of a content or the disk, after all other files are written.
     """
     failed: list[Exception] = []
     for name, content in contents.items():
@@ -159,19 +159,20 @@ def write_files(claimed: Claim, contents: Mapping[str, Callable[[], bytes]]) -> 
 
 
 def check_room(folder: Path, replaces: str = "") -> None:
-    """Refuses a folder that no new one can replace.
+    """Refuse a folder that a new one cannot replace.
 
     Args:
-        folder: to write, there or not.
-        replaces: a file by which an earlier result that may be replaced is known; "": nothing is replaced.
+        folder: the folder to write, which may exist.
+        replaces: a file that identifies an earlier result, which may be replaced; "" means nothing may be.
 
     Raises:
-        UserError: a folder with something else in it, a link, a place where a disk is mounted, a file.
+        UserError: the folder has other content, or the path is a link, a mount point or a file.
     """
     with refusing_disk_errors(str(folder)):
         if folder.is_symlink() or folder.is_mount():
-            kind = "a link" if folder.is_symlink() else "where a disk is mounted"
-            raise UserError(f"{folder} is {kind}", "a folder that can be replaced in the end", "name one inside it")
+            kind = "a link" if folder.is_symlink() else "a mount point"
+            expected = "a folder that can be replaced at the end"
+            raise UserError(f"{folder} is {kind}", expected, "name one inside it")
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return
         if not replaces:
@@ -196,7 +197,7 @@ def _check_name(output: Path, named: str, *, make_folder: bool) -> None:
 
 @contextmanager
 def _parents(folder: Path) -> Iterator[None]:
-    """Makes ``folder``; what had to be made, and is empty, is removed again when the block fails."""
+    """Create ``folder`` and its parents; if the block fails, remove those that are new and empty."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -211,21 +212,21 @@ def _parents(folder: Path) -> Iterator[None]:
         raise
 
 
-def _locked(folder: Path, named: str, *, wait: bool) -> int:
-    """The descriptor that holds the lock of the hidden ``folder``, which is made."""
+def _acquire_lock(folder: Path, named: str, *, wait: bool) -> int:
+    """Create the hidden ``folder`` and return the descriptor that holds its lock."""
     while True:
         folder.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
             if LOCK not in (names := [path.name for path in folder.iterdir()]) and names:
                 raise UserError(f"{folder} is in the way", f"a name free for {named} while it is made", "rename it")
-        if (lock := _lock(folder, wait=wait)) is not None:
+        if (lock := _try_lock(folder, wait=wait)) is not None:
             return lock
         if not wait and (folder / LOCK).exists():
             raise UserError(f"another process writes {named}", "one at a time", "wait for it or choose another")
 
 
-def _lock(folder: Path, *, wait: bool) -> int | None:
-    """None while another process has it, or where the folder was removed meanwhile."""
+def _try_lock(folder: Path, *, wait: bool) -> int | None:
+    """The descriptor with the lock; None while another process holds it, or if the folder was removed meanwhile."""
     with suppress(FileNotFoundError, BlockingIOError), ExitStack() as stack:
         try:
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -248,7 +249,7 @@ def _empty(folder: Path) -> None:
 
 
 def _release(claimed: Claim) -> None:
-    """Removes the hidden folder, whose lock is held. What cannot be removed is left to the next claim."""
+    """Remove the hidden folder, whose lock this process holds. The next claim removes anything left."""
     with suppress(OSError):
         if not claimed.keep:
             put_back(claimed.folder)
@@ -257,17 +258,17 @@ def _release(claimed: Claim) -> None:
             claimed.folder.rmdir()
 
 
-# -- what killed processes leave
+# -- leftovers of killed processes
 
 
 @contextmanager
 def scratch_folder(use: str) -> Iterator[Path]:
-    """An empty folder for temporary files. What killed processes left for the same ``use`` is removed first."""
+    """An empty folder for temporary files; leftovers of killed processes with the same ``use`` are removed first."""
     place = Path(tempfile.gettempdir())
     for folder in place.glob(f"{SCRATCH}{use}-*{SUFFIX}"):
         _remove_if_dead(folder)
     folder = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{use}-", suffix=SUFFIX))
-    claimed, lock = Claim(folder, folder), _locked(folder, str(folder), wait=False)
+    claimed, lock = Claim(folder, folder), _acquire_lock(folder, str(folder), wait=False)
     try:
         with refusing_disk_errors(str(folder)):
             yield folder
@@ -277,19 +278,19 @@ def scratch_folder(use: str) -> Iterator[Path]:
 
 
 def remove_leftovers(place: Path) -> dict[Path, int]:
-    """Removes the hidden folders in ``place`` and the temporary ones whose processes are dead: folder → bytes."""
+    """Remove the hidden folders in ``place`` and the temporary ones of dead processes; return folder → bytes."""
     found = [*place.glob(f".*{SUFFIX}"), *Path(tempfile.gettempdir()).glob(f"{SCRATCH}*{SUFFIX}")]
     return {folder: size for folder in sorted(found) if (size := _remove_if_dead(folder)) is not None}
 
 
 def _remove_if_dead(folder: Path) -> int | None:
-    """Bytes that were removed; None for a folder that another process uses or that none of ours made."""
+    """Remove ``folder`` and return its bytes; None if another process uses it or another program created it."""
     try:
         if not any(folder.iterdir()):  # its process died before it had the lock
             folder.rmdir()
             return 0
         ours = (folder / LOCK).is_file() and folder.lstat().st_uid == os.getuid()
-        if not ours or (lock := _lock(folder, wait=False)) is None:
+        if not ours or (lock := _try_lock(folder, wait=False)) is None:
             return None
     except OSError:  # another user's
         return None

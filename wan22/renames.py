@@ -1,4 +1,4 @@
-"""Syncing and renaming: after a crash or a power cut a name belongs to the old content or to the new."""
+"""Sync and rename so that after a crash or a power cut a name belongs to the old content or to the new."""
 
 import ctypes
 import errno
@@ -7,12 +7,12 @@ from pathlib import Path
 
 RENAME_EXCHANGE, AT_FDCWD = 2, -100  # linux/fs.h, fcntl.h
 NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
-NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP)  # of folders, on some file systems
+NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP)  # some file systems cannot sync folders
 EARLIER = "wan-trt.earlier"
 
 
 def sync_tree(path: Path) -> None:
-    """Returns when the file, or the folder with everything in it, is on the disk."""
+    """Return when the file, or the folder with everything in it, is on the disk."""
     inside = sorted(path.rglob("*"), reverse=True) if path.is_dir() else []
     for each in (*inside, path):
         if not each.is_symlink():
@@ -20,7 +20,7 @@ def sync_tree(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when the file, or the names in the folder, are on the disk."""
+    """Return when the file, or the names in the folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -31,35 +31,35 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def exchange(new: Path, old: Path, beside: Path) -> None:
-    """Swaps the names of two folders: in one step, or on file systems that cannot by way of the folder ``beside``.
+def exchange(new: Path, old: Path, hidden: Path) -> None:
+    """Swap the names of two folders in one step, or through ``hidden`` on file systems that cannot do that.
 
-    Whatever fails or ends the process, one of the two has the name of ``old`` when :func:`put_back` has run.
+    After any failure, one of the two has the name of ``old`` once :func:`put_back` has run.
     """
     try:
         _swap(new, old)
     except OSError as error:
         if error.errno not in NO_EXCHANGE:
             raise
-        (beside / EARLIER).mkdir()
-        old.rename(beside / EARLIER / old.name)
+        (hidden / EARLIER).mkdir()
+        old.rename(hidden / EARLIER / old.name)
         try:
             new.rename(old)
         finally:
-            put_back(beside)
+            put_back(hidden)
 
 
 def _swap(one: Path, other: Path) -> None:
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:  # a C library without it
+    except AttributeError:  # the C library lacks it
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
     if call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def put_back(beside: Path) -> None:
-    """Gives its name back to what an :func:`exchange` that did not finish left in ``beside``, a folder next to it."""
-    for old in (beside / EARLIER).glob("*"):
-        if not (beside.parent / old.name).exists():
-            old.rename(beside.parent / old.name)
+def put_back(hidden: Path) -> None:
+    """Move the old folder of an unfinished :func:`exchange` from ``hidden`` back to its place next to it."""
+    for old in (hidden / EARLIER).glob("*"):
+        if not (hidden.parent / old.name).exists():
+            old.rename(hidden.parent / old.name)

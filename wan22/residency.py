@@ -24,7 +24,7 @@ from wan22.quantities import human_bytes
 from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, tokens
 
 Residency = Literal["all", "one-expert", "one-component"]
-RESIDENCIES: tuple[Residency, ...] = get_args(Residency)  # what stays loaded, in descending order
+RESIDENCIES: tuple[Residency, ...] = get_args(Residency)  # by the engines that stay loaded, most first
 ONE_EXPERT = RESIDENCIES[1:]  # those that leave memory for other work
 ResidencyChoice = Literal["all", "one-expert", "one-component", "auto"]
 Video = tuple[int, int, int]  # width, height in pixels; frames

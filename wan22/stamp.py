@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from wan22.errors import UserError
+from wan22.errors import DAMAGED_JSON, UserError
 from wan22.shapes import Profile
 from wan22.specs import Precision
 
@@ -39,7 +39,7 @@ def read_name(plan: Path) -> str:
         text = found[0].decode() if found else ""
     try:
         return text[: json.JSONDecoder().raw_decode(text, len(PREFIX))[1]]  # the next bytes may also be printable
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -59,7 +59,7 @@ def check_stamp(plan: str, name: str, claimed: Stamp, command: str) -> None:
         return
     try:
         found = msgspec.json.decode(name.removeprefix(PREFIX), type=Stamp)
-    except msgspec.DecodeError:
+    except DAMAGED_JSON:
         stamped = f"{plan} has the stamp {name!r}"
         raise UserError(stamped, "a stamp of this version", f"run {command}") from None
     for field in Stamp.__struct_fields__:

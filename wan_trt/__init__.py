@@ -1,8 +1,8 @@
 """Wan2.2 from PyTorch checkpoints to ONNX, engines and Triton: the command line and the public names.
 
 ``wan_trt.export_checkpoint``, ``build_engines``, ``calibrate``, ``apply_lora``, ``pack``, ``Pipeline``, ``generate``,
-``validate`` and ``synthesise`` are the same functions that the subcommands call. They load on first use, so importing
-this package is free. ``__version__`` is the version of the installed package.
+``validate`` and ``synthesise`` are the functions behind the subcommands. They load on first use, so importing this
+package is cheap. ``__version__`` is the version of the installed package.
 """
 
 from importlib import import_module

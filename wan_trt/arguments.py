@@ -1,4 +1,4 @@
-"""Options that several subcommands share, and the reading of what users type into them."""
+"""Options shared by several subcommands, and the parsers of their values."""
 
 import re
 import secrets
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from runtime.request import Request
 
 Engines = Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)]
-Prompt = Annotated[str, typer.Argument(help="What the video shows, in any language.", show_default=False)]
+Prompt = Annotated[str, typer.Argument(help="Description of the video, in any language.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, such as 832x480.")]
 Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames, a multiple of 4 plus 1.")]
@@ -26,65 +26,63 @@ SEED = typer.Option("--seed", metavar="INT", help="Seed of the noise, below 2**6
 Seed = Annotated[int, SEED]
 Noise = Annotated[
     Path | None,
-    typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of that of the seed."),
+    typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of the seed's."),
 ]
 NegativePrompt = Annotated[
-    str | None, typer.Option(help="What the video must not show; the official text unless given.")
+    str | None, typer.Option(help="Text that the video should not match; by default the official one.")
 ]
 Image = Annotated[Path | None, typer.Option(help="JPEG, PNG or WebP to start from (I2V, TI2V).")]
 LastImage = Annotated[Path | None, typer.Option(help="Image to end with (I2V).")]
 Fit = Annotated[
-    Literal["official", "crop"], typer.Option(help="Keep the shape of the image, or crop it to exactly --size.")
+    Literal["official", "crop"], typer.Option(help="Keep the image's aspect ratio, or crop it to exactly --size.")
 ]
 ExactOfficial = Annotated[
     bool, typer.Option("--exact-official", help="Round sizes as the official code does, float errors included.")
 ]
 Preset = Annotated[str | None, typer.Option(help="Named settings; wan-trt presets lists them.")]
 Boundary = Annotated[
-    float | None, typer.Option(help="Share of the timesteps below which the low-noise expert works, such as 0.875.")
+    float | None, typer.Option(help="Fraction of the timestep range below which the low-noise expert runs, as 0.875.")
 ]
 Steps = Annotated[int | None, typer.Option(help="Number of denoising steps.")]
-Shift = Annotated[float | None, typer.Option(help="Shift of the noise schedule; more keeps the noise high for longer.")]
+Shift = Annotated[float | None, typer.Option(help="Shift of the noise schedule; larger keeps the noise high longer.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale of all experts.")]
 ExpertGuidance = Annotated[
     float | None, typer.Option(help="Guidance scale of this expert; 1 skips the unconditional pass.")
 ]
 Solver = Annotated[
     Literal["unipc", "dpm++", "euler", "renoise"] | None,
-    typer.Option(metavar="NAME", help="unipc, dpm++, euler or renoise; unipc unless the preset names one."),
+    typer.Option(metavar="NAME", help="unipc, dpm++, euler or renoise; by default the preset's."),
 ]
 ReferenceDevice = Annotated[
-    Literal["auto", "cpu", "cuda"], typer.Option(help="Where PyTorch runs; auto is the GPU if the engines use it.")
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Device of PyTorch; auto means the GPU if the engines use it.")
 ]
-Gate = Annotated[Path | None, typer.Option(help="TOML file of thresholds; exit code 1 when one is missed.")]
-ListGates = Annotated[bool, typer.Option("--list-gates", help="Print the names that a gate may use, and exit.")]
+Gate = Annotated[Path | None, typer.Option(help="TOML file of thresholds; a missed one sets exit code 1.")]
+ListGates = Annotated[bool, typer.Option("--list-gates", help="Print the names that a gate can use, and exit.")]
 Residency = Annotated[
     Literal["all", "one-expert", "one-component", "auto"],
-    typer.Option(metavar="HOW", help="Engines that stay loaded: all, one-expert, one-component, or auto: what fits."),
+    typer.Option(
+        metavar="HOW", help="Engines that stay loaded: all, one-expert, one-component, or auto (as many as fit)."
+    ),
 ]
 Schedule = Annotated[
     Literal["official", "diffusers"] | None,
-    typer.Option(metavar="NAME", help="Timesteps as official or diffusers; official unless the preset names one."),
+    typer.Option(metavar="NAME", help="Timesteps of official or diffusers; by default the preset's."),
 ]
 
-# of a server
-ServedName = Annotated[str, typer.Option("--name", help="Name to serve the model under.")]
+# for servers
+ServedName = Annotated[str, typer.Option("--name", help="Name of the served model.")]
 Topology = Annotated[
     Literal["owner", "bls"], typer.Option(help="owner: one model holds all engines; bls: one model per engine.")
 ]
-GpuMemory = Annotated[
-    float | None, typer.Option(help="GiB of GPU memory, for bls; that of the target unless given.", min=0)
-]
-Limit = Annotated[
-    int | None, typer.Option(help="Largest request to accept; the model's largest official value unless given.")
-]
-QueueSize = Annotated[int, typer.Option(help="Number of jobs that may wait, per priority.", min=1)]
-LongestJob = Annotated[int, typer.Option(help="Seconds that a job may run and that a shutdown waits.", min=1)]
+GpuMemory = Annotated[float | None, typer.Option(help="GiB of GPU memory, for bls; by default the target's.", min=0)]
+Limit = Annotated[int | None, typer.Option(help="Limit for a request; by default the model's largest official value.")]
+QueueSize = Annotated[int, typer.Option(help="Maximum number of waiting jobs per priority.", min=1)]
+LongestJob = Annotated[int, typer.Option(help="Maximum seconds that a job runs and that a shutdown waits.", min=1)]
 RequireSignature = Annotated[
     Path | None, typer.Option(help="Public Ed25519 key (PEM) that must have signed the engines.", metavar="KEY")
 ]
 
-# headings of --help and the parameters under them; all others stay under "Options"
+# headings of --help and their parameters; others are under "Options"
 GROUPS = {
     "Video": ("size", "frames", "fps", "quality"),
     "Image": ("image", "last_image", "fit", "exact_official"),
@@ -112,7 +110,7 @@ RANGE_AT_MOST = 1000
 
 
 def with_groups(run: Callable[..., int | None]) -> Callable[..., int | None]:
-    """``run`` with the options of its signature under the headings of :data:`GROUPS`."""
+    """Assign the options of ``run`` to the headings of :data:`GROUPS`, and return ``run``."""
     heading = {name: group for group, names in GROUPS.items() for name in names}
     for name, hint in run.__annotations__.items():
         for info in getattr(hint, "__metadata__", ()):
@@ -122,7 +120,7 @@ def with_groups(run: Callable[..., int | None]) -> Callable[..., int | None]:
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:
-    """Width and height in pixels; None where nothing was typed."""
+    """Width and height in pixels; None without text."""
     return None if text is None else parse_size(text)
 
 
@@ -137,10 +135,10 @@ def seeds_of(text: str | None) -> tuple[int, ...]:
 
 
 def seed_of(typed: int | None) -> int:
-    """The seed as it was typed, 0 unless it was; for -1 a drawn one, printed to stderr so that the run can be repeated.
+    """The typed seed, by default 0; for -1 a random one, printed to stderr so that the run can be repeated.
 
     Raises:
-        UserError: neither -1 nor a seed that torch takes.
+        UserError: it is neither -1 nor a valid seed of torch.
     """
     if typed is None:
         return 0
@@ -154,7 +152,7 @@ def seed_of(typed: int | None) -> int:
 
 
 def noise_of(path: Path | None) -> "F32 | None":
-    """The noise in a file; None where none is named."""
+    """The noise in the file ``path``; None without a file."""
     if path is None:
         return None
     from wan_trt.recipes.noise_file import read_noise
@@ -163,7 +161,7 @@ def noise_of(path: Path | None) -> "F32 | None":
 
 
 def _numbers(what: str, text: str, most: int, example: str) -> list[int]:
-    """Numbers up to ``most`` and ranges of them, in order; ``what`` and ``example`` are for the error."""
+    """The numbers up to ``most`` in a list of numbers and ranges; ``what`` and ``example`` are for the error."""
     numbers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,20})(?:-(\d{1,20}))?", part.strip())
@@ -178,7 +176,7 @@ def _numbers(what: str, text: str, most: int, example: str) -> list[int]:
 
 
 def request_from(options: Mapping[str, Any]) -> "Request":
-    """The request in the options of a command, its ``locals()``: what :class:`Request` has under the option's name."""
+    """The request from a command's options, its ``locals()``; fields of :class:`Request` have the options' names."""
     from runtime.request import Request
 
     names = {field.name for field in fields(Request)} & options.keys() - {"seed", "noise"}
@@ -204,7 +202,7 @@ def check_signed(engines: Path, key: Path | None) -> None:
 
 
 def limits_of(options: Mapping[str, Any]) -> dict[str, int | None]:
-    """What no request may exceed, by the names of :class:`triton_repo.settings.Limits`; None: the model's own."""
+    """The limits of requests, by the names of :class:`triton_repo.settings.Limits`; None means the model's."""
     names = ("max_pixels", "max_frames", "max_steps", "max_prompt_bytes", "max_image_bytes")
     queue = {"max_queue_size": options["queue_size"], "longest_job_s": options["longest_job"]}
     return {name: options[name] for name in names} | queue

@@ -1,4 +1,4 @@
-"""The ``wan-trt`` command: collects the subcommands."""
+"""The ``wan-trt`` command and its subcommands."""
 
 import contextlib
 import logging
@@ -31,7 +31,7 @@ from wan_trt.commands import (
     validate,
 )
 from wan_trt.console import tolerate_any_encoding
-from wan_trt.guard import guarded
+from wan_trt.guard import guard
 
 HELP = {"help_option_names": ["-h", "--help"]}
 GROUPS = {
@@ -50,8 +50,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"wan-trt {wan_trt.__version__}")
         raise typer.Exit
 
@@ -62,13 +62,13 @@ def options(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Options of the program itself; ``version`` is handled while it is parsed."""
+    """Options of the program itself; the callback of ``version`` handles it during parsing."""
 
 
 for group, commands in GROUPS.items():
     for command in commands:
         named = app.command(command.__name__.rpartition(".")[2], rich_help_panel=group, context_settings=HELP)
-        named(guarded(with_groups(command.run)))
+        named(guard(with_groups(command.run)))
 
 
 @app.command(
@@ -77,24 +77,24 @@ for group, commands in GROUPS.items():
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
-@guarded
+@guard
 def scale() -> None:
-    """The old name of ``python -m studies.full_size``, whatever follows it."""
+    """Refuse the old name of ``python -m studies.full_size``, with any arguments."""
     raise UserError("wan-trt scale has moved", "python -m studies.full_size", "run it in a checkout of the source")
 
 
 bundles = typer.Typer(no_args_is_help=True, help="Verify, sign, copy or clean up bundles.", context_settings=HELP)
 for verb in (bundle.verify, bundle.sign, bundle.pack, bundle.clean):
-    bundles.command(verb.__name__, context_settings=HELP)(guarded(with_groups(verb)))
+    bundles.command(verb.__name__, context_settings=HELP)(guard(with_groups(verb)))
 app.add_typer(bundles, name="bundle", rich_help_panel="Check")
 loras = typer.Typer(no_args_is_help=True, help="Merge LoRAs into engines with external weights.", context_settings=HELP)
-loras.command("apply", context_settings=HELP)(guarded(with_groups(lora.apply)))
-loras.callback()(lambda: None)  # "lora apply" needs its second word although it is the only command
+loras.command("apply", context_settings=HELP)(guard(with_groups(lora.apply)))
+loras.callback()(lambda: None)  # keeps "apply" required, although it is the only command
 app.add_typer(loras, name="lora", rich_help_panel="Make")
 
 
 def main() -> None:
-    """Runs one command line, unless a word of it or the folder that it runs in is not UTF-8, as all files of it are."""
+    """Run the command line. Refuse arguments and a working folder that are not UTF-8, the encoding of all files."""
     words = [os.fsencode(word) for word in sys.argv[1:]]
     with contextlib.suppress(OSError):  # the folder may be gone
         words.append(os.fsencode(Path.cwd()))
@@ -106,4 +106,8 @@ def main() -> None:
             sys.exit(2)
     tolerate_any_encoding()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before the command began
+        print("wan-trt: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,4 +1,4 @@
-"""What a person sees: progress bars and lines of text."""
+"""Terminal output: progress bars, tables and lines of text."""
 
 import io
 import shlex
@@ -24,14 +24,14 @@ from wan22.quantities import human_bytes
 
 
 class _Console(Console):
-    """Prints every table in the same style, whichever room made it."""
+    """A console that prints all tables in the same style."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        super().print(*(styled(each) if isinstance(each, Table) else each for each in objects), **options)
+        super().print(*(apply_style(each) if isinstance(each, Table) else each for each in objects), **options)
 
 
-def styled(table: Table) -> Table:
-    """``table`` with a bold title on the left, one line under the headings, and columns of numbers to the right."""
+def apply_style(table: Table) -> Table:
+    """Give ``table`` a bold title on the left, a line under the headings and right-aligned numbers; return it."""
     table.box, table.title_justify, table.title_style, table.pad_edge = SIMPLE_HEAD, "left", "bold", False
     table.padding = (0, 1, 0, 0)
     for column in table.columns:
@@ -42,20 +42,20 @@ def styled(table: Table) -> Table:
 
 
 def tolerate_any_encoding() -> None:
-    """Lets a terminal in ASCII or Latin-1 show a question mark where it has no such character, instead of failing."""
+    """Print a question mark for characters that the terminal's encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
-console = _Console(highlight=False, soft_wrap=True, markup=False)  # names of files and prompts may hold brackets
+console = _Console(highlight=False, soft_wrap=True, markup=False)  # file names and prompts may contain brackets
 
 
 @contextmanager
-def bars(*, beside_json: bool = False) -> Iterator[Progress]:
-    """One bar for every task that reports, kept on screen when it is full; nothing before the first one does.
+def bars(*, to_stderr: bool = False) -> Iterator[Progress]:
+    """Show one bar for every task that reports progress. Full bars stay on screen.
 
-    ``beside_json``: standard output is for a program, the bars go to standard error.
+    Pass ``to_stderr`` if standard output is read by a program.
     """
     shown = Bars(
         TextColumn("{task.description:<18}"),
@@ -63,7 +63,7 @@ def bars(*, beside_json: bool = False) -> Iterator[Progress]:
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True) if beside_json else console,
+        console=Console(stderr=True) if to_stderr else console,
     )
     tasks: dict[str, TaskID] = {}
 
@@ -88,10 +88,10 @@ def _amount(done: int, total: int, unit: str, seconds: float) -> str:
     return f"{human_bytes(done)} of {human_bytes(total)}{rate}"
 
 
-def tell_unread(plans: Sequence[str]) -> None:
-    """Of what :func:`runtime.built_for.check_plans` could not check."""
+def report_unstamped(plans: Sequence[str]) -> None:
+    """Print the plans that :func:`runtime.built_for.check_plans` could not check."""
     if plans:
-        console.print(f"{', '.join(plans)}: no word in clear of what they were built for; bundle.json is believed")
+        console.print(f"{', '.join(plans)}: no readable build target; trusting bundle.json")
 
 
 def command_line(program: str = "wan-trt") -> str:

@@ -1,11 +1,11 @@
-"""Which extras of this package have a module that is missing, read from what the package declares."""
+"""Find the extra of this package that installs a missing module, from the package's metadata."""
 
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires
 
 PACKAGE = "wan-trt"
-# Modules whose project has another name.
+# projects whose name differs from their module's
 PROJECTS = {
     "PIL": "pillow",
     "cupy": "cupy-cuda13x",
@@ -16,28 +16,28 @@ PROJECTS = {
 }
 
 
-def told_missing(module: str, command: str) -> str:
-    """The line about a ``module`` that an extra installs, the one of ``command`` before others; "" where none does."""
+def missing_module_line(module: str, command: str) -> str:
+    """The error line for a missing ``module``, preferring the extra named like ``command``; "" if no extra has it."""
     extras = extras_with(module)
     if not extras:
         return ""
     best = command if command in extras else extras[0]
     installs = " or ".join(f"{PACKAGE}[{extra}]" for extra in extras)
-    return f"no module {module} | expected what {installs} installs | pip install '{PACKAGE}[{best}]'"
+    return f"{module} is not installed | expected the modules of {installs} | pip install '{PACKAGE}[{best}]'"
 
 
 def extras_with(module: str) -> tuple[str, ...]:
-    """The extras that install ``module``; none for what is always there, this project's own, or unknown."""
+    """The extras that install ``module``; none for modules of the base install, of this project, or unknown ones."""
     top = module.partition(".")[0]
     project = PROJECTS.get(top, top.replace("_", "-"))
-    return tuple(extra for name, extra in _declared() if name == project and extra != "dev")
+    return tuple(extra for name, extra in _extra_requirements() if name == project and extra != "dev")
 
 
-def _declared() -> Iterator[tuple[str, str]]:
-    """Project and extra of every requirement that belongs to an extra."""
+def _extra_requirements() -> Iterator[tuple[str, str]]:
+    """The project and the extra of every requirement of an extra."""
     try:
         lines = requires(PACKAGE) or ()
-    except PackageNotFoundError:  # run from its sources
+    except PackageNotFoundError:  # not installed, run from source
         return
     for line in lines:
         if found := re.match(r"([\w.-]+).*;.*extra == ['\"](\w+)['\"]", line):

@@ -1,7 +1,7 @@
 """Exit codes of every command, and one line for every expected failure.
 
-0: done. 1: a check failed, or a model computed NaN. 2: bad input, or something that the machine lacks. 130:
-interrupted. A bug keeps its traceback.
+0: success. 1: a check failed, or a model computed NaN. 2: bad input, or the machine lacks a resource. 130: interrupted.
+A bug keeps its traceback.
 """
 
 import functools
@@ -15,22 +15,22 @@ from wan22.errors import NonFiniteError, UserError, disk_error
 from wan22.memory import available_host_bytes
 from wan22.quantities import human_bytes
 from wan_trt.console import tolerate_any_encoding
-from wan_trt.extras import told_missing
+from wan_trt.extras import missing_module_line
 
 
 def command_of(run: Callable[..., int | None], program: str) -> typer.Typer:
-    """The command line of a program that has one command, such as ``python -m studies.gpu``."""
+    """The command line of a program with one command, such as ``python -m studies.gpu``."""
     tolerate_any_encoding()
     app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command(context_settings={"help_option_names": ["-h", "--help"]})(guarded(run, program))
+    app.command(context_settings={"help_option_names": ["-h", "--help"]})(guard(run, program))
     return app
 
 
-def guarded(run: Callable[..., int | None], program: str = "wan-trt") -> Callable[..., Any]:
-    """``run`` with its result as exit code, expected failures as one line of ``program``, and Ctrl-C as 130."""
+def guard(run: Callable[..., int | None], program: str = "wan-trt") -> Callable[..., Any]:
+    """Wrap ``run``: its result becomes the exit code, an expected failure one line of ``program``, Ctrl-C code 130."""
 
     @functools.wraps(run)
-    def guard(*args: Any, **kwargs: Any) -> None:
+    def run_guarded(*args: Any, **kwargs: Any) -> None:
         try:
             code = run(*args, **kwargs)
         except UserError as error:
@@ -40,30 +40,30 @@ def guarded(run: Callable[..., int | None], program: str = "wan-trt") -> Callabl
             print(f"{program}: {_out_of_memory(error)}", file=sys.stderr)
             code = 2
         except NonFiniteError as error:
-            print(f"{program}: {error} | wan-trt validate tells engines and checkpoint apart", file=sys.stderr)
+            print(f"{program}: {error} | run wan-trt validate to find the cause", file=sys.stderr)
             code = 1
         except (OSError, ModuleNotFoundError) as error:
-            if not (line := _line(error, run.__module__.rpartition(".")[2])):
+            if not (line := _error_line(error, run.__module__.rpartition(".")[2])):
                 raise
             print(f"{program}: {line}", file=sys.stderr)
             code = 2
         except KeyboardInterrupt:
-            print(f"{program}: interrupted; nothing unfinished has its final name", file=sys.stderr)
+            print(f"{program}: interrupted; no output is left incomplete", file=sys.stderr)
             code = 130
         raise typer.Exit(code or 0)
 
-    return guard
+    return run_guarded
 
 
 def _out_of_memory(error: MemoryError) -> str:
-    """The line for an allocation that failed; numpy says what it wanted."""
-    wanted = f": {error}" if str(error) else ""
+    """The line for a failed allocation; numpy's message contains the size."""
+    size = f": {error}" if str(error) else ""
     available = human_bytes(available_host_bytes())
-    return f"out of memory{wanted} | expected at most {available} | ask for a smaller --size or fewer --frames"
+    return f"out of memory{size} | expected at most {available} | use a smaller --size or fewer --frames"
 
 
-def _line(error: OSError | ModuleNotFoundError, command: str) -> str:
-    """The line for an error of the disk or an extra that is not installed; "" for a bug."""
+def _error_line(error: OSError | ModuleNotFoundError, command: str) -> str:
+    """The line for a disk error or a missing extra; "" for a bug."""
     if isinstance(error, ModuleNotFoundError):
-        return told_missing(error.name or "", command)
+        return missing_module_line(error.name or "", command)
     return str(disk_error(error) or "")

@@ -1,8 +1,8 @@
-"""A Wan2.2 checkpoint of any layout, opened for reading tensor by tensor under its official names.
+"""Open a Wan2.2 checkpoint of any layout, to read its tensors under official names.
 
-Everything that can be wrong is found here, before any work: missing folders, files and shards, files cut off, tensors
-unknown, missing or of another shape than the model's (wan22.md §1). Only headers are read, so that takes a second for
-126 GB. What the configs do not say (official text encoder and VAE) is read off the tensors' shapes.
+All errors are found here, before any work: missing folders, files and shards, truncated files, and tensors that are
+unknown, missing or of another shape than the model's (wan22.md §1). Only headers are read, so opening takes a second
+for 126 GB. Dimensions without a config (official text encoder and VAE) follow from the tensors' shapes.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint import single_files
-from export.checkpoint.hub import commit_of, downloaded, is_hub_name
+from export.checkpoint.hub import commit_of, download, is_hub_name
 from export.checkpoint.layouts import Layout, layout_of
 from export.checkpoint.other_models import other_model, remedy_of
 from export.checkpoint.part_files import read_part
@@ -37,8 +37,10 @@ NAMES_SHOWN = 3
 
 
 class Weights(Protocol):
-    """Tensors by official name. ``read`` gives one in its own dtype, ``pieces`` its elements a few at a time,
-    ``stored`` the place in a file where it lies just so, if it does, ``codes`` an FP8 matrix as it is stored.
+    """Tensors by official name.
+
+    ``read`` returns a tensor in its dtype, ``pieces`` its elements in pieces. ``stored`` returns its place in a file if
+    it is stored unchanged, ``codes`` the codes of a matrix that is stored in FP8.
     """
 
     def names(self) -> list[str]: ...
@@ -52,7 +54,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class FileWeights:
-    """``Weights`` that lie in files, in the order of the tensor table."""
+    """``Weights`` in files, in the order of the schema."""
 
     tensors: Mapping[str, Tensor]
 
@@ -88,16 +90,16 @@ class Checkpoint:
     spec: ModelSpec
     weights: Mapping[str, Weights]
     tokenizer: Path
-    files: tuple[Path, ...]  # that were read
+    files: tuple[Path, ...]  # all files read
 
 
 def open_checkpoint(where: str | Path, progress: Progress = silent) -> Checkpoint:
-    """Opens a folder of any layout, single files, or downloads a hub repository such as ``Wan-AI/Wan2.2-T2V-A14B``.
+    """Open a folder of any layout, single files, or download a hub repository such as ``Wan-AI/Wan2.2-T2V-A14B``.
 
-    ``where`` may name files for parts, alone or beside a folder: see :mod:`export.checkpoint.place`.
+    ``where`` may name files for parts, with or without a folder: see :mod:`export.checkpoint.place`.
 
     Raises:
-        UserError: no such place, no checkpoint of Wan2.2, or one that is damaged, incomplete or of unknown structure.
+        UserError: it does not exist, is not a Wan2.2 checkpoint, or is damaged, incomplete or of unknown structure.
     """
     place = Place.parse(where)
     folder, layout, places = _locate(place)
@@ -105,8 +107,8 @@ def open_checkpoint(where: str | Path, progress: Progress = silent) -> Checkpoin
     raw = _read(places, place.files, progress)
     spec = layout.spec(folder, raw)
     own = {part: tensors for part, tensors in raw.items() if part not in place.files}
-    parts = {part: _checked(part, spec, _renamed(tensors, layout.names(part, spec))) for part, tensors in own.items()}
-    parts |= {part: _checked(part, spec, raw[part]) for part in raw if part in place.files}
+    parts = {part: _check(part, spec, _rename(tensors, layout.names(part, spec))) for part, tensors in own.items()}
+    parts |= {part: _check(part, spec, raw[part]) for part in raw if part in place.files}
     text_encoder = place.files.get("text_encoder", places.get("text_encoder"))
     vocabulary = tokenizer_folder(tokenizer, text_encoder)
     weights = {part: FileWeights(parts[part]) for part in (*spec.experts, "text_encoder", "vae")}
@@ -116,14 +118,14 @@ def open_checkpoint(where: str | Path, progress: Progress = silent) -> Checkpoin
 
 
 def _locate(place: Place) -> tuple[Path, Layout, dict[str, Path]]:
-    """The folder of a checkpoint, its layout, and where its parts are; the user's files take the place of its own."""
+    """The folder of a checkpoint, its layout, and the path of each part; the user's files replace its own."""
     for part, path in place.files.items():
         if not path.exists():
             raise UserError(f"{path} does not exist", f"the {part.replace('_', ' ')}", "check the path")
     if not place.whole:
         check_complete(place.files)
         return Path(), single_files, dict(place.files)
-    folder = downloaded(place.whole) if is_hub_name(place.whole) else real_folder(Path(place.whole))
+    folder = download(place.whole) if is_hub_name(place.whole) else real_folder(Path(place.whole))
     layout = layout_of(folder)
     places = {**layout.parts(folder, place.files), **place.files}
     if "dit" in places and places.keys() & {"high_noise", "low_noise"}:
@@ -132,7 +134,7 @@ def _locate(place: Place) -> tuple[Path, Layout, dict[str, Path]]:
 
 
 def _read(places: Mapping[str, Path], given: Mapping[str, Path], progress: Progress) -> Parts:
-    """Of every part, the tensors under the names of its layout; single files are given official names."""
+    """The tensors of every part under its layout's names; those of single files under official names."""
     raw: dict[str, Mapping[str, Tensor]] = {}
     for done, (part, place) in enumerate(places.items(), 1):
         tensors = read_part(place, part)
@@ -142,17 +144,17 @@ def _read(places: Mapping[str, Path], given: Mapping[str, Path], progress: Progr
     return raw
 
 
-def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Official names for those of the files; what has none keeps its own, and is refused later."""
+def _rename(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Map names to official ones. Unknown names are kept, so that the schema check reports them."""
     return {names.get(name, name): stored for name, stored in tensors.items()}
 
 
 def _refuse_unreadable(part: str, tensors: Mapping[str, Tensor]) -> None:
-    """Another model by its keys, and what is left of a repack when prefixes and scales are off."""
+    """Refuse other models, by their keys, and repacks that keep a prefix or codes."""
     remedy = "use the official or the -Diffusers checkpoint"
     for name, stored in tensors.items():
         if name.startswith(("model.diffusion_model.", "diffusion_model.")):
-            raise UserError(f"{part}: {name}, a repack for ComfyUI", "that prefix before all names or none", remedy)
+            raise UserError(f"{part}: {name}, a repack for ComfyUI", "the prefix before all names or none", remedy)
         if stored.dtype not in READABLE:
             raise UserError(f"{part}: {name} is {stored.dtype}", "float32, bfloat16 or float16", remedy)
     if part not in ("text_encoder", "vae") and (model := other_model(tensors)):
@@ -161,8 +163,8 @@ def _refuse_unreadable(part: str, tensors: Mapping[str, Tensor]) -> None:
         raise UserError(found, RELEASES, remedy_of(model))
 
 
-def _checked(part: str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a part in the order of the table, having the names and shapes of the table."""
+def _check(part: str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a part in the schema's order. Raises UserError for other names or shapes than the schema's."""
     expected: Shapes = part_tensors(part, spec)
     model, remedy = f"the {len(expected)} tensors of {spec.name}", "use a Wan2.2 checkpoint, or download it again"
     unknown = [name for name in tensors if name not in expected]
@@ -182,9 +184,9 @@ def _checked(part: str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[
 
 
 def _refuse_mixed_types(part: str, tensors: Mapping[str, Tensor]) -> None:
-    """Releases keep some vectors and embeddings in float32, but all matrices of the blocks are of one type."""
+    """Refuse block matrices of different types; releases keep only some vectors and embeddings in float32."""
     if any(isinstance(stored, Decoded) and not _plain_cast(stored) for stored in tensors.values()):
-        return  # quantisers leave some matrices as they are
+        return  # quantisers leave some matrices unchanged
     first: tuple[str, Tensor] | None = None
     for name, stored in tensors.items():
         if not name.startswith("blocks.") or len(stored.shape) != 2 or "embedding" in name:
@@ -198,7 +200,7 @@ def _refuse_mixed_types(part: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _plain_cast(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is FP8 without a scale."""
+    """True if ``tensor`` is FP8 without a scale."""
     return isinstance(tensor, Scaled) and not tensor.scales
 
 
@@ -207,7 +209,7 @@ def _stored_type(tensor: Tensor) -> np.dtype[Any]:
 
 
 def _fingerprint(folder: Path, parts: Parts) -> str:
-    """Sha256 over names, dtypes and shapes of all tensors and the sizes of all files: cheap, reads no data."""
+    """The SHA-256 of all tensors' names, dtypes and shapes and all files' sizes; reads no data."""
     lines = [
         f"{part}/{name} {stored.dtype} {list(stored.shape)}"
         for part, tensors in parts.items()

@@ -1,4 +1,4 @@
-"""What a file of weights is: which part of which model, in which form; headers only, nothing is refused but damage."""
+"""Describe a file of weights: the part, model and format. Only headers are read, and only damaged files are refused."""
 
 import re
 from collections import Counter
@@ -19,7 +19,7 @@ MODELS = {  # (width, input channels) of transformers
     (1536, 16): "Wan2.1 T2V 1.3B: not supported",
     (5120, 52): "Wan2.2 Fun Control: not supported",
 }
-FORMS = (  # by the last words of keys, or keys of the header; the first whose marks are all there counts
+FORMS = (  # by the last words of keys, or keys of the header; the first with all marks present counts
     ({"comfy_quant"}, "ComfyUI quantised, format 1.0"),
     ({"_quantization_metadata"}, "ComfyUI quantised, format 1.0"),
     ({"scaled_fp8", "scale_input"}, "ComfyUI fp8_scaled"),
@@ -38,9 +38,7 @@ NO_NOISE = r"[-_ ]?(?:res|rank|poly|key|light(?!ning|x2v)|quality|speed|motion|a
 
 @dataclass(frozen=True)
 class Description:
-    """``part`` is "transformer", "text_encoder" or "vae", "" for anything else; ``channels`` are those of its input,
-    or of a VAE's latents.
-    """
+    """``part`` is "transformer", "text_encoder", "vae" or "" for others; ``channels`` its input's or latents'."""
 
     path: Path
     part: str
@@ -60,7 +58,7 @@ class Description:
 
 
 def describe(path: Path) -> Description:
-    """Raises UserError for a damaged file."""
+    """The description of the file ``path``. Raises UserError if it is damaged."""
     found = read_weights(path)
     tensors = found.tensors
     types = dict(Counter(_type(tensor) for tensor in tensors.values()).most_common())
@@ -117,7 +115,7 @@ def _form(path: Path, found: WeightsFile) -> str:
 
 
 def named_expert(name: str) -> str | None:
-    """Which of "high" and "low", if ``name`` says exactly one of them of noise, and not of rank or resolution."""
+    """The one of "high" and "low" that ``name`` contains for noise, not for rank or resolution; None if not one."""
     found = set(re.findall(rf"(?<![a-z])(high|low)(?!{NO_NOISE})(?:[-_ ]?noise)?(?![a-z])", name.lower()))
     found |= {LETTERS[letter] for letter in re.findall(r"(?<![A-Za-z0-9])([HL])N?(?![A-Za-z0-9])", name)}
     return str(found.pop()) if len(found) == 1 else None

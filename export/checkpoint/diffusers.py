@@ -113,7 +113,7 @@ def spec(folder: Path, parts: Parts) -> ModelSpec:
     vae, text = _vae(folder, parts["vae"]), _text_encoder(folder, parts["text_encoder"])
     own = [expert for expert in experts if lies_in(folder, parts[expert])]
     dit = _dit(_read_transformers(folder, own)) if own else dit_from_shapes(parts[experts[0]])
-    expands = _read_index(folder).expand_timesteps  # some tools leave it out, which says nothing
+    expands = _read_index(folder).expand_timesteps  # some tools omit it
     base = release_of(dit)
     if own and expands is not None:
         base = release_that_takes(clean_first_frame=expands, condition=dit.condition_channels > 0)
@@ -137,7 +137,7 @@ def _dit(config: TransformerConfig) -> DitSpec:
 
 def names(part: str, spec: ModelSpec) -> dict[str, str]:
     found = {theirs: name for name, theirs in diffusers_names(part, spec).items()}
-    if part == "text_encoder":  # transformers saves the embedding under either of two names, or under both
+    if part == "text_encoder":  # transformers saves the embedding under one or both of two names
         found["encoder.embed_tokens.weight"] = found["shared.weight"]
     return found
 

@@ -1,4 +1,4 @@
-"""Checkpoints named instead of pointed to: downloaded from the Hugging Face hub into its usual cache."""
+"""Download checkpoints by name from the Hugging Face hub into its usual cache."""
 
 import re
 from pathlib import Path
@@ -11,14 +11,14 @@ WANTED = ("*.json", "*.safetensors", "*.pth", "*spiece.model")  # leaves picture
 
 
 def is_hub_name(where: str | Path) -> bool:
-    """Whether ``where`` reads ``owner/name`` or ``owner/name@revision`` and is nothing on this machine."""
+    """True if ``where`` has the form ``owner/name`` or ``owner/name@revision`` and no such path exists."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", str(where))) and not Path(where).exists()
 
 
-def downloaded(where: str) -> Path:
-    """The folder of the repository, downloaded unless it already is. The client draws its own progress.
+def download(where: str) -> Path:
+    """Download the repository unless it is in the cache, and return its folder. The client shows progress.
 
-    Nothing is downloaded of a repository whose list of files has no layout that can be exported whole.
+    A repository without a complete layout in its list of files is refused before any download.
 
     Raises:
         UserError: no network and not in the cache, no such repository, no access, disk full, or another layout.
@@ -33,23 +33,23 @@ def downloaded(where: str) -> Path:
             files = HfApi().list_repo_files(name, revision=revision or None)
         except HfHubHTTPError:  # the hub's own answer
             raise
-        except Exception:  # no network, of a dozen kinds: what was downloaded before may do
+        except Exception:  # one of many network errors: try the cache
             online = False
         if online:
-            _judge(where, files)
+            _check_files(where, files)
         wanted = list(WANTED)
         folder = snapshot_download(name, revision=revision or None, allow_patterns=wanted, local_files_only=not online)
         return Path(folder)
     except UserError:
         raise
-    except Exception as error:  # the client has a dozen kinds for network, access, names and disk, with no common base
+    except Exception as error:  # the client's errors for network, access, names and disk have no common base
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         found = f"no folder {name} here, and the hub: {reason}"
         raise UserError(found, "a folder or a repository", "check name, network and access (hf auth login)") from error
 
 
-def _judge(where: str, files: list[str]) -> None:
-    """Refuses a repository by the names of its files."""
+def _check_files(where: str, files: list[str]) -> None:
+    """Refuse a repository whose file names have no supported layout."""
     folders = {f"{file.partition('/')[0]}/" for file in files if "/" in file}
     layout = layout_named({*files, *folders})
     if layout in (diffusers, official) and any(file.endswith((".safetensors", ".pth")) for file in files):
@@ -62,6 +62,6 @@ def _judge(where: str, files: list[str]) -> None:
 
 
 def commit_of(where: str, folder: Path) -> str:
-    """The commit that the hub's client stores a snapshot under."""
+    """The commit of a snapshot, which names its folder in the hub client's cache; "" for other folders."""
     found = is_hub_name(where) and re.fullmatch(r"[0-9a-f]{40}", folder.name)
     return folder.name if found else ""

@@ -1,7 +1,7 @@
-"""The same weights under two names: official key → diffusers/transformers key, and the configs that go with the latter.
+"""Map official keys to diffusers/transformers keys, and write the configs that belong to the latter.
 
-Built from the tensor table, so the map holds exactly the tensors of a spec and is tested to be a bijection onto the
-``state_dict`` of diffusers' and transformers' own modules. Shapes never differ (wan22.md §1.3, §1.4).
+The map is built from the schema, so it contains exactly the tensors of a spec; tests show a bijection onto the
+``state_dict`` of diffusers' and transformers' modules. Shapes never differ (wan22.md §1.3, §1.4).
 """
 
 import re
@@ -11,8 +11,8 @@ from export.checkpoint.schema import part_tensors
 from wan22.parts import VaeSpec
 from wan22.specs import PATCH, ModelSpec
 
-# Applied in this order, each to every name. Official ``norm3`` (before cross-attention) is diffusers' ``norm2``; the
-# names that swap with it have no parameters.
+# All apply to every name, in this order. Official ``norm3`` (before cross-attention) is diffusers' ``norm2``; the norms
+# that it swaps names with have no parameters.
 _DIT = (
     ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
     ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),

@@ -1,4 +1,4 @@
-"""The layouts of Wan2.2 checkpoints that can be read: one module each, with the same four functions."""
+"""The supported layouts of Wan2.2 checkpoints: one module each, with the same four functions."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,34 +13,34 @@ from wan22.specs import ModelSpec
 
 
 class Layout(Protocol):
-    """What a module of a layout has; parts are the experts, "text_encoder", "vae" and "tokenizer"."""
+    """The interface of a layout's module; parts are the experts, "text_encoder", "vae" and "tokenizer"."""
 
     NAME: str
 
     def recognise(self, names: Iterable[str]) -> bool:
-        """Whether a folder with files of these ``names``, relative to it, has this layout, complete or not."""
+        """True if a folder with files of these relative ``names`` has this layout, complete or not."""
 
     def parts(self, folder: Path, given: Mapping[str, Path]) -> dict[str, Path]:
-        """The file or folder of every part but those ``given``; the tensors are read from there later."""
+        """The file or folder of every part except those ``given``."""
 
     def spec(self, folder: Path, parts: Parts) -> ModelSpec:
-        """The model, from configurations and from the tensors as the files name them."""
+        """The model, from configurations and from the tensors under their names in the files."""
 
     def names(self, part: str, spec: ModelSpec) -> dict[str, str]:
-        """Name of a tensor in the files → its official name."""
+        """Names in the files → official names."""
 
 
 LAYOUTS: tuple[Layout, ...] = (diffusers, official, single_files)
 
 
 def layout_named(names: Iterable[str]) -> Layout | None:
-    """The layout of a folder, here or on the hub, that holds files of these names."""
+    """The layout of a local folder or hub repository with files of these names."""
     names = frozenset(names)
     return next((layout for layout in LAYOUTS if layout.recognise(names)), None)
 
 
 def layout_of(folder: Path) -> Layout:
-    """The layout of ``folder``. Raises UserError where there is none."""
+    """The layout of ``folder``. Raises UserError if it has none."""
     whole = "the folder of an official or a -Diffusers checkpoint"
     if folder.is_file():
         options = " ".join(single_files.OPTIONS.values())

@@ -1,8 +1,8 @@
 """The layout of the official releases, ``Wan-AI/Wan2.2-*`` (wan22.md §1.1).
 
-The experts lie in folders of their own, the single transformer of the 5B in the root, each with a ``config.json``. Text
-encoder and VAE are ``.pth`` files, or safetensors of the same stem, without a configuration: their structure is read
-off the tensors' shapes.
+Each expert has a folder, the single transformer of the 5B is in the root, each with a ``config.json``. Text encoder and
+VAE are ``.pth`` files, or safetensors of the same stem, without a configuration: their structure follows from the
+tensors' shapes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -39,7 +39,7 @@ TOKENIZERS = (TOKENIZER, "umt5-xxl")
 
 
 class OfficialConfig(msgspec.Struct):
-    """``config.json`` of an official transformer; what it never states are constants of the release."""
+    """``config.json`` of an official transformer; values that it never contains are constants of the release."""
 
     model_type: str
     dim: Size

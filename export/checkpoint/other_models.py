@@ -1,4 +1,4 @@
-"""Models that share names with Wan2.2 and are none of those that can be exported, by a key that only they have."""
+"""Recognise unsupported models that share names with Wan2.2, by a key that only they have."""
 
 import re
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ MARKS = (
 
 
 def other_model(names: Iterable[str]) -> str:
-    """What model or kind of file the tensors ``names`` belong to; "" where none is known."""
+    """The unsupported model or kind of file with tensors of these ``names``; "" if none is known."""
     for name in names:
         for pattern, model in MARKS:
             if re.search(pattern, name, re.IGNORECASE):

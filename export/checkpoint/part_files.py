@@ -1,4 +1,4 @@
-"""The file or folder of a part of a checkpoint → its tensors, under the names in the files, with scales applied."""
+"""Read the tensors of a checkpoint's part from its file or folder, under the files' names, with scales applied."""
 
 import json
 import re
@@ -12,19 +12,19 @@ from export.checkpoint.quantised import MARKS, apply_scales
 from export.files.decoded import GgufBlocks, Tensor
 from export.files.tensor_file import check_regular
 from export.files.weights_files import SUFFIXES, WeightsFile, read_weights, refuse_stand_in
-from wan22.errors import UserError
+from wan22.errors import DAMAGED_JSON, UserError
 
-TRANSFORMER_STEM = "diffusion_pytorch_model"  # of official experts, and of diffusers' transformers and VAE
-TEXT_ENCODER_STEM = "model"  # of transformers'
+TRANSFORMER_STEM = "diffusion_pytorch_model"  # official experts, and diffusers' transformers and VAE
+TEXT_ENCODER_STEM = "model"  # transformers
 AGAIN = "download the checkpoint again"
-# Prefixes that wrap all tensors of a part; those of all-in-one files say which part it is.
+# Prefixes before all names of a part; those of all-in-one files identify the part.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "_orig_mod.", "module.", "net.", "model.")
 PREFIXES_OF = {
     "text_encoder": ("text_encoders.umt5xxl.transformer.", "text_encoders.umt5xxl.", "cond_stage_model."),
     "vae": ("vae.", "first_stage_model."),
 }
-ARCHITECTURES = ("wan", "pig", "cow", "t5", "t5encoder")  # of GGUF; some writers name none
-OTHER_PARTS = re.compile(r"models_t5|umt5|vae", re.IGNORECASE)  # names of files beside a transformer's
+ARCHITECTURES = ("wan", "pig", "cow", "t5", "t5encoder")  # in GGUF; some writers omit it
+OTHER_PARTS = re.compile(r"models_t5|umt5|vae", re.IGNORECASE)  # names of files that may be next to a transformer's
 
 
 class _Index(msgspec.Struct):
@@ -35,7 +35,7 @@ def read_part(place: Path, part: str) -> dict[str, Tensor]:
     """Every tensor of an expert, "text_encoder" or "vae", from its file or folder; reads headers and scales only.
 
     Raises:
-        UserError: a folder, file or shard is missing, cut off or contradicts its index; scales that make no sense.
+        UserError: a folder, file or shard is missing, truncated or contradicts its index; a scale is invalid.
     """
     found = read_files(place, part)
     _refuse_other_gguf(part, found)
@@ -44,7 +44,7 @@ def read_part(place: Path, part: str) -> dict[str, Tensor]:
 
 
 def _refuse_other_gguf(part: str, found: WeightsFile) -> None:
-    """Other models by their architecture, and transformers that were made without their one tensor of 5 dimensions."""
+    """Refuse other architectures, and transformers without their only tensor of 5 dimensions."""
     architecture = found.metadata.get("general.architecture")
     if architecture is not None and architecture not in ARCHITECTURES:
         known = "wan, or t5 for the text encoder"
@@ -57,14 +57,14 @@ def _refuse_other_gguf(part: str, found: WeightsFile) -> None:
 
 
 def read_files(place: Path, part: str) -> WeightsFile:
-    """As :func:`read_part`, as the files have it."""
+    """Read a part as :func:`read_part`, but without changing names or applying scales."""
     if place.is_dir() or not place.suffix:
         return _folder(place, TEXT_ENCODER_STEM if part == "text_encoder" else TRANSFORMER_STEM)
     return read_weights(place)
 
 
 def without_prefix(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of ``part`` without what stands before all their names."""
+    """The tensors of ``part`` without the common prefix of their names."""
     own = PREFIXES_OF.get(part, PREFIXES[:1])
     others = [p for other, prefixes in PREFIXES_OF.items() if other != part for p in prefixes]
     if any(key.startswith(own) for key in tensors) and any(key.startswith(tuple(others)) for key in tensors):
@@ -84,19 +84,19 @@ def index_file(stem: str) -> str:
 
 
 def read_config(path: Path, kind: type[Any]) -> Any:
-    """The JSON file at ``path`` as a ``kind``; fields that ``kind`` does not have are ignored."""
+    """The JSON file at ``path`` as a ``kind``; unknown fields are ignored."""
     check_regular(path)
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", "the model's configuration", AGAIN) from None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except DAMAGED_JSON as error:
         refuse_stand_in(path)
         raise UserError(f"{path}: {error}", "the model's configuration", AGAIN) from None
 
 
 def _folder(folder: Path, stem: str) -> WeightsFile:
-    """The weights of a folder: by its index, its one file, its shards, or the only file of weights that lies there."""
+    """The weights of a folder: by its index, its one file, its shards, or its only file of weights."""
     index, single = folder / index_file(stem), folder / f"{stem}.safetensors"
     if not index.is_file() and not single.is_file():
         index, single = _variant(folder, stem)
@@ -122,7 +122,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _variant(folder: Path, stem: str) -> tuple[Path, Path]:
-    """Index and file of the only variant, such as ``stem.bf16.safetensors``; the usual names where there is none."""
+    """The index and file of the only variant, such as ``stem.bf16.safetensors``; the usual names without one."""
     pattern = rf"{re.escape(stem)}(?:\.safetensors\.index\.(\w+)\.json|\.(\w+)\.safetensors)"
     matches = [match for path in _files(folder) if (match := re.fullmatch(pattern, path.name))]
     variants = sorted({match[1] or match[2] for match in matches})
@@ -136,7 +136,7 @@ def _variant(folder: Path, stem: str) -> tuple[Path, Path]:
 
 
 def _whole_series(folder: Path, stem: str) -> list[Path]:
-    """Shards without an index, where none of their series is missing."""
+    """The shards of a folder without an index. Raises UserError if one is missing."""
     pattern = rf"{re.escape(stem)}-(\d+)-of-(\d+)(?:\.\w+)?\.safetensors"
     found = {int(m[1]): (int(m[2]), path) for path in _files(folder) if (m := re.fullmatch(pattern, path.name))}
     totals = {total for total, _ in found.values()}
@@ -148,10 +148,10 @@ def _whole_series(folder: Path, stem: str) -> list[Path]:
 
 
 def _unfinished(folder: Path) -> str:
-    """The remedy: an interrupted download goes on, others begin anew."""
+    """The remedy: resume an interrupted download, else download again."""
     caches = [parent / ".cache" / "huggingface" for parent in (folder, *folder.parents[:3])]
     if any(next(cache.rglob("*.incomplete"), None) for cache in caches if cache.is_dir()):
-        return "run the download again: it was interrupted, and goes on where it ended"
+        return "run the download again: it was interrupted and will resume"
     return AGAIN
 
 
@@ -161,7 +161,7 @@ def _indexed(folder: Path, index: Path) -> WeightsFile:
     shards = []
     for shard in sorted(set(weight_map.values())):
         if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise UserError(f"{index} names the file {shard!r}", "a safetensors file beside it", AGAIN)
+            raise UserError(f"{index} names the file {shard!r}", "a safetensors file next to it", AGAIN)
         if not (folder / shard).is_file():
             found = f"{folder / shard} is missing"
             raise UserError(found, f"every shard that {index.name} names", _unfinished(folder))
@@ -186,7 +186,7 @@ def _together(shards: Iterable[tuple[Path, WeightsFile]]) -> WeightsFile:
 
 
 def _refuse_repeated_keys(index: Path) -> None:
-    """JSON readers take the last of two equal keys in silence; here they would name two shards for one tensor."""
+    """Refuse an index with repeated keys, which JSON readers silently reduce to the last."""
 
     def unique(pairs: list[tuple[str, Any]]) -> None:
         seen: set[str] = set()

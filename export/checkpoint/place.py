@@ -1,6 +1,6 @@
-"""Where a checkpoint is: a folder or a hub name, single files for some or all of its parts, or both.
+"""The location of a checkpoint: a folder or a hub name, single files for some or all of its parts, or both.
 
-Written as one string, since it stands in manifests: ``FOLDER``, ``owner/name@revision``, ``FOLDER,vae=FILE`` or
+Manifests store it as one string: ``FOLDER``, ``owner/name@revision``, ``FOLDER,vae=FILE`` or
 ``high_noise=FILE,low_noise=FILE,text_encoder=FILE,vae=FILE,tokenizer=FOLDER``.
 """
 
@@ -22,11 +22,11 @@ class Place:
 
     @classmethod
     def parse(cls, where: str | Path) -> "Place":
-        """Raises UserError where a part is named twice."""
+        """Parse the string form. Raises UserError if a part is named twice."""
         try:
             if Path(where).exists():
                 return cls(str(where))
-        except OSError:  # names of many files together are longer than a path may be
+        except OSError:  # several file names may exceed the length of a path
             pass
         whole, *rest = _SPLIT.split(str(where))
         parts, files = rest[::2], rest[1::2]
@@ -41,7 +41,7 @@ class Place:
 
 
 def listing(folder: Path, depth: int = 3) -> frozenset[str]:
-    """Names of the files and folders ("vae/") in ``folder``, relative to it, without hidden ones, to a ``depth``."""
+    """The relative names of the files and folders ("vae/") in ``folder``, without hidden ones, down to ``depth``."""
     found: set[str] = set()
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith("."):

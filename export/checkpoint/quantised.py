@@ -1,7 +1,8 @@
-"""Quantised files → plain tensors: every key is a tensor, a scale or a description, and no scale is left unapplied.
+"""Turn quantised files into plain tensors: every key is a tensor, a scale or a description, and all scales are applied.
 
-Publishers differ in the names of scales and in how they pack codes, not in what they mean (``docs/checkpoints.md``). A
-key without a role stays a tensor, and is refused later where the model has none of that name.
+Publishers use different names for scales and pack codes differently, but the meaning is the same
+(``docs/checkpoints.md``). A key without a role stays a tensor; the schema check refuses it if the model has none of
+that name.
 """
 
 import json
@@ -15,8 +16,8 @@ from export.files.decoded import CODES, Decoded, Mxfp8, Nvfp4, Scaled, Tensor
 from export.files.tensor_file import FLOAT8, Stored
 from wan22.errors import UserError
 
-MARKS = ("scaled_fp8", "spiece_model")  # keys beside the tensors
-ROLES = (  # by suffix; the first that fits counts
+MARKS = ("scaled_fp8", "spiece_model")  # keys that are not tensors
+ROLES = (  # by suffix; the first match counts
     (".weight._data", "codes"),
     (".weight._scale", "scale"),
     (".int8_weight", "codes"),
@@ -32,7 +33,7 @@ ROLES = (  # by suffix; the first that fits counts
     (".pre_quant_scale", "columns"),
     (".comfy_quant", "format"),
 )
-FOREIGN = {  # what a key gives away that has no formula here
+FOREIGN = {  # unsupported formats, by their keys
     ".weight.absmax": "bitsandbytes 4 bits",
     ".weight.quant_map": "bitsandbytes 4 bits",
     ".encoded_exponent": "DFloat11",
@@ -41,7 +42,7 @@ FOREIGN = {  # what a key gives away that has no formula here
     ".qweight": "AWQ or GPTQ",
     ".wscales": "Nunchaku (SVDQuant)",
 }
-CHECKED_MAX_BYTES = 2**20  # of scales before the work; values of all are checked while they are written
+CHECKED_MAX_BYTES = 2**20  # of scales to check in advance; all are checked again while being written
 UNSCALED = "use a bf16, fp16, fp8_scaled or GGUF version of the model"
 
 
@@ -57,12 +58,12 @@ def apply_scales(part: str, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """The tensors of ``part`` with scales applied.
 
     Raises:
-        UserError: a scale is missing, or no positive number, or the format has no formula here.
+        UserError: a scale is missing or not positive, or the format is not supported.
     """
     for key in tensors:
         for mark, kind in FOREIGN.items():
             if key.endswith(mark) or f"{mark}." in key:
-                raise UserError(f"{part}: {key}, so this is {kind}", "weights with a formula here", UNSCALED)
+                raise UserError(f"{part}: {key}, so this is {kind}", "a supported format", UNSCALED)
     found: dict[str, Tensor] = {}
     modules = _modules(tensors)
     formats = _formats(part, modules, metadata)
@@ -87,14 +88,14 @@ def _is_mark(key: str) -> bool:
 
 
 def _role(key: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """(module, role) of a key; "tensor" for one that is stored as it is."""
+    """The module and role of a key; "tensor" for one that is not quantised."""
     for suffix, role in ROLES:
         if key.endswith(suffix):
             return key.removesuffix(suffix), role
     module, _, leaf = key.rpartition(".")
     if leaf == "scale" and f"{module}.int8_weight" in tensors:
         return module, "scale"
-    if leaf == "alpha" and f"{module}.input_global_scale" in tensors:  # LightX2V's, no LoRA's
+    if leaf == "alpha" and f"{module}.input_global_scale" in tensors:  # LightX2V's, not a LoRA's
         return module, "second"
     tensor = tensors[key]
     coded = isinstance(tensor, Stored) and (tensor.dtype in CODES or tensor.dtype == np.uint8)
@@ -111,13 +112,13 @@ def _modules(tensors: Mapping[str, Tensor]) -> dict[str, _Module]:
             continue
         module = modules.setdefault(name, _Module())
         if role in module.keys and role != "activation":
-            raise UserError(f"{key} beside {module.keys[role]}", f"one {role} of {name}", "download the file again")
+            raise UserError(f"{key} and {module.keys[role]}", f"only one {role} of {name}", "download the file again")
         module.keys[role], module.stored[role] = key, tensor
     return modules
 
 
 def _formats(part: str, modules: Mapping[str, _Module], metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """ComfyUI's description of each module: from its own tensor, or from the header, where names may have a prefix."""
+    """ComfyUI's description of each module, from its tensor or from the header, where names may have a prefix."""
     found: dict[str, dict[str, Any]] = {}
     try:
         content = json.loads(metadata.get("_quantization_metadata", "{}"))
@@ -157,7 +158,7 @@ def _decode(part: str, name: str, module: _Module, description: Mapping[str, Any
 
 
 def _entering(part: str, module: _Module) -> Stored | None:
-    """ModelOpt's static scale of the inputs. ComfyUI's ``scale_input`` is none: most files have 1 there."""
+    """ModelOpt's static scale of the inputs. ComfyUI's ``scale_input`` is not used: it is 1 in most files."""
     key, stored = module.keys.get("activation", ""), module.stored.get("activation")
     if stored is None or not key.endswith(".input_scale") or np.prod(stored.shape, dtype=np.int64) != 1:
         return None

@@ -1,8 +1,7 @@
-"""What a -Diffusers checkpoint says of sampling: the boundary in ``model_index.json``, and its scheduler's config.
+"""The sampling settings of a -Diffusers checkpoint: the boundary in ``model_index.json``, and its scheduler's config.
 
-The checkpoint is believed, with a warning where it contradicts the release that it has the dimensions of. One value is
-not: the converter from the official layout writes a ``flow_shift`` of its own, which no release is sampled with
-(wan22.md §0.2).
+The checkpoint's values apply, with a warning if they contradict the release with its dimensions. One value is ignored:
+the ``flow_shift`` written by the converter from the official layout, which no release is sampled with (wan22.md §0.2).
 """
 
 from dataclasses import replace
@@ -25,13 +24,13 @@ SOLVERS: dict[str, SolverName] = {
 
 
 class StatedBoundary(msgspec.Struct):
-    """Of ``model_index.json``."""
+    """``model_index.json``."""
 
     boundary_ratio: float | None = None
 
 
 class SchedulerConfig(msgspec.Struct):
-    """``scheduler/scheduler_config.json``; Euler's shift is called ``shift``, that of the others ``flow_shift``."""
+    """``scheduler/scheduler_config.json``; Euler's shift is called ``shift``, the others' ``flow_shift``."""
 
     class_name: str = msgspec.field(name="_class_name", default="")
     flow_shift: float | None = None
@@ -45,10 +44,10 @@ def converter_shift(spec: ModelSpec) -> float:
 
 
 def stated_sampling(index: Path, spec: ModelSpec) -> SamplingSpec:
-    """The sampling of ``spec`` with what the -Diffusers checkpoint of that ``model_index.json`` states.
+    """The sampling of ``spec`` with the values of the -Diffusers checkpoint of ``model_index.json`` at ``index``.
 
     Raises:
-        UserError: a boundary outside 0…1, a shift that is not positive, timesteps that are not counted to 1000.
+        UserError: a boundary outside 0…1, a shift that is not positive, another number of timesteps than 1000.
     """
     stated: dict[str, Any] = _boundary(index, spec) | _scheduler(index.parent / SCHEDULER_CONFIG, spec)
     for name, value in stated.items():
@@ -70,7 +69,7 @@ def _boundary(path: Path, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _scheduler(path: Path, spec: ModelSpec) -> dict[str, Any]:
-    """Solver and shift, as far as the config states some that this project has."""
+    """The solver and shift from the config, if this project supports them."""
     if not path.is_file():
         return {}
     config = read_config(path, SchedulerConfig)

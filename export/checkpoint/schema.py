@@ -1,8 +1,8 @@
 """Every tensor of a Wan2.2 checkpoint: official name → shape, derived from the spec (wan22.md §1.2, §1.4, §3, §4).
 
-One table for three uses: what ``synth`` writes, what ``checkpoint`` demands, what the export modules are filled with.
-Names are those of the official release; both layouts are read into them. The order is the order of execution, so a
-checkpoint streamed in this order touches its files front to back.
+``synth`` writes these tensors, ``checkpoint`` requires them, and the export's graphs use them. Names are those of the
+official release, to which all layouts are mapped. The order is that of execution, so streaming a checkpoint in this
+order reads its files front to back.
 """
 
 import itertools
@@ -17,11 +17,11 @@ DIT_LINEARS_PER_BLOCK = (
     *(f"cross_attn.{name}" for name in "qkvo"),
     "ffn.0",
     "ffn.2",
-)  # what LoRAs and quantisation speak about
+)  # the linears that LoRAs and quantisation change
 
 
 def part_tensors(part: str, spec: ModelSpec) -> Shapes:
-    """Tensors of one part of a checkpoint: an expert of ``spec`` (or "dit"), "text_encoder" or "vae"."""
+    """The tensors of one part of a checkpoint: an expert of ``spec`` (or "dit"), "text_encoder" or "vae"."""
     if part == "text_encoder":
         return text_encoder_tensors(spec.text_encoder)
     if part == "vae":
@@ -113,9 +113,9 @@ def _vae_decoder(spec: VaeSpec) -> Shapes:
 
 
 def vae_module(direction: str, spec: VaeSpec, stage: int, index: int) -> str:
-    """Official name of module ``index`` of a stage: numbered through in 2.1, nested in 2.2.
+    """The official name of module ``index`` of a stage: consecutive numbers in 2.1, nested in 2.2.
 
-    ``direction`` is "downsamples" or "upsamples"; the resampling follows the stage's residual blocks.
+    ``direction`` is "downsamples" or "upsamples"; resampling follows the stage's residual blocks.
     """
     if spec.residual:
         return f"{direction}.{stage}.{direction}.{index}"

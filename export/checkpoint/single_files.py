@@ -1,5 +1,6 @@
-"""Single files as ComfyUI, GGUF publishers and trainers hand them out: one for every part, in any folder, without
-configurations. What each is, is read off its tensors; which expert, off its name.
+"""Single files of ComfyUI, GGUF publishers and trainers: one for every part, in any folder, without configurations.
+
+A file's tensors identify its part, its name the expert.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,7 +31,7 @@ OPTIONS = {
     "text_encoder": "--text-encoder FILE",
     "vae": "--vae FILE",
 }
-CANDIDATES_MAX = 60  # files of a folder that are looked into
+CANDIDATES_MAX = 60  # most files of a folder to read
 
 
 def recognise(names: Iterable[str]) -> bool:
@@ -40,7 +41,7 @@ def recognise(names: Iterable[str]) -> bool:
 
 
 def parts(folder: Path, given: Mapping[str, Path]) -> dict[str, Path]:
-    """The files of ``folder`` that can only be meant, each for its part; ``given`` are those that the user names."""
+    """The only matching file of ``folder`` for each part; ``given`` are the files that the user names."""
     names = sorted(name for name in listing(folder) if name.endswith(SUFFIXES))
     if len(names) > CANDIDATES_MAX:
         raise UserError(f"{folder} holds {len(names)} files of weights", "one model", _name_them(("high_noise", "vae")))
@@ -85,13 +86,11 @@ def _name_them(parts: Iterable[str]) -> str:
 
 
 def check_complete(files: Iterable[str]) -> None:
-    """Refuses named files that do not make a whole model."""
+    """Refuse named files that do not make a complete model."""
     files = set(files)
     experts = ("dit",) if "dit" in files else ("high_noise", "low_noise")
     if "dit" in files and files & {"high_noise", "low_noise"}:
-        raise UserError(
-            "--dit beside an expert", "one transformer, or a high-noise and a low-noise one", "leave one out"
-        )
+        raise UserError("--dit with an expert", "one transformer, or a high-noise and a low-noise one", "leave one out")
     if missing := [part for part in (*experts, "text_encoder", "vae") if part not in files]:
         found = f"no file for {', '.join(missing).replace('_', ' ')}"
         raise UserError(found, "a file for every part, or a checkpoint that has it", _name_them(missing))

@@ -1,4 +1,4 @@
-"""Which model the configurations of a checkpoint make together, and what shapes tell where there is none."""
+"""Derive a model's spec from a checkpoint's configurations, or from shapes if there are none."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def refuse_differing(paths: Sequence[Path], configs: Sequence[msgspec.Struct]) -> None:
-    """Both experts must be of one structure, since they share one graph."""
+    """Refuse experts of different structure, since they share one graph."""
     for path, config in zip(paths, configs, strict=True):
         for field in config.__struct_fields__:
             found, expected = getattr(config, field), getattr(configs[0], field)
@@ -36,7 +36,7 @@ def refuse_differing(paths: Sequence[Path], configs: Sequence[msgspec.Struct]) -
 
 
 def release_that_takes(*, clean_first_frame: bool, condition: bool) -> ModelSpec:
-    """The release whose transformer has these inputs; anything else that does not fit is refused later."""
+    """The release whose transformer has these inputs; other differences are refused later."""
     alike = [spec for spec in RELEASED.values() if spec.takes.clean_first_frame == clean_first_frame]
     return next((spec for spec in alike if (spec.takes.mask_channels > 0) == condition), alike[0])
 
@@ -52,9 +52,9 @@ def assembled(base: ModelSpec, experts: int, dit: DitSpec, text: TextEncoderSpec
         found = f"transformer with {dit.in_channels} input and {dit.out_channels} output channels"
         raise UserError(found, f"{channels[0]} and {channels[1]} for {base.task} and this VAE", f"use {RELEASES}")
     if dit.text_width != text.width:
-        raise UserError(f"text encoder of width {text.width}", f"{dit.text_width}", "use that of this model")
+        raise UserError(f"text encoder of width {text.width}", f"{dit.text_width}", "use this model's text encoder")
     if dit.width % dit.heads or dit.head_width % 2:
-        raise UserError(f"{dit.heads} heads for width {dit.width}", "an even width per head", "mend config.json")
+        raise UserError(f"{dit.heads} heads for width {dit.width}", "an even width per head", "fix config.json")
     dit = replace(dit, time_rows=base.dit.time_rows)
     return named_after_dimensions(replace(base, dit=dit, text_encoder=text, vae=vae))
 
@@ -64,12 +64,12 @@ def experts_of(parts: Iterable[str]) -> tuple[str, ...]:
 
 
 def lies_in(folder: Path, tensors: Tensors) -> bool:
-    """Whether a part was read from the checkpoint's folder, whose configuration speaks of it."""
+    """True if a part was read from the checkpoint's folder, whose configuration describes it."""
     return any(tensor.path.is_relative_to(folder) for tensor in tensors.values())
 
 
 def dit_from_shapes(tensors: Tensors) -> DitSpec:
-    """The transformer whose tensors, under official names, are ``tensors``; all releases have heads of 128."""
+    """The transformer with ``tensors``, under official names; all releases have heads of width 128."""
     width, channels = _shape("transformer", tensors, "patch_embedding.weight", 5)[:2]
     ffn_width = _shape("transformer", tensors, "blocks.0.ffn.0.weight", 2)[0]
     rows = _shape("transformer", tensors, "head.head.weight", 2)[0]
@@ -86,13 +86,13 @@ def dit_from_shapes(tensors: Tensors) -> DitSpec:
 
 
 def release_of(dit: DitSpec) -> ModelSpec:
-    """The release with a transformer of these channels."""
+    """The release whose transformer has the channels of ``dit``."""
     first_frame = dit.in_channels == TI2V_5B.dit.in_channels
     return release_that_takes(clean_first_frame=first_frame, condition=dit.condition_channels > 0)
 
 
 def text_encoder_from_shapes(tensors: Tensors) -> TextEncoderSpec:
-    """The umt5 encoder whose tensors, under official names, are ``tensors``; layers are counted."""
+    """The umt5 encoder with ``tensors``, under official names."""
     vocab, width = _shape("text_encoder", tensors, "token_embedding.weight", 2)
     inner, _ = _shape("text_encoder", tensors, "blocks.0.attn.q.weight", 2)
     ffn_width, _ = _shape("text_encoder", tensors, "blocks.0.ffn.fc1.weight", 2)
@@ -102,7 +102,7 @@ def text_encoder_from_shapes(tensors: Tensors) -> TextEncoderSpec:
 
 
 def vae_from_shapes(tensors: Tensors) -> VaeSpec:
-    """The VAE whose tensors, under official names, are ``tensors``; 2.2 is told by its nested stages."""
+    """The VAE with ``tensors``, under official names; nested stages identify generation 2.2."""
     nested = any(name.startswith("decoder.upsamples.0.upsamples.") for name in tensors)
     base = (TI2V_5B if nested else T2V_A14B).vae
     channels = _shape("vae", tensors, "conv2.weight", 5)[0]

@@ -1,6 +1,6 @@
-"""Names of tensors in single files, which may be any publisher's → official names.
+"""Map tensor names in single files of any publisher to official names.
 
-Which names a part can have depends on its layers alone, and on the generation of a VAE, so this needs no configuration.
+The possible names depend only on the number of layers and the VAE's generation, so no configuration is needed.
 """
 
 import re
@@ -17,7 +17,7 @@ LAYERS_MAX = 1000
 
 
 def name_officially(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` under official names; what has none keeps its own, and is refused later."""
+    """Map names to official ones. Unknown names are kept, so that the schema check reports them."""
     spec = _model_like(part, tensors)
     names = {theirs: name for name, theirs in diffusers_names(part, spec).items()}
     if part == "text_encoder":
@@ -28,7 +28,7 @@ def name_officially(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _model_like(part: str, tensors: Mapping[str, Tensor]) -> ModelSpec:
-    """A model whose ``part`` has the names of ``tensors``; its widths mean nothing."""
+    """A model whose ``part`` has the names of ``tensors``, with arbitrary widths."""
     nested = any(".upsamples.0.upsamples." in name or ".upsampler." in name for name in tensors)
     spec = TI2V_5B if part == "dit" or (part == "vae" and nested) else T2V_A14B
     numbers = {int(match[1]) for name in tensors if (match := _LAYER.match(name))}

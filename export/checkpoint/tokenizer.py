@@ -1,14 +1,13 @@
-"""The tokenizer of a checkpoint: the folder with ``tokenizer.json``, or one made from SentencePiece's model.
+"""The tokenizer of a checkpoint: the folder with ``tokenizer.json``, or one converted from SentencePiece's model.
 
-ComfyUI's text encoders carry that model as a tensor, slow tokenizers as ``spiece.model``. Its pieces, scores and
-compiled normalisation are all that a Unigram tokenizer of ``tokenizers`` needs.
+ComfyUI's text encoders store that model as a tensor, slow tokenizers as ``spiece.model``. Its pieces, scores and
+compiled normalisation suffice for a Unigram tokenizer of ``tokenizers``.
 """
 
 import atexit
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from export.files.decoded import Tensor
 from export.files.tensor_file import Stored, check_regular
 from export.files.weights_files import SUFFIXES, read_weights, refuse_stand_in
 from wan22.errors import UserError, panics_as_errors
+from wan22.files import scratch_folder
 
 VOCABULARY, MODEL = "tokenizer.json", "spiece.model"
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
@@ -35,12 +35,12 @@ SPECIALS = {"eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
 
 
 def tokenizer_folder(place: Path | None, text_encoder: Path | None) -> Path:
-    """A folder with ``tokenizer.json``: that at ``place``, or a temporary one for this process.
+    """A folder with ``tokenizer.json``: the one at ``place``, or a temporary one for this process.
 
-    ``place`` is a folder or a ``spiece.model``; where it has neither file, the text encoder's may hold the model.
+    ``place`` is a folder or a ``spiece.model``; without either, the text encoder's file may contain the model.
 
     Raises:
-        UserError: there is none, or one that cannot be read.
+        UserError: there is no tokenizer, or it is unreadable.
     """
     if place is not None and place.is_file():
         return _convert(place.read_bytes(), str(place))
@@ -83,8 +83,9 @@ def _convert(model: bytes, source: str) -> Path:
             tokenizer = unigram(model)
     except (ValueError, TypeError, IndexError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: {error}", "SentencePiece's model of umt5", "download it again") from None
-    folder = Path(tempfile.mkdtemp(prefix="wan-trt-tokenizer-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    stack = ExitStack()
+    folder = stack.enter_context(scratch_folder("tokenizer"))
+    atexit.register(stack.close)
     tokenizer.save(str(folder / VOCABULARY))
     (folder / MODEL).write_bytes(model)
     for name, content in (("special_tokens_map.json", SPECIALS), ("tokenizer_config.json", SPECIALS | CONFIG)):
@@ -93,10 +94,10 @@ def _convert(model: bytes, source: str) -> Path:
 
 
 def unigram(model: bytes) -> Any:
-    """A ``tokenizers.Tokenizer`` of SentencePiece's ``model``, with T5's pipeline.
+    """A ``tokenizers.Tokenizer`` for SentencePiece's ``model``, with T5's pipeline.
 
     Raises:
-        ValueError: no such model, or no Unigram one.
+        ValueError: ``model`` is damaged, or not a Unigram model.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -118,7 +119,7 @@ def unigram(model: bytes) -> Any:
 
 
 def _parsed(model: bytes) -> tuple[list[tuple[str, float, int]], bytes, int]:
-    """Pieces with score and type, the compiled normalisation, and the type of model (1: Unigram).
+    """The pieces with score and type, the compiled normalisation, and the model's type (1: Unigram).
 
     The fields are those of sentencepiece_model.proto: pieces (1: piece, score, type), trainer (2; its field 3 is the
     type), normaliser (3; its field 2 is the compiled table).
@@ -142,7 +143,7 @@ def _parsed(model: bytes) -> tuple[list[tuple[str, float, int]], bytes, int]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and content of every field of a protocol buffer: numbers, or the bytes of anything else."""
+    """The number and content of every field of a protocol buffer: numbers, or the bytes of anything else."""
     place = 0
     while place < len(message):
         tag, place = _varint(message, place)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from wan22.bundle import File, refuse_existing
-from wan22.errors import DISK_FULL
+from wan22.errors import DAMAGED_JSON, DISK_FULL
 from wan22.files import claim, hidden_folder
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _readable(lines: list[bytes]) -> Iterator[File]:
     for line in lines:
         try:
             yield msgspec.json.decode(line, type=File)
-        except msgspec.DecodeError:
+        except DAMAGED_JSON:
             return
 
 
@@ -104,7 +104,7 @@ def resumable_folder(folder: Path, made_of: str, *, overwrite: bool = False) -> 
     Raises:
         UserError: see :func:`wan22.files.claim` and :func:`wan22.bundle.refuse_existing`.
     """
-    refuse_existing(folder, overwrite=overwrite)
+    refuse_existing(folder, "graphs", overwrite=overwrite)
     with claim(folder, resume=True) as claimed:
         claimed.new.mkdir(exist_ok=True)
         journal = Journal(claimed.folder / JOURNAL)

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from export.files.tensor_file import BFLOAT16, FLOAT8, HoleyFile, Pieces, Planned, Stored, check_regular
-from wan22.errors import UserError
+from wan22.errors import DAMAGED_JSON, UserError
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -66,7 +66,7 @@ def _parse(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         header = msgspec.json.decode(content)
         metadata = msgspec.convert(header.pop("__metadata__", {}), dict[str, str])
         entries = msgspec.convert(header, dict[str, _Entry])
-    except (msgspec.MsgspecError, AttributeError, UnicodeDecodeError, RecursionError) as error:
+    except (*DAMAGED_JSON, AttributeError) as error:
         _refuse(path, f"invalid header ({error})")
     tensors = {name: _locate(path, name, entry, start) for name, entry in entries.items()}
     end = max((t.offset + t.size_bytes for t in tensors.values()), default=start)

@@ -1,4 +1,4 @@
-"""The configuration of an adapter: scale, ranks and kind, as peft, diffusers and finetrainers write them."""
+"""The configuration of an adapter: scale, ranks and kind, in the formats of peft, diffusers and finetrainers."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from wan22.errors import UserError
+from wan22.errors import DAMAGED_JSON, UserError
 
 BESIDE = "adapter_config.json"  # peft
 IN_HEADER = "lora_adapter_metadata"  # diffusers; its keys begin with the transformer's name
@@ -18,7 +18,7 @@ KINDS = ("LORA", "LOHA", "LOKR")
 
 
 class AdapterConfig(msgspec.Struct):
-    """Without ``lora_alpha`` (``alpha`` for LoHa and LoKr) alpha is the rank."""
+    """An adapter's configuration. Alpha (``alpha`` for LoHa and LoKr, else ``lora_alpha``) defaults to the rank."""
 
     peft_type: str = "LORA"
     r: float | None = None
@@ -30,7 +30,7 @@ class AdapterConfig(msgspec.Struct):
     use_dora: bool = False
 
     def alpha_of(self, path: str) -> float | None:
-        """Alpha of a module; patterns are regular expressions for the end of its path, as in peft."""
+        """The alpha of a module; patterns are regular expressions for the end of its path, as in peft."""
         default = self.alpha if self.peft_type in ("LOHA", "LOKR") else self.lora_alpha
         return _first_match(self.alpha_pattern, path, default)
 
@@ -49,10 +49,10 @@ Configs = Mapping[str, AdapterConfig]  # by "transformer", "transformer_2"; "" f
 
 
 def read_configs(path: Path, metadata: Mapping[str, str]) -> tuple[Configs, list[str]]:
-    """The configurations of the adapter whose matrices are ``path``, and what the user must know of them.
+    """The configurations of the adapter with the matrices in ``path``, and warnings for the user.
 
     Raises:
-        UserError: one that is no configuration, or of a kind that has no formula here.
+        UserError: a configuration is invalid, or its kind is not supported.
     """
     found: dict[str, AdapterConfig] = {"": AdapterConfig()}
     warnings: list[str] = []
@@ -61,7 +61,7 @@ def read_configs(path: Path, metadata: Mapping[str, str]) -> tuple[Configs, list
         if _owns(path):
             found[""] = _config(path, BESIDE, _decoded(path, BESIDE, beside.read_bytes()))
         else:
-            warnings.append(f"LoRA {path}: {BESIDE} beside it is not read, since other weights lie there too")
+            warnings.append(f"LoRA {path}: {BESIDE} next to it is not read, because the folder has other weights too")
     if text := metadata.get(FINETRAINERS):
         found[""] = _config(path, FINETRAINERS, _decoded(path, FINETRAINERS, text.encode()))
         warnings.append(f"LoRA {path}: scaled as trained ({FINETRAINERS}); diffusers and ComfyUI scale it by 1")
@@ -77,13 +77,13 @@ def read_configs(path: Path, metadata: Mapping[str, str]) -> tuple[Configs, list
 
 
 def config_files(path: Path) -> list[Path]:
-    """Files beside ``path`` that decide how it is merged."""
+    """The files next to ``path`` that determine how it is merged."""
     beside = path.parent / BESIDE
     return [beside] if beside.is_file() and _owns(path) else []
 
 
 def _owns(path: Path) -> bool:
-    """Whether the configuration beside ``path`` is about it."""
+    """True if the configuration next to ``path`` belongs to it."""
     if path.stem.startswith("adapter_model"):
         return True
     return [file for file in path.parent.iterdir() if file.suffix in WEIGHT_SUFFIXES] == [path]
@@ -92,7 +92,7 @@ def _owns(path: Path) -> bool:
 def _decoded(path: Path, source: str, text: bytes) -> dict[str, Any]:
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except DAMAGED_JSON as error:
         _refuse(path, f"{source}: {error}")
 
 

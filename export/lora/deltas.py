@@ -1,6 +1,6 @@
-"""What a LoRA makes of a weight, by kind of decomposition; matrices are read from the file when they are needed.
+"""The change that a LoRA makes to a weight, by kind of decomposition. Matrices are read from the file when needed.
 
-Everything is computed in float32 by PyTorch. ``strength`` 1 gives the weight as trained, 0 the checkpoint's.
+PyTorch computes everything in float32. ``strength`` 1 gives the trained weight, 0 the checkpoint's.
 """
 
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ F32 = npt.NDArray[np.float32]
 class Delta(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that it changes; [out, all inputs] where the file does not say more."""
+        """The shape of the changed weight; [out, all inputs] if the file does not say more."""
 
     @property
     def shown(self) -> str:
         """The shapes in the file."""
 
     def merged(self, weight: F32, strength: float) -> F32:
-        """The weight with it."""
+        """``weight`` with the change at ``strength``."""
 
 
 class _Added:
-    """A difference."""
+    """A delta that is added to the weight."""
 
     def times(self, strength: float) -> F32:
         raise NotImplementedError
@@ -133,7 +133,7 @@ class Kronecker(_Added):
 
 @dataclass(frozen=True)
 class Whole:
-    """A tensor that takes the place of the checkpoint's."""
+    """A tensor that replaces the checkpoint's."""
 
     stored: Stored
 
@@ -152,8 +152,8 @@ class Whole:
 
 @dataclass(frozen=True)
 class Decomposed:
-    """DoRA: weight plus difference, scaled so that its rows (magnitude [out] or [out, 1]) or columns ([1, in]) have the
-    length that the magnitude gives.
+    """DoRA: weight plus difference, with rows (magnitude [out] or [out, 1]) or columns ([1, in]) scaled to the length
+    in ``magnitude``.
     """
 
     difference: LowRank | Hadamard | Kronecker
@@ -184,14 +184,14 @@ class Decomposed:
 
 
 def fits(delta: Delta, expected: tuple[int, ...]) -> bool:
-    """Whether ``delta`` has the shape of the tensor, products in its flat form [out, all inputs]."""
+    """True if ``delta`` has the shape of the tensor; products have its flat shape [out, all inputs]."""
     if isinstance(delta, (Full, Whole)):
         return delta.shape == expected
     return len(expected) > 1 and delta.shape == (expected[0], prod(expected[1:]))
 
 
 def _product_shape(left: Stored, right: Stored) -> tuple[int, ...]:
-    """Of ``left``·``right``, both flattened; () where they do not fit each other."""
+    """The shape of ``left``·``right``, both flattened; () if they do not match."""
     whole = min(len(left.shape), len(right.shape)) >= 2 and prod(left.shape[1:]) == right.shape[0]
     return (left.shape[0], prod(right.shape[1:])) if whole else ()
 

@@ -1,4 +1,4 @@
-"""A LoRA file → what it makes of which official weight; headers and alphas are read, the matrices stay in the file."""
+"""Read a LoRA file into deltas by official weight. Headers and alphas are read now, matrices when needed."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,10 +28,10 @@ Deltas = dict[str, list[Delta]]  # by official name
 
 @dataclass(frozen=True)
 class LoraFile:
-    """``deltas`` by the expert that the keys name, "" where they name none."""
+    """``deltas`` by the expert that the keys name, or ""."""
 
     deltas: Mapping[str, Deltas]
-    unmatched: Sequence[str]  # keys for which the transformers have no weight
+    unmatched: Sequence[str]  # keys without a weight in the transformers
     warnings: Sequence[str]
     metadata: Mapping[str, str]
 
@@ -47,7 +47,7 @@ def lora_file(path: Path) -> Path:
     """The file of matrices at ``path``, which may be the folder of an adapter.
 
     Raises:
-        UserError: a folder with none or with several.
+        UserError: the folder has no such file, or several.
     """
     if not path.is_dir():
         return path
@@ -65,7 +65,7 @@ def read_lora(path: Path, spec: ModelSpec) -> LoraFile:
     """The LoRA in the file ``path`` for the transformers of ``spec``.
 
     Raises:
-        UserError: no file or a damaged one, a decomposition without a formula here, shapes of another model.
+        UserError: the file is missing or damaged, the decomposition is not supported, or shapes differ from the model.
     """
     torch_file = path.suffix in WEIGHT_SUFFIXES[1:]
     tensors = read_torch(path) if torch_file else read_safetensors(path)
@@ -89,10 +89,10 @@ def read_lora(path: Path, spec: ModelSpec) -> LoraFile:
 def _modules(
     path: Path, tensors: Mapping[str, Stored], reader: KeyReader, configs: Mapping[str, AdapterConfig]
 ) -> tuple[dict[tuple[str, str], _Module], list[str]]:
-    """By expert and official name of the module, and the keys that mean nothing."""
+    """The modules by expert and official name, and the keys without a meaning."""
     meanings = {key: reader.read(key) for key in tensors}
     marks = {meaning.transformer for meaning in meanings.values() if meaning}
-    split = bool(marks & {"transformer_1", "transformer_2"})  # "transformer." alone may be either expert
+    split = bool(marks & {"transformer_1", "transformer_2"})  # else "transformer." may be either expert
     modules: dict[tuple[str, str], _Module] = {}
     for key, meaning in meanings.items():
         for mark, what in UNSUPPORTED.items():
@@ -113,7 +113,7 @@ def _modules(
 
 
 def _deltas(path: Path, module: _Module) -> Iterator[tuple[str, Delta]]:
-    """What of the module changes (".weight", ".bias", ".modulation") and to what."""
+    """The changes of the module: its leaf (".weight", ".bias", ".modulation") and the delta."""
     stored = module.stored
     for role, kind in ((Role.WHOLE, Whole), (Role.WHOLE_BIAS, Whole), (Role.WHOLE_MODULATION, Whole)):
         if role in stored:
@@ -148,11 +148,11 @@ def _difference(path: Path, module: _Module) -> LowRank | Hadamard | Kronecker |
         w1 = _side(path, module, (Role.LOKR_W1, Role.LOKR_W1_A, Role.LOKR_W1_B))
         w2 = _side(path, module, (Role.LOKR_W2, Role.LOKR_W2_A, Role.LOKR_W2_B))
         factored = [side for side in (w2, w1) if len(side) > 1]
-        if config.peft_type == "LOKR":  # peft scales all alike; for the others alpha means nothing without a rank
+        if config.peft_type == "LOKR":  # peft scales all; others ignore alpha without a rank
             return Kronecker(w1, w2, _scale(path, module, config.rank_of(module.path) or 0))
         return Kronecker(w1, w2, _scale(path, module, _rows(factored[0][1])) if factored else 1.0)
     if Role.ALPHA in stored:
-        _scale(path, module, 1)  # an alpha that belongs to nothing must make sense all the same
+        _scale(path, module, 1)  # checks even an alpha without matrices
     return None
 
 
@@ -172,7 +172,7 @@ def _rows(stored: Stored) -> int:
 
 
 def _scale(path: Path, module: _Module, rank: float) -> float:
-    """alpha/rank. No alpha, or an alpha of 0 as musubi-tuner writes it, stands for the rank itself."""
+    """alpha/rank. Alpha defaults to the rank, as does musubi-tuner's alpha of 0."""
     alpha = module.config.alpha_of(module.path)
     if stored := module.stored.get(Role.ALPHA):
         values = stored.read().astype(np.float64).ravel()
@@ -183,7 +183,7 @@ def _scale(path: Path, module: _Module, rank: float) -> float:
 
 
 def _other_channels(name: str, delta: Delta, shapes: Shapes) -> bool:
-    """A difference for the patches of another input: text-to-video LoRAs on image-to-video models have one."""
+    """True for a patch embedding of other input channels, as in text-to-video LoRAs on image-to-video models."""
     expected, found = shapes[name], delta.shape
     differ = isinstance(delta, Full) and name == "patch_embedding.weight" and len(found) == len(expected)
     return differ and found[1] != expected[1] and (found[0], *found[2:]) == (expected[0], *expected[2:])

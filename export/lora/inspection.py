@@ -1,4 +1,4 @@
-"""What a file or folder of weights is, and what an export would do with it, without exporting."""
+"""Describe a file or folder of weights and how an export would use it, without exporting."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -25,10 +25,10 @@ KIND_OF |= {Role.MAGNITUDE: "DoRA", Role.DIFF: "differences", Role.DIFF_BIAS: "d
 
 
 def inspect_weights(path: Path) -> list[dict[str, Any]]:
-    """One entry for a file or a checkpoint's folder, one for every file of weights of any other folder.
+    """One entry for a file or a checkpoint's folder, or one for every file of weights in another folder.
 
     Raises:
-        UserError: nothing there, or no weights.
+        UserError: ``path`` does not exist, or contains no weights.
     """
     if not path.exists():
         raise UserError(

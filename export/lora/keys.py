@@ -1,7 +1,7 @@
-"""What a key of a LoRA file means: which official module it changes, and how (wan22.md §8.1).
+"""Parse a key of a LoRA file into the official module that it changes, and how (wan22.md §8.1).
 
 All trainers share one grammar: prefixes, a module path (official or diffusers, with dots or underscores), a suffix. So
-a key is read by its parts, and files that mix dialects, as distilled LoRAs do, need no extra rule.
+keys are parsed part by part, and files of mixed dialects, such as distilled LoRAs, need no extra rule.
 """
 
 import re
@@ -21,7 +21,7 @@ class Role(StrEnum):
     DIFF = "diff"  # full deltas
     DIFF_BIAS = "diff_b"
     DIFF_MODULATION = "diff_m"
-    WHOLE = "whole weight"  # takes the place of the checkpoint's
+    WHOLE = "whole weight"  # replaces the checkpoint's
     WHOLE_BIAS = "whole bias"
     WHOLE_MODULATION = "whole modulation"
     HADA_W1_A = "hada_w1_a"  # LoHa
@@ -40,7 +40,7 @@ PAIR = frozenset({Role.DOWN, Role.UP, Role.UP_BIAS})
 HADA = frozenset(role for role in Role if role.startswith("hada"))
 LOKR = frozenset(role for role in Role if role.startswith("lokr"))
 
-# What of a module a role changes; ".weight" where nothing else is said.
+# The leaf of a module that a role changes; ".weight" by default.
 LEAF = {
     Role.UP_BIAS: ".bias",
     Role.DIFF_BIAS: ".bias",
@@ -48,7 +48,7 @@ LEAF = {
     Role.DIFF_MODULATION: ".modulation",
     Role.WHOLE_MODULATION: ".modulation",
 }
-# The first that fits counts: the longer spellings stand before those that they end with.
+# The first match counts, so longer spellings come before those that they end with.
 _SUFFIXES = (
     (r"\.lora_B(?:\.\w+)?\.bias", Role.UP_BIAS),
     (r"(?:\.lora_down|\.lora_A(?:\.\w+)?|[._]lora\.down|\.lora_linear_layer\.down)(?:\.weight)?", Role.DOWN),
@@ -69,7 +69,7 @@ _PREFIX = re.compile(
     r"|(?P<transformer>transformer(?:_[12])?)\."
     r"|lora_unet__?|lora_transformer_|lycoris_"
 )
-# Other decompositions: dropping such a key and merging the rest would give weights that nobody trained.
+# Other decompositions: dropping such a key and merging the rest would give wrong weights.
 UNSUPPORTED = {
     "lora_mid": "a LoRA with a third matrix (LoCon of Tucker form)",
     "hada_t": "a LoHa of Tucker form",
@@ -87,8 +87,8 @@ UNSUPPORTED = {
 class Meaning:
     module: str  # official, without ".weight"
     role: Role
-    path: str  # the module as the file calls it
-    transformer: str = ""  # "transformer", "transformer_1" or "transformer_2" where a prefix says so
+    path: str  # the module's name in the file
+    transformer: str = ""  # "transformer", "transformer_1" or "transformer_2" if a prefix names it
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class KeyReader:
         return cls({_underscored(theirs): name for name, theirs in (*names.items(), *zip(names, names, strict=True))})
 
     def read(self, key: str) -> Meaning | None:
-        """What ``key`` means, or None where the model has nothing of that name."""
+        """The meaning of ``key``; None if the model has no such weight."""
         transformer, whole = "", key.removeprefix("base_model.model.")
         while match := _PREFIX.match(key):
             key, transformer = key[match.end() :], match["transformer"] or transformer

@@ -1,8 +1,8 @@
-"""LoRAs merged into the weights while they stream, one tensor at a time: W' = W + strength·(alpha/rank)·(B·A), or what
-:mod:`export.lora.deltas` has for other kinds.
+"""Merge LoRAs into weights as they stream, one tensor at a time: W' = W + strength·(alpha/rank)·(B·A), or the formulas
+of :mod:`export.lora.deltas` for other kinds.
 
-Merging comes before any rounding or quantisation: in float32, into float32 (wan22.md §8.1). The product is torch's, so
-the merged weights equal a merge in PyTorch bit for bit.
+Merging happens in float32, before any rounding or quantisation (wan22.md §8.1). PyTorch computes the product, so the
+merged weights equal a merge in PyTorch bit for bit.
 """
 
 import math
@@ -31,8 +31,8 @@ WEIGHT_FILE = "|".join(re.escape(suffix) for suffix in WEIGHT_SUFFIXES)
 
 @dataclass(frozen=True)
 class LoraChoice:
-    """A LoRA as the user asks for it: a file, or the folder of an adapter. Without ``expert`` ("high" or "low") it goes
-    into the transformer that its keys, metadata or name speak for, into every transformer where they do not.
+    """A LoRA chosen by the user: a file, or the folder of an adapter. Without ``expert`` ("high" or "low") it is merged
+    into the transformer in its keys, metadata or name, or into every transformer if they name none.
     """
 
     path: Path
@@ -42,12 +42,12 @@ class LoraChoice:
 
 @dataclass(frozen=True)
 class Lora:
-    """An opened LoRA: what it makes of which official weights, by expert."""
+    """An opened LoRA: its deltas by expert and official weight."""
 
     choice: LoraChoice
     file: Path
     deltas: Mapping[str, Deltas]
-    unmatched: tuple[str, ...]  # keys that the model has no weight for
+    unmatched: tuple[str, ...]  # keys without a weight in the model
     warnings: tuple[str, ...]  # for the user, one line each
 
     @property
@@ -62,7 +62,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class MergedWeights:
-    """``Weights`` of ``expert`` with LoRAs in their order; what they change is made when it is read, in float32."""
+    """``Weights`` of ``expert`` with LoRAs in order; changed tensors are float32 and merged when read."""
 
     base: Weights
     loras: tuple[Lora, ...]
@@ -99,7 +99,7 @@ class MergedWeights:
 
 
 def parse_lora(argument: str) -> LoraChoice:
-    """Reads ``FILE.safetensors[@strength][:high|:low]``; FILE may be a .pt file or the folder of an adapter."""
+    """Parse ``FILE.safetensors[@strength][:high|:low]``; FILE may be a .pt file or the folder of an adapter."""
     match = re.fullmatch(rf"(.+(?:{WEIGHT_FILE}))(?:@([^:]*))?(?::(.*))?", argument)
     match = match or re.fullmatch(r"(.+?)(?:@([^@:/]*))?(?::([^:/]*))?", argument)
     if not match:
@@ -121,10 +121,11 @@ def _strength(argument: str, text: str) -> float:
 
 
 def open_lora(choice: LoraChoice, spec: ModelSpec, *, ignore_unmatched: bool = False) -> Lora:
-    """Opens a LoRA of any dialect for the transformers of ``spec``.
+    """Open a LoRA of any dialect for the transformers of ``spec``.
 
     Raises:
-        UserError: no file or a damaged one, a LoRA of another model or kind, keys without a weight to change.
+        UserError: the file is missing or damaged, the LoRA is for another model or of an unsupported kind, or keys have
+            no weight to change.
     """
     if not math.isfinite(choice.strength):
         raise UserError(f"LoRA {choice.path}: strength {choice.strength}", "a finite number", f"write {SYNTAX}")
@@ -136,7 +137,7 @@ def open_lora(choice: LoraChoice, spec: ModelSpec, *, ignore_unmatched: bool = F
     if content.unmatched:
         found = f"{len(content.unmatched)} keys without a weight in {spec.name}: {shown(content.unmatched)}"
         if not content.deltas or not ignore_unmatched:
-            remedy = _what_to_do(content) if content.deltas else "use a LoRA made for this model"
+            remedy = _remedy(content) if content.deltas else "use a LoRA made for this model"
             raise UserError(f"LoRA {file}: {found}", "keys of this model", remedy)
         warnings.append(f"LoRA {file}: left out {found}")
     if not content.deltas:
@@ -145,8 +146,8 @@ def open_lora(choice: LoraChoice, spec: ModelSpec, *, ignore_unmatched: bool = F
     return Lora(choice, file, deltas, tuple(content.unmatched), (*warnings, *notes))
 
 
-def _what_to_do(content: LoraFile) -> str:
-    """About keys without a weight; what to leave out with them where that leaves the transformer's part whole."""
+def _remedy(content: LoraFile) -> str:
+    """The remedy for keys without a weight."""
     leave = "with --lora-ignore-unmatched"
     if any("text_enc" in key or "lora_te" in key for key in content.unmatched):
         return f"it also changes a text encoder, which is not supported: merge the transformer's part {leave}"
@@ -158,7 +159,7 @@ def _what_to_do(content: LoraFile) -> str:
 def _by_expert(
     choice: LoraChoice, file: Path, content: LoraFile, spec: ModelSpec
 ) -> tuple[dict[str, Deltas], list[str]]:
-    """The deltas of every expert that the LoRA goes into, and what the user must know of that."""
+    """The deltas by the experts that the LoRA is merged into, and warnings for the user."""
     keyed = [SHORT[expert] for expert in content.deltas if expert]
     if len(spec.experts) == 1:
         if keyed:
@@ -167,11 +168,11 @@ def _by_expert(
         return {spec.experts[0]: content.deltas[""]}, []
     common = content.deltas.get("", {})
     if keyed:
-        wanted = [choice.expert] if choice.expert else sorted(keyed)
-        if not set(wanted) & set(keyed):
+        chosen = [choice.expert] if choice.expert else sorted(keyed)
+        if not set(chosen) & set(keyed):
             found = f"LoRA {file}: its keys are for the {keyed[0]}-noise expert"
             raise UserError(found, f":{keyed[0]}", f"leave :{choice.expert} off")
-        return {EXPERTS[short]: _join(common, content.deltas[EXPERTS[short]]) for short in wanted}, []
+        return {EXPERTS[short]: _join(common, content.deltas[EXPERTS[short]]) for short in chosen}, []
     name = expert_of_file(file, content.metadata)
     if choice.expert:
         return {EXPERTS[choice.expert]: common}, misplaced(file, [EXPERTS[choice.expert]], name)
@@ -187,7 +188,7 @@ def _join(first: Deltas, second: Deltas) -> Deltas:
 
 
 def merged(weights: Weights, loras: Sequence[Lora], expert: str) -> Weights:
-    """``weights`` of ``expert`` with those of ``loras`` added that are meant for it."""
+    """``weights`` of ``expert`` with those ``loras`` that are for it."""
     meant = tuple(lora for lora in loras if expert in lora.experts)
     return MergedWeights(weights, meant, expert) if meant else weights
 

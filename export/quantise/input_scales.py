@@ -47,7 +47,7 @@ def read_input_scales(path: Path, spec: ModelSpec) -> dict[str, Scales]:
             content if content.keys() and content.keys() <= set(spec.experts) else dict.fromkeys(spec.experts, content)
         )
         found = {expert: {name: _entry(entry) for name, entry in part.items()} for expert, part in parts.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         layout = isinstance(error, (KeyError, TypeError, AttributeError))
         reason = getattr(error, "strerror", None) or ("another layout" if layout else str(error))
         raise UserError(f"{path}: {reason}", "a JSON of input scales by linear", "write one with calibrate") from None

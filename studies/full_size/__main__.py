@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 PROGRAM = "python -m studies.full_size"
 MEMORY_LIMIT_BYTES = 2 * 10**9
 CP_SHARE = 0.6  # minimum throughput, as a share of cp's
+SYNC_SHARE = 0.03  # maximum time in syncs, as a share of an export's
 
 Figures = dict[str, Any]
 
@@ -143,9 +144,10 @@ def _merge(earlier: list[Figures], found: list[Figures]) -> list[Figures]:
 
 def _good(figures: Figures) -> bool:
     rates = [entry["share_of_cp"] >= CP_SHARE for entry in figures.get("throughput", ())]
+    syncs = [entry["sync_share"] <= SYNC_SHARE for entry in figures.get("throughput", ())]
     peaks = [entry["peak_rss_bytes"] <= MEMORY_LIMIT_BYTES for entry in figures.get("memory", ())]
     builds = [entry["peak_rss_bytes"] <= entry["limit_bytes"] for entry in figures.get("builds", ())]
-    return all([*rates, *peaks, *builds])
+    return all([*rates, *syncs, *peaks, *builds])
 
 
 def _graph_seconds(spec: ModelSpec) -> float:
@@ -175,11 +177,11 @@ def _throughput_table(figures: Figures) -> "Table":
     from rich.table import Table
 
     title = f"Export of dense blocks of {figures['model']} and cp of the checkpoint, bytes read and written"
-    table = Table("export", "blocks", "bytes", "export", "GB/s", "cp", "GB/s", "share", "lowest", title=title)
+    table = Table("export", "blocks", "bytes", "export", "GB/s", "cp", "GB/s", "share", "lowest", "syncs", title=title)
     for entry in figures["throughput"]:
         export = _seconds(entry["export_seconds"]), f"{entry['export_gb_s']:.2f}"
         cp = _seconds(entry["cp_seconds"]), f"{entry['cp_gb_s']:.2f}"
-        shares = f"{entry['share_of_cp']:.0%}", f"{min(entry['shares_of_cp']):.0%}"
+        shares = f"{entry['share_of_cp']:.0%}", f"{min(entry['shares_of_cp']):.0%}", f"{entry['sync_share']:.1%}"
         table.add_row(entry["case"], str(entry["layers"]), _from_to(entry), *export, *cp, *shares)
     return table
 

@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from unittest.mock import patch
 
 from studies.full_size.repacked import repack
+from wan22 import files
 from wan22.bundle import check_disk
 from wan22.memory import peak_rss_bytes
+from wan22.renames import sync_tree
 from wan22.specs import ModelSpec, Precision
 from wan_trt.console import bars, console
 
@@ -59,7 +62,7 @@ def memory_of(case: ExportCase, spec: ModelSpec, folder: Path) -> dict[str, Any]
             repack(checkpoint, spec, case.form)
         console.print(f"{case.name}, all of {spec.name} in sparse files")
         started = time.perf_counter()
-        peak = _export(checkpoint, bundle, case, sparse=True)
+        peak, _ = _export(checkpoint, bundle, case, sparse=True)
         seconds = time.perf_counter() - started
         sizes = {"checkpoint_bytes": _size(checkpoint), "bundle_bytes": _size(bundle)}
         return {"case": case.name, **sizes, "seconds": seconds, "peak_rss_bytes": peak}
@@ -94,26 +97,40 @@ def _remove_after(*folders: Path) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _export(checkpoint: Path, bundle: Path, case: ExportCase, *, sparse: bool) -> int:
-    """Export in a new process; returns its peak resident memory in bytes."""
+def _export(checkpoint: Path, bundle: Path, case: ExportCase, *, sparse: bool) -> tuple[int, float]:
+    """Export in a new process; returns its peak resident memory in bytes and the seconds that syncs took."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(_export_in_process, checkpoint, bundle, case, sparse).result()
 
 
-def _export_in_process(checkpoint: Path, bundle: Path, case: ExportCase, sparse: bool) -> int:
+def _export_in_process(checkpoint: Path, bundle: Path, case: ExportCase, sparse: bool) -> tuple[int, float]:
     from export.exporter import export_checkpoint
     from export.options import ExportOptions
 
-    with bars() as progress:
+    with bars() as progress, _timed_syncs() as seconds:
         export_checkpoint(checkpoint, bundle, ExportOptions(case.precision, link=case.link, sparse=sparse), progress)
-    return peak_rss_bytes()
+    return peak_rss_bytes(), sum(seconds)
+
+
+@contextmanager
+def _timed_syncs() -> Iterator[list[float]]:
+    """The seconds of every sync in the block; all outputs are synced by one function, which is replaced meanwhile."""
+    seconds: list[float] = []
+
+    def timed(path: Path) -> None:
+        started = time.perf_counter()
+        sync_tree(path)
+        seconds.append(time.perf_counter() - started)
+
+    with patch.object(files, "sync_tree", timed):
+        yield seconds
 
 
 def _time_export(checkpoint: Path, bundle: Path, case: ExportCase) -> dict[str, Any]:
     with _remove_after(bundle):
         _forget(checkpoint)
-        seconds, peak = _seconds(lambda: _export(checkpoint, bundle, case, sparse=False))
-        return {"seconds": seconds, "peak_rss_bytes": peak, "bundle_bytes": _size(bundle)}
+        seconds, (peak, syncs) = _seconds(lambda: _export(checkpoint, bundle, case, sparse=False))
+        return {"seconds": seconds, "sync_seconds": syncs, "peak_rss_bytes": peak, "bundle_bytes": _size(bundle)}
 
 
 def _cp_seconds(folder: Path, copy: Path) -> float:
@@ -134,6 +151,8 @@ def _compare_with_cp(
         "checkpoint_bytes": checkpoint_bytes,
         "bundle_bytes": bundle_bytes,
         "export_seconds": [run["seconds"] for run in runs],
+        "sync_seconds": [run["sync_seconds"] for run in runs],
+        "sync_share": statistics.median(run["sync_seconds"] / run["seconds"] for run in runs),
         "cp_seconds": list(cp_seconds),
         "export_gb_s": statistics.median(export_rates),
         "cp_gb_s": statistics.median(cp_rates),

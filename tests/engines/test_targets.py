@@ -87,7 +87,7 @@ def test_auto_points_a_gpu_outside_the_table_to_its_sibling(name):
 
 
 def test_a_gpu_that_nobody_listed_is_pointed_to_its_compute_capability():
-    with pytest.raises(UserError, match=r"--target sm103 has its compute capability"):
+    with pytest.raises(UserError, match=r"use --target sm103, of its compute capability"):
         detect([("NVIDIA B300", "10.3")])
 
 

@@ -134,7 +134,7 @@ def test_a_disk_too_small_is_told_before_any_work(tmp_path, tiny_checkpoint, mon
 
 
 def test_what_is_no_disk_is_told_as_such(tiny_checkpoint):
-    with pytest.raises(UserError, match="cannot write /proc/b: /proc is no disk"):
+    with pytest.raises(UserError, match="cannot write /proc/b: /proc is not on a disk"):
         export_checkpoint(tiny_checkpoint, Path("/proc/b"))
 
 

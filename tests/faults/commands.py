@@ -138,14 +138,16 @@ class Forking:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
         )  # fmt: skip
 
-    def run(self, words: list[object], kill_after_s: float | None = None, **disk: object) -> Ended:
-        """``disk``: see :mod:`tests.faults.forking`. A kill is SIGKILL to the command and what it has started."""
+    def run(
+        self, words: list[object], kill_after_s: float | None = None, kill_with: int = signal.SIGKILL, **disk: object
+    ) -> Ended:
+        """``disk``: see :mod:`tests.faults.forking`. The signal goes to the command and what it has started."""
         assert self._process.stdin and self._process.stdout
         asked = {"argv": [str(word) for word in words], "log": str(self.log), "tmp": str(self.tmp), **disk}
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         child, started = int(self._process.stdout.readline()), time.monotonic()
-        timer = threading.Timer(kill_after_s or 600, _kill, (child,))
+        timer = threading.Timer(kill_after_s or 600, _kill, (child, kill_with))
         timer.start()
         status, calls = json.loads(self._process.stdout.readline())
         seconds = time.monotonic() - started
@@ -157,9 +159,9 @@ class Forking:
         self._process.communicate()
 
 
-def _kill(child: int) -> None:
+def _kill(child: int, kill_with: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
+        os.killpg(child, kill_with)
 
 
 def make_inputs(forking: Forking, place: Path) -> Inputs:

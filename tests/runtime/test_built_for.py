@@ -128,7 +128,7 @@ def test_a_request_that_states_no_video_gets_one_that_the_bundle_makes(manifest,
         (
             engines_for(None, fixed=(832, 480, 81)),
             (832, 480, 17),
-            "a video of 832x480, 17 frames | expected 832x480, 81 frames, which the engines are made for | leave "
+            "a video of 832x480, 17 frames | expected 832x480, 81 frames, which the engines were built for | leave "
             "--size and --frames out",
         ),
     ],

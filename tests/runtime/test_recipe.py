@@ -6,10 +6,12 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 from runtime.recipe import Recipe, read_recipe
 from runtime.request import Request
+from runtime.video import TAG
 from wan22 import version
 from wan22.bundle import read_manifest
 from wan22.errors import UserError
@@ -87,7 +89,7 @@ RECIPE = Recipe("1", "m", "b", "x", "", (64, 48), 1, 16, 8, 5, "unipc", "officia
 
 @pytest.mark.parametrize("other", [Request("y"), Request(seed=4), Request(steps=3), Request(size=(32, 32))])
 def test_other_settings_beside_a_video_are_refused(other):
-    with pytest.raises(UserError, match="--again beside a prompt or settings"):
+    with pytest.raises(UserError, match="--again with a prompt or settings"):
         RECIPE.request(other)
 
 
@@ -107,7 +109,13 @@ def test_what_holds_no_recipe_is_refused(tmp_path, name, content, told):
         read_recipe(tmp_path / name)
 
 
-def test_a_picture_of_somebody_else_is_refused(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+@pytest.mark.parametrize(
+    "text", [None, "{", '{"wan_trt": "\xf6', "[" * 100_000], ids=["none", "cut", "latin-1", "deep"]
+)
+def test_a_picture_of_somebody_else_is_refused(tmp_path, text):
+    tags = PngInfo()
+    if text is not None:
+        tags.add_text(TAG, text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=tags)
     with pytest.raises(UserError, match="no settings in its metadata"):
         read_recipe(tmp_path / "a.png")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.built_for import completed
+from runtime.built_for import fill_defaults
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.schedule import make_schedule
@@ -52,8 +52,8 @@ def test_what_the_user_says_beats_the_preset():
 
 def test_a_boundary_goes_before_the_bundle_and_before_a_preset():
     asked = Request("x", boundary=0.99).completed(T2V_A14B)
-    assert [asked.switched(T2V_A14B).expert_at(t, 0) for t in (990, 989)] == ["high_noise", "low_noise"]
-    assert Request("x").completed(T2V_A14B).switched(T2V_A14B).expert_at(875) == "high_noise"
+    assert [asked.with_switch(T2V_A14B).expert_at(t, 0) for t in (990, 989)] == ["high_noise", "low_noise"]
+    assert Request("x").completed(T2V_A14B).with_switch(T2V_A14B).expert_at(875) == "high_noise"
     assert Request("x", preset="lightning", boundary=0.99).completed(T2V_A14B).switch_step is None
 
 
@@ -69,7 +69,7 @@ def test_a_bundle_samples_with_its_own_preset_until_another_is_asked_for(caplog)
     assert not caplog.messages
     official = Request("x", preset="official").completed(distilled)
     assert official == Request("x").completed(T2V_A14B)
-    assert "40 steps with guidance on a checkpoint that is distilled for lightx2v-4step" in caplog.text
+    assert "40 steps with guidance on a checkpoint distilled for lightx2v-4step" in caplog.text
 
 
 def test_a_list_of_noise_levels_takes_no_steps_beside_it():
@@ -165,11 +165,11 @@ def test_a_scale_of_all_experts_gives_way_to_that_of_one():
 def test_fixed_engines_give_size_and_frames_and_take_no_other(tiny_engines):
     fixed = (64, 48, 9)
     manifest = replace(open_bundle(tiny_engines, "engines").manifest, size=fixed)
-    complete = completed(Request("x"), manifest)
+    complete = fill_defaults(Request("x"), manifest)
     assert (complete.width, complete.height, complete.frames) == fixed
     for other in (Request("x", size=(48, 64)), Request("x", frames=5)):
-        with pytest.raises(UserError, match="64x48, 9 frames, which the engines are made for"):
-            completed(other, manifest)
+        with pytest.raises(UserError, match="64x48, 9 frames, which the engines were built for"):
+            fill_defaults(other, manifest)
 
 
 def test_a_request_without_a_prompt_is_refused():

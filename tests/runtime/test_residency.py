@@ -96,7 +96,7 @@ def test_the_readmes_cards_run_what_plan_says_they_can(card, spec, once):
         assert weights < memory.peak <= plan.needed["one-component"] <= plan.usable_vram_bytes
     assert memory.used == 0
     (line,) = said
-    assert line.startswith("residency one-component: takes ")
+    assert line.startswith("residency one-component: needs ")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import psutil
 
 from triton_repo.client import WanClient
 from triton_repo.repository import RepositoryOptions, write_repository
-from triton_repo.server import ServeOptions, Server, free_ports, is_ready, running
+from triton_repo.server import ServeOptions, Server, free_ports, is_ready, run_server
 from triton_repo.settings import Limits
 
 SMALL = {"width": 64, "height": 64, "num_frames": 5, "steps": 3}
@@ -84,6 +84,6 @@ def serving(installation, folder, engines, topology="owner", **limits):
             shutil.move(model, repository / model.name)
     options = ServeOptions("127.0.0.1", *free_ports(3), config_name="cpu" if topology == "bls" else "")
     enough = Limits(1, 1, longest_job_s=limits.get("longest_job_s", 60))
-    with running(installation, repository, enough, options, os.environ) as server:
+    with run_server(installation, repository, enough, options, os.environ) as server:
         server.wait_until_ready(within_s=120)
         yield Served(server)

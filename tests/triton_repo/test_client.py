@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 
 from runtime.request import Request
@@ -48,6 +49,7 @@ def test_a_server_that_is_not_there_is_named_with_what_to_check(scheme):
     assert error.value.reason.remedy.startswith("is a server running?")
 
 
+NOT_SERVED = {"exact_official": True, "schedule": "diffusers", "noise": np.zeros((16, 1, 8, 8), np.float32)}
 FULL = Request(
     prompt="a fox",
     negative_prompt="a dog",
@@ -73,9 +75,9 @@ def test_every_field_of_a_request_goes_over_the_wire_or_is_refused():
     bare = Request(image=b"another")  # without an image there is nothing to fit
     empty = inputs_of(bare)
     for field in fields(Request):
-        if field.name in ("exact_official", "schedule"):
-            with pytest.raises(UserError, match="exact_official or another schedule"):
-                inputs_of(replace(FULL, **{field.name: {"exact_official": True, "schedule": "diffusers"}[field.name]}))
+        if field.name in NOT_SERVED:
+            with pytest.raises(UserError, match="expected none of them"):
+                inputs_of(replace(FULL, **{field.name: NOT_SERVED[field.name]}))
         else:
             alone = inputs_of(replace(bare, **{field.name: getattr(FULL, field.name)}))
             changed = {name: value for name, value in alone.items() if value != empty[name]}
@@ -96,6 +98,11 @@ def test_strangers_are_told_inputs_and_not_options():
     assert failure.remedy == "use num_frames 5, negative_prompt and fit crop, or another width and height"
     assert failure.message == f"99 frames | expected 5 frames | {failure.remedy}"
     assert (failure.event()["code"], failure.event()["found"]) == ("INVALID_ARGUMENT", "99 frames")
+
+
+def test_strangers_are_not_told_to_run_a_command():
+    error = UserError("128x64 (in latents)", "64x64", "run wan-trt build with a --size and --frames that cover it")
+    assert Failure.of(error).remedy == "request a setting that this server supports"
 
 
 def test_a_refusal_repeats_only_the_beginning_of_a_request():

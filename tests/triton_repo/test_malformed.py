@@ -128,7 +128,7 @@ BAD = [
     ("t2v", {**PROMPT, "fps": int32(100_000)}, "fps 100000"),
     ("t2v", {**PROMPT, "progress_every": int32(0)}, "progress_every 0"),
     ("t2v", {**PROMPT, "seed": ("INT64", [-1])}, "seed -1"),
-    ("t2v", {**PROMPT, "deadline_unix_ms": ("INT64", [1])}, "a deadline that has passed"),
+    ("t2v", {**PROMPT, "deadline_unix_ms": ("INT64", [1])}, "a deadline in the past"),
     # types and shapes, which Triton itself refuses
     ("t2v", {**PROMPT, "steps": fp32(4)}, "data-type"),
     ("t2v", {**PROMPT, "steps": ("INT32", [4, 5])}, "shape"),
@@ -186,7 +186,7 @@ def test_a_model_that_the_server_does_not_have_is_named(server):
 @pytest.mark.parametrize("kind", ["application/json", "application/x-www-form-urlencoded"])
 def test_a_large_body_does_not_end_the_server(server, kind):
     """Of the second kind curl makes every body unless told otherwise."""
-    body = json.dumps({"prompt": "x", "width": 64, "height": 64, "steps": 0}).encode() + b" " * (24 * 2**20)
+    body = json.dumps({"prompt": "x", **SMALL, "steps": 0}).encode() + b" " * (24 * 2**20)
     address = f"{server.http}/v2/models/t2v/generate"
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(urllib.request.Request(address, body, {"Content-Type": kind}), timeout=60)

@@ -198,7 +198,7 @@ def test_the_model_is_told_where_the_pod_has_its_engines(container, tmp_path):
 
 
 def test_engines_in_a_pod_are_named_from_its_root(compiled, tmp_path):
-    with pytest.raises(UserError, match=r"engines at here \| expected a path from the root"):
+    with pytest.raises(UserError, match=r"engines at here \| expected an absolute path"):
         write_repository(compiled(), tmp_path / "repository", RepositoryOptions(engines_at="here"))
     assert not (tmp_path / "repository").exists()
 

@@ -12,7 +12,7 @@ from triton_repo import probe
 from triton_repo.client import JobError
 from triton_repo.installation import Installation
 from triton_repo.repository import write_repository
-from triton_repo.server import ServeOptions, free_ports, running
+from triton_repo.server import ServeOptions, free_ports, run_server
 from triton_repo.settings import Limits
 from wan22.bundle import MANIFEST
 from wan22.errors import UserError
@@ -56,7 +56,7 @@ def test_a_started_server_serves_again_where_a_killed_one_left_its_memory(instal
         server.process.wait()
         assert server.regions()
         options = ServeOptions("127.0.0.1", *free_ports(3))
-        with running(installation, tmp_path / "repository", Limits(1, 1), options, os.environ) as again:
+        with run_server(installation, tmp_path / "repository", Limits(1, 1), options, os.environ) as again:
             again.wait_until_ready(within_s=120)
             with Served(again).client() as client:
                 assert client.generate("x", **SMALL).video
@@ -94,7 +94,7 @@ def test_sigterm_in_topology_bls_ends_the_running_job_and_says_why(installation,
 def refusal(capfd, installation, repository):
     """What the log says when the server of a repository does not come up."""
     options = ServeOptions("127.0.0.1", *free_ports(3))
-    with running(installation, repository, Limits(1, 1), options, os.environ) as server:
+    with run_server(installation, repository, Limits(1, 1), options, os.environ) as server:
         with pytest.raises(UserError, match="before it was ready") as error:
             server.wait_until_ready(within_s=120)
         server.stop()
@@ -133,7 +133,7 @@ def test_engines_that_are_not_those_that_were_packed_do_not_load(copy, installat
 def test_a_server_that_would_listen_everywhere_or_is_none_is_not_started(tmp_path, address, told):
     (tmp_path / "program").touch()
     options = ServeOptions(address, *free_ports(3))
-    started = running(Installation(tmp_path / "program"), tmp_path, Limits(1, 1), options, os.environ)
+    started = run_server(Installation(tmp_path / "program"), tmp_path, Limits(1, 1), options, os.environ)
     with pytest.raises(UserError, match=told), started:
         pass
 
@@ -141,7 +141,7 @@ def test_a_server_that_would_listen_everywhere_or_is_none_is_not_started(tmp_pat
 def test_a_taken_port_is_told(installation, tiny_engines, tmp_path):
     with serving(installation, tmp_path, {"wan22": tiny_engines}) as server:
         processes = psutil.Process().children(recursive=True)
-        started = running(installation, tmp_path, Limits(1, 1), server.options, os.environ)
+        started = run_server(installation, tmp_path, Limits(1, 1), server.options, os.environ)
         with pytest.raises(UserError, match="expected a free port"), started:
             pass
         assert psutil.Process().children(recursive=True) == processes

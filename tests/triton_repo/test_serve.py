@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -56,6 +55,12 @@ class Serve:
         """tritonserver, its stub, and what watches over that."""
         return psutil.Process(self.command.pid).children(recursive=True)
 
+    def regions(self):
+        """``regions()`` afterwards → what there is in shared memory of the server that runs now."""
+        words = self.processes()[0].cmdline()
+        (prefix,) = (word.rpartition("=")[2] for word in words if "shm-region-prefix-name" in word)
+        return lambda: sorted(SHARED_MEMORY.glob(f"{prefix}*"))
+
     def client(self):
         return WanClient(f"127.0.0.1:{self.grpc}")
 
@@ -89,23 +94,18 @@ def gone(processes):
     return not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
-@contextmanager
-def nothing_left_in_shared_memory():
-    before = set(SHARED_MEMORY.glob("wan22_*"))
-    yield
-    assert set(SHARED_MEMORY.glob("wan22_*")) <= before
-
-
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_says_one_line_when_it_is_ready_and_ends_at_a_signal(serve, sent):
-    with nothing_left_in_shared_memory():
-        server = serve().wait_for("is ready")
-        with server.client() as client:
-            assert client.generate("x", **SMALL).video
-        metrics = probe.read(f"http://127.0.0.1:{server.metrics}/metrics")
-        assert (list(probe.troubles(metrics)), probe.work(metrics)) == ([], 0)
-        server.command.send_signal(sent)
-        assert server.exit_code() == 0
+    server = serve().wait_for("is ready")
+    regions = server.regions()
+    assert regions()
+    with server.client() as client:
+        assert client.generate("x", **SMALL).video
+    metrics = probe.read(f"http://127.0.0.1:{server.metrics}/metrics")
+    assert (list(probe.troubles(metrics)), probe.work(metrics)) == ([], 0)
+    server.command.send_signal(sent)
+    assert server.exit_code() == 0
+    assert regions() == []
     ready, stopping = server.lines
     assert ready == f"wan22 is ready: wan-trt client 127.0.0.1:{server.grpc} PROMPT -o out.mp4"
     assert stopping.startswith("stopping: ")
@@ -152,31 +152,31 @@ def test_idle_connections_alone_do_not_hold_a_server(serve):
 
 
 def test_a_second_ctrl_c_ends_everything_at_once(serve):
-    with nothing_left_in_shared_memory():
-        server = serve().wait_for("is ready")
-        processes = server.processes()
-        with server.client() as client:
-            jobs = [client.submit({"prompt": "x", **ENDLESS}) for _ in range(2)]
-            next(jobs[0].events())
-            server.command.send_signal(signal.SIGINT)
-            server.wait_for("Ctrl-C again")
-            server.command.send_signal(signal.SIGINT)
-            assert server.exit_code() == 130
-        assert gone(processes)
+    server = serve().wait_for("is ready")
+    processes, regions = server.processes(), server.regions()
+    with server.client() as client:
+        jobs = [client.submit({"prompt": "x", **ENDLESS}) for _ in range(2)]
+        next(jobs[0].events())
+        server.command.send_signal(signal.SIGINT)
+        server.wait_for("Ctrl-C again")
+        server.command.send_signal(signal.SIGINT)
+        assert server.exit_code() == 130
+    assert gone(processes)
+    assert regions() == []
     assert server.lines[-1].startswith("wan-trt: interrupted")
 
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_command_that_is_killed_takes_its_processes_along_and_the_next_one_its_memory(serve, busy):
-    with nothing_left_in_shared_memory():
-        server = serve().wait_for("is ready")
-        processes = server.processes()
-        with server.client() as client:
-            if busy:
-                next(client.submit({"prompt": "x", **ENDLESS}).events())
-            server.command.kill()
-            assert gone(processes)
-        remove_dead_servers()  # what the next one does first
+    server = serve().wait_for("is ready")
+    processes, regions = server.processes(), server.regions()
+    with server.client() as client:
+        if busy:
+            next(client.submit({"prompt": "x", **ENDLESS}).events())
+        server.command.kill()
+        assert gone(processes)
+    remove_dead_servers()  # what the next one does first
+    assert regions() == []
 
 
 def test_a_crash_of_the_server_ends_it_with_a_line_that_names_the_job(serve):
@@ -233,11 +233,9 @@ def test_nothing_is_run_from_the_working_folder(serve, tmp_path, monkeypatch):
 
 
 def test_shared_memory_is_for_its_user_alone(serve):
-    before = set(SHARED_MEMORY.glob("wan22_*"))
-    serve().wait_for("is ready")
-    mine = set(SHARED_MEMORY.glob("wan22_*")) - before
-    assert len(mine) >= 2
-    assert {path.stat().st_mode & 0o077 for path in mine} == {0}
+    regions = serve().wait_for("is ready").regions()()
+    assert len(regions) >= 2
+    assert {path.stat().st_mode & 0o077 for path in regions} == {0}
 
 
 def test_a_taken_port_is_told(serve):

@@ -14,16 +14,18 @@ from wan22.bundle import (
     MANIFEST,
     Build,
     Component,
+    File,
     Manifest,
     Source,
     Tensor,
     file_entry,
     kind_of,
     open_bundle,
+    refuse_existing,
     staged,
     write_manifest,
 )
-from wan22.errors import UserError
+from wan22.errors import UserError, refusing_disk_errors
 from wan22.specs import SPECS, Precision
 
 
@@ -105,7 +107,7 @@ def test_a_damaged_bundle_says_how_it_was_made(tmp_path, made_by, remedy):
 
 def test_another_kind_or_version_is_refused(tmp_path):
     write_bundle(tmp_path / "b")
-    with pytest.raises(UserError, match=r"kind graphs \| expected format 1, kind engines"):
+    with pytest.raises(UserError, match=r"b holds graphs \| expected engines, a folder made by wan-trt build"):
         open_bundle(tmp_path / "b", "engines")
     write_bundle(tmp_path / "c", format_version=99)
     with pytest.raises(UserError, match="format 99"):
@@ -138,13 +140,29 @@ def test_a_path_out_of_the_bundle_is_refused(tmp_path):
         open_bundle(tmp_path / "b", "graphs")
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "", "a\0b", "a b"])
+def test_a_component_that_would_name_files_elsewhere_is_refused(tmp_path, name):
+    made = write_bundle(tmp_path / "a")
+    write_bundle(tmp_path / "b", components=(replace(made.components[0], name=name),))
+    with pytest.raises(UserError, match="a component named"):
+        open_bundle(tmp_path / "b", "graphs")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "loop", "loop/file"])
+def test_a_path_that_no_disk_has_is_refused(tmp_path, path):
+    write_bundle(tmp_path / "b", tokenizer=(File(path, "0" * 64, 1),))
+    (tmp_path / "b" / "loop").symlink_to("loop")
+    with pytest.raises(UserError), refusing_disk_errors(""):
+        open_bundle(tmp_path / "b", "graphs")
+
+
 @pytest.mark.parametrize("target", ["nowhere", "empty"])
 def test_what_nothing_can_take_the_place_of_is_refused_before_the_work(tmp_path, target):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / target)
     with pytest.raises(UserError, match=r"link is a link .* name one inside it"), staged(tmp_path / "link"):
         raise AssertionError("it was begun")
-    with pytest.raises(UserError, match=r"/ is where a disk is mounted .* name one inside it"), staged(Path("/")):
+    with pytest.raises(UserError, match=r"/ is a mount point .* name one inside it"), staged(Path("/")):
         raise AssertionError("it was begun")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
 
@@ -160,6 +178,15 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     with staged(tmp_path / "b", overwrite=True) as temporary:
         (temporary / "new").touch()
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["new"]
+
+
+def test_a_bundle_is_not_overwritten_by_the_other_kind(tmp_path):
+    write_bundle(tmp_path / "onnx")
+    refuse_existing(tmp_path / "onnx", "graphs", overwrite=True)
+    with pytest.raises(UserError, match=r"onnx holds graphs \| expected engines, or a new folder"):
+        refuse_existing(tmp_path / "onnx", "engines", overwrite=True)
+    (tmp_path / "onnx" / "bundle.json").write_text("{")  # a damaged one may be replaced
+    refuse_existing(tmp_path / "onnx", "engines", overwrite=True)
 
 
 def test_an_edited_manifest_is_refused(tmp_path):
@@ -194,12 +221,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         open_bundle(tmp_path / "b", "graphs")
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"{", b"\xff", b'{"kind": "\xf6"}', b"[" * 100_000])
 def test_what_is_no_manifest_is_told_as_such(tmp_path, content):
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(UserError, match=r"bundle\.json: "):
         open_bundle(tmp_path, "graphs")
-    with pytest.raises(UserError, match="is no bundle"):
+    with pytest.raises(UserError, match="is not a bundle"):
         kind_of(tmp_path)
 
 
@@ -228,6 +255,6 @@ def test_whatever_is_edited_of_what_engines_are_for_is_refused(tmp_path, written
     assert changed != content
     path.write_bytes(changed)
     with pytest.raises(
-        UserError, match=r"edited: sha256 \w+… \| expected \w+… written in it \| run wan-trt build again"
+        UserError, match=r"edited: sha256 \w+… \| expected \w+… as recorded in it \| run wan-trt build again"
     ):
         open_bundle(tmp_path / "b", "engines")

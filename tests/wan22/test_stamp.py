@@ -2,8 +2,9 @@
 
 import pytest
 
+from wan22.errors import UserError
 from wan22.specs import Precision
-from wan22.stamp import Stamp, read_name
+from wan22.stamp import Stamp, check_stamp, read_name
 
 STAMP = Stamp("h100", Precision.FP8, ({"frames": (5, 5, 9), "height": (8, 8, 8)}, {"frames": (1, 1, 1)}))
 
@@ -20,6 +21,15 @@ def test_a_plan_without_a_name_of_ours_has_none(tmp_path, content):
     assert read_name(tmp_path / "plan") == ""
 
 
-def test_a_name_that_was_cut_short_is_not_taken_for_none(tmp_path):
-    (tmp_path / "plan").write_bytes(STAMP.name.encode()[:30])
-    assert read_name(tmp_path / "plan") == STAMP.name[:30]
+@pytest.mark.parametrize("name", [STAMP.name[:30], 'wan-trt {"target": ' + "[" * 100_000], ids=["cut short", "deep"])
+def test_a_damaged_name_is_not_taken_for_none(tmp_path, name):
+    (tmp_path / "plan").write_bytes(name.encode())
+    assert read_name(tmp_path / "plan") == name
+
+
+@pytest.mark.parametrize(
+    "rest", ["", "{", '{"target": "\udcf6"}', "[" * 100_000], ids=["empty", "cut", "not UTF-8", "deep"]
+)
+def test_a_damaged_stamp_is_refused(rest):
+    with pytest.raises(UserError, match="expected a stamp of this version"):
+        check_stamp("dit.plan", f"wan-trt {rest}", STAMP, "wan-trt build")

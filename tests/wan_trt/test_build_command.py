@@ -1,4 +1,4 @@
-"""``wan-trt build`` tells what it took and what it made."""
+"""``wan-trt build`` prints its time and memory, and the size of every engine."""
 
 from typer.testing import CliRunner
 
@@ -11,6 +11,6 @@ def test_time_memory_and_the_size_of_every_engine_are_told(tmp_path, tiny_bundle
     assert told.exit_code == 0, told.output
     manifest = open_bundle(tmp_path / "e", "engines").manifest
     assert f"{manifest.build.seconds:.1f} s" in told.output
-    assert f"{manifest.build.peak_rss_bytes / 1e9:.1f} GB of memory" in told.output.replace("\n", " ")
+    assert f"{manifest.build.peak_rss_bytes / 2**30:.2f} GiB of memory" in told.output.replace("\n", " ")
     for component in manifest.components:
         assert component.graph.path in told.output

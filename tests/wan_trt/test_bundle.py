@@ -47,14 +47,14 @@ def test_a_plan_is_taken_at_its_own_word(tmp_path, tiny_engines, verb):
     write_manifest(bundle.folder, replace(bundle.manifest, components=components, build=replace(build, target="a100")))
     accepted = run(*arguments)
     assert accepted.exit_code == 0
-    assert f"{plans[0].name}: no word in clear of what they were built for" in accepted.stdout
+    assert f"{plans[0].name}: no readable build target" in accepted.stdout
 
 
 @pytest.mark.parametrize("verb", ["verify", "pack"])
 def test_a_folder_that_is_no_bundle(tmp_path, verb):
     result = run(verb, tmp_path, *([tmp_path / "out"] if verb == "pack" else []))
     assert result.exit_code == 2
-    assert "is no bundle" in result.stderr
+    assert "is not a bundle" in result.stderr
 
 
 def test_pack_copies_what_the_manifest_names_and_no_link_to_other_files(tmp_path, tiny_bundle):

@@ -78,7 +78,7 @@ def test_a_folder_that_is_no_checkpoint(tmp_path, capsys):
 
 
 def test_an_engine_folder_is_not_an_onnx_bundle(tmp_path, tiny_engines, capsys):
-    assert "kind engines" in refused(capsys, "build", tiny_engines, tmp_path / "e")
+    assert "holds engines | expected graphs" in refused(capsys, "build", tiny_engines, tmp_path / "e")
 
 
 @pytest.mark.parametrize(
@@ -140,12 +140,12 @@ def test_numbers_that_are_out_of_the_world_are_the_parsers_to_refuse(option):
 def test_too_little_memory_is_told_in_one_line(tmp_path, tiny_engines, monkeypatch, capsys):
     import numpy as np
 
-    import runtime.pipeline
+    import runtime.request
 
-    monkeypatch.setattr(runtime.pipeline, "standard_normal", lambda *_: np.empty(2**55, np.uint8))
+    monkeypatch.setattr(runtime.request, "standard_normal", lambda *_: np.empty(2**55, np.uint8))
     told = refused(capsys, "generate", tiny_engines, "x", "-o", tmp_path / "o.mp4", "--size", "64x64", "--frames", "5")
     assert told.startswith("wan-trt: out of memory: Unable to allocate 32.0 PiB")
-    assert told.endswith("| ask for a smaller --size or fewer --frames")
+    assert told.endswith("| use a smaller --size or fewer --frames")
     assert not list(tmp_path.iterdir())
 
 

@@ -20,7 +20,7 @@ from wan22.specs import PUBLISHED, Precision
 from wan_trt.arguments import GROUPS, seed_of
 from wan_trt.cli import app
 from wan_trt.commands import presets
-from wan_trt.console import styled
+from wan_trt.console import apply_style
 
 
 def visible(group, path=()):
@@ -90,7 +90,7 @@ def test_help_and_tables_are_printed_in_any_encoding(encoding):
 
 def lines(renderable, width):
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(styled(renderable))
+    console.print(apply_style(renderable))
     return console.export_text().rstrip().count("\n")
 
 
@@ -126,7 +126,7 @@ def test_the_presets_fit_80_columns(monkeypatch):
 def test_numbers_stand_to_the_right():
     table = Table("name", "ms")
     table.add_row("high_noise", "29.5")
-    assert [column.justify for column in styled(table).columns] == ["left", "right"]
+    assert [column.justify for column in apply_style(table).columns] == ["left", "right"]
 
 
 def test_minus_one_draws_a_seed_and_prints_it(capsys):

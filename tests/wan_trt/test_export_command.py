@@ -62,7 +62,7 @@ def test_a_file_and_a_precision_for_one_part(tmp_path, tiny_checkpoint):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["CHECKPOINT", "OUT", "--high-noise", "fp8", "--high-noise", "bf16"], "--high-noise bf16 beside fp8"),
+        (["CHECKPOINT", "OUT", "--high-noise", "fp8", "--high-noise", "bf16"], "--high-noise bf16 after fp8"),
         (["CHECKPOINT", "OUT", "--high-noise", "fp9"], "--high-noise fp9 | expected a file, or one of fp32"),
         (["CHECKPOINT", "OUT", "--high-noise", "none.gguf"], "none.gguf does not exist"),
         (["CHECKPOINT", "OUT", "--revision", "main"], "--revision main | expected a hub name"),

@@ -10,16 +10,16 @@ from export.options import ExportOptions
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from tests.wan_trt.test_cli import refused, status
+from triton_repo.job_request import parse_request
 from triton_repo.loading import warm_up
 from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.settings import Limits
-from triton_repo.wanted import wanted
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.specs import SPECS
 
 FIXED = (128, 64, 9)
-TOLD = r"expected 128x64, 9 frames, which the engines are made for"
+TOLD = r"expected 128x64, 9 frames, which the engines were built for"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_default_video_is_that_of_the_graphs(fixed, tmp_path):
 @pytest.mark.parametrize("options", [["--size", "256x160"], ["--frames", "17"], ["--size", "64x64", "--frames", "5"]])
 def test_another_video_is_refused_in_one_line(fixed, tmp_path, capsys, options):
     line = refused(capsys, "generate", fixed, "x", "-o", tmp_path / "out.mp4", *options)
-    assert "expected 128x64, 9 frames, which the engines are made for" in line
+    assert "expected 128x64, 9 frames, which the engines were built for" in line
     assert not list(tmp_path.glob("out*"))
 
 
@@ -81,7 +81,7 @@ def test_a_server_warms_up_and_answers_in_the_same_words(fixed):
         warm_up(pipeline)
     limits = Limits.of(SPECS["t2v-a14b-tiny"])
     prompt = {"prompt": np.array([b"x"], np.object_)}
-    asked = wanted(prompt, manifest, limits).request
+    asked = parse_request(prompt, manifest, limits).request
     assert (asked.width, asked.height, asked.frames) == FIXED
     with pytest.raises(UserError, match=TOLD):
-        wanted(prompt | {"num_frames": np.array([5], np.int32)}, manifest, limits)
+        parse_request(prompt | {"num_frames": np.array([5], np.int32)}, manifest, limits)

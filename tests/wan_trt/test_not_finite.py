@@ -26,7 +26,7 @@ def test_generate_names_the_first_tensor_that_is_not_finite(tiny_engines, with_n
     options = ["-o", tmp_path / "o.mp4", "--size", "32x32", "--frames", 5, "--steps", 2, "--shift", 1]
     line = told_by(capsys, "generate", broken, "a fox", *options)
     assert line.startswith(f"wan-trt: {first}")
-    assert line.endswith("values are NaN or infinite | wan-trt validate tells engines and checkpoint apart")
+    assert line.endswith("values are NaN or infinite | run wan-trt validate to find the cause")
     assert set(tmp_path.iterdir()) == before
 
 

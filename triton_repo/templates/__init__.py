@@ -1,9 +1,9 @@
-"""The ``model.py`` of each kind of model, and how a repository gets it."""
+"""The ``model.py`` of each kind of model."""
 
 from pathlib import Path
 
 
 def place(template: str, version: Path) -> None:
-    """Writes the template of that name as ``model.py`` of the model version ``version``."""
+    """Write the template as ``model.py`` into the folder ``version`` of a model's version."""
     version.mkdir(parents=True)
     (version / "model.py").write_text(Path(__file__).with_name(f"{template}.py").read_text())

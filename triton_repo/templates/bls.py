@@ -1,4 +1,4 @@
-"""The whole model: the code is installed, the engines are other models of this repository."""
+"""The complete model: its code is installed, the engines are other models of this repository."""
 
 from triton_repo.bls import BlsPipeline as TritonPythonModel
 

@@ -1,4 +1,4 @@
-"""The whole model: the code is installed, the engine is where ``configs/cpu.pbtxt`` says."""
+"""The complete model: its code is installed, ``configs/cpu.pbtxt`` has the path of the engine."""
 
 from triton_repo.component import ComponentModel as TritonPythonModel
 

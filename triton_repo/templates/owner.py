@@ -1,4 +1,4 @@
-"""The whole model: the code is installed, the engines are where ``config.pbtxt`` says."""
+"""The complete model: its code is installed, ``config.pbtxt`` has the path of the engines."""
 
 from triton_repo.owner import Owner as TritonPythonModel
 

@@ -120,7 +120,7 @@ def _denoise(pipeline: Pipeline, work: Work, given: Conditions) -> Generator[Eve
         opened.append(Event("swap", name, seconds))
         return engine
 
-    schedule, spec = request.noise_schedule(), request.switched(pipeline.spec)
+    schedule, spec = request.noise_schedule(), request.with_switch(pipeline.spec)
     solver = make_solver(request.solver, schedule, request.seed)
     noise = request.initial_noise()
     for step in denoise(spec, expert, noise, given, request.guidance, schedule, solver):

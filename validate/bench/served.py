@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.built_for import completed
+from runtime.built_for import fill_defaults
 from runtime.generate import generate
 from runtime.pipeline import Pipeline
 from runtime.request import Request
@@ -24,7 +24,7 @@ from triton_repo.bls_repository import CPU
 from triton_repo.client import WanClient
 from triton_repo.installation import Installation
 from triton_repo.repository import RepositoryOptions, Topology, is_for_gpu, write_repository
-from triton_repo.server import ServeOptions, free_ports, running
+from triton_repo.server import ServeOptions, free_ports, run_server
 from validate.bench.machine import load_average, machine, versions
 from validate.bench.samples import Samples, in_turns
 from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
@@ -135,7 +135,7 @@ def bench_served(
     gates = read_gates(options.gate, "bench", (OVERHEAD, BEYOND_STEP)) if options.gate else TARGETS
     manifest = open_bundle(engines, "engines").manifest
     request = _request(options, manifest)
-    complete = completed(request, manifest)
+    complete = fill_defaults(request, manifest)
     facts = {
         "model": manifest.spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
         "frames": complete.frames, "steps": complete.steps, "runs": options.runs, "machine": machine(),
@@ -182,7 +182,7 @@ def _start_server(
     http, grpc, metrics = free_ports(3)
     serve = ServeOptions("127.0.0.1", http, grpc, metrics, variant, quiet=True)
     with (
-        running(installation, repository, written.limits, serve, environment) as server,
+        run_server(installation, repository, written.limits, serve, environment) as server,
         WanClient(f"127.0.0.1:{serve.grpc_port}") as client,
     ):
         server.wait_until_ready()

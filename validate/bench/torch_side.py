@@ -188,7 +188,7 @@ class TorchSide:
 
     def _denoise(self, texts: list[torch.Tensor]) -> Generator[Event, None, torch.Tensor]:
         """Yield steps and swaps of experts; return the final latents."""
-        request, spec = self._work.request, self._work.request.switched(self._work.spec)
+        request, spec = self._work.request, self._work.request.with_switch(self._work.spec)
         scheduler = scheduler_for(request)
         latents = torch.from_numpy(initial_noise(request)).to(self.device)
         for index, timestep in enumerate(scheduler.timesteps, 1):

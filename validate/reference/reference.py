@@ -20,6 +20,7 @@ from validate.reference.device import Residence
 from validate.reference.image import conditioning, pixels
 from validate.reference.parts import F32, I64, load_part, timesteps_of, to_numpy
 from validate.reference.precision import attention_of, dtype_of, lower_precision, onednn_convolutions
+from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.specs import TEXT_TOKENS, Precision
 
@@ -73,7 +74,11 @@ class Reference:
         if "tokenizer" not in self._parts:
             from transformers import AutoTokenizer
 
-            self._parts["tokenizer"] = AutoTokenizer.from_pretrained(str(self.checkpoint.tokenizer))
+            folder = self.checkpoint.tokenizer
+            try:
+                self._parts["tokenizer"] = AutoTokenizer.from_pretrained(str(folder))
+            except OSError as error:  # the library takes a folder that it cannot read for a name of the hub
+                raise UserError(f"{folder}: {error}", "a tokenizer that can be read", "check the disk") from error
         ids = self._parts["tokenizer"](_clean(prompt), truncation=True, max_length=TEXT_TOKENS)["input_ids"]
         return np.asarray([ids], np.int64)
 

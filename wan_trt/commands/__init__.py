@@ -1,1 +1,1 @@
-"""One file per subcommand; each has one function ``run``, whose parameters are the command's."""
+"""One file per subcommand, with a function ``run`` whose parameters are the command's."""

@@ -1,4 +1,4 @@
-"""``wan-trt bench``: time and memory of engines, beside PyTorch."""
+"""``wan-trt bench``: time and memory of engines, compared with PyTorch."""
 
 import json
 import os
@@ -19,42 +19,42 @@ if TYPE_CHECKING:
 
 Axis = Literal["frames", "size", "steps"]
 
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of a whole run; 4, or 10 with --triton.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of a run; by default 4, or 10 with --triton.")]
 Json = Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file; - prints it.")]
 
 
 def run(
     engines: given.Engines,
-    checkpoint: Annotated[str | None, typer.Argument(help="The checkpoint it came from: PyTorch runs beside.")] = None,
+    checkpoint: Annotated[str | None, typer.Argument(help="Their checkpoint, to measure PyTorch as well.")] = None,
     size: given.Size = None,
     frames: given.Frames = None,
     steps: Steps = None,
-    image: Annotated[Path | None, typer.Option(help="Image (I2V, TI2V); a built-in one unless given.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Its length decides the text encoder's work.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image (I2V, TI2V); by default a built-in one.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt; its length determines the text encoder's work.")] = None,
     seed: given.Seed = 0,
     runs: Annotated[
-        int | None, typer.Option(min=1, help="Timed runs of every piece; 5, or 10 of whole runs with --triton.")
+        int | None, typer.Option(min=1, help="Timed runs of every part; by default 5, or 10 full runs with --triton.")
     ] = None,
-    warmup: Annotated[int, typer.Option(min=1, help="Runs before them.")] = 1,
+    warmup: Annotated[int, typer.Option(min=1, help="Untimed runs before them.")] = 1,
     whole_runs: Annotated[int, typer.Option(min=0, help="Runs from prompt to frames.")] = 3,
-    only: Annotated[list[str] | None, typer.Option(help="Only this piece, such as vae_decoder; repeatable.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile as a third side.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Only this part, such as vae_decoder; repeatable.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also measure torch.compile.")] = False,
     residency: given.Residency = "auto",
     reference_device: given.ReferenceDevice = "auto",
-    memory: Annotated[bool, typer.Option(help="Measure peak memory, in processes of their own.")] = True,
-    compare: Annotated[Path | None, typer.Option(help="JSON of an earlier bench: show what got worse.")] = None,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each in a separate process.")] = True,
+    compare: Annotated[Path | None, typer.Option(help="JSON of an earlier bench, to list regressions.")] = None,
     gate: given.Gate = None,
     list_gates: given.ListGates = False,
-    sweep: Annotated[Axis | None, typer.Option(help="Time several of these instead, and fit the growth.")] = None,
-    values: Annotated[str | None, typer.Option(help="Of the sweep, with commas: 5,9,17 or 256x160,512x320.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture of the sweep, .png or .html.")] = None,
-    triton: Annotated[bool, typer.Option("--triton", help="Measure what a server adds to a run instead.")] = False,
+    sweep: Annotated[Axis | None, typer.Option(help="Time several values of this instead, and fit the growth.")] = None,
+    values: Annotated[str | None, typer.Option(help="Values of the sweep: 5,9,17 or 256x160,512x320.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot of the sweep, .png or .html.")] = None,
+    triton: Annotated[bool, typer.Option("--triton", help="Measure a server's overhead instead.")] = False,
     topology: given.Topology = "owner",
     output: Json = None,
 ) -> int:
-    """Measure time and memory of engines, beside PyTorch where a checkpoint is given.
+    """Measure time and memory of engines, and of PyTorch if a checkpoint is given.
 
-    Output to a pipe or file ends with one JSON object, with units in its keys; --json - prints it on a terminal too.
+    Output to a pipe or file ends with one JSON object, with units in its keys; --json - also prints it on a terminal.
     """
     request = given.request_from(locals())
     from validate.bench.work import RUNS, BenchOptions
@@ -101,9 +101,9 @@ def _check(
     gate: Path | None,
     compare: Path | None,
 ) -> None:
-    """Raises UserError for options that do not go together."""
+    """Raise UserError for options that do not go together."""
     if sweep is None and (values or plot):
-        raise UserError("--values or --plot", "a sweep that they belong to", "add --sweep frames, size or steps")
+        raise UserError("--values or --plot", "a sweep to apply them to", "add --sweep frames, size or steps")
     if sweep is not None and (gate or compare):
         raise UserError("--sweep with --gate or --compare", "one of them", "run the sweep on its own")
 

@@ -22,7 +22,7 @@ def run(
     timing_cache: Annotated[Path | None, typer.Option(help="Kernel timings to reuse and extend (TensorRT).")] = None,
     weights: Annotated[
         Literal["embedded", "external"],
-        typer.Option(help="Compiled into the engines, or inputs of one engine for both experts."),
+        typer.Option(help="Compile weights into the engines, or make them inputs of one engine for both experts."),
     ] = "embedded",
     overwrite: Overwrite = False,
 ) -> None:
@@ -34,9 +34,9 @@ def run(
         result = build_engines(bundle, engines, options, progress)
     build = result.manifest.build
     assert build is not None
-    told = (
+    summary = (
         f"{build.backend} {build.backend_version}, {build.seconds:.1f} s, {human_bytes(build.peak_rss_bytes)} of memory"
     )
-    console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {build.target} ({told}): {engines}")
+    console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {build.target} ({summary}): {engines}")
     sizes = {component.graph.path: component.graph.size_bytes for component in result.manifest.components}
     console.print(", ".join(f"{path} {human_bytes(size)}" for path, size in sizes.items()))

@@ -1,4 +1,4 @@
-"""``wan-trt bundle``: check a bundle, copy it so that it shares nothing, remove what killed commands left."""
+"""``wan-trt bundle``: verify, sign or copy a bundle, or remove leftovers of killed commands."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ from wan22.files import remove_leftovers
 from wan22.onnx_file import check_graphs
 from wan22.quantities import human_bytes
 from wan_trt.arguments import Overwrite
-from wan_trt.console import bars, console, tell_unread
+from wan_trt.console import bars, console, report_unstamped
 
 Made = Annotated[Path, typer.Argument(help="A bundle made by wan-trt export or build.", show_default=False)]
 
@@ -19,7 +19,7 @@ def verify(
     bundle: Made,
     key: Annotated[Path | None, typer.Option(help="Public Ed25519 key (PEM) that must have signed it.")] = None,
 ) -> None:
-    """Check every file of a bundle against the hashes of its manifest, and compiled plans against their targets."""
+    """Check the files of a bundle against the hashes in its manifest, and compiled plans against their targets."""
     from runtime.built_for import check_plans
 
     if key is not None:
@@ -28,7 +28,7 @@ def verify(
         check_signature(bundle, key)
     whole = open_bundle(bundle, kind_of(bundle), full_check=True)
     check_graphs(whole)
-    tell_unread(check_plans(whole))
+    report_unstamped(check_plans(whole))
     manifest = whole.manifest
     size_bytes = sum(file.size_bytes for file in manifest.files().values())
     console.print(f"{bundle}: {manifest.kind} of {manifest.spec.name}, {human_bytes(size_bytes)}, all hashes match")
@@ -46,24 +46,24 @@ def sign(
 
 def pack(
     bundle: Made,
-    folder: Annotated[Path, typer.Argument(help="Where to write the copy.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Folder to write the copy to.", show_default=False)],
     overwrite: Overwrite = False,
 ) -> None:
-    """Copy a bundle so that it shares no file with another one and can be moved."""
+    """Copy a bundle so that it shares no files with others and can be moved."""
     from runtime.built_for import check_plans
     from wan_trt.recipes.pack import pack
 
     with bars() as progress:
         packed = pack(bundle, folder, overwrite=overwrite, progress=progress)
-    tell_unread(check_plans(packed))
+    report_unstamped(check_plans(packed))
     size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     console.print(f"{human_bytes(size_bytes)}: {folder}")
 
 
 def clean(
-    folder: Annotated[Path, typer.Argument(help="The folder that holds the outputs.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="Folder with the outputs.")] = Path(),
 ) -> None:
-    """Remove what killed commands left in a folder and in the temporary folder, unfinished exports too."""
+    """Remove leftovers of killed commands, unfinished exports too, from a folder and the temporary folder."""
     removed = remove_leftovers(folder)
     for leftover, size_bytes in removed.items():
         console.print(f"{leftover}: {human_bytes(size_bytes)} removed")

@@ -16,19 +16,19 @@ def run(
         Path, typer.Option(help='Prompts: one a line, or {"prompt": ..., "image": ...}; "# " begins a comment.')
     ],
     negative_prompt: given.NegativePrompt = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's default unless given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; by default the model's.")] = None,
     size: given.Size = None,
     frames: given.Frames = None,
     seed: given.Seed = 0,
-    margin: Annotated[float, typer.Option(help="Factor over the largest input seen.", min=1, max=4)] = 1.1,
-    target: Annotated[str, typer.Option(help="What runs it, as in wan-trt build.")] = "cpu",
+    margin: Annotated[float, typer.Option(help="Factor applied to the largest measured input.", min=1, max=4)] = 1.1,
+    target: Annotated[str, typer.Option(help="Target to run it on, as in wan-trt build.")] = "cpu",
     means: Annotated[
         Path | None, typer.Option(help="Also write .safetensors for wan-trt export --input-means.")
     ] = None,
     residency: given.Residency = "auto",
     overwrite: given.Overwrite = False,
 ) -> None:
-    """Measure the largest inputs of all linears over prompts, which become static FP8 scales."""
+    """Run prompts and turn the largest inputs of all linear layers into static FP8 scales."""
     request = given.request_from(locals())
     from wan_trt.recipes.calibrate import CalibrateOptions, calibrate
 

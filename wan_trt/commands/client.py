@@ -1,4 +1,4 @@
-"""``wan-trt client``: a prompt to a running server → video."""
+"""``wan-trt client``: a prompt → video from a running server."""
 
 import math
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def run(
     url: Annotated[
-        str, typer.Argument(help="Host and gRPC port of the server; port 8001 unless given.", show_default=False)
+        str, typer.Argument(help="Host and gRPC port of the server; the port defaults to 8001.", show_default=False)
     ],
     prompt: given.Prompt,
     output: Annotated[Path, typer.Option("-o", "--output", help=".mp4, .webm, .npz, or .png or .jpg for one frame.")],
@@ -37,7 +37,7 @@ def run(
     preset: given.Preset = None,
     boundary: given.Boundary = None,
     steps: given.Steps = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Drawn by the server unless given.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed; by default a random one.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
     shift: given.Shift = None,
     guidance_high_noise: given.ExpertGuidance = None,
@@ -45,15 +45,16 @@ def run(
     guidance: given.Guidance = None,
     solver: given.Solver = None,
     deadline: Annotated[float, typer.Option(min=0.001, help="Seconds after which to give up.")] = math.inf,
-    urgent: Annotated[bool, typer.Option("--urgent", help="Go before jobs that are not.")] = False,
-    preview: Annotated[Path | None, typer.Option(help="JPEG to keep up to date while the video is made.")] = None,
-    model: Annotated[str, typer.Option(help="The name it is served under.")] = "wan22",
+    urgent: Annotated[bool, typer.Option("--urgent", help="Run before jobs that are not urgent.")] = False,
+    preview: Annotated[Path | None, typer.Option(help="JPEG that shows the video in progress.")] = None,
+    model: Annotated[str, typer.Option(help="Name of the served model.")] = "wan22",
 ) -> None:
     """Generate a video on a server; Ctrl-C cancels the job."""
-    from runtime.video import check_destination, renamed_at_end
+    from runtime.video import check_destination, check_no_source, renamed_at_end
     from triton_repo.wire import content_of
 
     check_destination(output, frames or 1)
+    check_no_source(output, image, last_image)
     width, height = given.size_of(size) or (None, None)
     settings: dict[str, Setting | None] = {
         "negative_prompt": negative_prompt,
@@ -79,7 +80,7 @@ def run(
     with renamed_at_end(output) as new, previews as shown:
         result = _Job(url, model, prompt, image, deadline, 1 if urgent else 2, shown).run(settings)
         new.write_bytes(result.video)
-    console.print(f"{output}: {_told(result)}")
+    console.print(f"{output}: {_summary(result)}")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class _Job:
     preview: Claim | None
 
     def run(self, settings: "Mapping[str, Setting | None]") -> "Result":
-        """Raises UserError for a job that the server refused or gave up."""
+        """Follow the job to its result. Raises UserError if the server refuses the job or gives up."""
         from triton_repo.client import WanClient
         from triton_repo.client_errors import JobError
         from triton_repo.wire import content_of
@@ -120,7 +121,7 @@ class _Job:
             self.preview.publish()
 
 
-def _told(result: "Result") -> str:
+def _summary(result: "Result") -> str:
     event = result.event
     shown = video_text(event["width"], event["height"], event["frames"])
     return f"{shown} at {event['fps']} fps, seed {event['seed']}"

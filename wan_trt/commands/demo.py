@@ -1,4 +1,4 @@
-"""``wan-trt demo``: the whole flow on a tiny model with made-up weights."""
+"""``wan-trt demo``: all stages on a tiny model with random weights."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,10 +16,10 @@ PROMPT = "A red panda rides a bicycle through the rain, cinematic light"
 
 
 def run(
-    folder: Annotated[Path, typer.Argument(help="Where to put checkpoint, engines, video and report.")] = Path("demo"),
+    folder: Annotated[Path, typer.Argument(help="Folder for checkpoint, engines, video and report.")] = Path("demo"),
     model: Annotated[str, typer.Option(help="A tiny model.")] = "t2v-a14b-tiny",
-    prompt: Annotated[str, typer.Option(help="What the video shows, in any language.")] = PROMPT,
-    seed: Annotated[int, typer.Option(help="Of weights and noise.", min=0, max=2**64 - 1)] = 0,
+    prompt: Annotated[str, typer.Option(help="Description of the video, in any language.")] = PROMPT,
+    seed: Annotated[int, typer.Option(help="Seed of weights and noise.", min=0, max=2**64 - 1)] = 0,
 ) -> int:
     """Synthesise a checkpoint, export, build, generate a video and validate it against PyTorch."""
     with claim(folder / MARK, "the demo"):
@@ -28,7 +28,7 @@ def run(
 
 def _run(spec: ModelSpec, folder: Path, prompt: str, seed: int) -> int:
     name = spec.name
-    work = _fresh(folder / name)
+    work = _new_folder(folder / name)
     checkpoint, bundle, engines = (work / stage for stage in ("checkpoint", "onnx", "engines"))
     console.rule(f"{name}: checkpoint")
     synth.run(name, checkpoint, "official", seed)
@@ -44,7 +44,7 @@ def _run(spec: ModelSpec, folder: Path, prompt: str, seed: int) -> int:
 
 
 def _picture(path: Path, size: tuple[int, int]) -> Path:
-    """Writes the picture that the video starts from, for a video of ``size``."""
+    """Write the picture that a video of ``size`` starts from."""
     from validate.sample_image import picture_for
 
     write_file(path, picture_for(size))
@@ -52,8 +52,8 @@ def _picture(path: Path, size: tuple[int, int]) -> Path:
     return path
 
 
-def _fresh(work: Path) -> Path:
-    """An empty folder for the demo's files; only what an earlier demo made is replaced."""
+def _new_folder(work: Path) -> Path:
+    """An empty folder for the demo's files; only an earlier demo's is replaced."""
     if work.exists() and not (work / MARK).is_file():
         raise UserError(f"{work} exists", "a folder made by an earlier demo, or none", "name another folder")
     with whole_folder(work, MARK) as new:

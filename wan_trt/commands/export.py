@@ -18,36 +18,36 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[
     str,
     typer.Argument(
-        help="Folder of a checkpoint, or a hub name; leave it out where files are named for all parts.",
+        help="Checkpoint folder or hub name; not needed if options name files for all parts.",
         show_default=False,
     ),
 ]
 Folder = Annotated[Path | None, typer.Argument(help="Folder to write the ONNX bundle to.", show_default=False)]
 Part = Annotated[
     list[str] | None,
-    typer.Option(metavar="FILE|PRECISION", help="A file in place of the checkpoint's, a precision, or both (twice)."),
+    typer.Option(metavar="FILE|PRECISION", help="A file to replace the checkpoint's, a precision, or both (twice)."),
 ]
 PartPrecision = Annotated[Precision | None, typer.Option(help="Precision of this part alone.")]
-Vae = Annotated[Path | None, typer.Option(metavar="FILE", help="A file in place of the checkpoint's VAE.")]
+Vae = Annotated[Path | None, typer.Option(metavar="FILE", help="A file to use instead of the checkpoint's VAE.")]
 Tokenizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with tokenizer.json, or a spiece.model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
 Fp8Attention = Annotated[
-    Literal["both", "self", "cross"], typer.Option(help="Which attention fp8-attn computes in FP8.")
+    Literal["both", "self", "cross"], typer.Option(help="Attention that fp8-attn computes in FP8.")
 ]
 Blocks = Annotated[str, typer.Option(metavar="BLOCKS", help="Transformer blocks without FP8, such as 0-2,37-39.")]
-InputScales = Annotated[Path | None, typer.Option(help="JSON of static FP8 scales; per token and dynamic without one.")]
+InputScales = Annotated[Path | None, typer.Option(help="JSON of static FP8 scales; the default is dynamic, per token.")]
 InputMeans = Annotated[
-    Path | None, typer.Option(help="Means from wan-trt calibrate --means: FP8 linears err less, and run as fast.")
+    Path | None, typer.Option(help="Means from wan-trt calibrate --means: smaller FP8 errors at the same speed.")
 ]
 Loras = Annotated[
     list[str] | None,
-    typer.Option(help="FILE.safetensors[@strength][:high|:low], merged into the experts; repeatable."),
+    typer.Option(help="LoRA to merge, FILE.safetensors[@strength][:high|:low]; repeatable."),
 ]
 IgnoreUnmatched = Annotated[
-    bool, typer.Option("--lora-ignore-unmatched", help="Drop LoRA keys that the model has no weight for.")
+    bool, typer.Option("--lora-ignore-unmatched", help="Drop LoRA keys without a matching weight in the model.")
 ]
 SamplingPreset = Annotated[
-    str | None, typer.Option("--preset", help="What the bundle samples with by default; wan-trt presets lists them.")
+    str | None, typer.Option("--preset", help="Default sampling settings of the bundle; wan-trt presets lists them.")
 ]
 Link = Annotated[
     bool, typer.Option("--link", help="Share unconverted files with the checkpoint (clones or hard links).")
@@ -58,10 +58,11 @@ def run(
     checkpoint: Checkpoint,
     bundle: Folder = None,
     precision: Annotated[
-        Precision | None, typer.Option(help="Of the matrix multiplications; fp32 for cpu, bf16 for a GPU unless given.")
+        Precision | None,
+        typer.Option(help="Precision of matrix products; by default fp32 for cpu, bf16 for a GPU."),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="What the engines will be built for, as in wan-trt build; cpu unless given.")
+        str | None, typer.Option(help="Target to build the engines for, as in wan-trt build; by default cpu.")
     ] = None,
     text_encoder: Part = None,
     high_noise: Part = None,
@@ -113,14 +114,14 @@ def run(
     )
     with bars() as progress:
         made = export_checkpoint(where, bundle, options, progress)
-    _tell(made)
+    _print_summary(made)
 
 
 def _for_target(target: str | None, precision: Precision | None, parts: dict[str, Precision]) -> Precision:
-    """The precision of the model for ``target``; adds that of its text encoder to ``parts`` where it differs.
+    """The model's precision for ``target``; a different one of the text encoder is added to ``parts``.
 
     Raises:
-        UserError: a precision that ``target`` does not compute.
+        UserError: ``target`` does not support ``precision``.
     """
     from engines.targets import check_precision, target_named
 
@@ -136,7 +137,7 @@ def _for_target(target: str | None, precision: Precision | None, parts: dict[str
 
 
 def _files_and_precisions(named: Mapping[str, list[str] | None]) -> tuple[dict[str, Path], dict[str, Precision]]:
-    """What stands in the options of the parts: a file, a precision, or one of each."""
+    """The files and precisions from the options of the parts, each a file, a precision or both."""
     files: dict[str, Path] = {}
     precisions: dict[str, Precision] = {}
     for part, values in named.items():
@@ -144,7 +145,7 @@ def _files_and_precisions(named: Mapping[str, list[str] | None]) -> tuple[dict[s
         for value in values or ():
             target: dict[str, Any] = precisions if value in list(Precision) else files
             if part in target:
-                raise UserError(f"{option} {value} beside {target[part]}", "a file and a precision", "name one of each")
+                raise UserError(f"{option} {value} after {target[part]}", "a file and a precision", "name one of each")
             target[part] = Precision(value) if target is precisions else Path(value)
             if target is files and not Path(value).exists() and "." not in value and "/" not in value:
                 raise UserError(f"{option} {value}", f"a file, or one of {', '.join(Precision)}", "check the name")
@@ -152,7 +153,7 @@ def _files_and_precisions(named: Mapping[str, list[str] | None]) -> tuple[dict[s
 
 
 def _place(checkpoint: str, bundle: Path | None, files: Mapping[str, Path], revision: str | None) -> tuple[str, Path]:
-    """The checkpoint, as one string, and the folder to write to; with one argument alone it is the latter."""
+    """The checkpoint as one string, and the output folder; a single argument is the output folder."""
     from export.checkpoint.hub import is_hub_name
     from export.checkpoint.place import Place
 
@@ -166,7 +167,7 @@ def _place(checkpoint: str, bundle: Path | None, files: Mapping[str, Path], revi
     return str(Place(whole, files)), bundle if bundle is not None else Path(checkpoint)
 
 
-def _tell(made: "Bundle") -> None:
+def _print_summary(made: "Bundle") -> None:
     manifest = made.manifest
     size_bytes = sum(file.size_bytes for file in manifest.files().values())
     names = ", ".join(component.name for component in manifest.components)

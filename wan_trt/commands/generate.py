@@ -21,7 +21,7 @@ def run(
         Path, typer.Option("-o", "--output", help=".mp4, .webm, .npz, .png, .jpg, or a folder for PNG frames.")
     ],
     prompt: Annotated[
-        str | None, typer.Argument(help="What the video shows, in any language.", show_default=False)
+        str | None, typer.Argument(help="Description of the video, in any language.", show_default=False)
     ] = None,
     again: Annotated[
         Path | None, typer.Option(help="Make this .mp4, .webm or .png again, with the settings in its metadata.")
@@ -40,7 +40,7 @@ def run(
     noise: given.Noise = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.", min=1, max=240)] = None,
     quality: Annotated[
-        int | None, typer.Option(metavar="1...10", help="Quality of mp4 and webm, 8 unless given, as officially.")
+        int | None, typer.Option(metavar="1...10", help="Quality of mp4 and webm; by default the official 8.")
     ] = None,
     shift: given.Shift = None,
     guidance_high_noise: given.ExpertGuidance = None,
@@ -50,14 +50,15 @@ def run(
     schedule: given.Schedule = None,
     overwrite: given.Overwrite = False,
     residency: given.Residency = "auto",
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print where the time went.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the time of every stage and step.")] = False,
 ) -> None:
-    """Generate a video with the default settings of the bundle unless others are given."""
+    """Generate a video; settings not given are the bundle's defaults."""
     request = given.request_from(locals())
     from runtime.generate import Encoding, generate
     from runtime.pipeline import Pipeline
-    from runtime.video import QUALITY
+    from runtime.video import QUALITY, check_no_source
 
+    check_no_source(output, noise, again)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)
     with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:
@@ -72,7 +73,7 @@ def run(
 def _again(
     video: Path, given_files: "Request", engines: Path, fps: int | None, quality: int | None
 ) -> "tuple[Request, int, int]":
-    """Request, frame rate and quality of ``video``; says so when other engines made it."""
+    """The request, frame rate and quality of ``video``; prints a warning if other engines made it."""
     from runtime.recipe import read_recipe
     from wan22.bundle import read_manifest
 

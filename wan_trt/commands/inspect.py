@@ -1,4 +1,4 @@
-"""``wan-trt inspect``: which kernels the compiler made of the graphs, or what a file of weights is."""
+"""``wan-trt inspect``: the kernels of engines, or the kind of a file of weights."""
 
 import json
 from contextlib import nullcontext
@@ -26,10 +26,10 @@ def run(
     html: Annotated[Path | None, typer.Option(help="Also write a page with a diagram of a block.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of tables.")] = False,
 ) -> int:
-    """Show the kernels of engines, what a checkpoint, LoRA or file of weights is, or how a video was made.
+    """Describe engines, a checkpoint, a LoRA, a file of weights, or how a video was made.
 
-    Of engines: kernels, types, copies, memory and roofline times; exit code 1 when something is badly compiled. Of a
-    file of weights: its kind, and what an export would do with it.
+    For engines: kernels, types, copies, memory and roofline times, with exit code 1 if the compiler did badly. For
+    weights: their kind, and how an export would use them.
     """
     if folder.suffix.lower() in (".mp4", ".webm", ".png"):
         return _video(folder, as_json=as_json)
@@ -47,7 +47,7 @@ def run(
                 raise UserError(f"{folder} is an ONNX bundle", "engines, or a target to compile it for", "add --target")
             reports = inspect_engines(folder, component or ())
         else:
-            with bars(beside_json=as_json) as progress:
+            with bars(to_stderr=as_json) as progress:
                 reports = inspect_bundle(folder, target, (size, frames), component or (), progress)
         if new is not None:
             new.write_text(as_html(reports, str(folder)), encoding="utf-8")
@@ -73,7 +73,7 @@ def _weights(path: Path, *, as_json: bool) -> int:
 
 
 def _video(path: Path, *, as_json: bool) -> int:
-    """Prints what stands in the metadata of a video; characters that control a terminal are escaped."""
+    """Print the metadata of a video; characters that control a terminal are escaped."""
     from runtime.recipe import read_recipe
 
     settings = msgspec.to_builtins(read_recipe(path))

@@ -1,4 +1,4 @@
-"""``wan-trt lora``: other LoRAs for engines whose weights are outside (``--weights external``)."""
+"""``wan-trt lora``: change the LoRAs of engines with external weights (``--weights external``)."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +12,11 @@ from wan_trt.console import bars, command_line, console
 def apply(
     engines: Annotated[Path, typer.Argument(help="Engines built with --weights external.", show_default=False)],
     lora: Annotated[list[str], typer.Argument(metavar="FILE...", help="FILE.safetensors[@strength][:high|:low]")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The engines with the LoRAs.")],
-    checkpoint: Annotated[str | None, typer.Option(help="Where it is not where it was at export.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the engines with the LoRAs to.")],
+    checkpoint: Annotated[str | None, typer.Option(help="The checkpoint, if it has moved since the export.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Merge LoRAs into the weights of engines without compiling anything."""
+    """Merge LoRAs into the weights of engines without compiling again."""
     from export.lora.merge import parse_lora
     from wan_trt.recipes.apply_lora import ApplyOptions, apply_lora
 

@@ -1,4 +1,4 @@
-"""``wan-trt plan``: what a model costs on a target, before anything is downloaded."""
+"""``wan-trt plan``: the cost of a model on a target, without its weights."""
 
 import json
 from typing import Annotated
@@ -13,7 +13,7 @@ from wan_trt.console import console
 def run(
     model: Annotated[str, typer.Argument(help="A model, such as t2v-a14b.", show_default=False)],
     target: Annotated[str, typer.Option(help="GPU such as rtx4090 or h100, cpu, or auto.")],
-    precision: Annotated[Precision, typer.Option(help="Of the transformer.")] = Precision.BF16,
+    precision: Annotated[Precision, typer.Option(help="Precision of the transformer.")] = Precision.BF16,
     size: Size = None,
     frames: Frames = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,

@@ -1,4 +1,4 @@
-"""``wan-trt presets``: the sampling settings that have a name."""
+"""``wan-trt presets``: the named sampling settings."""
 
 from rich.table import Table
 

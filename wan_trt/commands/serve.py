@@ -11,7 +11,7 @@ import typer
 from wan22.files import scratch_folder
 from wan_trt import arguments as given
 from wan_trt.commands.triton import memory_gib
-from wan_trt.console import console, tell_unread
+from wan_trt.console import console, report_unstamped
 
 if TYPE_CHECKING:
     from triton_repo.server import Server
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def run(
     engines: given.Engines,
-    server: Annotated[Path | None, typer.Option(help="The tritonserver to start, if not the first found.")] = None,
+    server: Annotated[Path | None, typer.Option(help="The tritonserver to start; by default the first found.")] = None,
     environment: Annotated[Path | None, typer.Option(help="Environment with the nvidia-pytriton wheel.")] = None,
     name: given.ServedName = "wan22",
     topology: given.Topology = "owner",
@@ -36,7 +36,7 @@ def run(
     queue_size: given.QueueSize = 8,
     longest_job: given.LongestJob = 3600,
     max_silence: Annotated[
-        float, typer.Option(help="Seconds without a sign of the model before it counts as dead.", min=1)
+        float, typer.Option(help="Seconds without a heartbeat after which a model counts as dead.", min=1)
     ] = 120,
     residency: given.Residency = "auto",
     require_signature: given.RequireSignature = None,
@@ -51,7 +51,7 @@ def run(
     from triton_repo.bls_repository import CPU
     from triton_repo.installation import default_environments, find_installation
     from triton_repo.repository import RepositoryOptions, is_for_gpu, write_repository
-    from triton_repo.server import ServeOptions, running
+    from triton_repo.server import ServeOptions, run_server
 
     environments = default_environments() if environment is None else (environment,)
     installation = find_installation(environments, server)
@@ -67,17 +67,17 @@ def run(
             memory_gib=memory_gib(engines, topology, gpu_memory),
         )
         written = write_repository(engines, repository, packing)
-        tell_unread(written.unread)
+        report_unstamped(written.unread)
         variant = CPU if topology == "bls" and not is_for_gpu(written.bundle) else ""
         options = replace(options, config_name=variant)
-        with running(installation, repository, written.limits, options, os.environ) as tritonserver:
+        with run_server(installation, repository, written.limits, options, os.environ) as tritonserver:
             return _serve(
                 tritonserver, f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4", max_silence
             )
 
 
 def _serve(server: "Server", ready: str, max_silence_s: float) -> int:
-    """From the start of the server to its end."""
+    """Wait until the server is ready, watch it until it ends, and return the exit code."""
     from triton_repo.process import end_group
 
     try:
@@ -95,7 +95,7 @@ def _serve(server: "Server", ready: str, max_silence_s: float) -> int:
 
 
 def _stop_at_signals() -> None:
-    """SIGTERM and SIGHUP do what Ctrl-C does, but for a SIGHUP that nohup has turned off."""
+    """Treat SIGTERM and SIGHUP like Ctrl-C, except a SIGHUP that nohup ignores."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.default_int_handler)

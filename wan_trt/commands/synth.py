@@ -1,4 +1,4 @@
-"""``wan-trt synth``: a checkpoint with made-up weights in the layout of a real one."""
+"""``wan-trt synth``: a checkpoint with random weights in the layout of a real one."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,11 +12,11 @@ from wan_trt.console import bars, console
 
 def run(
     model: Annotated[str, typer.Argument(help="A model, such as t2v-a14b-tiny.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(help="Where to write it; must not exist.", show_default=False)],
-    layout: Annotated[Literal["official", "diffusers"], typer.Option(help="Which release it looks like.")] = "official",
+    folder: Annotated[Path, typer.Argument(help="Folder to write it to; must not exist.", show_default=False)],
+    layout: Annotated[Literal["official", "diffusers"], typer.Option(help="The release to imitate.")] = "official",
     seed: Seed = 0,
-    half: Annotated[bool, typer.Option("--half", help="Transformers in bfloat16, as converted releases have.")] = False,
-    sparse: Annotated[bool, typer.Option("--sparse", help="Files of the true size that take no disk space.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Transformers in bfloat16, like converted releases.")] = False,
+    sparse: Annotated[bool, typer.Option("--sparse", help="Files of the real size that take no disk space.")] = False,
 ) -> None:
     """Make a checkpoint with random weights and the file names, keys and types of a real one."""
     spec = spec_named(model)

@@ -8,7 +8,7 @@ import typer
 from wan22.errors import UserError
 from wan22.files import check_room
 from wan_trt import arguments as given
-from wan_trt.console import console, tell_unread
+from wan_trt.console import console, report_unstamped
 
 
 def run(
@@ -17,7 +17,7 @@ def run(
     name: given.ServedName = "wan22",
     topology: given.Topology = "owner",
     gpu_memory: given.GpuMemory = None,
-    engines_at: Annotated[str, typer.Option(help="Where the engines lie on the server, if not where they are.")] = "",
+    engines_at: Annotated[str, typer.Option(help="Path of the engines on the server, if it differs.")] = "",
     max_pixels: given.Limit = None,
     max_frames: given.Limit = None,
     max_steps: given.Limit = None,
@@ -29,12 +29,12 @@ def run(
     require_signature: given.RequireSignature = None,
     kubernetes: Annotated[Path | None, typer.Option(help="Folder to write Kubernetes manifests to as well.")] = None,
     image: Annotated[
-        str, typer.Option(help="Of the pods: tritonserver 26.07 or later with wan-trt installed.")
+        str, typer.Option(help="Image of the pods: tritonserver 26.07 or later with wan-trt installed.")
     ] = "wan-trt:26.07",
     namespace: Annotated[str, typer.Option(help="Kubernetes namespace of the pods.")] = "wan22",
-    max_pods: Annotated[int, typer.Option(help="Most pods that the autoscaler may make.", min=1)] = 4,
+    max_pods: Annotated[int, typer.Option(help="Maximum number of pods for the autoscaler.", min=1)] = 4,
     prometheus: Annotated[
-        str, typer.Option(help="Where the autoscaler reads metrics.")
+        str, typer.Option(help="URL from which the autoscaler reads metrics.")
     ] = "http://prometheus-server.monitoring.svc",
     overwrite: given.Overwrite = False,
 ) -> None:
@@ -42,10 +42,10 @@ def run(
     limits = given.limits_of(locals())
     given.check_signed(engines, require_signature)
     from triton_repo.bls_repository import largest_call_bytes
-    from triton_repo.manifests import ClusterOptions, check_image, write_manifests
+    from triton_repo.manifests import ClusterOptions, write_manifests
     from triton_repo.pod import ENGINES_AT
     from triton_repo.probe import DRAIN_FLAG
-    from triton_repo.repository import MARK, RepositoryOptions, write_repository
+    from triton_repo.repository import RepositoryOptions, write_repository
 
     options = RepositoryOptions(
         name,
@@ -59,23 +59,28 @@ def run(
     )
     cluster = ClusterOptions(image, namespace, max_pods, prometheus)
     if kubernetes is not None:
-        check_image(image)
-        if kubernetes.absolute() == repository.absolute():
-            raise UserError(f"{kubernetes} for repository and manifests", "a folder for each", "choose another")
-        check_room(kubernetes, MARK if overwrite else "")
+        _check_place(kubernetes, repository, overwrite=overwrite)
     written = write_repository(engines, repository, options)
     console.print(f"{written.bundle.manifest.spec.name} as Triton model {name}: {repository}")
-    tell_unread(written.unread)
+    report_unstamped(written.unread)
     if kubernetes is not None:
         write_manifests(kubernetes, written, options, cluster)
         console.print(f"manifests: {kubernetes}")
     if topology == "bls":
         mebibytes = largest_call_bytes(written.bundle, written.limits) / 2**20
-        console.print(f"its largest engine call moves {mebibytes:.0f} MiB through /dev/shm: give it 3 times that")
+        console.print(f"its largest engine call moves {mebibytes:.0f} MiB through /dev/shm: reserve 3 times that")
+
+
+def _check_place(kubernetes: Path, repository: Path, *, overwrite: bool) -> None:
+    from triton_repo.repository import MARK
+
+    if kubernetes.absolute() == repository.absolute():
+        raise UserError(f"{kubernetes} for repository and manifests", "a folder for each", "choose another")
+    check_room(kubernetes, MARK if overwrite else "")
 
 
 def memory_gib(engines: Path, topology: str, stated: float | None) -> float:
-    """Memory of the GPU that must hold all ``engines`` at once; 0 where there is no such thing."""
+    """GiB of the GPU that must hold all ``engines`` at once; 0 if unknown or not needed."""
     from engines.targets import target_named
     from wan22.bundle import read_manifest
 

@@ -1,4 +1,4 @@
-"""``wan-trt validate``: engines beside the PyTorch reference."""
+"""``wan-trt validate``: compare engines with the PyTorch reference."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,21 +14,19 @@ if TYPE_CHECKING:
 
 Engines = Annotated[Path | None, typer.Argument(help="Engine bundle, or the ONNX bundle.", show_default=False)]
 Checkpoint = Annotated[str | None, typer.Argument(help="The checkpoint it was exported from.", show_default=False)]
-Output = Annotated[Path, typer.Option("-o", "--output", help="Folder for the report, HTML and JSON.")]
-PrecisionStudy = Annotated[bool, typer.Option("--precision-study", hidden=True)]  # moved, as was its --model
+Output = Annotated[Path, typer.Option("-o", "--output", help="Folder for the report in HTML and JSON.")]
+PrecisionStudy = Annotated[bool, typer.Option("--precision-study", hidden=True)]  # has moved, and its --model too
 Model = Annotated[str | None, typer.Option(hidden=True)]
 Prompt = Annotated[str | None, typer.Option(help="Prompt of the compared run.")]
-Image = Annotated[Path | None, typer.Option(help="Image to start from (I2V, TI2V); a built-in picture unless given.")]
+Image = Annotated[Path | None, typer.Option(help="Image to start from (I2V, TI2V); by default a built-in one.")]
 Prompts = Annotated[
     Path | None,
     typer.Option(help='Prompts to compare: one a line, or {"prompt": ..., "image": ...}; "# " begins a comment.'),
 ]
-Seeds = Annotated[str | None, typer.Option(help="Every prompt with each of these: 0,1,10-12.")]
+Seeds = Annotated[str | None, typer.Option(help="Seeds to run every prompt with, such as 0,1,10-12.")]
 Bench = Annotated[Path | None, typer.Option(help="JSON of wan-trt bench, for the report and its gates.")]
-Calls = Annotated[Path | None, typer.Option(help="Folder for one call of every engine, to be read by polygraphy run.")]
-OfficialRepo = Annotated[
-    Path | None, typer.Option(help="A clone of Wan-Video/Wan2.2, to compare with its code as well.")
-]
+Calls = Annotated[Path | None, typer.Option(help="Folder for one call of every engine, readable by polygraphy run.")]
+OfficialRepo = Annotated[Path | None, typer.Option(help="Clone of Wan-Video/Wan2.2, to compare with its code as well.")]
 
 
 def run(
@@ -66,9 +64,9 @@ def run(
     reference_device: given.ReferenceDevice = "auto",
     official_repo: OfficialRepo = None,
 ) -> int:
-    """Prove that the engines compute what PyTorch computes.
+    """Prove that the engines compute the same as PyTorch.
 
-    The exit code is 1 when a check fails or a gate is missed.
+    The exit code is 1 if a check fails or a gate is missed.
     """
     if list_gates:
         return _list_gates()

@@ -1,1 +1,1 @@
-"""Steps of several stages, as functions: what a subcommand does that is more than one call."""
+"""Functions behind subcommands that combine several stages."""

@@ -1,10 +1,9 @@
-"""What enters the linears, from prompts: runs a 16- or 32-bit bundle and notes the largest inputs and the mean ones.
+"""Calibrate FP8: run prompts through a 16- or 32-bit bundle and record the largest and mean inputs of its linears.
 
-The bundle's transformers get two more outputs, the largest magnitude of what enters each linear and the mean of it over
-all tokens (:mod:`export.graphs.taps`), are built for any target, and sample the prompts as a user's run would: each
-expert at its own timesteps, with and without the prompt where guidance asks for both. The maxima become static FP8
-scales, the means are what FP8 linears may subtract from their inputs. One pass over the full-precision model is all
-there is to it.
+The bundle's transformers get two more outputs: the largest magnitude of each linear's input, and its mean over all
+tokens (:mod:`export.graphs.taps`). They are built for any target and sample the prompts like a user's run, each expert
+at its own timesteps, with both branches of guidance. The maxima become static FP8 scales; the means are subtracted from
+the inputs of FP8 linears. One pass over the full-precision model is enough.
 """
 
 import os
@@ -26,7 +25,7 @@ from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
 from export.graphs.linear import FLOAT8_MAX
 from export.quantise.input_means import CENTRED, InputMeans, input_width, write_input_means
 from export.quantise.input_scales import MARGIN, LinearScales, Scales, largest_magnitude, write_input_scales
-from runtime.built_for import completed
+from runtime.built_for import fill_defaults
 from runtime.pipeline import Pipeline
 from runtime.prompts import Prompt, read_prompts
 from runtime.request import CompleteRequest, Request
@@ -37,7 +36,7 @@ from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.quantities import counted
 from wan22.residency import ONE_EXPERT, ResidencyChoice
-from wan22.specs import Precision
+from wan22.specs import ModelSpec, Precision
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,24 +46,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """The runs that are measured."""
+    """The runs to measure."""
 
     prompts: Path  # see :func:`runtime.prompts.read_prompts`
-    request: Request = field(default_factory=Request)  # of every prompt; its seed is the first one's, others count up
+    request: Request = field(default_factory=Request)  # for every prompt; its seed is the first, others count up
     margin: float = MARGIN
     target: str = "cpu"
     means: Path | None = None  # also write the means of the inputs, for ``wan-trt export --input-means``
     overwrite: bool = False
-    residency: ResidencyChoice = "auto"  # what stays loaded of the engines
+    residency: ResidencyChoice = "auto"  # engines that stay loaded
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured and on how much."""
+    """The measured values, and the number of runs behind them."""
 
     inputs: Mapping[str, Mapping[str, float]]  # largest input by expert and linear, without margin
     scales: Mapping[str, Scales] = field(repr=False)
-    forwards: Mapping[str, int]  # by expert, prompts and steps and both branches of guidance together
+    forwards: Mapping[str, int]  # by expert, over prompts, steps and both branches of guidance
     prompts: int
     steps: int
 
@@ -88,11 +87,11 @@ class Calibration:
 
 
 def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Progress = silent) -> Calibration:
-    """Measures the ONNX bundle at ``bundle`` and writes the scales to ``out``, for ``wan-trt export --input-scales``.
+    """Measure the ONNX bundle at ``bundle`` and write the scales to ``out``, for ``wan-trt export --input-scales``.
 
     Raises:
-        UserError: no bundle of graphs, one that is quantised already, no prompts, too few steps for both experts,
-            numbers that overflow, a target that cannot run it, a file in the way.
+        UserError: not an ONNX bundle, it is already quantised, no prompts, too few steps for both experts, numbers that
+            overflow, a target that cannot run it, an existing file.
     """
     for path in filter(None, (out, options.means)):
         if path.exists() and not options.overwrite:
@@ -104,6 +103,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     check_graphs(source)
     _check_precision(source)
     requests = _requests(read_prompts(options.prompts, spec.takes.image), source, options)
+    _check_steps(spec, requests[0])
     with_means = whole_file(options.means, "means") if options.means is not None else nullcontext()
     with whole_file(out, "scales") as new, with_means as new_means:
         with tempfile.TemporaryDirectory(dir=new.parent) as temporary:
@@ -113,7 +113,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
             with TappedPipeline(open_bundle(folder / "engines", "engines"), taps, options.residency) as pipeline:
                 _run(pipeline, requests, progress)
                 found = pipeline.tapped
-        inputs = {expert: _largest(expert, found.get(expert), requests[0].steps) for expert in spec.experts}
+        inputs = {expert: _largest(expert, found[expert]) for expert in spec.experts}
         scales = {expert: _scales(source, expert, part, options.margin) for expert, part in inputs.items()}
         write_input_scales(new, scales, spec)
         if new_means is not None:
@@ -132,10 +132,18 @@ def _check_precision(source: Bundle) -> None:
             )
 
 
+def _check_steps(spec: ModelSpec, request: CompleteRequest) -> None:
+    spec, timesteps = request.with_switch(spec), request.noise_schedule().timesteps.tolist()
+    used = {spec.expert_at(timestep, step) for step, timestep in enumerate(timesteps)}
+    for expert in spec.experts:
+        if expert not in used:
+            raise UserError(f"{request.steps} steps, none by {expert}", "steps of every expert", "use more --steps")
+
+
 def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) -> list[CompleteRequest]:
     of_each = replace(options.request, fit="crop")
     return [
-        completed(replace(of_each, prompt=prompt.text, image=prompt.image, seed=seed), source.manifest)
+        fill_defaults(replace(of_each, prompt=prompt.text, image=prompt.image, seed=seed), source.manifest)
         for seed, prompt in enumerate(prompts, of_each.seed)
     ]
 
@@ -150,14 +158,14 @@ def _build_options(source: Bundle, request: CompleteRequest, options: CalibrateO
 
 
 def write_tapped(source: Bundle, folder: Path, target: str) -> dict[str, "Taps"]:
-    """A bundle like ``source``, without the decoder, whose transformers have taps: expert → what their outputs list."""
+    """Write ``source`` without the decoder and with taps in its transformers; return the taps by expert."""
     folder.mkdir()
     on_cpu = target_named(target).backend == "onnxruntime"
     taps: dict[str, Taps] = {}
     components = []
     for component in source.manifest.components:
         if not component.name.startswith("vae_decoder"):
-            components.append(_written(source, component, folder, taps, on_cpu=on_cpu))
+            components.append(_write_component(source, component, folder, taps, on_cpu=on_cpu))
     manifest = replace(source.manifest, components=tuple(components))
     for file in {file.path: file for c in components for file in c.weights}.values():
         _link(source.path(file), folder / file.path)
@@ -167,7 +175,9 @@ def write_tapped(source: Bundle, folder: Path, target: str) -> dict[str, "Taps"]
     return taps
 
 
-def _written(source: Bundle, component: Component, folder: Path, taps: dict[str, "Taps"], *, on_cpu: bool) -> Component:
+def _write_component(
+    source: Bundle, component: Component, folder: Path, taps: dict[str, "Taps"], *, on_cpu: bool
+) -> Component:
     import onnx_ir as ir
 
     from engines.cpu.emulation import emulate
@@ -191,7 +201,7 @@ def _written(source: Bundle, component: Component, folder: Path, taps: dict[str,
 
 
 def _link(source: Path, target: Path) -> None:
-    """The file under another name, or a copy where the file system has no such thing."""
+    """Hard-link ``target`` to ``source``, or copy it if the file system has no hard links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -203,7 +213,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 class TappedPipeline(Pipeline):
-    """A pipeline whose experts note their maxima."""
+    """A pipeline whose experts record the values of their taps."""
 
     def __init__(self, bundle: Bundle, taps: Mapping[str, "Taps"], residency: ResidencyChoice) -> None:
         super().__init__(bundle, residency=residency, choices=ONE_EXPERT)
@@ -229,11 +239,9 @@ def _run(pipeline: Pipeline, requests: list[CompleteRequest], progress: Progress
             progress("calibrate", done, total, "steps")
 
 
-def _largest(expert: str, tapped: "Tapped | None", steps: int) -> dict[str, float]:
-    if tapped is None:
-        raise UserError(f"{steps} steps, none of them by {expert}", "steps of every expert", "use more --steps")
+def _largest(expert: str, tapped: "Tapped") -> dict[str, float]:
     if bad := [name for name, value in tapped.largest.items() if not isfinite(value)]:
-        raise UserError(f"{expert}: {bad[0]} reads values that overflow", "finite ones", "calibrate a bf16 bundle")
+        raise UserError(f"{expert}: inputs of {bad[0]} overflow", "finite values", "calibrate a bf16 bundle")
     return tapped.largest
 
 
@@ -246,7 +254,7 @@ def _scales(source: Bundle, expert: str, inputs: Mapping[str, float], margin: fl
         tensor = stored[f"{name}.weight"].const_value
         return largest_magnitude(np.asarray(tensor)) if tensor is not None else 0.0
 
-    smallest = 1e-6  # of an input that is always zero
+    smallest = 1e-6  # for an input that is always zero
     return {
         name: LinearScales(max(value * margin, smallest) / FLOAT8_MAX, max(weight(name), smallest) / FLOAT8_MAX)
         for name, value in inputs.items()

@@ -1,4 +1,4 @@
-"""Initial noise from a file: what a CUDA generator drew for the official release, or a benchmark's fixed latent."""
+"""Read initial noise from a file, such as the official release's CUDA noise or a benchmark's fixed latent."""
 
 import zipfile
 from pathlib import Path
@@ -11,10 +11,10 @@ from wan22.errors import UserError
 
 
 def read_noise(path: Path) -> F32:
-    """The only array of an ``.npz``, ``.npy``, ``.pt`` or ``.pth`` file as float32; no code of the file runs.
+    """The only array of an ``.npz``, ``.npy``, ``.pt`` or ``.pth`` file as float32, without running code of the file.
 
     Raises:
-        UserError: no such file, another format, several arrays, an array of anything but floats.
+        UserError: there is no such file, it has another format, several arrays, or an array of another type.
     """
     if path.suffix in (".pt", ".pth"):
         found = read_tensor(path).read()
@@ -23,7 +23,7 @@ def read_noise(path: Path) -> F32:
     else:
         raise UserError(f"noise {path}", "a name ending in .npz, .npy, .pt or .pth", "save the array as one of these")
     if found.dtype.kind != "f" and found.dtype.name != "bfloat16":
-        raise UserError(f"{path} holds {found.dtype}", "floating-point noise", "save float32")
+        raise UserError(f"{path} contains {found.dtype}", "floating-point noise", "save float32")
     return np.ascontiguousarray(found, np.float32)
 
 
@@ -36,7 +36,7 @@ def _numpy(path: Path) -> np.ndarray:
             names = loaded.files
             if len(names) != 1:
                 remedy = "save the noise alone"
-                raise UserError(f"{path} holds {len(names)} arrays", "one array of noise", remedy)
+                raise UserError(f"{path} contains {len(names)} arrays", "one array of noise", remedy)
             found: np.ndarray = loaded[names[0]]
             return found
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A copy of a bundle that shares nothing with other folders, and so may leave its file system."""
+"""Copy a bundle so that it shares no files with other folders and can be moved to another file system."""
 
 import shutil
 from pathlib import Path
@@ -11,17 +11,18 @@ from wan22.progress import Progress, silent
 
 
 def pack(bundle: Path, folder: Path, *, overwrite: bool = False, progress: Progress = silent) -> Bundle:
-    """Checks the bundle at ``bundle`` completely and copies it to ``folder``, builders' logs too.
+    """Check the bundle at ``bundle`` completely and copy it to ``folder``, with builders' logs.
 
     Raises:
-        UserError: no bundle, a file or plan that is not what the manifest says, a place that cannot be written.
+        UserError: there is no bundle, a file or plan differs from the manifest, or ``folder`` is not writable.
     """
-    refuse_existing(folder, overwrite=overwrite)
-    source = open_bundle(bundle, kind_of(bundle), full_check=True)
+    kind = kind_of(bundle)
+    refuse_existing(folder, kind, overwrite=overwrite)
+    source = open_bundle(bundle, kind, full_check=True)
     check_graphs(source)
     check_plans(source)
     files = [bundle / path for path in (MANIFEST, *source.manifest.files())]
-    others = [*bundle.rglob("*.log"), bundle / SIGNATURE]  # builders' logs and the signature are in no manifest
+    others = [*bundle.rglob("*.log"), bundle / SIGNATURE]  # the manifest lists neither builders' logs nor the signature
     files += [path for path in others if path.is_file() and not path.is_symlink()]
     total, done = sum(file.stat().st_size for file in files), 0
     check_disk(folder, total)

@@ -32,7 +32,7 @@ from tests.engines.conftest import FP8_OF, bound
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
 from wan22.errors import UserError
-from wan22.external_layout import write_layout
+from wan22.external_layout import read_layout, write_layout
 from wan22.specs import SPECS, Precision
 
 SPEC = SPECS["t2v-a14b-tiny"].dit
@@ -174,3 +174,12 @@ def test_the_compiler_makes_few_more_kernels_of_it_and_the_same_fp8(tmp_path, pr
     assert external.by_dtype("gemm").get("fp8", 0) >= embedded.by_dtype("gemm").get("fp8", 0)
     assert external.by_dtype("attention") == embedded.by_dtype("attention")
     assert external.kernels_per_block[1] <= embedded.kernels_per_block[1] + 4
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b'[{"name": "\xf6', b"[" * 100_000], ids=["empty", "other", "not UTF-8", "deep"]
+)
+def test_a_damaged_layout_is_refused(tmp_path, content):
+    (tmp_path / "layout.json").write_bytes(content)
+    with pytest.raises(UserError, match="expected the layout of weights"):
+        read_layout(tmp_path / "layout.json")

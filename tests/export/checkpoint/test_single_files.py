@@ -352,7 +352,7 @@ def test_files_that_make_no_model(made, tmp_path):
     high = folder / "diffusion_models/wan2.2_t2v_high_noise_fp16.safetensors"
     text = folder / "text_encoders/umt5_xxl_fp16.safetensors"
     refused(f"high_noise={high}", r"no file for low noise, text encoder, vae .* --low-noise FILE --text-encoder FILE")
-    refused(f"high_noise={high},dit={high},text_encoder={text},vae={high}", "--dit beside an expert")
+    refused(f"high_noise={high},dit={high},text_encoder={text},vae={high}", "--dit with an expert")
     refused(f"high_noise={high},high_noise={high}", "every part once")
     refused(f"{folder},vae={tmp_path / 'none.safetensors'}", "does not exist")
     refused(f"{folder},text_encoder={high}", r"text_encoder has no token_embedding\.weight")

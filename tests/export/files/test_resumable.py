@@ -5,12 +5,13 @@ import random
 import shutil
 import signal
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 
 from export.exporter import export_checkpoint
-from export.files.resumable import partial_folder, resumable_folder
+from export.files.resumable import Journal, partial_folder, resumable_folder
 from export.graphs import weights_file
 from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
@@ -96,7 +97,18 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path):
         journal.record(File("w", sha256_of(folder / "w"), 7))
         raise OSError(28, "No space left on device")
     with resumable_folder(tmp_path / "b", "x") as (folder, journal):
-        assert journal.verified(folder / "w")[0] == 7
+        assert journal.verify(folder / "w")[0] == 7
+
+
+@pytest.mark.parametrize("line", [b'{"path": "\xf6', b"[" * 100_000, b'{"path"'], ids=["not UTF-8", "deep", "cut"])
+def test_a_damaged_line_ends_the_journal(tmp_path, line):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "w").write_bytes(b"weights")
+    whole = b'{"path": "w", "sha256": "%s", "size_bytes": 7}' % sha256_of(tmp_path / "b" / "w").encode()
+    (tmp_path / "journal").write_bytes(b"\n".join([b"x", whole, line, whole]) + b"\n")
+    with closing(Journal(tmp_path / "journal")) as journal:
+        journal.begin(tmp_path / "b", "x")
+        assert journal.verify(tmp_path / "b" / "w")[0] == 7
 
 
 def test_an_error_leaves_nothing(tmp_path):

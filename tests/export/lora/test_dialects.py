@@ -272,7 +272,7 @@ def test_a_configuration_of_other_weights_is_not_taken(checkpoint, tmp_path):
     check(checkpoint, LoraChoice(path), plain(checkpoint, f"{FFN}.weight") + 4 * up @ down)
     save(tmp_path / "adapter_model.safetensors", {f"{Q}.lora_A.weight": pair(Q)[0]})
     (warning,) = open_lora(LoraChoice(path), SPEC).warnings
-    assert "adapter_config.json beside it is not read" in warning
+    assert "adapter_config.json next to it is not read" in warning
     check(checkpoint, LoraChoice(path), plain(checkpoint, f"{FFN}.weight") + up @ down)
 
 

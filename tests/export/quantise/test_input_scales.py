@@ -66,8 +66,9 @@ def test_what_is_written_is_read_again(tmp_path, name):
         ('{"high_noise": {}, "low_noise": {}}', "has no scales"),
         ("[]", "another layout"),
         ("[" * 100_000, "expected a JSON of input scales"),
+        ('{"high_noise": {"a": {"input_scale": %s}}}' % ("9" * 400), "expected a JSON of input scales"),
     ],
-    ids=["empty", "empty parts", "a list", "too deep"],
+    ids=["empty", "empty parts", "a list", "too deep", "400 digits"],
 )
 def test_a_file_without_scales_is_refused(tmp_path, content, told):
     (tmp_path / "s.json").write_text(content)

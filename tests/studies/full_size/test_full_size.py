@@ -31,6 +31,7 @@ def test_an_export_and_cp_take_turns_and_nothing_is_left(tmp_path):
     assert len(turns) == 2
     assert quantised["shares_of_cp"] == pytest.approx(shares)
     assert quantised["share_of_cp"] == pytest.approx(sum(shares) / 2)
+    assert 0 < quantised["sync_share"] < 1
     assert list((tmp_path / "s").iterdir()) == []
     assert set(figures) == {"model", "throughput"}
 

@@ -69,6 +69,6 @@ def test_a_lora_that_outgrows_the_scales_of_the_engine_is_refused(tmp_path, tiny
 
 
 def test_engines_with_their_weights_inside_are_refused(tmp_path, tiny_engines):
-    with pytest.raises(UserError, match="has its weights inside"):
+    with pytest.raises(UserError, match="has embedded weights"):
         apply_lora(tiny_engines, tmp_path / "new", [LoraChoice(tmp_path / "style.safetensors")])
     assert list(tmp_path.iterdir()) == []

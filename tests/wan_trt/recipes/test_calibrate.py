@@ -150,10 +150,13 @@ def test_a_bundle_in_fp8_is_refused(tmp_path, tiny_checkpoint, prompts):
     assert not (tmp_path / "s.json").exists()
 
 
-def test_too_few_steps_for_both_experts(tmp_path, tiny_bundle, prompts):
-    with pytest.raises(UserError, match="1 steps, none of them by low_noise"):
-        calibrate(tiny_bundle, tmp_path / "s.json", options(prompts, replace(SMALL, steps=1)))
+def test_too_few_steps_for_both_experts_are_refused_before_the_work(tmp_path, tiny_bundle, prompts):
+    worked = []
+    with pytest.raises(UserError, match="1 steps, none by low_noise"):
+        asked = options(prompts, replace(SMALL, steps=1))
+        calibrate(tiny_bundle, tmp_path / "s.json", asked, lambda *progress: worked.append(progress))
     assert list(tmp_path.iterdir()) == []
+    assert worked == []
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_what_is_no_noise_is_refused(tmp_path, name, content, told):
 
 
 def test_integers_and_several_arrays_are_refused(tmp_path):
-    with pytest.raises(UserError, match="holds int64"):
+    with pytest.raises(UserError, match="contains int64"):
         read_noise(save(tmp_path / "noise.npy", np.arange(4)))
     np.savez(tmp_path / "two.npz", a=NOISE, b=NOISE)
     with pytest.raises(UserError, match="2 arrays"):

@@ -1,7 +1,7 @@
-"""A request off the wire → what the runtime is asked for. All of it is judged here, before any work is done.
+"""Parse a request's input tensors into the runtime's request, and check all of it before any work.
 
-Numbers come as the client's types and are checked for sense, text is decoded strictly, images are judged by size and
-header. What is wrong is said in one line: found | expected | remedy.
+Numbers are range-checked, text is decoded strictly, images are checked by size and header. Errors are one line: found |
+expected | remedy.
 """
 
 import io
@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 import numpy as np
 from PIL import Image
 
-from runtime.built_for import completed, default_video
+from runtime.built_for import default_video, fill_defaults
 from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
@@ -29,44 +29,44 @@ from wan22.specs import ModelSpec
 
 EXPERT_GUIDANCE = {"guidance_high_noise": "high_noise", "guidance_low_noise": "low_noise"}
 PROMPTS = ("prompt", "negative_prompt")
-MAX_WORD_BYTES = 64  # of a name such as a solver's
+MAX_WORD_BYTES = 64  # names, such as a solver's
 MAX_SEED = 2**63 - 1
 MAX_FPS = 240
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One job, complete and checked."""
+class JobRequest:
+    """A complete, checked job."""
 
     request: CompleteRequest
     fps: int
-    output_format: str  # of schema.VIDEO_FORMATS
+    output_format: str  # a key of schema.VIDEO_FORMATS
     progress_every: int
     preview: bool
-    deadline_s: float  # after the job began; infinite where there is none
+    deadline_s: float  # after the job's start; infinite without a deadline
 
 
-def wanted(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits) -> Wanted:
-    """The job that the input tensors of one request describe, for the bundle of ``manifest``.
+def parse_request(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits) -> JobRequest:
+    """The job described by one request's input tensors, for the bundle of ``manifest``.
 
     Args:
         tensors: by the names of ``schema.INPUTS``.
-        manifest: of the engines.
-        limits: of the server.
+        manifest: the engines' manifest.
+        limits: the server's limits.
 
     Raises:
-        UserError: anything that the model cannot or must not do.
+        UserError: the model does not support the request, or it exceeds a limit.
     """
     spec = manifest.spec
     for name, tensor in tensors.items():
         _check_bytes(name, tensor, limits)
     given = {name: _value(name, tensor) for name, tensor in tensors.items()}
     if "prompt" not in given:
-        raise UserError("no prompt", "text that says what the video shows", "add the input prompt")
+        raise UserError("no prompt", "a description of the video", "add the input prompt")
     _check_amounts(given, default_video(manifest), limits)
-    complete = completed(_request(given, spec), manifest)
+    complete = fill_defaults(_request(given, spec), manifest)
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
-    return Wanted(
+    return JobRequest(
         request=complete,
         fps=_within("fps", given.get("fps", spec.sampling.fps), 1, MAX_FPS),
         output_format=_format(given.get("output_format", "mp4"), complete, limits),
@@ -77,7 +77,7 @@ def wanted(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits
 
 
 def _value(name: str, tensor: np.ndarray) -> Any:
-    """A Python value: text, number, truth, or the bytes of an image."""
+    """The tensor as a Python value: text, number, bool, or the bytes of an image."""
     field = INPUTS_BY_NAME[name]
     if field.length == ANY:
         return tensor.tobytes()
@@ -87,7 +87,7 @@ def _value(name: str, tensor: np.ndarray) -> Any:
     if field.dtype != "FP32":
         return value.item()
     if not math.isfinite(value):
-        raise UserError(f"{name} {value}", "a finite number", "leave it out for the model's own")
+        raise UserError(f"{name} {value}", "a finite number", "leave it out for the model's default")
     return float(str(np.float32(value)))  # 3.3 stays 3.3, not 3.299999952
 
 
@@ -95,9 +95,9 @@ def _text(name: str, value: bytes) -> str:
     try:
         text = value.decode()
     except UnicodeDecodeError:
-        raise UserError(f"{name} is not UTF-8", "text in UTF-8", "encode it so") from None
+        raise UserError(f"{name} is not UTF-8", "text in UTF-8", "encode it as UTF-8") from None
     if "\0" in text:
-        raise UserError(f"{name} holds a NUL", "text", "remove it")
+        raise UserError(f"{name} contains a NUL", "text", "remove it")
     return text
 
 
@@ -124,15 +124,15 @@ def _request(given: Mapping[str, Any], spec: ModelSpec) -> Request:
 
 def _size(given: Mapping[str, Any]) -> tuple[int, int] | None:
     if ("width" in given) != ("height" in given):
-        raise UserError("width without height, or height without width", "both or neither", "state both")
+        raise UserError("width without height, or height without width", "both or neither", "give both")
     return (given["width"], given["height"]) if "width" in given else None
 
 
 def _check_amounts(given: Mapping[str, Any], usual: Video, limits: Limits) -> None:
-    """Sides, frames and steps as they were asked for, so that no image is opened and no list made for absurd ones."""
+    """Check the requested size, frames and steps before opening images or allocating anything."""
     width, height = _size(given) or usual[:2]
     if min(width, height) < 1:
-        raise UserError(f"size {width}x{height}", "a width and height above 0", "state another")
+        raise UserError(f"size {width}x{height}", "a width and height above 0", "choose another")
     _at_most("video of", width * height, limits.max_pixels, "pixels")
     _at_most("video of", given.get("num_frames", usual[2]), limits.max_frames, "frames")
     _at_most("run of", given.get("steps", 1), limits.max_steps, "steps")
@@ -149,17 +149,17 @@ def _check_bytes(name: str, tensor: np.ndarray, limits: Limits) -> None:
 
 
 def _check_pixels(name: str, content: bytes, limits: Limits) -> None:
-    """Pixels of an image by its header; what is no image at all the runtime says."""
+    """Check an image's pixels by its header; the runtime reports files that are not images."""
     try:
         width, height = Image.open(io.BytesIO(content), formats=FORMATS).size
-    except Exception:  # whatever Pillow raises on hostile headers; opening it for real gives the reason
+    except Exception:  # Pillow raises anything on hostile headers; the runtime reports the reason
         return
     _at_most(f"{name} of", width * height, limits.max_image_pixels, "pixels")
 
 
 def _at_most(what: str, found: int, most: int, unit: str) -> None:
     if found > most:
-        raise UserError(f"{what} {found} {unit}", f"at most {most} on this server", "ask for less")
+        raise UserError(f"{what} {found} {unit}", f"at most {most} on this server", "request less")
 
 
 def _within(name: str, value: int, least: int, most: int) -> int:
@@ -177,7 +177,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
 def _format(name: str, request: CompleteRequest, limits: Limits) -> str:
     _one_of("output_format", name, tuple(VIDEO_FORMATS))
     if name in ONE_FRAME and request.frames > 1:
-        raise UserError(f"{request.frames} frames as {name}", "one frame", "ask for mp4, or for 1 frame")
+        raise UserError(f"{request.frames} frames as {name}", "one frame", "request mp4, or 1 frame")
     if name == "frames_npz":
         raw_bytes = 3 * request.width * request.height * request.frames
         _at_most("frames of", raw_bytes, limits.max_raw_bytes, "bytes")
@@ -185,10 +185,10 @@ def _format(name: str, request: CompleteRequest, limits: Limits) -> str:
 
 
 def _deadline(given: Mapping[str, Any]) -> float:
-    """Seconds from now: a duration, or a moment that is compared with this machine's clock once and then forgotten."""
+    """Seconds from now until the earlier deadline; a Unix time is compared with this machine's clock once."""
     left_ms = [given["deadline_ms"]] if "deadline_ms" in given else []
     if "deadline_unix_ms" in given:
         left_ms.append(given["deadline_unix_ms"] - int(time.time() * 1000))
     if min(left_ms, default=1) <= 0:
-        raise UserError("a deadline that has passed", "one in the future", "ask again with a later deadline")
+        raise UserError("a deadline in the past", "a future one", "request again with a later deadline")
     return min(left_ms, default=math.inf) / 1000

@@ -1,0 +1,102 @@
+"""Outputs of every command: who else writes them, names that work, names that are refused before the work."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.faults.commands import COMMANDS, Inputs
+from tests.wan_trt.test_cli import refused
+from wan22.files import LOCK, claim, whole_folder
+from wan_trt.cli import app
+from wan_trt.commands.demo import MARK
+
+PIECEMEAL = {"demo": MARK, "r": "report.json", "calls": "calls"}  # what stands for a folder that is filled bit by bit
+QUICK = ("--size", "64x64", "--frames", "1", "--steps", "1")
+NEED_A_GPU_TARGET = ("inspect", "lora apply")
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_checkpoint, tiny_bundle, tiny_engines, tmp_path_factory):
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts"
+    prompts.write_text("a fox\n")
+    return Inputs(tiny_checkpoint, tiny_bundle, tiny_engines, prompts)
+
+
+OUTPUTS = [(name, output) for name, its in COMMANDS.items() if name not in NEED_A_GPU_TARGET for output in its.outputs]
+
+
+@pytest.mark.parametrize(("name", "output"), OUTPUTS)
+def test_the_second_writer_of_an_output_is_refused_in_one_line(name, output, inputs, tmp_path, capsys):
+    held = tmp_path / output
+    with claim(held / PIECEMEAL[output] if COMMANDS[name].piecemeal else held):
+        line = refused(capsys, *COMMANDS[name].words(inputs, tmp_path))
+    assert "another process writes" in line
+    assert str(held) in line
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[bold]cat.png", "take[1].png", "x" * 251 + ".png", "猫" * 83 + ".png"])
+def test_every_name_of_an_output_works_and_is_printed_as_it_is(name, tiny_engines, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["generate", str(tiny_engines), "a", "-o", name, *QUICK])
+    assert done.exit_code == 0, done.output
+    assert f"{name}: 64x64, 1 frame" in done.output
+    assert Path(name).exists()
+
+
+@pytest.mark.parametrize("output", ["-", "/proc/a.mp4", "/dev/null", "/dev/x.mp4", "file/x.mp4", "x" * 252 + ".mp4"])
+def test_an_output_that_cannot_be_is_refused_before_the_work(output, tiny_engines, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("runtime.pipeline.Pipeline.denoise", lambda *_: pytest.fail("it was begun"))
+    Path("file").touch()
+    refused(capsys, "generate", tiny_engines, "a", "-o", output, *QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("command", ["bench", "sweep"])
+def test_a_device_is_not_replaced_by_a_file(command, tiny_engines, capsys):
+    words = ["--sweep", "steps", "--values", "1,2"] if command == "sweep" else ["--only", "text_encoder"]
+    assert "/dev/null is a device" in refused(capsys, "bench", tiny_engines, *words, "-o", "/dev/null")
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize(
+    ("preview", "told"), [("nowhere/p.jpg", "nowhere/p.jpg: no such folder"), (".", "preview .: a folder")]
+)
+def test_a_preview_that_cannot_be_written_is_refused_before_a_server_is_asked(
+    preview, told, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, "client", "localhost:1", "a", "-o", "o.png", "--frames", 1, "--preview", preview)
+    assert told in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words", [[b"synth", b"t2v-a14b-tiny", b"caf\xe9"], [b"generate", b"e", b"a \xff cat", b"-ox"]]
+)
+def test_words_that_are_not_utf8_are_refused(words, tmp_path):
+    program = [sys.executable, "-c", "from wan_trt.cli import main; main()"]
+    done = subprocess.run([*map(os.fsencode, program), *words], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"wan-trt: b'") and done.stderr.count(b"\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_are_cleaned_up_by_a_command(tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    dead = tmp_path / ".dead.partial"
+    dead.mkdir()
+    (dead / LOCK).touch()
+    (dead / "half").touch()
+    with whole_folder(tmp_path / "living") as living:
+        cleaned = CliRunner().invoke(app, ["bundle", "clean", str(tmp_path)])
+        again = CliRunner().invoke(app, ["bundle", "clean", str(tmp_path)])
+        assert living.exists()
+    assert cleaned.output == f"{dead}: 0 B removed\n"
+    assert again.output == f"{tmp_path}: no leftovers of wan-trt\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["living", "tmp"]
