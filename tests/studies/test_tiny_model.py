@@ -89,8 +89,9 @@ def test_every_motion_and_shape_is_trained_on_about_equally_often():
 
 
 @pytest.mark.slow
-def test_the_engines_render_what_a_prompt_says(flow_of):
-    content = Content("large", "red", "square", "moves right quickly", "light grey")
+@pytest.mark.parametrize("colour", ["yellow", "purple", "blue"])
+def test_the_engines_render_the_colour_that_a_prompt_names(flow_of, colour):
+    content = Content("large", colour, "ball", "stands still", "light grey")
     with Pipeline.open(flow_of("t2v-a14b-toy").engines) as pipeline:
-        clip = rendered(pipeline, Request(content.caption, seed=0))
-    assert judge(content, clip).right
+        verdict = judge(content, rendered(pipeline, Request(content.caption, seed=0)))
+    assert verdict.colour, verdict.seen
