@@ -63,7 +63,7 @@ def test_no_code_of_a_file_runs(tmp_path, monkeypatch):
         ("nothing.npz", None, "No such file"),
         ("noise.npz", b"PK\3\4 cut", "an array that numpy saved"),
         ("noise.npy", b"", "an array that numpy saved"),
-        ("noise.pt", b"not a zip", "a whole file written by torch.save"),
+        ("noise.pt", b"not a zip", "a complete file written by torch.save"),
     ],
 )
 def test_what_is_no_noise_is_refused(tmp_path, name, content, told):
