@@ -108,7 +108,7 @@ def test_a_wrong_option_is_the_parsers_to_refuse(capsys):
 def test_the_demo_does_not_remove_what_it_did_not_make(tmp_path, capsys):
     (tmp_path / "t2v-a14b-tiny").mkdir()
     (tmp_path / "t2v-a14b-tiny" / "mine").touch()
-    assert "made by an earlier demo" in refused(capsys, "demo", tmp_path)
+    assert "made by an earlier demo" in refused(capsys, "demo", tmp_path, "--model", "t2v-a14b-tiny")
     assert (tmp_path / "t2v-a14b-tiny" / "mine").exists()
 
 

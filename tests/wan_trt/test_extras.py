@@ -42,7 +42,7 @@ def test_a_missing_extra_is_named_in_one_line(tmp_path, tiny_checkpoint, tiny_en
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"wan-trt: no module {module} | ")
+    assert line.startswith(f"wan-trt: {module} is not installed | ")
     assert line.endswith(f"pip install 'wan-trt[{extra}]'")
     assert list(tmp_path.iterdir()) == []
 
