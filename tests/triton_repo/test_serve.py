@@ -106,6 +106,7 @@ def test_it_says_one_line_when_it_is_ready_and_ends_at_a_signal(serve, sent):
     server.command.send_signal(sent)
     assert server.exit_code() == 0
     assert regions() == []
+    assert len(server.lines) == 2, server.lines
     ready, stopping = server.lines
     assert ready == f"wan22 is ready: wan-trt client 127.0.0.1:{server.grpc} PROMPT -o out.mp4"
     assert stopping.startswith("stopping: ")
@@ -155,8 +156,8 @@ def test_a_second_ctrl_c_ends_everything_at_once(serve):
     server = serve().wait_for("is ready")
     processes, regions = server.processes(), server.regions()
     with server.client() as client:
-        jobs = [client.submit({"prompt": "x", **ENDLESS}) for _ in range(2)]
-        next(jobs[0].events())
+        next(client.submit({"prompt": "x", **ENDLESS}).events())
+        waiting = client.submit({"prompt": "x", **ENDLESS})  # noqa: F841 a job that waits
         server.command.send_signal(signal.SIGINT)
         server.wait_for("Ctrl-C again")
         server.command.send_signal(signal.SIGINT)
