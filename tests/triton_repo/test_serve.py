@@ -1,6 +1,7 @@
 """``wan-trt serve`` as whoever starts it sees it: what it prints, how it ends, what it leaves behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -209,7 +210,8 @@ def test_a_dead_model_is_noticed_within_ten_seconds_and_served_again_within_twen
         served_s = time.monotonic() - killed
     print(f"noticed after {noticed_s:.1f} s, ready again after {served_s:.1f} s")
     assert gone([tritonserver])
-    assert "the process of model wan22 died while job" in server.lines[-1]
+    # Triton 2.51 aborts when a model is killed in the moment it sends, because the model then holds a shared lock.
+    assert re.search(r"(model wan22 died|ended by SIGABRT) while job \w+ ran", server.lines[-1])
     with again.client() as client:
         assert client.generate("x", **SMALL).video
 
