@@ -97,7 +97,8 @@ def test_engines_and_checkpoint_are_needed_and_the_precision_study_has_moved(tmp
 def test_the_demo_of_image_models_starts_from_the_built_in_picture(tmp_path, model):
     assert status("demo", tmp_path, "--model", model) == 0
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {model, "image.png", "out.mp4", "report.html", "report.json", "report.md", "report.xml"}
+    reports = {"report.html", "report.json", "report.md", "report.xml"}
+    assert made == {model, "image.png", "out.mp4", "filmstrip.png", *reports}
     facts = json.loads((tmp_path / "report.json").read_text())["facts"]
     assert facts["image"].startswith(f"{tmp_path / 'image.png'}, 384x240")
     assert facts["video"] == "256x160, 17 frames"
