@@ -3,9 +3,12 @@
 import errno
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from types import FrameType
 
 import msgspec
 
@@ -99,3 +102,20 @@ def refusing_disk_errors(named: str, remedy: Callable[[], str] = str) -> Iterato
         if (refusal := disk_error(error, named)) is None:
             raise
         raise UserError(refusal.found, refusal.expected, refusal.remedy + remedy()) from error
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Ctrl-C in the block takes effect at its end. Only the main thread handles it; in others nothing changes."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    pressed: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            handler(*pressed[0])

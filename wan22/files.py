@@ -20,11 +20,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from wan22.errors import UserError, refusing_disk_errors
+from wan22.errors import UserError, deferred_interrupts, refusing_disk_errors
 from wan22.renames import EARLIER, exchange, put_back, sync, sync_tree
 
 LOCK, SUFFIX = "wan-trt.lock", ".partial"
@@ -89,15 +89,16 @@ def claim(
     claimed = Claim(output, hidden_folder(output))
     with ExitStack() as stack:
         try:
-            stack.enter_context(_parents(output.parent))
-            stack.callback(os.close, _acquire_lock(claimed.folder, named, wait=wait))
+            with nullcontext() if wait else deferred_interrupts():
+                stack.enter_context(_parents(output.parent))
+                stack.callback(os.close, _acquire_lock(claimed.folder, named, wait=wait))
+                stack.callback(_release, claimed)
             put_back(claimed.folder)
             if not resume:
                 _empty(claimed.folder)
         except OSError as error:
             found = f"cannot write {named}: {error.strerror}"
             raise UserError(found, "a place that can be written", "choose another") from error
-        stack.callback(_release, claimed)
         with refusing_disk_errors(named, lambda: f" to go on, or delete {claimed.folder}" if claimed.keep else ""):
             yield claimed
 
@@ -250,7 +251,7 @@ def _empty(folder: Path) -> None:
 
 def _release(claimed: Claim) -> None:
     """Remove the hidden folder, whose lock this process holds. The next claim removes anything left."""
-    with suppress(OSError):
+    with deferred_interrupts(), suppress(OSError):
         if not claimed.keep:
             put_back(claimed.folder)
             _empty(claimed.folder)
@@ -267,14 +268,13 @@ def scratch_folder(use: str) -> Iterator[Path]:
     place = Path(tempfile.gettempdir())
     for folder in place.glob(f"{SCRATCH}{use}-*{SUFFIX}"):
         _remove_if_dead(folder)
-    folder = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{use}-", suffix=SUFFIX))
-    claimed, lock = Claim(folder, folder), _acquire_lock(folder, str(folder), wait=False)
-    try:
+    with ExitStack() as stack:
+        with deferred_interrupts():
+            folder = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{use}-", suffix=SUFFIX))
+            stack.callback(os.close, _acquire_lock(folder, str(folder), wait=False))
+            stack.callback(_release, Claim(folder, folder))
         with refusing_disk_errors(str(folder)):
             yield folder
-    finally:
-        _release(claimed)
-        os.close(lock)
 
 
 def remove_leftovers(place: Path) -> dict[Path, int]:

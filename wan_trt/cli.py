@@ -95,18 +95,18 @@ app.add_typer(loras, name="lora", rich_help_panel="Make")
 
 def main() -> None:
     """Run the command line. Refuse arguments and a working folder that are not UTF-8, the encoding of all files."""
-    words = [os.fsencode(word) for word in sys.argv[1:]]
-    with contextlib.suppress(OSError):  # the folder may be gone
-        words.append(os.fsencode(Path.cwd()))
-    for word in words:
-        try:
-            word.decode()
-        except UnicodeDecodeError:
-            print(f"wan-trt: {word!r} | expected UTF-8 | rename it, or set a UTF-8 locale", file=sys.stderr)
-            sys.exit(2)
-    tolerate_any_encoding()
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
+        words = [os.fsencode(word) for word in sys.argv[1:]]
+        with contextlib.suppress(OSError):  # the folder may be gone
+            words.append(os.fsencode(Path.cwd()))
+        for word in words:
+            try:
+                word.decode()
+            except UnicodeDecodeError:
+                print(f"wan-trt: {word!r} | expected UTF-8 | rename it, or set a UTF-8 locale", file=sys.stderr)
+                sys.exit(2)
+        tolerate_any_encoding()
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         app()
     except KeyboardInterrupt:  # before the command began
         print("wan-trt: interrupted", file=sys.stderr)

@@ -43,7 +43,6 @@ def run(asked: dict[str, Any], counts: int) -> None:
     """One command line, in a group of its own; never returns."""
     from wan_trt.cli import main as wan_trt
 
-    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -55,6 +54,7 @@ def run(asked: dict[str, Any], counts: int) -> None:
         disk().fail_below(where, ctypes.c_long(asked["from"]), ctypes.c_long(asked["to"]), *what)
     code = 1
     try:
+        os.setpgid(0, 0)  # who is to end it finds it from here on
         wan_trt()
         code = 0
     except SystemExit as left:

@@ -378,3 +378,14 @@ def test_what_cannot_be_synced_does_not_get_its_name(tmp_path, monkeypatch, numb
         pass
     assert names(tmp_path) == ["x"]
     assert (tmp_path / "x" / MARK).read_text() == "old"
+
+
+def test_ctrl_c_during_the_cleanup_waits_for_its_end(tmp_path, monkeypatch):
+    def pressed(folder, empty=files._empty):
+        os.kill(os.getpid(), signal.SIGINT)
+        empty(folder)
+
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "x") as new:
+        new.write_text("whole")
+        monkeypatch.setattr(files, "_empty", pressed)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
