@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from export.checkpoint.place import Place
 from export.component import ExportPart
 from export.files.resumable import Journal, kept_bytes, resumable_folder
 from export.files.tensor_file import Array
@@ -35,6 +36,7 @@ from wan22.bundle import (
     write_manifest,
 )
 from wan22.errors import UserError
+from wan22.inputs import check_no_source
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec, Precision
 
@@ -64,6 +66,8 @@ def export_checkpoint(
     """
     options = options or ExportOptions()
     refuse_existing(folder, "graphs", overwrite=options.overwrite)
+    measured = (options.input_scales, options.input_means)
+    check_no_source(folder, *Place.parse(checkpoint).paths, *(lora.path for lora in options.loras), *measured)
     opened = open_checkpoint(checkpoint, progress)
     loras = _open_loras(options, opened.spec)
     source = _with_loras(opened, loras)
