@@ -49,7 +49,11 @@ def _possible(part: str) -> tuple[Precision, ...]:
 
 
 def fp8_of(
-    precision: Precision, options: ExportOptions, static: Mapping[str, float], centred: Mapping[str, int]
+    precision: Precision,
+    options: ExportOptions,
+    static: Mapping[str, float],
+    centred: Mapping[str, int],
+    by_column: frozenset[str],
 ) -> Fp8 | None:
     """The FP8 settings of an expert; None if it does not use FP8.
 
@@ -58,6 +62,7 @@ def fp8_of(
         options: the export's options.
         static: linears with a static input scale.
         centred: linears with an input mean → its length.
+        by_column: kinds of matrices whose rows have different scales.
     """
     if precision.linears is not Number.FP8:
         return None
@@ -68,6 +73,7 @@ def fp8_of(
         high_precision_blocks=options.keep_high_precision,
         static=frozenset(static),
         centred=centred,
+        by_column=by_column,
     )
 
 
