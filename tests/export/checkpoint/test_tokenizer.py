@@ -4,12 +4,12 @@ import gguf
 import numpy as np
 import pytest
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from export.checkpoint.describe import describe
 from export.checkpoint.tokenizer import tokenizer_folder
 from export.synth.tokenizer import trained_model
 from runtime.tokenizer import Tokenizer, clean
+from tests.export.checkpoint.forms import add_tokenizer, finish_gguf
 from wan22.errors import UserError
 
 PROMPTS = (
@@ -20,28 +20,13 @@ PROMPTS = (
 )
 
 
-def written(path, *, kind="t5", charsmap=True, scores=True, tokens=None, padding=64):
-    """A text encoder without layers, and the tokenizer of tiny models, padded to the rows of the embedding."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(trained_model())
+def written(path, **change):
+    """A text encoder without layers, and the tokenizer of tiny models."""
     writer = gguf.GGUFWriter(path, "t5encoder")
-    writer.add_tokenizer_model(kind)
-    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
-    pieces += [
-        (f"[PAD{number}]", -10000.0, gguf.TokenType.UNUSED) for number in range(len(pieces), len(pieces) + padding)
-    ]
-    names, values, types = map(list, zip(*pieces, strict=True))
-    writer.add_token_list(tokens or names)
-    if scores:
-        writer.add_token_scores(values)
-    writer.add_token_types(types)
-    if charsmap:
-        writer.add_precompiled_charsmap(model.normalizer_spec.precompiled_charsmap)
-    writer.add_tensor("token_embd.weight", np.ones((len(pieces), 4), np.float32))
+    add_tokenizer(writer, trained_model(), **change)
+    writer.add_tensor("token_embd.weight", np.ones((1088, 4), np.float32))
     writer.add_tensor("enc.blk.0.attn_q.weight", np.ones((4, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
 
 
