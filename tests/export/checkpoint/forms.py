@@ -70,7 +70,7 @@ def format_1(tensors, path, *, in_header):
         save(path, written, {"_quantization_metadata": json.dumps(content)})
     else:
         mark = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
-        save(path, written | {f"{layer}.comfy_quant": mark for layer in layers})
+        save(path, written | {f"{layer}.comfy_quant": mark.clone() for layer in layers})
     return expected
 
 
