@@ -136,4 +136,5 @@ def add_tokenizer(writer, model, *, kind="t5", charsmap=True, scores=True, token
         writer.add_token_scores(values)
     writer.add_token_types(types)
     if charsmap:
-        writer.add_precompiled_charsmap(proto.normalizer_spec.precompiled_charsmap)
+        table = proto.normalizer_spec.precompiled_charsmap if charsmap is True else charsmap
+        writer.add_precompiled_charsmap(table)

@@ -123,6 +123,14 @@ def test_an_index_that_is_left_over_beside_the_whole_file(t2v, tmp_path):
         np.testing.assert_array_equal(found.read(name), 2 * tensor.numpy())
 
 
+def test_an_index_with_wrong_bytes_in_a_field_that_nobody_reads(t2v, tmp_path):
+    folder = shutil.copytree(t2v, tmp_path / "checkpoint")
+    index = folder / "high_noise_model/diffusion_pytorch_model.safetensors.index.json"
+    content = index.read_bytes()
+    index.write_bytes(content.replace(b"{", b'{"note": "\xe6(", ', 1))
+    refused(folder, r"index\.json: .* expected the index as JSON")
+
+
 def test_what_modelscope_leaves_is_passed_over(t2v, tmp_path):
     folder = shutil.copytree(t2v, tmp_path / "Wan2___2-T2V-A14B")
     (folder / "configuration.json").write_text('{"framework": "pytorch", "allow_remote": true}')
