@@ -256,7 +256,8 @@ class GgufBlocks(Decoded):
 
         each = prod(self.values_shape[1:-1])  # rows of blocks per row of the first axis
         found = rows_of(self.weight, first * each, last * each)
-        values: F32 = dequantize(found, GGMLQuantizationType(self.kind))
+        with np.errstate(all="ignore"):  # of scales that are no numbers; the writer refuses what is not finite
+            values: F32 = dequantize(found, GGMLQuantizationType(self.kind))
         return values.reshape(last - first, *self.values_shape[1:])
 
 
