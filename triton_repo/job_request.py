@@ -19,6 +19,7 @@ from runtime.built_for import default_video, fill_defaults
 from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
+from runtime.video import QUALITY
 from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS
 from triton_repo.settings import Limits
 from wan22.bundle import Manifest
@@ -40,6 +41,7 @@ class JobRequest:
 
     request: CompleteRequest
     fps: int
+    quality: int
     output_format: str  # a key of schema.VIDEO_FORMATS
     progress_every: int
     preview: bool
@@ -69,6 +71,7 @@ def parse_request(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits:
     return JobRequest(
         request=complete,
         fps=_within("fps", given.get("fps", spec.sampling.fps), 1, MAX_FPS),
+        quality=_within("quality", given.get("quality", QUALITY), 1, 10),
         output_format=_format(given.get("output_format", "mp4"), complete, limits),
         progress_every=_within("progress_every", given.get("progress_every", 1), 1, limits.max_steps),
         preview=given.get("preview", False),

@@ -39,9 +39,7 @@ def run(
     seed: Annotated[int | None, given.SEED] = None,
     noise: given.Noise = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.", min=1, max=240)] = None,
-    quality: Annotated[
-        int | None, typer.Option(metavar="1...10", help="Quality of mp4 and webm; by default the official 8.")
-    ] = None,
+    quality: given.Quality = None,
     shift: given.Shift = None,
     guidance_high_noise: given.ExpertGuidance = None,
     guidance_low_noise: given.ExpertGuidance = None,
