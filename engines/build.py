@@ -82,7 +82,7 @@ def build_engines(
             _place(source, temporary, source.manifest.files().values())
             compiled = _Compiled(*fit_components(source, temporary, progress))
         else:
-            compiled = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
+            compiled = _compile_tensorrt(source, temporary, (target, profiles, options), folder.parent, progress)
         build = Build(
             target=target.name,
             backend=target.backend,
@@ -177,9 +177,16 @@ def _engine_options(
 
 
 def _compile_tensorrt(
-    source: Bundle, folder: Path, asked: tuple[Target, Sequence[Profile], BuildOptions], progress: Progress
+    source: Bundle,
+    folder: Path,
+    asked: tuple[Target, Sequence[Profile], BuildOptions],
+    logs: Path,
+    progress: Progress,
 ) -> _Compiled:
-    """Build one plan per component, or per graph if weights are external, with the builder's log next to it."""
+    """Build one plan per component, or per graph if weights are external, with the builder's log next to it.
+
+    The log of a failed build goes to the folder ``logs``.
+    """
     target, profiles, options = asked
     version = str(load_module(target.backend).__version__)
     _place(source, folder, source.manifest.tokenizer)
@@ -201,7 +208,7 @@ def _compile_tensorrt(
                 compiled.append(replace(component, graph=file_entry(folder, plan), weights=()))
         except UserError:
             if log_beside(plan).exists():
-                shutil.copyfile(log_beside(plan), folder.parent / f"{component.name}.build.log")
+                shutil.copyfile(log_beside(plan), logs / f"{component.name}.build.log")
             raise
         progress("build engines", done, len(components), "components")
     return _Compiled(tuple(compiled), version, scales)
