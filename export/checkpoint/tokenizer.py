@@ -86,16 +86,11 @@ def _convert(model: bytes, source: str) -> Path:
     stack = ExitStack()
     folder = stack.enter_context(scratch_folder("tokenizer"))
     atexit.register(stack.close)
-    save_tokenizer(tokenizer, model, folder)
-    return folder
-
-
-def save_tokenizer(tokenizer: Any, model: bytes, folder: Path) -> None:
-    """Write ``tokenizer``, which :func:`unigram` made of ``model``, with all files of ``google/umt5-xxl``."""
     tokenizer.save(str(folder / VOCABULARY))
     (folder / MODEL).write_bytes(model)
     for name, content in (("special_tokens_map.json", SPECIALS), ("tokenizer_config.json", SPECIALS | CONFIG)):
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return folder
 
 
 def unigram(model: bytes) -> Any:

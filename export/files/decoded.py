@@ -133,10 +133,15 @@ class Codes:
 
 def codes_of(tensor: "Tensor") -> Codes | None:
     """``tensor`` in a form that FP8 can multiply directly; None for any other form."""
-    if not isinstance(tensor, Scaled) or tensor.weight.dtype != FLOAT8[0]:
+    if (
+        not isinstance(tensor, Scaled)
+        or tensor.weight.dtype != FLOAT8[0]
+        or tensor.columns is not None
+        or tensor.turned
+    ):
         return None
     scale = _product(tensor.scales)
-    if not tensor.scales or scale.ndim or tensor.columns is not None or tensor.turned:
+    if not tensor.scales or scale.ndim:
         return None
     entering = float(tensor.entering.read().astype(np.float32).reshape(-1)[0]) if tensor.entering else None
     return Codes(tensor.weight, float(scale), entering)

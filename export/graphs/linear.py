@@ -84,16 +84,16 @@ class Linears:
 
     def per_token(self, x: ir.Value) -> Operand:
         """``x [L, in]`` quantised with one scale per row; each ``x`` is quantised only once."""
-        if x in self._quantised:
-            return self._quantised[x]
-        g, rows = self.g, self.g.cast(x, FLOAT)
-        with g.scope("quantise"):
-            largest = g.op("ReduceMax", g.op("Abs", rows), g.constant([1]), keepdims=1)
-            largest = g.op("Max", largest, g.constant(SMALLEST_ROW, FLOAT))
-            scale = g.op("Div", largest, g.constant(LARGEST_QUANTISED, FLOAT))
-            quantised = self.through_fp8(g.op("Div", rows, scale), g.constant(1.0, FLOAT))
-            self._quantised[x] = Operand(quantised, scale, fp8=True)
+        if x not in self._quantised:
+            self._quantised[x] = self._per_token(self.g.cast(x, FLOAT))
         return self._quantised[x]
+
+    def _per_token(self, x: ir.Value) -> Operand:
+        g = self.g
+        with g.scope("quantise"):
+            largest = g.op("ReduceMax", g.op("Abs", x), g.constant([1]), keepdims=1)
+            scale = g.op("Div", g.op("Max", largest, g.constant(SMALLEST_ROW, FLOAT)), _float(g, LARGEST_QUANTISED))
+            return Operand(self.through_fp8(g.op("Div", x, scale), _float(g, 1.0)), scale, fp8=True)
 
     def through_fp8(self, x: ir.Value, scale: ir.Value) -> ir.Value:
         """Quantise float32 ``x`` with a constant ``scale`` and dequantise it to the compute type."""
@@ -108,15 +108,18 @@ class Linears:
         entering, leaving = shape
         with self.g.scope(parts):
             if x.fp8:
-                # One stored matrix and scale for all parts: graphs cannot concatenate FP8 constants.
-                raw = self.fp8_matmul(x, f"{key}.{parts}", (len(parts) * leaving, entering))
-                bias = self._join([f"{key}.{part}.bias" for part in parts], (leaving,), FLOAT)
-                return Product(raw, x.scale, bias)
+                return self._fp8_product(x, f"{key}.{parts}", (len(parts) * leaving, entering), key, parts)
             weight, bias = (
                 self._join([f"{key}.{part}.{leaf}" for part in parts], dims, self.compute)
                 for leaf, dims in (("weight", (leaving, entering)), ("bias", (leaving,)))
             )
             return Product(self.g.op("Gemm", x.value, weight, bias, transB=1))
+
+    def _fp8_product(self, x: Operand, name: str, shape: tuple[int, int], key: str, parts: str) -> Product:
+        """The product with one stored matrix and scale for all ``parts``: graphs cannot concatenate FP8 constants."""
+        raw = self.fp8_matmul(x, name, shape)
+        each = shape[0] // len(parts)
+        return Product(raw, x.scale, self._join([f"{key}.{part}.bias" for part in parts], (each,), FLOAT))
 
     def fp8_matmul(self, x: Operand, name: str, shape: tuple[int, int]) -> ir.Value:
         """``x [L, in]`` times the stored matrix ``name [out, in]``, transposed, in the compute type."""
@@ -151,3 +154,7 @@ class Linears:
         if y.scale is not None:
             x = g.mul(x, g.reshape(y.scale, [-1, *[1] * len(shape)]) if shape else y.scale)
         return g.add(x, bias) if bias is not None else x
+
+
+def _float(g: GraphBuilder, value: float) -> ir.Value:
+    return g.constant(value, FLOAT)

@@ -89,10 +89,7 @@ class Fp8Weights:
             scale = self._input_scales[stem] if leaf == "input_scale" else self._scale_of(f"{stem}.weight")
             return np.array(scale, np.float32)
         if leaf in ("q_scale", "k_scale"):
-            # RMSNorm over D channels is at most sqrt(D) times its weight; centring may double K.
-            largest = float(np.abs(self._official(f"{stem}.norm_{leaf[0]}.weight").astype(np.float32)).max())
-            bound = largest * self._spec.width**0.5 * (self._spec.head_width**-0.5 if leaf == "q_scale" else 2.0)
-            return np.array(max(bound, 1e-6) * MARGIN / FLOAT8_MAX, np.float32)
+            return self._head_scale(stem, leaf[0])
         if leaf == "input_mean":
             return self._mean(stem)
         if key in self._remade:
@@ -109,9 +106,10 @@ class Fp8Weights:
 
     def _bias(self, linear: str) -> np.ndarray:
         """The bias including the term of the input's mean; V's bias becomes zero and moves, projected, into O's."""
-        (module, name), bias = linear.rsplit(".", 1), self._own_bias(linear)
+        module, name = linear.rsplit(".", 1)
         if f"{linear}.bias" not in self._moved:
-            return bias
+            return self._own_bias(linear)
+        bias = self._own_bias(linear)
         return np.zeros_like(bias) if name == "v" else bias + self._weight(linear) @ self._own_bias(f"{module}.v")
 
     def _own_bias(self, linear: str) -> np.ndarray:
@@ -131,17 +129,18 @@ class Fp8Weights:
         return np.asarray(weight.astype(np.float32, copy=False))
 
     def _measure(self, key: str, parts: dict[str, np.ndarray]) -> float:
-        """The scale of ``parts``, stored as one FP8 matrix ``[out, in]``.
+        """The scale of ``parts``, stored as one FP8 matrix ``[out, in]``; also computes the biases that need them."""
+        self._make_biases(parts)
+        self._scales[key] = _scale_of(parts)
+        return self._scales[key]
 
-        Also computes the biases that depend on ``parts`` while these are in memory; the file stores biases later.
-        """
+    def _make_biases(self, parts: dict[str, np.ndarray]) -> None:
+        """Compute the biases that depend on ``parts`` while these are in memory; the file stores biases later."""
         self._held = parts
         for linear in (name.removesuffix(".weight") for name in parts):
             if f"{linear}.bias" in self._remade:
                 self._biases[f"{linear}.bias"] = self._bias(linear)
         self._held = {}
-        self._scales[key] = _scale_of(parts)
-        return self._scales[key]
 
     def _scale_of(self, key: str) -> float:
         if kept := self._stored_codes(key):
@@ -157,6 +156,12 @@ class Fp8Weights:
         """Official names of the matrices whose rows form the stored matrix ``key``."""
         module, name, leaf = key.rsplit(".", 2)
         return [f"{module}.{part}.{leaf}" for part in (name if name in JOINED else [name])]
+
+    def _head_scale(self, module: str, name: str) -> np.ndarray:
+        """The scale of Q or K: RMSNorm over D channels is at most sqrt(D) times its weight; centring may double K."""
+        largest = float(np.abs(self._official(f"{module}.norm_{name}.weight").astype(np.float32)).max())
+        bound = largest * self._spec.width**0.5 * (self._spec.head_width**-0.5 if name == "q" else 2.0)
+        return np.array(max(bound, 1e-6) * MARGIN / FLOAT8_MAX, np.float32)
 
 
 def moved_biases(quantised: Collection[str], input_scales: Collection[str]) -> frozenset[str]:
