@@ -25,8 +25,7 @@ Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames, 
 SEED = typer.Option("--seed", metavar="INT", help="Seed of the noise, below 2**64; -1 draws and prints one.")
 Seed = Annotated[int, SEED]
 Noise = Annotated[
-    Path | None,
-    typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of the seed's."),
+    Path | None, typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of the seed's.")
 ]
 NegativePrompt = Annotated[
     str | None, typer.Option(help="Text that the video should not match; by default the official one.")

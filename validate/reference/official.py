@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from export.checkpoint.checkpoint import Checkpoint
 from runtime.request import CompleteRequest
-from validate.reference.boundary import stated_boundary
+from validate.reference.checkpoint import stated_boundary
 from validate.reference.official_modules import Modules, check_clone
 from validate.reference.parts import F32, I64
 from validate.reference.reference import NO_IMAGE, ImageInputs
@@ -83,9 +83,8 @@ class Official:
     def velocity(
         self, expert: str, latents: F32, timestep: float, text: F32, image_inputs: ImageInputs = NO_IMAGE
     ) -> F32:
-        return self._array(
-            "velocity", expert, latents, timestep, text, image_inputs.condition, image_inputs.first_frame
-        )
+        given = (image_inputs.condition, image_inputs.first_frame)
+        return self._array("velocity", expert, latents, timestep, text, *given)
 
     def encode(self, video: F32) -> F32:
         return self._array("encode", video)
@@ -106,9 +105,8 @@ class Official:
         def step(velocity: F32, index: int, latents: F32) -> F32:
             return self._array("step", velocity, index, latents)
 
-        return guided_run(
-            self, request, self.sigmas_and_timesteps(request)[1].tolist(), step, (text, negative), image_inputs
-        )
+        timesteps = self.sigmas_and_timesteps(request)[1].tolist()
+        return guided_run(self, request, timesteps, step, (text, negative), image_inputs)
 
     def _array(self, method: str, *arguments: Any) -> F32:
         array: F32 = self._ask(method, *arguments)

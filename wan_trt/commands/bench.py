@@ -94,13 +94,7 @@ def _list_gates(engines: Path) -> int:
     return 0
 
 
-def _check(
-    sweep: Axis | None,
-    values: str | None,
-    plot: Path | None,
-    gate: Path | None,
-    compare: Path | None,
-) -> None:
+def _check(sweep: Axis | None, values: str | None, plot: Path | None, gate: Path | None, compare: Path | None) -> None:
     """Raise UserError for options that do not go together."""
     if sweep is None and (values or plot):
         raise UserError("--values or --plot", "a sweep to apply them to", "add --sweep frames, size or steps")
@@ -109,11 +103,7 @@ def _check(
 
 
 def _served(
-    engines: Path,
-    options: "BenchOptions",
-    runs: int | None,
-    topology: Literal["owner", "bls"],
-    gate: Path | None,
+    engines: Path, options: "BenchOptions", runs: int | None, topology: Literal["owner", "bls"], gate: Path | None
 ) -> tuple[dict[str, Any], bool]:
     from triton_repo.installation import default_environments, find_installation
     from validate.bench.served import RUNS, ServedOptions, bench_served

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[
     str,
     typer.Argument(
-        help="Checkpoint folder or hub name; not needed if options name files for all parts.",
-        show_default=False,
+        help="Checkpoint folder or hub name; not needed if options name files for all parts.", show_default=False
     ),
 ]
 Folder = Annotated[Path | None, typer.Argument(help="Folder to write the ONNX bundle to.", show_default=False)]
@@ -40,8 +39,7 @@ InputMeans = Annotated[
     Path | None, typer.Option(help="Means from wan-trt calibrate --means: smaller FP8 errors at the same speed.")
 ]
 Loras = Annotated[
-    list[str] | None,
-    typer.Option(help="LoRA to merge, FILE.safetensors[@strength][:high|:low]; repeatable."),
+    list[str] | None, typer.Option(help="LoRA to merge, FILE.safetensors[@strength][:high|:low]; repeatable.")
 ]
 IgnoreUnmatched = Annotated[
     bool, typer.Option("--lora-ignore-unmatched", help="Drop LoRA keys without a matching weight in the model.")
