@@ -28,6 +28,7 @@ from wan22.bundle import (
     write_manifest,
 )
 from wan22.errors import UserError
+from wan22.inputs import check_no_source
 from wan22.memory import peak_rss_bytes
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
@@ -65,6 +66,7 @@ def build_engines(
     """
     options = options or BuildOptions()
     refuse_existing(folder, "engines", overwrite=options.overwrite)
+    check_no_source(folder, bundle, options.timing_cache)
     target = target_named(options.target)
     source = open_bundle(bundle, "graphs", full_check=True)
     check_bundle(target, source.manifest)

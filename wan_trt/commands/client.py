@@ -11,6 +11,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import Claim, claim_file
+from wan22.inputs import check_no_source
 from wan22.progress import Progress
 from wan22.quantities import video_text
 from wan22.specs import TEXT_TOKENS
@@ -54,11 +55,12 @@ def run(
     model: Annotated[str, typer.Option(help="Name of the served model.")] = "wan22",
 ) -> None:
     """Generate a video on a server; Ctrl-C cancels the job."""
-    from runtime.video import check_destination, check_no_source, renamed_at_end
+    from runtime.video import check_destination, renamed_at_end
     from triton_repo.wire import content_of
 
     check_destination(output, frames or 1)
-    check_no_source(output, image, last_image)
+    for path in (output, preview):
+        check_no_source(path, image, last_image)
     width, height = given.size_of(size) or (None, None)
     settings: dict[str, Setting | None] = {
         "negative_prompt": negative_prompt,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from wan22.inputs import check_no_source
 from wan22.quantities import video_text
 from wan_trt import arguments as given
 from wan_trt.console import bars, console
@@ -54,9 +55,9 @@ def run(
     request = given.request_from(locals())
     from runtime.generate import Encoding, generate
     from runtime.pipeline import Pipeline
-    from runtime.video import QUALITY, check_no_source
+    from runtime.video import QUALITY
 
-    check_no_source(output, noise, again)
+    check_no_source(output, noise, again, image, last_image)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)
     with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:
