@@ -284,6 +284,11 @@ def _backend(bundle: Bundle, stack: ExitStack) -> _Backend:
         from runtime.engine_onnxruntime import OnnxRuntimeEngine
 
         return _Backend(lambda component: OnnxRuntimeEngine(folder, component, profiles), available_host_bytes)
+    if build.backend == "onnxruntime-gpu":
+        from runtime.engine_cuda import CudaDevice
+
+        gpu = stack.enter_context(CudaDevice.open(bundle.manifest))
+        return _Backend(lambda component: gpu.engine(folder, component), gpu.available_bytes, cache_sets=2)
     from runtime.engine_tensorrt import Device
 
     device = stack.enter_context(Device.open(bundle.manifest))

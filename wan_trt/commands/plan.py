@@ -12,7 +12,9 @@ from wan_trt.console import console
 
 def run(
     model: Annotated[str, typer.Argument(help="A model, such as t2v-a14b.", show_default=False)],
-    target: Annotated[str, typer.Option(help="GPU such as rtx4090 or h100, cpu, or auto.")],
+    target: Annotated[
+        str, typer.Option(help="GPU such as rtx4090 or h100, cuda (ONNX Runtime on any GPU), cpu, or auto.")
+    ],
     precision: Annotated[
         Precision, typer.Option(metavar="PRECISION", help=f"Precision of the transformer: {PRECISIONS}.")
     ] = Precision.BF16,
