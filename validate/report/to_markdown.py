@@ -23,6 +23,8 @@ def _lines(report: "ValidationReport") -> Iterator[str]:
         verdicts = [(_mark(bool(v)), v.gate.measurement, *verdict_words(v)) for v in report.verdicts]
         yield from _table(("", "gate", "found", "limit"), verdicts)
     yield from _table(("", "section", "passed"), _sections(report))
+    if report.worst_case.cache is not None:
+        yield from (_text(report.worst_case.cache.summary()), "")
     if report.failed:
         yield from _table(("failed check", "component", "found", "limit"), _failed_rows(report))
     if len(report.cases) > 1:
