@@ -12,6 +12,7 @@ from typer.models import OptionInfo
 
 from wan22.errors import UserError
 from wan22.shapes import parse_size
+from wan_trt.cache_options import caching_from
 
 if TYPE_CHECKING:
     from runtime.arrays import F32
@@ -92,6 +93,9 @@ GROUPS = {
     "Sampling": (
         "negative_prompt", "preset", "steps", "seed", "noise", "shift", "solver", "schedule", "boundary",
         "guidance", "guidance_high_noise", "guidance_low_noise",
+    ),
+    "Step cache": (
+        "cache", "cache_threshold", "first_exact", "last_exact", "max_consecutive", "skip_steps", "reuse", "late_cfg",
     ),
     "Output": ("output", "overwrite", "verbose", "preview", "html", "as_json", "plot", "calls"),
     "Precision": (
@@ -182,7 +186,7 @@ def request_from(options: Mapping[str, Any]) -> "Request":
     """The request from a command's options, its ``locals()``; fields of :class:`Request` have the options' names."""
     from runtime.request import Request
 
-    names = {field.name for field in fields(Request)} & options.keys() - {"seed", "noise"}
+    names = {field.name for field in fields(Request)} & options.keys() - {"seed", "noise", "cache"}
     by_expert = {name: options.get(f"guidance_{name}") for name in ("high_noise", "low_noise")}
     return Request(
         **{name: options[name] for name in names}
@@ -192,6 +196,7 @@ def request_from(options: Mapping[str, Any]) -> "Request":
             "noise": noise_of(options.get("noise")),
             "guidance": {name: scale for name, scale in by_expert.items() if scale is not None},
             "guidance_scale": options.get("guidance"),
+            "cache": caching_from(options) if "cache" in options else None,
         }
     )
 

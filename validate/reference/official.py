@@ -43,8 +43,9 @@ def commit_of(repo: Path) -> str:
 
 
 def can_run(request: CompleteRequest) -> bool:
-    """True if the official code supports the solver and schedule of the requested run."""
-    return request.solver in SOLVERS and request.schedule == "official" and not request.sigmas
+    """True if the official code supports the solver and schedule of the requested run; it has no step cache."""
+    known = request.solver in SOLVERS and request.schedule == "official" and not request.sigmas
+    return known and request.cache is None
 
 
 class Official:
