@@ -103,7 +103,9 @@ GROUPS = {
         "keep_high_precision", "input_scales", "input_means",
     ),
     "LoRA": ("lora", "lora_ignore_unmatched"),
-    "Comparison": ("prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official_repo"),
+    "Comparison": (
+        "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",
+    ),
     "Sweep": ("sweep", "values"),
     "Address": ("address", "http_port", "grpc_port", "metrics_port"),
     "Server limits": (

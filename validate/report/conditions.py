@@ -97,12 +97,12 @@ def _reference(manifest: Manifest, device: Device) -> str:
 
 
 def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
-    """Yield label and description of the official code, if a clone is given."""
-    from validate.reference.official import can_run, commit_of
+    """Yield label and description of the official code, if it is given."""
+    from validate.reference.official import can_run, version_of
 
     if options.official_repo is not None:
-        at = commit_of(options.official_repo)
-        description = f"the code at {options.official_repo}{at and f', commit {at}'}, fp32 on the CPU"
+        at = version_of(options.official_repo)
+        description = f"the code at {options.official_repo}{at and f', {at}'}, fp32 on the CPU"
         if not can_run(request):
             missing = (
                 f"{request.solver} with the {request.schedule} schedule" if request.cache is None else "step cache"
