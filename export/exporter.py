@@ -26,16 +26,7 @@ from export.quantise.input_means import read_input_means
 from export.quantise.input_scales import Scales, check_weights, read_input_scales
 from export.quantise.published import published, row_scaled
 from export.shared_files import share, shared_name, shared_placements
-from wan22.bundle import (
-    Bundle,
-    Component,
-    File,
-    Manifest,
-    check_disk,
-    file_entry,
-    refuse_existing,
-    write_manifest,
-)
+from wan22.bundle import Bundle, Component, File, Manifest, check_disk, file_entry, refuse_existing, write_manifest
 from wan22.errors import UserError
 from wan22.inputs import check_no_source
 from wan22.progress import Progress, silent
@@ -60,8 +51,11 @@ def export_checkpoint(
     measured = (options.input_scales, options.input_means)
     check_no_source(folder, *Place.parse(checkpoint).paths, *(lora.path for lora in options.loras), *measured)
     opened = open_checkpoint(checkpoint, progress)
-    loras = _open_loras(options, opened.spec)
-    source = _with_loras(opened, loras)
+    loras = [open_lora(lora, opened.spec, ignore_unmatched=options.lora_ignore_unmatched) for lora in options.loras]
+    for warning in (warning for lora in loras for warning in lora.warnings):
+        log.warning(warning)
+    experts = {name: merged(opened.weights[name], loras, name) for name in opened.spec.experts}
+    source = replace(opened, weights={**opened.weights, **experts})
     if options.preset is not None:
         source = replace(source, spec=source.spec.with_preset(options.preset))
     check_fp8(source.spec, options)
@@ -72,10 +66,8 @@ def export_checkpoint(
     meter = _Meter(progress, parts.values())
     if not options.sparse:
         check_disk(folder, meter.written_bytes - kept_bytes(folder))
-    with resumable_folder(folder, _input_hash(source, loras, parts), overwrite=options.overwrite) as (
-        temporary,
-        journal,
-    ):
+    resumable = resumable_folder(folder, _input_hash(source, loras, parts), overwrite=options.overwrite)
+    with resumable as (temporary, journal):
         writer = _Writer(temporary, source, options, meter, journal)
         components = [component for name, part in parts.items() for component in writer.components(name, part)]
         manifest = Manifest(
@@ -93,26 +85,10 @@ def export_checkpoint(
     return Bundle(folder, manifest)
 
 
-def _open_loras(options: ExportOptions, spec: ModelSpec) -> list[Lora]:
-    loras = [open_lora(lora, spec, ignore_unmatched=options.lora_ignore_unmatched) for lora in options.loras]
-    for lora in loras:
-        for warning in lora.warnings:
-            log.warning(warning)
-    return loras
-
-
-def _with_loras(source: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
-    experts = {name: merged(source.weights[name], loras, name) for name in source.spec.experts}
-    return replace(source, weights={**source.weights, **experts})
-
-
 def _fixed_size(options: ExportOptions) -> tuple[int, int, int] | None:
     if (options.size is None) != (options.frames is None):
-        raise UserError(
-            "only one of --size and --frames",
-            "both for fixed shapes or neither for dynamic ones",
-            "give both or leave both out",
-        )
+        expected = "both for fixed shapes or neither for dynamic ones"
+        raise UserError("only one of --size and --frames", expected, "give both or leave both out")
     return None if options.size is None or options.frames is None else (*options.size, options.frames)
 
 
@@ -264,9 +240,8 @@ def _copy_tokenizer(source: Path, folder: Path) -> tuple[File, ...]:
     target.mkdir(exist_ok=True)
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if TOKENIZER_FILES[0] not in found:
-        raise UserError(
-            f"{source} has no {TOKENIZER_FILES[0]}", "the tokenizer of umt5", "copy it from google/umt5-xxl"
-        )
+        missing = f"{source} has no {TOKENIZER_FILES[0]}"
+        raise UserError(missing, "the tokenizer of umt5", "copy it from google/umt5-xxl")
     for name in found:
         shutil.copyfile(source / name, target / name)
     return tuple(file_entry(folder, target / name) for name in found)

@@ -17,8 +17,7 @@ from wan_trt.console import bars, console
 
 def run(
     folder: Annotated[
-        Path,
-        typer.Argument(help="Engines, an ONNX bundle (--target), any weights, or a video.", show_default=False),
+        Path, typer.Argument(help="Engines, an ONNX bundle (--target), any weights, or a video.", show_default=False)
     ],
     target: Annotated[str | None, typer.Option(help="GPU to compile an ONNX bundle for.")] = None,
     component: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,

@@ -29,6 +29,7 @@ from runtime.built_for import fill_defaults
 from runtime.pipeline import Pipeline
 from runtime.prompts import Prompt, read_prompts
 from runtime.request import CompleteRequest, Request
+from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.files import whole_file
@@ -151,7 +152,7 @@ def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) 
 
 
 def _build_options(source: Bundle, request: CompleteRequest, options: CalibrateOptions) -> BuildOptions:
-    if source.manifest.size or target_named(options.target).backend == "onnxruntime":
+    if source.manifest.size or runs_graphs(target_named(options.target).backend):
         return BuildOptions(options.target)
     return BuildOptions(options.target, f"{request.width}x{request.height}", str(request.frames))
 
