@@ -165,7 +165,7 @@ def _warn_of_experts(place: Place, parts: Parts) -> None:
             warn_once(f"{path} is named {named} noise and is read as the {expert.replace('_', '-')} expert")
     if parts.keys() >= EXPERTS:
         high, low = (np.concatenate([parts[e][n].read().ravel() for n in SMALL]) for e in ("high_noise", "low_noise"))
-        if high.any() and np.array_equal(high, low):
+        if np.count_nonzero(high) and np.array_equal(high, low):
             warn_once(f"{place}: both experts are the same weights; a Wan2.2 A14B has two different ones")
 
 
