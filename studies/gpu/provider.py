@@ -71,14 +71,13 @@ def _kernels(work: Callable[[], object]) -> list[str]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile, tempfile.TemporaryDirectory() as folder:
+    with torch.profiler.profile(activities=activities) as profile:
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        profile.stop()
+    with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-        profile.start()  # the block stops it
     kernels = [event for event in events if event.get("cat") == "kernel"]
     return [event["name"] for event in sorted(kernels, key=lambda event: -event["dur"])]
