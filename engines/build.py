@@ -31,6 +31,7 @@ from wan22.bundle import (
     write_manifest,
 )
 from wan22.errors import UserError
+from wan22.inputs import check_no_source
 from wan22.memory import peak_rss_bytes
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
@@ -68,6 +69,7 @@ def build_engines(
     """
     options = options or BuildOptions()
     refuse_existing(folder, "engines", overwrite=options.overwrite)
+    check_no_source(folder, bundle, options.timing_cache)
     target = target_named(options.target)
     source = open_bundle(bundle, "graphs", full_check=True)
     check_bundle(target, source.manifest)
@@ -85,7 +87,7 @@ def build_engines(
             _place(source, temporary, source.manifest.files().values())
             compiled = _fit_graphs(source, temporary, target, progress)
         else:
-            compiled = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
+            compiled = _compile_tensorrt(source, temporary, (target, profiles, options), folder.parent, progress)
         build = Build(
             target=target.name,
             backend=target.backend,
@@ -191,9 +193,16 @@ def _engine_options(
 
 
 def _compile_tensorrt(
-    source: Bundle, folder: Path, asked: tuple[Target, Sequence[Profile], BuildOptions], progress: Progress
+    source: Bundle,
+    folder: Path,
+    asked: tuple[Target, Sequence[Profile], BuildOptions],
+    logs: Path,
+    progress: Progress,
 ) -> _Compiled:
-    """Build one plan per component, or per graph if weights are external, with the builder's log next to it."""
+    """Build one plan per component, or per graph if weights are external, with the builder's log next to it.
+
+    The log of a failed build goes to the folder ``logs``.
+    """
     target, profiles, options = asked
     version = str(load_module(target.backend).__version__)
     _place(source, folder, source.manifest.tokenizer)
@@ -215,7 +224,7 @@ def _compile_tensorrt(
                 compiled.append(replace(component, graph=file_entry(folder, plan), weights=()))
         except UserError:
             if log_beside(plan).exists():
-                shutil.copyfile(log_beside(plan), folder.parent / f"{component.name}.build.log")
+                shutil.copyfile(log_beside(plan), logs / f"{component.name}.build.log")
             raise
         progress("build engines", done, len(components), "components")
     return _Compiled(tuple(compiled), version, scales)

@@ -126,10 +126,7 @@ def _norm_and_rotate(
     rows = shape_constant(graph, [1, -1, heads * head_width])
     row = ir.node("Reshape", [norm.outputs[0], rows], name=f"{name}/rows")
     turned = ir.node(
-        "RotaryEmbedding",
-        [row.outputs[0], cos, sin],
-        {"num_heads": heads, "interleaved": 1},
-        name=f"{name}/rotary",
+        "RotaryEmbedding", [row.outputs[0], cos, sin], {"num_heads": heads, "interleaved": 1}, name=f"{name}/rotary"
     )
     return [*float32, weight, norm, row, turned]
 

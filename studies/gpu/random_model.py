@@ -32,11 +32,7 @@ from wan22.specs import ModelSpec, Precision
 Weights = Mapping[str, torch.Tensor]  # by official name
 Place = Callable[[Mapping[str, Any]], dict[str, Any]]  # arrays by name, moved to where an engine computes
 COMPUTE = {Precision.BF16: BFLOAT16, Precision.FP16: FLOAT16, Precision.FP32: FLOAT}
-STORED = {
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.FLOAT: torch.float32,
-}
+STORED = {ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.FLOAT16: torch.float16, ir.DataType.FLOAT: torch.float32}
 WEIGHTS = "weights.bin"
 
 

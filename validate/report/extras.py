@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from validate.bench.read import read_bench
-from validate.bench.result import known_measurements
+from validate.bench.result import known_measurements, read_bench
 from validate.gate import Gate, has_table, read_gates
 from validate.options import ValidateOptions
 from wan22.backends import runs_graphs
@@ -23,14 +22,6 @@ class Attachments:
     fusion: tuple[Mapping[str, Any], ...] = ()  # one summary per engine, as in ``wan-trt inspect --json``
     why_no_fusion: str = ""
     manifest: Manifest | None = None
-
-    @property
-    def bench_measured(self) -> Mapping[str, float]:
-        return {} if self.bench is None else self.bench["measurements"]
-
-    @property
-    def uncompiled(self) -> bool:
-        return self.manifest is not None and self.manifest.build is None
 
     @property
     def not_judged(self) -> str:

@@ -33,6 +33,7 @@ from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.files import whole_file
+from wan22.inputs import check_no_source
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.quantities import counted
@@ -97,6 +98,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     for path in filter(None, (out, options.means)):
         if path.exists() and not options.overwrite:
             raise UserError(f"{path} exists", "a new file", "choose another or add --overwrite")
+        check_no_source(path, bundle, options.prompts)
     if out == options.means:
         raise UserError(f"{out} for scales and means", "a file for each", "name another with --means")
     source = open_bundle(bundle, "graphs")
