@@ -36,7 +36,8 @@ def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[Fusion
     build = bundle.manifest.build
     if build is None or runs_graphs(build.backend):
         remedy = "inspect the ONNX bundle with --target"
-        raise UserError(f"{folder} has engines for ONNX Runtime", "TensorRT engines", remedy)
+        place = "ONNX Runtime on CUDA" if build and build.backend == "onnxruntime-gpu" else "the CPU"
+        raise UserError(f"{folder} has engines for {place}", "TensorRT engines", remedy)
     target = target_named(build.target)
     return [
         FusionReport(
