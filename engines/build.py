@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -77,11 +77,13 @@ def build_engines(
     check_loads(target, [source.path(component.graph) for component in source.manifest.components], again)
     check_disk(folder, disk_bytes(source.manifest, target, options))
     started = time.perf_counter()
+    recorded: dict[str, str] = {}  # the options that change the engines
     with staged(folder, overwrite=options.overwrite) as temporary:
         if target.backend == "onnxruntime":
             _place(source, temporary, source.manifest.files().values())
             compiled = _Compiled(*fit_components(source, temporary, progress))
         else:
+            recorded = {"tf32": str(options.tf32).lower(), "weights": options.weights}
             compiled = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
         build = Build(
             target=target.name,
@@ -89,7 +91,7 @@ def build_engines(
             backend_version=compiled.version,
             compute_capability=target.compute_capability,
             profiles=profiles,
-            options=_recorded_options(target, options),
+            options=recorded,
             seconds=round(time.perf_counter() - started, 3),
             peak_rss_bytes=peak_rss_bytes(),
             attention_scales=compiled.attention_scales,
@@ -124,13 +126,6 @@ class _Compiled:
     attention_scales: dict[str, float] = field(default_factory=dict)
 
 
-def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
-    """The options that change the engines, for the manifest."""
-    if target.backend == "onnxruntime":
-        return {}
-    return {"tf32": str(options.tf32).lower(), "weights": options.weights}
-
-
 def _check_options(target: Target, options: BuildOptions) -> None:
     if options.weights == "external" and target.backend == "onnxruntime":
         raise UserError("--weights external for target cpu", "a GPU target", "leave it out")
@@ -144,17 +139,14 @@ def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tupl
     asked = options.size is not None or options.frames is not None
     if target.backend == "onnxruntime":
         if asked:
-            raise UserError(
-                "--size or --frames for target cpu", "neither", "its engines take every size; leave them out"
-            )
+            remedy = "its engines take every size; leave them out"
+            raise UserError("--size or --frames for target cpu", "neither", remedy)
         return ()
     if manifest.size is None:
         return profiles_for(manifest.spec, options.size, options.frames)
     if asked:
-        fixed = video_text(*manifest.size)
-        raise UserError(
-            "--size or --frames", f"neither: the graphs are fixed to {fixed}", "export without fixed shapes"
-        )
+        expected = f"neither: the graphs are fixed to {video_text(*manifest.size)}"
+        raise UserError("--size or --frames", expected, "export without fixed shapes")
     return (profile_between(manifest.spec, manifest.size, manifest.size),)
 
 
@@ -169,15 +161,8 @@ def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:
 # -- TensorRT and TensorRT-RTX
 
 
-def _engine_options(
-    component: Component, target: Target, profiles: tuple[Profile, ...], options: BuildOptions
-) -> EngineOptions:
-    stamp = Stamp(target.name, component.precision, own_profiles(profiles, component.inputs))
-    return EngineOptions(target, profiles, component.inputs, options.tf32, options.timing_cache, stamp.name)
-
-
 def _compile_tensorrt(
-    source: Bundle, folder: Path, asked: tuple[Target, Sequence[Profile], BuildOptions], progress: Progress
+    source: Bundle, folder: Path, asked: tuple[Target, tuple[Profile, ...], BuildOptions], progress: Progress
 ) -> _Compiled:
     """Build one plan per component, or per graph if weights are external, with the builder's log next to it."""
     target, profiles, options = asked
@@ -192,7 +177,8 @@ def _compile_tensorrt(
     for done, component in enumerate(components, 1):
         outside = options.weights == "external" and external.applies_to(component)
         plan = external.plan(component) if outside else folder / f"{component.name}.plan"
-        settings = _engine_options(component, target, tuple(profiles), options)
+        stamp = Stamp(target.name, component.precision, own_profiles(profiles, component.inputs))
+        settings = EngineOptions(target, profiles, component.inputs, options.tf32, options.timing_cache, stamp.name)
         try:
             if outside:
                 compiled.append(external.component(component, settings))

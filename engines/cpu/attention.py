@@ -54,13 +54,8 @@ def _replace(graph: "ir.Graph", name: str, found: "tuple[list[ir.Value], ir.Node
     (qkv, squeezed), (heads, head_width) = found, split
     flat, by_head = (shape_constant(graph, shape) for shape in ([1, -1, heads * head_width], [-1, heads, head_width]))
     rows = [ir.node("Reshape", [value, flat], name=f"{name}/rows_{n}") for value, n in zip(qkv, "qkv", strict=True)]
-    attention = ir.node(
-        "MultiHeadAttention",
-        [row.outputs[0] for row in rows],
-        {"num_heads": heads, "scale": 1.0},
-        domain=DOMAIN,
-        name=f"{name}/fused",
-    )
+    inputs, settings = [row.outputs[0] for row in rows], {"num_heads": heads, "scale": 1.0}
+    attention = ir.node("MultiHeadAttention", inputs, settings, domain=DOMAIN, name=f"{name}/fused")
     back = ir.node("Reshape", [attention.outputs[0], by_head], name=f"{name}/by_token")
     replace_value(graph, squeezed.outputs[0], [*rows, attention, back])
 

@@ -17,7 +17,10 @@ def fold_modulation(model: "ir.Model") -> int:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     folded = 0
-    for norm in [node for node in model.graph if node.op_type == "LayerNormalization" and _is_plain(node)]:
+    for norm in [node for node in model.graph if node.op_type == "LayerNormalization"]:
+        ones = norm.inputs[1].const_value if norm.inputs[1] is not None else None
+        if len(norm.inputs) != 2 or ones is None or not (ones.numpy() == 1).all():
+            continue
         scaled = consumer(norm, "Mul")
         if (shifted := consumer(scaled, "Add")) is not None and scaled is not None:
             _replace(model.graph, norm, scaled, shifted)
@@ -27,22 +30,14 @@ def fold_modulation(model: "ir.Model") -> int:
     return folded
 
 
-def _is_plain(norm: "ir.Node") -> bool:
-    """True if the scale is all ones and the bias is missing."""
-    scale = norm.inputs[1].const_value if norm.inputs[1] is not None else None
-    return len(norm.inputs) == 2 and scale is not None and bool((scale.numpy() == 1).all())
-
-
 def _replace(graph: "ir.Graph", norm: "ir.Node", scaled: "ir.Node", shifted: "ir.Node") -> None:
     import onnx_ir as ir
 
     flat = shape_constant(graph, [-1])
     (scale,) = (value for value in scaled.inputs if value is not norm.outputs[0])
     (shift,) = (value for value in shifted.inputs if value is not scaled.outputs[0])
-    rows = [
-        ir.node("Reshape", [value, flat], name=f"{norm.name}/{name}")
-        for value, name in ((scale, "scale"), (shift, "shift"))
-    ]
+    parts = {"scale": scale, "shift": shift}
+    rows = [ir.node("Reshape", [value, flat], name=f"{norm.name}/{name}") for name, value in parts.items()]
     inputs = [norm.inputs[0], *(row.outputs[0] for row in rows)]
     modulated = ir.node("LayerNormalization", inputs, dict(norm.attributes), name=f"{norm.name}/modulated")
     replace_value(graph, shifted.outputs[0], [*rows, modulated])
