@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -86,9 +85,7 @@ class OnnxRuntimeEngine:
             found = f"{path} does not load: {error}"
             raise UserError(found, "a graph that ONNX Runtime loads", "build it again") from None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._session = self._prompt = None
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:

@@ -11,7 +11,6 @@ import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -56,18 +55,15 @@ class Device:
         try:
             capability = cupy.cuda.Device().compute_capability  # "89"
         except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise UserError(
-                f"no usable GPU ({error})", "a GPU that the engines were built for", "check nvidia-smi"
-            ) from None
+            expected = "a GPU that the engines were built for"
+            raise UserError(f"no usable GPU ({error})", expected, "check nvidia-smi") from None
         check_build(manifest, trt.__version__, f"{capability[:-1]}.{capability[-1]}")
         return cls(trt, cupy, manifest)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._shared_plans.clear()
         self.host_copies.clear()
         self.release()
@@ -170,9 +166,7 @@ class TensorRTEngine:
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._device.stream.synchronize()
         if self._replay:
             self._replay.forget()
@@ -203,7 +197,7 @@ class TensorRTEngine:
         self._device.used_by(self)
         with self._device.stream, self._refuse_out_of_memory():
             self._use_profile(index)
-            arrays = self._device_inputs(inputs) | self._new_outputs(output_shapes(self.outputs, sizes))
+            arrays = self._device_inputs(inputs) | self._new_outputs(sizes)
             self._bind(arrays)
             self._run(tuple(int(array.data.ptr) for array in arrays.values()))
             on_device = self._asks_for_device(inputs)
@@ -242,10 +236,9 @@ class TensorRTEngine:
         placed = {name: cupy.ascontiguousarray(cupy.asarray(array)) for name, array in inputs.items()}
         return self._replay.keep("in", placed, copy=True) if self._replay else placed
 
-    def _new_outputs(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    def _new_outputs(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         """Arrays for the outputs; those of the recorded call, if there is one."""
-        dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
-        made = {name: self._device.cupy.empty(shape, dtypes[name]) for name, shape in shapes.items()}
+        made = {t.name: self._device.cupy.empty(shape_of(t, sizes), t.dtype) for t in self.outputs}
         return self._replay.keep("out", made, copy=False) if self._replay else made
 
     def _bind(self, arrays: Mapping[str, Any]) -> None:
@@ -276,8 +269,3 @@ class TensorRTEngine:
         if not on_device:
             return array.get(stream=self._device.stream)
         return array.copy() if self._replay else array
-
-
-def output_shapes(outputs: Sequence[Tensor], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every output, by name, from the ``sizes`` of the named dimensions."""
-    return {tensor.name: shape_of(tensor, sizes) for tensor in outputs}
