@@ -34,9 +34,8 @@ def run(
         result = build_engines(bundle, engines, options, progress)
     build = result.manifest.build
     assert build is not None
-    summary = (
-        f"{build.backend} {build.backend_version}, {build.seconds:.1f} s, {human_bytes(build.peak_rss_bytes)} of memory"
-    )
-    console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {build.target} ({summary}): {engines}")
+    cost = f"{build.seconds:.1f} s, {human_bytes(build.peak_rss_bytes)} of memory"
+    summary = f"{build.target} ({build.backend} {build.backend_version}, {cost})"
+    console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {summary}: {engines}")
     sizes = {component.graph.path: component.graph.size_bytes for component in result.manifest.components}
     console.print(", ".join(f"{path} {human_bytes(size)}" for path, size in sizes.items()))

@@ -80,7 +80,9 @@ def run(
     with renamed_at_end(output) as new, previews as shown:
         result = _Job(url, model, prompt, image, deadline, 1 if urgent else 2, shown).run(settings)
         new.write_bytes(result.video)
-    console.print(f"{output}: {_summary(result)}")
+    event = result.event
+    video = video_text(event["width"], event["height"], event["frames"])
+    console.print(f"{output}: {video} at {event['fps']} fps, seed {event['seed']}")
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,6 @@ class _Job:
         if self.preview is not None and event["preview"]:
             self.preview.new.write_bytes(event["preview"])
             self.preview.publish()
-
-
-def _summary(result: "Result") -> str:
-    event = result.event
-    shown = video_text(event["width"], event["height"], event["frames"])
-    return f"{shown} at {event['fps']} fps, seed {event['seed']}"
 
 
 def _format(output: Path) -> str:
