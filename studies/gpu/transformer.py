@@ -17,14 +17,14 @@ from studies.gpu.stage import Measurement, StageSettings, reason_of
 from studies.gpu.timing import median_ms, time_ms
 from validate.bench.samples import Ratio
 from validate.reference.parts import timesteps_of, transformer
-from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, spec_named
+from wan22.residency import Video
+from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, spec_named, tokens
 
 TIMESTEP = 900.0
 RUNS = 5
 FEW_BLOCKS = 2  # blocks are alike, so few are enough to compare two libraries
 RESERVED_BYTES = 4 * 2**30
 ROWS_ALIVE = 24  # upper bound of the activations of the model's width that are alive at once
-Video = tuple[int, int, int]  # width, height, frames
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class ForwardCase:
 
     @property
     def tokens(self) -> int:
-        _, _, frames, height, width = self.spec.latent_shape(*self.video)
-        return frames * (height // PATCH[1]) * (width // PATCH[2])
+        return tokens(self.spec.latent_shape(*self.video))
 
     def cut(self, blocks: int) -> "ForwardCase":
         return replace(self, spec=replace(self.spec, dit=replace(self.spec.dit, layers=blocks)))
@@ -115,30 +114,24 @@ def _torch_step(case: ForwardCase, weights: Weights) -> Callable[[], torch.Tenso
 
     @torch.inference_mode()
     def step() -> torch.Tensor:
-        velocity: torch.Tensor = module(
-            hidden_states=latents, encoder_hidden_states=text, timestep=times, return_dict=False
-        )[0]
+        velocity: torch.Tensor
+        (velocity,) = module(hidden_states=latents, encoder_hidden_states=text, timestep=times, return_dict=False)
         return velocity
 
     return step
 
 
-def _our_inputs(case: ForwardCase) -> dict[str, F32]:
-    return forward_inputs(case.spec.dit, _latents(case), TIMESTEP, _text(case))
-
-
 def _onnxruntime_beside(
     case: ForwardCase, weights: Weights, torch_step: Callable[[], torch.Tensor], precision: Precision
 ) -> Iterator[Measurement]:
-    name, inputs = f"ONNX Runtime {precision.value}", _our_inputs(case)
+    name, device = f"ONNX Runtime {precision.value}", case.device
+    inputs = forward_inputs(case.spec.dit, _latents(case), TIMESTEP, _text(case))
     with (
         tempfile.TemporaryDirectory() as folder,
-        transformer_engine(case.spec, weights, Path(folder), precision, case.device) as engine,
+        transformer_engine(case.spec, weights, Path(folder), precision, device) as engine,
     ):
         found, expected = engine(**inputs), torch_step().float().cpu().numpy()
-        pairs = [
-            (time_ms(case.device, torch_step), time_ms(case.device, lambda: engine(**inputs))) for _ in range(RUNS)
-        ]
+        pairs = [(time_ms(device, torch_step), time_ms(device, lambda: engine(**inputs))) for _ in range(RUNS)]
     theirs, ours = zip(*pairs, strict=True)
     ratio = Ratio.of(theirs, ours)
     yield Measurement(name, float(np.median(ours)), "ms", "in turns with PyTorch")
