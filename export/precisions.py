@@ -46,7 +46,11 @@ def precisions_of(spec: ModelSpec, options: ExportOptions) -> dict[str, Precisio
 
 
 def fp8_of(
-    precision: Precision, options: ExportOptions, static: Mapping[str, float], centred: Mapping[str, int]
+    precision: Precision,
+    options: ExportOptions,
+    static: Mapping[str, float],
+    centred: Mapping[str, int],
+    by_column: frozenset[str],
 ) -> Fp8 | None:
     """The FP8 settings of an expert; None if it does not use FP8.
 
@@ -55,6 +59,7 @@ def fp8_of(
         options: the export's options.
         static: linears with a static input scale.
         centred: linears with an input mean → its length.
+        by_column: kinds of matrices whose rows have different scales.
     """
     if precision.linears is not Number.FP8:
         return None
@@ -65,6 +70,7 @@ def fp8_of(
         high_precision_blocks=options.keep_high_precision,
         static=frozenset(static),
         centred=centred,
+        by_column=by_column,
     )
 
 

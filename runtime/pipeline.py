@@ -17,7 +17,6 @@ from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.forward_inputs import text_rows
 from runtime.image_condition import conditioning_video, fit_image, i2v_condition
 from runtime.request import CompleteRequest, Request
-from runtime.solver import make_solver
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
 from wan22.backends import MODULES
@@ -228,12 +227,10 @@ class Pipeline:
         self.fit(request.video)
         positive = self.text(request.prompt)
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None
-        schedule = request.noise_schedule()
         given = Conditions(positive, negative, **self.image_condition(request))
         self._begin(*self.spec.experts)
-        solver = make_solver(request.solver, schedule, request.seed)
-        spec = request.with_switch(self.spec)
-        yield from denoise(spec, self.engine, request.initial_noise(), given, request.guidance, schedule, solver)
+        spec, sampler = request.with_switch(self.spec), request.sampler(self.spec)
+        yield from denoise(spec, self.engine, request.initial_noise(), given, sampler)
 
     def decode(self, latents: F32) -> Iterator[F32]:
         """Decode clean latents ``[1, z, T, h, w]`` into frames ``[1, 3, f, H, W]`` in [-1, 1], per latent frame."""
@@ -281,6 +278,11 @@ def _backend(bundle: Bundle, stack: ExitStack) -> _Backend:
         from runtime.engine_onnxruntime import OnnxRuntimeEngine
 
         return _Backend(lambda component: OnnxRuntimeEngine(folder, component, profiles), available_host_bytes)
+    if build.backend == "onnxruntime-gpu":
+        from runtime.engine_cuda import CudaDevice
+
+        gpu = stack.enter_context(CudaDevice.open(bundle.manifest))
+        return _Backend(lambda component: gpu.engine(folder, component), gpu.available_bytes, cache_sets=2)
     from runtime.engine_tensorrt import Device
 
     device = stack.enter_context(Device.open(bundle.manifest))

@@ -18,6 +18,7 @@ from validate.reference.device import Device, Residence, catch_out_of_memory, re
 from validate.report.conditions import facts
 from wan22.bundle import Manifest
 from wan22.files import claim
+from wan22.inputs import check_no_source
 from wan22.progress import Progress, silent
 from wan22.specs import Precision
 
@@ -57,6 +58,7 @@ def validate(
     from validate.report.report import ValidationReport, write_report
 
     options = options or ValidateOptions()
+    check_no_source(out / "report.json", engines, options.bench, options.gate, options.prompts)
     if options.calls is not None:
         check_calls(options.calls)
     opened = open_for_comparison(engines, options.calls, options.residency)

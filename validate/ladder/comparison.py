@@ -121,9 +121,17 @@ class Comparison:
         return InPrecision(precision, alone, between)
 
     @cached_property
+    def decided(self) -> CompleteRequest:
+        """The request with the steps that our run skipped as a list, which all references skip as well."""
+        if self.request.cache is None:
+            return self.request
+        skipped = [step.index for step in self.our_steps if step.cached]
+        return self.request.as_decided(skipped, [step.index for step in self.our_steps if step.late_cfg])
+
+    @cached_property
     def reference_steps(self) -> list[ReferenceStep]:
         text, negative = self.text["prompt"], self.text.get("negative prompt")
-        steps = run(self.reference, self.request, text, negative, self.image_inputs)
+        steps = run(self.reference, self.decided, text, negative, self.image_inputs)
         return list(self._with_progress(steps, "PyTorch run"))
 
     @cached_property
@@ -132,7 +140,7 @@ class Comparison:
         lowered = self.lowered
         assert lowered is not None
         text = {name: lowered.embeddings(lowered.token_ids(prompt)) for name, prompt in self.prompts.items()}
-        steps = run(lowered, self.request, text["prompt"], text.get("negative prompt"), self.image_inputs)
+        steps = run(lowered, self.decided, text["prompt"], text.get("negative prompt"), self.image_inputs)
         return list(self._with_progress(steps, f"PyTorch run, {self.precision_of('run')}"))
 
     @property
@@ -161,6 +169,17 @@ class Comparison:
         except NonFiniteError as error:
             self.stop_reason = str(error)
         return steps
+
+    @cached_property
+    def exact_steps(self) -> list[Step]:
+        """The steps of our run without its step cache."""
+        exact = self.ours.run(replace(self.request, cache=None))
+        return list(self._with_progress(exact, "engine run without step cache"))
+
+    @cached_property
+    def exact_frames(self) -> F32:
+        """Our video without the step cache."""
+        return self.ours.decode(self.exact_steps[-1].latents)
 
     @property
     def latents(self) -> F32:

@@ -1,4 +1,4 @@
-"""The rungs against the official Wan2.2 code, for users who have a clone of it.
+"""The rungs against the official Wan2.2 code, for users who have its wheel or a clone of it.
 
 The inputs are those of the main ladder, so a row here differs from its counterpart there only in the reference. The
 note gives the distance between the two references. Only the main ladder separates precision loss from export error.
@@ -12,7 +12,7 @@ from validate.ladder.comparison import Comparison, solver_row
 from validate.ladder.metrics import FRAME_RANGE, compare, incomparable
 from validate.ladder.row import Row
 from validate.ladder.thresholds import Limit
-from validate.reference.official import can_run
+from validate.reference.official import can_generate, can_run
 from validate.reference.parts import F32
 from validate.reference.whole_run import sigmas_and_timesteps
 
@@ -84,10 +84,15 @@ def decode(comparison: Comparison) -> Iterator[Row]:
 
 
 def video(comparison: Comparison) -> Iterator[Row]:
+    """Compare frames, end to end: the official pipeline's, or without it those of the run of official modules."""
     if can_run(comparison.request) and comparison.our_frames is not None:
-        official = comparison.official.decode(comparison.official_steps[-1].after)
+        name, limit = "official frames, end to end", comparison.limits["run"].frames
+        if can_generate(comparison.request):
+            name, official = "official pipeline's frames", comparison.official.generate(comparison.request)
+        else:
+            official = comparison.official.decode(comparison.official_steps[-1].after)
         sides = (comparison.our_frames, official, comparison.reference_frames)
-        yield _row("official frames, end to end", "video", comparison.limits["run"].frames, sides, FRAME_RANGE)
+        yield _row(name, "video", limit, sides, FRAME_RANGE)
 
 
 def _row(

@@ -11,6 +11,7 @@ from validate.ladder.onnx_side import how_made
 from validate.options import ValidateOptions
 from validate.reference.device import Device
 from wan22.bundle import Manifest
+from wan22.caching import Caching
 from wan22.quantities import counted, video_text
 from wan22.specs import Precision
 
@@ -53,6 +54,7 @@ def facts(
         "sampling": f"{request.solver}, {request.schedule} schedule, {counted(request.steps, 'step')}, "
         f"shift {request.shift:g}, seed{'s' if len(seeds) > 1 else ''} {' '.join(seeds)}, "
         f"guidance {guidance}{_switch(request)}",
+        **({"step cache": describe_cache(request.cache)} if request.cache else {}),
         "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in ways.items()),
         "reference": _reference(manifest, device),
         **dict(second_reference(options, request)),
@@ -71,6 +73,22 @@ def _switch(request: CompleteRequest) -> str:
     return "" if request.boundary is None else f", boundary {request.boundary:g}"
 
 
+def describe_cache(caching: Caching) -> str:
+    """The settings of a step cache in words."""
+    parts = []
+    if caching.skip_steps is not None:
+        assert not isinstance(caching.skip_steps, str)
+        parts.append(f"steps {', '.join(map(str, caching.skip_steps))} skipped")
+    elif caching.easy:
+        exact = f"first {caching.first_exact} and last {caching.last_exact} exact"
+        parts.append(f"easy, threshold {caching.threshold:g}, {exact}, at most {caching.max_consecutive} in a row")
+    parts += [caching.reuse] if caching.skips else []
+    if caching.late_cfg is not None:
+        late = caching.late_cfg if isinstance(caching.late_cfg, str) else ", ".join(map(str, caching.late_cfg))
+        parts.append(f"late cfg {late}")
+    return "; ".join(parts) + "; both sides skip the same steps"
+
+
 def _reference(manifest: Manifest, device: Device) -> str:
     low = sorted({str(c.precision) for c in manifest.components if c.precision is not Precision.FP32})
     also = f", and in {' and '.join(low)} where the bundle is" if low else ""
@@ -79,14 +97,16 @@ def _reference(manifest: Manifest, device: Device) -> str:
 
 
 def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:
-    """Yield label and description of the official code, if a clone is given."""
-    from validate.reference.official import can_run, commit_of
+    """Yield label and description of the official code, if it is given."""
+    from validate.reference.official import can_run, version_of
 
     if options.official_repo is not None:
-        at = commit_of(options.official_repo)
-        description = f"the code at {options.official_repo}{at and f', commit {at}'}, fp32 on the CPU"
+        at = version_of(options.official_repo)
+        description = f"the code at {options.official_repo}{at and f', {at}'}, fp32 on the CPU"
         if not can_run(request):
-            missing = f"{request.solver} with the {request.schedule} schedule"
+            missing = (
+                f"{request.solver} with the {request.schedule} schedule" if request.cache is None else "step cache"
+            )
             description += f"; it has no {missing}, so its run is not compared"
         yield "second reference", description
 

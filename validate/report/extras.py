@@ -8,6 +8,7 @@ from typing import Any
 from validate.bench.result import known_measurements, read_bench
 from validate.gate import Gate, has_table, read_gates
 from validate.options import ValidateOptions
+from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, Manifest
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
@@ -83,7 +84,7 @@ def _fusion(bundle: Bundle) -> tuple[tuple[Mapping[str, Any], ...], str]:
     build = bundle.manifest.build
     if build is None:
         return (), "A bundle of graphs: nothing is compiled yet."
-    if build.backend == "onnxruntime":
+    if runs_graphs(build.backend):
         return (), "ONNX Runtime compiles when it loads a graph: there are no kernels to list."
     try:
         return tuple(report.summary() for report in inspect_engines(bundle.folder)), ""

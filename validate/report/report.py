@@ -12,6 +12,7 @@ from rich.text import Text
 
 from validate.gate import Verdict, check_mark, judge
 from validate.ladder.row import Row
+from validate.report.cache_report import worst_of
 from validate.report.case_report import CaseReport
 from validate.report.extras import Attachments
 from validate.report.text import line
@@ -50,7 +51,8 @@ class ValidationReport:
     @cached_property
     def verdicts(self) -> tuple[Verdict, ...]:
         """The verdicts on the gates; gates on the bench come last."""
-        ours = (self._with_case(verdict) for verdict in judge(self.attached.gates, worst_values(self.rows)))
+        measured = {**worst_values(self.rows), **worst_of(case.cache for case in self.cases)}
+        ours = (self._with_case(verdict) for verdict in judge(self.attached.gates, measured))
         bench = self.attached.bench
         return (*ours, *(() if bench is None else judge(self.attached.bench_gates, bench["measurements"])))
 
@@ -59,7 +61,8 @@ class ValidationReport:
         name = verdict.gate.measurement
         if len(self.cases) == 1 or verdict.found is None or name == FAILED:
             return verdict
-        found = {case.number: its[name] for case in self.cases if name in (its := worst_values(case.rows))}
+        each = {case.number: {**worst_values(case.rows), **worst_of([case.cache])} for case in self.cases}
+        found = {number: its[name] for number, its in each.items() if name in its}
         guilty = next(number for number, value in found.items() if value == verdict.found or math.isnan(value))
         return replace(verdict, where=f"case {guilty}")
 

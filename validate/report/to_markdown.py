@@ -25,6 +25,8 @@ def _lines(report: "ValidationReport") -> Iterator[str]:
     counted = [(title, len(rows), sum(row.passed for row in rows)) for title, rows in by_section(report.rows)]
     sections = [(_mark(passed == rows), title, f"{passed} of {rows}") for title, rows, passed in counted]
     yield from _table(("", "section", "passed"), sections)
+    if report.worst_case.cache is not None:
+        yield from (_text(report.worst_case.cache.summary()), "")
     if report.failed:
         shown = [(row, line(row)) for row in report.failed]
         failed = [(f"case {row.case}: {row.name}", row.component, its.found, its.limit) for row, its in shown]

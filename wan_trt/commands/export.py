@@ -9,7 +9,7 @@ import typer
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
 from wan22.specs import Precision
-from wan_trt.arguments import Frames, Overwrite, Size, blocks_of, size_of
+from wan_trt.arguments import PRECISIONS, Frames, Overwrite, Size, blocks_of, size_of
 from wan_trt.console import bars, command_line, console
 
 Checkpoint = Annotated[
@@ -23,7 +23,7 @@ Part = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE|PRECISION", help="A file to replace the checkpoint's, a precision, or both (twice)."),
 ]
-PartPrecision = Annotated[Precision | None, typer.Option(help="Precision of this part alone.")]
+PartPrecision = Annotated[Precision | None, typer.Option(metavar="PRECISION", help="Precision of this part alone.")]
 Vae = Annotated[Path | None, typer.Option(metavar="FILE", help="A file to use instead of the checkpoint's VAE.")]
 Tokenizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with tokenizer.json, or a spiece.model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
@@ -53,7 +53,8 @@ def run(
     checkpoint: Checkpoint,
     bundle: Folder = None,
     precision: Annotated[
-        Precision | None, typer.Option(help="Precision of matrix products; by default fp32 for cpu, bf16 for a GPU.")
+        Precision | None,
+        typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="Target to build the engines for, as in wan-trt build; by default cpu.")
