@@ -68,11 +68,11 @@ def check_destination(path: Path, frames: int, *, overwrite: bool = False) -> No
             raise UserError(f"{path} is a folder", "a file to write", "choose another name")
 
 
-def write_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUALITY, note: str = "") -> int:
+def encode_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUALITY, note: str = "") -> int:
     """Write chunks ``[1, 3, f, H, W]`` in [-1, 1] and return the number of frames.
 
     Args:
-        chunks: consumed one by one; their exceptions propagate and no partial file remains.
+        chunks: consumed one by one; their exceptions propagate.
         path: ``.mp4`` or ``.webm``; ``.npz`` with ``frames``, uint8 ``[F, H, W, 3]``, and ``fps``; ``.png`` or ``.jpg``
             for a single frame; without an extension a folder of ``frame_00000.png`` and so on.
         fps: frames per second, if the format stores it.
@@ -80,20 +80,7 @@ def write_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUAL
         note: text for the metadata of mp4, webm and PNG.
 
     Raises:
-        UserError: see :func:`check_destination` and :func:`encode_video`; another process writes the file; the disk is
-            full.
-        ValueError: ``chunks`` yields no frames.
-    """
-    check_destination(path, frames=1)
-    with renamed_at_end(path) as new:
-        return encode_video(chunks, new, fps, quality, note)
-
-
-def encode_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUALITY, note: str = "") -> int:
-    """Like :func:`write_video`, but write directly to ``path``.
-
-    Raises:
-        UserError: yuv420p does not support the size, or ``fps`` is below 1.
+        UserError: the format does not support the size or several frames; ``fps`` or ``quality`` is out of range.
         ValueError: ``chunks`` yields no frames.
     """
     if fps < 1:
