@@ -39,7 +39,7 @@ from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.quantities import counted
 from wan22.residency import ONE_EXPERT, ResidencyChoice
-from wan22.specs import ModelSpec, Precision
+from wan22.specs import Precision
 
 if TYPE_CHECKING:
     from export.graphs.taps import Tapped, Taps
@@ -103,7 +103,8 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     check_graphs(source)
     _check_precision(source)
     requests = _requests(read_prompts(options.prompts, spec.takes.image), source, options)
-    _check_steps(spec, requests[0])
+    if idle := set(spec.experts) - set(requests[0].experts(spec)):
+        raise UserError(f"{requests[0].steps} steps, none by {min(idle)}", "steps of every expert", "use more --steps")
     with_means = whole_file(options.means, "means") if options.means is not None else nullcontext()
     with whole_file(out, "scales") as new, with_means as new_means:
         with tempfile.TemporaryDirectory(dir=new.parent) as temporary:
@@ -128,14 +129,6 @@ def _check_precision(source: Bundle) -> None:
         if (found := source.component(expert).precision).quantised:
             expected = f"one of {', '.join(p for p in Precision if not p.quantised)}"
             raise UserError(f"{expert} in {found}", expected, "export the model in 16 bits and calibrate that")
-
-
-def _check_steps(spec: ModelSpec, request: CompleteRequest) -> None:
-    spec, timesteps = request.with_switch(spec), request.noise_schedule().timesteps.tolist()
-    used = {spec.expert_at(timestep, step) for step, timestep in enumerate(timesteps)}
-    for expert in spec.experts:
-        if expert not in used:
-            raise UserError(f"{request.steps} steps, none by {expert}", "steps of every expert", "use more --steps")
 
 
 def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) -> list[CompleteRequest]:
