@@ -278,7 +278,7 @@ def _backend(bundle: Bundle, stack: ExitStack) -> _Backend:
     if build.backend == "onnxruntime-gpu":
         from runtime.engine_cuda import CudaDevice
 
-        gpu = stack.enter_context(CudaDevice.open(bundle.manifest))
+        gpu = stack.enter_context(CudaDevice.open(build.backend_version, build.compute_capability))
         return _Backend(lambda component: gpu.engine(folder, component), gpu.available_bytes, cache_sets=2)
     from runtime.engine_tensorrt import Device
 
