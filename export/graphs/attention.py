@@ -39,9 +39,7 @@ def fp8_attention(linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Va
     return g.mul(_of_fp8(linears, q8, k8, v8), v_scale)
 
 
-def attention_of_fp8(
-    linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Value, v_scale: ir.Value
-) -> ir.Value:
+def attention_of_fp8(linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Value, v_scale: ir.Value) -> ir.Value:
     """:func:`fp8_attention` of operands that are in FP8 already: ``[L, heads, head]``, V divided by ``v_scale``.
 
     They are dequantised before anything else: compilers refuse any other reader of an FP8 tensor.

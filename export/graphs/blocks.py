@@ -157,7 +157,11 @@ def _patches(s: _Stage) -> None:
 
 def _qkv(s: _Stage) -> None:
     g, key, compute = s.g, f"{BLOCK}.self_attn", s.linears.compute
-    x, modulation, blocks = s.input("x", ["positions", s.spec.width]), s.time_modulation(), s.blocks(s.modulation(rotates=True))
+    x, modulation, blocks = (
+        s.input("x", ["positions", s.spec.width]),
+        s.time_modulation(),
+        s.blocks(s.modulation(rotates=True)),
+    )
     rotated, qkv = blocks.project_qkv(key, blocks.modulated(x, *blocks.time_rows(BLOCK, modulation)[:2]))
     v = blocks.values_of(qkv)
     if s.fp8_attention:

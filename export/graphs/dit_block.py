@@ -28,7 +28,7 @@ class Tables:
 
 
 class Modulation:
-    """Normalise rows and apply a time row: one for all tokens, or one for the first latent frame and one for the rest."""
+    """Normalise rows and apply a time row: one for all tokens, or one for the first latent frame and one after it."""
 
     def __init__(self, g: GraphBuilder, spec: DitSpec, tables: Tables) -> None:
         self.g, self.spec, self.tables = g, spec, tables
@@ -41,12 +41,13 @@ class Modulation:
         return g.op("LayerNormalization", x, g.constant([1.0] * width, FLOAT), axis=-1, epsilon=self.spec.eps)
 
     def by_time(self, x: ir.Value, rows: ir.Value, op: str) -> ir.Value:
-        """``x [L, D] op rows [time rows, D]``; two rows are blended by a mask, which needs no copy of ``x`` by frame."""
+        """``x [L, D] op rows [time rows, D]``. A mask blends two rows: fewer kernels than a row gathered per frame."""
         g, first = self.g, self.tables.first_frame
         if first is None:
             return g.op(op, x, rows)
         of_first, of_rest = g.split(rows, 2, 0)
-        return g.op(op, x, g.add(of_rest, g.mul(first, g.op("Sub", of_first, of_rest))))
+        rest = g.op("Sub", g.constant(1.0, FLOAT), first)
+        return g.op(op, x, g.add(g.mul(first, of_first), g.mul(rest, of_rest)))
 
     def __call__(self, x: ir.Value, shift: ir.Value, scale: ir.Value) -> ir.Value:
         """LayerNorm, then ``(1 + scale) · x + shift``."""

@@ -54,7 +54,7 @@ def copied_matrices(compiled, weights):
     return [k.name for k in compiled.kernels if k.role == "copy" and matrices & {o.name for o in k.inputs}]
 
 
-@pytest.mark.parametrize(("model", "precision"), SCRATCH_MIB, ids=lambda value: str(value))
+@pytest.mark.parametrize(("model", "precision"), SCRATCH_MIB, ids=str)
 @pytest.mark.parametrize("target", ["rtx4090", "rtx5090"])
 def test_a_block_has_as_few_kernels_as_inside_a_whole_model(compiled, model, precision, target):
     built = compiled(model, target, precision, TOKENS[model])

@@ -1,4 +1,4 @@
-"""A transformer cut into stages computes what the whole graph computes, block by block, whole or in slices of tokens."""
+"""A transformer cut into stages computes what the whole graph computes, for all tokens or slices of them."""
 
 import itertools
 
@@ -124,9 +124,9 @@ def fp8_blocks(run_graph, spec, fp8):
     weights, g = made_up(dit_tensors(spec)), dit_graph(spec, FLOAT, None, fp8)
     read = Fp8Weights(weights.__getitem__, spec, [key for key, value in g.weights.items() if value.dtype == FLOAT8])
     stored = {key: np.asarray(read(key)) for key in g.weights}
-    for key in stored:
+    for key, value in stored.items():
         if key.endswith("weight_scale"):
-            stored[key] = np.exp2(np.round(np.log2(stored[key]))).astype(np.float32)
+            stored[key] = np.exp2(np.round(np.log2(value))).astype(np.float32)
     streams = [next(node for node in g.graph if node.name == "patch_embedding/Transpose").outputs[0]]
     for block in range(spec.layers):
         ends = [node for node in g.graph if node.name.startswith(f"blocks.{block}/ffn/Add")]
