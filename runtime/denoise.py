@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.arrays import F32, require_finite
-from runtime.forward_inputs import constant_inputs, step_inputs
+from runtime.forward_inputs import constant_inputs, step_inputs, time_features
 from runtime.schedule import Schedule
 from runtime.solver import Solver
 from wan22.errors import UserError
@@ -110,9 +110,12 @@ def _steps(
         if forward is None or spec.expert_at(timestep, index) != expert:
             expert, forward = spec.expert_at(timestep, index), None
             forward = open_expert(expert)
+            _prepare(forward, spec, schedule)
         started = perf_counter()
         inputs |= step_inputs(spec.dit, latents, timestep, clean_first_frame=keeps_first)
-        velocity, seconds_engine = _guided_velocity(forward, inputs, given, guidance[expert])
+        following = min(index + 1, schedule.steps - 1)
+        then = spec.expert_at(float(schedule.timesteps[following]), following)
+        velocity, seconds_engine = _guided_velocity(forward, inputs, given, guidance[expert], then)
         require_finite(velocity, f"velocity of {expert} in step {index + 1} of {schedule.steps} (t = {timestep:g})")
         latents = solver.step(velocity, latents)
         if given.first_frame is not None:
@@ -121,12 +124,27 @@ def _steps(
         yield Step(index, schedule.steps, timestep, expert, latents, seconds_engine, seconds_total)
 
 
-def _guided_velocity(forward: Forward, inputs: Mapping[str, F32], given: Conditions, scale: float) -> tuple[F32, float]:
-    """``u + scale (c - u)`` in float32, or ``c`` if the scale is 1, and the seconds spent in the forwards."""
-    started = perf_counter()
+def _prepare(forward: Forward, spec: ModelSpec, schedule: Schedule) -> None:
+    """Let a forward that can do so compute the time rows of all steps at once."""
+    if (prepare := getattr(forward, "prepare", None)) is not None:
+        clean = [0.0] if spec.dit.time_rows > 1 else []
+        prepare(time_features([*clean, *schedule.timesteps.tolist()], spec.dit.freq_width))
+
+
+def _guided_velocity(
+    forward: Forward, inputs: Mapping[str, F32], given: Conditions, scale: float, then: str
+) -> tuple[F32, float]:
+    """``u + scale (c - u)`` in float32, or ``c`` if the scale is 1, and the seconds spent in the forwards.
+
+    The last forward hears of the expert of the next step, ``then``, if it can bring its weights early.
+    """
+    started, follow = perf_counter(), getattr(forward, "follow", lambda _expert: None)
+    if scale == 1:
+        follow(then)
     conditional: F32 = forward(**inputs, text=given.positive)
     if scale == 1:
         return conditional, perf_counter() - started
+    follow(then)
     unconditional: F32 = forward(**inputs, text=given.negative)
     seconds = perf_counter() - started
     velocity = conditional - unconditional

@@ -6,8 +6,9 @@ from time import perf_counter
 
 import numpy as np
 
+from runtime.backend import NewEngine
 from runtime.engine import Arrays, BorrowedEngine, Engine
-from runtime.pipeline import NewEngine, Pipeline
+from runtime.pipeline import Pipeline
 from wan22.bundle import Bundle
 from wan22.residency import ResidencyChoice
 

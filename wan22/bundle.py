@@ -69,6 +69,14 @@ class Component:
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 
+    def compiled(self) -> "tuple[Component, ...]":
+        """What is compiled by itself: the stages as components called ``dit.qkv``, or the component."""
+        parts = (
+            replace(self, name=f"{self.name}.{stage.name}", graph=stage.graph, inputs=stage.inputs, stages=())
+            for stage in self.stages
+        )
+        return tuple(parts) or (self,)
+
 
 @dataclass(frozen=True)
 class Source:

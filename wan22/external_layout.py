@@ -4,11 +4,15 @@ The layout is stored next to the engine as JSON; components that share an engine
 """
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import msgspec
 
+from wan22.bundle import Tensor
 from wan22.errors import DAMAGED_JSON, UserError
+
+ITEM_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int64": 8}  # by Tensor.dtype
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -30,6 +34,11 @@ def read_layout(path: Path) -> list[Place]:
         return msgspec.json.decode(path.read_bytes(), type=list[Place])
     except DAMAGED_JSON as error:
         raise UserError(f"{path}: {error}", "the layout of weights as built", "run wan-trt build again") from None
+
+
+def size_bytes(tensor: Tensor, **sizes: int) -> int:
+    """The size of ``tensor`` for the given ``sizes`` of its named dimensions."""
+    return prod(dim if isinstance(dim, int) else sizes[dim] for dim in tensor.dims) * ITEM_BYTES[tensor.dtype]
 
 
 class BlockLayout(msgspec.Struct, frozen=True):

@@ -24,7 +24,7 @@ from export.graphs.attention import attention, attention_of_fp8
 from export.graphs.builder import FLOAT, GraphBuilder
 from export.graphs.dit import Ends
 from export.graphs.dit_block import Blocks, Modulation, Tables
-from export.graphs.linear import FLOAT8, Fp8, Linears, Operand
+from export.graphs.linear import FLOAT8, Fp8, Linears
 from wan22.bundle import File, Stage, Tensor
 from wan22.parts import DitSpec
 from wan22.specs import PATCH, TEXT_TOKENS
@@ -140,10 +140,10 @@ def _text(s: _Stage) -> None:
 
 def _text_kv(s: _Stage) -> None:
     rows, compute = [TEXT_TOKENS, s.spec.width], s.linears.compute
-    context: ir.Value | Operand = s.input("context", rows, FLOAT8 if s.fp8 else compute)
-    if s.fp8:
-        context = s.linears.quantised(context, s.input("context_scale", [TEXT_TOKENS, 1]))
-    k, v = s.blocks().text_keys_and_values(f"{BLOCK}.cross_attn", context)
+    context = s.input("context", rows, FLOAT8 if s.fp8 else compute)
+    scale = s.input("context_scale", [TEXT_TOKENS, 1]) if s.fp8 else None
+    entering = context if scale is None else s.linears.quantised(context, scale)
+    k, v = s.blocks().text_keys_and_values(f"{BLOCK}.cross_attn", entering)
     s.g.output("text_k", s.g.cast(k, compute), s.heads(TEXT_TOKENS), compute)
     s.g.output("text_v", s.g.cast(v, compute), s.heads(TEXT_TOKENS), compute)
 
@@ -202,14 +202,14 @@ def _attend(s: _Stage) -> None:
 def _rest(s: _Stage) -> None:
     g, width, compute, cross = s.g, s.spec.width, s.linears.compute, f"{BLOCK}.cross_attn"
     x = s.input("x", ["positions", width])
-    o: ir.Value | Operand = s.input("o", ["positions", width], FLOAT8 if s.fp8 else compute)
-    if s.fp8:
-        o = s.linears.quantised(o, s.input("o_scale", ["positions", 1]))
+    o = s.input("o", ["positions", width], FLOAT8 if s.fp8 else compute)
+    scale = s.input("o_scale", ["positions", 1]) if s.fp8 else None
+    attended = o if scale is None else s.linears.quantised(o, scale)
     modulation = s.time_modulation()
     text_k, text_v = (s.input(name, s.heads(TEXT_TOKENS), compute) for name in ("text_k", "text_v"))
     blocks = s.blocks(s.modulation())
     rows = blocks.time_rows(BLOCK, modulation)
-    x = blocks.add_self_attention(x, blocks.project_out(f"{BLOCK}.self_attn", o), rows)
+    x = blocks.add_self_attention(x, blocks.project_out(f"{BLOCK}.self_attn", attended), rows)
     q = blocks.text_queries(cross, blocks.modulated.layer_norm(x, f"{BLOCK}.norm3"))
     y = g.reshape(attention(g, compute, q, text_k, text_v), [-1, width])
     x = g.add(x, blocks.project_out(cross, y))
