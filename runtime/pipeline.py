@@ -23,6 +23,7 @@ from runtime.solver import make_solver
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
 from wan22.bundle import Bundle, open_bundle
+from wan22.errors import UserError
 from wan22.memory import available_host_bytes
 from wan22.quantities import human_bytes
 from wan22.residency import (
@@ -78,6 +79,9 @@ class Pipeline:
         self._backend = (
             Backend(new_engine, available_host_bytes) if new_engine else open_backend(bundle, self._shared, blocks)
         )
+        if self._backend.blocks is None and blocks != BLOCKS_AS_FIT and new_engine is None:
+            remedy = "leave --weights-in and --vram out, or run wan-trt build --topology blocks"
+            raise UserError(f"--weights-in or --vram for {bundle.folder}", "engines in blocks", remedy)
         self._open: dict[str, ExitStack] = {}
         self._engines: dict[str, Engine] = {}
         self._asked, self._choices, self._tell = residency, choices, tell

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,10 @@ class TimedEngine(BorrowedEngine):
     def __init__(self, engine: Engine, name: str, pipeline: ServedPipeline) -> None:
         self._engine, self._name, self._pipeline = engine, name, pipeline
         self.inputs, self.outputs = engine.inputs, engine.outputs
+
+    def __getattr__(self, name: str) -> Any:
+        """What a transformer in blocks has beside its call."""
+        return getattr(self._engine, name)
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         self._pipeline.pause()

@@ -6,6 +6,7 @@ Bytes per token and channel were measured on engines of both sizes for SM89 and 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from wan22.costs import block_parameters
 from wan22.parts import DitSpec
 from wan22.specs import TEXT_TOKENS, Precision
 
@@ -79,3 +80,11 @@ def smallest_budget(
     """The least memory in which a forward runs."""
     slots = spec.layers if weights_in == "vram" else least_slots(spec)
     return block_memory(spec, precision, tokens, BlockChoice(slots, SLICES[-1]), step_bytes).total
+
+
+def block_step_bytes(spec: DitSpec, precision: Precision) -> float:
+    """The weights of a block that a step reads: all but those of the text's keys and values."""
+    block, stored, wide = block_parameters(spec), precision.linears.bits / 8, precision.wide.linears.bits / 8
+    bias = 4 if precision.quantised else wide
+    of_text = 2 * spec.width * (spec.width * stored + bias) + 4 * spec.width  # the norm of K too
+    return stored * block.linear + bias * block.bias + 4 * block.other - of_text
