@@ -135,4 +135,7 @@ def _v_norms(stored: Stored, folder: Path, block: int, width: int) -> np.ndarray
     factor = np.fromfile(folder / scale.location, np.float32, 1, offset=scale.offset)[0]
     norms = [np.linalg.norm(part.astype(np.float32), axis=1) for part in np.array_split(rows, 16)]
     joined: np.ndarray = np.concatenate(norms) * factor
+    if (columns := stored.get(f"{BLOCK.format(block)}qkv.column_scale")) is not None:
+        start = columns.offset + 2 * width * 4
+        joined = joined * np.fromfile(folder / columns.location, np.float32, width, offset=start)
     return joined.astype(np.float32)

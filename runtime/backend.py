@@ -39,6 +39,11 @@ def open_backend(bundle: Bundle, stack: ExitStack, options: BlockOptions) -> Bac
         raise UserError(f"{folder}: backend {found!r}", f"one of {', '.join(MODULES)}", "build it again")
     if build.backend == "onnxruntime":
         return _onnxruntime(bundle, options)
+    if build.backend == "onnxruntime-gpu":
+        from runtime.engine_cuda import CudaDevice
+
+        gpu = stack.enter_context(CudaDevice.open(bundle.manifest))
+        return Backend(lambda component: gpu.engine(folder, component), gpu.available_bytes, cache_sets=2)
     from runtime.engine_tensorrt import Device
 
     device = stack.enter_context(Device.open(bundle.manifest))

@@ -19,7 +19,6 @@ from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.forward_inputs import text_rows
 from runtime.image_condition import conditioning_video, fit_image, i2v_condition
 from runtime.request import CompleteRequest, Request
-from runtime.solver import make_solver
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
 from wan22.bundle import Bundle, open_bundle
@@ -250,12 +249,10 @@ class Pipeline:
         self.fit(request.video)
         positive = self.text(request.prompt)
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None
-        schedule = request.noise_schedule()
         given = Conditions(positive, negative, **self.image_condition(request))
         self._begin(*self.spec.experts)
-        solver = make_solver(request.solver, schedule, request.seed)
-        spec = request.with_switch(self.spec)
-        yield from denoise(spec, self.engine, request.initial_noise(), given, request.guidance, schedule, solver)
+        spec, sampler = request.with_switch(self.spec), request.sampler(self.spec)
+        yield from denoise(spec, self.engine, request.initial_noise(), given, sampler)
 
     def decode(self, latents: F32) -> Iterator[F32]:
         """Decode clean latents ``[1, z, T, h, w]`` into frames ``[1, 3, f, H, W]`` in [-1, 1], per latent frame."""

@@ -35,6 +35,9 @@ class Metrics:
         self.failures_in_a_row = 0
         self.steps = self._one("wan22_steps_total", "Denoising steps done.", "counter")
         self.step_seconds = self._one("wan22_step_seconds_total", "Seconds spent in denoising steps.", "counter")
+        self.cached = self._one("wan22_cached_steps_total", "Denoising steps that a step cache skipped.", "counter")
+        late = "Denoising steps whose guidance was extrapolated."
+        self.late_cfg = self._one("wan22_late_cfg_steps_total", late, "counter")
         self.swaps = self._one("wan22_expert_swaps_total", "Swaps of one expert for the other.", "counter")
         self.requests = self._each("wan22_requests_total", "Jobs ended.", "outcome", OUTCOMES)
         stages = pipeline.spec.components
@@ -59,6 +62,8 @@ class Metrics:
     def step(self, step: Step) -> None:
         self.steps.increment(1)
         self.step_seconds.increment(step.seconds_total)
+        self.cached.increment(int(step.cached))
+        self.late_cfg.increment(int(step.late_cfg))
         self.got_on()
 
     def got_on(self) -> None:

@@ -13,6 +13,7 @@ from typer.models import OptionInfo
 from wan22.errors import UserError
 from wan22.quantities import parse_bytes
 from wan22.shapes import parse_size
+from wan_trt.cache_options import caching_from
 
 if TYPE_CHECKING:
     from runtime.arrays import F32
@@ -28,12 +29,15 @@ Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames, 
 SEED = typer.Option("--seed", metavar="INT", help="Seed of the noise, below 2**64; -1 draws and prints one.")
 Seed = Annotated[int, SEED]
 Noise = Annotated[
-    Path | None,
-    typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of the seed's."),
+    Path | None, typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of the seed's.")
 ]
 NegativePrompt = Annotated[
     str | None, typer.Option(help="Text that the video should not match; by default the official one.")
 ]
+Quality = Annotated[
+    int | None, typer.Option(metavar="1...10", help="Quality of mp4 and webm; by default the official 8.")
+]
+PRECISIONS = "fp32, bf16, fp16, fp8 or fp8-attn"
 Image = Annotated[Path | None, typer.Option(help="JPEG, PNG or WebP to start from (I2V, TI2V).")]
 LastImage = Annotated[Path | None, typer.Option(help="Image to end with (I2V).")]
 Fit = Annotated[
@@ -104,13 +108,18 @@ GROUPS = {
         "negative_prompt", "preset", "steps", "seed", "noise", "shift", "solver", "schedule", "boundary",
         "guidance", "guidance_high_noise", "guidance_low_noise",
     ),
+    "Step cache": (
+        "cache", "cache_threshold", "first_exact", "last_exact", "max_consecutive", "skip_steps", "reuse", "late_cfg",
+    ),
     "Output": ("output", "overwrite", "verbose", "preview", "html", "as_json", "plot", "calls"),
     "Precision": (
         "precision", "text_encoder", "high_noise", "low_noise", "dit", "vae_decoder", "fp8_attention",
         "keep_high_precision", "input_scales", "input_means",
     ),
     "LoRA": ("lora", "lora_ignore_unmatched"),
-    "Comparison": ("prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official_repo"),
+    "Comparison": (
+        "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",
+    ),
     "Sweep": ("sweep", "values"),
     "Address": ("address", "http_port", "grpc_port", "metrics_port"),
     "Server limits": (
@@ -200,7 +209,7 @@ def request_from(options: Mapping[str, Any]) -> "Request":
     """The request from a command's options, its ``locals()``; fields of :class:`Request` have the options' names."""
     from runtime.request import Request
 
-    names = {field.name for field in fields(Request)} & options.keys() - {"seed", "noise"}
+    names = {field.name for field in fields(Request)} & options.keys() - {"seed", "noise", "cache"}
     by_expert = {name: options.get(f"guidance_{name}") for name in ("high_noise", "low_noise")}
     return Request(
         **{name: options[name] for name in names}
@@ -210,6 +219,7 @@ def request_from(options: Mapping[str, Any]) -> "Request":
             "noise": noise_of(options.get("noise")),
             "guidance": {name: scale for name, scale in by_expert.items() if scale is not None},
             "guidance_scale": options.get("guidance"),
+            "cache": caching_from(options) if "cache" in options else None,
         }
     )
 

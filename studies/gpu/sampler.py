@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.denoise import Conditions, denoise
+from runtime.denoise import Conditions, Sampler, denoise
 from runtime.noise import standard_normal
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
@@ -37,7 +37,8 @@ def _run(xp: Any, spec: ModelSpec, noise: Any, name: SolverName) -> None:
     answer = 0.1 * noise
     experts = {expert: lambda **_: answer for expert in spec.experts}
     schedule = make_schedule(name, STEPS, spec.sampling.shift, "official")
-    solver, text = make_solver(name, schedule), xp.zeros(1)  # text goes to the transformer only
-    for step in denoise(spec, experts, noise, Conditions(text, text), spec.sampling.guidance, schedule, solver):
+    sampler = Sampler(schedule, make_solver(name, schedule), spec.sampling.guidance)
+    text = xp.zeros(1)  # goes to the transformer only
+    for step in denoise(spec, experts, noise, Conditions(text, text), sampler):
         latents = step.latents
     float(latents.ravel()[0])

@@ -15,7 +15,7 @@ from export.checkpoint.schema import dit_tensors
 from export.graphs.dit import dit_graph
 from export.synth.weights import pieces
 from runtime.arrays import F32
-from runtime.denoise import Conditions, denoise
+from runtime.denoise import Conditions, Sampler, denoise
 from runtime.forward_inputs import forward_inputs, text_rows
 from runtime.noise import standard_normal
 from runtime.schedule import Schedule
@@ -110,8 +110,8 @@ def sample(spec: ModelSpec, given: Inputs, schedule: Schedule, experts: Mapping[
         NonFiniteError: a velocity has NaN or infinity.
     """
     conditions = Conditions(given.positive, given.negative, condition=given.condition)
-    solver, guidance = make_solver("unipc", schedule), spec.sampling.guidance
-    *_, last = denoise(spec, experts, given.latents, conditions, guidance, schedule, solver)
+    sampler = Sampler(schedule, make_solver("unipc", schedule), spec.sampling.guidance)
+    *_, last = denoise(spec, experts, given.latents, conditions, sampler)
     return last.latents
 
 

@@ -11,6 +11,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import whole_file
+from wan22.inputs import check_no_source
 from wan_trt import arguments as given
 from wan_trt.console import bars, command_line, console
 
@@ -70,6 +71,8 @@ def run(
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", "run it on its own")
     to_stdout = str(output) == "-" or not sys.stdout.isatty()
     in_file = output is not None and str(output) != "-"
+    for path in (output if in_file else None, plot):
+        check_no_source(path, engines, gate, compare, image)
     with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
         if triton:
             found, passed = _served(engines, options, runs, topology, gate)
@@ -94,13 +97,7 @@ def _list_gates(engines: Path) -> int:
     return 0
 
 
-def _check(
-    sweep: Axis | None,
-    values: str | None,
-    plot: Path | None,
-    gate: Path | None,
-    compare: Path | None,
-) -> None:
+def _check(sweep: Axis | None, values: str | None, plot: Path | None, gate: Path | None, compare: Path | None) -> None:
     """Raise UserError for options that do not go together."""
     if sweep is None and (values or plot):
         raise UserError("--values or --plot", "a sweep to apply them to", "add --sweep frames, size or steps")
@@ -109,11 +106,7 @@ def _check(
 
 
 def _served(
-    engines: Path,
-    options: "BenchOptions",
-    runs: int | None,
-    topology: Literal["owner", "bls"],
-    gate: Path | None,
+    engines: Path, options: "BenchOptions", runs: int | None, topology: Literal["owner", "bls"], gate: Path | None
 ) -> tuple[dict[str, Any], bool]:
     from triton_repo.installation import default_environments, find_installation
     from validate.bench.served import RUNS, ServedOptions, bench_served

@@ -13,7 +13,9 @@ from wan_trt.console import bars, command_line, console
 def run(
     bundle: Annotated[Path, typer.Argument(help="ONNX bundle made by wan-trt export.", show_default=False)],
     engines: Annotated[Path, typer.Argument(help="Folder to write the engines to.", show_default=False)],
-    target: Annotated[str, typer.Option(help="GPU such as rtx4090 or h100, cpu, or auto.")] = "cpu",
+    target: Annotated[
+        str, typer.Option(help="GPU such as rtx4090 or h100, cuda (ONNX Runtime on any GPU), cpu, or auto.")
+    ] = "cpu",
     size: Annotated[
         str | None, typer.Option(help="832x480, several with commas, a range 480x480..1280x720, 480p, 720p or 5b.")
     ] = None,
@@ -46,3 +48,5 @@ def run(
     graphs += [stage.graph for component in result.manifest.components for stage in component.stages]
     sizes = {graph.path: graph.size_bytes for graph in graphs}
     console.print(", ".join(f"{path} {human_bytes(size)}" for path, size in sizes.items()))
+    for component, nodes in build.nodes.items():
+        console.print(f"{component}, all with CUDA kernels: {nodes}", highlight=False)

@@ -60,11 +60,7 @@ def run(
     with scratch_folder("serve") as folder:
         repository = folder / "repository"
         packing = RepositoryOptions(
-            name,
-            topology,
-            limits,
-            residency=residency,
-            memory_gib=memory_gib(engines, topology, gpu_memory),
+            name, topology, limits, residency=residency, memory_gib=memory_gib(engines, topology, gpu_memory)
         )
         written = write_repository(engines, repository, packing)
         report_unstamped(written.unread)

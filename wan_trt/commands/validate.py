@@ -7,6 +7,7 @@ import typer
 
 from wan22.errors import UserError
 from wan_trt import arguments as given
+from wan_trt import cache_options
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ Prompts = Annotated[
 Seeds = Annotated[str | None, typer.Option(help="Seeds to run every prompt with, such as 0,1,10-12.")]
 Bench = Annotated[Path | None, typer.Option(help="JSON of wan-trt bench, for the report and its gates.")]
 Calls = Annotated[Path | None, typer.Option(help="Folder for one call of every engine, readable by polygraphy run.")]
-OfficialRepo = Annotated[Path | None, typer.Option(help="Clone of Wan-Video/Wan2.2, to compare with its code as well.")]
+Official = Annotated[bool, typer.Option("--official", help="Compare with the official code of make official as well.")]
+OfficialRepo = Annotated[Path | None, typer.Option(help="The same with a clone of Wan-Video/Wan2.2.")]
 
 
 def run(
@@ -54,6 +56,14 @@ def run(
     guidance: given.Guidance = None,
     solver: given.Solver = None,
     schedule: given.Schedule = None,
+    cache: cache_options.Cache = None,
+    cache_threshold: cache_options.CacheThreshold = None,
+    first_exact: cache_options.FirstExact = None,
+    last_exact: cache_options.LastExact = None,
+    max_consecutive: cache_options.MaxConsecutive = None,
+    skip_steps: cache_options.SkipSteps = None,
+    reuse: cache_options.CacheReuse = None,
+    late_cfg: cache_options.LateCfg = None,
     prompts: Prompts = None,
     seeds: Seeds = None,
     gate: given.Gate = None,
@@ -62,6 +72,7 @@ def run(
     calls: Calls = None,
     residency: given.Residency = "auto",
     reference_device: given.ReferenceDevice = "auto",
+    official: Official = False,
     official_repo: OfficialRepo = None,
 ) -> int:
     """Prove that the engines compute the same as PyTorch.
@@ -76,8 +87,12 @@ def run(
     if engines is None or checkpoint is None:
         raise UserError("no ENGINES and CHECKPOINT", "both", "see wan-trt validate --help")
     request, several = given.request_from(locals()), given.seeds_of(seeds)
-    from validate import ValidateOptions
+    from validate import ValidateOptions, official_wheel
 
+    if official and official_repo is not None:
+        raise UserError("both --official and --official-repo", "one of them", "leave one out")
+    if official:
+        official_repo = official_wheel()
     options = ValidateOptions(
         request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line()
     )
@@ -93,6 +108,10 @@ def _compare(engines: Path, checkpoint: str, output: Path, options: "ValidateOpt
     console.print(report.table())
     for verdict in report.verdicts:
         console.print(check_mark(verdict, f"gate {verdict}"))
+    for case in report.cases:
+        if case.cache is not None:
+            name = f"case {case.number}: " if len(report.cases) > 1 else ""
+            console.print(f"{name}{case.cache.summary()}")
     if not_judged := report.attached.not_judged:
         console.print(f"gates: {not_judged}")
     if len(report.cases) > 1:
