@@ -63,7 +63,7 @@ class ExternalBuild:
         written = write_weights(
             self._source.folder, weights, self._folder / f"{component.name}.weights", self._progress
         )
-        return replace(component, graph=engine, weights=(layout_entry, written))
+        return replace(component, graph=engine, weights=(layout_entry, written), stages=())
 
     @cached_property
     def attention_scales(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 
 from export.checkpoint.schema import dit_tensors, vae_tensors
-from runtime.denoise import Conditions, denoise
+from runtime.denoise import Conditions, Sampler, denoise
 from runtime.noise import standard_normal
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
@@ -37,10 +37,9 @@ def whole_video(setting: StageSettings) -> Iterator[Measurement]:
             noise = place({"noise": standard_normal(spec.latent_shape(*video), setting.seed)})["noise"]
             text = place({"text": standard_normal((1, TEXT_TOKENS, spec.dit.text_width), 1)})["text"]
             schedule = make_schedule("unipc", steps, spec.sampling.shift, "official")
-            experts, solver = dict.fromkeys(spec.experts, engine), make_solver("unipc", schedule)
-            guidance = dict.fromkeys(spec.experts, 5.0)
-            seconds = []
-            for step in denoise(spec, experts, noise, Conditions(text, text), guidance, schedule, solver):
+            sampler = Sampler(schedule, make_solver("unipc", schedule), dict.fromkeys(spec.experts, 5.0))
+            experts, seconds = dict.fromkeys(spec.experts, engine), []
+            for step in denoise(spec, experts, noise, Conditions(text, text), sampler):
                 latents = step.latents
                 seconds.append(step.seconds_total)
         yield Measurement(
