@@ -6,6 +6,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from engines.plan import EXPORT_RAM_GIB, Plan
+from wan22.block_memory import TURNING
 from wan22.costs import dit_flops, model_parameters
 from wan22.quantities import human_bytes, video_text
 
@@ -52,6 +53,19 @@ def _machine(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "--residency auto", plan.residency
     elif plan.usable_vram_bytes:
         yield "--residency auto", "nothing fits, see below"
+    if plan.usable_vram_bytes:
+        yield "--topology blocks", _blocks(plan)
+        yield "its least GPU memory", human_bytes(plan.least_blocks_bytes)
+
+
+def _blocks(plan: Plan) -> str:
+    """What stays in memory if blocks may stream."""
+    choice, layers = plan.blocks, plan.request.spec.dit.layers
+    if choice is None:
+        return "does not fit either"
+    resident = layers if choice.slots == layers else choice.slots - TURNING
+    tokens = "all tokens at once" if choice.slices == 1 else f"tokens in {choice.slices} slices"
+    return f"{resident} of {layers} blocks resident, {tokens}"
 
 
 def _work(plan: Plan) -> Iterable[tuple[str, str]]:

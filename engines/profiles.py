@@ -6,6 +6,7 @@ Presets name the sizes of the official release.
 """
 
 import re
+from math import prod
 
 from wan22.bundle import Tensor
 from wan22.errors import UserError
@@ -15,6 +16,9 @@ from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 PRESETS = {"480p": "832x480,480x832", "720p": "1280x720,720x1280", "5b": "1280x704,704x1280"}
 TYPICAL_TEXT_TOKENS = 128  # about the length of the default negative prompt
+
+MOST_SLICES = 64  # of the tokens of a video, for stages that take slices
+STEPS = (1, 40, 2048)  # time rows of a schedule
 
 Video = tuple[int, int, int]  # width, height in pixels; frames
 
@@ -44,6 +48,13 @@ def profile_between(spec: ModelSpec, small: Video, large: Video) -> Profile:
         a, b, _ = profile[whole]
         profile[half] = (a // PATCH[1], b // PATCH[1], b // PATCH[1])
     return profile | {"tokens": (1, TYPICAL_TEXT_TOKENS, TEXT_TOKENS)}
+
+
+def with_stages(profile: Profile) -> Profile:
+    """``profile`` with the dimensions of a transformer in stages: tokens, in slices or as a whole, and time steps."""
+    fewest, most = (prod(profile[name][end] for name in ("frames", "rows", "columns")) for end in (0, 2))
+    slices = {"positions": (max(1, fewest // MOST_SLICES), most, most), "keys": (fewest, most, most)}
+    return profile | slices | {"steps": STEPS}
 
 
 def input_shapes(tensor: Tensor, profile: Profile) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -47,7 +47,8 @@ def check_plans(bundle: Bundle) -> tuple[str, ...]:
     build = bundle.manifest.build
     if build is None or not build.backend.startswith("tensorrt"):
         return ()
-    names = {component: read_name(bundle.path(component.graph)) for component in bundle.manifest.components}
+    compiled = (part for component in bundle.manifest.components for part in component.compiled())
+    names = {part: read_name(bundle.path(part.graph)) for part in compiled}
     for component, name in names.items():
         check_plan(name, bundle.manifest, component)
     return tuple(dict.fromkeys(component.graph.path for component, name in names.items() if not name))

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from runtime.arrays import require_finite
-from runtime.pipeline import NewEngine
+from runtime.backend import NewEngine
 from runtime.request import Request
 from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.settings import Settings

@@ -44,6 +44,17 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One graph of a transformer cut into parts of its blocks, or its engine. Weights are inputs of it."""
+
+    name: str
+    graph: File
+    inputs: tuple[Tensor, ...]  # other than weights
+    outputs: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Component:
     name: str
     graph: File
@@ -53,6 +64,18 @@ class Component:
     precision: Precision
     why_higher: str = ""  # the reason if its precision, or part of it, is above the bundle's
     halves: tuple[File, ...] = ()  # the same graph as two, if built so: for the prompt alone, and for a step
+    stages: tuple[Stage, ...] = ()  # the same graph as stages; if it was built so, ``graph`` is one of theirs
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def compiled(self) -> "tuple[Component, ...]":
+        """What is compiled by itself: the stages as components called ``dit.qkv``, or the component."""
+        parts = (
+            replace(self, name=f"{self.name}.{stage.name}", graph=stage.graph, inputs=stage.inputs, stages=())
+            for stage in self.stages
+        )
+        return tuple(parts) or (self,)
 
 
 @dataclass(frozen=True)
@@ -108,6 +131,7 @@ class Manifest:
     def files(self) -> dict[str, File]:
         """Every file of the bundle by path; weights that graphs share appear once."""
         parts = [file for c in self.components for file in (c.graph, *c.halves, *c.weights)]
+        parts += [stage.graph for c in self.components for stage in c.stages]
         return {file.path: file for file in (*parts, *self.tokenizer)}
 
 

@@ -206,7 +206,7 @@ def dit_scratch_bytes(spec: DitSpec, count: int, precision: Precision) -> float:
 
 
 def _vae(spec: VaeSpec, name: str, precision: Precision, latent_shape: tuple[int, ...], cache_sets: int) -> Memory:
-    """The memory of one VAE graph. The first chunk only writes caches, which are always float32."""
+    """The memory of one VAE graph. The first chunk only writes caches, which are float16 in float16 graphs."""
     half, first, size = name.rpartition("_")[0], name.endswith("_first"), (latent_shape[3], latent_shape[4])
     positions = size[0] * size[1]
     weights = vae_weights_bytes(spec, name, precision)
@@ -215,7 +215,8 @@ def _vae(spec: VaeSpec, name: str, precision: Precision, latent_shape: tuple[int
     scratch = VAE_TENSORS[spec.generation] * precision.linears.bits / 8 * largest
     frames, sets = (1, 1) if first else (spec.temporal_stride, cache_sets)
     pixels = 3 * frames * spec.spatial_stride**2 * positions
-    edges = 4.0 * (sets * cache_elements(spec, half, size) + pixels + spec.latent_channels * positions)
+    cached = (2 if precision == Precision.FP16 else 4) * sets * cache_elements(spec, half, size)
+    edges = cached + 4.0 * (pixels + spec.latent_channels * positions)
     return Memory(name, weights, scratch, edges)
 
 

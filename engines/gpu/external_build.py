@@ -65,7 +65,7 @@ class ExternalBuild:
         check_alike({first: reference, component.name: weights})
         target = self._folder / f"{component.name}.weights"
         written = write_weights(self._source.folder, weights, target, self._progress)
-        return replace(component, graph=engine, weights=(layout_entry, written))
+        return replace(component, graph=engine, weights=(layout_entry, written), stages=())
 
     @cached_property
     def attention_scales(self) -> dict[str, float]:

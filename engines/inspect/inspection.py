@@ -16,7 +16,7 @@ from engines.inspect.report import FusionReport
 from engines.profiles import profile_between, profiles_for
 from engines.targets import Target, check_bundle, target_named
 from wan22.backends import runs_graphs
-from wan22.bundle import Bundle, Component, open_bundle
+from wan22.bundle import Bundle, Component, File, open_bundle
 from wan22.errors import UserError
 from wan22.files import scratch_folder
 from wan22.onnx_file import check_graphs
@@ -37,7 +37,7 @@ def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[Fusion
         remedy = "inspect the ONNX bundle with --target"
         raise UserError(f"{folder} has engines for ONNX Runtime", "TensorRT engines", remedy)
     target, reports = target_named(build.target), []
-    for component in _select(bundle, components):
+    for component in _each_once(_select(bundle, components)):
         plan, weights = bundle.path(component.graph), "external" if component.weights else "embedded"
         if log_beside(plan).is_file():
             compiled = read_log(log_beside(plan))
@@ -45,6 +45,15 @@ def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[Fusion
             compiled = parse(_query_inspector(load_module(target.backend), plan), str(plan))
         reports.append(FusionReport(component.name, target, compiled, component.precision, weights))
     return reports
+
+
+def _each_once(components: Sequence[Component]) -> list[Component]:
+    """The components; of experts in stages, the stages that they share."""
+    found: dict[File, Component] = {}
+    for component in components:
+        for part in component.compiled():
+            found.setdefault(part.graph if component.stages else File(part.name, "", 0), part)
+    return list(found.values())
 
 
 def _select(bundle: Bundle, names: Sequence[str]) -> list[Component]:

@@ -9,12 +9,12 @@ from time import perf_counter
 import torch
 
 from export.checkpoint.schema import dit_tensors, vae_tensors
-from runtime.denoise import Conditions, denoise
+from runtime.denoise import Conditions, Sampler, denoise
 from runtime.noise import standard_normal
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from runtime.vae import decode
-from runtime.video import write_video
+from runtime.video import encode_video
 from studies.gpu.random_model import decoder_engines, random_weights, transformer_engine
 from studies.gpu.stage import Measurement, StageSettings
 from wan22.specs import TEXT_TOKENS, Precision, spec_named
@@ -37,10 +37,9 @@ def whole_video(setting: StageSettings) -> Iterator[Measurement]:
             noise = place({"noise": standard_normal(spec.latent_shape(*video), setting.seed)})["noise"]
             text = place({"text": standard_normal((1, TEXT_TOKENS, spec.dit.text_width), 1)})["text"]
             schedule = make_schedule("unipc", steps, spec.sampling.shift, "official")
-            experts, solver = dict.fromkeys(spec.experts, engine), make_solver("unipc", schedule)
-            guidance = dict.fromkeys(spec.experts, 5.0)
-            seconds = []
-            for step in denoise(spec, experts, noise, Conditions(text, text), guidance, schedule, solver):
+            sampler = Sampler(schedule, make_solver("unipc", schedule), dict.fromkeys(spec.experts, 5.0))
+            experts, seconds = dict.fromkeys(spec.experts, engine), []
+            for step in denoise(spec, experts, noise, Conditions(text, text), sampler):
                 latents = step.latents
                 seconds.append(step.seconds_total)
         yield Measurement(
@@ -49,7 +48,7 @@ def whole_video(setting: StageSettings) -> Iterator[Measurement]:
         decoding = random_weights(vae_tensors(spec.vae), setting.device, torch.float32, setting.seed)
         with decoder_engines(spec, decoding, folders[1], setting.device) as (first, later):
             started = perf_counter()
-            frames = write_video(decode(first, later, latents), folders[2] / "video.mp4", spec.sampling.fps)
+            frames = encode_video(decode(first, later, latents), folders[2] / "video.mp4", spec.sampling.fps)
             decoded = perf_counter() - started
         yield Measurement("decode and write", decoded, "s", f"{frames} frames of {video[0]}x{video[1]}")
         yield Measurement("video", (folders[2] / "video.mp4").stat().st_size / 2**20, "MiB", "random weights: noise")
