@@ -59,13 +59,13 @@ def _machine(plan: Plan) -> Iterable[tuple[str, str]]:
 
 
 def _blocks(plan: Plan) -> str:
-    """What stays in memory if blocks may stream."""
+    """What stays in memory if blocks may stream, and the slices of tokens."""
     choice, layers = plan.blocks, plan.request.spec.dit.layers
     if choice is None:
         return "does not fit either"
     resident = layers if choice.slots == layers else choice.slots - TURNING
-    tokens = "all tokens at once" if choice.slices == 1 else f"tokens in {choice.slices} slices"
-    return f"{resident} of {layers} blocks resident, {tokens}"
+    slices = "" if choice.slices == 1 else f", {choice.slices} slices"
+    return f"{resident} of {layers} blocks resident{slices}"
 
 
 def _work(plan: Plan) -> Iterable[tuple[str, str]]:
