@@ -3,11 +3,13 @@
 from collections import defaultdict
 from collections.abc import Callable
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
+from runtime.backend import NewEngine
 from runtime.engine import Arrays, BorrowedEngine, Engine
-from runtime.pipeline import NewEngine, Pipeline
+from runtime.pipeline import Pipeline
 from wan22.bundle import Bundle
 from wan22.residency import ResidencyChoice
 
@@ -47,6 +49,10 @@ class TimedEngine(BorrowedEngine):
     def __init__(self, engine: Engine, name: str, pipeline: ServedPipeline) -> None:
         self._engine, self._name, self._pipeline = engine, name, pipeline
         self.inputs, self.outputs = engine.inputs, engine.outputs
+
+    def __getattr__(self, name: str) -> Any:
+        """What a transformer in blocks has beside its call."""
+        return getattr(self._engine, name)
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         self._pipeline.pause()

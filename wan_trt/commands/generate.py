@@ -58,6 +58,8 @@ def run(
     late_cfg: cache_options.LateCfg = None,
     overwrite: given.Overwrite = False,
     residency: given.Residency = "auto",
+    weights_in: given.WeightsIn = "auto",
+    vram: given.Vram = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the time of every stage and step.")] = False,
 ) -> None:
     """Generate a video; settings not given are the bundle's defaults."""
@@ -69,7 +71,9 @@ def run(
     check_no_source(output, noise, again, image, last_image)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)
-    with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:
+    blocks = given.blocks_options(weights_in, vram)
+    opened = Pipeline.open(engines, residency=residency, once=True, tell=console.print, blocks=blocks)
+    with opened as pipeline, bars() as progress:
         encoding = Encoding(fps, QUALITY if quality is None else quality, overwrite)
         result = generate(pipeline, request, output, encoding, progress=progress)
     if verbose:

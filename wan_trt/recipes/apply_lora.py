@@ -122,10 +122,8 @@ def _check_attention(old: Bundle, merged: Bundle) -> dict[str, float]:
     needed = attention_scales_of(merged.path(component.graph) for component in merged.manifest.components)
     for name, scale in needed.items():
         if scale > built.get(name, 0.0):
-            found = f"{name} {scale:.3g} with these LoRAs"
-            raise UserError(
-                found, f"at most {built.get(name, 0.0):.3g}, as the engine was built for", "export and build again"
-            )
+            expected = f"at most {built.get(name, 0.0):.3g}, as the engine was built for"
+            raise UserError(f"{name} {scale:.3g} with these LoRAs", expected, "export and build again")
     return built
 
 
