@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from runtime.block_forward import StageDevice
+from runtime.block_stream import Streamed
 from runtime.block_transformer import BlockTransformer, SharedBlocks
 from wan22.block_memory import (
     SLICES,
@@ -59,6 +60,16 @@ class BlockBackend:
             choose = self._chooser(component)
             self._shared[key] = SharedBlocks(self._device(alike, layout), layout, choose)
         return BlockTransformer(self._shared[key], spec.dit, component, profiles)
+
+    @property
+    def streamed(self) -> Streamed:
+        """What all experts have copied so far."""
+        every = [shared.streamed for shared in self._shared.values()]
+        return Streamed(
+            sum(each.blocks for each in every),
+            sum(each.size_bytes for each in every),
+            sum(each.seconds_waited for each in every),
+        )
 
     def check(self, video: Video) -> None:
         """Refuse a video that does not fit, before anything is loaded.
