@@ -42,7 +42,7 @@ def open_backend(bundle: Bundle, stack: ExitStack, options: BlockOptions) -> Bac
     if build.backend == "onnxruntime-gpu":
         from runtime.engine_cuda import CudaDevice
 
-        gpu = stack.enter_context(CudaDevice.open(bundle.manifest))
+        gpu = stack.enter_context(CudaDevice.open(build.backend_version, build.compute_capability))
         return Backend(lambda component: gpu.engine(folder, component), gpu.available_bytes, cache_sets=2)
     from runtime.engine_tensorrt import Device
 
@@ -80,8 +80,12 @@ def _onnxruntime(bundle: Bundle, options: BlockOptions) -> Backend:
 
     blocks = BlockBackend(bundle, options, device, available_host_bytes)
 
+    profiles = bundle.manifest.build.profiles if bundle.manifest.build else ()
+
     def new_engine(component: Component) -> Engine:
-        return blocks.engine(component, ()) if component.stages else OnnxRuntimeEngine(bundle.folder, component)
+        return (
+            blocks.engine(component, ()) if component.stages else OnnxRuntimeEngine(bundle.folder, component, profiles)
+        )
 
     in_stages = any(component.stages for component in bundle.manifest.components)
     return Backend(new_engine, available_host_bytes, blocks=blocks if in_stages else None)

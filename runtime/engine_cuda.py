@@ -20,7 +20,7 @@ from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.engine_onnxruntime import NO_MEMORY
 from runtime.gpu import TO_RUN, Gpu, compute_capability
 from wan22.backends import loading, require_module
-from wan22.bundle import Component, Manifest
+from wan22.bundle import Component
 from wan22.errors import UserError
 from wan22.onnx_file import check_component
 from wan22.shapes import shape_of, sizes_of
@@ -42,8 +42,8 @@ class CudaDevice(Gpu):
         self.others = [CPU] if provider != CPU else []  # for the arithmetic of shapes
 
     @classmethod
-    def open(cls, manifest: Manifest) -> Self:
-        """The GPU of this machine, checked against the bundle of ``manifest``.
+    def open(cls, oldest: str, oldest_gpu: str) -> Self:
+        """The GPU of this machine, for graphs that need ONNX Runtime ``oldest`` and this compute capability or later.
 
         Raises:
             UserError: ONNX Runtime is missing, has no CUDA provider or is too old; CuPy is missing; no GPU, or one that
@@ -53,11 +53,11 @@ class CudaDevice(Gpu):
             require_module("onnxruntime", PACKAGE, TO_RUN),
             require_module("cupy", "cupy-cuda13x", TO_RUN),
         )
-        check_onnxruntime(onnxruntime, manifest)
-        capability, needed = compute_capability(cupy), manifest.build.compute_capability if manifest.build else ""
-        if _numbers(capability) < _numbers(needed):
+        check_onnxruntime(onnxruntime, oldest)
+        capability = compute_capability(cupy)
+        if _numbers(capability) < _numbers(oldest_gpu):
             found = f"a GPU of compute capability {capability}"
-            raise UserError(found, f"{needed} or later, for flash attention in 16 bits", "use another GPU")
+            raise UserError(found, f"{oldest_gpu} or later, for flash attention in 16 bits", "use another GPU")
         if hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA and cuDNN from their Python packages, where installed
         return cls(onnxruntime, cupy)
@@ -198,9 +198,9 @@ class CudaEngine:
         return array.copy() if self._kept else array
 
 
-def check_onnxruntime(onnxruntime: Any, manifest: Manifest) -> None:
-    """Refuse a build of ONNX Runtime that has no CUDA provider or is older than the bundle's graphs need."""
-    version, needed = onnxruntime.__version__, manifest.build.backend_version if manifest.build else ""
+def check_onnxruntime(onnxruntime: Any, needed: str) -> None:
+    """Refuse a build of ONNX Runtime that has no CUDA provider or is older than version ``needed``."""
+    version = onnxruntime.__version__
     if CUDA not in onnxruntime.get_available_providers():
         remedy = f"pip uninstall onnxruntime, then {INSTALL}: both packages have one module"
         raise UserError(f"onnxruntime {version} without a CUDA provider", f"{PACKAGE} {needed} or later", remedy)

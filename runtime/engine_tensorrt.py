@@ -20,6 +20,7 @@ from runtime.cuda_graph import RecordedCalls
 from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.external_weights import ExternalWeights, HostCopies
 from runtime.gpu import TO_RUN, Gpu, compute_capability
+from runtime.rtx import KernelCache, check_valid, configure
 from wan22.backends import MODULES, require_module
 from wan22.bundle import Component, Manifest, Tensor
 from wan22.quantities import human_bytes
@@ -66,6 +67,7 @@ class Device(Gpu):
         if path in self._shared_plans:
             return self._shared_plans[path]
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
+            check_valid(self.trt, self.runtime, content, path.name)
             engine = self.runtime.deserialize_cuda_engine(content)
         if engine is None:
             size = human_bytes(path.stat().st_size, 1)
@@ -100,12 +102,13 @@ class TensorRTEngine:
     def __init__(self, device: Device, folder: Path, component: Component, profiles: Sequence[Profile]) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self._component = component
-        self._device, self._path = device, folder / component.graph.path
+        self._device, self._folder, self._path = device, folder, folder / component.graph.path
         external = bool(component.weights)
         self._weights = ExternalWeights(device.cupy, device.host_copies, folder, component) if external else None
         self._profiles = own_profiles(profiles, component.inputs)
         self._engine: Any = None
         self._context: Any = None
+        self._kernels: KernelCache | None = None
         self._profile_in_use = self._scratch = 0
         self._replay = RecordedCalls(device.stream) if self.replays else None
 
@@ -124,6 +127,7 @@ class TensorRTEngine:
         self._engine = self._device.plan(self._path, shared=self._weights is not None)
         if self._device.manifest is not None:
             check_plan(str(self._engine.name), self._device.manifest, self._component)
+        self._kernels = self._kept_kernels()
         self._context = self._new_context()
         self._profile_in_use = 0
         if self._weights:
@@ -146,9 +150,17 @@ class TensorRTEngine:
         self._device.stream.synchronize()
         if self._replay:
             self._replay.forget()
+        if self._kernels is not None:
+            self._kernels.save()
         self._context = self._engine = None
         if self._weights:
             self._weights.release()
+
+    def _kept_kernels(self) -> KernelCache | None:
+        """The kernels that TensorRT-RTX compiled for this engine before; None for TensorRT, which does not."""
+        if not hasattr(self._device.trt, "CudaGraphStrategy"):
+            return None
+        return KernelCache(self._device, self._folder, self._component)
 
     def _new_context(self) -> Any:
         """An execution context that allocates no memory."""
@@ -157,8 +169,9 @@ class TensorRTEngine:
             return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if hasattr(trt, "CudaGraphStrategy") and all(is_static(profile) for profile in self._profiles):
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if self._kernels is not None:
+            configure(trt, config, fixed=all(is_static(profile) for profile in self._profiles))
+            self._kernels.attach(config)
         return engine.create_execution_context(config)
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:

@@ -37,7 +37,7 @@ from tests.wan22.test_stamp import STAMP
 from triton_repo.job_request import parse_request
 from triton_repo.schema import INPUTS, NUMPY
 from triton_repo.settings import Limits
-from validate.bench.read import read_bench
+from validate.bench.result import read_bench
 from validate.gate import read_gates
 from wan22.bundle import open_bundle
 from wan22.errors import UserError

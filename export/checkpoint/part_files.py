@@ -195,4 +195,7 @@ def _refuse_repeated_keys(index: Path) -> None:
                 raise UserError(f"{index} names {key} twice", "every tensor once", AGAIN)
             seen.add(key)
 
-    json.loads(index.read_bytes(), object_pairs_hook=unique)
+    try:
+        json.loads(index.read_bytes(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # in a field that the reader of the index ignores
+        raise UserError(f"{index}: {error}", "the index as JSON", AGAIN) from None

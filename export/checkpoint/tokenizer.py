@@ -148,9 +148,12 @@ def _unigram(pieces: list[Piece], charsmap: bytes) -> Any:
     names = [name for name, _, _ in pieces]
     if any(special not in names for special in (PAD, EOS, UNK)):
         raise ValueError("no Unigram model with the pieces of T5")
-    tokenizer = Tokenizer(models.Unigram([(name, score) for name, score, _ in pieces], unk_id=names.index(UNK)))
-    if charsmap:
-        tokenizer.normalizer = normalizers.Precompiled(charsmap)
+    try:
+        tokenizer = Tokenizer(models.Unigram([(name, score) for name, score, _ in pieces], unk_id=names.index(UNK)))
+        if charsmap:
+            tokenizer.normalizer = normalizers.Precompiled(charsmap)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(str(error)) from None
     metaspace = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")

@@ -70,13 +70,17 @@ class _Head:
         self.place += struct.calcsize(f"<{form}")
         return found[0]
 
+    def skip(self, size_bytes: int) -> int:
+        """Pass over ``size_bytes``; returns where they begin."""
+        start = self.place
+        if start + size_bytes > len(self.content):
+            raise ValueError("a string or array longer than the header")
+        self.place += size_bytes
+        return start
+
     def text(self) -> str:
-        length = self.take("Q")
-        if self.place + length > len(self.content):
-            raise ValueError("a string longer than the header")
-        found = self.content[self.place : self.place + length].decode()
-        self.place += length
-        return found
+        start = self.skip(self.take("Q"))
+        return self.content[start : self.place].decode()
 
     def value(self, key: str) -> Any:
         kind = self.take("I")
@@ -92,13 +96,11 @@ class _Head:
             return [self.text() for _ in range(count)]
         if kind == STRING:
             for _ in range(count):
-                length = self.take("Q")
-                self.place += length
+                self.skip(self.take("Q"))
             return count
         if kind not in SCALARS:
             self._unknown(kind)
-        place, size = self.place, struct.calcsize(SCALARS[kind])
-        self.place += count * size
+        place = self.skip(count * struct.calcsize(SCALARS[kind]))
         if whole:
             return np.frombuffer(self.content, f"<{SCALARS[kind]}", count, place)
         return struct.unpack_from(f"<{count}{SCALARS[kind]}", self.content, place) if count <= 16 else count

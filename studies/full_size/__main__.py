@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from studies.full_size.builds import BUILDS, measure_build
-from studies.full_size.exports import CASES, TIMED, memory_of, throughput_of
+from studies.full_size.exports import CASES, TIMED, TIMED_QUANTISED, memory_of, throughput_of
 from wan22.errors import UserError
 from wan22.files import write_file
 from wan22.specs import ModelSpec, spec_named
@@ -85,11 +85,12 @@ def _measure(
     layers, repeats = dense
     if StudyPart.GRAPH in parts:
         yield "graph_seconds", _graph_seconds(spec)
-    if StudyPart.THROUGHPUT in parts and (timed := [c for c in TIMED if case in c.name]):
-        text = replace(spec.text_encoder, layers=layers)
-        small = replace(spec, dit=replace(spec.dit, layers=layers), text_encoder=text)
-        found = throughput_of(timed, small, folder, repeats)
-        yield "throughput", [entry | {"layers": layers} for entry in found]
+    text = replace(spec.text_encoder, layers=layers)
+    small = replace(spec, dit=replace(spec.dit, layers=layers), text_encoder=text)
+    for alike in (TIMED, TIMED_QUANTISED) if StudyPart.THROUGHPUT in parts else ():
+        if timed := [export for export in alike if case in export.name]:
+            found = throughput_of(timed, small, folder, repeats)
+            yield "throughput", [entry | {"layers": layers} for entry in found]
     for export in CASES if StudyPart.MEMORY in parts else ():
         if case in export.name:
             yield "memory", [memory_of(export, spec, folder)]

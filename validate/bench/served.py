@@ -35,7 +35,7 @@ from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
 from wan22.residency import ResidencyChoice
 
-CANCELS, CANCEL_AFTER, CANCEL_STEPS = 10, 5, 100
+CANCEL_AFTER, CANCEL_STEPS = 5, 100
 RUNS, STEPS = 10, 10
 POLL_S = 0.002
 
@@ -47,6 +47,7 @@ class ServedOptions:
     topology: Topology = "owner"
     runs: int = RUNS  # timed runs per side
     warmup: int = 2  # untimed runs per side before them
+    cancels: int = 10  # jobs to cancel, one after the other
     gate: Path | None = None  # TOML, see :mod:`validate.gate`; None: TARGETS
     residency: ResidencyChoice = "auto"  # the engines that stay loaded on each side
     # for the record
@@ -146,7 +147,7 @@ def bench_served(
         in_turns(sides, options.warmup)
         server.inside_s.clear()
         samples = _run_with_progress(sides, options.runs, progress)
-        cancels = tuple(server.cancel(request) for _ in range(CANCELS))
+        cancels = tuple(server.cancel(request) for _ in range(options.cancels))
         same = server.latents_sha256 == direct.latents_sha256
         return ServedBench(facts, samples, tuple(server.inside_s), cancels, same, gates)
 

@@ -51,6 +51,7 @@ def run(
     plot: Annotated[Path | None, typer.Option(help="Plot of the sweep, .png or .html.")] = None,
     triton: Annotated[bool, typer.Option("--triton", help="Measure a server's overhead instead.")] = False,
     topology: given.Topology = "owner",
+    cancels: Annotated[int, typer.Option(min=1, help="Jobs to cancel with --triton.")] = 10,
     output: Json = None,
 ) -> int:
     """Measure time and memory of engines, and of PyTorch if a checkpoint is given.
@@ -75,7 +76,7 @@ def run(
         check_no_source(path, engines, gate, compare, image)
     with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
         if triton:
-            found, passed = _served(engines, options, runs, topology, gate)
+            found, passed = _served(engines, options, runs, topology, cancels, gate)
         elif sweep is not None:
             found, passed = _swept(engines, checkpoint, sweep, values, options, plot)
         else:
@@ -106,14 +107,20 @@ def _check(sweep: Axis | None, values: str | None, plot: Path | None, gate: Path
 
 
 def _served(
-    engines: Path, options: "BenchOptions", runs: int | None, topology: Literal["owner", "bls"], gate: Path | None
+    engines: Path,
+    options: "BenchOptions",
+    runs: int | None,
+    topology: Literal["owner", "bls"],
+    cancels: int,
+    gate: Path | None,
 ) -> tuple[dict[str, Any], bool]:
     from triton_repo.installation import default_environments, find_installation
     from validate.bench.served import RUNS, ServedOptions, bench_served
 
     asked = ServedOptions(
-        options.request, topology, runs or RUNS, gate=gate, residency=options.residency, command=options.command
-    )
+        options.request, topology, runs or RUNS, cancels=cancels, gate=gate, residency=options.residency,
+        command=options.command,
+    )  # fmt: skip
     installation = find_installation(default_environments())
     with bars() as progress:
         found = bench_served(engines, asked, installation, os.environ, progress)
