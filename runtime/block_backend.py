@@ -50,7 +50,7 @@ class BlockBackend:
         self._device, self._shared = device, dict[str, SharedBlocks]()
 
     def applies_to(self, name: str) -> bool:
-        return bool(self._bundle.component(name).stages)
+        return self._bundle.component(name).in_stages
 
     def engine(self, component: Component, profiles: Sequence[Profile]) -> BlockTransformer:
         spec, key = self._bundle.manifest.spec, component.stages[0].graph.path
@@ -78,7 +78,7 @@ class BlockBackend:
             UserError: names the smallest budget that works.
         """
         for component in self._bundle.manifest.components:
-            if component.stages:
+            if component.in_stages:
                 self._chooser(component)(tokens(self._bundle.manifest.spec.latent_shape(*video)))
 
     def memory(self, name: str, video: Video, *, resident: bool) -> Memory:
@@ -93,7 +93,7 @@ class BlockBackend:
         """By stages, the expert that counts for the slots that all of them share."""
         found: dict[str, str] = {}
         for component in self._bundle.manifest.components:
-            if component.stages:
+            if component.in_stages:
                 found.setdefault(component.stages[0].graph.path, component.name)
         return found
 

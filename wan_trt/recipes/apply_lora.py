@@ -69,7 +69,7 @@ def apply_lora(
 
 
 def _in_blocks(bundle: Bundle) -> bool:
-    return any(component.stages for component in bundle.manifest.components)
+    return any(component.in_stages for component in bundle.manifest.components)
 
 
 def _export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder: Path, progress: Progress) -> Bundle:
@@ -102,7 +102,7 @@ def _blocks_without_fp8(old: Bundle) -> frozenset[int]:
     """
     spec = old.manifest.spec
     first = old.component(spec.experts[0])
-    if first.stages:  # all blocks compute alike
+    if first.in_stages:  # all blocks compute alike
         return frozenset()
     names = {place.name for place in read_layout(old.path(first.weights[0]))}
     if any(name.endswith(".input_mean") for name in names):
@@ -153,7 +153,7 @@ def _replace_weights(old: Bundle, merged: Bundle, folder: Path, progress: Progre
     components = {component.name: component for component in old.manifest.components}
     for name in experts:
         layout, stale = components[name].weights
-        if components[name].stages:
+        if components[name].in_stages:
             written = _write_blocks(old.path(layout), merged, name, folder / stale.path, progress)
             components[name] = replace(components[name], weights=(layout, written))
             continue
