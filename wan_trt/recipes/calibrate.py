@@ -200,7 +200,7 @@ def _write_component(
     path = folder / component.graph.path
     path.parent.mkdir(parents=True, exist_ok=True)
     ir.save(model, path)
-    return replace(component, graph=file_entry(folder, path))
+    return replace(component, graph=file_entry(folder, path), stages=())
 
 
 def _link(source: Path, target: Path) -> None:
