@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -193,10 +193,8 @@ def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tupl
         several = profiles_for(manifest.spec, options.size, options.frames)
         return tuple(map(with_stages, several)) if options.topology == "blocks" else several
     if asked:
-        video = video_text(*manifest.size)
-        raise UserError(
-            "--size or --frames", f"neither: the graphs are fixed to {video}", "export without fixed shapes"
-        )
+        expected = f"neither: the graphs are fixed to {video_text(*manifest.size)}"
+        raise UserError("--size or --frames", expected, "export without fixed shapes")
     fixed = profile_between(manifest.spec, manifest.size, manifest.size)
     return (with_stages(fixed) if options.topology == "blocks" else fixed,)
 
@@ -226,7 +224,7 @@ def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:
 def _compile_tensorrt(
     source: Bundle,
     folder: Path,
-    asked: tuple[Target, Sequence[Profile], BuildOptions],
+    asked: tuple[Target, tuple[Profile, ...], BuildOptions],
     logs: Path,
     progress: Progress,
 ) -> _Compiled:

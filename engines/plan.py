@@ -196,10 +196,8 @@ class Plan:
         frames, size = self.latent_shape[2], (self.latent_shape[3], self.latent_shape[4])
         halves = [part for part in self.weights_bytes if part.startswith("vae")]
         encoded = frames if self.request.spec.dit.condition_channels else 1
-        return sum(
-            vae_flops(self.request.spec.vae, half, size, frames if half == "vae_decoder" else encoded)
-            for half in halves
-        )
+        lengths = {half: frames if half == "vae_decoder" else encoded for half in halves}
+        return sum(vae_flops(self.request.spec.vae, half, size, length) for half, length in lengths.items())
 
     def as_json(self) -> dict[str, Any]:
         """Every figure with its unit in the key."""

@@ -31,10 +31,9 @@ def profiles_for(spec: ModelSpec, size: str | None = None, frames: str | None = 
     """
     asked = "{}x{}".format(*spec.sampling.sizes[0]) if size is None else PRESETS.get(size, size)
     counts = _frames(str(spec.sampling.frames) if frames is None else frames)
-    corners = [_corners(part) for part in asked.split(",")]
-    return tuple(
-        profile_between(spec, (*small, counts[0]), (*large, counts[1])) for small, large in dict.fromkeys(corners)
-    )
+    ranges = [part.partition("..") for part in asked.split(",")]
+    corners = dict.fromkeys((_size(small), _size(large or small)) for small, _, large in ranges)
+    return tuple(profile_between(spec, (*small, counts[0]), (*large, counts[1])) for small, large in corners)
 
 
 def profile_between(spec: ModelSpec, small: Video, large: Video) -> Profile:
@@ -62,11 +61,6 @@ def input_shapes(tensor: Tensor, profile: Profile) -> tuple[tuple[int, ...], tup
     """Shapes of ``tensor`` at the profile's minimum, optimum and maximum."""
     low, best, high = ({name: sizes[which] for name, sizes in profile.items()} for which in range(3))
     return shape_of(tensor, low), shape_of(tensor, best), shape_of(tensor, high)
-
-
-def _corners(text: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    small, _, large = text.partition("..")
-    return _size(small), _size(large or small)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -79,7 +79,6 @@ def _onnxruntime(bundle: Bundle, options: BlockOptions) -> Backend:
         return HostStages(bundle.folder, experts[0].stages, layout, files)
 
     blocks = BlockBackend(bundle, options, device, available_host_bytes)
-
     profiles = bundle.manifest.build.profiles if bundle.manifest.build else ()
 
     def new_engine(component: Component) -> Engine:

@@ -9,7 +9,6 @@ output of one call: compilers may keep other tensors in an output's memory.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -84,9 +83,7 @@ class BlockTransformer:
             self._bounds = self._of_all_blocks(V_NORMS), self._of_all_blocks("modulation")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ends, self._times, self._texts = {}, {}, []
         self._shared.leave()
 

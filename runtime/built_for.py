@@ -5,8 +5,7 @@ from wan22.bundle import Build, Bundle, Component, Manifest
 from wan22.errors import UserError
 from wan22.quantities import video_text
 from wan22.residency import Video
-from wan22.shapes import Profile, own_profiles
-from wan22.specs import ModelSpec
+from wan22.shapes import own_profiles
 from wan22.stamp import Stamp, check_stamp, read_name
 
 
@@ -106,15 +105,13 @@ def check_video(manifest: Manifest, video: Video, hint: str = "") -> None:
 
 def _ranges(manifest: Manifest) -> list[tuple[Video, Video, Video]]:
     """The smallest, the best and the largest video of every profile; empty if any shape is supported."""
-    profiles = manifest.build.profiles if manifest.build else ()
-    return [_videos(manifest.spec, profile) for profile in profiles]
-
-
-def _videos(spec: ModelSpec, profile: Profile) -> tuple[Video, Video, Video]:
-    space, time = spec.vae.spatial_stride, spec.vae.temporal_stride
-    sizes = zip(profile["width"], profile["height"], profile["frames"], strict=True)
-    small, best, large = ((space * width, space * height, time * (count - 1) + 1) for width, height, count in sizes)
-    return small, best, large
+    space, time = manifest.spec.vae.spatial_stride, manifest.spec.vae.temporal_stride
+    ranges = []
+    for profile in manifest.build.profiles if manifest.build else ():
+        sizes = zip(profile["width"], profile["height"], profile["frames"], strict=True)
+        small, best, large = ((space * width, space * height, time * (count - 1) + 1) for width, height, count in sizes)
+        ranges.append((small, best, large))
+    return ranges
 
 
 def _holds(small: Video, large: Video, video: Video) -> bool:

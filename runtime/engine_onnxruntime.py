@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -69,9 +68,7 @@ class OnnxRuntimeEngine:
     def _new_session(self, path: Path, *, spin: bool = True) -> Any:
         return new_session(path, self.name, self._providers, spin=spin)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._session = self._prompt = None
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:

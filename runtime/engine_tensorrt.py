@@ -10,7 +10,6 @@ Arrays may be numpy's or CuPy's. Results are numpy arrays unless an input is CuP
 import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -22,9 +21,9 @@ from runtime.external_weights import ExternalWeights, HostCopies
 from runtime.gpu import TO_RUN, Gpu, compute_capability
 from runtime.rtx import KernelCache, check_valid, configure
 from wan22.backends import MODULES, require_module
-from wan22.bundle import Component, Manifest, Tensor
+from wan22.bundle import Component, Manifest
 from wan22.quantities import human_bytes
-from wan22.shapes import Profile, is_static, own_profiles, shape_of, sizes_of
+from wan22.shapes import Profile, is_static, own_profiles, sizes_of
 
 
 class Device(Gpu):
@@ -52,15 +51,10 @@ class Device(Gpu):
         check_build(manifest, trt.__version__, compute_capability(cupy))
         return cls(trt, cupy, manifest)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._shared_plans.clear()
         self.host_copies.clear()
-        self.release()
+        super().__exit__()
 
     def plan(self, path: Path, *, shared: bool) -> Any:
         """The engine in the file ``path``; a ``shared`` one is loaded once and stays."""
@@ -161,9 +155,7 @@ class TensorRTEngine:
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._device.stream.synchronize()
         if self._replay:
             self._replay.forget()
@@ -185,12 +177,11 @@ class TensorRTEngine:
         self._device.used_by(self)
         with self._device.stream, self._device.refuse_out_of_memory(self.name):
             self._use_profile(index)
-            arrays = self._device_inputs(inputs) | self._new_outputs(output_shapes(self.outputs, sizes))
+            entering, leaving = self._device.arrays(inputs, self.outputs, sizes, self._replay)
+            arrays = entering | leaving
             self._bind(arrays)
             self._run(tuple(int(array.data.ptr) for array in arrays.values()))
-            on_device = self._device.asked_for(inputs, self.outputs)
-            results = tuple(self._result(tensor, arrays[tensor.name], on_device) for tensor in self.outputs)
-            self._device.stream.synchronize()
+            results = self._device.results(inputs, self.outputs, leaving, recorded=self._replay is not None)
         return results[0] if len(results) == 1 else results
 
     # -- one call
@@ -200,18 +191,6 @@ class TensorRTEngine:
             if not self._context.set_optimization_profile_async(index, self._device.stream.ptr):
                 raise RuntimeError(f"{self.name}: TensorRT refused optimisation profile {index}")
             self._profile_in_use = index
-
-    def _device_inputs(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """The inputs on the device, contiguous; at the addresses of the recorded call, if there is one."""
-        cupy = self._device.cupy
-        placed = {name: cupy.ascontiguousarray(cupy.asarray(array)) for name, array in inputs.items()}
-        return self._replay.keep("in", placed, copy=True) if self._replay else placed
-
-    def _new_outputs(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """Arrays for the outputs; those of the recorded call, if there is one."""
-        dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
-        made = {name: self._device.cupy.empty(shape, dtypes[name]) for name, shape in shapes.items()}
-        return self._replay.keep("out", made, copy=False) if self._replay else made
 
     def _bind(self, arrays: Mapping[str, Any]) -> None:
         context = self._context
@@ -233,16 +212,3 @@ class TensorRTEngine:
             enqueue()
         else:
             self._replay.run((self._profile_in_use, *addresses, self._scratch), enqueue)
-
-    def _result(self, tensor: Tensor, array: Any, on_device: bool) -> Any:
-        """The array for the caller: state on the device, other outputs where ``on_device`` says."""
-        if tensor.name.startswith(NEXT):
-            return array
-        if not on_device:
-            return array.get(stream=self._device.stream)
-        return array.copy() if self._replay else array
-
-
-def output_shapes(outputs: Sequence[Tensor], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every output, by name, from the ``sizes`` of the named dimensions."""
-    return {tensor.name: shape_of(tensor, sizes) for tensor in outputs}

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -108,9 +107,7 @@ class Pipeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._keep_only(())
         self._shared.close()
 
@@ -232,18 +229,15 @@ class Pipeline:
         if request.image is None:
             return {}
         self._begin("vae_encoder_first", "vae_encoder_next")
-        size = (request.width, request.height)
-        first = fit_image(request.image, self.spec.takes.resizing, size, request.fit)
+        shape = self.spec.takes.resizing, (request.width, request.height), request.fit
+        first = fit_image(request.image, *shape)
         if self.spec.takes.clean_first_frame:
             return {"first_frame": encode(self.on_call("vae_encoder_first"), None, first)}
-        has_last = request.last_image is not None
-        last = (
-            fit_image(request.last_image, self.spec.takes.resizing, size, request.fit) if request.last_image else None
-        )
+        last = None if request.last_image is None else fit_image(request.last_image, *shape)
         video = conditioning_video(first, request.frames, last)
         following = self.on_call("vae_encoder_next") if request.frames > 1 else None
         latents = encode(self.on_call("vae_encoder_first"), following, video)
-        return {"condition": i2v_condition(latents, has_last=has_last)}
+        return {"condition": i2v_condition(latents, has_last=last is not None)}
 
     def denoise(self, request: CompleteRequest) -> Iterator[Step]:
         """Run the sampler and yield after every step; the last step carries the clean latents.

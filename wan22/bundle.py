@@ -190,9 +190,8 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
     usage = shutil.disk_usage(existing)
     if not usage.total:  # /proc, /sys
-        raise UserError(
-            f"cannot write {folder}: {existing} is not on a disk", "a writable file system", "choose another place"
-        )
+        found = f"cannot write {folder}: {existing} is not on a disk"
+        raise UserError(found, "a writable file system", "choose another place")
     if usage.free < needed_bytes:
         free, needed = human_bytes(usage.free, 1), human_bytes(needed_bytes, 1)
         raise UserError(f"{free} free at {existing}", f"{needed} for {folder.name}", "free some or choose another disk")
@@ -267,11 +266,8 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
         if version == FORMAT_VERSION and holds != kind and holds in list(STAGE_OF):
             raise UserError(f"{folder} holds {holds}", f"{kind}, a folder made by {stage}", "name that folder")
         if (version, holds) != (FORMAT_VERSION, kind):
-            raise UserError(
-                f"{path}: format {version}, kind {holds}",
-                f"format {FORMAT_VERSION}, kind {kind}",
-                f"run {stage} of this version",
-            )
+            expected = f"format {FORMAT_VERSION}, kind {kind}"
+            raise UserError(f"{path}: format {version}, kind {holds}", expected, f"run {stage} of this version")
         manifest = msgspec.json.decode(content, type=Manifest)
     except (*DAMAGED_JSON, AttributeError) as error:
         raise UserError(f"{path}: {error}", "the manifest as written", f"run {stage} again") from None

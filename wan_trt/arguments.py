@@ -116,6 +116,7 @@ GROUPS = {
         "precision", "text_encoder", "high_noise", "low_noise", "dit", "vae_decoder", "fp8_attention",
         "keep_high_precision", "input_scales", "input_means",
     ),
+    "Memory": ("residency", "weights_in", "vram"),
     "LoRA": ("lora", "lora_ignore_unmatched"),
     "Comparison": (
         "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",

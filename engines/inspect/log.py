@@ -40,10 +40,6 @@ class Operand:
     def size_bytes(self) -> float:
         return prod(self.dims) * BYTES.get(self.dtype, 4)
 
-    def is_square_of(self, tokens: int) -> bool:
-        """True for a tokens x tokens matrix, the sign of unfused attention."""
-        return self.dims[-2:] == (tokens, tokens)
-
 
 @dataclass(frozen=True)
 class Kernel:

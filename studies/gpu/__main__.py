@@ -113,17 +113,12 @@ def _measure(answers: Sequence[StageResult], setting: StageSettings, deadline: f
 
 
 def _without_figures(answers: Sequence[StageResult]) -> list[StageResult]:
-    return [
-        replace(
-            answer,
-            status="ran" if answer.status == "measured" else answer.status,
-            measurements=[
-                replace(row, value=None, note="ran" if row.value is not None else row.note)
-                for row in answer.measurements
-            ],
-        )
-        for answer in answers
-    ]
+    shown = []
+    for answer in answers:
+        rows = [replace(row, value=None, note="ran") if row.value is not None else row for row in answer.measurements]
+        status = "ran" if answer.status == "measured" else answer.status
+        shown.append(replace(answer, status=status, measurements=rows))
+    return shown
 
 
 def _circumstances(gpu: dict[str, Any], dry_run: bool) -> dict[str, Any]:

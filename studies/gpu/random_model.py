@@ -14,8 +14,7 @@ import onnx_ir as ir
 import torch
 
 from engines.cuda.attention import OLDEST_ONNXRUNTIME
-from engines.cuda.opset import lower_opset
-from engines.cuda.passes import fit_transformer
+from engines.cuda.passes import fit_transformer, lower_opset
 from engines.targets import FIRST_FLASH
 from export.checkpoint.keys import diffusers_names
 from export.checkpoint.schema import Shapes

@@ -21,7 +21,8 @@ from validate.bench.samples import Ratio
 from validate.reference.parts import timesteps_of, transformer
 from wan22.costs import dit_flops
 from wan22.errors import UserError
-from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision, spec_named
+from wan22.residency import Video
+from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, spec_named, tokens
 
 TIMESTEP = 900.0
 RUNS = 5
@@ -29,7 +30,6 @@ FEW_BLOCKS = 2  # blocks are alike, so few are enough to compare two libraries
 RESERVED_BYTES = 4 * 2**30
 MLPERF_STEPS, MLPERF_VIDEO = 20, (1280, 720, 81)
 ROWS_ALIVE = 24  # upper bound of the activations of the model's width that are alive at once
-Video = tuple[int, int, int]  # width, height, frames
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class ForwardCase:
 
     @property
     def tokens(self) -> int:
-        _, _, frames, height, width = self.spec.latent_shape(*self.video)
-        return frames * (height // PATCH[1]) * (width // PATCH[2])
+        return tokens(self.spec.latent_shape(*self.video))
 
     def cut(self, blocks: int) -> "ForwardCase":
         return replace(self, spec=replace(self.spec, dit=replace(self.spec.dit, layers=blocks)))
@@ -156,9 +155,8 @@ def _torch_step(case: ForwardCase, weights: Weights, compiler: str = "") -> Call
 
     @torch.inference_mode()
     def step() -> torch.Tensor:
-        velocity: torch.Tensor = module(
-            hidden_states=latents, encoder_hidden_states=text, timestep=times, return_dict=False
-        )[0]
+        velocity: torch.Tensor
+        (velocity,) = module(hidden_states=latents, encoder_hidden_states=text, timestep=times, return_dict=False)
         return velocity
 
     return step
@@ -171,16 +169,15 @@ def _our_inputs(case: ForwardCase) -> dict[str, F32]:
 def _onnxruntime_beside(
     case: ForwardCase, weights: Weights, torch_step: Callable[[], torch.Tensor], precision: Precision
 ) -> Iterator[Measurement]:
+    device = case.device
     with (
         tempfile.TemporaryDirectory() as folder,
-        transformer_engine(case.spec, dict(weights), Path(folder), precision, case.device) as (engine, place),
+        transformer_engine(case.spec, dict(weights), Path(folder), precision, device) as (engine, place),
     ):
         inputs = place(_our_inputs(case))
         found, expected = to_numpy(engine(**inputs)), torch_step().float().cpu().numpy()
-        pairs = [
-            (time_ms(case.device, torch_step), time_ms(case.device, lambda: engine(**inputs))) for _ in range(RUNS)
-        ]
-        gib = peak_gib(case.device, lambda: engine(**inputs))
+        pairs = [(time_ms(device, torch_step), time_ms(device, lambda: engine(**inputs))) for _ in range(RUNS)]
+        gib = peak_gib(device, lambda: engine(**inputs))
     theirs, ours = zip(*pairs, strict=True)
     ratio, name = Ratio.of(theirs, ours), f"{case.named}, ONNX Runtime {precision.value}"
     yield from _ours(case, precision, float(np.median(ours)))

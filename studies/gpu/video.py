@@ -14,7 +14,7 @@ from runtime.noise import standard_normal
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
 from runtime.vae import decode
-from runtime.video import write_video
+from runtime.video import encode_video
 from studies.gpu.random_model import decoder_engines, random_weights, transformer_engine
 from studies.gpu.stage import Measurement, StageSettings
 from wan22.specs import TEXT_TOKENS, Precision, spec_named
@@ -48,7 +48,7 @@ def whole_video(setting: StageSettings) -> Iterator[Measurement]:
         decoding = random_weights(vae_tensors(spec.vae), setting.device, torch.float32, setting.seed)
         with decoder_engines(spec, decoding, folders[1], setting.device) as (first, later):
             started = perf_counter()
-            frames = write_video(decode(first, later, latents), folders[2] / "video.mp4", spec.sampling.fps)
+            frames = encode_video(decode(first, later, latents), folders[2] / "video.mp4", spec.sampling.fps)
             decoded = perf_counter() - started
         yield Measurement("decode and write", decoded, "s", f"{frames} frames of {video[0]}x{video[1]}")
         yield Measurement("video", (folders[2] / "video.mp4").stat().st_size / 2**20, "MiB", "random weights: noise")

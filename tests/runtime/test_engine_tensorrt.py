@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runtime import engine_tensorrt, rtx
-from runtime.engine_tensorrt import Device, TensorRTEngine, output_shapes
+from runtime.engine_tensorrt import Device, TensorRTEngine
 from tests.runtime.fake_gpu import DeviceArray, FakeCupy, FakeEngine, FakeTensorRT, Memory, at
 from wan22.bundle import Build, Component, File, Manifest, Source, Tensor
 from wan22.errors import UserError
@@ -160,14 +160,6 @@ def test_a_replayed_call_leaves_earlier_results_and_inputs_alone(opened):
 def test_engines_with_state_are_not_recorded(opened):
     _, engine = opened(FakeEngine(doubled), (FIXED,), component((X, CACHE), (Y, NEXT)))
     assert not engine.replays
-
-
-def test_output_shapes_follow_from_the_inputs():
-    frames = Tensor("frames", "float32", (1, 3, 4, "8*height", "8*width"))
-    assert output_shapes((frames, NEXT), {"height": 90, "width": 160, "frames": 2}) == {
-        "frames": (1, 3, 4, 720, 1280),
-        "next_cache_00": (1, 4),
-    }
 
 
 # -- what it was built for

@@ -40,10 +40,9 @@ def run(
         result = build_engines(bundle, engines, options, progress)
     build = result.manifest.build
     assert build is not None
-    summary = (
-        f"{build.backend} {build.backend_version}, {build.seconds:.1f} s, {human_bytes(build.peak_rss_bytes)} of memory"
-    )
-    console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {build.target} ({summary}): {engines}")
+    cost = f"{build.seconds:.1f} s, {human_bytes(build.peak_rss_bytes)} of memory"
+    summary = f"{build.target} ({build.backend} {build.backend_version}, {cost})"
+    console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {summary}: {engines}")
     graphs = [component.graph for component in result.manifest.components]
     graphs += [stage.graph for component in result.manifest.components for stage in component.stages]
     sizes = {graph.path: graph.size_bytes for graph in graphs}

@@ -131,10 +131,8 @@ def _check_attention(old: Bundle, merged: Bundle) -> dict[str, float]:
     needed = attention_scales(graphs) if _in_blocks(old) else attention_scales_of(graphs)
     for name, scale in needed.items():
         if scale > built.get(name, 0.0):
-            found = f"{name} {scale:.3g} with these LoRAs"
-            raise UserError(
-                found, f"at most {built.get(name, 0.0):.3g}, as the engine was built for", "export and build again"
-            )
+            expected = f"at most {built.get(name, 0.0):.3g}, as the engine was built for"
+            raise UserError(f"{name} {scale:.3g} with these LoRAs", expected, "export and build again")
     return built
 
 

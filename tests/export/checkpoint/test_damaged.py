@@ -20,7 +20,7 @@ from export.lora.inspection import inspect_weights
 from export.synth.checkpoint import synthesise
 from export.synth.tokenizer import trained_model
 from tests.export.checkpoint.forms import comfy, fp8_by_row, fp8_scaled, save, tensors_of, write_gguf
-from tests.export.files.test_fuzzed import damaged
+from tests.test_fuzzed import damaged
 from wan22.errors import UserError
 from wan22.specs import spec_named
 
