@@ -63,10 +63,10 @@ def tensorrt_backend(bundle: Bundle, device: "Device", options: BlockOptions) ->
     blocks = BlockBackend(bundle, options, stages, device.available_bytes)
 
     def new_engine(component: Component) -> Engine:
-        whole = not component.stages
+        whole = not component.in_stages
         return device.engine(bundle.folder, component, profiles) if whole else blocks.engine(component, profiles)
 
-    in_stages = any(component.stages for component in bundle.manifest.components)
+    in_stages = any(component.in_stages for component in bundle.manifest.components)
     return Backend(new_engine, device.available_bytes, cache_sets=2, blocks=blocks if in_stages else None)
 
 
@@ -82,8 +82,9 @@ def _onnxruntime(bundle: Bundle, options: BlockOptions) -> Backend:
     profiles = bundle.manifest.build.profiles if bundle.manifest.build else ()
 
     def new_engine(component: Component) -> Engine:
-        whole = not component.stages
-        return OnnxRuntimeEngine(bundle.folder, component, profiles) if whole else blocks.engine(component, ())
+        if component.in_stages:
+            return blocks.engine(component, ())
+        return OnnxRuntimeEngine(bundle.folder, component, profiles)
 
-    in_stages = any(component.stages for component in bundle.manifest.components)
+    in_stages = any(component.in_stages for component in bundle.manifest.components)
     return Backend(new_engine, available_host_bytes, blocks=blocks if in_stages else None)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from runtime.block_forward import StageDevice
+from runtime.block_stream import Streamed
 from runtime.block_transformer import BlockTransformer, SharedBlocks
 from wan22.block_memory import (
     SLICES,
@@ -49,7 +50,7 @@ class BlockBackend:
         self._device, self._shared = device, dict[str, SharedBlocks]()
 
     def applies_to(self, name: str) -> bool:
-        return bool(self._bundle.component(name).stages)
+        return self._bundle.component(name).in_stages
 
     def engine(self, component: Component, profiles: Sequence[Profile]) -> BlockTransformer:
         spec, key = self._bundle.manifest.spec, component.stages[0].graph.path
@@ -60,6 +61,16 @@ class BlockBackend:
             self._shared[key] = SharedBlocks(self._device(alike, layout), layout, choose)
         return BlockTransformer(self._shared[key], spec.dit, component, profiles)
 
+    @property
+    def streamed(self) -> Streamed:
+        """What all experts have copied so far."""
+        every = [shared.streamed for shared in self._shared.values()]
+        return Streamed(
+            sum(each.blocks for each in every),
+            sum(each.size_bytes for each in every),
+            sum(each.seconds_waited for each in every),
+        )
+
     def check(self, video: Video) -> None:
         """Refuse a video that does not fit, before anything is loaded.
 
@@ -67,7 +78,7 @@ class BlockBackend:
             UserError: names the smallest budget that works.
         """
         for component in self._bundle.manifest.components:
-            if component.stages:
+            if component.in_stages:
                 self._chooser(component)(tokens(self._bundle.manifest.spec.latent_shape(*video)))
 
     def memory(self, name: str, video: Video, *, resident: bool) -> Memory:
@@ -82,7 +93,7 @@ class BlockBackend:
         """By stages, the expert that counts for the slots that all of them share."""
         found: dict[str, str] = {}
         for component in self._bundle.manifest.components:
-            if component.stages:
+            if component.in_stages:
                 found.setdefault(component.stages[0].graph.path, component.name)
         return found
 

@@ -12,6 +12,7 @@ last use, and read only after the event of its copy; nothing ever waits for a wh
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Protocol
 
 from wan22.block_memory import TURNING
@@ -35,16 +36,19 @@ class Transfers(Protocol):
 
 @dataclass
 class Streamed:
-    """What a stream has copied since it was opened."""
+    """What streams have copied."""
 
     blocks: int = 0
     size_bytes: int = 0
+    seconds_waited: float = 0.0  # by the host, for blocks that were not read yet
 
 
 class BlockStream:
     """The slots of one device, shared by the experts of a model."""
 
-    def __init__(self, transfers: Transfers, blocks: int, slots: int, block_bytes: int) -> None:
+    def __init__(
+        self, transfers: Transfers, blocks: int, slots: int, block_bytes: int, streamed: Streamed | None = None
+    ) -> None:
         """Allocate the slots.
 
         Args:
@@ -52,6 +56,7 @@ class BlockStream:
             blocks: blocks of a transformer.
             slots: at least :func:`wan22.block_memory.least_slots`; ``blocks`` or more keep all resident.
             block_bytes: weights of a block.
+            streamed: adds up what this stream copies.
         """
         self._transfers, self._blocks, self._block_bytes = transfers, blocks, block_bytes
         count = min(slots, blocks)
@@ -60,7 +65,7 @@ class BlockStream:
         self._content: list[tuple[str, int] | None] = [None] * count
         self._filled: list[Any] = [None] * count
         self._used: list[Any] = [None] * count
-        self.streamed = Streamed()
+        self.streamed = Streamed() if streamed is None else streamed
 
     def slot_of(self, block: int) -> int:
         if block < self.resident:
@@ -83,11 +88,13 @@ class BlockStream:
         """
         slot = self.slot_of(block)
         self._bring(slot, (expert, block))
+        started = perf_counter()
         try:
             self._transfers.wait(self._filled[slot])
         except BaseException:
             self._content[slot] = None  # of unknown content
             raise
+        self.streamed.seconds_waited += perf_counter() - started
         try:
             yield self._slots[slot]
         finally:

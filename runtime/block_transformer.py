@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.arrays import F32
 from runtime.block_forward import BlockForward, StageDevice, Weights, fp8_scales, patchify, unpatchify
-from runtime.block_stream import BlockStream
+from runtime.block_stream import BlockStream, Streamed
 from runtime.engine import Arrays, check_inputs
 from wan22.block_memory import BlockChoice
 from wan22.bundle import Component
@@ -35,6 +35,7 @@ class SharedBlocks:
     layout: BlockLayout
     choose: Callable[[int], BlockChoice]  # for a number of tokens
     stream: BlockStream | None = None
+    streamed: Streamed = field(default_factory=Streamed)
     _chosen: tuple[int, BlockChoice] | None = None  # for so many tokens
     _users: int = 0
     _open: ExitStack = field(default_factory=ExitStack)
@@ -55,7 +56,8 @@ class SharedBlocks:
         if self.stream is None or self._chosen is None or self._chosen[0] != tokens:
             self.stream = None  # frees its slots first
             self._chosen = tokens, self.choose(tokens)
-            self.stream = BlockStream(self.device, self.layout.blocks, self._chosen[1].slots, self.layout.step_bytes)
+            slots, layout = self._chosen[1].slots, self.layout
+            self.stream = BlockStream(self.device, layout.blocks, slots, layout.step_bytes, self.streamed)
         return self.stream, self._chosen[1].slices
 
 

@@ -74,12 +74,16 @@ class GpuStages:
         self._ring = []
 
     def _context(self, stage: Stage) -> Any:
-        trt, engine = self._device.trt, self._device.plan(self._folder / stage.graph.path, shared=True)
-        if self._device.manifest is not None:
-            (part,) = (c for c in self._component.compiled() if c.graph == stage.graph)
-            check_plan(str(engine.name), self._device.manifest, part)
+        """A context that takes other addresses in every call, so that no call may be recorded as a graph."""
+        device, engine = self._device, self._device.plan(self._folder / stage.graph.path, shared=True)
+        (part,) = (c for c in self._component.compiled() if c.graph == stage.graph)
+        if device.manifest is not None:
+            check_plan(str(engine.name), device.manifest, part)
         self._profile_in_use[stage.name] = 0
-        return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        kernels = device.kept_kernels(self._folder, part)
+        if kernels is not None:
+            self._closing.callback(kernels.save)
+        return device.new_context(engine, kernels, fixed=False)
 
     # -- computation, on the pipeline's stream
 

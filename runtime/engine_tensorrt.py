@@ -74,6 +74,22 @@ class Device(Gpu):
         """The engine of ``component`` in the bundle at ``folder``; ``profiles`` are the bundle's."""
         return TensorRTEngine(self, folder, component, profiles)
 
+    def kept_kernels(self, folder: Path, component: Component) -> KernelCache | None:
+        """The kernels that TensorRT-RTX compiled for an engine before; None for TensorRT, which does not."""
+        return KernelCache(self, folder, component) if hasattr(self.trt, "CudaGraphStrategy") else None
+
+    def new_context(self, engine: Any, kernels: KernelCache | None, *, fixed: bool) -> Any:
+        """An execution context that allocates no memory; ``fixed`` if shapes and addresses never change."""
+        trt = self.trt
+        if not hasattr(engine, "create_runtime_config"):
+            return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if kernels is not None:
+            configure(trt, config, fixed=fixed)
+            kernels.attach(config)
+        return engine.create_execution_context(config)
+
     def arena(self, size_bytes: int) -> int:
         """The address of at least ``size_bytes`` of scratch memory; its earlier content is lost."""
         if self._arena is None or self._arena.mem.size < size_bytes:
@@ -110,7 +126,7 @@ class TensorRTEngine:
     def replays(self) -> bool:
         """True if a call is recorded once as a CUDA graph and replayed: fixed shapes, and no state on the device.
 
-        TensorRT-RTX records by itself (see :meth:`_new_context`).
+        TensorRT-RTX records by itself (see :meth:`Device.new_context`).
         """
         fixed = all(is_static(profile) for profile in self._profiles)
         stateful = any(tensor.name.startswith(NEXT) for tensor in self.outputs)
@@ -121,8 +137,9 @@ class TensorRTEngine:
         self._engine = self._device.plan(self._path, shared=self._weights is not None)
         if self._device.manifest is not None:
             check_plan(str(self._engine.name), self._device.manifest, self._component)
-        self._kernels = self._kept_kernels()
-        self._context = self._new_context()
+        self._kernels = self._device.kept_kernels(self._folder, self._component)
+        fixed = all(is_static(profile) for profile in self._profiles)
+        self._context = self._device.new_context(self._engine, self._kernels, fixed=fixed)
         self._profile_in_use = 0
         if self._weights:
             self._bind_weights(self._weights)
@@ -147,24 +164,6 @@ class TensorRTEngine:
         self._context = self._engine = None
         if self._weights:
             self._weights.release()
-
-    def _kept_kernels(self) -> KernelCache | None:
-        """The kernels that TensorRT-RTX compiled for this engine before; None for TensorRT, which does not."""
-        if not hasattr(self._device.trt, "CudaGraphStrategy"):
-            return None
-        return KernelCache(self._device, self._folder, self._component)
-
-    def _new_context(self) -> Any:
-        """An execution context that allocates no memory."""
-        trt, engine = self._device.trt, self._engine
-        if not hasattr(engine, "create_runtime_config"):
-            return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self._kernels is not None:
-            configure(trt, config, fixed=all(is_static(profile) for profile in self._profiles))
-            self._kernels.attach(config)
-        return engine.create_execution_context(config)
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         """Run the engine; the module's docstring says where arrays live.

@@ -12,6 +12,7 @@ import numpy as np
 from runtime.arrays import F32
 from runtime.backend import Backend, NewEngine, open_backend
 from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
+from runtime.block_stream import Streamed
 from runtime.built_for import check_video, default_video, fill_defaults
 from runtime.denoise import Conditions, Step, denoise
 from runtime.engine import Arrays, BorrowedEngine, Engine
@@ -113,6 +114,11 @@ class Pipeline:
     @property
     def spec(self) -> ModelSpec:
         return self.bundle.manifest.spec
+
+    @property
+    def streamed(self) -> Streamed | None:
+        """What transformers in blocks have copied so far; None for whole engines."""
+        return self._backend.blocks.streamed if self._backend.blocks is not None else None
 
     # -- engines
 

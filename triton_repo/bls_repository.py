@@ -35,6 +35,8 @@ def check_backends(bundle: Bundle) -> None:
     backend = build.backend if build else None
     if backend not in BACKENDS:
         raise UserError(f"{backend} engines in topology bls", f"{' or '.join(BACKENDS)} engines", USE_OWNER)
+    if any(component.in_stages for component in bundle.manifest.components):
+        raise UserError("engines in blocks in topology bls", "whole engines", USE_OWNER)
     if backend == "tensorrt" and any(component.weights for component in bundle.manifest.components):
         raise UserError("engines with external weights in topology bls", "embedded weights", USE_OWNER)
 

@@ -66,6 +66,11 @@ class Component:
     halves: tuple[File, ...] = ()  # the same graph as two, if built so: for the prompt alone, and for a step
     stages: tuple[Stage, ...] = ()  # the same graph as stages; if it was built so, ``graph`` is one of theirs
 
+    @property
+    def in_stages(self) -> bool:
+        """True for engines that are stages; a bundle of graphs has both, the whole graph and its stages."""
+        return any(stage.graph == self.graph for stage in self.stages)
+
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 
@@ -74,6 +79,7 @@ class Component:
         parts = (
             replace(self, name=f"{self.name}.{stage.name}", graph=stage.graph, inputs=stage.inputs, stages=())
             for stage in self.stages
+            if self.in_stages
         )
         return tuple(parts) or (self,)
 

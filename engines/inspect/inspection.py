@@ -52,7 +52,7 @@ def _each_once(components: Sequence[Component]) -> list[Component]:
     found: dict[File, Component] = {}
     for component in components:
         for part in component.compiled():
-            found.setdefault(part.graph if component.stages else File(part.name, "", 0), part)
+            found.setdefault(part.graph if component.in_stages else File(part.name, "", 0), part)
     return list(found.values())
 
 

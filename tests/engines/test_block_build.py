@@ -112,6 +112,14 @@ def test_external_weights_and_blocks_exclude_each_other(tmp_path, tiny_bundle):
         build_engines(tiny_bundle, tmp_path / "e", options)
 
 
+def test_blocks_are_not_served_engine_by_engine(tmp_path, tiny_bundle):
+    from triton_repo.bls_repository import check_backends
+
+    built = build_engines(tiny_bundle, tmp_path / "e", BuildOptions(topology="blocks"))
+    with pytest.raises(UserError, match="engines in blocks in topology bls"):
+        check_backends(built)
+
+
 def test_experts_of_different_precision_have_their_own_stages(tmp_path):
     synthesise(SPECS["t2v-a14b-tiny"], tmp_path / "c", "official", seed=0)
     options = ExportOptions(Precision.FP32, precisions={"low_noise": Precision.FP16})

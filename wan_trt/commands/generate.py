@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from wan22.inputs import check_no_source
-from wan22.quantities import video_text
+from wan22.quantities import human_bytes, video_text
 from wan_trt import arguments as given
 from wan_trt import cache_options
 from wan_trt.console import bars, console
@@ -78,6 +78,9 @@ def run(
         result = generate(pipeline, request, output, encoding, progress=progress)
     if verbose:
         _print_timings(result.timings)
+        if (streamed := pipeline.streamed) is not None:
+            size, waited = human_bytes(streamed.size_bytes), streamed.seconds_waited
+            console.print(f"weights of blocks: {size} in {streamed.blocks:,} copies, waited {waited:.2f} s for them")
     shown = video_text(result.width, result.height, result.frames)
     console.print(f"{output}: {shown} at {result.fps} fps, seed {result.seed}")
     if result.cache is not None:

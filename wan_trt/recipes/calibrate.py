@@ -174,7 +174,7 @@ def write_tapped(source: Bundle, folder: Path, target: str) -> dict[str, "Taps"]
         path = folder / component.graph.path
         path.parent.mkdir(parents=True, exist_ok=True)
         ir.save(model, path)
-        components.append(replace(tapped, graph=file_entry(folder, path)))
+        components.append(replace(tapped, graph=file_entry(folder, path), stages=()))
     manifest = replace(source.manifest, components=tuple(components))
     _link_others(source.folder, manifest, folder)
     write_manifest(folder, manifest)
