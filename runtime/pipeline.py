@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from runtime.image_condition import conditioning_video, fit_image, i2v_condition
 from runtime.request import CompleteRequest, Request
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
+from runtime.weight_sets import WeightSets, check_lora
 from wan22.backends import MODULES
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.errors import UserError
@@ -61,6 +62,7 @@ class Pipeline:
         once: bool = False,
         tell: Callable[[str], None] = log.info,
         new_engine: NewEngine | None = None,
+        weight_sets: Mapping[str, Bundle] | None = None,
     ) -> None:
         """Create the pipeline without loading anything.
 
@@ -71,8 +73,10 @@ class Pipeline:
             once: for a single run: free each engine as soon as no later stage needs it.
             tell: receives one line for each choice of ``auto``.
             new_engine: makes the engine of a component, instead of the bundle's backend.
+            weight_sets: other weights of the experts, chosen by ``lora`` of a request.
         """
         self.bundle, self.once = bundle, once
+        self.weight_sets = WeightSets(bundle, weight_sets or {})
         self.tokenizer = Tokenizer(bundle.folder / "tokenizer")
         self._shared = ExitStack()  # closed after all engines
         self._backend = _Backend(new_engine, available_host_bytes) if new_engine else _backend(bundle, self._shared)
@@ -159,7 +163,7 @@ class Pipeline:
             elif self.residency == "one-expert" and name in self.spec.experts:
                 self._keep_only(set(self._engines) - set(self.spec.experts))
             stack = ExitStack()
-            self._engines[name] = stack.enter_context(self._backend.new_engine(self.bundle.component(name)))
+            self._engines[name] = stack.enter_context(self._backend.new_engine(self.weight_sets.component(name)))
             self._open[name] = stack
         return self._engines[name]
 
@@ -177,6 +181,12 @@ class Pipeline:
         for name in set(self._open) - set(names):
             self.release(name)
 
+    def use_weights(self, lora: str | None) -> bool:
+        """Take the experts from the weight set ``lora`` from now on; True if it was another. Closes those in use."""
+        if changed := self.weight_sets.choose(lora):
+            self._keep_only(set(self._open) - set(self.spec.experts))
+        return changed
+
     def _begin(self, *names: str) -> None:
         """Begin a stage that needs only the engines ``names``; a single run closes the others."""
         if self.once:
@@ -186,6 +196,7 @@ class Pipeline:
 
     def complete(self, request: Request) -> CompleteRequest:
         """:func:`runtime.built_for.fill_defaults` for the bundle of this pipeline."""
+        check_lora(request.lora, self.weight_sets.names)
         return fill_defaults(request, self.bundle.manifest)
 
     def encode_text(self, prompt: str, *, allow_empty: bool = False) -> tuple[TokenIds, F32]:
@@ -227,6 +238,7 @@ class Pipeline:
             UserError: before any work, if the engines were not built for the video or it does not fit into memory.
         """
         check_video(self.bundle.manifest, request.video)
+        self.use_weights(request.lora)
         self.fit(request.video)
         positive = self.text(request.prompt)
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None

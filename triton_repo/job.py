@@ -102,6 +102,7 @@ class Job:
             "fps": asked.fps,
             "steps": request.steps,
             "format": asked.output_format,
+            **({"lora": request.lora} if request.lora else {}),
             "started_unix_ms": self._started_unix_ms,
         }
 
@@ -159,7 +160,7 @@ class Job:
         with scratch_folder("job") as folder:
             path = folder / f"video{VIDEO_FORMATS[self.asked.output_format]}"
             request = self.asked.request.as_decided(self._skipped, self._late)
-            recipe = recipe_of(request, self.pipeline.bundle.manifest, self.asked.fps, QUALITY)
+            recipe = recipe_of(request, self.pipeline.weight_sets.manifest(request.lora), self.asked.fps, QUALITY)
             encode_video(
                 self._report_chunks(self.pipeline.decode(latents)), path, self.asked.fps, QUALITY, recipe.encoded()
             )

@@ -34,6 +34,7 @@ class RepositoryOptions:
     residency: ResidencyChoice = "auto"  # engines that stay loaded; bls keeps all
     drain_flag: str = ""  # while this file exists, the model reports that it is not ready
     memory_gib: float = 0.0  # GPU memory; 0 if unknown
+    loras: Mapping[str, Path] = field(default_factory=dict)  # folders of weight sets by name
     overwrite: bool = False
 
 
@@ -70,6 +71,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
             engines_at=options.engines_at,
             residency="all" if options.topology == "bls" else options.residency,
             drain_flag=options.drain_flag,
+            loras=options.loras,
         )
         if options.topology == "owner":
             _write_owner(temporary, options.name, settings, on_gpu=is_for_gpu(bundle))
@@ -87,6 +89,8 @@ def _check_bls(bundle: Bundle, options: RepositoryOptions) -> None:
     if options.residency not in ("auto", "all"):
         found = f"--residency {options.residency} in topology bls, which keeps all engines loaded"
         raise UserError(found, "topology owner", "leave --residency out")
+    if options.loras:
+        raise UserError("--lora in topology bls, whose backends hold the weights", "topology owner", "leave one out")
     check_backends(bundle)
     check_resident(bundle, options.memory_gib)
 

@@ -47,7 +47,7 @@ class CacheTimes:
     def as_json(self) -> dict[str, Any]:
         experts = {name: {"skipped": of[0], "steps": of[1]} for name, of in self.by_expert.items()}
         times = {name: getattr(self, name) for name in ("exact_s", "cached_s", "step_ms")}
-        return {"settings": vars(self.caching), **times, "by_expert": experts, **self.measurements()}
+        return {"settings": vars(self.caching), **times, "by_expert": experts}
 
 
 def time_cache(pipeline: Pipeline, work: Work, runs: int, progress: Progress) -> CacheTimes:

@@ -55,14 +55,14 @@ def apply_lora(
     checkpoint = options.checkpoint or manifest.source.checkpoint
     with staged(folder, overwrite=options.overwrite) as temporary:
         with tempfile.TemporaryDirectory(dir=temporary) as place:
-            merged = _export_experts(old, checkpoint, loras, Path(place) / "onnx", progress)
+            merged = export_experts(old, checkpoint, loras, Path(place) / "onnx", progress)
             components = _replace_weights(old, merged, temporary, progress)
         manifest = replace(manifest, components=components, loras=merged.manifest.loras, command=options.command)
         write_manifest(temporary, manifest)
     return Bundle(folder, manifest)
 
 
-def _export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder: Path, progress: Progress) -> Bundle:
+def export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder: Path, progress: Progress) -> Bundle:
     """The experts with the LoRAs, in the precisions of the engines."""
     manifest = old.manifest
     size, frames = (manifest.size[:2], manifest.size[2]) if manifest.size else (None, None)
@@ -71,7 +71,7 @@ def _export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder
         manifest.precision,
         experts,
         fp8_attention=_fp8_attention(old),
-        keep_high_precision=_blocks_without_fp8(old),
+        keep_high_precision=_blocks_without_fp8(old) if manifest.precision.quantised else frozenset(),
         size=size,
         frames=frames,
         loras=tuple(loras),
@@ -108,7 +108,7 @@ def _fp8_attention(old: Bundle) -> Literal["both", "self", "cross"]:
     return "self" if kinds == {"self_attn"} else "cross" if kinds == {"cross_attn"} else "both"
 
 
-def _check_attention(old: Bundle, merged: Bundle) -> dict[str, float]:
+def check_attention(old: Bundle, merged: Bundle) -> dict[str, float]:
     """The engine's scales of Q and K.
 
     Raises:
@@ -136,7 +136,7 @@ def _replace_weights(old: Bundle, merged: Bundle, folder: Path, progress: Progre
             shutil.copyfile(file, target)
         elif target.relative_to(folder).as_posix() not in renewed:
             share(file, target)
-    scales = _check_attention(old, merged)
+    scales = check_attention(old, merged)
     components = {component.name: component for component in old.manifest.components}
     for name in experts:
         layout, stale = components[name].weights
