@@ -1,5 +1,6 @@
 """Denoising with and without a step cache: the time that it saves, and its own cost in time and memory."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,8 @@ class CacheTimes:
     def as_json(self) -> dict[str, Any]:
         experts = {name: {"skipped": of[0], "steps": of[1]} for name, of in self.by_expert.items()}
         times = {name: getattr(self, name) for name in ("exact_s", "cached_s", "step_ms")}
-        return {"settings": vars(self.caching), **times, "by_expert": experts}
+        settings = json.loads(json.dumps(vars(self.caching)))  # lists, as in the file of an earlier bench
+        return {"settings": settings, **times, "by_expert": experts}
 
 
 def time_cache(pipeline: Pipeline, work: Work, runs: int, progress: Progress) -> CacheTimes:
