@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 TRITON := .venv-triton/installed
+OFFICIAL := .venv-official/installed
 TOOLS := .venv-tools/installed
 COMPILE = .venv-tools/bin/uv pip compile --quiet $(UPGRADE) --generate-hashes --no-annotate --no-header \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_36
 
-.PHONY: demo picture test check triton checkov lock sbom scale clean
+.PHONY: demo picture test check triton official checkov lock sbom scale clean
 
 demo: $(INSTALLED)
 	$(BIN)/wan-trt demo demo
@@ -16,7 +17,7 @@ demo: $(INSTALLED)
 picture: $(INSTALLED)
 	$(BIN)/python -m studies.picture demo docs/demo.png
 
-test: $(INSTALLED) $(TRITON) check
+test: $(INSTALLED) $(TRITON) $(OFFICIAL) check
 	$(BIN)/python -m pytest -q
 
 # Export at full size: throughput beside cp, memory. Needs some 30 GB of disk for a while, and minutes.
@@ -46,6 +47,14 @@ $(TRITON): requirements-triton.txt pyproject.toml
 	.venv-triton/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
+# The official Wan2.2 code, which validate --official and its tests compare with.
+official: $(OFFICIAL)
+
+$(OFFICIAL): requirements-official.txt
+	$(PYTHON) -m venv .venv-official
+	.venv-official/bin/pip install --quiet --no-deps --require-hashes --requirement requirements-official.txt
+	touch $@
+
 # The linter of the Kubernetes manifests, whose many dependencies are nobody else's. Its test is skipped without it.
 checkov: .venv-checkov/installed
 
@@ -59,6 +68,7 @@ lock: $(TOOLS)
 	$(COMPILE) --constraint requirements-torch.txt --no-emit-package torch --extra export --extra cpu \
 		--extra validate --extra official --extra synth --extra sign --extra triton --extra dev pyproject.toml requirements-cpu.in -o requirements-cpu.txt
 	$(COMPILE) --no-deps requirements-triton.in -o requirements-triton.txt
+	$(COMPILE) --no-deps requirements-official.in -o requirements-official.txt
 	$(COMPILE) requirements-tools.in -o requirements-tools.txt
 	$(COMPILE) requirements-checkov.in -o requirements-checkov.txt
 
@@ -72,4 +82,4 @@ $(TOOLS): requirements-tools.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton .venv-tools .venv-checkov demo
+	rm -rf .venv .venv-triton .venv-official .venv-tools .venv-checkov demo

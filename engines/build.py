@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from engines.cpu.onnxruntime_backend import fit_components
+from engines.cuda.attention import OLDEST_ONNXRUNTIME
+from engines.cuda.components import fit_for_cuda
 from engines.gpu.external_build import ExternalBuild
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
 from engines.load_check import check_loads
 from engines.plan import kernel_bytes
 from engines.profiles import profile_between, profiles_for
 from engines.targets import Target, check_bundle, target_named
+from wan22.backends import runs_graphs
 from wan22.bundle import (
     Build,
     Bundle,
@@ -28,6 +31,7 @@ from wan22.bundle import (
     write_manifest,
 )
 from wan22.errors import UserError
+from wan22.inputs import check_no_source
 from wan22.memory import peak_rss_bytes
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
@@ -65,24 +69,25 @@ def build_engines(
     """
     options = options or BuildOptions()
     refuse_existing(folder, "engines", overwrite=options.overwrite)
+    check_no_source(folder, bundle, options.timing_cache)
     target = target_named(options.target)
     source = open_bundle(bundle, "graphs", full_check=True)
     check_bundle(target, source.manifest)
     _check_options(target, options)
     profiles = _profiles(source.manifest, target, options)
     check_graphs(source)
-    if target.backend != "onnxruntime":
+    if not runs_graphs(target.backend):
         load_module(target.backend)
     again = f"export again: {source.manifest.command}"
     check_loads(target, [source.path(component.graph) for component in source.manifest.components], again)
     check_disk(folder, disk_bytes(source.manifest, target, options))
     started = time.perf_counter()
     with staged(folder, overwrite=options.overwrite) as temporary:
-        if target.backend == "onnxruntime":
+        if runs_graphs(target.backend):
             _place(source, temporary, source.manifest.files().values())
-            compiled = _Compiled(*fit_components(source, temporary, progress))
+            compiled = _fit_graphs(source, temporary, target, progress)
         else:
-            compiled = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
+            compiled = _compile_tensorrt(source, temporary, (target, profiles, options), folder.parent, progress)
         build = Build(
             target=target.name,
             backend=target.backend,
@@ -93,6 +98,7 @@ def build_engines(
             seconds=round(time.perf_counter() - started, 3),
             peak_rss_bytes=peak_rss_bytes(),
             attention_scales=compiled.attention_scales,
+            nodes=compiled.nodes,
         )
         command, components = options.command, compiled.components
         manifest = replace(source.manifest, kind="engines", command=command, build=build, components=components)
@@ -103,7 +109,7 @@ def build_engines(
 def disk_bytes(manifest: Manifest, target: Target, options: BuildOptions) -> int:
     """The size of the engines built from the ONNX bundle of ``manifest``: weights, kernels and the builder's logs."""
     files, spec = manifest.files().values(), manifest.spec
-    if target.backend == "onnxruntime":  # copies, plus two graphs per transformer
+    if runs_graphs(target.backend):  # copies, plus two graphs per transformer
         return sum(file.size_bytes for file in files) + 2 * sum(c.graph.size_bytes for c in manifest.components)
     shared = options.weights == "external"
     total = float(sum(file.size_bytes for file in manifest.tokenizer))
@@ -122,18 +128,29 @@ class _Compiled:
     components: tuple[Component, ...]
     version: str  # of the backend
     attention_scales: dict[str, float] = field(default_factory=dict)
+    nodes: dict[str, str] = field(default_factory=dict)  # for CUDA, by component
+
+
+def _fit_graphs(source: Bundle, folder: Path, target: Target, progress: Progress) -> _Compiled:
+    """Adapt the graphs, already copied to ``folder``, to the kernels of ONNX Runtime on a CPU or a GPU."""
+    if target.backend == "onnxruntime":
+        return _Compiled(*fit_components(source, folder, progress))
+    fitted = fit_for_cuda(source, folder, progress)
+    oldest = ".".join(map(str, OLDEST_ONNXRUNTIME))
+    nodes = {component.name: listed for component, listed in fitted}
+    return _Compiled(tuple(component for component, _ in fitted), oldest, nodes=nodes)
 
 
 def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
     """The options that change the engines, for the manifest."""
-    if target.backend == "onnxruntime":
+    if runs_graphs(target.backend):
         return {}
     return {"tf32": str(options.tf32).lower(), "weights": options.weights}
 
 
 def _check_options(target: Target, options: BuildOptions) -> None:
-    if options.weights == "external" and target.backend == "onnxruntime":
-        raise UserError("--weights external for target cpu", "a GPU target", "leave it out")
+    if options.weights == "external" and runs_graphs(target.backend):
+        raise UserError(f"--weights external for target {target.name}", "a TensorRT target", "leave it out")
     if options.timing_cache is not None and target.backend != "tensorrt":
         found = f"--timing-cache for {target.name}, whose backend {target.backend} has no timing cache"
         raise UserError(found, "a TensorRT target, such as h100", "leave it out")
@@ -142,11 +159,10 @@ def _check_options(target: Target, options: BuildOptions) -> None:
 def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tuple[Profile, ...]:
     """The shapes to compile engines for; none for ONNX Runtime, which takes any."""
     asked = options.size is not None or options.frames is not None
-    if target.backend == "onnxruntime":
+    if runs_graphs(target.backend):
         if asked:
-            raise UserError(
-                "--size or --frames for target cpu", "neither", "its engines take every size; leave them out"
-            )
+            found = f"--size or --frames for target {target.name}"
+            raise UserError(found, "neither", "its engines take every size; leave them out")
         return ()
     if manifest.size is None:
         return profiles_for(manifest.spec, options.size, options.frames)
@@ -177,9 +193,16 @@ def _engine_options(
 
 
 def _compile_tensorrt(
-    source: Bundle, folder: Path, asked: tuple[Target, Sequence[Profile], BuildOptions], progress: Progress
+    source: Bundle,
+    folder: Path,
+    asked: tuple[Target, Sequence[Profile], BuildOptions],
+    logs: Path,
+    progress: Progress,
 ) -> _Compiled:
-    """Build one plan per component, or per graph if weights are external, with the builder's log next to it."""
+    """Build one plan per component, or per graph if weights are external, with the builder's log next to it.
+
+    The log of a failed build goes to the folder ``logs``.
+    """
     target, profiles, options = asked
     version = str(load_module(target.backend).__version__)
     _place(source, folder, source.manifest.tokenizer)
@@ -201,7 +224,7 @@ def _compile_tensorrt(
                 compiled.append(replace(component, graph=file_entry(folder, plan), weights=()))
         except UserError:
             if log_beside(plan).exists():
-                shutil.copyfile(log_beside(plan), folder.parent / f"{component.name}.build.log")
+                shutil.copyfile(log_beside(plan), logs / f"{component.name}.build.log")
             raise
         progress("build engines", done, len(components), "components")
     return _Compiled(tuple(compiled), version, scales)

@@ -54,6 +54,9 @@ def main(target_name: str, *graphs: str) -> None:
 
 
 def _load_graph(target: Target, graph: Path) -> None:
+    if target.backend == "onnxruntime-gpu":  # its 16-bit graphs do not load on a CPU
+        check_valid(graph)
+        return
     if target.backend != "onnxruntime":
         from engines.gpu.tensorrt_backend import check_parses
 
@@ -66,6 +69,17 @@ def _load_graph(target: Target, graph: Path) -> None:
     except Exception as error:  # ONNX Runtime raises a different class for each error code
         reason = str(error).replace(str(graph), graph.name)
         raise UserError(f"{graph.name} does not load: {reason}", "a graph that onnxruntime loads", "") from error
+
+
+def check_valid(graph: Path) -> None:
+    """Raises UserError if the ONNX file ``graph`` is not a valid graph."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except Exception as error:  # several classes, of protobuf and of ONNX
+        reason = str(error).replace(str(graph), graph.name).splitlines()[0]
+        raise UserError(f"{graph.name} does not load: {reason}", "a valid ONNX graph", "") from error
 
 
 def _quick_options(onnxruntime: Any) -> Any:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from engines.targets import Target, check_precision
+from wan22.backends import runs_graphs
 from wan22.costs import dit_flops, model_parameters, text_encoder_flops, vae_flops
 from wan22.errors import UserError
 from wan22.residency import (
@@ -81,12 +82,14 @@ class Plan:
 
     @property
     def engines_bytes(self) -> float:
-        if self.request.target.backend == "onnxruntime":
+        if runs_graphs(self.request.target.backend):
             return self.bundle_bytes
         return sum(each.weights + kernel_bytes(self.request.spec, each.component) for each in self.memory)
 
     @property
     def build_ram_bytes(self) -> float:
+        if self.request.target.backend == "onnxruntime-gpu":  # rewrites graphs without their weights
+            return BUILD_RAM_GIB * 2**30
         return BUILD_RAM_FACTOR * max(self.weights_bytes.values()) + BUILD_RAM_GIB * 2**30
 
     # -- on the GPU

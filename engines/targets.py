@@ -7,7 +7,7 @@ it. Memory is the nominal capacity; drivers and ECC use a few per cent of it.
 
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wan22.backends import Backend
 from wan22.bundle import Manifest
@@ -17,6 +17,7 @@ from wan22.specs import Number, Precision
 QUERY_GPU = ("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
 _NOT_A_VARIANT = "(?![ -](Ti|SUPER|Super|D|Laptop|Mobile|3e))"  # other chips or boards that share a name
 FIRST_FP8 = (8, 9)  # compute capability
+FIRST_FLASH = "8.0"  # compute capability of ONNX Runtime's flash attention
 RTX_CAPABILITIES = ("8.6", "8.9", "12.0")  # supported by TensorRT-RTX, which builds for them without a GPU
 TENSORRT_CAPABILITIES = ("8.0", "9.0", "10.0", "10.3", "11.0", "12.1")
 
@@ -45,6 +46,8 @@ class Target:
         """The number types of its matrix multiplications."""
         if self.backend == "onnxruntime":
             return (Number.FP32, Number.FP16)  # its CPU kernels support neither bfloat16 nor fast FP8
+        if self.backend == "onnxruntime-gpu":
+            return (Number.BF16, Number.FP16)  # its flash attention takes 16 bits, its products have no FP8
         sixteen = (Number.FP32, Number.BF16, Number.FP16)
         return (*sixteen, Number.FP8) if self._capability >= FIRST_FP8 else sixteen
 
@@ -169,17 +172,33 @@ _BY_CAPABILITY = {
 }
 
 
+ON_CUDA = "cuda"  # ONNX Runtime's CUDA provider: "cuda" on any GPU, "cuda:h100" with the figures of one
+
+
+def _on_cuda(card: str) -> Target | None:
+    """ONNX Runtime on the GPU ``card`` of the table, or on any GPU without one; None if it is unknown."""
+    if not card:
+        return replace(_generic(FIRST_FLASH, "onnxruntime-gpu"), name=ON_CUDA, source="no figures: any NVIDIA GPU")
+    found = TARGETS.get(card)
+    return replace(found, name=f"{ON_CUDA}:{card}", backend="onnxruntime-gpu") if found and found.product else None
+
+
 def target_named(name: str) -> Target:
     """The target called ``name``; ``auto`` is this machine's GPU, ``sm89`` any GPU of compute capability 8.9.
+
+    ``cuda`` is ONNX Runtime on any GPU, ``cuda:h100`` the same with the figures of an H100.
 
     Raises:
         UserError: the name is unknown, or this machine's GPU is not in the table.
     """
     if name == "auto":
         return detect(_gpus())
-    if found := TARGETS.get(name) or _BY_CAPABILITY.get(name.lower()):
+    system, _, card = name.partition(":")
+    on_cuda = _on_cuda(card) if system == ON_CUDA else None
+    if found := TARGETS.get(name) or _BY_CAPABILITY.get(name.lower()) or on_cuda:
         return found
-    known = f"one of {', '.join(TARGETS)}, auto, or a compute capability: {', '.join(_BY_CAPABILITY)}"
+    capabilities = ", ".join(_BY_CAPABILITY)
+    known = f"one of {', '.join(TARGETS)}, auto, cuda, cuda:GPU, or a compute capability: {capabilities}"
     raise UserError(f"target {name!r}", known, "name one of them with --target")
 
 
@@ -189,7 +208,8 @@ def check_bundle(target: Target, manifest: Manifest) -> None:
     Raises:
         UserError: names the bundle's or the component's precision, and the export options to use instead.
     """
-    beyond = [component for component in manifest.components if component.precision not in target.precisions]
+    experts, allowed = manifest.spec.experts, target.precisions
+    beyond = [c for c in manifest.components if c.precision not in (allowed if c.name in experts else (*allowed, FP32))]
     if any(component.precision == manifest.precision for component in beyond):
         check_precision(target, manifest.precision, _AT_EXPORT)
     for component in beyond:
@@ -202,6 +222,7 @@ def check_bundle(target: Target, manifest: Manifest) -> None:
 
 
 _AT_EXPORT = "in wan-trt export "
+FP32 = Precision.FP32  # which every backend computes outside the transformers
 
 
 def check_precision(target: Target, precision: Precision, where: str = "", what: str = "precision ") -> None:
@@ -218,6 +239,8 @@ def check_precision(target: Target, precision: Precision, where: str = "", what:
     instead = target.default_precision
     units = f"compute capability {target.compute_capability} has no {precision.linears.upper()} units"
     why = units if precision.quantised else "not supported there"
+    if target.backend == "onnxruntime-gpu":
+        why = "ONNX Runtime has no FP8 products" if precision.quantised else "flash attention takes 16 bits"
     if target.backend == "onnxruntime":
         why = "ONNX Runtime does not compute it on a CPU"
     allowed = ", ".join(target.precisions)

@@ -58,6 +58,7 @@ class ExportPart:
         if self.precision.linears is not Number.FP8:
             return weights.pieces
         measured = self.input_scales, self.input_means
-        fp8 = Fp8Weights(weights.read, source.spec.dit, self.quantised, *measured, codes=weights.codes)
+        by_column = [key.replace("column_scale", "weight") for key in self.declared if key.endswith(".column_scale")]
+        fp8 = Fp8Weights(weights.read, source.spec.dit, self.quantised, *measured, weights.codes, by_column)
         stored = frozenset(weights.names()) - self.remade
         return lambda key: weights.pieces(key) if key in stored else fp8.pieces(key)

@@ -33,7 +33,6 @@ class Engine(Protocol):
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         """The output, or a tuple of several outputs in graph order."""
-        ...
 
 
 class BorrowedEngine:

@@ -29,12 +29,7 @@ from wan22.memory import available_host_bytes
 from wan22.onnx_file import check_component
 from wan22.shapes import Profile, shape_of, sizes_of
 
-NO_MEMORY = (
-    "bad_alloc",
-    "Failed to allocate memory",
-    "Available memory of",
-    "out of memory",
-)  # in its errors
+NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "Available memory of", "out of memory")  # in its errors
 PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")  # the first comes with onnxruntime-gpu
 ARENA = {
     "max_mem": 0,  # no limit

@@ -8,8 +8,7 @@ Arrays may be numpy's or CuPy's. Results are numpy arrays unless an input is CuP
 """
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,27 +19,23 @@ from runtime.built_for import check_build, check_plan
 from runtime.cuda_graph import RecordedCalls
 from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.external_weights import ExternalWeights, HostCopies
+from runtime.gpu import TO_RUN, Gpu, compute_capability
 from wan22.backends import MODULES, require_module
 from wan22.bundle import Component, Manifest, Tensor
-from wan22.errors import UserError
 from wan22.quantities import human_bytes
-from wan22.residency import VRAM_RESERVED
 from wan22.shapes import Profile, is_static, own_profiles, shape_of, sizes_of
 
-TO_RUN = "it to run these engines"
 
-
-class Device:
+class Device(Gpu):
     """The GPU shared by the engines of a pipeline. Use it as a context manager around them."""
 
     def __init__(self, trt: Any, cupy: Any, manifest: Manifest | None = None) -> None:
-        self.trt, self.cupy = trt, cupy
+        super().__init__(cupy)
+        self.trt = trt
         self.manifest = manifest  # the engines' bundle
         self.logger = trt.Logger(trt.Logger.WARNING)
         self.runtime = trt.Runtime(self.logger)
-        self.stream = cupy.cuda.Stream(non_blocking=True)
         self._arena: Any = None
-        self._last_user: object = None
         self.host_copies = HostCopies(cupy)
         self._shared_plans: dict[Path, Any] = {}
 
@@ -53,13 +48,7 @@ class Device:
         """
         backend = manifest.build.backend if manifest.build else "tensorrt"
         trt, cupy = require_module(MODULES[backend], backend, TO_RUN), require_module("cupy", "cupy-cuda13x", TO_RUN)
-        try:
-            capability = cupy.cuda.Device().compute_capability  # "89"
-        except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise UserError(
-                f"no usable GPU ({error})", "a GPU that the engines were built for", "check nvidia-smi"
-            ) from None
-        check_build(manifest, trt.__version__, f"{capability[:-1]}.{capability[-1]}")
+        check_build(manifest, trt.__version__, compute_capability(cupy))
         return cls(trt, cupy, manifest)
 
     def __enter__(self) -> Self:
@@ -101,27 +90,8 @@ class Device:
 
     def release(self) -> None:
         """Return scratch memory and CuPy's reserve to the GPU."""
-        self.stream.synchronize()
         self._arena = None
-        self.cupy.get_default_memory_pool().free_all_blocks()
-
-    def used_by(self, engine: object) -> None:
-        """Return CuPy's reserve to the GPU if another engine than ``engine`` ran last."""
-        if self._last_user is not engine:
-            self.cupy.get_default_memory_pool().free_all_blocks()
-            self._last_user = engine
-
-    def available_bytes(self) -> float:
-        """The memory for engines: free bytes, at most the card's memory less drivers and fragmentation."""
-        free, total = self.cupy.cuda.runtime.memGetInfo()
-        return float(min(free, total * (1 - VRAM_RESERVED)))
-
-    def out_of_memory(self, what: str) -> UserError:
-        """The error for ``what`` not fitting into the free memory."""
-        free, total = self.cupy.cuda.runtime.memGetInfo()
-        there = f"{human_bytes(free, 1)} free of {human_bytes(total, 1)}"
-        remedy = "use --residency one-component, or a smaller --size"
-        return UserError(f"no room for {what}: {there}", "more free memory", remedy)
+        super().release()
 
 
 class TensorRTEngine:
@@ -201,32 +171,15 @@ class TensorRTEngine:
         index = check_inputs(self.name, self.inputs, inputs, self._profiles)
         sizes = sizes_of(self.inputs, {name: array.shape for name, array in inputs.items()})
         self._device.used_by(self)
-        with self._device.stream, self._refuse_out_of_memory():
+        with self._device.stream, self._device.refuse_out_of_memory(self.name):
             self._use_profile(index)
             arrays = self._device_inputs(inputs) | self._new_outputs(output_shapes(self.outputs, sizes))
             self._bind(arrays)
             self._run(tuple(int(array.data.ptr) for array in arrays.values()))
-            on_device = self._asks_for_device(inputs)
+            on_device = self._device.asked_for(inputs, self.outputs)
             results = tuple(self._result(tensor, arrays[tensor.name], on_device) for tensor in self.outputs)
             self._device.stream.synchronize()
         return results[0] if len(results) == 1 else results
-
-    @contextmanager
-    def _refuse_out_of_memory(self) -> Iterator[None]:
-        """Turn CuPy's and CUDA's out-of-memory errors into a UserError."""
-        try:
-            yield
-        except self._device.cupy.cuda.memory.OutOfMemoryError:
-            raise self._device.out_of_memory(f"inputs and outputs of {self.name}") from None
-        except self._device.cupy.cuda.runtime.CUDARuntimeError as error:
-            if "MemoryAllocation" not in str(error):
-                raise
-            raise self._device.out_of_memory(f"a call of {self.name}") from None
-
-    def _asks_for_device(self, inputs: Mapping[str, np.ndarray]) -> bool:
-        """True if an input other than state is on the device."""
-        names = {tensor.name for tensor in self.outputs}
-        return any(isinstance(x, self._device.cupy.ndarray) for n, x in inputs.items() if NEXT + n not in names)
 
     # -- one call
 

@@ -115,8 +115,6 @@ class Pipeline:
     def spec(self) -> ModelSpec:
         return self.bundle.manifest.spec
 
-    # -- engines
-
     @property
     def residency(self) -> Residency:
         """The engines that stay loaded; before the first request, the choice for the bundle's default video."""
@@ -191,8 +189,6 @@ class Pipeline:
         """Begin a stage that needs only the engines ``names``; a single run closes the others."""
         if self.once:
             self._keep_only(names)
-
-    # -- stages
 
     def complete(self, request: Request) -> CompleteRequest:
         """:func:`runtime.built_for.fill_defaults` for the bundle of this pipeline."""
@@ -293,6 +289,11 @@ def _backend(bundle: Bundle, stack: ExitStack) -> _Backend:
         from runtime.engine_onnxruntime import OnnxRuntimeEngine
 
         return _Backend(lambda component: OnnxRuntimeEngine(folder, component, profiles), available_host_bytes)
+    if build.backend == "onnxruntime-gpu":
+        from runtime.engine_cuda import CudaDevice
+
+        gpu = stack.enter_context(CudaDevice.open(bundle.manifest))
+        return _Backend(lambda component: gpu.engine(folder, component), gpu.available_bytes, cache_sets=2)
     from runtime.engine_tensorrt import Device
 
     device = stack.enter_context(Device.open(bundle.manifest))

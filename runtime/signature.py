@@ -61,12 +61,14 @@ def check_signature(folder: Path, public_key: Path) -> None:
 
 def _load(path: Path, kind: str, load: Any) -> Any:
     """The key in the PEM file at ``path``."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
     if not path.is_file():
         raise UserError(f"{path} is not a file", f"an Ed25519 {kind} key as PEM", _make("key.pem"))
     try:
         with path.open("rb") as file:
             return load(file.read(PEM_MAX_BYTES))
-    except (ValueError, TypeError) as error:  # damaged, another kind of key, or protected by a passphrase
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # damaged, of another kind, or with a passphrase
         reason = str(error).partition("\n")[0][:80]
         raise UserError(
             f"{path}: {reason}", f"an Ed25519 {kind} key as PEM, without a passphrase", _make("key.pem")

@@ -70,17 +70,6 @@ def check_destination(path: Path, frames: int, *, overwrite: bool = False) -> No
             raise UserError(f"{path} is a folder", "a file to write", "choose another name")
 
 
-def check_no_source(path: Path, *sources: object) -> None:
-    """Refuses to write over a file that the video is made from; ``sources`` that are no paths are passed over.
-
-    Raises:
-        UserError: the output is one of the sources, under this or another name.
-    """
-    for source in sources:
-        if isinstance(source, Path) and source.exists() and path.exists() and path.samefile(source):
-            raise UserError(f"{path} is an input", "an output apart from the inputs", "choose another name")
-
-
 def write_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUALITY, note: str = "") -> int:
     """Write chunks ``[1, 3, f, H, W]`` in [-1, 1] and return the number of frames.
 

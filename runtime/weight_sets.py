@@ -1,12 +1,14 @@
 """Named sets of the experts' weights beside those of a bundle: the same engines with other LoRAs.
 
 A set is a bundle that holds the experts alone, made by :mod:`wan_trt.recipes.weight_sets`. One set is in use at a time.
-Engines with external weights keep their plan and bind other weights; on the CPU a set has sessions of its own.
+Engines with external weights keep their plan and bind other weights; a graph for
+ONNX Runtime is opened again.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 
+from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, Component, File, Manifest
 from wan22.errors import UserError
 
@@ -39,7 +41,7 @@ class WeightSets:
             return own
         chosen, build = bundle.component(name), self._base.manifest.build
         weights = tuple(_absolute(bundle, file) for file in chosen.weights)
-        if build is not None and build.backend != "onnxruntime":
+        if build is not None and not runs_graphs(build.backend):
             return replace(own, weights=weights)
         graph, halves = _absolute(bundle, chosen.graph), tuple(_absolute(bundle, half) for half in chosen.halves)
         return replace(own, graph=graph, halves=halves, weights=weights)

@@ -19,7 +19,7 @@ from runtime.arrays import F32, to_numpy
 from runtime.denoise import Step
 from runtime.recipe import recipe_of
 from runtime.vae import decode
-from runtime.video import QUALITY, encode_video, to_uint8
+from runtime.video import encode_video, to_uint8
 from triton_repo.failure import Code
 from triton_repo.job_request import JobRequest
 from triton_repo.schema import VIDEO_FORMATS
@@ -159,11 +159,10 @@ class Job:
     def _video(self, latents: F32) -> bytes:
         with scratch_folder("job") as folder:
             path = folder / f"video{VIDEO_FORMATS[self.asked.output_format]}"
+            fps, quality = self.asked.fps, self.asked.quality
             request = self.asked.request.as_decided(self._skipped, self._late)
-            recipe = recipe_of(request, self.pipeline.weight_sets.manifest(request.lora), self.asked.fps, QUALITY)
-            encode_video(
-                self._report_chunks(self.pipeline.decode(latents)), path, self.asked.fps, QUALITY, recipe.encoded()
-            )
+            recipe = recipe_of(request, self.pipeline.weight_sets.manifest(request.lora), fps, quality)
+            encode_video(self._report_chunks(self.pipeline.decode(latents)), path, fps, quality, recipe.encoded())
             return path.read_bytes()
 
     def _report_chunks(self, chunks: Iterator[F32]) -> Iterator[F32]:

@@ -19,6 +19,7 @@ from runtime.built_for import default_video, fill_defaults
 from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
+from runtime.video import QUALITY
 from runtime.weight_sets import check_lora
 from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS
 from triton_repo.settings import Limits
@@ -44,6 +45,7 @@ class JobRequest:
 
     request: CompleteRequest
     fps: int
+    quality: int
     output_format: str  # a key of schema.VIDEO_FORMATS
     progress_every: int
     preview: bool
@@ -77,6 +79,7 @@ def parse_request(
     return JobRequest(
         request=complete,
         fps=_within("fps", given.get("fps", spec.sampling.fps), 1, MAX_FPS),
+        quality=_within("quality", given.get("quality", QUALITY), 1, 10),
         output_format=_format(given.get("output_format", "mp4"), complete, limits),
         progress_every=_within("progress_every", given.get("progress_every", 1), 1, limits.max_steps),
         preview=given.get("preview", False),

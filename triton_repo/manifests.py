@@ -136,10 +136,7 @@ def _scaled_object(name: str, model: str, cluster: ClusterOptions) -> Manifest:
     labels = f'namespace="{cluster.namespace}", model="{model}"'  # excludes jobs of other namespaces
     query = f"sum({IN_FLIGHT}{{{labels}}}) + sum({PENDING}{{{labels}}})"
     trigger = {"serverAddress": cluster.prometheus, "query": query, "threshold": "1"}
-    one_by_one = {
-        "stabilizationWindowSeconds": 600,
-        "policies": [{"type": "Pods", "value": 1, "periodSeconds": 300}],
-    }
+    one_by_one = {"stabilizationWindowSeconds": 600, "policies": [{"type": "Pods", "value": 1, "periodSeconds": 300}]}
     return {
         "scaleTargetRef": {"name": name},
         "pollingInterval": 15,

@@ -17,6 +17,7 @@ from triton_repo.templates import place
 from wan22.bundle import Bundle, open_bundle
 from wan22.errors import UserError
 from wan22.files import whole_folder
+from wan22.inputs import check_no_source
 from wan22.onnx_file import check_graphs
 from wan22.residency import ResidencyChoice
 
@@ -63,6 +64,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
     if options.topology == "bls":
         _check_bls(bundle, options)
     limits = Limits.of(bundle.manifest.spec, **options.limits)
+    check_no_source(folder, engines)
     with whole_folder(folder, MARK if options.overwrite else "") as temporary:
         (temporary / MARK).touch()
         settings = settings_of(

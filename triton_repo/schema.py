@@ -75,6 +75,7 @@ INPUTS = (
     Field("height", "INT32", of=_side(1)),
     Field("num_frames", "INT32", of="frames"),
     Field("fps", "INT32"),
+    Field("quality", "INT32"),  # of mp4 and webm, 1 to 10; 8 is the official setting
     # image to video: encoded JPEG, PNG or WebP, not a URL
     Field("image", "UINT8", ANY, of="image"),
     Field("last_image", "UINT8", ANY, of="last_image"),

@@ -3,7 +3,7 @@
 The reference (torch, diffusers, transformers) is imported only when a validation runs.
 """
 
-from validate.options import ValidateOptions
+from validate.options import ValidateOptions, official_wheel
 from validate.run import validate
 
-__all__ = ["ValidateOptions", "validate"]
+__all__ = ["ValidateOptions", "official_wheel", "validate"]

@@ -1,5 +1,6 @@
 """The options of a validation."""
 
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from runtime.request import CompleteRequest, Request
 from validate.reference.device import Choice
 from validate.sample_image import picture_for
 from wan22.bundle import Manifest
+from wan22.errors import UserError
 from wan22.residency import ResidencyChoice
 
 PROMPT = "A red fox runs through fresh snow at sunrise, 一只红狐狸在雪地里奔跑"
@@ -25,12 +27,27 @@ class ValidateOptions:
     residency: ResidencyChoice = "auto"  # the engines that stay loaded
     # the references
     reference_device: Choice = "auto"
-    official_repo: Path | None = None  # a clone of the official code, the second reference
+    official_repo: Path | None = None  # folder of the official code, the second reference; see :func:`official_wheel`
     calls: Path | None = None  # folder for the first call of every engine, see :mod:`validate.ladder.polygraphy_files`
     # for the report
     gate: Path | None = None  # TOML of thresholds, see :mod:`validate.gate`
     bench: Path | None = None  # JSON of ``wan-trt bench``
     command: str = ""
+
+
+def official_wheel() -> Path:
+    """The folder into which ``make official`` installs the official code, beside the environment that runs.
+
+    Raises:
+        UserError: it is not there.
+    """
+    environment = Path(sys.prefix).with_name(".venv-official")
+    found = sorted(environment.glob("lib/python*/site-packages/wan"))
+    if not found:
+        raise UserError(
+            f"no package wan in {environment}", "the official code", "make official, or --official-repo CLONE"
+        )
+    return found[-1].parent
 
 
 def with_samples(request: Request, manifest: Manifest) -> Request:

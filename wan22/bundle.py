@@ -87,6 +87,7 @@ class Build:
     seconds: float
     peak_rss_bytes: int = 0  # the build's peak
     attention_scales: dict[str, float] = field(default_factory=dict)  # FP8 scales of Q and K, with external weights
+    nodes: dict[str, str] = field(default_factory=dict)  # those with CUDA kernels, counted, by component
 
 
 @dataclass(frozen=True)

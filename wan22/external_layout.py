@@ -17,6 +17,7 @@ class Place(msgspec.Struct, frozen=True):
     name: str
     offset: int
     size_bytes: int
+    shape: tuple[int, ...] = ()  # matrices [out, in]; empty in files of releases that stored [in, out]
 
 
 def write_layout(path: Path, places: Sequence[Place]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, Component
 from wan22.errors import UserError
 
@@ -54,7 +55,7 @@ def check_graphs(bundle: Bundle) -> None:
         UserError: a graph reads another file, or is not an ONNX model.
     """
     build = bundle.manifest.build
-    if build is None or build.backend == "onnxruntime":
+    if build is None or runs_graphs(build.backend):
         for component in bundle.manifest.components:
             check_component(bundle.folder, component)
 

@@ -26,12 +26,15 @@ Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames, 
 SEED = typer.Option("--seed", metavar="INT", help="Seed of the noise, below 2**64; -1 draws and prints one.")
 Seed = Annotated[int, SEED]
 Noise = Annotated[
-    Path | None,
-    typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of the seed's."),
+    Path | None, typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of the seed's.")
 ]
 NegativePrompt = Annotated[
     str | None, typer.Option(help="Text that the video should not match; by default the official one.")
 ]
+Quality = Annotated[
+    int | None, typer.Option(metavar="1...10", help="Quality of mp4 and webm; by default the official 8.")
+]
+PRECISIONS = "fp32, bf16, fp16, fp8 or fp8-attn"
 Image = Annotated[Path | None, typer.Option(help="JPEG, PNG or WebP to start from (I2V, TI2V).")]
 LastImage = Annotated[Path | None, typer.Option(help="Image to end with (I2V).")]
 Fit = Annotated[
@@ -100,7 +103,9 @@ GROUPS = {
         "keep_high_precision", "input_scales", "input_means",
     ),
     "LoRA": ("lora", "lora_ignore_unmatched"),
-    "Comparison": ("prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official_repo"),
+    "Comparison": (
+        "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",
+    ),
     "Sweep": ("sweep", "values"),
     "Address": ("address", "http_port", "grpc_port", "metrics_port"),
     "Server limits": (

@@ -26,7 +26,7 @@ def fuse_attention(model: "ir.Model", heads: int, head_width: int) -> int:
 
     fused = 0
     for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
-        if (found := _match(softmax)) is not None:
+        if (found := match_attention(softmax)) is not None:
             _replace(model.graph, softmax.name or "attention", found, (heads, head_width))
             fused += 1
     if fused:
@@ -35,7 +35,7 @@ def fuse_attention(model: "ir.Model", heads: int, head_width: int) -> int:
     return fused
 
 
-def _match(softmax: "ir.Node") -> "tuple[list[ir.Value], ir.Node] | None":
+def match_attention(softmax: "ir.Node") -> "tuple[list[ir.Value], ir.Node] | None":
     """q, k and v as rows of tokens, and the node that yields the result as rows of tokens."""
     scores, mixed = producer(softmax.inputs[0], "MatMul"), consumer(softmax, "MatMul")
     if scores is None or mixed is None:

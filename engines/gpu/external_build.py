@@ -11,14 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from engines.gpu.external_weights import (
-    Weight,
-    attention_scales_of,
-    check_alike,
-    externalise,
-    layout,
-    write_weights,
-)
+from engines.gpu.external_weights import Weight, attention_scales_of, check_alike, externalise, layout, write_weights
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine
 from wan22.bundle import Bundle, Component, File, file_entry
 from wan22.external_layout import write_layout

@@ -179,7 +179,7 @@ class _Build:
     def failure(self, graph: Path) -> UserError:
         errors = "; ".join(self.logger.errors) or "the builder reported no reason"
         expected = f"a graph that {self.options.target.backend} compiles for {self.options.target.name}"
-        return UserError(f"cannot build {graph.name}: {errors}", expected, "see the log next to the engine")
+        return UserError(f"cannot build {graph.name}: {errors}", expected, "see the builder's log")
 
 
 def _network_flags(trt: Any) -> int:

@@ -15,6 +15,7 @@ from engines.inspect.log import Compiled, parse, read_log
 from engines.inspect.report import FusionReport
 from engines.profiles import profile_between, profiles_for
 from engines.targets import Target, check_bundle, target_named
+from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.errors import UserError
 from wan22.files import scratch_folder
@@ -33,9 +34,9 @@ def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[Fusion
     """
     bundle = open_bundle(folder, "engines")
     build = bundle.manifest.build
-    if build is None or build.backend == "onnxruntime":
+    if build is None or runs_graphs(build.backend):
         remedy = "inspect the ONNX bundle with --target"
-        raise UserError(f"{folder} has engines for the CPU", "TensorRT engines", remedy)
+        raise UserError(f"{folder} has engines for ONNX Runtime", "TensorRT engines", remedy)
     target = target_named(build.target)
     return [
         FusionReport(
@@ -73,7 +74,7 @@ def inspect_bundle(
         UserError: the bundle, a component or the target does not exist, or a graph does not compile.
     """
     bundle, aim = open_bundle(folder, "graphs"), target_named(target)
-    if aim.backend == "onnxruntime":
+    if runs_graphs(aim.backend):
         expected = "a GPU target: ONNX Runtime has no kernels to show"
         raise UserError(f"target {aim.name}", expected, "choose one with --target")
     chosen = _select(bundle, components)

@@ -124,10 +124,10 @@ class Scaled(Decoded):
 
 @dataclass(frozen=True)
 class Codes:
-    """An FP8 matrix as stored: E4M3 codes, their single scale, and the static scale of its inputs, if any."""
+    """An FP8 matrix as stored: E4M3 codes, one scale [] or one for each row [out], the inputs' static scale, if any."""
 
     stored: Stored
-    scale: float
+    scale: F32
     entering: float | None
 
 
@@ -141,10 +141,10 @@ def codes_of(tensor: "Tensor") -> Codes | None:
     ):
         return None
     scale = _product(tensor.scales)
-    if not tensor.scales or scale.ndim:
+    if not tensor.scales or (scale.ndim and scale.size != tensor.shape[0]):
         return None
     entering = float(tensor.entering.read().astype(np.float32).reshape(-1)[0]) if tensor.entering else None
-    return Codes(tensor.weight, float(scale), entering)
+    return Codes(tensor.weight, scale.reshape(-1) if scale.ndim else scale, entering)
 
 
 def unrotate(values: F32, size: int) -> F32:

@@ -34,8 +34,10 @@ ENTRIES_MAX = 100_000  # tensors, and metadata entries; arrays are limited by th
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every tensor of the file, and its metadata; long arrays in the metadata are replaced by their length.
+def read_gguf(path: Path, whole: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Every tensor of the file, and its metadata; long arrays are replaced by their length, except under ``whole``.
+
+    ``whole`` is the beginning of keys, such as "tokenizer."; numbers are then an array, strings a list.
 
     Raises:
         UserError: the file is missing, truncated, of another version, or has blocks of an unsupported type.
@@ -43,7 +45,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     check_regular(path)
     try:
         with path.open("rb") as stream:
-            head = _Head(stream.read(_head_limit(path)), path.stat().st_size)
+            head = _Head(stream.read(_head_limit(path)), path.stat().st_size, whole)
         return _parse(path, head)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", "a readable GGUF file", "check the path") from None
@@ -60,6 +62,7 @@ def _head_limit(path: Path) -> int:
 class _Head:
     content: bytes
     file_bytes: int
+    whole: str | None
     place: int = 0
 
     def take(self, form: str) -> Any:
@@ -75,7 +78,8 @@ class _Head:
         self.place += length
         return found
 
-    def value(self, kind: int) -> Any:
+    def value(self, key: str) -> Any:
+        kind = self.take("I")
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
@@ -83,16 +87,21 @@ class _Head:
         kind, count = self.take("I"), self.take("Q")
         if count > len(self.content):
             raise ValueError(f"an array of {count} entries")
+        whole = self.whole is not None and key.startswith(self.whole)
+        if kind == STRING and whole:
+            return [self.text() for _ in range(count)]
         if kind == STRING:
             for _ in range(count):
-                self.place += self.take("Q")
+                length = self.take("Q")
+                self.place += length
             return count
         if kind not in SCALARS:
             self._unknown(kind)
-        size = struct.calcsize(SCALARS[kind])
-        found = struct.unpack_from(f"<{count}{SCALARS[kind]}", self.content, self.place) if count <= 16 else count
+        place, size = self.place, struct.calcsize(SCALARS[kind])
         self.place += count * size
-        return found
+        if whole:
+            return np.frombuffer(self.content, f"<{SCALARS[kind]}", count, place)
+        return struct.unpack_from(f"<{count}{SCALARS[kind]}", self.content, place) if count <= 16 else count
 
     def _unknown(self, kind: int) -> None:
         raise ValueError(f"metadata of type {kind}")
@@ -108,7 +117,7 @@ def _parse(path: Path, head: _Head) -> tuple[dict[str, Tensor], dict[str, Any]]:
     metadata = {}
     for _ in range(entries):
         key = head.text()
-        metadata[key] = head.value(head.take("I"))
+        metadata[key] = head.value(key)
     infos = []
     for _ in range(tensors):
         name, dims = head.text(), head.take("I")

@@ -57,7 +57,7 @@ def dit_graph(
     rope_cos, rope_sin = (g.input(f"rope_{f}", FLOAT, [*dims.grid, spec.head_width // 2]) for f in ("cos", "sin"))
 
     linears = Linears(g, compute, fp8)
-    modulated = Modulation(g, spec, _tables(g, spec, latents, rope_cos, rope_sin))
+    modulated = Modulation(g, spec, _tables(g, spec, rope_cos, rope_sin))
     writer, block = _Ends(spec, linears, modulated), Blocks(spec, linears, modulated)
     x = writer.patch_embedding(g.concat(entering, 1) if len(entering) > 1 else latents)
     time, modulation = writer.time_embedding(time_features)
@@ -69,14 +69,23 @@ def dit_graph(
     return g
 
 
-def _tables(g: GraphBuilder, spec: DitSpec, latents: ir.Value, rope_cos: ir.Value, rope_sin: ir.Value) -> Tables:
+def _tables(g: GraphBuilder, spec: DitSpec, rope_cos: ir.Value, rope_sin: ir.Value) -> Tables:
     with g.scope("shapes"):
         cos, sin = (g.reshape(table, [-1, 1, 1, spec.head_width // 2, 1]) for table in (rope_cos, rope_sin))
-        frames, rows = g.op("Shape", latents, start=2, end=3), None
-        if spec.time_rows > 1:
-            numbers = g.op("Range", g.constant(0), g.op("Squeeze", frames), g.constant(1))
-            rows = g.op("Min", numbers, g.constant(1))
-        return Tables(cos, sin, frames, rows)
+        return Tables(cos, sin, _first_frame(g, rope_cos) if spec.time_rows > 1 else None)
+
+
+def _first_frame(g: GraphBuilder, rope_cos: ir.Value) -> ir.Value:
+    """``[L, 1]`` float32: 1 for the tokens of the first latent frame, else 0.
+
+    It takes its shape from a column of the table times zero: compilers fuse that, but not a shape made at run time.
+    """
+    frames = g.op("Squeeze", g.op("Shape", rope_cos, start=0, end=1))
+    numbers = g.cast(g.op("Range", g.constant(0), frames, g.constant(1)), FLOAT)
+    one = g.constant(1.0, FLOAT)
+    first = g.reshape(g.op("Sub", one, g.op("Min", numbers, one)), [-1, 1, 1, 1])
+    zeros = g.mul(g.slice(rope_cos, 3, 0, 1), g.constant(0.0, FLOAT))
+    return g.reshape(g.add(zeros, first), [-1, 1])
 
 
 class _Ends:

@@ -24,12 +24,11 @@ class Tables:
 
     cos: ir.Value  # float32 [L, 1, 1, head/2, 1]
     sin: ir.Value
-    frames: ir.Value  # int64 [1], latent frames
-    time_row_of_frame: ir.Value | None  # int64 [T] if each frame has its own timestep (TI2V)
+    first_frame: ir.Value | None  # float32 [L, 1], 1 for tokens of the first frame, if it has its own timestep (TI2V)
 
 
 class Modulation:
-    """Normalise rows and apply a time row: one for all tokens, or one per latent frame (TI2V)."""
+    """Normalise rows and apply a time row: one for all tokens, or one for the first latent frame and one after it."""
 
     def __init__(self, g: GraphBuilder, spec: DitSpec, tables: Tables) -> None:
         self.g, self.spec, self.tables = g, spec, tables
@@ -41,19 +40,19 @@ class Modulation:
             return g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=self.spec.eps)
         return g.op("LayerNormalization", x, g.constant([1.0] * width, FLOAT), axis=-1, epsilon=self.spec.eps)
 
-    def per_frame(self, x: ir.Value, rows: ir.Value, op: str) -> ir.Value:
-        """``x [L, D] op rows [time rows, D]``."""
-        g, width, row_of_frame = self.g, self.spec.width, self.tables.time_row_of_frame
-        if row_of_frame is None:
+    def by_time(self, x: ir.Value, rows: ir.Value, op: str) -> ir.Value:
+        """``x [L, D] op rows [time rows, D]``. A mask blends two rows: fewer kernels than a row gathered per frame."""
+        g, first = self.g, self.tables.first_frame
+        if first is None:
             return g.op(op, x, rows)
-        by_frame = g.op("Reshape", x, g.concat([self.tables.frames, g.constant([-1, width])], 0))
-        frame_rows = g.op("Unsqueeze", g.op("Gather", rows, row_of_frame, axis=0), g.constant([1]))
-        return g.reshape(g.op(op, by_frame, frame_rows), [-1, width])
+        of_first, of_rest = g.split(rows, 2, 0)
+        rest = g.op("Sub", g.constant(1.0, FLOAT), first)
+        return g.op(op, x, g.add(g.mul(first, of_first), g.mul(rest, of_rest)))
 
     def __call__(self, x: ir.Value, shift: ir.Value, scale: ir.Value) -> ir.Value:
         """LayerNorm, then ``(1 + scale) · x + shift``."""
-        scaled = self.per_frame(self.layer_norm(x), self.g.add(scale, self.g.constant(1.0, FLOAT)), "Mul")
-        return self.per_frame(scaled, shift, "Add")
+        scaled = self.by_time(self.layer_norm(x), self.g.add(scale, self.g.constant(1.0, FLOAT)), "Mul")
+        return self.by_time(scaled, shift, "Add")
 
 
 class Blocks:
@@ -69,12 +68,12 @@ class Blocks:
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = g.split(g.add(modulation, table), 6, 1)
         with g.scope("self_attn"):
             y = self.self_attention(f"{key}.self_attn", modulated(x, shift_sa, scale_sa))
-            x = g.add(x, modulated.per_frame(y, gate_sa, "Mul"))
+            x = g.add(x, modulated.by_time(y, gate_sa, "Mul"))
         with g.scope("cross_attn"):
             x = g.add(x, self.cross_attention(f"{key}.cross_attn", modulated.layer_norm(x, f"{key}.norm3"), context))
         with g.scope("ffn"):
             y = self.feed_forward(f"{key}.ffn", modulated(x, shift_ffn, scale_ffn))
-            return g.add(x, modulated.per_frame(y, gate_ffn, "Mul"))
+            return g.add(x, modulated.by_time(y, gate_ffn, "Mul"))
 
     # -- modules, float32 in and out
 

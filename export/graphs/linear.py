@@ -33,6 +33,7 @@ class Fp8:
     high_precision_blocks: frozenset[int] = frozenset()  # blocks without any FP8
     static: frozenset[str] = frozenset()  # linears ("blocks.0.ffn.0") with a stored ``input_scale``
     centred: Mapping[str, int] = field(default_factory=dict)  # linears with a stored ``input_mean`` → its length
+    by_column: frozenset[str] = frozenset()  # matrices ("self_attn.qkv") with a ``column_scale`` in every block
 
     def covers(self, key: str) -> bool:
         """True if ``key``, a linear or an attention ("blocks.3.ffn.2", "blocks.3.self_attn"), may run in FP8."""
@@ -50,11 +51,12 @@ class Operand:
 
 @dataclass(frozen=True)
 class Product:
-    """The output of a linear: the true values are ``raw * scale + bias``, in float32."""
+    """The output of a linear: the true values are ``raw * scale * columns + bias``, in float32."""
 
     raw: ir.Value  # [L, out], compute type
     scale: ir.Value | None = None  # float32 [L, 1]
     bias: ir.Value | None = None  # float32 [out]
+    columns: ir.Value | None = None  # float32 [out], where the rows of the matrix have different scales
 
 
 class Linears:
@@ -118,8 +120,10 @@ class Linears:
     def _fp8_product(self, x: Operand, name: str, shape: tuple[int, int], key: str, parts: str) -> Product:
         """The product with one stored matrix and scale for all ``parts``: graphs cannot concatenate FP8 constants."""
         raw = self.fp8_matmul(x, name, shape)
-        each = shape[0] // len(parts)
-        return Product(raw, x.scale, self._join([f"{key}.{part}.bias" for part in parts], (each,), FLOAT))
+        bias = self._join([f"{key}.{part}.bias" for part in parts], (shape[0] // len(parts),), FLOAT)
+        by_column = self.fp8 is not None and name.split(".", 2)[2] in self.fp8.by_column
+        columns = self.g.weight(f"{name}.column_scale", shape[:1], FLOAT) if by_column else None
+        return Product(raw, x.scale, bias, columns)
 
     def fp8_matmul(self, x: Operand, name: str, shape: tuple[int, int]) -> ir.Value:
         """``x [L, in]`` times the stored matrix ``name [out, in]``, transposed, in the compute type."""
@@ -143,17 +147,20 @@ class Linears:
         self, y: Product, columns: tuple[int, int] | None = None, shape: Sequence[int] | None = None
     ) -> ir.Value:
         """Float32 values of ``y [L, out]``, optionally only ``columns`` (first, end), rows reshaped to ``shape``."""
-        g, raw, bias = self.g, y.raw, y.bias
+        g, raw = self.g, y.raw
+
+        def by_column(vector: ir.Value) -> ir.Value:
+            vector = g.slice(vector, 0, *columns) if columns else vector
+            return g.reshape(vector, list(shape)) if shape else vector
+
         if columns:
             raw = g.slice(raw, 1, *columns)
-            bias = g.slice(bias, 0, *columns) if bias is not None else None
-        if shape:
-            raw = g.reshape(raw, [-1, *shape])
-            bias = g.reshape(bias, list(shape)) if bias is not None else None
-        x = g.cast(raw, FLOAT)
+        x = g.cast(g.reshape(raw, [-1, *shape]) if shape else raw, FLOAT)
         if y.scale is not None:
             x = g.mul(x, g.reshape(y.scale, [-1, *[1] * len(shape)]) if shape else y.scale)
-        return g.add(x, bias) if bias is not None else x
+        if y.columns is not None:
+            x = g.mul(x, by_column(y.columns))
+        return g.add(x, by_column(y.bias)) if y.bias is not None else x
 
 
 def _float(g: GraphBuilder, value: float) -> ir.Value:

@@ -47,8 +47,9 @@ class VaeGraph(GraphBuilder):
         Dynamic sides are named "height" and "width" at scale 1, otherwise "K*height" and "K*width": K times the latent
         dimension.
         """
-        sides = self.size or ("height", "width")
-        return [1, channels, frames, *(_scale_side(side, scale) for side in sides)]
+        if self.size is not None:
+            return [1, channels, frames, *(side * scale for side in self.size)]
+        return [1, channels, frames, *(side if scale == 1 else f"{scale}*{side}" for side in ("height", "width"))]
 
     def take_caches(self, caches: Sequence[Cache]) -> None:
         """Declare ``cache_00``, ``cache_01``, ..., which :meth:`recall` returns in this order."""
@@ -81,12 +82,6 @@ class VaeGraph(GraphBuilder):
     def has(self, module: str) -> bool:
         """True if the module in scope has a convolution named ``module``."""
         return ".".join([*self._scope, module, "weight"]) in self._shapes
-
-
-def _scale_side(side: int | str, scale: int) -> int | str:
-    if isinstance(side, int):
-        return side * scale
-    return side if scale == 1 else f"{scale}*{side}"
 
 
 def latent_statistics(g: VaeGraph) -> tuple[ir.Value, ir.Value]:
@@ -185,7 +180,6 @@ def attention(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
 
 
 def middle(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
-    """Residual block, attention, residual block."""
     with g.scope("middle.0"):
         x = residual_block(g, x, width, width)
     with g.scope("middle.1"):

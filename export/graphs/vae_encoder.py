@@ -38,8 +38,9 @@ def vae_encoder(
     frames = 1 if first else spec.temporal_stride
     x = g.input("frames", FLOAT, g.video(3, frames, spec.spatial_stride))
     g.take_caches(spec.encoder_caches)
-    if spec.patch > 1:
-        x = _patchify(g, x, frames)
+    if spec.patch > 1:  # [1, 3, F, 2h, 2w] → [1, 12, F, h, w]; the column is the slower index of a colour's channels
+        x = g.transpose(split_pixels(g, x, 3, frames), 0, 5, 3, 1, 2, 4)
+        x = g.op("Squeeze", g.reshape(x, [1, 1, 12, frames, 0, 0]), g.constant([0]))
     with g.scope("encoder"):
         x = _encoder(g, g.cast(x, g.compute), frames)
     with g.scope("conv1"):
@@ -107,9 +108,3 @@ def _average(g: VaeGraph, x: ir.Value, stage: int, frames: int) -> ir.Value:
         return x
     pairs = g.transpose(g.reshape(x, [width, frames // 2, 2, 0, 0]), 0, 2, 1, 3, 4)
     return g.reshape(pairs, [1, 2 * width, frames // 2, 0, 0])
-
-
-def _patchify(g: VaeGraph, x: ir.Value, frames: int) -> ir.Value:
-    """``[1, 3, F, 2h, 2w]`` → ``[1, 12, F, h, w]``; the column is the slower index of a colour's four channels."""
-    x = g.transpose(split_pixels(g, x, 3, frames), 0, 5, 3, 1, 2, 4)
-    return g.op("Squeeze", g.reshape(x, [1, 1, 12, frames, 0, 0]), g.constant([0]))

@@ -3,12 +3,15 @@
 A matrix is quantised with one scale, its largest magnitude over 448, which stays in float32 inside the multiplication.
 ``qkv`` and ``kv`` concatenate the rows of their parts. The scales of Q and K depend on the norm weights only.
 
+A matrix that the checkpoint stores in FP8 keeps its codes. If its rows have different scales, the multiplication uses
+the smallest, so that 16-bit products do not overflow, and ``column_scale`` holds each row's multiple of it.
+
 The bias of V moves behind the output projection: probabilities sum to 1, so ``O(P (V + b)) = O(P V) + O b``, and the
 float32 addition there avoids FP8. If the input of O has a static scale, the bias stays in V, because the scale was
 measured with it. The bias of a linear restores the mean that the graph subtracts from its input.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +40,7 @@ class Fp8Weights:
         input_scales: static activation scales by linear ("blocks.0.ffn.0" → largest input / 448).
         input_means: mean inputs [in] of the linears whose inputs the graph centres.
         codes: returns a matrix that is already stored in FP8, which is not rounded again; None for any other.
+        by_column: the weights in FP8 that have a ``column_scale``.
     """
 
     def __init__(
@@ -47,10 +51,11 @@ class Fp8Weights:
         input_scales: Mapping[str, float] | None = None,
         input_means: Mapping[str, np.ndarray] | None = None,
         codes: Callable[[str], Codes | None] = lambda _name: None,
+        by_column: Collection[str] = (),
     ) -> None:
         self._official, self._spec = official, spec
         self._quantised, self._input_scales, self._means = frozenset(quantised), input_scales or {}, input_means or {}
-        self._codes = codes
+        self._codes, self._by_column = codes, frozenset(by_column)
         self._scales: dict[str, float] = {}
         self._held: dict[str, np.ndarray] = {}  # official matrices currently in memory
         self._biases: dict[str, np.ndarray] = {}  # biases computed from them, not yet written
@@ -68,10 +73,19 @@ class Fp8Weights:
         return self._compute(key, parts)
 
     def _stored_codes(self, key: str) -> list[Codes]:
-        """The stored codes of a matrix's parts if all of them have codes with the same scale, else none."""
+        """The stored codes of a matrix's parts if all of them have codes whose scales the graph can hold, else none."""
         found = [self._codes(name) for name in self._names(key)] if key in self._quantised else []
         kept = [codes for codes in found if codes is not None]
-        return kept if kept and len(kept) == len(found) and len({codes.scale for codes in kept}) == 1 else []
+        if len(kept) < len(found):
+            return []
+        return kept if key in self._by_column or not scales_differ(kept) else []
+
+    def _row_scales(self, key: str) -> np.ndarray:
+        """The scale of every row of the matrix ``key``: float32 [out]."""
+        if kept := self._stored_codes(key):
+            return np.concatenate([np.broadcast_to(codes.scale, codes.stored.shape[0]) for codes in kept])
+        rows = sum(len(part) for part in self._parts(key).values())
+        return np.full(rows, self._scale_of(key), np.float32)
 
     def _compute(self, key: str, parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
         if not parts:
@@ -85,16 +99,22 @@ class Fp8Weights:
         stem, leaf = key.rsplit(".", 1)
         if key in self._quantised:
             return self._whole(key)
-        if leaf in ("weight_scale", "input_scale"):
-            scale = self._input_scales[stem] if leaf == "input_scale" else self._scale_of(f"{stem}.weight")
-            return np.array(scale, np.float32)
-        if leaf in ("q_scale", "k_scale"):
-            return self._head_scale(stem, leaf[0])
+        if leaf.endswith("_scale"):
+            return self._scale(stem, leaf)
         if leaf == "input_mean":
             return self._mean(stem)
         if key in self._remade:
             return self._biases.pop(key) if key in self._biases else self._bias(stem)
         return self._official(key)
+
+    def _scale(self, stem: str, leaf: str) -> np.ndarray:
+        if leaf in ("q_scale", "k_scale"):
+            return self._head_scale(stem, leaf[0])
+        if leaf == "column_scale":
+            rows = self._row_scales(f"{stem}.weight")
+            return np.asarray(rows / rows.min())
+        scale = self._input_scales[stem] if leaf == "input_scale" else self._scale_of(f"{stem}.weight")
+        return np.array(scale, np.float32)
 
     def _whole(self, key: str) -> np.ndarray:
         """The FP8 matrix ``[out, in]``."""
@@ -144,7 +164,7 @@ class Fp8Weights:
 
     def _scale_of(self, key: str) -> float:
         if kept := self._stored_codes(key):
-            return kept[0].scale
+            return min(float(codes.scale.min()) for codes in kept)
         if key not in self._scales:
             self._scales[key] = _scale_of(self._parts(key))
         return self._scales[key]
@@ -162,6 +182,11 @@ class Fp8Weights:
         largest = float(np.abs(self._official(f"{module}.norm_{name}.weight").astype(np.float32)).max())
         bound = largest * self._spec.width**0.5 * (self._spec.head_width**-0.5 if name == "q" else 2.0)
         return np.array(max(bound, 1e-6) * MARGIN / FLOAT8_MAX, np.float32)
+
+
+def scales_differ(parts: Sequence[Codes]) -> bool:
+    """True if the rows of the matrix that ``parts`` form have different scales."""
+    return len({float(scale) for codes in parts for scale in np.unique(codes.scale)}) > 1
 
 
 def moved_biases(quantised: Collection[str], input_scales: Collection[str]) -> frozenset[str]:

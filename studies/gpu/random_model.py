@@ -26,11 +26,7 @@ from wan22.specs import ModelSpec, Precision
 
 Weights = Mapping[str, torch.Tensor]  # by official name
 COMPUTE = {Precision.BF16: BFLOAT16, Precision.FP16: FLOAT16, Precision.FP32: FLOAT}
-STORED = {
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.FLOAT: torch.float32,
-}
+STORED = {ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.FLOAT16: torch.float16, ir.DataType.FLOAT: torch.float32}
 CUDA = "CUDAExecutionProvider"
 WEIGHTS = "weights.bin"
 

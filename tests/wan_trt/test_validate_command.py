@@ -92,6 +92,14 @@ def test_engines_and_checkpoint_are_needed_and_the_precision_study_has_moved(tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_the_official_code_is_named_once_and_must_be_there(i2v, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
+    for options, said in ((["--official-repo", tmp_path], "one of them"), ([], "make official, or --official-repo")):
+        assert status("validate", i2v.engines, i2v.checkpoint, "-o", tmp_path / "out", "--official", *options) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["i2v-a14b-tiny", "ti2v-5b-tiny"])
 def test_the_demo_of_image_models_starts_from_the_built_in_picture(tmp_path, model):

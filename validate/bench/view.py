@@ -1,14 +1,15 @@
 """A bench in the terminal: tables that fit 80 columns, then remarks on the machine."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 
-from validate.bench.compare import TOLERANCE, BaselineComparison, Change
 from validate.bench.footprint import Footprint
 from validate.bench.machine import BUSY
-from validate.bench.report import BenchReport
+from validate.bench.report import TOLERANCE, BaselineComparison, BenchReport, Change
 from validate.bench.result import BenchResult, Piece, memory_measurements
 from validate.bench.samples import Ratio, Samples
 from validate.bench.step_cache import CacheTimes
@@ -16,10 +17,6 @@ from validate.bench.whole_run import Runs, step_ratio, total_ratio
 from validate.bench.work import COMPILED, EAGER, OURS
 from validate.gate import check_mark
 from wan22.quantities import video_text
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
 
 NAMES = {OURS: "ours", EAGER: "PyTorch eager", COMPILED: "torch.compile"}
 NEW_PROMPT = "  first of a prompt"  # a row below the piece's row
@@ -102,14 +99,8 @@ def _difference(piece: Piece) -> Text | str:
 
 
 def _work(pieces: Sequence[Piece]) -> "Table":
-    table = _table(
-        f"Work, and the least time that the roofline allows; {COUNTED[pieces[0].cost.source]}",
-        "",
-        "GFLOP",
-        "GB",
-        "least ms",
-        "reached, %",
-    )
+    title = f"Work, and the least time that the roofline allows; {COUNTED[pieces[0].cost.source]}"
+    table = _table(title, "", "GFLOP", "GB", "least ms", "reached, %")
     for piece in pieces:
         roof = ("", "")
         if piece.roofline_s is not None:
@@ -133,7 +124,8 @@ def _memory(measured: Mapping[str, Mapping[str, Footprint]]) -> "Table":
     ratios = ["ours / PyTorch"] if EAGER in sides else []
     table = _table(title, "", *(NAMES[side] for side in sides), *ratios, *(f"{NAMES[side]}, GPU" for side in on_device))
     for name, prints in measured.items():
-        cells = [_on_host(prints.get(side)) for side in sides]
+        used = [prints.get(side) for side in sides]
+        cells = [f"{_mebibytes(its.peak)} ({_mebibytes(its.beyond_libraries)})" if its else "" for its in used]
         if ratios:
             found = dict(memory_measurements(prints))
             both = (found.get("memory_ratio"), found.get("memory_ratio_beyond_libraries"))
@@ -141,10 +133,6 @@ def _memory(measured: Mapping[str, Mapping[str, Footprint]]) -> "Table":
         if prints:
             table.add_row(name, *cells, *(_on_device(prints.get(side)) for side in on_device))
     return table
-
-
-def _on_host(used: Footprint | None) -> str:
-    return f"{_mebibytes(used.peak)} ({_mebibytes(used.beyond_libraries)})" if used else ""
 
 
 def _on_device(used: Footprint | None) -> str:
@@ -236,10 +224,8 @@ def _comparison(comparison: BaselineComparison) -> "Iterator[RenderableType]":
         yield "nothing is comparable: ratios need a bench with PyTorch"
         return
     ordered = sorted(comparison.changes, key=lambda change: -change.worse)
-    title = (
-        f"Compared with {comparison.baseline}: {len(comparison.regressions)} of {len(ordered)} measurements got worse"
-    )
-    table = _table(title, "", "before", "now", "change")
+    worse = f"{len(comparison.regressions)} of {len(ordered)} measurements got worse"
+    table = _table(f"Compared with {comparison.baseline}: {worse}", "", "before", "now", "change")
     for change in ordered[:CHANGES_SHOWN]:
         table.add_row(change.measurement, f"{change.before:.4g}", f"{change.after:.4g}", _change(change))
     yield table
@@ -255,10 +241,7 @@ def _change(change: Change) -> Text | str:
 # -- words
 
 
-def _table(title: str, *headings: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-
+def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)

@@ -90,27 +90,21 @@ class Side(Protocol):
 
     def open(self, piece: str) -> None:
         """Load what ``piece`` needs and release everything else."""
-        ...
 
     def chunks(self, piece: str) -> Iterator[Any]:
         """Compute ``piece`` and yield its result, in parts if the side computes it so."""
-        ...
 
     def join(self, chunks: list[Any]) -> F32:
         """Join the parts into one array."""
-        ...
 
     def close(self) -> None:
         """Release everything."""
-        ...
 
     def run(self) -> Iterator[Event]:
         """Run from the prompt to the last frame. Parts are loaded again, in events separate from the work."""
-        ...
 
     def device_tensors(self) -> int | None:
         """The peak bytes of the side's tensors on a GPU; None without a GPU or if unknown."""
-        ...
 
 
 def runner(side: Side, piece: str) -> Callable[[], None]:

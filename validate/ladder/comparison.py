@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
+import numpy as np
 from PIL import Image
 
 from runtime.denoise import Step
 from runtime.request import CompleteRequest
 from validate.ladder import thresholds
 from validate.ladder.engines_side import EnginesSide
-from validate.ladder.metrics import Metrics, compare
+from validate.ladder.metrics import compare
 from validate.ladder.row import InPrecision, Row
 from validate.ladder.thresholds import Thresholds
-from validate.reference.official import Official, can_run
+from validate.reference.official import Official
 from validate.reference.parts import F32
 from validate.reference.reference import NO_IMAGE, ImageCondition, ImageInputs, Reference
 from validate.reference.whole_run import ReferenceStep, run
@@ -148,11 +149,6 @@ class Comparison:
         assert self.sides.official is not None
         return self.sides.official
 
-    @property
-    def official_can_run(self) -> bool:
-        """True if the official code supports the requested run."""
-        return can_run(self.request)
-
     @cached_property
     def official_text(self) -> dict[str, F32]:
         encode = self.official.embeddings
@@ -161,9 +157,8 @@ class Comparison:
     @cached_property
     def official_steps(self) -> list[ReferenceStep]:
         text, negative = self.official_text["prompt"], self.official_text.get("negative prompt")
-        return list(
-            self._with_progress(self.official.run(self.request, text, negative, self.image_inputs), "official run")
-        )
+        steps = self.official.run(self.request, text, negative, self.image_inputs)
+        return list(self._with_progress(steps, "official run"))
 
     @cached_property
     def our_steps(self) -> list[Step]:
@@ -232,10 +227,7 @@ def solver_row(name: str, comparison: Comparison, steps: Sequence[ReferenceStep]
     velocities = (step.velocity for step in steps)
     ours = comparison.ours.solve(comparison.request, steps[0].before, velocities, comparison.image_inputs.first_frame)
     compared = [compare(latents, step.after) for latents, step in zip(ours, steps, strict=True)]
-    worst = max(range(len(steps)), key=lambda index: _distance(compared[index]))
+    distances = [float("inf") if metrics.problem else metrics.relative_l2 for metrics in compared]
+    worst = int(np.argmax(distances))
     note = f"{comparison.request.solver}, largest distance after step {worst + 1} of {len(steps)}"
     return Row(name, "sampler", compared[worst], thresholds.SOLVER, note)
-
-
-def _distance(metrics: Metrics) -> float:
-    return float("inf") if metrics.problem else metrics.relative_l2

@@ -1,4 +1,4 @@
-"""The official Wan2.2 code as a second reference: the user's clone of it, run in a separate process.
+"""The official Wan2.2 code as a second reference: its wheel or the user's clone of it, run in a separate process.
 
 The separate process keeps its imports and its packages, named ``wan``, away from ours. The code runs in float32 on the
 CPU with weights from the same checkpoint under their official names. This project contains none of that code.
@@ -17,8 +17,9 @@ from typing import Any, Self
 
 from export.checkpoint.checkpoint import Checkpoint
 from runtime.request import CompleteRequest
-from validate.reference.boundary import stated_boundary
-from validate.reference.official_modules import Modules, check_clone
+from validate.reference.checkpoint import stated_boundary
+from validate.reference.official_modules import check_clone
+from validate.reference.official_pipelines import Pipelines, WholeRun
 from validate.reference.parts import F32, I64
 from validate.reference.reference import NO_IMAGE, ImageInputs
 from validate.reference.whole_run import ReferenceStep, guided_run
@@ -26,11 +27,13 @@ from wan22.errors import UserError
 
 SOLVERS = ("unipc", "dpm++")  # all that the official code has
 
-_modules: list[Modules] = []  # set only in the other process
+_modules: list[Pipelines] = []  # set only in the other process
 
 
-def commit_of(repo: Path) -> str:
-    """The commit checked out at ``repo``, twelve digits; "" if git cannot tell."""
+def version_of(repo: Path) -> str:
+    """The release of the wheel at ``repo`` or the commit checked out there, twelve digits; "" if neither is known."""
+    for info in repo.glob("wan22-*.dist-info"):
+        return info.stem.replace("-", " ")
     if not (repo / ".git").exists():  # git would answer for an enclosing repository
         return ""
     try:
@@ -39,13 +42,19 @@ def commit_of(repo: Path) -> str:
         )
     except OSError:
         return ""
-    return asked.stdout.strip() if asked.returncode == 0 else ""
+    return f"commit {asked.stdout.strip()}" if asked.returncode == 0 else ""
 
 
 def can_run(request: CompleteRequest) -> bool:
     """True if the official code supports the solver and schedule of the requested run; it has no step cache."""
     known = request.solver in SOLVERS and request.schedule == "official" and not request.sigmas
     return known and request.cache is None
+
+
+def can_generate(request: CompleteRequest) -> bool:
+    """True if the official pipelines can be called with ``request``: they draw the noise and fit the picture."""
+    changed = request.noise is not None or request.last_image is not None or request.switch_step is not None
+    return can_run(request) and not changed and (request.image is None or request.fit == "official")
 
 
 class Official:
@@ -84,9 +93,8 @@ class Official:
     def velocity(
         self, expert: str, latents: F32, timestep: float, text: F32, image_inputs: ImageInputs = NO_IMAGE
     ) -> F32:
-        return self._array(
-            "velocity", expert, latents, timestep, text, image_inputs.condition, image_inputs.first_frame
-        )
+        given = (image_inputs.condition, image_inputs.first_frame)
+        return self._array("velocity", expert, latents, timestep, text, *given)
 
     def encode(self, video: F32) -> F32:
         return self._array("encode", video)
@@ -107,9 +115,26 @@ class Official:
         def step(velocity: F32, index: int, latents: F32) -> F32:
             return self._array("step", velocity, index, latents)
 
-        return guided_run(
-            self, request, self.sigmas_and_timesteps(request)[1].tolist(), step, (text, negative), image_inputs
+        timesteps = self.sigmas_and_timesteps(request)[1].tolist()
+        return guided_run(self, request, timesteps, step, (text, negative), image_inputs)
+
+    def generate(self, request: CompleteRequest) -> F32:
+        """Frames ``[1, 3, F, H, W]`` of the official pipeline. ``can_generate`` must hold."""
+        boundary = self.boundary if request.boundary is None else request.boundary
+        run = WholeRun(
+            request.prompt,
+            request.negative_prompt,
+            request.image,
+            (request.width, request.height),
+            request.frames,
+            request.steps,
+            request.shift,
+            request.solver,
+            request.seed,
+            request.guidance,
+            boundary,
         )
+        return self._array("generate", run)
 
     def _array(self, method: str, *arguments: Any) -> F32:
         array: F32 = self._ask(method, *arguments)
@@ -129,7 +154,7 @@ def _leave_at_ctrl_c() -> None:
 
 
 def _open(repo: Path, checkpoint: Checkpoint) -> None:
-    _modules.append(Modules(repo, checkpoint))
+    _modules.append(Pipelines(repo, checkpoint))
 
 
 def _call(method: str, arguments: tuple[Any, ...]) -> Any:

@@ -1,9 +1,9 @@
 """The official Wan2.2 code, which runs in the separate process of :mod:`validate.reference.official`.
 
-The modules come unchanged from a clone. Three things around them are patched, in that process only. The packages skip
-their ``__init__`` files, which import every task of the code and its dependencies. PyTorch's attention replaces the
-official function, which accepts only half precision on CUDA, while this comparison is in float32 (wan22.md §9.12). And
-``torch.cuda.current_device``, which a default argument calls at import, works without CUDA.
+The modules come unchanged from a clone or the wheel. Three things around them are patched, in that process only. The
+packages skip their ``__init__`` files, which import every task of the code and its dependencies. PyTorch's attention
+replaces the official function, which accepts only half precision on CUDA, while this comparison is in float32
+(wan22.md §9.12). And ``torch.cuda.current_device``, which a default argument calls at import, works without CUDA.
 """
 
 import importlib
@@ -23,16 +23,19 @@ from validate.reference.parts import F32, I64, timesteps_of, to_numpy
 from wan22.errors import UserError
 from wan22.specs import PATCH, TEXT_TOKENS, TRAIN_TIMESTEPS
 
-PACKAGES = {"wan": "wan", "wan.modules": "wan/modules", "wan.utils": "wan/utils"}
+PACKAGES = {"wan": "wan", **{f"wan.{name}": f"wan/{name}" for name in ("modules", "utils", "distributed")}}
 FILES = ("modules/model.py", "modules/t5.py", "modules/tokenizers.py", "modules/vae2_1.py", "modules/vae2_2.py")
 SOLVERS = ("utils/fm_solvers.py", "utils/fm_solvers_unipc.py")
+PIPELINES = {
+    "t2v": ("text2video.py", "WanT2V"), "i2v": ("image2video.py", "WanI2V"), "ti2v": ("textimage2video.py", "WanTI2V"),
+}  # fmt: skip
 
 
 def check_clone(repo: Path) -> None:
     """Raises UserError if a file of the official code is missing."""
-    for file in (*FILES, *SOLVERS):
+    for file in (*FILES, *SOLVERS, *(file for file, _ in PIPELINES.values())):
         if not (repo / "wan" / file).is_file():
-            remedy = "git clone https://github.com/Wan-Video/Wan2.2 and name that folder"
+            remedy = "make official, or git clone https://github.com/Wan-Video/Wan2.2 and name that folder"
             raise UserError(f"{repo} has no wan/{file}", "a clone of the official Wan2.2 code", remedy)
 
 
@@ -47,8 +50,7 @@ class Modules:
 
     def token_ids(self, prompt: str) -> I64:
         """Token ids ``[1, tokens]``, without padding."""
-        tokenizer = self._part("tokenizer", self._tokenizer)
-        ids, mask = tokenizer([prompt], return_mask=True, add_special_tokens=True)
+        ids, mask = self.tokenizer()([prompt], return_mask=True, add_special_tokens=True)
         tokens: I64 = ids[:, : int(mask.sum())].numpy()
         return tokens
 
@@ -58,7 +60,7 @@ class Modules:
         count = token_ids.shape[1]
         ids, mask = torch.zeros(1, TEXT_TOKENS, dtype=torch.int64), torch.arange(TEXT_TOKENS)[None] < count
         ids[:, :count] = torch.from_numpy(token_ids)
-        encoded = self._part("text_encoder", self._text_encoder)(ids, mask.to(torch.int64))
+        encoded = self.text_encoder()(ids, mask.to(torch.int64))
         return to_numpy(encoded * mask[..., None])
 
     @torch.inference_mode()
@@ -66,9 +68,7 @@ class Modules:
         self, expert: str, latents: F32, timestep: float, text: F32, condition: F32 | None, first_frame: F32 | None
     ) -> F32:
         """The velocity ``[1, z, T, h, w]``; see :meth:`validate.reference.reference.Reference.velocity`."""
-        for other in set(self._spec.experts) - {expert}:
-            self._parts.pop(other, None)
-        model = self._part(expert, lambda: self._transformer(expert))
+        model = self.expert(expert)
         time = timesteps_of(self._spec, latents.shape, timestep, clean_first_frame=first_frame is not None)
         grid = [side // step for side, step in zip(latents.shape[2:], PATCH, strict=True)]
         y = None if condition is None else [torch.from_numpy(condition[0])]
@@ -78,12 +78,12 @@ class Modules:
     @torch.inference_mode()
     def encode(self, video: F32) -> F32:
         """Normalised latents ``[1, z, T, h, w]`` of frames ``[1, 3, F, H, W]``."""
-        return to_numpy(self._part("vae", self._vae).encode(torch.from_numpy(video), self._scale()))
+        return to_numpy(self.vae().encode(torch.from_numpy(video), self._scale()))
 
     @torch.inference_mode()
     def decode(self, latents: F32) -> F32:
         """Frames ``[1, 3, F, H, W]`` in [-1, 1]."""
-        return to_numpy(self._part("vae", self._vae).decode(torch.from_numpy(latents), self._scale()).clamp(-1, 1))
+        return to_numpy(self.vae().decode(torch.from_numpy(latents), self._scale()).clamp(-1, 1))
 
     def start_run(self, solver: str, steps: int, shift: float) -> tuple[F32, I64]:
         """Start a run of ``unipc`` or ``dpm++`` and return its sigmas [N+1] and timesteps [N]."""
@@ -110,9 +110,21 @@ class Modules:
             self._parts[name] = build()
         return self._parts[name]
 
-    def _tokenizer(self) -> Any:
-        folder = str(self._checkpoint.tokenizer)
-        return self._code["tokenizers"].HuggingfaceTokenizer(folder, seq_len=TEXT_TOKENS, clean="whitespace")
+    def tokenizer(self) -> Any:
+        folder, kind = str(self._checkpoint.tokenizer), self._code["tokenizers"].HuggingfaceTokenizer
+        return self._part("tokenizer", lambda: kind(folder, seq_len=TEXT_TOKENS, clean="whitespace"))
+
+    def text_encoder(self) -> Any:
+        return self._part("text_encoder", self._text_encoder)
+
+    def expert(self, name: str) -> Any:
+        """The transformer ``name``; the other one is given up."""
+        for other in set(self._spec.experts) - {name}:
+            self._parts.pop(other, None)
+        return self._part(name, lambda: self._transformer(name))
+
+    def vae(self) -> Any:
+        return self._part("vae", self._vae)
 
     def _text_encoder(self) -> Any:
         text = self._spec.text_encoder
@@ -174,6 +186,8 @@ def _import_code(repo: Path) -> dict[str, types.ModuleType]:
         package = types.ModuleType(name)
         package.__path__ = [str(repo / folder)]
         sys.modules[name] = package
+    if repo.name == "site-packages":  # beside the wheel are packages that our environment may lack; ours go first
+        sys.path.append(str(repo))
     try:
         code = {
             Path(file).stem: importlib.import_module(f"wan.{file.removesuffix('.py').replace('/', '.')}")

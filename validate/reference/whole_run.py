@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from runtime.request import CompleteRequest
-from validate.reference.boundary import expert_of
+from validate.reference.checkpoint import expert_of
 from validate.reference.listed_cache import ListedCache
 from validate.reference.parts import F32, I64
 from validate.reference.reference import NO_IMAGE, ImageInputs, Reference
@@ -42,7 +42,6 @@ class Models(Protocol):
 
     def velocity(self, expert: str, latents: F32, timestep: float, text: F32, image_inputs: ImageInputs = ...) -> F32:
         """See :meth:`validate.reference.reference.Reference.velocity`."""
-        ...
 
 
 def initial_noise(request: CompleteRequest) -> F32:
@@ -135,8 +134,11 @@ def scheduler_for(request: CompleteRequest) -> Any:
     """A diffusers scheduler with ``.sigmas`` [N+1] and ``.timesteps`` [N] set for this run."""
     official, steps = request.schedule == "official", request.steps
     scheduler = _scheduler(request.solver, 1.0 if request.sigmas else request.shift)
-    if request.sigmas:
-        _set_list(scheduler, request)
+    if request.sigmas and request.solver == "dpm++":
+        scheduler.set_timesteps(len(request.sigmas))
+        _overwrite(scheduler, np.array(request.sigmas), 1.0)
+    elif request.sigmas:
+        scheduler.set_timesteps(sigmas=np.array(request.sigmas))
     elif not official:
         scheduler.set_timesteps(steps)
     elif request.solver == "unipc":
@@ -158,14 +160,6 @@ def _scheduler(solver: SolverName, shift: float) -> Any:
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=solver == "renoise")
     kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}[solver]
     return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-
-
-def _set_list(scheduler: Any, request: CompleteRequest) -> None:
-    if request.solver == "dpm++":
-        scheduler.set_timesteps(len(request.sigmas))
-        _overwrite(scheduler, np.array(request.sigmas), 1.0)
-    else:
-        scheduler.set_timesteps(sigmas=np.array(request.sigmas))
 
 
 def _overwrite(scheduler: Any, grid: np.ndarray, shift: float) -> None:

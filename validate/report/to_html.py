@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from validate.bench.compare import was_busy
+from validate.bench.report import was_busy
 from validate.html import page
 from validate.ladder.metrics import why_no_lpips
 from validate.ladder.row import Row
@@ -31,7 +31,7 @@ def as_html(report: "ValidationReport") -> str:
         "lights": status_lights(report),
         "headlines": headlines(case),
         "reasons": reasons(report.rows),
-        "compared": "Graphs" if report.attached.uncompiled else "Engines",
+        "compared": "Graphs" if (manifest := report.attached.manifest) and manifest.build is None else "Engines",
         "apart": precision_losses(report.rows),
         "latency_columns": LATENCY_COLUMNS,
         "latency": latency(report.attached.bench) if report.attached.bench else None,

@@ -13,7 +13,9 @@ from wan_trt.console import bars, command_line, console
 def run(
     bundle: Annotated[Path, typer.Argument(help="ONNX bundle made by wan-trt export.", show_default=False)],
     engines: Annotated[Path, typer.Argument(help="Folder to write the engines to.", show_default=False)],
-    target: Annotated[str, typer.Option(help="GPU such as rtx4090 or h100, cpu, or auto.")] = "cpu",
+    target: Annotated[
+        str, typer.Option(help="GPU such as rtx4090 or h100, cuda (ONNX Runtime on any GPU), cpu, or auto.")
+    ] = "cpu",
     size: Annotated[
         str | None, typer.Option(help="832x480, several with commas, a range 480x480..1280x720, 480p, 720p or 5b.")
     ] = None,
@@ -40,3 +42,5 @@ def run(
     console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {build.target} ({summary}): {engines}")
     sizes = {component.graph.path: component.graph.size_bytes for component in result.manifest.components}
     console.print(", ".join(f"{path} {human_bytes(size)}" for path, size in sizes.items()))
+    for component, nodes in build.nodes.items():
+        console.print(f"{component}, all with CUDA kernels: {nodes}", highlight=False)

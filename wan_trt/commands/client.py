@@ -11,6 +11,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import Claim, claim_file
+from wan22.inputs import check_no_source
 from wan22.progress import Progress
 from wan22.quantities import video_text
 from wan22.specs import TEXT_TOKENS
@@ -38,8 +39,12 @@ def run(
     preset: given.Preset = None,
     boundary: given.Boundary = None,
     steps: given.Steps = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed; by default a random one.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=-1, max=2**63 - 1, metavar="INT", help="Seed; by default, or for -1, the server draws one."),
+    ] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
+    quality: given.Quality = None,
     shift: given.Shift = None,
     guidance_high_noise: given.ExpertGuidance = None,
     guidance_low_noise: given.ExpertGuidance = None,
@@ -61,11 +66,12 @@ def run(
 ) -> None:
     """Generate a video on a server; Ctrl-C cancels the job."""
     from runtime.request import Request
-    from runtime.video import check_destination, check_no_source, renamed_at_end
+    from runtime.video import check_destination, renamed_at_end
     from triton_repo.wire import cache_inputs, content_of
 
     check_destination(output, frames or 1)
-    check_no_source(output, image, last_image)
+    for path in (output, preview):
+        check_no_source(path, image, last_image)
     caching = Request(cache=cache_options.caching_from(locals()))
     width, height = given.size_of(size) or (None, None)
     settings: dict[str, Setting | None] = {
@@ -74,12 +80,13 @@ def run(
         "height": height,
         "num_frames": frames,
         "fps": fps,
+        "quality": quality,
         "last_image": content_of(last_image),
         "fit": fit if image is not None else None,
         "preset": preset,
         "boundary": boundary,
         "steps": steps,
-        "seed": seed,
+        "seed": None if seed == -1 else seed,
         "shift": shift,
         "guidance": guidance,
         "guidance_high_noise": guidance_high_noise,

@@ -9,7 +9,7 @@ import typer
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
 from wan22.specs import Precision
-from wan_trt.arguments import Frames, Overwrite, Size, blocks_of, size_of
+from wan_trt.arguments import PRECISIONS, Frames, Overwrite, Size, blocks_of, size_of
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[
     str,
     typer.Argument(
-        help="Checkpoint folder or hub name; not needed if options name files for all parts.",
-        show_default=False,
+        help="Checkpoint folder or hub name; not needed if options name files for all parts.", show_default=False
     ),
 ]
 Folder = Annotated[Path | None, typer.Argument(help="Folder to write the ONNX bundle to.", show_default=False)]
@@ -27,7 +26,7 @@ Part = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE|PRECISION", help="A file to replace the checkpoint's, a precision, or both (twice)."),
 ]
-PartPrecision = Annotated[Precision | None, typer.Option(help="Precision of this part alone.")]
+PartPrecision = Annotated[Precision | None, typer.Option(metavar="PRECISION", help="Precision of this part alone.")]
 Vae = Annotated[Path | None, typer.Option(metavar="FILE", help="A file to use instead of the checkpoint's VAE.")]
 Tokenizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with tokenizer.json, or a spiece.model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
@@ -40,8 +39,7 @@ InputMeans = Annotated[
     Path | None, typer.Option(help="Means from wan-trt calibrate --means: smaller FP8 errors at the same speed.")
 ]
 Loras = Annotated[
-    list[str] | None,
-    typer.Option(help="LoRA to merge, FILE.safetensors[@strength][:high|:low]; repeatable."),
+    list[str] | None, typer.Option(help="LoRA to merge, FILE.safetensors[@strength][:high|:low]; repeatable.")
 ]
 IgnoreUnmatched = Annotated[
     bool, typer.Option("--lora-ignore-unmatched", help="Drop LoRA keys without a matching weight in the model.")
@@ -59,7 +57,7 @@ def run(
     bundle: Folder = None,
     precision: Annotated[
         Precision | None,
-        typer.Option(help="Precision of matrix products; by default fp32 for cpu, bf16 for a GPU."),
+        typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="Target to build the engines for, as in wan-trt build; by default cpu.")

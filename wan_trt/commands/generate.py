@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from wan22.inputs import check_no_source
 from wan22.quantities import video_text
 from wan_trt import arguments as given
 from wan_trt import cache_options
@@ -40,9 +41,7 @@ def run(
     seed: Annotated[int | None, given.SEED] = None,
     noise: given.Noise = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.", min=1, max=240)] = None,
-    quality: Annotated[
-        int | None, typer.Option(metavar="1...10", help="Quality of mp4 and webm; by default the official 8.")
-    ] = None,
+    quality: given.Quality = None,
     shift: given.Shift = None,
     guidance_high_noise: given.ExpertGuidance = None,
     guidance_low_noise: given.ExpertGuidance = None,
@@ -65,9 +64,9 @@ def run(
     request = given.request_from(locals())
     from runtime.generate import Encoding, generate
     from runtime.pipeline import Pipeline
-    from runtime.video import QUALITY, check_no_source
+    from runtime.video import QUALITY
 
-    check_no_source(output, noise, again)
+    check_no_source(output, noise, again, image, last_image)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)
     with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:

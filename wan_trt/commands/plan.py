@@ -6,14 +6,18 @@ from typing import Annotated
 import typer
 
 from wan22.specs import Precision, spec_named
-from wan_trt.arguments import Frames, Size, size_of
+from wan_trt.arguments import PRECISIONS, Frames, Size, size_of
 from wan_trt.console import console
 
 
 def run(
     model: Annotated[str, typer.Argument(help="A model, such as t2v-a14b.", show_default=False)],
-    target: Annotated[str, typer.Option(help="GPU such as rtx4090 or h100, cpu, or auto.")],
-    precision: Annotated[Precision, typer.Option(help="Precision of the transformer.")] = Precision.BF16,
+    target: Annotated[
+        str, typer.Option(help="GPU such as rtx4090 or h100, cuda (ONNX Runtime on any GPU), cpu, or auto.")
+    ],
+    precision: Annotated[
+        Precision, typer.Option(metavar="PRECISION", help=f"Precision of the transformer: {PRECISIONS}.")
+    ] = Precision.BF16,
     size: Size = None,
     frames: Frames = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,

@@ -7,6 +7,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import check_room
+from wan22.inputs import check_no_source
 from wan_trt import arguments as given
 from wan_trt.console import console, report_unstamped
 
@@ -59,6 +60,7 @@ def run(
     )
     cluster = ClusterOptions(image, namespace, max_pods, prometheus)
     if kubernetes is not None:
+        check_no_source(kubernetes, engines)
         _check_place(kubernetes, repository, overwrite=overwrite)
     written = write_repository(engines, repository, options)
     console.print(f"{written.bundle.manifest.spec.name} as Triton model {name}: {repository}")

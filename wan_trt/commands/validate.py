@@ -27,7 +27,8 @@ Prompts = Annotated[
 Seeds = Annotated[str | None, typer.Option(help="Seeds to run every prompt with, such as 0,1,10-12.")]
 Bench = Annotated[Path | None, typer.Option(help="JSON of wan-trt bench, for the report and its gates.")]
 Calls = Annotated[Path | None, typer.Option(help="Folder for one call of every engine, readable by polygraphy run.")]
-OfficialRepo = Annotated[Path | None, typer.Option(help="Clone of Wan-Video/Wan2.2, to compare with its code as well.")]
+Official = Annotated[bool, typer.Option("--official", help="Compare with the official code of make official as well.")]
+OfficialRepo = Annotated[Path | None, typer.Option(help="The same with a clone of Wan-Video/Wan2.2.")]
 
 
 def run(
@@ -71,6 +72,7 @@ def run(
     calls: Calls = None,
     residency: given.Residency = "auto",
     reference_device: given.ReferenceDevice = "auto",
+    official: Official = False,
     official_repo: OfficialRepo = None,
 ) -> int:
     """Prove that the engines compute the same as PyTorch.
@@ -85,8 +87,12 @@ def run(
     if engines is None or checkpoint is None:
         raise UserError("no ENGINES and CHECKPOINT", "both", "see wan-trt validate --help")
     request, several = given.request_from(locals()), given.seeds_of(seeds)
-    from validate import ValidateOptions
+    from validate import ValidateOptions, official_wheel
 
+    if official and official_repo is not None:
+        raise UserError("both --official and --official-repo", "one of them", "leave one out")
+    if official:
+        official_repo = official_wheel()
     options = ValidateOptions(
         request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line()
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from engines.gpu.external_weights import attention_scales_of, check_layout, externalise, write_weights
+from export.checkpoint.place import Place
 from export.exporter import export_checkpoint
 from export.lora.merge import LoraChoice
 from export.options import ExportOptions
@@ -20,6 +21,7 @@ from runtime.signature import SIGNATURE
 from wan22.bundle import Bundle, Component, check_disk, open_bundle, refuse_existing, staged, write_manifest
 from wan22.errors import UserError
 from wan22.external_layout import read_layout
+from wan22.inputs import check_no_source
 from wan22.progress import Progress, silent
 
 
@@ -42,17 +44,19 @@ def apply_lora(
     Nothing is compiled. LoRAs that the engines had are replaced.
 
     Raises:
-        UserError: the engines have embedded weights or input means, the checkpoint differs, a LoRA does not fit the
-            model or outgrows the scales of Q and K, the disk is full. Nothing is written then.
+        UserError: ``folder`` is or holds an input, the engines have embedded weights or input means, the checkpoint
+            differs, a LoRA does not fit the model or outgrows the scales of Q and K, the disk is full. Nothing is
+            written then.
     """
     options = options or ApplyOptions()
     refuse_existing(folder, "engines", overwrite=options.overwrite)
     old = open_bundle(engines, "engines")
     manifest = old.manifest
+    checkpoint = options.checkpoint or manifest.source.checkpoint
+    check_no_source(folder, engines, *Place.parse(checkpoint).paths, *(lora.path for lora in loras))
     if manifest.build is None or manifest.build.options.get("weights") != "external":
         raise UserError(f"{engines} has embedded weights", "engines with external weights", "build or export again")
     check_disk(folder, 2 * sum(old.component(e).weights[1].size_bytes for e in manifest.spec.experts))
-    checkpoint = options.checkpoint or manifest.source.checkpoint
     with staged(folder, overwrite=options.overwrite) as temporary:
         with tempfile.TemporaryDirectory(dir=temporary) as place:
             merged = export_experts(old, checkpoint, loras, Path(place) / "onnx", progress)

@@ -29,9 +29,11 @@ from runtime.built_for import fill_defaults
 from runtime.pipeline import Pipeline
 from runtime.prompts import Prompt, read_prompts
 from runtime.request import CompleteRequest, Request
+from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.files import whole_file
+from wan22.inputs import check_no_source
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.quantities import counted
@@ -96,6 +98,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     for path in filter(None, (out, options.means)):
         if path.exists() and not options.overwrite:
             raise UserError(f"{path} exists", "a new file", "choose another or add --overwrite")
+        check_no_source(path, bundle, options.prompts)
     if out == options.means:
         raise UserError(f"{out} for scales and means", "a file for each", "name another with --means")
     source = open_bundle(bundle, "graphs")
@@ -149,7 +152,7 @@ def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) 
 
 
 def _build_options(source: Bundle, request: CompleteRequest, options: CalibrateOptions) -> BuildOptions:
-    if source.manifest.size or target_named(options.target).backend == "onnxruntime":
+    if source.manifest.size or runs_graphs(target_named(options.target).backend):
         return BuildOptions(options.target)
     return BuildOptions(options.target, f"{request.width}x{request.height}", str(request.frames))
 

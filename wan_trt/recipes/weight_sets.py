@@ -10,6 +10,7 @@ from engines.build import BuildOptions, build_engines
 from engines.gpu.external_weights import check_layout, externalise, write_weights
 from export.lora.experts import EXPERTS
 from export.lora.merge import LoraChoice, parse_lora
+from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, check_disk, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
@@ -50,17 +51,18 @@ def make_weight_sets(
     The weights are those of an export with these LoRAs: merged into the checkpoint, then rounded.
 
     Raises:
-        UserError: the engines have embedded weights or precisions of a GPU on the CPU, the checkpoint differs, a LoRA
+        UserError: the engines have embedded weights or are quantised graphs, the checkpoint differs, a LoRA
             does not fit, the disk is full.
     """
     if not loras:
         return {}
     base = open_bundle(engines, "engines")
     build, precisions = base.manifest.build, {component.precision for component in base.manifest.components}
-    on_cpu = build is not None and build.backend == "onnxruntime"
-    if on_cpu and any(precision.quantised for precision in precisions):
-        raise UserError(f"--lora with {base.manifest.precision} engines for the CPU", "16 or 32 bits", "export again")
-    if not on_cpu and (build is None or build.options.get("weights") != "external"):
+    graphs = build is not None and runs_graphs(build.backend)
+    if graphs and any(precision.quantised for precision in precisions):
+        found = f"--lora with {base.manifest.precision} engines for ONNX Runtime"
+        raise UserError(found, "weights of 16 or 32 bits", "export again in a wider precision")
+    if not graphs and (build is None or build.options.get("weights") != "external"):
         raise UserError(f"{engines} has embedded weights", "engines with external weights", "build or export again")
     experts = [base.component(name) for name in base.manifest.spec.experts]
     size_bytes = sum(file.size_bytes for component in experts for file in component.weights)
@@ -69,8 +71,9 @@ def make_weight_sets(
     for name, choices in loras.items():
         merged = export_experts(base, where, choices, folder / f"{name}-onnx", progress)
         made[name] = folder / name
-        if on_cpu:
-            build_engines(merged.folder, made[name], BuildOptions(command=f"wan-trt serve --lora {name}=..."), progress)
+        if graphs and build is not None:
+            options = BuildOptions(build.target, command=f"wan-trt serve --lora {name}=...")
+            build_engines(merged.folder, made[name], options, progress)
         else:
             _write_external(base, merged, made[name], progress)
         shutil.rmtree(merged.folder)

@@ -5,9 +5,8 @@ import json
 import pytest
 
 from runtime.request import Request
-from validate.bench.compare import compare
 from validate.bench.measure import bench
-from validate.bench.report import BenchReport
+from validate.bench.report import BenchReport, compare
 from validate.bench.step_cache import MEASURED, CacheTimes
 from validate.bench.view import as_text
 from validate.bench.work import OURS, BenchOptions

@@ -1,4 +1,7 @@
-"""The official code as a second reference: isolated from ours and, with a clone, in agreement with both sides."""
+"""The official code as a second reference: isolated from ours and, where it is there, in agreement with both sides.
+
+``make test`` installs it. WAN22_OFFICIAL_REPO may name a clone instead.
+"""
 
 import os
 import subprocess
@@ -10,16 +13,24 @@ import pytest
 
 from export.checkpoint.checkpoint import open_checkpoint
 from runtime.request import Request
-from validate import ValidateOptions, validate
-from validate.reference.official import Official, commit_of
-from validate.reference.official_modules import FILES, SOLVERS
+from validate import ValidateOptions, official_wheel, validate
+from validate.reference.official import Official, version_of
+from validate.reference.official_modules import FILES, PIPELINES, SOLVERS
 from validate.report.conditions import second_reference
 from wan22.errors import UserError
 from wan22.specs import SPECS
 
 CLONE = os.environ.get("WAN22_OFFICIAL_REPO", "")
-needs_clone = pytest.mark.skipif(not CLONE, reason="WAN22_OFFICIAL_REPO names no clone of Wan-Video/Wan2.2")
-SMALL = ValidateOptions(Request(size=(64, 64), frames=5, steps=4), official_repo=Path(CLONE))
+WHEEL = Path(sys.prefix).with_name(".venv-official")
+needs_code = pytest.mark.skipif(not CLONE and not WHEEL.exists(), reason="no official code: make official")
+SMALL = ValidateOptions(Request(size=(64, 64), frames=5, steps=4))
+
+
+def with_code(**request):
+    repo = Path(CLONE) if CLONE else official_wheel()
+    return replace(SMALL, request=replace(SMALL.request, **request), official_repo=repo)
+
+
 TOKENIZERS = """
 import torch
 from wan.modules import t5  # a sibling, reached without the package's __init__
@@ -37,7 +48,8 @@ class HuggingfaceTokenizer:
 @pytest.fixture
 def clone(tmp_path):
     """A package of the official shape, whose ``__init__`` files must never run."""
-    for file in (*FILES, *SOLVERS, "__init__.py", "modules/__init__.py", "utils/__init__.py"):
+    pipelines = (file for file, _ in PIPELINES.values())
+    for file in (*FILES, *SOLVERS, *pipelines, "__init__.py", "modules/__init__.py", "utils/__init__.py"):
         path = tmp_path / "wan" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("raise RuntimeError('not to be run')" if path.name == "__init__.py" else "")
@@ -84,12 +96,19 @@ def test_a_process_that_dies_is_reported_in_one_line(clone, tiny_checkpoint):
         official.token_ids("four")
 
 
-@needs_clone
+RUNS = [
+    ("t2v-a14b-tiny", {"steps": 5, "shift": 7.3}),
+    ("i2v-a14b-tiny", {"steps": 3, "shift": 3.1, "size": (96, 64), "frames": 9}),
+    ("ti2v-5b-tiny", {"steps": 7, "shift": 1.7, "size": (64, 96)}),
+]
+
+
+@needs_code
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"])
-def test_engines_match_the_official_code(flow_of, tmp_path, model):
+@pytest.mark.parametrize(("model", "request_"), RUNS, ids=[model for model, _ in RUNS])
+def test_engines_match_the_official_code(flow_of, tmp_path, model, request_):
     flow = flow_of(model)
-    found = validate(flow.engines, flow.checkpoint, tmp_path, SMALL)
+    found = validate(flow.engines, flow.checkpoint, tmp_path, with_code(**request_))
     rows = [row for row in found.rows if row.subject.startswith("official_")]
     assert [row.name for row in found.failed] == []
     assert {row.component for row in rows} >= {"tokenizer", "text_encoder", "sampler", "vae_decoder_next", "video"}
@@ -99,15 +118,15 @@ def test_engines_match_the_official_code(flow_of, tmp_path, model):
     ]
     names = [row.name for row in found.rows]
     assert len([name for name in names if name.startswith("official ")]) == len(rows)
+    assert "official pipeline's frames" in names
     assert not {row.name for row in rows} & {row.name for row in found.rows if row not in rows}
 
 
-@needs_clone
+@needs_code
 @pytest.mark.slow
 def test_dpm_runs_as_the_official_code_runs_it(flow_of, tmp_path):
     flow = flow_of("t2v-a14b-tiny")
-    options = replace(SMALL, request=replace(SMALL.request, solver="dpm++"))
-    found = validate(flow.engines, flow.checkpoint, tmp_path, options)
+    found = validate(flow.engines, flow.checkpoint, tmp_path, with_code(solver="dpm++"))
     assert [row.name for row in found.failed] == []
     assert "official_latents" in {row.subject for row in found.rows}
 
@@ -117,10 +136,21 @@ def git(folder, *arguments):
     subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True)
 
 
-def test_the_commit_of_a_clone_and_of_no_other(tmp_path):
+def test_the_version_of_a_wheel_and_of_a_clone_and_of_no_other(tmp_path):
     git(tmp_path, "init")
-    assert commit_of(tmp_path) == ""  # nothing is committed yet
+    assert version_of(tmp_path) == ""  # nothing is committed yet
     git(tmp_path, "commit", "--allow-empty", "-m", "first")
-    assert len(commit_of(tmp_path)) == 12
+    assert len(version_of(tmp_path)) == len("commit ") + 12
     (tmp_path / "unpacked").mkdir()
-    assert commit_of(tmp_path / "unpacked") == ""  # the enclosing repository is another one
+    assert version_of(tmp_path / "unpacked") == ""  # the enclosing repository is another one
+    (tmp_path / "unpacked/wan22-2.2.11.dist-info").mkdir()
+    assert version_of(tmp_path / "unpacked") == "wan22 2.2.11"
+
+
+def test_the_wheel_is_looked_for_beside_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    with pytest.raises(UserError, match=r"no package wan in .*\.venv-official .* make official"):
+        official_wheel()
+    packages = tmp_path / ".venv-official/lib/python3.11/site-packages"
+    (packages / "wan").mkdir(parents=True)
+    assert official_wheel() == packages
