@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class CacheTimes:
 
 
 def time_cache(pipeline: Pipeline, work: Work, runs: int, progress: Progress) -> CacheTimes:
-    """Denoise ``work`` in turns without and with its cache, ``runs`` times each after one untimed run.
+    """Denoise ``work`` without and with its cache, step by step in turns, ``runs`` times after one untimed run.
 
     Raises:
         NonFiniteError: the engines compute NaN or infinity.
@@ -64,15 +64,17 @@ def time_cache(pipeline: Pipeline, work: Work, runs: int, progress: Progress) ->
     positive = pipeline.text(exact.prompt)
     negative = pipeline.text(exact.negative_prompt, allow_empty=True) if exact.guided else None
     given = Conditions(positive, negative, **pipeline.image_condition(exact))
-    _run(pipeline, exact, given)
-    times: dict[bool, list[float]] = {False: [], True: []}
-    held, computed = 0.0, list[float]()
+    for _ in _steps(pipeline, exact, given):
+        pass
+    times: dict[str, list[float]] = {"exact": [], "cached": [], "computed": []}
+    held = 0
     for done in range(runs):
-        for request in (exact, cached):
-            steps, bytes_held = _run(pipeline, request, given)
-            times[request is cached].append(math.fsum(step.seconds_total for step in steps))
-            held = max(held, bytes_held / work.latents.nbytes)
-            computed += [step.seconds_total for step in steps if request is exact]
+        pairs = list(zip(_steps(pipeline, exact, given), _steps(pipeline, cached, given), strict=True))
+        steps = [step for _, (step, _) in pairs]
+        times["exact"].append(math.fsum(step.seconds_total for (step, _), _ in pairs))
+        times["cached"].append(math.fsum(step.seconds_total for step in steps))
+        times["computed"] += [step.seconds_total for (step, _), _ in pairs]
+        held = max(held, *(size for _, (_, size) in pairs))
         progress("step cache", done + 1, runs, "runs")
     skipped = Counter(step.expert for step in steps if step.cached)
     every = Counter(step.expert for step in steps)
@@ -82,23 +84,20 @@ def time_cache(pipeline: Pipeline, work: Work, runs: int, progress: Progress) ->
     assert decided.cache is not None
     return CacheTimes(
         decided.cache,
-        float(np.median(times[False])),
-        float(np.median(times[True])),
-        1000 * float(np.median(computed)),
+        float(np.median(times["exact"])),
+        float(np.median(times["cached"])),
+        1000 * float(np.median(times["computed"])),
         1000 * overhead_s(pipeline, work),
-        held,
+        held / work.latents.nbytes,
         {name: (skipped[name], count) for name, count in every.items()},
     )
 
 
-def _run(pipeline: Pipeline, request: CompleteRequest, given: Conditions) -> tuple[Sequence[Step], int]:
-    """The steps of one run, and the most bytes that its cache kept between two of them."""
-    sampler, steps, held = request.sampler(pipeline.spec), list[Step](), 0
-    spec = request.with_switch(pipeline.spec)
+def _steps(pipeline: Pipeline, request: CompleteRequest, given: Conditions) -> Iterator[tuple[Step, int]]:
+    """The steps of one run, each with the bytes that its cache keeps after it."""
+    sampler, spec = request.sampler(pipeline.spec), request.with_switch(pipeline.spec)
     for step in denoise(spec, pipeline.engine, request.initial_noise(), given, sampler):
-        steps.append(step)
-        held = max(held, sampler.cache.held_bytes if sampler.cache else 0)
-    return steps, held
+        yield step, sampler.cache.held_bytes if sampler.cache else 0
 
 
 def overhead_s(pipeline: Pipeline, work: Work) -> float:
