@@ -97,7 +97,7 @@ def generate(
     residency: ResidencyChoice = "auto",
     progress: Progress = silent,
 ) -> Generated:
-    """Run ``request`` and write ``output`` as ``write_video`` does, with its recipe in the metadata.
+    """Run ``request`` and write ``output`` as ``encode_video`` does, with its recipe in the metadata.
 
     ``residency`` applies to engines at a path, which are opened for this run alone; a pipeline has its own.
 

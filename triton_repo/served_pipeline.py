@@ -3,11 +3,14 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
+from runtime.backend import NewEngine
 from runtime.engine import Arrays, BorrowedEngine, Engine
-from runtime.pipeline import NewEngine, Pipeline
+from runtime.pipeline import Pipeline
+from runtime.weight_sets import WeightSets
 from wan22.bundle import Bundle
 from wan22.residency import ResidencyChoice
 
@@ -33,7 +36,8 @@ class ServedPipeline(Pipeline):
         new_engine: NewEngine | None = None,
         weight_sets: Mapping[str, Bundle] | None = None,
     ) -> None:
-        super().__init__(bundle, residency=residency, new_engine=new_engine, weight_sets=weight_sets)
+        super().__init__(bundle, residency=residency, new_engine=new_engine)
+        self.weight_sets = WeightSets(bundle, weight_sets or {})
         self.pause: Pause = go_on
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by component, inside engines
         self._expert = ""  # the last one used
@@ -58,6 +62,10 @@ class TimedEngine(BorrowedEngine):
     def __init__(self, engine: Engine, name: str, pipeline: ServedPipeline) -> None:
         self._engine, self._name, self._pipeline = engine, name, pipeline
         self.inputs, self.outputs = engine.inputs, engine.outputs
+
+    def __getattr__(self, name: str) -> Any:
+        """What a transformer in blocks has beside its call."""
+        return getattr(self._engine, name)
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         self._pipeline.pause()

@@ -29,9 +29,7 @@ class Limits:
     max_prompt_bytes: int = 16 * 1024  # per prompt; 512 tokens need far less
     max_image_bytes: int = 32 * MEBIBYTE
     max_image_pixels: int = 33_000_000  # by the header, before decoding
-    max_raw_bytes: int = (
-        128 * MEBIBYTE
-    )  # for frames_npz; enough for 81 frames of 832x480. A server is slow with large answers
+    max_raw_bytes: int = 128 * MEBIBYTE  # for frames_npz, 81 frames of 832x480; a server is slow with large answers
     max_queue_size: int = 8  # waiting jobs per priority; more are refused at once
     queue_timeout_s: int = 3600  # longest wait, after which a job is refused
     longest_job_s: int = 3600  # longest run, after which a job ends; a shutdown waits this long too
@@ -86,9 +84,8 @@ class Settings:
         try:
             return msgspec.convert({**parameters, "limits": parameters}, cls, strict=False)
         except msgspec.ValidationError as error:
-            raise UserError(
-                f"model parameters: {error}", "those of wan-trt triton", "run wan-trt triton again"
-            ) from None
+            found = f"model parameters: {error}"
+            raise UserError(found, "those of wan-trt triton", "run wan-trt triton again") from None
 
 
 def settings_of(

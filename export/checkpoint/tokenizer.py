@@ -124,10 +124,15 @@ def _save(tokenizer: Any) -> Path:
     stack = ExitStack()
     folder = stack.enter_context(scratch_folder("tokenizer"))
     atexit.register(stack.close)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write ``tokenizer`` into ``folder``, with the settings of ``google/umt5-xxl``."""
     tokenizer.save(str(folder / VOCABULARY))
     for name, content in (("special_tokens_map.json", SPECIALS), ("tokenizer_config.json", SPECIALS | CONFIG)):
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return folder
 
 
 def unigram(model: bytes) -> Any:
@@ -148,9 +153,12 @@ def _unigram(pieces: list[Piece], charsmap: bytes) -> Any:
     names = [name for name, _, _ in pieces]
     if any(special not in names for special in (PAD, EOS, UNK)):
         raise ValueError("no Unigram model with the pieces of T5")
-    tokenizer = Tokenizer(models.Unigram([(name, score) for name, score, _ in pieces], unk_id=names.index(UNK)))
-    if charsmap:
-        tokenizer.normalizer = normalizers.Precompiled(charsmap)
+    try:
+        tokenizer = Tokenizer(models.Unigram([(name, score) for name, score, _ in pieces], unk_id=names.index(UNK)))
+        if charsmap:
+            tokenizer.normalizer = normalizers.Precompiled(charsmap)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(str(error)) from None
     metaspace = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")

@@ -30,6 +30,7 @@ PLAIN: dict[int, np.dtype[Any]] = {
     28: np.dtype(np.float64),
     30: BFLOAT16,
 }
+HEAD_MAX_BYTES = 2**26  # a tokenizer of 256,000 pieces takes about 8 MB
 ENTRIES_MAX = 100_000  # tensors, and metadata entries; arrays are limited by the file's size
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
@@ -45,17 +46,12 @@ def read_gguf(path: Path, whole: str | None = None) -> tuple[dict[str, Tensor], 
     check_regular(path)
     try:
         with path.open("rb") as stream:
-            head = _Head(stream.read(_head_limit(path)), path.stat().st_size, whole)
+            head = _Head(stream.read(HEAD_MAX_BYTES), path.stat().st_size, whole)
         return _parse(path, head)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", "a readable GGUF file", "check the path") from None
     except (struct.error, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path}: {error}", "a complete GGUF file", "download it again") from None
-
-
-def _head_limit(path: Path) -> int:
-    """The most bytes to read for the header; a tokenizer of 256,000 pieces takes about 8 MB."""
-    return min(path.stat().st_size, 2**26)
 
 
 @dataclass
@@ -70,13 +66,17 @@ class _Head:
         self.place += struct.calcsize(f"<{form}")
         return found[0]
 
+    def skip(self, size_bytes: int) -> int:
+        """Pass over ``size_bytes``; returns where they begin."""
+        start = self.place
+        if start + size_bytes > len(self.content):
+            raise ValueError("a string or array longer than the header")
+        self.place += size_bytes
+        return start
+
     def text(self) -> str:
-        length = self.take("Q")
-        if self.place + length > len(self.content):
-            raise ValueError("a string longer than the header")
-        found = self.content[self.place : self.place + length].decode()
-        self.place += length
-        return found
+        start = self.skip(self.take("Q"))
+        return self.content[start : self.place].decode()
 
     def value(self, key: str) -> Any:
         kind = self.take("I")
@@ -92,13 +92,11 @@ class _Head:
             return [self.text() for _ in range(count)]
         if kind == STRING:
             for _ in range(count):
-                length = self.take("Q")
-                self.place += length
+                self.skip(self.take("Q"))
             return count
         if kind not in SCALARS:
             self._unknown(kind)
-        place, size = self.place, struct.calcsize(SCALARS[kind])
-        self.place += count * size
+        place = self.skip(count * struct.calcsize(SCALARS[kind]))
         if whole:
             return np.frombuffer(self.content, f"<{SCALARS[kind]}", count, place)
         return struct.unpack_from(f"<{count}{SCALARS[kind]}", self.content, place) if count <= 16 else count

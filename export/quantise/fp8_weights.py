@@ -17,13 +17,14 @@ import ml_dtypes
 import numpy as np
 
 from export.files.decoded import Codes
-from export.files.tensor_file import as_torch, check_finite, extremes
+from export.files.tensor_file import Array, as_torch, check_finite, extremes
 from export.graphs.linear import FLOAT8_MAX
 from wan22.parts import DitSpec
 
 Read = Callable[[str], np.ndarray]
 
 JOINED = ("qkv", "kv")
+NAN_CODES = (0x7F, 0xFF)
 PIECE_ELEMENTS, BLOCK_ELEMENTS = 2**22, 2**16
 MARGIN = 1.01  # over the bound of Q and K: the norms compute in float32, but their weights may have been rounded
 
@@ -68,7 +69,7 @@ class Fp8Weights:
         Matrices are read immediately and quantised lazily, so that one thread can read while another computes.
         """
         if kept := self._stored_codes(key):
-            return (piece for codes in kept for piece in codes.stored.pieces())
+            return (piece for codes in kept for piece in _without_nan(key, codes.stored.pieces()))
         parts = self._parts(key) if key in self._quantised else {}
         return self._compute(key, parts)
 
@@ -119,7 +120,7 @@ class Fp8Weights:
     def _whole(self, key: str) -> np.ndarray:
         """The FP8 matrix ``[out, in]``."""
         if kept := self._stored_codes(key):
-            return np.concatenate([np.asarray(codes.stored.read()) for codes in kept])
+            return np.concatenate([piece for codes in kept for piece in _without_nan(key, [codes.stored.read()])])
         parts = self._parts(key)
         pieces = list(self._compute(key, parts))
         return np.concatenate(pieces).reshape(-1, next(iter(parts.values())).shape[1])
@@ -149,18 +150,17 @@ class Fp8Weights:
         return np.asarray(weight.astype(np.float32, copy=False))
 
     def _measure(self, key: str, parts: dict[str, np.ndarray]) -> float:
-        """The scale of ``parts``, stored as one FP8 matrix ``[out, in]``; also computes the biases that need them."""
-        self._make_biases(parts)
-        self._scales[key] = _scale_of(parts)
-        return self._scales[key]
+        """The scale of ``parts``, stored as one FP8 matrix ``[out, in]``.
 
-    def _make_biases(self, parts: dict[str, np.ndarray]) -> None:
-        """Compute the biases that depend on ``parts`` while these are in memory; the file stores biases later."""
+        Also computes the biases that depend on ``parts`` while these are in memory; the file stores biases later.
+        """
         self._held = parts
         for linear in (name.removesuffix(".weight") for name in parts):
             if f"{linear}.bias" in self._remade:
                 self._biases[f"{linear}.bias"] = self._bias(linear)
         self._held = {}
+        self._scales[key] = _scale_of(parts)
+        return self._scales[key]
 
     def _scale_of(self, key: str) -> float:
         if kept := self._stored_codes(key):
@@ -211,6 +211,14 @@ def _input_owner(linear: str) -> str:
     """The linear under whose name the input is recorded: q for q, k and v of self-attention."""
     module, name = linear.rsplit(".", 1)
     return f"{module}.q" if module.endswith("self_attn") and name in "qkv" else linear
+
+
+def _without_nan(key: str, pieces: Iterable[Array]) -> Iterator[Array]:
+    """``pieces`` of stored E4M3 codes, of which two are NaN."""
+    for piece in pieces:
+        if any((piece.view(np.uint8) == code).any() for code in NAN_CODES):
+            check_finite(key, np.array([np.nan], np.float32))
+        yield piece
 
 
 def _scale_of(parts: Mapping[str, np.ndarray]) -> float:

@@ -131,6 +131,19 @@ def test_a_lora_makes_new_codes_of_what_it_changes(calibrated, tmp_path):
     assert torch.equal(found["blocks.0.ffn.2.weight"], tensors[f"{other}.weight"].view(torch.uint8))
 
 
+def test_codes_that_are_no_numbers_are_refused(calibrated, tmp_path):
+    folder, tensors = calibrated
+    target = shutil.copytree(folder, tmp_path / "spoiled")
+    key = f"{THEIRS['blocks.0.self_attn.k.weight']}.weight"
+    codes = tensors[key].view(torch.uint8).clone()
+    codes[7, 9] = 0xFF
+    path = target / "transformer/diffusion_pytorch_model.safetensors"
+    safetensors.torch.save_file(tensors | {key: codes.view(torch.float8_e4m3fn)}, path)
+    with pytest.raises(UserError, match=r"blocks\.0\.self_attn\.qkv\.weight holds NaN"):
+        exported(target, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_an_input_scale_that_makes_no_sense_is_named(calibrated, tmp_path):
     folder, tensors = calibrated
     target = shutil.copytree(folder, tmp_path / "spoiled")

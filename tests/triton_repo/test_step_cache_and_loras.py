@@ -38,11 +38,13 @@ from pathlib import Path
 from runtime.generate import generate
 from runtime.pipeline import Pipeline
 from runtime.request import Request
+from runtime.weight_sets import WeightSets
 from wan22.bundle import open_bundle
 from wan22.caching import Caching
 engines, sets, output, cases = json.load(sys.stdin)
 bundles = {name: open_bundle(Path(folder), "engines") for name, folder in sets.items()}
-with Pipeline(open_bundle(Path(engines), "engines"), weight_sets=bundles) as pipeline:
+with Pipeline.open(Path(engines)) as pipeline:
+    pipeline.weight_sets = WeightSets(pipeline.bundle, bundles)
     for number, (steps, caching, lora) in enumerate(cases):
         lists = {key: tuple(value) if isinstance(value, list) else value for key, value in (caching or {}).items()}
         cache = Caching(**lists) if caching else None

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from runtime.arrays import to_numpy
+from runtime.backend import NewEngine
 from runtime.engine import Arrays, BorrowedEngine, Engine
-from runtime.pipeline import NewEngine, Pipeline
+from runtime.pipeline import Pipeline
 from wan22.bundle import Bundle
 from wan22.errors import UserError
 from wan22.files import whole_file

@@ -101,9 +101,11 @@ def run(
     with renamed_at_end(output) as new, previews as shown:
         result = _Job(url, model, prompt, image, deadline, 1 if urgent else 2, shown).run(settings)
         new.write_bytes(result.video)
-    console.print(f"{output}: {_summary(result)}")
-    if "skipped" in result.event:
-        cache_options.print_decisions(result.event["skipped"], result.event["late_cfg"], result.event["steps"])
+    event = result.event
+    video = video_text(event["width"], event["height"], event["frames"])
+    console.print(f"{output}: {video} at {event['fps']} fps, seed {event['seed']}")
+    if "skipped" in event:
+        cache_options.print_decisions(event["skipped"], event["late_cfg"], event["steps"])
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,6 @@ class _Job:
         if self.preview is not None and event["preview"]:
             self.preview.new.write_bytes(event["preview"])
             self.preview.publish()
-
-
-def _summary(result: "Result") -> str:
-    event = result.event
-    shown = video_text(event["width"], event["height"], event["frames"])
-    return f"{shown} at {event['fps']} fps, seed {event['seed']}"
 
 
 def _format(output: Path) -> str:

@@ -68,28 +68,22 @@ def run(
         raise UserError("--lora with --topology bls", "topology owner, which holds the weights", "leave one out")
     environments = default_environments() if environment is None else (environment,)
     installation = find_installation(environments, server)
-    _stop_at_signals()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     options = ServeOptions(address, http_port, grpc_port, metrics_port, quiet=not verbose)
     with scratch_folder("serve") as folder:
-        repository = folder / "repository"
         with bars() as progress:
             sets = make_weight_sets(engines, folder / "loras", named, checkpoint, progress)
-        packing = RepositoryOptions(
-            name,
-            topology,
-            limits,
-            residency=residency,
-            memory_gib=memory_gib(engines, topology, gpu_memory),
-            loras=sets,
-        )
+        repository, memory = folder / "repository", memory_gib(engines, topology, gpu_memory)
+        packing = RepositoryOptions(name, topology, limits, residency=residency, memory_gib=memory, loras=sets)
         written = write_repository(engines, repository, packing)
         report_unstamped(written.unread)
         variant = CPU if topology == "bls" and not is_for_gpu(written.bundle) else ""
         options = replace(options, config_name=variant)
+        ready = f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4"
         with run_server(installation, repository, written.limits, options, os.environ) as tritonserver:
-            return _serve(
-                tritonserver, f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4", max_silence
-            )
+            return _serve(tritonserver, ready, max_silence)
 
 
 def _serve(server: "Server", ready: str, max_silence_s: float) -> int:
@@ -108,10 +102,3 @@ def _serve(server: "Server", ready: str, max_silence_s: float) -> int:
             end_group(server.process)
             raise
         return 0
-
-
-def _stop_at_signals() -> None:
-    """Treat SIGTERM and SIGHUP like Ctrl-C, except a SIGHUP that nohup ignores."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.default_int_handler)

@@ -65,6 +65,11 @@ def make_weight_sets(
     if not graphs and (build is None or build.options.get("weights") != "external"):
         raise UserError(f"{engines} has embedded weights", "engines with external weights", "build or export again")
     experts = [base.component(name) for name in base.manifest.spec.experts]
+    if any(component.in_stages for component in experts):
+        expected = "engines of the whole transformer"
+        raise UserError(
+            f"--lora with the engines in blocks of {engines}", expected, "use wan-trt lora apply for blocks"
+        )
     size_bytes = sum(file.size_bytes for component in experts for file in component.weights)
     check_disk(folder / "set", (len(loras) + 1) * size_bytes)
     where, made = checkpoint or base.manifest.source.checkpoint, {}

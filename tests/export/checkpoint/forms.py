@@ -70,7 +70,7 @@ def format_1(tensors, path, *, in_header):
         save(path, written, {"_quantization_metadata": json.dumps(content)})
     else:
         mark = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
-        save(path, written | {f"{layer}.comfy_quant": mark for layer in layers})
+        save(path, written | {f"{layer}.comfy_quant": mark.clone() for layer in layers})
     return expected
 
 
@@ -136,4 +136,5 @@ def add_tokenizer(writer, model, *, kind="t5", charsmap=True, scores=True, token
         writer.add_token_scores(values)
     writer.add_token_types(types)
     if charsmap:
-        writer.add_precompiled_charsmap(proto.normalizer_spec.precompiled_charsmap)
+        table = proto.normalizer_spec.precompiled_charsmap if charsmap is True else charsmap
+        writer.add_precompiled_charsmap(table)

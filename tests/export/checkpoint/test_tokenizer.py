@@ -39,6 +39,18 @@ def test_ids_are_those_of_sentencepiece(tmp_path, prompt):
     assert describe(path).holds_tokenizer
 
 
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**6])
+def test_a_piece_longer_than_the_file_is_refused(tmp_path, length):
+    path = written(tmp_path / "umt5.gguf")
+    content = path.read_bytes()
+    first = (5).to_bytes(8, "little") + b"<pad>"
+    assert content.count(first) == 1
+    path.write_bytes(content.replace(first, length.to_bytes(8, "little") + b"<pad>"))
+    for call in (describe, lambda path: tokenizer_folder(None, path)):
+        with pytest.raises(UserError, match="longer than the header"):
+            call(path)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -46,6 +58,7 @@ def test_ids_are_those_of_sentencepiece(tmp_path, prompt):
         ({"kind": "llama"}, "a tokenizer of type llama"),
         ({"scores": False}, "no scores or types"),
         ({"tokens": ["a", "b"]}, "no scores or types"),
+        ({"charsmap": b"\x05\0\0\0abc"}, "precompiled_charsmap"),
         ({"tokens": ["x"] * 1088}, "no Unigram model with the pieces of T5"),
     ],
 )
@@ -54,4 +67,4 @@ def test_a_tokenizer_that_cannot_be_trusted_is_refused(tmp_path, change, words):
     with pytest.raises(UserError, match=words) as error:
         tokenizer_folder(None, path)
     assert "\n" not in str(error.value)
-    assert describe(path).holds_tokenizer == ("charsmap" not in change)
+    assert describe(path).holds_tokenizer == bool(change.get("charsmap", True))

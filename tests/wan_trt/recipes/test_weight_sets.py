@@ -11,6 +11,7 @@ from export.options import ExportOptions
 from runtime.pipeline import Pipeline
 from runtime.recipe import recipe_of
 from runtime.request import Request
+from runtime.weight_sets import WeightSets
 from triton_repo.loading import load
 from triton_repo.settings import Limits, settings_of
 from wan22.bundle import open_bundle
@@ -67,7 +68,8 @@ def test_loras_by_turns_give_what_their_bundles_give(tiny_engines, tiny_checkpoi
 
 def test_a_set_is_known_by_its_manifest(tiny_engines, loras, sets):
     bundles = {name: open_bundle(folder, "engines") for name, folder in sets.items()}
-    with Pipeline(open_bundle(tiny_engines, "engines"), weight_sets=bundles) as pipeline:
+    with Pipeline.open(tiny_engines) as pipeline:
+        pipeline.weight_sets = WeightSets(pipeline.bundle, bundles)
         complete = pipeline.complete(Request(**{**vars(REQUEST), "lora": "oil"}))
         recipe = recipe_of(complete, pipeline.weight_sets.manifest("oil"), 16, 8)
         assert (recipe.lora, recipe.bundle) == ("oil", bundles["oil"].manifest.own_sha256)
