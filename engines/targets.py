@@ -79,78 +79,42 @@ class Target:
 _AMPERE, _ADA = "NVIDIA Ampere GA102 whitepaper 2.1", "NVIDIA Ada GPU Architecture whitepaper 2.02"
 _BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper"
 _TABLE = (
-    Target(
-        "a100", "A100", "tensorrt", "8.0", 80, 2039, 19.5, 312, None,
-        "NVIDIA A100 80GB SXM datasheet",
-    ),
-    Target(
-        "a10g", "A10G", "tensorrt", "8.6", 24, 600, 31.5, 70, None,
-        "NVIDIA A10G datasheet (BF16 140 with sparsity, halved)",
-    ),
-    Target(
-        "l40", "L40", "tensorrt", "8.9", 48, 864, 90.5, 181, 362,
-        "NVIDIA L40 datasheet (BF16 362 and FP8 724 with sparsity, halved)",
-    ),
-    Target(
-        "l40s", "L40S", "tensorrt", "8.9", 48, 864, 91.6, 362, 733,
-        "NVIDIA L40S datasheet",
-    ),
-    Target(
-        "l4", "L4", "tensorrt", "8.9", 24, 300, 30.3, 121, 242.5,
-        "NVIDIA L4 datasheet (242 and 485 with sparsity, halved)",
-    ),
-    Target(
-        "h100", "H100", "tensorrt", "9.0", 80, 3350, 67, 989.5, 1979,
-        "NVIDIA H100 SXM datasheet (1979 and 3958 with sparsity, halved)",
-    ),
-    Target(
-        "h20", "H20", "tensorrt", "9.0", 96, 4000, 44, 148, 296,
-        "NVIDIA H20 product brief (dense)",
-    ),
-    Target(
-        "h200", "H200", "tensorrt", "9.0", 141, 4800, 67, 989.5, 1979,
-        "NVIDIA H200 SXM datasheet (1979 and 3958 with sparsity, halved)",
-    ),
-    Target(
-        "b200", "B200", "tensorrt", "10.0", 180, 7700, 75, 2250, 4500,
-        "NVIDIA Blackwell datasheet, HGX B200 per GPU (4.5 and 9 PFLOPS with sparsity, halved)",
-    ),
-    Target(
-        "rtx3090", "GeForce RTX 3090", "tensorrt-rtx", "8.6", 24, 936, 35.6, 71, None,
-        f"{_AMPERE}, table 9",
-    ),
-    Target(
-        "rtx4090", "GeForce RTX 4090", "tensorrt-rtx", "8.9", 24, 1008, 82.6, 165.2, 330.3,
-        f"{_ADA}, appendix A (FP8 with FP32 accumulate)",
-    ),
-    Target(
-        "rtx4080", "GeForce RTX 4080", "tensorrt-rtx", "8.9", 16, 716.8, 48.7, 97.5, 194.9,
-        f"{_ADA}, GeForce RTX 4080 (FP8 with FP32 accumulate)",
-    ),
-    Target(
-        "rtx4070ti", "GeForce RTX 4070 Ti", "tensorrt-rtx", "8.9", 12, 504.2, 40.1, 80.2, 160.4,
-        "NVIDIA GeForce RTX 4070 Ti specifications: 7680 cores at 2.61 GHz; tensor cores in the ratio of the RTX 4090",
-    ),
-    Target(
-        "rtx5090", "GeForce RTX 5090", "tensorrt-rtx", "12.0", 32, 1792, 104.8, 209.5, 419,
-        f"{_BLACKWELL}, appendix A (FP8 with FP32 accumulate)",
-    ),
-    Target(
-        "rtx5080", "GeForce RTX 5080", "tensorrt-rtx", "12.0", 16, 960, 56.3, 112.6, 225.1,
-        f"{_BLACKWELL}, GeForce RTX 5080 (FP8 with FP32 accumulate)",
-    ),
-    Target(
-        "rtx-pro-6000-blackwell", "RTX PRO 6000 Blackwell", "tensorrt-rtx", "12.0", 96, 1792, 126, 503.8, 1007.6,
-        "NVIDIA RTX Blackwell PRO GPU Architecture whitepaper, Workstation Edition",
-    ),
-    Target(
-        "gb10", "GB10", "tensorrt", "12.1", 128, 273, 31, 125, 250,
-        "NVIDIA DGX Spark datasheet: 1 PFLOPS FP4 with sparsity; BF16 and FP8 derived as its 1/8 and 1/4",
-    ),
-    Target(
-        "cpu", "", "onnxruntime", "", 0, 0, None, None, None,
-        "no figures: the reference backend",
-    ),
+    Target("a100", "A100", "tensorrt", "8.0", 80, 2039, 19.5, 312, None,
+        "NVIDIA A100 80GB SXM datasheet"),
+    Target("a10g", "A10G", "tensorrt", "8.6", 24, 600, 31.5, 70, None,
+        "NVIDIA A10G datasheet (BF16 140 with sparsity, halved)"),
+    Target("l40", "L40", "tensorrt", "8.9", 48, 864, 90.5, 181, 362,
+        "NVIDIA L40 datasheet (BF16 362 and FP8 724 with sparsity, halved)"),
+    Target("l40s", "L40S", "tensorrt", "8.9", 48, 864, 91.6, 362, 733,
+        "NVIDIA L40S datasheet"),
+    Target("l4", "L4", "tensorrt", "8.9", 24, 300, 30.3, 121, 242.5,
+        "NVIDIA L4 datasheet (242 and 485 with sparsity, halved)"),
+    Target("h100", "H100", "tensorrt", "9.0", 80, 3350, 67, 989.5, 1979,
+        "NVIDIA H100 SXM datasheet (1979 and 3958 with sparsity, halved)"),
+    Target("h20", "H20", "tensorrt", "9.0", 96, 4000, 44, 148, 296,
+        "NVIDIA H20 product brief (dense)"),
+    Target("h200", "H200", "tensorrt", "9.0", 141, 4800, 67, 989.5, 1979,
+        "NVIDIA H200 SXM datasheet (1979 and 3958 with sparsity, halved)"),
+    Target("b200", "B200", "tensorrt", "10.0", 180, 7700, 75, 2250, 4500,
+        "NVIDIA Blackwell datasheet, HGX B200 per GPU (4.5 and 9 PFLOPS with sparsity, halved)"),
+    Target("rtx3090", "GeForce RTX 3090", "tensorrt-rtx", "8.6", 24, 936, 35.6, 71, None,
+        f"{_AMPERE}, table 9"),
+    Target("rtx4090", "GeForce RTX 4090", "tensorrt-rtx", "8.9", 24, 1008, 82.6, 165.2, 330.3,
+        f"{_ADA}, appendix A (FP8 with FP32 accumulate)"),
+    Target("rtx4080", "GeForce RTX 4080", "tensorrt-rtx", "8.9", 16, 716.8, 48.7, 97.5, 194.9,
+        f"{_ADA}, GeForce RTX 4080 (FP8 with FP32 accumulate)"),
+    Target("rtx4070ti", "GeForce RTX 4070 Ti", "tensorrt-rtx", "8.9", 12, 504.2, 40.1, 80.2, 160.4,
+        "NVIDIA GeForce RTX 4070 Ti specifications: 7680 cores at 2.61 GHz; tensor cores in the ratio of the RTX 4090"),
+    Target("rtx5090", "GeForce RTX 5090", "tensorrt-rtx", "12.0", 32, 1792, 104.8, 209.5, 419,
+        f"{_BLACKWELL}, appendix A (FP8 with FP32 accumulate)"),
+    Target("rtx5080", "GeForce RTX 5080", "tensorrt-rtx", "12.0", 16, 960, 56.3, 112.6, 225.1,
+        f"{_BLACKWELL}, GeForce RTX 5080 (FP8 with FP32 accumulate)"),
+    Target("rtx-pro-6000-blackwell", "RTX PRO 6000 Blackwell", "tensorrt-rtx", "12.0", 96, 1792, 126, 503.8, 1007.6,
+        "NVIDIA RTX Blackwell PRO GPU Architecture whitepaper, Workstation Edition"),
+    Target("gb10", "GB10", "tensorrt", "12.1", 128, 273, 31, 125, 250,
+        "NVIDIA DGX Spark datasheet: 1 PFLOPS FP4 with sparsity; BF16 and FP8 derived as its 1/8 and 1/4"),
+    Target("cpu", "", "onnxruntime", "", 0, 0, None, None, None,
+        "no figures: the reference backend"),
 )  # fmt: skip
 TARGETS = {target.name: target for target in _TABLE}
 
@@ -158,9 +122,8 @@ TARGETS = {target.name: target for target in _TABLE}
 def _generic(capability: str, backend: Backend) -> Target:
     """Any GPU of one compute capability: the same engines, but unknown memory and speed."""
     name = f"sm{capability.replace('.', '')}"
-    return Target(
-        name, "", backend, capability, 0, 0, None, None, None, "no figures: any GPU of its compute capability"
-    )
+    source = "no figures: any GPU of its compute capability"
+    return Target(name, "", backend, capability, 0, 0, None, None, None, source)
 
 
 _BY_CAPABILITY = {

@@ -12,6 +12,7 @@ from export.checkpoint.place import Place
 from export.component import ExportPart
 from export.files.resumable import Journal, kept_bytes, resumable_folder
 from export.files.tensor_file import Array
+from export.graphs.blocks import StageGraph, stage_graphs
 from export.graphs.builder import GraphBuilder, Placed
 from export.graphs.dit import LatentDims, dit_graph
 from export.graphs.linear import Fp8
@@ -26,7 +27,17 @@ from export.quantise.input_means import read_input_means
 from export.quantise.input_scales import Scales, check_weights, read_input_scales
 from export.quantise.published import published, row_scaled
 from export.shared_files import share, shared_name, shared_placements
-from wan22.bundle import Bundle, Component, File, Manifest, check_disk, file_entry, refuse_existing, write_manifest
+from wan22.bundle import (
+    Bundle,
+    Component,
+    File,
+    Manifest,
+    Stage,
+    check_disk,
+    file_entry,
+    refuse_existing,
+    write_manifest,
+)
 from wan22.errors import UserError
 from wan22.inputs import check_no_source
 from wan22.progress import Progress, silent
@@ -165,16 +176,20 @@ def _expert_parts(
 ) -> dict[str, ExportPart]:
     """The experts as parts. Experts with equal settings share one graph, bound to the weights of each in turn."""
     precisions, parts = precisions_of(spec, options), {}
-    authored: list[tuple[Precision, Fp8 | None, GraphBuilder]] = []
+    authored: list[tuple[Precision, Fp8 | None, GraphBuilder, dict[str, StageGraph]]] = []
     for expert in spec.experts:
         known, precision = measured.get(expert, _Measured()), precisions[expert]
         lengths = {linear: len(mean) for linear, mean in known.means.items()}
         kept = replace(options, keep_high_precision=options.keep_high_precision | known.wide_blocks)
         fp8 = fp8_of(precision, kept, known.scales, lengths, known.by_column)
-        alike = [graph for *of, graph in authored if of == [precision, fp8]]
-        graph = alike[0] if alike else dit_graph(spec.dit, compute_type(precision), dims, fp8)
-        authored.append((precision, fp8, graph))
-        parts[expert] = ExportPart(expert, precision, {expert: graph}, known.scales, known.means)
+        alike = [made for made in authored if made[:2] == (precision, fp8)]
+        if not alike:
+            compute = compute_type(precision)
+            stages = stage_graphs(spec.dit, compute, fp8) if fp8 is None or fp8.uniform else {}
+            alike = [(precision, fp8, dit_graph(spec.dit, compute, dims, fp8), stages)]
+            authored += alike
+        *_, graph, stages = alike[0]
+        parts[expert] = ExportPart(expert, precision, {expert: graph}, stages, known.scales, known.means)
     return parts
 
 
@@ -193,13 +208,14 @@ class _Meter:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Write the parts of one bundle."""
+    """Write the parts of one bundle. Experts with the same stages share their files."""
 
     folder: Path
     source: Checkpoint
     options: ExportOptions
     meter: _Meter
     journal: Journal
+    written_stages: dict[int, tuple[Stage, ...]] = field(default_factory=dict)
 
     def components(self, name: str, part: ExportPart) -> list[Component]:
         files, placed = self.weights(name, part)
@@ -209,8 +225,20 @@ class _Writer:
             graph.save(self.folder / f"{component}.onnx")
             entry = file_entry(self.folder, self.folder / f"{component}.onnx")
             why = why_higher(name, part.precision, self.options)
-            components.append(Component(component, entry, files, *graph.edges(), part.precision, why))
+            edges, stages = graph.edges(), self.stages(name, part)
+            components.append(Component(component, entry, files, *edges, part.precision, why, stages=stages))
         return components
+
+    def stages(self, name: str, part: ExportPart) -> tuple[Stage, ...]:
+        if (key := id(part.stages)) not in self.written_stages:
+            found = []
+            for stage, graph in part.stages.items():
+                graph.edges()
+                path = self.folder / f"{name}.{stage}.onnx"
+                graph.save(path)
+                found.append(graph.stage(file_entry(self.folder, path)))
+            self.written_stages[key] = tuple(found)
+        return self.written_stages[key]
 
     def weights(self, name: str, part: ExportPart) -> tuple[tuple[File, ...], dict[str, Placed]]:
         """Write the part's files; return their entries and the position of each tensor."""

@@ -10,7 +10,6 @@ Calls with fixed shapes and without state are recorded by ONNX Runtime as CUDA g
 
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -20,10 +19,10 @@ from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.engine_onnxruntime import NO_MEMORY
 from runtime.gpu import TO_RUN, Gpu, compute_capability
 from wan22.backends import loading, require_module
-from wan22.bundle import Component, Manifest
+from wan22.bundle import Component
 from wan22.errors import UserError
 from wan22.onnx_file import check_component
-from wan22.shapes import shape_of, sizes_of
+from wan22.shapes import sizes_of
 
 PACKAGE, CUDA, CPU = "onnxruntime-gpu", "CUDAExecutionProvider", "CPUExecutionProvider"
 INSTALL = 'pip install "onnxruntime-gpu[cuda,cudnn]"'
@@ -42,33 +41,23 @@ class CudaDevice(Gpu):
         self.others = [CPU] if provider != CPU else []  # for the arithmetic of shapes
 
     @classmethod
-    def open(cls, manifest: Manifest) -> Self:
-        """The GPU of this machine, checked against the bundle of ``manifest``.
+    def open(cls, oldest: str, oldest_gpu: str) -> Self:
+        """The GPU of this machine, for graphs that need ONNX Runtime ``oldest`` and this compute capability or later.
 
         Raises:
             UserError: ONNX Runtime is missing, has no CUDA provider or is too old; CuPy is missing; no GPU, or one that
                 is too old.
         """
-        onnxruntime, cupy = (
-            require_module("onnxruntime", PACKAGE, TO_RUN),
-            require_module("cupy", "cupy-cuda13x", TO_RUN),
-        )
-        check_onnxruntime(onnxruntime, manifest)
-        capability, needed = compute_capability(cupy), manifest.build.compute_capability if manifest.build else ""
-        if _numbers(capability) < _numbers(needed):
+        onnxruntime = require_module("onnxruntime", PACKAGE, TO_RUN)
+        cupy = require_module("cupy", "cupy-cuda13x", TO_RUN)
+        check_onnxruntime(onnxruntime, oldest)
+        capability = compute_capability(cupy)
+        if _numbers(capability) < _numbers(oldest_gpu):
             found = f"a GPU of compute capability {capability}"
-            raise UserError(found, f"{needed} or later, for flash attention in 16 bits", "use another GPU")
+            raise UserError(found, f"{oldest_gpu} or later, for flash attention in 16 bits", "use another GPU")
         if hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA and cuDNN from their Python packages, where installed
         return cls(onnxruntime, cupy)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
     def engine(self, folder: Path, component: Component) -> "CudaEngine":
         """The engine of ``component`` in the bundle at ``folder``."""
@@ -136,14 +125,11 @@ class CudaEngine:
         if any(words in str(error) for words in NO_MEMORY):
             return self._device.out_of_memory(self.name)
         if type(error).__name__ in ("InvalidProtobuf", "InvalidGraph", "NoSuchFile", "NotImplemented"):
-            return UserError(
-                f"{self._path} does not load: {error}", "a graph that ONNX Runtime loads", "build it again"
-            )
+            found = f"{self._path} does not load: {error}"
+            return UserError(found, "a graph that ONNX Runtime loads", "build it again")
         return error
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._device.stream.synchronize()
         if self._kept:
             self._kept.forget()
@@ -161,15 +147,9 @@ class CudaEngine:
         sizes = sizes_of(self.inputs, {name: array.shape for name, array in inputs.items()})
         device.used_by(self)
         with device.stream, device.refuse_out_of_memory(self.name):
-            entering = {n: device.cupy.ascontiguousarray(device.cupy.asarray(array)) for n, array in inputs.items()}
-            leaving = {t.name: device.cupy.empty(shape_of(t, sizes), t.dtype) for t in self.outputs}
-            if self._kept:
-                entering = self._kept.keep("in", entering, copy=True)
-                leaving = self._kept.keep("out", leaving, copy=False)
+            entering, leaving = device.arrays(inputs, self.outputs, sizes, self._kept)
             self._run(entering, leaving)
-            on_device = device.asked_for(inputs, self.outputs)
-            results = tuple(self._result(t.name, leaving[t.name], on_device) for t in self.outputs)
-            device.stream.synchronize()
+            results = device.results(inputs, self.outputs, leaving, recorded=self._kept is not None)
         return results[0] if len(results) == 1 else results
 
     def _run(self, entering: dict[str, Any], leaving: dict[str, Any]) -> None:
@@ -189,18 +169,10 @@ class CudaEngine:
         """The arguments that bind an array: device, device number, type, shape, address."""
         return self._device.place, 0, np.dtype(array.dtype).type, tuple(array.shape), int(array.data.ptr)
 
-    def _result(self, name: str, array: Any, on_device: bool) -> Any:
-        """The array for the caller: state on the device, other outputs where ``on_device`` says."""
-        if name.startswith(NEXT):
-            return array
-        if not on_device:
-            return array.get(stream=self._device.stream)
-        return array.copy() if self._kept else array
 
-
-def check_onnxruntime(onnxruntime: Any, manifest: Manifest) -> None:
-    """Refuse a build of ONNX Runtime that has no CUDA provider or is older than the bundle's graphs need."""
-    version, needed = onnxruntime.__version__, manifest.build.backend_version if manifest.build else ""
+def check_onnxruntime(onnxruntime: Any, needed: str) -> None:
+    """Refuse a build of ONNX Runtime that has no CUDA provider or is older than version ``needed``."""
+    version = onnxruntime.__version__
     if CUDA not in onnxruntime.get_available_providers():
         remedy = f"pip uninstall onnxruntime, then {INSTALL}: both packages have one module"
         raise UserError(f"onnxruntime {version} without a CUDA provider", f"{PACKAGE} {needed} or later", remedy)
@@ -217,7 +189,9 @@ def check_assignment(name: str, provider: str, subgraphs: Iterable[Any]) -> None
     elsewhere = [node for part in subgraphs if part.ep_name != provider for node in part.get_nodes()]
     if computing := sorted({node.op_type for node in elsewhere} - SHAPE_ARITHMETIC):
         found = f"{name}: ONNX Runtime computes {', '.join(computing)} on the CPU"
-        raise UserError(found, "nodes that all run on the GPU", f"build again with {PACKAGE} 1.25 or later")
+        raise UserError(
+            found, "nodes that all run on the GPU", f"{INSTALL} --upgrade: newer releases have more kernels"
+        )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

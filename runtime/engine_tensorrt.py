@@ -10,7 +10,6 @@ Arrays may be numpy's or CuPy's. Results are numpy arrays unless an input is CuP
 import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -20,10 +19,11 @@ from runtime.cuda_graph import RecordedCalls
 from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.external_weights import ExternalWeights, HostCopies
 from runtime.gpu import TO_RUN, Gpu, compute_capability
+from runtime.rtx import KernelCache, check_valid, configure
 from wan22.backends import MODULES, require_module
-from wan22.bundle import Component, Manifest, Tensor
+from wan22.bundle import Component, Manifest
 from wan22.quantities import human_bytes
-from wan22.shapes import Profile, is_static, own_profiles, shape_of, sizes_of
+from wan22.shapes import Profile, is_static, own_profiles, sizes_of
 
 
 class Device(Gpu):
@@ -51,21 +51,17 @@ class Device(Gpu):
         check_build(manifest, trt.__version__, compute_capability(cupy))
         return cls(trt, cupy, manifest)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._shared_plans.clear()
         self.host_copies.clear()
-        self.release()
+        super().__exit__()
 
     def plan(self, path: Path, *, shared: bool) -> Any:
         """The engine in the file ``path``; a ``shared`` one is loaded once and stays."""
         if path in self._shared_plans:
             return self._shared_plans[path]
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
+            check_valid(self.trt, self.runtime, content, path.name)
             engine = self.runtime.deserialize_cuda_engine(content)
         if engine is None:
             size = human_bytes(path.stat().st_size, 1)
@@ -77,6 +73,22 @@ class Device(Gpu):
     def engine(self, folder: Path, component: Component, profiles: Sequence[Profile]) -> "TensorRTEngine":
         """The engine of ``component`` in the bundle at ``folder``; ``profiles`` are the bundle's."""
         return TensorRTEngine(self, folder, component, profiles)
+
+    def kept_kernels(self, folder: Path, component: Component) -> KernelCache | None:
+        """The kernels that TensorRT-RTX compiled for an engine before; None for TensorRT, which does not."""
+        return KernelCache(self, folder, component) if hasattr(self.trt, "CudaGraphStrategy") else None
+
+    def new_context(self, engine: Any, kernels: KernelCache | None, *, fixed: bool) -> Any:
+        """An execution context that allocates no memory; ``fixed`` if shapes and addresses never change."""
+        trt = self.trt
+        if not hasattr(engine, "create_runtime_config"):
+            return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if kernels is not None:
+            configure(trt, config, fixed=fixed)
+            kernels.attach(config)
+        return engine.create_execution_context(config)
 
     def arena(self, size_bytes: int) -> int:
         """The address of at least ``size_bytes`` of scratch memory; its earlier content is lost."""
@@ -100,12 +112,13 @@ class TensorRTEngine:
     def __init__(self, device: Device, folder: Path, component: Component, profiles: Sequence[Profile]) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self._component = component
-        self._device, self._path = device, folder / component.graph.path
+        self._device, self._folder, self._path = device, folder, folder / component.graph.path
         external = bool(component.weights)
         self._weights = ExternalWeights(device.cupy, device.host_copies, folder, component) if external else None
         self._profiles = own_profiles(profiles, component.inputs)
         self._engine: Any = None
         self._context: Any = None
+        self._kernels: KernelCache | None = None
         self._profile_in_use = self._scratch = 0
         self._replay = RecordedCalls(device.stream) if self.replays else None
 
@@ -113,7 +126,7 @@ class TensorRTEngine:
     def replays(self) -> bool:
         """True if a call is recorded once as a CUDA graph and replayed: fixed shapes, and no state on the device.
 
-        TensorRT-RTX records by itself (see :meth:`_new_context`).
+        TensorRT-RTX records by itself (see :meth:`Device.new_context`).
         """
         fixed = all(is_static(profile) for profile in self._profiles)
         stateful = any(tensor.name.startswith(NEXT) for tensor in self.outputs)
@@ -124,7 +137,9 @@ class TensorRTEngine:
         self._engine = self._device.plan(self._path, shared=self._weights is not None)
         if self._device.manifest is not None:
             check_plan(str(self._engine.name), self._device.manifest, self._component)
-        self._context = self._new_context()
+        self._kernels = self._device.kept_kernels(self._folder, self._component)
+        fixed = all(is_static(profile) for profile in self._profiles)
+        self._context = self._device.new_context(self._engine, self._kernels, fixed=fixed)
         self._profile_in_use = 0
         if self._weights:
             self._bind_weights(self._weights)
@@ -140,26 +155,15 @@ class TensorRTEngine:
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._device.stream.synchronize()
         if self._replay:
             self._replay.forget()
+        if self._kernels is not None:
+            self._kernels.save()
         self._context = self._engine = None
         if self._weights:
             self._weights.release()
-
-    def _new_context(self) -> Any:
-        """An execution context that allocates no memory."""
-        trt, engine = self._device.trt, self._engine
-        if not hasattr(engine, "create_runtime_config"):
-            return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if hasattr(trt, "CudaGraphStrategy") and all(is_static(profile) for profile in self._profiles):
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return engine.create_execution_context(config)
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         """Run the engine; the module's docstring says where arrays live.
@@ -173,12 +177,11 @@ class TensorRTEngine:
         self._device.used_by(self)
         with self._device.stream, self._device.refuse_out_of_memory(self.name):
             self._use_profile(index)
-            arrays = self._device_inputs(inputs) | self._new_outputs(output_shapes(self.outputs, sizes))
+            entering, leaving = self._device.arrays(inputs, self.outputs, sizes, self._replay)
+            arrays = entering | leaving
             self._bind(arrays)
             self._run(tuple(int(array.data.ptr) for array in arrays.values()))
-            on_device = self._device.asked_for(inputs, self.outputs)
-            results = tuple(self._result(tensor, arrays[tensor.name], on_device) for tensor in self.outputs)
-            self._device.stream.synchronize()
+            results = self._device.results(inputs, self.outputs, leaving, recorded=self._replay is not None)
         return results[0] if len(results) == 1 else results
 
     # -- one call
@@ -188,18 +191,6 @@ class TensorRTEngine:
             if not self._context.set_optimization_profile_async(index, self._device.stream.ptr):
                 raise RuntimeError(f"{self.name}: TensorRT refused optimisation profile {index}")
             self._profile_in_use = index
-
-    def _device_inputs(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """The inputs on the device, contiguous; at the addresses of the recorded call, if there is one."""
-        cupy = self._device.cupy
-        placed = {name: cupy.ascontiguousarray(cupy.asarray(array)) for name, array in inputs.items()}
-        return self._replay.keep("in", placed, copy=True) if self._replay else placed
-
-    def _new_outputs(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """Arrays for the outputs; those of the recorded call, if there is one."""
-        dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
-        made = {name: self._device.cupy.empty(shape, dtypes[name]) for name, shape in shapes.items()}
-        return self._replay.keep("out", made, copy=False) if self._replay else made
 
     def _bind(self, arrays: Mapping[str, Any]) -> None:
         context = self._context
@@ -221,16 +212,3 @@ class TensorRTEngine:
             enqueue()
         else:
             self._replay.run((self._profile_in_use, *addresses, self._scratch), enqueue)
-
-    def _result(self, tensor: Tensor, array: Any, on_device: bool) -> Any:
-        """The array for the caller: state on the device, other outputs where ``on_device`` says."""
-        if tensor.name.startswith(NEXT):
-            return array
-        if not on_device:
-            return array.get(stream=self._device.stream)
-        return array.copy() if self._replay else array
-
-
-def output_shapes(outputs: Sequence[Tensor], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every output, by name, from the ``sizes`` of the named dimensions."""
-    return {tensor.name: shape_of(tensor, sizes) for tensor in outputs}

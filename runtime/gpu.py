@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from runtime.cuda_graph import RecordedCalls
 from runtime.engine import NEXT
 from wan22.bundle import Tensor
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
 from wan22.residency import VRAM_RESERVED
+from wan22.shapes import shape_of
 
 TO_RUN = "it to run these engines"
 
@@ -36,6 +38,12 @@ class Gpu:
         self.cupy = cupy
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._last_user: object = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Return CuPy's reserve to the GPU."""
@@ -72,7 +80,41 @@ class Gpu:
                 raise
             raise self.out_of_memory(f"a call of {name}") from None
 
-    def asked_for(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[Tensor]) -> bool:
-        """True if an input other than state is on the device."""
+    # -- the arrays of a call
+
+    def arrays(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        outputs: Sequence[Tensor],
+        sizes: Mapping[str, int],
+        recorded: RecordedCalls | None,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The inputs on the device, contiguous, and arrays for the outputs; those of the ``recorded`` call, if any."""
+        entering = {name: self.cupy.ascontiguousarray(self.cupy.asarray(array)) for name, array in inputs.items()}
+        leaving = {t.name: self.cupy.empty(shape_of(t, sizes), t.dtype) for t in outputs}
+        if recorded is None:
+            return entering, leaving
+        return recorded.keep("in", entering, copy=True), recorded.keep("out", leaving, copy=False)
+
+    def results(
+        self, inputs: Mapping[str, np.ndarray], outputs: Sequence[Tensor], leaving: Mapping[str, Any], *, recorded: bool
+    ) -> tuple[Any, ...]:
+        """The outputs for the caller, when they are computed: state stays on the device.
+
+        Others are numpy's unless an input other than state is on the device, and copies if the call is ``recorded``,
+        since the next one writes to the same arrays.
+        """
         names = {tensor.name for tensor in outputs}
-        return any(isinstance(x, self.cupy.ndarray) for n, x in inputs.items() if NEXT + n not in names)
+        on_device = any(isinstance(x, self.cupy.ndarray) for n, x in inputs.items() if NEXT + n not in names)
+
+        def result(name: str) -> Any:
+            array = leaving[name]
+            if name.startswith(NEXT):
+                return array
+            if not on_device:
+                return array.get(stream=self.stream)
+            return array.copy() if recorded else array
+
+        found = tuple(result(tensor.name) for tensor in outputs)
+        self.stream.synchronize()
+        return found

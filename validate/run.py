@@ -61,7 +61,7 @@ def validate(
     check_no_source(out / "report.json", engines, options.bench, options.gate, options.prompts)
     if options.calls is not None:
         check_calls(options.calls)
-    opened = open_for_comparison(engines, options.calls, options.residency)
+    opened = open_for_comparison(engines, options.calls, options.residency, options.blocks)
     calls = claim(options.calls / "calls", "the calls") if options.calls is not None else nullcontext()
     with claim(out / "report.json", "the report") as claimed, calls, opened as pipeline:
         manifest = pipeline.bundle.manifest

@@ -63,7 +63,7 @@ def check_graphs(bundle: Bundle) -> None:
 def check_component(folder: Path, component: Component) -> None:
     """Run :func:`check_graphs` for one component of the bundle at ``folder``."""
     named = {file.path: file.size_bytes for file in component.weights}
-    for file in (component.graph, *component.halves):
+    for file in (component.graph, *component.halves, *(stage.graph for stage in component.stages)):
         path = folder / file.path
         try:
             found = set(stored_tensors(path.read_bytes()))

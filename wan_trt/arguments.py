@@ -11,12 +11,15 @@ import typer
 from typer.models import OptionInfo
 
 from wan22.errors import UserError
+from wan22.quantities import parse_bytes
 from wan22.shapes import parse_size
 from wan_trt.cache_options import caching_from
 
 if TYPE_CHECKING:
     from runtime.arrays import F32
+    from runtime.block_backend import BlockOptions
     from runtime.request import Request
+    from wan22.block_memory import WeightsIn as WeightsChoice
 
 Engines = Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)]
 Prompt = Annotated[str, typer.Argument(help="Description of the video, in any language.", show_default=False)]
@@ -68,6 +71,17 @@ Residency = Annotated[
         metavar="HOW", help="Engines that stay loaded: all, one-expert, one-component, or auto (as many as fit)."
     ),
 ]
+WeightsIn = Annotated[
+    Literal["auto", "vram", "host", "disk"],
+    typer.Option(
+        metavar="PLACE",
+        help="Blocks at rest: vram, host, disk, or auto (as many in VRAM as fit).",
+    ),
+]
+Vram = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Memory for a transformer in blocks, as 8GiB; by default what is free."),
+]
 Schedule = Annotated[
     Literal["official", "diffusers"] | None,
     typer.Option(metavar="NAME", help="Timesteps of official or diffusers; by default the preset's."),
@@ -102,6 +116,7 @@ GROUPS = {
         "precision", "text_encoder", "high_noise", "low_noise", "dit", "vae_decoder", "fp8_attention",
         "keep_high_precision", "input_scales", "input_means",
     ),
+    "Memory": ("residency", "weights_in", "vram"),
     "LoRA": ("lora", "lora_ignore_unmatched"),
     "Comparison": (
         "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",
@@ -158,6 +173,13 @@ def seed_of(typed: int | None) -> int:
     drawn = secrets.randbelow(2**32)  # torch uses the low 32 bits
     typer.echo(f"seed {drawn}", err=True)
     return drawn
+
+
+def blocks_options(weights_in: "WeightsChoice", vram: str | None) -> "BlockOptions":
+    """Where the weights of transformers in blocks are."""
+    from runtime.block_backend import BlockOptions
+
+    return BlockOptions(weights_in, None if vram is None else parse_bytes(vram, "--vram"))
 
 
 def noise_of(path: Path | None) -> "F32 | None":

@@ -65,9 +65,8 @@ def constant(graph: "ir.Graph", name: str, array: Any) -> "ir.Value":
 
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
-        graph.initializers[name] = ir.Value(
-            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
+        shape, kind = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
+        graph.initializers[name] = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
     return graph.initializers[name]
 
 

@@ -116,18 +116,16 @@ def _norm_and_rotate(
 
     (linear, cos, sin), (heads, head_width) = operands, split
     name = str(linear.name)
-    weight = ir.node(
-        "Reshape", [found.norm_weights.inputs[part], shape_constant(graph, [-1])], name=f"{name}/norm_weight"
-    )
+    stored = found.norm_weights.inputs[part]
+    weight = ir.node("Reshape", [stored, shape_constant(graph, [-1])], name=f"{name}/norm_weight")
     settings = {"axis": -1, "epsilon": found.epsilon}
     float32 = [] if found.gemm.outputs[0].dtype == ir.DataType.FLOAT else [_widen(linear)]
     x = (float32 or [linear])[0].outputs[0]
     norm = ir.node("RMSNormalization", [x, weight.outputs[0]], settings, name=f"{name}/norm")
     rows = shape_constant(graph, [1, -1, heads * head_width])
     row = ir.node("Reshape", [norm.outputs[0], rows], name=f"{name}/rows")
-    turned = ir.node(
-        "RotaryEmbedding", [row.outputs[0], cos, sin], {"num_heads": heads, "interleaved": 1}, name=f"{name}/rotary"
-    )
+    settings = {"num_heads": heads, "interleaved": 1}
+    turned = ir.node("RotaryEmbedding", [row.outputs[0], cos, sin], settings, name=f"{name}/rotary")
     return [*float32, weight, norm, row, turned]
 
 

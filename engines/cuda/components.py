@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.cuda.kernels import check_kernels
-from engines.cuda.opset import lower_opset
-from engines.cuda.passes import fit_transformer
+from engines.cuda.passes import fit_transformer, lower_opset
 from wan22.bundle import Bundle, Component, file_entry
 from wan22.progress import Progress
 from wan22.specs import ModelSpec

@@ -124,10 +124,15 @@ def _save(tokenizer: Any) -> Path:
     stack = ExitStack()
     folder = stack.enter_context(scratch_folder("tokenizer"))
     atexit.register(stack.close)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write ``tokenizer`` into ``folder``, with the settings of ``google/umt5-xxl``."""
     tokenizer.save(str(folder / VOCABULARY))
     for name, content in (("special_tokens_map.json", SPECIALS), ("tokenizer_config.json", SPECIALS | CONFIG)):
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return folder
 
 
 def unigram(model: bytes) -> Any:

@@ -30,6 +30,7 @@ PLAIN: dict[int, np.dtype[Any]] = {
     28: np.dtype(np.float64),
     30: BFLOAT16,
 }
+HEAD_MAX_BYTES = 2**26  # a tokenizer of 256,000 pieces takes about 8 MB
 ENTRIES_MAX = 100_000  # tensors, and metadata entries; arrays are limited by the file's size
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
@@ -45,17 +46,12 @@ def read_gguf(path: Path, whole: str | None = None) -> tuple[dict[str, Tensor], 
     check_regular(path)
     try:
         with path.open("rb") as stream:
-            head = _Head(stream.read(_head_limit(path)), path.stat().st_size, whole)
+            head = _Head(stream.read(HEAD_MAX_BYTES), path.stat().st_size, whole)
         return _parse(path, head)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", "a readable GGUF file", "check the path") from None
     except (struct.error, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path}: {error}", "a complete GGUF file", "download it again") from None
-
-
-def _head_limit(path: Path) -> int:
-    """The most bytes to read for the header; a tokenizer of 256,000 pieces takes about 8 MB."""
-    return min(path.stat().st_size, 2**26)
 
 
 @dataclass

@@ -37,6 +37,8 @@ class Placed:
 class GraphBuilder:
     """An ONNX graph under construction. Operators return the ``ir.Value`` of their first output."""
 
+    weights_are_inputs = False
+
     def __init__(self, name: str) -> None:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
         self._scope: list[str] = []
@@ -105,6 +107,11 @@ class GraphBuilder:
         if value.dtype != dtype or tuple(value.shape or ()) != tuple(shape):
             raise ValueError(f"{key} declared twice: {value.dtype}{value.shape} and {dtype}{list(shape)}")
         return value
+
+    def joined(self, keys: Sequence[str], shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
+        """The tensors ``keys``, each of ``shape``, as one: concatenated along the first axis."""
+        weights = [self.weight(key, shape, dtype) for key in keys]
+        return weights[0] if len(weights) == 1 else self.concat(weights, 0)
 
     def _initializer(
         self, name: str, dtype: ir.DataType, shape: Sequence[int], tensor: ir.TensorProtocol | None

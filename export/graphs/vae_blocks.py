@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.checkpoint.schema import vae_tensors
-from export.graphs.builder import FLOAT, GraphBuilder
+from export.graphs.builder import FLOAT, FLOAT16, GraphBuilder
 from wan22.errors import UserError
 from wan22.parts import Cache, VaeSpec
 
@@ -29,12 +29,14 @@ class VaeGraph(GraphBuilder):
     """The graph of one chunk with its caches.
 
     A ``first`` graph is for a video's first chunk: one frame, no history, hence no cache inputs. Convolutions and the
-    values between them have type ``compute``; inputs, outputs, channel norms, SiLU and softmax are float32.
+    values between them have type ``compute``; inputs, outputs, channel norms, SiLU and softmax are float32. Caches hold
+    inputs of convolutions, so float16 graphs lose nothing by float16 caches; numpy has no bfloat16 for those of others.
     """
 
     def __init__(self, half: str, spec: VaeSpec, *, first: bool, compute: ir.DataType, size: LatentSize | None) -> None:
         super().__init__(f"{half}_{'first' if first else 'next'}")
         self.spec, self.first, self.compute, self.size = spec, first, compute, size
+        self.cached = FLOAT16 if compute == FLOAT16 else FLOAT
         self._shapes = vae_tensors(spec)
         self._entering: list[ir.Value] = []
         self._leaving: list[ir.Value] = []
@@ -55,7 +57,7 @@ class VaeGraph(GraphBuilder):
         """Declare ``cache_00``, ``cache_01``, ..., which :meth:`recall` returns in this order."""
         for index, cache in enumerate(() if self.first else caches):
             dims = self.video(cache.channels, cache.frames, cache.scale)
-            self._entering.append(self.input(f"cache_{index:02d}", FLOAT, dims))
+            self._entering.append(self.input(f"cache_{index:02d}", self.cached, dims))
 
     def recall(self) -> ir.Value:
         """The frames that the current convolution kept from the previous chunk."""
@@ -70,7 +72,7 @@ class VaeGraph(GraphBuilder):
         with self.scope("caches"):
             for index, (cache, value) in enumerate(zip(caches, self._leaving, strict=True)):
                 dims = self.video(cache.channels, cache.frames, cache.scale)
-                self.output(f"next_cache_{index:02d}", self.cast(value, FLOAT), dims)
+                self.output(f"next_cache_{index:02d}", self.cast(value, self.cached), dims, self.cached)
 
     # -- parameters
 

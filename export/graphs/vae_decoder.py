@@ -31,7 +31,8 @@ def vae_decoder(
 
     Inputs: ``latents`` [1, z, 1, h, w] as the sampler returns them and, unless ``first``, ``cache_00`` ...
     ``cache_31``. Outputs: ``frames`` [1, 3, 1 or 4, H, W] in [-1, 1] and ``next_cache_00`` ... ``next_cache_31``. All
-    are float32; dynamic sides are named by :meth:`VaeGraph.video`, fixed ones follow ``size`` (latent rows, columns).
+    are float32, or float16 for caches if ``compute`` is; dynamic sides are named by :meth:`VaeGraph.video`, fixed ones
+    follow ``size`` (latent rows, columns).
     """
     g = VaeGraph("vae_decoder", spec, first=first, compute=compute, size=size)
     latents = g.input("latents", FLOAT, g.video(spec.latent_channels, 1, 1))

@@ -32,7 +32,8 @@ def vae_encoder(
 
     Inputs: ``frames`` [1, 3, 1 or 4, H, W] in [-1, 1] and, unless ``first``, ``cache_00`` ... ``cache_23``. Outputs:
     ``latents`` [1, z, 1, h, w], normalised for the sampler, and ``next_cache_00`` ... ``next_cache_23``. All are
-    float32; dynamic sides are named by :meth:`VaeGraph.video`, fixed ones follow ``size`` (latent rows, columns).
+    float32, or float16 for caches if ``compute`` is; dynamic sides are named by :meth:`VaeGraph.video`, fixed ones
+    follow ``size`` (latent rows, columns).
     """
     g = VaeGraph("vae_encoder", spec, first=first, compute=compute, size=size)
     frames = 1 if first else spec.temporal_stride

@@ -150,18 +150,17 @@ class Fp8Weights:
         return np.asarray(weight.astype(np.float32, copy=False))
 
     def _measure(self, key: str, parts: dict[str, np.ndarray]) -> float:
-        """The scale of ``parts``, stored as one FP8 matrix ``[out, in]``; also computes the biases that need them."""
-        self._make_biases(parts)
-        self._scales[key] = _scale_of(parts)
-        return self._scales[key]
+        """The scale of ``parts``, stored as one FP8 matrix ``[out, in]``.
 
-    def _make_biases(self, parts: dict[str, np.ndarray]) -> None:
-        """Compute the biases that depend on ``parts`` while these are in memory; the file stores biases later."""
+        Also computes the biases that depend on ``parts`` while these are in memory; the file stores biases later.
+        """
         self._held = parts
         for linear in (name.removesuffix(".weight") for name in parts):
             if f"{linear}.bias" in self._remade:
                 self._biases[f"{linear}.bias"] = self._bias(linear)
         self._held = {}
+        self._scales[key] = _scale_of(parts)
+        return self._scales[key]
 
     def _scale_of(self, key: str) -> float:
         if kept := self._stored_codes(key):

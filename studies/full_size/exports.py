@@ -145,9 +145,7 @@ def _cp_seconds(folder: Path, copy: Path) -> float:
         return _seconds(lambda: subprocess.run(["cp", "-r", str(folder), str(copy)], check=True))[0]
 
 
-def _compare_with_cp(
-    checkpoint_bytes: int, runs: Sequence[dict[str, Any]], cp_seconds: Sequence[float]
-) -> dict[str, Any]:
+def _compare_with_cp(checkpoint_bytes: int, runs: list[dict[str, Any]], cp_seconds: list[float]) -> dict[str, Any]:
     """The throughputs: bytes read plus bytes written per second. cp writes as many bytes as it reads."""
     bundle_bytes = runs[0]["bundle_bytes"]
     export_rates = [(checkpoint_bytes + bundle_bytes) / run["seconds"] / 1e9 for run in runs]
@@ -159,7 +157,7 @@ def _compare_with_cp(
         "export_seconds": [run["seconds"] for run in runs],
         "sync_seconds": [run["sync_seconds"] for run in runs],
         "sync_share": statistics.median(run["sync_seconds"] / run["seconds"] for run in runs),
-        "cp_seconds": list(cp_seconds),
+        "cp_seconds": cp_seconds,
         "export_gb_s": statistics.median(export_rates),
         "cp_gb_s": statistics.median(cp_rates),
         "shares_of_cp": shares,

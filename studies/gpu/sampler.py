@@ -26,10 +26,8 @@ def overhead(setting: StageSettings) -> Iterator[Measurement]:
     spec, video = spec_named("t2v-a14b"), (64, 64, 5) if setting.dry_run else (1280, 720, 81)
     noise = xp.asarray(standard_normal(spec.latent_shape(*video), setting.seed))
     for solver in SOLVERS:
-        milliseconds = median_ms("cpu", partial(_run, xp, spec, noise, solver), RUNS)
-        yield Measurement(
-            f"{xp.__name__} {solver}", milliseconds / STEPS, "ms a step", "{}x{}, {} frames".format(*video)
-        )
+        per_step = median_ms("cpu", partial(_run, xp, spec, noise, solver), RUNS) / STEPS
+        yield Measurement(f"{xp.__name__} {solver}", per_step, "ms a step", "{}x{}, {} frames".format(*video))
 
 
 def _run(xp: Any, spec: ModelSpec, noise: Any, name: SolverName) -> None:

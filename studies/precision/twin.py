@@ -22,7 +22,7 @@ from runtime.schedule import Schedule
 from runtime.solver import make_solver
 from studies.precision.outliers import fit, plant, restore_maxima
 from studies.precision.session import fill, open_graph
-from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
+from wan22.specs import TEXT_TOKENS, ModelSpec, tokens
 
 PROMPT_TOKENS, NEGATIVE_TOKENS = 40, 120
 FITTED_RUNS = 2
@@ -39,8 +39,7 @@ class TwinSize:
 
     @property
     def tokens(self) -> int:
-        frames, rows, columns = self.latent
-        return frames * (rows // PATCH[1]) * (columns // PATCH[2])
+        return tokens(self.latent)
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,7 +124,8 @@ def open_with(monkeypatch, half, cupy, **instead):
     fake = SimpleNamespace(**{"__version__": "1.31.1", "get_available_providers": lambda: [CUDA], **instead})
     modules = {"onnxruntime": fake, "cupy": cupy}
     monkeypatch.setattr("runtime.engine_cuda.require_module", lambda name, *_: modules[name])
-    return CudaDevice.open(half["dynamic"].manifest)
+    build = half["dynamic"].manifest.build
+    return CudaDevice.open(build.backend_version, build.compute_capability)
 
 
 def test_an_old_gpu_is_refused(monkeypatch, half):
@@ -142,7 +143,7 @@ def test_the_package_for_cpus_is_refused_with_the_way_out(half):
     with pytest.raises(
         UserError, match=r"without a CUDA provider \| expected onnxruntime-gpu 1.25 or later \| pip unin"
     ):
-        check_onnxruntime(onnxruntime, half["dynamic"].manifest)
+        check_onnxruntime(onnxruntime, half["dynamic"].manifest.build.backend_version)
 
 
 def test_a_provider_that_does_not_load_names_the_libraries_it_needs(half):
@@ -210,7 +211,7 @@ def test_a_video_is_that_of_the_exported_graphs(half, device, monkeypatch, tmp_p
     """Both run in fp16 on CPU kernels: the fused operators change the last bits only."""
     bundle = half["dynamic"]
     build_engines(bundle.folder.parent / "onnx", tmp_path / "cpu", BuildOptions("cpu"))
-    monkeypatch.setattr("runtime.engine_cuda.CudaDevice.open", lambda _: device)
+    monkeypatch.setattr("runtime.engine_cuda.CudaDevice.open", lambda *_: device)
     request = Request("a lighthouse in a storm", size=(64, 48), frames=5, steps=2)
     results = [
         generate(folder, request, tmp_path / f"{number}.mp4").latents

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.video import check_destination, encode_video, renamed_at_end, to_uint8, write_video
+from runtime.video import check_destination, encode_video, renamed_at_end, to_uint8
 from wan22.errors import NonFiniteError, UserError
 
 H, W = 48, 64
@@ -18,6 +18,12 @@ def chunks(frames=9, height=H, width=W):
     yield video[:, :, :1]
     for start in range(1, frames, 4):
         yield video[:, :, start : start + 4]
+
+
+def write_video(chunks, path, *settings):
+    check_destination(path, frames=1)
+    with renamed_at_end(path) as new:
+        return encode_video(chunks, new, *settings)
 
 
 def decoded(path):

@@ -83,6 +83,8 @@ def _of_graphs(piece: str, work: Work, bundle: Bundle) -> GraphFlops | None:
     total, sizes = GraphFlops(0.0, 0.0), _sizes(work)
     for name, count in _calls(piece, work):
         component = bundle.component(name)
+        if component.in_stages:
+            return None
         inputs = {tensor.name: shape_of(tensor, sizes) for tensor in component.inputs}
         kept_text_rows = min(work.token_ids.shape[1] + 1, TEXT_TOKENS)
         flops = graph_flops(bundle.path(component.graph), inputs, kept_text_rows)

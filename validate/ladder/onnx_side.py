@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
 from runtime.engine import Engine
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from runtime.pipeline import Pipeline
@@ -24,7 +25,12 @@ BY_ROUNDING = "emulated by rounding"
 WITH_KERNELS = (Precision.FP32, Precision.FP16)  # precisions that ONNX Runtime's CPU kernels support
 
 
-def open_for_comparison(folder: Path, calls: Path | None = None, residency: ResidencyChoice = "auto") -> Pipeline:
+def open_for_comparison(
+    folder: Path,
+    calls: Path | None = None,
+    residency: ResidencyChoice = "auto",
+    blocks: BlockOptions = BLOCKS_AS_FIT,
+) -> Pipeline:
     """Open the engines or the graphs at ``folder``; ``calls`` receives the first call of each.
 
     The reference needs memory too, so ``auto`` keeps one expert at most.
@@ -37,8 +43,10 @@ def open_for_comparison(folder: Path, calls: Path | None = None, residency: Resi
     check_graphs(bundle)
     new_engine = None if engines else partial(_engine, folder)
     if calls is None:
-        return Pipeline(bundle, residency=residency, choices=ONE_EXPERT, new_engine=new_engine)
-    return RecordingPipeline(bundle, calls, residency=residency, choices=ONE_EXPERT, new_engine=new_engine)
+        return Pipeline(bundle, residency=residency, choices=ONE_EXPERT, new_engine=new_engine, blocks=blocks)
+    return RecordingPipeline(
+        bundle, calls, residency=residency, choices=ONE_EXPERT, new_engine=new_engine, blocks=blocks
+    )
 
 
 def how_made(manifest: Manifest) -> dict[str, str]:

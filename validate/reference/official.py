@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from export.checkpoint.checkpoint import Checkpoint
@@ -78,9 +77,7 @@ class Official:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.shutdown(cancel_futures=True)
 
     def token_ids(self, prompt: str) -> I64:

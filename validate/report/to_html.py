@@ -113,10 +113,14 @@ def status_lights(report: "ValidationReport") -> list[StatusLight]:
     fused = "; ".join(problems) or f"{len(its.fusion)} engines inspected" if its.fusion else its.why_no_fusion
     return [
         StatusLight("Parity", "good" if report.rows and not report.failed else "bad", parity, "checks"),
-        StatusLight("Gates", "none" if not report.verdicts else "bad" if missed else "good", kept, "gates"),
-        StatusLight("Latency", "bad" if faults else "none" if its.bench is None or busy else "good", timed, "latency"),
-        StatusLight("Fusion", "none" if not its.fusion else "bad" if problems else "good", fused, "fusion"),
+        StatusLight("Gates", _tone(report.verdicts, not missed), kept, "gates"),
+        StatusLight("Latency", _tone(faults or (its.bench and not busy), not faults), timed, "latency"),
+        StatusLight("Fusion", _tone(its.fusion, not problems), fused, "fusion"),
     ]
+
+
+def _tone(measured: object, good: bool) -> str:
+    return "none" if not measured else "good" if good else "bad"
 
 
 LATENCY_COLUMNS = {

@@ -50,6 +50,7 @@ def run(
     guidance_low_noise: given.ExpertGuidance = None,
     guidance: given.Guidance = None,
     solver: given.Solver = None,
+    lora: Annotated[str | None, typer.Option(help="Name of a LoRA of the server.")] = None,
     cache: cache_options.Cache = None,
     cache_threshold: cache_options.CacheThreshold = None,
     first_exact: cache_options.FirstExact = None,
@@ -91,6 +92,7 @@ def run(
         "guidance_high_noise": guidance_high_noise,
         "guidance_low_noise": guidance_low_noise,
         "solver": solver,
+        "lora": lora,
         **cache_inputs(caching),
         "output_format": _format(output),
         "preview": preview is not None,
@@ -99,9 +101,11 @@ def run(
     with renamed_at_end(output) as new, previews as shown:
         result = _Job(url, model, prompt, image, deadline, 1 if urgent else 2, shown).run(settings)
         new.write_bytes(result.video)
-    console.print(f"{output}: {_summary(result)}")
-    if "skipped" in result.event:
-        cache_options.print_decisions(result.event["skipped"], result.event["late_cfg"], result.event["steps"])
+    event = result.event
+    video = video_text(event["width"], event["height"], event["frames"])
+    console.print(f"{output}: {video} at {event['fps']} fps, seed {event['seed']}")
+    if "skipped" in event:
+        cache_options.print_decisions(event["skipped"], event["late_cfg"], event["steps"])
 
 
 @dataclass(frozen=True)
@@ -140,12 +144,6 @@ class _Job:
         if self.preview is not None and event["preview"]:
             self.preview.new.write_bytes(event["preview"])
             self.preview.publish()
-
-
-def _summary(result: "Result") -> str:
-    event = result.event
-    shown = video_text(event["width"], event["height"], event["frames"])
-    return f"{shown} at {event['fps']} fps, seed {event['seed']}"
 
 
 def _format(output: Path) -> str:

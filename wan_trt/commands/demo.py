@@ -18,10 +18,10 @@ MARK = ".made-by-wan-trt-demo"
 TRAINED = "t2v-a14b-toy"
 # The trained model knows shapes in front of walls (docs/tiny_model.md); the others know nothing and render noise.
 PROMPTS = (
-    "a large yellow ball stands still in front of a dark blue wall",
-    "a large blue ball moves right slowly in front of a brown wall, warm light",
-    "a large red ball stands still in front of a light grey wall",
-    "a large purple ball bounces in front of a light green wall, cool light",
+    "a large yellow ball moves right slowly in front of a dark grey wall",
+    "a large white square bounces in front of a dark green wall, warm light",
+    "a large purple triangle moves left quickly in front of a brown wall, warm light",
+    "a large red ball stands still in front of a light grey wall, camera zooms in",
 )
 PROMPT = "A red panda rides a bicycle through the rain, cinematic light"
 STRIP_FRAMES = 6
@@ -39,6 +39,8 @@ def run(
 
 
 def _run(spec: ModelSpec, folder: Path, prompt: str | None, seed: int) -> int:
+    from validate.sample_image import picture_for
+
     name = spec.name
     prompt, *others = (prompt,) if prompt else PROMPTS if name == TRAINED else (PROMPT,)
     work = _new_folder(folder / name)
@@ -50,7 +52,11 @@ def _run(spec: ModelSpec, folder: Path, prompt: str | None, seed: int) -> int:
     console.rule("build")
     build.run(bundle, engines, "cpu")
     console.rule("generate")
-    image = None if spec.takes.image == "no" else _picture(folder / "image.png", spec.sampling.sizes[0])
+    image = None
+    if spec.takes.image != "no":
+        image = folder / "image.png"
+        write_file(image, picture_for(spec.sampling.sizes[0]))
+        console.print(f"{image}: the image to start from")
     generate.run(engines, folder / "out.mp4", prompt, image=image, seed=seed)
     videos = [folder / "out.mp4", *(folder / f"out-{number}.mp4" for number in range(2, 2 + len(others)))]
     for text, video in zip(others, videos[1:], strict=True):
@@ -79,15 +85,6 @@ def _filmstrip(videos: Sequence[Path]) -> bytes:
     content = io.BytesIO()
     strip.save(content, "png")
     return content.getvalue()
-
-
-def _picture(path: Path, size: tuple[int, int]) -> Path:
-    """Write the picture that a video of ``size`` starts from."""
-    from validate.sample_image import picture_for
-
-    write_file(path, picture_for(size))
-    console.print(f"{path}: the image to start from")
-    return path
 
 
 def _new_folder(work: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,9 +11,6 @@ from wan22.quantities import human_bytes
 from wan22.specs import Precision
 from wan_trt.arguments import PRECISIONS, Frames, Overwrite, Size, blocks_of, size_of
 from wan_trt.console import bars, command_line, console
-
-if TYPE_CHECKING:
-    from wan22.bundle import Bundle
 
 Checkpoint = Annotated[
     str,
@@ -111,8 +108,10 @@ def run(
         command=command_line(),
     )
     with bars() as progress:
-        made = export_checkpoint(where, bundle, options, progress)
-    _print_summary(made)
+        manifest = export_checkpoint(where, bundle, options, progress).manifest
+    size_bytes = sum(file.size_bytes for file in manifest.files().values())
+    names = ", ".join(component.name for component in manifest.components)
+    console.print(f"{manifest.spec.name} {manifest.precision}, {human_bytes(size_bytes)}: {bundle} ({names})")
 
 
 def _for_target(target: str | None, precision: Precision | None, parts: dict[str, Precision]) -> Precision:
@@ -163,10 +162,3 @@ def _place(checkpoint: str, bundle: Path | None, files: Mapping[str, Path], revi
             raise UserError(f"--revision {revision}", "a hub name such as owner/name", "leave it off")
         whole = f"{whole}@{revision}"
     return str(Place(whole, files)), bundle if bundle is not None else Path(checkpoint)
-
-
-def _print_summary(made: "Bundle") -> None:
-    manifest = made.manifest
-    size_bytes = sum(file.size_bytes for file in manifest.files().values())
-    names = ", ".join(component.name for component in manifest.components)
-    console.print(f"{manifest.spec.name} {manifest.precision}, {human_bytes(size_bytes)}: {made.folder} ({names})")

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from wan22.inputs import check_no_source
-from wan22.quantities import video_text
+from wan22.quantities import human_bytes, video_text
 from wan_trt import arguments as given
 from wan_trt import cache_options
 from wan_trt.console import bars, console
@@ -58,6 +58,8 @@ def run(
     late_cfg: cache_options.LateCfg = None,
     overwrite: given.Overwrite = False,
     residency: given.Residency = "auto",
+    weights_in: given.WeightsIn = "auto",
+    vram: given.Vram = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the time of every stage and step.")] = False,
 ) -> None:
     """Generate a video; settings not given are the bundle's defaults."""
@@ -69,11 +71,16 @@ def run(
     check_no_source(output, noise, again, image, last_image)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)
-    with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:
+    blocks = given.blocks_options(weights_in, vram)
+    opened = Pipeline.open(engines, residency=residency, once=True, tell=console.print, blocks=blocks)
+    with opened as pipeline, bars() as progress:
         encoding = Encoding(fps, QUALITY if quality is None else quality, overwrite)
         result = generate(pipeline, request, output, encoding, progress=progress)
     if verbose:
         _print_timings(result.timings)
+        if (streamed := pipeline.streamed) is not None:
+            size, waited = human_bytes(streamed.size_bytes), streamed.seconds_waited
+            console.print(f"weights of blocks: {size} in {streamed.blocks:,} copies, waited {waited:.2f} s for them")
     shown = video_text(result.width, result.height, result.frames)
     console.print(f"{output}: {shown} at {result.fps} fps, seed {result.seed}")
     if result.cache is not None:

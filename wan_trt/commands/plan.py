@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from wan22.quantities import parse_bytes
 from wan22.specs import Precision, spec_named
-from wan_trt.arguments import PRECISIONS, Frames, Size, size_of
+from wan_trt.arguments import PRECISIONS, Frames, Size, Vram, size_of
 from wan_trt.console import console
 
 
@@ -21,6 +22,7 @@ def run(
     size: Size = None,
     frames: Frames = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    vram: Vram = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Print sizes, memory, arithmetic and roofline times of a model, without weights or a GPU."""
@@ -31,7 +33,8 @@ def run(
     spec = spec_named(model)
     width, height = size_of(size) or spec.sampling.sizes[0]
     video = (width, height, spec.sampling.frames if frames is None else frames)
-    plan = make_plan(spec, target_named(target), precision, video, steps)
+    budget = None if vram is None else parse_bytes(vram, "--vram")
+    plan = make_plan(spec, target_named(target), precision, video, steps, budget)
     if as_json:
         print(json.dumps(plan.as_json()))
         return

@@ -71,6 +71,8 @@ def run(
     bench: Bench = None,
     calls: Calls = None,
     residency: given.Residency = "auto",
+    weights_in: given.WeightsIn = "auto",
+    vram: given.Vram = None,
     reference_device: given.ReferenceDevice = "auto",
     official: Official = False,
     official_repo: OfficialRepo = None,
@@ -94,8 +96,9 @@ def run(
     if official:
         official_repo = official_wheel()
     options = ValidateOptions(
-        request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line()
-    )
+        request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line(),
+        given.blocks_options(weights_in, vram),
+    )  # fmt: skip
     return _compare(engines, checkpoint, output, options)
 
 

@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines.cuda.kernels import KERNELS, check_kernels
-from engines.cuda.opset import OPSET, lower_opset
+from engines.cuda.passes import OPSET, lower_opset
 from export.graphs.builder import BFLOAT16, FLOAT, GraphBuilder
 from wan22.errors import UserError
 
