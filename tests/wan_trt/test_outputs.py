@@ -126,6 +126,7 @@ OVER_INPUTS = {  # words after wan-trt; b and e are bundles, r a folder with the
     "generate noise": "generate engines a --noise x.npz -o x.npz --size 64x64 --frames 1",
     "triton": "triton r/engines r --overwrite",
     "kubernetes": "triton r/engines q --kubernetes r --overwrite",
+    "mlperf": "mlperf r/engines -o r --overwrite --size 64x64 --frames 5",
     "validate": "validate engines c -o r --bench r/report.json",
     "bench": "bench engines --compare p -o p --only text_encoder",
     "bench manifest": "bench e -o e/bundle.json --only text_encoder",

@@ -30,6 +30,7 @@ from wan22.backends import require_module
 from wan22.bundle import Bundle, open_bundle
 from wan22.errors import NonFiniteError, UserError
 from wan22.files import whole_folder
+from wan22.inputs import check_no_source
 from wan22.progress import Progress, silent
 
 Scenario = Literal["SingleStream", "Offline"]
@@ -75,8 +76,10 @@ def run_mlperf(
     """Run LoadGen on the engines at ``engines`` and write its logs, the videos and our settings to ``folder``.
 
     Raises:
-        UserError: LoadGen is missing; the engines do not support the request. Nothing is written then.
+        UserError: LoadGen is missing; the engines do not support the request, or ``folder`` holds them. Nothing is
+            written then.
     """
+    check_no_source(folder, engines, options.audit)
     loadgen = require_module("mlperf_loadgen", "mlcommons-loadgen", "LoadGen for wan-trt mlperf")
     bundle, request = open_bundle(engines, "engines"), replace(request, cache=None)
     fill_defaults(replace(request, prompt=prompts[0]), bundle.manifest)
