@@ -2,24 +2,31 @@
 
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from engines.block_build import BlockBuild
 from engines.cpu.onnxruntime_backend import fit_components
+from engines.cuda.attention import OLDEST_ONNXRUNTIME
+from engines.cuda.components import fit_for_cuda
 from engines.gpu.external_build import ExternalBuild
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
 from engines.load_check import check_loads
 from engines.plan import kernel_bytes
-from engines.profiles import profile_between, profiles_for
+from engines.profiles import profile_between, profiles_for, with_stages
 from engines.targets import Target, check_bundle, target_named
+from wan22.backends import runs_graphs
 from wan22.bundle import (
     Build,
     Bundle,
     Component,
     File,
     Manifest,
+    Stage,
+    Tensor,
     check_disk,
     file_entry,
     open_bundle,
@@ -28,6 +35,7 @@ from wan22.bundle import (
     write_manifest,
 )
 from wan22.errors import UserError
+from wan22.inputs import check_no_source
 from wan22.memory import peak_rss_bytes
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
@@ -37,6 +45,7 @@ from wan22.shapes import Profile, own_profiles
 from wan22.stamp import Stamp
 
 Weights = Literal["embedded", "external"]  # compiled into the engine, or inputs of it
+Topology = Literal["whole", "blocks"]  # a transformer as one engine, or as stages that every block calls
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class BuildOptions:
     tf32: bool = False
     timing_cache: Path | None = None
     weights: Weights = "embedded"
+    topology: Topology = "whole"
     # writing
     overwrite: bool = False
     command: str = field(default="engines.build_engines(...)", compare=False)  # recorded in the manifest
@@ -65,24 +75,24 @@ def build_engines(
     """
     options = options or BuildOptions()
     refuse_existing(folder, "engines", overwrite=options.overwrite)
+    check_no_source(folder, bundle, options.timing_cache)
     target = target_named(options.target)
     source = open_bundle(bundle, "graphs", full_check=True)
     check_bundle(target, source.manifest)
     _check_options(target, options)
     profiles = _profiles(source.manifest, target, options)
     check_graphs(source)
-    if target.backend != "onnxruntime":
+    if not runs_graphs(target.backend):
         load_module(target.backend)
     again = f"export again: {source.manifest.command}"
-    check_loads(target, [source.path(component.graph) for component in source.manifest.components], again)
+    check_loads(target, _graphs(source, options), again)
     check_disk(folder, disk_bytes(source.manifest, target, options))
     started = time.perf_counter()
     with staged(folder, overwrite=options.overwrite) as temporary:
-        if target.backend == "onnxruntime":
-            _place(source, temporary, source.manifest.files().values())
-            compiled = _Compiled(*fit_components(source, temporary, progress))
+        if runs_graphs(target.backend):
+            compiled = _fit_graphs(source, temporary, target, options, progress)
         else:
-            compiled = _compile_tensorrt(source, temporary, (target, profiles, options), progress)
+            compiled = _compile_tensorrt(source, temporary, (target, profiles, options), folder.parent, progress)
         build = Build(
             target=target.name,
             backend=target.backend,
@@ -93,6 +103,7 @@ def build_engines(
             seconds=round(time.perf_counter() - started, 3),
             peak_rss_bytes=peak_rss_bytes(),
             attention_scales=compiled.attention_scales,
+            nodes=compiled.nodes,
         )
         command, components = options.command, compiled.components
         manifest = replace(source.manifest, kind="engines", command=command, build=build, components=components)
@@ -103,7 +114,7 @@ def build_engines(
 def disk_bytes(manifest: Manifest, target: Target, options: BuildOptions) -> int:
     """The size of the engines built from the ONNX bundle of ``manifest``: weights, kernels and the builder's logs."""
     files, spec = manifest.files().values(), manifest.spec
-    if target.backend == "onnxruntime":  # copies, plus two graphs per transformer
+    if runs_graphs(target.backend):  # copies, plus two graphs per transformer
         return sum(file.size_bytes for file in files) + 2 * sum(c.graph.size_bytes for c in manifest.components)
     shared = options.weights == "external"
     total = float(sum(file.size_bytes for file in manifest.tokenizer))
@@ -122,18 +133,49 @@ class _Compiled:
     components: tuple[Component, ...]
     version: str  # of the backend
     attention_scales: dict[str, float] = field(default_factory=dict)
+    nodes: dict[str, str] = field(default_factory=dict)  # for CUDA, by component
+
+
+def _fit_graphs(source: Bundle, folder: Path, target: Target, options: BuildOptions, progress: Progress) -> _Compiled:
+    """Copy the graphs and adapt them to the kernels of ONNX Runtime on a CPU or a GPU."""
+    manifest, in_blocks = source.manifest, options.topology == "blocks"
+
+    def place(graph: Path, _component: Component, stage: Stage) -> File:
+        shutil.copyfile(graph, folder / stage.graph.path)
+        return file_entry(folder, folder / stage.graph.path)
+
+    blocks = BlockBuild(source, folder, progress, place)
+    if in_blocks:
+        blocks.check()
+    whole = [replace(c, stages=()) for c in manifest.components if not (in_blocks and blocks.applies_to(c))]
+    rest = replace(source, manifest=replace(manifest, components=tuple(whole)))
+    _place(source, folder, rest.manifest.files().values())
+    if target.backend == "onnxruntime":
+        made, version = fit_components(rest, folder, progress)
+        by_name = {component.name: component for component in made}
+        every = tuple(by_name.get(c.name) or blocks.component(c) for c in manifest.components)
+        return _Compiled(every, version, blocks.attention_scales if in_blocks else {})
+    fitted = fit_for_cuda(rest, folder, progress)
+    oldest = ".".join(map(str, OLDEST_ONNXRUNTIME))
+    nodes = {component.name: listed for component, listed in fitted}
+    return _Compiled(tuple(component for component, _ in fitted), oldest, nodes=nodes)
 
 
 def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
     """The options that change the engines, for the manifest."""
-    if target.backend == "onnxruntime":
-        return {}
-    return {"tf32": str(options.tf32).lower(), "weights": options.weights}
+    if runs_graphs(target.backend):
+        return {"topology": options.topology} if options.topology == "blocks" else {}
+    return {"tf32": str(options.tf32).lower(), "weights": options.weights, "topology": options.topology}
 
 
 def _check_options(target: Target, options: BuildOptions) -> None:
-    if options.weights == "external" and target.backend == "onnxruntime":
-        raise UserError("--weights external for target cpu", "a GPU target", "leave it out")
+    if options.topology == "blocks" and options.weights == "external":
+        remedy = "leave --weights out: blocks always have their weights outside"
+        raise UserError("--weights external with --topology blocks", "one of them", remedy)
+    if options.topology == "blocks" and target.backend == "onnxruntime-gpu":
+        raise UserError(f"--topology blocks for target {target.name}", "cpu or a TensorRT target", "leave it out")
+    if options.weights == "external" and runs_graphs(target.backend):
+        raise UserError(f"--weights external for target {target.name}", "a TensorRT target", "leave it out")
     if options.timing_cache is not None and target.backend != "tensorrt":
         found = f"--timing-cache for {target.name}, whose backend {target.backend} has no timing cache"
         raise UserError(found, "a TensorRT target, such as h100", "leave it out")
@@ -142,20 +184,30 @@ def _check_options(target: Target, options: BuildOptions) -> None:
 def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tuple[Profile, ...]:
     """The shapes to compile engines for; none for ONNX Runtime, which takes any."""
     asked = options.size is not None or options.frames is not None
-    if target.backend == "onnxruntime":
+    if runs_graphs(target.backend):
         if asked:
-            raise UserError(
-                "--size or --frames for target cpu", "neither", "its engines take every size; leave them out"
-            )
+            found = f"--size or --frames for target {target.name}"
+            raise UserError(found, "neither", "its engines take every size; leave them out")
         return ()
     if manifest.size is None:
-        return profiles_for(manifest.spec, options.size, options.frames)
+        several = profiles_for(manifest.spec, options.size, options.frames)
+        return tuple(map(with_stages, several)) if options.topology == "blocks" else several
     if asked:
-        fixed = video_text(*manifest.size)
-        raise UserError(
-            "--size or --frames", f"neither: the graphs are fixed to {fixed}", "export without fixed shapes"
-        )
-    return (profile_between(manifest.spec, manifest.size, manifest.size),)
+        expected = f"neither: the graphs are fixed to {video_text(*manifest.size)}"
+        raise UserError("--size or --frames", expected, "export without fixed shapes")
+    fixed = profile_between(manifest.spec, manifest.size, manifest.size)
+    return (with_stages(fixed) if options.topology == "blocks" else fixed,)
+
+
+def _graphs(source: Bundle, options: BuildOptions) -> list[Path]:
+    """The graphs that a build compiles, each once."""
+    found: dict[Path, None] = {}
+    for component in source.manifest.components:
+        stages = component.stages if options.topology == "blocks" else ()
+        found |= dict.fromkeys(source.path(stage.graph) for stage in stages)
+        if not stages:
+            found[source.path(component.graph)] = None
+    return list(found)
 
 
 def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:
@@ -169,39 +221,58 @@ def _place(source: Bundle, folder: Path, files: Iterable[File]) -> None:
 # -- TensorRT and TensorRT-RTX
 
 
-def _engine_options(
-    component: Component, target: Target, profiles: tuple[Profile, ...], options: BuildOptions
-) -> EngineOptions:
-    stamp = Stamp(target.name, component.precision, own_profiles(profiles, component.inputs))
-    return EngineOptions(target, profiles, component.inputs, options.tf32, options.timing_cache, stamp.name)
-
-
 def _compile_tensorrt(
-    source: Bundle, folder: Path, asked: tuple[Target, Sequence[Profile], BuildOptions], progress: Progress
+    source: Bundle,
+    folder: Path,
+    asked: tuple[Target, tuple[Profile, ...], BuildOptions],
+    logs: Path,
+    progress: Progress,
 ) -> _Compiled:
-    """Build one plan per component, or per graph if weights are external, with the builder's log next to it."""
+    """Build one plan per component, per graph if weights are external, or per stage, with the builder's log beside.
+
+    The log of a failed build goes to the folder ``logs``.
+    """
     target, profiles, options = asked
     version = str(load_module(target.backend).__version__)
     _place(source, folder, source.manifest.tokenizer)
-    components = source.manifest.components
-    compiled, external = [], ExternalBuild(source, folder, progress)
-    scales: dict[str, float] = {}
-    if options.weights == "external":
-        external.check()
-        scales = external.attention_scales
-    for done, component in enumerate(components, 1):
-        outside = options.weights == "external" and external.applies_to(component)
-        plan = external.plan(component) if outside else folder / f"{component.name}.plan"
-        settings = _engine_options(component, target, tuple(profiles), options)
-        try:
-            if outside:
-                compiled.append(external.component(component, settings))
-            else:
-                build_engine(source.path(component.graph), plan, settings, progress)
-                compiled.append(replace(component, graph=file_entry(folder, plan), weights=()))
-        except UserError:
-            if log_beside(plan).exists():
-                shutil.copyfile(log_beside(plan), folder.parent / f"{component.name}.build.log")
-            raise
-        progress("build engines", done, len(components), "components")
-    return _Compiled(tuple(compiled), version, scales)
+
+    def settings(component: Component, inputs: tuple[Tensor, ...]) -> EngineOptions:
+        stamp = Stamp(target.name, component.precision, own_profiles(profiles, inputs))
+        return EngineOptions(target, tuple(profiles), inputs, options.tf32, options.timing_cache, stamp.name)
+
+    def compile_stage(graph: Path, component: Component, stage: Stage) -> File:
+        plan = folder / Path(stage.graph.path).with_suffix(".plan")
+        with _keep_log(plan, logs):
+            build_engine(graph, plan, settings(component, stage.inputs), progress)
+        return file_entry(folder, plan)
+
+    external, blocks = ExternalBuild(source, folder, progress), BlockBuild(source, folder, progress, compile_stage)
+    apart: BlockBuild | ExternalBuild | None = None
+    if options.topology == "blocks" or options.weights == "external":
+        apart = blocks if options.topology == "blocks" else external
+        apart.check()
+    compiled: list[Component] = []
+    for done, component in enumerate(source.manifest.components, 1):
+        if apart is blocks and blocks.applies_to(component):
+            compiled.append(blocks.component(component))
+        elif apart is external and external.applies_to(component):
+            with _keep_log(external.plan(component), logs):
+                compiled.append(external.component(component, settings(component, component.inputs)))
+        else:
+            plan = folder / f"{component.name}.plan"
+            with _keep_log(plan, logs):
+                build_engine(source.path(component.graph), plan, settings(component, component.inputs), progress)
+            compiled.append(replace(component, graph=file_entry(folder, plan), weights=(), stages=()))
+        progress("build engines", done, len(source.manifest.components), "components")
+    return _Compiled(tuple(compiled), version, apart.attention_scales if apart is not None else {})
+
+
+@contextmanager
+def _keep_log(plan: Path, folder: Path) -> Iterator[None]:
+    """Copy the builder's log of ``plan`` to ``folder`` if its build is refused."""
+    try:
+        yield
+    except UserError:
+        if log_beside(plan).exists():
+            shutil.copyfile(log_beside(plan), folder / f"{plan.stem}.build.log")
+        raise

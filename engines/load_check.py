@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from engines.targets import Target, target_named
 from wan22.errors import UserError
@@ -54,6 +53,9 @@ def main(target_name: str, *graphs: str) -> None:
 
 
 def _load_graph(target: Target, graph: Path) -> None:
+    if target.backend == "onnxruntime-gpu":  # its 16-bit graphs do not load on a CPU
+        check_valid(graph)
+        return
     if target.backend != "onnxruntime":
         from engines.gpu.tensorrt_backend import check_parses
 
@@ -61,17 +63,23 @@ def _load_graph(target: Target, graph: Path) -> None:
         return
     import onnxruntime
 
+    options = onnxruntime.SessionOptions()  # for a fast load: no optimisation, weights stay in their files
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        onnxruntime.InferenceSession(graph, _quick_options(onnxruntime), providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises a different class for each error code
         reason = str(error).replace(str(graph), graph.name)
         raise UserError(f"{graph.name} does not load: {reason}", "a graph that onnxruntime loads", "") from error
 
 
-def _quick_options(onnxruntime: Any) -> Any:
-    """Session options for a fast load: no optimisation, weights stay in their files."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    return options
+def check_valid(graph: Path) -> None:
+    """Raises UserError if the ONNX file ``graph`` is not a valid graph."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except Exception as error:  # several classes, of protobuf and of ONNX
+        reason = str(error).replace(str(graph), graph.name).splitlines()[0]
+        raise UserError(f"{graph.name} does not load: {reason}", "a valid ONNX graph", "") from error

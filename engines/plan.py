@@ -10,6 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from engines.targets import Target, check_precision
+from wan22.backends import runs_graphs
+from wan22.block_memory import BlockChoice, block_step_bytes, choose_blocks, smallest_budget
 from wan22.costs import dit_flops, model_parameters, text_encoder_flops, vae_flops
 from wan22.errors import UserError
 from wan22.residency import (
@@ -35,6 +37,7 @@ WAYS: dict[Residency, str] = {
     "one-expert": "one expert resident",
     "one-component": "one component at a time",
 }
+CONTEXT_BYTES = 0.6 * 2**30  # of CUDA and small tensors, beside a transformer in blocks
 EXPORT_RAM_GIB = 2.0  # exports stream tensor by tensor; the largest is the text encoder's embedding
 BUILD_RAM_FACTOR = 1.5  # ratio of anonymous memory to weights with streamed serialisation; file pages are evictable
 BUILD_RAM_GIB = 1.0  # the builder itself
@@ -51,6 +54,7 @@ class Request:
     video: tuple[int, int, int]  # width, height in pixels; frames
     steps: int
     guided: bool = True  # two forwards per step
+    vram: float | None = None  # bytes that a transformer in blocks may take; None: what the card has
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,14 @@ class Plan:
 
     @property
     def engines_bytes(self) -> float:
-        if self.request.target.backend == "onnxruntime":
+        if runs_graphs(self.request.target.backend):
             return self.bundle_bytes
         return sum(each.weights + kernel_bytes(self.request.spec, each.component) for each in self.memory)
 
     @property
     def build_ram_bytes(self) -> float:
+        if self.request.target.backend == "onnxruntime-gpu":  # rewrites graphs without their weights
+            return BUILD_RAM_GIB * 2**30
         return BUILD_RAM_FACTOR * max(self.weights_bytes.values()) + BUILD_RAM_GIB * 2**30
 
     # -- on the GPU
@@ -133,6 +139,26 @@ class Plan:
     def fits(self) -> dict[str, bool]:
         return {way: size <= self.usable_vram_bytes for way, size in self.vram.items()}
 
+    # -- the transformer in blocks
+
+    @property
+    def block_bytes(self) -> float:
+        """The weights of one block that a step reads."""
+        return block_step_bytes(self.request.spec.dit, self.request.precision)
+
+    @property
+    def blocks(self) -> BlockChoice | None:
+        """The choice of ``--topology blocks`` on an otherwise empty card; None if not even streamed blocks fit."""
+        request = self.request
+        usable = (self.usable_vram_bytes if request.vram is None else request.vram) - CONTEXT_BYTES
+        return choose_blocks(request.spec.dit, request.precision, self.tokens, self.block_bytes, usable)
+
+    @property
+    def least_blocks_bytes(self) -> float:
+        """The least memory of a transformer in blocks."""
+        request = self.request
+        return smallest_budget(request.spec.dit, request.precision, self.tokens, self.block_bytes) + CONTEXT_BYTES
+
     # -- time
 
     @property
@@ -170,10 +196,8 @@ class Plan:
         frames, size = self.latent_shape[2], (self.latent_shape[3], self.latent_shape[4])
         halves = [part for part in self.weights_bytes if part.startswith("vae")]
         encoded = frames if self.request.spec.dit.condition_channels else 1
-        return sum(
-            vae_flops(self.request.spec.vae, half, size, frames if half == "vae_decoder" else encoded)
-            for half in halves
-        )
+        lengths = {half: frames if half == "vae_decoder" else encoded for half in halves}
+        return sum(vae_flops(self.request.spec.vae, half, size, length) for half, length in lengths.items())
 
     def as_json(self) -> dict[str, Any]:
         """Every figure with its unit in the key."""
@@ -196,6 +220,9 @@ class Plan:
             "usable_vram_bytes": self.usable_vram_bytes,
             "fits": self.fits,
             "residency": self.residency,
+            "block_bytes": self.block_bytes,
+            "blocks": asdict(choice) if (choice := self.blocks) else None,
+            "least_blocks_vram_bytes": self.least_blocks_bytes,
             "forward_pflop": {**{k: v / 1e15 for k, v in asdict(forward).items()}, "total": forward.total / 1e15},
             "step_pflop": self.step_flops / 1e15,
             "video_pflop": (request.steps * self.step_flops + self.vae_flops) / 1e15,
@@ -220,6 +247,7 @@ def make_plan(
     precision: Precision,
     video: tuple[int, int, int] | None = None,
     steps: int | None = None,
+    vram: float | None = None,
 ) -> Plan:
     """The plan for ``video`` (width, height, frames; the model's default if None).
 
@@ -229,4 +257,4 @@ def make_plan(
     check_precision(target, precision)
     video = video or (*spec.sampling.sizes[0], spec.sampling.frames)
     spec.latent_shape(*video)
-    return Plan(Request(spec, target, precision, video, steps or spec.sampling.steps))
+    return Plan(Request(spec, target, precision, video, steps or spec.sampling.steps, vram=vram))

@@ -1,19 +1,22 @@
 """A plan in the terminal."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
 
 from engines.plan import EXPORT_RAM_GIB, Plan
+from wan22.block_memory import TURNING
 from wan22.costs import dit_flops, model_parameters
 from wan22.quantities import human_bytes, video_text
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
-
-def as_text(plan: Plan) -> "list[RenderableType]":
+def as_text(plan: Plan) -> list[RenderableType]:
     """The output of ``wan-trt plan``: components, then the machine needed and the time it takes."""
-    return [_components(plan), _totals(plan), *_remarks(plan)]
+    totals = Table(show_header=False)
+    for name, value in (*_machine(plan), *_work(plan)):
+        totals.add_row(name, value)
+    return [_components(plan), totals, *_remarks(plan)]
 
 
 def _remarks(plan: Plan) -> Iterable[str]:
@@ -24,9 +27,7 @@ def _remarks(plan: Plan) -> Iterable[str]:
     yield f"peaks from: {plan.request.target.source}"
 
 
-def _components(plan: Plan) -> "RenderableType":
-    from rich.table import Table
-
+def _components(plan: Plan) -> Table:
     width, height, frames = plan.request.video
     what = f"{plan.request.spec.name}, {plan.request.precision}, for {plan.request.target.name}"
     table = Table(
@@ -41,21 +42,9 @@ def _components(plan: Plan) -> "RenderableType":
     return table
 
 
-def _totals(plan: Plan) -> "RenderableType":
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    for name, value in (*_host(plan), *_card(plan), *_work(plan)):
-        table.add_row(name, value)
-    return table
-
-
-def _host(plan: Plan) -> Iterable[tuple[str, str]]:
+def _machine(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "disk: bundle, engines", f"{human_bytes(plan.bundle_bytes)}, {human_bytes(plan.engines_bytes)}"
     yield "host memory: export, build", f"{EXPORT_RAM_GIB:.1f} GiB, {human_bytes(plan.build_ram_bytes)}"
-
-
-def _card(plan: Plan) -> Iterable[tuple[str, str]]:
     usable = human_bytes(plan.usable_vram_bytes)
     for way, size in plan.vram.items():
         verdict = "" if not plan.usable_vram_bytes else f"; {'fits' if plan.fits[way] else 'exceeds'} {usable}"
@@ -64,6 +53,19 @@ def _card(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "--residency auto", plan.residency
     elif plan.usable_vram_bytes:
         yield "--residency auto", "nothing fits, see below"
+    if plan.usable_vram_bytes:
+        yield "--topology blocks", _blocks(plan)
+        yield "its least GPU memory", human_bytes(plan.least_blocks_bytes)
+
+
+def _blocks(plan: Plan) -> str:
+    """What stays in memory if blocks may stream, and the slices of tokens."""
+    choice, layers = plan.blocks, plan.request.spec.dit.layers
+    if choice is None:
+        return "does not fit either"
+    resident = layers if choice.slots == layers else choice.slots - TURNING
+    slices = "" if choice.slices == 1 else f", {choice.slices} slices"
+    return f"{resident} of {layers} blocks resident{slices}"
 
 
 def _work(plan: Plan) -> Iterable[tuple[str, str]]:
@@ -71,10 +73,8 @@ def _work(plan: Plan) -> Iterable[tuple[str, str]]:
     shares = {"linears": forward.linears, "self-attention": forward.self_attention, "cross": forward.cross_attention}
     yield "arithmetic of a forward", f"{forward.total / 1e15:.3f} PFLOP"
     yield "shares of it", ", ".join(f"{name} {flops / forward.total:.0%}" for name, flops in shares.items())
-    yield (
-        f"arithmetic of a step, of {steps}",
-        f"{plan.step_flops / 1e15:.2f}, {steps * plan.step_flops / 1e15:.0f} PFLOP",
-    )
+    of_all = f"{steps * plan.step_flops / 1e15:.0f} PFLOP"
+    yield f"arithmetic of a step, of {steps}", f"{plan.step_flops / 1e15:.2f}, {of_all}"
     yield "arithmetic of the VAE", f"{plan.vae_flops / 1e15:.2f} PFLOP"
     if plan.step_seconds is None or plan.video_seconds is None:
         yield "time", f"no figures for {plan.request.target.name}"

@@ -6,6 +6,7 @@ Presets name the sizes of the official release.
 """
 
 import re
+from math import prod
 
 from wan22.bundle import Tensor
 from wan22.errors import UserError
@@ -15,6 +16,9 @@ from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 PRESETS = {"480p": "832x480,480x832", "720p": "1280x720,720x1280", "5b": "1280x704,704x1280"}
 TYPICAL_TEXT_TOKENS = 128  # about the length of the default negative prompt
+
+MOST_SLICES = 64  # of the tokens of a video, for stages that take slices
+STEPS = (1, 40, 2048)  # time rows of a schedule
 
 Video = tuple[int, int, int]  # width, height in pixels; frames
 
@@ -27,10 +31,9 @@ def profiles_for(spec: ModelSpec, size: str | None = None, frames: str | None = 
     """
     asked = "{}x{}".format(*spec.sampling.sizes[0]) if size is None else PRESETS.get(size, size)
     counts = _frames(str(spec.sampling.frames) if frames is None else frames)
-    corners = [_corners(part) for part in asked.split(",")]
-    return tuple(
-        profile_between(spec, (*small, counts[0]), (*large, counts[1])) for small, large in dict.fromkeys(corners)
-    )
+    ranges = [part.partition("..") for part in asked.split(",")]
+    corners = dict.fromkeys((_size(small), _size(large or small)) for small, _, large in ranges)
+    return tuple(profile_between(spec, (*small, counts[0]), (*large, counts[1])) for small, large in corners)
 
 
 def profile_between(spec: ModelSpec, small: Video, large: Video) -> Profile:
@@ -47,15 +50,17 @@ def profile_between(spec: ModelSpec, small: Video, large: Video) -> Profile:
     return profile | {"tokens": (1, TYPICAL_TEXT_TOKENS, TEXT_TOKENS)}
 
 
+def with_stages(profile: Profile) -> Profile:
+    """``profile`` with the dimensions of a transformer in stages: tokens, in slices or as a whole, and time steps."""
+    fewest, most = (prod(profile[name][end] for name in ("frames", "rows", "columns")) for end in (0, 2))
+    slices = {"positions": (max(1, fewest // MOST_SLICES), most, most), "keys": (fewest, most, most)}
+    return profile | slices | {"steps": STEPS}
+
+
 def input_shapes(tensor: Tensor, profile: Profile) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Shapes of ``tensor`` at the profile's minimum, optimum and maximum."""
     low, best, high = ({name: sizes[which] for name, sizes in profile.items()} for which in range(3))
     return shape_of(tensor, low), shape_of(tensor, best), shape_of(tensor, high)
-
-
-def _corners(text: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    small, _, large = text.partition("..")
-    return _size(small), _size(large or small)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ it. Memory is the nominal capacity; drivers and ECC use a few per cent of it.
 
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wan22.backends import Backend
 from wan22.bundle import Manifest
@@ -17,6 +17,7 @@ from wan22.specs import Number, Precision
 QUERY_GPU = ("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
 _NOT_A_VARIANT = "(?![ -](Ti|SUPER|Super|D|Laptop|Mobile|3e))"  # other chips or boards that share a name
 FIRST_FP8 = (8, 9)  # compute capability
+FIRST_FLASH = "8.0"  # compute capability of ONNX Runtime's flash attention
 RTX_CAPABILITIES = ("8.6", "8.9", "12.0")  # supported by TensorRT-RTX, which builds for them without a GPU
 TENSORRT_CAPABILITIES = ("8.0", "9.0", "10.0", "10.3", "11.0", "12.1")
 
@@ -45,6 +46,8 @@ class Target:
         """The number types of its matrix multiplications."""
         if self.backend == "onnxruntime":
             return (Number.FP32, Number.FP16)  # its CPU kernels support neither bfloat16 nor fast FP8
+        if self.backend == "onnxruntime-gpu":
+            return (Number.BF16, Number.FP16)  # its flash attention takes 16 bits, its products have no FP8
         sixteen = (Number.FP32, Number.BF16, Number.FP16)
         return (*sixteen, Number.FP8) if self._capability >= FIRST_FP8 else sixteen
 
@@ -76,78 +79,42 @@ class Target:
 _AMPERE, _ADA = "NVIDIA Ampere GA102 whitepaper 2.1", "NVIDIA Ada GPU Architecture whitepaper 2.02"
 _BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper"
 _TABLE = (
-    Target(
-        "a100", "A100", "tensorrt", "8.0", 80, 2039, 19.5, 312, None,
-        "NVIDIA A100 80GB SXM datasheet",
-    ),
-    Target(
-        "a10g", "A10G", "tensorrt", "8.6", 24, 600, 31.5, 70, None,
-        "NVIDIA A10G datasheet (BF16 140 with sparsity, halved)",
-    ),
-    Target(
-        "l40", "L40", "tensorrt", "8.9", 48, 864, 90.5, 181, 362,
-        "NVIDIA L40 datasheet (BF16 362 and FP8 724 with sparsity, halved)",
-    ),
-    Target(
-        "l40s", "L40S", "tensorrt", "8.9", 48, 864, 91.6, 362, 733,
-        "NVIDIA L40S datasheet",
-    ),
-    Target(
-        "l4", "L4", "tensorrt", "8.9", 24, 300, 30.3, 121, 242.5,
-        "NVIDIA L4 datasheet (242 and 485 with sparsity, halved)",
-    ),
-    Target(
-        "h100", "H100", "tensorrt", "9.0", 80, 3350, 67, 989.5, 1979,
-        "NVIDIA H100 SXM datasheet (1979 and 3958 with sparsity, halved)",
-    ),
-    Target(
-        "h20", "H20", "tensorrt", "9.0", 96, 4000, 44, 148, 296,
-        "NVIDIA H20 product brief (dense)",
-    ),
-    Target(
-        "h200", "H200", "tensorrt", "9.0", 141, 4800, 67, 989.5, 1979,
-        "NVIDIA H200 SXM datasheet (1979 and 3958 with sparsity, halved)",
-    ),
-    Target(
-        "b200", "B200", "tensorrt", "10.0", 180, 7700, 75, 2250, 4500,
-        "NVIDIA Blackwell datasheet, HGX B200 per GPU (4.5 and 9 PFLOPS with sparsity, halved)",
-    ),
-    Target(
-        "rtx3090", "GeForce RTX 3090", "tensorrt-rtx", "8.6", 24, 936, 35.6, 71, None,
-        f"{_AMPERE}, table 9",
-    ),
-    Target(
-        "rtx4090", "GeForce RTX 4090", "tensorrt-rtx", "8.9", 24, 1008, 82.6, 165.2, 330.3,
-        f"{_ADA}, appendix A (FP8 with FP32 accumulate)",
-    ),
-    Target(
-        "rtx4080", "GeForce RTX 4080", "tensorrt-rtx", "8.9", 16, 716.8, 48.7, 97.5, 194.9,
-        f"{_ADA}, GeForce RTX 4080 (FP8 with FP32 accumulate)",
-    ),
-    Target(
-        "rtx4070ti", "GeForce RTX 4070 Ti", "tensorrt-rtx", "8.9", 12, 504.2, 40.1, 80.2, 160.4,
-        "NVIDIA GeForce RTX 4070 Ti specifications: 7680 cores at 2.61 GHz; tensor cores in the ratio of the RTX 4090",
-    ),
-    Target(
-        "rtx5090", "GeForce RTX 5090", "tensorrt-rtx", "12.0", 32, 1792, 104.8, 209.5, 419,
-        f"{_BLACKWELL}, appendix A (FP8 with FP32 accumulate)",
-    ),
-    Target(
-        "rtx5080", "GeForce RTX 5080", "tensorrt-rtx", "12.0", 16, 960, 56.3, 112.6, 225.1,
-        f"{_BLACKWELL}, GeForce RTX 5080 (FP8 with FP32 accumulate)",
-    ),
-    Target(
-        "rtx-pro-6000-blackwell", "RTX PRO 6000 Blackwell", "tensorrt-rtx", "12.0", 96, 1792, 126, 503.8, 1007.6,
-        "NVIDIA RTX Blackwell PRO GPU Architecture whitepaper, Workstation Edition",
-    ),
-    Target(
-        "gb10", "GB10", "tensorrt", "12.1", 128, 273, 31, 125, 250,
-        "NVIDIA DGX Spark datasheet: 1 PFLOPS FP4 with sparsity; BF16 and FP8 derived as its 1/8 and 1/4",
-    ),
-    Target(
-        "cpu", "", "onnxruntime", "", 0, 0, None, None, None,
-        "no figures: the reference backend",
-    ),
+    Target("a100", "A100", "tensorrt", "8.0", 80, 2039, 19.5, 312, None,
+        "NVIDIA A100 80GB SXM datasheet"),
+    Target("a10g", "A10G", "tensorrt", "8.6", 24, 600, 31.5, 70, None,
+        "NVIDIA A10G datasheet (BF16 140 with sparsity, halved)"),
+    Target("l40", "L40", "tensorrt", "8.9", 48, 864, 90.5, 181, 362,
+        "NVIDIA L40 datasheet (BF16 362 and FP8 724 with sparsity, halved)"),
+    Target("l40s", "L40S", "tensorrt", "8.9", 48, 864, 91.6, 362, 733,
+        "NVIDIA L40S datasheet"),
+    Target("l4", "L4", "tensorrt", "8.9", 24, 300, 30.3, 121, 242.5,
+        "NVIDIA L4 datasheet (242 and 485 with sparsity, halved)"),
+    Target("h100", "H100", "tensorrt", "9.0", 80, 3350, 67, 989.5, 1979,
+        "NVIDIA H100 SXM datasheet (1979 and 3958 with sparsity, halved)"),
+    Target("h20", "H20", "tensorrt", "9.0", 96, 4000, 44, 148, 296,
+        "NVIDIA H20 product brief (dense)"),
+    Target("h200", "H200", "tensorrt", "9.0", 141, 4800, 67, 989.5, 1979,
+        "NVIDIA H200 SXM datasheet (1979 and 3958 with sparsity, halved)"),
+    Target("b200", "B200", "tensorrt", "10.0", 180, 7700, 75, 2250, 4500,
+        "NVIDIA Blackwell datasheet, HGX B200 per GPU (4.5 and 9 PFLOPS with sparsity, halved)"),
+    Target("rtx3090", "GeForce RTX 3090", "tensorrt-rtx", "8.6", 24, 936, 35.6, 71, None,
+        f"{_AMPERE}, table 9"),
+    Target("rtx4090", "GeForce RTX 4090", "tensorrt-rtx", "8.9", 24, 1008, 82.6, 165.2, 330.3,
+        f"{_ADA}, appendix A (FP8 with FP32 accumulate)"),
+    Target("rtx4080", "GeForce RTX 4080", "tensorrt-rtx", "8.9", 16, 716.8, 48.7, 97.5, 194.9,
+        f"{_ADA}, GeForce RTX 4080 (FP8 with FP32 accumulate)"),
+    Target("rtx4070ti", "GeForce RTX 4070 Ti", "tensorrt-rtx", "8.9", 12, 504.2, 40.1, 80.2, 160.4,
+        "NVIDIA GeForce RTX 4070 Ti specifications: 7680 cores at 2.61 GHz; tensor cores in the ratio of the RTX 4090"),
+    Target("rtx5090", "GeForce RTX 5090", "tensorrt-rtx", "12.0", 32, 1792, 104.8, 209.5, 419,
+        f"{_BLACKWELL}, appendix A (FP8 with FP32 accumulate)"),
+    Target("rtx5080", "GeForce RTX 5080", "tensorrt-rtx", "12.0", 16, 960, 56.3, 112.6, 225.1,
+        f"{_BLACKWELL}, GeForce RTX 5080 (FP8 with FP32 accumulate)"),
+    Target("rtx-pro-6000-blackwell", "RTX PRO 6000 Blackwell", "tensorrt-rtx", "12.0", 96, 1792, 126, 503.8, 1007.6,
+        "NVIDIA RTX Blackwell PRO GPU Architecture whitepaper, Workstation Edition"),
+    Target("gb10", "GB10", "tensorrt", "12.1", 128, 273, 31, 125, 250,
+        "NVIDIA DGX Spark datasheet: 1 PFLOPS FP4 with sparsity; BF16 and FP8 derived as its 1/8 and 1/4"),
+    Target("cpu", "", "onnxruntime", "", 0, 0, None, None, None,
+        "no figures: the reference backend"),
 )  # fmt: skip
 TARGETS = {target.name: target for target in _TABLE}
 
@@ -155,9 +122,8 @@ TARGETS = {target.name: target for target in _TABLE}
 def _generic(capability: str, backend: Backend) -> Target:
     """Any GPU of one compute capability: the same engines, but unknown memory and speed."""
     name = f"sm{capability.replace('.', '')}"
-    return Target(
-        name, "", backend, capability, 0, 0, None, None, None, "no figures: any GPU of its compute capability"
-    )
+    source = "no figures: any GPU of its compute capability"
+    return Target(name, "", backend, capability, 0, 0, None, None, None, source)
 
 
 _BY_CAPABILITY = {
@@ -169,17 +135,33 @@ _BY_CAPABILITY = {
 }
 
 
+ON_CUDA = "cuda"  # ONNX Runtime's CUDA provider: "cuda" on any GPU, "cuda:h100" with the figures of one
+
+
+def _on_cuda(card: str) -> Target | None:
+    """ONNX Runtime on the GPU ``card`` of the table, or on any GPU without one; None if it is unknown."""
+    if not card:
+        return replace(_generic(FIRST_FLASH, "onnxruntime-gpu"), name=ON_CUDA, source="no figures: any NVIDIA GPU")
+    found = TARGETS.get(card)
+    return replace(found, name=f"{ON_CUDA}:{card}", backend="onnxruntime-gpu") if found and found.product else None
+
+
 def target_named(name: str) -> Target:
     """The target called ``name``; ``auto`` is this machine's GPU, ``sm89`` any GPU of compute capability 8.9.
+
+    ``cuda`` is ONNX Runtime on any GPU, ``cuda:h100`` the same with the figures of an H100.
 
     Raises:
         UserError: the name is unknown, or this machine's GPU is not in the table.
     """
     if name == "auto":
         return detect(_gpus())
-    if found := TARGETS.get(name) or _BY_CAPABILITY.get(name.lower()):
+    system, _, card = name.partition(":")
+    on_cuda = _on_cuda(card) if system == ON_CUDA else None
+    if found := TARGETS.get(name) or _BY_CAPABILITY.get(name.lower()) or on_cuda:
         return found
-    known = f"one of {', '.join(TARGETS)}, auto, or a compute capability: {', '.join(_BY_CAPABILITY)}"
+    capabilities = ", ".join(_BY_CAPABILITY)
+    known = f"one of {', '.join(TARGETS)}, auto, cuda, cuda:GPU, or a compute capability: {capabilities}"
     raise UserError(f"target {name!r}", known, "name one of them with --target")
 
 
@@ -189,7 +171,8 @@ def check_bundle(target: Target, manifest: Manifest) -> None:
     Raises:
         UserError: names the bundle's or the component's precision, and the export options to use instead.
     """
-    beyond = [component for component in manifest.components if component.precision not in target.precisions]
+    experts, allowed = manifest.spec.experts, target.precisions
+    beyond = [c for c in manifest.components if c.precision not in (allowed if c.name in experts else (*allowed, FP32))]
     if any(component.precision == manifest.precision for component in beyond):
         check_precision(target, manifest.precision, _AT_EXPORT)
     for component in beyond:
@@ -202,6 +185,7 @@ def check_bundle(target: Target, manifest: Manifest) -> None:
 
 
 _AT_EXPORT = "in wan-trt export "
+FP32 = Precision.FP32  # which every backend computes outside the transformers
 
 
 def check_precision(target: Target, precision: Precision, where: str = "", what: str = "precision ") -> None:
@@ -218,6 +202,8 @@ def check_precision(target: Target, precision: Precision, where: str = "", what:
     instead = target.default_precision
     units = f"compute capability {target.compute_capability} has no {precision.linears.upper()} units"
     why = units if precision.quantised else "not supported there"
+    if target.backend == "onnxruntime-gpu":
+        why = "ONNX Runtime has no FP8 products" if precision.quantised else "flash attention takes 16 bits"
     if target.backend == "onnxruntime":
         why = "ONNX Runtime does not compute it on a CPU"
     allowed = ", ".join(target.precisions)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from export.checkpoint.checkpoint import Checkpoint, Weights
 from export.files.tensor_file import FLOAT8, Array, Pieces, Planned, Stored
+from export.graphs.blocks import StageGraph
 from export.graphs.builder import GraphBuilder
 from export.graphs.weights_file import declare_weights
 from export.quantise.fp8_weights import Fp8Weights, remade_biases
@@ -19,6 +20,7 @@ class ExportPart:
     weights: str  # key of Checkpoint.weights
     precision: Precision
     graphs: dict[str, GraphBuilder]
+    stages: Mapping[str, StageGraph] = field(default_factory=dict)  # the same transformer in parts, if it has any
     # measured on the inputs of FP8 linears, by linear
     input_scales: Mapping[str, float] = field(default_factory=dict)
     input_means: Mapping[str, Array] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class ExportPart:
         if self.precision.linears is not Number.FP8:
             return weights.pieces
         measured = self.input_scales, self.input_means
-        fp8 = Fp8Weights(weights.read, source.spec.dit, self.quantised, *measured, codes=weights.codes)
+        by_column = [key.replace("column_scale", "weight") for key in self.declared if key.endswith(".column_scale")]
+        fp8 = Fp8Weights(weights.read, source.spec.dit, self.quantised, *measured, weights.codes, by_column)
         stored = frozenset(weights.names()) - self.remade
         return lambda key: weights.pieces(key) if key in stored else fp8.pieces(key)

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from export.checkpoint.place import Place
 from export.component import ExportPart
 from export.files.resumable import Journal, kept_bytes, resumable_folder
 from export.files.tensor_file import Array
+from export.graphs.blocks import StageGraph, stage_graphs
 from export.graphs.builder import GraphBuilder, Placed
 from export.graphs.dit import LatentDims, dit_graph
 from export.graphs.linear import Fp8
@@ -23,32 +25,25 @@ from export.options import ExportOptions
 from export.precisions import check_fp8, compute_type, fp8_of, precisions_of, why_higher
 from export.quantise.input_means import read_input_means
 from export.quantise.input_scales import Scales, check_weights, read_input_scales
+from export.quantise.published import published, row_scaled
 from export.shared_files import share, shared_name, shared_placements
 from wan22.bundle import (
     Bundle,
     Component,
     File,
     Manifest,
+    Stage,
     check_disk,
     file_entry,
     refuse_existing,
     write_manifest,
 )
 from wan22.errors import UserError
+from wan22.inputs import check_no_source
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec, Precision
 
 log = logging.getLogger(__name__)
-
-SAME_INPUT = (  # groups of a block's linears that read the same input
-    ("self_attn.q", "self_attn.k", "self_attn.v"),
-    ("self_attn.o",),
-    ("cross_attn.q",),
-    ("cross_attn.k", "cross_attn.v"),
-    ("cross_attn.o",),
-    ("ffn.0",),
-    ("ffn.2",),
-)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 
@@ -64,9 +59,14 @@ def export_checkpoint(
     """
     options = options or ExportOptions()
     refuse_existing(folder, "graphs", overwrite=options.overwrite)
+    measured = (options.input_scales, options.input_means)
+    check_no_source(folder, *Place.parse(checkpoint).paths, *(lora.path for lora in options.loras), *measured)
     opened = open_checkpoint(checkpoint, progress)
-    loras = _open_loras(options, opened.spec)
-    source = _with_loras(opened, loras)
+    loras = [open_lora(lora, opened.spec, ignore_unmatched=options.lora_ignore_unmatched) for lora in options.loras]
+    for warning in (warning for lora in loras for warning in lora.warnings):
+        log.warning(warning)
+    experts = {name: merged(opened.weights[name], loras, name) for name in opened.spec.experts}
+    source = replace(opened, weights={**opened.weights, **experts})
     if options.preset is not None:
         source = replace(source, spec=source.spec.with_preset(options.preset))
     check_fp8(source.spec, options)
@@ -77,10 +77,8 @@ def export_checkpoint(
     meter = _Meter(progress, parts.values())
     if not options.sparse:
         check_disk(folder, meter.written_bytes - kept_bytes(folder))
-    with resumable_folder(folder, _input_hash(source, loras, parts), overwrite=options.overwrite) as (
-        temporary,
-        journal,
-    ):
+    resumable = resumable_folder(folder, _input_hash(source, loras, parts), overwrite=options.overwrite)
+    with resumable as (temporary, journal):
         writer = _Writer(temporary, source, options, meter, journal)
         components = [component for name, part in parts.items() for component in writer.components(name, part)]
         manifest = Manifest(
@@ -98,26 +96,10 @@ def export_checkpoint(
     return Bundle(folder, manifest)
 
 
-def _open_loras(options: ExportOptions, spec: ModelSpec) -> list[Lora]:
-    loras = [open_lora(lora, spec, ignore_unmatched=options.lora_ignore_unmatched) for lora in options.loras]
-    for lora in loras:
-        for warning in lora.warnings:
-            log.warning(warning)
-    return loras
-
-
-def _with_loras(source: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
-    experts = {name: merged(source.weights[name], loras, name) for name in source.spec.experts}
-    return replace(source, weights={**source.weights, **experts})
-
-
 def _fixed_size(options: ExportOptions) -> tuple[int, int, int] | None:
     if (options.size is None) != (options.frames is None):
-        raise UserError(
-            "only one of --size and --frames",
-            "both for fixed shapes or neither for dynamic ones",
-            "give both or leave both out",
-        )
+        expected = "both for fixed shapes or neither for dynamic ones"
+        raise UserError("only one of --size and --frames", expected, "give both or leave both out")
     return None if options.size is None or options.frames is None else (*options.size, options.frames)
 
 
@@ -128,6 +110,7 @@ class _Measured:
     scales: Mapping[str, float] = field(default_factory=dict)
     means: Mapping[str, Array] = field(default_factory=dict)
     wide_blocks: frozenset[int] = frozenset()  # blocks that the checkpoint's publisher did not quantise
+    by_column: frozenset[str] = frozenset()  # matrices whose stored codes have different scales for rows
 
 
 def _read_measured(source: Checkpoint, base: Checkpoint, options: ExportOptions) -> dict[str, _Measured]:
@@ -149,27 +132,16 @@ def _read_measured(source: Checkpoint, base: Checkpoint, options: ExportOptions)
         for expert, of_expert in read_input_means(means, source.spec).items():
             _check_weights(means, of_expert.weights, expert, (source, base))
             found[expert] = _Measured(means=of_expert.inputs)
-    if scales is None and means is None:
-        in_fp8 = [expert for expert in source.spec.experts if precisions_of(source.spec, options)[expert].quantised]
-        found = {expert: _read_calibration(source, expert) for expert in in_fp8}
+    spec, precisions = source.spec, precisions_of(source.spec, options)
+    in_fp8 = [expert for expert in spec.experts if precisions[expert].quantised]
+    by_column = row_scaled([base.weights[expert] for expert in in_fp8], spec.dit.layers)
+    for expert in in_fp8:
+        known = found.get(expert, _Measured())
+        if scales is None and means is None:
+            theirs = published(source.weights[expert], spec.dit.layers)
+            known = _Measured(theirs.input_scales, wide_blocks=theirs.wide_blocks)
+        found[expert] = replace(known, by_column=by_column)
     return found
-
-
-def _read_calibration(source: Checkpoint, expert: str) -> _Measured:
-    """The input scales of a checkpoint calibrated for FP8, and the blocks that it does not quantise.
-
-    Linears that read the same input get the largest of their scales.
-    """
-    weights, entering = source.weights[expert], dict[str, float]()
-    for block in range(source.spec.dit.layers):
-        for inputs in SAME_INPUT:
-            found = [weights.codes(f"blocks.{block}.{linear}.weight") for linear in inputs]
-            scales = [codes.entering for codes in found if codes is not None and codes.entering is not None]
-            if len(scales) == len(inputs):
-                entering |= {f"blocks.{block}.{linear}": max(scales) for linear in inputs}
-    calibrated = {int(linear.split(".")[1]) for linear in entering}
-    wide = frozenset(range(source.spec.dit.layers)) - calibrated if calibrated else frozenset[int]()
-    return _Measured(entering, wide_blocks=wide)
 
 
 def _check_weights(path: Path, scales: Scales, expert: str, sources: tuple[Checkpoint, Checkpoint]) -> None:
@@ -204,16 +176,20 @@ def _expert_parts(
 ) -> dict[str, ExportPart]:
     """The experts as parts. Experts with equal settings share one graph, bound to the weights of each in turn."""
     precisions, parts = precisions_of(spec, options), {}
-    authored: list[tuple[Precision, Fp8 | None, GraphBuilder]] = []
+    authored: list[tuple[Precision, Fp8 | None, GraphBuilder, dict[str, StageGraph]]] = []
     for expert in spec.experts:
         known, precision = measured.get(expert, _Measured()), precisions[expert]
         lengths = {linear: len(mean) for linear, mean in known.means.items()}
         kept = replace(options, keep_high_precision=options.keep_high_precision | known.wide_blocks)
-        fp8 = fp8_of(precision, kept, known.scales, lengths)
-        alike = [graph for *of, graph in authored if of == [precision, fp8]]
-        graph = alike[0] if alike else dit_graph(spec.dit, compute_type(precision), dims, fp8)
-        authored.append((precision, fp8, graph))
-        parts[expert] = ExportPart(expert, precision, {expert: graph}, known.scales, known.means)
+        fp8 = fp8_of(precision, kept, known.scales, lengths, known.by_column)
+        alike = [made for made in authored if made[:2] == (precision, fp8)]
+        if not alike:
+            compute = compute_type(precision)
+            stages = stage_graphs(spec.dit, compute, fp8) if fp8 is None or fp8.uniform else {}
+            alike = [(precision, fp8, dit_graph(spec.dit, compute, dims, fp8), stages)]
+            authored += alike
+        *_, graph, stages = alike[0]
+        parts[expert] = ExportPart(expert, precision, {expert: graph}, stages, known.scales, known.means)
     return parts
 
 
@@ -232,13 +208,14 @@ class _Meter:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Write the parts of one bundle."""
+    """Write the parts of one bundle. Experts with the same stages share their files."""
 
     folder: Path
     source: Checkpoint
     options: ExportOptions
     meter: _Meter
     journal: Journal
+    written_stages: dict[int, tuple[Stage, ...]] = field(default_factory=dict)
 
     def components(self, name: str, part: ExportPart) -> list[Component]:
         files, placed = self.weights(name, part)
@@ -248,8 +225,20 @@ class _Writer:
             graph.save(self.folder / f"{component}.onnx")
             entry = file_entry(self.folder, self.folder / f"{component}.onnx")
             why = why_higher(name, part.precision, self.options)
-            components.append(Component(component, entry, files, *graph.edges(), part.precision, why))
+            edges, stages = graph.edges(), self.stages(name, part)
+            components.append(Component(component, entry, files, *edges, part.precision, why, stages=stages))
         return components
+
+    def stages(self, name: str, part: ExportPart) -> tuple[Stage, ...]:
+        if (key := id(part.stages)) not in self.written_stages:
+            found = []
+            for stage, graph in part.stages.items():
+                graph.edges()
+                path = self.folder / f"{name}.{stage}.onnx"
+                graph.save(path)
+                found.append(graph.stage(file_entry(self.folder, path)))
+            self.written_stages[key] = tuple(found)
+        return self.written_stages[key]
 
     def weights(self, name: str, part: ExportPart) -> tuple[tuple[File, ...], dict[str, Placed]]:
         """Write the part's files; return their entries and the position of each tensor."""
@@ -279,9 +268,8 @@ def _copy_tokenizer(source: Path, folder: Path) -> tuple[File, ...]:
     target.mkdir(exist_ok=True)
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if TOKENIZER_FILES[0] not in found:
-        raise UserError(
-            f"{source} has no {TOKENIZER_FILES[0]}", "the tokenizer of umt5", "copy it from google/umt5-xxl"
-        )
+        missing = f"{source} has no {TOKENIZER_FILES[0]}"
+        raise UserError(missing, "the tokenizer of umt5", "copy it from google/umt5-xxl")
     for name in found:
         shutil.copyfile(source / name, target / name)
     return tuple(file_entry(folder, target / name) for name in found)

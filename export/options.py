@@ -30,7 +30,5 @@ class ExportOptions:
     parts: frozenset[str] = frozenset()  # experts, text_encoder, vae_encoder, vae_decoder; empty: all
     link: bool = False  # share the checkpoint's files where they store tensors in the graphs' dtype and shape
     overwrite: bool = False
-    sparse: bool = (
-        False  # the checkpoint, hence the bundle, consists of holes (``synth --sparse``): skip the disk check
-    )
+    sparse: bool = False  # the checkpoint, hence the bundle, consists of holes (``synth --sparse``): no disk check
     command: str = field(default="export.export_checkpoint(...)", compare=False)  # recorded in the manifest

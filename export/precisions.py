@@ -36,20 +36,21 @@ def precisions_of(spec: ModelSpec, options: ExportOptions) -> dict[str, Precisio
         if part not in usual or part == "vae_encoder":
             known = ", ".join(p for p in usual if p != "vae_encoder")
             raise UserError(f"precision for unknown part {part!r}", f"one of {known}", "correct the name")
-        if part not in spec.experts and precision not in (possible := _possible(part)):
+        possible = [p for p in Precision if not p.quantised]
+        if part == "text_encoder":  # only its feed-forward runs in FP8
+            possible += [p for p in Precision if p.linears is Number.FP8 and p.attention.bits == 16]
+        if part not in spec.experts and precision not in possible:
             feed_forward = " for its feed-forward" if possible[-1].quantised else ""
             raise UserError(f"{part} in {precision}", f"{', '.join(possible)}{feed_forward}", "choose one of these")
     return {**usual, **options.precisions}
 
 
-def _possible(part: str) -> tuple[Precision, ...]:
-    """The precisions that a part other than an expert supports; only the text encoder's feed-forward runs in FP8."""
-    quantised = [p for p in Precision if p.linears is Number.FP8 and p.attention.bits == 16]
-    return (*(p for p in Precision if not p.quantised), *(quantised if part == "text_encoder" else ()))
-
-
 def fp8_of(
-    precision: Precision, options: ExportOptions, static: Mapping[str, float], centred: Mapping[str, int]
+    precision: Precision,
+    options: ExportOptions,
+    static: Mapping[str, float],
+    centred: Mapping[str, int],
+    by_column: frozenset[str],
 ) -> Fp8 | None:
     """The FP8 settings of an expert; None if it does not use FP8.
 
@@ -58,6 +59,7 @@ def fp8_of(
         options: the export's options.
         static: linears with a static input scale.
         centred: linears with an input mean → its length.
+        by_column: kinds of matrices whose rows have different scales.
     """
     if precision.linears is not Number.FP8:
         return None
@@ -68,15 +70,12 @@ def fp8_of(
         high_precision_blocks=options.keep_high_precision,
         static=frozenset(static),
         centred=centred,
+        by_column=by_column,
     )
 
 
 def check_fp8(spec: ModelSpec, options: ExportOptions) -> None:
-    """Refuse FP8 options without FP8 and block numbers that do not exist.
-
-    Raises:
-        UserError: one of these.
-    """
+    """Raise UserError for FP8 options without FP8 and block numbers that do not exist."""
     precisions = precisions_of(spec, options)
     linears = {precisions[expert].linears for expert in spec.experts}
     attention = {precisions[expert].attention for expert in spec.experts}
@@ -91,9 +90,8 @@ def check_fp8(spec: ModelSpec, options: ExportOptions) -> None:
         if given and Number.FP8 not in linears:
             raise UserError(f"{option} without FP8", "a transformer in fp8 or fp8-attn", f"leave {option} out")
     if options.fp8_attention != "both" and Number.FP8 not in attention:
-        raise UserError(
-            f"--fp8-attention {options.fp8_attention} without FP8 attention", "fp8-attn", "use --precision fp8-attn"
-        )
+        found = f"--fp8-attention {options.fp8_attention} without FP8 attention"
+        raise UserError(found, "fp8-attn", "use --precision fp8-attn")
 
 
 def why_higher(part: str, precision: Precision, options: ExportOptions) -> str:

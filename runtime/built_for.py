@@ -5,8 +5,7 @@ from wan22.bundle import Build, Bundle, Component, Manifest
 from wan22.errors import UserError
 from wan22.quantities import video_text
 from wan22.residency import Video
-from wan22.shapes import Profile, own_profiles
-from wan22.specs import ModelSpec
+from wan22.shapes import own_profiles
 from wan22.stamp import Stamp, check_stamp, read_name
 
 
@@ -48,7 +47,8 @@ def check_plans(bundle: Bundle) -> tuple[str, ...]:
     build = bundle.manifest.build
     if build is None or not build.backend.startswith("tensorrt"):
         return ()
-    names = {component: read_name(bundle.path(component.graph)) for component in bundle.manifest.components}
+    compiled = (part for component in bundle.manifest.components for part in component.compiled())
+    names = {part: read_name(bundle.path(part.graph)) for part in compiled}
     for component, name in names.items():
         check_plan(name, bundle.manifest, component)
     return tuple(dict.fromkeys(component.graph.path for component, name in names.items() if not name))
@@ -105,15 +105,13 @@ def check_video(manifest: Manifest, video: Video, hint: str = "") -> None:
 
 def _ranges(manifest: Manifest) -> list[tuple[Video, Video, Video]]:
     """The smallest, the best and the largest video of every profile; empty if any shape is supported."""
-    profiles = manifest.build.profiles if manifest.build else ()
-    return [_videos(manifest.spec, profile) for profile in profiles]
-
-
-def _videos(spec: ModelSpec, profile: Profile) -> tuple[Video, Video, Video]:
-    space, time = spec.vae.spatial_stride, spec.vae.temporal_stride
-    sizes = zip(profile["width"], profile["height"], profile["frames"], strict=True)
-    small, best, large = ((space * width, space * height, time * (count - 1) + 1) for width, height, count in sizes)
-    return small, best, large
+    space, time = manifest.spec.vae.spatial_stride, manifest.spec.vae.temporal_stride
+    ranges = []
+    for profile in manifest.build.profiles if manifest.build else ():
+        sizes = zip(profile["width"], profile["height"], profile["frames"], strict=True)
+        small, best, large = ((space * width, space * height, time * (count - 1) + 1) for width, height, count in sizes)
+        ranges.append((small, best, large))
+    return ranges
 
 
 def _holds(small: Video, large: Video, video: Video) -> bool:

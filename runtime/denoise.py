@@ -1,8 +1,8 @@
 """The denoising loop as a generator: its caller handles progress, timing, previews, cancellation and parity.
 
-A step is one forward with the prompt, one without it unless guidance is 1, and one solver step. The operations around
-the engine are small and run in float32: classifier-free guidance, the solver and, for image to video on the 5B model,
-resetting the first latent frame to the image.
+A step is one forward with the prompt, one without it unless guidance is 1, and one solver step; a step cache may
+estimate forwards. The operations around the engine are small and run in float32: classifier-free guidance, the solver
+and, for image to video on the 5B model, resetting the first latent frame to the image.
 """
 
 import math
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from runtime.arrays import F32, require_finite
-from runtime.forward_inputs import constant_inputs, step_inputs
+from runtime.forward_inputs import constant_inputs, step_inputs, time_features
 from runtime.schedule import Schedule
 from runtime.solver import Solver
+from runtime.step_cache import StepCache
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
 
@@ -48,6 +49,16 @@ class Conditions:
 
 
 @dataclass(frozen=True, eq=False)
+class Sampler:
+    """How a run moves from noise to clean latents; it serves one run."""
+
+    schedule: Schedule
+    solver: Solver  # a new one, made for the schedule
+    guidance: Mapping[str, float]  # by expert name; 1 skips the unconditional forward
+    cache: StepCache | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
     index: int  # from 0
     total: int
@@ -56,16 +67,14 @@ class Step:
     latents: F32  # [1, z, T, h, w] after the step; the caller must not change them
     seconds_engine: float  # time in the forwards
     seconds_total: float  # time of the whole step, except opening the expert
+    cached: bool = False  # no forward: the velocity is an estimate
+    late_cfg: bool = False  # no unconditional forward: the guidance is an estimate
+    cache_error: float = math.nan  # the accumulated change by which EasyCache decided, NaN where it did not
+    cache_gain: float = math.nan  # change of the velocity over that of the latents, as EasyCache knew it
 
 
 def denoise(
-    spec: ModelSpec,
-    experts: Experts,
-    latents: F32,
-    given: Conditions,
-    guidance: Mapping[str, float],
-    schedule: Schedule,
-    solver: Solver,
+    spec: ModelSpec, experts: Experts, latents: F32, given: Conditions, sampler: Sampler
 ) -> Generator[Step, None, None]:
     """Yield after every step; the last step holds the final latents.
 
@@ -74,14 +83,13 @@ def denoise(
         experts: only one forward is used at a time, so a function may keep one expert resident.
         latents: noise ``[1, z, T, h, w]``, not modified.
         given: text and image.
-        guidance: scale by expert name; 1 skips the unconditional forward.
-        schedule: the timesteps.
-        solver: a new one, made for this schedule.
+        sampler: schedule, solver, guidance and step cache.
 
     Raises:
         UserError: a guidance scale is not finite.
         NonFiniteError: a condition or a velocity holds NaN or infinity; for a velocity, names expert and step.
     """
+    guidance = sampler.guidance
     for name in spec.experts:
         if not math.isfinite(guidance[name]):
             raise UserError(f"guidance {guidance[name]} for {name}", "a finite number", "the models use 3 to 5")
@@ -89,47 +97,83 @@ def denoise(
             raise ValueError(f"guidance {guidance[name]} for {name} needs embeddings of the negative prompt")
     given.require_finite()
     open_expert = experts.__getitem__ if isinstance(experts, Mapping) else experts
-    return _steps(spec, open_expert, latents, given, guidance, schedule, solver)
+    return _steps(spec, open_expert, latents, given, sampler)
 
 
 def _steps(
-    spec: ModelSpec,
-    open_expert: Callable[[str], Forward],
-    latents: F32,
-    given: Conditions,
-    guidance: Mapping[str, float],
-    schedule: Schedule,
-    solver: Solver,
+    spec: ModelSpec, open_expert: Callable[[str], Forward], latents: F32, given: Conditions, sampler: Sampler
 ) -> Generator[Step, None, None]:
     inputs, keeps_first = constant_inputs(spec.dit, latents, given.condition), given.first_frame is not None
     if given.first_frame is not None:
         latents = latents.copy()
         latents[:, :, :1] = given.first_frame
-    expert, forward = "", None
+    schedule, cache, expert, forward = sampler.schedule, sampler.cache, "", None
     for index, timestep in enumerate(schedule.timesteps.tolist()):
         if forward is None or spec.expert_at(timestep, index) != expert:
             expert, forward = spec.expert_at(timestep, index), None
             forward = open_expert(expert)
+            _prepare(forward, spec, schedule)
         started = perf_counter()
-        inputs |= step_inputs(spec.dit, latents, timestep, clean_first_frame=keeps_first)
-        velocity, seconds_engine = _guided_velocity(forward, inputs, given, guidance[expert])
-        require_finite(velocity, f"velocity of {expert} in step {index + 1} of {schedule.steps} (t = {timestep:g})")
-        latents = solver.step(velocity, latents)
+        cached, late, seconds_engine = cache is not None and cache.skips(index), False, 0.0
+        if cache is not None and cached:
+            velocity = cache.estimate(index, latents)
+        else:
+            inputs |= step_inputs(spec.dit, latents, timestep, clean_first_frame=keeps_first)
+            residual = cache.residual(index) if cache is not None else None
+            then = spec.expert_at(*_following(schedule, index))
+            found = _guided_velocity(forward, inputs, given, sampler.guidance[expert], residual, then)
+            conditional, velocity, seconds_engine = found
+            require_finite(velocity, f"velocity of {expert} in step {index + 1} of {schedule.steps} (t = {timestep:g})")
+            late = residual is not None
+            if cache is not None:
+                cache.observe(index, latents, conditional, velocity)
+        before, latents = latents, sampler.solver.step(velocity, latents)
         if given.first_frame is not None:
             latents[:, :, :1] = given.first_frame
+        easy = cache.easy if cache is not None else None
+        decision = (easy.error, easy.gain) if easy else ()
+        if cache is not None:
+            cache.moved(before, latents)
         seconds_total = perf_counter() - started
-        yield Step(index, schedule.steps, timestep, expert, latents, seconds_engine, seconds_total)
+        yield Step(
+            index, schedule.steps, timestep, expert, latents, seconds_engine, seconds_total, cached, late, *decision
+        )
 
 
-def _guided_velocity(forward: Forward, inputs: Mapping[str, F32], given: Conditions, scale: float) -> tuple[F32, float]:
-    """``u + scale (c - u)`` in float32, or ``c`` if the scale is 1, and the seconds spent in the forwards."""
-    started = perf_counter()
+def _prepare(forward: Forward, spec: ModelSpec, schedule: Schedule) -> None:
+    """Let a forward that can do so compute the time rows of all steps at once."""
+    if (prepare := getattr(forward, "prepare", None)) is not None:
+        clean = [0.0] if spec.dit.time_rows > 1 else []
+        prepare(time_features([*clean, *schedule.timesteps.tolist()], spec.dit.freq_width))
+
+
+def _following(schedule: Schedule, index: int) -> tuple[float, int]:
+    """Timestep and index of the next step; of the last one if there is no next."""
+    following = min(index + 1, schedule.steps - 1)
+    return float(schedule.timesteps[following]), following
+
+
+def _guided_velocity(
+    forward: Forward, inputs: Mapping[str, F32], given: Conditions, scale: float, residual: F32 | None, then: str
+) -> tuple[F32, F32, float]:
+    """The conditional velocity ``c``, ``u + scale (c - u)`` in float32, and the seconds spent in the forwards.
+
+    The guided velocity is ``c`` itself if the scale is 1, and ``c + residual`` if there is an estimate of the residual.
+    The last forward hears of the expert of the next step, ``then``, if it can bring its weights early.
+    """
+    started, follow = perf_counter(), getattr(forward, "follow", lambda _expert: None)
+    if scale == 1 or residual is not None:
+        follow(then)
     conditional: F32 = forward(**inputs, text=given.positive)
     if scale == 1:
-        return conditional, perf_counter() - started
+        return conditional, conditional, perf_counter() - started
+    if residual is not None:
+        seconds = perf_counter() - started
+        return conditional, conditional + residual, seconds
+    follow(then)
     unconditional: F32 = forward(**inputs, text=given.negative)
     seconds = perf_counter() - started
     velocity = conditional - unconditional
     velocity *= np.float32(scale)
     velocity += unconditional
-    return velocity, seconds
+    return conditional, velocity, seconds

@@ -7,7 +7,6 @@ array may hold the next state, so callers that still need the old one must copy 
 """
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
@@ -27,13 +26,10 @@ class Engine(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         """The output, or a tuple of several outputs in graph order."""
-        ...
 
 
 class BorrowedEngine:
@@ -42,9 +38,7 @@ class BorrowedEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Do nothing: the owner closes it."""
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -29,12 +28,7 @@ from wan22.memory import available_host_bytes
 from wan22.onnx_file import check_component
 from wan22.shapes import Profile, shape_of, sizes_of
 
-NO_MEMORY = (
-    "bad_alloc",
-    "Failed to allocate memory",
-    "Available memory of",
-    "out of memory",
-)  # in its errors
+NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "Available memory of", "out of memory")  # in its errors
 PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")  # the first comes with onnxruntime-gpu
 ARENA = {
     "max_mem": 0,  # no limit
@@ -65,35 +59,16 @@ class OnnxRuntimeEngine:
         check_component(self._folder, self._component)
         if self._halves:
             prompt, step = self._halves
-            self._prompt, self._session = PromptPart(self._new_session(prompt, spin=False)), self._new_session(step)
+            part, self._session = self._new_session(prompt, spin=False), self._new_session(step)
+            self._prompt = PromptPart(part)
         else:
             self._session = self._new_session(self._path)
         return self
 
     def _new_session(self, path: Path, *, spin: bool = True) -> Any:
-        """A session. With ``spin`` its threads spin for a while after a run, which slows the next session's."""
-        import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
+        return new_session(path, self.name, self._providers, spin=spin)
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # warnings about missed fusions do not help users
-        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-        options.enable_mem_pattern = False
-        _make_arena()
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
-        there = onnxruntime.get_available_providers()
-        usable = [provider for provider in self._providers if provider in there]
-        try:
-            with refuse_out_of_memory(self.name), loading(path):
-                return onnxruntime.InferenceSession(path, options, providers=usable)
-        except (state.InvalidProtobuf, state.InvalidGraph, state.NoSuchFile, state.NotImplemented) as error:
-            found = f"{path} does not load: {error}"
-            raise UserError(found, "a graph that ONNX Runtime loads", "build it again") from None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._session = self._prompt = None
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
@@ -116,6 +91,31 @@ class OnnxRuntimeEngine:
         for tensor, array in zip(self.outputs, results, strict=True):
             binding.bind_output(tensor.name, *_place(array))
         self._session.run_with_iobinding(binding)
+
+
+def new_session(path: Path, name: str, providers: Sequence[str] = PREFERRED, *, spin: bool = True) -> Any:
+    """A session of the graph at ``path``, called ``name`` in errors.
+
+    With ``spin`` its threads spin for a while after a run, which slows the next session's.
+    """
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # warnings about missed fusions do not help users
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.enable_mem_pattern = False
+    _make_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    there = onnxruntime.get_available_providers()
+    usable = [provider for provider in providers if provider in there]
+    try:
+        with refuse_out_of_memory(name), loading(path):
+            return onnxruntime.InferenceSession(path, options, providers=usable)
+    except (state.InvalidProtobuf, state.InvalidGraph, state.NoSuchFile, state.NotImplemented) as error:
+        found = f"{path} does not load: {error}"
+        raise UserError(found, "a graph that ONNX Runtime loads", "build it again") from None
 
 
 @contextmanager

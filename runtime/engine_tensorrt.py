@@ -8,10 +8,8 @@ Arrays may be numpy's or CuPy's. Results are numpy arrays unless an input is CuP
 """
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -20,27 +18,24 @@ from runtime.built_for import check_build, check_plan
 from runtime.cuda_graph import RecordedCalls
 from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.external_weights import ExternalWeights, HostCopies
+from runtime.gpu import TO_RUN, Gpu, compute_capability
+from runtime.rtx import KernelCache, check_valid, configure
 from wan22.backends import MODULES, require_module
-from wan22.bundle import Component, Manifest, Tensor
-from wan22.errors import UserError
+from wan22.bundle import Component, Manifest
 from wan22.quantities import human_bytes
-from wan22.residency import VRAM_RESERVED
-from wan22.shapes import Profile, is_static, own_profiles, shape_of, sizes_of
-
-TO_RUN = "it to run these engines"
+from wan22.shapes import Profile, is_static, own_profiles, sizes_of
 
 
-class Device:
+class Device(Gpu):
     """The GPU shared by the engines of a pipeline. Use it as a context manager around them."""
 
     def __init__(self, trt: Any, cupy: Any, manifest: Manifest | None = None) -> None:
-        self.trt, self.cupy = trt, cupy
+        super().__init__(cupy)
+        self.trt = trt
         self.manifest = manifest  # the engines' bundle
         self.logger = trt.Logger(trt.Logger.WARNING)
         self.runtime = trt.Runtime(self.logger)
-        self.stream = cupy.cuda.Stream(non_blocking=True)
         self._arena: Any = None
-        self._last_user: object = None
         self.host_copies = HostCopies(cupy)
         self._shared_plans: dict[Path, Any] = {}
 
@@ -53,30 +48,20 @@ class Device:
         """
         backend = manifest.build.backend if manifest.build else "tensorrt"
         trt, cupy = require_module(MODULES[backend], backend, TO_RUN), require_module("cupy", "cupy-cuda13x", TO_RUN)
-        try:
-            capability = cupy.cuda.Device().compute_capability  # "89"
-        except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise UserError(
-                f"no usable GPU ({error})", "a GPU that the engines were built for", "check nvidia-smi"
-            ) from None
-        check_build(manifest, trt.__version__, f"{capability[:-1]}.{capability[-1]}")
+        check_build(manifest, trt.__version__, compute_capability(cupy))
         return cls(trt, cupy, manifest)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._shared_plans.clear()
         self.host_copies.clear()
-        self.release()
+        super().__exit__()
 
     def plan(self, path: Path, *, shared: bool) -> Any:
         """The engine in the file ``path``; a ``shared`` one is loaded once and stays."""
         if path in self._shared_plans:
             return self._shared_plans[path]
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
+            check_valid(self.trt, self.runtime, content, path.name)
             engine = self.runtime.deserialize_cuda_engine(content)
         if engine is None:
             size = human_bytes(path.stat().st_size, 1)
@@ -88,6 +73,22 @@ class Device:
     def engine(self, folder: Path, component: Component, profiles: Sequence[Profile]) -> "TensorRTEngine":
         """The engine of ``component`` in the bundle at ``folder``; ``profiles`` are the bundle's."""
         return TensorRTEngine(self, folder, component, profiles)
+
+    def kept_kernels(self, folder: Path, component: Component) -> KernelCache | None:
+        """The kernels that TensorRT-RTX compiled for an engine before; None for TensorRT, which does not."""
+        return KernelCache(self, folder, component) if hasattr(self.trt, "CudaGraphStrategy") else None
+
+    def new_context(self, engine: Any, kernels: KernelCache | None, *, fixed: bool) -> Any:
+        """An execution context that allocates no memory; ``fixed`` if shapes and addresses never change."""
+        trt = self.trt
+        if not hasattr(engine, "create_runtime_config"):
+            return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if kernels is not None:
+            configure(trt, config, fixed=fixed)
+            kernels.attach(config)
+        return engine.create_execution_context(config)
 
     def arena(self, size_bytes: int) -> int:
         """The address of at least ``size_bytes`` of scratch memory; its earlier content is lost."""
@@ -101,27 +102,8 @@ class Device:
 
     def release(self) -> None:
         """Return scratch memory and CuPy's reserve to the GPU."""
-        self.stream.synchronize()
         self._arena = None
-        self.cupy.get_default_memory_pool().free_all_blocks()
-
-    def used_by(self, engine: object) -> None:
-        """Return CuPy's reserve to the GPU if another engine than ``engine`` ran last."""
-        if self._last_user is not engine:
-            self.cupy.get_default_memory_pool().free_all_blocks()
-            self._last_user = engine
-
-    def available_bytes(self) -> float:
-        """The memory for engines: free bytes, at most the card's memory less drivers and fragmentation."""
-        free, total = self.cupy.cuda.runtime.memGetInfo()
-        return float(min(free, total * (1 - VRAM_RESERVED)))
-
-    def out_of_memory(self, what: str) -> UserError:
-        """The error for ``what`` not fitting into the free memory."""
-        free, total = self.cupy.cuda.runtime.memGetInfo()
-        there = f"{human_bytes(free, 1)} free of {human_bytes(total, 1)}"
-        remedy = "use --residency one-component, or a smaller --size"
-        return UserError(f"no room for {what}: {there}", "more free memory", remedy)
+        super().release()
 
 
 class TensorRTEngine:
@@ -130,12 +112,13 @@ class TensorRTEngine:
     def __init__(self, device: Device, folder: Path, component: Component, profiles: Sequence[Profile]) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self._component = component
-        self._device, self._path = device, folder / component.graph.path
+        self._device, self._folder, self._path = device, folder, folder / component.graph.path
         external = bool(component.weights)
         self._weights = ExternalWeights(device.cupy, device.host_copies, folder, component) if external else None
         self._profiles = own_profiles(profiles, component.inputs)
         self._engine: Any = None
         self._context: Any = None
+        self._kernels: KernelCache | None = None
         self._profile_in_use = self._scratch = 0
         self._replay = RecordedCalls(device.stream) if self.replays else None
 
@@ -143,7 +126,7 @@ class TensorRTEngine:
     def replays(self) -> bool:
         """True if a call is recorded once as a CUDA graph and replayed: fixed shapes, and no state on the device.
 
-        TensorRT-RTX records by itself (see :meth:`_new_context`).
+        TensorRT-RTX records by itself (see :meth:`Device.new_context`).
         """
         fixed = all(is_static(profile) for profile in self._profiles)
         stateful = any(tensor.name.startswith(NEXT) for tensor in self.outputs)
@@ -154,7 +137,9 @@ class TensorRTEngine:
         self._engine = self._device.plan(self._path, shared=self._weights is not None)
         if self._device.manifest is not None:
             check_plan(str(self._engine.name), self._device.manifest, self._component)
-        self._context = self._new_context()
+        self._kernels = self._device.kept_kernels(self._folder, self._component)
+        fixed = all(is_static(profile) for profile in self._profiles)
+        self._context = self._device.new_context(self._engine, self._kernels, fixed=fixed)
         self._profile_in_use = 0
         if self._weights:
             self._bind_weights(self._weights)
@@ -170,26 +155,15 @@ class TensorRTEngine:
         for name, address in addresses.items():
             self._context.set_tensor_address(name, address)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._device.stream.synchronize()
         if self._replay:
             self._replay.forget()
+        if self._kernels is not None:
+            self._kernels.save()
         self._context = self._engine = None
         if self._weights:
             self._weights.release()
-
-    def _new_context(self) -> Any:
-        """An execution context that allocates no memory."""
-        trt, engine = self._device.trt, self._engine
-        if not hasattr(engine, "create_runtime_config"):
-            return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if hasattr(trt, "CudaGraphStrategy") and all(is_static(profile) for profile in self._profiles):
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return engine.create_execution_context(config)
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         """Run the engine; the module's docstring says where arrays live.
@@ -201,32 +175,14 @@ class TensorRTEngine:
         index = check_inputs(self.name, self.inputs, inputs, self._profiles)
         sizes = sizes_of(self.inputs, {name: array.shape for name, array in inputs.items()})
         self._device.used_by(self)
-        with self._device.stream, self._refuse_out_of_memory():
+        with self._device.stream, self._device.refuse_out_of_memory(self.name):
             self._use_profile(index)
-            arrays = self._device_inputs(inputs) | self._new_outputs(output_shapes(self.outputs, sizes))
+            entering, leaving = self._device.arrays(inputs, self.outputs, sizes, self._replay)
+            arrays = entering | leaving
             self._bind(arrays)
             self._run(tuple(int(array.data.ptr) for array in arrays.values()))
-            on_device = self._asks_for_device(inputs)
-            results = tuple(self._result(tensor, arrays[tensor.name], on_device) for tensor in self.outputs)
-            self._device.stream.synchronize()
+            results = self._device.results(inputs, self.outputs, leaving, recorded=self._replay is not None)
         return results[0] if len(results) == 1 else results
-
-    @contextmanager
-    def _refuse_out_of_memory(self) -> Iterator[None]:
-        """Turn CuPy's and CUDA's out-of-memory errors into a UserError."""
-        try:
-            yield
-        except self._device.cupy.cuda.memory.OutOfMemoryError:
-            raise self._device.out_of_memory(f"inputs and outputs of {self.name}") from None
-        except self._device.cupy.cuda.runtime.CUDARuntimeError as error:
-            if "MemoryAllocation" not in str(error):
-                raise
-            raise self._device.out_of_memory(f"a call of {self.name}") from None
-
-    def _asks_for_device(self, inputs: Mapping[str, np.ndarray]) -> bool:
-        """True if an input other than state is on the device."""
-        names = {tensor.name for tensor in self.outputs}
-        return any(isinstance(x, self._device.cupy.ndarray) for n, x in inputs.items() if NEXT + n not in names)
 
     # -- one call
 
@@ -235,18 +191,6 @@ class TensorRTEngine:
             if not self._context.set_optimization_profile_async(index, self._device.stream.ptr):
                 raise RuntimeError(f"{self.name}: TensorRT refused optimisation profile {index}")
             self._profile_in_use = index
-
-    def _device_inputs(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """The inputs on the device, contiguous; at the addresses of the recorded call, if there is one."""
-        cupy = self._device.cupy
-        placed = {name: cupy.ascontiguousarray(cupy.asarray(array)) for name, array in inputs.items()}
-        return self._replay.keep("in", placed, copy=True) if self._replay else placed
-
-    def _new_outputs(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """Arrays for the outputs; those of the recorded call, if there is one."""
-        dtypes = {tensor.name: tensor.dtype for tensor in self.outputs}
-        made = {name: self._device.cupy.empty(shape, dtypes[name]) for name, shape in shapes.items()}
-        return self._replay.keep("out", made, copy=False) if self._replay else made
 
     def _bind(self, arrays: Mapping[str, Any]) -> None:
         context = self._context
@@ -268,16 +212,3 @@ class TensorRTEngine:
             enqueue()
         else:
             self._replay.run((self._profile_in_use, *addresses, self._scratch), enqueue)
-
-    def _result(self, tensor: Tensor, array: Any, on_device: bool) -> Any:
-        """The array for the caller: state on the device, other outputs where ``on_device`` says."""
-        if tensor.name.startswith(NEXT):
-            return array
-        if not on_device:
-            return array.get(stream=self._device.stream)
-        return array.copy() if self._replay else array
-
-
-def output_shapes(outputs: Sequence[Tensor], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every output, by name, from the ``sizes`` of the named dimensions."""
-    return {tensor.name: shape_of(tensor, sizes) for tensor in outputs}

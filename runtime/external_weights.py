@@ -56,14 +56,11 @@ class ExternalWeights:
         if pinned is not None:
             memory.copy_from_host_async(ctypes.c_void_p(pinned.ptr), self.size_bytes, stream)
         else:
-            self._stream_in(memory)
+            with self.path.open("rb", buffering=0) as file:
+                for start in range(0, self.size_bytes, READ_AT_ONCE_BYTES):
+                    piece = np.fromfile(file, np.uint8, min(READ_AT_ONCE_BYTES, self.size_bytes - start))
+                    (memory + start).copy_from_host(ctypes.c_void_p(piece.ctypes.data), piece.size)
         return {place.name: int(memory.ptr) + place.offset for place in self._places}
-
-    def _stream_in(self, memory: Any) -> None:
-        with self.path.open("rb", buffering=0) as file:
-            for start in range(0, self.size_bytes, READ_AT_ONCE_BYTES):
-                piece = np.fromfile(file, np.uint8, min(READ_AT_ONCE_BYTES, self.size_bytes - start))
-                (memory + start).copy_from_host(ctypes.c_void_p(piece.ctypes.data), piece.size)
 
     def release(self) -> None:
         self._memory = None

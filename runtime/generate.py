@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from runtime.arrays import F32
+from runtime.denoise import Step
 from runtime.pipeline import Pipeline
 from runtime.recipe import recipe_of
 from runtime.request import Request
-from runtime.video import QUALITY, check_destination, check_no_source, encode_video, renamed_at_end
+from runtime.video import QUALITY, check_destination, encode_video, renamed_at_end
+from wan22.caching import Caching
+from wan22.inputs import check_no_source
 from wan22.progress import Progress, silent
 from wan22.residency import ResidencyChoice
 
@@ -24,6 +27,13 @@ class StepTiming:
     expert: str
     engine_seconds: float
     total_seconds: float
+    cached: bool = False
+    late_cfg: bool = False
+
+    @classmethod
+    def of(cls, step: Step) -> "StepTiming":
+        times = (step.seconds_engine, step.seconds_total)
+        return cls(step.index, step.timestep, step.expert, *times, step.cached, step.late_cfg)
 
 
 @dataclass
@@ -40,9 +50,19 @@ class Timings:
         self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - started
 
     @property
+    def skipped(self) -> list[int]:
+        """The steps, from 0, whose velocity was estimated."""
+        return [step.index for step in self.steps if step.cached]
+
+    @property
+    def late(self) -> list[int]:
+        """The steps, from 0, whose guidance was estimated."""
+        return [step.index for step in self.steps if step.late_cfg]
+
+    @property
     def sampler_overhead(self) -> float:
-        """The share of step time spent outside engines, 0…1: the median over all steps but the first."""
-        steps = self.steps[1:] or self.steps
+        """The share of step time spent outside engines, 0…1: the median over all computed steps but the first."""
+        steps = [step for step in self.steps[1:] if not step.cached] or self.steps
         return float(np.median([1 - s.engine_seconds / s.total_seconds for s in steps])) if steps else 0.0
 
 
@@ -65,6 +85,7 @@ class Generated:
     fps: int
     latents: F32  # [1, z, T, h, w], clean
     timings: Timings
+    cache: Caching | None = None  # with the lists of the steps that the run skipped
 
 
 def generate(
@@ -76,7 +97,7 @@ def generate(
     residency: ResidencyChoice = "auto",
     progress: Progress = silent,
 ) -> Generated:
-    """Run ``request`` and write ``output`` as ``write_video`` does, with its recipe in the metadata.
+    """Run ``request`` and write ``output`` as ``encode_video`` does, with its recipe in the metadata.
 
     ``residency`` applies to engines at a path, which are opened for this run alone; a pipeline has its own.
 
@@ -89,20 +110,20 @@ def generate(
     pipeline, timings = engines, Timings()
     complete, rate = pipeline.complete(request), encoding.fps or pipeline.spec.sampling.fps
     check_destination(output, complete.frames, overwrite=encoding.overwrite)
-    check_no_source(output, request.image, request.last_image)
-    note = recipe_of(complete, pipeline.bundle.manifest, rate, encoding.quality).encoded()
+    check_no_source(output, request.image, request.last_image, pipeline.bundle.folder)
     with renamed_at_end(output, overwrite=encoding.overwrite) as new:
         with timings.stage("denoise"):
             for step in pipeline.denoise(complete):
-                timings.steps.append(
-                    StepTiming(step.index, step.timestep, step.expert, step.seconds_engine, step.seconds_total)
-                )
+                latents = step.latents
+                timings.steps.append(StepTiming.of(step))
                 progress("denoise", step.index + 1, step.total, "steps")
+        complete = complete.as_decided(timings.skipped, timings.late)
+        note = recipe_of(complete, pipeline.weight_sets.manifest(complete.lora), rate, encoding.quality).encoded()
         with timings.stage("decode and write"):
-            chunks = _report_chunks(pipeline.decode(step.latents), complete.frames, progress)
+            chunks = _report_chunks(pipeline.decode(latents), complete.frames, progress)
             encode_video(chunks, new, rate, encoding.quality, note)
     return Generated(
-        output, complete.seed, complete.width, complete.height, complete.frames, rate, step.latents, timings
+        output, complete.seed, complete.width, complete.height, complete.frames, rate, latents, timings, complete.cache
     )
 
 

@@ -60,16 +60,11 @@ def _read_header(source: Path | bytes, name: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error).partition(" exceeds")[0]) from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError):
-        if kind := _kind(content):
+        head = content[:64].decode("latin-1")
+        if kind := next((kind for pattern, kind in OTHERS if re.match(pattern, head, re.DOTALL)), ""):
             raise UserError(f"{name} is {kind}", "a JPEG, PNG or WebP image", "convert it") from None
         found = f"{name} has an unknown or damaged format"
         raise UserError(found, "a JPEG, PNG or WebP file", "convert or download it again") from None
-
-
-def _kind(content: bytes) -> str:
-    """The format according to the first bytes, such as "a GIF"; "" if unknown. Decodes nothing."""
-    head = content[:64].decode("latin-1")
-    return next((kind for pattern, kind in OTHERS if re.match(pattern, head, re.DOTALL)), "")
 
 
 def _too_large(name: str, found: str) -> UserError:

@@ -61,11 +61,7 @@ def _area_size_in_floats(image: Size, area: int, multiple: int) -> Size:
 
 def _best_size(image: Size, area: int, multiple: int) -> Size:
     """The size for TI2V (§6.2): round by width first or by height first, whichever is closer in aspect ratio."""
-    width, height = image
-    step = multiple**2
-    wide = multiple * isqrt(area * width // (height * step))
-    high = multiple * isqrt(area * height // (width * step))
-    return _closer(image, area, multiple, wide, high)
+    return _closer(image, area, multiple, *_area_size(image, area, multiple))
 
 
 def _best_size_in_floats(image: Size, area: int, multiple: int) -> Size:

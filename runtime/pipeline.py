@@ -4,25 +4,25 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
 
 from runtime.arrays import F32
+from runtime.backend import Backend, NewEngine, open_backend
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
+from runtime.block_stream import Streamed
 from runtime.built_for import check_video, default_video, fill_defaults
 from runtime.denoise import Conditions, Step, denoise
 from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.forward_inputs import text_rows
 from runtime.image_condition import conditioning_video, fit_image, i2v_condition
 from runtime.request import CompleteRequest, Request
-from runtime.solver import make_solver
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
-from wan22.backends import MODULES
-from wan22.bundle import Bundle, Component, open_bundle
+from runtime.weight_sets import WeightSets, check_lora
+from wan22.bundle import Bundle, open_bundle
 from wan22.errors import UserError
 from wan22.memory import available_host_bytes
 from wan22.quantities import human_bytes
@@ -42,8 +42,6 @@ from wan22.specs import TEXT_TOKENS, ModelSpec, Precision
 
 log = logging.getLogger(__name__)
 
-NewEngine = Callable[[Component], Engine]
-
 
 class Pipeline:
     """A model ready to generate. Use it as a context manager, which frees the engines at the end.
@@ -62,6 +60,7 @@ class Pipeline:
         once: bool = False,
         tell: Callable[[str], None] = log.info,
         new_engine: NewEngine | None = None,
+        blocks: BlockOptions = BLOCKS_AS_FIT,
     ) -> None:
         """Create the pipeline without loading anything.
 
@@ -72,11 +71,18 @@ class Pipeline:
             once: for a single run: free each engine as soon as no later stage needs it.
             tell: receives one line for each choice of ``auto``.
             new_engine: makes the engine of a component, instead of the bundle's backend.
+            blocks: where the weights of transformers in stages are.
         """
         self.bundle, self.once = bundle, once
+        self.weight_sets = WeightSets(bundle, {})  # may be replaced before the first request
         self.tokenizer = Tokenizer(bundle.folder / "tokenizer")
         self._shared = ExitStack()  # closed after all engines
-        self._backend = _Backend(new_engine, available_host_bytes) if new_engine else _backend(bundle, self._shared)
+        self._backend = (
+            Backend(new_engine, available_host_bytes) if new_engine else open_backend(bundle, self._shared, blocks)
+        )
+        if self._backend.blocks is None and blocks != BLOCKS_AS_FIT and new_engine is None:
+            remedy = "leave --weights-in and --vram out, or run wan-trt build --topology blocks"
+            raise UserError(f"--weights-in or --vram for {bundle.folder}", "engines in blocks", remedy)
         self._open: dict[str, ExitStack] = {}
         self._engines: dict[str, Engine] = {}
         self._asked, self._choices, self._tell = residency, choices, tell
@@ -91,20 +97,19 @@ class Pipeline:
         residency: ResidencyChoice = "auto",
         once: bool = False,
         tell: Callable[[str], None] = log.info,
+        blocks: BlockOptions = BLOCKS_AS_FIT,
     ) -> Self:
         """The pipeline of the engine bundle at ``engines``; see :meth:`__init__`.
 
         Raises:
             UserError: there is no engine bundle, or it differs from its manifest.
         """
-        return cls(open_bundle(engines, "engines"), residency=residency, once=once, tell=tell)
+        return cls(open_bundle(engines, "engines"), residency=residency, once=once, tell=tell, blocks=blocks)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._keep_only(())
         self._shared.close()
 
@@ -112,7 +117,10 @@ class Pipeline:
     def spec(self) -> ModelSpec:
         return self.bundle.manifest.spec
 
-    # -- engines
+    @property
+    def streamed(self) -> Streamed | None:
+        """What transformers in blocks have copied so far; None for whole engines."""
+        return self._backend.blocks.streamed if self._backend.blocks is not None else None
 
     @property
     def residency(self) -> Residency:
@@ -128,6 +136,8 @@ class Pipeline:
         Raises:
             UserError: no residency fits; names the component that does not, and a video that would fit.
         """
+        if self._backend.blocks is not None:
+            self._backend.blocks.check(video)
         if self._asked != "auto":
             return
         needed, available = self._needed(video), self._available_bytes
@@ -145,24 +155,35 @@ class Pipeline:
     def _precisions(self) -> dict[str, Precision]:
         return {component.name: component.precision for component in self.bundle.manifest.components}
 
-    def _memory(self, video: Video) -> dict[str, Memory]:
-        return engines_memory(self.spec, self._precisions, video, cache_sets=self._backend.cache_sets)
+    def _memory(self, video: Video, *, resident: bool = False) -> dict[str, Memory]:
+        """The engines' memory; of transformers in stages with all blocks ``resident`` or as few as possible."""
+        found = engines_memory(self.spec, self._precisions, video, cache_sets=self._backend.cache_sets)
+        if (blocks := self._backend.blocks) is not None:
+            in_stages = [name for name in self.spec.experts if name in found and blocks.applies_to(name)]
+            found |= {name: blocks.memory(name, video, resident=resident) for name in in_stages}
+        return found
 
     def _needed(self, video: Video) -> dict[Residency, float]:
-        every = needed_bytes(self.spec, self._memory(video))
+        every = needed_bytes(self.spec, self._memory(video, resident=True))
+        every["one-component"] = needed_bytes(self.spec, self._memory(video))["one-component"]
         return {way: size for way, size in every.items() if way in self._choices or len(self.spec.experts) == 1}
 
     def engine(self, name: str) -> Engine:
         """The engine of component ``name``, opened on first use. Opening may close others, see :attr:`residency`."""
         if name not in self._engines:
             if self.residency == "one-component":
-                self._keep_only(())
+                self._keep_only(self._sharing(name))
             elif self.residency == "one-expert" and name in self.spec.experts:
-                self._keep_only(set(self._engines) - set(self.spec.experts))
+                self._keep_only(set(self._engines) - set(self.spec.experts) | self._sharing(name))
             stack = ExitStack()
-            self._engines[name] = stack.enter_context(self._backend.new_engine(self.bundle.component(name)))
+            self._engines[name] = stack.enter_context(self._backend.new_engine(self.weight_sets.component(name)))
             self._open[name] = stack
         return self._engines[name]
+
+    def _sharing(self, name: str) -> set[str]:
+        """The engines that take no memory beside that of ``name``: experts in the same stages stream past."""
+        stages = self.bundle.component(name).stages if self._backend.blocks else ()
+        return {c.name for c in self.bundle.manifest.components if stages and c.stages == stages}
 
     def on_call(self, name: str) -> Engine:
         """An engine of component ``name`` that is opened when called, and again if it was closed since."""
@@ -178,15 +199,20 @@ class Pipeline:
         for name in set(self._open) - set(names):
             self.release(name)
 
+    def use_weights(self, lora: str | None) -> bool:
+        """Take the experts from the weight set ``lora`` from now on; True if it was another. Closes those in use."""
+        if changed := self.weight_sets.choose(lora):
+            self._keep_only(set(self._open) - set(self.spec.experts))
+        return changed
+
     def _begin(self, *names: str) -> None:
         """Begin a stage that needs only the engines ``names``; a single run closes the others."""
         if self.once:
             self._keep_only(names)
 
-    # -- stages
-
     def complete(self, request: Request) -> CompleteRequest:
         """:func:`runtime.built_for.fill_defaults` for the bundle of this pipeline."""
+        check_lora(request.lora, self.weight_sets.names)
         return fill_defaults(request, self.bundle.manifest)
 
     def encode_text(self, prompt: str, *, allow_empty: bool = False) -> tuple[TokenIds, F32]:
@@ -208,18 +234,15 @@ class Pipeline:
         if request.image is None:
             return {}
         self._begin("vae_encoder_first", "vae_encoder_next")
-        size = (request.width, request.height)
-        first = fit_image(request.image, self.spec.takes.resizing, size, request.fit)
+        shape = self.spec.takes.resizing, (request.width, request.height), request.fit
+        first = fit_image(request.image, *shape)
         if self.spec.takes.clean_first_frame:
             return {"first_frame": encode(self.on_call("vae_encoder_first"), None, first)}
-        has_last = request.last_image is not None
-        last = (
-            fit_image(request.last_image, self.spec.takes.resizing, size, request.fit) if request.last_image else None
-        )
+        last = None if request.last_image is None else fit_image(request.last_image, *shape)
         video = conditioning_video(first, request.frames, last)
         following = self.on_call("vae_encoder_next") if request.frames > 1 else None
         latents = encode(self.on_call("vae_encoder_first"), following, video)
-        return {"condition": i2v_condition(latents, has_last=has_last)}
+        return {"condition": i2v_condition(latents, has_last=last is not None)}
 
     def denoise(self, request: CompleteRequest) -> Iterator[Step]:
         """Run the sampler and yield after every step; the last step carries the clean latents.
@@ -228,15 +251,14 @@ class Pipeline:
             UserError: before any work, if the engines were not built for the video or it does not fit into memory.
         """
         check_video(self.bundle.manifest, request.video)
+        self.use_weights(request.lora)
         self.fit(request.video)
         positive = self.text(request.prompt)
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None
-        schedule = request.noise_schedule()
         given = Conditions(positive, negative, **self.image_condition(request))
         self._begin(*self.spec.experts)
-        solver = make_solver(request.solver, schedule, request.seed)
-        spec = request.with_switch(self.spec)
-        yield from denoise(spec, self.engine, request.initial_noise(), given, request.guidance, schedule, solver)
+        spec, sampler = request.with_switch(self.spec), request.sampler(self.spec)
+        yield from denoise(spec, self.engine, request.initial_noise(), given, sampler)
 
     def decode(self, latents: F32) -> Iterator[F32]:
         """Decode clean latents ``[1, z, T, h, w]`` into frames ``[1, 3, f, H, W]`` in [-1, 1], per latent frame."""
@@ -260,31 +282,3 @@ class _OnCall(BorrowedEngine):
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         return self._pipeline.engine(self._name)(**inputs)
-
-
-@dataclass(frozen=True)
-class _Backend:
-    new_engine: NewEngine
-    available_bytes: Callable[[], float]  # in the memory that holds its weights
-    cache_sets: int = 1  # sets of VAE caches during a call: ONNX Runtime overwrites the old ones
-
-
-def _backend(bundle: Bundle, stack: ExitStack) -> _Backend:
-    """The backend of ``bundle``; ``stack`` closes whatever its engines share.
-
-    Raises:
-        UserError: this version does not know the backend, it is not installed, or there is no matching GPU.
-    """
-    folder, build = bundle.folder, bundle.manifest.build
-    if build is None or build.backend not in MODULES:
-        found = build.backend if build else None
-        raise UserError(f"{folder}: backend {found!r}", f"one of {', '.join(MODULES)}", "build it again")
-    profiles = build.profiles
-    if build.backend == "onnxruntime":
-        from runtime.engine_onnxruntime import OnnxRuntimeEngine
-
-        return _Backend(lambda component: OnnxRuntimeEngine(folder, component, profiles), available_host_bytes)
-    from runtime.engine_tensorrt import Device
-
-    device = stack.enter_context(Device.open(bundle.manifest))
-    return _Backend(lambda component: device.engine(folder, component, profiles), device.available_bytes, cache_sets=2)

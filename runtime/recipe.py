@@ -18,6 +18,7 @@ from runtime.request import CompleteRequest, Request
 from runtime.video import FILMS, TAG
 from wan22 import version
 from wan22.bundle import Manifest
+from wan22.caching import Caching
 from wan22.errors import DAMAGED_JSON, UserError
 from wan22.sampling import Convention, SolverName
 
@@ -49,6 +50,8 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True):
     image: str = ""  # SHA-256 of the file
     last_image: str = ""
     noise: str = ""  # SHA-256 of the float32 values
+    cache: Caching | None = None  # with the lists of the steps that the run skipped
+    lora: str = ""  # the server's name of the weights, which ``bundle`` identifies
 
     def encoded(self) -> str:
         return msgspec.json.encode(self).decode()
@@ -68,12 +71,12 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True):
                 remedy = f"give its --{name.replace('_', '-')}" if getattr(self, name) else "leave it out"
                 raise UserError(f"another {name} than the video's", expected, remedy)
         same = ("prompt", "negative_prompt", "size", "frames", "seed", "solver", "schedule", "guidance", "steps",
-                "shift", "preset", "boundary", "fit", "exact_official")  # fmt: skip
+                "shift", "preset", "boundary", "fit", "exact_official", "cache")  # fmt: skip
         return Request(**{name: getattr(self, name) for name in same}, **files)  # type: ignore[arg-type]
 
 
 def recipe_of(request: CompleteRequest, manifest: Manifest, fps: int, quality: int) -> Recipe:
-    """The recipe of a video that the bundle of ``manifest`` makes."""
+    """The recipe of a video that the bundle of ``manifest`` makes; ``request`` holds the decisions of its cache."""
     asked, own_levels = request.asked, bool(request.sigmas)
     return Recipe(
         wan_trt=version(),
@@ -98,6 +101,8 @@ def recipe_of(request: CompleteRequest, manifest: Manifest, fps: int, quality: i
         image="" if asked.image is None else _digest(asked.image),
         last_image="" if asked.last_image is None else _digest(asked.last_image),
         noise="" if asked.noise is None else _digest(asked.noise),
+        cache=request.cache,
+        lora=request.lora or "",
     )
 
 

@@ -1,5 +1,6 @@
 """A user's request for a video, and its completion with the model's defaults."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -8,10 +9,15 @@ import numpy as np
 from PIL import Image
 
 from runtime.arrays import F32
+from runtime.denoise import Sampler
 from runtime.image import open_image
 from runtime.image_condition import Fit, video_size
+from runtime.magcache import magcache_steps
 from runtime.noise import standard_normal
 from runtime.schedule import Schedule, make_schedule
+from runtime.solver import make_solver
+from runtime.step_cache import StepCache
+from wan22.caching import Caching
 from wan22.errors import UserError, warn_once
 from wan22.quantities import counted
 from wan22.residency import Video
@@ -47,6 +53,8 @@ class Request:
     guidance_scale: float | None = None  # for the experts that ``guidance`` does not name
     solver: SolverName | None = None
     schedule: Convention | None = None
+    cache: Caching | None = None  # estimates in place of transformer calls; needs 10 steps and a model not distilled
+    lora: str | None = None  # a weight set of the pipeline; None means the bundle's own weights
 
     def shape(self, spec: ModelSpec, usual: Video | None = None) -> Video:
         """The requested width, height and frames, before an image's aspect ratio applies; defaults from ``usual``."""
@@ -61,8 +69,8 @@ class Request:
             usual: the default video, see :func:`runtime.built_for.fill_defaults`; None means the model's.
 
         Raises:
-            UserError: no prompt; an image missing or not supported; a size, frames, guidance, boundary or preset that
-                the model does not support; steps and shift without a valid schedule.
+            UserError: no prompt; an image missing or not supported; a size, frames, guidance, boundary, preset or step
+                cache that the model does not support; steps and shift without a valid schedule.
         """
         if self.prompt is None:
             raise UserError("no prompt", "some text", "describe a video")
@@ -96,11 +104,13 @@ class Request:
             sigmas=self._sigmas(sampling),
             boundary=self._boundary(spec),
             switch_step=self._switch_step(sampling),
+            cache=self.cache if self.cache and self.cache.is_on else None,
+            lora=self.lora,
             asked=replace(self, size=asked_size),
         )
-        complete.noise_schedule()  # raises now rather than during the run
+        schedule = complete.noise_schedule()  # raises now rather than during the run
         _warn_beyond_distillation(spec, complete)
-        return complete
+        return complete if complete.cache is None else _with_checked_cache(complete, schedule, spec, sampling)
 
     def _noise(self, latent_shape: tuple[int, ...]) -> F32 | None:
         if self.noise is None:
@@ -130,8 +140,13 @@ class Request:
 
     def _switch_step(self, sampling: SamplingSpec) -> int | None:
         """The preset's switch step, unless the request changes the number of steps or sets a boundary."""
-        own_steps = self.steps is None or self.steps == sampling.steps
-        return sampling.switch_step if self.boundary is None and own_steps else None
+        step, own_steps = sampling.switch_step, self.steps is None or self.steps == sampling.steps
+        if self.boundary is not None or not own_steps or step is None:
+            return None
+        if not 0 <= step <= sampling.steps:
+            expected = f"a step from 0 to {sampling.steps}, the preset's number of steps"
+            raise UserError(f"expert switch at step {step}", expected, "export with a preset, or set --boundary")
+        return step
 
     def _image(self, spec: ModelSpec) -> Image.Image | None:
         if self.image is None and spec.takes.image == "required":
@@ -151,6 +166,10 @@ class Request:
             if not 0 <= value <= MOST_GUIDANCE:
                 expected = f"a finite number from 0 to {MOST_GUIDANCE}"
                 raise UserError(f"guidance {value} for {name}", expected, "the models use 3 to 5; 1 means no guidance")
+        preset = PRESETS.get(sampling.preset)
+        if self.preset is not None and preset and preset.distilled and set(given.values()) - {1}:
+            found = f"guidance with preset {sampling.preset}"
+            raise UserError(found, "none: its checkpoints were distilled to run without", "leave the guidance out")
         return {**sampling.guidance, **given}
 
 
@@ -165,6 +184,25 @@ def _warn_beyond_distillation(spec: ModelSpec, complete: "CompleteRequest") -> N
         guided = " with guidance" if complete.guided else ""
         what = f"{counted(complete.steps, 'step')}{guided} on a checkpoint distilled for {own.preset}"
         warn_once(f"{what} ({own.steps} steps, no guidance): the video will be poor")
+
+
+def _with_checked_cache(
+    complete: "CompleteRequest", schedule: Schedule, spec: ModelSpec, sampling: SamplingSpec
+) -> "CompleteRequest":
+    """``complete`` with its cache checked against the run, and MagCache's list filled in."""
+    cache, switched = complete.cache, complete.with_switch(spec)
+    assert cache is not None
+    preset = PRESETS.get(sampling.preset)
+    if preset and preset.distilled:
+        found = f"a step cache with {sampling.preset}"
+        raise UserError(found, "a model that is not distilled: it has no steps to spare", "leave the cache out")
+    if cache.late_cfg is not None and not complete.guided:
+        raise UserError("late cfg without guidance", "guidance other than 1", "leave it out: nothing is saved")
+    if cache.skip_steps == "magcache":
+        skipped = magcache_steps(switched, schedule, has_image=complete.image is not None)
+        cache = replace(cache, skip_steps=skipped)
+    cache.check(complete.experts(spec))
+    return replace(complete, cache=cache)
 
 
 @dataclass(frozen=True)
@@ -190,6 +228,8 @@ class CompleteRequest:
     sigmas: tuple[float, ...] = ()  # noise levels; replace those derived from steps and shift
     boundary: float | None = None  # None means the model's
     switch_step: int | None = None  # first step of the low-noise expert; replaces the boundary
+    cache: Caching | None = None
+    lora: str | None = None
 
     asked: Request = field(default_factory=Request, compare=False)  # the original request, with its size filled in
 
@@ -205,6 +245,31 @@ class CompleteRequest:
         """``spec`` with this request's boundary and switch step."""
         boundary = _or(self.boundary, spec.sampling.boundary)
         return replace(spec, sampling=replace(spec.sampling, boundary=boundary, switch_step=self.switch_step))
+
+    def experts(self, spec: ModelSpec) -> list[str]:
+        """The expert of every step."""
+        switched = self.with_switch(spec)
+        return [switched.expert_at(t, step) for step, t in enumerate(self.noise_schedule().timesteps.tolist())]
+
+    def as_decided(self, skipped: Sequence[int], late: Sequence[int]) -> "CompleteRequest":
+        """The request with the decisions of its cache in a run as lists, which repeat that run exactly.
+
+        ``skipped`` are the steps without a forward, ``late`` those with an extrapolated guidance.
+        """
+        if self.cache is None:
+            return self
+        skip_steps = tuple(skipped) if self.cache.skips else None
+        late_cfg = None if self.cache.late_cfg is None else tuple(late)
+        return replace(self, cache=replace(self.cache, skip_steps=skip_steps, late_cfg=late_cfg))
+
+    def sampler(self, spec: ModelSpec) -> Sampler:
+        """A new sampler for one run of this request."""
+        schedule, cache = self.noise_schedule(), None
+        if self.cache is not None:
+            keeps_first = spec.takes.clean_first_frame and self.image is not None
+            sigmas = schedule.sigmas[:-1].tolist()
+            cache = StepCache(self.cache, sigmas, self.experts(spec), clean_first_frame=keeps_first)
+        return Sampler(schedule, make_solver(self.solver, schedule, self.seed), self.guidance, cache)
 
     @property
     def video(self) -> Video:

@@ -53,11 +53,7 @@ class Schedule:
 
 
 def make_schedule(
-    solver: SolverName,
-    steps: int,
-    shift: float,
-    convention: Convention = "official",
-    listed: Sequence[float] = (),
+    solver: SolverName, steps: int, shift: float, convention: Convention = "official", listed: Sequence[float] = ()
 ) -> Schedule:
     """The schedule of ``solver`` in the reference named by ``convention``.
 

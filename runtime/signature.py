@@ -14,6 +14,7 @@ from wan22.files import write_file
 
 SIGNATURE = "bundle.json.sig"  # 64 bytes
 PEM_MAX_BYTES = 64 * 1024
+MAKE_KEYS = "openssl genpkey -algorithm ed25519 -out key.pem; openssl pkey -in key.pem -pubout -out public.pem"
 
 
 def sign(folder: Path, private_key: Path) -> Path:
@@ -28,7 +29,7 @@ def sign(folder: Path, private_key: Path) -> Path:
     open_bundle(folder, kind_of(folder), full_check=True)
     key = _load(private_key, "private", lambda pem: load_pem_private_key(pem, password=None))
     if not isinstance(key, Ed25519PrivateKey):
-        raise UserError(f"{private_key}: a {type(key).__name__}", "an Ed25519 private key", _make("key.pem"))
+        raise UserError(f"{private_key}: a {type(key).__name__}", "an Ed25519 private key", MAKE_KEYS)
     path = folder / SIGNATURE
     write_file(path, key.sign((folder / MANIFEST).read_bytes()), "the signature")
     return path
@@ -48,7 +49,7 @@ def check_signature(folder: Path, public_key: Path) -> None:
 
     key = _load(public_key, "public", load_pem_public_key)
     if not isinstance(key, Ed25519PublicKey):
-        raise UserError(f"{public_key}: a {type(key).__name__}", "an Ed25519 public key", _make("key.pem"))
+        raise UserError(f"{public_key}: a {type(key).__name__}", "an Ed25519 public key", MAKE_KEYS)
     remedy = f"run wan-trt bundle sign {folder} --key PRIVATE, or do not use this bundle"
     try:
         signature = (folder / SIGNATURE).read_bytes()
@@ -61,17 +62,14 @@ def check_signature(folder: Path, public_key: Path) -> None:
 
 def _load(path: Path, kind: str, load: Any) -> Any:
     """The key in the PEM file at ``path``."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    expected = f"an Ed25519 {kind} key as PEM"
     if not path.is_file():
-        raise UserError(f"{path} is not a file", f"an Ed25519 {kind} key as PEM", _make("key.pem"))
+        raise UserError(f"{path} is not a file", expected, MAKE_KEYS)
     try:
         with path.open("rb") as file:
             return load(file.read(PEM_MAX_BYTES))
-    except (ValueError, TypeError) as error:  # damaged, another kind of key, or protected by a passphrase
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # damaged, of another kind, or with a passphrase
         reason = str(error).partition("\n")[0][:80]
-        raise UserError(
-            f"{path}: {reason}", f"an Ed25519 {kind} key as PEM, without a passphrase", _make("key.pem")
-        ) from None
-
-
-def _make(name: str) -> str:
-    return f"openssl genpkey -algorithm ed25519 -out {name}; openssl pkey -in {name} -pubout -out public.pem"
+        raise UserError(f"{path}: {reason}", f"{expected}, without a passphrase", MAKE_KEYS) from None

@@ -27,7 +27,6 @@ class Solver(Protocol):
 
         Both arrays are float32 of one shape, numpy or CuPy. The caller must not change them afterwards.
         """
-        ...
 
 
 def make_solver(name: SolverName, schedule: Schedule, seed: int = 0) -> Solver:

@@ -64,8 +64,12 @@ class Tokenizer:
 
 
 def _load(path: Path) -> tokenizers.Tokenizer:
+    if (path.parent / "spiece.model").is_file() and not path.is_file():
+        found = f"{path.parent} has spiece.model but no {VOCABULARY}"
+        remedy = "copy it from google/umt5-xxl, or create it with transformers.AutoTokenizer and save_pretrained"
+        raise UserError(found, f"{VOCABULARY} in the same folder", remedy)
     if not path.is_file():
-        raise _missing(path)
+        raise UserError(f"{path} is missing", "the checkpoint's tokenizer", "give the folder that contains it")
     try:
         with panics_as_errors():
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -74,13 +78,3 @@ def _load(path: Path) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _missing(path: Path) -> UserError:
-    if (path.parent / "spiece.model").is_file():
-        return UserError(
-            f"{path.parent} has spiece.model but no {VOCABULARY}",
-            f"{VOCABULARY} in the same folder",
-            "copy it from google/umt5-xxl, or create it with transformers.AutoTokenizer and save_pretrained",
-        )
-    return UserError(f"{path} is missing", "the checkpoint's tokenizer", "give the folder that contains it")

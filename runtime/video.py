@@ -4,9 +4,8 @@ Frames are written as they arrive, so a video of any length needs the memory of 
 file with its final name is always complete (:mod:`wan22.files`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -58,9 +57,8 @@ def check_destination(path: Path, frames: int, *, overwrite: bool = False) -> No
     """
     ending, shown = path.suffix.lower(), path.name or str(path)
     if ending not in (*FILMS, ".npz", "", *IMAGES):
-        raise UserError(
-            f"{shown}", "a name ending in .mp4, .webm, .npz, .png or .jpg, or a folder", "rename the output"
-        )
+        expected = "a name ending in .mp4, .webm, .npz, .png or .jpg, or a folder"
+        raise UserError(shown, expected, "rename the output")
     if ending in IMAGES and frames > 1:
         raise UserError(f"{counted(frames, 'frame')} for {shown}", "one frame", "use .mp4, a folder or one frame")
     if not ending:
@@ -70,22 +68,11 @@ def check_destination(path: Path, frames: int, *, overwrite: bool = False) -> No
             raise UserError(f"{path} is a folder", "a file to write", "choose another name")
 
 
-def check_no_source(path: Path, *sources: object) -> None:
-    """Refuses to write over a file that the video is made from; ``sources`` that are no paths are passed over.
-
-    Raises:
-        UserError: the output is one of the sources, under this or another name.
-    """
-    for source in sources:
-        if isinstance(source, Path) and source.exists() and path.exists() and path.samefile(source):
-            raise UserError(f"{path} is an input", "an output apart from the inputs", "choose another name")
-
-
-def write_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUALITY, note: str = "") -> int:
+def encode_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUALITY, note: str = "") -> int:
     """Write chunks ``[1, 3, f, H, W]`` in [-1, 1] and return the number of frames.
 
     Args:
-        chunks: consumed one by one; their exceptions propagate and no partial file remains.
+        chunks: consumed one by one; their exceptions propagate.
         path: ``.mp4`` or ``.webm``; ``.npz`` with ``frames``, uint8 ``[F, H, W, 3]``, and ``fps``; ``.png`` or ``.jpg``
             for a single frame; without an extension a folder of ``frame_00000.png`` and so on.
         fps: frames per second, if the format stores it.
@@ -93,20 +80,7 @@ def write_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUAL
         note: text for the metadata of mp4, webm and PNG.
 
     Raises:
-        UserError: see :func:`check_destination` and :func:`encode_video`; another process writes the file; the disk is
-            full.
-        ValueError: ``chunks`` yields no frames.
-    """
-    check_destination(path, frames=1)
-    with renamed_at_end(path) as new:
-        return encode_video(chunks, new, fps, quality, note)
-
-
-def encode_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUALITY, note: str = "") -> int:
-    """Like :func:`write_video`, but write directly to ``path``.
-
-    Raises:
-        UserError: yuv420p does not support the size, or ``fps`` is below 1.
+        UserError: the format does not support the size or several frames; ``fps`` or ``quality`` is out of range.
         ValueError: ``chunks`` yields no frames.
     """
     if fps < 1:
@@ -123,65 +97,45 @@ def encode_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUA
         if written == 0:
             raise ValueError("no frames to write")
 
-    writers: dict[str, Callable[[Frames, Path], None]] = {
-        ".mp4": lambda images, name: _write_film(images, name, fps, _format_of(name, quality, note)),
-        ".webm": lambda images, name: _write_film(images, name, fps, _format_of(name, quality, note)),
-        ".npz": lambda images, name: np.savez(name, frames=np.stack([*images]), fps=fps),
-        ".png": lambda images, name: _write_image(images, name, note),
-        "": lambda images, name: _write_folder(images, name, note),
-    }
-    writer = writers.get(path.suffix.lower(), writers[".png"])
-    writer(frames(), path)
+    ending, images = path.suffix.lower(), frames()
+    if ending in FILMS:
+        _write_film(images, path, fps, quality, note)
+    elif ending == ".npz":
+        np.savez(path, frames=np.stack([*images]), fps=fps)
+    elif ending:
+        _write_image(images, path, note)
+    else:
+        _write_folder(images, path, note)
     return written
 
 
-@dataclass(frozen=True)
-class _Format:
-    """The settings of one video format."""
-
-    encoder: str
-    options: dict[str, str]
-    container: dict[str, str]
-    note: str
-
-
-def _format_of(path: Path, quality: int, note: str) -> _Format:
-    crf = max(1, int(5.1 * (10 - quality)))  # as imageio: int((1 - quality / 10) * 51); 0 means lossless
-    if path.suffix.lower() == ".webm":
-        options = {"crf": str(crf), "deadline": "good", "cpu-used": str(VP9_SPEED)}
-        return _Format("libvpx-vp9", options, {"fflags": "+bitexact"}, note)  # otherwise the file contains a random id
-    # x264's macroblock tree is not deterministic, not even with one thread
-    options = {"crf": str(crf), "x264-params": "mbtree=0"}
-    return _Format("libx264", options, {"movflags": "+faststart"}, note)
-
-
-def _write_film(frames: Frames, path: Path, fps: int, form: _Format) -> None:
+def _write_film(frames: Frames, path: Path, fps: int, quality: int, note: str) -> None:
     """Convert to BT.709 and declare it in the stream: players guess undeclared colours from the size, often wrongly."""
     first = next(frames)
     height, width = first.shape[:2]
     if height % 2 or width % 2:
         raise UserError(f"{width}x{height} for {path.suffix[1:]}", "even sides", "write a folder of PNG frames")
-    with av.open(str(path), "w", options=form.container) as container:
-        if form.note:
-            container.metadata[TAG] = form.note
-        stream = container.add_stream(form.encoder, rate=fps, options=form.options)
+    crf = str(max(1, int(5.1 * (10 - quality))))  # as imageio: int((1 - quality / 10) * 51); 0 means lossless
+    if path.suffix.lower() == ".webm":
+        encoder, options = "libvpx-vp9", {"crf": crf, "deadline": "good", "cpu-used": str(VP9_SPEED)}
+        of_container = {"fflags": "+bitexact"}  # otherwise the file contains a random id
+    else:  # x264's macroblock tree is not deterministic, not even with one thread
+        encoder, options = "libx264", {"crf": crf, "x264-params": "mbtree=0"}
+        of_container = {"movflags": "+faststart"}
+    with av.open(str(path), "w", options=of_container) as container:
+        if note:
+            container.metadata[TAG] = note
+        stream = container.add_stream(encoder, rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        context = stream.codec_context
+        context, bt709, limited = stream.codec_context, Colorspace.ITU709, ColorRange.MPEG
         context.bit_rate = 0  # determined by quality alone
-        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.colorspace, context.color_range = bt709, limited
         context.color_primaries = context.color_trc = BT709
         for frame in chain([first], frames):
-            container.mux(stream.encode(_bt709(frame)))
+            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            yuv = rgb.reformat(format="yuv420p", src_colorspace=bt709, dst_colorspace=bt709, dst_color_range=limited)
+            container.mux(stream.encode(yuv))
         container.mux(stream.encode(None))
-
-
-def _bt709(frame: NDArray[np.uint8]) -> av.VideoFrame:
-    return av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
-        format="yuv420p",
-        src_colorspace=Colorspace.ITU709,
-        dst_colorspace=Colorspace.ITU709,
-        dst_color_range=ColorRange.MPEG,
-    )
 
 
 def _write_folder(frames: Frames, folder: Path, note: str) -> None:

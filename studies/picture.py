@@ -5,7 +5,6 @@
 Needs Chromium. Runs on whatever ``make demo`` left in its folder.
 """
 
-import base64
 import html
 import io
 import shutil
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.recipe import read_recipe
+from validate.plots import data_uri
 from wan22.errors import UserError
 from wan22.files import write_file
 
@@ -27,6 +27,7 @@ WIDTH, STRIP_HEIGHT, REPORT_HEIGHT = 1000, 190, 360  # CSS pixels
 LARGEST_BYTES = 200 * 1024
 COLOURS = (256, 128, 64, 32)  # of the palette, the first that is small enough
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --allow-file-access-from-files"
 PAGE = """<!doctype html><meta charset="utf-8"><style>
 body {{ margin: 0; font: 17px/1.4 system-ui, sans-serif; background: #fff; color: #1c2230; overflow: hidden; }}
 .strip {{ display: grid; grid-template-columns: repeat({count}, 1fr); gap: 6px; padding: 14px; }}
@@ -45,25 +46,19 @@ def picture(demo: Path) -> bytes:
     video, report = demo / "out.mp4", demo / "report.html"
     if not report.is_file():
         raise UserError(f"{demo} has no report.html", "what make demo leaves", "run make demo")
-    prompt = read_recipe(video).prompt
     with av.open(str(video)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
     chosen = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(len(frames), FRAMES))]
-    images = "".join(f'<img src="{_data_uri(each)}">' for each in chosen)
-    page = PAGE.format(
-        count=len(chosen),
-        height=REPORT_HEIGHT,
-        images=images,
-        prompt=html.escape(prompt),
-        report=report.resolve().as_uri(),
-    )
+    images = "".join(f'<img src="{data_uri(_png(each))}">' for each in chosen)
+    prompt, uri = html.escape(read_recipe(video).prompt), report.resolve().as_uri()
+    page = PAGE.format(count=len(chosen), height=REPORT_HEIGHT, images=images, prompt=prompt, report=uri)
     return _small(_screenshot(page))
 
 
-def _data_uri(image: Image.Image) -> str:
+def _png(image: Image.Image, **options: bool) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    image.save(stream, "PNG", **options)
+    return stream.getvalue()
 
 
 def _screenshot(page: str) -> Image.Image:
@@ -73,30 +68,17 @@ def _screenshot(page: str) -> Image.Image:
     with tempfile.TemporaryDirectory() as folder:
         source, shot = Path(folder, "page.html"), Path(folder, "page.png")
         source.write_text(page, encoding="utf-8")
-        size = f"--window-size={WIDTH},{STRIP_HEIGHT + REPORT_HEIGHT}"
-        flags = (
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--allow-file-access-from-files",
-        )
-        subprocess.run(
-            [browser, *flags, size, f"--screenshot={shot}", source.as_uri()],
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
+        flags = [*FLAGS.split(), f"--window-size={WIDTH},{STRIP_HEIGHT + REPORT_HEIGHT}", f"--screenshot={shot}"]
+        subprocess.run([browser, *flags, source.as_uri()], check=True, capture_output=True, timeout=120)
         return Image.open(io.BytesIO(shot.read_bytes())).convert("RGB")
 
 
 def _small(image: Image.Image) -> bytes:
     for colours in COLOURS:
-        stream = io.BytesIO()
-        image.quantize(colours, dither=Image.Dither.NONE).save(stream, "PNG", optimize=True)
-        if stream.tell() <= LARGEST_BYTES:
-            return stream.getvalue()
-    raise UserError(f"{stream.tell()} bytes", f"at most {LARGEST_BYTES}", "show fewer frames")
+        content = _png(image.quantize(colours, dither=Image.Dither.NONE), optimize=True)
+        if len(content) <= LARGEST_BYTES:
+            return content
+    raise UserError(f"{len(content)} bytes", f"at most {LARGEST_BYTES}", "show fewer frames")
 
 
 def main() -> None:

@@ -6,8 +6,6 @@ refuses requests to other models until the server is ready; and SIGTERM loses th
 again.
 """
 
-from typing import Any
-
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
@@ -46,19 +44,10 @@ class RemoteEngine(BorrowedEngine):
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         ).exec()
         if response.has_error():
-            raise _failure(self._model, response.error().message())
-        outputs = tuple(_copy(response, name) for name in names)
+            message = response.error().message()
+            if STOPPING in message:  # not a bug
+                raise OutOfTimeError("the server is stopping", "UNAVAILABLE")
+            raise RuntimeError(f"{self._model}: {message}")
+        shared = [pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names]
+        outputs = tuple(array.copy() for array in shared)  # Triton reuses the response's memory
         return outputs[0] if len(outputs) == 1 else outputs
-
-
-def _copy(response: Any, name: str) -> np.ndarray:
-    """A copy that outlives the response, whose memory Triton reuses."""
-    shared: np.ndarray = pb_utils.get_output_tensor_by_name(response, name).as_numpy()
-    return shared.copy()
-
-
-def _failure(model: str, message: str) -> Exception:
-    """The exception for a failed call; a stopping server is not a bug."""
-    if STOPPING in message:
-        return OutOfTimeError("the server is stopping", "UNAVAILABLE")
-    return RuntimeError(f"{model}: {message}")

@@ -14,7 +14,7 @@ from typing import Any
 from triton_repo.config import add_instance, as_text, owner_config
 from triton_repo.settings import Limits, Settings
 from triton_repo.templates import place
-from wan22.bundle import Bundle, Component, Tensor
+from wan22.bundle import Bundle, Component
 from wan22.errors import UserError
 from wan22.shapes import Profile, own_profiles, shape_of
 from wan22.specs import PATCH, TEXT_TOKENS
@@ -35,6 +35,8 @@ def check_backends(bundle: Bundle) -> None:
     backend = build.backend if build else None
     if backend not in BACKENDS:
         raise UserError(f"{backend} engines in topology bls", f"{' or '.join(BACKENDS)} engines", USE_OWNER)
+    if any(component.in_stages for component in bundle.manifest.components):
+        raise UserError("engines in blocks in topology bls", "whole engines", USE_OWNER)
     if backend == "tensorrt" and any(component.weights for component in bundle.manifest.components):
         raise UserError("engines with external weights in topology bls", "embedded weights", USE_OWNER)
 
@@ -44,11 +46,9 @@ def check_resident(bundle: Bundle, memory_gib: float) -> None:
     weights = sum(file.size_bytes for file in bundle.manifest.files().values())
     room = memory_gib * GIBIBYTE * (1 - WORKING_SHARE)
     if memory_gib and weights > room:
-        raise UserError(
-            f"{weights / GIBIBYTE:.1f} GiB of engines, all resident in topology bls",
-            f"at most {room / GIBIBYTE:.1f} of {memory_gib:g} GiB",
-            f"{USE_OWNER}, a lower precision, or --gpu-memory of a larger GPU",
-        )
+        found = f"{weights / GIBIBYTE:.1f} GiB of engines, all resident in topology bls"
+        remedy = f"{USE_OWNER}, a lower precision, or --gpu-memory of a larger GPU"
+        raise UserError(found, f"at most {room / GIBIBYTE:.1f} of {memory_gib:g} GiB", remedy)
 
 
 def write_bls(repository: Path, name: str, bundle: Bundle, settings: Settings) -> None:
@@ -115,22 +115,13 @@ def largest_call_bytes(bundle: Bundle, limits: Limits) -> int:
     """The most bytes that one engine call moves through shared memory, in and out, for the largest allowed video."""
     spec = bundle.manifest.spec
     side = int(limits.max_pixels**0.5) // spec.vae.spatial_stride + 1
-    sizes = {
-        "frames": 1 + (limits.max_frames - 1) // spec.vae.temporal_stride,
-        "height": side,
-        "width": side,
-        "rows": side // PATCH[1],
-        "columns": side // PATCH[2],
-        "tokens": TEXT_TOKENS,
-    }
+    frames = 1 + (limits.max_frames - 1) // spec.vae.temporal_stride
+    sizes = {"frames": frames, "height": side, "width": side, "tokens": TEXT_TOKENS}
+    sizes |= {"rows": side // PATCH[1], "columns": side // PATCH[2]}
     return max(
-        sum(_bytes(tensor, sizes) for tensor in (*component.inputs, *component.outputs))
+        sum(prod(shape_of(t, sizes)) * ITEM_BYTES[t.dtype] for t in (*component.inputs, *component.outputs))
         for component in bundle.manifest.components
     )
-
-
-def _bytes(tensor: Tensor, sizes: dict[str, int]) -> int:
-    return prod(shape_of(tensor, sizes)) * ITEM_BYTES[tensor.dtype]
 
 
 def _is_onnx(component: Component) -> bool:

@@ -27,7 +27,10 @@ class Failure:
     def of(cls, error: UserError) -> "Failure":
         """The failure for a request that the model or the server refuses."""
         remedy = "request a setting that this server supports" if "wan-trt" in error.remedy else error.remedy
-        parts = (_short(_on_the_wire(part)) for part in (error.found, error.expected, remedy))
+        parts = []
+        for words in (error.found, error.expected, remedy):
+            named = OPTION.sub(lambda option: INPUTS.get(option[1], option[1].replace("-", "_")), words)
+            parts.append(named if len(named) <= MAX_WORDS else named[:MAX_WORDS] + "…")
         return cls("INVALID_ARGUMENT", *parts)
 
     @property
@@ -39,11 +42,3 @@ class Failure:
         """The last event of the job, for clients that ask for failures as events."""
         parts = {"found": self.found, "expected": self.expected, "remedy": self.remedy}
         return {"phase": "failed", "code": self.code, "message": self.message, **parts}
-
-
-def _on_the_wire(words: str) -> str:
-    return OPTION.sub(lambda option: INPUTS.get(option[1], option[1].replace("-", "_")), words)
-
-
-def _short(words: str) -> str:
-    return words if len(words) <= MAX_WORDS else words[:MAX_WORDS] + "…"

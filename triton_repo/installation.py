@@ -49,9 +49,8 @@ def find_installation(environments: Sequence[Path], binary: Path | None = None) 
     for environment in environments:
         for folder in sorted(environment.glob(str(WHEEL))):
             return _from_wheel(environment, folder)
-    raise UserError(
-        "no tritonserver", "a Triton container, one on PATH, or the nvidia-pytriton wheel", "run make triton"
-    )
+    expected = "a Triton container, one on PATH, or the nvidia-pytriton wheel"
+    raise UserError("no tritonserver", expected, "run make triton")
 
 
 def _absolute_folders(path: str) -> str:

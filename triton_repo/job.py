@@ -19,7 +19,7 @@ from runtime.arrays import F32, to_numpy
 from runtime.denoise import Step
 from runtime.recipe import recipe_of
 from runtime.vae import decode
-from runtime.video import QUALITY, encode_video, to_uint8
+from runtime.video import encode_video, to_uint8
 from triton_repo.failure import Code
 from triton_repo.job_request import JobRequest
 from triton_repo.schema import VIDEO_FORMATS
@@ -68,6 +68,8 @@ class Job:
     longest_s: float
     on_step: Callable[[Step], None]
     facts: Mapping[str, Any] = field(default_factory=dict)  # for the first event
+    _skipped: list[int] = field(default_factory=list)
+    _late: list[int] = field(default_factory=list)
     _started: float = field(default_factory=time.monotonic)
     _started_unix_ms: int = field(default_factory=lambda: int(time.time() * 1000))
 
@@ -86,7 +88,8 @@ class Job:
         digest = hashlib.sha256(to_numpy(latents).tobytes()).hexdigest()
         seconds = round(time.monotonic() - self._started, 3)
         done = {"phase": "done", "step": 1, "total": 1, "progress": 1.0, "eta_s": 0.0, "seconds": seconds}
-        return Answer({**done, **self._shape(), "latents_sha256": digest}, video)
+        lists = {"skipped": self._skipped, "late_cfg": self._late} if self.asked.request.cache else {}
+        return Answer({**done, **self._shape(), **lists, "latents_sha256": digest}, video)
 
     def _shape(self) -> dict[str, Any]:
         """The values of the complete request, so that the client can repeat it."""
@@ -99,6 +102,7 @@ class Job:
             "fps": asked.fps,
             "steps": request.steps,
             "format": asked.output_format,
+            **({"lora": request.lora} if request.lora else {}),
             "started_unix_ms": self._started_unix_ms,
         }
 
@@ -124,11 +128,14 @@ class Job:
             self._check_time()
             self.on_step(step)
             seconds.append(step.seconds_total)
+            self._skipped += [step.index] if step.cached else []
+            self._late += [step.index] if step.late_cfg else []
             done = step.index + 1
             if done % self.asked.progress_every == 0 or done == step.total:
                 eta = median(seconds) * (step.total - done)
                 preview = self._preview(step, before) if self.asked.preview else b""
-                self._send_event("denoise", done, step.total, preview, expert=step.expert, eta_s=round(eta, 3))
+                more = {"expert": step.expert, "eta_s": round(eta, 3), "cached": step.cached}
+                self._send_event("denoise", done, step.total, preview, **more)
             before = step.latents
         return step.latents
 
@@ -152,10 +159,10 @@ class Job:
     def _video(self, latents: F32) -> bytes:
         with scratch_folder("job") as folder:
             path = folder / f"video{VIDEO_FORMATS[self.asked.output_format]}"
-            recipe = recipe_of(self.asked.request, self.pipeline.bundle.manifest, self.asked.fps, QUALITY)
-            encode_video(
-                self._report_chunks(self.pipeline.decode(latents)), path, self.asked.fps, QUALITY, recipe.encoded()
-            )
+            fps, quality = self.asked.fps, self.asked.quality
+            request = self.asked.request.as_decided(self._skipped, self._late)
+            recipe = recipe_of(request, self.pipeline.weight_sets.manifest(request.lora), fps, quality)
+            encode_video(self._report_chunks(self.pipeline.decode(latents)), path, fps, quality, recipe.encoded())
             return path.read_bytes()
 
     def _report_chunks(self, chunks: Iterator[F32]) -> Iterator[F32]:

@@ -19,9 +19,12 @@ from runtime.built_for import default_video, fill_defaults
 from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
+from runtime.video import QUALITY
+from runtime.weight_sets import check_lora
 from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS
 from triton_repo.settings import Limits
 from wan22.bundle import Manifest
+from wan22.caching import Caching, Reuse, parse_steps
 from wan22.errors import UserError
 from wan22.residency import Video
 from wan22.sampling import SolverName
@@ -30,6 +33,8 @@ from wan22.specs import ModelSpec
 EXPERT_GUIDANCE = {"guidance_high_noise": "high_noise", "guidance_low_noise": "low_noise"}
 PROMPTS = ("prompt", "negative_prompt")
 MAX_WORD_BYTES = 64  # names, such as a solver's
+WORDS = {"skip_steps": "magcache", "late_cfg": "auto"}  # in the place of a list of steps
+MAX_LIST_BYTES = 1024
 MAX_SEED = 2**63 - 1
 MAX_FPS = 240
 
@@ -40,19 +45,23 @@ class JobRequest:
 
     request: CompleteRequest
     fps: int
+    quality: int
     output_format: str  # a key of schema.VIDEO_FORMATS
     progress_every: int
     preview: bool
     deadline_s: float  # after the job's start; infinite without a deadline
 
 
-def parse_request(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits) -> JobRequest:
+def parse_request(
+    tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits, loras: tuple[str, ...] = ()
+) -> JobRequest:
     """The job described by one request's input tensors, for the bundle of ``manifest``.
 
     Args:
         tensors: by the names of ``schema.INPUTS``.
         manifest: the engines' manifest.
         limits: the server's limits.
+        loras: the names of its weight sets.
 
     Raises:
         UserError: the model does not support the request, or it exceeds a limit.
@@ -64,11 +73,13 @@ def parse_request(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits:
     if "prompt" not in given:
         raise UserError("no prompt", "a description of the video", "add the input prompt")
     _check_amounts(given, default_video(manifest), limits)
+    check_lora(given.get("lora"), loras)
     complete = fill_defaults(_request(given, spec), manifest)
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
     return JobRequest(
         request=complete,
         fps=_within("fps", given.get("fps", spec.sampling.fps), 1, MAX_FPS),
+        quality=_within("quality", given.get("quality", QUALITY), 1, 10),
         output_format=_format(given.get("output_format", "mp4"), complete, limits),
         progress_every=_within("progress_every", given.get("progress_every", 1), 1, limits.max_steps),
         preview=given.get("preview", False),
@@ -119,7 +130,27 @@ def _request(given: Mapping[str, Any], spec: ModelSpec) -> Request:
         shift=given.get("shift"),
         guidance=guidance,
         solver=cast(SolverName | None, given.get("solver")),
+        cache=_caching(given),
+        lora=given.get("lora"),
     )
+
+
+def _caching(given: Mapping[str, Any]) -> Caching | None:
+    """The step cache of the inputs; None without one."""
+    _one_of("cache", given.get("cache", "easy"), ("easy",))
+    reuse = cast(Reuse, _one_of("reuse", given.get("reuse", "rescale"), get_args(Reuse)))
+    of_easy = ("cache_threshold", "first_exact", "last_exact", "max_consecutive")
+    typed = {name.removeprefix("cache_"): given[name] for name in of_easy if name in given}
+    if typed and "cache" not in given:
+        raise UserError(f"{', '.join(typed)} without a cache", "the input cache beside it", "add cache: easy")
+    lists = {name: given[name] for name in WORDS if name in given}
+    parsed: dict[str, Any] = {
+        name: text if text == WORDS[name] else parse_steps(name, text) for name, text in lists.items()
+    }
+    caching = Caching("cache" in given, **typed, **parsed, reuse=reuse)
+    if "reuse" in given and not caching.skips:
+        raise UserError("reuse without skipped steps", "cache or skip_steps beside it", "add one of them")
+    return caching if caching.is_on else None
 
 
 def _size(given: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -141,7 +172,8 @@ def _check_amounts(given: Mapping[str, Any], usual: Video, limits: Limits) -> No
 def _check_bytes(name: str, tensor: np.ndarray, limits: Limits) -> None:
     field = INPUTS_BY_NAME[name]
     if field.dtype == "STRING":
-        most = limits.max_prompt_bytes if name in PROMPTS else MAX_WORD_BYTES
+        most = MAX_LIST_BYTES if name in WORDS else MAX_WORD_BYTES
+        most = limits.max_prompt_bytes if name in PROMPTS else most
         _at_most(f"{name} of", len(tensor.flat[0]), most, "bytes")
     elif field.length == ANY:
         _at_most(f"{name} of", tensor.nbytes, limits.max_image_bytes, "bytes")

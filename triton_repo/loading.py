@@ -5,10 +5,13 @@ hash in the manifest.
 """
 
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
+from PIL import Image
+
 from runtime.arrays import require_finite
-from runtime.pipeline import NewEngine
+from runtime.backend import NewEngine
 from runtime.request import Request
 from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.settings import Settings
@@ -27,10 +30,15 @@ def load(settings: Settings, new_engine: NewEngine | None = None) -> ServedPipel
         NonFiniteError: the engines compute NaN.
     """
     bundle = trusted_bundle(settings)
-    pipeline = ServedPipeline(bundle, residency=settings.residency, new_engine=new_engine)
+    sets = {name: trusted_bundle(_of_set(settings, *pinned)) for name, pinned in settings.weight_sets().items()}
+    pipeline = ServedPipeline(bundle, residency=settings.residency, new_engine=new_engine, weight_sets=sets)
     if settings.warm_up:
         warm_up(pipeline)
     return pipeline
+
+
+def _of_set(settings: Settings, folder: str, sha256: str) -> Settings:
+    return replace(settings, engines=folder, bundle_sha256=sha256)
 
 
 def trusted_bundle(settings: Settings) -> Bundle:
@@ -57,7 +65,9 @@ def warm_up(pipeline: ServedPipeline) -> None:
         pipeline.engine(component)
     spec = pipeline.spec
     width, height, frames = smallest_video(pipeline.bundle.manifest)
-    image = None if spec.takes.image == "no" else _grey(width, height)
+    grey = BytesIO()
+    Image.new("RGB", (width, height), (128, 128, 128)).save(grey, "PNG")
+    image = grey.getvalue() if spec.takes.image != "no" else None
     request = Request(WARM_UP_PROMPT, size=(width, height), frames=frames, image=image)
     switch = 1 if len(spec.experts) > 1 else None
     two_steps = replace(pipeline.complete(request), solver="unipc", steps=2, sigmas=(), switch_step=switch)
@@ -76,14 +86,3 @@ def smallest_video(manifest: Manifest) -> Video:
     width, height = (max(least, stride * profile.get(name, (0,))[0]) for name in ("width", "height"))
     latent_frames = max(profile.get("frames", (0,))[0], min(2, profile.get("frames", (0, 0, 2))[2]))
     return width, height, spec.vae.temporal_stride * (latent_frames - 1) + 1
-
-
-def _grey(width: int, height: int) -> bytes:
-    """A grey PNG, for models that take an image."""
-    from io import BytesIO
-
-    from PIL import Image
-
-    png = BytesIO()
-    Image.new("RGB", (width, height), (128, 128, 128)).save(png, "PNG")
-    return png.getvalue()

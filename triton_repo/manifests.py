@@ -40,15 +40,8 @@ class ClusterOptions:
     def __post_init__(self) -> None:
         check_image(self.image)
         if not NAMESPACE.fullmatch(self.namespace):
-            raise UserError(
-                f"namespace {self.namespace!r}", "lower-case letters, digits and -", "choose another --namespace"
-            )
-
-    @property
-    def prometheus_namespace(self) -> str:
-        """The namespace in the address of a service: ``monitoring`` of ``http://prometheus.monitoring.svc:80``."""
-        parts = (urlsplit(self.prometheus).hostname or "").split(".")
-        return parts[1] if len(parts) > 1 else self.namespace
+            expected = "lower-case letters, digits and -"
+            raise UserError(f"namespace {self.namespace!r}", expected, "choose another --namespace")
 
 
 def check_image(image: str) -> None:
@@ -77,24 +70,22 @@ def write_manifests(folder: Path, written: Written, options: RepositoryOptions, 
 
 def manifests(written: Written, options: RepositoryOptions, cluster: ClusterOptions) -> list[Manifest]:
     name = options.name.replace("_", "-")
-    account = {"automountServiceAccountToken": False}
+    # Without metrics, which Prometheus scrapes from every pod and not through a balancer.
+    ports = [{"name": port, "port": PORTS[port], "targetPort": port} for port in ("grpc", "http")]
+    service = {"selector": _selector(name)["matchLabels"], "ports": ports}
     made: list[tuple[str, str, Manifest]] = [
-        ("v1", "ServiceAccount", account),
+        ("v1", "ServiceAccount", {"automountServiceAccountToken": False}),
         ("apps/v1", "Deployment", {"spec": _deployment(name, written, options, cluster)}),
-        ("v1", "Service", {"spec": _service(name)}),
+        ("v1", "Service", {"spec": service}),
         ("networking.k8s.io/v1", "NetworkPolicy", {"spec": _network_policy(name, cluster)}),
         ("keda.sh/v1alpha1", "ScaledObject", {"spec": _scaled_object(name, options.name, cluster)}),
         ("policy/v1", "PodDisruptionBudget", {"spec": {"maxUnavailable": 1, "selector": _selector(name)}}),
     ]
     metadata = {"name": name, "namespace": cluster.namespace, "labels": _labels(name)}
     skipped = {"annotations": {"checkov.io/skip1": "CKV_K8S_11=a limit of processors slows jobs down on an idle node"}}
+    of_kind = {"Deployment": metadata | skipped}
     return [
-        {
-            "apiVersion": version,
-            "kind": kind,
-            "metadata": metadata | (skipped if kind == "Deployment" else {}),
-            **content,
-        }
+        {"apiVersion": version, "kind": kind, "metadata": of_kind.get(kind, metadata), **content}
         for version, kind, content in made
     ]
 
@@ -107,18 +98,15 @@ def _selector(name: str) -> Manifest:
     return {"matchLabels": {"app.kubernetes.io/name": name}}
 
 
-def _service(name: str) -> Manifest:
-    """The Service, without metrics, which Prometheus scrapes from every pod and not through a balancer."""
-    ports = [{"name": port, "port": PORTS[port], "targetPort": port} for port in ("grpc", "http")]
-    return {"selector": _selector(name)["matchLabels"], "ports": ports}
-
-
 def _network_policy(name: str, cluster: ClusterOptions) -> Manifest:
     """Allow jobs from the gateway and scraping by Prometheus; allow no outgoing connections.
 
     The kubelet's probes come from the pod's node, which policies never block.
     """
-    prometheus = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": cluster.prometheus_namespace}}}
+    # The namespace is part of a service's address: ``monitoring`` of ``http://prometheus.monitoring.svc:80``.
+    parts = (urlsplit(cluster.prometheus).hostname or "").split(".")
+    namespace = parts[1] if len(parts) > 1 else cluster.namespace
+    prometheus = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace}}}
 
     def rule(source: Manifest, *ports: str) -> Manifest:
         return {"from": [source], "ports": [{"protocol": "TCP", "port": port} for port in ports]}
@@ -136,10 +124,7 @@ def _scaled_object(name: str, model: str, cluster: ClusterOptions) -> Manifest:
     labels = f'namespace="{cluster.namespace}", model="{model}"'  # excludes jobs of other namespaces
     query = f"sum({IN_FLIGHT}{{{labels}}}) + sum({PENDING}{{{labels}}})"
     trigger = {"serverAddress": cluster.prometheus, "query": query, "threshold": "1"}
-    one_by_one = {
-        "stabilizationWindowSeconds": 600,
-        "policies": [{"type": "Pods", "value": 1, "periodSeconds": 300}],
-    }
+    one_by_one = {"stabilizationWindowSeconds": 600, "policies": [{"type": "Pods", "value": 1, "periodSeconds": 300}]}
     return {
         "scaleTargetRef": {"name": name},
         "pollingInterval": 15,

@@ -13,7 +13,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from runtime.request import CompleteRequest
-from triton_repo.failure import Code, Failure
+from triton_repo.failure import Failure
 from triton_repo.job import Answer, CancelledError, Job, OutOfTimeError
 from triton_repo.job_request import parse_request
 from triton_repo.loading import load
@@ -75,7 +75,7 @@ class Owner:
         self.pipeline.pause = go_on
         self.metrics.ended(outcome)
         pb_utils.Logger.log_info(f"job {name}: {outcome}")
-        sender.send(_last_response(last, as_event=_wants_events(request)), flags=FINAL)
+        sender.send(_last_response(request, last), flags=FINAL)
         self.status.ended()
 
     def _outcome(self, name: str, request: Any, sender: Any) -> tuple[Outcome, Answer | Failure]:
@@ -98,11 +98,16 @@ class Owner:
     def _run(self, name: str, request: Any, sender: Any) -> Answer:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         manifest, limits = self.pipeline.bundle.manifest, self.settings.limits
-        asked = parse_request(tensors, manifest, limits)
+        asked = parse_request(tensors, manifest, limits, self.pipeline.weight_sets.names)
+
+        def send(answer: Answer) -> None:
+            self.metrics.got_on()
+            sender.send(_response(answer))
+
         return Job(
             self.pipeline,
             asked,
-            send=lambda answer: self._send(sender, answer),
+            send=send,
             is_cancelled=sender.is_cancelled,
             longest_s=limits.longest_job_s,
             on_step=self.metrics.step,
@@ -118,33 +123,21 @@ class Owner:
         }
         return [name for name, truncated in cut.items() if truncated]
 
-    def _send(self, sender: Any, answer: Answer) -> None:
-        self.metrics.got_on()
-        sender.send(_response(answer))
-
-
-def _wants_events(request: Any) -> bool:
-    flag = pb_utils.get_input_tensor_by_name(request, "errors_as_events")
-    return flag is not None and bool(flag.as_numpy().any())
-
 
 def _response(answer: Answer) -> Any:
     tensors = (pb_utils.Tensor(name, np.asarray(value)) for name, value in answer.tensors().items())
     return pb_utils.InferenceResponse(list(tensors))
 
 
-def _last_response(last: Answer | Failure, *, as_event: bool) -> Any:
+def _last_response(request: Any, last: Answer | Failure) -> Any:
     if isinstance(last, Answer):
         return _response(last)
-    if as_event:
+    wants_events = pb_utils.get_input_tensor_by_name(request, "errors_as_events")
+    if wants_events is not None and wants_events.as_numpy().any():
         return _response(Answer(last.event()))
-    return pb_utils.InferenceResponse([], error=pb_utils.TritonError(last.message, _triton_code(last.code)))
-
-
-def _triton_code(code: Code) -> Any:
-    """Triton's code for ours; it has no code for deadlines."""
-    names = {"INVALID_ARGUMENT": "INVALID_ARG", "DEADLINE_EXCEEDED": "UNAVAILABLE"}
-    return getattr(pb_utils.TritonError, names.get(code, code))
+    names = {"INVALID_ARGUMENT": "INVALID_ARG", "DEADLINE_EXCEEDED": "UNAVAILABLE"}  # Triton has no code for deadlines
+    code = getattr(pb_utils.TritonError, names.get(last.code, last.code))
+    return pb_utils.InferenceResponse([], error=pb_utils.TritonError(last.message, code))
 
 
 def _family(name: str, description: str, kind: Kind) -> Any:

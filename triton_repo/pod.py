@@ -58,12 +58,15 @@ def _nodes(written: Written) -> Manifest:
 
 def _container(written: Written, options: RepositoryOptions, image: str) -> Manifest:
     flag = ["--flag", str(DRAIN_FLAG), "--within-s", str(drain_s(written))]
+    variant = CPU if options.topology == "bls" and not is_for_gpu(written.bundle) else ""
+    serve = ServeOptions("0.0.0.0", config_name=variant, region_prefix="wan22_")
+    server = ["tritonserver", *arguments(Path(REPOSITORY_AT), written.limits, serve)]
     model_ready = {"path": f"/v2/models/{options.name}/ready", "port": "http"}
     return {
         "name": "tritonserver",
         "image": image,
         "imagePullPolicy": "Always",
-        "command": _command(written, options),
+        "command": ["python3", "-m", "triton_repo.start", serve.region_prefix, *server],
         "ports": [{"name": port, "containerPort": number} for port, number in PORTS.items()],
         "startupProbe": {
             "httpGet": {"path": "/v2/health/ready", "port": "http"},
@@ -96,13 +99,6 @@ def _container(written: Written, options: RepositoryOptions, image: str) -> Mani
 
 def _probe(*words: str) -> list[str]:
     return ["python3", "-m", "triton_repo.probe", *words]
-
-
-def _command(written: Written, options: RepositoryOptions) -> list[str]:
-    variant = CPU if options.topology == "bls" and not is_for_gpu(written.bundle) else ""
-    serve = ServeOptions("0.0.0.0", config_name=variant, region_prefix="wan22_")
-    server = ["tritonserver", *arguments(Path(REPOSITORY_AT), written.limits, serve)]
-    return ["python3", "-m", "triton_repo.start", serve.region_prefix, *server]
 
 
 def _resources(written: Written, options: RepositoryOptions) -> Manifest:

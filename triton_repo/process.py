@@ -83,21 +83,15 @@ def stop_group(process: "subprocess.Popen[bytes]", models: Models, within_s: flo
     Raises:
         KeyboardInterrupt: at a second Ctrl-C; the group is killed.
     """
+    give_up, idle_s = time.monotonic() + within_s, 0.0
     try:
         if process.poll() is None:
             process.terminate()
-        _wait(process, models, within_s)
+        while process.poll() is None and time.monotonic() < give_up and not models.dead() and idle_s <= IDLE_S:
+            time.sleep(POLL_S)
+            idle_s = 0.0 if models.jobs() or _unsent_bytes(process.pid) else idle_s + POLL_S
     finally:
         end_group(process)
-
-
-def _wait(process: "subprocess.Popen[bytes]", models: Models, within_s: float) -> None:
-    give_up, idle_s = time.monotonic() + within_s, 0.0
-    while process.poll() is None and time.monotonic() < give_up and not models.dead():
-        idle_s = 0.0 if models.jobs() or _unsent_bytes(process.pid) else idle_s + POLL_S
-        if idle_s > IDLE_S:
-            return
-        time.sleep(POLL_S)
 
 
 def _unsent_bytes(process: int) -> int:

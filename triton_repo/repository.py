@@ -12,11 +12,12 @@ from typing import Literal
 from runtime.built_for import check_plans
 from triton_repo.bls_repository import check_backends, check_resident, write_bls
 from triton_repo.config import as_text, owner_config
-from triton_repo.settings import Limits, Settings, check_name, settings_of
+from triton_repo.settings import Limits, check_name, settings_of
 from triton_repo.templates import place
 from wan22.bundle import Bundle, open_bundle
 from wan22.errors import UserError
 from wan22.files import whole_folder
+from wan22.inputs import check_no_source
 from wan22.onnx_file import check_graphs
 from wan22.residency import ResidencyChoice
 
@@ -34,6 +35,7 @@ class RepositoryOptions:
     residency: ResidencyChoice = "auto"  # engines that stay loaded; bls keeps all
     drain_flag: str = ""  # while this file exists, the model reports that it is not ready
     memory_gib: float = 0.0  # GPU memory; 0 if unknown
+    loras: Mapping[str, Path] = field(default_factory=dict)  # folders of weight sets by name
     overwrite: bool = False
 
 
@@ -60,8 +62,16 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
     check_graphs(bundle)
     unread = check_plans(bundle)
     if options.topology == "bls":
-        _check_bls(bundle, options)
+        if options.residency not in ("auto", "all"):
+            found = f"--residency {options.residency} in topology bls, which keeps all engines loaded"
+            raise UserError(found, "topology owner", "leave --residency out")
+        if options.loras:
+            found = "--lora in topology bls, whose backends hold the weights"
+            raise UserError(found, "topology owner", "leave one of them out")
+        check_backends(bundle)
+        check_resident(bundle, options.memory_gib)
     limits = Limits.of(bundle.manifest.spec, **options.limits)
+    check_no_source(folder, engines)
     with whole_folder(folder, MARK if options.overwrite else "") as temporary:
         (temporary / MARK).touch()
         settings = settings_of(
@@ -70,25 +80,15 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
             engines_at=options.engines_at,
             residency="all" if options.topology == "bls" else options.residency,
             drain_flag=options.drain_flag,
+            loras=options.loras,
         )
         if options.topology == "owner":
-            _write_owner(temporary, options.name, settings, on_gpu=is_for_gpu(bundle))
+            place("owner", temporary / options.name / VERSION)
+            config = owner_config(options.name, settings, on_gpu=is_for_gpu(bundle))
+            (temporary / options.name / "config.pbtxt").write_text(as_text(config))
         else:
             write_bls(temporary, options.name, bundle, settings)
     return Written(bundle, limits, unread)
-
-
-def _write_owner(repository: Path, name: str, settings: Settings, *, on_gpu: bool) -> None:
-    place("owner", repository / name / VERSION)
-    (repository / name / "config.pbtxt").write_text(as_text(owner_config(name, settings, on_gpu=on_gpu)))
-
-
-def _check_bls(bundle: Bundle, options: RepositoryOptions) -> None:
-    if options.residency not in ("auto", "all"):
-        found = f"--residency {options.residency} in topology bls, which keeps all engines loaded"
-        raise UserError(found, "topology owner", "leave --residency out")
-    check_backends(bundle)
-    check_resident(bundle, options.memory_gib)
 
 
 def is_for_gpu(bundle: Bundle) -> bool:

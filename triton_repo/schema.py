@@ -44,6 +44,28 @@ def _guidance(expert: str) -> Callable[[Request], float | None]:
     return lambda request: request.guidance.get(expert)
 
 
+def _of_easy(name: str) -> Callable[[Request], Any]:
+    return lambda request: getattr(request.cache, name) if request.cache and request.cache.easy else None
+
+
+def _steps(name: str) -> Callable[[Request], str | None]:
+    def text(request: Request) -> str | None:
+        steps = getattr(request.cache, name) if request.cache else None
+        return ",".join(map(str, steps)) if isinstance(steps, tuple) else steps
+
+    return text
+
+
+CACHE_INPUTS = (  # see :class:`wan22.caching.Caching`
+    Field("cache", "STRING", of=lambda request: "easy" if request.cache and request.cache.easy else None),
+    Field("cache_threshold", "FP32", of=_of_easy("threshold")),
+    Field("first_exact", "INT32", of=_of_easy("first_exact")),
+    Field("last_exact", "INT32", of=_of_easy("last_exact")),
+    Field("max_consecutive", "INT32", of=_of_easy("max_consecutive")),
+    Field("skip_steps", "STRING", of=_steps("skip_steps")),  # 11,12,14 or magcache
+    Field("reuse", "STRING", of=lambda request: request.cache.reuse if request.cache and request.cache.skips else None),
+    Field("late_cfg", "STRING", of=_steps("late_cfg")),  # 24,26,28 or auto
+)
 # The prompt is required, but Triton treats all as optional: the model refuses a missing one, so that it is counted.
 INPUTS = (
     # video
@@ -53,6 +75,7 @@ INPUTS = (
     Field("height", "INT32", of=_side(1)),
     Field("num_frames", "INT32", of="frames"),
     Field("fps", "INT32"),
+    Field("quality", "INT32"),  # of mp4 and webm, 1 to 10; 8 is the official setting
     # image to video: encoded JPEG, PNG or WebP, not a URL
     Field("image", "UINT8", ANY, of="image"),
     Field("last_image", "UINT8", ANY, of="last_image"),
@@ -67,6 +90,8 @@ INPUTS = (
     Field("guidance_high_noise", "FP32", of=_guidance("high_noise")),
     Field("guidance_low_noise", "FP32", of=_guidance("low_noise")),
     Field("solver", "STRING", of="solver"),
+    Field("lora", "STRING", of="lora"),  # a name of ``wan-trt serve --lora``
+    *CACHE_INPUTS,
     # the answer
     Field("output_format", "STRING"),  # a key of VIDEO_FORMATS; default mp4
     Field("progress_every", "INT32"),  # steps between progress events

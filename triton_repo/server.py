@@ -73,13 +73,10 @@ def arguments(repository: Path, limits: Limits, options: ServeOptions, known: Se
         "allow-client-shm": "false",
         **(dict.fromkeys(("log-info", "log-warning"), "false") if options.quiet else {}),
     }
-    flags = [_flag(name, value) for name, value in asked.items() if value != "" and (known is None or name in known)]
+    kept = {name: value for name, value in asked.items() if value != "" and (known is None or name in known)}
+    flags = [f"--{name}" if value is None else f"--{name}={value}" for name, value in kept.items()]
     backend = {"shm-region-prefix-name": options.region_prefix, "stub-timeout-seconds": LOAD_S}
     return [*flags, *(f"--backend-config=python,{k}={v}" for k, v in backend.items())]
-
-
-def _flag(name: str, value: object) -> str:
-    return f"--{name}" if value is None else f"--{name}={value}"
 
 
 def known_options(installation: Installation) -> set[str]:
@@ -149,9 +146,8 @@ class Server:
                     continue
             if trouble and self.process.poll() is None:
                 end_group(self.process)
-                raise UserError(
-                    f"{trouble}; server stopped", "working models", "see the server's log and start it again"
-                )
+                remedy = "see the server's log and start it again"
+                raise UserError(f"{trouble}; server stopped", "working models", remedy)
         if self.process.returncode:
             found = f"tritonserver {_ending(self.process)} {self._working()}"
             raise UserError(found, "a server that runs until stopped", "start it again with --verbose and see its log")
@@ -188,7 +184,7 @@ def run_server(
     known = known_options(installation)
     with server_folder(options.region_prefix) as (folder, lock), backend_folder(installation) as backends:
         asked = arguments(repository, limits, options, known)
-        command = [str(installation.binary), *asked, *_backend_argument(backends)]
+        command = [str(installation.binary), *asked, *([f"--backend-directory={backends}"] if backends else [])]
         output = subprocess.PIPE if options.quiet else None
         process = start_group(command, stub_environment(installation, environment), folder, lock, output)
         within_s = limits.longest_job_s + 2 * EXIT_MARGIN_S
@@ -197,10 +193,6 @@ def run_server(
             yield server
         finally:
             server.stop()
-
-
-def _backend_argument(backends: Path | None) -> list[str]:
-    return [f"--backend-directory={backends}"] if backends else []
 
 
 def is_ready(url: str) -> bool:

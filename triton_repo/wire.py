@@ -1,6 +1,6 @@
 """A request → the input tensors of the served model, by ``schema.INPUTS``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.request import Request
-from triton_repo.schema import INPUTS, INPUTS_BY_NAME, NUMPY, Setting
+from triton_repo.schema import CACHE_INPUTS, INPUTS, INPUTS_BY_NAME, NUMPY, Field, Setting
 from wan22.errors import UserError
 
 WIRE_NAMES = {"STRING": "BYTES"}  # the protocol's name
@@ -23,11 +23,20 @@ def inputs_of(request: Request) -> dict[str, Setting | None]:
     if request.exact_official or request.schedule is not None or request.noise is not None:
         found = "exact_official, another schedule or own noise in a served job"
         raise UserError(found, "none of them", "generate without a server")
-    getters = {
-        field.name: attrgetter(field.of) if isinstance(field.of, str) else field.of for field in INPUTS if field.of
-    }
-    values = {name: get(request) for name, get in getters.items()}
+    values = _values(request, INPUTS)
     return {name: content_of(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def cache_inputs(request: Request) -> dict[str, Setting | None]:
+    """The inputs of the step cache of ``request`` alone."""
+    return _values(request, CACHE_INPUTS)
+
+
+def _values(request: Request, inputs: Sequence[Field]) -> dict[str, Any]:
+    getters = {
+        field.name: attrgetter(field.of) if isinstance(field.of, str) else field.of for field in inputs if field.of
+    }
+    return {name: get(request) for name, get in getters.items()}
 
 
 def content_of(image: bytes | Path | None) -> bytes | None:

@@ -44,9 +44,6 @@ class Gate:
     bound: Bound
     limit: float
 
-    def judge(self, measured: Mapping[str, float]) -> "Verdict":
-        return Verdict(self, measured.get(self.measurement))
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -65,7 +62,9 @@ class Verdict:
 
     @property
     def found_in_words(self) -> str:
-        found = "not measured" if self.found is None else distinct_text(self.found, self.gate.limit, _significant)
+        found = "not measured"
+        if self.found is not None:
+            found = distinct_text(self.found, self.gate.limit, lambda value, more: f"{value:.{4 + more}g}")
         return f"{found} in {self.where}" if self.where else found
 
     def as_json(self) -> dict[str, Any]:
@@ -84,10 +83,6 @@ def distinct_text(value: float, limit: float, write: Callable[[float, int], str]
     while value != limit and write(value, more) == write(limit, more) and more < DIGITS:
         more += 1
     return write(value, more)
-
-
-def _significant(value: float, more: int) -> str:
-    return f"{value:.{4 + more}g}"
 
 
 def read_gates(path: Path, table: str, known: Collection[str]) -> tuple[Gate, ...]:
@@ -120,7 +115,7 @@ def has_table(path: Path, table: str) -> bool:
 
 
 def judge(gates: Collection[Gate], measured: Mapping[str, float]) -> tuple[Verdict, ...]:
-    return tuple(gate.judge(measured) for gate in gates)
+    return tuple(Verdict(gate, measured.get(gate.measurement)) for gate in gates)
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -135,22 +130,15 @@ def _content(path: Path) -> dict[str, Any]:
 def _gates(path: Path, value: Any, name: str) -> Iterator[Gate]:
     """Yield the gates below the key ``name``, which starts with the table."""
     if not isinstance(value, dict):
-        raise UserError(
-            f"{path}: {name} = {_shown(value)}",
-            "a measurement with min or max",
-            f"write {name}.min = ... or {name}.max = ...",
-        )
+        remedy = f"write {name}.min = ... or {name}.max = ..."
+        raise UserError(f"{path}: {name} = {_shown(value)}", "a measurement with min or max", remedy)
     for key, inner in value.items():
         if key in BOUNDS and not isinstance(inner, dict):
-            yield Gate(name.partition(".")[2], key, _limit(path, f"{name}.{key}", inner))
+            if isinstance(inner, bool) or not isinstance(inner, int | float) or not -LARGEST <= inner <= LARGEST:
+                raise UserError(f"{path}: {name}.{key} = {_shown(inner)}", "a finite number", "correct the value")
+            yield Gate(name.partition(".")[2], key, float(inner))
         else:
             yield from _gates(path, inner, f"{name}.{key}")
-
-
-def _limit(path: Path, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
-        raise UserError(f"{path}: {name} = {_shown(value)}", "a finite number", "correct the value")
-    return float(value)
 
 
 def _shown(value: Any) -> str:

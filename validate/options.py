@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
 from runtime.built_for import default_video, fill_defaults
 from runtime.request import CompleteRequest, Request
 from validate.reference.device import Choice
@@ -33,6 +34,7 @@ class ValidateOptions:
     gate: Path | None = None  # TOML of thresholds, see :mod:`validate.gate`
     bench: Path | None = None  # JSON of ``wan-trt bench``
     command: str = ""
+    blocks: BlockOptions = BLOCKS_AS_FIT  # where the weights of transformers in blocks are
 
 
 def official_wheel() -> Path:

@@ -70,7 +70,9 @@ def drift_plot(steps: list[Row], theme: Theme, size_inches: tuple[float, float])
     if len(curves) > 1:
         axes.legend(frameon=False, labelcolor=theme.text, fontsize=10, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     _scale(axes, [value for drift, *_ in curves.values() for value in drift], limit, len(steps))
-    _threshold(axes, limit, theme)
+    axes.axhline(limit, color=theme.limit, linewidth=1.4, linestyle=(0, (5, 3)))
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(f"limit {limit:g}", (0, limit), (4, 4), **where, color=theme.limit, fontsize=10)
     _switch(axes, steps, theme)
     _failures(axes, steps, theme)
     return data_uri(png(figure))
@@ -125,12 +127,6 @@ def _scale(axes: Any, drift: list[float], limit: float, steps: int) -> None:
     axes.set_ylim(min(finite) / 8, max(finite) * 6)
     axes.set_xlim(0.5, steps + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
-
-
-def _threshold(axes: Any, limit: float, theme: Theme) -> None:
-    axes.axhline(limit, color=theme.limit, linewidth=1.4, linestyle=(0, (5, 3)))
-    label = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "color": theme.limit, "fontsize": 10}
-    axes.annotate(f"limit {limit:g}", (0, limit), (4, 4), **label)
 
 
 def _failures(axes: Any, steps: list[Row], theme: Theme) -> None:

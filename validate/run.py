@@ -13,20 +13,19 @@ from validate.cases import Case, cases_of
 from validate.ladder.onnx_side import how_made, open_for_comparison
 from validate.ladder.polygraphy_files import check_calls
 from validate.options import ValidateOptions, complete_request
+from validate.reference.checkpoint import open_same_model
 from validate.reference.device import Device, Residence, catch_out_of_memory, reference_device
-from validate.reference.loras import with_loras
 from validate.report.conditions import facts
-from validate.same_model import open_same_model
-from wan22.bundle import Bundle, Manifest
+from wan22.bundle import Manifest
 from wan22.files import claim
+from wan22.inputs import check_no_source
 from wan22.progress import Progress, silent
 from wan22.specs import Precision
 
 if TYPE_CHECKING:
     from export.checkpoint.checkpoint import Checkpoint
-    from validate.ladder.comparison import Comparison, Sides
+    from validate.ladder.comparison import Sides
     from validate.ladder.row import Row
-    from validate.ladder.thresholds import Thresholds
     from validate.reference.official import Official
     from validate.report.case_report import CaseReport
     from validate.report.report import ValidationReport
@@ -59,9 +58,10 @@ def validate(
     from validate.report.report import ValidationReport, write_report
 
     options = options or ValidateOptions()
+    check_no_source(out / "report.json", engines, options.bench, options.gate, options.prompts)
     if options.calls is not None:
         check_calls(options.calls)
-    opened = open_for_comparison(engines, options.calls, options.residency)
+    opened = open_for_comparison(engines, options.calls, options.residency, options.blocks)
     calls = claim(options.calls / "calls", "the calls") if options.calls is not None else nullcontext()
     with claim(out / "report.json", "the report") as claimed, calls, opened as pipeline:
         manifest = pipeline.bundle.manifest
@@ -72,15 +72,13 @@ def validate(
             pipeline.tokenizer.encode(request.prompt)  # refuses a prompt without content
         judged = read_attachments(pipeline.bundle, options)
         device = reference_device(options.reference_device, manifest)
-        source = with_loras(open_same_model(checkpoint, engines, manifest, progress), manifest)
+        source = open_same_model(checkpoint, engines, manifest, progress)
         about = facts(manifest, source, requests, options, device)
         with official_code(options.official_repo, source) as official, catch_out_of_memory():
             sides = _sides(pipeline, source, official, device, progress)
-            found = []
-            for case, request in zip(cases, requests, strict=True):
-                comparison = _comparison(sides, request, manifest, progress)
-                found.append(_compare_case(case, comparison, pipeline.bundle, progress))
-        report = ValidationReport(tuple(found), about, judged)
+            each = zip(cases, requests, strict=True)
+            found = tuple(_compare_case(case, request, sides, manifest, progress) for case, request in each)
+        report = ValidationReport(found, about, judged)
         write_report(report, claimed)
     return report
 
@@ -111,36 +109,29 @@ def _sides(
     return Sides(EnginesSide(pipeline), Reference(checkpoint, progress, residence=residence), lowered, official)
 
 
-def _comparison(sides: "Sides", request: CompleteRequest, manifest: Manifest, progress: Progress) -> "Comparison":
-    from validate.ladder.comparison import Comparison
-
-    return Comparison(sides, request, _limits(_precisions(manifest)), progress)
-
-
-def _compare_case(case: Case, comparison: "Comparison", bundle: Bundle, progress: Progress) -> "CaseReport":
+def _compare_case(
+    case: Case, request: CompleteRequest, sides: "Sides", manifest: Manifest, progress: Progress
+) -> "CaseReport":
     """Run every rung for the first case, for the others only rungs that depend on the prompt or the seed."""
+    from validate.ladder.comparison import Comparison
     from validate.ladder.rungs import rungs
+    from validate.ladder.thresholds import thresholds_for
     from validate.report.case_report import CaseReport
 
-    made = how_made(bundle.manifest)
+    limits = {name: thresholds_for(precision) for name, precision in _precisions(manifest).items()}
+    comparison, made = Comparison(sides, request, limits, progress), how_made(manifest)
     rows: list[Row] = []
-    full = rungs(comparison.spec, official=comparison.sides.official is not None)
+    full = rungs(manifest.spec, official=sides.official is not None)
     ladder = [rung for rung in full if rung.of_every_case or case.number == 1]
     task = "parity ladder" if case.number == 1 else f"case {case.number}"
     for done, rung in enumerate(ladder, 1):
-        rows.extend(
-            replace(row, made=_how_made(row, made), case=case.number) for row in _add_times(rung.rows(comparison))
-        )
+        started = perf_counter()
+        for row in rung.rows(comparison):
+            seconds = perf_counter() - started
+            rows.append(replace(row, made=_how_made(row, made), case=case.number, seconds=seconds))
+            started = perf_counter()
         progress(task, done, len(ladder), "rungs")
     return CaseReport.of(case, comparison, tuple(rows))
-
-
-def _add_times(rows: "Iterator[Row]") -> "Iterator[Row]":
-    """Yield the rows with the seconds that each took."""
-    started = perf_counter()
-    for row in rows:
-        yield replace(row, seconds=perf_counter() - started)
-        started = perf_counter()
 
 
 def _how_made(row: "Row", made: dict[str, str]) -> str:
@@ -153,10 +144,3 @@ def _precisions(manifest: Manifest) -> dict[str, Precision]:
     """The precision of every component; "run", the end-to-end run, has the coarsest."""
     of = {component.name: component.precision for component in manifest.components}
     return of | {"run": min(of.values(), key=lambda precision: precision.significand)}
-
-
-def _limits(precisions: dict[str, Precision]) -> dict[str, "Thresholds"]:
-    """The limits of every component and of the "run", each for its own precision."""
-    from validate.ladder.thresholds import thresholds_for
-
-    return {name: thresholds_for(precision) for name, precision in precisions.items()}

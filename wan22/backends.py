@@ -11,8 +11,18 @@ from typing import Literal
 
 from wan22.errors import UserError
 
-Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]  # also the name of its package
-MODULES: dict[str, str] = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "onnxruntime-gpu"]  # also the name of its package
+MODULES: dict[str, str] = {
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-gpu": "onnxruntime",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+}
+
+
+def runs_graphs(backend: str) -> bool:
+    """True if the engines of ``backend`` are ONNX graphs, which take every size and are compiled when loaded."""
+    return MODULES[backend] == "onnxruntime"
 
 
 def require_module(module: str, package: str, why: str) -> ModuleType:

@@ -44,6 +44,17 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One graph of a transformer cut into parts of its blocks, or its engine. Weights are inputs of it."""
+
+    name: str
+    graph: File
+    inputs: tuple[Tensor, ...]  # other than weights
+    outputs: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Component:
     name: str
     graph: File
@@ -53,6 +64,24 @@ class Component:
     precision: Precision
     why_higher: str = ""  # the reason if its precision, or part of it, is above the bundle's
     halves: tuple[File, ...] = ()  # the same graph as two, if built so: for the prompt alone, and for a step
+    stages: tuple[Stage, ...] = ()  # the same graph as stages; if it was built so, ``graph`` is one of theirs
+
+    @property
+    def in_stages(self) -> bool:
+        """True for engines that are stages; a bundle of graphs has both, the whole graph and its stages."""
+        return any(stage.graph == self.graph for stage in self.stages)
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def compiled(self) -> "tuple[Component, ...]":
+        """What is compiled by itself: the stages as components called ``dit.qkv``, or the component."""
+        parts = (
+            replace(self, name=f"{self.name}.{stage.name}", graph=stage.graph, inputs=stage.inputs, stages=())
+            for stage in self.stages
+            if self.in_stages
+        )
+        return tuple(parts) or (self,)
 
 
 @dataclass(frozen=True)
@@ -87,6 +116,7 @@ class Build:
     seconds: float
     peak_rss_bytes: int = 0  # the build's peak
     attention_scales: dict[str, float] = field(default_factory=dict)  # FP8 scales of Q and K, with external weights
+    nodes: dict[str, str] = field(default_factory=dict)  # those with CUDA kernels, counted, by component
 
 
 @dataclass(frozen=True)
@@ -107,6 +137,7 @@ class Manifest:
     def files(self) -> dict[str, File]:
         """Every file of the bundle by path; weights that graphs share appear once."""
         parts = [file for c in self.components for file in (c.graph, *c.halves, *c.weights)]
+        parts += [stage.graph for c in self.components for stage in c.stages]
         return {file.path: file for file in (*parts, *self.tokenizer)}
 
 
@@ -159,9 +190,8 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
     usage = shutil.disk_usage(existing)
     if not usage.total:  # /proc, /sys
-        raise UserError(
-            f"cannot write {folder}: {existing} is not on a disk", "a writable file system", "choose another place"
-        )
+        found = f"cannot write {folder}: {existing} is not on a disk"
+        raise UserError(found, "a writable file system", "choose another place")
     if usage.free < needed_bytes:
         free, needed = human_bytes(usage.free, 1), human_bytes(needed_bytes, 1)
         raise UserError(f"{free} free at {existing}", f"{needed} for {folder.name}", "free some or choose another disk")
@@ -236,11 +266,8 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
         if version == FORMAT_VERSION and holds != kind and holds in list(STAGE_OF):
             raise UserError(f"{folder} holds {holds}", f"{kind}, a folder made by {stage}", "name that folder")
         if (version, holds) != (FORMAT_VERSION, kind):
-            raise UserError(
-                f"{path}: format {version}, kind {holds}",
-                f"format {FORMAT_VERSION}, kind {kind}",
-                f"run {stage} of this version",
-            )
+            expected = f"format {FORMAT_VERSION}, kind {kind}"
+            raise UserError(f"{path}: format {version}, kind {holds}", expected, f"run {stage} of this version")
         manifest = msgspec.json.decode(content, type=Manifest)
     except (*DAMAGED_JSON, AttributeError) as error:
         raise UserError(f"{path}: {error}", "the manifest as written", f"run {stage} again") from None

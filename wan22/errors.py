@@ -55,7 +55,7 @@ def panics_as_errors() -> Iterator[None]:
 DAMAGED_JSON = (msgspec.MsgspecError, UnicodeError, RecursionError)  # what msgspec.json.decode raises
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 DISK_BROKEN = (errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)
-UNWRITABLE = (errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG)
+UNWRITABLE = (errno.EROFS, errno.EFBIG)
 
 
 class NonFiniteError(RuntimeError):
@@ -87,6 +87,8 @@ def disk_error(error: OSError, named: str = "") -> UserError | None:
         return UserError(found, "a working disk", "see the system's log and run again")
     if error.errno in UNWRITABLE:
         return UserError(f"{error.strerror}{where}", "a writable place", "choose another")
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{place}: {error.strerror}", "a shorter name", "choose another")
     if isinstance(error, PermissionError):
         found = f"{place}: {error.strerror}"
         return UserError(found, "permission for this user", "check the owner and mode of the file")

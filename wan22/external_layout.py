@@ -4,11 +4,15 @@ The layout is stored next to the engine as JSON; components that share an engine
 """
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import msgspec
 
+from wan22.bundle import Tensor
 from wan22.errors import DAMAGED_JSON, UserError
+
+ITEM_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int64": 8}  # by Tensor.dtype
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -17,6 +21,7 @@ class Place(msgspec.Struct, frozen=True):
     name: str
     offset: int
     size_bytes: int
+    shape: tuple[int, ...] = ()  # matrices [out, in]; empty in files of releases that stored [in, out]
 
 
 def write_layout(path: Path, places: Sequence[Place]) -> None:
@@ -27,5 +32,41 @@ def read_layout(path: Path) -> list[Place]:
     """Raises UserError for a file that is not a layout."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=list[Place])
+    except DAMAGED_JSON as error:
+        raise UserError(f"{path}: {error}", "the layout of weights as built", "run wan-trt build again") from None
+
+
+def size_bytes(tensor: Tensor, **sizes: int) -> int:
+    """The size of ``tensor`` for the given ``sizes`` of its named dimensions."""
+    return prod(dim if isinstance(dim, int) else sizes[dim] for dim in tensor.dims) * ITEM_BYTES[tensor.dtype]
+
+
+class BlockLayout(msgspec.Struct, frozen=True):
+    """The layout of the weights of a transformer in stages: what surrounds the blocks, then one region per block.
+
+    All regions have the same size and offsets. The weights that are used once per prompt come last in each, so that a
+    step reads only its first ``step_bytes``.
+    """
+
+    ends: tuple[Place, ...]  # offsets in the file
+    block: tuple[Place, ...]  # offsets in a block's region
+    blocks: int
+    first_block: int  # offset of the first region
+    block_bytes: int  # size of a region, a multiple of a page
+    step_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.first_block + self.blocks * self.block_bytes
+
+
+def write_block_layout(path: Path, layout: BlockLayout) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(layout), indent=1))
+
+
+def read_block_layout(path: Path) -> BlockLayout:
+    """Raises UserError for a file that is not a layout of blocks."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=BlockLayout)
     except DAMAGED_JSON as error:
         raise UserError(f"{path}: {error}", "the layout of weights as built", "run wan-trt build again") from None

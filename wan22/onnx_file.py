@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, Component
 from wan22.errors import UserError
 
@@ -54,7 +55,7 @@ def check_graphs(bundle: Bundle) -> None:
         UserError: a graph reads another file, or is not an ONNX model.
     """
     build = bundle.manifest.build
-    if build is None or build.backend == "onnxruntime":
+    if build is None or runs_graphs(build.backend):
         for component in bundle.manifest.components:
             check_component(bundle.folder, component)
 
@@ -62,7 +63,7 @@ def check_graphs(bundle: Bundle) -> None:
 def check_component(folder: Path, component: Component) -> None:
     """Run :func:`check_graphs` for one component of the bundle at ``folder``."""
     named = {file.path: file.size_bytes for file in component.weights}
-    for file in (component.graph, *component.halves):
+    for file in (component.graph, *component.halves, *(stage.graph for stage in component.stages)):
         path = folder / file.path
         try:
             found = set(stored_tensors(path.read_bytes()))

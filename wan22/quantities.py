@@ -1,4 +1,8 @@
-"""Format quantities for people: bytes in a suitable unit, and nouns in singular or plural."""
+"""Format quantities for people: bytes in a suitable unit, and nouns in singular or plural; parse bytes."""
+
+import re
+
+from wan22.errors import UserError
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
@@ -9,6 +13,18 @@ def human_bytes(size_bytes: float, digits: int = 2) -> str:
         if abs(size_bytes) >= factor:
             return f"{size_bytes / factor:.{digits}f} {unit}"
     return f"{size_bytes:.0f} B"
+
+
+def parse_bytes(text: str, what: str) -> float:
+    """``"8GiB"``, ``"8 GB"`` or ``"512MiB"`` in bytes; ``what`` is the option's name. All units are binary.
+
+    Raises:
+        UserError: ``text`` is not a positive size.
+    """
+    match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*([KMG])i?B?\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise UserError(f"{what} {text!r}", "a size with its unit", f"write it as {what} 8GiB")
+    return float(match[1]) * next(factor for unit, factor in UNITS if unit[0] == match[2].upper())
 
 
 def counted(number: int, noun: str) -> str:

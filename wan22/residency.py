@@ -206,16 +206,17 @@ def dit_scratch_bytes(spec: DitSpec, count: int, precision: Precision) -> float:
 
 
 def _vae(spec: VaeSpec, name: str, precision: Precision, latent_shape: tuple[int, ...], cache_sets: int) -> Memory:
-    """The memory of one VAE graph. The first chunk only writes caches, which are always float32."""
+    """The memory of one VAE graph. The first chunk only writes caches, which are float16 in float16 graphs."""
     half, first, size = name.rpartition("_")[0], name.endswith("_first"), (latent_shape[3], latent_shape[4])
     positions = size[0] * size[1]
     weights = vae_weights_bytes(spec, name, precision)
-    scratch = (
-        VAE_TENSORS[spec.generation] * precision.linears.bits / 8 * _largest_tensor(_layers(spec, name), positions)
-    )
+    convolutions = [layer for layer in _layers(spec, name) if layer.taps]
+    largest = max(max(x.entering, x.leaving) * x.frames * x.scale**2 * positions for x in convolutions)
+    scratch = VAE_TENSORS[spec.generation] * precision.linears.bits / 8 * largest
     frames, sets = (1, 1) if first else (spec.temporal_stride, cache_sets)
     pixels = 3 * frames * spec.spatial_stride**2 * positions
-    edges = 4.0 * (sets * cache_elements(spec, half, size) + pixels + spec.latent_channels * positions)
+    cached = (2 if precision == Precision.FP16 else 4) * sets * cache_elements(spec, half, size)
+    edges = cached + 4.0 * (pixels + spec.latent_channels * positions)
     return Memory(name, weights, scratch, edges)
 
 
@@ -227,8 +228,3 @@ def vae_weights_bytes(spec: VaeSpec, component: str, precision: Precision) -> fl
 def _layers(spec: VaeSpec, component: str) -> list[VaeLayer]:
     layers = decoder_layers if component.startswith("vae_decoder") else encoder_layers
     return list(layers(spec, component.endswith("_first")))
-
-
-def _largest_tensor(layers: Iterable[VaeLayer], positions: int) -> float:
-    """The number of elements of the largest tensor that a convolution reads or writes."""
-    return max(max(x.entering, x.leaving) * x.frames * x.scale**2 * positions for x in layers if x.taps)

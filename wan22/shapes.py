@@ -108,7 +108,10 @@ def fitting_profile(sizes: Mapping[str, int], profiles: Sequence[Profile]) -> in
     Raises:
         UserError: no profile does; names the dimensions outside the closest one.
     """
-    outside = [_outside(sizes, profile) for profile in profiles]
+    outside = [
+        [name for name in profile if name in sizes and not profile[name][0] <= sizes[name] <= profile[name][2]]
+        for profile in profiles
+    ]
     for index, dims in enumerate(outside):
         if not dims:
             return index
@@ -118,10 +121,6 @@ def fitting_profile(sizes: Mapping[str, int], profiles: Sequence[Profile]) -> in
     found = ", ".join(f"{name} {sizes[name]}" for name in outside[closest])
     ranges = " or ".join(_ranges(profile, outside[closest]) for profile in profiles)
     raise UserError(f"{found} (in latents)", ranges, "run wan-trt build with --size and --frames that include it")
-
-
-def _outside(sizes: Mapping[str, int], profile: Profile) -> list[str]:
-    return [name for name in profile if name in sizes and not profile[name][0] <= sizes[name] <= profile[name][2]]
 
 
 def _ranges(profile: Profile, names: Sequence[str]) -> str:

@@ -11,11 +11,15 @@ import typer
 from typer.models import OptionInfo
 
 from wan22.errors import UserError
+from wan22.quantities import parse_bytes
 from wan22.shapes import parse_size
+from wan_trt.cache_options import caching_from
 
 if TYPE_CHECKING:
     from runtime.arrays import F32
+    from runtime.block_backend import BlockOptions
     from runtime.request import Request
+    from wan22.block_memory import WeightsIn as WeightsChoice
 
 Engines = Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)]
 Prompt = Annotated[str, typer.Argument(help="Description of the video, in any language.", show_default=False)]
@@ -25,12 +29,15 @@ Frames = Annotated[int | None, typer.Option("--frames", help="Number of frames, 
 SEED = typer.Option("--seed", metavar="INT", help="Seed of the noise, below 2**64; -1 draws and prints one.")
 Seed = Annotated[int, SEED]
 Noise = Annotated[
-    Path | None,
-    typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of the seed's."),
+    Path | None, typer.Option("--noise", "--latents", help="Initial noise in .npz, .npy or .pt, instead of the seed's.")
 ]
 NegativePrompt = Annotated[
     str | None, typer.Option(help="Text that the video should not match; by default the official one.")
 ]
+Quality = Annotated[
+    int | None, typer.Option(metavar="1...10", help="Quality of mp4 and webm; by default the official 8.")
+]
+PRECISIONS = "fp32, bf16, fp16, fp8 or fp8-attn"
 Image = Annotated[Path | None, typer.Option(help="JPEG, PNG or WebP to start from (I2V, TI2V).")]
 LastImage = Annotated[Path | None, typer.Option(help="Image to end with (I2V).")]
 Fit = Annotated[
@@ -64,6 +71,17 @@ Residency = Annotated[
         metavar="HOW", help="Engines that stay loaded: all, one-expert, one-component, or auto (as many as fit)."
     ),
 ]
+WeightsIn = Annotated[
+    Literal["auto", "vram", "host", "disk"],
+    typer.Option(
+        metavar="PLACE",
+        help="Blocks at rest: vram, host, disk, or auto (as many in VRAM as fit).",
+    ),
+]
+Vram = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Memory for a transformer in blocks, as 8GiB; by default what is free."),
+]
 Schedule = Annotated[
     Literal["official", "diffusers"] | None,
     typer.Option(metavar="NAME", help="Timesteps of official or diffusers; by default the preset's."),
@@ -90,11 +108,15 @@ GROUPS = {
         "negative_prompt", "preset", "steps", "seed", "noise", "shift", "solver", "schedule", "boundary",
         "guidance", "guidance_high_noise", "guidance_low_noise",
     ),
+    "Step cache": (
+        "cache", "cache_threshold", "first_exact", "last_exact", "max_consecutive", "skip_steps", "reuse", "late_cfg",
+    ),
     "Output": ("output", "overwrite", "verbose", "preview", "html", "as_json", "plot", "calls"),
     "Precision": (
         "precision", "text_encoder", "high_noise", "low_noise", "dit", "vae_decoder", "fp8_attention",
         "keep_high_precision", "input_scales", "input_means",
     ),
+    "Memory": ("residency", "weights_in", "vram"),
     "LoRA": ("lora", "lora_ignore_unmatched"),
     "Comparison": (
         "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",
@@ -153,6 +175,13 @@ def seed_of(typed: int | None) -> int:
     return drawn
 
 
+def blocks_options(weights_in: "WeightsChoice", vram: str | None) -> "BlockOptions":
+    """Where the weights of transformers in blocks are."""
+    from runtime.block_backend import BlockOptions
+
+    return BlockOptions(weights_in, None if vram is None else parse_bytes(vram, "--vram"))
+
+
 def noise_of(path: Path | None) -> "F32 | None":
     """The noise in the file ``path``; None without a file."""
     if path is None:
@@ -181,7 +210,7 @@ def request_from(options: Mapping[str, Any]) -> "Request":
     """The request from a command's options, its ``locals()``; fields of :class:`Request` have the options' names."""
     from runtime.request import Request
 
-    names = {field.name for field in fields(Request)} & options.keys() - {"seed", "noise"}
+    names = {field.name for field in fields(Request)} & options.keys() - {"seed", "noise", "cache"}
     by_expert = {name: options.get(f"guidance_{name}") for name in ("high_noise", "low_noise")}
     return Request(
         **{name: options[name] for name in names}
@@ -191,6 +220,7 @@ def request_from(options: Mapping[str, Any]) -> "Request":
             "noise": noise_of(options.get("noise")),
             "guidance": {name: scale for name, scale in by_expert.items() if scale is not None},
             "guidance_scale": options.get("guidance"),
+            "cache": caching_from(options) if "cache" in options else None,
         }
     )
 

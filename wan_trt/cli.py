@@ -23,6 +23,7 @@ from wan_trt.commands import (
     generate,
     inspect,
     lora,
+    mlperf,
     plan,
     presets,
     serve,
@@ -37,7 +38,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 GROUPS = {
     "Make": (synth, export, calibrate, build),
     "Run": (generate, demo),
-    "Check": (plan, presets, inspect, validate, bench),
+    "Check": (plan, presets, inspect, validate, bench, mlperf),
     "Serve": (triton, serve, client),
 }
 

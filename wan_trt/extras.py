@@ -10,6 +10,7 @@ PROJECTS = {
     "PIL": "pillow",
     "cupy": "cupy-cuda13x",
     "google": "protobuf",
+    "mlperf_loadgen": "mlcommons-loadgen",
     "pynvml": "nvidia-ml-py",
     "skimage": "scikit-image",
     "yaml": "pyyaml",

@@ -5,6 +5,7 @@ whole ``[heads, L, S]`` matrix of probabilities; its fused operator processes it
 (FlashAttention) and takes q, k and v as rows of tokens, which also saves the transposes.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from engines.cpu.match import consumer, ints, producer, replace_value, shape_constant
@@ -22,15 +23,34 @@ def fuse_attention(model: "ir.Model", heads: int, head_width: int) -> int:
     The form: ``q, k, v [tokens, heads, head]``, each transposed by head and unsqueezed, ``Softmax(q kᵀ) v``, transposed
     back and squeezed to ``[tokens, heads, head]``. q is already scaled. Other forms of attention stay unchanged.
     """
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    fused = 0
-    for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
-        if (found := _match(softmax)) is not None:
-            _replace(model.graph, softmax.name or "attention", found, (heads, head_width))
-            fused += 1
+    settings = {"num_heads": heads, "scale": 1.0}
+    fused = replace_attention(model, (heads, head_width), ("MultiHeadAttention", DOMAIN), settings)
     if fused:
         model.opset_imports[DOMAIN] = 1
+    return fused
+
+
+def replace_attention(
+    model: "ir.Model", split: tuple[int, int], operator: tuple[str, str], settings: Mapping[str, int | float]
+) -> int:
+    """Replace every attention by ``operator``, its type and domain, which takes rows of tokens; return their number."""
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    fused, (kind, domain), (heads, head_width) = 0, operator, split
+    for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
+        if (found := _match(softmax)) is None:
+            continue
+        (qkv, squeezed), name = found, softmax.name or "attention"
+        flat = shape_constant(model.graph, [1, -1, heads * head_width])
+        by_head = shape_constant(model.graph, [-1, heads, head_width])
+        rows = [ir.node("Reshape", [value, flat], name=f"{name}/rows_{n}") for value, n in zip(qkv, "qkv", strict=True)]
+        inputs = [row.outputs[0] for row in rows]
+        attention = ir.node(kind, inputs, settings, domain=domain, name=f"{name}/fused")
+        back = ir.node("Reshape", [attention.outputs[0], by_head], name=f"{name}/by_token")
+        replace_value(model.graph, squeezed.outputs[0], [*rows, attention, back])
+        fused += 1
+    if fused:
         RemoveUnusedNodesPass()(model)
     return fused
 
@@ -46,23 +66,6 @@ def _match(softmax: "ir.Node") -> "tuple[list[ir.Value], ir.Node] | None":
     ordered = transposed is not None and ints(transposed, "perm") == BY_TOKEN
     squeezed = consumer(transposed, "Squeeze") if ordered else None
     return (qkv, squeezed) if len(qkv) == len(entering) and squeezed is not None else None
-
-
-def _replace(graph: "ir.Graph", name: str, found: "tuple[list[ir.Value], ir.Node]", split: tuple[int, int]) -> None:
-    import onnx_ir as ir
-
-    (qkv, squeezed), (heads, head_width) = found, split
-    flat, by_head = (shape_constant(graph, shape) for shape in ([1, -1, heads * head_width], [-1, heads, head_width]))
-    rows = [ir.node("Reshape", [value, flat], name=f"{name}/rows_{n}") for value, n in zip(qkv, "qkv", strict=True)]
-    attention = ir.node(
-        "MultiHeadAttention",
-        [row.outputs[0] for row in rows],
-        {"num_heads": heads, "scale": 1.0},
-        domain=DOMAIN,
-        name=f"{name}/fused",
-    )
-    back = ir.node("Reshape", [attention.outputs[0], by_head], name=f"{name}/by_token")
-    replace_value(graph, squeezed.outputs[0], [*rows, attention, back])
 
 
 def _rows(value: "ir.Value | None", order: tuple[int, ...]) -> "ir.Value | None":

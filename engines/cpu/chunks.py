@@ -76,16 +76,11 @@ class _TokenTrace:
             return first or self.layouts.get(node.inputs[1])
         if node.op_type == "Reshape":
             return _target(node)
-        if node.op_type in LINEAR:
-            return _columns(node)
+        if node.op_type in LINEAR:  # with a stored, transposed weight
+            weight = node.inputs[1].shape if node.inputs[1] is not None else None
+            return (-1, int(weight.numpy()[0])) if weight is not None and "transB" in node.attributes else None
         # cross-attention, and the choice between its two forms together with the next linear
         return {"MultiHeadAttention": (1, -1, self._width), "If": (-1, self._width)}.get(node.op_type)
-
-
-def _columns(linear: "ir.Node") -> Layout | None:
-    """The output layout of a linear with a stored, transposed weight."""
-    shape = linear.inputs[1].shape if linear.inputs[1] is not None else None
-    return None if shape is None or "transB" not in linear.attributes else (-1, int(shape.numpy()[0]))
 
 
 def _read(node: "ir.Node") -> "list[ir.Value | None]":
@@ -165,8 +160,13 @@ def _scan(
     )
     graph.append(scan)
     whole |= dict(zip(outputs, scan.outputs, strict=True))
-    for value, result in results.items():
-        _join(graph, value, whole[result], inside, layouts)
+    for value, result in results.items():  # all outer readers read the joined chunks in the value's layout
+        shape = shape_constant(graph, [*layouts[value]])
+        joined = ir.node("Reshape", [whole[result], shape], name=f"{value.name}/whole")
+        graph.append(joined)
+        layouts[joined.outputs[0]] = layouts[value]
+        for use in [use for use in value.uses() if use.node not in inside]:
+            use.node.replace_input_with(use.idx, joined.outputs[0])
 
 
 def _entering(
@@ -177,33 +177,13 @@ def _entering(
 
     used = dict.fromkeys(value for node in nodes for value in node.inputs)
     entering = [value for value in used if value and value in layouts and value.producer() not in inside]
-    chunks = {
-        value: ir.Value(name=f"{name}/in_{n}", type=ir.TensorType(ir.DataType.FLOAT))
-        for n, value in enumerate(entering)
-    }
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    chunks = {value: ir.Value(name=f"{name}/in_{n}", type=kind) for n, value in enumerate(entering)}
     for node in nodes:
         for index, value in enumerate(node.inputs):
             if value in chunks:
                 node.replace_input_with(index, chunks[value])
     return chunks
-
-
-def _join(
-    graph: "ir.Graph",
-    value: "ir.Value",
-    chunks: "ir.Value",
-    inside: "set[ir.Node]",
-    layouts: "dict[ir.Value | None, Layout]",
-) -> None:
-    """Make all outer readers of ``value`` read ``chunks``, reshaped to its layout."""
-    import onnx_ir as ir
-
-    shape = shape_constant(graph, [*layouts[value]])
-    joined = ir.node("Reshape", [chunks, shape], name=f"{value.name}/whole")
-    graph.append(joined)
-    layouts[joined.outputs[0]] = layouts[value]
-    for use in [use for use in value.uses() if use.node not in inside]:
-        use.node.replace_input_with(use.idx, joined.outputs[0])
 
 
 def _before_reshapes(value: "ir.Value", inside: "set[ir.Node]") -> "ir.Value":

@@ -28,7 +28,9 @@ def emulate(model: ir.Model, emulated: ir.DataType = ir.DataType.BFLOAT16) -> No
         for index, output in enumerate(node.outputs):
             if output.dtype == emulated:
                 output.type = ir.TensorType(FLOAT)
-                if _rounds(node, output):
+                readers = {use.node.op_type for use in output.uses()}
+                computed = node.op_type not in MOVING and node.op_type != "DequantizeLinear"
+                if computed and (not readers or not readers <= IN_REGISTERS):
                     _round(graph, node, index, emulated)
         if node.op_type == "DequantizeLinear":
             node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(FLOAT))
@@ -44,14 +46,6 @@ def _widen(graph: ir.Graph, weight: ir.Value) -> None:
     weight.replace_all_uses_with(wide)
     cast.replace_input_with(0, weight)
     graph.insert_before(graph[0], cast)
-
-
-def _rounds(node: ir.Node, output: ir.Value) -> bool:
-    """True if the compiled graph stores this result in 16 bits."""
-    if node.op_type in MOVING or node.op_type == "DequantizeLinear":
-        return False
-    readers = {use.node.op_type for use in output.uses()}
-    return not readers or not readers <= IN_REGISTERS
 
 
 def _round(graph: ir.Graph, node: ir.Node, index: int, emulated: ir.DataType) -> None:

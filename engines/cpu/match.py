@@ -18,6 +18,12 @@ def consumer(node: "ir.Node | None", kind: str) -> "ir.Node | None":
     return uses[0].node if len(uses) == 1 and uses[0].node.op_type == kind else None
 
 
+def before_cast(value: "ir.Value | None") -> "ir.Value | None":
+    """The value that a Cast produces ``value`` from, or ``value`` itself."""
+    cast = producer(value, "Cast")
+    return value if cast is None else cast.inputs[0]
+
+
 def climb(value: "ir.Value | None", *steps: tuple[str, int]) -> "list[ir.Node] | None":
     """The nodes above ``value``. A step is a kind and the input to follow; None if a node has another kind."""
     found = []
@@ -59,9 +65,8 @@ def constant(graph: "ir.Graph", name: str, array: Any) -> "ir.Value":
 
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
-        graph.initializers[name] = ir.Value(
-            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
+        shape, kind = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
+        graph.initializers[name] = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
     return graph.initializers[name]
 
 

@@ -20,7 +20,9 @@ def multiply_patches(model: "ir.Model") -> int:
 
     rows = (node for node in model.graph if node.op_type == "Transpose" and ints(node, "perm") == (1, 0))
     found = [(node, path[1]) for node in rows if (path := climb(node.inputs[0], ("Reshape", 0), ("Conv", 0)))]
-    found = [(node, conv) for node, conv in found if _is_patching(conv)]
+    # Kernels neither overlap nor skip pixels; padded or grouped convolutions have more attributes.
+    found = [(node, conv) for node, conv in found if {"strides", "kernel_shape"} == set(conv.attributes)]
+    found = [(node, conv) for node, conv in found if ints(conv, "strides") == ints(conv, "kernel_shape")]
     for transpose, conv in found:
         _replace(model.graph, transpose, conv)
     RemoveUnusedNodesPass()(model)
@@ -31,11 +33,6 @@ def patches_of(graph: "ir.Graph") -> "ir.Node | None":
     """The node that produces the rows ``[L, pixels of a patch]``; None if the graph was not rewritten."""
     transposes = [node for node in graph if node.op_type == "Transpose" and ints(node, "perm") == BY_PATCH]
     return consumer(transposes[0], "Reshape") if transposes else None
-
-
-def _is_patching(conv: "ir.Node") -> bool:
-    """True if kernels neither overlap nor skip pixels; padded or grouped convolutions have more attributes."""
-    return {"strides", "kernel_shape"} == set(conv.attributes) and ints(conv, "strides") == ints(conv, "kernel_shape")
 
 
 def _replace(graph: "ir.Graph", transpose: "ir.Node", conv: "ir.Node") -> None:

@@ -34,16 +34,12 @@ def split_at_prompt(model: "ir.Model") -> "tuple[ir.Model, ir.Model] | None":
         value.type = ir.TensorType(ir.DataType.BOOL if kind in BOOLEAN else ir.DataType.FLOAT)
     others = [value for value in graph.inputs if value.name != TEXT]
     halves = ([TEXT], boundary), ([*others, *boundary], list(graph.outputs))
-    prompt, step = (_sort_weights(ir.convenience.extract(graph, entering, leaving)) for entering, leaving in halves)
+    prompt, step = (ir.convenience.extract(graph, entering, leaving) for entering, leaving in halves)
+    for half in (prompt, step):  # ``extract`` lists the weights in the order of a set, which differs between runs
+        weights = sorted(half.initializers.items())
+        half.initializers.clear()
+        half.initializers.update(weights)
     return ir.Model(prompt, ir_version=model.ir_version), ir.Model(step, ir_version=model.ir_version)
-
-
-def _sort_weights(graph: "ir.Graph") -> "ir.Graph":
-    """Sort the weights by name: ``extract`` lists them in the order of a set, which differs between runs."""
-    weights = sorted(graph.initializers.items())
-    graph.initializers.clear()
-    graph.initializers.update(weights)
-    return graph
 
 
 def _boundary(graph: "ir.Graph") -> "list[ir.Value]":

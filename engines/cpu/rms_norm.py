@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import climb, consumer, number, replace_value, shape_constant
+from engines.cpu.match import before_cast, climb, consumer, number, producer, replace_value, shape_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,22 +23,24 @@ def fuse_rms_norms(model: "ir.Model") -> int:
         weighted = consumer(scaled, "Mul")
         if statistics is None or scaled is None or weighted is None:
             continue
-        in_heads = climb(scaled.inputs[0], ("Reshape", 0))
-        if in_heads is None or in_heads[0].inputs[0] is not statistics[-1].inputs[0]:
+        in_heads, x = producer(before_cast(scaled.inputs[0]), "Reshape"), statistics[-1].inputs[0]
+        if in_heads is None or x is None or in_heads.inputs[0] is not before_cast(x):
             continue
-        _replace(model.graph, in_heads[0], number(statistics[1].inputs[1]), weighted)
+        _replace(model.graph, (x, in_heads.inputs[1]), number(statistics[1].inputs[1]), weighted)
         fused += 1
     if fused:
         RemoveUnusedNodesPass()(model)
     return fused
 
 
-def _replace(graph: "ir.Graph", in_heads: "ir.Node", epsilon: float, weighted: "ir.Node") -> None:
+def _replace(
+    graph: "ir.Graph", entering: "tuple[ir.Value, ir.Value | None]", epsilon: float, weighted: "ir.Node"
+) -> None:
     import onnx_ir as ir
 
-    name = str(weighted.name)
+    (x, in_heads), name = entering, str(weighted.name)
     weight = ir.node("Reshape", [weighted.inputs[1], shape_constant(graph, [-1])], name=f"{name}/weight")
-    inputs = [in_heads.inputs[0], weight.outputs[0]]
+    inputs = [x, weight.outputs[0]]
     norm = ir.node("RMSNormalization", inputs, {"axis": -1, "epsilon": epsilon}, name=f"{name}/fused")
-    back = ir.node("Reshape", [norm.outputs[0], in_heads.inputs[1]], name=f"{name}/heads")
+    back = ir.node("Reshape", [norm.outputs[0], in_heads], name=f"{name}/heads")
     replace_value(graph, weighted.outputs[0], [weight, norm, back])

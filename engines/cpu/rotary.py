@@ -1,21 +1,22 @@
 """Split joint q, k and v of self-attention into three linears, with ``RMSNormalization`` and ``RotaryEmbedding``.
 
-The exported graphs compute q, k and v in one linear and rotate q and k together, which gives the fewest kernels on
-GPUs. ONNX Runtime would copy every part out of the joint rows and pass over q and k a dozen times. Three linears read
-the same rows three times, mostly from the CPU's caches, and copy nothing.
+The exported graphs compute q, k and v in one linear and rotate q and k together, from which TensorRT makes the fewest
+kernels. ONNX Runtime would copy every part out of the joint rows and pass over q and k a dozen times. Three linears
+read the same rows three times and copy nothing. Norms and rotation of 16-bit graphs stay in float32.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engines.cpu.match import climb, number, producer, replace_value, shape_constant
+from engines.cpu.match import before_cast, climb, number, producer, replace_value, shape_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# From the rotated halves up to the joint linear. Input 1 of the second Mul is the norm's weight, input 1 of the third
-# its statistics.
-PATH = [("Concat", 0), ("Sub", 0), ("Mul", 0), ("Split", 0), ("Mul", 0), ("Mul", 0), ("Reshape", 0), ("Slice", 0)]
+# From the rotated halves up to the normalised columns of the joint linear. Input 1 of the second Mul is the norm's
+# weight, input 1 of the third its statistics.
+PATH = [("Concat", 0), ("Sub", 0), ("Mul", 0), ("Split", 0), ("Mul", 0), ("Mul", 0)]
+COLUMNS = [("Reshape", 0), ("Slice", 0), ("Gemm", 1)]
 STATISTICS = [("Reshape", 0), ("Slice", 0), ("Reciprocal", 0), ("Sqrt", 0), ("Add", 1)]
 
 
@@ -42,10 +43,11 @@ def split_qkv(model: "ir.Model", heads: int, head_width: int) -> int:
 
 
 def _match(halves: "ir.Node") -> _Found | None:
-    path = climb(halves.inputs[0], *PATH, ("Gemm", 1))
-    if path is None:
+    path = climb(halves.inputs[0], *PATH)
+    columns = climb(before_cast(path[-1].inputs[0]), *COLUMNS) if path is not None else None
+    if path is None or columns is None:
         return None
-    joined, subtracted, times_cos, _, weighted, normed, _, sliced, gemm = path
+    (joined, subtracted, times_cos, _, weighted, normed), (_, sliced, gemm) = path, columns
     weights, statistics = producer(weighted.inputs[1], "Concat"), climb(normed.inputs[1], *STATISTICS)
     tables = _tables(subtracted, producer(joined.inputs[1], "Add"), times_cos)
     parts = producer(gemm.inputs[1], "Concat")
@@ -114,17 +116,20 @@ def _norm_and_rotate(
 
     (linear, cos, sin), (heads, head_width) = operands, split
     name = str(linear.name)
-    weight = ir.node(
-        "Reshape", [found.norm_weights.inputs[part], shape_constant(graph, [-1])], name=f"{name}/norm_weight"
-    )
+    stored = found.norm_weights.inputs[part]
+    weight = ir.node("Reshape", [stored, shape_constant(graph, [-1])], name=f"{name}/norm_weight")
     settings = {"axis": -1, "epsilon": found.epsilon}
-    norm = ir.node("RMSNormalization", [linear.outputs[0], weight.outputs[0]], settings, name=f"{name}/norm")
+    float32 = [] if found.gemm.outputs[0].dtype == ir.DataType.FLOAT else [_widen(linear)]
+    x = (float32 or [linear])[0].outputs[0]
+    norm = ir.node("RMSNormalization", [x, weight.outputs[0]], settings, name=f"{name}/norm")
     rows = shape_constant(graph, [1, -1, heads * head_width])
     row = ir.node("Reshape", [norm.outputs[0], rows], name=f"{name}/rows")
-    turned = ir.node(
-        "RotaryEmbedding",
-        [row.outputs[0], cos, sin],
-        {"num_heads": heads, "interleaved": 1},
-        name=f"{name}/rotary",
-    )
-    return [weight, norm, row, turned]
+    settings = {"num_heads": heads, "interleaved": 1}
+    turned = ir.node("RotaryEmbedding", [row.outputs[0], cos, sin], settings, name=f"{name}/rotary")
+    return [*float32, weight, norm, row, turned]
+
+
+def _widen(linear: "ir.Node") -> "ir.Node":
+    import onnx_ir as ir
+
+    return ir.node("Cast", [linear.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{linear.name}/float32")

@@ -44,7 +44,8 @@ def project_short_text(model: "ir.Model", heads: int, head_width: int) -> int:
         return 0
     short, addends = _add_shared(graph, found[0].logits, head_width)
     for match in found:
-        _choose(graph, match, (short, addends), (heads, head_width))
+        projected = _project(graph, match, short, (heads, head_width))
+        _choose(graph, match, (short, addends, projected), (heads, head_width))
     RemoveUnusedNodesPass()(model)
     graph.sort()
     return len(found)
@@ -77,18 +78,17 @@ def _add_shared(graph: "ir.Graph", logits: "ir.Value", head_width: int) -> "tupl
     return short.outputs[0], addends.outputs[0]
 
 
-def _choose(graph: "ir.Graph", found: _Found, shared: "tuple[ir.Value, ir.Value]", split: tuple[int, int]) -> None:
+def _project(graph: "ir.Graph", found: _Found, short: "ir.Value", split: tuple[int, int]) -> "ir.Value":
+    """Once per prompt: v times the linear's weight if the prompt is short, else v unchanged, which nothing reads."""
     import numpy as np
     import onnx_ir as ir
 
-    linear, (short, addends), (heads, head_width) = found.usual[-1], shared, split
-    name, by_head = str(linear.name), shape_constant(graph, [-1, *split])
-    flat = shape_constant(graph, [-1, heads * head_width])
-    weight, bias = linear.inputs[1:]
-    # -- once per prompt: v times the weight
+    linear, by_head = found.usual[-1], shape_constant(graph, [-1, *split])
+    flat = shape_constant(graph, [-1, split[0] * split[1]])
+    name, weight, bias = str(linear.name), linear.inputs[1], linear.inputs[2]
     product = _Branch(f"{name}/text")
     v, w = (product("Reshape", value, by_head) for value in (found.v, weight))
-    share = product("Mul", bias, constant(graph, "short_text/share", np.float32(1 / heads)))
+    share = product("Mul", bias, constant(graph, "short_text/share", np.float32(1 / split[0])))
     values = product("Reshape", product("FusedMatMul", v, w, domain=DOMAIN, **BY_HEAD), flat)
     product("Add", values, share)
     unused = _Branch(f"{name}/no_text")
@@ -96,12 +96,23 @@ def _choose(graph: "ir.Graph", found: _Found, shared: "tuple[ir.Value, ir.Value]
     branches = {"then_branch": product.graph(), "else_branch": unused.graph()}
     projected = ir.node("If", [short], branches, name=f"{name}/projected")
     graph.append(projected)
-    # -- for every token
+    return projected.outputs[0]
+
+
+def _choose(
+    graph: "ir.Graph", found: _Found, shared: "tuple[ir.Value, ir.Value, ir.Value]", split: tuple[int, int]
+) -> None:
+    """For every token: replace the usual nodes by a choice between them and their short form."""
+    import onnx_ir as ir
+
+    linear, (short, addends, projected) = found.usual[-1], shared
+    name, by_head = str(linear.name), shape_constant(graph, [-1, *split])
+    weight, bias = linear.inputs[1:]
     brief = _Branch(f"{name}/short")
     q, k = (brief("Reshape", value, by_head) for value in (found.q, found.k))
     scores = brief("Add", brief("FusedMatMul", q, k, domain=DOMAIN, **BY_HEAD), addends)
     side_by_side = brief("Transpose", brief("Softmax", scores, axis=-1), perm=[1, 0, 2])
-    brief("Gemm", brief("Reshape", side_by_side, shape_constant(graph, [0, -1])), projected.outputs[0])
+    brief("Gemm", brief("Reshape", side_by_side, shape_constant(graph, [0, -1])), projected)
     usual = _Branch(f"{name}/long")
     usual("Add", usual("Gemm", found.usual[-2].outputs[0], weight, transB=1), bias)
     chosen = ir.node("If", [short], name=f"{name}/chosen", attributes={"then_branch": brief.graph()})

@@ -11,14 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from engines.gpu.external_weights import (
-    Weight,
-    attention_scales_of,
-    check_alike,
-    externalise,
-    layout,
-    write_weights,
-)
+from engines.gpu.external_weights import Weight, attention_scales_of, check_alike, externalise, layout, write_weights
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine
 from wan22.bundle import Bundle, Component, File, file_entry
 from wan22.external_layout import write_layout
@@ -62,15 +55,17 @@ class ExternalBuild:
         if plan.name not in self._built:
             places = plan.with_suffix(".layout.json")
             write_layout(places, layout(weights)[0])
-            self._compile(graph, plan, options)
+            with scratch_folder("build") as place:
+                path = place / f"{plan.stem}.onnx"
+                ir.save(graph, path)
+                build_engine(path, plan, options, self._progress)
             entries = file_entry(self._folder, plan), file_entry(self._folder, places)
             self._built[plan.name] = (*entries, component.name, weights)
         engine, layout_entry, first, reference = self._built[plan.name]
         check_alike({first: reference, component.name: weights})
-        written = write_weights(
-            self._source.folder, weights, self._folder / f"{component.name}.weights", self._progress
-        )
-        return replace(component, graph=engine, weights=(layout_entry, written))
+        target = self._folder / f"{component.name}.weights"
+        written = write_weights(self._source.folder, weights, target, self._progress)
+        return replace(component, graph=engine, weights=(layout_entry, written), stages=())
 
     @cached_property
     def attention_scales(self) -> dict[str, float]:
@@ -81,9 +76,3 @@ class ExternalBuild:
     def _externalise(self, component: Component) -> tuple[ir.Model, tuple[Weight, ...]]:
         scales = self.attention_scales if component.name in self._experts else {}
         return externalise(self._source.path(component.graph), scales)
-
-    def _compile(self, graph: ir.Model, plan: Path, options: EngineOptions) -> None:
-        with scratch_folder("build") as place:
-            path = place / f"{plan.stem}.onnx"
-            ir.save(graph, path)
-            build_engine(path, plan, options, self._progress)

@@ -1,11 +1,11 @@
 """Weights as inputs of an engine instead of constants: one small engine for both experts and every LoRA.
 
-The compiler never sees a weight: it needs a few GB for a 14B model, and the engine contains only kernels. It cannot
-prepare weights either, so this module does: matrices are stored as [in, out], the parts of ``qkv`` as one matrix. An
-FP8 matrix is dequantised with the constant scale 1 (with a scale as input, no FP8 kernel is used), and its real scale,
-an input, multiplies the float32 result. For the same reason the scales of Q and K in FP8 attention are constants: for
-each, the largest among all weights that use the engine. A scale only has to be large enough, since the relative
-precision of FP8 does not depend on magnitude.
+The compiler never sees a weight: it needs a few GB for a 14B model, and the engine contains only kernels. Matrices stay
+as stored, [out, in]: its kernels read them in place, and the FP8 kernels of Ada and Ampere exist only for this layout.
+It cannot join the parts of ``qkv``, so this module does. An FP8 matrix is dequantised with the constant scale 1 (with a
+scale as input, no FP8 kernel is used), and its real scale, an input, multiplies the float32 result. For the same reason
+the scales of Q and K in FP8 attention are constants: for each, the largest among all weights that use the engine. A
+scale only has to be large enough, since the relative precision of FP8 does not depend on magnitude.
 
 All weights of a component are in one file at fixed offsets; components that share an engine have files of the same
 layout. The layout is stored next to the engine as JSON.
@@ -28,7 +28,6 @@ from wan22.progress import Progress, silent
 
 ALIGNMENT_BYTES = 256  # same as CUDA's allocations
 FLOAT, FLOAT8 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN
-ROWS_AT_ONCE = 256  # per step of a transposition
 BEFORE_CAST = ("Slice", "Reshape", "Split")  # operators between a product and its conversion to float32
 
 
@@ -48,7 +47,6 @@ class Weight:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    turned: bool  # stored as [out, in], passed as [in, out]
     sources: tuple[StoredTensor, ...]
 
     @property
@@ -112,14 +110,14 @@ def _source(value: ir.Value) -> StoredTensor:
 
 
 def _single_input(graph: ir.Graph, value: ir.Value) -> Weight:
-    """Turn an initializer into an input; a factor of a matrix product becomes [in, out]."""
+    """Turn an initializer into an input."""
     source, name = _source(value), str(value.name)
     if name.endswith(".input_scale"):
         raise UserError(f"static FP8 scale {name}", "scales computed per token", "export without --input-scales")
     del graph.initializers[name]
-    turned = _turn_products(value) or (value.dtype == FLOAT8 and _turn_fp8(graph, value))
-    shape = source.shape[::-1] if turned else source.shape
-    return _as_input(graph, value, shape, turned, (source,))
+    if value.dtype == FLOAT8:
+        _scale_products(graph, value)
+    return _as_input(graph, value, source.shape, (source,))
 
 
 def _joint_input(graph: ir.Graph, concat: ir.Node, parts: Sequence[ir.Value]) -> Weight:
@@ -134,47 +132,28 @@ def _joint_input(graph: ir.Graph, concat: ir.Node, parts: Sequence[ir.Value]) ->
         user.replace_input_with(index, whole)
     graph.remove(concat, safe=True)
     rows = sum(source.shape[0] for source in sources)
-    turned = _turn_products(whole)
-    shape = (rows, *sources[0].shape[1:])
-    return _as_input(graph, whole, shape[::-1] if turned else shape, turned, sources)
+    return _as_input(graph, whole, (rows, *sources[0].shape[1:]), sources)
 
 
-def _as_input(
-    graph: ir.Graph, value: ir.Value, shape: Sequence[int], turned: bool, sources: tuple[StoredTensor, ...]
-) -> Weight:
+def _as_input(graph: ir.Graph, value: ir.Value, shape: tuple[int, ...], sources: tuple[StoredTensor, ...]) -> Weight:
     assert value.dtype is not None
     value.const_value, value.shape = None, ir.Shape(shape)
     graph.inputs.append(value)
-    return Weight(str(value.name), value.dtype.name, tuple(shape), turned, sources)
+    return Weight(str(value.name), value.dtype.name, shape, sources)
 
 
-def _turn_products(value: ir.Value) -> bool:
-    """Make every ``Gemm(x, W, transB=1)`` read the transposed matrix; False if ``value`` has other uses."""
-    users = [(user, index) for user, index in value.uses()]
-    if not all(user.op_type == "Gemm" and index == 1 and user.attributes["transB"].as_int() for user, index in users):
-        return False
-    for user, _ in users:
-        user.attributes["transB"] = ir.AttrInt64("transB", 0)
-    return True
-
-
-def _turn_fp8(graph: ir.Graph, value: ir.Value) -> bool:
-    """Turn ``Dequantize(W, s) → Transpose → MatMul`` into ``Dequantize(Wᵀ, 1) → MatMul``, times ``s`` in float32."""
+def _scale_products(graph: ir.Graph, value: ir.Value) -> None:
+    """Dequantise with the constant 1 and multiply the float32 products by the real scale."""
     (dequantise, _), *others = value.uses()
     (transpose, _), *more = dequantise.outputs[0].uses()
     assert not others and not more and transpose.op_type == "Transpose"
     scale = dequantise.inputs[1]
     assert scale is not None
     dequantise.replace_input_with(1, _unit(graph))
-    dequantised = dequantise.outputs[0]
-    dequantised.shape = None
-    for product, index in tuple(transpose.outputs[0].uses()):
-        product.replace_input_with(index, dequantised)
-        in_float = dequantise.attributes["output_dtype"].as_int() == FLOAT
+    in_float = dequantise.attributes["output_dtype"].as_int() == FLOAT
+    for product, _ in tuple(transpose.outputs[0].uses()):
         for node in (product,) if in_float else tuple(_casts(product.outputs[0])):
             _scale(graph, node, scale)
-    graph.remove(transpose, safe=True)
-    return True
 
 
 def _unit(graph: ir.Graph) -> ir.Value:
@@ -215,7 +194,7 @@ def layout(weights: Sequence[Weight]) -> tuple[tuple[Place, ...], int]:
     """The place of every weight in a component's file, and the file's size in bytes."""
     places, end = [], 0
     for weight in weights:
-        places.append(Place(weight.name, end, weight.size_bytes))
+        places.append(Place(weight.name, end, weight.size_bytes, weight.shape))
         end += -(-weight.size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return tuple(places), end
 
@@ -252,15 +231,7 @@ def _content(folder: Path, weight: Weight) -> "memoryview[int]":
     dtype = np.dtype(f"u{ir.DataType[weight.dtype].numpy().itemsize}")
     parts = [_read(folder, source, dtype) for source in weight.sources]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return (_transpose(whole) if weight.turned else whole).reshape(-1).view(np.uint8).data
-
-
-def _transpose(matrix: np.ndarray) -> np.ndarray:
-    """Transpose a few rows at a time, so that columns stay in the cache: for FP8 seven times as fast as all at once."""
-    result = np.empty(matrix.shape[::-1], matrix.dtype)
-    for row in range(0, len(matrix), ROWS_AT_ONCE):
-        result[:, row : row + ROWS_AT_ONCE] = matrix[row : row + ROWS_AT_ONCE].T
-    return result
+    return whole.reshape(-1).view(np.uint8).data
 
 
 def _read(folder: Path, source: StoredTensor, dtype: np.dtype[Any]) -> np.ndarray:

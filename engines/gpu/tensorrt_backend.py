@@ -10,10 +10,10 @@ The builder's verbose log is kept next to the engine; ``engines.inspect.log`` re
 import contextlib
 import ctypes
 import io
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -103,7 +103,9 @@ class _Build:
     def __init__(self, trt: Any, options: EngineOptions, logger: Any, monitor: Any) -> None:
         self.trt, self.options, self.logger, self.monitor = trt, options, logger, monitor
         self.builder = trt.Builder(logger)
-        self.network = self.builder.create_network(_network_flags(trt))
+        # Strongly typed: a flag up to TensorRT 10, the only kind of network after it.
+        flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        self.network = self.builder.create_network(0 if flag is None else 1 << int(flag))
         self.parser = trt.OnnxParser(self.network, logger)
         self.config = self.builder.create_builder_config()
         self.weights: MappedWeights | None = None
@@ -123,19 +125,18 @@ class _Build:
         Raises:
             UserError: the graph does not parse.
         """
-        if self._try_parse(graph):
+        if not hasattr(self.parser, "load_initializer"):
+            parsed = self.parser.parse_from_file(str(graph))
+        else:
+            self.weights = MappedWeights(graph)
+            loaded = self.parser.load_model_proto(graph.read_bytes(), str(graph))
+            parsed = loaded and self.weights.load_into(self.parser) and self.parser.parse_model_proto()
+        if parsed:
             self.network.name = self.options.name or self.network.name
             return
         errors = [self.parser.get_error(index) for index in range(self.parser.num_errors)]
         first = f"{errors[0].node_name() or errors[0].node_operator()}: {errors[0].desc()}" if errors else "no reason"
         raise UserError(f"{graph.name} does not parse: {first}", "operators TensorRT supports", "export it again")
-
-    def _try_parse(self, graph: Path) -> bool:
-        if not hasattr(self.parser, "load_initializer"):
-            return bool(self.parser.parse_from_file(str(graph)))
-        self.weights = MappedWeights(graph)
-        loaded = self.parser.load_model_proto(graph.read_bytes(), str(graph))
-        return bool(loaded and self.weights.load_into(self.parser) and self.parser.parse_model_proto())
 
     def drop_pages(self) -> None:
         """Free the page memory of weights that the builder has read."""
@@ -155,13 +156,10 @@ class _Build:
         if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # scratch memory follows the call's shapes
             config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
         for profile in own_profiles(options.profiles, options.inputs):
-            self.add_profile(profile)
-
-    def add_profile(self, profile: Profile) -> None:
-        shapes = self.builder.create_optimization_profile()
-        for tensor in self.options.inputs:
-            shapes.set_shape(tensor.name, *input_shapes(tensor, profile))
-        self.config.add_optimization_profile(shapes)
+            shapes = self.builder.create_optimization_profile()
+            for tensor in options.inputs:
+                shapes.set_shape(tensor.name, *input_shapes(tensor, profile))
+            config.add_optimization_profile(shapes)
 
     def write(self, stream: BinaryIO) -> bool:
         """Build and write the engine; False if the builder failed."""
@@ -179,13 +177,7 @@ class _Build:
     def failure(self, graph: Path) -> UserError:
         errors = "; ".join(self.logger.errors) or "the builder reported no reason"
         expected = f"a graph that {self.options.target.backend} compiles for {self.options.target.name}"
-        return UserError(f"cannot build {graph.name}: {errors}", expected, "see the log next to the engine")
-
-
-def _network_flags(trt: Any) -> int:
-    """Flags for a strongly typed network: a flag up to TensorRT 10, the only kind of network after it."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return 0 if flag is None else 1 << int(flag)
+        return UserError(f"cannot build {graph.name}: {errors}", expected, "see the builder's log")
 
 
 def _set_architecture(trt: Any, config: Any, target: Target) -> None:
@@ -198,44 +190,24 @@ def _set_architecture(trt: Any, config: Any, target: Target) -> None:
     config.set_compute_capability(capability, 0)
 
 
-def _in_background(work: Any, monitor: Any, meanwhile: Callable[[], None]) -> bool:
+def _in_background(work: Callable[[], bool], monitor: Any, meanwhile: Callable[[], None]) -> bool:
     """Run ``work`` in a thread, so that this thread can receive Ctrl-C while the builder works; wait until it ends.
 
-    Calls ``meanwhile`` every 0.2 s. Waits on an event: an interrupted ``Thread.join`` considers the thread finished,
+    Calls ``meanwhile`` every 0.2 s. Waits for the future: an interrupted ``Thread.join`` considers the thread finished,
     and a process that exits while the builder works crashes.
     """
-    outcome: list[bool | BaseException] = []
-    finished = threading.Event()
-
-    def run() -> None:
+    with ThreadPoolExecutor(1, "engine-builder") as pool:
+        future = pool.submit(work)
         try:
-            outcome.append(work())
-        except BaseException as error:  # handed to the waiting thread, which raises it
-            outcome.append(error)
-        finally:
-            finished.set()
-
-    thread = threading.Thread(target=run, name="engine-builder", daemon=True)
-    thread.start()
-    try:
-        while not finished.wait(0.2):
-            meanwhile()
-    except KeyboardInterrupt:
-        monitor.cancelled = True
-        _wait_despite_interrupts(finished)
-        raise
-    finally:
-        thread.join()
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
-
-
-def _wait_despite_interrupts(finished: threading.Event) -> None:
-    """Wait for ``finished``, however often Ctrl-C is pressed."""
-    while not finished.is_set():
-        with contextlib.suppress(KeyboardInterrupt):
-            finished.wait()
+            while not wait([future], 0.2).done:
+                meanwhile()
+        except KeyboardInterrupt:
+            monitor.cancelled = True
+            while not future.done():  # however often Ctrl-C is pressed
+                with contextlib.suppress(KeyboardInterrupt):
+                    wait([future])
+            raise
+        return future.result()
 
 
 def _logger(trt: Any, log: TextIO) -> Any:

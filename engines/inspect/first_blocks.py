@@ -22,7 +22,10 @@ def first_blocks(graph: Path, folder: Path, count: int) -> Path:
     Raises:
         UserError: the onnx-ir package is not installed.
     """
-    ir = _onnx_ir()
+    try:
+        import onnx_ir as ir
+    except ImportError:
+        raise UserError("onnx_ir is not installed", "it to shorten a graph", "pip install onnx-ir") from None
     model = ir.load(graph)
     blocks: dict[int, list[Any]] = {}
     for node in model.graph:
@@ -36,7 +39,9 @@ def first_blocks(graph: Path, folder: Path, count: int) -> Path:
     model.graph.remove(dropped, safe=True)
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         del model.graph.initializers[name]
-    _link_weights(model, graph.parent, folder)
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    for location in {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}:
+        (folder / location).symlink_to((graph.parent / location).resolve())
     ir.save(model, folder / graph.name)
     return folder / graph.name
 
@@ -48,18 +53,3 @@ def _block_output(nodes: "list[ir.Node]") -> "ir.Value":
     if len(values) != 1:
         raise ValueError(f"{nodes[0].name}: the block has {len(values)} outputs, expected one")
     return values[0]
-
-
-def _link_weights(model: "ir.Model", source: Path, folder: Path) -> None:
-    ir = _onnx_ir()
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    for location in {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}:
-        (folder / location).symlink_to((source / location).resolve())
-
-
-def _onnx_ir() -> Any:
-    try:
-        import onnx_ir
-    except ImportError:
-        raise UserError("onnx_ir is not installed", "it to shorten a graph", "pip install onnx-ir") from None
-    return onnx_ir

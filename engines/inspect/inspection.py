@@ -11,16 +11,16 @@ from typing import Any
 
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
 from engines.inspect.first_blocks import first_blocks
-from engines.inspect.log import Compiled, parse, read_log
+from engines.inspect.log import parse, read_log
 from engines.inspect.report import FusionReport
 from engines.profiles import profile_between, profiles_for
 from engines.targets import Target, check_bundle, target_named
-from wan22.bundle import Bundle, Component, open_bundle
+from wan22.backends import runs_graphs
+from wan22.bundle import Bundle, Component, File, open_bundle
 from wan22.errors import UserError
 from wan22.files import scratch_folder
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
-from wan22.specs import ModelSpec
 
 BLOCKS_TO_COMPILE = 3  # a first, a last and one in between
 
@@ -33,20 +33,27 @@ def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[Fusion
     """
     bundle = open_bundle(folder, "engines")
     build = bundle.manifest.build
-    if build is None or build.backend == "onnxruntime":
+    if build is None or runs_graphs(build.backend):
         remedy = "inspect the ONNX bundle with --target"
-        raise UserError(f"{folder} has engines for the CPU", "TensorRT engines", remedy)
-    target = target_named(build.target)
-    return [
-        FusionReport(
-            component.name,
-            target,
-            _read_compiled(bundle, component, target),
-            component.precision,
-            "external" if component.weights else "embedded",
-        )
-        for component in _select(bundle, components)
-    ]
+        raise UserError(f"{folder} has engines for ONNX Runtime", "TensorRT engines", remedy)
+    target, reports = target_named(build.target), []
+    for component in _each_once(_select(bundle, components)):
+        plan, weights = bundle.path(component.graph), "external" if component.weights else "embedded"
+        if log_beside(plan).is_file():
+            compiled = read_log(log_beside(plan))
+        else:
+            compiled = parse(_query_inspector(load_module(target.backend), plan), str(plan))
+        reports.append(FusionReport(component.name, target, compiled, component.precision, weights))
+    return reports
+
+
+def _each_once(components: Sequence[Component]) -> list[Component]:
+    """The components; of experts in stages, the stages that they share."""
+    found: dict[File, Component] = {}
+    for component in components:
+        for part in component.compiled():
+            found.setdefault(part.graph if component.in_stages else File(part.name, "", 0), part)
+    return list(found.values())
 
 
 def _select(bundle: Bundle, names: Sequence[str]) -> list[Component]:
@@ -73,7 +80,7 @@ def inspect_bundle(
         UserError: the bundle, a component or the target does not exist, or a graph does not compile.
     """
     bundle, aim = open_bundle(folder, "graphs"), target_named(target)
-    if aim.backend == "onnxruntime":
+    if runs_graphs(aim.backend):
         expected = "a GPU target: ONNX Runtime has no kernels to show"
         raise UserError(f"target {aim.name}", expected, "choose one with --target")
     chosen = _select(bundle, components)
@@ -85,33 +92,16 @@ def inspect_bundle(
 def _inspect(
     bundle: Bundle, component: Component, target: Target, video: tuple[str | None, str | None], progress: Progress
 ) -> FusionReport:
-    manifest = bundle.manifest
-    profiles = (
-        profiles_for(manifest.spec, *video)
-        if manifest.size is None
-        else (profile_between(manifest.spec, manifest.size, manifest.size),)
-    )
-    options = EngineOptions(target, profiles[:1], component.inputs)
+    spec, fixed = bundle.manifest.spec, bundle.manifest.size
+    profile = profiles_for(spec, *video)[0] if fixed is None else profile_between(spec, fixed, fixed)
+    options = EngineOptions(target, (profile,), component.inputs)
     with scratch_folder("inspect") as temporary:
         graph = first_blocks(bundle.path(component.graph), temporary, BLOCKS_TO_COMPILE)
         built = build_engine(graph, temporary / f"{component.name}.plan", options, progress)
         compiled = read_log(built.log)
-    return FusionReport(
-        component.name, target, compiled, component.precision, "embedded", _blocks(manifest.spec, component)
-    )
-
-
-def _blocks(spec: ModelSpec, component: Component) -> int:
-    if component.name == "text_encoder":
-        return spec.text_encoder.layers
-    return spec.dit.layers if component.name in spec.experts else 0
-
-
-def _read_compiled(bundle: Bundle, component: Component, target: Target) -> Compiled:
-    plan = bundle.path(component.graph)
-    if log_beside(plan).is_file():
-        return read_log(log_beside(plan))
-    return parse(_query_inspector(load_module(target.backend), plan), str(plan))
+    blocks = dict.fromkeys(spec.experts, spec.dit.layers) | {"text_encoder": spec.text_encoder.layers}
+    of_model = blocks.get(component.name, 0)
+    return FusionReport(component.name, target, compiled, component.precision, "embedded", of_model)
 
 
 def _query_inspector(trt: Any, plan: Path) -> str:

@@ -40,10 +40,6 @@ class Operand:
     def size_bytes(self) -> float:
         return prod(self.dims) * BYTES.get(self.dtype, 4)
 
-    def is_square_of(self, tokens: int) -> bool:
-        """True for a tokens x tokens matrix, the sign of unfused attention."""
-        return self.dims[-2:] == (tokens, tokens)
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -95,6 +91,8 @@ class Kernel:
         """FLOPs of matrix multiplications, attention and convolutions; other kernels are memory-bound and count 0."""
         if self.role == "attention":
             q, k, v = (operand.dims for operand in self.inputs[:3])
+            if {len(dims) for dims in (q, k, v)} == {3} and k[-1] == q[-1] and k[1] in q[:2]:  # [tokens, heads, head]
+                return 4.0 * prod(q) * k[0]
             return 2.0 * prod(q[:-1]) * (prod(k[-2:]) + prod(v[-2:]))
         if self.role == "gemm":
             return 2.0 * prod(self.outputs[0].dims) * self.inputs[0].dims[-1]
@@ -120,9 +118,16 @@ class Compiled:
 
     @property
     def tokens(self) -> int | None:
-        """The number of tokens of a transformer; None for other graphs."""
-        table = self.shapes.get("rope_cos")
-        return prod(table[:3]) if table else None
+        """The number of tokens of a transformer, whole or a stage of its blocks; None for other graphs."""
+        grid = _token_grid(self.shapes)
+        return prod(grid) if grid else None
+
+
+def _token_grid(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Frames, rows and columns of tokens, their product for a stage of a block, or () for other graphs."""
+    if "rope_cos" in shapes:
+        return shapes["rope_cos"][:-1]
+    return next((shapes[name][:1] for name in ("q", "x", "patches") if name in shapes), ())
 
 
 def read_log(path: Path) -> Compiled:
@@ -209,7 +214,7 @@ def _resolve(name: str, dims: tuple[int, ...], shapes: Mapping[str, tuple[int, .
 
 def _unknown_sizes(dims: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The values of the -1 in ``dims``: in a transformer tokens, frames and tokens per frame, or the token grid."""
-    grid, text = shapes.get("rope_cos", ())[:3], shapes.get("input_ids", ())
+    grid, text = _token_grid(shapes), shapes.get("input_ids", ())
     if not grid:
         return (text[-1],) * len(dims) if text else ()
     if len(dims) == 5 and dims[0] == 1:  # a video [1, C, T, h, w] of latents, or of tokens after the patch embedding

@@ -74,31 +74,21 @@ class FusionReport:
     @cached_property
     def problems(self) -> list[str]:
         """Faults that make an engine slow or impossible to run, one line each."""
-        return [*self._squares(), *self._loose_softmax(), *self._lost_fp8()]
-
-    def _squares(self) -> Iterable[str]:
-        tokens = self.compiled.tokens
-        if tokens is None:
-            return
+        squares, loose, lost_fp8 = [], [], []
         for kernel in self.compiled.kernels:
-            for operand in kernel.outputs:
-                if operand.is_square_of(tokens):
-                    size = human_bytes(operand.size_bytes)
-                    yield f"{kernel.name} writes tokens x tokens: {list(operand.dims)} {operand.dtype}, {size}"
-
-    def _loose_softmax(self) -> Iterable[str]:
-        if self.compiled.tokens is None:  # the heads of the VAE's attention are too wide for any fused kernel
-            return
-        for kernel in self.compiled.kernels:
+            for operand in kernel.outputs:  # a tokens x tokens matrix is the sign of unfused attention
+                if (tokens := self.compiled.tokens) is not None and operand.dims[-2:] == (tokens, tokens):
+                    stored = f"{list(operand.dims)} {operand.dtype}, {human_bytes(operand.size_bytes)}"
+                    squares.append(f"{kernel.name} writes tokens x tokens: {stored}")
             softmax = [node for node in kernel.nodes if node.endswith(("Softmax", "Attention"))]
             if softmax and kernel.role != "attention" and "Soft" in "".join(kernel.steps):
-                yield f"{softmax[0]} is not inside an attention kernel"
-
-    def _lost_fp8(self) -> Iterable[str]:
-        for kernel in self.compiled.kernels:
+                loose.append(f"{softmax[0]} is not inside an attention kernel")
             quantised = any(node.rstrip("_0123456789").endswith("DequantizeLinear") for node in kernel.nodes)
             if quantised and kernel.role in ("gemm", "attention") and kernel.dtype != "fp8":
-                yield f"{kernel.name} multiplies {kernel.dtype} instead of FP8"
+                lost_fp8.append(f"{kernel.name} multiplies {kernel.dtype} instead of FP8")
+        if self.compiled.tokens is None:  # the heads of the VAE's attention are too wide for any fused kernel
+            loose = []
+        return [*squares, *loose, *lost_fp8]
 
     @property
     def unfused(self) -> list[Kernel]:

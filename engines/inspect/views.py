@@ -2,23 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from engines.inspect.log import Kernel
 from engines.inspect.report import FusionReport
 from wan22.quantities import human_bytes
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 TEMPLATES = Path(__file__).parent / "templates"
 NARROWEST_BAR, WIDEST_BAR = 2.0, 100.0  # per cent
 
 
-def as_text(report: FusionReport) -> "list[RenderableType]":
+def as_text(report: FusionReport) -> list[RenderableType]:
     """The terminal output for one component: counts, then the kernels of a typical block."""
-    from rich.text import Text
-
     lines: list[RenderableType] = [_counts(report)]
     if report.typical_block:
         lines.append(_kernels(report))
@@ -32,7 +30,9 @@ def as_html(reports: Sequence[FusionReport], title: str) -> str:
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    parts = [{"summary": r.summary(), "flow": _flow(r), "roles": _roles(r)} for r in reports]
+    legends = [list(dict.fromkeys(kernel.role for kernel in r.typical_block)) for r in reports]
+    both = zip(reports, legends, strict=True)
+    parts = [{"summary": r.summary(), "flow": _flow(r), "roles": roles} for r, roles in both]
     return environment.get_template("fusion.html.j2").render(title=title, parts=parts, human_bytes=human_bytes)
 
 
@@ -41,13 +41,10 @@ def by_dtype(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {dtype}" for dtype, count in sorted(counts.items(), key=lambda item: -item[1])) or "none"
 
 
-def _counts(report: FusionReport) -> "RenderableType":
-    from rich.table import Table
-
+def _counts(report: FusionReport) -> Table:
     s = report.summary()
-    table = Table(
-        title=f"{s['component']} for {s['target']}, {s['precision']}", show_header=False, title_justify="left"
-    )
+    title = f"{s['component']} for {s['target']}, {s['precision']}"
+    table = Table(title=title, show_header=False, title_justify="left")
     left_out = f", {s['blocks_left_out']} identical ones left out" if s["blocks_left_out"] else ""
     rows = {
         **({"weights": s["weights"]} if s["weights"] else {}),
@@ -66,12 +63,9 @@ def _counts(report: FusionReport) -> "RenderableType":
     return table
 
 
-def _kernels(report: FusionReport) -> "RenderableType":
-    from rich.table import Table
-
-    table = Table(
-        "kernel", "what it computes", "type", "GFLOP", "bytes", "roofline", title=report.typical_block[0].block
-    )
+def _kernels(report: FusionReport) -> Table:
+    headings = ("kernel", "what it computes", "type", "GFLOP", "bytes", "roofline")
+    table = Table(*headings, title=report.typical_block[0].block)
     for row in _rows(report):
         style = {"copy": "yellow", "attention": "cyan", "gemm": "green"}.get(row["role"], "")
         table.add_row(row["role"], row["what"], row["dtypes"], row["gflop"], row["bytes"], row["time"], style=style)
@@ -82,16 +76,10 @@ def _rows(report: FusionReport) -> list[dict[str, str]]:
     rows = []
     for kernel in report.typical_block:
         seconds = report.seconds(kernel)
-        rows.append(
-            {
-                "role": kernel.role,
-                "what": _what(kernel),
-                "dtypes": _dtypes(kernel),
-                "gflop": f"{kernel.flops / 1e9:,.0f}" if kernel.flops else "",
-                "bytes": human_bytes(kernel.size_bytes),
-                "time": "" if seconds is None else f"{seconds * 1e3:.3f} ms",
-            }
-        )
+        entering, leaving = (dict.fromkeys(o.dtype for o in side) for side in (kernel.inputs, kernel.outputs))
+        row = {"role": kernel.role, "what": _what(kernel), "dtypes": f"{', '.join(entering)} → {', '.join(leaving)}"}
+        row |= {"gflop": f"{kernel.flops / 1e9:,.0f}" if kernel.flops else "", "bytes": human_bytes(kernel.size_bytes)}
+        rows.append(row | {"time": "" if seconds is None else f"{seconds * 1e3:.3f} ms"})
     return rows
 
 
@@ -103,11 +91,6 @@ def _flow(report: FusionReport) -> list[dict[str, str]]:
     return [row | {"width": f"{width:.1f}"} for row, width in zip(_rows(report), widths, strict=True)]
 
 
-def _roles(report: FusionReport) -> list[str]:
-    """The roles of a typical block's kernels, for the legend."""
-    return list(dict.fromkeys(kernel.role for kernel in report.typical_block))
-
-
 def _what(kernel: Kernel) -> str:
     """The modules inside the kernel, without the block's name: ``self_attn/norm_qk + self_attn/rope``."""
     working = ("MatMul", "Gemm", "Softmax", "Attention", "Gelu", "Conv")
@@ -116,8 +99,3 @@ def _what(kernel: Kernel) -> str:
         inside = [node for node in inside if node.split("/")[-1].rstrip("_0123456789") in working]
     modules = dict.fromkeys(node.rpartition("/")[0] for node in inside)
     return " + ".join(module for module in modules if module) or kernel.name
-
-
-def _dtypes(kernel: Kernel) -> str:
-    entering = dict.fromkeys(operand.dtype for operand in kernel.inputs)
-    return f"{', '.join(entering)} → {', '.join(dict.fromkeys(o.dtype for o in kernel.outputs))}"

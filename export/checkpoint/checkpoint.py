@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint import single_files
+from export.checkpoint.describe import named_expert
 from export.checkpoint.hub import commit_of, download, is_hub_name
 from export.checkpoint.layouts import Layout, layout_of
 from export.checkpoint.other_models import other_model, remedy_of
@@ -28,12 +29,14 @@ from export.checkpoint.tokenizer import tokenizer_folder
 from export.files.decoded import Codes, Decoded, Scaled, Tensor, codes_of
 from export.files.tensor_file import BFLOAT16, Array, Stored
 from wan22.bundle import Source
-from wan22.errors import UserError, some_of
+from wan22.errors import UserError, some_of, warn_once
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec
 
 READABLE = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 NAMES_SHOWN = 3
+EXPERTS = frozenset({"high_noise", "low_noise"})
+SMALL = ("head.head.bias", "head.modulation", "patch_embedding.bias")  # tensors that differ between experts
 
 
 class Weights(Protocol):
@@ -109,6 +112,7 @@ def open_checkpoint(where: str | Path, progress: Progress = silent) -> Checkpoin
     own = {part: tensors for part, tensors in raw.items() if part not in place.files}
     parts = {part: _check(part, spec, _rename(tensors, layout.names(part, spec))) for part, tensors in own.items()}
     parts |= {part: _check(part, spec, raw[part]) for part in raw if part in place.files}
+    _warn_of_experts(place, parts)
     text_encoder = place.files.get("text_encoder", places.get("text_encoder"))
     vocabulary = tokenizer_folder(tokenizer, text_encoder)
     weights = {part: FileWeights(parts[part]) for part in (*spec.experts, "text_encoder", "vae")}
@@ -147,6 +151,22 @@ def _read(places: Mapping[str, Path], given: Mapping[str, Path], progress: Progr
 def _rename(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """Map names to official ones. Unknown names are kept, so that the schema check reports them."""
     return {names.get(name, name): stored for name, stored in tensors.items()}
+
+
+def _warn_of_experts(place: Place, parts: Parts) -> None:
+    """Warn of files whose names contradict the experts that the user says they are, and of one expert given twice.
+
+    Nothing in the weights tells a high-noise expert from a low-noise one.
+    """
+    for expert in EXPERTS & place.files.keys():
+        path = place.files[expert]
+        named = named_expert(path.stem)
+        if named and f"{named}_noise" != expert:
+            warn_once(f"{path} is named {named} noise and is read as the {expert.replace('_', '-')} expert")
+    if parts.keys() >= EXPERTS:
+        high, low = (np.concatenate([parts[e][n].read().ravel() for n in SMALL]) for e in ("high_noise", "low_noise"))
+        if np.count_nonzero(high) and np.array_equal(high, low):
+            warn_once(f"{place}: both experts are the same weights; a Wan2.2 A14B has two different ones")
 
 
 def _refuse_unreadable(part: str, tensors: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from export.checkpoint.other_models import other_model
 from export.checkpoint.part_files import PREFIXES, PREFIXES_OF, without_prefix
 from export.checkpoint.spelling import name_officially
+from export.checkpoint.tokenizer import GGUF_CHARSMAP
 from export.files.decoded import GgufBlocks, Tensor
 from export.files.weights_files import WeightsFile, read_weights
 
@@ -63,7 +64,7 @@ def describe(path: Path) -> Description:
     tensors = found.tensors
     types = dict(Counter(_type(tensor) for tensor in tensors.values()).most_common())
     form = _form(path, found)
-    tokenizer = any(name.endswith("spiece_model") for name in tensors)
+    tokenizer = any(name.endswith("spiece_model") for name in tensors) or GGUF_CHARSMAP in found.metadata
     if other := other_model(tensors):
         return Description(path, "", f"{other}: not supported" if other != "a LoRA" else other, "", form, types)
     for part in ("transformer", "text_encoder", "vae"):

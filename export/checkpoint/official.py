@@ -18,6 +18,7 @@ from export.checkpoint.spec import (
     Layers,
     Parts,
     Size,
+    Tensors,
     assembled,
     dit_from_shapes,
     experts_of,
@@ -34,6 +35,7 @@ from wan22.specs import TEXT_TOKENS, TI2V_5B, ModelSpec
 NAME = "official"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TEXT_ENCODER_FILES = (TEXT_ENCODER_FILE, "models_t5_umt5-xxl-enc-bf16.safetensors")
+TEXT_EMBEDDING = "text_embedding.0.weight"
 TOKENIZER = "google/umt5-xxl"
 TOKENIZERS = (TOKENIZER, "umt5-xxl")
 
@@ -115,7 +117,14 @@ def spec(folder: Path, parts: Parts) -> ModelSpec:
         raise UserError(f"{paths[0]}: text_len {configs[0].text_len}", f"{TEXT_TOKENS}", f"use {RELEASES}")
     if configs[0].model_type not in RELEASED:
         raise UserError(f"{paths[0]}: model_type {configs[0].model_type}", ", ".join(RELEASED), f"use {RELEASES}")
-    return assembled(RELEASED[configs[0].model_type], len(experts), _dit(configs[0], text.width), text, vae)
+    dit = _dit(configs[0], _text_width(parts[own[0]]) or text.width)
+    return assembled(RELEASED[configs[0].model_type], len(experts), dit, text, vae)
+
+
+def _text_width(tensors: Tensors) -> int:
+    """The width of the text encoder for which a transformer was made; 0 without a text embedding."""
+    shape = tensors[TEXT_EMBEDDING].shape if TEXT_EMBEDDING in tensors else ()
+    return shape[1] if len(shape) == 2 else 0
 
 
 def _dit(config: OfficialConfig, text_width: int) -> DitSpec:

@@ -34,6 +34,10 @@ class Place:
             raise UserError(f"checkpoint {where}", "every part once", "name one file for each part")
         return cls(whole.rstrip(","), {part: Path(file.rstrip(",")) for part, file in zip(parts, files, strict=True)})
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return (*([Path(self.whole)] if self.whole else []), *self.files.values())
+
     def __str__(self) -> str:
         return ",".join(
             [*([self.whole] if self.whole else []), *(f"{part}={file}" for part, file in self.files.items())]

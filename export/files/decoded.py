@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.files.tensor_file import FLOAT8, PIECE_BYTES, Array, Stored
+from wan22.errors import UserError
 
 F32 = npt.NDArray[np.float32]
 FLOAT32 = np.dtype(np.float32)
@@ -124,10 +125,10 @@ class Scaled(Decoded):
 
 @dataclass(frozen=True)
 class Codes:
-    """An FP8 matrix as stored: E4M3 codes, their single scale, and the static scale of its inputs, if any."""
+    """An FP8 matrix as stored: E4M3 codes, one scale [] or one for each row [out], the inputs' static scale, if any."""
 
     stored: Stored
-    scale: float
+    scale: F32
     entering: float | None
 
 
@@ -141,10 +142,10 @@ def codes_of(tensor: "Tensor") -> Codes | None:
     ):
         return None
     scale = _product(tensor.scales)
-    if not tensor.scales or scale.ndim:
+    if not tensor.scales or (scale.ndim and scale.size != tensor.shape[0]):
         return None
     entering = float(tensor.entering.read().astype(np.float32).reshape(-1)[0]) if tensor.entering else None
-    return Codes(tensor.weight, float(scale), entering)
+    return Codes(tensor.weight, scale.reshape(-1) if scale.ndim else scale, entering)
 
 
 def unrotate(values: F32, size: int) -> F32:
@@ -217,6 +218,9 @@ def _nvfp4_steps(tensor: Nvfp4) -> F32:
     rows, columns = tensor.shape[0], tensor.shape[1] // 16
     found = tensor.blocks.read()
     steps: F32 = (untile(found, rows, columns) if tensor.tiled else found.reshape(rows, columns)).astype(np.float32)
+    if not (np.isfinite(steps).all() and (steps >= 0).all()):
+        spoiled = f"{tensor.path}: block scales of {list(tensor.shape)} that are negative or NaN"
+        raise UserError(spoiled, "scales of 0 or more", "download it again")
     world = _product(tensor.worlds)
     return steps / world if tensor.divided else steps * world
 
@@ -252,7 +256,8 @@ class GgufBlocks(Decoded):
 
         each = prod(self.values_shape[1:-1])  # rows of blocks per row of the first axis
         found = rows_of(self.weight, first * each, last * each)
-        values: F32 = dequantize(found, GGMLQuantizationType(self.kind))
+        with np.errstate(all="ignore"):  # of scales that are no numbers; the writer refuses what is not finite
+            values: F32 = dequantize(found, GGMLQuantizationType(self.kind))
         return values.reshape(last - first, *self.values_shape[1:])
 
 

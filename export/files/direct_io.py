@@ -40,16 +40,13 @@ _kept: list[mmap] = []  # list operations are thread-safe
 
 def aligned_memory(size_bytes: int) -> Bytes:
     """Block-aligned memory, kept for reuse once its last view is gone."""
-    memory = _reuse(size_bytes) or _allocate(size_bytes)
+    memory = _reuse(size_bytes)
+    if memory is None:
+        memory = mmap(-1, max(size_bytes, BLOCK_BYTES))
+        memory.madvise(MADV_HUGEPAGE)
     lent = _Lent((size_bytes,), np.uint8, memory)  # type: ignore[arg-type]  # an mmap is a buffer
     finalize(lent, _keep, memory)
     return lent.view(np.ndarray)
-
-
-def _allocate(size_bytes: int) -> mmap:
-    memory = mmap(-1, max(size_bytes, BLOCK_BYTES))
-    memory.madvise(MADV_HUGEPAGE)
-    return memory
 
 
 def _reuse(size_bytes: int) -> mmap | None:

@@ -30,12 +30,15 @@ PLAIN: dict[int, np.dtype[Any]] = {
     28: np.dtype(np.float64),
     30: BFLOAT16,
 }
+HEAD_MAX_BYTES = 2**26  # a tokenizer of 256,000 pieces takes about 8 MB
 ENTRIES_MAX = 100_000  # tensors, and metadata entries; arrays are limited by the file's size
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every tensor of the file, and its metadata; long arrays in the metadata are replaced by their length.
+def read_gguf(path: Path, whole: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Every tensor of the file, and its metadata; long arrays are replaced by their length, except under ``whole``.
+
+    ``whole`` is the beginning of keys, such as "tokenizer."; numbers are then an array, strings a list.
 
     Raises:
         UserError: the file is missing, truncated, of another version, or has blocks of an unsupported type.
@@ -43,7 +46,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     check_regular(path)
     try:
         with path.open("rb") as stream:
-            head = _Head(stream.read(_head_limit(path)), path.stat().st_size)
+            head = _Head(stream.read(HEAD_MAX_BYTES), path.stat().st_size, whole)
         return _parse(path, head)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", "a readable GGUF file", "check the path") from None
@@ -51,15 +54,11 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: {error}", "a complete GGUF file", "download it again") from None
 
 
-def _head_limit(path: Path) -> int:
-    """The most bytes to read for the header; a tokenizer of 256,000 pieces takes about 8 MB."""
-    return min(path.stat().st_size, 2**26)
-
-
 @dataclass
 class _Head:
     content: bytes
     file_bytes: int
+    whole: str | None
     place: int = 0
 
     def take(self, form: str) -> Any:
@@ -67,15 +66,20 @@ class _Head:
         self.place += struct.calcsize(f"<{form}")
         return found[0]
 
-    def text(self) -> str:
-        length = self.take("Q")
-        if self.place + length > len(self.content):
-            raise ValueError("a string longer than the header")
-        found = self.content[self.place : self.place + length].decode()
-        self.place += length
-        return found
+    def skip(self, size_bytes: int) -> int:
+        """Pass over ``size_bytes``; returns where they begin."""
+        start = self.place
+        if start + size_bytes > len(self.content):
+            raise ValueError("a string or array longer than the header")
+        self.place += size_bytes
+        return start
 
-    def value(self, kind: int) -> Any:
+    def text(self) -> str:
+        start = self.skip(self.take("Q"))
+        return self.content[start : self.place].decode()
+
+    def value(self, key: str) -> Any:
+        kind = self.take("I")
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
@@ -83,16 +87,19 @@ class _Head:
         kind, count = self.take("I"), self.take("Q")
         if count > len(self.content):
             raise ValueError(f"an array of {count} entries")
+        whole = self.whole is not None and key.startswith(self.whole)
+        if kind == STRING and whole:
+            return [self.text() for _ in range(count)]
         if kind == STRING:
             for _ in range(count):
-                self.place += self.take("Q")
+                self.skip(self.take("Q"))
             return count
         if kind not in SCALARS:
             self._unknown(kind)
-        size = struct.calcsize(SCALARS[kind])
-        found = struct.unpack_from(f"<{count}{SCALARS[kind]}", self.content, self.place) if count <= 16 else count
-        self.place += count * size
-        return found
+        place = self.skip(count * struct.calcsize(SCALARS[kind]))
+        if whole:
+            return np.frombuffer(self.content, f"<{SCALARS[kind]}", count, place)
+        return struct.unpack_from(f"<{count}{SCALARS[kind]}", self.content, place) if count <= 16 else count
 
     def _unknown(self, kind: int) -> None:
         raise ValueError(f"metadata of type {kind}")
@@ -108,7 +115,7 @@ def _parse(path: Path, head: _Head) -> tuple[dict[str, Tensor], dict[str, Any]]:
     metadata = {}
     for _ in range(entries):
         key = head.text()
-        metadata[key] = head.value(head.take("I"))
+        metadata[key] = head.value(key)
     infos = []
     for _ in range(tensors):
         name, dims = head.text(), head.take("I")

@@ -56,7 +56,9 @@ class HashedFile:
         self._buffer = next(self._next)
         self._start = begun // BLOCK_BYTES * BLOCK_BYTES  # offset of the buffer in the file
         self._filled = self._hashed = begun - self._start  # bytes in the buffer
-        self._buffer.data[: self._filled] = _read(path, self._start, begun)
+        with path.open("rb") as file:
+            file.seek(self._start)
+            self._buffer.data[: self._filled] = np.frombuffer(file.read(self._filled), np.uint8)
 
     def __enter__(self) -> "HashedFile":
         return self
@@ -98,12 +100,6 @@ class HashedFile:
         full.busy.append(self._writer.submit(_write, self._file, self._path, full.data[:whole], self._start))
         self._start += self._filled - begun
         self._filled = self._hashed = begun
-
-
-def _read(path: Path, start: int, end: int) -> Bytes:
-    with path.open("rb") as file:
-        file.seek(start)
-        return np.frombuffer(file.read(end - start), np.uint8)
 
 
 def _write(file: int, path: Path, data: Bytes, place: int) -> None:

@@ -8,7 +8,7 @@ from scratch. The journal is stored next to the bundle inside the hidden folder 
 import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,9 @@ class Journal:
         self._stream.seek(0)
         first, *lines = self._stream.read().splitlines() or [b""]
         if first.decode(errors="replace") == made_of:
-            self._prefixes = list(_readable(lines))
+            with suppress(*DAMAGED_JSON):  # a kill may have truncated the last line
+                for line in lines:
+                    self._prefixes.append(msgspec.json.decode(line, type=File))
         else:
             self._stream.truncate(0)
             self._stream.write(f"{made_of}\n".encode())
@@ -75,15 +77,6 @@ class Journal:
 
     def close(self) -> None:
         self._stream.close()
-
-
-def _readable(lines: list[bytes]) -> Iterator[File]:
-    """The complete lines; a kill may have truncated the last one."""
-    for line in lines:
-        try:
-            yield msgspec.json.decode(line, type=File)
-        except DAMAGED_JSON:
-            return
 
 
 def partial_folder(folder: Path) -> Path:

@@ -52,15 +52,16 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: the file is missing, truncated or not safetensors, or its header is inconsistent.
     """
-    return _parse(path)[0]
+    return read_with_metadata(path)[0]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The optional free-form strings of the file's header."""
-    return _parse(path)[1]
+    return read_with_metadata(path)[1]
 
 
-def _parse(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def read_with_metadata(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Both :func:`read_safetensors` and :func:`read_metadata`."""
     content, start = _header(path)
     try:
         header = msgspec.json.decode(content)
@@ -101,9 +102,8 @@ def _locate(path: Path, name: str, entry: _Entry, start: int) -> Stored:
     begin, end = entry.data_offsets
     stored = Stored(path, DTYPES[entry.dtype], entry.shape, start + begin)
     if min(entry.shape, default=0) < 0 or begin < 0 or end - begin != stored.size_bytes:
-        _refuse(
-            path, f"{name} {entry.dtype}{list(entry.shape)} in bytes {begin} to {end}", "offsets that fit its shape"
-        )
+        found = f"{name} {entry.dtype}{list(entry.shape)} in bytes {begin} to {end}"
+        _refuse(path, found, "offsets that fit its shape")
     return stored
 
 

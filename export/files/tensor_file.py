@@ -115,22 +115,13 @@ class HoleyFile(io.FileIO):
 
     def write(self, data: object) -> int:
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
-        if len(view) < 4096 or any(view[:64]) or _any(view):
-            return self._write_all(view)
+        words = len(view) // 8 * 8  # compared at once, as fast as memory
+        if len(view) < 4096 or any(view[:64]) or np.frombuffer(view[:words], np.uint64).any() or any(view[words:]):
+            done = 0
+            while done < len(view):  # a single write may be short on a nearly full disk
+                done += super().write(view[done:]) or 0
+            return done
         end = self.seek(len(view), io.SEEK_CUR)
         if end > os.fstat(self.fileno()).st_size:
             self.truncate(end)
         return len(view)
-
-    def _write_all(self, view: memoryview) -> int:
-        """Write all of ``view``; a single write may be short on a nearly full disk."""
-        done = 0
-        while done < len(view):
-            done += super().write(view[done:]) or 0
-        return done
-
-
-def _any(view: memoryview) -> bool:
-    """True if any byte is not zero; compares eight at once, as fast as memory."""
-    words = len(view) // 8 * 8
-    return bool(np.bitwise_or.reduce(np.frombuffer(view[:words], np.uint64))) or any(view[words:])

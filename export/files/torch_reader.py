@@ -38,6 +38,7 @@ STORAGES = {
     "UntypedStorage": "uint8",
 }
 WRAPPERS = ("generator_ema", "ema", "state_dict", "model_state_dict", "model", "module", "generator")
+UNREADABLE = (ValueError, TypeError, AttributeError, EOFError, LookupError, OverflowError, struct.error)
 PICKLE_MAX_BYTES = 2**26
 AGAIN = "download it again"
 WHOLE = "a complete file written by torch.save"
@@ -183,16 +184,7 @@ def _unpickle(path: Path, content: bytes) -> Any:
         return _Unpickler(io.BytesIO(content)).load()
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: {error}", "tensors only, no code", "do not trust this file") from None
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        KeyError,
-        IndexError,
-        OverflowError,
-        struct.error,
-    ) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: {str(error).partition(chr(10))[0]}", WHOLE, AGAIN) from None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from export.files.decoded import Tensor
 from export.files.gguf_reader import MAGIC, read_gguf
-from export.files.safetensors_file import read_metadata, read_safetensors
+from export.files.safetensors_file import read_with_metadata
 from export.files.tensor_file import check_regular
 from export.files.torch_reader import read_torch
 from wan22.errors import UserError
@@ -35,7 +35,7 @@ def read_weights(path: Path) -> WeightsFile:
         return WeightsFile(*read_gguf(path))
     if start[:4] == ZIP or path.suffix in SUFFIXES[2:]:
         return WeightsFile(read_torch(path), {})
-    return WeightsFile(read_safetensors(path), read_metadata(path))
+    return WeightsFile(*read_with_metadata(path))
 
 
 def refuse_stand_in(path: Path) -> None:

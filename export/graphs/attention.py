@@ -36,9 +36,26 @@ def fp8_attention(linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Va
     q8 = linears.through_fp8(_by_head(g, q), g.weight(f"{key}.q_scale", (), FLOAT))
     k8 = linears.through_fp8(_by_head(g, k, turned=True), g.weight(f"{key}.k_scale", (), FLOAT))
     v8 = linears.through_fp8(_by_head(g, v), g.constant(1.0, FLOAT))
-    probabilities = g.op("Softmax", g.op("MatMul", q8, k8), axis=-1)
+    return g.mul(_of_fp8(linears, q8, k8, v8), v_scale)
+
+
+def attention_of_fp8(linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Value, v_scale: ir.Value) -> ir.Value:
+    """:func:`fp8_attention` of operands that are in FP8 already: ``[L, heads, head]``, V divided by ``v_scale``.
+
+    They are dequantised before anything else: compilers refuse any other reader of an FP8 tensor.
+    """
+    g = linears.g
+    scales = (g.weight(f"{key}.q_scale", (), FLOAT), g.weight(f"{key}.k_scale", (), FLOAT), g.constant(1.0, FLOAT))
+    q, k, v = (linears.dequantise(x, scale) for x, scale in zip((q, k, v), scales, strict=True))
+    return g.mul(_of_fp8(linears, _by_head(g, q), _by_head(g, k, turned=True), _by_head(g, v)), v_scale)
+
+
+def _of_fp8(linears: Linears, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+    """Float32 ``[L, heads, head]`` from dequantised operands by head."""
+    g = linears.g
+    probabilities = g.op("Softmax", g.op("MatMul", q, k), axis=-1)
     p8 = linears.through_fp8(probabilities, g.constant(1 / FLOAT8_MAX, FLOAT))
-    return g.mul(g.cast(_by_token(g, g.op("MatMul", p8, v8)), FLOAT), v_scale)
+    return g.cast(_by_token(g, g.op("MatMul", p8, v)), FLOAT)
 
 
 def _by_head(g: GraphBuilder, x: ir.Value, *, turned: bool = False) -> ir.Value:

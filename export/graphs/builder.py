@@ -17,12 +17,7 @@ from wan22.bundle import Tensor
 
 OPSET = 23  # the first with Attention, RMSNormalization and bfloat16 everywhere
 IR_VERSION = 11
-FLOAT, BFLOAT16, FLOAT16, INT64 = (
-    ir.DataType.FLOAT,
-    ir.DataType.BFLOAT16,
-    ir.DataType.FLOAT16,
-    ir.DataType.INT64,
-)
+FLOAT, BFLOAT16, FLOAT16, INT64 = (ir.DataType.FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.INT64)
 
 # Output types of operators that do not keep the type of their first input; None: set by the caller.
 CHANGES_TYPE = {"Shape": INT64, "QuantizeLinear": None, "DequantizeLinear": None, "Cast": None}
@@ -41,6 +36,8 @@ class Placed:
 
 class GraphBuilder:
     """An ONNX graph under construction. Operators return the ``ir.Value`` of their first output."""
+
+    weights_are_inputs = False
 
     def __init__(self, name: str) -> None:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
@@ -81,7 +78,9 @@ class GraphBuilder:
         self, op_type: str, outputs: int, *inputs: ir.Value | None, domain: str = "", **attributes: Attribute
     ) -> tuple[ir.Value, ...]:
         """Add an operator with several outputs, such as Split."""
-        name = self._unique("/".join([*self._scope, op_type]))
+        name = "/".join([*self._scope, op_type])
+        self._count[name] = count = self._count.get(name, 0) + 1
+        name = name if count == 1 else f"{name}_{count - 1}"
         node = ir.node(op_type, list(inputs), attributes, num_outputs=outputs, name=name, domain=domain)
         first = next((value.dtype for value in inputs if value is not None), None)
         dtype = CHANGES_TYPE.get(op_type, first)
@@ -109,16 +108,17 @@ class GraphBuilder:
             raise ValueError(f"{key} declared twice: {value.dtype}{value.shape} and {dtype}{list(shape)}")
         return value
 
+    def joined(self, keys: Sequence[str], shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
+        """The tensors ``keys``, each of ``shape``, as one: concatenated along the first axis."""
+        weights = [self.weight(key, shape, dtype) for key in keys]
+        return weights[0] if len(weights) == 1 else self.concat(weights, 0)
+
     def _initializer(
         self, name: str, dtype: ir.DataType, shape: Sequence[int], tensor: ir.TensorProtocol | None
     ) -> ir.Value:
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
         self.graph.initializers[name] = value
         return value
-
-    def _unique(self, name: str) -> str:
-        self._count[name] = count = self._count.get(name, 0) + 1
-        return name if count == 1 else f"{name}_{count - 1}"
 
     # -- shorthands that keep formulas readable
 
@@ -159,19 +159,11 @@ class GraphBuilder:
         """Point every declared weight to its bytes on disk without reading them."""
         for key, value in self.weights.items():
             place = placed[key]
-            value.const_value = ir.ExternalTensor(
-                place.location,
-                place.offset,
-                place.length,
-                value.dtype or FLOAT,
-                shape=value.shape or ir.Shape([]),
-                name=key,
-                base_dir=folder,
-            )
+            at, dtype, shape = (place.location, place.offset, place.length), value.dtype or FLOAT, value.shape
+            value.const_value = ir.ExternalTensor(*at, dtype, shape=shape or ir.Shape([]), name=key, base_dir=folder)
 
     def save(self, path: Path) -> None:
-        model = ir.Model(self.graph, ir_version=IR_VERSION, producer_name="wan-trt")
-        ir.save(model, path)
+        ir.save(ir.Model(self.graph, ir_version=IR_VERSION, producer_name="wan-trt"), path)
 
     def edges(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The inputs and outputs in the manifest's form."""

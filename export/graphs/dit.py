@@ -57,8 +57,8 @@ def dit_graph(
     rope_cos, rope_sin = (g.input(f"rope_{f}", FLOAT, [*dims.grid, spec.head_width // 2]) for f in ("cos", "sin"))
 
     linears = Linears(g, compute, fp8)
-    modulated = Modulation(g, spec, _tables(g, spec, latents, rope_cos, rope_sin))
-    writer, block = _Ends(spec, linears, modulated), Blocks(spec, linears, modulated)
+    modulated = Modulation(g, spec, _tables(g, spec, rope_cos, rope_sin))
+    writer, block = Ends(spec, linears, modulated), Blocks(spec, linears, modulated)
     x = writer.patch_embedding(g.concat(entering, 1) if len(entering) > 1 else latents)
     time, modulation = writer.time_embedding(time_features)
     context = writer.text_embedding(text)
@@ -69,17 +69,26 @@ def dit_graph(
     return g
 
 
-def _tables(g: GraphBuilder, spec: DitSpec, latents: ir.Value, rope_cos: ir.Value, rope_sin: ir.Value) -> Tables:
+def _tables(g: GraphBuilder, spec: DitSpec, rope_cos: ir.Value, rope_sin: ir.Value) -> Tables:
     with g.scope("shapes"):
         cos, sin = (g.reshape(table, [-1, 1, 1, spec.head_width // 2, 1]) for table in (rope_cos, rope_sin))
-        frames, rows = g.op("Shape", latents, start=2, end=3), None
-        if spec.time_rows > 1:
-            numbers = g.op("Range", g.constant(0), g.op("Squeeze", frames), g.constant(1))
-            rows = g.op("Min", numbers, g.constant(1))
-        return Tables(cos, sin, frames, rows)
+        return Tables(cos, sin, _first_frame(g, rope_cos) if spec.time_rows > 1 else None)
 
 
-class _Ends:
+def _first_frame(g: GraphBuilder, rope_cos: ir.Value) -> ir.Value:
+    """``[L, 1]`` float32: 1 for the tokens of the first latent frame, else 0.
+
+    It takes its shape from a column of the table times zero: compilers fuse that, but not a shape made at run time.
+    """
+    frames = g.op("Squeeze", g.op("Shape", rope_cos, start=0, end=1))
+    numbers = g.cast(g.op("Range", g.constant(0), frames, g.constant(1)), FLOAT)
+    one = g.constant(1.0, FLOAT)
+    first = g.reshape(g.op("Sub", one, g.op("Min", numbers, one)), [-1, 1, 1, 1])
+    zeros = g.mul(g.slice(rope_cos, 3, 0, 1), g.constant(0.0, FLOAT))
+    return g.reshape(g.add(zeros, first), [-1, 1])
+
+
+class Ends:
     """The modules before and after the blocks, named as in the official code."""
 
     def __init__(self, spec: DitSpec, linears: Linears, modulated: Modulation) -> None:
@@ -113,26 +122,35 @@ class _Ends:
 
     def text_embedding(self, text: ir.Value) -> ir.Value:
         """``[1, 512, text width] → [512, D]``; zero rows become a constant row that attention includes."""
+        context = self.project_text(text)
+        if self.linears.fp8 is not None:
+            with self.g.scope("text_embedding"):
+                self.linears.per_token(context)  # quantise once here, because every block reads it
+        return context
+
+    def project_text(self, text: ir.Value) -> ir.Value:
         g, spec, compute = self.g, self.spec, self.linears.compute
         with g.scope("text_embedding"):
             x = g.reshape(text, [-1, spec.text_width])
             x = self.linear(x, "text_embedding.0", (spec.text_width, spec.width), compute)
             x = g.op("Gelu", x, approximate="tanh")
-            context = self.linear(x, "text_embedding.2", (spec.width, spec.width), compute)
-            if self.linears.fp8 is not None:
-                self.linears.per_token(context)  # quantise once here, because every block reads it
-            return context
+            return self.linear(x, "text_embedding.2", (spec.width, spec.width), compute)
 
     def head(self, x: ir.Value, time: ir.Value, latents: ir.Value, rope_cos: ir.Value) -> ir.Value:
         """``[L, D] → [1, z, T, h, w]``; uses the time embedding before SiLU and unpatches with channels fastest."""
         g, spec = self.g, self.spec
         with g.scope("head"):
-            table = g.reshape(g.weight("head.modulation", (1, 2, spec.width), FLOAT), [1, -1])
-            shift, scale = (g.add(part, time) for part in g.split(table, 2, 1))
-            features = PATCH[1] * PATCH[2] * spec.out_channels
-            y = self.linear(self.modulated(x, shift, scale), "head.head", (spec.width, features), FLOAT)
+            y = self.velocity_patches(x, time)
             patches = g.concat(
                 [g.op("Shape", rope_cos, start=0, end=3), g.constant([PATCH[1], PATCH[2], spec.out_channels])], 0
             )
             y = g.transpose(g.op("Reshape", y, patches), 5, 0, 1, 3, 2, 4)
             return g.op("Reshape", y, g.op("Shape", latents))
+
+    def velocity_patches(self, x: ir.Value, time: ir.Value) -> ir.Value:
+        """``[L, D] → [L, 4·z]``, channels fastest."""
+        g, spec = self.g, self.spec
+        table = g.reshape(g.weight("head.modulation", (1, 2, spec.width), FLOAT), [1, -1])
+        shift, scale = (g.add(part, time) for part in g.split(table, 2, 1))
+        features = PATCH[1] * PATCH[2] * spec.out_channels
+        return self.linear(self.modulated(x, shift, scale), "head.head", (spec.width, features), FLOAT)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from export.graphs.attention import attention, fp8_attention
 from export.graphs.builder import FLOAT, GraphBuilder
-from export.graphs.linear import Linears, Product
+from export.graphs.linear import Linears, Operand, Product
 from wan22.parts import DitSpec
 
 Columns = tuple[int, int] | None  # first and end; None means all
@@ -22,14 +22,13 @@ Columns = tuple[int, int] | None  # first and end; None means all
 class Tables:
     """Values that depend on the video's size and that all blocks share."""
 
-    cos: ir.Value  # float32 [L, 1, 1, head/2, 1]
-    sin: ir.Value
-    frames: ir.Value  # int64 [1], latent frames
-    time_row_of_frame: ir.Value | None  # int64 [T] if each frame has its own timestep (TI2V)
+    cos: ir.Value | None  # float32 [L, 1, 1, head/2, 1]; None if nothing is rotated
+    sin: ir.Value | None
+    first_frame: ir.Value | None  # float32 [L, 1], 1 for tokens of the first frame, if it has its own timestep (TI2V)
 
 
 class Modulation:
-    """Normalise rows and apply a time row: one for all tokens, or one per latent frame (TI2V)."""
+    """Normalise rows and apply a time row: one for all tokens, or one for the first latent frame and one after it."""
 
     def __init__(self, g: GraphBuilder, spec: DitSpec, tables: Tables) -> None:
         self.g, self.spec, self.tables = g, spec, tables
@@ -41,19 +40,19 @@ class Modulation:
             return g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=self.spec.eps)
         return g.op("LayerNormalization", x, g.constant([1.0] * width, FLOAT), axis=-1, epsilon=self.spec.eps)
 
-    def per_frame(self, x: ir.Value, rows: ir.Value, op: str) -> ir.Value:
-        """``x [L, D] op rows [time rows, D]``."""
-        g, width, row_of_frame = self.g, self.spec.width, self.tables.time_row_of_frame
-        if row_of_frame is None:
+    def by_time(self, x: ir.Value, rows: ir.Value, op: str) -> ir.Value:
+        """``x [L, D] op rows [time rows, D]``. A mask blends two rows: fewer kernels than a row gathered per frame."""
+        g, first = self.g, self.tables.first_frame
+        if first is None:
             return g.op(op, x, rows)
-        by_frame = g.op("Reshape", x, g.concat([self.tables.frames, g.constant([-1, width])], 0))
-        frame_rows = g.op("Unsqueeze", g.op("Gather", rows, row_of_frame, axis=0), g.constant([1]))
-        return g.reshape(g.op(op, by_frame, frame_rows), [-1, width])
+        of_first, of_rest = g.split(rows, 2, 0)
+        rest = g.op("Sub", g.constant(1.0, FLOAT), first)
+        return g.op(op, x, g.add(g.mul(first, of_first), g.mul(rest, of_rest)))
 
     def __call__(self, x: ir.Value, shift: ir.Value, scale: ir.Value) -> ir.Value:
         """LayerNorm, then ``(1 + scale) · x + shift``."""
-        scaled = self.per_frame(self.layer_norm(x), self.g.add(scale, self.g.constant(1.0, FLOAT)), "Mul")
-        return self.per_frame(scaled, shift, "Add")
+        scaled = self.by_time(self.layer_norm(x), self.g.add(scale, self.g.constant(1.0, FLOAT)), "Mul")
+        return self.by_time(scaled, shift, "Add")
 
 
 class Blocks:
@@ -64,42 +63,68 @@ class Blocks:
 
     def __call__(self, key: str, x: ir.Value, modulation: ir.Value, context: ir.Value) -> ir.Value:
         """``x [L, D]``, ``modulation [time rows, 6·D]``, ``context [512, D]`` → ``[L, D]``."""
-        g, modulated = self.g, self.modulated
-        table = g.reshape(g.weight(f"{key}.modulation", (1, 6, self.spec.width), FLOAT), [1, -1])
-        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = g.split(g.add(modulation, table), 6, 1)
+        g, rows = self.g, self.time_rows(key, modulation)
         with g.scope("self_attn"):
-            y = self.self_attention(f"{key}.self_attn", modulated(x, shift_sa, scale_sa))
-            x = g.add(x, modulated.per_frame(y, gate_sa, "Mul"))
+            y = self.self_attention(f"{key}.self_attn", self.modulated(x, *rows[:2]))
+        x = self.add_self_attention(x, y, rows)
         with g.scope("cross_attn"):
-            x = g.add(x, self.cross_attention(f"{key}.cross_attn", modulated.layer_norm(x, f"{key}.norm3"), context))
-        with g.scope("ffn"):
-            y = self.feed_forward(f"{key}.ffn", modulated(x, shift_ffn, scale_ffn))
-            return g.add(x, modulated.per_frame(y, gate_ffn, "Mul"))
+            normed = self.modulated.layer_norm(x, f"{key}.norm3")
+            x = g.add(x, self.cross_attention(f"{key}.cross_attn", normed, context))
+        return self.add_feed_forward(key, x, rows)
+
+    def time_rows(self, key: str, modulation: ir.Value) -> tuple[ir.Value, ...]:
+        """``[time rows, D]`` each: shift, scale and gate of self-attention, then of the feed-forward."""
+        g = self.g
+        table = g.reshape(g.weight(f"{key}.modulation", (1, 6, self.spec.width), FLOAT), [1, -1])
+        return g.split(g.add(modulation, table), 6, 1)
+
+    def add_self_attention(self, x: ir.Value, y: ir.Value, rows: Sequence[ir.Value]) -> ir.Value:
+        with self.g.scope("self_attn"):
+            return self.g.add(x, self.modulated.by_time(y, rows[2], "Mul"))
+
+    def add_feed_forward(self, key: str, x: ir.Value, rows: Sequence[ir.Value]) -> ir.Value:
+        with self.g.scope("ffn"):
+            y = self.feed_forward(f"{key}.ffn", self.modulated(x, *rows[3:5]))
+            return self.g.add(x, self.modulated.by_time(y, rows[5], "Mul"))
 
     # -- modules, float32 in and out
 
     def self_attention(self, key: str, x: ir.Value) -> ir.Value:
+        rotated, qkv = self.project_qkv(key, x)
+        q, k = (self.g.reshape(half, [-1, *self.heads]) for half in self.g.split(rotated, 2, 1))
+        return self.project_out(key, self.attend(key, q, k, self.values_of(qkv)))
+
+    def project_qkv(self, key: str, x: ir.Value) -> tuple[ir.Value, Product]:
+        """q and k, normed and rotated, ``[L, 2, heads, head/2, 2]``, and the product that contains v."""
         width = self.spec.width
         qkv = self.linears(self.linears.operand(x, f"{key}.q"), key, "qkv", (width, width))
-        rotated = self.rotate(self.norm_pairs(key, qkv))
-        q, k = (self.g.reshape(half, [-1, *self.heads]) for half in self.g.split(rotated, 2, 1))
-        v = self.linears.values(qkv, (2 * width, 3 * width), self.heads)
-        return self.attend(key, q, k, v)
+        return self.rotate(self.norm_pairs(key, qkv)), qkv
+
+    def values_of(self, qkv: Product) -> ir.Value:
+        return self.linears.values(qkv, (2 * self.spec.width, 3 * self.spec.width), self.heads)
 
     def cross_attention(self, key: str, x: ir.Value, context: ir.Value) -> ir.Value:
-        square = (self.spec.width, self.spec.width)
-        q = self.linears(self.linears.operand(x, f"{key}.q"), key, "q", square)
-        k, v, columns_of_k, columns_of_v = self.keys_and_values(key, context)
-        q_heads = self.norm_heads(f"{key}.norm_q", q, None, self.spec.head_width**-0.5)
-        k_heads = self.norm_heads(f"{key}.norm_k", k, columns_of_k)
-        return self.attend(key, q_heads, k_heads, self.linears.values(v, columns_of_v, self.heads))
+        q = self.text_queries(key, x)
+        return self.project_out(key, self.attend(key, q, *self.text_keys_and_values(key, context)))
 
-    def keys_and_values(self, key: str, context: ir.Value) -> tuple[Product, Product, Columns, Columns]:
+    def text_queries(self, key: str, x: ir.Value) -> ir.Value:
+        """``[L, heads, head]``, divided by ``sqrt(head)``."""
+        q = self.linears(self.linears.operand(x, f"{key}.q"), key, "q", (self.spec.width, self.spec.width))
+        return self.norm_heads(f"{key}.norm_q", q, None, self.spec.head_width**-0.5)
+
+    def text_keys_and_values(self, key: str, context: ir.Value | Operand) -> tuple[ir.Value, ir.Value]:
+        """K, normed, and V of the text, ``[512, heads, head]`` each."""
+        k, v, columns_of_k, columns_of_v = self.keys_and_values(key, context)
+        k_heads = self.norm_heads(f"{key}.norm_k", k, columns_of_k)
+        return k_heads, self.linears.values(v, columns_of_v, self.heads)
+
+    def keys_and_values(self, key: str, context: ir.Value | Operand) -> tuple[Product, Product, Columns, Columns]:
         """The products that contain K and V of the text, and the columns of each.
 
         Compilers merge the separate 16-bit linears of all blocks, but never FP8 linears, so those two are joined here.
         """
-        width, entering = self.spec.width, self.linears.operand(context, f"{key}.k")
+        width = self.spec.width
+        entering = context if isinstance(context, Operand) else self.linears.operand(context, f"{key}.k")
         if entering.fp8:
             joined = self.linears(entering, key, "kv", (width, width))
             return joined, joined, (0, width), (width, 2 * width)
@@ -114,14 +139,17 @@ class Blocks:
         return linears.values(linears(hidden_rows, key, "2", (spec.ffn_width, spec.width)))
 
     def attend(self, key: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
-        """Attention in the type chosen for ``key``, then the output projection."""
-        width = self.spec.width
+        """Attention in the type chosen for ``key``: ``[L, D]``."""
         if self.attends_in_fp8(key):
             y = fp8_attention(self.linears, key, q, k, v)
         else:
             y = attention(self.g, self.linears.compute, q, k, v)
-        rows = self.g.reshape(y, [-1, width])
-        return self.linears.values(self.linears(self.linears.operand(rows, f"{key}.o"), key, "o", (width, width)))
+        return self.g.reshape(y, [-1, self.spec.width])
+
+    def project_out(self, key: str, rows: ir.Value | Operand) -> ir.Value:
+        """The output projection of an attention."""
+        entering = rows if isinstance(rows, Operand) else self.linears.operand(rows, f"{key}.o")
+        return self.linears.values(self.linears(entering, key, "o", (self.spec.width, self.spec.width)))
 
     def attends_in_fp8(self, key: str) -> bool:
         fp8 = self.linears.fp8
@@ -157,11 +185,12 @@ class Blocks:
 
     def rotate(self, x: ir.Value) -> ir.Value:
         """Rotary embedding of interleaved pairs: ``(a, b) → (a·cos - b·sin, a·sin + b·cos)``."""
-        g, tables = self.g, self.modulated.tables
+        g, cos, sin = self.g, self.modulated.tables.cos, self.modulated.tables.sin
+        assert cos is not None and sin is not None
         with g.scope("rope"):
             a, b = g.split(x, 2, -1)
-            first = g.op("Sub", g.mul(a, tables.cos), g.mul(b, tables.sin))
-            second = g.add(g.mul(a, tables.sin), g.mul(b, tables.cos))
+            first = g.op("Sub", g.mul(a, cos), g.mul(b, sin))
+            second = g.add(g.mul(a, sin), g.mul(b, cos))
             return g.concat([first, second], -1)
 
     def _inverse_rms(self, x: ir.Value, axis: int) -> ir.Value:

@@ -33,6 +33,12 @@ class Fp8:
     high_precision_blocks: frozenset[int] = frozenset()  # blocks without any FP8
     static: frozenset[str] = frozenset()  # linears ("blocks.0.ffn.0") with a stored ``input_scale``
     centred: Mapping[str, int] = field(default_factory=dict)  # linears with a stored ``input_mean`` → its length
+    by_column: frozenset[str] = frozenset()  # matrices ("self_attn.qkv") with a ``column_scale`` in every block
+
+    @property
+    def uniform(self) -> bool:
+        """True if all blocks compute alike, so that one engine serves every block."""
+        return not (self.high_precision_blocks or self.static or self.centred)
 
     def covers(self, key: str) -> bool:
         """True if ``key``, a linear or an attention ("blocks.3.ffn.2", "blocks.3.self_attn"), may run in FP8."""
@@ -50,11 +56,13 @@ class Operand:
 
 @dataclass(frozen=True)
 class Product:
-    """The output of a linear: the true values are ``raw * scale + bias``, in float32."""
+    """The output of a linear: the true values are ``raw * factor * scale * columns + bias``, in float32."""
 
     raw: ir.Value  # [L, out], compute type
     scale: ir.Value | None = None  # float32 [L, 1]
     bias: ir.Value | None = None  # float32 [out]
+    columns: ir.Value | None = None  # float32 [out], where the rows of the matrix have different scales
+    factor: ir.Value | None = None  # float32 scalar, multiplies every value: the scale of a matrix that is an input
 
 
 class Linears:
@@ -89,17 +97,30 @@ class Linears:
         return self._quantised[x]
 
     def _per_token(self, x: ir.Value) -> Operand:
+        rows, scale = self.quantise_rows(x)
+        return self.quantised(rows, scale)
+
+    def quantise_rows(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Float32 ``x [L, in]`` in FP8 with one scale per row, and the scales, float32 ``[L, 1]``."""
         g = self.g
         with g.scope("quantise"):
             largest = g.op("ReduceMax", g.op("Abs", x), g.constant([1]), keepdims=1)
             scale = g.op("Div", g.op("Max", largest, g.constant(SMALLEST_ROW, FLOAT)), _float(g, LARGEST_QUANTISED))
-            return Operand(self.through_fp8(g.op("Div", x, scale), _float(g, 1.0)), scale, fp8=True)
+            return self.quantise(g.op("Div", x, scale), _float(g, 1.0)), scale
+
+    def quantised(self, rows: ir.Value, scale: ir.Value) -> Operand:
+        """The input of a linear from FP8 ``rows [L, in]`` and their ``scale [L, 1]``."""
+        return Operand(self.dequantise(rows, _float(self.g, 1.0)), scale, fp8=True)
 
     def through_fp8(self, x: ir.Value, scale: ir.Value) -> ir.Value:
         """Quantise float32 ``x`` with a constant ``scale`` and dequantise it to the compute type."""
-        g = self.g
-        quantised = g.op("QuantizeLinear", x, scale, output_dtype=int(FLOAT8))
-        return self._dequantise(quantised, scale)
+        return self.dequantise(self.quantise(x, scale), scale)
+
+    def quantise(self, x: ir.Value, scale: ir.Value) -> ir.Value:
+        """Float32 ``x`` in FP8, divided by a constant ``scale``."""
+        quantised = self.g.op("QuantizeLinear", x, scale, output_dtype=int(FLOAT8))
+        quantised.type = ir.TensorType(FLOAT8)
+        return quantised
 
     # -- the multiplication
 
@@ -110,28 +131,32 @@ class Linears:
             if x.fp8:
                 return self._fp8_product(x, f"{key}.{parts}", (len(parts) * leaving, entering), key, parts)
             weight, bias = (
-                self._join([f"{key}.{part}.{leaf}" for part in parts], dims, self.compute)
+                self.g.joined([f"{key}.{part}.{leaf}" for part in parts], dims, self.compute)
                 for leaf, dims in (("weight", (leaving, entering)), ("bias", (leaving,)))
             )
             return Product(self.g.op("Gemm", x.value, weight, bias, transB=1))
 
     def _fp8_product(self, x: Operand, name: str, shape: tuple[int, int], key: str, parts: str) -> Product:
         """The product with one stored matrix and scale for all ``parts``: graphs cannot concatenate FP8 constants."""
-        raw = self.fp8_matmul(x, name, shape)
-        each = shape[0] // len(parts)
-        return Product(raw, x.scale, self._join([f"{key}.{part}.bias" for part in parts], (each,), FLOAT))
+        g, each = self.g, shape[0] // len(parts)
+        bias = g.joined([f"{key}.{part}.bias" for part in parts], (each,), FLOAT)
+        by_column = self.fp8 is not None and name.split(".", 2)[2] in self.fp8.by_column
+        columns = g.weight(f"{name}.column_scale", shape[:1], FLOAT) if by_column else None
+        if not g.weights_are_inputs:
+            return Product(self.fp8_matmul(x, name, shape), x.scale, bias, columns)
+        factor = g.weight(f"{name}.weight_scale", (), FLOAT)  # as a scale of DequantizeLinear it must be a constant
+        raw = self._times(x, g.weight(f"{name}.weight", shape, FLOAT8), _float(g, 1.0))
+        return Product(raw, x.scale, bias, columns, factor)
 
     def fp8_matmul(self, x: Operand, name: str, shape: tuple[int, int]) -> ir.Value:
         """``x [L, in]`` times the stored matrix ``name [out, in]``, transposed, in the compute type."""
         stored = self.g.weight(f"{name}.weight", shape, FLOAT8)
-        matrix = self._dequantise(stored, self.g.weight(f"{name}.weight_scale", (), FLOAT))
-        return self.g.op("MatMul", x.value, self.g.transpose(matrix, 1, 0))
+        return self._times(x, stored, self.g.weight(f"{name}.weight_scale", (), FLOAT))
 
-    def _join(self, keys: Sequence[str], shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
-        weights = [self.g.weight(key, shape, dtype) for key in keys]
-        return weights[0] if len(weights) == 1 else self.g.concat(weights, 0)
+    def _times(self, x: Operand, stored: ir.Value, scale: ir.Value) -> ir.Value:
+        return self.g.op("MatMul", x.value, self.g.transpose(self.dequantise(stored, scale), 1, 0))
 
-    def _dequantise(self, x: ir.Value, scale: ir.Value) -> ir.Value:
+    def dequantise(self, x: ir.Value, scale: ir.Value) -> ir.Value:
         """``x`` in the compute type. The float32 scale avoids overflow and keeps the product's range."""
         value = self.g.op("DequantizeLinear", x, scale, output_dtype=int(self.compute))
         value.type = ir.TensorType(self.compute)
@@ -143,17 +168,22 @@ class Linears:
         self, y: Product, columns: tuple[int, int] | None = None, shape: Sequence[int] | None = None
     ) -> ir.Value:
         """Float32 values of ``y [L, out]``, optionally only ``columns`` (first, end), rows reshaped to ``shape``."""
-        g, raw, bias = self.g, y.raw, y.bias
+        g, raw = self.g, y.raw
+
+        def by_column(vector: ir.Value) -> ir.Value:
+            vector = g.slice(vector, 0, *columns) if columns else vector
+            return g.reshape(vector, list(shape)) if shape else vector
+
         if columns:
             raw = g.slice(raw, 1, *columns)
-            bias = g.slice(bias, 0, *columns) if bias is not None else None
-        if shape:
-            raw = g.reshape(raw, [-1, *shape])
-            bias = g.reshape(bias, list(shape)) if bias is not None else None
-        x = g.cast(raw, FLOAT)
+        x = g.cast(g.reshape(raw, [-1, *shape]) if shape else raw, FLOAT)
+        if y.factor is not None:
+            x = g.mul(x, y.factor)
         if y.scale is not None:
             x = g.mul(x, g.reshape(y.scale, [-1, *[1] * len(shape)]) if shape else y.scale)
-        return g.add(x, bias) if bias is not None else x
+        if y.columns is not None:
+            x = g.mul(x, by_column(y.columns))
+        return g.add(x, by_column(y.bias)) if y.bias is not None else x
 
 
 def _float(g: GraphBuilder, value: float) -> ir.Value:

@@ -117,7 +117,8 @@ def linear_inputs(model: ir.Model) -> dict[str, ir.Value]:
         if node.op_type in ("Gemm", "MatMul") and node.inputs[0] is not None and node.inputs[1] is not None:
             for name in _weights(node.inputs[1]):
                 entering[name.removesuffix(".weight")] = node.inputs[0]
-    return {name: value for name, value in entering.items() if _in_a_block(name)}
+    names = [name for name in entering if name.startswith("blocks.")]
+    return {name: entering[name] for name in names if name.split(".", 2)[-1] in DIT_LINEARS_PER_BLOCK}
 
 
 def _weights(value: ir.Value) -> list[str]:
@@ -128,8 +129,3 @@ def _weights(value: ir.Value) -> list[str]:
     if node.op_type not in ("Concat", "Transpose", "Cast"):
         return []
     return [name for part in node.inputs if part is not None for name in _weights(part)]
-
-
-def _in_a_block(name: str) -> bool:
-    parts = name.split(".", 2)
-    return len(parts) == 3 and parts[0] == "blocks" and parts[2] in DIT_LINEARS_PER_BLOCK

@@ -79,17 +79,14 @@ class _TextEncoder:
     def block(self, key: str, x: ir.Value, buckets: ir.Value) -> ir.Value:
         g = self.g
         with g.scope("attn"):
-            bias = self.position_bias(f"{key}.pos_embedding", buckets)
+            table = g.weight(
+                f"{key}.pos_embedding.embedding.weight", (self.spec.buckets, self.spec.heads), self.compute
+            )
+            bias = g.transpose(g.op("Gather", table, buckets, axis=0), 2, 0, 1)
+            bias = g.op("Unsqueeze", bias, g.constant([0]))  # [1, heads, tokens, tokens]
             x = g.add(x, g.cast(self.attention(f"{key}.attn", self.norm(x, f"{key}.norm1"), bias), FLOAT))
         with g.scope("ffn"):
             return g.add(x, g.cast(self.feed_forward(f"{key}.ffn", self.norm(x, f"{key}.norm2")), FLOAT))
-
-    def position_bias(self, key: str, buckets: ir.Value) -> ir.Value:
-        """The layer's bias for every head and pair of tokens: [1, heads, tokens, tokens]."""
-        g, spec = self.g, self.spec
-        table = g.weight(f"{key}.embedding.weight", (spec.buckets, spec.heads), self.compute)
-        bias = g.transpose(g.op("Gather", table, buckets, axis=0), 2, 0, 1)
-        return g.op("Unsqueeze", bias, g.constant([0]))
 
     def attention(self, key: str, x: ir.Value, bias: ir.Value) -> ir.Value:
         g, spec = self.g, self.spec

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.checkpoint.schema import vae_tensors
-from export.graphs.builder import FLOAT, GraphBuilder
+from export.graphs.builder import FLOAT, FLOAT16, GraphBuilder
 from wan22.errors import UserError
 from wan22.parts import Cache, VaeSpec
 
@@ -29,12 +29,14 @@ class VaeGraph(GraphBuilder):
     """The graph of one chunk with its caches.
 
     A ``first`` graph is for a video's first chunk: one frame, no history, hence no cache inputs. Convolutions and the
-    values between them have type ``compute``; inputs, outputs, channel norms, SiLU and softmax are float32.
+    values between them have type ``compute``; inputs, outputs, channel norms, SiLU and softmax are float32. Caches hold
+    inputs of convolutions, so float16 graphs lose nothing by float16 caches; numpy has no bfloat16 for those of others.
     """
 
     def __init__(self, half: str, spec: VaeSpec, *, first: bool, compute: ir.DataType, size: LatentSize | None) -> None:
         super().__init__(f"{half}_{'first' if first else 'next'}")
         self.spec, self.first, self.compute, self.size = spec, first, compute, size
+        self.cached = FLOAT16 if compute == FLOAT16 else FLOAT
         self._shapes = vae_tensors(spec)
         self._entering: list[ir.Value] = []
         self._leaving: list[ir.Value] = []
@@ -47,14 +49,15 @@ class VaeGraph(GraphBuilder):
         Dynamic sides are named "height" and "width" at scale 1, otherwise "K*height" and "K*width": K times the latent
         dimension.
         """
-        sides = self.size or ("height", "width")
-        return [1, channels, frames, *(_scale_side(side, scale) for side in sides)]
+        if self.size is not None:
+            return [1, channels, frames, *(side * scale for side in self.size)]
+        return [1, channels, frames, *(side if scale == 1 else f"{scale}*{side}" for side in ("height", "width"))]
 
     def take_caches(self, caches: Sequence[Cache]) -> None:
         """Declare ``cache_00``, ``cache_01``, ..., which :meth:`recall` returns in this order."""
         for index, cache in enumerate(() if self.first else caches):
             dims = self.video(cache.channels, cache.frames, cache.scale)
-            self._entering.append(self.input(f"cache_{index:02d}", FLOAT, dims))
+            self._entering.append(self.input(f"cache_{index:02d}", self.cached, dims))
 
     def recall(self) -> ir.Value:
         """The frames that the current convolution kept from the previous chunk."""
@@ -69,7 +72,7 @@ class VaeGraph(GraphBuilder):
         with self.scope("caches"):
             for index, (cache, value) in enumerate(zip(caches, self._leaving, strict=True)):
                 dims = self.video(cache.channels, cache.frames, cache.scale)
-                self.output(f"next_cache_{index:02d}", self.cast(value, FLOAT), dims)
+                self.output(f"next_cache_{index:02d}", self.cast(value, self.cached), dims, self.cached)
 
     # -- parameters
 
@@ -81,12 +84,6 @@ class VaeGraph(GraphBuilder):
     def has(self, module: str) -> bool:
         """True if the module in scope has a convolution named ``module``."""
         return ".".join([*self._scope, module, "weight"]) in self._shapes
-
-
-def _scale_side(side: int | str, scale: int) -> int | str:
-    if isinstance(side, int):
-        return side * scale
-    return side if scale == 1 else f"{scale}*{side}"
 
 
 def latent_statistics(g: VaeGraph) -> tuple[ir.Value, ir.Value]:
@@ -185,7 +182,6 @@ def attention(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
 
 
 def middle(g: VaeGraph, x: ir.Value, width: int) -> ir.Value:
-    """Residual block, attention, residual block."""
     with g.scope("middle.0"):
         x = residual_block(g, x, width, width)
     with g.scope("middle.1"):

@@ -31,7 +31,8 @@ def vae_decoder(
 
     Inputs: ``latents`` [1, z, 1, h, w] as the sampler returns them and, unless ``first``, ``cache_00`` ...
     ``cache_31``. Outputs: ``frames`` [1, 3, 1 or 4, H, W] in [-1, 1] and ``next_cache_00`` ... ``next_cache_31``. All
-    are float32; dynamic sides are named by :meth:`VaeGraph.video`, fixed ones follow ``size`` (latent rows, columns).
+    are float32, or float16 for caches if ``compute`` is; dynamic sides are named by :meth:`VaeGraph.video`, fixed ones
+    follow ``size`` (latent rows, columns).
     """
     g = VaeGraph("vae_decoder", spec, first=first, compute=compute, size=size)
     latents = g.input("latents", FLOAT, g.video(spec.latent_channels, 1, 1))
@@ -42,8 +43,9 @@ def vae_decoder(
         x = conv(g, g.cast(x, g.compute))
     with g.scope("decoder"):
         x, frames = _decoder(g, x)
-    if spec.patch > 1:
-        x = _unpatchify(g, x, frames)
+    if spec.patch > 1:  # [1, 12, F, h, w] → [1, 3, F, 2h, 2w]; the column is the slower index of a colour's channels
+        x = g.reshape(g.op("Unsqueeze", x, g.constant([0])), [3, 2, 2, frames, 0, 0])
+        x = merge_pixels(g, g.transpose(x, 0, 3, 4, 2, 5, 1), 3, frames)
     x = g.op("Clip", g.cast(x, FLOAT), g.constant(-1.0, FLOAT), g.constant(1.0, FLOAT))
     g.output("frames", x, g.video(3, frames, spec.spatial_stride))
     g.give_caches(spec.decoder_caches)
@@ -80,25 +82,22 @@ def _stage(g: VaeGraph, x: ir.Value, stage: int, frames: int) -> tuple[ir.Value,
 
 
 def _upsample(g: VaeGraph, x: ir.Value, width: int, frames: int) -> tuple[ir.Value, int]:
+    """Double rows and columns, and frames if the stage does; a video's first frame is neither doubled nor remembered.
+
+    Two frames come from the lower and the upper half of the time convolution's channels.
+    """
     if g.has("time_conv"):
         with g.scope("time_conv"):
-            x, frames = _skip_first_frame(g, x, width) if g.first else _double_frames(g, x, width, frames)
+            if g.first:
+                shape = g.concat([g.constant([1, width, 2]), g.op("Shape", x, start=3, end=5)], 0)
+                g.remember(g.op("Expand", g.constant(0.0, FLOAT), shape))
+            else:
+                halves = g.reshape(causal_conv(g, x), [2, width, frames, 0, 0])
+                frames *= 2
+                x = g.reshape(g.transpose(halves, 1, 2, 0, 3, 4), [1, width, frames, 0, 0])
     x = _enlarge(g, x, width, frames)
     with g.scope("resample.1"):
         return conv(g, x), frames
-
-
-def _skip_first_frame(g: VaeGraph, x: ir.Value, width: int) -> tuple[ir.Value, int]:
-    """The first frame unchanged: it is neither doubled nor remembered."""
-    shape = g.concat([g.constant([1, width, 2]), g.op("Shape", x, start=3, end=5)], 0)
-    g.remember(g.op("Expand", g.constant(0.0, FLOAT), shape))
-    return x, 1
-
-
-def _double_frames(g: VaeGraph, x: ir.Value, width: int, frames: int) -> tuple[ir.Value, int]:
-    """Two frames per frame, from the lower and the upper half of the convolution's channels."""
-    halves = g.reshape(causal_conv(g, x), [2, width, frames, 0, 0])
-    return g.reshape(g.transpose(halves, 1, 2, 0, 3, 4), [1, width, 2 * frames, 0, 0]), 2 * frames
 
 
 def _enlarge(g: VaeGraph, x: ir.Value, width: int, frames: int, sources: int = 1) -> ir.Value:
@@ -126,9 +125,3 @@ def _duplicate(g: VaeGraph, x: ir.Value, widths: tuple[int, int], frames: int, l
         x = g.op("Expand", g.reshape(x, [entering, frames, 1, 0, 0]), g.constant([1, 1, 2, 1, 1]))
         x = g.reshape(x, [1, entering, leaving_frames, 0, 0])
     return _enlarge(g, x, leaving, leaving_frames, sources=entering // leaving)
-
-
-def _unpatchify(g: VaeGraph, x: ir.Value, frames: int) -> ir.Value:
-    """``[1, 12, F, h, w]`` → ``[1, 3, F, 2h, 2w]``; the column is the slower index of a colour's four channels."""
-    x = g.reshape(g.op("Unsqueeze", x, g.constant([0])), [3, 2, 2, frames, 0, 0])
-    return merge_pixels(g, g.transpose(x, 0, 3, 4, 2, 5, 1), 3, frames)

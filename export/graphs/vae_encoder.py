@@ -32,14 +32,16 @@ def vae_encoder(
 
     Inputs: ``frames`` [1, 3, 1 or 4, H, W] in [-1, 1] and, unless ``first``, ``cache_00`` ... ``cache_23``. Outputs:
     ``latents`` [1, z, 1, h, w], normalised for the sampler, and ``next_cache_00`` ... ``next_cache_23``. All are
-    float32; dynamic sides are named by :meth:`VaeGraph.video`, fixed ones follow ``size`` (latent rows, columns).
+    float32, or float16 for caches if ``compute`` is; dynamic sides are named by :meth:`VaeGraph.video`, fixed ones
+    follow ``size`` (latent rows, columns).
     """
     g = VaeGraph("vae_encoder", spec, first=first, compute=compute, size=size)
     frames = 1 if first else spec.temporal_stride
     x = g.input("frames", FLOAT, g.video(3, frames, spec.spatial_stride))
     g.take_caches(spec.encoder_caches)
-    if spec.patch > 1:
-        x = _patchify(g, x, frames)
+    if spec.patch > 1:  # [1, 3, F, 2h, 2w] → [1, 12, F, h, w]; the column is the slower index of a colour's channels
+        x = g.transpose(split_pixels(g, x, 3, frames), 0, 5, 3, 1, 2, 4)
+        x = g.op("Squeeze", g.reshape(x, [1, 1, 12, frames, 0, 0]), g.constant([0]))
     with g.scope("encoder"):
         x = _encoder(g, g.cast(x, g.compute), frames)
     with g.scope("conv1"):
@@ -107,9 +109,3 @@ def _average(g: VaeGraph, x: ir.Value, stage: int, frames: int) -> ir.Value:
         return x
     pairs = g.transpose(g.reshape(x, [width, frames // 2, 2, 0, 0]), 0, 2, 1, 3, 4)
     return g.reshape(pairs, [1, 2 * width, frames // 2, 0, 0])
-
-
-def _patchify(g: VaeGraph, x: ir.Value, frames: int) -> ir.Value:
-    """``[1, 3, F, 2h, 2w]`` → ``[1, 12, F, h, w]``; the column is the slower index of a colour's four channels."""
-    x = g.transpose(split_pixels(g, x, 3, frames), 0, 5, 3, 1, 2, 4)
-    return g.op("Squeeze", g.reshape(x, [1, 1, 12, frames, 0, 0]), g.constant([0]))

@@ -73,7 +73,10 @@ def write_weights(
     with HashedFile(path, begun, digest) as file, _one_thread():
         marked, end = begun, len(header)
         file.put(np.frombuffer(b"" if begun else header, np.uint8))
-        made = groupby(_read_ahead(_remaining(weights, begun - len(header)), pieces), itemgetter(0))
+        ends = accumulate((stored.size_bytes for stored in weights.values()), initial=len(header))
+        next(ends)
+        remaining = [key for key, last in zip(weights, ends, strict=True) if last > begun]
+        made = groupby(_read_ahead(remaining, pieces), itemgetter(0))
         for key, stored in weights.items():
             end += stored.size_bytes
             if end > begun:
@@ -86,12 +89,6 @@ def write_weights(
     if journal and entry.size_bytes > marked:
         journal.record(entry)
     return entry
-
-
-def _remaining(weights: Mapping[str, Planned], begun: int) -> list[str]:
-    """The tensors that end beyond the first ``begun`` bytes of data."""
-    ends = accumulate(stored.size_bytes for stored in weights.values())
-    return [key for key, end in zip(weights, ends, strict=True) if end > begun]
 
 
 def _read_ahead(keys: Iterable[str], pieces: Pieces) -> Iterator[tuple[str, Array]]:
@@ -155,11 +152,6 @@ def convert(key: str, array: Array, dtype: np.dtype[np.generic]) -> Array:
         rounded = ends.astype(dtype).astype(np.float32)
     if not np.isfinite(rounded).all():
         raise UserError(f"{key} exceeds the range of {dtype.name}", "weights within it", "use --precision bf16")
-    return _cast(array, dtype)
-
-
-def _cast(array: Array, dtype: np.dtype[np.generic]) -> Array:
-    """``array`` in ``dtype``. PyTorch converts several times as fast as numpy, especially into existing memory."""
     result = np.empty(array.shape, dtype)
-    as_torch(result).copy_(as_torch(array))
+    as_torch(result).copy_(as_torch(array))  # several times as fast as numpy, especially into existing memory
     return result

@@ -42,7 +42,7 @@ def read_input_means(path: Path, spec: ModelSpec) -> dict[str, InputMeans]:
     Raises:
         UserError: the file is missing, describes another model's linears, or holds NaN or infinity.
     """
-    found: dict[str, InputMeans] = {}
+    found: dict[str, tuple[dict[str, Array], dict[str, LinearScales]]] = {}
     known, tensors = dit_tensors(spec.dit), read_safetensors(path)
     for name, stored in tensors.items():
         expert, _, rest = name.partition(".")
@@ -56,12 +56,10 @@ def read_input_means(path: Path, spec: ModelSpec) -> dict[str, InputMeans]:
         if not np.isfinite(mean).all():
             raise UserError(f"{path}: {name} holds NaN or infinity", "finite means", "calibrate again")
         scale = tensors.get(f"{expert}.{linear}.weight_scale")
-        part = found.setdefault(expert, InputMeans({}, {}))
-        found[expert] = InputMeans(
-            {**part.inputs, linear: mean},
-            {**part.weights, linear: LinearScales(1.0, float(scale.read().item()) if scale else None)},
-        )
-    return found
+        inputs, weights = found.setdefault(expert, ({}, {}))
+        inputs[linear] = mean
+        weights[linear] = LinearScales(1.0, float(scale.read().item()) if scale else None)
+    return {expert: InputMeans(*both) for expert, both in found.items()}
 
 
 def write_input_means(path: Path, means: Mapping[str, InputMeans]) -> None:

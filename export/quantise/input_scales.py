@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,10 +42,15 @@ def read_input_scales(path: Path, spec: ModelSpec) -> dict[str, Scales]:
     """
     try:
         content = json.loads(path.read_text())
-        parts = (
-            content if content.keys() and content.keys() <= set(spec.experts) else dict.fromkeys(spec.experts, content)
-        )
-        found = {expert: {name: _entry(entry) for name, entry in part.items()} for expert, part in parts.items()}
+        by_expert = content.keys() and content.keys() <= set(spec.experts)
+        found: dict[str, dict[str, LinearScales]] = {}
+        for expert, part in (content if by_expert else dict.fromkeys(spec.experts, content)).items():
+            found[expert] = {}
+            for name, entry in part.items():
+                weight = entry.get("weight_scale")
+                found[expert][name] = LinearScales(
+                    float(entry["input_scale"]), None if weight is None else float(weight)
+                )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         layout = isinstance(error, (KeyError, TypeError, AttributeError))
         reason = getattr(error, "strerror", None) or ("another layout" if layout else str(error))
@@ -55,25 +59,16 @@ def read_input_scales(path: Path, spec: ModelSpec) -> dict[str, Scales]:
     if not all(found.values()):
         raise UserError(f"{path} has no scales", "scales of at least one linear", "write one with calibrate")
     for part in found.values():
-        _check(path, part, names, spec)
+        if unknown := [name for name in part if name not in names]:
+            raise UserError(f"{path}: {unknown[0]}", f"linears of {spec.name}", "use scales measured on this model")
+        for name, scales in part.items():
+            for scale in (scales.input, 1.0 if scales.weight is None else scales.weight):
+                if not (math.isfinite(scale) and scale > 0):
+                    raise UserError(f"{path}: scale {scale} of {name}", "a positive number", "calibrate again")
     return {
         expert: {names[name].removesuffix(".weight"): scales for name, scales in part.items()}
         for expert, part in found.items()
     }
-
-
-def _entry(entry: Mapping[str, Any]) -> LinearScales:
-    weight = entry.get("weight_scale")
-    return LinearScales(float(entry["input_scale"]), None if weight is None else float(weight))
-
-
-def _check(path: Path, part: Scales, names: Mapping[str, str], spec: ModelSpec) -> None:
-    if unknown := [name for name in part if name not in names]:
-        raise UserError(f"{path}: {unknown[0]}", f"linears of {spec.name}", "use scales measured on this model")
-    for name, scales in part.items():
-        for scale in (scales.input, 1.0 if scales.weight is None else scales.weight):
-            if not (math.isfinite(scale) and scale > 0):
-                raise UserError(f"{path}: scale {scale} of {name}", "a positive number", "calibrate again")
 
 
 def check_weights(path: Path, scales: Scales, expert: str, read: Callable[[str], np.ndarray]) -> None:
@@ -92,11 +87,9 @@ def check_weights(path: Path, scales: Scales, expert: str, read: Callable[[str],
         margin = ratio if margin is None else margin
         alike = 1 / SAME_WITHIN < ratio / margin < SAME_WITHIN
         if not (alike and 1 / LARGEST_MARGIN < ratio < LARGEST_MARGIN):
-            raise UserError(
-                f"{path}: weights of {name} up to {scale * FLOAT8_MAX:.3g}",
-                f"{largest:.3g} like the checkpoint's {expert}",
-                "use scales measured on this model",
-            )
+            stated_weight = f"{path}: weights of {name} up to {scale * FLOAT8_MAX:.3g}"
+            expected = f"{largest:.3g} like the checkpoint's {expert}"
+            raise UserError(stated_weight, expected, "use scales measured on this model")
 
 
 def largest_magnitude(array: np.ndarray) -> float:

@@ -106,7 +106,9 @@ class _Tensors:
         def elements(written: str) -> Iterator[npt.NDArray[Any]]:
             name = official[written]
             if self.sparse:
-                yield from _zeros(prod(shapes[name]), dtype)
+                count = prod(shapes[name])
+                zeros = np.zeros(min(count, PIECE_ELEMENTS), dtype)
+                yield from (zeros[: count - start] for start in range(0, count, PIECE_ELEMENTS))
             elif trained is not None:
                 yield from trained_pieces(trained, part, name)
             else:
@@ -115,12 +117,6 @@ class _Tensors:
             self.progress("synthesise", self.done, self.total, "tensors")
 
         return {written: Planned(dtype, shapes[name]) for written, name in official.items()}, elements
-
-
-def _zeros(count: int, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
-    buffer = np.zeros(min(count, PIECE_ELEMENTS), dtype)
-    for start in range(0, count, PIECE_ELEMENTS):
-        yield buffer[: count - start]
 
 
 def _write_official(folder: Path, tensors: _Tensors) -> None:

@@ -8,12 +8,10 @@ would disagree.
 
 import functools
 import io
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from export.checkpoint.tokenizer import CONFIG, EOS, PAD, SPECIALS, UNK, unigram
+from export.checkpoint.tokenizer import EOS, PAD, UNK, save_tokenizer, unigram
 from export.synth.corpus import lines
 
 PIECES = 1024
@@ -27,9 +25,7 @@ def write_tokenizer(folder: Path, model: bytes | None = None) -> None:
     folder.mkdir(parents=True)
     model = model or trained_model()
     (folder / "spiece.model").write_bytes(model)
-    unigram(model).save(str(folder / "tokenizer.json"))
-    _write_json(folder / "special_tokens_map.json", SPECIALS)
-    _write_json(folder / "tokenizer_config.json", SPECIALS | CONFIG)
+    save_tokenizer(unigram(model), folder)
 
 
 @functools.cache
@@ -61,7 +57,3 @@ def train(sentences: Iterable[str]) -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

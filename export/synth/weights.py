@@ -27,10 +27,7 @@ _GAINS = {
         "head.head.weight": 0.65,
     },
     "text_encoder": {},
-    "vae": {
-        "residual.6.weight": 0.8,
-        "decoder.head.2.weight": 0.7,
-    },
+    "vae": {"residual.6.weight": 0.8, "decoder.head.2.weight": 0.7},
 }
 _MODULATION_STD = 0.3
 _BIAS_STD = 0.05
@@ -45,7 +42,8 @@ def pieces(
 
     ``part`` is an expert of ``spec``, "text_encoder" or "vae"; ``name`` is official.
     """
-    random = _generator(seed, part, name)
+    digest = hashlib.sha256(f"{seed}/{part}/{name}".encode()).digest()
+    random = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
     center, spread = moments(spec, part, name, shape)
     left = prod(shape)
     while left:
@@ -54,11 +52,6 @@ def pieces(
         piece += np.float32(center)
         left -= piece.size
         yield piece
-
-
-def _generator(seed: int, part: str, name: str) -> np.random.Generator:
-    digest = hashlib.sha256(f"{seed}/{part}/{name}".encode()).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
 def moments(spec: ModelSpec, part: str, name: str, shape: tuple[int, ...]) -> tuple[float, float]:

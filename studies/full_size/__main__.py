@@ -13,20 +13,18 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from studies.full_size.builds import BUILDS, measure_build
-from studies.full_size.exports import CASES, TIMED, memory_of, throughput_of
+from studies.full_size.exports import CASES, TIMED, TIMED_QUANTISED, memory_of, throughput_of
 from wan22.errors import UserError
 from wan22.files import write_file
 from wan22.specs import ModelSpec, spec_named
 from wan_trt.console import console
 from wan_trt.guard import command_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 PROGRAM = "python -m studies.full_size"
 MEMORY_LIMIT_BYTES = 2 * 10**9
@@ -63,7 +61,9 @@ def run(
     """Measure export and build at full size: throughput relative to cp, peak memory, time to write a graph."""
     spec = spec_named(model)
     parts = {*(only or set(StudyPart) - {StudyPart.BUILDS}), *({StudyPart.BUILDS} if builds else ())}
-    _check_case(case)
+    names = [*(export.name for export in CASES), *(build.name for build in BUILDS)]
+    if not any(case in name for name in names):
+        raise UserError(f"--case {case!r}", f"part of one of {'; '.join(names)}", "correct --case")
     figures = _earlier(output, spec)
     _write(figures, output)  # before the long work, to fail now if the file cannot be written
     with _own_folder(folder) as place:
@@ -85,11 +85,12 @@ def _measure(
     layers, repeats = dense
     if StudyPart.GRAPH in parts:
         yield "graph_seconds", _graph_seconds(spec)
-    if StudyPart.THROUGHPUT in parts and (timed := [c for c in TIMED if case in c.name]):
-        text = replace(spec.text_encoder, layers=layers)
-        small = replace(spec, dit=replace(spec.dit, layers=layers), text_encoder=text)
-        found = throughput_of(timed, small, folder, repeats)
-        yield "throughput", [entry | {"layers": layers} for entry in found]
+    text = replace(spec.text_encoder, layers=layers)
+    small = replace(spec, dit=replace(spec.dit, layers=layers), text_encoder=text)
+    for alike in (TIMED, TIMED_QUANTISED) if StudyPart.THROUGHPUT in parts else ():
+        if timed := [export for export in alike if case in export.name]:
+            found = throughput_of(timed, small, folder, repeats)
+            yield "throughput", [entry | {"layers": layers} for entry in found]
     for export in CASES if StudyPart.MEMORY in parts else ():
         if case in export.name:
             yield "memory", [memory_of(export, spec, folder)]
@@ -97,12 +98,6 @@ def _measure(
         if case in build.name:
             console.print(f"build of {build.name}")
             yield "builds", [measure_build(build, folder)]
-
-
-def _check_case(case: str) -> None:
-    names = [*(export.name for export in CASES), *(build.name for build in BUILDS)]
-    if not any(case in name for name in names):
-        raise UserError(f"--case {case!r}", f"part of one of {'; '.join(names)}", "correct --case")
 
 
 @contextmanager
@@ -159,23 +154,19 @@ def _graph_seconds(spec: ModelSpec) -> float:
     return time.perf_counter() - started
 
 
-def _tables(figures: Figures) -> "Iterator[Table]":
+def _tables(figures: Figures) -> Iterator[Table]:
     tables = {"memory": _memory_table, "throughput": _throughput_table, "builds": _builds_table}
     yield from (table(figures) for name, table in tables.items() if figures.get(name))
 
 
-def _memory_table(figures: Figures) -> "Table":
-    from rich.table import Table
-
+def _memory_table(figures: Figures) -> Table:
     table = Table("export", "bytes", "time", "memory", title=f"Export of all of {figures['model']}, sparse files")
     for entry in figures["memory"]:
         table.add_row(entry["case"], _from_to(entry), f"{entry['seconds']:.0f} s", _gb(entry["peak_rss_bytes"]))
     return table
 
 
-def _throughput_table(figures: Figures) -> "Table":
-    from rich.table import Table
-
+def _throughput_table(figures: Figures) -> Table:
     title = f"Export of dense blocks of {figures['model']} and cp of the checkpoint, bytes read and written"
     table = Table("export", "blocks", "bytes", "export", "GB/s", "cp", "GB/s", "share", "lowest", "syncs", title=title)
     for entry in figures["throughput"]:
@@ -186,9 +177,7 @@ def _throughput_table(figures: Figures) -> "Table":
     return table
 
 
-def _builds_table(figures: Figures) -> "Table":
-    from rich.table import Table
-
+def _builds_table(figures: Figures) -> Table:
     table = Table("build", "time", "memory", "engines", "kernels per block", title="Builds without a GPU")
     for build in figures["builds"]:
         sizes = ", ".join(f"{name} {_gb(size)}" for name, size in build["engine_bytes"].items())

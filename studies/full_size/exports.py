@@ -37,18 +37,19 @@ class ExportCase:
     half: bool  # the checkpoint's transformers are in bfloat16
     precision: Precision
     link: bool = False
-    form: str = ""  # of the experts' files, a key of ``FORMS``; the release's own where it is empty
+    form: str = ""  # of the experts' files, see :func:`repack`; "" for the release's own
 
 
 CASES = (
     *(ExportCase(f"fp32 → {precision}", "official", False, precision) for precision in Precision),
     ExportCase("bf16 → bf16, linked", "diffusers", True, Precision.BF16, link=True),
-    ExportCase("fp8_scaled → fp8", "official", False, Precision.FP8, form="fp8_scaled"),
-    ExportCase("fp8_scaled → bf16", "official", False, Precision.BF16, form="fp8_scaled"),
-    ExportCase("Q4_K → bf16", "official", False, Precision.BF16, form="Q4_K"),
+    ExportCase("fp8_scaled → fp8", "official", True, Precision.FP8, form="fp8_scaled"),
+    ExportCase("fp8_scaled → bf16", "official", True, Precision.BF16, form="fp8_scaled"),
+    ExportCase("Q4_K → bf16", "official", True, Precision.BF16, form="Q4_K"),
 )
 PLAIN = tuple(case for case in CASES if not case.link and not case.form)
 TIMED = tuple(case for case in PLAIN if case.precision in (Precision.BF16, Precision.FP8))
+TIMED_QUANTISED = tuple(case for case in CASES if case.name == "fp8_scaled → fp8")
 
 
 def memory_of(case: ExportCase, spec: ModelSpec, folder: Path) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def memory_of(case: ExportCase, spec: ModelSpec, folder: Path) -> dict[str, Any]
     with _remove_after(checkpoint, bundle):
         synthesise(spec, checkpoint, case.layout, 0, sparse=True, half=case.half)
         if case.form:
-            repack(checkpoint, spec, case.form)
+            repack(checkpoint, spec, case.form, sparse=True)
         console.print(f"{case.name}, all of {spec.name} in sparse files")
         started = time.perf_counter()
         peak, _ = _export(checkpoint, bundle, case, sparse=True)
@@ -69,14 +70,19 @@ def memory_of(case: ExportCase, spec: ModelSpec, folder: Path) -> dict[str, Any]
 
 
 def throughput_of(cases: Sequence[ExportCase], spec: ModelSpec, folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """Time ``cp`` and every export of one float32 checkpoint of ``spec``, in turns; all files are removed."""
+    """Time ``cp`` and every export of one checkpoint of ``spec``, in turns; all files are removed.
+
+    ``cases`` read checkpoints of the same types and form.
+    """
     from export.synth.checkpoint import synthesise, weights_bytes
 
     checkpoint, copy = folder / "checkpoint", folder / "copy"
     with _remove_after(checkpoint, copy, folder / "bundle"):
         check_disk(checkpoint, 3 * weights_bytes(spec))  # the checkpoint, its bundle, a copy
         with bars() as progress:
-            synthesise(spec, checkpoint, "official", 0, progress=progress)
+            synthesise(spec, checkpoint, "official", 0, half=cases[0].half, progress=progress)
+        if cases[0].form:
+            repack(checkpoint, spec, cases[0].form, sparse=False)
         cp_seconds: list[float] = []
         runs: dict[str, list[dict[str, Any]]] = {case.name: [] for case in cases}
         for turn in range(repeats):
@@ -139,9 +145,7 @@ def _cp_seconds(folder: Path, copy: Path) -> float:
         return _seconds(lambda: subprocess.run(["cp", "-r", str(folder), str(copy)], check=True))[0]
 
 
-def _compare_with_cp(
-    checkpoint_bytes: int, runs: Sequence[dict[str, Any]], cp_seconds: Sequence[float]
-) -> dict[str, Any]:
+def _compare_with_cp(checkpoint_bytes: int, runs: list[dict[str, Any]], cp_seconds: list[float]) -> dict[str, Any]:
     """The throughputs: bytes read plus bytes written per second. cp writes as many bytes as it reads."""
     bundle_bytes = runs[0]["bundle_bytes"]
     export_rates = [(checkpoint_bytes + bundle_bytes) / run["seconds"] / 1e9 for run in runs]
@@ -153,7 +157,7 @@ def _compare_with_cp(
         "export_seconds": [run["seconds"] for run in runs],
         "sync_seconds": [run["sync_seconds"] for run in runs],
         "sync_share": statistics.median(run["sync_seconds"] / run["seconds"] for run in runs),
-        "cp_seconds": list(cp_seconds),
+        "cp_seconds": cp_seconds,
         "export_gb_s": statistics.median(export_rates),
         "cp_gb_s": statistics.median(cp_rates),
         "shares_of_cp": shares,

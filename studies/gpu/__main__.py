@@ -29,15 +29,19 @@ from wan22.files import write_file
 from wan_trt.console import command_line, console
 from wan_trt.guard import command_of
 
-P480, P720, P5B = (832, 480, 81), (1280, 720, 81), (1280, 704, 121)
+P480, P720, P5B_480, P5B = (832, 480, 81), (1280, 720, 81), (832, 480, 121), (1280, 704, 121)
+TRANSFORMER = "studies.gpu.transformer"
 STAGES = (
+    Stage("cuda", "CUDA provider", "studies.gpu.provider", "load"),
     Stage("rtx", "TensorRT-RTX engine", "studies.gpu.rtx", "attempt"),
     Stage("sampler", "sampler", "studies.gpu.sampler", "overhead"),
-    Stage("a14b-blocks", "T2V-A14B, two blocks", "studies.gpu.transformer", "compare_blocks", ("t2v-a14b", P480)),
-    Stage("5b-blocks", "TI2V-5B, two blocks", "studies.gpu.transformer", "compare_blocks", ("ti2v-5b", P5B)),
+    Stage("swap", "expert swap", "studies.gpu.swap", "rate"),
+    Stage("a14b-blocks", "T2V-A14B, two blocks", TRANSFORMER, "compare_blocks", ("t2v-a14b", (P480, P720))),
+    Stage("5b-blocks", "TI2V-5B, two blocks", TRANSFORMER, "compare_blocks", ("ti2v-5b", (P5B_480, P5B))),
     Stage("vae", "streaming VAE decode", "studies.gpu.decoder", "streaming"),
-    Stage("5b", "TI2V-5B, whole", "studies.gpu.transformer", "whole_model", ("ti2v-5b", (P5B,))),
-    Stage("a14b", "T2V-A14B, whole expert", "studies.gpu.transformer", "whole_model", ("t2v-a14b", (P480, P720))),
+    Stage("5b", "TI2V-5B, whole", TRANSFORMER, "whole_model", ("ti2v-5b", (P5B_480, P5B))),
+    Stage("video", "TI2V-5B, a video", "studies.gpu.video", "whole_video"),
+    Stage("a14b", "T2V-A14B, whole expert", TRANSFORMER, "whole_model", ("t2v-a14b", (P480, P720))),
 )
 PROGRAM = "python -m studies.gpu"
 NOT_MEASURED = "no GPU: nothing measured"
@@ -109,17 +113,12 @@ def _measure(answers: Sequence[StageResult], setting: StageSettings, deadline: f
 
 
 def _without_figures(answers: Sequence[StageResult]) -> list[StageResult]:
-    return [
-        replace(
-            answer,
-            status="ran" if answer.status == "measured" else answer.status,
-            measurements=[
-                replace(row, value=None, note="ran" if row.value is not None else row.note)
-                for row in answer.measurements
-            ],
-        )
-        for answer in answers
-    ]
+    shown = []
+    for answer in answers:
+        rows = [replace(row, value=None, note="ran") if row.value is not None else row for row in answer.measurements]
+        status = "ran" if answer.status == "measured" else answer.status
+        shown.append(replace(answer, status=status, measurements=rows))
+    return shown
 
 
 def _circumstances(gpu: dict[str, Any], dry_run: bool) -> dict[str, Any]:

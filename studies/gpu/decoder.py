@@ -1,7 +1,4 @@
-"""VAE decoding at 720p: our streaming graphs on ONNX Runtime and diffusers' decoder, both in float32.
-
-On ONNX Runtime the caches between chunks pass through host memory; TensorRT engines keep them on the device.
-"""
+"""VAE decoding at 720p: our streaming graphs on ONNX Runtime and diffusers' decoder, both in float32."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -37,10 +34,11 @@ def streaming(setting: StageSettings) -> Iterator[Measurement]:
 
 
 def _ours(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tuple[float, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        first, later = decoder_engines(spec, weights, Path(folder), device)
-        with first, later:
-            return _measure(device, lambda: [None for _ in decode(first, later, latents)])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        decoder_engines(spec, weights, Path(folder), device) as (first, later),
+    ):
+        return _measure(device, lambda: [None for _ in decode(first, later, latents)])
 
 
 def _theirs(device: str, spec: ModelSpec, weights: Weights, latents: F32) -> tuple[float, float]:

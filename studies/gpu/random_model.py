@@ -4,34 +4,34 @@ Times do not depend on the values, but power does, and so does the check that bo
 weights are not zeros.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from engines.cpu.attention import fuse_attention
+from engines.cuda.attention import OLDEST_ONNXRUNTIME
+from engines.cuda.passes import fit_transformer, lower_opset
+from engines.targets import FIRST_FLASH
 from export.checkpoint.keys import diffusers_names
 from export.checkpoint.schema import Shapes
 from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16, GraphBuilder, Placed
 from export.graphs.dit import dit_graph
 from export.graphs.vae_decoder import vae_decoder
+from runtime.engine import Engine
+from runtime.engine_cuda import CudaDevice
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from validate.reference.parts import lower
 from wan22.bundle import Component, File
-from wan22.errors import UserError
 from wan22.specs import ModelSpec, Precision
 
 Weights = Mapping[str, torch.Tensor]  # by official name
+Place = Callable[[Mapping[str, Any]], dict[str, Any]]  # arrays by name, moved to where an engine computes
 COMPUTE = {Precision.BF16: BFLOAT16, Precision.FP16: FLOAT16, Precision.FP32: FLOAT}
-STORED = {
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.FLOAT: torch.float32,
-}
-CUDA = "CUDAExecutionProvider"
+STORED = {ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.FLOAT16: torch.float16, ir.DataType.FLOAT: torch.float32}
 WEIGHTS = "weights.bin"
 
 
@@ -56,25 +56,56 @@ def fill_module(module: Any, part: str, spec: ModelSpec, weights: Weights, dtype
     return module.eval()
 
 
+@contextmanager
 def transformer_engine(
-    spec: ModelSpec, weights: Weights, folder: Path, precision: Precision, device: str
-) -> OnnxRuntimeEngine:
-    """Write our graph of an expert, with ONNX Runtime's fused attention, into ``folder``; returns its engine."""
+    spec: ModelSpec, weights: dict[str, torch.Tensor], folder: Path, precision: Precision, device: str
+) -> Iterator[tuple[Engine, Place]]:
+    """Write our graph of an expert into ``folder`` as a build for CUDA does; yields :func:`opened` of it.
+
+    ``weights`` is emptied once it is on the disk, since a GPU may not hold a model twice.
+    """
     graph = dit_graph(spec.dit, COMPUTE[precision])
     write_weights([graph], weights, folder)
+    weights.clear()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     model = ir.Model(graph.graph, ir_version=11)
-    fuse_attention(model, spec.dit.heads, spec.dit.head_width)
+    fit_transformer(model, spec.dit)
     ir.save(model, folder / "transformer.onnx")
-    return _engine(graph, folder, "transformer", precision, device)
+    with opened(folder, _component(graph, folder, "transformer", precision), device) as engine:
+        yield engine
 
 
-def decoder_engines(spec: ModelSpec, weights: Weights, folder: Path, device: str) -> list[OnnxRuntimeEngine]:
+@contextmanager
+def decoder_engines(spec: ModelSpec, weights: Weights, folder: Path, device: str) -> Iterator[tuple[Engine, Engine]]:
     """Engines of the VAE's decoder in float32, for the first latent frame and for later ones."""
     graphs = {"first": vae_decoder(spec.vae, first=True), "next": vae_decoder(spec.vae, first=False)}
     write_weights(list(graphs.values()), weights, folder)
+    components = []
     for name, graph in graphs.items():
-        graph.save(folder / f"{name}.onnx")
-    return [_engine(graph, folder, name, Precision.FP32, device) for name, graph in graphs.items()]
+        model = ir.Model(graph.graph, ir_version=11)
+        lower_opset(model)
+        ir.save(model, folder / f"{name}.onnx")
+        components.append(_component(graph, folder, name, Precision.FP32))
+    with opened(folder, components[0], device) as (first, _), opened(folder, components[1], device) as (later, _):
+        yield first, later
+
+
+@contextmanager
+def opened(folder: Path, component: Component, device: str) -> Iterator[tuple[Engine, Place]]:
+    """The engine of ``component``, and a function that puts arrays where it computes: on the GPU for "cuda"."""
+    if device == "cpu":
+        with OnnxRuntimeEngine(folder, component) as on_cpu:
+            yield on_cpu, dict
+        return
+    with open_device() as gpu, gpu.engine(folder, component) as engine:
+        yield engine, lambda arrays: {name: gpu.cupy.asarray(array) for name, array in arrays.items()}
+
+
+def open_device() -> CudaDevice:
+    """The GPU, with the checks of a pipeline."""
+    oldest = ".".join(map(str, OLDEST_ONNXRUNTIME))
+    return CudaDevice.open(oldest, FIRST_FLASH)
 
 
 def write_weights(graphs: list[GraphBuilder], weights: Weights, folder: Path) -> None:
@@ -92,23 +123,7 @@ def write_weights(graphs: list[GraphBuilder], weights: Weights, folder: Path) ->
         graph.bind({key: placed[key] for key in graph.weights}, folder)
 
 
-def _engine(graph: GraphBuilder, folder: Path, name: str, precision: Precision, device: str) -> OnnxRuntimeEngine:
-    file, weights = (File(leaf, "", (folder / leaf).stat().st_size) for leaf in (f"{name}.onnx", WEIGHTS))
+def _component(graph: GraphBuilder, folder: Path, name: str, precision: Precision) -> Component:
+    weights = File(WEIGHTS, "", (folder / WEIGHTS).stat().st_size)
     inputs, outputs = graph.edges()
-    kind = CudaEngine if device == "cuda" else OnnxRuntimeEngine
-    return kind(folder, Component(name, file, (weights,), inputs, outputs, precision))
-
-
-class CudaEngine(OnnxRuntimeEngine):
-    """An engine that requires the GPU. ONNX Runtime alone falls back to the CPU if CUDA does not start."""
-
-    def __enter__(self) -> Self:
-        import onnxruntime
-
-        if CUDA not in onnxruntime.get_available_providers():
-            raise UserError("onnxruntime without CUDA", "onnxruntime-gpu", "pip install 'wan-trt[gpu]'")
-        super().__enter__()
-        if CUDA not in self._session.get_providers():
-            self._session = None
-            raise UserError("ONNX Runtime could not start CUDA", "the CUDA it was built for", "see its message")
-        return self
+    return Component(name, File(f"{name}.onnx", "", 0), (weights,), inputs, outputs, precision)

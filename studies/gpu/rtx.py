@@ -75,15 +75,11 @@ def _load_and_run(
 ) -> Iterator[Measurement]:
     import cupy
 
-    inputs = {name: cupy.asarray(array) for name, array in _inputs(spec).items()}
+    latents = standard_normal(spec.latent_shape(*VIDEO), 0)
+    text = standard_normal((1, TEXT_TOKENS, spec.dit.text_width), 1)
+    inputs = {name: cupy.asarray(x) for name, x in forward_inputs(spec.dit, latents, 900.0, text).items()}
     with Device(trt, cupy) as device, device.engine(folder, component, profiles) as engine:
         velocity = cupy.asnumpy(engine(**inputs))
         finite = bool(np.isfinite(velocity).all())
         milliseconds = median_ms("cuda", lambda: engine(**inputs), RUNS)
     yield Measurement("loads and runs", milliseconds, "ms", "finite" if finite else "not finite")
-
-
-def _inputs(spec: ModelSpec) -> dict[str, Any]:
-    latents = standard_normal(spec.latent_shape(*VIDEO), 0)
-    text = standard_normal((1, TEXT_TOKENS, spec.dit.text_width), 1)
-    return forward_inputs(spec.dit, latents, 900.0, text)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.denoise import Conditions, denoise
+from runtime.denoise import Conditions, Sampler, denoise
 from runtime.noise import standard_normal
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
@@ -26,10 +26,8 @@ def overhead(setting: StageSettings) -> Iterator[Measurement]:
     spec, video = spec_named("t2v-a14b"), (64, 64, 5) if setting.dry_run else (1280, 720, 81)
     noise = xp.asarray(standard_normal(spec.latent_shape(*video), setting.seed))
     for solver in SOLVERS:
-        milliseconds = median_ms("cpu", partial(_run, xp, spec, noise, solver), RUNS)
-        yield Measurement(
-            f"{xp.__name__} {solver}", milliseconds / STEPS, "ms a step", "{}x{}, {} frames".format(*video)
-        )
+        per_step = median_ms("cpu", partial(_run, xp, spec, noise, solver), RUNS) / STEPS
+        yield Measurement(f"{xp.__name__} {solver}", per_step, "ms a step", "{}x{}, {} frames".format(*video))
 
 
 def _run(xp: Any, spec: ModelSpec, noise: Any, name: SolverName) -> None:
@@ -37,7 +35,8 @@ def _run(xp: Any, spec: ModelSpec, noise: Any, name: SolverName) -> None:
     answer = 0.1 * noise
     experts = {expert: lambda **_: answer for expert in spec.experts}
     schedule = make_schedule(name, STEPS, spec.sampling.shift, "official")
-    solver, text = make_solver(name, schedule), xp.zeros(1)  # text goes to the transformer only
-    for step in denoise(spec, experts, noise, Conditions(text, text), spec.sampling.guidance, schedule, solver):
+    sampler = Sampler(schedule, make_solver(name, schedule), spec.sampling.guidance)
+    text = xp.zeros(1)  # goes to the transformer only
+    for step in denoise(spec, experts, noise, Conditions(text, text), sampler):
         latents = step.latents
     float(latents.ravel()[0])

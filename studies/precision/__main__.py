@@ -11,11 +11,11 @@ from wan_trt.guard import command_of
 
 PROGRAM = "python -m studies.precision"
 
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the report, HTML and JSON.")]
+
 
 def run(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report, HTML and JSON.")] = Path(
-        "study"
-    ),
+    output: Output = Path("study"),
     model: Annotated[str, typer.Option(help="The model to make a small twin of.")] = "ti2v-5b",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 4,
     seed: Seed = 0,

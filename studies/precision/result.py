@@ -3,18 +3,18 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
 import msgspec
+from rich.table import Table
+from rich.text import Text
 
 from studies.precision.attention import AttentionError
 from studies.precision.outliers import Range
 from studies.precision.variants import Variant
 from validate.gate import distinct_text
 from validate.report.to_json import json_number
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 COLLAPSE = 0.1  # from this relative L2 error of a velocity, a run no longer follows the model
 LARGEST_FP16 = 65504.0
@@ -50,6 +50,10 @@ class VariantResult:
     def percent(self, error: float) -> str:
         """``error`` as text with enough digits to differ from an aim that it misses."""
         return distinct_text(error, self.variant.aim, lambda value, more: f"{value:.{2 + more}%}")
+
+    @property
+    def aim(self) -> str:
+        return "" if self.variant.ablation else f"{self.variant.aim:.2%}"
 
     @property
     def tone(self) -> str:
@@ -121,17 +125,14 @@ class Study:
         for verdict in ("collapses", "misses its aim", "meets its aim"):
             for result in self.results:
                 if result.verdict == verdict:
-                    aim = "" if result.variant.ablation else f", aim {result.variant.aim:.2%}"
-                    found.append(
-                        f"{result.variant.name} {verdict}: {result.percent(result.worst)} in the worst step{aim}"
-                    )
-        return found + self._ablated() + self._long_sequences()
-
-    def _ablated(self) -> list[str]:
-        """The error of attention without one of its precautions, in words."""
+                    aim = f", aim {result.aim}" if result.aim else ""
+                    worst = result.percent(result.worst)
+                    found.append(f"{result.variant.name} {verdict}: {worst} in the worst step{aim}")
         errors = {part.name: part.error for part in self.parts}
         ablated = {name: error for name, error in errors.items() if ", " in name}
-        return [f"{name}: {error:.2%} instead of {errors[name.split(', ')[0]]:.2%}" for name, error in ablated.items()]
+        for name, error in ablated.items():
+            found.append(f"{name}: {error:.2%} instead of {errors[name.split(', ')[0]]:.2%}")
+        return found + self._long_sequences()
 
     @property
     def largest_part(self) -> float:
@@ -146,25 +147,15 @@ class Study:
             f"normalises before it quantises, as in the graph, and {worst.as_fused:.1%} if after, as fused kernels do"
         ]
 
-    def table(self) -> "Table":
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(
-            "precision", "median", "worst step", "aim", "latents", "verdict", title="Velocity error, relative L2"
-        )
+    def table(self) -> Table:
+        headings = ("precision", "median", "worst step", "aim", "latents", "verdict")
+        table = Table(*headings, title="Velocity error, relative L2")
+        shades = {"collapses": "red", "misses its aim": "yellow", "meets its aim": "green"}
         for result in self.results:
-            shade = {"collapses": "red", "misses its aim": "yellow", "meets its aim": "green"}.get(
-                result.verdict, "dim"
-            )
-            table.add_row(
-                result.variant.name,
-                f"{median(result.errors):.2%}",
-                result.percent(result.worst),
-                "" if result.variant.ablation else f"{result.variant.aim:.2%}",
-                "broke" if result.problem else f"{result.psnr_db:.1f} dB",
-                Text(result.verdict, shade),
-            )
+            velocity = f"{median(result.errors):.2%}", result.percent(result.worst), result.aim
+            latents = "broke" if result.problem else f"{result.psnr_db:.1f} dB"
+            verdict = Text(result.verdict, shades.get(result.verdict, "dim"))
+            table.add_row(result.variant.name, *velocity, latents, verdict)
         return table
 
     def as_json(self) -> bytes:
@@ -180,11 +171,6 @@ class Study:
             "attention": [asdict(error) for error in self.attention],
         }
         return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
-
-
-def median(values: tuple[float, ...]) -> float:
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 def _result(result: VariantResult) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from runtime.schedule import Schedule, make_schedule
 from studies.precision.attention import TOKENS, attention_errors
 from studies.precision.outliers import INPUTS, WEIGHTS, Range
 from studies.precision.page import write_study
-from studies.precision.result import Magnitude, PartError, Statistic, Study, VariantResult
+from studies.precision.result import Magnitude, PartError, Statistic, Study
 from studies.precision.sampling import ReferenceRun, VariantComparison
 from studies.precision.twin import Twin, TwinSize, make_twin
 from studies.precision.variants import BFLOAT, VARIANTS, open_noted, parts
@@ -64,11 +64,14 @@ def _run_study(spec: ModelSpec, options: StudyOptions, progress: Progress) -> St
         meter.count(ReferenceRun(twin, given, schedule)) for given in (twin.judged, twin.measured, twin.without_text)
     )
     comparison = VariantComparison(twin, schedule, reference, beforehand, without_text)
-    results, noted = _results(comparison, meter)
+    noted = {expert: open_noted(BFLOAT, twin.spec.dit, weights) for expert, weights in twin.weights.items()}
+    results = []
+    for variant in VARIANTS:
+        results.append(meter.count(comparison.result(variant, noted if variant is BFLOAT else None)))
     return Study(
         facts=_facts(options, twin, schedule),
         timesteps=tuple(schedule.timesteps.tolist()),
-        results=results,
+        results=tuple(results),
         parts=tuple(PartError(part.name, meter.count(comparison.first_error(part))) for part in parts()),
         magnitudes=_magnitudes(noted),
         statistics=_statistics(twin, reference),
@@ -76,25 +79,13 @@ def _run_study(spec: ModelSpec, options: StudyOptions, progress: Progress) -> St
     )
 
 
-def _results(comparison: VariantComparison, meter: "_Meter") -> tuple[tuple[VariantResult, ...], dict[str, Tapped]]:
-    """The results of all variants, and the magnitudes that the bfloat16 variant records, by expert."""
-    twin, results = comparison.twin, []
-    noted = {expert: open_noted(BFLOAT, twin.spec.dit, weights) for expert, weights in twin.weights.items()}
-    for variant in VARIANTS:
-        results.append(meter.count(comparison.result(variant, noted if variant is BFLOAT else None)))
-    return tuple(results), noted
-
-
 def _check(options: StudyOptions) -> ModelSpec:
     size, spec = options.size, spec_named(options.model)
     if size.width < NARROWEST or size.width % HEAD:
         raise UserError(f"width {size.width}", f"a multiple of {HEAD}, at least {NARROWEST}", "use 512 or 1024")
     if size.layers < 1 or size.tokens < 1 or any(side % 2 for side in size.latent[1:]):
-        raise UserError(
-            f"{size.layers} layers, latents {size.latent}",
-            "at least one layer and one token, and even sides",
-            "correct the size",
-        )
+        found = f"{size.layers} layers, latents {size.latent}"
+        raise UserError(found, "at least one layer and one token, and even sides", "correct the size")
     timesteps = make_schedule("unipc", options.steps, spec.sampling.shift).timesteps.tolist()
     if idle := set(spec.experts) - {spec.expert_at(timestep) for timestep in timesteps}:
         raise UserError(f"{options.steps} steps, none by {min(idle)}", "steps of every expert", "use more --steps")
@@ -103,9 +94,8 @@ def _check(options: StudyOptions) -> ModelSpec:
 
 def _facts(options: StudyOptions, twin: Twin, schedule: Schedule) -> dict[str, str]:
     dit, size = twin.spec.dit, options.size
-    shape = (
-        f"{dit.layers} blocks, width {dit.width}, feed-forward {dit.ffn_width}, {dit.heads} heads of {dit.head_width}"
-    )
+    heads = f"{dit.heads} heads of {dit.head_width}"
+    shape = f"{dit.layers} blocks, width {dit.width}, feed-forward {dit.ffn_width}, {heads}"
     frames, rows, columns = size.latent
     guidance = ", ".join(f"{scale:g} ({expert})" for expert, scale in twin.spec.sampling.guidance.items())
     return {

@@ -52,22 +52,18 @@ class ReferenceRun:
         return Calibration(self._tapped[expert].largest, self._tapped[expert].means)
 
 
+@dataclass(frozen=True, eq=False)
 class VariantComparison:
     """Compares variants with the float32 run on the twin's judged inputs.
 
     Variants take statistics from ``beforehand``, or from ``without_text``, the run that needs no data.
     """
 
-    def __init__(
-        self,
-        twin: Twin,
-        schedule: Schedule,
-        reference: ReferenceRun,
-        beforehand: ReferenceRun,
-        without_text: ReferenceRun,
-    ) -> None:
-        self.twin, self.schedule = twin, schedule
-        self.reference, self.beforehand, self.without_text = reference, beforehand, without_text
+    twin: Twin
+    schedule: Schedule
+    reference: ReferenceRun
+    beforehand: ReferenceRun
+    without_text: ReferenceRun
 
     def open_experts(self, variant: Variant) -> dict[str, Forward]:
         """The variant's forwards by expert."""

@@ -15,14 +15,14 @@ from export.checkpoint.schema import dit_tensors
 from export.graphs.dit import dit_graph
 from export.synth.weights import pieces
 from runtime.arrays import F32
-from runtime.denoise import Conditions, denoise
+from runtime.denoise import Conditions, Sampler, denoise
 from runtime.forward_inputs import forward_inputs, text_rows
 from runtime.noise import standard_normal
 from runtime.schedule import Schedule
 from runtime.solver import make_solver
 from studies.precision.outliers import fit, plant, restore_maxima
 from studies.precision.session import fill, open_graph
-from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
+from wan22.specs import TEXT_TOKENS, ModelSpec, tokens
 
 PROMPT_TOKENS, NEGATIVE_TOKENS = 40, 120
 FITTED_RUNS = 2
@@ -39,8 +39,7 @@ class TwinSize:
 
     @property
     def tokens(self) -> int:
-        frames, rows, columns = self.latent
-        return frames * (rows // PATCH[1]) * (columns // PATCH[2])
+        return tokens(self.latent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +109,8 @@ def sample(spec: ModelSpec, given: Inputs, schedule: Schedule, experts: Mapping[
         NonFiniteError: a velocity has NaN or infinity.
     """
     conditions = Conditions(given.positive, given.negative, condition=given.condition)
-    solver, guidance = make_solver("unipc", schedule), spec.sampling.guidance
-    *_, last = denoise(spec, experts, given.latents, conditions, guidance, schedule, solver)
+    sampler = Sampler(schedule, make_solver("unipc", schedule), spec.sampling.guidance)
+    *_, last = denoise(spec, experts, given.latents, conditions, sampler)
     return last.latents
 
 

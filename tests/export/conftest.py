@@ -25,9 +25,12 @@ def made_up(shapes, seed=0):
 
 @pytest.fixture
 def run_graph(tmp_path):
-    """``run_graph(builder, weights)`` → the graph as a function of keyword arrays."""
+    """``run_graph(builder, weights)`` → the graph as a function of keyword arrays.
 
-    def load(g, weights):
+    Without ``prepack``, matrices are multiplied as if they were inputs: packed ones are summed in another order.
+    """
+
+    def load(g, weights, *, prepack=True):
         placed, data = {}, bytearray()
         for name, value in g.weights.items():
             stored = weights[name].astype(ir.DataType(value.dtype).numpy())
@@ -36,7 +39,9 @@ def run_graph(tmp_path):
         (tmp_path / "weights.bin").write_bytes(data)
         g.bind(placed, tmp_path)
         g.save(tmp_path / "graph.onnx")
-        session = ort.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
+        session = ort.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
         return lambda **inputs: session.run(None, inputs)
 
     return load

@@ -26,8 +26,15 @@ ALONE = ("self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory):
-    """ModelOpt's FP8 in the -Diffusers layout: block 0 is quantised, block 1 is not; q, k and v share a scale."""
-    folder = tmp_path_factory.mktemp("modelopt") / "checkpoint"
+    """ModelOpt's FP8, where q, k and v share a scale."""
+    return written(tmp_path_factory.mktemp("modelopt") / "checkpoint", "shared")
+
+
+def written(folder, scaling):
+    """ModelOpt's FP8 in the -Diffusers layout, and its tensors: block 0 is quantised, block 1 is not.
+
+    ``scaling``: q, k and v have "shared" scales, their "own", or every matrix has one for each of its "rows".
+    """
     synthesise(SPEC, folder, "diffusers", seed=3)
     weights = open_checkpoint(folder).weights["dit"]
     tensors = {}
@@ -39,10 +46,11 @@ def calibrated(tmp_path_factory):
         array = torch.from_numpy(np.array(weights.read(name), np.float32))
         linear = name.removeprefix("blocks.0.").removesuffix(".weight")
         if name.startswith("blocks.0.") and name.endswith(".weight") and linear in DIT_LINEARS_PER_BLOCK:
-            shared = scales.get(linear.split(".")[0]) if linear[-1] in "qkv" else None
+            shared = scales.get(linear.split(".")[0]) if linear[-1] in "qkv" and scaling == "shared" else None
             scale = torch.tensor(shared if shared is not None else float(array.abs().max()) / 448 * 1.5)
+            scale = array.abs().amax(1, keepdim=True) / 448 if scaling == "rows" else scale
             tensors[f"{THEIRS[name]}.weight"] = (array / scale).to(torch.float8_e4m3fn)
-            tensors[f"{THEIRS[name]}.weight_scale"] = scale
+            tensors[f"{THEIRS[name]}.weight_scale"] = scale.clone()
             tensors[f"{THEIRS[name]}.input_scale"] = torch.tensor(0.02 + 0.001 * len(linear))
         else:
             tensors[diffusers_names("dit", SPEC)[name]] = array.bfloat16()
@@ -75,6 +83,24 @@ def test_stored_codes_go_into_the_graph_bit_for_bit(calibrated, tmp_path):
         assert torch.equal(found[f"blocks.0.{joined}.weight"], torch.cat(theirs).view(torch.uint8))
 
 
+@pytest.mark.parametrize("scaling", ["own", "rows"])
+def test_codes_with_scales_for_their_rows_are_kept_too(tmp_path, scaling):
+    """LightX2V stores a scale for every row; ModelOpt may give q, k and v scales of their own."""
+    folder, tensors = written(tmp_path / "checkpoint", scaling)
+    found = weights_of(exported(folder, tmp_path / "onnx"))
+    stored = ("self_attn.q k v", "self_attn.o", "cross_attn.q", "cross_attn.k v", "cross_attn.o", "ffn.0", "ffn.2")
+    for first, *more in map(str.split, stored):
+        module, parts = first.rpartition(".")[0], (first.rpartition(".")[2], *more)
+        theirs = [THEIRS[f"blocks.0.{module}.{part}.weight"] for part in parts]
+        ours = f"blocks.0.{module}.{''.join(parts)}"
+        codes = torch.cat([tensors[f"{name}.weight"] for name in theirs])
+        assert torch.equal(found[f"{ours}.weight"], codes.view(torch.uint8))
+        rows = [tensors[f"{name}.weight_scale"].expand(len(tensors[f"{name}.weight"]), 1) for name in theirs]
+        scales = found[f"{ours}.weight_scale"] * found.get(f"{ours}.column_scale", torch.ones(len(codes)))
+        torch.testing.assert_close(scales, torch.cat(rows).ravel(), rtol=1e-6, atol=0)
+    assert ("blocks.0.ffn.0.column_scale" in found) == (scaling == "rows")
+
+
 def test_its_input_scales_are_ours(calibrated, tmp_path):
     folder, tensors = calibrated
     found = weights_of(exported(folder, tmp_path / "onnx"))
@@ -103,6 +129,19 @@ def test_a_lora_makes_new_codes_of_what_it_changes(calibrated, tmp_path):
     torch.testing.assert_close(values, merged, rtol=2**-4, atol=float(step) * 2**-9)
     other = THEIRS["blocks.0.ffn.2.weight"]
     assert torch.equal(found["blocks.0.ffn.2.weight"], tensors[f"{other}.weight"].view(torch.uint8))
+
+
+def test_codes_that_are_no_numbers_are_refused(calibrated, tmp_path):
+    folder, tensors = calibrated
+    target = shutil.copytree(folder, tmp_path / "spoiled")
+    key = f"{THEIRS['blocks.0.self_attn.k.weight']}.weight"
+    codes = tensors[key].view(torch.uint8).clone()
+    codes[7, 9] = 0xFF
+    path = target / "transformer/diffusion_pytorch_model.safetensors"
+    safetensors.torch.save_file(tensors | {key: codes.view(torch.float8_e4m3fn)}, path)
+    with pytest.raises(UserError, match=r"blocks\.0\.self_attn\.qkv\.weight holds NaN"):
+        exported(target, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_an_input_scale_that_makes_no_sense_is_named(calibrated, tmp_path):

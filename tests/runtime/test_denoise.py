@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from runtime.denoise import Conditions, denoise
+from runtime.denoise import Conditions, Sampler, denoise
 from runtime.forward_inputs import rope_tables, time_features
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
@@ -33,7 +33,7 @@ def run(spec=T2V, experts=None, *, given=TEXT, guidance=3.0, solver="euler", ste
     experts = experts or dict.fromkeys(spec.experts, Recorder())
     scales = guidance if isinstance(guidance, dict) else dict.fromkeys(spec.experts, guidance)
     noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    return noise, denoise(spec, experts, noise, given, scales, schedule, make_solver(solver, schedule))
+    return noise, denoise(spec, experts, noise, given, Sampler(schedule, make_solver(solver, schedule), scales))
 
 
 def test_yields_after_every_step_and_ends_where_the_solver_does():

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from runtime import engine_tensorrt
-from runtime.engine_tensorrt import Device, TensorRTEngine, output_shapes
+from runtime import engine_tensorrt, rtx
+from runtime.engine_tensorrt import Device, TensorRTEngine
 from tests.runtime.fake_gpu import DeviceArray, FakeCupy, FakeEngine, FakeTensorRT, Memory, at
 from wan22.bundle import Build, Component, File, Manifest, Source, Tensor
 from wan22.errors import UserError
@@ -162,14 +162,6 @@ def test_engines_with_state_are_not_recorded(opened):
     assert not engine.replays
 
 
-def test_output_shapes_follow_from_the_inputs():
-    frames = Tensor("frames", "float32", (1, 3, 4, "8*height", "8*width"))
-    assert output_shapes((frames, NEXT), {"height": 90, "width": 160, "frames": 2}) == {
-        "frames": (1, 3, 4, 720, 1280),
-        "next_cache_00": (1, 4),
-    }
-
-
 # -- what it was built for
 
 
@@ -201,21 +193,23 @@ def test_missing_cupy_names_its_package(monkeypatch):
 
 USED_ON = {
     "context": "IExecutionContext", "_context": "IExecutionContext", "engine": "ICudaEngine", "_engine": "ICudaEngine",
-    "runtime": "Runtime", "config": "IRuntimeConfig",
+    "runtime": "Runtime", "config": "IRuntimeConfig", "_cache": "IRuntimeCache",
 }  # fmt: skip
 
 
 def test_every_name_that_is_used_exists_in_the_installed_module():
     trt = pytest.importorskip("tensorrt_rtx", reason="the API of an installed TensorRT")
     used = set()
-    for node in ast.walk(ast.parse(inspect.getsource(engine_tensorrt))):
+    parsed = [ast.parse(inspect.getsource(module)) for module in (engine_tensorrt, rtx)]
+    for node in (node for tree in parsed for node in ast.walk(tree)):
         if isinstance(node, ast.Attribute):
             owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
             if owner in USED_ON:
                 used.add((USED_ON[owner], node.attr))
             if owner == "trt":
                 used.add(("", node.attr))
-    used -= {("", "__version__"), ("Runtime", "CUDARuntimeError"), ("Runtime", "memGetInfo")}  # CuPy's runtime
+    cupys = {"CUDARuntimeError", "memGetInfo", "getDevice", "getDeviceProperties", "driverGetVersion"}
+    used -= {("", "__version__"), *(("Runtime", name) for name in cupys)}
     missing = [name for name in used if not hasattr(getattr(trt, name[0]) if name[0] else trt, name[1])]
     assert len(used) > 14
     assert missing == []

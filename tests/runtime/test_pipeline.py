@@ -24,7 +24,9 @@ def edited(tmp_path, tiny_engines):
 
 
 def test_an_unknown_backend_lists_the_known_ones(edited):
-    with pytest.raises(UserError, match=r"backend 'openvino' \| expected one of onnxruntime, tensorrt, tensorrt-rtx"):
+    with pytest.raises(
+        UserError, match=r"backend 'openvino' \| expected one of onnxruntime, onnxruntime-gpu, tensorrt"
+    ):
         Pipeline.open(edited("openvino"))
 
 

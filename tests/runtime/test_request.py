@@ -18,6 +18,8 @@ from wan22.specs import SPECS, T2V_A14B, TI2V_5B
 
 I2V, TI2V, T2V = (SPECS[f"{name}-tiny"] for name in ("i2v-a14b", "ti2v-5b", "t2v-a14b"))
 
+SWITCHES_OUTSIDE = replace(T2V, sampling=replace(T2V.with_preset("lightning").sampling, switch_step=9))
+
 
 def picture(width=96, height=64, seed=0):
     stream = BytesIO()
@@ -45,9 +47,10 @@ def test_lightning_is_four_euler_steps_without_guidance():
 
 
 def test_what_the_user_says_beats_the_preset():
-    complete = Request("x", preset="lightning", steps=8, guidance={"low_noise": 2.0}).completed(T2V)
-    assert (complete.steps, complete.solver) == (8, "euler")
-    assert complete.guidance == {"high_noise": 1.0, "low_noise": 2.0}
+    complete = Request("x", preset="mlperf", steps=8, guidance={"low_noise": 2.0}).completed(T2V)
+    assert (complete.steps, complete.shift, complete.schedule) == (8, 3.0, "diffusers")
+    assert complete.guidance == {"high_noise": 4.0, "low_noise": 2.0}
+    assert Request("x", preset="lightning", steps=8, guidance_scale=1).completed(T2V).steps == 8
 
 
 def test_a_boundary_goes_before_the_bundle_and_before_a_preset():
@@ -95,6 +98,12 @@ def test_a_list_of_noise_levels_takes_no_steps_beside_it():
         (T2V, Request("x", boundary=float("nan")), "boundary nan"),
         (TI2V, Request("x", boundary=0.5), "a boundary for ti2v-5b-tiny"),
         (TI2V, Request("x", preset="lightning"), "preset 'lightning' for a ti2v model"),
+        (T2V, Request("x", preset="lightning", guidance_scale=4), "guidance with preset lightx2v-4step"),
+        (T2V, Request("x", preset="lightning", guidance={"low_noise": 0.0}), "guidance with preset lightx2v-4step"),
+        (T2V, Request("x", preset="turbowan-4step"), "preset 'turbowan-4step' for a t2v model"),
+        (SWITCHES_OUTSIDE, Request("x"), "expert switch at step 9 | expected a step from 0 to 4"),
+        (SWITCHES_OUTSIDE, Request("x", boundary=2.0), "boundary 2"),
+        (T2V, Request("x", noise=np.zeros((16, 2, 6, 8), np.float32)), "noise of shape"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

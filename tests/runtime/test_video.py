@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.video import check_destination, check_no_source, encode_video, renamed_at_end, to_uint8, write_video
+from runtime.video import check_destination, encode_video, renamed_at_end, to_uint8
 from wan22.errors import NonFiniteError, UserError
-from wan_trt.cli import app
 
 H, W = 48, 64
 
@@ -19,6 +18,12 @@ def chunks(frames=9, height=H, width=W):
     yield video[:, :, :1]
     for start in range(1, frames, 4):
         yield video[:, :, start : start + 4]
+
+
+def write_video(chunks, path, *settings):
+    check_destination(path, frames=1)
+    with renamed_at_end(path) as new:
+        return encode_video(chunks, new, *settings)
 
 
 def decoded(path):
@@ -198,23 +203,6 @@ def test_a_folder_of_frames_is_replaced_when_asked_for(tmp_path):
     with renamed_at_end(tmp_path / "frames", overwrite=True) as new:
         encode_video(chunks(1), new, 16)
     assert [file.name for file in tmp_path.rglob("*.png")] == ["frame_00000.png"]
-
-
-def test_an_input_is_never_replaced(tmp_path, tiny_engines):
-    photo, link, noise = tmp_path / "photo.png", tmp_path / "link.png", tmp_path / "noise.npz"
-    photo.write_bytes(b"mine")
-    link.symlink_to(photo)
-    check_no_source(tmp_path / "new.png", photo, None, b"bytes")
-    for output in (photo, link):
-        with pytest.raises(UserError, match=r"is an input \| expected an output apart"):
-            check_no_source(output, None, photo)
-    np.savez(noise, np.zeros((1, 16, 1, 8, 8), np.float32))
-    written = noise.read_bytes()
-    words = ["generate", tiny_engines, "x", "--noise", noise, "-o", noise, "--size", "64x64", "--frames", "1"]
-    with pytest.raises(SystemExit) as left:
-        app(list(map(str, words)))
-    assert left.value.code == 2
-    assert noise.read_bytes() == written
 
 
 def test_a_folder_of_anything_else_is_never_replaced(tmp_path):

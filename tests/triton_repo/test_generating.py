@@ -240,6 +240,15 @@ def test_webm_and_npz_show_the_same_video_as_mp4(server):
     }
 
 
+def test_the_quality_decides_the_size_of_the_file(server):
+    with server.client("wan22_t2v") as client:
+        small, default, official = (
+            len(client.generate("x", seed=1, **SMALL, **quality).video)
+            for quality in ({"quality": 2}, {}, {"quality": 8})
+        )
+    assert small < default == official
+
+
 @pytest.mark.parametrize(("ending", "kind"), [("png", "PNG"), ("jpg", "JPEG")])
 def test_one_frame_can_be_an_image(server, ending, kind):
     with server.client("wan22_t2v") as client:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from runtime.request import Request
 from triton_repo.job_request import parse_request
 from triton_repo.settings import Limits
 from wan22.bundle import read_manifest
@@ -71,3 +72,49 @@ def test_engines_of_one_size_make_it_unless_asked_for_another(job_of):
     assert (complete.width, complete.height, complete.frames) == fixed
     with pytest.raises(UserError, match="64x48, 9 frames, which the engines were built for"):
         job_of(SMALL, size=fixed)
+
+
+def text(value):
+    return np.array([value.encode()], np.object_)
+
+
+def test_a_step_cache_crosses_the_wire(job_of):
+    from triton_repo.wire import inputs_of
+    from wan22.caching import Caching
+
+    for caching in (
+        Caching(easy=True, threshold=0.2, first_exact=4, last_exact=3, max_consecutive=5, reuse="taylor1"),
+        Caching(skip_steps=(3, 9), reuse="hold", late_cfg=(12,)),
+        Caching(late_cfg="auto"),
+        None,
+    ):
+        sent = {name: value for name, value in inputs_of(Request("x", cache=caching)).items() if value is not None}
+        named = {"cache_threshold": np.float32, "first_exact": np.int32, "last_exact": np.int32}
+        named |= {"max_consecutive": np.int32}
+        tensors = {
+            name: text(value) if isinstance(value, str) else np.array([value], named[name])
+            for name, value in sent.items()
+            if name not in SMALL and name not in ("seed", "fit")
+        }
+        assert job_of({**SMALL, "steps": np.array([40], np.int32), **tensors}).request.cache == caching
+    magcache = job_of({**SMALL, "steps": np.array([40], np.int32), "skip_steps": text("magcache")}).request.cache
+    assert magcache.skip_steps[:2] == (11, 12)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        ({"cache": text("tea")}, "cache 'tea' | expected one of easy"),
+        ({"first_exact": np.array([3], np.int32)}, "first_exact without a cache"),
+        ({"reuse": text("guess"), "cache": text("easy")}, "reuse 'guess'"),
+        ({"reuse": text("hold")}, "reuse without skipped steps"),
+        ({"skip_steps": text("1;2")}, "skip_steps '1;2'"),
+        ({"skip_steps": text("1," * 600)}, "skip_steps of 1200 bytes"),
+        ({"skip_steps": text("/etc/passwd")}, "skip_steps '/etc/passwd'"),
+        ({"cache": text("easy"), "steps": np.array([4], np.int32)}, "a step cache with 4 steps"),
+    ],
+)
+def test_step_caches_that_do_not_fit_are_refused(job_of, inputs, found):
+    with pytest.raises(UserError) as error:
+        job_of({**SMALL, "steps": np.array([40], np.int32), **inputs})
+    assert str(error.value).startswith(found)

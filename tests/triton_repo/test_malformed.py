@@ -126,6 +126,8 @@ BAD = [
     ("t2v", {**PROMPT, "steps": int32(1_000_000)}, "1000000 steps"),
     ("t2v", {**PROMPT, "fps": int32(0)}, "fps 0"),
     ("t2v", {**PROMPT, "fps": int32(100_000)}, "fps 100000"),
+    ("t2v", {**PROMPT, "quality": int32(0)}, "quality 0"),
+    ("t2v", {**PROMPT, "quality": int32(11)}, "quality 11"),
     ("t2v", {**PROMPT, "progress_every": int32(0)}, "progress_every 0"),
     ("t2v", {**PROMPT, "seed": ("INT64", [-1])}, "seed -1"),
     ("t2v", {**PROMPT, "deadline_unix_ms": ("INT64", [1])}, "a deadline in the past"),

@@ -92,4 +92,5 @@ def test_a_verdict_in_words():
     ],
 )
 def test_a_value_that_misses_a_limit_does_not_look_like_the_limit(found, gate, message):
-    assert str(gate.judge({"x": found})) == message
+    (verdict,) = judge([gate], {"x": found})
+    assert str(verdict) == message

@@ -346,6 +346,7 @@ def test_a_folder_to_be_made_first_is_named(tmp_path):
             errno.EIO,
             "Input/output error while writing x | expected a working disk | see the system's log and run again",
         ),
+        (errno.ENAMETOOLONG, "x: File name too long | expected a shorter name | choose another"),
         (errno.EROFS, "Read-only file system while writing x | expected a writable place | choose another"),
         (
             errno.EACCES,

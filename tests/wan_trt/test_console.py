@@ -75,7 +75,7 @@ def test_options_are_in_the_group_of_their_name():
         assert set(members) <= names, group
     generate = COMMANDS[("generate",)].params
     alone = {p.name for p in generate if p.param_type_name == "option" and p.rich_help_panel is None}
-    assert alone <= {"help", "residency", "again"}
+    assert alone <= {"help", "again"}
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

@@ -1,16 +1,21 @@
 """Outputs of every command: who else writes them, names that work, names that are refused before the work."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from tests.faults.commands import COMMANDS, Inputs
 from tests.wan_trt.test_cli import refused
+from triton_repo.repository import MARK as REPOSITORY_MARK
+from wan22.errors import UserError
 from wan22.files import LOCK, claim, whole_folder
+from wan22.inputs import check_no_source
 from wan_trt.cli import app
 from wan_trt.commands.demo import MARK
 
@@ -100,3 +105,66 @@ def test_leftovers_are_cleaned_up_by_a_command(tmp_path, monkeypatch):
     assert cleaned.output == f"{dead}: 0 B removed\n"
     assert again.output == f"{tmp_path}: no leftovers of wan-trt\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["living", "tmp"]
+
+
+OVER_INPUTS = {  # words after wan-trt; b and e are bundles, r a folder with the mark of written repositories
+    "export": "export b/checkpoint b --overwrite",
+    "export file": "export b --text-encoder c --high-noise b/x --low-noise c --vae c --overwrite",
+    "export lora": "export c b --lora b/x --overwrite",
+    "export scales": "export c b --input-scales b/x --overwrite",
+    "export means": "export c b --input-means b/x --overwrite",
+    "build": "build e/onnx e --overwrite",
+    "pack": "bundle pack e e --overwrite",
+    "pack inside": "bundle pack e/onnx/../../e e --overwrite",
+    "lora apply": "lora apply e x -o e --overwrite",
+    "lora apply lora": "lora apply engines e/x -o e --overwrite",
+    "lora apply checkpoint": "lora apply engines x -o e --checkpoint e/onnx --overwrite",
+    "calibrate": "calibrate b b/bundle.json --prompts p --overwrite",
+    "calibrate means": "calibrate b s --means b/high_noise.safetensors --prompts p --overwrite",
+    "calibrate prompts": "calibrate b p --prompts p --overwrite",
+    "generate image": "generate engines a --image r/frame_00000.png -o r --overwrite --size 64x64 --frames 5",
+    "generate noise": "generate engines a --noise x.npz -o x.npz --size 64x64 --frames 1",
+    "triton": "triton r/engines r --overwrite",
+    "kubernetes": "triton r/engines q --kubernetes r --overwrite",
+    "validate": "validate engines c -o r --bench r/report.json",
+    "bench": "bench engines --compare p -o p --only text_encoder",
+    "bench manifest": "bench e -o e/bundle.json --only text_encoder",
+    "inspect": "inspect e --html e/high_noise.onnx",
+    "client": "client localhost:1 a --image i.png -o i.png --frames 1",
+    "preview": "client localhost:1 a --image i.png -o o.png --preview i.png --frames 1",
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(inputs, tmp_path_factory):
+    """A folder in which outputs hold inputs."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for copy, source in (("b", inputs.graphs), ("e", inputs.engines), ("e/onnx", inputs.graphs)):
+        shutil.copytree(source, folder / copy)
+    for copy, source in (("c", inputs.checkpoint), ("b/checkpoint", inputs.checkpoint), ("engines", inputs.engines)):
+        shutil.copytree(source, folder / copy)
+    shutil.copytree(inputs.engines, folder / "r" / "engines")
+    for name in ("b/x", "e/x", "x", "i.png", "r/frame_00000.png", "r/report.json", f"r/{REPOSITORY_MARK}"):
+        (folder / name).touch()
+    (folder / "p").write_text("a fox\n")
+    np.savez(folder / "x.npz", np.zeros((1, 16, 1, 8, 8), np.float32))
+    return folder
+
+
+@pytest.mark.parametrize("words", OVER_INPUTS.values(), ids=OVER_INPUTS)
+def test_no_output_takes_the_place_of_an_input(words, mixed, monkeypatch, capsys):
+    monkeypatch.chdir(mixed)
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    assert "an output apart from the inputs" in refused(capsys, *words.split())
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+
+
+def test_links_to_an_input_count_as_the_input_and_new_names_in_its_folder_do_not(tmp_path):
+    photo, link = tmp_path / "photo.png", tmp_path / "link.png"
+    photo.write_bytes(b"mine")
+    link.symlink_to(photo)
+    for output in (tmp_path / "new.png", None):
+        check_no_source(output, photo, tmp_path, None, b"bytes", tmp_path / "none")
+    for output in (photo, link):
+        with pytest.raises(UserError, match=r"is an input \| expected an output apart"):
+            check_no_source(output, None, photo)

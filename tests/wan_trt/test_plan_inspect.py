@@ -35,7 +35,7 @@ def test_plans_that_cannot_be(capsys, arguments, told):
 
 
 def test_cpu_engines_have_no_kernels_to_show(capsys, tiny_engines, tiny_bundle):
-    assert "engines for the CPU" in refused(capsys, "inspect", tiny_engines)
+    assert "engines for ONNX Runtime" in refused(capsys, "inspect", tiny_engines)
     assert "a GPU" in refused(capsys, "inspect", tiny_bundle, "--target", "cpu")
     assert "name a --target" in refused(capsys, "inspect", tiny_bundle, "--size", "64x64")
     assert "add --target" in refused(capsys, "inspect", tiny_bundle)

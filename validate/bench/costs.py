@@ -19,7 +19,7 @@ from engines.targets import target_named
 from validate.bench.graph_flops import GraphFlops, graph_flops, stored_bytes
 from validate.bench.machine import usable_cores
 from validate.bench.work import DECODER, ENCODER, TEXT, Work, components_of
-from wan22.bundle import Bundle, Component, Tensor
+from wan22.bundle import Bundle
 from wan22.costs import dit_flops, text_encoder_flops, vae_flops
 from wan22.shapes import shape_of
 from wan22.specs import PATCH, TEXT_TOKENS, Precision
@@ -83,23 +83,20 @@ def _of_graphs(piece: str, work: Work, bundle: Bundle) -> GraphFlops | None:
     total, sizes = GraphFlops(0.0, 0.0), _sizes(work)
     for name, count in _calls(piece, work):
         component = bundle.component(name)
+        if component.in_stages:
+            return None
         inputs = {tensor.name: shape_of(tensor, sizes) for tensor in component.inputs}
         kept_text_rows = min(work.token_ids.shape[1] + 1, TEXT_TOKENS)
         flops = graph_flops(bundle.path(component.graph), inputs, kept_text_rows)
-        before = _of_the_prompt(bundle, component, inputs, kept_text_rows)
-        if flops is None or before is None:
+        if flops is None:
             return None
-        total = total.plus(flops, count).plus(before, -count)
+        total = total.plus(flops, count)
+        if component.halves:  # the first half is computed once per prompt instead of in every forward
+            once = graph_flops(bundle.path(component.halves[0]), inputs, kept_text_rows)
+            if once is None:
+                return None
+            total = total.plus(once, -count)
     return total
-
-
-def _of_the_prompt(
-    bundle: Bundle, component: Component, inputs: Mapping[str, tuple[int, ...]], kept_text_rows: int
-) -> GraphFlops | None:
-    """The part that engines compute once per prompt instead of in every forward."""
-    if not component.halves:
-        return GraphFlops(0.0, 0.0)
-    return graph_flops(bundle.path(component.halves[0]), inputs, kept_text_rows)
 
 
 def _of_spec(piece: str, work: Work) -> GraphFlops:
@@ -123,8 +120,13 @@ def _bytes(piece: str, work: Work, bundle: Bundle) -> float:
     total, sizes = 0.0, _sizes(work)
     for name, count in _calls(piece, work):
         component = bundle.component(name)
-        edges = sum(_size_bytes(tensor, sizes) for tensor in (*component.inputs, *component.outputs))
-        total += count * (edges + _weights_bytes(bundle, component))
+        tensors = (*component.inputs, *component.outputs)
+        edges = sum(math.prod(shape_of(tensor, sizes)) * np.dtype(tensor.dtype).itemsize for tensor in tensors)
+        if component.halves:
+            weights = stored_bytes(bundle.path(component.halves[1]))
+        else:  # separate files for ONNX Runtime, part of a TensorRT engine
+            weights = sum(file.size_bytes for file in (component.graph, *component.weights))
+        total += count * (edges + weights)
     return total
 
 
@@ -133,17 +135,6 @@ def _sizes(work: Work) -> dict[str, int]:
     frames, height, width = work.latents.shape[2:]
     sizes = {"frames": frames, "height": height, "width": width, "tokens": work.token_ids.shape[1]}
     return sizes | {"rows": height // PATCH[1], "columns": width // PATCH[2]}
-
-
-def _size_bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int:
-    return math.prod(shape_of(tensor, sizes)) * np.dtype(tensor.dtype).itemsize
-
-
-def _weights_bytes(bundle: Bundle, component: Component) -> int:
-    """The bytes of the weights, which are separate files for ONNX Runtime and part of a TensorRT engine."""
-    if component.halves:
-        return stored_bytes(bundle.path(component.halves[1]))
-    return sum(file.size_bytes for file in (component.graph, *component.weights))
 
 
 def peak_of(bundle: Bundle) -> Peak:

@@ -116,11 +116,10 @@ def _side(job: FootprintJob, pipeline: Pipeline) -> Side:
 
         pipeline.fit(work.request.video)
         return OurSide(pipeline, work)
-    from export.checkpoint.checkpoint import open_checkpoint
     from validate.bench.torch_side import TorchSide
-    from validate.reference.loras import with_loras
+    from validate.reference.checkpoint import open_same_model
 
     assert job.checkpoint is not None
-    checkpoint = with_loras(open_checkpoint(job.checkpoint), manifest)
+    checkpoint = open_same_model(job.checkpoint, job.engines, manifest)
     device = reference_device(job.options.reference_device, manifest)
     return TorchSide(checkpoint, manifest, work, compiled=job.side == COMPILED, device=device)

@@ -18,15 +18,14 @@ import numpy as np
 
 from runtime.arrays import F32
 from runtime.pipeline import Pipeline
-from validate.bench.compare import check_comparable, compare
 from validate.bench.costs import costs_of, peak_of
 from validate.bench.footprint import Footprint, FootprintJob, footprint
 from validate.bench.machine import Nvml, load_average, machine, versions
 from validate.bench.our_side import OurSide
-from validate.bench.read import read_bench
-from validate.bench.report import BenchReport, Criteria
-from validate.bench.result import REGRESSIONS, BenchResult, Piece, known_measurements
+from validate.bench.report import BenchReport, Criteria, check_comparable, compare
+from validate.bench.result import REGRESSIONS, BenchResult, Piece, known_measurements, read_bench
 from validate.bench.samples import Samples, in_turns, measure_time
+from validate.bench.step_cache import time_cache
 from validate.bench.whole_run import Run, Runs
 from validate.bench.whole_run import in_turns as events_in_turns
 from validate.bench.work import COMPILED, EAGER, OURS, RUN, BenchOptions, Side, Work, runner, work_for
@@ -76,9 +75,8 @@ def open_bench(
     engines: Path, checkpoint: str | Path | None, options: BenchOptions, progress: Progress
 ) -> Iterator["BenchRun"]:
     if options.compiled and checkpoint is None:
-        raise UserError(
-            "torch.compile without a checkpoint", "the checkpoint of the engines", "name it after the engines"
-        )
+        what = "torch.compile without a checkpoint"
+        raise UserError(what, "the checkpoint of the engines", "name it after the engines")
     if checkpoint is None and options.reference_device != "auto":
         raise UserError("--reference-device without a checkpoint", "one for PyTorch", "name it after the engines")
     with Pipeline(open_bundle(engines, "engines"), residency=options.residency, choices=ONE_EXPERT) as pipeline:
@@ -110,15 +108,24 @@ class BenchRun:
         measured = [*chosen, *([RUN] if self.options.whole_runs else [])]
         memory = {name: self._footprints(name, done, len(measured)) for done, name in enumerate(measured, 1)}
         times = [self.times(name, sides, done / len(chosen)) for done, name in enumerate(chosen, 1)]
-        runs, stopped = self._whole_runs(sides)
+        runs: dict[str, Runs] = {}
+        stopped = None
+        try:
+            runs = self.whole_runs(sides, self.options.whole_runs)
+        except NonFiniteError as error:
+            stopped = str(error)
         pieces = tuple(
             Piece(name, cost=costs[name], roofline_s=costs[name].roofline_s(peak), memory=memory[name], **vars(found))
             for name, found in zip(chosen, times, strict=True)
         )
         conditions = conditions_of(bundle, self.options) | {"load_average": [load, load_average()]}
         conditions |= {"reference_device": self.device if self.checkpoint else ""}
-        used = memory.get(RUN, {})
-        return BenchResult(facts(work, bundle), machine(), conditions, peak, pieces, runs, stopped, used)
+        used, cache = memory.get(RUN, {}), None
+        if work.cached is not None and stopped is None:
+            for side in sides.values():
+                side.close()
+            cache = time_cache(self.pipeline, work, max(1, self.options.whole_runs), self.progress)
+        return BenchResult(facts(work, bundle), machine(), conditions, peak, pieces, runs, stopped, used, cache)
 
     def sides(self) -> dict[str, Side]:
         """Our side and, with a checkpoint, PyTorch's. Raises UserError for a checkpoint of another model."""
@@ -126,20 +133,16 @@ class BenchRun:
         if self.checkpoint is None:
             return ours
         from validate.bench.torch_side import TorchSide, check_compiles
-        from validate.reference.loras import with_loras
-        from validate.same_model import open_same_model
+        from validate.reference.checkpoint import open_same_model
 
         bundle = self.pipeline.bundle
-        found = open_same_model(self.checkpoint, bundle.folder, bundle.manifest, self.progress)
-        source = with_loras(found, bundle.manifest)
-        names = (EAGER, *([COMPILED] if self.options.compiled else []))
-        theirs = {
-            name: TorchSide(source, bundle.manifest, self.work, compiled=name == COMPILED, device=self.device)
-            for name in names
-        }
-        if COMPILED in theirs:
-            check_compiles(theirs[COMPILED].device)
-        return {**ours, **theirs}
+        source = open_same_model(self.checkpoint, bundle.folder, bundle.manifest, self.progress)
+        side = partial(TorchSide, source, bundle.manifest, self.work, device=self.device)
+        if not self.options.compiled:
+            return {**ours, EAGER: side()}
+        compiled = side(compiled=True)
+        check_compiles(compiled.device)
+        return {**ours, EAGER: side(), COMPILED: compiled}
 
     def _footprints(self, piece: str, done: int, total: int) -> dict[str, Footprint]:
         """Memory by side, only for the first of two equal experts. A run that stops at a NaN has none."""
@@ -159,31 +162,22 @@ class BenchRun:
         results, first = {}, {}
         for name, side in sides.items():
             side.open(piece)
-            chunks, first[name] = measure_time(partial(_all_chunks, side, piece))
-            results[name] = side.join(chunks)
+            measured: tuple[list[Any], float] = measure_time(partial(list, side.chunks(piece)))
+            results[name], first[name] = side.join(measured[0]), measured[1]
         runners = {name: runner(side, piece) for name, side in sides.items()}
         for run in [*runners.values()] * (self.options.warmup - 1):
             run()
-        side = sides[OURS]
-        graph_seconds = side.graph_seconds if isinstance(side, OurSide) else {}
-        graph_seconds.clear()
-        samples = in_turns(runners, self.options.runs, _counter())
-        graphs = {name: Samples(tuple(seconds)) for name, seconds in graph_seconds.items()}
-        new_prompt = self._new_prompts(piece, side, {EAGER: runners[EAGER]} if EAGER in runners else {})
+        ours, gpu = sides[OURS], Nvml.open()
+        assert isinstance(ours, OurSide)
+        ours.graph_seconds.clear()
+        samples = in_turns(runners, self.options.runs, gpu.joules if gpu else lambda: None)
+        graphs = {name: Samples(tuple(seconds)) for name, seconds in ours.graph_seconds.items()}
+        new_prompt: dict[str, Samples] = {}  # stays empty if a new prompt takes our side no longer
+        if forward := ours.new_prompt(piece):
+            beside = {EAGER: runners[EAGER]} if EAGER in runners else {}
+            new_prompt = in_turns({OURS: forward, **beside}, min(self.options.runs, NEW_PROMPTS))
         self.progress("measure time", round(100 * share), 100, "%")
         return Times(samples, first, *differences(results), graphs, new_prompt)
-
-    def _new_prompts(self, piece: str, ours: Side, beside: Mapping[str, Callable[[], None]]) -> dict[str, Samples]:
-        """Times of forwards with a new prompt, by side; empty if ours do not take longer for it."""
-        forward = ours.new_prompt(piece) if isinstance(ours, OurSide) else None
-        return in_turns({OURS: forward, **beside}, min(self.options.runs, NEW_PROMPTS)) if forward else {}
-
-    def _whole_runs(self, sides: Mapping[str, Side]) -> tuple[dict[str, Runs], str | None]:
-        """The runs, or none and the reason why they stopped."""
-        try:
-            return self.whole_runs(sides, self.options.whole_runs), None
-        except NonFiniteError as error:
-            return {}, str(error)
 
     def whole_runs(self, sides: Mapping[str, Side], count: int) -> dict[str, Runs]:
         """End-to-end runs by side, without torch.compile, which compiles again whenever an expert is loaded.
@@ -242,10 +236,6 @@ def facts(work: Work, bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _all_chunks(side: Side, piece: str) -> list[Any]:
-    return list(side.chunks(piece))
-
-
 def conditions_of(bundle: Bundle, options: BenchOptions) -> dict[str, Any]:
     """Everything except the machine that affects times."""
     build = bundle.manifest.build
@@ -261,12 +251,6 @@ def conditions_of(bundle: Bundle, options: BenchOptions) -> dict[str, Any]:
     }
 
 
-def _counter() -> Callable[[], float | None]:
-    """A function that reads the energy counter of the GPU in joules; it returns None without one."""
-    gpu = Nvml.open()
-    return gpu.joules if gpu else lambda: None
-
-
 def differences(results: Mapping[str, F32]) -> tuple[dict[str, float], tuple[str, ...]]:
     """The distance of each side's result from ours (relative L2), and the sides with NaN or infinity.
 
@@ -275,9 +259,6 @@ def differences(results: Mapping[str, F32]) -> tuple[dict[str, float], tuple[str
     not_finite = tuple(name for name, result in results.items() if not np.isfinite(result).all())
     if OURS in not_finite:
         return {}, not_finite
-    others = (name for name in results if name not in (OURS, *not_finite))
-    return {name: relative_l2(results[OURS], results[name]) for name in others}, not_finite
-
-
-def relative_l2(found: F32, expected: F32) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    ours, others = results[OURS], {name: results[name] for name in results if name not in (OURS, *not_finite)}
+    norm = np.linalg.norm
+    return {name: float(norm(ours - other) / norm(other)) for name, other in others.items()}, not_finite

@@ -11,7 +11,6 @@ from runtime.denoise import Conditions, denoise
 from runtime.engine import Engine
 from runtime.forward_inputs import forward_inputs
 from runtime.pipeline import Pipeline
-from runtime.solver import make_solver
 from runtime.vae import encode
 from validate.bench.samples import measure_time
 from validate.bench.whole_run import Event
@@ -120,10 +119,8 @@ def _denoise(pipeline: Pipeline, work: Work, given: Conditions) -> Generator[Eve
         opened.append(Event("swap", name, seconds))
         return engine
 
-    schedule, spec = request.noise_schedule(), request.with_switch(pipeline.spec)
-    solver = make_solver(request.solver, schedule, request.seed)
-    noise = request.initial_noise()
-    for step in denoise(spec, expert, noise, given, request.guidance, schedule, solver):
+    spec, sampler = request.with_switch(pipeline.spec), request.sampler(pipeline.spec)
+    for step in denoise(spec, expert, request.initial_noise(), given, sampler):
         if step.index and opened:
             yield opened[-1]
         opened.clear()

@@ -1,21 +1,32 @@
-"""The result of a bench, from which the table, the JSON, the gates and the comparison are made.
+"""The result of a bench, from which the table, the JSON, the gates and the comparison are made; and its JSON read back.
 
 A *measurement* is a number with a name for gates and comparisons, such as ``high_noise.median_ms``. The name contains
 the unit. ``speedup`` is PyTorch's time over ours, ``memory_ratio`` our peak memory over PyTorch's.
 """
 
+import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from validate.bench.costs import Cost, Peak
 from validate.bench.footprint import Footprint
 from validate.bench.samples import Ratio, Samples
+from validate.bench.step_cache import MEASURED, SUBJECT, CacheTimes
 from validate.bench.whole_run import Runs, step_ratio, total_ratio
 from validate.bench.work import COMPILED, EAGER, OURS, RUN, pieces_of
+from wan22.errors import UserError
 from wan22.specs import ModelSpec, Precision
 
 FORMAT = "wan-trt bench 1"
+FIELDS = {  # of the JSON, for later calculations
+    **dict.fromkeys(("model", "precision"), str),
+    **dict.fromkeys(("machine", "conditions", "pieces", "measurements"), dict),
+    "faults": list,
+    **dict.fromkeys(("width", "height", "frames", "tokens"), int),
+}
 OF_MEMORY = (
     "peak_host_bytes", "memory_ratio", "memory_ratio_beyond_libraries", "peak_device_bytes", "device_memory_ratio",
 )  # fmt: skip
@@ -31,6 +42,8 @@ OF_A_RUN = (
     *OF_MEMORY,
 )  # fmt: skip
 REGRESSIONS = "compare.regressions"
+LARGEST = sys.float_info.max
+REMEDY = "name the output of an earlier wan-trt bench"
 APART = 0.1  # relative L2: above FP8's error on random weights, below that of a wrong weight or input
 
 
@@ -39,7 +52,8 @@ def known_measurements(spec: ModelSpec) -> tuple[str, ...]:
     pieces, alike = pieces_of(spec, has_image="vae_encoder_first" in spec.components), spec.experts[1:]
     names = [f"{piece}.{name}" for piece in pieces for name in OF_A_PIECE if not (piece in alike and name in OF_MEMORY)]
     names += [f"{expert}.{name}" for expert in spec.experts for name in OF_AN_EXPERT]
-    return (*names, *(f"{RUN}.{name}" for name in OF_A_RUN), REGRESSIONS)
+    names += [f"{RUN}.{name}" for name in OF_A_RUN]
+    return (*names, *(f"{SUBJECT}.{name}" for name in MEASURED), REGRESSIONS)
 
 
 def memory_measurements(memory: Mapping[str, Footprint]) -> Iterator[tuple[str, float | None]]:
@@ -132,6 +146,7 @@ class BenchResult:
     runs: Mapping[str, Runs] = field(default_factory=dict)  # end-to-end runs by side
     stopped: str | None = None  # why an end-to-end run stopped early
     memory: Mapping[str, Footprint] = field(default_factory=dict)  # of an end-to-end run, by side
+    cache: CacheTimes | None = None  # of a request with a step cache; nothing else here uses one
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -148,6 +163,7 @@ class BenchResult:
                 found[f"{RUN}.speedup"] = total_ratio(eager, ours).median
                 steps = step_ratio(eager, ours)
                 found |= {f"{RUN}.step_speedup": steps.median, f"{RUN}.step_speedup_p10": steps.p10}
+        found |= self.cache.measurements() if self.cache else {}
         return {name: value for name, value in found.items() if value is not None}
 
     def as_json(self) -> dict[str, Any]:
@@ -161,6 +177,51 @@ class BenchResult:
             "pieces": {piece.name: piece.as_json() for piece in self.pieces},
             RUN: {side: runs.as_json() for side, runs in self.runs.items()},
             f"{RUN}_memory": {side: used.as_json() for side, used in self.memory.items()},
+            **({SUBJECT: self.cache.as_json()} if self.cache else {}),
             "measurements": self.measurements(),
             "faults": list(self.faults),
         }
+
+
+def read_bench(path: Path, what: str = "bench") -> dict[str, Any]:
+    """Read the output of ``BenchReport.as_json``. Errors call the file ``what``.
+
+    Raises:
+        UserError: the file is missing, is not a bench, or cannot be used in a report or comparison.
+    """
+    try:
+        content = _content(path.read_text(encoding="utf-8-sig").strip())
+        json.dumps(content, ensure_ascii=False).encode()  # fails at a lone surrogate, which no report can hold
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror}", "the JSON of a bench", REMEDY) from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{what} {path}: its last line is not JSON", "the JSON of a bench", REMEDY) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{what} {path}: format {found!r}", FORMAT, REMEDY)
+    for key, kind in FIELDS.items():
+        if not isinstance(content.get(key), kind):
+            raise UserError(f"{what} {path}: {key} {content.get(key)!r}", f"a {kind.__name__}", REMEDY)
+    for name, value in _numbers(content):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
+            raise UserError(f"{what} {path}: {name} {value!r:.40}", "a finite number", REMEDY)
+    for fault in content["faults"]:
+        if not isinstance(fault, str):
+            raise UserError(f"{what} {path}: fault {fault!r}", "some text", REMEDY)
+    return content
+
+
+def _content(text: str) -> Any:
+    """Parse the whole text, which may be indented, or else its last line."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return json.loads(text.rpartition("\n")[2])
+
+
+def _numbers(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the numbers that later calculations use, by name."""
+    yield from content["measurements"].items()
+    load = content["conditions"].get("load_average", [0.0])
+    yield "load_average", load[0] if isinstance(load, list) and load else None
+    yield "cores", content["machine"].get("cores", 1)

@@ -80,17 +80,16 @@ def in_turns(
     sides: Mapping[str, Callable[[], Any]], runs: int, joules: Callable[[], float | None] = lambda: None
 ) -> dict[str, Samples]:
     """Time every side ``runs`` times, in turns; ``joules`` reads an energy counter."""
-    found: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in sides}
+    rows: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in sides}
     for _ in range(runs):
         for name, work in sides.items():
             settle()
             cpu, energy = process_time(), joules()
             seconds = measure_time(work)[1]
             spent = None if energy is None else (joules() or energy) - energy
-            found[name].append((seconds, process_time() - cpu, spent))
-    return {name: _samples(rows) for name, rows in found.items()}
-
-
-def _samples(rows: Sequence[tuple[float, float, float | None]]) -> Samples:
-    clock, cpu, joules = zip(*rows, strict=True)
-    return Samples(clock, cpu, tuple(value for value in joules if value is not None))
+            rows[name].append((seconds, process_time() - cpu, spent))
+    columns = {name: tuple(zip(*its, strict=True)) for name, its in rows.items()}
+    return {
+        name: Samples(clock, cpu, tuple(value for value in spent if value is not None))
+        for name, (clock, cpu, spent) in columns.items()
+    }

@@ -30,12 +30,12 @@ from validate.bench.samples import Samples, in_turns
 from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
 from validate.gate import read_gates
 from validate.options import with_samples
-from wan22.bundle import Manifest, open_bundle
+from wan22.bundle import open_bundle
 from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
 from wan22.residency import ResidencyChoice
 
-CANCELS, CANCEL_AFTER, CANCEL_STEPS = 10, 5, 100
+CANCEL_AFTER, CANCEL_STEPS = 5, 100
 RUNS, STEPS = 10, 10
 POLL_S = 0.002
 
@@ -47,6 +47,7 @@ class ServedOptions:
     topology: Topology = "owner"
     runs: int = RUNS  # timed runs per side
     warmup: int = 2  # untimed runs per side before them
+    cancels: int = 10  # jobs to cancel, one after the other
     gate: Path | None = None  # TOML, see :mod:`validate.gate`; None: TARGETS
     residency: ResidencyChoice = "auto"  # the engines that stay loaded on each side
     # for the record
@@ -107,12 +108,6 @@ class Direct:
         return made.path.read_bytes()
 
 
-def _request(options: ServedOptions, manifest: Manifest) -> Request:
-    """The job with every option that could otherwise differ between the sides."""
-    steps = STEPS if options.request.steps is None else options.request.steps
-    return with_samples(replace(options.request, steps=steps), manifest)
-
-
 def bench_served(
     engines: Path,
     options: ServedOptions,
@@ -134,7 +129,8 @@ def bench_served(
     """
     gates = read_gates(options.gate, "bench", (OVERHEAD, BEYOND_STEP)) if options.gate else TARGETS
     manifest = open_bundle(engines, "engines").manifest
-    request = _request(options, manifest)
+    steps = STEPS if options.request.steps is None else options.request.steps
+    request = with_samples(replace(options.request, steps=steps), manifest)  # nothing can differ between the sides
     complete = fill_defaults(request, manifest)
     facts = {
         "model": manifest.spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
@@ -151,7 +147,7 @@ def bench_served(
         in_turns(sides, options.warmup)
         server.inside_s.clear()
         samples = _run_with_progress(sides, options.runs, progress)
-        cancels = tuple(server.cancel(request) for _ in range(CANCELS))
+        cancels = tuple(server.cancel(request) for _ in range(options.cancels))
         same = server.latents_sha256 == direct.latents_sha256
         return ServedBench(facts, samples, tuple(server.inside_s), cancels, same, gates)
 
@@ -175,9 +171,8 @@ def _start_server(
 ) -> Iterator[Server]:
     """Start a server of ``engines`` on free loopback ports; yields it with a client when it is ready."""
     repository = folder / "repository"
-    written = write_repository(
-        engines, repository, RepositoryOptions(topology=options.topology, residency=options.residency)
-    )
+    settings = RepositoryOptions(topology=options.topology, residency=options.residency)
+    written = write_repository(engines, repository, settings)
     variant = CPU if options.topology == "bls" and not is_for_gpu(written.bundle) else ""
     http, grpc, metrics = free_ports(3)
     serve = ServeOptions("127.0.0.1", http, grpc, metrics, variant, quiet=True)

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from validate.bench.machine import BUSY, usable_cores
 from validate.bench.samples import Ratio, Samples
 from validate.gate import Gate, Verdict, check_mark, judge
 from wan22.quantities import counted, video_text
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 DIRECT, SERVED = "in process", "served"
 OVERHEAD, BEYOND_STEP = "triton.overhead_percent", "triton.cancel_beyond_step_ms"
@@ -60,7 +60,7 @@ class ServedBench:
             "in_process": self.samples[DIRECT].as_json(),
             "served": self.samples[SERVED].as_json(),
             "served_inside_model_median_ms": 1000 * float(np.median(self.inside_s)),
-            "ratio": {"median": ratio.median, "p10": ratio.p10, "p90": ratio.p90},
+            "ratio": vars(ratio),
             "cancels": [{"latency_ms": 1000 * c.latency, "step_ms": 1000 * c.step} for c in self.cancels],
             "same_latents": self.same_latents,
             "measured": self.measurements(),
@@ -68,11 +68,8 @@ class ServedBench:
             "passed": bool(self),
         }
 
-    def as_text(self) -> "Iterator[RenderableType]":
+    def as_text(self) -> Iterator[RenderableType]:
         """Yield the output for a terminal."""
-        from rich.table import Table
-        from rich.text import Text
-
         model, *size = (self.facts[name] for name in ("model", "width", "height", "frames"))
         title = f"{model}: {video_text(*size)}, {counted(self.facts['steps'], 'step')}"
         table = Table("one job, ms", "median", "p90", title=title)

@@ -114,24 +114,23 @@ def sweep(
             setting.pipeline.fit(each.complete_request(setting.pipeline.bundle.manifest).video)
         manifest, load = setting.pipeline.bundle.manifest, load_average()
         conditions = conditions_of(setting.pipeline.bundle, options)
-    points, faults = [], []
+    points: list[Point] = []
+    faults: list[str] = []
     for done, (label, each) in enumerate(chosen.items(), 1):
         with open_bench(engines, checkpoint, each, silent) as setting:
-            seconds, faulty = _run_seconds(setting) if axis == "steps" else _piece_seconds(setting)
+            if axis == "steps":  # raises NonFiniteError if a side computes NaN
+                runs = setting.whole_runs(setting.sides(), max(1, each.whole_runs))
+                seconds = {f"all steps, {side}": found.figures()["denoise_s"] for side, found in runs.items()}
+            else:
+                seconds, faulty = _piece_seconds(setting)
+                faults += [f"{axis} {label}, {fault}" for fault in faulty]
             request = setting.work.request
             pixels = request.width * request.height * request.frames
             points.append(Point(request.steps if axis == "steps" else setting.work.tokens, label, seconds, pixels))
-            faults += [f"{axis} {label}, {fault}" for fault in faulty]
         progress(f"sweep {axis}", done, len(chosen), "points")
     conditions |= {"load_average": [load, load_average()]}
     described = (str(manifest.precision), machine(), conditions)
     return Sweep(axis, manifest.spec.name, tuple(points), *described, tuple(faults))
-
-
-def _run_seconds(setting: BenchRun) -> tuple[dict[str, float], list[str]]:
-    """The denoising time of an end-to-end run by side. Raises NonFiniteError if a side computes NaN."""
-    runs = setting.whole_runs(setting.sides(), max(1, setting.options.whole_runs))
-    return {f"all steps, {side}": found.figures()["denoise_s"] for side, found in runs.items()}, []
 
 
 def _piece_seconds(setting: BenchRun) -> tuple[dict[str, float], list[str]]:

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from validate import plots
@@ -13,10 +15,6 @@ from validate.bench.sweep import Sweep
 from validate.html import page
 from validate.plots import DARK, LIGHT, Theme, data_uri, new_plot
 from wan22.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
 
 SIZE_INCHES = (7.2, 4.2)
 ENDINGS = (".png", ".html")
@@ -81,20 +79,17 @@ def _remarks(sweep: Sweep) -> Iterator[str]:
         yield "the machine was busy, which slows the sides unequally: measure again on an idle one"
 
 
-def as_text(sweep: Sweep) -> "Iterator[RenderableType]":
+def as_text(sweep: Sweep) -> Iterator[RenderableType]:
     """Yield the output for a terminal."""
     yield as_table(sweep)
     for remark in _remarks(sweep):
         yield Text(remark, "red" if remark in sweep.faults else "yellow")
 
 
-def as_table(sweep: Sweep) -> "Table":
+def as_table(sweep: Sweep) -> Table:
     """The points and exponents as a table."""
-    from rich.table import Table
-
-    table = Table(
-        title=f"{sweep.model} {sweep.precision}: seconds by {sweep.axis}", title_justify="left", title_style="bold"
-    )
+    title = f"{sweep.model} {sweep.precision}: seconds by {sweep.axis}"
+    table = Table(title=title, title_justify="left", title_style="bold")
     for heading in (sweep.axis, *([] if sweep.axis == "steps" else ["tokens"]), *sweep.series):
         table.add_column(heading, justify="right")
     for point in sweep.points:

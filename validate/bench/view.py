@@ -1,24 +1,22 @@
 """A bench in the terminal: tables that fit 80 columns, then remarks on the machine."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 
-from validate.bench.compare import TOLERANCE, BaselineComparison, Change
 from validate.bench.footprint import Footprint
 from validate.bench.machine import BUSY
-from validate.bench.report import BenchReport
+from validate.bench.report import TOLERANCE, BaselineComparison, BenchReport, Change
 from validate.bench.result import BenchResult, Piece, memory_measurements
 from validate.bench.samples import Ratio, Samples
+from validate.bench.step_cache import CacheTimes
 from validate.bench.whole_run import Runs, step_ratio, total_ratio
 from validate.bench.work import COMPILED, EAGER, OURS
 from validate.gate import check_mark
 from wan22.quantities import video_text
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
 
 NAMES = {OURS: "ours", EAGER: "PyTorch eager", COMPILED: "torch.compile"}
 NEW_PROMPT = "  first of a prompt"  # a row below the piece's row
@@ -63,6 +61,8 @@ def _result(result: BenchResult) -> "Iterator[RenderableType]":
     if result.runs:
         yield _run_table(result.runs)
         yield _steps(result.runs)
+    if result.cache is not None:
+        yield _cache(result.cache)
     yield from _remarks(result)
 
 
@@ -99,14 +99,8 @@ def _difference(piece: Piece) -> Text | str:
 
 
 def _work(pieces: Sequence[Piece]) -> "Table":
-    table = _table(
-        f"Work, and the least time that the roofline allows; {COUNTED[pieces[0].cost.source]}",
-        "",
-        "GFLOP",
-        "GB",
-        "least ms",
-        "reached, %",
-    )
+    title = f"Work, and the least time that the roofline allows; {COUNTED[pieces[0].cost.source]}"
+    table = _table(title, "", "GFLOP", "GB", "least ms", "reached, %")
     for piece in pieces:
         roof = ("", "")
         if piece.roofline_s is not None:
@@ -130,7 +124,8 @@ def _memory(measured: Mapping[str, Mapping[str, Footprint]]) -> "Table":
     ratios = ["ours / PyTorch"] if EAGER in sides else []
     table = _table(title, "", *(NAMES[side] for side in sides), *ratios, *(f"{NAMES[side]}, GPU" for side in on_device))
     for name, prints in measured.items():
-        cells = [_on_host(prints.get(side)) for side in sides]
+        used = [prints.get(side) for side in sides]
+        cells = [f"{_mebibytes(its.peak)} ({_mebibytes(its.beyond_libraries)})" if its else "" for its in used]
         if ratios:
             found = dict(memory_measurements(prints))
             both = (found.get("memory_ratio"), found.get("memory_ratio_beyond_libraries"))
@@ -138,10 +133,6 @@ def _memory(measured: Mapping[str, Mapping[str, Footprint]]) -> "Table":
         if prints:
             table.add_row(name, *cells, *(_on_device(prints.get(side)) for side in on_device))
     return table
-
-
-def _on_host(used: Footprint | None) -> str:
-    return f"{_mebibytes(used.peak)} ({_mebibytes(used.beyond_libraries)})" if used else ""
 
 
 def _on_device(used: Footprint | None) -> str:
@@ -187,6 +178,22 @@ def _steps(runs: Mapping[str, Runs]) -> "Table":
     return table
 
 
+def _cache(found: CacheTimes) -> "Table":
+    table = _table("Denoising with the step cache", "", "exact", "cached", "speed-up", "saved, %")
+    times = found.exact_s, found.cached_s, found.exact_s / found.cached_s
+    saved = f"{100 * (1 - found.cached_s / found.exact_s):.0f}"
+    table.add_row("all steps, s", *(f"{value:.3f}" for value in times[:2]), f"{times[2]:.2f}", saved)
+    for name, (skipped, steps) in found.by_expert.items():
+        table.add_row(f"computed steps, {name}", str(steps), str(steps - skipped), "", "")
+    share = 100 * found.overhead_ms / found.step_ms
+    table.caption = (
+        f"the cache adds {found.overhead_ms:.3f} ms to a computed step of {found.step_ms:,.1f} ms ({share:.2f} %) "
+        f"and keeps {found.held_latents:g} latents"
+    )
+    table.caption_justify = "left"
+    return table
+
+
 def _remarks(result: BenchResult) -> Iterator[Text | str]:
     if compiling := {piece.name: piece.first_s[COMPILED] for piece in result.pieces if COMPILED in piece.first_s}:
         firsts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in compiling.items())
@@ -217,10 +224,8 @@ def _comparison(comparison: BaselineComparison) -> "Iterator[RenderableType]":
         yield "nothing is comparable: ratios need a bench with PyTorch"
         return
     ordered = sorted(comparison.changes, key=lambda change: -change.worse)
-    title = (
-        f"Compared with {comparison.baseline}: {len(comparison.regressions)} of {len(ordered)} measurements got worse"
-    )
-    table = _table(title, "", "before", "now", "change")
+    worse = f"{len(comparison.regressions)} of {len(ordered)} measurements got worse"
+    table = _table(f"Compared with {comparison.baseline}: {worse}", "", "before", "now", "change")
     for change in ordered[:CHANGES_SHOWN]:
         table.add_row(change.measurement, f"{change.before:.4g}", f"{change.after:.4g}", _change(change))
     yield table
@@ -236,10 +241,7 @@ def _change(change: Change) -> Text | str:
 # -- words
 
 
-def _table(title: str, *headings: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-
+def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)

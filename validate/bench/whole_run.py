@@ -4,7 +4,7 @@ The sides take turns event by event: a step of ours, a step of PyTorch's. So eve
 run yields a ratio with a spread. Loading is reported separately; the totals exclude it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
@@ -91,8 +91,11 @@ class Runs:
     @property
     def steps(self) -> list[Event]:
         """Every step as the median over the runs."""
-        together = zip(*(run.steps for run in self.each), strict=True)
-        return [_median(same) for same in together]
+        steps = []
+        for same in zip(*(run.steps for run in self.each), strict=True):
+            times = np.median([(step.seconds, step.engine_seconds) for step in same], axis=0)
+            steps.append(Event("step", same[0].component, *times.tolist()))
+        return steps
 
     def figures(self) -> dict[str, float]:
         """The figures of a run as medians over the runs, and the p90 of the total."""
@@ -106,12 +109,6 @@ class Runs:
         ]
         opens = {event.component: event.seconds for event in self.each[0].events if event.kind == "open"}
         return self.figures() | {"totals_s": self.totals_s, "steps": steps, "open_by_component_s": opens}
-
-
-def _median(same: Sequence[Event]) -> Event:
-    """The median of one step over several runs."""
-    seconds, inside = (float(np.median([getattr(e, key) for e in same])) for key in ("seconds", "engine_seconds"))
-    return Event("step", same[0].component, seconds, inside)
 
 
 def in_turns(sides: Mapping[str, Iterator[Event]], after_event: Callable[[], None]) -> dict[str, Run]:

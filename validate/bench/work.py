@@ -66,6 +66,7 @@ class Work:
     video: F32 | None = None  # [1, 3, F, H, W], the VAE encoder's input if there is an image
     condition: F32 | None = None  # [1, 4 + z, T, h, w] (I2V)
     first_frame: F32 | None = None  # [1, z, 1, h, w] (TI2V)
+    cached: CompleteRequest | None = None  # the request with its step cache, which ``request`` never has
 
     @property
     def tokens(self) -> int:
@@ -89,27 +90,21 @@ class Side(Protocol):
 
     def open(self, piece: str) -> None:
         """Load what ``piece`` needs and release everything else."""
-        ...
 
     def chunks(self, piece: str) -> Iterator[Any]:
         """Compute ``piece`` and yield its result, in parts if the side computes it so."""
-        ...
 
     def join(self, chunks: list[Any]) -> F32:
         """Join the parts into one array."""
-        ...
 
     def close(self) -> None:
         """Release everything."""
-        ...
 
     def run(self) -> Iterator[Event]:
         """Run from the prompt to the last frame. Parts are loaded again, in events separate from the work."""
-        ...
 
     def device_tensors(self) -> int | None:
         """The peak bytes of the side's tensors on a GPU; None without a GPU or if unknown."""
-        ...
 
 
 def runner(side: Side, piece: str) -> Callable[[], None]:
@@ -142,7 +137,8 @@ def work_for(bundle: Bundle, options: BenchOptions) -> Work:
     negative = tokenizer.encode(request.negative_prompt, allow_empty=True).ids
     text = text_rows(standard_normal((1, ids.shape[1], spec.dit.text_width), 1))
     latents = standard_normal(request.latent_shape, request.seed)
-    return Work(spec, request, ids, negative, text, latents, **_of_image(spec, request))
+    exact, cached = replace(request, cache=None), request if request.cache else None
+    return Work(spec, exact, ids, negative, text, latents, cached=cached, **_of_image(spec, exact))
 
 
 def _of_image(spec: ModelSpec, request: CompleteRequest) -> dict[str, F32]:

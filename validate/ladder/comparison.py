@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
+import numpy as np
 from PIL import Image
 
 from runtime.denoise import Step
 from runtime.request import CompleteRequest
 from validate.ladder import thresholds
 from validate.ladder.engines_side import EnginesSide
-from validate.ladder.metrics import Metrics, compare
+from validate.ladder.metrics import compare
 from validate.ladder.row import InPrecision, Row
 from validate.ladder.thresholds import Thresholds
-from validate.reference.official import Official, can_run
+from validate.reference.official import Official
 from validate.reference.parts import F32
 from validate.reference.reference import NO_IMAGE, ImageCondition, ImageInputs, Reference
 from validate.reference.whole_run import ReferenceStep, run
@@ -120,9 +121,17 @@ class Comparison:
         return InPrecision(precision, alone, between)
 
     @cached_property
+    def decided(self) -> CompleteRequest:
+        """The request with the steps that our run skipped as a list, which all references skip as well."""
+        if self.request.cache is None:
+            return self.request
+        skipped = [step.index for step in self.our_steps if step.cached]
+        return self.request.as_decided(skipped, [step.index for step in self.our_steps if step.late_cfg])
+
+    @cached_property
     def reference_steps(self) -> list[ReferenceStep]:
         text, negative = self.text["prompt"], self.text.get("negative prompt")
-        steps = run(self.reference, self.request, text, negative, self.image_inputs)
+        steps = run(self.reference, self.decided, text, negative, self.image_inputs)
         return list(self._with_progress(steps, "PyTorch run"))
 
     @cached_property
@@ -131,7 +140,7 @@ class Comparison:
         lowered = self.lowered
         assert lowered is not None
         text = {name: lowered.embeddings(lowered.token_ids(prompt)) for name, prompt in self.prompts.items()}
-        steps = run(lowered, self.request, text["prompt"], text.get("negative prompt"), self.image_inputs)
+        steps = run(lowered, self.decided, text["prompt"], text.get("negative prompt"), self.image_inputs)
         return list(self._with_progress(steps, f"PyTorch run, {self.precision_of('run')}"))
 
     @property
@@ -139,11 +148,6 @@ class Comparison:
         """The official code, which only the rungs of :mod:`validate.ladder.official` use."""
         assert self.sides.official is not None
         return self.sides.official
-
-    @property
-    def official_can_run(self) -> bool:
-        """True if the official code supports the requested run."""
-        return can_run(self.request)
 
     @cached_property
     def official_text(self) -> dict[str, F32]:
@@ -153,9 +157,8 @@ class Comparison:
     @cached_property
     def official_steps(self) -> list[ReferenceStep]:
         text, negative = self.official_text["prompt"], self.official_text.get("negative prompt")
-        return list(
-            self._with_progress(self.official.run(self.request, text, negative, self.image_inputs), "official run")
-        )
+        steps = self.official.run(self.request, text, negative, self.image_inputs)
+        return list(self._with_progress(steps, "official run"))
 
     @cached_property
     def our_steps(self) -> list[Step]:
@@ -166,6 +169,17 @@ class Comparison:
         except NonFiniteError as error:
             self.stop_reason = str(error)
         return steps
+
+    @cached_property
+    def exact_steps(self) -> list[Step]:
+        """The steps of our run without its step cache."""
+        exact = self.ours.run(replace(self.request, cache=None))
+        return list(self._with_progress(exact, "engine run without step cache"))
+
+    @cached_property
+    def exact_frames(self) -> F32:
+        """Our video without the step cache."""
+        return self.ours.decode(self.exact_steps[-1].latents)
 
     @property
     def latents(self) -> F32:
@@ -213,10 +227,7 @@ def solver_row(name: str, comparison: Comparison, steps: Sequence[ReferenceStep]
     velocities = (step.velocity for step in steps)
     ours = comparison.ours.solve(comparison.request, steps[0].before, velocities, comparison.image_inputs.first_frame)
     compared = [compare(latents, step.after) for latents, step in zip(ours, steps, strict=True)]
-    worst = max(range(len(steps)), key=lambda index: _distance(compared[index]))
+    distances = [float("inf") if metrics.problem else metrics.relative_l2 for metrics in compared]
+    worst = int(np.argmax(distances))
     note = f"{comparison.request.solver}, largest distance after step {worst + 1} of {len(steps)}"
     return Row(name, "sampler", compared[worst], thresholds.SOLVER, note)
-
-
-def _distance(metrics: Metrics) -> float:
-    return float("inf") if metrics.problem else metrics.relative_l2

@@ -12,7 +12,7 @@ from validate.ladder.comparison import Comparison, solver_row
 from validate.ladder.metrics import FRAME_RANGE, compare, incomparable
 from validate.ladder.row import Row
 from validate.ladder.thresholds import Limit
-from validate.reference.official import can_generate
+from validate.reference.official import can_generate, can_run
 from validate.reference.parts import F32
 from validate.reference.whole_run import sigmas_and_timesteps
 
@@ -31,12 +31,9 @@ def embeddings(comparison: Comparison) -> Iterator[Row]:
 
 
 def schedule(comparison: Comparison) -> Iterator[Row]:
-    if comparison.official_can_run:
-        ours, official = (
-            comparison.ours.sigmas_and_timesteps(comparison.request),
-            comparison.official.sigmas_and_timesteps(comparison.request),
-        )
-        sides = (ours[0], official[0], sigmas_and_timesteps(comparison.request)[0])
+    if can_run(request := comparison.request):
+        ours, official = (side.sigmas_and_timesteps(request) for side in (comparison.ours, comparison.official))
+        sides = (ours[0], official[0], sigmas_and_timesteps(request)[0])
         yield _row("official sigmas", "sampler", thresholds.SIGMAS, sides)
         yield Row("official timesteps", "sampler", compare(ours[1], official[1]), thresholds.TIMESTEPS)
 
@@ -54,22 +51,21 @@ def velocities(comparison: Comparison) -> Iterator[Row]:
         steps, limit = list(group), comparison.limits[expert].velocity
         for step in {steps[0].index: steps[0], steps[-1].index: steps[-1]}.values():
             inputs = (expert, step.before, step.timestep, comparison.text["prompt"], comparison.image_inputs)
-            ours, official, diffusers = (
-                side.velocity(*inputs) for side in (comparison.ours, comparison.official, comparison.reference)
-            )
-            yield _row(f"official velocity at t = {step.timestep:g}", expert, limit, (ours, official, diffusers))
+            ours, official = comparison.ours.velocity(*inputs), comparison.official.velocity(*inputs)
+            sides = (ours, official, comparison.reference.velocity(*inputs))
+            yield _row(f"official velocity at t = {step.timestep:g}", expert, limit, sides)
 
 
 def solver(comparison: Comparison) -> Iterator[Row]:
     """Compare our solver with the official one on the velocities of the official run."""
-    if comparison.official_can_run:
+    if can_run(comparison.request):
         yield solver_row("official solver on its velocities", comparison, comparison.official_steps)
 
 
 def latents(comparison: Comparison) -> Iterator[Row]:
     """Compare the latents of two independent runs after every step."""
     limit = comparison.limits["run"].latents
-    if not comparison.official_can_run:
+    if not can_run(comparison.request):
         return
     if comparison.stop_reason:
         yield Row("official latents of the run", "sampler", incomparable(comparison.stop_reason), limit)
@@ -89,7 +85,7 @@ def decode(comparison: Comparison) -> Iterator[Row]:
 
 def video(comparison: Comparison) -> Iterator[Row]:
     """Compare frames, end to end: the official pipeline's, or without it those of the run of official modules."""
-    if comparison.official_can_run and comparison.our_frames is not None:
+    if can_run(comparison.request) and comparison.our_frames is not None:
         name, limit = "official frames, end to end", comparison.limits["run"].frames
         if can_generate(comparison.request):
             name, official = "official pipeline's frames", comparison.official.generate(comparison.request)

@@ -5,11 +5,11 @@ values in bfloat16 (FP8 graphs do) is rewritten: :mod:`engines.cpu.emulation` ro
 graph would keep in fewer bits. Reports state which of the two ways produced a number.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
 from runtime.engine import Engine
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from runtime.pipeline import Pipeline
@@ -20,15 +20,17 @@ from wan22.onnx_file import check_graphs
 from wan22.residency import ONE_EXPERT, ResidencyChoice
 from wan22.specs import Precision
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
 BY_KERNELS = "computed by kernels"
 BY_ROUNDING = "emulated by rounding"
 WITH_KERNELS = (Precision.FP32, Precision.FP16)  # precisions that ONNX Runtime's CPU kernels support
 
 
-def open_for_comparison(folder: Path, calls: Path | None = None, residency: ResidencyChoice = "auto") -> Pipeline:
+def open_for_comparison(
+    folder: Path,
+    calls: Path | None = None,
+    residency: ResidencyChoice = "auto",
+    blocks: BlockOptions = BLOCKS_AS_FIT,
+) -> Pipeline:
     """Open the engines or the graphs at ``folder``; ``calls`` receives the first call of each.
 
     The reference needs memory too, so ``auto`` keeps one expert at most.
@@ -41,8 +43,10 @@ def open_for_comparison(folder: Path, calls: Path | None = None, residency: Resi
     check_graphs(bundle)
     new_engine = None if engines else partial(_engine, folder)
     if calls is None:
-        return Pipeline(bundle, residency=residency, choices=ONE_EXPERT, new_engine=new_engine)
-    return RecordingPipeline(bundle, calls, residency=residency, choices=ONE_EXPERT, new_engine=new_engine)
+        return Pipeline(bundle, residency=residency, choices=ONE_EXPERT, new_engine=new_engine, blocks=blocks)
+    return RecordingPipeline(
+        bundle, calls, residency=residency, choices=ONE_EXPERT, new_engine=new_engine, blocks=blocks
+    )
 
 
 def how_made(manifest: Manifest) -> dict[str, str]:
@@ -64,24 +68,17 @@ class EmulatedEngine(OnnxRuntimeEngine):
 
     def __enter__(self) -> Self:
         import onnx_ir as ir
+        import onnxruntime
 
         from engines.cpu.emulation import emulate
 
-        model = ir.load(self._path)
+        model, folder = ir.load(self._path), self._path.parent
         emulate(model)
-        self._session = _session(model, self._path.parent, self._providers)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        content = ir.serde.serialize_model(model).SerializeToString()
+        with loading(folder):
+            self._session = onnxruntime.InferenceSession(content, options, providers=list(self._providers))
         return self
-
-
-def _session(model: "ir.Model", folder: Path, providers: Sequence[str]) -> Any:
-    """Open ``model``, whose external weights lie in ``folder``. It is passed as bytes and needs no file."""
-    import onnx_ir as ir
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    content = ir.serde.serialize_model(model).SerializeToString()
-    with loading(folder):
-        return onnxruntime.InferenceSession(content, options, providers=list(providers))

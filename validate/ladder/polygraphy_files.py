@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from runtime.arrays import to_numpy
+from runtime.backend import NewEngine
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
 from runtime.engine import Arrays, BorrowedEngine, Engine
-from runtime.pipeline import NewEngine, Pipeline
+from runtime.pipeline import Pipeline
 from wan22.bundle import Bundle
 from wan22.errors import UserError
 from wan22.files import whole_file
@@ -34,8 +36,9 @@ class RecordingPipeline(Pipeline):
         residency: ResidencyChoice = "auto",
         choices: Sequence[Residency] = RESIDENCIES,
         new_engine: NewEngine | None = None,
+        blocks: BlockOptions = BLOCKS_AS_FIT,
     ) -> None:
-        super().__init__(bundle, residency=residency, choices=choices, new_engine=new_engine)
+        super().__init__(bundle, residency=residency, choices=choices, new_engine=new_engine, blocks=blocks)
         self._calls, self._recorded = calls, set[str]()
 
     def engine(self, name: str) -> Engine:

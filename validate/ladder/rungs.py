@@ -26,7 +26,6 @@ from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
 
 VELOCITY_POINTS = 4  # timesteps per expert, evenly spaced over its range
 
-
 Compare = Callable[[Comparison], Iterator[Row]]
 DISTANCES: tuple[Measure, ...] = ("max_abs", "relative_l2")
 OF_FRAMES: tuple[Measure, ...] = (*DISTANCES, "psnr_db")
@@ -112,16 +111,14 @@ def time_conditions(comparison: Comparison) -> Iterator[Row]:
 
 def velocities(comparison: Comparison, expert: str) -> Iterator[Row]:
     """Compare velocities at the first step of ``expert`` with both prompts, then over its range of timesteps."""
+    its_steps = [step for step in comparison.reference_steps if step.expert == expert]
+    at_first = (
+        _velocity(comparison, expert, f"velocity at its first step, {name}", (step.before, step.timestep, text))
+        for step in its_steps[:1]
+        for name, text in comparison.text.items()
+    )
     everywhere = _velocities_everywhere(comparison, expert, "velocity at t = {:g}")
-    yield from _with_excess(chain(_velocities_at_first(comparison, expert), everywhere), expert)
-
-
-def _velocities_at_first(comparison: Comparison, expert: str) -> Iterator[Row]:
-    first = next((step for step in comparison.reference_steps if step.expert == expert), None)
-    if first is not None:
-        for name in comparison.text:
-            row = f"velocity at its first step, {name}"
-            yield _velocity(comparison, expert, row, (first.before, first.timestep, comparison.text[name]))
+    yield from _with_excess(chain(at_first, everywhere), expert)
 
 
 def _velocities_everywhere(comparison: Comparison, expert: str, name: str) -> Iterator[Row]:
@@ -156,7 +153,6 @@ def _velocity(comparison: Comparison, expert: str, name: str, inputs: tuple[F32,
 
 
 def solver(comparison: Comparison) -> Iterator[Row]:
-    """Compare our solver with the reference's on the reference's velocities."""
     yield solver_row("solver on PyTorch's velocities", comparison, comparison.reference_steps)
 
 
@@ -184,10 +180,9 @@ def _step(comparison: Comparison, theirs: ReferenceStep) -> Row:
         return replace(row, metrics=incomparable(theirs.problem))
     ours = comparison.our_steps[theirs.index]
     note = "" if ours.expert == theirs.expert else f"ours ran {ours.expert}"
-    low = comparison.in_precision(
-        "run", (ours.latents, theirs.after), lambda _: comparison.lowered_steps[theirs.index].after
-    )
-    return replace(row, metrics=compare(ours.latents, theirs.after), note=note, in_precision=low)
+    sides = (ours.latents, theirs.after)
+    low = comparison.in_precision("run", sides, lambda _: comparison.lowered_steps[theirs.index].after)
+    return replace(row, metrics=compare(*sides), note=note, in_precision=low)
 
 
 def text_mode(comparison: Comparison) -> Iterator[Row]:
@@ -211,18 +206,13 @@ def decoder(comparison: Comparison) -> Iterator[Row]:
 
 
 def _decoder_row(comparison: Comparison, name: str, component: str, limit: Limit, frames: slice) -> Row:
-    ours, theirs = comparison.our_decode[:, :, frames], comparison.reference_frames[:, :, frames]
-    low = comparison.in_precision(
-        component, (ours, theirs), lambda _: comparison.lowered_decode[:, :, frames], FRAME_RANGE
-    )
-    metrics = compare(ours, theirs, signal_range=FRAME_RANGE)
+    sides = (comparison.our_decode[:, :, frames], comparison.reference_frames[:, :, frames])
+    low = comparison.in_precision(component, sides, lambda _: comparison.lowered_decode[:, :, frames], FRAME_RANGE)
+    metrics = compare(*sides, signal_range=FRAME_RANGE)
     return Row(name, component, metrics, limit, "the reference's latents", in_precision=low)
 
 
-TEXT_RUNGS = (
-    Rung("token_ids", token_ids, of_every_case=True),
-    Rung("embeddings", embeddings, of_every_case=True),
-)
+TEXT_RUNGS = (Rung("token_ids", token_ids, of_every_case=True), Rung("embeddings", embeddings, of_every_case=True))
 IMAGE_RUNGS = (
     Rung("pixels", image.pixels, of_every_case=True),
     Rung("encode", image.encoder),
@@ -235,11 +225,7 @@ VIDEO_RUNGS = (
     Rung("frame_changes", video.changes, of_every_case=True, measures=OF_FRAMES),
     Rung("lpips", video.perception, of_every_case=True, measures=("lpips",)),
 )
-SAMPLER_RUNGS = (
-    Rung("schedule", schedule),
-    Rung("noise", noise_rung),
-    Rung("time_features", time_conditions),
-)
+SAMPLER_RUNGS = (Rung("schedule", schedule), Rung("noise", noise_rung), Rung("time_features", time_conditions))
 OFFICIAL_RUNGS = (
     Rung("official_token_ids", official.token_ids),
     Rung("official_embeddings", official.embeddings),

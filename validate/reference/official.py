@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from export.checkpoint.checkpoint import Checkpoint
 from runtime.request import CompleteRequest
-from validate.reference.boundary import stated_boundary
+from validate.reference.checkpoint import stated_boundary
 from validate.reference.official_modules import check_clone
 from validate.reference.official_pipelines import Pipelines, WholeRun
 from validate.reference.parts import F32, I64
@@ -46,8 +45,9 @@ def version_of(repo: Path) -> str:
 
 
 def can_run(request: CompleteRequest) -> bool:
-    """True if the official code supports the solver and schedule of the requested run."""
-    return request.solver in SOLVERS and request.schedule == "official" and not request.sigmas
+    """True if the official code supports the solver and schedule of the requested run; it has no step cache."""
+    known = request.solver in SOLVERS and request.schedule == "official" and not request.sigmas
+    return known and request.cache is None
 
 
 def can_generate(request: CompleteRequest) -> bool:
@@ -77,9 +77,7 @@ class Official:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.shutdown(cancel_futures=True)
 
     def token_ids(self, prompt: str) -> I64:
@@ -92,9 +90,8 @@ class Official:
     def velocity(
         self, expert: str, latents: F32, timestep: float, text: F32, image_inputs: ImageInputs = NO_IMAGE
     ) -> F32:
-        return self._array(
-            "velocity", expert, latents, timestep, text, image_inputs.condition, image_inputs.first_frame
-        )
+        given = (image_inputs.condition, image_inputs.first_frame)
+        return self._array("velocity", expert, latents, timestep, text, *given)
 
     def encode(self, video: F32) -> F32:
         return self._array("encode", video)
@@ -115,9 +112,8 @@ class Official:
         def step(velocity: F32, index: int, latents: F32) -> F32:
             return self._array("step", velocity, index, latents)
 
-        return guided_run(
-            self, request, self.sigmas_and_timesteps(request)[1].tolist(), step, (text, negative), image_inputs
-        )
+        timesteps = self.sigmas_and_timesteps(request)[1].tolist()
+        return guided_run(self, request, timesteps, step, (text, negative), image_inputs)
 
     def generate(self, request: CompleteRequest) -> F32:
         """Frames ``[1, 3, F, H, W]`` of the official pipeline. ``can_generate`` must hold."""

@@ -37,19 +37,14 @@ def lower_precision(module: Any, precision: Precision) -> Any:
     dtype = dtype_of(precision)
     kept = set(module._keep_in_fp32_modules or ()) - (ONLY_FOR_FP16 if dtype == torch.bfloat16 else set())
     if precision.linears is Number.FP8:
-        _quantise_linears(module)
+        for parent in [parent for block in module.blocks for parent in block.modules()]:
+            for name, child in list(parent.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(parent, name, Fp8Linear(child.weight, child.bias))
     for name, parameter in module.named_parameters():
         if parameter.dtype != FLOAT8 and not kept & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)
     return module
-
-
-def _quantise_linears(module: Any) -> None:
-    for block in module.blocks:
-        for parent in list(block.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, torch.nn.Linear):
-                    setattr(parent, name, Fp8Linear(child.weight, child.bias))
 
 
 class Fp8Linear(torch.nn.Module):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from export.checkpoint.checkpoint import Checkpoint
-from validate.reference.boundary import stated_boundary
+from validate.reference.checkpoint import stated_boundary
 from validate.reference.device import Residence
 from validate.reference.image import conditioning, pixels
 from validate.reference.parts import F32, I64, load_part, timesteps_of, to_numpy

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from runtime.request import CompleteRequest
-from validate.reference.boundary import expert_of
+from validate.reference.checkpoint import expert_of
+from validate.reference.listed_cache import ListedCache
 from validate.reference.parts import F32, I64
 from validate.reference.reference import NO_IMAGE, ImageInputs, Reference
 from wan22.sampling import SolverName
@@ -41,7 +42,6 @@ class Models(Protocol):
 
     def velocity(self, expert: str, latents: F32, timestep: float, text: F32, image_inputs: ImageInputs = ...) -> F32:
         """See :meth:`validate.reference.reference.Reference.velocity`."""
-        ...
 
 
 def initial_noise(request: CompleteRequest) -> F32:
@@ -70,7 +70,8 @@ def run(
         stepped: F32 = scheduler.step(*tensors, return_dict=False, **drawing)[0].numpy()
         return stepped
 
-    return guided_run(reference, request, scheduler.timesteps.tolist(), step, (text, negative), image_inputs)
+    cache = None if request.cache is None else ListedCache(request.cache, scheduler.sigmas[:-1].tolist())
+    return guided_run(reference, request, scheduler.timesteps.tolist(), step, (text, negative), image_inputs, cache)
 
 
 def guided_run(
@@ -80,6 +81,7 @@ def guided_run(
     step: Callable[[F32, int, F32], F32],
     texts: tuple[F32, F32 | None],
     image_inputs: ImageInputs,
+    cache: ListedCache | None = None,
 ) -> Iterator[ReferenceStep]:
     """Denoise from noise and yield every step. A clean first frame is restored after each, as in the official code.
 
@@ -90,15 +92,26 @@ def guided_run(
         step: returns the latents after a step from the velocity, the index and the latents before it.
         texts: embeddings ``[1, 512, text width]`` of the prompt and of the negative prompt; None without guidance.
         image_inputs: what the image adds to the inputs; empty for text to video.
+        cache: replaces the velocities of listed steps by estimates.
     """
     text, negative = texts
     latents = _with_first_frame(initial_noise(request), image_inputs)
     for index, t in enumerate(map(float, timesteps)):
         expert = expert_of(models.boundary, request, index, t)
-        velocity = models.velocity(expert, latents, t, text, image_inputs)
+        scale, estimates = request.guidance[expert], cache.skipped(index, expert, latents) if cache else None
+        unconditional: F32 | None
+        if estimates is not None:
+            velocity, unconditional = estimates
+        else:
+            velocity, unconditional = models.velocity(expert, latents, t, text, image_inputs), None
+            if negative is not None and scale != 1:
+                unconditional = cache.unconditional(index, velocity, scale) if cache else None
+                if unconditional is None:
+                    unconditional = models.velocity(expert, latents, t, negative, image_inputs)
+            if cache:
+                cache.keep(index, latents, velocity, unconditional, scale)
         problem = "" if np.isfinite(velocity).all() else _describe_problem(f"velocity of {expert}", index, request, t)
-        if negative is not None and (scale := request.guidance[expert]) != 1:
-            unconditional = models.velocity(expert, latents, t, negative, image_inputs)
+        if unconditional is not None:
             velocity = unconditional + np.float32(scale) * (velocity - unconditional)
         after = _with_first_frame(step(velocity, index, latents), image_inputs)
         if not problem and not np.isfinite(after).all():
@@ -121,8 +134,11 @@ def scheduler_for(request: CompleteRequest) -> Any:
     """A diffusers scheduler with ``.sigmas`` [N+1] and ``.timesteps`` [N] set for this run."""
     official, steps = request.schedule == "official", request.steps
     scheduler = _scheduler(request.solver, 1.0 if request.sigmas else request.shift)
-    if request.sigmas:
-        _set_list(scheduler, request)
+    if request.sigmas and request.solver == "dpm++":
+        scheduler.set_timesteps(len(request.sigmas))
+        _overwrite(scheduler, np.array(request.sigmas), 1.0)
+    elif request.sigmas:
+        scheduler.set_timesteps(sigmas=np.array(request.sigmas))
     elif not official:
         scheduler.set_timesteps(steps)
     elif request.solver == "unipc":
@@ -144,14 +160,6 @@ def _scheduler(solver: SolverName, shift: float) -> Any:
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=solver == "renoise")
     kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}[solver]
     return kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-
-
-def _set_list(scheduler: Any, request: CompleteRequest) -> None:
-    if request.solver == "dpm++":
-        scheduler.set_timesteps(len(request.sigmas))
-        _overwrite(scheduler, np.array(request.sigmas), 1.0)
-    else:
-        scheduler.set_timesteps(sigmas=np.array(request.sigmas))
 
 
 def _overwrite(scheduler: Any, grid: np.ndarray, shift: float) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from validate.ladder.metrics import difference_per_frame
 from validate.ladder.row import Row
 from validate.plots import Filmstrip, Picture, filmstrip, frame_picture
+from validate.report.cache_report import CacheReport
 
 if TYPE_CHECKING:
     from validate.cases import Case
@@ -26,6 +27,7 @@ class CaseReport:
     command: str = ""
     filmstrip: Filmstrip | None = None
     worst_frame: Picture | None = None
+    cache: CacheReport | None = None  # of a run with a step cache
 
     @classmethod
     def of(cls, case: "Case", comparison: "Comparison", rows: tuple[Row, ...]) -> Self:
@@ -35,7 +37,8 @@ class CaseReport:
         if ours is not None and strip is not None:
             index = int(np.argmax(difference_per_frame(ours, theirs)))
             worst = frame_picture(ours, theirs, index, strip.amplification)
-        return cls(rows, case.number, request.prompt, request.seed, case.command, strip, worst)
+        cached = CacheReport.of(comparison)
+        return cls(rows, case.number, request.prompt, request.seed, case.command, strip, worst, cached)
 
     @property
     def failed(self) -> tuple[Row, ...]:

@@ -11,6 +11,7 @@ from validate.ladder.onnx_side import how_made
 from validate.options import ValidateOptions
 from validate.reference.device import Device
 from wan22.bundle import Manifest
+from wan22.caching import Caching
 from wan22.quantities import counted, video_text
 from wan22.specs import Precision
 
@@ -29,43 +30,40 @@ def facts(
 
     The ``requests`` differ only in prompt, image and seed.
     """
-    build, request = manifest.build, requests[0]
+    build, request, prompts = manifest.build, requests[0], {each.prompt for each in requests}
     higher = [f"{c.name} {c.precision}: {c.why_higher}" for c in manifest.components if c.why_higher]
     guidance = ", ".join(f"{name} {scale:g}" for name, scale in request.guidance.items())
     loras = [f"{lora.file} at {lora.strength:g} in {', '.join(lora.experts)}" for lora in manifest.loras]
+    seeds = list(dict.fromkeys(str(each.seed) for each in requests))
+    made = how_made(manifest)
+    ways = {way: [name for name, its_way in made.items() if its_way == way] for way in dict.fromkeys(made.values())}
+    its = machine()
+    host = f"{its['cpu']}, {its['cores']} cores, {its['memory_gib']} GiB"
+    where = str(checkpoint.folder) if checkpoint.folder != Path() else checkpoint.source.checkpoint  # or its files
     return {
         "model": manifest.spec.name,
         "precision": "; ".join((str(manifest.precision), *higher)),
         **({"target": build.target, "backend": f"{build.backend} {build.backend_version}"} if build else {}),
-        "checkpoint": f"{_where(checkpoint)} ({checkpoint.source.layout} layout)",
+        "checkpoint": f"{where} ({checkpoint.source.layout} layout)",
         "fingerprint": checkpoint.source.fingerprint,
         **({"LoRAs": "; ".join(loras)} if loras else {}),
         "video": video_text(request.width, request.height, request.frames),
         **dict(_images(options, request)),
-        "prompt": _all([each.prompt for each in requests], "prompts: see each case"),
+        "prompt": request.prompt if len(prompts) == 1 else f"{len(prompts)} prompts: see each case",
         "negative prompt": request.negative_prompt,
         "sampling": f"{request.solver}, {request.schedule} schedule, {counted(request.steps, 'step')}, "
-        f"shift {request.shift:g}, {_seeds(requests)}, guidance {guidance}{_switch(request)}",
-        "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in _ways(manifest).items()),
+        f"shift {request.shift:g}, seed{'s' if len(seeds) > 1 else ''} {' '.join(seeds)}, "
+        f"guidance {guidance}{_switch(request)}",
+        **({"step cache": describe_cache(request.cache)} if request.cache else {}),
+        "numbers": "; ".join(f"{', '.join(names)} {way}" for way, names in ways.items()),
         "reference": _reference(manifest, device),
         **dict(second_reference(options, request)),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "machine": _machine(),
+        "machine": ", ".join(filter(None, (host, its["gpu"], its["system"]))),
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "built by": manifest.command,
         "command": options.command,
     }
-
-
-def _all(values: Sequence[str], plural: str) -> str:
-    """The value that all cases share, or how many there are."""
-    different = list(dict.fromkeys(values))
-    return different[0] if len(different) == 1 else f"{len(different)} {plural}"
-
-
-def _seeds(requests: Sequence[CompleteRequest]) -> str:
-    seeds = list(dict.fromkeys(str(request.seed) for request in requests))
-    return f"seed{'s' if len(seeds) > 1 else ''} {' '.join(seeds)}"
 
 
 def _switch(request: CompleteRequest) -> str:
@@ -75,16 +73,20 @@ def _switch(request: CompleteRequest) -> str:
     return "" if request.boundary is None else f", boundary {request.boundary:g}"
 
 
-def _machine() -> str:
-    found = machine()
-    host = f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB"
-    return ", ".join(filter(None, (host, found["gpu"], found["system"])))
-
-
-def _ways(manifest: Manifest) -> dict[str, list[str]]:
-    """How the numbers are made → the components that are made so."""
-    made = how_made(manifest)
-    return {way: [name for name, its in made.items() if its == way] for way in dict.fromkeys(made.values())}
+def describe_cache(caching: Caching) -> str:
+    """The settings of a step cache in words."""
+    parts = []
+    if caching.skip_steps is not None:
+        assert not isinstance(caching.skip_steps, str)
+        parts.append(f"steps {', '.join(map(str, caching.skip_steps))} skipped")
+    elif caching.easy:
+        exact = f"first {caching.first_exact} and last {caching.last_exact} exact"
+        parts.append(f"easy, threshold {caching.threshold:g}, {exact}, at most {caching.max_consecutive} in a row")
+    parts += [caching.reuse] if caching.skips else []
+    if caching.late_cfg is not None:
+        late = caching.late_cfg if isinstance(caching.late_cfg, str) else ", ".join(map(str, caching.late_cfg))
+        parts.append(f"late cfg {late}")
+    return "; ".join(parts) + "; both sides skip the same steps"
 
 
 def _reference(manifest: Manifest, device: Device) -> str:
@@ -102,15 +104,11 @@ def second_reference(options: ValidateOptions, request: CompleteRequest) -> Iter
         at = version_of(options.official_repo)
         description = f"the code at {options.official_repo}{at and f', {at}'}, fp32 on the CPU"
         if not can_run(request):
-            description += (
-                f"; it has no {request.solver} with the {request.schedule} schedule, so its run is not compared"
+            missing = (
+                f"{request.solver} with the {request.schedule} schedule" if request.cache is None else "step cache"
             )
+            description += f"; it has no {missing}, so its run is not compared"
         yield "second reference", description
-
-
-def _where(checkpoint: "Checkpoint") -> str:
-    """The folder of the checkpoint, or its files if they were named individually."""
-    return str(checkpoint.folder) if checkpoint.folder != Path() else checkpoint.source.checkpoint
 
 
 def _images(options: ValidateOptions, request: CompleteRequest) -> Iterator[tuple[str, str]]:

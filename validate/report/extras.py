@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from validate.bench.read import read_bench
-from validate.bench.result import known_measurements
+from validate.bench.result import known_measurements, read_bench
 from validate.gate import Gate, has_table, read_gates
 from validate.options import ValidateOptions
+from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, Manifest
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
@@ -22,14 +22,6 @@ class Attachments:
     fusion: tuple[Mapping[str, Any], ...] = ()  # one summary per engine, as in ``wan-trt inspect --json``
     why_no_fusion: str = ""
     manifest: Manifest | None = None
-
-    @property
-    def bench_measured(self) -> Mapping[str, float]:
-        return {} if self.bench is None else self.bench["measurements"]
-
-    @property
-    def uncompiled(self) -> bool:
-        return self.manifest is not None and self.manifest.build is None
 
     @property
     def not_judged(self) -> str:
@@ -92,7 +84,7 @@ def _fusion(bundle: Bundle) -> tuple[tuple[Mapping[str, Any], ...], str]:
     build = bundle.manifest.build
     if build is None:
         return (), "A bundle of graphs: nothing is compiled yet."
-    if build.backend == "onnxruntime":
+    if runs_graphs(build.backend):
         return (), "ONNX Runtime compiles when it loads a graph: there are no kernels to list."
     try:
         return tuple(report.summary() for report in inspect_engines(bundle.folder)), ""

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
 
 from validate.gate import Verdict, check_mark, judge
 from validate.ladder.row import Row
+from validate.report.cache_report import worst_of
 from validate.report.case_report import CaseReport
 from validate.report.extras import Attachments
 from validate.report.text import line
@@ -21,9 +24,6 @@ from validate.report.worst import FAILED, worst_values
 from wan22.errors import UserError
 from wan22.files import Claim, claim, write_files
 from wan22.quantities import counted
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,18 @@ class ValidationReport:
     @cached_property
     def verdicts(self) -> tuple[Verdict, ...]:
         """The verdicts on the gates; gates on the bench come last."""
-        ours = (self._with_case(verdict) for verdict in judge(self.attached.gates, worst_values(self.rows)))
-        of_bench = () if self.attached.bench is None else self.attached.bench_gates
-        return (*ours, *judge(of_bench, self.attached.bench_measured))
+        measured = {**worst_values(self.rows), **worst_of(case.cache for case in self.cases)}
+        ours = (self._with_case(verdict) for verdict in judge(self.attached.gates, measured))
+        bench = self.attached.bench
+        return (*ours, *(() if bench is None else judge(self.attached.bench_gates, bench["measurements"])))
 
     def _with_case(self, verdict: Verdict) -> Verdict:
         """Add the case that has the worst value. A sum over cases has no such case."""
         name = verdict.gate.measurement
         if len(self.cases) == 1 or verdict.found is None or name == FAILED:
             return verdict
-        found = {case.number: its[name] for case in self.cases if name in (its := worst_values(case.rows))}
+        each = {case.number: {**worst_values(case.rows), **worst_of([case.cache])} for case in self.cases}
+        found = {number: its[name] for number, its in each.items() if name in its}
         guilty = next(number for number, value in found.items() if value == verdict.found or math.isnan(value))
         return replace(verdict, where=f"case {guilty}")
 
@@ -84,8 +86,13 @@ class ValidationReport:
     @property
     def first_not_finite(self) -> Row | None:
         """The first row with NaN or infinity: inputs come first, then the runs, then all others."""
-        met = [row for row in self.rows if "NaN" in row.metrics.problem]
-        return min(met, key=lambda row: (row.case, _depth(row)), default=None)
+
+        def depth(row: Row) -> tuple[int, int]:
+            if row.subject in ("token_ids", "embeddings", "pixels", "encode", "condition"):
+                return row.case, 0
+            return row.case, 1 if row.step is not None else 2
+
+        return min((row for row in self.rows if "NaN" in row.metrics.problem), key=depth, default=None)
 
     def summary(self) -> str:
         """The verdict in one line."""
@@ -107,11 +114,8 @@ class ValidationReport:
         if len(self.cases) > 1:
             yield f"worst case: {self.worst_case.number}"
 
-    def table(self) -> "Table":
+    def table(self) -> Table:
         """The rows for a terminal, by component: all rows of the first case, only failed rows of the others."""
-        from rich.table import Table
-        from rich.text import Text
-
         table, component = Table("", "check", "found", "limit", "margin"), ""
         for row in self.rows:
             if row.case == 1 or not row.passed:
@@ -122,12 +126,6 @@ class ValidationReport:
                 name = row.name if row.case == 1 else f"case {row.case}: {row.name}"
                 table.add_row(check_mark(row.passed), name, shown.found, shown.limit, shown.margin)
         return table
-
-
-def _depth(row: Row) -> int:
-    if row.subject in ("token_ids", "embeddings", "pixels", "encode", "condition"):
-        return 0
-    return 1 if row.step is not None else 2
 
 
 def write_report(report: ValidationReport, claimed: Claim) -> None:

@@ -57,15 +57,8 @@ def measure_text(measure: Measure, value: float, more: int = 0) -> str:
 def limit_text(limit: Limit) -> str:
     if limit.value == 0:
         return "equal"
-    unit = {
-        "max_abs": "max abs",
-        "relative_l2": "rel L2",
-        "psnr_db": "dB",
-        "ssim": "SSIM",
-        "lpips": "LPIPS",
-        "excess": "times",
-    }[limit.measure]
-    return f"{limit.sign} {limit.value:g} {unit}"
+    units = {"max_abs": "max abs", "relative_l2": "rel L2", "psnr_db": "dB", "excess": "times"}
+    return f"{limit.sign} {limit.value:g} {units.get(limit.measure, limit.measure.upper())}"
 
 
 def margin(row: Row) -> str:
@@ -74,17 +67,14 @@ def margin(row: Row) -> str:
     if math.isnan(found):
         return "cannot be compared"
     if row.limit.measure == "psnr_db":
-        return "identical" if math.isinf(found) else _decibels(found - limit)
+        side = "above" if found >= limit else "short"
+        return "identical" if math.isinf(found) else f"{abs(found - limit):.0f} dB {side}"
     if row.limit.measure == "ssim":
         return f"{number(abs(found - limit))} {'above' if found >= limit else 'short'}"
     if found == 0 or limit == 0:
         return "equal" if found == 0 else "differs"
     factor, side = (limit / found, "below") if found <= limit else (found / limit, "over")
     return f"{factor:,.{1 if factor < 10 else 0}f}× {side}"
-
-
-def _decibels(margin: float) -> str:
-    return f"{abs(margin):.0f} dB {'above' if margin >= 0 else 'short'}"
 
 
 def others(metrics: Metrics, measure: str) -> str:

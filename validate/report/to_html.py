@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from validate.bench.compare import was_busy
+from validate.bench.report import was_busy
 from validate.html import page
 from validate.ladder.metrics import why_no_lpips
 from validate.ladder.row import Row
@@ -31,7 +31,7 @@ def as_html(report: "ValidationReport") -> str:
         "lights": status_lights(report),
         "headlines": headlines(case),
         "reasons": reasons(report.rows),
-        "compared": "Graphs" if report.attached.uncompiled else "Engines",
+        "compared": "Graphs" if (manifest := report.attached.manifest) and manifest.build is None else "Engines",
         "apart": precision_losses(report.rows),
         "latency_columns": LATENCY_COLUMNS,
         "latency": latency(report.attached.bench) if report.attached.bench else None,
@@ -113,10 +113,14 @@ def status_lights(report: "ValidationReport") -> list[StatusLight]:
     fused = "; ".join(problems) or f"{len(its.fusion)} engines inspected" if its.fusion else its.why_no_fusion
     return [
         StatusLight("Parity", "good" if report.rows and not report.failed else "bad", parity, "checks"),
-        StatusLight("Gates", "none" if not report.verdicts else "bad" if missed else "good", kept, "gates"),
-        StatusLight("Latency", "bad" if faults else "none" if its.bench is None or busy else "good", timed, "latency"),
-        StatusLight("Fusion", "none" if not its.fusion else "bad" if problems else "good", fused, "fusion"),
+        StatusLight("Gates", _tone(report.verdicts, not missed), kept, "gates"),
+        StatusLight("Latency", _tone(faults or (its.bench and not busy), not faults), timed, "latency"),
+        StatusLight("Fusion", _tone(its.fusion, not problems), fused, "fusion"),
     ]
+
+
+def _tone(measured: object, good: bool) -> str:
+    return "none" if not measured else "good" if good else "bad"
 
 
 LATENCY_COLUMNS = {

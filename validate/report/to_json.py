@@ -9,6 +9,7 @@ import msgspec
 from validate.gate import Verdict
 from validate.ladder.metrics import Metrics
 from validate.ladder.row import InPrecision, Row
+from validate.report.cache_report import worst_of
 from validate.report.case_report import CaseReport
 from validate.report.worst import worst_values
 
@@ -24,7 +25,7 @@ def as_json(report: "ValidationReport") -> bytes:
         "first_diverging_step": None if first is None else first.step,
         "facts": report.facts,
         "gates": [_verdict(verdict) for verdict in report.verdicts],
-        "measured": {name: json_number(value) for name, value in worst_values(report.rows).items()},
+        "measured": finite({**worst_values(report.rows), **worst_of(case.cache for case in report.cases)}),
         "worst_case": report.worst_case.number,
         "cases": [_case(case) for case in report.cases],
         "rows": [_row(row) for row in report.rows],
@@ -53,6 +54,7 @@ def _case(case: CaseReport) -> dict[str, Any]:
         "psnr_db": json_number(case.found("frames", "psnr_db")),
         "ssim": json_number(case.found("ssim", "ssim")),
         "command": case.command,
+        "step_cache": None if case.cache is None else finite(case.cache.as_json()),
     }
 
 
@@ -86,6 +88,13 @@ def _in_precision(found: InPrecision) -> dict[str, Any]:
 
 def _metrics(metrics: Metrics) -> dict[str, Any]:
     return {name: json_number(value) for name, value in asdict(metrics).items()}
+
+
+def finite(value: Any) -> Any:
+    """``value`` with :func:`json_number` applied to everything in it."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list) else json_number(value)
 
 
 def json_number(value: Any) -> Any:

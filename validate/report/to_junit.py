@@ -5,11 +5,9 @@ from math import fsum
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from validate.gate import Verdict
 from validate.report.text import line, section_title
 
 if TYPE_CHECKING:
-    from validate.ladder.row import Row
     from validate.report.report import ValidationReport
 
 NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -20,13 +18,18 @@ def as_junit(report: "ValidationReport") -> bytes:
     suites: dict[str, ElementTree.Element] = {}
     for row in report.rows:
         title = section_title(row)
-        suite = suites.setdefault(title, _suite(root, title) if title not in suites else suites[title])
+        suite = suites.setdefault(title, ElementTree.Element("testsuite", name=title))
         name = row.name if len(report.cases) == 1 else f"case {row.case}: {row.name}"
-        _test(suite, (row.component, name), _message(row) if not row.passed else "", row.seconds)
+        shown = line(row)
+        reason = row.metrics.problem or row.limit.reason
+        failure = "" if row.passed else f"{shown.found}, limit {shown.limit}, {shown.margin}: {reason}"
+        _test(suite, (row.component, name), failure, row.seconds)
     if report.verdicts:
-        gates = suites["Gates"] = _suite(root, "Gates")
+        gates = suites["Gates"] = ElementTree.Element("testsuite", name="Gates")
         for verdict in report.verdicts:
-            _test(gates, ("gate", _gate_name(verdict)), "" if verdict else str(verdict))
+            name = f"{verdict.gate.measurement}.{verdict.gate.bound}"
+            _test(gates, ("gate", name), "" if verdict else str(verdict))
+    root.extend(suites.values())
     for element in (root, *suites.values()):
         element.set("tests", str(len(list(element.iter("testcase")))))
         element.set("failures", str(len(list(element.iter("failure")))))
@@ -35,24 +38,11 @@ def as_junit(report: "ValidationReport") -> bytes:
     return written + b"\n"
 
 
-def _suite(root: ElementTree.Element, title: str) -> ElementTree.Element:
-    return ElementTree.SubElement(root, "testsuite", name=title)
-
-
 def _test(suite: ElementTree.Element, names: tuple[str, str], failure: str, seconds: float = 0.0) -> None:
     attributes = {"classname": names[0], "name": _text(names[1]), "time": _seconds(seconds)}
     case = ElementTree.SubElement(suite, "testcase", attributes)
     if failure:
         ElementTree.SubElement(case, "failure", message=_text(failure))
-
-
-def _message(row: "Row") -> str:
-    shown = line(row)
-    return f"{shown.found}, limit {shown.limit}, {shown.margin}: {row.metrics.problem or row.limit.reason}"
-
-
-def _gate_name(verdict: Verdict) -> str:
-    return f"{verdict.gate.measurement}.{verdict.gate.bound}"
 
 
 def _seconds(seconds: float) -> str:

@@ -22,31 +22,29 @@ def _lines(report: "ValidationReport") -> Iterator[str]:
     if report.verdicts:
         verdicts = [(_mark(bool(v)), v.gate.measurement, *verdict_words(v)) for v in report.verdicts]
         yield from _table(("", "gate", "found", "limit"), verdicts)
-    yield from _table(("", "section", "passed"), _sections(report))
-    if report.failed:
-        yield from _table(("failed check", "component", "found", "limit"), _failed_rows(report))
-    if len(report.cases) > 1:
-        yield from _cases(report)
-    yield from _table(("", ""), list(report.facts.items()))
-
-
-def _sections(report: "ValidationReport") -> list[Sequence[str]]:
     counted = [(title, len(rows), sum(row.passed for row in rows)) for title, rows in by_section(report.rows)]
-    return [(_mark(passed == rows), title, f"{passed} of {rows}") for title, rows, passed in counted]
-
-
-def _failed_rows(report: "ValidationReport") -> list[Sequence[str]]:
-    shown = [(row, line(row)) for row in report.failed]
-    return [(f"case {row.case}: {row.name}", row.component, its.found, its.limit) for row, its in shown]
-
-
-def _cases(report: "ValidationReport") -> Iterator[str]:
-    rows = [
-        (_mark(not case.failed), str(case.number), case.prompt, str(case.seed), number(case.found("frames", "psnr_db")))
-        for case in report.cases
-    ]
-    yield from _table(("", "case", "prompt", "seed", "PSNR, dB"), rows)
-    yield from (f"Worst: case {report.worst_case.number}.", "", "```sh", report.worst_case.command, "```", "")
+    sections = [(_mark(passed == rows), title, f"{passed} of {rows}") for title, rows, passed in counted]
+    yield from _table(("", "section", "passed"), sections)
+    if report.worst_case.cache is not None:
+        yield from (_text(report.worst_case.cache.summary()), "")
+    if report.failed:
+        shown = [(row, line(row)) for row in report.failed]
+        failed = [(f"case {row.case}: {row.name}", row.component, its.found, its.limit) for row, its in shown]
+        yield from _table(("failed check", "component", "found", "limit"), failed)
+    if len(report.cases) > 1:
+        cases = [
+            (
+                _mark(not case.failed),
+                str(case.number),
+                case.prompt,
+                str(case.seed),
+                number(case.found("frames", "psnr_db")),
+            )
+            for case in report.cases
+        ]
+        yield from _table(("", "case", "prompt", "seed", "PSNR, dB"), cases)
+        yield from (f"Worst: case {report.worst_case.number}.", "", "```sh", report.worst_case.command, "```", "")
+    yield from _table(("", ""), list(report.facts.items()))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

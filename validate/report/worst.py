@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from validate.ladder.row import Row
 from validate.ladder.thresholds import AT_LEAST
+from validate.report.cache_report import MEASURED, SUBJECT
 
 MEASURES = ("max_abs", "relative_l2", "psnr_db", "ssim", "lpips", "excess")
 FAILED = "checks.failed"  # number of rows that miss their limit
@@ -17,7 +18,7 @@ def known() -> tuple[str, ...]:
 
     ladders = (rungs(spec, official=True) for spec in SPECS.values())
     names = [f"{rung.subject}.{measure}" for ladder in ladders for rung in ladder for measure in rung.measures]
-    return (FAILED, *dict.fromkeys(names))
+    return (FAILED, *dict.fromkeys(names), *(f"{SUBJECT}.{name}" for name in MEASURED))
 
 
 def worst_values(rows: Iterable[Row]) -> Mapping[str, float]:

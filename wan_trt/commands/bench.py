@@ -11,7 +11,9 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import whole_file
+from wan22.inputs import check_no_source
 from wan_trt import arguments as given
+from wan_trt import cache_options
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
@@ -32,6 +34,14 @@ def run(
     image: Annotated[Path | None, typer.Option(help="Image (I2V, TI2V); by default a built-in one.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Prompt; its length determines the text encoder's work.")] = None,
     seed: given.Seed = 0,
+    cache: cache_options.Cache = None,
+    cache_threshold: cache_options.CacheThreshold = None,
+    first_exact: cache_options.FirstExact = None,
+    last_exact: cache_options.LastExact = None,
+    max_consecutive: cache_options.MaxConsecutive = None,
+    skip_steps: cache_options.SkipSteps = None,
+    reuse: cache_options.CacheReuse = None,
+    late_cfg: cache_options.LateCfg = None,
     runs: Annotated[
         int | None, typer.Option(min=1, help="Timed runs of every part; by default 5, or 10 full runs with --triton.")
     ] = None,
@@ -50,6 +60,7 @@ def run(
     plot: Annotated[Path | None, typer.Option(help="Plot of the sweep, .png or .html.")] = None,
     triton: Annotated[bool, typer.Option("--triton", help="Measure a server's overhead instead.")] = False,
     topology: given.Topology = "owner",
+    cancels: Annotated[int, typer.Option(min=1, help="Jobs to cancel with --triton.")] = 10,
     output: Json = None,
 ) -> int:
     """Measure time and memory of engines, and of PyTorch if a checkpoint is given.
@@ -68,11 +79,15 @@ def run(
     _check(sweep, values, plot, gate, compare)
     if triton and (checkpoint or sweep or compare):
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", "run it on its own")
+    if request.cache is not None and (triton or sweep is not None):
+        raise UserError("a step cache with --triton or --sweep", "a bench of engines", "run it on its own")
     to_stdout = str(output) == "-" or not sys.stdout.isatty()
     in_file = output is not None and str(output) != "-"
+    for path in (output if in_file else None, plot):
+        check_no_source(path, engines, gate, compare, image)
     with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
         if triton:
-            found, passed = _served(engines, options, runs, topology, gate)
+            found, passed = _served(engines, options, runs, topology, cancels, gate)
         elif sweep is not None:
             found, passed = _swept(engines, checkpoint, sweep, values, options, plot)
         else:
@@ -94,13 +109,7 @@ def _list_gates(engines: Path) -> int:
     return 0
 
 
-def _check(
-    sweep: Axis | None,
-    values: str | None,
-    plot: Path | None,
-    gate: Path | None,
-    compare: Path | None,
-) -> None:
+def _check(sweep: Axis | None, values: str | None, plot: Path | None, gate: Path | None, compare: Path | None) -> None:
     """Raise UserError for options that do not go together."""
     if sweep is None and (values or plot):
         raise UserError("--values or --plot", "a sweep to apply them to", "add --sweep frames, size or steps")
@@ -113,14 +122,16 @@ def _served(
     options: "BenchOptions",
     runs: int | None,
     topology: Literal["owner", "bls"],
+    cancels: int,
     gate: Path | None,
 ) -> tuple[dict[str, Any], bool]:
     from triton_repo.installation import default_environments, find_installation
     from validate.bench.served import RUNS, ServedOptions, bench_served
 
     asked = ServedOptions(
-        options.request, topology, runs or RUNS, gate=gate, residency=options.residency, command=options.command
-    )
+        options.request, topology, runs or RUNS, cancels=cancels, gate=gate, residency=options.residency,
+        command=options.command,
+    )  # fmt: skip
     installation = find_installation(default_environments())
     with bars() as progress:
         found = bench_served(engines, asked, installation, os.environ, progress)

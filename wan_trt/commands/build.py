@@ -13,7 +13,9 @@ from wan_trt.console import bars, command_line, console
 def run(
     bundle: Annotated[Path, typer.Argument(help="ONNX bundle made by wan-trt export.", show_default=False)],
     engines: Annotated[Path, typer.Argument(help="Folder to write the engines to.", show_default=False)],
-    target: Annotated[str, typer.Option(help="GPU such as rtx4090 or h100, cpu, or auto.")] = "cpu",
+    target: Annotated[
+        str, typer.Option(help="GPU such as rtx4090 or h100, cuda (ONNX Runtime on any GPU), cpu, or auto.")
+    ] = "cpu",
     size: Annotated[
         str | None, typer.Option(help="832x480, several with commas, a range 480x480..1280x720, 480p, 720p or 5b.")
     ] = None,
@@ -24,19 +26,26 @@ def run(
         Literal["embedded", "external"],
         typer.Option(help="Compile weights into the engines, or make them inputs of one engine for both experts."),
     ] = "embedded",
+    topology: Annotated[
+        Literal["whole", "blocks"],
+        typer.Option(help="A transformer as one engine, or as small engines that every block calls, weights outside."),
+    ] = "whole",
     overwrite: Overwrite = False,
 ) -> None:
     """Build the engines of an ONNX bundle for a target."""
     from engines.build import BuildOptions, build_engines
 
     with bars() as progress:
-        options = BuildOptions(target, size, frames, tf32, timing_cache, weights, overwrite, command_line())
+        options = BuildOptions(target, size, frames, tf32, timing_cache, weights, topology, overwrite, command_line())
         result = build_engines(bundle, engines, options, progress)
     build = result.manifest.build
     assert build is not None
-    summary = (
-        f"{build.backend} {build.backend_version}, {build.seconds:.1f} s, {human_bytes(build.peak_rss_bytes)} of memory"
-    )
-    console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {build.target} ({summary}): {engines}")
-    sizes = {component.graph.path: component.graph.size_bytes for component in result.manifest.components}
+    cost = f"{build.seconds:.1f} s, {human_bytes(build.peak_rss_bytes)} of memory"
+    summary = f"{build.target} ({build.backend} {build.backend_version}, {cost})"
+    console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {summary}: {engines}")
+    graphs = [component.graph for component in result.manifest.components]
+    graphs += [stage.graph for component in result.manifest.components for stage in component.stages]
+    sizes = {graph.path: graph.size_bytes for graph in graphs}
     console.print(", ".join(f"{path} {human_bytes(size)}" for path, size in sizes.items()))
+    for component, nodes in build.nodes.items():
+        console.print(f"{component}, all with CUDA kernels: {nodes}", highlight=False)

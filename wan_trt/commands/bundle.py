@@ -35,8 +35,7 @@ def verify(
 
 
 def sign(
-    bundle: Made,
-    key: Annotated[Path, typer.Option(help="Private Ed25519 key (PEM).", show_default=False)],
+    bundle: Made, key: Annotated[Path, typer.Option(help="Private Ed25519 key (PEM).", show_default=False)]
 ) -> None:
     """Sign a bundle: verify every hash, then write bundle.json.sig."""
     from runtime.signature import sign
@@ -60,9 +59,7 @@ def pack(
     console.print(f"{human_bytes(size_bytes)}: {folder}")
 
 
-def clean(
-    folder: Annotated[Path, typer.Argument(help="Folder with the outputs.")] = Path(),
-) -> None:
+def clean(folder: Annotated[Path, typer.Argument(help="Folder with the outputs.")] = Path()) -> None:
     """Remove leftovers of killed commands, unfinished exports too, from a folder and the temporary folder."""
     removed = remove_leftovers(folder)
     for leftover, size_bytes in removed.items():

@@ -39,6 +39,8 @@ def run(
 
 
 def _run(spec: ModelSpec, folder: Path, prompt: str | None, seed: int) -> int:
+    from validate.sample_image import picture_for
+
     name = spec.name
     prompt, *others = (prompt,) if prompt else PROMPTS if name == TRAINED else (PROMPT,)
     work = _new_folder(folder / name)
@@ -50,7 +52,11 @@ def _run(spec: ModelSpec, folder: Path, prompt: str | None, seed: int) -> int:
     console.rule("build")
     build.run(bundle, engines, "cpu")
     console.rule("generate")
-    image = None if spec.takes.image == "no" else _picture(folder / "image.png", spec.sampling.sizes[0])
+    image = None
+    if spec.takes.image != "no":
+        image = folder / "image.png"
+        write_file(image, picture_for(spec.sampling.sizes[0]))
+        console.print(f"{image}: the image to start from")
     generate.run(engines, folder / "out.mp4", prompt, image=image, seed=seed)
     videos = [folder / "out.mp4", *(folder / f"out-{number}.mp4" for number in range(2, 2 + len(others)))]
     for text, video in zip(others, videos[1:], strict=True):
@@ -79,15 +85,6 @@ def _filmstrip(videos: Sequence[Path]) -> bytes:
     content = io.BytesIO()
     strip.save(content, "png")
     return content.getvalue()
-
-
-def _picture(path: Path, size: tuple[int, int]) -> Path:
-    """Write the picture that a video of ``size`` starts from."""
-    from validate.sample_image import picture_for
-
-    write_file(path, picture_for(size))
-    console.print(f"{path}: the image to start from")
-    return path
 
 
 def _new_folder(work: Path) -> Path:

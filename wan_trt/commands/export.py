@@ -2,24 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
 from wan22.specs import Precision
-from wan_trt.arguments import Frames, Overwrite, Size, blocks_of, size_of
+from wan_trt.arguments import PRECISIONS, Frames, Overwrite, Size, blocks_of, size_of
 from wan_trt.console import bars, command_line, console
-
-if TYPE_CHECKING:
-    from wan22.bundle import Bundle
 
 Checkpoint = Annotated[
     str,
     typer.Argument(
-        help="Checkpoint folder or hub name; not needed if options name files for all parts.",
-        show_default=False,
+        help="Checkpoint folder or hub name; not needed if options name files for all parts.", show_default=False
     ),
 ]
 Folder = Annotated[Path | None, typer.Argument(help="Folder to write the ONNX bundle to.", show_default=False)]
@@ -27,7 +23,7 @@ Part = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE|PRECISION", help="A file to replace the checkpoint's, a precision, or both (twice)."),
 ]
-PartPrecision = Annotated[Precision | None, typer.Option(help="Precision of this part alone.")]
+PartPrecision = Annotated[Precision | None, typer.Option(metavar="PRECISION", help="Precision of this part alone.")]
 Vae = Annotated[Path | None, typer.Option(metavar="FILE", help="A file to use instead of the checkpoint's VAE.")]
 Tokenizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with tokenizer.json, or a spiece.model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
@@ -40,8 +36,7 @@ InputMeans = Annotated[
     Path | None, typer.Option(help="Means from wan-trt calibrate --means: smaller FP8 errors at the same speed.")
 ]
 Loras = Annotated[
-    list[str] | None,
-    typer.Option(help="LoRA to merge, FILE.safetensors[@strength][:high|:low]; repeatable."),
+    list[str] | None, typer.Option(help="LoRA to merge, FILE.safetensors[@strength][:high|:low]; repeatable.")
 ]
 IgnoreUnmatched = Annotated[
     bool, typer.Option("--lora-ignore-unmatched", help="Drop LoRA keys without a matching weight in the model.")
@@ -59,7 +54,7 @@ def run(
     bundle: Folder = None,
     precision: Annotated[
         Precision | None,
-        typer.Option(help="Precision of matrix products; by default fp32 for cpu, bf16 for a GPU."),
+        typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="Target to build the engines for, as in wan-trt build; by default cpu.")
@@ -113,8 +108,10 @@ def run(
         command=command_line(),
     )
     with bars() as progress:
-        made = export_checkpoint(where, bundle, options, progress)
-    _print_summary(made)
+        manifest = export_checkpoint(where, bundle, options, progress).manifest
+    size_bytes = sum(file.size_bytes for file in manifest.files().values())
+    names = ", ".join(component.name for component in manifest.components)
+    console.print(f"{manifest.spec.name} {manifest.precision}, {human_bytes(size_bytes)}: {bundle} ({names})")
 
 
 def _for_target(target: str | None, precision: Precision | None, parts: dict[str, Precision]) -> Precision:
@@ -165,10 +162,3 @@ def _place(checkpoint: str, bundle: Path | None, files: Mapping[str, Path], revi
             raise UserError(f"--revision {revision}", "a hub name such as owner/name", "leave it off")
         whole = f"{whole}@{revision}"
     return str(Place(whole, files)), bundle if bundle is not None else Path(checkpoint)
-
-
-def _print_summary(made: "Bundle") -> None:
-    manifest = made.manifest
-    size_bytes = sum(file.size_bytes for file in manifest.files().values())
-    names = ", ".join(component.name for component in manifest.components)
-    console.print(f"{manifest.spec.name} {manifest.precision}, {human_bytes(size_bytes)}: {made.folder} ({names})")

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from wan22.quantities import video_text
+from wan22.inputs import check_no_source
+from wan22.quantities import human_bytes, video_text
 from wan_trt import arguments as given
+from wan_trt import cache_options
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
@@ -39,35 +41,50 @@ def run(
     seed: Annotated[int | None, given.SEED] = None,
     noise: given.Noise = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.", min=1, max=240)] = None,
-    quality: Annotated[
-        int | None, typer.Option(metavar="1...10", help="Quality of mp4 and webm; by default the official 8.")
-    ] = None,
+    quality: given.Quality = None,
     shift: given.Shift = None,
     guidance_high_noise: given.ExpertGuidance = None,
     guidance_low_noise: given.ExpertGuidance = None,
     guidance: given.Guidance = None,
     solver: given.Solver = None,
     schedule: given.Schedule = None,
+    cache: cache_options.Cache = None,
+    cache_threshold: cache_options.CacheThreshold = None,
+    first_exact: cache_options.FirstExact = None,
+    last_exact: cache_options.LastExact = None,
+    max_consecutive: cache_options.MaxConsecutive = None,
+    skip_steps: cache_options.SkipSteps = None,
+    reuse: cache_options.CacheReuse = None,
+    late_cfg: cache_options.LateCfg = None,
     overwrite: given.Overwrite = False,
     residency: given.Residency = "auto",
+    weights_in: given.WeightsIn = "auto",
+    vram: given.Vram = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the time of every stage and step.")] = False,
 ) -> None:
     """Generate a video; settings not given are the bundle's defaults."""
     request = given.request_from(locals())
     from runtime.generate import Encoding, generate
     from runtime.pipeline import Pipeline
-    from runtime.video import QUALITY, check_no_source
+    from runtime.video import QUALITY
 
-    check_no_source(output, noise, again)
+    check_no_source(output, noise, again, image, last_image)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)
-    with Pipeline.open(engines, residency=residency, once=True, tell=console.print) as pipeline, bars() as progress:
+    blocks = given.blocks_options(weights_in, vram)
+    opened = Pipeline.open(engines, residency=residency, once=True, tell=console.print, blocks=blocks)
+    with opened as pipeline, bars() as progress:
         encoding = Encoding(fps, QUALITY if quality is None else quality, overwrite)
         result = generate(pipeline, request, output, encoding, progress=progress)
     if verbose:
         _print_timings(result.timings)
+        if (streamed := pipeline.streamed) is not None:
+            size, waited = human_bytes(streamed.size_bytes), streamed.seconds_waited
+            console.print(f"weights of blocks: {size} in {streamed.blocks:,} copies, waited {waited:.2f} s for them")
     shown = video_text(result.width, result.height, result.frames)
     console.print(f"{output}: {shown} at {result.fps} fps, seed {result.seed}")
+    if result.cache is not None:
+        cache_options.print_decisions(result.timings.skipped, result.timings.late, len(result.timings.steps))
 
 
 def _again(
@@ -86,7 +103,8 @@ def _again(
 def _print_timings(timings: "Timings") -> None:
     table = Table("step", "timestep", "expert", "engine ms", "total ms", title="Denoising")
     for step in timings.steps:
-        times = (f"{1000 * s:.1f}" for s in (step.engine_seconds, step.total_seconds))
+        times = [f"{1000 * s:.1f}" for s in (step.engine_seconds, step.total_seconds)]
+        times[0] = "skipped" if step.cached else times[0]
         table.add_row(str(step.index + 1), f"{step.timestep:g}", step.expert, *times)
     console.print(table)
     for stage, seconds in timings.stages.items():

@@ -11,13 +11,13 @@ import typer
 from wan22.bundle import MANIFEST, kind_of
 from wan22.errors import UserError
 from wan22.files import whole_file
+from wan22.inputs import check_no_source
 from wan_trt.console import bars, console
 
 
 def run(
     folder: Annotated[
-        Path,
-        typer.Argument(help="Engines, an ONNX bundle (--target), any weights, or a video.", show_default=False),
+        Path, typer.Argument(help="Engines, an ONNX bundle (--target), any weights, or a video.", show_default=False)
     ],
     target: Annotated[str | None, typer.Option(help="GPU to compile an ONNX bundle for.")] = None,
     component: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
@@ -38,6 +38,7 @@ def run(
 
     if html is None and target is None and not (folder / MANIFEST).is_file():
         return _weights(folder, as_json=as_json)
+    check_no_source(html, folder)
     page = whole_file(html, "page", make_folder=False) if html is not None else nullcontext()
     with page as new:
         if target is None:

@@ -5,18 +5,24 @@ from typing import Annotated
 
 import typer
 
+from wan22.quantities import parse_bytes
 from wan22.specs import Precision, spec_named
-from wan_trt.arguments import Frames, Size, size_of
+from wan_trt.arguments import PRECISIONS, Frames, Size, Vram, size_of
 from wan_trt.console import console
 
 
 def run(
     model: Annotated[str, typer.Argument(help="A model, such as t2v-a14b.", show_default=False)],
-    target: Annotated[str, typer.Option(help="GPU such as rtx4090 or h100, cpu, or auto.")],
-    precision: Annotated[Precision, typer.Option(help="Precision of the transformer.")] = Precision.BF16,
+    target: Annotated[
+        str, typer.Option(help="GPU such as rtx4090 or h100, cuda (ONNX Runtime on any GPU), cpu, or auto.")
+    ],
+    precision: Annotated[
+        Precision, typer.Option(metavar="PRECISION", help=f"Precision of the transformer: {PRECISIONS}.")
+    ] = Precision.BF16,
     size: Size = None,
     frames: Frames = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    vram: Vram = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Print sizes, memory, arithmetic and roofline times of a model, without weights or a GPU."""
@@ -27,7 +33,8 @@ def run(
     spec = spec_named(model)
     width, height = size_of(size) or spec.sampling.sizes[0]
     video = (width, height, spec.sampling.frames if frames is None else frames)
-    plan = make_plan(spec, target_named(target), precision, video, steps)
+    budget = None if vram is None else parse_bytes(vram, "--vram")
+    plan = make_plan(spec, target_named(target), precision, video, steps, budget)
     if as_json:
         print(json.dumps(plan.as_json()))
         return

@@ -7,6 +7,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import check_room
+from wan22.inputs import check_no_source
 from wan_trt import arguments as given
 from wan_trt.console import console, report_unstamped
 
@@ -45,7 +46,7 @@ def run(
     from triton_repo.manifests import ClusterOptions, write_manifests
     from triton_repo.pod import ENGINES_AT
     from triton_repo.probe import DRAIN_FLAG
-    from triton_repo.repository import RepositoryOptions, write_repository
+    from triton_repo.repository import MARK, RepositoryOptions, write_repository
 
     options = RepositoryOptions(
         name,
@@ -59,7 +60,10 @@ def run(
     )
     cluster = ClusterOptions(image, namespace, max_pods, prometheus)
     if kubernetes is not None:
-        _check_place(kubernetes, repository, overwrite=overwrite)
+        check_no_source(kubernetes, engines)
+        if kubernetes.absolute() == repository.absolute():
+            raise UserError(f"{kubernetes} for repository and manifests", "a folder for each", "choose another")
+        check_room(kubernetes, MARK if overwrite else "")
     written = write_repository(engines, repository, options)
     console.print(f"{written.bundle.manifest.spec.name} as Triton model {name}: {repository}")
     report_unstamped(written.unread)
@@ -69,14 +73,6 @@ def run(
     if topology == "bls":
         mebibytes = largest_call_bytes(written.bundle, written.limits) / 2**20
         console.print(f"its largest engine call moves {mebibytes:.0f} MiB through /dev/shm: reserve 3 times that")
-
-
-def _check_place(kubernetes: Path, repository: Path, *, overwrite: bool) -> None:
-    from triton_repo.repository import MARK
-
-    if kubernetes.absolute() == repository.absolute():
-        raise UserError(f"{kubernetes} for repository and manifests", "a folder for each", "choose another")
-    check_room(kubernetes, MARK if overwrite else "")
 
 
 def memory_gib(engines: Path, topology: str, stated: float | None) -> float:

@@ -7,6 +7,7 @@ import typer
 
 from wan22.errors import UserError
 from wan_trt import arguments as given
+from wan_trt import cache_options
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
@@ -55,6 +56,14 @@ def run(
     guidance: given.Guidance = None,
     solver: given.Solver = None,
     schedule: given.Schedule = None,
+    cache: cache_options.Cache = None,
+    cache_threshold: cache_options.CacheThreshold = None,
+    first_exact: cache_options.FirstExact = None,
+    last_exact: cache_options.LastExact = None,
+    max_consecutive: cache_options.MaxConsecutive = None,
+    skip_steps: cache_options.SkipSteps = None,
+    reuse: cache_options.CacheReuse = None,
+    late_cfg: cache_options.LateCfg = None,
     prompts: Prompts = None,
     seeds: Seeds = None,
     gate: given.Gate = None,
@@ -62,6 +71,8 @@ def run(
     bench: Bench = None,
     calls: Calls = None,
     residency: given.Residency = "auto",
+    weights_in: given.WeightsIn = "auto",
+    vram: given.Vram = None,
     reference_device: given.ReferenceDevice = "auto",
     official: Official = False,
     official_repo: OfficialRepo = None,
@@ -85,8 +96,9 @@ def run(
     if official:
         official_repo = official_wheel()
     options = ValidateOptions(
-        request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line()
-    )
+        request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line(),
+        given.blocks_options(weights_in, vram),
+    )  # fmt: skip
     return _compare(engines, checkpoint, output, options)
 
 
@@ -99,6 +111,10 @@ def _compare(engines: Path, checkpoint: str, output: Path, options: "ValidateOpt
     console.print(report.table())
     for verdict in report.verdicts:
         console.print(check_mark(verdict, f"gate {verdict}"))
+    for case in report.cases:
+        if case.cache is not None:
+            name = f"case {case.number}: " if len(report.cases) > 1 else ""
+            console.print(f"{name}{case.cache.summary()}")
     if not_judged := report.attached.not_judged:
         console.print(f"gates: {not_judged}")
     if len(report.cases) > 1:

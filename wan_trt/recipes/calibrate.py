@@ -18,6 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.table import Table
 
 from engines.build import BuildOptions, build_engines
 from engines.targets import target_named
@@ -29,18 +30,18 @@ from runtime.built_for import fill_defaults
 from runtime.pipeline import Pipeline
 from runtime.prompts import Prompt, read_prompts
 from runtime.request import CompleteRequest, Request
-from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
+from wan22.backends import runs_graphs
+from wan22.bundle import Bundle, Component, Manifest, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.files import whole_file
+from wan22.inputs import check_no_source
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 from wan22.quantities import counted
 from wan22.residency import ONE_EXPERT, ResidencyChoice
-from wan22.specs import ModelSpec, Precision
+from wan22.specs import Precision
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from export.graphs.taps import Tapped, Taps
 
 
@@ -73,10 +74,8 @@ class Calibration:
         runs = ", ".join(f"{counted(count, 'forward')} of {expert}" for expert, count in self.forwards.items())
         return f"{linears} linears, {counted(self.prompts, 'prompt')} of {counted(self.steps, 'step')}: {runs}"
 
-    def table(self) -> "Table":
+    def table(self) -> Table:
         """Largest inputs over the blocks, by expert and kind of linear."""
-        from rich.table import Table
-
         table = Table("expert", "linear", "blocks", "min", "median", "max", title="Largest inputs")
         for expert, found in self.inputs.items():
             for kind in DIT_LINEARS_PER_BLOCK:
@@ -96,6 +95,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     for path in filter(None, (out, options.means)):
         if path.exists() and not options.overwrite:
             raise UserError(f"{path} exists", "a new file", "choose another or add --overwrite")
+        check_no_source(path, bundle, options.prompts)
     if out == options.means:
         raise UserError(f"{out} for scales and means", "a file for each", "name another with --means")
     source = open_bundle(bundle, "graphs")
@@ -103,7 +103,8 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     check_graphs(source)
     _check_precision(source)
     requests = _requests(read_prompts(options.prompts, spec.takes.image), source, options)
-    _check_steps(spec, requests[0])
+    if idle := set(spec.experts) - set(requests[0].experts(spec)):
+        raise UserError(f"{requests[0].steps} steps, none by {min(idle)}", "steps of every expert", "use more --steps")
     with_means = whole_file(options.means, "means") if options.means is not None else nullcontext()
     with whole_file(out, "scales") as new, with_means as new_means:
         with tempfile.TemporaryDirectory(dir=new.parent) as temporary:
@@ -126,18 +127,8 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
 def _check_precision(source: Bundle) -> None:
     for expert in source.manifest.spec.experts:
         if (found := source.component(expert).precision).quantised:
-            expected = ", ".join(p for p in Precision if not p.quantised)
-            raise UserError(
-                f"{expert} in {found}", f"one of {expected}", "export the model in 16 bits and calibrate that"
-            )
-
-
-def _check_steps(spec: ModelSpec, request: CompleteRequest) -> None:
-    spec, timesteps = request.with_switch(spec), request.noise_schedule().timesteps.tolist()
-    used = {spec.expert_at(timestep, step) for step, timestep in enumerate(timesteps)}
-    for expert in spec.experts:
-        if expert not in used:
-            raise UserError(f"{request.steps} steps, none by {expert}", "steps of every expert", "use more --steps")
+            expected = f"one of {', '.join(p for p in Precision if not p.quantised)}"
+            raise UserError(f"{expert} in {found}", expected, "export the model in 16 bits and calibrate that")
 
 
 def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) -> list[CompleteRequest]:
@@ -149,7 +140,7 @@ def _requests(prompts: list[Prompt], source: Bundle, options: CalibrateOptions) 
 
 
 def _build_options(source: Bundle, request: CompleteRequest, options: CalibrateOptions) -> BuildOptions:
-    if source.manifest.size or target_named(options.target).backend == "onnxruntime":
+    if source.manifest.size or runs_graphs(target_named(options.target).backend):
         return BuildOptions(options.target)
     return BuildOptions(options.target, f"{request.width}x{request.height}", str(request.frames))
 
@@ -159,54 +150,47 @@ def _build_options(source: Bundle, request: CompleteRequest, options: CalibrateO
 
 def write_tapped(source: Bundle, folder: Path, target: str) -> dict[str, "Taps"]:
     """Write ``source`` without the decoder and with taps in its transformers; return the taps by expert."""
-    folder.mkdir()
-    on_cpu = target_named(target).backend == "onnxruntime"
-    taps: dict[str, Taps] = {}
-    components = []
-    for component in source.manifest.components:
-        if not component.name.startswith("vae_decoder"):
-            components.append(_write_component(source, component, folder, taps, on_cpu=on_cpu))
-    manifest = replace(source.manifest, components=tuple(components))
-    for file in {file.path: file for c in components for file in c.weights}.values():
-        _link(source.path(file), folder / file.path)
-    for file in manifest.tokenizer:
-        _link(source.path(file), folder / file.path)
-    write_manifest(folder, manifest)
-    return taps
-
-
-def _write_component(
-    source: Bundle, component: Component, folder: Path, taps: dict[str, "Taps"], *, on_cpu: bool
-) -> Component:
     import onnx_ir as ir
 
     from engines.cpu.emulation import emulate
     from export.graphs.taps import add_taps, linear_inputs
 
-    model = ir.load(source.path(component.graph))
-    if component.name in source.manifest.spec.experts:
-        spec, entering = source.manifest.spec.dit, linear_inputs(model)
-        centred = {
-            name: (x, input_width(spec, name)) for name, x in entering.items() if name.split(".", 2)[2] in CENTRED
-        }
-        taps[component.name] = found = add_taps(model, entering, centred)
-        component = replace(component, outputs=(*component.outputs, *found.outputs))
-    if on_cpu and component.precision == Precision.BF16:
-        emulate(model)
-        component = replace(component, precision=Precision.FP32)
-    path = folder / component.graph.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ir.save(model, path)
-    return replace(component, graph=file_entry(folder, path))
+    on_cpu = target_named(target).backend == "onnxruntime"
+    spec = source.manifest.spec
+    taps: dict[str, Taps] = {}
+    components: list[Component] = []
+    for component in source.manifest.components:
+        if component.name.startswith("vae_decoder"):
+            continue
+        model, tapped = ir.load(source.path(component.graph)), component
+        if component.name in spec.experts:
+            entering = linear_inputs(model)
+            centred = {n: (x, input_width(spec.dit, n)) for n, x in entering.items() if n.split(".", 2)[2] in CENTRED}
+            taps[component.name] = found = add_taps(model, entering, centred)
+            tapped = replace(tapped, outputs=(*tapped.outputs, *found.outputs))
+        if on_cpu and component.precision == Precision.BF16:
+            emulate(model)
+            tapped = replace(tapped, precision=Precision.FP32)
+        path = folder / component.graph.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ir.save(model, path)
+        components.append(replace(tapped, graph=file_entry(folder, path), stages=()))
+    manifest = replace(source.manifest, components=tuple(components))
+    _link_others(source.folder, manifest, folder)
+    write_manifest(folder, manifest)
+    return taps
 
 
-def _link(source: Path, target: Path) -> None:
-    """Hard-link ``target`` to ``source``, or copy it if the file system has no hard links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _link_others(source: Path, manifest: Manifest, folder: Path) -> None:
+    """Hard-link the files of ``manifest`` that ``folder`` lacks, or copy them if the file system has no hard links."""
+    for path in manifest.files():
+        target = folder / path
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source / path, target)
+            except OSError:
+                shutil.copyfile(source / path, target)
 
 
 # -- the runs

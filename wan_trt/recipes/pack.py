@@ -6,6 +6,7 @@ from pathlib import Path
 from runtime.built_for import check_plans
 from runtime.signature import SIGNATURE
 from wan22.bundle import MANIFEST, Bundle, check_disk, kind_of, open_bundle, refuse_existing, staged
+from wan22.inputs import check_no_source
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
 
@@ -18,6 +19,7 @@ def pack(bundle: Path, folder: Path, *, overwrite: bool = False, progress: Progr
     """
     kind = kind_of(bundle)
     refuse_existing(folder, kind, overwrite=overwrite)
+    check_no_source(folder, bundle)
     source = open_bundle(bundle, kind, full_check=True)
     check_graphs(source)
     check_plans(source)

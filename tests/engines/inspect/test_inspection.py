@@ -61,7 +61,7 @@ def test_an_engine_whose_log_is_gone_is_asked_itself_and_that_takes_its_gpu(engi
 def test_there_is_nothing_to_inspect_on_a_cpu(graphs, flow_of):
     with pytest.raises(UserError, match="target cpu"):
         inspect_bundle(graphs, "cpu")
-    with pytest.raises(UserError, match="engines for the CPU"):
+    with pytest.raises(UserError, match="engines for ONNX Runtime"):
         inspect_engines(flow_of("t2v-a14b-tiny").engines)
 
 

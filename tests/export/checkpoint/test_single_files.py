@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import gguf
 import numpy as np
 import pytest
 import safetensors.torch
@@ -16,6 +15,7 @@ from export.checkpoint.place import Place
 from export.lora.inspection import as_lines, inspect_weights
 from export.synth.checkpoint import synthesise
 from runtime.tokenizer import Tokenizer
+from tests.export.checkpoint.forms import all_in_one, comfy, fp8_by_row, fp8_scaled, save, tensors_of, write_gguf
 from wan22.errors import UserError
 from wan22.specs import spec_named
 
@@ -34,36 +34,6 @@ def made(tmp_path_factory):
         return root / name / layout
 
     return folder
-
-
-def tensors_of(folder, part):
-    weights = open_checkpoint(folder).weights[part]
-    return {name: torch.from_numpy(np.array(weights.read(name), np.float32)) for name in weights.names()}
-
-
-def save(path, tensors, metadata=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
-    return path
-
-
-def comfy_text_encoder(folder, path, *, with_tokenizer=True):
-    names = diffusers_names("text_encoder", open_checkpoint(folder).spec)
-    tensors = {names[name]: tensor.half() for name, tensor in tensors_of(folder, "text_encoder").items()}
-    model = torch.frombuffer(bytearray((folder / "google/umt5-xxl/spiece.model").read_bytes()), dtype=torch.uint8)
-    return save(path, tensors | ({"spiece_model": model} if with_tokenizer else {}))
-
-
-def comfy(folder, target, name):
-    """The files of ComfyUI's templates, in a models folder; fp16, VAE bf16."""
-    spec = open_checkpoint(folder).spec
-    for expert in spec.experts:
-        words = expert if expert != "dit" else "ti2v"
-        half = {key: tensor.half() for key, tensor in tensors_of(folder, expert).items()}
-        save(target / "diffusion_models" / f"wan2.2_{name}_{words}_fp16.safetensors", half)
-    comfy_text_encoder(folder, target / "text_encoders" / "umt5_xxl_fp16.safetensors")
-    save(target / "vae" / "wan_vae.safetensors", {k: t.bfloat16() for k, t in tensors_of(folder, "vae").items()})
-    return target
 
 
 def same(found, expected, part, dtype=torch.float16):
@@ -87,22 +57,6 @@ def test_a_folder_of_comfyui(made, tmp_path, name):
         np.testing.assert_array_equal(own.encode(prompt).ids, official.encode(prompt).ids)
 
 
-def fp8_scaled(tensors, prefix=""):
-    """As ComfyUI's: every matrix FP8 with a scale; and the values that this stands for."""
-    written, expected = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, {}
-    for name, tensor in tensors.items():
-        if tensor.ndim == 2 and name.endswith(".weight"):
-            scale = tensor.abs().max() / 448
-            written[prefix + name] = (tensor / scale).to(torch.float8_e4m3fn)
-            written[prefix + name.removesuffix("weight") + "scale_weight"] = scale
-            written[prefix + name.removesuffix("weight") + "scale_input"] = torch.tensor(1.0)
-            expected[name] = written[prefix + name].float() * scale
-        else:
-            written[prefix + name] = tensor.half()
-            expected[name] = tensor.half().float()
-    return written, expected
-
-
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_named_files_of_fp8_beside_a_folder(made, tmp_path, prefix):
     """Every part that is not named is the folder's."""
@@ -113,6 +67,25 @@ def test_named_files_of_fp8_beside_a_folder(made, tmp_path, prefix):
         for name, tensor in expected.items():
             np.testing.assert_array_equal(checkpoint.weights["high_noise"].read(name), tensor.numpy())
         same(checkpoint, made(MODELS[0]), "low_noise", torch.float32)
+
+
+@pytest.mark.parametrize("publisher", ["ComfyUI", "LightX2V"])
+def test_a_text_encoder_in_fp8(made, tmp_path, publisher):
+    """ComfyUI's under transformers' names with one scale; LightX2V's in a pickle with a scale for every row."""
+    tensors = tensors_of(made(MODELS[0]), "text_encoder")
+    if publisher == "ComfyUI":
+        written, expected = fp8_scaled(tensors)
+        stems = {name.removesuffix("weight"): theirs for name, theirs in diffusers_names("text_encoder", T2V).items()}
+        theirs = {key: stems[key[: key.rindex(".") + 1]].removesuffix("weight") for key in written if "." in key}
+        path = tmp_path / "umt5.safetensors"
+        save(path, {theirs.get(key, "") + key.rpartition(".")[2]: tensor for key, tensor in written.items()})
+    else:
+        expected = fp8_by_row(tensors, tmp_path / "x.safetensors")
+        path = tmp_path / "models_t5_umt5-xxl-enc-fp8.pth"
+        torch.save(safetensors.torch.load_file(tmp_path / "x.safetensors"), path)
+    found = open_checkpoint(f"{made(MODELS[0])},text_encoder={path}").weights["text_encoder"]
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(np.asarray(found.read(name), np.float32), tensor.numpy())
 
 
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
@@ -142,20 +115,8 @@ def test_files_alone_are_a_checkpoint_that_can_be_named_again(made, tmp_path):
     assert Place.parse(where) == Place("", {**files, "vae": folder / "vae/wan_vae.safetensors"})
 
 
-def all_in_one(made, path):
-    """One file with every part, as ComfyUI's CheckpointSave writes it."""
-    folder = made(MODELS[2])
-    names = diffusers_names("text_encoder", spec_named(MODELS[2]))
-    model = torch.frombuffer(bytearray((folder / "google/umt5-xxl/spiece.model").read_bytes()), dtype=torch.uint8)
-    tensors = {f"model.diffusion_model.{k}": t.half() for k, t in tensors_of(folder, "dit").items()}
-    text = tensors_of(folder, "text_encoder").items()
-    tensors |= {f"text_encoders.umt5xxl.transformer.{names[k]}": t.half() for k, t in text}
-    tensors |= {f"vae.{k}": t.half() for k, t in tensors_of(folder, "vae").items()}
-    return save(path, tensors | {"text_encoders.umt5xxl.spiece_model": model})
-
-
 def test_an_all_in_one_file_is_named_for_every_part(made, tmp_path):
-    path = all_in_one(made, tmp_path / "aio.safetensors")
+    path = all_in_one(made(MODELS[2]), tmp_path / "aio.safetensors")
     checkpoint = open_checkpoint(f"dit={path},text_encoder={path},vae={path}")
     for part in ("dit", "text_encoder", "vae"):
         same(checkpoint, made(MODELS[2]), part)
@@ -163,25 +124,6 @@ def test_an_all_in_one_file_is_named_for_every_part(made, tmp_path):
 
 
 # GGUF
-
-
-def write_gguf(path, tensors, names=None, architecture="wan"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer, expected = gguf.GGUFWriter(path, architecture), {}
-    for name, tensor in tensors.items():
-        blocks = tensor.ndim == 2 and name.startswith("blocks.") and tensor.shape[1] % 32 == 0
-        kind = gguf.GGMLQuantizationType.Q8_0 if blocks else gguf.GGMLQuantizationType.F32
-        data = gguf.quantize(tensor.numpy(), kind) if blocks else tensor.numpy()
-        expected[name] = gguf.dequantize(data, kind) if blocks else data
-        writer.add_tensor((names or {}).get(name, name), data, raw_dtype=kind)
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
-    return expected
 
 
 def test_gguf_of_transformer_and_text_encoder(made, tmp_path):

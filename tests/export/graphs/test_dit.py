@@ -123,14 +123,16 @@ def test_full_size_graph_declares_every_official_tensor(name):
     assert declared == dit_tensors(spec)
 
 
-def test_modulation_of_the_5b_at_720p_is_small():
-    spec = SPECS["ti2v-5b"]
-    latent_frames = spec.latent_shape(1280, 704, 121)[2]
-    g = dit_graph(spec.dit, dims=LatentDims(latent_frames, 44, 80))
-    gathered = [n for n in g.graph if n.op_type == "Gather"]
-    per_block_bytes = 6 * latent_frames * spec.dit.width * 4
-    assert len(gathered) == 6 * spec.dit.layers + 2
-    assert per_block_bytes + 2 * 6 * spec.dit.width * 4 * spec.dit.layers < 20e6
+def test_the_first_frame_of_the_5b_has_the_first_row_of_time(run_graph):
+    """In a model without blocks, which mix the tokens, only those of the first latent frame see the first row."""
+    spec = replace(SPECS["ti2v-5b-tiny"].dit, layers=0)
+    run, inputs = run_graph(dit_graph(spec), made_up(dit_tensors(spec))), inputs_for(spec, 3, 4, 6, [500.0, 800.0])
+    both, first_changed, rest_changed = (
+        run(**inputs | {"time_features": time_features(np.array(times, np.float32), spec.freq_width)})[0]
+        for times in ([500.0, 800.0], [100.0, 800.0], [500.0, 100.0])
+    )
+    changed = [(both != other).any(axis=(0, 1, 3, 4)).tolist() for other in (first_changed, rest_changed)]
+    assert changed == [[True, False, False], [False, True, True]]
 
 
 def test_sensitive_weights_stay_float32_in_a_bfloat16_graph():

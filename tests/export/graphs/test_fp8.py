@@ -9,8 +9,12 @@ quality.
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 from export.checkpoint.schema import dit_tensors
+from export.files.decoded import Codes
+from export.files.safetensors_file import read_safetensors
 from export.graphs.builder import BFLOAT16, FLOAT
 from export.graphs.dit import dit_graph
 from export.graphs.linear import FLOAT8, Fp8
@@ -118,6 +122,53 @@ def test_what_is_no_number_is_named(weights, bad):
     spoiled = weights | {key: np.where(np.arange(weights[key].size).reshape(weights[key].shape) == 9, bad, 0.5)}
     with pytest.raises(UserError, match=rf"{key} holds NaN or infinity"):
         Fp8Weights(spoiled.__getitem__, SPEC, ["blocks.0.self_attn.qkv.weight"])("blocks.0.self_attn.qkv.weight")
+
+
+def as_codes(path, matrices, scales):
+    """Name → the codes of a matrix at ``path`` and its scale, or one for every row."""
+    coded = {
+        name: (torch.from_numpy(matrix) / torch.tensor(scales[name]).reshape(-1, 1)).to(torch.float8_e4m3fn)
+        for name, matrix in matrices.items()
+    }
+    safetensors.torch.save_file(coded, path)
+    return {name: Codes(stored, scales[name], None) for name, stored in read_safetensors(path).items()}
+
+
+def stored_codes(tmp_path, weights):
+    """Weights of q, k and v that E4M3 holds exactly with one scale, and with three: coarse, fine, by row."""
+    names = [f"blocks.0.self_attn.{part}.weight" for part in "qkv"]
+    chance = np.random.default_rng(0)
+    shape = weights[names[0]].shape
+    exact = {name: (chance.integers(-8, 9, shape) / np.float32(64)).astype(np.float32) for name in names}
+    rows = 2.0 ** chance.integers(-9, -6, len(exact[names[2]])).astype(np.float32)
+    scales = dict(zip(names, (np.float32(2**-7), np.float32(2**-9), rows), strict=True))
+    same = dict.fromkeys(names, np.asarray(np.float32(2**-8)))
+    own = {name: np.asarray(scale, np.float32) for name, scale in scales.items()}
+    return weights | exact, as_codes(tmp_path / "same", exact, same), as_codes(tmp_path / "own", exact, own)
+
+
+def test_stored_codes_with_different_scales_for_rows_compute_the_same(run_graph, weights, tmp_path):
+    weights, same, own = stored_codes(tmp_path, weights)
+    key = "blocks.0.self_attn.qkv"
+
+    def run(codes, by_column):
+        g = dit_graph(SPEC, FLOAT, None, Fp8(by_column=by_column))
+        quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
+        in_columns = [key.replace("column_scale", "weight") for key in g.weights if key.endswith("column_scale")]
+        read = Fp8Weights(weights.__getitem__, SPEC, quantised, codes=codes.get, by_column=in_columns)
+        stored = {key: np.asarray(read(key)) for key in g.weights}
+        for part in "qkv" if f"{key}.column_scale" in stored else "":
+            assert (
+                codes[f"blocks.0.self_attn.{part}.weight"].stored.read().tobytes() in stored[f"{key}.weight"].tobytes()
+            )
+        return run_graph(g, stored)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0], stored
+
+    expected, _ = run(same, frozenset())
+    found, stored = run(own, frozenset({"self_attn.qkv"}))
+    assert stored[f"{key}.weight_scale"] == 2**-9
+    assert stored[f"{key}.column_scale"].max() == 4
+    assert (stored["blocks.1.self_attn.qkv.column_scale"] == 1).all()
+    assert relative_l2(found, expected) < 1e-6
 
 
 def test_what_is_sensitive_is_never_stored_in_fp8():

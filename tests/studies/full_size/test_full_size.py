@@ -9,7 +9,7 @@ from export.checkpoint.checkpoint import open_checkpoint
 from export.synth.checkpoint import synthesise
 from studies.full_size.__main__ import app
 from studies.full_size.builds import BuildCase, measure_build
-from studies.full_size.repacked import FORMS, repack
+from studies.full_size.repacked import repack
 from wan22.specs import spec_named
 
 
@@ -94,11 +94,11 @@ def test_a_build_reports_time_memory_and_size_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_repacked_experts_are_the_checkpoints(tmp_path, form):
+@pytest.mark.parametrize("form", ["fp8_scaled", "Q4_K"])
+def test_repacked_sparse_experts_are_holes_of_the_checkpoints_shapes(tmp_path, form):
     spec = spec_named("t2v-a14b-tiny")
     synthesise(spec, tmp_path / "c", "official", 0, sparse=True)
-    repack(tmp_path / "c", spec, form)
+    repack(tmp_path / "c", spec, form, sparse=True)
     checkpoint = open_checkpoint(tmp_path / "c")
     assert checkpoint.spec == spec
     for expert in spec.experts:
@@ -106,3 +106,13 @@ def test_repacked_experts_are_the_checkpoints(tmp_path, form):
         assert (read.shape, float(abs(read).max())) == ((256, 512), 0.0)
         (path,) = {f for f in checkpoint.files if f.parent.name == f"{expert}_model"}
         assert path.name.startswith(form)
+
+
+def test_repacked_experts_hold_the_weights_in_fp8(tmp_path):
+    spec, name = spec_named("t2v-a14b-tiny"), "blocks.1.ffn.2.weight"
+    synthesise(spec, tmp_path / "c", "official", 0, half=True)
+    expected = open_checkpoint(tmp_path / "c").weights["low_noise"].read(name).astype("float32")
+    repack(tmp_path / "c", spec, "fp8_scaled", sparse=False)
+    weights = open_checkpoint(tmp_path / "c").weights["low_noise"]
+    assert weights.codes(name) is not None
+    assert abs(weights.read(name) - expected).max() <= abs(expected).max() / 16

@@ -66,7 +66,7 @@ def test_the_report_names_every_lora(report, folder):
 
 
 def test_the_loras_are_seen(folder, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("validate.run.with_loras", lambda checkpoint, manifest: checkpoint)
+    monkeypatch.setattr("validate.reference.checkpoint.with_loras", lambda checkpoint, manifest: checkpoint)
     found = validate(folder / "engines", tiny_checkpoint, tmp_path, SMALL)
     assert {row.component for row in found.failed} >= {"high_noise", "low_noise", "video"}
 

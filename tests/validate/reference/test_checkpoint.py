@@ -12,7 +12,7 @@ from export.exporter import export_checkpoint
 from export.synth.checkpoint import synthesise
 from runtime.request import Request
 from validate import ValidateOptions, validate
-from validate.reference.boundary import expert_of, stated_boundary
+from validate.reference.checkpoint import expert_of, stated_boundary
 from wan22.bundle import open_bundle, write_manifest
 from wan22.specs import SPECS
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from validate.bench.compare import Change, check_comparable, compare
+from validate.bench.report import Change, check_comparable, compare
 from wan22.errors import UserError
 
 IDLE = {"load_average": [0.1, 2.0]}

@@ -1,0 +1,84 @@
+"""Build a transformer as stages (``wan-trt build --topology blocks``): small engines that every block calls.
+
+The compiler never sees a weight, so a build takes seconds and little memory. Experts with the same stages share their
+engines; each has a weights file.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from engines.block_weights import attention_scales, layout_of, write_block_weights
+from wan22.bundle import Bundle, Component, File, Stage, file_entry
+from wan22.errors import UserError
+from wan22.external_layout import BlockLayout, write_block_layout
+from wan22.files import scratch_folder
+from wan22.progress import Progress
+
+Compile = Callable[[Path, Component, Stage], File]  # the engine of a stage's graph at a path, written to the bundle
+
+
+@dataclass
+class BlockBuild:
+    """Build the experts of ``source`` into ``folder``, each stage once."""
+
+    source: Bundle
+    folder: Path
+    progress: Progress
+    compile: Compile
+    _built: dict[tuple[Stage, ...], tuple[tuple[Stage, ...], File, BlockLayout]] = field(default_factory=dict)
+
+    def applies_to(self, component: Component) -> bool:
+        return component.name in self.source.manifest.spec.experts
+
+    def check(self) -> None:
+        """Refuse a bundle whose transformers have no stages, before anything is compiled.
+
+        Raises:
+            UserError: its blocks do not compute alike, or an older version exported it.
+        """
+        for component in filter(self.applies_to, self.source.manifest.components):
+            if not component.stages:
+                found = f"--topology blocks for {component.name}, whose blocks differ"
+                kept = "--keep-high-precision, --input-scales and --input-means"
+                raise UserError(found, "blocks that compute alike", f"export again without {kept}, or build whole")
+
+    @cached_property
+    def attention_scales(self) -> dict[str, float]:
+        """FP8 scales of Q and K: constants of the engines, valid for every block and expert."""
+        experts = filter(self.applies_to, self.source.manifest.components)
+        return attention_scales([self.source.path(component.graph) for component in experts])
+
+    def component(self, component: Component) -> Component:
+        """``component`` with its stages as engines and its weights in one file."""
+        if component.stages not in self._built:
+            layout = layout_of(component.stages, self.source.manifest.spec.dit.layers)
+            path = self.folder / f"{component.name}.layout.json"
+            write_block_layout(path, layout)
+            compiled = tuple(self._stage(component, stage) for stage in component.stages)
+            self._built[component.stages] = (compiled, file_entry(self.folder, path), layout)
+        stages, entry, layout = self._built[component.stages]
+        weights = self.folder / f"{component.name}.weights"
+        written = write_block_weights(self.source.path(component.graph), layout, weights, self.progress)
+        made = replace(component, weights=(entry, written), stages=stages, halves=())
+        return replace(made, graph=made.stage("rest").graph)
+
+    def _stage(self, component: Component, stage: Stage) -> Stage:
+        """``stage`` as an engine. The scales of FP8 attention become constants, as compilers need them."""
+        graph, constants = self.source.path(stage.graph), self.attention_scales
+        weights = tuple(tensor for tensor in stage.weights if tensor.name not in constants)
+        if len(weights) == len(stage.weights):
+            return replace(stage, graph=self.compile(graph, component, stage))
+        model = ir.load(graph)
+        for value in [value for value in model.graph.inputs if value.name in constants]:
+            model.graph.inputs.remove(value)
+            value.const_value = ir.tensor(np.array(constants[str(value.name)], np.float32), name=value.name)
+            model.graph.initializers[str(value.name)] = value
+        with scratch_folder("build") as place:
+            ir.save(model, place / graph.name)
+            made = replace(stage, weights=weights)
+            return replace(made, graph=self.compile(place / graph.name, component, made))

@@ -1,0 +1,141 @@
+"""The weights of a transformer in stages: one file, in which every block is one region with the same offsets.
+
+A runtime streams blocks: it copies one region and binds all weights of a block as base plus offset. Matrices stay as
+the bundle stores them, [out, in]. The weights that are used once per prompt, for the text's keys and values, are last
+in a region, so that a step does not read them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import onnx_ir as ir
+
+from wan22.bundle import File, Stage, Tensor, file_entry
+from wan22.errors import UserError
+from wan22.external_layout import BlockLayout, Place, size_bytes
+from wan22.progress import Progress
+
+ALIGNMENT_BYTES, PAGE_BYTES = 256, 4096  # of CUDA's allocations, and of disks
+READ_AT_ONCE_BYTES = 2**24
+STEP_STAGES, PROMPT_STAGES = ("qkv", "rest"), ("text_kv",)
+SCALES = ("self_attn.q_scale", "self_attn.k_scale")  # constants of the engines, valid for all blocks and experts
+V_NORMS = "self_attn.v_norms"  # of the rows of V's matrix: they bound V
+BLOCK = "blocks.{}.self_attn."
+FLOAT8 = ir.DataType.FLOAT8E4M3FN.numpy()
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    location: str  # relative to the ONNX bundle
+    offset: int
+    size_bytes: int
+
+
+Stored = Mapping[str, StoredTensor]  # the tensors of a whole transformer under their official names
+
+
+def stored_tensors(graph: Path) -> dict[str, StoredTensor]:
+    """The weights of the whole graph at ``graph``."""
+    found = {}
+    for name, value in ir.load(graph).graph.initializers.items():
+        if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            found[name] = StoredTensor(str(tensor.location), tensor.offset or 0, tensor.length or tensor.nbytes)
+    return found
+
+
+def attention_scales(graphs: Sequence[Path]) -> dict[str, float]:
+    """The largest scale of Q and of K in the self-attention of any block of the whole ``graphs``; none without FP8."""
+    found: dict[str, float] = {}
+    for graph in graphs:
+        for name, tensor in stored_tensors(graph).items():
+            if (short := re.sub(r"^blocks\.\d+\.", "", name)) in SCALES:
+                scale = np.fromfile(graph.parent / tensor.location, np.float32, 1, offset=tensor.offset)
+                found[short] = max(found.get(short, 0.0), float(scale[0]))
+    return found
+
+
+def layout_of(stages: Sequence[Stage], blocks: int) -> BlockLayout:
+    """The layout of the weights of ``stages`` for a transformer of so many blocks."""
+    groups: dict[str, dict[str, Tensor]] = {"ends": {}, "step": {}, "prompt": {}}
+    for stage in stages:
+        group = "step" if stage.name in STEP_STAGES else "prompt" if stage.name in PROMPT_STAGES else "ends"
+        groups[group] |= {tensor.name: tensor for tensor in stage.weights if tensor.name not in SCALES}
+    for tensor in (tensor for stage in stages for tensor in stage.inputs if tensor.name == "v_scale"):
+        groups["step"][V_NORMS] = Tensor(V_NORMS, "float32", tensor.dims)
+    ends, end = _places(groups["ends"].values(), 0)
+    step, step_bytes = _places(groups["step"].values(), 0)
+    prompt, size = _places(groups["prompt"].values(), step_bytes)
+    return BlockLayout(ends, step + prompt, blocks, _round_up(end, PAGE_BYTES), _round_up(size, PAGE_BYTES), step_bytes)
+
+
+def _places(tensors: Iterable[Tensor], start: int) -> tuple[tuple[Place, ...], int]:
+    """The places of ``tensors`` from offset ``start`` on, and the end of the last."""
+    places, end = [], start
+    for tensor in tensors:
+        places.append(Place(tensor.name, end, size_bytes(tensor), tuple(map(int, tensor.dims))))
+        end = _round_up(end + places[-1].size_bytes, ALIGNMENT_BYTES)
+    return tuple(places), end
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def write_block_weights(graph: Path, layout: BlockLayout, path: Path, progress: Progress) -> File:
+    """Copy the weights of the whole ``graph`` to ``path`` in the order of ``layout``."""
+    stored, folder = stored_tensors(graph), graph.parent
+    with path.open("wb") as file:
+        file.truncate(layout.size_bytes)
+        for place in layout.ends:
+            _copy(_find(stored, place.name, None), folder, file, place.offset)
+        for block in range(layout.blocks):
+            start = layout.first_block + block * layout.block_bytes
+            for place in layout.block:
+                if place.name == V_NORMS:
+                    file.seek(start + place.offset)
+                    file.write(_v_norms(stored, folder, block, place.shape[1]).tobytes())
+                else:
+                    _copy(_find(stored, place.name, block), folder, file, start + place.offset)
+            progress(f"write {path.name}", block + 1, layout.blocks, "blocks")
+    return file_entry(path.parent, path)
+
+
+def _find(stored: Stored, name: str, block: int | None) -> list[StoredTensor]:
+    """The tensor ``name`` of a block, or the parts that it joins: q, k and v for ``self_attn.qkv.weight``."""
+    prefix = "" if block is None else f"blocks.{block}."
+    if prefix + name in stored:
+        return [stored[prefix + name]]
+    module, parts, leaf = name.rsplit(".", 2)
+    return [stored[f"{prefix}{module}.{part}.{leaf}"] for part in parts]
+
+
+def _copy(sources: Sequence[StoredTensor], folder: Path, file: IO[bytes], offset: int) -> None:
+    file.seek(offset)
+    for source in sources:
+        with (folder / source.location).open("rb") as stream:
+            stream.seek(source.offset)
+            left = source.size_bytes
+            while left:
+                piece = stream.read(min(left, READ_AT_ONCE_BYTES))
+                if not piece:
+                    raise UserError(f"{folder / source.location} is cut short", "all its tensors", "export again")
+                file.write(piece)
+                left -= len(piece)
+
+
+def _v_norms(stored: Stored, folder: Path, block: int, width: int) -> np.ndarray:
+    """The Euclidean norms of the rows of V's FP8 matrix, float32 ``[D]``."""
+    matrix, scale = stored[f"{BLOCK.format(block)}qkv.weight"], stored[f"{BLOCK.format(block)}qkv.weight_scale"]
+    start = matrix.offset + 2 * width * width
+    rows = np.fromfile(folder / matrix.location, FLOAT8, width * width, offset=start).reshape(width, width)
+    factor = np.fromfile(folder / scale.location, np.float32, 1, offset=scale.offset)[0]
+    norms = [np.linalg.norm(part.astype(np.float32), axis=1) for part in np.array_split(rows, 16)]
+    joined: np.ndarray = np.concatenate(norms) * factor
+    if (columns := stored.get(f"{BLOCK.format(block)}qkv.column_scale")) is not None:
+        start = columns.offset + 2 * width * 4
+        joined = joined * np.fromfile(folder / columns.location, np.float32, width, offset=start)
+    return joined.astype(np.float32)

@@ -1,0 +1,222 @@
+"""The transformer cut into stages: one graph per part of a block, which every block calls with its weights as inputs.
+
+A block is cut at self-attention into ``qkv``, ``attend`` and ``rest``. ``patches`` and ``velocity`` are the ends of a
+forward; ``time`` runs once per schedule, ``text`` once per prompt, ``text_kv`` once per prompt and block. The axes of
+tokens are dynamic: ``positions`` may be a slice of the sequence, ``keys`` is all of it.
+
+Each rule below saves copies of all tokens in compiled engines:
+
+* q, k and v are ``[positions, heads, head]``, the layout that attention kernels read and write.
+* The rotated pair is cast before it is split, and v gets its heads without a further Reshape.
+* FP8 operands of attention are dequantised before anything else.
+* The two time rows of TI2V are blended with the mask ``first_frame``.
+* Matrices stay ``[out, in]``, as stored; those of FP8 are dequantised with the constant 1 and scaled in float32.
+
+In FP8 attention, softmax ignores any constant vector subtracted from K, so ``k_center`` need not be its exact mean, and
+``v_scale`` only must not overflow: neither needs a second pass over the tokens. Cross-attention is in 16 bits.
+"""
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from export.graphs.attention import attention, attention_of_fp8
+from export.graphs.builder import FLOAT, GraphBuilder
+from export.graphs.dit import Ends
+from export.graphs.dit_block import Blocks, Modulation, Tables
+from export.graphs.linear import FLOAT8, Fp8, Linears
+from wan22.bundle import File, Stage, Tensor
+from wan22.parts import DitSpec
+from wan22.specs import PATCH, TEXT_TOKENS
+
+BLOCK = "blocks.0"  # stands for every block: its weights lose this prefix
+
+
+class StageGraph(GraphBuilder):
+    """A graph whose weights are inputs, named as in the checkpoint without ``blocks.N.``."""
+
+    weights_are_inputs = True
+
+    def weight(self, key: str, shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
+        name = key.removeprefix(f"{BLOCK}.")
+        if name not in self.weights:
+            self.weights[name] = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        return self.weights[name]
+
+    def joined(self, keys: Sequence[str], shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
+        """One input for the consecutive tensors ``keys``: ``self_attn.qkv.weight`` for q, k and v."""
+        module, _, leaf = keys[0].rsplit(".", 2)
+        parts = "".join(key.rsplit(".", 2)[1] for key in keys)
+        return self.weight(f"{module}.{parts}.{leaf}", (len(keys) * shape[0], *shape[1:]), dtype)
+
+    def edges(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Inputs, weights last, and outputs."""
+        self.graph.inputs.extend(value for value in self.weights.values() if not value.is_graph_input())
+        return super().edges()
+
+    def stage(self, graph: File) -> Stage:
+        """The manifest's entry for this graph in the file ``graph``."""
+        inputs, outputs = self.edges()
+        given = len(inputs) - len(self.weights)
+        return Stage(str(self.graph.name), graph, inputs[:given], outputs, inputs[given:])
+
+
+def stage_graphs(spec: DitSpec, compute: ir.DataType = FLOAT, fp8: Fp8 | None = None) -> dict[str, StageGraph]:
+    """The stages of a transformer, by name, in the order of their first call.
+
+    All blocks must compute alike: see :attr:`export.graphs.linear.Fp8.uniform`.
+    """
+    stages: dict[str, Callable[[_Stage], None]] = {
+        "time": _time,
+        "text": _text,
+        "text_kv": _text_kv,
+        "patches": _patches,
+        "qkv": _qkv,
+        "attend": _attend,
+        "rest": _rest,
+        "velocity": _velocity,
+    }
+    graphs = {}
+    for name, write in stages.items():
+        stage = _Stage(name, spec, compute, fp8)
+        write(stage)
+        graphs[name] = stage.g
+    return graphs
+
+
+class _Stage:
+    """A graph under construction, with the inputs that several stages have."""
+
+    def __init__(self, name: str, spec: DitSpec, compute: ir.DataType, fp8: Fp8 | None) -> None:
+        self.g, self.spec = StageGraph(name), spec
+        self.linears = Linears(self.g, compute, fp8)
+        self.fp8 = fp8 is not None
+        self.fp8_attention = fp8 is not None and fp8.self_attention
+        self.operands = FLOAT8 if self.fp8_attention else compute  # type of q, k and v
+
+    def input(self, name: str, dims: Sequence[int | str], dtype: ir.DataType = FLOAT) -> ir.Value:
+        return self.g.input(name, dtype, dims)
+
+    def heads(self, rows: str | int) -> list[int | str]:
+        return [rows, self.spec.heads, self.spec.head_width]
+
+    def time_modulation(self) -> ir.Value:
+        return self.input("time_modulation", [self.spec.time_rows, 6 * self.spec.width])
+
+    def nothing(self) -> Modulation:
+        return Modulation(self.g, self.spec, Tables(None, None, None))
+
+    def modulation(self, *, rotates: bool = False) -> Modulation:
+        """With the inputs that depend on positions: the mask of the first frame (TI2V), rotations for ``qkv``."""
+        g, half, cos, sin = self.g, self.spec.head_width // 2, None, None
+        if rotates:
+            cos, sin = (self.input(f"rope_{name}", ["positions", half]) for name in ("cos", "sin"))
+            cos, sin = (g.reshape(table, [-1, 1, 1, half, 1]) for table in (cos, sin))
+        first = self.input("first_frame", ["positions", 1]) if self.spec.time_rows > 1 else None
+        return Modulation(g, self.spec, Tables(cos, sin, first))
+
+    def blocks(self, modulated: Modulation | None = None) -> Blocks:
+        return Blocks(self.spec, self.linears, modulated or self.nothing())
+
+    def ends(self, modulated: Modulation | None = None) -> Ends:
+        return Ends(self.spec, self.linears, modulated or self.nothing())
+
+
+def _time(s: _Stage) -> None:
+    time, modulation = s.ends().time_embedding(s.input("time_features", ["steps", s.spec.freq_width]))
+    s.g.output("time", time, ["steps", s.spec.width])
+    s.g.output("time_modulation", modulation, ["steps", 6 * s.spec.width])
+
+
+def _text(s: _Stage) -> None:
+    context = s.ends().project_text(s.input("text", [1, TEXT_TOKENS, s.spec.text_width]))
+    if s.fp8:
+        context, scale = s.linears.quantise_rows(s.g.cast(context, FLOAT))
+        s.g.output("context", context, [TEXT_TOKENS, s.spec.width], FLOAT8)
+        s.g.output("context_scale", scale, [TEXT_TOKENS, 1])
+    else:
+        s.g.output("context", context, [TEXT_TOKENS, s.spec.width], s.linears.compute)
+
+
+def _text_kv(s: _Stage) -> None:
+    rows, compute = [TEXT_TOKENS, s.spec.width], s.linears.compute
+    context = s.input("context", rows, FLOAT8 if s.fp8 else compute)
+    scale = s.input("context_scale", [TEXT_TOKENS, 1]) if s.fp8 else None
+    entering = context if scale is None else s.linears.quantised(context, scale)
+    k, v = s.blocks().text_keys_and_values(f"{BLOCK}.cross_attn", entering)
+    s.g.output("text_k", s.g.cast(k, compute), s.heads(TEXT_TOKENS), compute)
+    s.g.output("text_v", s.g.cast(v, compute), s.heads(TEXT_TOKENS), compute)
+
+
+def _patches(s: _Stage) -> None:
+    features = PATCH[1] * PATCH[2] * s.spec.in_channels
+    patches = s.input("patches", ["positions", features])
+    x = s.ends().linear(patches, "patch_embedding", (features, s.spec.width), s.linears.compute)
+    s.g.output("x", s.g.cast(x, FLOAT), ["positions", s.spec.width])
+
+
+def _qkv(s: _Stage) -> None:
+    g, key, compute = s.g, f"{BLOCK}.self_attn", s.linears.compute
+    x, modulation, blocks = (
+        s.input("x", ["positions", s.spec.width]),
+        s.time_modulation(),
+        s.blocks(s.modulation(rotates=True)),
+    )
+    rotated, qkv = blocks.project_qkv(key, blocks.modulated(x, *blocks.time_rows(BLOCK, modulation)[:2]))
+    v = blocks.values_of(qkv)
+    if s.fp8_attention:
+        q, k = (g.reshape(half, [-1, *blocks.heads]) for half in g.split(rotated, 2, 1))
+        center, v_scale = (
+            g.reshape(s.input(name, [1, s.spec.width]), [1, *blocks.heads]) for name in ("k_center", "v_scale")
+        )
+        q_scale, k_scale = (g.weight(f"{key}.{name}_scale", (), FLOAT) for name in "qk")
+        made = {
+            "q": s.linears.quantise(q, q_scale),
+            "k": s.linears.quantise(g.op("Sub", k, center), k_scale),
+            "v": s.linears.quantise(g.op("Div", v, v_scale), g.constant(1.0, FLOAT)),
+        }
+    else:
+        q, k = (g.reshape(half, [-1, *blocks.heads]) for half in g.split(g.cast(rotated, compute), 2, 1))
+        made = {"q": q, "k": k, "v": g.cast(v, compute)}
+    for name, value in made.items():
+        g.output(name, value, s.heads("positions"), s.operands)
+
+
+def _attend(s: _Stage) -> None:
+    g, compute = s.g, s.linears.compute
+    q, k, v = (s.input(n, s.heads(r), s.operands) for n, r in (("q", "positions"), ("k", "keys"), ("v", "keys")))
+    if s.fp8_attention:
+        v_scale = g.reshape(s.input("v_scale", [1, s.spec.width]), [1, s.spec.heads, s.spec.head_width])
+        y = attention_of_fp8(s.linears, f"{BLOCK}.self_attn", q, k, v, v_scale)
+    else:
+        y = attention(g, compute, q, k, v)
+    rows = g.reshape(y, [-1, s.spec.width])
+    if s.fp8:
+        rows, scale = s.linears.quantise_rows(g.cast(rows, FLOAT))
+        g.output("o", rows, ["positions", s.spec.width], FLOAT8)
+        g.output("o_scale", scale, ["positions", 1])
+    else:
+        g.output("o", rows, ["positions", s.spec.width], compute)
+
+
+def _rest(s: _Stage) -> None:
+    g, width, compute, cross = s.g, s.spec.width, s.linears.compute, f"{BLOCK}.cross_attn"
+    x = s.input("x", ["positions", width])
+    o = s.input("o", ["positions", width], FLOAT8 if s.fp8 else compute)
+    scale = s.input("o_scale", ["positions", 1]) if s.fp8 else None
+    attended = o if scale is None else s.linears.quantised(o, scale)
+    modulation = s.time_modulation()
+    text_k, text_v = (s.input(name, s.heads(TEXT_TOKENS), compute) for name in ("text_k", "text_v"))
+    blocks = s.blocks(s.modulation())
+    rows = blocks.time_rows(BLOCK, modulation)
+    x = blocks.add_self_attention(x, blocks.project_out(f"{BLOCK}.self_attn", attended), rows)
+    q = blocks.text_queries(cross, blocks.modulated.layer_norm(x, f"{BLOCK}.norm3"))
+    y = g.reshape(attention(g, compute, q, text_k, text_v), [-1, width])
+    x = g.add(x, blocks.project_out(cross, y))
+    g.output("x_out", blocks.add_feed_forward(BLOCK, x, rows), ["positions", width])
+
+
+def _velocity(s: _Stage) -> None:
+    x, time = s.input("x", ["positions", s.spec.width]), s.input("time", [s.spec.time_rows, s.spec.width])
+    patches = s.ends(s.modulation()).velocity_patches(x, time)
+    s.g.output("patches", patches, ["positions", PATCH[1] * PATCH[2] * s.spec.out_channels])

@@ -1,0 +1,180 @@
+"""A transformer in stages, called like an engine: the weights of its blocks are resident or stream past.
+
+``time`` runs once per schedule and ``text`` with ``text_kv`` once per prompt; their results are kept. A forward then
+calls ``qkv``, ``attend`` and ``rest`` for every block. Tokens may go through ``qkv`` and ``rest`` in slices, which
+divides their scratch memory; ``attend`` reads the keys of all tokens. The residual stream ``x`` is never input and
+output of one call: compilers may keep other tensors in an output's memory.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from runtime.arrays import F32
+from runtime.block_forward import BlockForward, StageDevice, Weights, fp8_scales, patchify, unpatchify
+from runtime.block_stream import BlockStream, Streamed
+from runtime.engine import Arrays, check_inputs
+from wan22.block_memory import BlockChoice
+from wan22.bundle import Component
+from wan22.external_layout import BlockLayout, Place
+from wan22.parts import DitSpec
+from wan22.shapes import Profile
+
+PROMPTS_KEPT = 2  # the prompt and the negative prompt, which alternate
+V_NORMS = "self_attn.v_norms"
+
+
+@dataclass
+class SharedBlocks:
+    """What the experts of a model share: the device, its stages and the slots of the stream."""
+
+    device: StageDevice
+    layout: BlockLayout
+    choose: Callable[[int], BlockChoice]  # for a number of tokens
+    stream: BlockStream | None = None
+    streamed: Streamed = field(default_factory=Streamed)
+    _chosen: tuple[int, BlockChoice] | None = None  # for so many tokens
+    _users: int = 0
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    def enter(self) -> None:
+        if not self._users:
+            self._open.enter_context(self.device)
+        self._users += 1
+
+    def leave(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self.stream = self._chosen = None
+            self._open.close()
+
+    def stream_for(self, tokens: int) -> tuple[BlockStream, int]:
+        """The stream and the number of slices for a forward of so many tokens."""
+        if self.stream is None or self._chosen is None or self._chosen[0] != tokens:
+            self.stream = None  # frees its slots first
+            self._chosen = tokens, self.choose(tokens)
+            slots, layout = self._chosen[1].slots, self.layout
+            self.stream = BlockStream(self.device, layout.blocks, slots, layout.step_bytes, self.streamed)
+        return self.stream, self._chosen[1].slices
+
+
+class BlockTransformer:
+    """One expert. It is an :class:`runtime.engine.Engine`."""
+
+    def __init__(
+        self, shared: SharedBlocks, spec: DitSpec, component: Component, profiles: Sequence[Profile] = ()
+    ) -> None:
+        self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
+        self._shared, self._spec, self._profiles = shared, spec, profiles
+        self._stages = {stage.name: stage for stage in component.stages}
+        self._following = self.name
+        self._ends: dict[str, Weights] = {}
+        self._times: dict[bytes, tuple[Any, Any]] = {}
+        self._texts: list[tuple[np.ndarray, list[dict[str, Any]]]] = []
+        self._bounds: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __enter__(self) -> Self:
+        self._shared.enter()
+        self._ends = {name: self._end_weights(name) for name in ("patches", "velocity")}
+        if any(place.name == V_NORMS for place in self._shared.layout.block):
+            self._bounds = self._of_all_blocks(V_NORMS), self._of_all_blocks("modulation")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends, self._times, self._texts = {}, {}, []
+        self._shared.leave()
+
+    def prepare(self, time_features: F32) -> None:
+        """Compute the time rows of a whole schedule, ``[rows, 256]``, in one call, and free the weights for it."""
+        device, stage = self._shared.device, self._stages["time"]
+        new = {row.tobytes(): row for row in time_features if row.tobytes() not in self._times}
+        if not new:
+            return
+        features = device.put(np.stack(list(new.values())))
+        made = {tensor.name: device.empty(tensor, steps=len(new)) for tensor in stage.outputs}
+        device.run("time", {"time_features": features}, made, self._end_weights("time"))
+        time, modulation = (device.get(made[name]) for name in ("time", "time_modulation"))
+        self._times |= {key: (time[i], modulation[i]) for i, key in enumerate(new)}
+
+    def follow(self, expert: str) -> None:
+        """Announce the expert of the forward after the next one, so that its first blocks are brought early."""
+        self._following = expert
+
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
+        """The velocity of a forward; see :class:`runtime.engine.Engine`."""
+        check_inputs(self.name, self.inputs, inputs, self._profiles)
+        video = np.concatenate([inputs[name][0] for name in ("latents", "condition") if name in inputs])
+        patches, text = patchify(video), self._text(inputs["text"])
+        stream, slices = self._shared.stream_for(len(patches))
+        stream.begin(self.name)
+        forward = BlockForward(self._shared.device, self._stages, len(patches), slices, self._given(inputs))
+        x = forward.in_slices("patches", {"patches": self._shared.device.put(patches)}, self._ends["patches"])["x"]
+        for block in range(self._spec.layers):
+            with stream.block(self.name, block, self._following) as slot:
+                weights = self._shared.device.views(slot, self._shared.layout.block)
+                x = forward.block(block, x, text[block], weights)
+        self._following = self.name
+        velocity = forward.in_slices("velocity", {"x": x}, self._ends["velocity"])["patches"]
+        return unpatchify(self._shared.device.get(velocity), inputs["latents"].shape)
+
+    # -- inputs of stages
+
+    def _given(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """What all blocks share: rotations, time rows, and the mask of the first frame if it has its own time."""
+        self.prepare(inputs["time_features"])
+        rows = [self._times[row.tobytes()] for row in inputs["time_features"]]
+        grid, half = inputs["rope_cos"].shape[:3], inputs["rope_cos"].shape[3]
+        given = {name: np.ascontiguousarray(inputs[name]).reshape(-1, half) for name in ("rope_cos", "rope_sin")}
+        given |= {"time": np.stack([time for time, _ in rows]), "time_modulation": np.stack([m for _, m in rows])}
+        if self._spec.time_rows > 1:
+            mask = np.arange(grid[0] * grid[1] * grid[2]) < grid[1] * grid[2]
+            given["first_frame"] = mask.astype(np.float32)[:, None]
+        if self._bounds is not None:
+            given |= fp8_scales(*self._bounds, given["time_modulation"])
+        return {name: self._shared.device.put(array) for name, array in given.items()}
+
+    def _of_all_blocks(self, name: str) -> np.ndarray:
+        """The float32 weight ``name`` of every block, ``[blocks, size]``."""
+        device, layout = self._shared.device, self._shared.layout
+        (place,) = (place for place in layout.block if place.name == name)
+        starts = (layout.first_block + block * layout.block_bytes + place.offset for block in range(layout.blocks))
+        rows = [device.host_bytes(self.name, start, place.size_bytes).view(np.float32) for start in starts]
+        return np.stack(rows)
+
+    def _text(self, text: np.ndarray) -> list[dict[str, Any]]:
+        """Keys and values of ``text`` for every block. Kept if the array is read-only, as any other may change."""
+        for known, values in self._texts:
+            if known is text:
+                return values
+        device, layout = self._shared.device, self._shared.layout
+        context = self._new_outputs("text")
+        device.run("text", {"text": device.put(text)}, context, self._end_weights("text"))
+        start, values = layout.step_bytes, []
+        places = [place for place in layout.block if place.offset >= start]
+        for block in range(layout.blocks):
+            offset = layout.first_block + block * layout.block_bytes
+            memory = device.read(self.name, offset + start, layout.block_bytes - start)
+            values.append(self._new_outputs("text_kv"))
+            device.run("text_kv", context, values[-1], device.views(memory, _moved(places, -start)))
+        if text.flags.owndata and not text.flags.writeable:
+            self._texts = [*self._texts[1 - PROMPTS_KEPT :], (text, values)]
+        return values
+
+    def _new_outputs(self, stage: str) -> dict[str, Any]:
+        return {tensor.name: self._shared.device.empty(tensor) for tensor in self._stages[stage].outputs}
+
+    def _end_weights(self, stage: str) -> dict[str, Any]:
+        """The weights of a stage outside of the blocks, read from disk."""
+        device, found = self._shared.device, dict[str, Any]()
+        names = {tensor.name for tensor in self._stages[stage].weights}
+        for place in (place for place in self._shared.layout.ends if place.name in names):
+            memory = device.read(self.name, place.offset, place.size_bytes)
+            found |= device.views(memory, _moved([place], -place.offset))
+        return found
+
+
+def _moved(places: Sequence[Place], by: int) -> list[Place]:
+    return [Place(place.name, place.offset + by, place.size_bytes, place.shape) for place in places]

@@ -1,0 +1,214 @@
+"""Step caches: estimates in place of transformer calls, decided and made outside the engines.
+
+A skipped step costs no forward. Its guided velocity is estimated from the last computed steps; because guidance is
+linear and constant within an expert, this equals estimating both branches. Which steps are skipped is either a fixed
+list or decided by EasyCache (Zhou et al. 2025, arXiv 2507.02860), which accumulates the expected relative change of the
+conditional velocity. Late guidance saves the unconditional forward alone: it extrapolates the guidance residual in
+sigma.
+
+Nothing passes from one expert to the other: each starts with two computed steps.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.arrays import F32, array_namespace
+from wan22.caching import Caching, Reuse, computed_steps
+
+FLOOR = 1e-8  # of norms that divide
+LATE_FROM = 0.4  # share of the run after which "auto" extrapolates the residual
+FARTHEST = 2.0  # extrapolation in units of the last gap between residuals
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """A computed step; ``latents`` are those before it, ``velocity`` is the guided one."""
+
+    sigma: float
+    velocity: F32
+    latents: F32 | None = None  # kept where the strategy needs them
+
+
+Strategy = Callable[[Computed, Computed | None, float, F32], F32]
+
+
+def rescale(last: Computed, _before: Computed | None, _sigma: float, latents: F32) -> F32:
+    """EasyCache's estimate: the last difference of velocity and latents, ``x + (v_last - x_last)``."""
+    assert last.latents is not None
+    estimate: F32 = last.velocity - last.latents
+    estimate += latents
+    return estimate
+
+
+def hold(last: Computed, _before: Computed | None, _sigma: float, _latents: F32) -> F32:
+    """The last velocity."""
+    return last.velocity
+
+
+def taylor1(last: Computed, before: Computed | None, sigma: float, _latents: F32) -> F32:
+    """Linear extrapolation of the last two velocities in sigma."""
+    assert before is not None
+    return _extrapolate(before.velocity, last.velocity, (sigma - last.sigma) / (last.sigma - before.sigma))
+
+
+STRATEGIES: dict[Reuse, Strategy] = {"rescale": rescale, "hold": hold, "taylor1": taylor1}
+
+
+class StepCache:
+    """The cache of one run: ``skips``, then ``estimate`` or ``observe``, then ``moved`` for every step in order."""
+
+    def __init__(
+        self, settings: Caching, sigmas: Sequence[float], experts: Sequence[str], *, clean_first_frame: bool = False
+    ) -> None:
+        """Create the cache of a run.
+
+        Args:
+            settings: checked with :meth:`Caching.check`.
+            sigmas: the noise level of every step.
+            experts: the expert of every step.
+            clean_first_frame: latent frame 0 is an image that never changes; EasyCache does not measure it.
+        """
+        self._settings, self._sigmas, self._strategy = settings, sigmas, STRATEGIES[settings.reuse]
+        self._first = {experts.index(name) for name in experts}
+        self._listed = None if settings.skip_steps is None else set(settings.skip_steps)
+        decides = settings.easy and self._listed is None
+        self.easy = EasyGate(settings, experts, clean_first_frame=clean_first_frame) if decides else None
+        self._late = None if settings.late_cfg is None else LateGuidance(settings.late_cfg, sigmas, experts)
+        self._skips_any = self.easy is not None or bool(self._listed)
+        self._last: Computed | None = None
+        self._before: Computed | None = None
+
+    def skips(self, step: int) -> bool:
+        """True if ``step`` needs no forward."""
+        if step in self._first:
+            self._last = self._before = None
+        return self.easy.skips(step) if self.easy else self._listed is not None and step in self._listed
+
+    def estimate(self, step: int, latents: F32) -> F32:
+        """The velocity of a skipped step at ``latents``; the caller must not change it."""
+        assert self._last is not None
+        return self._strategy(self._last, self._before, self._sigmas[step], latents)
+
+    def residual(self, step: int) -> F32 | None:
+        """The estimate of guided minus conditional velocity in a computed step; None if it has to be computed."""
+        return self._late.residual(step) if self._late else None
+
+    def observe(self, step: int, latents: F32, conditional: F32, velocity: F32) -> None:
+        """Remember a computed step; ``latents`` are those before it, ``velocity`` is the guided one."""
+        if self.easy:
+            self.easy.observe(latents, conditional)
+        if self._late:
+            self._late.observe(step, conditional, velocity)
+        if self._skips_any:
+            before, rescales = self._last, self._strategy is rescale
+            self._before = before if self._strategy is taylor1 else None
+            self._last = Computed(self._sigmas[step], velocity, latents if rescales else None)
+
+    def moved(self, before: F32, after: F32) -> None:
+        """Measure the solver's step from ``before`` to ``after``."""
+        if self.easy:
+            self.easy.moved(before, after)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all arrays that are kept for later steps."""
+        computed = [each for each in (self._last, self._before) if each]
+        arrays = [array for each in computed for array in (each.velocity, each.latents)]
+        arrays += [*(self.easy.arrays if self.easy else ()), *(self._late.arrays if self._late else ())]
+        return sum({id(array): array.nbytes for array in arrays if array is not None}.values())
+
+
+class EasyGate:
+    """EasyCache's decision. ``error`` and ``gain`` are those of the last decision, NaN where none was made."""
+
+    def __init__(self, settings: Caching, experts: Sequence[str], *, clean_first_frame: bool) -> None:
+        steps = len(experts)
+        self._exact = computed_steps(experts) | set(range(settings.first_exact))
+        self._exact |= set(range(steps - settings.last_exact, steps))
+        self._first = {experts.index(name) for name in experts}
+        self._threshold, self._most_in_a_row = settings.threshold, settings.max_consecutive
+        self._measured = slice(1 if clean_first_frame else 0, None)
+        self.error, self.gain = math.nan, math.nan
+        self.arrays: tuple[F32, ...] = ()  # latents and conditional velocity of the last computed step
+        self._sum, self._in_a_row, self._size, self._move = 0.0, 0, 0.0, 0.0
+
+    def skips(self, step: int) -> bool:
+        """Add the change that the last move suggests; skip while the sum is below the threshold."""
+        if step in self._first:
+            self.gain, self.arrays = math.nan, ()
+        free = step not in self._exact and self._in_a_row < self._most_in_a_row and not math.isnan(self.gain)
+        self.error = self._sum + self.gain * self._move / max(self._size, FLOOR) if free else math.nan
+        skip = free and self.error < self._threshold
+        self._sum, self._in_a_row = (self.error, self._in_a_row + 1) if skip else (0.0, 0)
+        return skip
+
+    def observe(self, latents: F32, conditional: F32) -> None:
+        """Measure how the velocity follows the latents from the last computed step to this one."""
+        if self.arrays:
+            last_latents, last_velocity = self.arrays
+            moved = max(self._distance(latents, last_latents), FLOOR)
+            self.gain = self._distance(conditional, last_velocity) / moved
+        self._size = _mean_abs(conditional[:, :, self._measured])
+        self.arrays = (latents, conditional)
+
+    def moved(self, before: F32, after: F32) -> None:
+        self._move = self._distance(after, before)
+
+    def _distance(self, one: F32, other: F32) -> float:
+        return _mean_abs(one[:, :, self._measured] - other[:, :, self._measured])
+
+
+class LateGuidance:
+    """Linear extrapolation of the guidance residual from the last two computed ones of the expert.
+
+    ``steps`` are those that extrapolate; "auto" takes every second computed step between 40 % of the run and its last
+    two steps. A step without two residuals, or too far from them, is computed all the same.
+    """
+
+    def __init__(self, steps: Sequence[int] | str, sigmas: Sequence[float], experts: Sequence[str]) -> None:
+        self._sigmas, self._first = sigmas, {experts.index(name) for name in experts}
+        self._alternates = isinstance(steps, str)
+        self._steps = set(range(math.ceil(LATE_FROM * len(experts)), len(experts) - 2)) - computed_steps(experts)
+        if not isinstance(steps, str):
+            self._steps = set(steps)
+        self._computed: list[tuple[float, F32]] = []  # sigma and residual
+        self._extrapolated = False  # in the step before
+
+    @property
+    def arrays(self) -> tuple[F32, ...]:
+        return tuple(residual for _, residual in self._computed)
+
+    def residual(self, step: int) -> F32 | None:
+        if step in self._first:
+            self._computed = []
+        wanted = step in self._steps and not (self._alternates and self._extrapolated)
+        self._extrapolated = False
+        if not wanted or len(self._computed) < 2:
+            return None
+        (sigma, before), (last_sigma, last) = self._computed
+        share = (self._sigmas[step] - last_sigma) / (last_sigma - sigma)
+        if abs(share) > FARTHEST:
+            return None
+        self._extrapolated = True
+        return _extrapolate(before, last, share)
+
+    def observe(self, step: int, conditional: F32, velocity: F32) -> None:
+        if not self._extrapolated:
+            self._computed = [*self._computed[-1:], (self._sigmas[step], velocity - conditional)]
+
+
+def _extrapolate(before: F32, last: F32, share: float) -> F32:
+    """``last + share (last - before)``."""
+    estimate: F32 = last - before
+    estimate *= np.float32(share)
+    estimate += last
+    return estimate
+
+
+def _mean_abs(values: F32) -> float:
+    """The mean of the absolute values, accumulated in float64."""
+    xp = array_namespace(values)
+    return float(xp.abs(values).mean(dtype=np.float64))

@@ -1,0 +1,88 @@
+"""The stages of a real-size block as compiled for absent GPUs: kernels, scratch memory, no copy of a weight."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from engines.gpu.tensorrt_backend import EngineOptions, build_engine
+from engines.inspect.log import read_log
+from engines.targets import TARGETS
+from export.graphs.blocks import stage_graphs
+from export.graphs.builder import BFLOAT16
+from tests.engines.conftest import FP8_OF
+from wan22.specs import SPECS, Precision
+
+MIB = 2**20
+TOKENS = {"t2v-a14b": 75_600, "ti2v-5b": 27_280}  # 720p
+STAGES = ("qkv", "attend", "rest")
+KERNELS = {Precision.BF16: (6, 2, 15), Precision.FP8: (4, 2, 12), Precision.FP8_ATTN: (4, 2, 12)}
+SCRATCH_MIB = {  # of qkv, attend and rest
+    ("t2v-a14b", Precision.BF16): (2961, 738, 5687),
+    ("t2v-a14b", Precision.FP8): (2594, 738, 4838),
+    ("t2v-a14b", Precision.FP8_ATTN): (2594, 738, 4838),
+    ("ti2v-5b", Precision.FP8_ATTN): (569, 160, 1521),
+}
+
+
+@pytest.fixture
+def compiled(tmp_path):
+    """``compiled(model, target, precision, tokens, stages)`` → the compiled stages and their plans, in order."""
+    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
+
+    def build(model, target, precision, tokens, stages=STAGES):
+        profile = {"positions": (256, tokens, tokens), "keys": (256, tokens, tokens), "steps": (1, 40, 80)}
+        found = []
+        for name, g in stage_graphs(SPECS[model].dit, BFLOAT16, FP8_OF[precision]).items():
+            if name not in stages:
+                continue
+            for scale in ("self_attn.q_scale", "self_attn.k_scale"):
+                if value := g.weights.pop(scale, None):
+                    value.const_value = ir.tensor(np.array(0.05, np.float32), name=scale)
+                    g.graph.initializers[scale] = value
+            inputs, _ = g.edges()
+            g.save(tmp_path / f"{name}.onnx")
+            options = EngineOptions(TARGETS[target], (profile,), inputs)
+            built = build_engine(tmp_path / f"{name}.onnx", tmp_path / f"{name}.plan", options)
+            found.append((read_log(built.log), built, {key: tuple(v.shape) for key, v in g.weights.items()}))
+        return found
+
+    return build
+
+
+def copied_matrices(compiled, weights):
+    matrices = {name for name, shape in weights.items() if len(shape) == 2}
+    return [k.name for k in compiled.kernels if k.role == "copy" and matrices & {o.name for o in k.inputs}]
+
+
+@pytest.mark.parametrize(("model", "precision"), SCRATCH_MIB, ids=str)
+@pytest.mark.parametrize("target", ["rtx4090", "rtx5090"])
+def test_a_block_has_as_few_kernels_as_inside_a_whole_model(compiled, model, precision, target):
+    built = compiled(model, target, precision, TOKENS[model])
+    assert tuple(len(found.kernels) for found, _, _ in built) == KERNELS[precision]
+    for (found, _, _), most in zip(built, SCRATCH_MIB[model, precision], strict=True):
+        assert found.scratch_bytes <= (most + 1) * MIB
+    assert sum(plan.size_bytes for _, plan, _ in built) < 5e6
+    assert not [name for found, _, weights in built for name in copied_matrices(found, weights)]
+    assert all(found.weights_bytes < MIB for found, _, _ in built)
+    if precision is not Precision.BF16:  # its kernels name a bias first
+        assert {k.dtype for found, _, _ in built for k in found.kernels if k.role == "gemm"} == {"fp8"}
+    attend, _, _ = built[1]
+    (mha,) = [k for k in attend.kernels if k.role == "attention"]
+    assert mha.dtype == ("fp8" if precision is Precision.FP8_ATTN else "bf16")
+    assert mha.flops == 4.0 * TOKENS[model] ** 2 * SPECS[model].dit.width
+
+
+def test_an_eighth_of_the_tokens_takes_an_eighth_of_the_scratch_memory(compiled):
+    precision, slices = Precision.FP8_ATTN, 8
+    built = compiled("t2v-a14b", "rtx4090", precision, TOKENS["t2v-a14b"] // slices, ("qkv", "rest"))
+    whole = SCRATCH_MIB["t2v-a14b", precision]
+    for (found, _, _), most in zip(built, (whole[0], whole[2]), strict=True):
+        assert found.scratch_bytes <= (most / slices + 10) * MIB  # tables of time and small tensors do not shrink
+
+
+@pytest.mark.parametrize("target", ["rtx4090", "rtx5090"])
+def test_the_other_stages_are_a_few_kernels_each(compiled, target):
+    few = {"time": 6, "text": 5, "text_kv": 2, "patches": 3, "velocity": 3}
+    built = compiled("t2v-a14b", target, Precision.FP8, TOKENS["t2v-a14b"], few)
+    assert [len(found.kernels) for found, _, _ in built] == list(few.values())
+    assert not [name for found, _, weights in built for name in copied_matrices(found, weights)]

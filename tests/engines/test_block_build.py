@@ -1,0 +1,131 @@
+"""``--topology blocks``: stages instead of a transformer, and weights files with equal offsets in every block."""
+
+import numpy as np
+import pytest
+
+from engines.block_weights import V_NORMS
+from engines.build import BuildOptions, build_engines
+from engines.inspect.inspection import inspect_engines
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
+from export.synth.checkpoint import synthesise
+from runtime.built_for import check_plans
+from wan22.bundle import open_bundle
+from wan22.errors import UserError
+from wan22.external_layout import read_block_layout
+from wan22.specs import SPECS, Precision
+
+STAGES = ["time", "text", "text_kv", "patches", "qkv", "attend", "rest", "velocity"]
+
+
+@pytest.fixture(scope="module")
+def fp8_blocks(tmp_path_factory, tiny_checkpoint):
+    """FP8 engines for a GPU in stages, and the bundle that they were built from."""
+    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
+    root = tmp_path_factory.mktemp("fp8")
+    export_checkpoint(tiny_checkpoint, root / "b", ExportOptions(Precision.FP8_ATTN))
+    options = BuildOptions("rtx4090", "256x160", "5..17", topology="blocks")
+    build_engines(root / "b", root / "e", options)
+    return open_bundle(root / "b", "graphs"), open_bundle(root / "e", "engines", full_check=True)
+
+
+def read(bundle, component, place, block=None):
+    layout = read_block_layout(bundle.path(component.weights[0]))
+    start = 0 if block is None else layout.first_block + block * layout.block_bytes
+    dtypes = {t.name: t.dtype for stage in component.stages for t in stage.weights} | {V_NORMS: "float32"}
+    found = np.fromfile(
+        bundle.path(component.weights[1]), np.uint8, place.size_bytes, offset=start + place.offset
+    ).view(dtypes[place.name])
+    return found.reshape(place.shape)
+
+
+@pytest.mark.slow
+def test_both_experts_share_stages_of_a_few_kernels(fp8_blocks):
+    _, built = fp8_blocks
+    high, low = (built.component(f"{name}_noise") for name in ("high", "low"))
+    assert [stage.name for stage in high.stages] == STAGES
+    assert high.stages == low.stages
+    assert high.weights[0] == low.weights[0]
+    assert high.weights[1].sha256 != low.weights[1].sha256
+    assert check_plans(built) == ()
+    assert built.manifest.build.options["topology"] == "blocks"
+    reports = {report.component: report for report in inspect_engines(built.folder)}
+    assert [f"high_noise.{stage}" in reports for stage in STAGES] == [True] * len(STAGES)
+    assert [len(reports[f"high_noise.{stage}"].compiled.kernels) for stage in ("qkv", "rest")] == [4, 12]
+    assert not [report.problems for report in reports.values() if report.problems]
+
+
+@pytest.mark.slow
+def test_every_block_has_its_own_weights_as_the_bundle_stores_them(fp8_blocks):
+    source, built = fp8_blocks
+    import onnx_ir as ir
+
+    for component in (built.component("high_noise"), built.component("low_noise")):
+        layout = read_block_layout(built.path(component.weights[0]))
+        graph = ir.load(source.path(source.component(component.name).graph)).graph
+        stored = {name: value.const_value.numpy() for name, value in graph.initializers.items() if "." in name}
+        assert all(place.offset % 256 == 0 for place in (*layout.ends, *layout.block))
+        assert layout.first_block % 4096 == layout.block_bytes % 4096 == 0
+        assert built.path(component.weights[1]).stat().st_size == layout.size_bytes
+        for block in range(layout.blocks):
+            places = {place.name: place for place in layout.block}
+            for name in ("self_attn.qkv.weight", "ffn.2.weight", "modulation", "cross_attn.kv.weight_scale"):
+                expected = stored[f"blocks.{block}.{name}"]
+                assert np.array_equal(read(built, component, places[name], block), expected), (block, name)
+            biases = [stored[f"blocks.{block}.self_attn.{part}.bias"] for part in "qkv"]
+            assert np.array_equal(read(built, component, places["self_attn.qkv.bias"], block), np.concatenate(biases))
+            width = len(biases[0])
+            matrix = stored[f"blocks.{block}.self_attn.qkv.weight"][2 * width :].astype(np.float64)
+            norms = np.linalg.norm(matrix, axis=1) * stored[f"blocks.{block}.self_attn.qkv.weight_scale"]
+            assert np.allclose(read(built, component, places[V_NORMS], block), norms, rtol=1e-5)
+        assert [p.name for p in layout.block if p.offset >= layout.step_bytes] == [
+            t.name for t in component.stage("text_kv").weights
+        ]
+
+
+@pytest.mark.slow
+def test_scales_of_attention_hold_for_every_block_and_expert(fp8_blocks):
+    source, built = fp8_blocks
+    import onnx_ir as ir
+
+    scales = built.manifest.build.attention_scales
+    assert scales.keys() == {"self_attn.q_scale", "self_attn.k_scale"}
+    for expert in ("high_noise", "low_noise"):
+        for name, value in ir.load(source.path(source.component(expert).graph)).graph.initializers.items():
+            if (short := name.split(".", 2)[-1]) in scales:
+                assert value.const_value.numpy() <= scales[short]
+    assert not {t.name for stage in built.component("high_noise").stages for t in stage.weights} & scales.keys()
+
+
+def test_blocks_that_differ_are_refused_before_anything_is_written(tmp_path, tiny_checkpoint):
+    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
+    options = ExportOptions(Precision.FP8, keep_high_precision=frozenset({0}))
+    export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
+    with pytest.raises(UserError, match=r"--topology blocks for high_noise, whose blocks differ"):
+        build_engines(tmp_path / "b", tmp_path / "e", BuildOptions("rtx4090", "256x160", "5", topology="blocks"))
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_external_weights_and_blocks_exclude_each_other(tmp_path, tiny_bundle):
+    options = BuildOptions("cpu", weights="external", topology="blocks")
+    with pytest.raises(UserError, match="--weights external with --topology blocks"):
+        build_engines(tiny_bundle, tmp_path / "e", options)
+
+
+def test_blocks_are_not_served_engine_by_engine(tmp_path, tiny_bundle):
+    from triton_repo.bls_repository import check_backends
+
+    built = build_engines(tiny_bundle, tmp_path / "e", BuildOptions(topology="blocks"))
+    with pytest.raises(UserError, match="engines in blocks in topology bls"):
+        check_backends(built)
+
+
+def test_experts_of_different_precision_have_their_own_stages(tmp_path):
+    synthesise(SPECS["t2v-a14b-tiny"], tmp_path / "c", "official", seed=0)
+    options = ExportOptions(Precision.FP32, precisions={"low_noise": Precision.FP16})
+    bundle = export_checkpoint(tmp_path / "c", tmp_path / "b", options)
+    graphs = {c.name: {stage.graph.path for stage in c.stages} for c in bundle.manifest.components if c.stages}
+    assert not graphs["high_noise"] & graphs["low_noise"]
+    built = build_engines(tmp_path / "b", tmp_path / "e", BuildOptions(topology="blocks"))
+    assert {path.name for path in built.folder.glob("*.weights")} == {"high_noise.weights", "low_noise.weights"}
+    assert not [path.name for path in built.folder.glob("*_noise.safetensors")]

@@ -1,0 +1,163 @@
+"""A transformer in stages on the CPU: the whole engine's velocity, whatever is resident, streamed or sliced."""
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from runtime.backend import open_backend
+from runtime.block_backend import BlockOptions
+from runtime.block_forward import fp8_scales
+from runtime.engine_onnxruntime import OnnxRuntimeEngine
+from runtime.pipeline import Pipeline
+from runtime.request import Request
+from tests.export.graphs.test_dit import inputs_for, relative_l2
+from wan22.block_memory import BlockChoice, block_memory, choose_blocks, smallest_budget
+from wan22.bundle import open_bundle
+from wan22.errors import UserError
+from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
+
+MODELS = ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"]
+
+
+@pytest.fixture(scope="session")
+def blocks_of(flow_of, tmp_path_factory):
+    """``blocks_of(name)`` → engines of a tiny model in stages."""
+    made = {}
+
+    def build(name):
+        from engines.build import BuildOptions, build_engines
+
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / "blocks"
+            build_engines(flow_of(name).bundle, made[name], BuildOptions(topology="blocks"))
+        return made[name]
+
+    return build
+
+
+@pytest.fixture
+def opened(blocks_of):
+    """``opened(name, weights_in, slices)`` → the backend for a tiny model, and its bundle."""
+    with ExitStack() as stack:
+
+        def make(name, weights_in="auto", slices=1):
+            bundle = open_bundle(blocks_of(name), "engines")
+            backend = open_backend(bundle, stack, BlockOptions(weights_in))
+            for component in bundle.manifest.components:
+                if component.stages:
+                    engine = backend.new_engine(component)
+                    choose = engine._shared.choose
+                    engine._shared.choose = lambda tokens, c=choose: replace(c(tokens), slices=slices)
+            return backend, bundle
+
+        yield make
+
+
+def given_to(name):
+    spec = SPECS[name].dit
+    given = inputs_for(spec, 3, 10, 18, [0.0, 812.0] if spec.time_rows == 2 else [937.5])
+    given["text"].flags.writeable = False
+    return given
+
+
+@pytest.mark.parametrize(("weights_in", "slices"), [("vram", 1), ("disk", 1), ("host", 4)])
+@pytest.mark.parametrize("name", MODELS)
+def test_it_computes_what_the_whole_engine_computes(flow_of, opened, name, weights_in, slices):
+    whole = open_bundle(flow_of(name).engines, "engines")
+    backend, bundle = opened(name, weights_in, slices)
+    given = given_to(name)
+    for expert in bundle.manifest.spec.experts:
+        with (
+            OnnxRuntimeEngine(whole.folder, whole.component(expert)) as one,
+            backend.new_engine(bundle.component(expert)) as other,
+        ):
+            assert other.inputs == one.inputs
+            expected = one(**given)
+            for text in (given["text"], given["text"].copy(), given["text"]):
+                assert relative_l2(other(**given | {"text": text}), expected) <= 1.5e-6
+
+
+def test_experts_take_turns_in_the_same_slots(flow_of, opened):
+    name, given = "t2v-a14b-tiny", given_to("t2v-a14b-tiny")
+    whole = open_bundle(flow_of(name).engines, "engines")
+    backend, bundle = opened(name, "disk")
+    expected = {}
+    for expert in bundle.manifest.spec.experts:
+        with OnnxRuntimeEngine(whole.folder, whole.component(expert)) as engine:
+            expected[expert] = engine(**given)
+    with (
+        backend.new_engine(bundle.component("high_noise")) as high,
+        backend.new_engine(bundle.component("low_noise")) as low,
+    ):
+        stream = None
+        for engine, then in ((high, "high_noise"), (high, "low_noise"), (low, "low_noise"), (high, "high_noise")):
+            engine.follow(then)
+            assert relative_l2(engine(**given), expected[engine.name]) <= 1.5e-6
+            assert stream in (None, engine._shared.stream)
+            stream = engine._shared.stream
+
+
+def test_a_pipeline_makes_the_same_video_from_disk_and_prepares_its_steps_once(blocks_of, monkeypatch):
+    from runtime.blocks_onnxruntime import HostStages
+
+    ran, run = [], HostStages.run
+    monkeypatch.setattr(HostStages, "run", lambda self, name, *rest: (ran.append(name), run(self, name, *rest))[1])
+    request, latents = Request("a cat", size=(64, 64), frames=5, steps=4), []
+    for weights_in in ("vram", "disk"):
+        with Pipeline.open(blocks_of("t2v-a14b-tiny"), blocks=BlockOptions(weights_in)) as pipeline:
+            *_, last = pipeline.denoise(pipeline.complete(request))
+            latents.append(last.latents)
+        assert (ran.count("time"), ran.count("text")) == (2, 4)  # by expert, and by expert and prompt
+        ran.clear()
+    assert np.array_equal(*latents)
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_loaded(blocks_of):
+    with Pipeline.open(blocks_of("t2v-a14b-tiny"), blocks=BlockOptions(vram=2.0**20)) as pipeline:
+        request = pipeline.complete(Request("a cat", size=(64, 64), frames=5))
+        with pytest.raises(UserError, match=r"--vram 1.00 MiB for high_noise \| expected at least .* MiB"):
+            next(iter(pipeline.denoise(request)))
+        assert not pipeline._open
+
+
+def test_a_weights_file_that_is_cut_short_is_one_line(blocks_of, tmp_path):
+    folder = tmp_path / "engines"
+    shutil.copytree(blocks_of("t2v-a14b-tiny"), folder)
+    with Pipeline.open(folder, blocks=BlockOptions("disk")) as pipeline:
+        path = folder / "high_noise.weights"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size - 3_000_000])
+        request = pipeline.complete(Request("a cat", size=(64, 64), frames=5))
+        with pytest.raises(UserError, match=r"high_noise.weights ends at \d+ bytes \| expected \d+"):
+            next(iter(pipeline.denoise(request)))
+
+
+def test_the_bound_of_v_holds_for_any_token():
+    rng = np.random.default_rng(0)
+    width, blocks = 64, 3
+    matrices = rng.standard_normal((blocks, width, width)).astype(np.float32)
+    tables, modulation = rng.standard_normal((blocks, 6 * width)), rng.standard_normal((2, 6 * width))
+    scales = fp8_scales(np.linalg.norm(matrices, axis=2), tables, modulation)
+    for block in range(blocks):
+        shift, scale = np.split((tables[block] + modulation)[:, : 2 * width], 2, axis=1)
+        x = rng.standard_normal((500, width)) ** 5  # with outliers
+        normed = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+        for row in range(2):
+            v = (normed * (1 + scale[row]) + shift[row]) @ matrices[block].T
+            assert (np.abs(v) <= 448 * scales["v_scale"][block]).all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "tokens", "gib"), [(T2V_A14B.dit, 75_600, 3.8), (TI2V_5B.dit, 27_280, 0.86)], ids=["a14b", "5b"]
+)
+def test_a_budget_is_never_exceeded(spec, tokens, gib):
+    small = block_memory(spec, Precision.FP8_ATTN, tokens, BlockChoice(0, 8), 0)
+    assert small.x + small.edges + small.scratch <= gib * 2**30
+    for budget in np.linspace(2, 80, 40) * 2**30:
+        choice = choose_blocks(spec, Precision.FP8_ATTN, tokens, 320e6, budget)
+        if choice is None:
+            assert smallest_budget(spec, Precision.FP8_ATTN, tokens, 320e6) > budget
+        else:
+            assert block_memory(spec, Precision.FP8_ATTN, tokens, choice, 320e6).total <= budget
