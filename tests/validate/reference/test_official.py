@@ -99,7 +99,7 @@ def test_a_process_that_dies_is_reported_in_one_line(clone, tiny_checkpoint):
 RUNS = [
     ("t2v-a14b-tiny", {"steps": 5, "shift": 7.3}),
     ("i2v-a14b-tiny", {"steps": 3, "shift": 3.1, "size": (96, 64), "frames": 9}),
-    ("ti2v-5b-tiny", {"steps": 7, "shift": 1.7, "size": (64, 96)}),
+    ("ti2v-5b-tiny", {"steps": 7, "shift": 1.7, "size": (64, 96), "solver": "dpm++"}),
 ]
 
 
@@ -120,15 +120,6 @@ def test_engines_match_the_official_code(flow_of, tmp_path, model, request_):
     assert len([name for name in names if name.startswith("official ")]) == len(rows)
     assert "official pipeline's frames" in names
     assert not {row.name for row in rows} & {row.name for row in found.rows if row not in rows}
-
-
-@needs_code
-@pytest.mark.slow
-def test_dpm_runs_as_the_official_code_runs_it(flow_of, tmp_path):
-    flow = flow_of("t2v-a14b-tiny")
-    found = validate(flow.engines, flow.checkpoint, tmp_path, with_code(solver="dpm++"))
-    assert [row.name for row in found.failed] == []
-    assert "official_latents" in {row.subject for row in found.rows}
 
 
 def git(folder, *arguments):
