@@ -1,5 +1,6 @@
 # The README's two commands. Both make .venv first and install the pinned CPU packages into it.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 TRITON := .venv-triton/installed
@@ -17,8 +18,9 @@ demo: $(INSTALLED)
 picture: $(INSTALLED)
 	$(BIN)/python -m studies.picture demo docs/demo.png
 
+# Two processes share the test files: many tests wait for a server or a build, and use one core.
 test: $(INSTALLED) $(TRITON) $(OFFICIAL) check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile
 
 # Export at full size: throughput beside cp, memory. Needs some 30 GB of disk for a while, and minutes.
 scale: $(INSTALLED)
@@ -66,7 +68,7 @@ checkov: .venv-checkov/installed
 # Pins every version and hash again: the newest that pyproject.toml and the .in files allow, with UPGRADE=--upgrade.
 lock: $(TOOLS)
 	$(COMPILE) --constraint requirements-torch.txt --no-emit-package torch --extra export --extra cpu \
-		--extra validate --extra official --extra synth --extra sign --extra triton --extra dev pyproject.toml requirements-cpu.in -o requirements-cpu.txt
+		--extra validate --extra official --extra synth --extra mlperf --extra sign --extra triton --extra dev pyproject.toml requirements-cpu.in -o requirements-cpu.txt
 	$(COMPILE) --no-deps requirements-triton.in -o requirements-triton.txt
 	$(COMPILE) --no-deps requirements-official.in -o requirements-official.txt
 	$(COMPILE) requirements-tools.in -o requirements-tools.txt

@@ -189,7 +189,9 @@ def check_assignment(name: str, provider: str, subgraphs: Iterable[Any]) -> None
     elsewhere = [node for part in subgraphs if part.ep_name != provider for node in part.get_nodes()]
     if computing := sorted({node.op_type for node in elsewhere} - SHAPE_ARITHMETIC):
         found = f"{name}: ONNX Runtime computes {', '.join(computing)} on the CPU"
-        raise UserError(found, "nodes that all run on the GPU", f"build again with {PACKAGE} 1.25 or later")
+        raise UserError(
+            found, "nodes that all run on the GPU", f"{INSTALL} --upgrade: newer releases have more kernels"
+        )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -118,7 +118,7 @@ def generate(
                 timings.steps.append(StepTiming.of(step))
                 progress("denoise", step.index + 1, step.total, "steps")
         complete = complete.as_decided(timings.skipped, timings.late)
-        note = recipe_of(complete, pipeline.bundle.manifest, rate, encoding.quality).encoded()
+        note = recipe_of(complete, pipeline.weight_sets.manifest(complete.lora), rate, encoding.quality).encoded()
         with timings.stage("decode and write"):
             chunks = _report_chunks(pipeline.decode(latents), complete.frames, progress)
             encode_video(chunks, new, rate, encoding.quality, note)

@@ -21,6 +21,7 @@ from runtime.image_condition import conditioning_video, fit_image, i2v_condition
 from runtime.request import CompleteRequest, Request
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
+from runtime.weight_sets import WeightSets, check_lora
 from wan22.bundle import Bundle, open_bundle
 from wan22.errors import UserError
 from wan22.memory import available_host_bytes
@@ -73,6 +74,7 @@ class Pipeline:
             blocks: where the weights of transformers in stages are.
         """
         self.bundle, self.once = bundle, once
+        self.weight_sets = WeightSets(bundle, {})  # may be replaced before the first request
         self.tokenizer = Tokenizer(bundle.folder / "tokenizer")
         self._shared = ExitStack()  # closed after all engines
         self._backend = (
@@ -119,8 +121,6 @@ class Pipeline:
     def streamed(self) -> Streamed | None:
         """What transformers in blocks have copied so far; None for whole engines."""
         return self._backend.blocks.streamed if self._backend.blocks is not None else None
-
-    # -- engines
 
     @property
     def residency(self) -> Residency:
@@ -176,7 +176,7 @@ class Pipeline:
             elif self.residency == "one-expert" and name in self.spec.experts:
                 self._keep_only(set(self._engines) - set(self.spec.experts) | self._sharing(name))
             stack = ExitStack()
-            self._engines[name] = stack.enter_context(self._backend.new_engine(self.bundle.component(name)))
+            self._engines[name] = stack.enter_context(self._backend.new_engine(self.weight_sets.component(name)))
             self._open[name] = stack
         return self._engines[name]
 
@@ -199,15 +199,20 @@ class Pipeline:
         for name in set(self._open) - set(names):
             self.release(name)
 
+    def use_weights(self, lora: str | None) -> bool:
+        """Take the experts from the weight set ``lora`` from now on; True if it was another. Closes those in use."""
+        if changed := self.weight_sets.choose(lora):
+            self._keep_only(set(self._open) - set(self.spec.experts))
+        return changed
+
     def _begin(self, *names: str) -> None:
         """Begin a stage that needs only the engines ``names``; a single run closes the others."""
         if self.once:
             self._keep_only(names)
 
-    # -- stages
-
     def complete(self, request: Request) -> CompleteRequest:
         """:func:`runtime.built_for.fill_defaults` for the bundle of this pipeline."""
+        check_lora(request.lora, self.weight_sets.names)
         return fill_defaults(request, self.bundle.manifest)
 
     def encode_text(self, prompt: str, *, allow_empty: bool = False) -> tuple[TokenIds, F32]:
@@ -246,6 +251,7 @@ class Pipeline:
             UserError: before any work, if the engines were not built for the video or it does not fit into memory.
         """
         check_video(self.bundle.manifest, request.video)
+        self.use_weights(request.lora)
         self.fit(request.video)
         positive = self.text(request.prompt)
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None

@@ -51,6 +51,7 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True):
     last_image: str = ""
     noise: str = ""  # SHA-256 of the float32 values
     cache: Caching | None = None  # with the lists of the steps that the run skipped
+    lora: str = ""  # the server's name of the weights, which ``bundle`` identifies
 
     def encoded(self) -> str:
         return msgspec.json.encode(self).decode()
@@ -101,6 +102,7 @@ def recipe_of(request: CompleteRequest, manifest: Manifest, fps: int, quality: i
         last_image="" if asked.last_image is None else _digest(asked.last_image),
         noise="" if asked.noise is None else _digest(asked.noise),
         cache=request.cache,
+        lora=request.lora or "",
     )
 
 

@@ -54,6 +54,7 @@ class Request:
     solver: SolverName | None = None
     schedule: Convention | None = None
     cache: Caching | None = None  # estimates in place of transformer calls; needs 10 steps and a model not distilled
+    lora: str | None = None  # a weight set of the pipeline; None means the bundle's own weights
 
     def shape(self, spec: ModelSpec, usual: Video | None = None) -> Video:
         """The requested width, height and frames, before an image's aspect ratio applies; defaults from ``usual``."""
@@ -104,6 +105,7 @@ class Request:
             boundary=self._boundary(spec),
             switch_step=self._switch_step(sampling),
             cache=self.cache if self.cache and self.cache.is_on else None,
+            lora=self.lora,
             asked=replace(self, size=asked_size),
         )
         schedule = complete.noise_schedule()  # raises now rather than during the run
@@ -227,6 +229,7 @@ class CompleteRequest:
     boundary: float | None = None  # None means the model's
     switch_step: int | None = None  # first step of the low-noise expert; replaces the boundary
     cache: Caching | None = None
+    lora: str | None = None
 
     asked: Request = field(default_factory=Request, compare=False)  # the original request, with its size filled in
 

@@ -102,6 +102,7 @@ class Job:
             "fps": asked.fps,
             "steps": request.steps,
             "format": asked.output_format,
+            **({"lora": request.lora} if request.lora else {}),
             "started_unix_ms": self._started_unix_ms,
         }
 
@@ -160,7 +161,7 @@ class Job:
             path = folder / f"video{VIDEO_FORMATS[self.asked.output_format]}"
             fps, quality = self.asked.fps, self.asked.quality
             request = self.asked.request.as_decided(self._skipped, self._late)
-            recipe = recipe_of(request, self.pipeline.bundle.manifest, fps, quality)
+            recipe = recipe_of(request, self.pipeline.weight_sets.manifest(request.lora), fps, quality)
             encode_video(self._report_chunks(self.pipeline.decode(latents)), path, fps, quality, recipe.encoded())
             return path.read_bytes()
 

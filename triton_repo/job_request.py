@@ -20,6 +20,7 @@ from runtime.image import FORMATS
 from runtime.image_condition import Fit
 from runtime.request import CompleteRequest, Request
 from runtime.video import QUALITY
+from runtime.weight_sets import check_lora
 from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS
 from triton_repo.settings import Limits
 from wan22.bundle import Manifest
@@ -51,13 +52,16 @@ class JobRequest:
     deadline_s: float  # after the job's start; infinite without a deadline
 
 
-def parse_request(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits) -> JobRequest:
+def parse_request(
+    tensors: Mapping[str, np.ndarray], manifest: Manifest, limits: Limits, loras: tuple[str, ...] = ()
+) -> JobRequest:
     """The job described by one request's input tensors, for the bundle of ``manifest``.
 
     Args:
         tensors: by the names of ``schema.INPUTS``.
         manifest: the engines' manifest.
         limits: the server's limits.
+        loras: the names of its weight sets.
 
     Raises:
         UserError: the model does not support the request, or it exceeds a limit.
@@ -69,6 +73,7 @@ def parse_request(tensors: Mapping[str, np.ndarray], manifest: Manifest, limits:
     if "prompt" not in given:
         raise UserError("no prompt", "a description of the video", "add the input prompt")
     _check_amounts(given, default_video(manifest), limits)
+    check_lora(given.get("lora"), loras)
     complete = fill_defaults(_request(given, spec), manifest)
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
     return JobRequest(
@@ -126,6 +131,7 @@ def _request(given: Mapping[str, Any], spec: ModelSpec) -> Request:
         guidance=guidance,
         solver=cast(SolverName | None, given.get("solver")),
         cache=_caching(given),
+        lora=given.get("lora"),
     )
 
 

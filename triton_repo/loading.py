@@ -30,10 +30,15 @@ def load(settings: Settings, new_engine: NewEngine | None = None) -> ServedPipel
         NonFiniteError: the engines compute NaN.
     """
     bundle = trusted_bundle(settings)
-    pipeline = ServedPipeline(bundle, residency=settings.residency, new_engine=new_engine)
+    sets = {name: trusted_bundle(_of_set(settings, *pinned)) for name, pinned in settings.weight_sets().items()}
+    pipeline = ServedPipeline(bundle, residency=settings.residency, new_engine=new_engine, weight_sets=sets)
     if settings.warm_up:
         warm_up(pipeline)
     return pipeline
+
+
+def _of_set(settings: Settings, folder: str, sha256: str) -> Settings:
+    return replace(settings, engines=folder, bundle_sha256=sha256)
 
 
 def trusted_bundle(settings: Settings) -> Bundle:

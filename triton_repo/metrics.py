@@ -39,11 +39,12 @@ class Metrics:
         late = "Denoising steps whose guidance was extrapolated."
         self.late_cfg = self._one("wan22_late_cfg_steps_total", late, "counter")
         self.swaps = self._one("wan22_expert_swaps_total", "Swaps of one expert for the other.", "counter")
+        self.lora_swaps = self._one("wan22_lora_swaps_total", "Changes of the LoRA in use.", "counter")
         self.requests = self._each("wan22_requests_total", "Jobs ended.", "outcome", OUTCOMES)
         stages = pipeline.spec.components
         self.stages = self._each("wan22_stage_seconds_total", "Seconds inside engines.", "stage", stages)
         self._seen = {stage: pipeline.seconds[stage] for stage in stages}
-        self._swaps_seen = pipeline.swaps
+        self._swaps_seen, self._lora_swaps_seen = pipeline.swaps, pipeline.lora_swaps
 
     def _one(self, name: str, description: str, kind: Kind) -> Any:
         family = self._new_family(name, description, kind)
@@ -88,7 +89,8 @@ class Metrics:
             metric.increment(seconds - self._seen[stage])
             self._seen[stage] = seconds
         self.swaps.increment(self._pipeline.swaps - self._swaps_seen)
-        self._swaps_seen = self._pipeline.swaps
+        self.lora_swaps.increment(self._pipeline.lora_swaps - self._lora_swaps_seen)
+        self._swaps_seen, self._lora_swaps_seen = self._pipeline.swaps, self._pipeline.lora_swaps
         self.in_flight.set(0)
 
 

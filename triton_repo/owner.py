@@ -98,7 +98,7 @@ class Owner:
     def _run(self, name: str, request: Any, sender: Any) -> Answer:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         manifest, limits = self.pipeline.bundle.manifest, self.settings.limits
-        asked = parse_request(tensors, manifest, limits)
+        asked = parse_request(tensors, manifest, limits, self.pipeline.weight_sets.names)
 
         def send(answer: Answer) -> None:
             self.metrics.got_on()

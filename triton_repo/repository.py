@@ -35,6 +35,7 @@ class RepositoryOptions:
     residency: ResidencyChoice = "auto"  # engines that stay loaded; bls keeps all
     drain_flag: str = ""  # while this file exists, the model reports that it is not ready
     memory_gib: float = 0.0  # GPU memory; 0 if unknown
+    loras: Mapping[str, Path] = field(default_factory=dict)  # folders of weight sets by name
     overwrite: bool = False
 
 
@@ -64,6 +65,9 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
         if options.residency not in ("auto", "all"):
             found = f"--residency {options.residency} in topology bls, which keeps all engines loaded"
             raise UserError(found, "topology owner", "leave --residency out")
+        if options.loras:
+            found = "--lora in topology bls, whose backends hold the weights"
+            raise UserError(found, "topology owner", "leave one of them out")
         check_backends(bundle)
         check_resident(bundle, options.memory_gib)
     limits = Limits.of(bundle.manifest.spec, **options.limits)
@@ -76,6 +80,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
             engines_at=options.engines_at,
             residency="all" if options.topology == "bls" else options.residency,
             drain_flag=options.drain_flag,
+            loras=options.loras,
         )
         if options.topology == "owner":
             place("owner", temporary / options.name / VERSION)

@@ -90,6 +90,7 @@ INPUTS = (
     Field("guidance_high_noise", "FP32", of=_guidance("high_noise")),
     Field("guidance_low_noise", "FP32", of=_guidance("low_noise")),
     Field("solver", "STRING", of="solver"),
+    Field("lora", "STRING", of="lora"),  # a name of ``wan-trt serve --lora``
     *CACHE_INPUTS,
     # the answer
     Field("output_format", "STRING"),  # a key of VIDEO_FORMATS; default mp4

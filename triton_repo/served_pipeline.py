@@ -1,7 +1,7 @@
 """The pipeline of a server: it checks for cancellation between engine calls, and times every call."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from runtime.backend import NewEngine
 from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.pipeline import Pipeline
+from runtime.weight_sets import WeightSets
 from wan22.bundle import Bundle
 from wan22.residency import ResidencyChoice
 
@@ -24,17 +25,29 @@ class ServedPipeline(Pipeline):
     """A pipeline whose ``pause`` is called before every engine call.
 
     Guided denoising makes two calls per step, and the VAE one per latent frame, so a cancellation waits for one call.
-    ``seconds`` and ``swaps`` never decrease.
+    ``seconds``, ``swaps`` and ``lora_swaps`` never decrease.
     """
 
     def __init__(
-        self, bundle: Bundle, *, residency: ResidencyChoice = "auto", new_engine: NewEngine | None = None
+        self,
+        bundle: Bundle,
+        *,
+        residency: ResidencyChoice = "auto",
+        new_engine: NewEngine | None = None,
+        weight_sets: Mapping[str, Bundle] | None = None,
     ) -> None:
         super().__init__(bundle, residency=residency, new_engine=new_engine)
+        self.weight_sets = WeightSets(bundle, weight_sets or {})
         self.pause: Pause = go_on
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by component, inside engines
         self._expert = ""  # the last one used
         self.swaps = 0  # number of times that one expert replaced the other
+        self.lora_swaps = 0  # number of times that one weight set replaced another
+
+    def use_weights(self, lora: str | None) -> bool:
+        changed = super().use_weights(lora)
+        self.lora_swaps += changed
+        return changed
 
     def engine(self, name: str) -> Engine:
         if name in self.spec.experts and self.residency != "all":

@@ -6,7 +6,7 @@ They are written to ``config.pbtxt`` as string parameters and read by the model.
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import msgspec
 
@@ -59,9 +59,14 @@ class Settings:
     warm_up: bool = True  # run one smallest job before the model is ready
     full_check: bool = True  # hash every file at load, not only those under 1 GiB
     drain_flag: str = ""  # while this file exists, the model reports that it is not ready
+    loras: str = ""  # JSON: name → folder of the weight set and the hash of its bundle.json
     # BLS only
     components: str = ""  # prefix of the engines' models, before an underscore and the component's name
     component: str = ""  # the component that this model runs
+
+    def weight_sets(self) -> dict[str, tuple[str, str]]:
+        """Folder and hash of the manifest of every weight set, by name."""
+        return msgspec.json.decode(self.loras, type=dict[str, tuple[str, str]]) if self.loras else {}
 
     def parameters(self) -> dict[str, str]:
         """All values as text by name, limits included, for a Triton configuration."""
@@ -84,7 +89,13 @@ class Settings:
 
 
 def settings_of(
-    bundle: Bundle, limits: Limits, *, engines_at: str = "", residency: ResidencyChoice = "auto", drain_flag: str = ""
+    bundle: Bundle,
+    limits: Limits,
+    *,
+    engines_at: str = "",
+    residency: ResidencyChoice = "auto",
+    drain_flag: str = "",
+    loras: Mapping[str, Path] | None = None,
 ) -> Settings:
     """Settings that pin the present content of ``bundle``; ``engines_at`` is its folder on the serving machine.
 
@@ -100,7 +111,13 @@ def settings_of(
         limits=limits,
         residency=residency,
         drain_flag=drain_flag,
+        loras=_pinned(loras) if loras else "",
     )
+
+
+def _pinned(loras: Mapping[str, Path]) -> str:
+    pinned = {name: (str(folder.resolve()), sha256_of(folder / MANIFEST)) for name, folder in loras.items()}
+    return msgspec.json.encode(pinned).decode()
 
 
 def check_name(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 _WHERE = {
     "ApplyOptions": "wan_trt.recipes.apply_lora",
     "BuildOptions": "engines.build",
+    "Caching": "wan22.caching",
     "CalibrateOptions": "wan_trt.recipes.calibrate",
     "ExportOptions": "export.options",
     "LoraChoice": "export.lora.merge",

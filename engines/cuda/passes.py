@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from engines.cpu.modulation import fold_modulation
+from engines.cpu.patches import multiply_patches
 from engines.cpu.rms_norm import fuse_rms_norms
 from engines.cpu.rotary import split_qkv
 from engines.cuda.attention import fuse_attention
@@ -24,6 +25,7 @@ def fit_transformer(model: "ir.Model", spec: DitSpec, name: str = "the transform
         UserError: it still makes a matrix of tokens by tokens.
     """
     split = (spec.heads, spec.head_width)
+    multiply_patches(model)  # older releases have no Conv of opset 22 in bfloat16
     fold_modulation(model)
     split_qkv(model, *split)
     fuse_rms_norms(model)

@@ -101,7 +101,7 @@ def _folder(folder: Path, stem: str) -> WeightsFile:
     if not index.is_file() and not single.is_file():
         index, single = _variant(folder, stem)
     if index.is_file():
-        shards = set(read_config(index, _Index).weight_map.values())
+        shards = set(_weight_map(index).values())
         if not single.is_file() or any((folder / shard).is_file() for shard in shards):
             return _indexed(folder, index)
     if single.is_file():
@@ -155,13 +155,20 @@ def _unfinished(folder: Path) -> str:
     return AGAIN
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor. Raises UserError for anything but the name of a safetensors file."""
+    weight_map: dict[str, str] = read_config(index, _Index).weight_map
+    for shard in weight_map.values():
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard, re.ASCII):
+            raise UserError(f"{index} names the file {shard[:80]!r}", "a safetensors file next to it", AGAIN)
+    return weight_map
+
+
 def _indexed(folder: Path, index: Path) -> WeightsFile:
-    weight_map = read_config(index, _Index).weight_map
+    weight_map = _weight_map(index)
     _refuse_repeated_keys(index)
     shards = []
     for shard in sorted(set(weight_map.values())):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            raise UserError(f"{index} names the file {shard!r}", "a safetensors file next to it", AGAIN)
         if not (folder / shard).is_file():
             found = f"{folder / shard} is missing"
             raise UserError(found, f"every shard that {index.name} names", _unfinished(folder))

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 import torch
@@ -37,14 +38,14 @@ def whole_video(setting: StageSettings) -> Iterator[Measurement]:
             noise = place({"noise": standard_normal(spec.latent_shape(*video), setting.seed)})["noise"]
             text = place({"text": standard_normal((1, TEXT_TOKENS, spec.dit.text_width), 1)})["text"]
             schedule = make_schedule("unipc", steps, spec.sampling.shift, "official")
-            sampler = Sampler(schedule, make_solver("unipc", schedule), dict.fromkeys(spec.experts, 5.0))
-            experts, seconds = dict.fromkeys(spec.experts, engine), []
+            sampler = Sampler(schedule, make_solver("unipc", schedule), spec.sampling.guidance)
+            experts = dict.fromkeys(spec.experts, engine)
+            seconds: list[float] = []
             for step in denoise(spec, experts, noise, Conditions(text, text), sampler):
                 latents = step.latents
                 seconds.append(step.seconds_total)
-        yield Measurement(
-            "a step", 1000 * sorted(seconds)[len(seconds) // 2], "ms", f"{steps} steps, two forwards each"
-        )
+        a_step = median(seconds)
+        yield Measurement("a step", 1000 * a_step, "ms", f"{steps} steps, two forwards each")
         decoding = random_weights(vae_tensors(spec.vae), setting.device, torch.float32, setting.seed)
         with decoder_engines(spec, decoding, folders[1], setting.device) as (first, later):
             started = perf_counter()
@@ -52,6 +53,4 @@ def whole_video(setting: StageSettings) -> Iterator[Measurement]:
             decoded = perf_counter() - started
         yield Measurement("decode and write", decoded, "s", f"{frames} frames of {video[0]}x{video[1]}")
         yield Measurement("video", (folders[2] / "video.mp4").stat().st_size / 2**20, "MiB", "random weights: noise")
-        yield Measurement(
-            "50 steps and decoder", 50 * sorted(seconds)[len(seconds) // 2] + decoded, "s", "extrapolated"
-        )
+        yield Measurement("50 steps and decoder", 50 * a_step + decoded, "s", "extrapolated")

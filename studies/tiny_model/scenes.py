@@ -8,7 +8,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-SHAPES = ("ball", "square", "triangle", "cross", "ring")
+SHAPES = ("ball", "square", "triangle")
 COLOURS = {
     "red": (0.86, 0.12, 0.14),
     "yellow": (0.95, 0.83, 0.12),
@@ -17,7 +17,7 @@ COLOURS = {
     "purple": (0.58, 0.14, 0.76),
     "white": (0.96, 0.96, 0.96),
 }
-SIZES = {"small": 9.0, "large": 14.0}  # outer radius in pixels
+SIZES = {"small": 13.0, "large": 18.0}  # outer radius in pixels
 WALLS = {
     "dark blue": (0.12, 0.16, 0.34),
     "light blue": (0.56, 0.70, 0.84),
@@ -30,12 +30,13 @@ WALLS = {
 }
 LIGHTS = {"": (1.0, 1.0, 1.0), "warm light": (1.08, 0.93, 0.72), "cool light": (0.78, 0.94, 1.10)}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SPEEDS = {"slowly": 0.9, "quickly": 2.0}  # pixels per frame
+SPEEDS = {"slowly": 0.8, "quickly": 1.5}  # pixels per frame
 MOVES = tuple(f"moves {direction} {speed}" for direction in DIRECTIONS for speed in SPEEDS)
 STAYS = ("stands still", "spins", "bounces")
 CAMERAS = ("", "camera pans left", "camera pans right", "camera zooms in", "camera zooms out")
-ROUND = ("ball", "ring")  # nobody sees these spin
+ROUND = ("ball",)  # nobody sees these spin
 HELD_OUT_SHARE = 0.1
+LATEST_PHASE = 0.6  # of a jump at the first frame, in radians
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def random_placement(draw: random.Random) -> Placement:
     return Placement(
         x=draw.uniform(-1, 1),
         y=draw.uniform(-1, 1),
-        angle=draw.uniform(0, 6.2832),
-        spin=draw.choice((-1, 1)) * draw.uniform(0.10, 0.16),
-        phase=draw.uniform(0, 6.2832),
-        bricks=draw.uniform(0, 24),
+        angle=draw.uniform(-0.2, 0.2),
+        spin=draw.uniform(0.10, 0.14),
+        phase=draw.uniform(0, LATEST_PHASE),
+        bricks=draw.uniform(0, 8),
     )

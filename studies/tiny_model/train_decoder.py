@@ -31,7 +31,7 @@ def train(folder: Path, minutes: float, steps: int) -> None:
     optimiser = torch.optim.AdamW(learned, LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
     done = step = resumed(folder / "vae-tuned.pt", vae, [optimiser])
     draw, start, shown = random.Random(done), time.monotonic(), 20.0
-    latents, _ = encoded(folder)
+    latents, *_ = encoded(folder)
     for step in range(done, steps):
         share = max(step / steps, (time.monotonic() - start) / 60 / minutes)
         if share >= 1:

@@ -205,7 +205,11 @@ class Dit(nn.Module):
         self.head = Head(spec)
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, present: Tensor) -> Tensor:
-        """The velocity, of the latents' shape.
+        """The velocity, of the latents' shape; see :meth:`outputs`."""
+        return self.outputs(latents, timestep, text, present)[0]
+
+    def outputs(self, latents: Tensor, timestep: Tensor, text: Tensor, present: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The velocity, of the latents' shape, and the tokens ``[B, L, D]`` behind each block.
 
         Args:
             latents: ``[B, z, T, h, w]``, normalised, noisy.
@@ -220,11 +224,12 @@ class Dit(nn.Module):
         text, bias = self._context(text, present)
         x = self.patch_embedding(latents).flatten(2).transpose(1, 2).float()
         turns = rotations(self.spec, grid)
+        tokens = []
         for block in self.blocks:
             x = block(x, e0, text, bias, turns)
+            tokens.append(x)
         y = self.head(x, e).float().unflatten(-1, (*PATCH[1:], -1)).unflatten(1, grid)
-        result: Tensor = y.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, -1, t, h, w)
-        return result
+        return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, -1, t, h, w), tokens
 
     def _context(self, text: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded rows with one for all unused rows behind them, and the scores to add, ``[B, 1, 1, n + 1]``."""

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from runtime.engine_tensorrt import Device
+from runtime.weight_sets import WeightSets
 from tests.runtime.fake_gpu import FakeCupy, FakeEngine, FakeTensorRT, OutOfMemoryError, at
-from wan22.bundle import Component, File, Tensor
+from wan22.bundle import Bundle, Component, File, Tensor
 from wan22.errors import UserError
 from wan22.specs import Precision
 
@@ -124,3 +125,31 @@ def test_weights_that_do_not_fit_the_gpu_are_told(experts):
     _, _, (high, _) = experts(Cupy(device_bytes=100))
     with pytest.raises(UserError, match=r"no room for high_noise\.weights"), high:
         pass
+
+
+def test_a_weight_set_binds_its_weights_to_the_plan_that_is_loaded(experts, tmp_path):
+    """By turns, from files elsewhere; each file is pinned once."""
+    cupy = Cupy()
+    device, engine, opened = experts(cupy)
+    loaded = []
+    device.runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: loaded.append(plan) or engine)
+    own = [expert._component for expert in opened]
+    (tmp_path / "ink").mkdir()
+    for name in ("experts.plan", "experts.layout.json", "high_noise.weights", "low_noise.weights"):
+        (tmp_path / "ink" / name).write_bytes((tmp_path / name).read_bytes())
+    content = np.fromfile(tmp_path / "high_noise.weights", np.uint8)
+    content[OFFSET : OFFSET + 4] = np.array([7], np.float32).view(np.uint8)
+    content.tofile(tmp_path / "ink" / "high_noise.weights")
+    build = SimpleNamespace(backend="tensorrt")
+    spec = SimpleNamespace(experts=("high_noise", "low_noise"))
+    manifest = SimpleNamespace(spec=spec, build=build, components=tuple(own))
+    sets = WeightSets(Bundle(tmp_path, manifest), {"ink": Bundle(tmp_path / "ink", manifest)})
+    found = []
+    for lora in (None, "ink", "ink", None, "ink"):
+        sets.choose(lora)
+        for name in spec.experts:
+            with device.engine(tmp_path, sets.component(name), ()) as expert:
+                found.append(call(expert))
+    assert found == [2, 3, 7, 3, 7, 3, 2, 3, 7, 3]
+    assert len(loaded) == 1
+    assert cupy.pinned == [2 * OFFSET] * 4

@@ -53,7 +53,7 @@ def test_the_judge_is_right_about_drawn_clips():
 
 @pytest.mark.parametrize(
     ("change", "part"),
-    [({"colour": "blue"}, "colour"), ({"shape": "ring"}, "shape"), ({"motion": "moves up slowly"}, "motion")],
+    [({"colour": "blue"}, "colour"), ({"shape": "triangle"}, "shape"), ({"motion": "moves up slowly"}, "motion")],
 )
 def test_the_judge_names_what_does_not_fit(change, part):
     verdict = judge(replace(STILL, **change), render(STILL, placement()))

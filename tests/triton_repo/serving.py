@@ -74,12 +74,12 @@ class Served:
 
 
 @contextmanager
-def serving(installation, folder, engines, topology="owner", **limits):
+def serving(installation, folder, engines, topology="owner", loras=None, **limits):
     """A server of ``engines``, bundles by model name, that is ready; it and its shared memory are gone afterwards."""
     repository = folder / "repository"
     repository.mkdir()
     for name, bundle in engines.items():
-        write_repository(bundle, folder / name, RepositoryOptions(name, topology, limits))
+        write_repository(bundle, folder / name, RepositoryOptions(name, topology, limits, loras=loras or {}))
         for model in folder.glob(f"{name}/{name}*"):
             shutil.move(model, repository / model.name)
     options = ServeOptions("127.0.0.1", *free_ports(3), config_name="cpu" if topology == "bls" else "")

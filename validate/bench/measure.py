@@ -25,6 +25,7 @@ from validate.bench.our_side import OurSide
 from validate.bench.report import BenchReport, Criteria, check_comparable, compare
 from validate.bench.result import REGRESSIONS, BenchResult, Piece, known_measurements, read_bench
 from validate.bench.samples import Samples, in_turns, measure_time
+from validate.bench.step_cache import time_cache
 from validate.bench.whole_run import Run, Runs
 from validate.bench.whole_run import in_turns as events_in_turns
 from validate.bench.work import COMPILED, EAGER, OURS, RUN, BenchOptions, Side, Work, runner, work_for
@@ -119,8 +120,12 @@ class BenchRun:
         )
         conditions = conditions_of(bundle, self.options) | {"load_average": [load, load_average()]}
         conditions |= {"reference_device": self.device if self.checkpoint else ""}
-        used = memory.get(RUN, {})
-        return BenchResult(facts(work, bundle), machine(), conditions, peak, pieces, runs, stopped, used)
+        used, cache = memory.get(RUN, {}), None
+        if work.cached is not None and stopped is None:
+            for side in sides.values():
+                side.close()
+            cache = time_cache(self.pipeline, work, max(1, self.options.whole_runs), self.progress)
+        return BenchResult(facts(work, bundle), machine(), conditions, peak, pieces, runs, stopped, used, cache)
 
     def sides(self) -> dict[str, Side]:
         """Our side and, with a checkpoint, PyTorch's. Raises UserError for a checkpoint of another model."""

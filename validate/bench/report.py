@@ -11,6 +11,7 @@ from typing import Any
 
 from validate.bench.machine import BUSY
 from validate.bench.result import OF_MEMORY, BenchResult
+from validate.bench.step_cache import SUBJECT
 from validate.bench.work import RUN
 from validate.gate import Verdict
 from wan22.errors import UserError
@@ -20,7 +21,7 @@ HIGHER_IS_BETTER = ("speedup", "roofline_percent")
 RATIOS = ("speedup", "memory_ratio")  # meaningful across machines
 NEUTRAL = (  # implied by other measurements, or neither good nor bad
     "vae_share_percent", "host_overhead_percent", "speedup_p10", "step_speedup_p10", "cpu_speedup", "p90_ms",
-    "total_p90_s", "cpu_median_ms", "relative_l2",
+    "total_p90_s", "cpu_median_ms", "relative_l2", "saved_percent", "skipped_steps", "overhead_percent",
 )  # fmt: skip
 
 
@@ -105,7 +106,9 @@ def compare(path: Path, baseline: Mapping[str, Any], result: BenchResult) -> Bas
     """Compare the measurements that both benches have; ``baseline`` comes from ``read_bench``."""
     same = baseline["machine"] == dict(result.machine)
     before, after, now = baseline["measurements"], result.measurements(), result.as_json()
+    other_cache = baseline.get(SUBJECT, {}).get("settings") != now.get(SUBJECT, {}).get("settings")
     names = [name for name in before if after.get(name) and _counts(name, same)]
+    names = [name for name in names if not (other_cache and name.startswith(f"{SUBJECT}."))]
     spread = {name: max(_spread(name, before), _spread(name, now["measurements"])) for name in names}
     changes = tuple(Change(name, before[name], after[name], spread[name]) for name in names)
     differing = [key for key in result.machine if baseline["machine"].get(key) != result.machine[key]]

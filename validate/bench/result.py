@@ -14,6 +14,7 @@ from typing import Any
 from validate.bench.costs import Cost, Peak
 from validate.bench.footprint import Footprint
 from validate.bench.samples import Ratio, Samples
+from validate.bench.step_cache import MEASURED, SUBJECT, CacheTimes
 from validate.bench.whole_run import Runs, step_ratio, total_ratio
 from validate.bench.work import COMPILED, EAGER, OURS, RUN, pieces_of
 from wan22.errors import UserError
@@ -51,7 +52,8 @@ def known_measurements(spec: ModelSpec) -> tuple[str, ...]:
     pieces, alike = pieces_of(spec, has_image="vae_encoder_first" in spec.components), spec.experts[1:]
     names = [f"{piece}.{name}" for piece in pieces for name in OF_A_PIECE if not (piece in alike and name in OF_MEMORY)]
     names += [f"{expert}.{name}" for expert in spec.experts for name in OF_AN_EXPERT]
-    return (*names, *(f"{RUN}.{name}" for name in OF_A_RUN), REGRESSIONS)
+    names += [f"{RUN}.{name}" for name in OF_A_RUN]
+    return (*names, *(f"{SUBJECT}.{name}" for name in MEASURED), REGRESSIONS)
 
 
 def memory_measurements(memory: Mapping[str, Footprint]) -> Iterator[tuple[str, float | None]]:
@@ -144,6 +146,7 @@ class BenchResult:
     runs: Mapping[str, Runs] = field(default_factory=dict)  # end-to-end runs by side
     stopped: str | None = None  # why an end-to-end run stopped early
     memory: Mapping[str, Footprint] = field(default_factory=dict)  # of an end-to-end run, by side
+    cache: CacheTimes | None = None  # of a request with a step cache; nothing else here uses one
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -160,6 +163,7 @@ class BenchResult:
                 found[f"{RUN}.speedup"] = total_ratio(eager, ours).median
                 steps = step_ratio(eager, ours)
                 found |= {f"{RUN}.step_speedup": steps.median, f"{RUN}.step_speedup_p10": steps.p10}
+        found |= self.cache.measurements() if self.cache else {}
         return {name: value for name, value in found.items() if value is not None}
 
     def as_json(self) -> dict[str, Any]:
@@ -173,6 +177,7 @@ class BenchResult:
             "pieces": {piece.name: piece.as_json() for piece in self.pieces},
             RUN: {side: runs.as_json() for side, runs in self.runs.items()},
             f"{RUN}_memory": {side: used.as_json() for side, used in self.memory.items()},
+            **({SUBJECT: self.cache.as_json()} if self.cache else {}),
             "measurements": self.measurements(),
             "faults": list(self.faults),
         }

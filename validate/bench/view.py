@@ -12,6 +12,7 @@ from validate.bench.machine import BUSY
 from validate.bench.report import TOLERANCE, BaselineComparison, BenchReport, Change
 from validate.bench.result import BenchResult, Piece, memory_measurements
 from validate.bench.samples import Ratio, Samples
+from validate.bench.step_cache import CacheTimes
 from validate.bench.whole_run import Runs, step_ratio, total_ratio
 from validate.bench.work import COMPILED, EAGER, OURS
 from validate.gate import check_mark
@@ -60,6 +61,8 @@ def _result(result: BenchResult) -> "Iterator[RenderableType]":
     if result.runs:
         yield _run_table(result.runs)
         yield _steps(result.runs)
+    if result.cache is not None:
+        yield _cache(result.cache)
     yield from _remarks(result)
 
 
@@ -172,6 +175,22 @@ def _steps(runs: Mapping[str, Runs]) -> "Table":
     for index, step in enumerate(runs[OURS].steps):
         times = [step.seconds, step.engine_seconds, *(steps[index].seconds for steps in others)]
         table.add_row(str(index + 1), step.component, *(f"{1000 * seconds:,.1f}" for seconds in times))
+    return table
+
+
+def _cache(found: CacheTimes) -> "Table":
+    table = _table("Denoising with the step cache", "", "exact", "cached", "speed-up", "saved, %")
+    times = found.exact_s, found.cached_s, found.exact_s / found.cached_s
+    saved = f"{100 * (1 - found.cached_s / found.exact_s):.0f}"
+    table.add_row("all steps, s", *(f"{value:.3f}" for value in times[:2]), f"{times[2]:.2f}", saved)
+    for name, (skipped, steps) in found.by_expert.items():
+        table.add_row(f"computed steps, {name}", str(steps), str(steps - skipped), "", "")
+    share = 100 * found.overhead_ms / found.step_ms
+    table.caption = (
+        f"the cache adds {found.overhead_ms:.3f} ms to a computed step of {found.step_ms:,.1f} ms ({share:.2f} %) "
+        f"and keeps {found.held_latents:g} latents"
+    )
+    table.caption_justify = "left"
     return table
 
 

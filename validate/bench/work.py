@@ -66,6 +66,7 @@ class Work:
     video: F32 | None = None  # [1, 3, F, H, W], the VAE encoder's input if there is an image
     condition: F32 | None = None  # [1, 4 + z, T, h, w] (I2V)
     first_frame: F32 | None = None  # [1, z, 1, h, w] (TI2V)
+    cached: CompleteRequest | None = None  # the request with its step cache, which ``request`` never has
 
     @property
     def tokens(self) -> int:
@@ -136,7 +137,8 @@ def work_for(bundle: Bundle, options: BenchOptions) -> Work:
     negative = tokenizer.encode(request.negative_prompt, allow_empty=True).ids
     text = text_rows(standard_normal((1, ids.shape[1], spec.dit.text_width), 1))
     latents = standard_normal(request.latent_shape, request.seed)
-    return Work(spec, request, ids, negative, text, latents, **_of_image(spec, request))
+    exact, cached = replace(request, cache=None), request if request.cache else None
+    return Work(spec, exact, ids, negative, text, latents, cached=cached, **_of_image(spec, exact))
 
 
 def _of_image(spec: ModelSpec, request: CompleteRequest) -> dict[str, F32]:

@@ -13,6 +13,7 @@ from wan22.errors import UserError
 from wan22.files import whole_file
 from wan22.inputs import check_no_source
 from wan_trt import arguments as given
+from wan_trt import cache_options
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
@@ -33,6 +34,14 @@ def run(
     image: Annotated[Path | None, typer.Option(help="Image (I2V, TI2V); by default a built-in one.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Prompt; its length determines the text encoder's work.")] = None,
     seed: given.Seed = 0,
+    cache: cache_options.Cache = None,
+    cache_threshold: cache_options.CacheThreshold = None,
+    first_exact: cache_options.FirstExact = None,
+    last_exact: cache_options.LastExact = None,
+    max_consecutive: cache_options.MaxConsecutive = None,
+    skip_steps: cache_options.SkipSteps = None,
+    reuse: cache_options.CacheReuse = None,
+    late_cfg: cache_options.LateCfg = None,
     runs: Annotated[
         int | None, typer.Option(min=1, help="Timed runs of every part; by default 5, or 10 full runs with --triton.")
     ] = None,
@@ -70,6 +79,8 @@ def run(
     _check(sweep, values, plot, gate, compare)
     if triton and (checkpoint or sweep or compare):
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", "run it on its own")
+    if request.cache is not None and (triton or sweep is not None):
+        raise UserError("a step cache with --triton or --sweep", "a bench of engines", "run it on its own")
     to_stdout = str(output) == "-" or not sys.stdout.isatty()
     in_file = output is not None and str(output) != "-"
     for path in (output if in_file else None, plot):

@@ -18,10 +18,10 @@ MARK = ".made-by-wan-trt-demo"
 TRAINED = "t2v-a14b-toy"
 # The trained model knows shapes in front of walls (docs/tiny_model.md); the others know nothing and render noise.
 PROMPTS = (
-    "a large yellow ball stands still in front of a dark blue wall",
-    "a large blue ball moves right slowly in front of a brown wall, warm light",
-    "a large red ball stands still in front of a light grey wall",
-    "a large purple ball bounces in front of a light green wall, cool light",
+    "a large yellow ball moves right slowly in front of a dark grey wall",
+    "a large white square bounces in front of a dark green wall, warm light",
+    "a large purple triangle moves left quickly in front of a brown wall, warm light",
+    "a large red ball stands still in front of a light grey wall, camera zooms in",
 )
 PROMPT = "A red panda rides a bicycle through the rain, cinematic light"
 STRIP_FRAMES = 6

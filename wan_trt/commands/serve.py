@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from wan22.errors import UserError
 from wan22.files import scratch_folder
 from wan_trt import arguments as given
 from wan_trt.commands.triton import memory_gib
-from wan_trt.console import console, report_unstamped
+from wan_trt.console import bars, console, report_unstamped
 
 if TYPE_CHECKING:
     from triton_repo.server import Server
@@ -39,6 +40,14 @@ def run(
         float, typer.Option(help="Seconds without a heartbeat after which a model counts as dead.", min=1)
     ] = 120,
     residency: given.Residency = "auto",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE[:EXPERT[:STRENGTH]]",
+            help="LoRA that requests may choose by its name, merged at the start; repeat it for more.",
+        ),
+    ] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="The checkpoint for --lora, if it has moved.")] = None,
     require_signature: given.RequireSignature = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Triton's log.")] = False,
 ) -> int:
@@ -52,7 +61,11 @@ def run(
     from triton_repo.installation import default_environments, find_installation
     from triton_repo.repository import RepositoryOptions, is_for_gpu, write_repository
     from triton_repo.server import ServeOptions, run_server
+    from wan_trt.recipes.weight_sets import make_weight_sets, parse_named
 
+    named = parse_named(lora or ())
+    if named and topology == "bls":
+        raise UserError("--lora with --topology bls", "topology owner, which holds the weights", "leave one out")
     environments = default_environments() if environment is None else (environment,)
     installation = find_installation(environments, server)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
@@ -60,8 +73,10 @@ def run(
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     options = ServeOptions(address, http_port, grpc_port, metrics_port, quiet=not verbose)
     with scratch_folder("serve") as folder:
+        with bars() as progress:
+            sets = make_weight_sets(engines, folder / "loras", named, checkpoint, progress)
         repository, memory = folder / "repository", memory_gib(engines, topology, gpu_memory)
-        packing = RepositoryOptions(name, topology, limits, residency=residency, memory_gib=memory)
+        packing = RepositoryOptions(name, topology, limits, residency=residency, memory_gib=memory, loras=sets)
         written = write_repository(engines, repository, packing)
         report_unstamped(written.unread)
         variant = CPU if topology == "bls" and not is_for_gpu(written.bundle) else ""

@@ -61,7 +61,7 @@ def apply_lora(
     check_disk(folder, 2 * sum(old.component(e).weights[1].size_bytes for e in manifest.spec.experts))
     with staged(folder, overwrite=options.overwrite) as temporary:
         with tempfile.TemporaryDirectory(dir=temporary) as place:
-            merged = _export_experts(old, checkpoint, loras, Path(place) / "onnx", progress)
+            merged = export_experts(old, checkpoint, loras, Path(place) / "onnx", progress)
             components = _replace_weights(old, merged, temporary, progress)
         manifest = replace(manifest, components=components, loras=merged.manifest.loras, command=options.command)
         write_manifest(temporary, manifest)
@@ -72,7 +72,7 @@ def _in_blocks(bundle: Bundle) -> bool:
     return any(component.in_stages for component in bundle.manifest.components)
 
 
-def _export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder: Path, progress: Progress) -> Bundle:
+def export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder: Path, progress: Progress) -> Bundle:
     """The experts with the LoRAs, in the precisions of the engines."""
     manifest = old.manifest
     size, frames = (manifest.size[:2], manifest.size[2]) if manifest.size else (None, None)
@@ -81,7 +81,7 @@ def _export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder
         manifest.precision,
         experts,
         fp8_attention=_fp8_attention(old),
-        keep_high_precision=_blocks_without_fp8(old),
+        keep_high_precision=_blocks_without_fp8(old) if manifest.precision.quantised else frozenset(),
         size=size,
         frames=frames,
         loras=tuple(loras),
@@ -120,7 +120,7 @@ def _fp8_attention(old: Bundle) -> Literal["both", "self", "cross"]:
     return "self" if kinds == {"self_attn"} else "cross" if kinds == {"cross_attn"} else "both"
 
 
-def _check_attention(old: Bundle, merged: Bundle) -> dict[str, float]:
+def check_attention(old: Bundle, merged: Bundle) -> dict[str, float]:
     """The engine's scales of Q and K.
 
     Raises:
@@ -147,7 +147,7 @@ def _replace_weights(old: Bundle, merged: Bundle, folder: Path, progress: Progre
             shutil.copyfile(file, target)
         elif target.relative_to(folder).as_posix() not in renewed:
             share(file, target)
-    scales = _check_attention(old, merged)
+    scales = check_attention(old, merged)
     components = {component.name: component for component in old.manifest.components}
     for name in experts:
         layout, stale = components[name].weights

@@ -78,7 +78,7 @@ def run_mlperf(
         UserError: LoadGen is missing; the engines do not support the request. Nothing is written then.
     """
     loadgen = require_module("mlperf_loadgen", "mlcommons-loadgen", "LoadGen for wan-trt mlperf")
-    bundle = open_bundle(engines, "engines")
+    bundle, request = open_bundle(engines, "engines"), replace(request, cache=None)
     fill_defaults(replace(request, prompt=prompts[0]), bundle.manifest)
     lacks = tuple(_lacks(bundle, request, len(prompts), options))
     with whole_folder(folder, SETTINGS if options.overwrite else "") as new:

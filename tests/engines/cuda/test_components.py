@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from engines.build import BuildOptions, build_engines, disk_bytes
+from engines.inspect.inspection import inspect_engines
 from engines.plan import make_plan
 from engines.targets import check_precision, target_named
 from export.exporter import export_checkpoint
@@ -58,6 +59,11 @@ def test_a_bundle_in_another_precision_is_refused_before_anything_is_written(tmp
     with pytest.raises(UserError, match=rf"precision {precision} for cuda \(.*\) \| expected bf16, fp16 \| .*bf16"):
         build_engines(tmp_path / "onnx", tmp_path / "engines", BuildOptions("cuda"))
     assert not (tmp_path / "engines").exists()
+
+
+def test_there_are_no_compiled_kernels_to_inspect(half):
+    with pytest.raises(UserError, match="engines for ONNX Runtime"):
+        inspect_engines(half[1])
 
 
 @pytest.mark.parametrize("options", [{"size": "128x64"}, {"weights": "external"}])

@@ -129,6 +129,8 @@ def test_an_index_with_wrong_bytes_in_a_field_that_nobody_reads(t2v, tmp_path):
     content = index.read_bytes()
     index.write_bytes(content.replace(b"{", b'{"note": "\xe6(", ', 1))
     refused(folder, r"index\.json: .* expected the index as JSON")
+    index.write_bytes(content.replace(b"model-00002", b"9" * 400 + b"model-00002"))
+    refused(folder, r"index\.json names the file 'diffusion_pytorch_9+' ")
 
 
 def test_what_modelscope_leaves_is_passed_over(t2v, tmp_path):

@@ -10,12 +10,12 @@ import torch
 
 from export.checkpoint.checkpoint import open_checkpoint
 from export.checkpoint.describe import describe
-from export.checkpoint.keys import llama_names
+from export.checkpoint.keys import diffusers_names, llama_names
 from export.checkpoint.place import Place
 from export.lora.inspection import as_lines, inspect_weights
 from export.synth.checkpoint import synthesise
 from runtime.tokenizer import Tokenizer
-from tests.export.checkpoint.forms import all_in_one, comfy, fp8_scaled, save, tensors_of, write_gguf
+from tests.export.checkpoint.forms import all_in_one, comfy, fp8_by_row, fp8_scaled, save, tensors_of, write_gguf
 from wan22.errors import UserError
 from wan22.specs import spec_named
 
@@ -67,6 +67,25 @@ def test_named_files_of_fp8_beside_a_folder(made, tmp_path, prefix):
         for name, tensor in expected.items():
             np.testing.assert_array_equal(checkpoint.weights["high_noise"].read(name), tensor.numpy())
         same(checkpoint, made(MODELS[0]), "low_noise", torch.float32)
+
+
+@pytest.mark.parametrize("publisher", ["ComfyUI", "LightX2V"])
+def test_a_text_encoder_in_fp8(made, tmp_path, publisher):
+    """ComfyUI's under transformers' names with one scale; LightX2V's in a pickle with a scale for every row."""
+    tensors = tensors_of(made(MODELS[0]), "text_encoder")
+    if publisher == "ComfyUI":
+        written, expected = fp8_scaled(tensors)
+        stems = {name.removesuffix("weight"): theirs for name, theirs in diffusers_names("text_encoder", T2V).items()}
+        theirs = {key: stems[key[: key.rindex(".") + 1]].removesuffix("weight") for key in written if "." in key}
+        path = tmp_path / "umt5.safetensors"
+        save(path, {theirs.get(key, "") + key.rpartition(".")[2]: tensor for key, tensor in written.items()})
+    else:
+        expected = fp8_by_row(tensors, tmp_path / "x.safetensors")
+        path = tmp_path / "models_t5_umt5-xxl-enc-fp8.pth"
+        torch.save(safetensors.torch.load_file(tmp_path / "x.safetensors"), path)
+    found = open_checkpoint(f"{made(MODELS[0])},text_encoder={path}").weights["text_encoder"]
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(np.asarray(found.read(name), np.float32), tensor.numpy())
 
 
 @pytest.mark.parametrize("layout", ["official", "diffusers"])

@@ -1,0 +1,131 @@
+"""Weight sets: requests choose LoRAs by name and get exactly what a bundle with these LoRAs gives."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from engines.build import build_engines
+from export.exporter import export_checkpoint
+from export.lora.merge import LoraChoice
+from export.options import ExportOptions
+from runtime.pipeline import Pipeline
+from runtime.recipe import recipe_of
+from runtime.request import Request
+from runtime.weight_sets import WeightSets
+from triton_repo.loading import load
+from triton_repo.settings import Limits, settings_of
+from wan22.bundle import open_bundle
+from wan22.errors import UserError
+from wan22.specs import SPECS, Precision
+from wan_trt.recipes.apply_lora import apply_lora
+from wan_trt.recipes.weight_sets import make_weight_sets, parse_named
+
+DIT = SPECS["t2v-a14b-tiny"].dit
+REQUEST = Request("a fox", size=(64, 48), frames=1, steps=3)
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loras")
+    for name, value in (("ink", 0.1), ("oil", -0.2)):
+        delta = np.full((DIT.ffn_width, DIT.width), value, np.float32)
+        delta[::2] *= -1
+        save_file({"diffusion_model.blocks.0.ffn.0.diff": delta}, folder / f"{name}.safetensors")
+    return {
+        "ink": (LoraChoice(folder / "ink.safetensors"),),
+        "oil": (LoraChoice(folder / "oil.safetensors", 0.5, "low"),),
+    }
+
+
+def latents(pipeline, lora=None):
+    *_, last = pipeline.denoise(pipeline.complete(Request(**{**vars(REQUEST), "lora": lora})))
+    return last.latents
+
+
+@pytest.fixture(scope="module")
+def sets(tiny_engines, loras, tmp_path_factory):
+    return make_weight_sets(tiny_engines, tmp_path_factory.mktemp("sets"), loras)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residency", ["all", "one-component"])
+def test_loras_by_turns_give_what_their_bundles_give(tiny_engines, tiny_checkpoint, loras, sets, tmp_path, residency):
+    expected = {None: tiny_engines}
+    for name, choices in loras.items():
+        export_checkpoint(tiny_checkpoint, tmp_path / f"{name}-onnx", ExportOptions(Precision.FP32, loras=choices))
+        expected[name] = build_engines(tmp_path / f"{name}-onnx", tmp_path / name).folder
+    alone = {}
+    for name, folder in expected.items():
+        with Pipeline.open(folder) as pipeline:
+            alone[name] = latents(pipeline)
+    assert len({found.tobytes() for found in alone.values()}) == 3
+    settings = settings_of(open_bundle(tiny_engines, "engines"), Limits(10**6, 81), residency=residency, loras=sets)
+    with load(settings) as served:
+        for name in ("ink", "oil", None, "oil", "ink", "ink", None):
+            assert (latents(served, name) == alone[name]).all(), name
+        assert served.lora_swaps == 6
+
+
+def test_a_set_is_known_by_its_manifest(tiny_engines, loras, sets):
+    bundles = {name: open_bundle(folder, "engines") for name, folder in sets.items()}
+    with Pipeline.open(tiny_engines) as pipeline:
+        pipeline.weight_sets = WeightSets(pipeline.bundle, bundles)
+        complete = pipeline.complete(Request(**{**vars(REQUEST), "lora": "oil"}))
+        recipe = recipe_of(complete, pipeline.weight_sets.manifest("oil"), 16, 8)
+        assert (recipe.lora, recipe.bundle) == ("oil", bundles["oil"].manifest.own_sha256)
+        assert [(lora.strength, lora.experts) for lora in bundles["oil"].manifest.loras] == [(0.5, ("low_noise",))]
+        assert {component.name for component in bundles["oil"].manifest.components} == {"high_noise", "low_noise"}
+        with pytest.raises(UserError, match=r"lora 'acryl' \| expected one of ink, oil"):
+            pipeline.complete(Request("x", lora="acryl"))
+    with Pipeline.open(tiny_engines) as plain, pytest.raises(UserError, match="none: this server has no LoRAs"):
+        plain.complete(Request("x", lora="oil"))
+
+
+def test_a_set_that_was_exchanged_is_not_served(tiny_engines, sets):
+    settings = settings_of(open_bundle(tiny_engines, "engines"), Limits(10**6, 81), loras=sets)
+    manifest = sets["ink"] / "bundle.json"
+    content = manifest.read_bytes()
+    manifest.write_bytes(content.replace(b"0.5", b"0.7") + b" ")
+    try:
+        with pytest.raises(UserError, match=r"bundle\.json: sha256"):
+            load(settings)
+    finally:
+        manifest.write_bytes(content)
+
+
+def test_external_weights_are_those_of_lora_apply(external_engines, loras, tmp_path):
+    made = make_weight_sets(external_engines, tmp_path / "sets", {"ink": loras["ink"]})
+    applied = apply_lora(external_engines, tmp_path / "applied", loras["ink"])
+    found, base = open_bundle(made["ink"], "engines"), open_bundle(external_engines, "engines")
+    for name in base.manifest.spec.experts:
+        weights = found.component(name).weights[1]
+        assert weights.sha256 == applied.component(name).weights[1].sha256
+        assert weights.sha256 != base.component(name).weights[1].sha256
+    assert [path.name for path in (tmp_path / "sets").iterdir()] == ["ink"]
+
+
+def test_a_name_has_a_file_an_expert_and_a_strength():
+    named = parse_named(["a=x.safetensors", "b=x.safetensors:high:0.5", "b=y.safetensors:low_noise", "c=z.pt:low:2"])
+    files = {name: [(str(c.path), c.expert, c.strength) for c in choices] for name, choices in named.items()}
+    assert files == {
+        "a": [("x.safetensors", None, 1.0)],
+        "b": [("x.safetensors", "high", 0.5), ("y.safetensors", "low", 1.0)],
+        "c": [("z.pt", "low", 2.0)],
+    }
+
+
+@pytest.mark.parametrize(
+    "argument", ["x.safetensors", "=x.safetensors", "a b=x.safetensors", "a=", "a=x.safetensors:mid", "a=x.pt:low:much"]
+)
+def test_other_names_files_and_strengths_are_refused(argument):
+    with pytest.raises(UserError):
+        parse_named([argument])
+
+
+def test_embedded_weights_of_a_gpu_are_refused(external_engines, loras, tmp_path, monkeypatch):
+    bundle = open_bundle(external_engines, "engines")
+    monkeypatch.setitem(bundle.manifest.build.options, "weights", "embedded")
+    monkeypatch.setattr("wan_trt.recipes.weight_sets.open_bundle", lambda *_: bundle)
+    with pytest.raises(UserError, match="has embedded weights"):
+        make_weight_sets(external_engines, tmp_path / "sets", loras)
+    assert list(tmp_path.iterdir()) == []

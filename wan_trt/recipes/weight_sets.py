@@ -1,0 +1,110 @@
+"""Named LoRAs → weight sets that a server switches between: the experts of the same engines, merged once."""
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from engines.build import BuildOptions, build_engines
+from engines.gpu.external_weights import check_layout, externalise, write_weights
+from export.lora.experts import EXPERTS
+from export.lora.merge import LoraChoice, parse_lora
+from wan22.backends import runs_graphs
+from wan22.bundle import Bundle, check_disk, file_entry, open_bundle, write_manifest
+from wan22.errors import UserError
+from wan22.progress import Progress, silent
+from wan_trt.recipes.apply_lora import check_attention, export_experts
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+SYNTAX = "NAME=FILE[:high|:low[:strength]]"
+
+
+def parse_named(arguments: Sequence[str]) -> dict[str, tuple[LoraChoice, ...]]:
+    """The LoRAs of every name in ``NAME=FILE[:expert[:strength]]``; a name given twice has both.
+
+    Raises:
+        UserError: an argument is written differently.
+    """
+    found: dict[str, tuple[LoraChoice, ...]] = {}
+    for argument in arguments:
+        name, equals, rest = argument.partition("=")
+        match = re.fullmatch(r"(.+?)(?::([a-z_]*))?(?::([^:/]*))?", rest)
+        if not equals or not NAME.fullmatch(name) or not match:
+            raise UserError(f"--lora {argument!r}", SYNTAX, "begin with a name of letters, digits, '.', '-' and '_'")
+        file, expert, strength = match.groups()
+        short = {long: short for short, long in EXPERTS.items()}.get(expert or "", expert)
+        choice = parse_lora(f"{file}{f'@{strength}' if strength else ''}{f':{short}' if short else ''}")
+        found[name] = (*found.get(name, ()), choice)
+    return found
+
+
+def make_weight_sets(
+    engines: Path,
+    folder: Path,
+    loras: Mapping[str, Sequence[LoraChoice]],
+    checkpoint: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Path]:
+    """Write a weight set for every name into ``folder``; return their folders by name.
+
+    The weights are those of an export with these LoRAs: merged into the checkpoint, then rounded.
+
+    Raises:
+        UserError: the engines have embedded weights or are quantised graphs, the checkpoint differs, a LoRA
+            does not fit, the disk is full.
+    """
+    if not loras:
+        return {}
+    base = open_bundle(engines, "engines")
+    build, precisions = base.manifest.build, {component.precision for component in base.manifest.components}
+    graphs = build is not None and runs_graphs(build.backend)
+    if graphs and any(precision.quantised for precision in precisions):
+        found = f"--lora with {base.manifest.precision} engines for ONNX Runtime"
+        raise UserError(found, "weights of 16 or 32 bits", "export again in a wider precision")
+    if not graphs and (build is None or build.options.get("weights") != "external"):
+        raise UserError(f"{engines} has embedded weights", "engines with external weights", "build or export again")
+    experts = [base.component(name) for name in base.manifest.spec.experts]
+    if any(component.in_stages for component in experts):
+        expected = "engines of the whole transformer"
+        raise UserError(
+            f"--lora with the engines in blocks of {engines}", expected, "use wan-trt lora apply for blocks"
+        )
+    size_bytes = sum(file.size_bytes for component in experts for file in component.weights)
+    check_disk(folder / "set", (len(loras) + 1) * size_bytes)
+    where, made = checkpoint or base.manifest.source.checkpoint, {}
+    for name, choices in loras.items():
+        merged = export_experts(base, where, choices, folder / f"{name}-onnx", progress)
+        made[name] = folder / name
+        if graphs and build is not None:
+            options = BuildOptions(build.target, command=f"wan-trt serve --lora {name}=...")
+            build_engines(merged.folder, made[name], options, progress)
+        else:
+            _write_external(base, merged, made[name], progress)
+        shutil.rmtree(merged.folder)
+    return made
+
+
+def _write_external(base: Bundle, merged: Bundle, folder: Path, progress: Progress) -> None:
+    """A bundle of the experts: plan and layout of ``base``, weights of ``merged``."""
+    folder.mkdir(parents=True)
+    scales, components = check_attention(base, merged), []
+    for name in base.manifest.spec.experts:
+        component = base.component(name)
+        layout, stale = component.weights
+        for file in (component.graph, layout):
+            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base.path(file), folder / file.path)
+        _, weights = externalise(merged.path(merged.component(name).graph), scales)
+        check_layout(base.path(layout), weights)
+        written = write_weights(merged.folder, weights, folder / stale.path, progress)
+        components.append(replace(component, weights=(layout, written)))
+    tokenizer = []
+    for file in merged.manifest.tokenizer:
+        (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(merged.path(file), folder / file.path)
+        tokenizer.append(file_entry(folder, folder / file.path))
+    manifest = replace(
+        base.manifest, components=tuple(components), tokenizer=tuple(tokenizer), loras=merged.manifest.loras
+    )
+    write_manifest(folder, manifest)
