@@ -27,7 +27,6 @@ from wan22.bundle import (
     Manifest,
     Stage,
     Tensor,
-    check_disk,
     file_entry,
     open_bundle,
     refuse_existing,
@@ -35,9 +34,9 @@ from wan22.bundle import (
     write_manifest,
 )
 from wan22.errors import UserError
-from wan22.inputs import check_no_source
 from wan22.memory import peak_rss_bytes
 from wan22.onnx_file import check_graphs
+from wan22.outputs import check_disk, check_no_source
 from wan22.progress import Progress, silent
 from wan22.quantities import video_text
 from wan22.residency import vae_weights_bytes

@@ -33,13 +33,12 @@ from wan22.bundle import (
     File,
     Manifest,
     Stage,
-    check_disk,
     file_entry,
     refuse_existing,
     write_manifest,
 )
 from wan22.errors import UserError
-from wan22.inputs import check_no_source
+from wan22.outputs import check_disk, check_no_source
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec, Precision
 

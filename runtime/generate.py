@@ -15,7 +15,7 @@ from runtime.recipe import recipe_of
 from runtime.request import Request
 from runtime.video import QUALITY, check_destination, encode_video, renamed_at_end
 from wan22.caching import Caching
-from wan22.inputs import check_no_source
+from wan22.outputs import check_no_source
 from wan22.progress import Progress, silent
 from wan22.residency import ResidencyChoice
 

@@ -17,8 +17,8 @@ from triton_repo.templates import place
 from wan22.bundle import Bundle, open_bundle
 from wan22.errors import UserError
 from wan22.files import whole_folder
-from wan22.inputs import check_no_source
 from wan22.onnx_file import check_graphs
+from wan22.outputs import check_no_source
 from wan22.residency import ResidencyChoice
 
 Topology = Literal["owner", "bls"]

@@ -18,7 +18,7 @@ from validate.reference.device import Device, Residence, catch_out_of_memory, re
 from validate.report.conditions import facts
 from wan22.bundle import Manifest
 from wan22.files import claim
-from wan22.inputs import check_no_source
+from wan22.outputs import check_no_source
 from wan22.progress import Progress, silent
 from wan22.specs import Precision
 

@@ -5,7 +5,6 @@ before it uses the content, and names the field that is wrong.
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,6 @@ import msgspec
 
 from wan22.errors import DAMAGED_JSON, UserError
 from wan22.files import check_room, whole_folder
-from wan22.quantities import human_bytes
 from wan22.specs import ModelSpec, Precision
 
 FORMAT_VERSION = 1
@@ -183,18 +181,6 @@ def refuse_existing(folder: Path, kind: Kind, *, overwrite: bool) -> None:
     check_room(folder, MANIFEST if overwrite else "")
     if (found := _declared_kind(folder)) not in (None, kind):
         raise UserError(f"{folder} holds {found}", f"{kind}, or a new folder", "choose another folder")
-
-
-def check_disk(folder: Path, needed_bytes: int) -> None:
-    """Refuse to write more than the disk of ``folder``, which need not exist, can hold."""
-    existing = next(parent for parent in folder.absolute().parents if parent.exists())
-    usage = shutil.disk_usage(existing)
-    if not usage.total:  # /proc, /sys
-        found = f"cannot write {folder}: {existing} is not on a disk"
-        raise UserError(found, "a writable file system", "choose another place")
-    if usage.free < needed_bytes:
-        free, needed = human_bytes(usage.free, 1), human_bytes(needed_bytes, 1)
-        raise UserError(f"{free} free at {existing}", f"{needed} for {folder.name}", "free some or choose another disk")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -1,11 +1,12 @@
 """Options shared by several subcommands, and the parsers of their values."""
 
+import inspect
 import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from typer.models import OptionInfo
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from runtime.block_backend import BlockOptions
     from runtime.request import Request
     from wan22.block_memory import WeightsIn as WeightsChoice
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 Engines = Annotated[Path, typer.Argument(help="Engine bundle made by wan-trt build.", show_default=False)]
 Prompt = Annotated[str, typer.Argument(help="Description of the video, in any language.", show_default=False)]
@@ -100,6 +103,13 @@ RequireSignature = Annotated[
     Path | None, typer.Option(help="Public Ed25519 key (PEM) that must have signed the engines.", metavar="KEY")
 ]
 
+# options without defaults that several commands share, for :func:`with_options`
+SAMPLING = {
+    "negative_prompt": NegativePrompt, "preset": Preset, "boundary": Boundary, "steps": Steps, "shift": Shift,
+    "guidance_high_noise": ExpertGuidance, "guidance_low_noise": ExpertGuidance, "guidance": Guidance, "solver": Solver,
+}  # fmt: skip
+LIMITS = dict.fromkeys(("max_pixels", "max_frames", "max_steps", "max_prompt_bytes", "max_image_bytes"), Limit)
+
 # headings of --help and their parameters; others are under "Options"
 GROUPS = {
     "Video": ("size", "frames", "fps", "quality"),
@@ -131,6 +141,22 @@ GROUPS = {
 }  # fmt: skip
 
 RANGE_AT_MOST = 1000
+
+
+def with_options(*tables: Mapping[str, Any]) -> Callable[[Command], Command]:
+    """Declare the options of ``tables`` for a command that takes them as ``**shared``."""
+    options = {name: kind for table in tables for name, kind in table.items()}
+
+    def declare(run: Command) -> Command:
+        own = [p for p in inspect.signature(run).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        more = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in options.items()]
+        run.__dict__["__signature__"] = inspect.Signature([*own, *more])
+        del run.__annotations__["shared"]
+        run.__annotations__.update(options)
+        return run
+
+    return declare
 
 
 def with_groups(run: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -235,6 +261,5 @@ def check_signed(engines: Path, key: Path | None) -> None:
 
 def limits_of(options: Mapping[str, Any]) -> dict[str, int | None]:
     """The limits of requests, by the names of :class:`triton_repo.settings.Limits`; None means the model's."""
-    names = ("max_pixels", "max_frames", "max_steps", "max_prompt_bytes", "max_image_bytes")
     queue = {"max_queue_size": options["queue_size"], "longest_job_s": options["longest_job"]}
-    return {name: options[name] for name in names} | queue
+    return {name: options[name] for name in LIMITS} | queue

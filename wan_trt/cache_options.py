@@ -37,6 +37,11 @@ LateCfg = Annotated[
     typer.Option(metavar="LIST", help="Extrapolate the guidance of these late steps: 24,26,28 or auto."),
 ]
 
+OPTIONS = {
+    "cache": Cache, "cache_threshold": CacheThreshold, "first_exact": FirstExact, "last_exact": LastExact,
+    "max_consecutive": MaxConsecutive, "skip_steps": SkipSteps, "reuse": CacheReuse, "late_cfg": LateCfg,
+}  # fmt: skip
+
 
 def caching_from(options: Mapping[str, Any]) -> "Caching | None":
     """The step cache from a command's options; None without one.

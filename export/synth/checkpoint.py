@@ -26,8 +26,9 @@ from export.files.torch_file import write_torch
 from export.synth.tokenizer import write_tokenizer
 from export.synth.trained import trained_folder, trained_pieces, trained_tokenizer
 from export.synth.weights import PIECE_ELEMENTS, pieces
-from wan22.bundle import check_disk, staged
+from wan22.bundle import staged
 from wan22.errors import UserError
+from wan22.outputs import check_disk
 from wan22.progress import Progress, silent
 from wan22.specs import TEXT_TOKENS, ModelSpec
 

@@ -15,7 +15,7 @@ from tests.wan_trt.test_cli import refused
 from triton_repo.repository import MARK as REPOSITORY_MARK
 from wan22.errors import UserError
 from wan22.files import LOCK, claim, whole_folder
-from wan22.inputs import check_no_source
+from wan22.outputs import check_no_source
 from wan_trt.cli import app
 from wan_trt.commands.demo import MARK
 

@@ -11,7 +11,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import whole_file
-from wan22.inputs import check_no_source
+from wan22.outputs import check_no_source
 from wan_trt import arguments as given
 from wan_trt import cache_options
 from wan_trt.console import bars, command_line, console
@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 Axis = Literal["frames", "size", "steps"]
 
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of a run; by default 4, or 10 with --triton.")]
+Runs = Annotated[
+    int | None, typer.Option(min=1, help="Timed runs of every part; by default 5, or 10 full runs with --triton.")
+]
 Json = Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file; - prints it.")]
 
 
+@given.with_options(cache_options.OPTIONS)
 def run(
     engines: given.Engines,
     checkpoint: Annotated[str | None, typer.Argument(help="Their checkpoint, to measure PyTorch as well.")] = None,
@@ -34,17 +38,7 @@ def run(
     image: Annotated[Path | None, typer.Option(help="Image (I2V, TI2V); by default a built-in one.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Prompt; its length determines the text encoder's work.")] = None,
     seed: given.Seed = 0,
-    cache: cache_options.Cache = None,
-    cache_threshold: cache_options.CacheThreshold = None,
-    first_exact: cache_options.FirstExact = None,
-    last_exact: cache_options.LastExact = None,
-    max_consecutive: cache_options.MaxConsecutive = None,
-    skip_steps: cache_options.SkipSteps = None,
-    reuse: cache_options.CacheReuse = None,
-    late_cfg: cache_options.LateCfg = None,
-    runs: Annotated[
-        int | None, typer.Option(min=1, help="Timed runs of every part; by default 5, or 10 full runs with --triton.")
-    ] = None,
+    runs: Runs = None,
     warmup: Annotated[int, typer.Option(min=1, help="Untimed runs before them.")] = 1,
     whole_runs: Annotated[int, typer.Option(min=0, help="Runs from prompt to frames.")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Only this part, such as vae_decoder; repeatable.")] = None,
@@ -62,12 +56,13 @@ def run(
     topology: given.Topology = "owner",
     cancels: Annotated[int, typer.Option(min=1, help="Jobs to cancel with --triton.")] = 10,
     output: Json = None,
+    **shared: Any,
 ) -> int:
     """Measure time and memory of engines, and of PyTorch if a checkpoint is given.
 
     Output to a pipe or file ends with one JSON object, with units in its keys; --json - also prints it on a terminal.
     """
-    request = given.request_from(locals())
+    request = given.request_from(locals() | shared)
     from validate.bench.work import RUNS, BenchOptions
 
     options = BenchOptions(

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from wan22.errors import UserError
 from wan22.files import Claim, claim_file
-from wan22.inputs import check_no_source
+from wan22.outputs import check_no_source
 from wan22.progress import Progress
 from wan22.quantities import video_text
 from wan22.specs import TEXT_TOKENS
@@ -24,45 +24,30 @@ if TYPE_CHECKING:
     from triton_repo.schema import Setting
 
 
+@given.with_options(given.SAMPLING, cache_options.OPTIONS)
 def run(
     url: Annotated[
         str, typer.Argument(help="Host and gRPC port of the server; the port defaults to 8001.", show_default=False)
     ],
     prompt: given.Prompt,
     output: Annotated[Path, typer.Option("-o", "--output", help=".mp4, .webm, .npz, or .png or .jpg for one frame.")],
-    negative_prompt: given.NegativePrompt = None,
     size: given.Size = None,
     frames: given.Frames = None,
     image: given.Image = None,
     last_image: given.LastImage = None,
     fit: given.Fit = "official",
-    preset: given.Preset = None,
-    boundary: given.Boundary = None,
-    steps: given.Steps = None,
     seed: Annotated[
         int | None,
         typer.Option(min=-1, max=2**63 - 1, metavar="INT", help="Seed; by default, or for -1, the server draws one."),
     ] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
     quality: given.Quality = None,
-    shift: given.Shift = None,
-    guidance_high_noise: given.ExpertGuidance = None,
-    guidance_low_noise: given.ExpertGuidance = None,
-    guidance: given.Guidance = None,
-    solver: given.Solver = None,
     lora: Annotated[str | None, typer.Option(help="Name of a LoRA of the server.")] = None,
-    cache: cache_options.Cache = None,
-    cache_threshold: cache_options.CacheThreshold = None,
-    first_exact: cache_options.FirstExact = None,
-    last_exact: cache_options.LastExact = None,
-    max_consecutive: cache_options.MaxConsecutive = None,
-    skip_steps: cache_options.SkipSteps = None,
-    reuse: cache_options.CacheReuse = None,
-    late_cfg: cache_options.LateCfg = None,
     deadline: Annotated[float, typer.Option(min=0.001, help="Seconds after which to give up.")] = math.inf,
     urgent: Annotated[bool, typer.Option("--urgent", help="Run before jobs that are not urgent.")] = False,
     preview: Annotated[Path | None, typer.Option(help="JPEG that shows the video in progress.")] = None,
     model: Annotated[str, typer.Option(help="Name of the served model.")] = "wan22",
+    **shared: Any,
 ) -> None:
     """Generate a video on a server; Ctrl-C cancels the job."""
     from runtime.request import Request
@@ -72,10 +57,10 @@ def run(
     check_destination(output, frames or 1)
     for path in (output, preview):
         check_no_source(path, image, last_image)
-    caching = Request(cache=cache_options.caching_from(locals()))
+    caching = Request(cache=cache_options.caching_from(locals() | shared))
     width, height = given.size_of(size) or (None, None)
     settings: dict[str, Setting | None] = {
-        "negative_prompt": negative_prompt,
+        **{name: shared[name] for name in given.SAMPLING},
         "width": width,
         "height": height,
         "num_frames": frames,
@@ -83,15 +68,7 @@ def run(
         "quality": quality,
         "last_image": content_of(last_image),
         "fit": fit if image is not None else None,
-        "preset": preset,
-        "boundary": boundary,
-        "steps": steps,
         "seed": None if seed == -1 else seed,
-        "shift": shift,
-        "guidance": guidance,
-        "guidance_high_noise": guidance_high_noise,
-        "guidance_low_noise": guidance_low_noise,
-        "solver": solver,
         "lora": lora,
         **cache_inputs(caching),
         "output_format": _format(output),

@@ -23,6 +23,13 @@ Part = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE|PRECISION", help="A file to replace the checkpoint's, a precision, or both (twice)."),
 ]
+ModelPrecision = Annotated[
+    Precision | None,
+    typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
+]
+Target = Annotated[
+    str | None, typer.Option(help="Target to build the engines for, as in wan-trt build; by default cpu.")
+]
 PartPrecision = Annotated[Precision | None, typer.Option(metavar="PRECISION", help="Precision of this part alone.")]
 Vae = Annotated[Path | None, typer.Option(metavar="FILE", help="A file to use instead of the checkpoint's VAE.")]
 Tokenizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with tokenizer.json, or a spiece.model.")]
@@ -52,13 +59,8 @@ Link = Annotated[
 def run(
     checkpoint: Checkpoint,
     bundle: Folder = None,
-    precision: Annotated[
-        Precision | None,
-        typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Target to build the engines for, as in wan-trt build; by default cpu.")
-    ] = None,
+    precision: ModelPrecision = None,
+    target: Target = None,
     text_encoder: Part = None,
     high_noise: Part = None,
     low_noise: Part = None,

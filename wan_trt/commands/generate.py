@@ -1,12 +1,12 @@
 """``wan-trt generate``: engines and a prompt → video."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from wan22.inputs import check_no_source
+from wan22.outputs import check_no_source
 from wan22.quantities import human_bytes, video_text
 from wan_trt import arguments as given
 from wan_trt import cache_options
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from runtime.request import Request
 
 
+@given.with_options(given.SAMPLING, cache_options.OPTIONS)
 def run(
     engines: given.Engines,
     output: Annotated[
@@ -28,42 +29,26 @@ def run(
     again: Annotated[
         Path | None, typer.Option(help="Make this .mp4, .webm or .png again, with the settings in its metadata.")
     ] = None,
-    negative_prompt: given.NegativePrompt = None,
     size: given.Size = None,
     frames: given.Frames = None,
     image: given.Image = None,
     last_image: given.LastImage = None,
     fit: given.Fit = "official",
     exact_official: given.ExactOfficial = False,
-    preset: given.Preset = None,
-    boundary: given.Boundary = None,
-    steps: given.Steps = None,
     seed: Annotated[int | None, given.SEED] = None,
     noise: given.Noise = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.", min=1, max=240)] = None,
     quality: given.Quality = None,
-    shift: given.Shift = None,
-    guidance_high_noise: given.ExpertGuidance = None,
-    guidance_low_noise: given.ExpertGuidance = None,
-    guidance: given.Guidance = None,
-    solver: given.Solver = None,
     schedule: given.Schedule = None,
-    cache: cache_options.Cache = None,
-    cache_threshold: cache_options.CacheThreshold = None,
-    first_exact: cache_options.FirstExact = None,
-    last_exact: cache_options.LastExact = None,
-    max_consecutive: cache_options.MaxConsecutive = None,
-    skip_steps: cache_options.SkipSteps = None,
-    reuse: cache_options.CacheReuse = None,
-    late_cfg: cache_options.LateCfg = None,
     overwrite: given.Overwrite = False,
     residency: given.Residency = "auto",
     weights_in: given.WeightsIn = "auto",
     vram: given.Vram = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the time of every stage and step.")] = False,
+    **shared: Any,
 ) -> None:
     """Generate a video; settings not given are the bundle's defaults."""
-    request = given.request_from(locals())
+    request = given.request_from(locals() | shared)
     from runtime.generate import Encoding, generate
     from runtime.pipeline import Pipeline
     from runtime.video import QUALITY

@@ -11,7 +11,7 @@ import typer
 from wan22.bundle import MANIFEST, kind_of
 from wan22.errors import UserError
 from wan22.files import whole_file
-from wan22.inputs import check_no_source
+from wan22.outputs import check_no_source
 from wan_trt.console import bars, console
 
 

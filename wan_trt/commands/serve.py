@@ -4,7 +4,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,16 @@ from wan_trt.console import bars, console, report_unstamped
 if TYPE_CHECKING:
     from triton_repo.server import Server
 
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FILE[:EXPERT[:STRENGTH]]",
+        help="LoRA that requests may choose by its name, merged at the start; repeat it for more.",
+    ),
+]
 
+
+@given.with_options(given.LIMITS)
 def run(
     engines: given.Engines,
     server: Annotated[Path | None, typer.Option(help="The tritonserver to start; by default the first found.")] = None,
@@ -29,33 +38,23 @@ def run(
     http_port: Annotated[int, typer.Option(help="For health and server-sent events.", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option(help="For wan-trt client.", min=1, max=65535)] = 8001,
     metrics_port: Annotated[int, typer.Option(help="For Prometheus.", min=1, max=65535)] = 8002,
-    max_pixels: given.Limit = None,
-    max_frames: given.Limit = None,
-    max_steps: given.Limit = None,
-    max_prompt_bytes: given.Limit = None,
-    max_image_bytes: given.Limit = None,
     queue_size: given.QueueSize = 8,
     longest_job: given.LongestJob = 3600,
     max_silence: Annotated[
         float, typer.Option(help="Seconds without a heartbeat after which a model counts as dead.", min=1)
     ] = 120,
     residency: given.Residency = "auto",
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=FILE[:EXPERT[:STRENGTH]]",
-            help="LoRA that requests may choose by its name, merged at the start; repeat it for more.",
-        ),
-    ] = None,
+    lora: Loras = None,
     checkpoint: Annotated[str | None, typer.Option(help="The checkpoint for --lora, if it has moved.")] = None,
     require_signature: given.RequireSignature = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Triton's log.")] = False,
+    **shared: Any,
 ) -> int:
     """Serve engines from Triton until Ctrl-C or SIGTERM.
 
     The running job is finished first; a second Ctrl-C ends it.
     """
-    limits = given.limits_of(locals())
+    limits = given.limits_of(locals() | shared)
     given.check_signed(engines, require_signature)
     from triton_repo.bls_repository import CPU
     from triton_repo.installation import default_environments, find_installation

@@ -1,17 +1,18 @@
 """``wan-trt triton``: engines → Triton model repository."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from wan22.errors import UserError
 from wan22.files import check_room
-from wan22.inputs import check_no_source
+from wan22.outputs import check_no_source
 from wan_trt import arguments as given
 from wan_trt.console import console, report_unstamped
 
 
+@given.with_options(given.LIMITS)
 def run(
     engines: given.Engines,
     repository: Annotated[Path, typer.Argument(help="Folder to write the repository to.", show_default=False)],
@@ -19,11 +20,6 @@ def run(
     topology: given.Topology = "owner",
     gpu_memory: given.GpuMemory = None,
     engines_at: Annotated[str, typer.Option(help="Path of the engines on the server, if it differs.")] = "",
-    max_pixels: given.Limit = None,
-    max_frames: given.Limit = None,
-    max_steps: given.Limit = None,
-    max_prompt_bytes: given.Limit = None,
-    max_image_bytes: given.Limit = None,
     queue_size: given.QueueSize = 8,
     longest_job: given.LongestJob = 3600,
     residency: given.Residency = "auto",
@@ -38,9 +34,10 @@ def run(
         str, typer.Option(help="URL from which the autoscaler reads metrics.")
     ] = "http://prometheus-server.monitoring.svc",
     overwrite: given.Overwrite = False,
+    **shared: Any,
 ) -> None:
     """Package engines as a Triton model repository."""
-    limits = given.limits_of(locals())
+    limits = given.limits_of(locals() | shared)
     given.check_signed(engines, require_signature)
     from triton_repo.bls_repository import largest_call_bytes
     from triton_repo.manifests import ClusterOptions, write_manifests

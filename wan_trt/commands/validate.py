@@ -1,7 +1,7 @@
 """``wan-trt validate``: compare engines with the PyTorch reference."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +31,7 @@ Official = Annotated[bool, typer.Option("--official", help="Compare with the off
 OfficialRepo = Annotated[Path | None, typer.Option(help="The same with a clone of Wan-Video/Wan2.2.")]
 
 
+@given.with_options(given.SAMPLING, cache_options.OPTIONS)
 def run(
     engines: Engines = None,
     checkpoint: Checkpoint = None,
@@ -38,32 +39,15 @@ def run(
     precision_study: PrecisionStudy = False,
     model: Model = None,
     prompt: Prompt = None,
-    negative_prompt: given.NegativePrompt = None,
     size: given.Size = None,
     frames: given.Frames = None,
     image: Image = None,
     last_image: given.LastImage = None,
     fit: given.Fit = "official",
     exact_official: given.ExactOfficial = False,
-    preset: given.Preset = None,
-    boundary: given.Boundary = None,
-    steps: given.Steps = None,
     seed: given.Seed = 0,
     noise: given.Noise = None,
-    shift: given.Shift = None,
-    guidance_high_noise: given.ExpertGuidance = None,
-    guidance_low_noise: given.ExpertGuidance = None,
-    guidance: given.Guidance = None,
-    solver: given.Solver = None,
     schedule: given.Schedule = None,
-    cache: cache_options.Cache = None,
-    cache_threshold: cache_options.CacheThreshold = None,
-    first_exact: cache_options.FirstExact = None,
-    last_exact: cache_options.LastExact = None,
-    max_consecutive: cache_options.MaxConsecutive = None,
-    skip_steps: cache_options.SkipSteps = None,
-    reuse: cache_options.CacheReuse = None,
-    late_cfg: cache_options.LateCfg = None,
     prompts: Prompts = None,
     seeds: Seeds = None,
     gate: given.Gate = None,
@@ -76,6 +60,7 @@ def run(
     reference_device: given.ReferenceDevice = "auto",
     official: Official = False,
     official_repo: OfficialRepo = None,
+    **shared: Any,
 ) -> int:
     """Prove that the engines compute the same as PyTorch.
 
@@ -88,7 +73,7 @@ def run(
         raise UserError("validate --precision-study has moved", "python -m studies.precision -o DIR", remedy)
     if engines is None or checkpoint is None:
         raise UserError("no ENGINES and CHECKPOINT", "both", "see wan-trt validate --help")
-    request, several = given.request_from(locals()), given.seeds_of(seeds)
+    request, several = given.request_from(locals() | shared), given.seeds_of(seeds)
     from validate import ValidateOptions, official_wheel
 
     if official and official_repo is not None:

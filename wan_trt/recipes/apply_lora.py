@@ -19,10 +19,10 @@ from export.lora.merge import LoraChoice
 from export.options import ExportOptions
 from export.shared_files import share
 from runtime.signature import SIGNATURE
-from wan22.bundle import Bundle, Component, File, check_disk, open_bundle, refuse_existing, staged, write_manifest
+from wan22.bundle import Bundle, Component, File, open_bundle, refuse_existing, staged, write_manifest
 from wan22.errors import UserError
 from wan22.external_layout import read_block_layout, read_layout
-from wan22.inputs import check_no_source
+from wan22.outputs import check_disk, check_no_source
 from wan22.progress import Progress, silent
 
 

@@ -34,8 +34,8 @@ from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, Component, Manifest, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.files import whole_file
-from wan22.inputs import check_no_source
 from wan22.onnx_file import check_graphs
+from wan22.outputs import check_no_source
 from wan22.progress import Progress, silent
 from wan22.quantities import counted
 from wan22.residency import ONE_EXPERT, ResidencyChoice

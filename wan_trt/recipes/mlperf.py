@@ -30,7 +30,7 @@ from wan22.backends import require_module
 from wan22.bundle import Bundle, open_bundle
 from wan22.errors import NonFiniteError, UserError
 from wan22.files import whole_folder
-from wan22.inputs import check_no_source
+from wan22.outputs import check_no_source
 from wan22.progress import Progress, silent
 
 Scenario = Literal["SingleStream", "Offline"]

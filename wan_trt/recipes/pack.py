@@ -5,9 +5,9 @@ from pathlib import Path
 
 from runtime.built_for import check_plans
 from runtime.signature import SIGNATURE
-from wan22.bundle import MANIFEST, Bundle, check_disk, kind_of, open_bundle, refuse_existing, staged
-from wan22.inputs import check_no_source
+from wan22.bundle import MANIFEST, Bundle, kind_of, open_bundle, refuse_existing, staged
 from wan22.onnx_file import check_graphs
+from wan22.outputs import check_disk, check_no_source
 from wan22.progress import Progress, silent
 
 

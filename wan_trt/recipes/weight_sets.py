@@ -11,8 +11,9 @@ from engines.gpu.external_weights import check_layout, externalise, write_weight
 from export.lora.experts import EXPERTS
 from export.lora.merge import LoraChoice, parse_lora
 from wan22.backends import runs_graphs
-from wan22.bundle import Bundle, check_disk, file_entry, open_bundle, write_manifest
+from wan22.bundle import Bundle, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
+from wan22.outputs import check_disk
 from wan22.progress import Progress, silent
 from wan_trt.recipes.apply_lora import check_attention, export_experts
 

@@ -1,11 +1,13 @@
-"""Refuse outputs that would replace an input: the file itself, a folder around it, or a file of an input folder."""
+"""Refuse outputs that would replace an input, or for which the disk has no room."""
 
+import shutil
 from pathlib import Path
 
 import msgspec
 
 from wan22.bundle import MANIFEST
 from wan22.errors import DAMAGED_JSON, UserError
+from wan22.quantities import human_bytes
 
 REMEDY = ("an output apart from the inputs", "choose another name")
 
@@ -32,6 +34,18 @@ def check_no_source(output: Path | None, *sources: object) -> None:
             raise UserError(f"{output} holds the input {source}", *REMEDY)
         if place.is_file() and place.is_relative_to(found) and _belongs(place.relative_to(found).as_posix(), found):
             raise UserError(f"{output} belongs to the input {source}", *REMEDY)
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Refuse to write more than the disk of ``folder``, which need not exist, can hold."""
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    usage = shutil.disk_usage(existing)
+    if not usage.total:  # /proc, /sys
+        found = f"cannot write {folder}: {existing} is not on a disk"
+        raise UserError(found, "a writable file system", "choose another place")
+    if usage.free < needed_bytes:
+        free, needed = human_bytes(usage.free, 1), human_bytes(needed_bytes, 1)
+        raise UserError(f"{free} free at {existing}", f"{needed} for {folder.name}", "free some or choose another disk")
 
 
 def _belongs(name: str, folder: Path) -> bool:
