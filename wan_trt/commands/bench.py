@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -71,11 +72,7 @@ def run(
     )  # fmt: skip
     if list_gates:
         return _list_gates(engines)
-    _check(sweep, values, plot, gate, compare)
-    if triton and (checkpoint or sweep or compare):
-        raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", "run it on its own")
-    if request.cache is not None and (triton or sweep is not None):
-        raise UserError("a step cache with --triton or --sweep", "a bench of engines", "run it on its own")
+    _check(locals())
     to_stdout = str(output) == "-" or not sys.stdout.isatty()
     in_file = output is not None and str(output) != "-"
     for path in (output if in_file else None, plot):
@@ -104,12 +101,17 @@ def _list_gates(engines: Path) -> int:
     return 0
 
 
-def _check(sweep: Axis | None, values: str | None, plot: Path | None, gate: Path | None, compare: Path | None) -> None:
-    """Raise UserError for options that do not go together."""
-    if sweep is None and (values or plot):
+def _check(asked: Mapping[str, Any]) -> None:
+    """Raise UserError for options of the command that do not go together."""
+    sweep, alone = asked["sweep"], "run it on its own"
+    if sweep is None and (asked["values"] or asked["plot"]):
         raise UserError("--values or --plot", "a sweep to apply them to", "add --sweep frames, size or steps")
-    if sweep is not None and (gate or compare):
-        raise UserError("--sweep with --gate or --compare", "one of them", "run the sweep on its own")
+    if sweep is not None and (asked["gate"] or asked["compare"]):
+        raise UserError("--sweep with --gate or --compare", "one of them", alone)
+    if asked["triton"] and (asked["checkpoint"] or sweep or asked["compare"]):
+        raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", alone)
+    if asked["request"].cache is not None and (asked["triton"] or sweep is not None):
+        raise UserError("a step cache with --triton or --sweep", "a bench of engines", alone)
 
 
 def _served(
