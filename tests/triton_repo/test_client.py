@@ -12,6 +12,7 @@ from triton_repo.failure import Failure
 from triton_repo.schema import INPUTS_BY_NAME
 from triton_repo.server import free_ports
 from triton_repo.wire import inputs_of
+from wan22.caching import Caching
 from wan22.errors import UserError
 
 
@@ -66,6 +67,8 @@ FULL = Request(
     guidance={"high_noise": 3.25, "low_noise": 4.25},
     guidance_scale=1.75,
     solver="euler",
+    lora="style",
+    cache=Caching(skip_steps=(3, 4), reuse="hold", late_cfg=(5,)),
 )
 
 

@@ -13,8 +13,8 @@ from wan_trt.extras import extras_with
     ("module", "extras"),
     [
         ("torch", ("export", "validate")),
-        ("cupy", ("gpu", "rtx")),
-        ("onnx_ir", ("cpu", "export", "gpu", "rtx")),
+        ("cupy", ("cuda", "gpu", "rtx")),
+        ("onnx_ir", ("cpu", "cuda", "export", "gpu", "rtx")),
         ("onnxruntime", ("cpu",)),
         ("tritonclient.grpc", ("triton",)),
         ("google.protobuf", ("triton",)),

@@ -75,9 +75,9 @@ def run(
     _check(locals())
     to_stdout = str(output) == "-" or not sys.stdout.isatty()
     in_file = output is not None and str(output) != "-"
-    for path in (output if in_file else None, plot):
-        check_no_source(path, engines, gate, compare, image)
     with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
+        for path in (output if in_file else None, plot):
+            check_no_source(path, engines, gate, compare, image)
         if triton:
             found, passed = _served(engines, options, runs, topology, cancels, gate)
         elif sweep is not None:

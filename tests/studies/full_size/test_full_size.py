@@ -21,8 +21,9 @@ def scaled(tmp_path, *arguments):
 
 
 @pytest.mark.slow
-def test_an_export_and_cp_take_turns_and_nothing_is_left(tmp_path):
-    outcome, figures = scaled(tmp_path, "--only", "throughput", "--case", "fp8", "--repeats", "2")
+@pytest.mark.parametrize("case", ["fp32 → fp8", "fp8_scaled → fp8"])
+def test_an_export_and_cp_take_turns_and_nothing_is_left(tmp_path, case):
+    outcome, figures = scaled(tmp_path, "--only", "throughput", "--case", case, "--repeats", "2")
     assert outcome.exit_code in (0, 1), outcome.output  # the speed of a tiny model means nothing
     (quantised,) = figures["throughput"]
     moved = quantised["checkpoint_bytes"] + quantised["bundle_bytes"]
