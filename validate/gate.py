@@ -27,6 +27,7 @@ TABLES = ("bench", "validate")  # the commands that support gates
 BOUNDS = ("min", "max")
 Bound = Literal["min", "max"]
 DIGITS = 17  # enough to distinguish any two float64
+MAX_DOTS = 20  # more than any name has
 LARGEST = sys.float_info.max
 
 
@@ -129,6 +130,8 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _gates(path: Path, value: Any, name: str) -> Iterator[Gate]:
     """Yield the gates below the key ``name``, which starts with the table."""
+    if name.count(".") > MAX_DOTS:
+        raise UserError(f"{path}: {name:.60}...", "the name of a measurement", "correct the key")
     if not isinstance(value, dict):
         remedy = f"write {name}.min = ... or {name}.max = ..."
         raise UserError(f"{path}: {name} = {_shown(value)}", "a measurement with min or max", remedy)

@@ -43,6 +43,7 @@ def test_a_command_reads_its_own_table_only(tmp_path):
         (f"[bench]\nhigh_noise.speedup.min = {'9' * 5000}", "expected valid TOML"),
         (f"[bench]\nhigh_noise.speedup.min = 0x{'f' * 5000}", "thousands of digits .* finite number"),
         (f"[bench]\nhigh_noise.speedup = 0x{'f' * 5000}", "thousands of digits .* min or max"),
+        ("[bench]\n" + ".".join(["a"] * 2000) + " = 1", "bench.a.a.* the name of a measurement"),
         ("[bench]\nmin = 1", "unknown key bench"),
         ("bench = 3", "bench = 3"),
         ("[bench", "expected valid TOML"),
