@@ -62,7 +62,7 @@ def _blocks(plan: Plan) -> str:
     """What stays in memory if blocks may stream, and the slices of tokens."""
     choice, layers = plan.blocks, plan.request.spec.dit.layers
     if choice is None:
-        return "does not fit either"
+        return "does not fit"
     resident = layers if choice.slots == layers else choice.slots - TURNING
     slices = "" if choice.slices == 1 else f", {choice.slices} slices"
     return f"{resident} of {layers} blocks resident{slices}"

@@ -13,7 +13,7 @@ from runtime.denoise import Step
 from runtime.pipeline import Pipeline
 from runtime.recipe import recipe_of
 from runtime.request import Request
-from runtime.video import QUALITY, check_destination, encode_video, renamed_at_end
+from runtime.video import QUALITY, check_destination, check_quality, encode_video, renamed_at_end
 from wan22.caching import Caching
 from wan22.outputs import check_no_source
 from wan22.progress import Progress, silent
@@ -110,6 +110,7 @@ def generate(
     pipeline, timings = engines, Timings()
     complete, rate = pipeline.complete(request), encoding.fps or pipeline.spec.sampling.fps
     check_destination(output, complete.frames, overwrite=encoding.overwrite)
+    check_quality(encoding.quality)
     check_no_source(output, request.image, request.last_image, pipeline.bundle.folder)
     with renamed_at_end(output, overwrite=encoding.overwrite) as new:
         with timings.stage("denoise"):

@@ -69,7 +69,8 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True):
             if (_digest(value) if value is not None else "") != getattr(self, name):
                 expected = f"the {name} that it was made from" if getattr(self, name) else "none, as in the first run"
                 remedy = f"give its --{name.replace('_', '-')}" if getattr(self, name) else "leave it out"
-                raise UserError(f"another {name} than the video's", expected, remedy)
+                found = f"another {name} than the video's" if value is not None else f"no {name}, which the video had"
+                raise UserError(found, expected, remedy)
         same = ("prompt", "negative_prompt", "size", "frames", "seed", "solver", "schedule", "guidance", "steps",
                 "shift", "preset", "boundary", "fit", "exact_official", "cache")  # fmt: skip
         return Request(**{name: getattr(self, name) for name in same}, **files)  # type: ignore[arg-type]

@@ -68,6 +68,12 @@ def check_destination(path: Path, frames: int, *, overwrite: bool = False) -> No
             raise UserError(f"{path} is a folder", "a file to write", "choose another name")
 
 
+def check_quality(quality: int) -> None:
+    """Raise UserError for a quality that is out of range."""
+    if not 1 <= quality <= 10:
+        raise UserError(f"quality {quality}", "1 to 10", f"choose another; {QUALITY} is the official one")
+
+
 def encode_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUALITY, note: str = "") -> int:
     """Write chunks ``[1, 3, f, H, W]`` in [-1, 1] and return the number of frames.
 
@@ -85,8 +91,7 @@ def encode_video(chunks: Iterable[F32], path: Path, fps: int, quality: int = QUA
     """
     if fps < 1:
         raise UserError(f"{fps} frames per second", "at least 1", "the models make 16 or 24")
-    if not 1 <= quality <= 10:
-        raise UserError(f"quality {quality}", "1 to 10", f"the official setting is {QUALITY}")
+    check_quality(quality)
     written = 0
 
     def frames() -> Frames:

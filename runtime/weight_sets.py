@@ -55,7 +55,7 @@ def check_lora(name: str | None, known: tuple[str, ...]) -> None:
     """Refuse a name that is not among the ``known`` sets."""
     if name is not None and name not in known:
         expected = f"one of {', '.join(known)}" if known else "none: this server has no LoRAs"
-        raise UserError(f"lora {name!r}", expected, "name one of them, or start it with serve --lora")
+        raise UserError(f"lora {name!r}", expected, "name one of them, or start the server with it")
 
 
 def _absolute(bundle: Bundle, file: File) -> File:

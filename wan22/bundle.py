@@ -202,15 +202,17 @@ def open_bundle(folder: Path, kind: Kind, *, full_check: bool = False) -> Bundle
     """
     manifest = read_manifest(folder, kind)
     for file in manifest.files().values():
-        _check_file(folder, file, _again(manifest), full_check=full_check)
+        _check_file(folder, file, _again(manifest, folder), full_check=full_check)
     return Bundle(folder, manifest)
 
 
-def _again(manifest: Manifest) -> str:
+def _again(manifest: Manifest, folder: Path) -> str:
     """The remedy for a damaged bundle: the command that made it, if a command did."""
     command = manifest.command
     if not command.startswith("wan-trt "):
         return f"run {STAGE_OF[manifest.kind]} again"
+    if folder.resolve().name not in (Path(word).name for word in command.split()):
+        return f"copy it again, or run {command}"  # which made the bundle that this is a copy of
     return f"run {command}" if "--overwrite" in command else f"run {command} --overwrite"
 
 

@@ -1,5 +1,6 @@
 """Describe a file or folder of weights and how an export would use it, without exporting."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from export.lora.keys import Role
 from wan22.errors import UserError
 
 FILES_MAX = 60
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 KIND_OF = {Role.DOWN: "LoRA", Role.HADA_W1_B: "LoHa", Role.LOKR_W1: "LoKr", Role.LOKR_W1_B: "LoKr"}
 KIND_OF |= {Role.MAGNITUDE: "DoRA", Role.DIFF: "differences", Role.DIFF_BIAS: "differences"}
 
@@ -50,6 +52,9 @@ def inspect_weights(path: Path) -> list[dict[str, Any]]:
 
 
 def _file(path: Path) -> dict[str, Any]:
+    if (shard := SHARD.search(path.name)) and int(shard[2]) > 1:
+        place = f"part {int(shard[1])} of {int(shard[2])} of one file of weights"
+        return {"path": str(path), "is": place, "export": "reads the folder that holds all parts"}
     try:
         found = describe(path)
         if found.model == "a LoRA":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from wan22.errors import UserError
 from wan22.outputs import check_no_source
 from wan22.quantities import human_bytes, video_text
 from wan_trt import arguments as given
@@ -80,7 +81,12 @@ def _again(
     from wan22.bundle import read_manifest
 
     recipe = read_recipe(video)
-    if read_manifest(engines, "engines").own_sha256 != recipe.bundle:
+    manifest = read_manifest(engines, "engines")
+    if manifest.spec.name != recipe.model:
+        raise UserError(
+            f"{video} was made by {recipe.model}", f"engines of {recipe.model}", "name others, or its prompt"
+        )
+    if manifest.own_sha256 != recipe.bundle:
         console.print(f"{video} was made by other engines ({recipe.model}): frames will differ")
     return recipe.request(given_files), fps or recipe.fps, recipe.quality if quality is None else quality
 

@@ -17,8 +17,9 @@ def run(
         str, typer.Option(help="GPU such as rtx4090 or h100, cuda (ONNX Runtime on any GPU), cpu, or auto.")
     ],
     precision: Annotated[
-        Precision, typer.Option(metavar="PRECISION", help=f"Precision of the transformer: {PRECISIONS}.")
-    ] = Precision.BF16,
+        Precision | None,
+        typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
+    ] = None,
     size: Size = None,
     frames: Frames = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
@@ -34,7 +35,8 @@ def run(
     width, height = size_of(size) or spec.sampling.sizes[0]
     video = (width, height, spec.sampling.frames if frames is None else frames)
     budget = None if vram is None else parse_bytes(vram, "--vram")
-    plan = make_plan(spec, target_named(target), precision, video, steps, budget)
+    aim = target_named(target)
+    plan = make_plan(spec, aim, precision or aim.default_precision, video, steps, budget)
     if as_json:
         print(json.dumps(plan.as_json()))
         return
