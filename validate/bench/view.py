@@ -181,8 +181,10 @@ def _steps(runs: Mapping[str, Runs]) -> "Table":
 def _cache(found: CacheTimes) -> "Table":
     table = _table("Denoising with the step cache", "", "exact", "cached", "speed-up", "saved, %")
     times = found.exact_s, found.cached_s, found.exact_s / found.cached_s
-    saved = f"{100 * (1 - found.cached_s / found.exact_s):.0f}"
-    table.add_row("all steps, s", *(f"{value:.3f}" for value in times[:2]), f"{times[2]:.2f}", saved)
+    gained = f"{times[2]:.2f}", f"{100 * (1 - found.cached_s / found.exact_s):.0f}"
+    if not any(skipped for skipped, _ in found.by_expert.values()):
+        gained = "skipped nothing", ""
+    table.add_row("all steps, s", *(f"{value:.3f}" for value in times[:2]), *gained)
     for name, (skipped, steps) in found.by_expert.items():
         table.add_row(f"computed steps, {name}", str(steps), str(steps - skipped), "", "")
     share = 100 * found.overhead_ms / found.step_ms

@@ -31,7 +31,9 @@ def verify(
     report_unstamped(check_plans(whole))
     manifest = whole.manifest
     size_bytes = sum(file.size_bytes for file in manifest.files().values())
-    console.print(f"{bundle}: {manifest.kind} of {manifest.spec.name}, {human_bytes(size_bytes)}, all hashes match")
+    signed = f", signed by the owner of {key}" if key is not None else ""
+    shown = f"{manifest.kind} of {manifest.spec.name}, {human_bytes(size_bytes)}, all hashes match{signed}"
+    console.print(f"{bundle}: {shown}")
 
 
 def sign(

@@ -8,7 +8,7 @@ from runtime.request import Request
 from validate.bench.measure import bench
 from validate.bench.report import BenchReport, compare
 from validate.bench.step_cache import MEASURED, CacheTimes
-from validate.bench.view import as_text
+from validate.bench.view import _cache, as_text
 from validate.bench.work import OURS, BenchOptions
 from wan22.caching import Caching
 from wan22.errors import UserError
@@ -73,3 +73,8 @@ def test_only_the_same_cache_is_compared_with_an_earlier_bench(report, tmp_path)
 def test_four_steps_are_refused(tiny_engines):
     with pytest.raises(UserError, match="a step cache with 4 steps"):
         bench(tiny_engines, options=options(EASY, steps=None))
+
+
+def test_a_run_that_skipped_nothing_has_no_speed_up():
+    table = _cache(CacheTimes(EASY, 40.0, 38.0, 1000.0, 2.0, 3.0, {"dit": (0, 40)}))
+    assert next(iter(table.columns[3].cells)) == "skipped nothing"
