@@ -74,7 +74,7 @@ def _work(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "arithmetic of a forward", f"{forward.total / 1e15:.3f} PFLOP"
     yield "shares of it", ", ".join(f"{name} {flops / forward.total:.0%}" for name, flops in shares.items())
     of_all = f"{steps * plan.step_flops / 1e15:.0f} PFLOP"
-    yield f"arithmetic of a step, of {steps}", f"{plan.step_flops / 1e15:.2f}, {of_all}"
+    yield f"arithmetic of a step, of {steps} steps", f"{plan.step_flops / 1e15:.2f} PFLOP, {of_all}"
     yield "arithmetic of the VAE", f"{plan.vae_flops / 1e15:.2f} PFLOP"
     if plan.step_seconds is None or plan.video_seconds is None:
         yield "time", f"no figures for {plan.request.target.name}"

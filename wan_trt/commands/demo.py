@@ -31,9 +31,9 @@ def run(
     folder: Annotated[Path, typer.Argument(help="Folder for checkpoint, engines, video and report.")] = Path("demo"),
     model: Annotated[str, typer.Option(help="A tiny model.")] = TRAINED,
     prompt: Annotated[str | None, typer.Option(help="Description of the video; four built-in ones by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights and noise.", min=0, max=2**64 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise, and of random weights.", min=0, max=2**64 - 1)] = 0,
 ) -> int:
-    """Synthesise a checkpoint, export, build, generate a video and validate it against PyTorch."""
+    """Write a tiny checkpoint, export and build it, generate videos and validate one against PyTorch."""
     with claim(folder / MARK, "the demo"):
         return _run(spec_named(model), folder, prompt, seed)
 
