@@ -77,7 +77,8 @@ def run(
     in_file = output is not None and str(output) != "-"
     with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
         for path in (output if in_file else None, plot):
-            check_no_source(path, engines, gate, compare, image)
+            listed = cache_options.skip_steps_file(shared["skip_steps"])
+            check_no_source(path, engines, gate, compare, image, listed)
         if triton:
             found, passed = _served(engines, options, runs, topology, cancels, gate)
         elif sweep is not None:
