@@ -20,6 +20,7 @@ from wan22 import version
 from wan22.bundle import Manifest
 from wan22.caching import Caching
 from wan22.errors import DAMAGED_JSON, UserError
+from wan22.inputs import check_regular
 from wan22.sampling import Convention, SolverName
 
 MAX_CHARACTERS = 2**20
@@ -119,6 +120,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         UserError: there is no such file, or wan-trt did not write it.
     """
+    check_regular(path)
     try:
         text = _tag(path)
     except OSError as error:

@@ -196,12 +196,10 @@ def _with_checked_cache(
     if preset and preset.distilled:
         found = f"a step cache with {sampling.preset}"
         raise UserError(found, "a model that is not distilled: it has no steps to spare", "leave the cache out")
-    if cache.late_cfg is not None and not complete.guided:
-        raise UserError("late cfg without guidance", "guidance other than 1", "leave it out: nothing is saved")
     if cache.skip_steps == "magcache":
         skipped = magcache_steps(switched, schedule, has_image=complete.image is not None)
         cache = replace(cache, skip_steps=skipped)
-    cache.check(complete.experts(spec))
+    cache.check(complete.experts(spec), complete.guidance)
     return replace(complete, cache=cache)
 
 
@@ -268,7 +266,9 @@ class CompleteRequest:
         if self.cache is not None:
             keeps_first = spec.takes.clean_first_frame and self.image is not None
             sigmas = schedule.sigmas[:-1].tolist()
-            cache = StepCache(self.cache, sigmas, self.experts(spec), clean_first_frame=keeps_first)
+            unguided = [name for name, scale in self.guidance.items() if scale == 1]
+            experts = self.experts(spec)
+            cache = StepCache(self.cache, sigmas, experts, unguided=unguided, clean_first_frame=keeps_first)
         return Sampler(schedule, make_solver(self.solver, schedule, self.seed), self.guidance, cache)
 
     @property

@@ -10,7 +10,7 @@ Nothing passes from one expert to the other: each starts with two computed steps
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,13 @@ class StepCache:
     """The cache of one run: ``skips``, then ``estimate`` or ``observe``, then ``moved`` for every step in order."""
 
     def __init__(
-        self, settings: Caching, sigmas: Sequence[float], experts: Sequence[str], *, clean_first_frame: bool = False
+        self,
+        settings: Caching,
+        sigmas: Sequence[float],
+        experts: Sequence[str],
+        *,
+        unguided: Collection[str] = (),
+        clean_first_frame: bool = False,
     ) -> None:
         """Create the cache of a run.
 
@@ -69,6 +75,7 @@ class StepCache:
             settings: checked with :meth:`Caching.check`.
             sigmas: the noise level of every step.
             experts: the expert of every step.
+            unguided: experts with guidance 1, whose steps have no guidance to extrapolate.
             clean_first_frame: latent frame 0 is an image that never changes; EasyCache does not measure it.
         """
         self._settings, self._sigmas, self._strategy = settings, sigmas, STRATEGIES[settings.reuse]
@@ -76,7 +83,8 @@ class StepCache:
         self._listed = None if settings.skip_steps is None else set(settings.skip_steps)
         decides = settings.easy and self._listed is None
         self.easy = EasyGate(settings, experts, clean_first_frame=clean_first_frame) if decides else None
-        self._late = None if settings.late_cfg is None else LateGuidance(settings.late_cfg, sigmas, experts)
+        late = settings.late_cfg
+        self._late = None if late is None else LateGuidance(late, sigmas, experts, unguided)
         self._skips_any = self.easy is not None or bool(self._listed)
         self._last: Computed | None = None
         self._before: Computed | None = None
@@ -165,15 +173,20 @@ class LateGuidance:
     """Linear extrapolation of the guidance residual from the last two computed ones of the expert.
 
     ``steps`` are those that extrapolate; "auto" takes every second computed step between 40 % of the run and its last
-    two steps. A step without two residuals, or too far from them, is computed all the same.
+    two steps. A step without two residuals, or too far from them, is computed all the same. Steps of ``unguided``
+    experts have no residual.
     """
 
-    def __init__(self, steps: Sequence[int] | str, sigmas: Sequence[float], experts: Sequence[str]) -> None:
+    def __init__(
+        self, steps: Sequence[int] | str, sigmas: Sequence[float], experts: Sequence[str], unguided: Collection[str]
+    ) -> None:
         self._sigmas, self._first = sigmas, {experts.index(name) for name in experts}
         self._alternates = isinstance(steps, str)
         self._steps = set(range(math.ceil(LATE_FROM * len(experts)), len(experts) - 2)) - computed_steps(experts)
         if not isinstance(steps, str):
             self._steps = set(steps)
+        self._unguided = {step for step, name in enumerate(experts) if name in unguided}
+        self._steps -= self._unguided
         self._computed: list[tuple[float, F32]] = []  # sigma and residual
         self._extrapolated = False  # in the step before
 
@@ -196,7 +209,7 @@ class LateGuidance:
         return _extrapolate(before, last, share)
 
     def observe(self, step: int, conditional: F32, velocity: F32) -> None:
-        if not self._extrapolated:
+        if not self._extrapolated and step not in self._unguided:
             self._computed = [*self._computed[-1:], (self._sigmas[step], velocity - conditional)]
 
 

@@ -138,6 +138,8 @@ def _request(given: Mapping[str, Any], spec: ModelSpec) -> Request:
 def _caching(given: Mapping[str, Any]) -> Caching | None:
     """The step cache of the inputs; None without one."""
     _one_of("cache", given.get("cache", "easy"), ("easy",))
+    if "cache" in given and "skip_steps" in given:
+        raise UserError("cache with skip_steps", "one of them", "leave the other out")
     reuse = cast(Reuse, _one_of("reuse", given.get("reuse", "rescale"), get_args(Reuse)))
     of_easy = ("cache_threshold", "first_exact", "last_exact", "max_consecutive")
     typed = {name.removeprefix("cache_"): given[name] for name in of_easy if name in given}

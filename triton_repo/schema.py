@@ -6,12 +6,13 @@ if empty, because some clients index all declared outputs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from runtime.request import Request
+from wan22.caching import Caching
 
 Setting = str | int | float | bool | bytes
 Dtype = Literal["STRING", "UINT8", "INT32", "INT64", "FP32", "BOOL"]
@@ -44,26 +45,32 @@ def _guidance(expert: str) -> Callable[[Request], float | None]:
     return lambda request: request.guidance.get(expert)
 
 
+def _cache(request: Request) -> Caching:
+    """The step cache to send. A list goes before easy, so a recorded run is its list alone; an empty one is nothing."""
+    cache = request.cache or Caching()
+    return cache if cache.skip_steps is None else replace(cache, easy=False, skip_steps=cache.skip_steps or None)
+
+
 def _of_easy(name: str) -> Callable[[Request], Any]:
-    return lambda request: getattr(request.cache, name) if request.cache and request.cache.easy else None
+    return lambda request: getattr(cache, name) if (cache := _cache(request)).easy else None
 
 
 def _steps(name: str) -> Callable[[Request], str | None]:
     def text(request: Request) -> str | None:
-        steps = getattr(request.cache, name) if request.cache else None
-        return ",".join(map(str, steps)) if isinstance(steps, tuple) else steps
+        steps = getattr(_cache(request), name)
+        return ",".join(map(str, steps)) or None if isinstance(steps, tuple) else steps
 
     return text
 
 
 CACHE_INPUTS = (  # see :class:`wan22.caching.Caching`
-    Field("cache", "STRING", of=lambda request: "easy" if request.cache and request.cache.easy else None),
+    Field("cache", "STRING", of=lambda request: "easy" if _cache(request).easy else None),
     Field("cache_threshold", "FP32", of=_of_easy("threshold")),
     Field("first_exact", "INT32", of=_of_easy("first_exact")),
     Field("last_exact", "INT32", of=_of_easy("last_exact")),
     Field("max_consecutive", "INT32", of=_of_easy("max_consecutive")),
     Field("skip_steps", "STRING", of=_steps("skip_steps")),  # 11,12,14 or magcache
-    Field("reuse", "STRING", of=lambda request: request.cache.reuse if request.cache and request.cache.skips else None),
+    Field("reuse", "STRING", of=lambda request: cache.reuse if (cache := _cache(request)).skips else None),
     Field("late_cfg", "STRING", of=_steps("late_cfg")),  # 24,26,28 or auto
 )
 # The prompt is required, but Triton treats all as optional: the model refuses a missing one, so that it is counted.

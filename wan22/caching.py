@@ -1,11 +1,11 @@
 """Step caches: which transformer calls of a run are replaced by estimates, decided outside the engines."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wan22.errors import UserError
+from wan22.errors import UserError, shortened, some_of
 
 Reuse = Literal["rescale", "hold", "taylor1"]
 LEAST_STEPS = 10  # shorter runs have no steps to spare
@@ -38,11 +38,16 @@ class Caching:
     def is_on(self) -> bool:
         return self.skips or self.late_cfg is not None
 
-    def check(self, experts: Sequence[str]) -> None:
-        """Check the settings for a run with these experts, one per step.
+    def check(self, experts: Sequence[str], guidance: Mapping[str, float]) -> None:
+        """Check the settings for a run.
+
+        Args:
+            experts: the expert of every step.
+            guidance: the scale of every expert.
 
         Raises:
-            UserError: the run is too short, a number is out of range, or a listed step has to be computed.
+            UserError: the run is too short, a number is out of range, a listed step has to be computed or is in both
+                lists, or late guidance has no guidance to extrapolate.
         """
         steps = len(experts)
         if steps < LEAST_STEPS:
@@ -53,6 +58,23 @@ class Caching:
         for what, listed in (("skip step", self.skip_steps), ("late-cfg step", self.late_cfg)):
             for step in () if listed is None or isinstance(listed, str) else listed:
                 _check_listed(what, step, experts)
+        if self.late_cfg is not None:
+            self._check_late(self.late_cfg, experts, guidance)
+
+    def _check_late(
+        self, late_cfg: tuple[int, ...] | Literal["auto"], experts: Sequence[str], guidance: Mapping[str, float]
+    ) -> None:
+        if all(guidance[expert] == 1 for expert in experts):
+            raise UserError("late cfg without guidance", "guidance other than 1", "leave it out: nothing is saved")
+        listed = () if isinstance(late_cfg, str) else late_cfg
+        for step in listed:
+            if guidance[experts[step]] == 1:
+                expected = f"a step of an expert with guidance, not of {experts[step]}"
+                raise UserError(f"late-cfg step {step}", expected, "leave it out: nothing is saved")
+        skipped = () if self.skip_steps is None or isinstance(self.skip_steps, str) else self.skip_steps
+        if both := sorted({*skipped} & {*listed}):
+            found = f"skip and late-cfg step {some_of([*map(str, both)], 8)}"
+            raise UserError(found, "each step in one list", "leave it out of one: a skipped step has no guidance")
 
     def _check_easy(self, steps: int) -> None:
         if not (math.isfinite(self.threshold) and self.threshold > 0):
@@ -68,8 +90,7 @@ class Caching:
 
 def computed_steps(experts: Sequence[str]) -> set[int]:
     """The steps that every cache computes: the first two of each expert and the last of the run."""
-    first = {experts.index(name) for name in experts}
-    return {step for start in first for step in range(start, start + FIRST_OF_EXPERT)} | {len(experts) - 1}
+    return _first_of_experts(experts) | {len(experts) - 1}
 
 
 def parse_steps(what: str, text: str) -> tuple[int, ...]:
@@ -79,12 +100,18 @@ def parse_steps(what: str, text: str) -> tuple[int, ...]:
         UserError: it is not a list of step numbers, or one occurs twice.
     """
     words = [word.strip() for word in text.split(",")]
+    shown = repr(shortened(text))
     if not all(word.isascii() and word.isdigit() and len(word) <= 4 for word in words):
-        raise UserError(f"{what} {text!r}", "step numbers from 0, such as 11,12,14", "separate them by commas")
+        raise UserError(f"{what} {shown}", "step numbers from 0, such as 11,12,14", "separate them by commas")
     steps = sorted(map(int, words))
     if len(set(steps)) < len(steps):
-        raise UserError(f"{what} {text!r}", "each step once", "remove the duplicates")
+        raise UserError(f"{what} {shown}", "each step once", "remove the duplicates")
     return tuple(steps)
+
+
+def _first_of_experts(experts: Sequence[str]) -> set[int]:
+    first, steps = {experts.index(name) for name in experts}, len(experts)
+    return {step for start in first for step in range(start, min(start + FIRST_OF_EXPERT, steps))}
 
 
 def _check_listed(what: str, step: int, experts: Sequence[str]) -> None:
@@ -92,5 +119,8 @@ def _check_listed(what: str, step: int, experts: Sequence[str]) -> None:
         expected = f"a step from 0 to {len(experts) - 1}"
         raise UserError(f"{what} {step} in a run of {len(experts)} steps", expected, "count from 0")
     if step in computed_steps(experts):
-        expected = "none of the first two steps of an expert and not the last step of the run"
+        first = ", ".join(map(str, sorted(_first_of_experts(experts))))
+        expected = f"none of steps {first}: the first two of each expert"
+        if step not in _first_of_experts(experts):
+            expected = f"a step before {step}, the last of the run"
         raise UserError(f"{what} {step}", expected, "leave it out: it is always computed")

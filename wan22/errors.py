@@ -32,6 +32,11 @@ def some_of(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
+def shortened(text: str, most: int = 60) -> str:
+    """The first ``most`` characters, for an error message."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
     """Turn a panic of a library written in Rust into a ValueError.

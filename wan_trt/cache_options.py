@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from wan22.errors import UserError
+from wan22.errors import UserError, shortened
 from wan_trt.console import console
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ LateCfg = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Extrapolate the guidance of these late steps: 24,26,28 or auto."),
 ]
+
+LIST_MOST_BYTES = 64 * 1024
 
 OPTIONS = {
     "cache": Cache, "cache_threshold": CacheThreshold, "first_exact": FirstExact, "last_exact": LastExact,
@@ -72,23 +74,28 @@ def caching_from(options: Mapping[str, Any]) -> "Caching | None":
     return caching if caching.is_on else None
 
 
+def skip_steps_file(text: str | None) -> Path | None:
+    """The file that --skip-steps names, which no output may replace; None for a list, magcache or nothing."""
+    return None if text is None or text == "magcache" or re.fullmatch(r"[-\d,\s]*", text) else Path(text)
+
+
 def _skip_steps(text: str | None, engines: Path | None) -> 'tuple[int, ...] | Literal["magcache"] | None':
     """The steps in ``text``, in the file that it names, or in the metadata of that video."""
     from wan22.caching import parse_steps
+    from wan22.inputs import read_small
 
     if text is None or text == "magcache":
         return None if text is None else "magcache"
-    if re.fullmatch(r"[\d,\s]+", text):
+    if (path := skip_steps_file(text)) is None:
         return parse_steps("--skip-steps", text)
-    path = Path(text)
     if path.suffix.lower() in (".mp4", ".webm", ".png"):
         return _steps_of_video(path, engines)
     try:
-        lines = path.read_text().splitlines()
+        lines = read_small(path, LIST_MOST_BYTES).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         expected = "a list such as 11,12,14, magcache, or a file with a list"
-        raise UserError(f"--skip-steps {text}: {reason}", expected, "name one of them") from None
+        raise UserError(f"--skip-steps {shortened(text)}: {reason}", expected, "name one of them") from None
     words = ",".join(line.partition("#")[0].strip().strip(",") for line in lines).split(",")
     return parse_steps(f"{path}:", ",".join(word for word in words if word.strip()))
 

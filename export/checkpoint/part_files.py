@@ -10,9 +10,9 @@ import msgspec
 
 from export.checkpoint.quantised import MARKS, apply_scales
 from export.files.decoded import GgufBlocks, Tensor
-from export.files.tensor_file import check_regular
 from export.files.weights_files import SUFFIXES, WeightsFile, read_weights, refuse_stand_in
 from wan22.errors import DAMAGED_JSON, UserError
+from wan22.inputs import check_regular
 
 TRANSFORMER_STEM = "diffusion_pytorch_model"  # official experts, and diffusers' transformers and VAE
 TEXT_ENCODER_STEM = "model"  # transformers

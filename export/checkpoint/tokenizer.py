@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from export.files.gguf_reader import read_gguf
-from export.files.tensor_file import Stored, check_regular
+from export.files.tensor_file import Stored
 from export.files.weights_files import SUFFIXES, read_weights, refuse_stand_in
 from wan22.errors import UserError, panics_as_errors
 from wan22.files import scratch_folder
+from wan22.inputs import check_regular
 
 VOCABULARY, MODEL = "tokenizer.json", "spiece.model"
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from export.files.decoded import GgufBlocks, Tensor
-from export.files.tensor_file import BFLOAT16, Stored, check_regular
+from export.files.tensor_file import BFLOAT16, Stored
 from wan22.errors import UserError
+from wan22.inputs import check_regular
 
 MAGIC = b"GGUF"
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -15,8 +15,9 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
-from export.files.tensor_file import BFLOAT16, FLOAT8, HoleyFile, Pieces, Planned, Stored, check_regular
+from export.files.tensor_file import BFLOAT16, FLOAT8, HoleyFile, Pieces, Planned, Stored
 from wan22.errors import DAMAGED_JSON, UserError
+from wan22.inputs import check_regular
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),

@@ -5,7 +5,6 @@ Safetensors and torch's zip both store tensors as plain little-endian rows at so
 
 import io
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -89,25 +88,6 @@ def check_finite(key: str, ends: npt.NDArray[np.float32]) -> None:
     """Refuse the tensor ``key`` if its :func:`extremes` are not finite."""
     if not np.isfinite(ends).all():
         raise UserError(f"{key} holds NaN or infinity", "finite weights", "download or train the checkpoint again")
-
-
-SPECIAL = {
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
-
-
-def check_regular(path: Path) -> None:
-    """Refuse a path that exists but is not a regular file: reading a pipe or device may block or never end."""
-    try:
-        kind = stat.S_IFMT(path.stat().st_mode)
-    except OSError:
-        return
-    if kind in SPECIAL:
-        raise UserError(f"{path} is {SPECIAL[kind]}", "a file", "copy its content into a file")
 
 
 class HoleyFile(io.FileIO):

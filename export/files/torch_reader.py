@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from export.files.tensor_file import BFLOAT16, FLOAT8, Stored, check_regular
+from export.files.tensor_file import BFLOAT16, FLOAT8, Stored
 from wan22.errors import UserError
+from wan22.inputs import check_regular
 
 NUMPY = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in NUMPY}  # by torch's name

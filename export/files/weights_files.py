@@ -8,9 +8,9 @@ from typing import Any
 from export.files.decoded import Tensor
 from export.files.gguf_reader import MAGIC, read_gguf
 from export.files.safetensors_file import read_with_metadata
-from export.files.tensor_file import check_regular
 from export.files.torch_reader import read_torch
 from wan22.errors import UserError
+from wan22.inputs import check_regular
 
 SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 ZIP = b"PK\x03\x04"

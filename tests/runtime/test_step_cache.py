@@ -38,9 +38,11 @@ def run(caching=None, *, steps=STEPS, solver="unipc", guidance=3.0):
     schedule = make_schedule(solver, steps, T2V.sampling.shift)
     models = {name: Model() for name in T2V.experts}
     experts = [T2V.expert_at(t) for t in schedule.timesteps.tolist()]
-    cache = StepCache(caching, schedule.sigmas[:-1].tolist(), experts) if caching else None
+    scales = guidance if isinstance(guidance, dict) else dict.fromkeys(T2V.experts, guidance)
+    unguided = [name for name, scale in scales.items() if scale == 1]
+    cache = StepCache(caching, schedule.sigmas[:-1].tolist(), experts, unguided=unguided) if caching else None
     noise = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
-    sampler = Sampler(schedule, make_solver(solver, schedule), dict.fromkeys(T2V.experts, guidance), cache)
+    sampler = Sampler(schedule, make_solver(solver, schedule), scales, cache)
     found, held = [], []
     for step in denoise(T2V, models, noise, TEXT, sampler):
         found.append(step)
@@ -187,6 +189,26 @@ def test_late_cfg_saves_every_second_unconditional_forward_at_the_end():
     assert (len(conditional), len(unconditional)) == (STEPS, STEPS - len(late))
 
 
+@pytest.mark.parametrize(
+    ("unguided", "expected"), [("high_noise", [28, 30, 32, 34, 36]), ("low_noise", [16, 18, 20, 22, 24])]
+)
+def test_late_cfg_leaves_out_the_steps_of_an_expert_without_guidance(unguided, expected):
+    request = Request("x", steps=STEPS, guidance={unguided: 1}, cache=Caching(late_cfg="auto")).completed(T2V)
+    cache = request.sampler(T2V).cache
+    assert cache is not None
+    steps, models, held = run(Caching(late_cfg="auto"), guidance=request.guidance)
+    assert [step.index for step in steps if step.late_cfg] == expected
+    assert {text for _, text in models[unguided].calls} == {2}
+    assert held <= 2 * 4 * math.prod(SHAPE)
+    x = np.ones(SHAPE, np.float32)
+    offered = []
+    for step in range(STEPS):  # the request's own cache
+        if cache.residual(step) is not None:
+            offered.append(step)
+        cache.observe(step, x, x, x)
+    assert offered == expected
+
+
 def test_a_late_residual_is_extrapolated_in_sigma():
     sigmas = [0.9, 0.8, 0.65, 0.4, 0.3]
     cache = StepCache(Caching(late_cfg=(2, 3, 4)), sigmas, ["dit"] * 5)
@@ -227,7 +249,15 @@ def test_an_image_that_never_changes_is_not_measured(clean_first_frame):
             "a step cache with lightx2v-4step",
         ),
         (Request("x", steps=40, guidance_scale=1, cache=Caching(late_cfg="auto")), "late cfg without guidance"),
-        (Request("x", steps=40, cache=Caching(skip_steps=(26,))), "skip step 26"),
+        (
+            Request("x", steps=40, cache=Caching(skip_steps=(26,))),
+            "skip step 26 | expected none of steps 0, 1, 26, 27: ",
+        ),
+        (Request("x", steps=40, guidance={"high_noise": 1}, cache=Caching(late_cfg=(4,))), "late-cfg step 4 |"),
+        (
+            Request("x", steps=40, cache=Caching(skip_steps="magcache", late_cfg=(12, 13))),
+            "skip and late-cfg step 12 |",
+        ),
     ],
 )
 def test_requests_whose_cache_cannot_work_are_refused(request_, found):

@@ -11,7 +11,7 @@ from triton_repo.client_errors import JobError, address_of
 from triton_repo.failure import Failure
 from triton_repo.schema import INPUTS_BY_NAME
 from triton_repo.server import free_ports
-from triton_repo.wire import inputs_of
+from triton_repo.wire import cache_inputs, inputs_of
 from wan22.caching import Caching
 from wan22.errors import UserError
 
@@ -86,6 +86,19 @@ def test_every_field_of_a_request_goes_over_the_wire_or_is_refused():
             changed = {name: value for name, value in alone.items() if value != empty[name]}
             assert changed.items() <= sent.items()
             assert changed, field.name
+
+
+@pytest.mark.parametrize(
+    ("recorded", "expected"),
+    [
+        (Caching(True, 0.1, skip_steps=(11, 12), reuse="hold"), {"skip_steps": "11,12", "reuse": "hold"}),
+        (Caching(True, 0.1, skip_steps=(), reuse="hold", late_cfg=(9,)), {"late_cfg": "9"}),
+        (Caching(skip_steps=(), late_cfg=()), {}),
+    ],
+)
+def test_of_a_recorded_run_the_lists_alone_are_sent_and_no_empty_one(recorded, expected):
+    sent = cache_inputs(Request("x", cache=recorded))
+    assert {name: value for name, value in sent.items() if value is not None} == expected
 
 
 def test_an_image_file_is_sent_as_its_content(tmp_path):

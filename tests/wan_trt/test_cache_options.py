@@ -1,7 +1,9 @@
 """A step cache on the command line: recorded, repeated exactly, refused where it cannot work."""
 
 import hashlib
+import os
 import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -83,6 +85,11 @@ def test_a_list_of_another_model_is_refused(flow_of, tiny_engines, tmp_path, eas
         (("--skip-steps", "5,5"), "each step once"),
         (("--skip-steps", "no-such-file"), "--skip-steps no-such-file: No such file"),
         (("--skip-steps", "no-such-file.mp4"), "no-such-file.mp4: No such file"),
+        (("--skip-steps", ""), "--skip-steps '' | expected step numbers from 0"),
+        (("--skip-steps", "-1"), "--skip-steps '-1' | expected step numbers from 0"),
+        (("--skip-steps", "x" * 5000), f"--skip-steps {'x' * 60}…: File name too long"),
+        (("--skip-steps", "5,6", "--late-cfg", "5,6"), "skip and late-cfg step 5, 6"),
+        (("--guidance-high-noise", "1", "--late-cfg", "4"), "late-cfg step 4"),
         (("--late-cfg", "late"), "--late-cfg 'late'"),
         (("--cache", "easy", "--steps", "4"), "a step cache with 4 steps"),
         (("--cache", "easy", "--preset", "lightning"), "a step cache with lightx2v-4step"),
@@ -101,6 +108,48 @@ def test_a_file_without_a_list_is_refused(tmp_path, content):
     (tmp_path / "list").write_bytes(content)
     with pytest.raises(UserError, match="list"):
         caching_from(NONE | {"skip_steps": str(tmp_path / "list")})
+
+
+@pytest.mark.parametrize("ending", ["", ".mp4", ".png"])
+def test_a_pipe_or_a_device_is_refused_by_its_type(tmp_path, ending):
+    os.mkfifo(tmp_path / f"pipe{ending}")
+    (tmp_path / f"zero{ending}").symlink_to("/dev/zero")
+    for name, words in (("pipe", "a named pipe"), ("zero", "a device")):
+        with pytest.raises(UserError, match=words):
+            caching_from(NONE | {"skip_steps": str(tmp_path / f"{name}{ending}")})
+
+
+def test_a_list_has_at_most_64_kib(tmp_path):
+    listed = tmp_path / "list"
+    listed.write_text("11,12\n#".ljust(2**16, "x"))
+    assert caching_from(NONE | {"skip_steps": str(listed)}) == Caching(skip_steps=(11, 12))
+    with listed.open("a") as file:
+        file.write("x")
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=r"list is larger than 64 KiB"):
+        caching_from(NONE | {"skip_steps": str(listed)})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate {engines} x -o list.png --frames 1 --skip-steps list.png",
+        "client localhost:1 x -o list.png --frames 1 --skip-steps list.png",
+        "client localhost:1 x -o new.png --preview list.png --frames 1 --skip-steps list.png",
+        "bench {engines} -o list.png --steps 14 --skip-steps list.png",
+        "bench {engines} -o list --steps 14 --skip-steps list",
+        "validate {engines} {checkpoint} -o . --frames 1 --steps 14 --skip-steps report.json",
+    ],
+)
+def test_an_output_does_not_replace_the_list(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch, easy, words):
+    monkeypatch.chdir(tmp_path)
+    easy[0].rename("list.png")
+    for name in ("list", "report.json"):
+        Path(name).write_text("5\n")
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    shown = run(*words.format(engines=tiny_engines, checkpoint=tiny_checkpoint).split(), code=2)
+    assert f"{words.split()[-1]} is an input | expected an output apart from the inputs" in shown
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
 
 
 def test_nothing_asked_is_no_cache():

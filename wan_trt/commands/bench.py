@@ -76,8 +76,6 @@ def run(
     to_stdout = str(output) == "-" or not sys.stdout.isatty()
     in_file = output is not None and str(output) != "-"
     with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
-        for path in (output if in_file else None, plot):
-            check_no_source(path, engines, gate, compare, image)
         if triton:
             found, passed = _served(engines, options, runs, topology, cancels, gate)
         elif sweep is not None:
@@ -102,7 +100,7 @@ def _list_gates(engines: Path) -> int:
 
 
 def _check(asked: Mapping[str, Any]) -> None:
-    """Raise UserError for options of the command that do not go together."""
+    """Raise UserError for options of the command that do not go together, and for outputs that are inputs."""
     sweep, alone = asked["sweep"], "run it on its own"
     if sweep is None and (asked["values"] or asked["plot"]):
         raise UserError("--values or --plot", "a sweep to apply them to", "add --sweep frames, size or steps")
@@ -112,6 +110,10 @@ def _check(asked: Mapping[str, Any]) -> None:
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", alone)
     if asked["request"].cache is not None and (asked["triton"] or sweep is not None):
         raise UserError("a step cache with --triton or --sweep", "a bench of engines", alone)
+    sources = [asked[name] for name in ("engines", "gate", "compare", "image")]
+    for path in (asked["output"], asked["plot"]):
+        if path is not None and not path.is_dir():  # a folder is refused by its type later
+            check_no_source(path, *sources, cache_options.skip_steps_file(asked["shared"]["skip_steps"]))
 
 
 def _served(

@@ -56,7 +56,7 @@ def run(
 
     check_destination(output, frames or 1)
     for path in (output, preview):
-        check_no_source(path, image, last_image)
+        check_no_source(path, image, last_image, cache_options.skip_steps_file(shared["skip_steps"]))
     caching = Request(cache=cache_options.caching_from(locals() | shared))
     width, height = given.size_of(size) or (None, None)
     settings: dict[str, Setting | None] = {

@@ -54,7 +54,8 @@ def run(
     from runtime.pipeline import Pipeline
     from runtime.video import QUALITY
 
-    check_no_source(output, noise, again, image, last_image)
+    listed = cache_options.skip_steps_file(shared["skip_steps"])
+    check_no_source(output, noise, again, image, last_image, listed)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)
     blocks = given.blocks_options(weights_in, vram)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wan22.errors import UserError
+from wan22.outputs import check_no_source
 from wan_trt import arguments as given
 from wan_trt import cache_options
 from wan_trt.console import bars, command_line, console
@@ -76,6 +77,9 @@ def run(
     request, several = given.request_from(locals() | shared), given.seeds_of(seeds)
     from validate import ValidateOptions, official_wheel
 
+    reports = [output / f"report.{ending}" for ending in ("json", "xml", "md", "html")]
+    for path in (*reports, None if calls is None else calls / "calls"):
+        check_no_source(path, cache_options.skip_steps_file(shared["skip_steps"]))
     if official and official_repo is not None:
         raise UserError("both --official and --official-repo", "one of them", "leave one out")
     if official:
