@@ -36,6 +36,18 @@ def check_no_source(output: Path | None, *sources: object) -> None:
             raise UserError(f"{output} belongs to the input {source}", *REMEDY)
 
 
+def check_apart(*outputs: Path | None) -> None:
+    """Refuse two outputs with one name. Raises UserError."""
+    places: dict[Path, Path] = {}
+    for output in outputs:
+        if output is None:
+            continue
+        place = output.resolve()
+        if place in places:
+            raise UserError(f"{output} and {places[place]} are one output", "a name for each", REMEDY[1])
+        places[place] = output
+
+
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Refuse to write more than the disk of ``folder``, which need not exist, can hold."""
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
