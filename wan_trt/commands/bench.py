@@ -78,9 +78,10 @@ def run(
     check_apart(output, plot)
     to_stdout = str(output) == "-" or not sys.stdout.isatty()
     in_file = output is not None and str(output) != "-"
-    with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
-        for path in (output if in_file else None, plot):
+    for path in (output if in_file else None, plot):
+        if path is not None and path.is_file():  # a folder is refused as one
             check_no_source(path, engines, gate, compare, image)
+    with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
         if triton:
             found, passed = _served(engines, options, runs, topology or "owner", cancels or 10, gate)
         elif sweep is not None:
