@@ -38,14 +38,11 @@ def check_no_source(output: Path | None, *sources: object) -> None:
 
 def check_apart(*outputs: Path | None) -> None:
     """Refuse two outputs with one name. Raises UserError."""
-    places: dict[Path, Path] = {}
-    for output in outputs:
-        if output is None:
-            continue
-        place = output.resolve()
-        if place in places:
-            raise UserError(f"{output} and {places[place]} are one output", "a name for each", REMEDY[1])
-        places[place] = output
+    places: set[Path] = set()
+    for output in filter(None, outputs):
+        if output.resolve() in places:
+            raise UserError(f"{output} for two outputs", "a name for each", REMEDY[1])
+        places.add(output.resolve())
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:

@@ -173,7 +173,7 @@ def test_no_output_takes_the_place_of_an_input(words, mixed, monkeypatch, capsys
 def test_two_outputs_have_two_names(words, mixed, monkeypatch, capsys):
     monkeypatch.chdir(mixed)
     before = set(mixed.rglob("*"))
-    assert "are one output | expected a name for each" in refused(capsys, *words.split())
+    assert "for two outputs | expected a name for each" in refused(capsys, *words.split())
     assert set(mixed.rglob("*")) == before
 
 
