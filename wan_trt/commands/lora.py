@@ -9,7 +9,7 @@ from wan22.bundle import open_bundle
 from wan_trt.arguments import Overwrite
 from wan_trt.console import bars, command_line, console
 
-HELP = "FILE.safetensors[@STRENGTH][:high|:low], as for wan-trt export --lora; the strength is 1 by default."
+HELP = "FILE\\[@strength][:high|:low], as for wan-trt export --lora; the strength is 1 by default."
 
 
 def apply(
