@@ -175,6 +175,8 @@ def _check_options(target: Target, options: BuildOptions) -> None:
         raise UserError(f"--topology blocks for target {target.name}", "cpu or a TensorRT target", "leave it out")
     if options.weights == "external" and runs_graphs(target.backend):
         raise UserError(f"--weights external for target {target.name}", "a TensorRT target", "leave it out")
+    if options.tf32 and runs_graphs(target.backend):
+        raise UserError(f"--tf32 for target {target.name}", "a TensorRT target", "leave it out")
     if options.timing_cache is not None and target.backend != "tensorrt":
         found = f"--timing-cache for {target.name}, whose backend {target.backend} has no timing cache"
         raise UserError(found, "a TensorRT target, such as h100", "leave it out")

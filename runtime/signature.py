@@ -69,7 +69,11 @@ def _load(path: Path, kind: str, load: Any) -> Any:
         raise UserError(f"{path} is not a file", expected, MAKE_KEYS)
     try:
         with path.open("rb") as file:
-            return load(file.read(PEM_MAX_BYTES))
+            content = file.read(PEM_MAX_BYTES)
+        return load(content)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # damaged, of another kind, or with a passphrase
+        other = "public" if kind == "private" else "private"
+        if f"{other} key-----".upper().encode() in content:
+            raise UserError(f"{path}: a {other} key", f"an Ed25519 {kind} key", MAKE_KEYS) from None
         reason = str(error).partition("\n")[0][:80]
         raise UserError(f"{path}: {reason}", f"{expected}, without a passphrase", MAKE_KEYS) from None

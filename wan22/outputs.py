@@ -36,6 +36,15 @@ def check_no_source(output: Path | None, *sources: object) -> None:
             raise UserError(f"{output} belongs to the input {source}", *REMEDY)
 
 
+def check_apart(*outputs: Path | None) -> None:
+    """Refuse two outputs with one name. Raises UserError."""
+    places: set[Path] = set()
+    for output in filter(None, outputs):
+        if output.resolve() in places:
+            raise UserError(f"{output} for two outputs", "a name for each", REMEDY[1])
+        places.add(output.resolve())
+
+
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Refuse to write more than the disk of ``folder``, which need not exist, can hold."""
     existing = next(parent for parent in folder.absolute().parents if parent.exists())

@@ -57,7 +57,7 @@ def lora_file(path: Path) -> Path:
     found = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     if len(found) != 1:
         names = ", ".join(file.name for file in found[:NAMES_SHOWN]) or "no weights"
-        raise UserError(f"LoRA {path} holds {names}", "one LoRA", "name the file, one --lora for each")
+        raise UserError(f"LoRA {path} holds {names}", "one LoRA", "name its file, and each LoRA separately")
     return found[0]
 
 

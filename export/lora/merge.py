@@ -107,16 +107,18 @@ def parse_lora(argument: str) -> LoraChoice:
     file, strength, expert = match.groups()
     if expert is not None and expert not in EXPERTS:
         raise UserError(f"LoRA {argument!r}: expert {expert!r}", "high or low", f"write {SYNTAX}")
-    return LoraChoice(Path(file), 1.0 if strength is None else _strength(argument, strength), expert)
+    value = 1.0 if strength is None else finite_strength(f"LoRA {argument!r}", strength, SYNTAX)
+    return LoraChoice(Path(file), value, expert)
 
 
-def _strength(argument: str, text: str) -> float:
+def finite_strength(found: str, text: str, syntax: str) -> float:
+    """The number in ``text``. Raises UserError, which begins with ``found``, for anything but a finite number."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"LoRA {argument!r}: strength {text!r}", "a finite number", f"write {SYNTAX}")
+        raise UserError(f"{found}: strength {text!r}", "a finite number", f"write {syntax}")
     return value
 
 

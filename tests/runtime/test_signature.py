@@ -82,6 +82,14 @@ def test_files_that_hold_no_key_are_refused(signed, tmp_path, content):
         sign(signed[0], path)
 
 
+def test_the_other_key_of_the_pair_is_named(signed, tmp_path):
+    private, public = pem(tmp_path, "pair")
+    with pytest.raises(UserError, match=r"pair\.public\.pem: a public key \| expected an Ed25519 private key \|"):
+        sign(signed[0], public)
+    with pytest.raises(UserError, match=r"pair\.pem: a private key \| expected an Ed25519 public key \|"):
+        check_signature(signed[0], private)
+
+
 def test_keys_of_another_kind_are_refused(signed, tmp_path):
     private, public = pem(tmp_path, "x", "x25519")
     with pytest.raises(UserError, match="Ed25519 public key"):

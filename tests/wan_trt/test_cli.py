@@ -1,6 +1,7 @@
 """The command line answers at once, tells bad input in one line and leaves with the right code."""
 
 import errno
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -8,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import wan_trt
 from runtime.request import Request
@@ -192,3 +194,9 @@ def test_ctrl_c_leaves_nothing_and_says_so(tmp_path, tiny_checkpoint, monkeypatc
     assert status(["export", str(tiny_checkpoint), str(tmp_path / "b"), "--precision", "fp32"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["export"], ["lora", "apply"]])
+def test_the_help_shows_how_a_lora_is_written(command):
+    shown = CliRunner().invoke(app, [*command, "--help"]).output
+    assert "[@strength][:high|:low]" in "".join(re.split(r"[\s│]+", shown))

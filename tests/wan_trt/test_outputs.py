@@ -127,6 +127,8 @@ OVER_INPUTS = {  # words after wan-trt; b and e are bundles, r a folder with the
     "triton": "triton r/engines r --overwrite",
     "kubernetes": "triton r/engines q --kubernetes r --overwrite",
     "mlperf": "mlperf r/engines -o r --overwrite --size 64x64 --frames 5",
+    "mlperf prompts": "mlperf engines -o r --prompts r/report.json --overwrite --size 64x64 --frames 5",
+    "mlperf noise": "mlperf engines -o r --noise r/frame_00000.png --overwrite --size 64x64 --frames 5",
     "validate": "validate engines c -o r --bench r/report.json",
     "bench": "bench engines --compare p -o p --only text_encoder",
     "bench manifest": "bench e -o e/bundle.json --only text_encoder",
@@ -158,6 +160,21 @@ def test_no_output_takes_the_place_of_an_input(words, mixed, monkeypatch, capsys
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
     assert "an output apart from the inputs" in refused(capsys, *words.split())
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "client localhost:1 a -o q.png --preview ./q.png --frames 1",
+        "bench engines --sweep frames --values 5,9 --plot p.html -o p.html",
+        "calibrate b s --means ./s --prompts p",
+    ],
+)
+def test_two_outputs_have_two_names(words, mixed, monkeypatch, capsys):
+    monkeypatch.chdir(mixed)
+    before = set(mixed.rglob("*"))
+    assert "for two outputs | expected a name for each" in refused(capsys, *words.split())
+    assert set(mixed.rglob("*")) == before
 
 
 def test_links_to_an_input_count_as_the_input_and_new_names_in_its_folder_do_not(tmp_path):

@@ -12,7 +12,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import whole_file
-from wan22.outputs import check_no_source
+from wan22.outputs import check_apart, check_no_source
 from wan_trt import arguments as given
 from wan_trt import cache_options
 from wan_trt.console import bars, command_line, console
@@ -54,8 +54,10 @@ def run(
     values: Annotated[str | None, typer.Option(help="Values of the sweep: 5,9,17 or 256x160,512x320.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Plot of the sweep, .png or .html.")] = None,
     triton: Annotated[bool, typer.Option("--triton", help="Measure a server's overhead instead.")] = False,
-    topology: given.Topology = "owner",
-    cancels: Annotated[int, typer.Option(min=1, help="Jobs to cancel with --triton.")] = 10,
+    topology: Annotated[
+        Literal["owner", "bls"] | None, typer.Option(help="Of the server with --triton; by default owner.")
+    ] = None,
+    cancels: Annotated[int | None, typer.Option(min=1, help="Jobs to cancel with --triton; by default 10.")] = None,
     output: Json = None,
     **shared: Any,
 ) -> int:
@@ -73,11 +75,12 @@ def run(
     if list_gates:
         return _list_gates(engines)
     _check(locals())
+    check_apart(output, plot)
     to_stdout = str(output) == "-" or not sys.stdout.isatty()
     in_file = output is not None and str(output) != "-"
     with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
         if triton:
-            found, passed = _served(engines, options, runs, topology, cancels, gate)
+            found, passed = _served(engines, options, runs, topology or "owner", cancels or 10, gate)
         elif sweep is not None:
             found, passed = _swept(engines, checkpoint, sweep, values, options, plot)
         else:
@@ -106,6 +109,8 @@ def _check(asked: Mapping[str, Any]) -> None:
         raise UserError("--values or --plot", "a sweep to apply them to", "add --sweep frames, size or steps")
     if sweep is not None and (asked["gate"] or asked["compare"]):
         raise UserError("--sweep with --gate or --compare", "one of them", alone)
+    if not asked["triton"] and (asked["topology"] or asked["cancels"]):
+        raise UserError("--topology or --cancels", "a server to measure", "add --triton")
     if asked["triton"] and (asked["checkpoint"] or sweep or asked["compare"]):
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", alone)
     if asked["request"].cache is not None and (asked["triton"] or sweep is not None):

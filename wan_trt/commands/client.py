@@ -11,7 +11,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import Claim, claim_file
-from wan22.outputs import check_no_source
+from wan22.outputs import check_apart, check_no_source
 from wan22.progress import Progress
 from wan22.quantities import video_text
 from wan22.specs import TEXT_TOKENS
@@ -55,6 +55,7 @@ def run(
     from triton_repo.wire import cache_inputs, content_of
 
     check_destination(output, frames or 1)
+    check_apart(output, preview)
     for path in (output, preview):
         check_no_source(path, image, last_image, cache_options.skip_steps_file(shared["skip_steps"]))
     caching = Request(cache=cache_options.caching_from(locals() | shared))

@@ -42,9 +42,7 @@ InputScales = Annotated[Path | None, typer.Option(help="JSON of static FP8 scale
 InputMeans = Annotated[
     Path | None, typer.Option(help="Means from wan-trt calibrate --means: smaller FP8 errors at the same speed.")
 ]
-Loras = Annotated[
-    list[str] | None, typer.Option(help="LoRA to merge, FILE.safetensors[@strength][:high|:low]; repeatable.")
-]
+Loras = Annotated[list[str] | None, typer.Option(help="LoRA to merge, FILE\\[@strength][:high|:low]; repeatable.")]
 IgnoreUnmatched = Annotated[
     bool, typer.Option("--lora-ignore-unmatched", help="Drop LoRA keys without a matching weight in the model.")
 ]

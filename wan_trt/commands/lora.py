@@ -5,22 +5,29 @@ from typing import Annotated
 
 import typer
 
+from wan22.bundle import open_bundle
 from wan_trt.arguments import Overwrite
 from wan_trt.console import bars, command_line, console
+
+HELP = "FILE\\[@strength][:high|:low], as for wan-trt export --lora; the strength is 1 by default."
 
 
 def apply(
     engines: Annotated[Path, typer.Argument(help="Engines built with --weights external.", show_default=False)],
-    lora: Annotated[list[str], typer.Argument(metavar="FILE...", help="FILE.safetensors[@strength][:high|:low]")],
+    lora: Annotated[list[str], typer.Argument(metavar="FILE...", help=HELP)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the engines with the LoRAs to.")],
     checkpoint: Annotated[str | None, typer.Option(help="The checkpoint, if it has moved since the export.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Merge LoRAs into the weights of engines without compiling again."""
+    """Merge LoRAs into the weights of engines without compiling again; they replace LoRAs that the engines have."""
     from export.lora.merge import parse_lora
     from wan_trt.recipes.apply_lora import ApplyOptions, apply_lora
 
+    earlier = open_bundle(engines, "engines").manifest.loras
     options = ApplyOptions(checkpoint, overwrite, command_line())
     with bars() as progress:
         apply_lora(engines, output, tuple(map(parse_lora, lora)), options, progress)
     console.print(f"{len(lora)} LoRA(s) merged: {output}")
+    if earlier:
+        replaced = ", ".join(f"{Path(each.file).name}@{each.strength:g}" for each in earlier)
+        console.print(f"replaces: {replaced}", highlight=False)

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from wan22.errors import UserError
+from wan22.outputs import check_no_source
 from wan_trt import arguments as given
 from wan_trt.console import bars, command_line, console
 
@@ -22,10 +24,12 @@ def run(
     scenario: Annotated[
         Literal["SingleStream", "Offline"], typer.Option(help="One sample after the other, or all at once.")
     ] = "SingleStream",
-    samples: Annotated[int, typer.Option(help="Samples to measure at least.", min=1)] = 1,
+    samples: Annotated[int | None, typer.Option(help="Samples to measure at least; by default 1.", min=1)] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; by default four built-in ones.")] = None,
     accuracy: Annotated[bool, typer.Option("--accuracy", help="Make every prompt once; measure nothing.")] = False,
-    min_duration_s: Annotated[float, typer.Option(help="Seconds that a run lasts at least.", min=0)] = 0,
+    min_duration_s: Annotated[
+        float | None, typer.Option(help="Seconds that a run lasts at least; by default 0.", min=0)
+    ] = None,
     audit: Annotated[Path | None, typer.Option(help="The audit.config of a compliance test.")] = None,
     size: given.Size = None,
     frames: given.Frames = None,
@@ -37,11 +41,15 @@ def run(
     overwrite: given.Overwrite = False,
 ) -> int:
     """Measure engines with MLPerf's LoadGen, in the setting of its text-to-video benchmark; no submission by itself."""
+    check_no_source(output, engines, prompts, noise, audit)
     request = given.request_from(locals())
     from runtime.prompts import read_prompts
     from wan_trt.recipes.mlperf import MlperfOptions, check_options, run_mlperf
 
-    options = MlperfOptions(scenario, samples, accuracy, min_duration_s, audit, overwrite, command_line())
+    if accuracy and (samples is not None or min_duration_s is not None):
+        found = "--accuracy with --samples or --min-duration-s"
+        raise UserError(found, "an accuracy run, which makes every prompt once", "leave them out")
+    options = MlperfOptions(scenario, samples or 1, accuracy, min_duration_s or 0.0, audit, overwrite, command_line())
     check_options(options)
     texts = [prompt.text for prompt in read_prompts(prompts, "no")] if prompts else list(PROMPTS)
     with bars() as progress:

@@ -35,7 +35,7 @@ from wan22.bundle import Bundle, Component, Manifest, file_entry, open_bundle, w
 from wan22.errors import UserError
 from wan22.files import whole_file
 from wan22.onnx_file import check_graphs
-from wan22.outputs import check_no_source
+from wan22.outputs import check_apart, check_no_source
 from wan22.progress import Progress, silent
 from wan22.quantities import counted
 from wan22.residency import ONE_EXPERT, ResidencyChoice
@@ -96,8 +96,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
         if path.exists() and not options.overwrite:
             raise UserError(f"{path} exists", "a new file", "choose another or add --overwrite")
         check_no_source(path, bundle, options.prompts)
-    if out == options.means:
-        raise UserError(f"{out} for scales and means", "a file for each", "name another with --means")
+    check_apart(out, options.means)
     source = open_bundle(bundle, "graphs")
     spec = source.manifest.spec
     check_graphs(source)

@@ -8,6 +8,7 @@ accuracy run whose videos VBench judges, compliance tests and a review. The fold
 """
 
 import json
+import re
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,6 +38,10 @@ Scenario = Literal["SingleStream", "Offline"]
 PROMPTS, STEPS, VIDEO, MIN_DURATION_S, SEED = 248, 20, (1280, 720, 81), 600, 42  # of the benchmark
 SUMMARY, SETTINGS = "mlperf_log_summary.txt", "mlperf.json"
 ALMOST_NO_RATE = 1e-6  # samples a second: the number of samples decides how long a run is
+MOST_SAMPLES, MOST_SECONDS = 1_000_000, 86_400  # LoadGen plans every sample in memory, with about 460 bytes each
+FASTEST_SAMPLE_NS = 1_000_000  # LoadGen plans a sample for each of these in the duration
+AUDIT_BYTES = 1024 * 1024
+AUDIT_LINE = re.compile(r"^[ \t]*[^\s.#]+\.[^\s.]+\.[^\s.]+[ \t]+=[ \t]+\S", re.MULTILINE)  # *.*.mode = 2
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,8 @@ def _test_settings(loadgen: Any, options: MlperfOptions) -> Any:
     settings.min_duration_ms = round(1000 * options.min_duration_s)
     settings.min_query_count = options.samples
     settings.offline_expected_qps = ALMOST_NO_RATE
+    at_most = round(1e9 * options.min_duration_s / MOST_SAMPLES)
+    settings.single_stream_expected_latency_ns = max(FASTEST_SAMPLE_NS, at_most)
     return settings
 
 
@@ -194,7 +201,8 @@ def _lacks(bundle: Bundle, request: Request, prompts: int, options: MlperfOption
     checks = {
         f"the model t2v-a14b, not {spec.name}": spec.name == "t2v-a14b",
         f"a video of 1280x720, 81 frames, not {video[0]}x{video[1]}, {video[2]}": video == VIDEO,
-        f"{STEPS} steps, not {request.steps}": request.steps in (None, STEPS) and request.preset == "mlperf",
+        f"the preset mlperf, not {request.preset or 'the default'}": request.preset == "mlperf",
+        f"{STEPS} steps, not {request.steps}": request.steps in (None, STEPS),
         f"its {PROMPTS} prompts, not {prompts}": prompts == PROMPTS,
         "its fixed latent (--noise)": request.noise is not None,
         f"a duration of {MIN_DURATION_S} s": options.accuracy or options.min_duration_s >= MIN_DURATION_S,
@@ -231,8 +239,18 @@ def _version() -> str:
 
 
 def check_options(options: MlperfOptions) -> None:
-    """Raises UserError for numbers that LoadGen does not take and for a missing audit file."""
-    if options.samples < 1:
-        raise UserError(f"{options.samples} samples", "at least 1", "use more --samples")
-    if options.audit is not None and not options.audit.is_file():
+    """Raises UserError for numbers that LoadGen does not take and for an audit file without a setting."""
+    if not 1 <= options.samples <= MOST_SAMPLES:
+        raise UserError(f"{options.samples} samples", f"1 to {MOST_SAMPLES}", "choose another --samples")
+    if not 0 <= options.min_duration_s <= MOST_SECONDS:
+        found = f"a duration of {options.min_duration_s:g} s"
+        raise UserError(found, f"0 to {MOST_SECONDS} s", "choose another --min-duration-s")
+    if options.audit is None:
+        return
+    if not options.audit.is_file():
         raise UserError(f"{options.audit}: no such file", "the audit.config of a test", "name another")
+    with options.audit.open("rb") as file:
+        content = file.read(AUDIT_BYTES).decode(errors="replace")
+    if not AUDIT_LINE.search(content):
+        found = f"{options.audit}: no line such as '*.*.mode = 2'"
+        raise UserError(found, "the audit.config of a test", "name another")

@@ -72,6 +72,14 @@ def test_what_a_target_cannot_do_is_told_before_any_work(tmp_path, bundle_of, op
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_tf32_for_a_target_without_tensorrt_is_refused(tmp_path, bundle_of, target):
+    bundle = bundle_of("t2v-a14b-tiny", Precision.FP32 if target == "cpu" else Precision.BF16)
+    with pytest.raises(UserError, match=f"--tf32 for target {target}"):
+        build_engines(bundle, tmp_path / "engines", BuildOptions(target, tf32=True))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_size_for_the_cpu_is_refused(tmp_path, tiny_bundle):
     with pytest.raises(UserError, match="its engines take every size"):
         build_engines(tiny_bundle, tmp_path / "engines", BuildOptions("cpu", size="64x64"))

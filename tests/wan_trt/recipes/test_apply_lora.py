@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from engines.build import BuildOptions, build_engines
 from export.exporter import export_checkpoint
+from export.lora.file import lora_file
 from export.lora.merge import LoraChoice
 from export.options import ExportOptions
 from wan22.bundle import open_bundle
@@ -68,6 +69,12 @@ def test_a_lora_that_outgrows_the_scales_of_the_engine_is_refused(tmp_path, tiny
     assert not (tmp_path / "new").exists()
 
 
+def test_a_folder_that_is_no_lora_is_refused_without_an_option_that_lora_apply_lacks(tmp_path):
+    with pytest.raises(UserError, match=r"no weights \| expected one LoRA \| name its file") as error:
+        lora_file(tmp_path)
+    assert "--lora" not in str(error.value)
+
+
 def test_engines_with_their_weights_inside_are_refused(tmp_path, tiny_engines):
     with pytest.raises(UserError, match="has embedded weights"):
         apply_lora(tiny_engines, tmp_path / "new", [LoraChoice(tmp_path / "style.safetensors")])
@@ -92,3 +99,8 @@ def test_loras_make_new_files_of_blocks_as_a_build_of_them_would(tmp_path, tiny_
     applied, styled = (open_bundle(tmp_path / name, "engines", full_check=True) for name in ("applied", "styled/e"))
     for name in sorted(experts):
         assert applied.component(name).weights[1].sha256 == styled.component(name).weights[1].sha256
+    words = ["lora", "apply", str(applied.folder), f"{lora}@0.5", "-o", str(tmp_path / "again")]
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 0, told.output
+    assert "replaces: style.safetensors@1\n" in told.output
+    assert [each.strength for each in open_bundle(tmp_path / "again", "engines").manifest.loras] == [0.5]

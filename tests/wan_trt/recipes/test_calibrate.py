@@ -180,7 +180,7 @@ def test_files_without_prompts(tmp_path, tiny_bundle, content, told):
     [
         ("file/s.json", "m", r"scales .*s\.json: Not a directory"),
         ("s.json", "file/m", "means .*m: Not a directory"),
-        ("s", "s", "s for scales"),
+        ("s", "s", "s for two outputs"),
     ],
 )
 def test_places_that_will_not_do_are_told_before_anything_is_built(tmp_path, tiny_bundle, prompts, out, means, told):

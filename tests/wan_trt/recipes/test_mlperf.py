@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -95,11 +97,45 @@ def test_without_loadgen_one_line_says_what_to_install(tmp_path, tiny_engines, m
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(MlperfOptions(samples=0), "0 samples"), (MlperfOptions(audit=mlperf.Path("/no/audit.config")), "no such file")],
+    [
+        (MlperfOptions(samples=0), "0 samples"),
+        (MlperfOptions(samples=1_000_001), "1000001 samples | expected 1 to 1000000"),
+        (MlperfOptions(samples=10**20), "samples"),
+        (MlperfOptions(min_duration_s=float("inf")), "a duration of inf s | expected 0 to 86400 s"),
+        (MlperfOptions(min_duration_s=float("nan")), "a duration of nan s"),
+        (MlperfOptions(min_duration_s=1e300), "a duration of 1e+300 s"),
+        (MlperfOptions(audit=mlperf.Path("/no/audit.config")), "no such file"),
+    ],
 )
 def test_options_that_loadgen_does_not_take_are_refused(options, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=re.escape(words)):
         mlperf.check_options(options)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff" * 99, b"mode = 2\n", b"# *.*.mode = 2\n", b"*.*.mode=2\n"])
+def test_an_audit_file_has_a_setting_in_loadgens_form(tmp_path, content):
+    audit = tmp_path / "audit.config"
+    audit.write_bytes(content)
+    with pytest.raises(UserError, match=r"no line such as '\*\.\*\.mode = 2'"):
+        mlperf.check_options(MlperfOptions(audit=audit))
+    audit.write_bytes(b"# TEST04\n*.*.mode = 2\r\n" + content)
+    mlperf.check_options(MlperfOptions(audit=audit))
+
+
+@pytest.mark.parametrize("option", ["--samples", "--min-duration-s"])
+def test_an_accuracy_run_takes_no_samples_and_no_duration(tmp_path, tiny_engines, option):
+    words = ["mlperf", str(tiny_engines), "-o", str(tmp_path / "run"), "--accuracy", option, "5"]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert "--accuracy with --samples or --min-duration-s" in str(refused.exception) + refused.output
+    assert not list(tmp_path.iterdir())
+
+
+@LOADGEN
+@pytest.mark.parametrize("options", [MlperfOptions(min_duration_s=86_400), MlperfOptions(samples=1_000_000)])
+def test_the_longest_runs_fit_into_memory(tmp_path, tiny_engines, options):
+    with pytest.raises(UserError, match="text that UTF-8 can hold"):
+        run_mlperf(tiny_engines, tmp_path / "run", ["\ud800"], SMALL, options)
 
 
 def test_the_setting_of_the_benchmark_lacks_nothing_but_the_accuracy_run():
@@ -107,3 +143,7 @@ def test_the_setting_of_the_benchmark_lacks_nothing_but_the_accuracy_run():
     request = Request(size=(1280, 720), frames=81, preset="mlperf", seed=42, noise=object())
     lacks = mlperf._lacks(bundle, request, 248, MlperfOptions(min_duration_s=600))
     assert lacks == ["an accuracy run, judged by VBench"]
+    official = mlperf._lacks(bundle, replace(request, preset="official", steps=20), 248, MlperfOptions(accuracy=True))
+    assert official == ["the preset mlperf, not official"]
+    quick = mlperf._lacks(bundle, replace(request, steps=4), 248, MlperfOptions(accuracy=True))
+    assert quick == ["20 steps, not 4"]

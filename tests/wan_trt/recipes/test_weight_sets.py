@@ -105,12 +105,15 @@ def test_external_weights_are_those_of_lora_apply(external_engines, loras, tmp_p
 
 
 def test_a_name_has_a_file_an_expert_and_a_strength():
-    named = parse_named(["a=x.safetensors", "b=x.safetensors:high:0.5", "b=y.safetensors:low_noise", "c=z.pt:low:2"])
+    named = parse_named(
+        ["a=x.safetensors", "b=x.safetensors:high:0.5", "b=y.safetensors:low_noise", "c=z.pt:low:2", "d=folder::0.5"]
+    )
     files = {name: [(str(c.path), c.expert, c.strength) for c in choices] for name, choices in named.items()}
     assert files == {
         "a": [("x.safetensors", None, 1.0)],
         "b": [("x.safetensors", "high", 0.5), ("y.safetensors", "low", 1.0)],
         "c": [("z.pt", "low", 2.0)],
+        "d": [("folder", None, 0.5)],
     }
 
 
@@ -120,6 +123,24 @@ def test_a_name_has_a_file_an_expert_and_a_strength():
 def test_other_names_files_and_strengths_are_refused(argument):
     with pytest.raises(UserError):
         parse_named([argument])
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("x=style.safetensors:mid:1", "expert 'mid' | expected high or low"),
+        ("x=style.safetensors:High", "expert 'High' | expected high or low"),
+        ("x=style.safetensors:0.5", "expert '0.5' | expected high or low"),
+        ("x=style.safetensors:high:nan", "strength 'nan' | expected a finite number"),
+        ("x=style.safetensors@0.5:high", "'@' after the file"),
+        ("x=style.safetensors@0.5", "'@' after the file"),
+    ],
+)
+def test_an_error_quotes_the_argument_and_its_syntax(argument, words):
+    with pytest.raises(UserError) as error:
+        parse_named([argument])
+    assert f"--lora {argument!r}: {words}" in str(error.value)
+    assert "NAME=FILE[:EXPERT[:STRENGTH]]" in str(error.value)
 
 
 def test_embedded_weights_of_a_gpu_are_refused(external_engines, loras, tmp_path, monkeypatch):
