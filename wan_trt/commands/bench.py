@@ -75,7 +75,6 @@ def run(
     if list_gates:
         return _list_gates(engines)
     _check(locals())
-    check_apart(output, plot)
     to_stdout = str(output) == "-" or not sys.stdout.isatty()
     in_file = output is not None and str(output) != "-"
     with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
@@ -115,6 +114,7 @@ def _check(asked: Mapping[str, Any]) -> None:
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", alone)
     if asked["request"].cache is not None and (asked["triton"] or sweep is not None):
         raise UserError("a step cache with --triton or --sweep", "a bench of engines", alone)
+    check_apart(asked["output"], asked["plot"])
     sources = [asked[name] for name in ("engines", "gate", "compare", "image")]
     for path in (asked["output"], asked["plot"]):
         if path is not None and not path.is_dir():  # a folder is refused by its type later
