@@ -35,7 +35,7 @@ from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
 from wan22.residency import ResidencyChoice
 
-CANCEL_AFTER, CANCEL_STEPS = 5, 100
+CANCEL_AFTER, CANCEL_STEPS = 5, 1000  # the most that a run can have: the cancellation always comes before its end
 RUNS, STEPS = 10, 10
 POLL_S = 0.002
 
@@ -171,7 +171,9 @@ def _start_server(
 ) -> Iterator[Server]:
     """Start a server of ``engines`` on free loopback ports; yields it with a client when it is ready."""
     repository = folder / "repository"
-    settings = RepositoryOptions(topology=options.topology, residency=options.residency)
+    settings = RepositoryOptions(
+        topology=options.topology, limits={"max_steps": CANCEL_STEPS}, residency=options.residency
+    )
     written = write_repository(engines, repository, settings)
     variant = CPU if options.topology == "bls" and not is_for_gpu(written.bundle) else ""
     http, grpc, metrics = free_ports(3)
