@@ -54,7 +54,7 @@ def run(
     from runtime.pipeline import Pipeline
     from runtime.video import QUALITY
 
-    listed = cache_options.skip_steps_file(shared["skip_steps"])
+    listed = cache_options.skip_steps_file(shared.get("skip_steps"))
     check_no_source(output, noise, again, image, last_image, listed)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)

@@ -79,7 +79,7 @@ def run(
 
     reports = [output / f"report.{ending}" for ending in ("json", "xml", "md", "html")]
     for path in (*reports, None if calls is None else calls / "calls"):
-        check_no_source(path, cache_options.skip_steps_file(shared["skip_steps"]))
+        check_no_source(path, cache_options.skip_steps_file(shared.get("skip_steps")))
     if official and official_repo is not None:
         raise UserError("both --official and --official-repo", "one of them", "leave one out")
     if official:
