@@ -119,3 +119,26 @@ def test_a_picture_of_somebody_else_is_refused(tmp_path, text):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=tags)
     with pytest.raises(UserError, match="no settings in its metadata"):
         read_recipe(tmp_path / "a.png")
+
+
+def test_it_is_not_made_again_by_another_model(tiny_engines, flow_of, tmp_path):
+    run("generate", tiny_engines, "red", "-o", tmp_path / "a.png", "--size", "64x48", "--frames", "1", "--steps", "1")
+    other = flow_of("ti2v-5b-tiny").engines
+    told = run("generate", other, "--again", tmp_path / "a.png", "-o", tmp_path / "b.png", code=2)
+    assert "was made by t2v-a14b-tiny" in told
+
+
+def test_a_quality_that_cannot_be_is_refused_before_the_work(tiny_engines, tmp_path):
+    told = run("generate", tiny_engines, "red", "-o", tmp_path / "a.mp4", *SMALL, "--quality", "11", code=2)
+    assert "quality 11 | expected 1 to 10" in told
+    assert "denoise" not in told
+
+
+def test_a_plan_takes_the_precision_of_its_target():
+    assert "t2v-a14b-tiny, fp32, for cpu" in run("plan", "t2v-a14b-tiny", "--target", "cpu")
+
+
+def test_a_later_part_of_a_file_of_weights_is_named_for_what_it_is(tmp_path):
+    part = tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors"
+    part.write_bytes(b"")
+    assert "part 2 of 3 of one file of weights" in run("inspect", part)
