@@ -1,8 +1,7 @@
 """Named sets of the experts' weights beside those of a bundle: the same engines with other LoRAs.
 
 A set is a bundle that holds the experts alone, made by :mod:`wan_trt.recipes.weight_sets`. One set is in use at a time.
-Engines with external weights keep their plan and bind other weights; a graph for
-ONNX Runtime is opened again.
+Engines with external weights keep their plan and bind other weights; a graph for ONNX Runtime is opened again.
 """
 
 from collections.abc import Mapping
