@@ -23,6 +23,7 @@ from wan22.external_layout import BlockLayout, Place
 from wan22.parts import DitSpec
 from wan22.shapes import Profile
 
+TIMES_KEPT = 256  # rows of time, unless one schedule has more
 PROMPTS_KEPT = 2  # the prompt and the negative prompt, which alternate
 V_NORMS = "self_attn.v_norms"
 
@@ -90,9 +91,12 @@ class BlockTransformer:
     def prepare(self, time_features: F32) -> None:
         """Compute the time rows of a whole schedule, ``[rows, 256]``, in one call, and free the weights for it."""
         device, stage = self._shared.device, self._stages["time"]
-        new = {row.tobytes(): row for row in time_features if row.tobytes() not in self._times}
+        asked = {row.tobytes(): row for row in time_features}
+        new = {key: row for key, row in asked.items() if key not in self._times}
         if not new:
             return
+        if len(self._times) + len(new) > TIMES_KEPT:  # a server meets many schedules
+            self._times = {key: rows for key, rows in self._times.items() if key in asked}
         features = device.put(np.stack(list(new.values())))
         made = {tensor.name: device.empty(tensor, steps=len(new)) for tensor in stage.outputs}
         device.run("time", {"time_features": features}, made, self._end_weights("time"))

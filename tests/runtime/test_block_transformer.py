@@ -115,6 +115,17 @@ def test_a_pipeline_makes_the_same_video_from_disk_and_prepares_its_steps_once(b
     assert np.array_equal(*latents)
 
 
+def test_many_schedules_do_not_fill_the_memory(opened, monkeypatch):
+    monkeypatch.setattr("runtime.block_transformer.TIMES_KEPT", 3)
+    backend, bundle = opened("t2v-a14b-tiny")
+    with backend.new_engine(bundle.component("high_noise")) as engine:
+        rows = np.random.default_rng(0).random((6, SPECS["t2v-a14b-tiny"].dit.freq_width), np.float32)
+        for first in range(4):
+            asked = rows[first : first + 3]
+            engine.prepare(asked)
+            assert engine._times.keys() == {row.tobytes() for row in asked}
+
+
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_loaded(blocks_of):
     with Pipeline.open(blocks_of("t2v-a14b-tiny"), blocks=BlockOptions(vram=2.0**20)) as pipeline:
         request = pipeline.complete(Request("a cat", size=(64, 64), frames=5))
