@@ -19,6 +19,7 @@ from runtime.solver import make_solver
 from runtime.step_cache import StepCache
 from wan22.caching import Caching
 from wan22.errors import UserError, warn_once
+from wan22.looks import with_terms
 from wan22.quantities import counted
 from wan22.residency import Video
 from wan22.sampling import NEGATIVE_PROMPT, PRESETS, Convention, SamplingSpec, SolverName
@@ -55,6 +56,7 @@ class Request:
     schedule: Convention | None = None
     cache: Caching | None = None  # estimates in place of transformer calls; needs 10 steps and a model not distilled
     lora: str | None = None  # a weight set of the pipeline; None means the bundle's own weights
+    terms: tuple[str, ...] = ()  # looks and terms of wan22.looks, put in front of the prompt
 
     def shape(self, spec: ModelSpec, usual: Video | None = None) -> Video:
         """The requested width, height and frames, before an image's aspect ratio applies; defaults from ``usual``."""
@@ -85,7 +87,7 @@ class Request:
             width, height = video_size(spec, image.size, asked_size, self.fit, exact_official=self.exact_official)
         latent_shape = spec.latent_shape(width, height, frames)
         complete = CompleteRequest(
-            prompt=self.prompt,
+            prompt=with_terms(self.prompt, self.terms, image=image is not None),
             negative_prompt=_or(self.negative_prompt, _or(sampling.negative_prompt, NEGATIVE_PROMPT)),
             width=width,
             height=height,

@@ -15,6 +15,7 @@ from wan22.errors import UserError
 from wan22.quantities import parse_bytes
 from wan22.shapes import parse_size
 from wan_trt.cache_options import caching_from
+from wan_trt.look_options import terms_from
 
 if TYPE_CHECKING:
     from runtime.arrays import F32
@@ -118,6 +119,7 @@ GROUPS = {
         "negative_prompt", "preset", "steps", "seed", "noise", "shift", "solver", "schedule", "boundary",
         "guidance", "guidance_high_noise", "guidance_low_noise",
     ),
+    "Look": ("look", "style", "time", "light", "tone", "shot", "composition", "lens", "angle", "movement"),
     "Step cache": (
         "cache", "cache_threshold", "first_exact", "last_exact", "max_consecutive", "skip_steps", "reuse", "late_cfg",
     ),
@@ -247,6 +249,7 @@ def request_from(options: Mapping[str, Any]) -> "Request":
             "guidance": {name: scale for name, scale in by_expert.items() if scale is not None},
             "guidance_scale": options.get("guidance"),
             "cache": caching_from(options) if "cache" in options else None,
+            "terms": terms_from(options),
         }
     )
 

@@ -22,6 +22,7 @@ from wan_trt.commands import (
     export,
     generate,
     inspect,
+    looks,
     lora,
     mlperf,
     plan,
@@ -38,7 +39,7 @@ HELP = {"help_option_names": ["-h", "--help"]}
 GROUPS = {
     "Make": (synth, export, calibrate, build),
     "Run": (generate, demo),
-    "Check": (plan, presets, inspect, validate, bench, mlperf),
+    "Check": (plan, presets, looks, inspect, validate, bench, mlperf),
     "Serve": (triton, serve, client),
 }
 

@@ -10,7 +10,7 @@ from wan22.errors import UserError
 from wan22.outputs import check_no_source
 from wan22.quantities import human_bytes, video_text
 from wan_trt import arguments as given
-from wan_trt import cache_options
+from wan_trt import cache_options, look_options
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from runtime.request import Request
 
 
-@given.with_options(given.SAMPLING, cache_options.OPTIONS)
+@given.with_options(given.SAMPLING, cache_options.OPTIONS, look_options.OPTIONS)
 def run(
     engines: given.Engines,
     output: Annotated[
