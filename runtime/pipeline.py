@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -244,8 +244,10 @@ class Pipeline:
         latents = encode(self.on_call("vae_encoder_first"), following, video)
         return {"condition": i2v_condition(latents, has_last=last is not None)}
 
-    def denoise(self, request: CompleteRequest) -> Iterator[Step]:
+    def denoise(self, request: CompleteRequest) -> Generator[Step, F32 | None, None]:
         """Run the sampler and yield after every step; the last step carries the clean latents.
+
+        Latents that the caller sends replace those of the step.
 
         Raises:
             UserError: before any work, if the engines were not built for the video or it does not fit into memory.

@@ -149,8 +149,9 @@ def test_the_commands_of_a_page_run_in_order(page, script, prepared, monkeypatch
 @pytest.mark.parametrize(("page", "script"), [block for block in blocks("python") if block[0] != "serving.md"])
 def test_the_python_of_a_page_runs(page, script, prepared, monkeypatch):
     monkeypatch.chdir(prepared)
-    for name in ("onnx", "engines"):
-        shutil.rmtree(prepared / name)
+    for name, maker in (("onnx", "export_checkpoint"), ("engines", "build_engines")):
+        if maker in script:
+            shutil.rmtree(prepared / name)
     exec(compile(script, page, "exec"), {})
 
 
