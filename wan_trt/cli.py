@@ -13,6 +13,7 @@ import wan_trt
 from wan22.errors import UserError
 from wan_trt.arguments import with_groups
 from wan_trt.commands import (
+    batch,
     bench,
     build,
     bundle,
@@ -38,7 +39,7 @@ from wan_trt.guard import guard
 HELP = {"help_option_names": ["-h", "--help"]}
 GROUPS = {
     "Make": (synth, export, calibrate, build),
-    "Run": (generate, demo),
+    "Run": (generate, batch, demo),
     "Check": (plan, presets, looks, inspect, validate, bench, mlperf),
     "Serve": (triton, serve, client),
 }
