@@ -25,7 +25,7 @@ def run(
     server: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="A Triton server; repeat for several.")
     ] = None,
-    model: given.ServedName = "wan22",
+    model: Annotated[str, typer.Option(help="Name of the served model.")] = "wan22",
     residency: given.Residency = "auto",
 ) -> int:
     """Render many prompts; run it again to make what is missing."""
