@@ -57,6 +57,8 @@ class Request:
     cache: Caching | None = None  # estimates in place of transformer calls; needs 10 steps and a model not distilled
     lora: str | None = None  # a weight set of the pipeline; None means the bundle's own weights
     terms: tuple[str, ...] = ()  # looks and terms of wan22.looks, put in front of the prompt
+    written: str = ""  # what the user wrote, where ``prompt`` was rewritten by :mod:`runtime.extend`
+    extended_by: str = ""  # the model that rewrote it, and its host
 
     def shape(self, spec: ModelSpec, usual: Video | None = None) -> Video:
         """The requested width, height and frames, before an image's aspect ratio applies; defaults from ``usual``."""

@@ -15,7 +15,7 @@ from wan22.errors import UserError
 from wan22.quantities import parse_bytes
 from wan22.shapes import parse_size
 from wan_trt.cache_options import caching_from
-from wan_trt.look_options import terms_from
+from wan_trt.prompt_options import terms_from
 
 if TYPE_CHECKING:
     from runtime.arrays import F32
@@ -120,6 +120,7 @@ GROUPS = {
         "guidance", "guidance_high_noise", "guidance_low_noise",
     ),
     "Look": ("look", "style", "time", "light", "tone", "shot", "composition", "lens", "angle", "movement"),
+    "Prompt": ("extend", "extend_model", "extend_language", "extend_required"),
     "Step cache": (
         "cache", "cache_threshold", "first_exact", "last_exact", "max_consecutive", "skip_steps", "reuse", "late_cfg",
     ),

@@ -10,7 +10,7 @@ from wan22.errors import UserError
 from wan22.outputs import check_no_source
 from wan22.quantities import human_bytes, video_text
 from wan_trt import arguments as given
-from wan_trt import cache_options, look_options
+from wan_trt import cache_options, prompt_options
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from runtime.request import Request
 
 
-@given.with_options(given.SAMPLING, cache_options.OPTIONS, look_options.OPTIONS)
+@given.with_options(given.SAMPLING, cache_options.OPTIONS, prompt_options.OPTIONS, prompt_options.EXTENSION)
 def run(
     engines: given.Engines,
     output: Annotated[
@@ -61,6 +61,7 @@ def run(
     blocks = given.blocks_options(weights_in, vram)
     opened = Pipeline.open(engines, residency=residency, once=True, tell=console.print, blocks=blocks)
     with opened as pipeline, bars() as progress:
+        request = prompt_options.extended_request(shared, request, pipeline)
         encoding = Encoding(fps, QUALITY if quality is None else quality, overwrite)
         result = generate(pipeline, request, output, encoding, progress=progress)
     if verbose:
