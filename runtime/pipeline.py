@@ -244,10 +244,11 @@ class Pipeline:
         latents = encode(self.on_call("vae_encoder_first"), following, video)
         return {"condition": i2v_condition(latents, has_last=last is not None)}
 
-    def denoise(self, request: CompleteRequest) -> Generator[Step, F32 | None, None]:
+    def denoise(self, request: CompleteRequest, steps: range | None = None) -> Generator[Step, F32 | None, None]:
         """Run the sampler and yield after every step; the last step carries the clean latents.
 
-        Latents that the caller sends replace those of the step.
+        Latents that the caller sends replace those of the step. ``steps`` limits the run to a part, for which the
+        request's noise is the latents before its first step.
 
         Raises:
             UserError: before any work, if the engines were not built for the video or it does not fit into memory.
@@ -259,7 +260,8 @@ class Pipeline:
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None
         given = Conditions(positive, negative, **self.image_condition(request))
         self._begin(*self.spec.experts)
-        spec, sampler = request.with_switch(self.spec), request.sampler(self.spec)
+        whole = request.with_switch(self.spec), request.sampler(self.spec)
+        spec, sampler = whole if steps is None else request.part(self.spec, steps)
         yield from denoise(spec, self.engine, request.initial_noise(), given, sampler)
 
     def decode(self, latents: F32) -> Iterator[F32]:

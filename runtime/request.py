@@ -254,10 +254,7 @@ class CompleteRequest:
         return [switched.expert_at(t, step) for step, t in enumerate(self.noise_schedule().timesteps.tolist())]
 
     def as_decided(self, skipped: Sequence[int], late: Sequence[int]) -> "CompleteRequest":
-        """The request with the decisions of its cache in a run as lists, which repeat that run exactly.
-
-        ``skipped`` are the steps without a forward, ``late`` those with an extrapolated guidance.
-        """
+        """The request with its cache as the lists of a run, which repeat it: steps skipped, guidance extrapolated."""
         if self.cache is None:
             return self
         skip_steps = tuple(skipped) if self.cache.skips else None
@@ -274,6 +271,23 @@ class CompleteRequest:
             experts = self.experts(spec)
             cache = StepCache(self.cache, sigmas, experts, unguided=unguided, clean_first_frame=keeps_first)
         return Sampler(schedule, make_solver(self.solver, schedule, self.seed), self.guidance, cache)
+
+    def part(self, spec: ModelSpec, steps: range) -> tuple[ModelSpec, Sampler]:
+        """``spec`` and a sampler for these steps of the run alone, in which they count from 0.
+
+        Raises:
+            UserError: they are not steps of the run, or the request has a step cache.
+        """
+        whole, switched = self.noise_schedule(), self.with_switch(spec)
+        if not 0 <= steps.start < steps.stop <= whole.steps:
+            found = f"steps {steps.start} to {steps.stop} of {whole.steps}"
+            raise UserError(found, "a first step before the last one", "choose others")
+        if self.cache is not None:
+            raise UserError("a step cache for part of a run", "a whole run", "leave the cache out")
+        schedule = Schedule(whole.sigmas[steps.start : steps.stop + 1], whole.timesteps[steps.start : steps.stop])
+        if (switch := self.switch_step) is not None:
+            switched = replace(switched, sampling=replace(switched.sampling, switch_step=max(0, switch - steps.start)))
+        return switched, Sampler(schedule, make_solver(self.solver, schedule, self.seed), self.guidance)
 
     @property
     def video(self) -> Video:
