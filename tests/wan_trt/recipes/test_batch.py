@@ -54,6 +54,11 @@ def test_every_job_has_a_file_and_a_line_and_is_what_generate_makes(tiny_engines
     told = capsys.readouterr().out
     assert "3 done, 3 failed" in told
     by_name = {each["name"]: each for each in results_of(out)}
+    assert {name: each["seed"] for name, each in by_name.items() if each["status"] == "done"} == {
+        "red": 3,
+        "noir": 0,
+        "line-00007": 0,
+    }
     assert {name for name, each in by_name.items() if each["status"] == "failed"} == {
         "line-00003",
         "large",

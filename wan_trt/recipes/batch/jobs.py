@@ -40,7 +40,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     engines: str  # SHA-256 of the bundle's manifest; "servers" where servers rendered
     line: int  # of the file of jobs
     file: str = ""
-    seed: int = 0
+    seed: int = -1  # of a job that was not tried
     seconds: float = 0.0  # in the worker
     sha256: str = ""  # of the file
     worker: str = ""
