@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from runtime.block_forward import StageDevice
-from runtime.block_stream import Streamed
+from runtime.block_stream import NOTHING, Streamed
 from runtime.block_transformer import BlockTransformer, SharedBlocks
 from wan22.block_memory import (
     SLICES,
@@ -33,6 +33,13 @@ class BlockOptions:
 
 
 BLOCKS_AS_FIT = BlockOptions()
+
+
+def check_options(bundle: Bundle, options: BlockOptions) -> None:
+    """Refuse options that the engines of ``bundle`` cannot follow."""
+    if options != BLOCKS_AS_FIT and not any(component.in_stages for component in bundle.manifest.components):
+        remedy = "leave --weights-in and --vram out, or run wan-trt build --topology blocks"
+        raise UserError(f"--weights-in or --vram for {bundle.folder}", "engines in blocks", remedy)
 
 
 class BlockBackend:
@@ -64,12 +71,7 @@ class BlockBackend:
     @property
     def streamed(self) -> Streamed:
         """What all experts have copied so far."""
-        every = [shared.streamed for shared in self._shared.values()]
-        return Streamed(
-            sum(each.blocks for each in every),
-            sum(each.size_bytes for each in every),
-            sum(each.seconds_waited for each in every),
-        )
+        return sum((shared.streamed for shared in self._shared.values()), NOTHING)
 
     def check(self, video: Video) -> None:
         """Refuse a video that does not fit, before anything is loaded.

@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.arrays import F32
 from runtime.block_forward import BlockForward, StageDevice, Weights, fp8_scales, patchify, unpatchify
-from runtime.block_stream import BlockStream, Streamed
+from runtime.block_stream import NOTHING, BlockStream, Streamed
 from runtime.engine import Arrays, check_inputs
 from wan22.block_memory import BlockChoice
 from wan22.bundle import Component
@@ -36,7 +36,7 @@ class SharedBlocks:
     layout: BlockLayout
     choose: Callable[[int], BlockChoice]  # for a number of tokens
     stream: BlockStream | None = None
-    streamed: Streamed = field(default_factory=Streamed)
+    _streamed: Streamed = NOTHING  # by earlier streams
     _chosen: tuple[int, BlockChoice] | None = None  # for so many tokens
     _users: int = 0
     _open: ExitStack = field(default_factory=ExitStack)
@@ -49,16 +49,24 @@ class SharedBlocks:
     def leave(self) -> None:
         self._users -= 1
         if not self._users:
-            self.stream = self._chosen = None
+            self._drop_stream()
             self._open.close()
+
+    @property
+    def streamed(self) -> Streamed:
+        return self._streamed if self.stream is None else self.stream.streamed
+
+    def _drop_stream(self) -> None:
+        """Free the slots."""
+        self._streamed, self.stream, self._chosen = self.streamed, None, None
 
     def stream_for(self, tokens: int) -> tuple[BlockStream, int]:
         """The stream and the number of slices for a forward of so many tokens."""
         if self.stream is None or self._chosen is None or self._chosen[0] != tokens:
-            self.stream = None  # frees its slots first
+            self._drop_stream()
             self._chosen = tokens, self.choose(tokens)
             slots, layout = self._chosen[1].slots, self.layout
-            self.stream = BlockStream(self.device, layout.blocks, slots, layout.step_bytes, self.streamed)
+            self.stream = BlockStream(self.device, layout.blocks, slots, layout.step_bytes, self._streamed)
         return self.stream, self._chosen[1].slices
 
 
@@ -121,8 +129,9 @@ class BlockTransformer:
                 weights = self._shared.device.views(slot, self._shared.layout.block)
                 x = forward.block(block, x, text[block], weights)
         self._following = self.name
-        velocity = forward.in_slices("velocity", {"x": x}, self._ends["velocity"])["patches"]
-        return unpatchify(self._shared.device.get(velocity), inputs["latents"].shape)
+        patches = self._shared.device.get(forward.in_slices("velocity", {"x": x}, self._ends["velocity"])["patches"])
+        stream.end()
+        return unpatchify(patches, inputs["latents"].shape)
 
     # -- inputs of stages
 

@@ -7,10 +7,12 @@ file. 16-bit and FP8 arrays are integers of the same size here: CuPy only moves 
 
 import ctypes
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Self
 
 import numpy as np
@@ -51,6 +53,9 @@ class GpuStages:
         self._from_disk = from_disk
         self._contexts: dict[str, Any] = {}
         self._profile_in_use: dict[str, int] = {}
+        self._copied: deque[tuple[Any, Any]] = deque()  # events around every copy, and around every wait for one
+        self._waited: deque[tuple[Any, Any]] = deque()
+        self._read: deque[float] = deque()  # seconds of reads into the ring
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -169,24 +174,42 @@ class GpuStages:
         if self._ring_used[turn] is not None:
             self._ring_used[turn].synchronize()
         size = self._layout.step_bytes
+        started = perf_counter()
         self._files.fill(expert, offset, np.frombuffer(self._ring[turn], np.uint8, size))
+        self._read.append(perf_counter() - started)
         self._ring_used[turn] = self._enqueue(self._ring[turn].ptr, slot, after)
         return self._ring_used[turn]
 
     def _enqueue(self, address: int, slot: Any, after: Any) -> Any:
         if after is not None:
             self._copies.wait_event(after)
+        started = self._record(self._copies)
         slot.copy_from_host_async(ctypes.c_void_p(address), self._layout.step_bytes, self._copies)
-        return self._record(self._copies)
+        done = self._record(self._copies)
+        self._copied.append((started, done))
+        return done
 
     def wait(self, event: "Future[Any]") -> None:
+        arrived = self._record(self._device.stream)
         self._device.stream.wait_event(event.result())
+        self._waited.append((arrived, self._record(self._device.stream)))
+
+    def seconds(self) -> tuple[float, float]:
+        read = sum(self._read.popleft() for _ in range(len(self._read)))
+        return read + self._elapsed(self._copied), self._elapsed(self._waited)
+
+    def _elapsed(self, pairs: deque[tuple[Any, Any]]) -> float:
+        """Remove the pairs of events that have happened; the seconds between them."""
+        total = 0.0
+        while pairs and pairs[0][1].done:
+            total += self._device.cupy.cuda.get_elapsed_time(*pairs.popleft()) / 1000
+        return total
 
     def computed(self) -> Any:
         return self._record(self._device.stream)
 
     def _record(self, stream: Any) -> Any:
-        event = self._device.cupy.cuda.Event(disable_timing=True)
+        event = self._device.cupy.cuda.Event()
         event.record(stream)
         return event
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.arrays import F32
 from runtime.backend import Backend, NewEngine, open_backend
-from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions, check_options
 from runtime.block_stream import Streamed
 from runtime.built_for import check_video, default_video, fill_defaults
 from runtime.denoise import Conditions, Step, denoise
@@ -23,7 +23,6 @@ from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
 from runtime.weight_sets import WeightSets, check_lora
 from wan22.bundle import Bundle, open_bundle
-from wan22.errors import UserError
 from wan22.memory import available_host_bytes
 from wan22.quantities import human_bytes
 from wan22.residency import (
@@ -80,9 +79,8 @@ class Pipeline:
         self._backend = (
             Backend(new_engine, available_host_bytes) if new_engine else open_backend(bundle, self._shared, blocks)
         )
-        if self._backend.blocks is None and blocks != BLOCKS_AS_FIT and new_engine is None:
-            remedy = "leave --weights-in and --vram out, or run wan-trt build --topology blocks"
-            raise UserError(f"--weights-in or --vram for {bundle.folder}", "engines in blocks", remedy)
+        if new_engine is None:
+            check_options(bundle, blocks)
         self._open: dict[str, ExitStack] = {}
         self._engines: dict[str, Engine] = {}
         self._asked, self._choices, self._tell = residency, choices, tell

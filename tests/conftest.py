@@ -52,6 +52,21 @@ def flow_of(tmp_path_factory) -> Callable[[str], Flow]:
 
 
 @pytest.fixture(scope="session")
+def blocks_of(flow_of, tmp_path_factory) -> Callable[[str], Path]:
+    """``blocks_of(name)`` → engines of a tiny model in blocks, for the CPU."""
+
+    @cache
+    def build(name: str) -> Path:
+        from engines.build import BuildOptions, build_engines
+
+        folder = tmp_path_factory.mktemp(name) / "blocks"
+        build_engines(flow_of(name).bundle, folder, BuildOptions(topology="blocks"))
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(flow_of) -> Path:
     return flow_of(TINY).checkpoint
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from runtime.arrays import F32
     from runtime.block_backend import BlockOptions
     from runtime.request import Request
-    from wan22.block_memory import WeightsIn as WeightsChoice
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -76,10 +75,10 @@ Residency = Annotated[
     ),
 ]
 WeightsIn = Annotated[
-    Literal["auto", "vram", "host", "disk"],
+    Literal["auto", "vram", "host", "disk"] | None,
     typer.Option(
         metavar="PLACE",
-        help="Blocks at rest: vram, host, disk, or auto (as many in VRAM as fit).",
+        help="Blocks at rest: vram, host, disk, or by default auto (as many in VRAM as fit).",
     ),
 ]
 Vram = Annotated[
@@ -109,6 +108,7 @@ SAMPLING = {
     "negative_prompt": NegativePrompt, "preset": Preset, "boundary": Boundary, "steps": Steps, "shift": Shift,
     "guidance_high_noise": ExpertGuidance, "guidance_low_noise": ExpertGuidance, "guidance": Guidance, "solver": Solver,
 }  # fmt: skip
+BLOCKS = {"weights_in": WeightsIn, "vram": Vram}
 LIMITS = dict.fromkeys(("max_pixels", "max_frames", "max_steps", "max_prompt_bytes", "max_image_bytes"), Limit)
 
 # headings of --help and their parameters; others are under "Options"
@@ -204,11 +204,12 @@ def seed_of(typed: int | None) -> int:
     return drawn
 
 
-def blocks_options(weights_in: "WeightsChoice", vram: str | None) -> "BlockOptions":
-    """Where the weights of transformers in blocks are."""
+def blocks_options(options: Mapping[str, Any]) -> "BlockOptions":
+    """Where the weights of engines in blocks are, by the options of :data:`BLOCKS`."""
     from runtime.block_backend import BlockOptions
 
-    return BlockOptions(weights_in, None if vram is None else parse_bytes(vram, "--vram"))
+    vram = options.get("vram")
+    return BlockOptions(options.get("weights_in") or "auto", None if vram is None else parse_bytes(vram, "--vram"))
 
 
 def noise_of(path: Path | None) -> "F32 | None":

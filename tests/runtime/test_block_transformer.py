@@ -22,22 +22,6 @@ from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
 MODELS = ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"]
 
 
-@pytest.fixture(scope="session")
-def blocks_of(flow_of, tmp_path_factory):
-    """``blocks_of(name)`` → engines of a tiny model in stages."""
-    made = {}
-
-    def build(name):
-        from engines.build import BuildOptions, build_engines
-
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name) / "blocks"
-            build_engines(flow_of(name).bundle, made[name], BuildOptions(topology="blocks"))
-        return made[name]
-
-    return build
-
-
 @pytest.fixture
 def opened(blocks_of):
     """``opened(name, weights_in, slices)`` → the backend for a tiny model, and its bundle."""

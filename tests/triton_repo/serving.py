@@ -75,16 +75,20 @@ class Served:
 
 
 @contextmanager
-def serving(installation, folder, engines, topology="owner", loras=None, **limits):
-    """A server of ``engines``, bundles by model name, that is ready; it and its shared memory are gone afterwards."""
+def serving(installation, folder, engines, topology="owner", options=None, **limits):
+    """A server of ``engines``, bundles by model name, that is ready; it and its shared memory are gone afterwards.
+
+    ``options`` are those of a model's repository, by its name.
+    """
     repository = folder / "repository"
     repository.mkdir()
     for name, bundle in engines.items():
-        write_repository(bundle, folder / name, RepositoryOptions(name, topology, limits, loras=loras or {}))
+        own = (options or {}).get(name, {})
+        write_repository(bundle, folder / name, RepositoryOptions(name, topology, limits, **own))
         for model in folder.glob(f"{name}/{name}*"):
             shutil.move(model, repository / model.name)
-    options = ServeOptions("127.0.0.1", *free_ports(3), config_name="cpu" if topology == "bls" else "")
+    serve = ServeOptions("127.0.0.1", *free_ports(3), config_name="cpu" if topology == "bls" else "")
     enough = Limits(1, 1, longest_job_s=limits.get("longest_job_s", 60))
-    with run_server(installation, repository, enough, options, os.environ) as server:
+    with run_server(installation, repository, enough, serve, os.environ) as server:
         server.wait_until_ready(within_s=HANGS_S)
         yield Served(server)

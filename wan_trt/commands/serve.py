@@ -26,7 +26,7 @@ Loras = Annotated[
 ]
 
 
-@given.with_options(given.LIMITS)
+@given.with_options(given.LIMITS, given.BLOCKS)
 def run(
     engines: given.Engines,
     server: Annotated[Path | None, typer.Option(help="The tritonserver to start; by default the first found.")] = None,
@@ -75,7 +75,10 @@ def run(
         with bars() as progress:
             sets = make_weight_sets(engines, folder / "loras", named, checkpoint, progress)
         repository, memory = folder / "repository", memory_gib(engines, topology, gpu_memory)
-        packing = RepositoryOptions(name, topology, limits, residency=residency, memory_gib=memory, loras=sets)
+        blocks = given.blocks_options(shared)
+        packing = RepositoryOptions(
+            name, topology, limits, residency=residency, memory_gib=memory, loras=sets, blocks=blocks
+        )
         written = write_repository(engines, repository, packing)
         report_unstamped(written.unread)
         variant = CPU if topology == "bls" and not is_for_gpu(written.bundle) else ""
