@@ -46,11 +46,8 @@ def test_copies_are_counted_a_step_without_the_first_which_brings_what_stays():
     def step(expert, size_bytes, copied, waited, at_switch=0.0):
         return Event("step", expert, 2.0, 1.0, Streamed(1, size_bytes, copied, waited, at_switch, int(at_switch > 0)))
 
-    steps = (
-        step("high_noise", 900, 9.0, 9.0),
-        step("high_noise", 100, 1.0, 0.25),
-        step("low_noise", 100, 1.0, 0.25, 0.125),
-    )
+    steps = [step("high_noise", 900, 9.0, 9.0), step("high_noise", 100, 1.0, 0.25)]
+    steps.append(step("low_noise", 100, 1.0, 0.25, 0.125))
     figures = Run((*steps, Event("decode", "vae_decoder", 1.0))).figures()
     assert figures["streamed_step_bytes"] == 100
     assert (figures["stream_hidden_step_ms"], figures["stream_stall_step_ms"]) == (750, 250)
