@@ -1,4 +1,4 @@
-"""The weights of a transformer in stages: one file, in which every block is one region with the same offsets.
+"""The weights of a component in stages: one file, in which every block is one region with the same offsets.
 
 A runtime streams blocks: it copies one region and binds all weights of a block as base plus offset. Matrices stay as
 the bundle stores them, [out, in]. The weights that are used once per prompt, for the text's keys and values, are last
@@ -21,7 +21,7 @@ from wan22.progress import Progress
 
 ALIGNMENT_BYTES, PAGE_BYTES = 256, 4096  # of CUDA's allocations, and of disks
 READ_AT_ONCE_BYTES = 2**24
-STEP_STAGES, PROMPT_STAGES = ("qkv", "rest"), ("text_kv",)
+STEP_STAGES, PROMPT_STAGES = ("qkv", "rest", "layer"), ("text_kv",)
 SCALES = ("self_attn.q_scale", "self_attn.k_scale")  # constants of the engines, valid for all blocks and experts
 V_NORMS = "self_attn.v_norms"  # of the rows of V's matrix: they bound V
 BLOCK = "blocks.{}.self_attn."
@@ -58,9 +58,9 @@ def attention_scales(graphs: Sequence[Path]) -> dict[str, float]:
     return found
 
 
-def layout_of(stages: Sequence[Stage], blocks: int) -> BlockLayout:
-    """The layout of the weights of ``stages`` for a transformer of so many blocks."""
-    groups: dict[str, dict[str, Tensor]] = {"ends": {}, "step": {}, "prompt": {}}
+def layout_of(stages: Sequence[Stage], blocks: int, beside: Iterable[Tensor] = ()) -> BlockLayout:
+    """The layout of the weights of ``stages``, so many blocks, and those ``beside`` that no stage reads."""
+    groups: dict[str, dict[str, Tensor]] = {"ends": {t.name: t for t in beside}, "step": {}, "prompt": {}}
     for stage in stages:
         group = "step" if stage.name in STEP_STAGES else "prompt" if stage.name in PROMPT_STAGES else "ends"
         groups[group] |= {tensor.name: tensor for tensor in stage.weights if tensor.name not in SCALES}

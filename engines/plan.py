@@ -11,7 +11,7 @@ from typing import Any
 
 from engines.targets import Target, check_precision
 from wan22.backends import runs_graphs
-from wan22.block_memory import BlockChoice, block_step_bytes, choose_blocks, smallest_budget
+from wan22.block_memory import BlockChoice, BlockStack, block_step_bytes, transformer_blocks
 from wan22.costs import dit_flops, model_parameters, text_encoder_flops, vae_flops
 from wan22.errors import UserError
 from wan22.residency import (
@@ -151,13 +151,16 @@ class Plan:
         """The choice of ``--topology blocks`` on an otherwise empty card; None if not even streamed blocks fit."""
         request = self.request
         usable = (self.usable_vram_bytes if request.vram is None else request.vram) - CONTEXT_BYTES
-        return choose_blocks(request.spec.dit, request.precision, self.tokens, self.block_bytes, usable)
+        return self.stack.choose(usable)
 
     @property
     def least_blocks_bytes(self) -> float:
         """The least memory of a transformer in blocks."""
-        request = self.request
-        return smallest_budget(request.spec.dit, request.precision, self.tokens, self.block_bytes) + CONTEXT_BYTES
+        return self.stack.smallest_budget() + CONTEXT_BYTES
+
+    @cached_property
+    def stack(self) -> BlockStack:
+        return transformer_blocks(self.request.spec.dit, self.request.precision, self.tokens, self.block_bytes)
 
     # -- time
 

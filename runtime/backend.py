@@ -24,7 +24,7 @@ class Backend:
     new_engine: NewEngine
     available_bytes: Callable[[], float]  # in the memory that holds its weights
     cache_sets: int = 1  # sets of VAE caches during a call: ONNX Runtime overwrites the old ones
-    blocks: BlockBackend | None = None  # if transformers are in stages
+    blocks: BlockBackend | None = None  # if components are in stages
 
 
 def open_backend(bundle: Bundle, stack: ExitStack, options: BlockOptions) -> Backend:

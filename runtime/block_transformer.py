@@ -18,7 +18,7 @@ from runtime.block_forward import BlockForward, StageDevice, Weights, fp8_scales
 from runtime.block_stream import NOTHING, BlockStream, Streamed
 from runtime.engine import Arrays, check_inputs
 from wan22.block_memory import BlockChoice
-from wan22.bundle import Component
+from wan22.bundle import Component, Stage
 from wan22.external_layout import BlockLayout, Place
 from wan22.parts import DitSpec
 from wan22.shapes import Profile
@@ -51,6 +51,14 @@ class SharedBlocks:
         if not self._users:
             self._drop_stream()
             self._open.close()
+
+    def end_weights(self, expert: str, stage: Stage) -> dict[str, Any]:
+        """The weights of a stage outside of the blocks, read from disk."""
+        found, names = dict[str, Any](), {tensor.name for tensor in stage.weights}
+        for place in (place for place in self.layout.ends if place.name in names):
+            memory = self.device.read(expert, place.offset, place.size_bytes)
+            found |= self.device.views(memory, _moved([place], -place.offset))
+        return found
 
     @property
     def streamed(self) -> Streamed:
@@ -180,13 +188,7 @@ class BlockTransformer:
         return {tensor.name: self._shared.device.empty(tensor) for tensor in self._stages[stage].outputs}
 
     def _end_weights(self, stage: str) -> dict[str, Any]:
-        """The weights of a stage outside of the blocks, read from disk."""
-        device, found = self._shared.device, dict[str, Any]()
-        names = {tensor.name for tensor in self._stages[stage].weights}
-        for place in (place for place in self._shared.layout.ends if place.name in names):
-            memory = device.read(self.name, place.offset, place.size_bytes)
-            found |= device.views(memory, _moved([place], -place.offset))
-        return found
+        return self._shared.end_weights(self.name, self._stages[stage])
 
 
 def _moved(places: Sequence[Place], by: int) -> list[Place]:

@@ -157,7 +157,7 @@ class Pipeline:
         """The engines' memory; of transformers in stages with all blocks ``resident`` or as few as possible."""
         found = engines_memory(self.spec, self._precisions, video, cache_sets=self._backend.cache_sets)
         if (blocks := self._backend.blocks) is not None:
-            in_stages = [name for name in self.spec.experts if name in found and blocks.applies_to(name)]
+            in_stages = [name for name in found if blocks.applies_to(name)]
             found |= {name: blocks.memory(name, video, resident=resident) for name in in_stages}
         return found
 

@@ -1,5 +1,7 @@
 """``--topology blocks``: stages instead of a transformer, and weights files with equal offsets in every block."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -81,6 +83,29 @@ def test_every_block_has_its_own_weights_as_the_bundle_stores_them(fp8_blocks):
         assert [p.name for p in layout.block if p.offset >= layout.step_bytes] == [
             t.name for t in component.stage("text_kv").weights
         ]
+
+
+@pytest.mark.slow
+def test_the_text_encoder_is_a_layer_and_a_norm_and_its_rows_are_those_of_the_checkpoint(fp8_blocks):
+    source, built = fp8_blocks
+    import onnx_ir as ir
+
+    from runtime.block_files import BlockFiles
+    from runtime.block_text_encoder import BlockTextEncoder
+
+    component = built.component("text_encoder")
+    layout = read_block_layout(built.path(component.weights[0]))
+    stored = ir.load(source.path(source.component("text_encoder").graph)).graph.initializers
+    place = next(place for place in layout.block if place.name == "ffn.fc2.weight")
+    for block in range(layout.blocks):
+        expected = stored[f"blocks.{block}.ffn.fc2.weight"].const_value.numpy()
+        assert np.array_equal(read(built, component, place, block).view(np.uint16), expected.view(np.uint16))
+    with BlockFiles({"text_encoder": built.path(component.weights[1])}, layout) as files:
+        shared = SimpleNamespace(layout=layout, device=SimpleNamespace(host_bytes=files.read))
+        rows = BlockTextEncoder(shared, component)._embed(np.array([0, 5, 1023]))
+    table = stored["token_embedding.weight"].const_value.numpy()
+    assert np.array_equal(rows, table[[0, 5, 1023]].astype(np.float32))
+    assert sum(stage.graph.size_bytes for stage in component.stages) < 2**20
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A transformer in stages on the CPU: the whole engine's velocity, whatever is resident, streamed or sliced."""
 
+import re
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,9 +15,10 @@ from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from tests.export.graphs.test_dit import inputs_for, relative_l2
-from wan22.block_memory import BlockChoice, block_memory, choose_blocks, smallest_budget
+from wan22.block_memory import BlockChoice, block_memory, transformer_blocks
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
+from wan22.quantities import parse_bytes
 from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
 
 MODELS = ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"]
@@ -31,7 +33,7 @@ def opened(blocks_of):
             bundle = open_bundle(blocks_of(name), "engines")
             backend = open_backend(bundle, stack, BlockOptions(weights_in))
             for component in bundle.manifest.components:
-                if component.stages:
+                if component.name in bundle.manifest.spec.experts:
                     engine = backend.new_engine(component)
                     choose = engine._shared.choose
                     engine._shared.choose = lambda tokens, c=choose: replace(c(tokens), slices=slices)
@@ -113,9 +115,17 @@ def test_many_schedules_do_not_fill_the_memory(opened, monkeypatch):
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_loaded(blocks_of):
     with Pipeline.open(blocks_of("t2v-a14b-tiny"), blocks=BlockOptions(vram=2.0**20)) as pipeline:
         request = pipeline.complete(Request("a cat", size=(64, 64), frames=5))
-        with pytest.raises(UserError, match=r"--vram 1.00 MiB for high_noise \| expected at least .* MiB"):
+        with pytest.raises(UserError, match=r"--vram 1.00 MiB for \w+ \| expected at least .*MiB") as error:
             next(iter(pipeline.denoise(request)))
         assert not pipeline._open
+    offered = parse_bytes(re.search(r"give --vram (\S+),", str(error.value))[1], "--vram")
+    with Pipeline.open(blocks_of("t2v-a14b-tiny"), blocks=BlockOptions(vram=offered)) as pipeline:
+        assert next(iter(pipeline.denoise(request))).index == 0
+    with (
+        Pipeline.open(blocks_of("t2v-a14b-tiny"), blocks=BlockOptions(vram=0.99 * offered)) as pipeline,
+        pytest.raises(UserError, match="at least"),
+    ):
+        pipeline.fit(request.video)
 
 
 def test_a_weights_file_that_is_cut_short_is_one_line(blocks_of, tmp_path):
@@ -151,8 +161,9 @@ def test_a_budget_is_never_exceeded(spec, tokens, gib):
     small = block_memory(spec, Precision.FP8_ATTN, tokens, BlockChoice(0, 8), 0)
     assert small.x + small.edges + small.scratch <= gib * 2**30
     for budget in np.linspace(2, 80, 40) * 2**30:
-        choice = choose_blocks(spec, Precision.FP8_ATTN, tokens, 320e6, budget)
+        stack = transformer_blocks(spec, Precision.FP8_ATTN, tokens, 320e6)
+        choice = stack.choose(budget)
         if choice is None:
-            assert smallest_budget(spec, Precision.FP8_ATTN, tokens, 320e6) > budget
+            assert stack.smallest_budget() > budget
         else:
             assert block_memory(spec, Precision.FP8_ATTN, tokens, choice, 320e6).total <= budget

@@ -155,6 +155,19 @@ def test_it_computes_what_the_whole_engine_computes(flow_of, blocks_of, gpu, nam
             assert streamed.seconds_waited == pytest.approx(0.001 * 3 * layers * (1 + (expert == "low_noise")))
 
 
+@pytest.mark.parametrize("weights_in", ["vram", "disk"])
+def test_the_layers_of_a_text_encoder_go_the_same_way(flow_of, blocks_of, gpu, weights_in):
+    name, ids = "ti2v-5b-tiny", np.random.default_rng(0).integers(0, 1000, (1, 30))
+    whole = open_bundle(flow_of(name).engines, "engines")
+    _, bundle, backend = gpu(blocks_of(name), weights_in)
+    with (
+        OnnxRuntimeEngine(whole.folder, whole.component("text_encoder")) as one,
+        backend.new_engine(bundle.component("text_encoder")) as other,
+    ):
+        for _ in range(2):
+            assert relative_l2(other(input_ids=ids), one(input_ids=ids)) <= 1.5e-6
+
+
 def test_a_system_that_cannot_pin_a_file_reads_blocks_from_disk(blocks_of, gpu, caplog):
     _, bundle, backend = gpu(blocks_of("ti2v-5b-tiny"), "host", pinned_bytes=6 * 2**20)
     with backend.new_engine(bundle.component("dit")) as engine:
