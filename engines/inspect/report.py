@@ -16,6 +16,8 @@ from engines.targets import Target
 from wan22.quantities import human_bytes
 from wan22.specs import Number, Precision
 
+EVERY_BLOCK = "blocks.*"  # the block of a stage's kernels
+OF_A_BLOCK = ("text_kv", "qkv", "attend", "rest", "layer")  # stages that every block calls
 SLOW_UNFUSED_BYTES = 2**26  # smaller copies are not reported
 
 
@@ -26,13 +28,20 @@ class FusionReport:
     compiled: Compiled
     precision: Precision
     weights: str = ""  # "embedded" or "external"
-    blocks_in_model: int = 0  # set if only some blocks were compiled
+    blocks_in_model: int = 0  # set if only some blocks were compiled, or one for all
 
     # -- counts
+
+    @property
+    def is_block(self) -> bool:
+        """True for a stage that every block calls, such as ``dit.qkv``."""
+        return self.component.rpartition(".")[2] in OF_A_BLOCK
 
     @cached_property
     def blocks(self) -> dict[str, list[Kernel]]:
         """Kernels by block, in order; "all blocks" and "" hold kernels that belong to no single block."""
+        if self.is_block:
+            return {EVERY_BLOCK: list(self.compiled.kernels)}
         found: dict[str, list[Kernel]] = {}
         for kernel in self.compiled.kernels:
             found.setdefault(kernel.block, []).append(kernel)

@@ -105,7 +105,7 @@ def test_the_text_encoder_is_a_layer_and_a_norm_and_its_rows_are_those_of_the_ch
         rows = BlockTextEncoder(shared, component)._embed(np.array([0, 5, 1023]))
     table = stored["token_embedding.weight"].const_value.numpy()
     assert np.array_equal(rows, table[[0, 5, 1023]].astype(np.float32))
-    assert sum(stage.graph.size_bytes for stage in component.stages) < 2**20
+    assert sum(stage.graph.size_bytes for stage in component.stages) < 2**21
 
 
 @pytest.mark.slow
