@@ -8,6 +8,7 @@ import pytest
 from engines.block_weights import V_NORMS
 from engines.build import BuildOptions, build_engines
 from engines.inspect.inspection import inspect_engines
+from engines.inspect.views import blocks_as_text
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
@@ -55,6 +56,13 @@ def test_both_experts_share_stages_of_a_few_kernels(fp8_blocks):
     assert [f"high_noise.{stage}" in reports for stage in STAGES] == [True] * len(STAGES)
     assert [len(reports[f"high_noise.{stage}"].compiled.kernels) for stage in ("qkv", "rest")] == [4, 12]
     assert not [report.problems for report in reports.values() if report.problems]
+    assert [len(reports[f"high_noise.{stage}"].typical_block) for stage in ("time", "qkv", "rest")] == [0, 4, 12]
+    summary = reports["high_noise.qkv"].summary()
+    assert (summary["kernels_per_block"], summary["blocks_compiled"]) == (4, 1)
+    assert summary["roofline_s"] == pytest.approx(summary["roofline_block_s"] * built.manifest.spec.dit.layers)
+    layer, block = blocks_as_text(list(reports.values()))
+    assert layer.startswith("text_encoder: a block is layer, ")
+    assert block.startswith("high_noise: a block is qkv + attend + rest, 4 + 2 + 12 kernels, ")
 
 
 @pytest.mark.slow
@@ -152,5 +160,6 @@ def test_experts_of_different_precision_have_their_own_stages(tmp_path):
     graphs = {c.name: {stage.graph.path for stage in c.stages} for c in bundle.manifest.components if c.stages}
     assert not graphs["high_noise"] & graphs["low_noise"]
     built = build_engines(tmp_path / "b", tmp_path / "e", BuildOptions(topology="blocks"))
-    assert {path.name for path in built.folder.glob("*.weights")} == {"high_noise.weights", "low_noise.weights"}
+    found = {path.name for path in built.folder.glob("*.weights")}
+    assert found == {"high_noise.weights", "low_noise.weights", "text_encoder.weights"}
     assert not [path.name for path in built.folder.glob("*_noise.safetensors")]
