@@ -13,9 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.block_weights import attention_scales, layout_of, write_block_weights
+from wan22.block_layout import EMBEDDING, BlockLayout, write_block_layout
 from wan22.bundle import Bundle, Component, File, Stage, Tensor, file_entry
 from wan22.errors import UserError
-from wan22.external_layout import EMBEDDING, BlockLayout, write_block_layout
 from wan22.files import scratch_folder
 from wan22.progress import Progress
 from wan22.specs import Number

@@ -14,9 +14,9 @@ from typing import IO
 import numpy as np
 import onnx_ir as ir
 
+from wan22.block_layout import BlockLayout, Place, size_bytes
 from wan22.bundle import File, Stage, Tensor, file_entry
 from wan22.errors import UserError
-from wan22.external_layout import BlockLayout, Place, size_bytes
 from wan22.progress import Progress
 
 ALIGNMENT_BYTES, PAGE_BYTES = 256, 4096  # of CUDA's allocations, and of disks

@@ -38,6 +38,7 @@ WAYS: dict[Residency, str] = {
     "one-component": "one component at a time",
 }
 CONTEXT_BYTES = 0.6 * 2**30  # of CUDA and small tensors, beside a transformer in blocks
+STAGES_BYTES = 8e6  # the engines of a component in stages and their logs
 EXPORT_RAM_GIB = 2.0  # exports stream tensor by tensor; the largest is the text encoder's embedding
 BUILD_RAM_FACTOR = 1.5  # ratio of anonymous memory to weights with streamed serialisation; file pages are evictable
 BUILD_RAM_GIB = 1.0  # the builder itself

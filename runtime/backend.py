@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from runtime.block_backend import BlockBackend, BlockOptions
 from runtime.engine import Engine
 from wan22.backends import MODULES
+from wan22.block_layout import BlockLayout
 from wan22.bundle import Bundle, Component
 from wan22.errors import UserError
-from wan22.external_layout import BlockLayout
 from wan22.memory import available_host_bytes
 
 if TYPE_CHECKING:

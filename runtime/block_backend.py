@@ -8,6 +8,7 @@ from runtime.block_forward import StageDevice
 from runtime.block_stream import NOTHING, Streamed
 from runtime.block_text_encoder import BlockTextEncoder
 from runtime.block_transformer import BlockTransformer, SharedBlocks
+from wan22.block_layout import BlockLayout, read_block_layout
 from wan22.block_memory import (
     BlockChoice,
     BlockStack,
@@ -17,7 +18,6 @@ from wan22.block_memory import (
 )
 from wan22.bundle import Bundle, Component
 from wan22.errors import UserError
-from wan22.external_layout import BlockLayout, read_block_layout
 from wan22.quantities import human_bytes, size_option
 from wan22.residency import Memory, Video
 from wan22.shapes import Profile
@@ -54,15 +54,17 @@ class BlockBackend:
     ) -> None:
         """``device`` makes the device for components with the same stages; ``available_bytes`` is what is free."""
         self._bundle, self._options, self._available = bundle, options, available_bytes
-        self._device, self._shared = device, dict[str, SharedBlocks]()
+        self._device, self._shared = device, dict[tuple[str, ...], SharedBlocks]()
+        self.component: Callable[[str], Component] = bundle.component  # with the weights in use; may be replaced
 
     def applies_to(self, name: str) -> bool:
         return self._bundle.component(name).in_stages
 
     def engine(self, component: Component, profiles: Sequence[Profile]) -> BlockTransformer | BlockTextEncoder:
-        spec, key = self._bundle.manifest.spec, component.stages[0].graph.path
+        spec = self._bundle.manifest.spec
+        alike = tuple(self.component(c.name) for c in self._in_stages if c.stages == component.stages)
+        key = tuple(each.weights[1].path for each in alike)
         if key not in self._shared:
-            alike = tuple(c for c in self._bundle.manifest.components if c.stages == component.stages)
             layout = self._layout(component)
             choose = partial(self._choose, component)
             self._shared[key] = SharedBlocks(self._device(alike, layout), layout, choose)

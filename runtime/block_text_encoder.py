@@ -11,8 +11,8 @@ import numpy as np
 from runtime.arrays import F32
 from runtime.block_transformer import SharedBlocks
 from runtime.engine import Arrays, check_inputs
+from wan22.block_layout import EMBEDDING
 from wan22.bundle import Component
-from wan22.external_layout import EMBEDDING
 from wan22.shapes import Profile
 from wan22.specs import TEXT_TOKENS, Number
 

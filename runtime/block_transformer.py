@@ -17,9 +17,9 @@ from runtime.arrays import F32
 from runtime.block_forward import BlockForward, StageDevice, Weights, fp8_scales, patchify, unpatchify
 from runtime.block_stream import NOTHING, BlockStream, Streamed
 from runtime.engine import Arrays, check_inputs
+from wan22.block_layout import BlockLayout, Place
 from wan22.block_memory import BlockChoice
 from wan22.bundle import Component, Stage
-from wan22.external_layout import BlockLayout, Place
 from wan22.parts import DitSpec
 from wan22.shapes import Profile
 

@@ -22,7 +22,7 @@ from runtime.request import CompleteRequest, Request
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
 from runtime.weight_sets import WeightSets, check_lora
-from wan22.bundle import Bundle, open_bundle
+from wan22.bundle import Bundle, Component, open_bundle
 from wan22.memory import available_host_bytes
 from wan22.quantities import human_bytes
 from wan22.residency import (
@@ -81,6 +81,8 @@ class Pipeline:
         )
         if new_engine is None:
             check_options(bundle, blocks)
+        if self._backend.blocks is not None:
+            self._backend.blocks.component = self._component
         self._open: dict[str, ExitStack] = {}
         self._engines: dict[str, Engine] = {}
         self._asked, self._choices, self._tell = residency, choices, tell
@@ -174,9 +176,13 @@ class Pipeline:
             elif self.residency == "one-expert" and name in self.spec.experts:
                 self._keep_only(set(self._engines) - set(self.spec.experts) | self._sharing(name))
             stack = ExitStack()
-            self._engines[name] = stack.enter_context(self._backend.new_engine(self.weight_sets.component(name)))
+            self._engines[name] = stack.enter_context(self._backend.new_engine(self._component(name)))
             self._open[name] = stack
         return self._engines[name]
+
+    def _component(self, name: str) -> Component:
+        """Component ``name`` with the weights of the set in use."""
+        return self.weight_sets.component(name)
 
     def _sharing(self, name: str) -> set[str]:
         """The engines that take no memory beside that of ``name``: experts in the same stages stream past."""

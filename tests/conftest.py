@@ -82,16 +82,16 @@ def tiny_engines(flow_of) -> Path:
 
 
 @pytest.fixture(scope="session")
-def external_engines(tmp_path_factory, tiny_checkpoint) -> Path:
-    """FP8 engines for a GPU, their weights outside."""
+def gpu_blocks(tmp_path_factory, tiny_checkpoint) -> Path:
+    """FP8 engines for a GPU, which are in blocks."""
     from engines.build import BuildOptions, build_engines
     from export.exporter import export_checkpoint
     from export.options import ExportOptions
 
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
-    root = tmp_path_factory.mktemp("external")
+    root = tmp_path_factory.mktemp("gpu")
     export_checkpoint(tiny_checkpoint, root / "b", ExportOptions(Precision.FP8))
-    build_engines(root / "b", root / "e", BuildOptions("rtx4090", "256x160", "5..17", weights="external"))
+    build_engines(root / "b", root / "e", BuildOptions("rtx4090", "256x160", "5..17"))
     return root / "e"
 
 

@@ -90,7 +90,7 @@ bundles = typer.Typer(no_args_is_help=True, help="Verify, sign, copy or clean up
 for verb in (bundle.verify, bundle.sign, bundle.pack, bundle.clean):
     bundles.command(verb.__name__, context_settings=HELP)(guard(with_groups(verb)))
 app.add_typer(bundles, name="bundle", rich_help_panel="Check")
-loras = typer.Typer(no_args_is_help=True, help="Merge LoRAs into engines with external weights.", context_settings=HELP)
+loras = typer.Typer(no_args_is_help=True, help="Merge LoRAs into engines in blocks.", context_settings=HELP)
 loras.command("apply", context_settings=HELP)(guard(with_groups(lora.apply)))
 loras.callback()(lambda: None)  # keeps "apply" required, although it is the only command
 app.add_typer(loras, name="lora", rich_help_panel="Make")

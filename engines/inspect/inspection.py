@@ -40,7 +40,7 @@ def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[Fusion
     target, reports = target_named(build.target), []
     layers = _layers(bundle.manifest.spec)
     for component in _each_once(_select(bundle, components)):
-        plan, weights = bundle.path(component.graph), "external" if component.weights else "embedded"
+        plan, weights = bundle.path(component.graph), "in a file" if component.weights else "embedded"
         if log_beside(plan).is_file():
             compiled = read_log(log_beside(plan))
         else:

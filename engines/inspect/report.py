@@ -27,7 +27,7 @@ class FusionReport:
     target: Target
     compiled: Compiled
     precision: Precision
-    weights: str = ""  # "embedded" or "external"
+    weights: str = ""  # "embedded" or "in a file"
     blocks_in_model: int = 0  # set if only some blocks were compiled, or one for all
 
     # -- counts

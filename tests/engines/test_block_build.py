@@ -13,9 +13,9 @@ from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
 from runtime.built_for import check_plans
+from wan22.block_layout import read_block_layout
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.external_layout import read_block_layout
 from wan22.specs import SPECS, Precision
 
 STAGES = ["time", "text", "text_kv", "patches", "qkv", "attend", "rest", "velocity"]
@@ -137,12 +137,6 @@ def test_blocks_that_differ_are_refused_before_anything_is_written(tmp_path, tin
     with pytest.raises(UserError, match=r"--topology blocks for high_noise, whose blocks differ"):
         build_engines(tmp_path / "b", tmp_path / "e", BuildOptions("rtx4090", "256x160", "5", topology="blocks"))
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
-
-
-def test_external_weights_and_blocks_exclude_each_other(tmp_path, tiny_bundle):
-    options = BuildOptions("cpu", weights="external", topology="blocks")
-    with pytest.raises(UserError, match="--weights external with --topology blocks"):
-        build_engines(tiny_bundle, tmp_path / "e", options)
 
 
 def test_blocks_are_not_served_engine_by_engine(tmp_path, tiny_bundle):

@@ -13,10 +13,10 @@ from runtime.request import Request
 from tests.triton_repo.serving import SMALL, serving
 from triton_repo.client import JobError
 from triton_repo.repository import RepositoryOptions, write_repository
+from wan22.block_layout import read_block_layout
 from wan22.bundle import open_bundle
 from wan22.caching import Caching
 from wan22.errors import UserError
-from wan22.external_layout import read_block_layout
 from wan22.specs import SPECS
 from wan_trt.recipes.weight_sets import make_weight_sets
 
