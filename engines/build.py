@@ -123,8 +123,12 @@ def disk_bytes(manifest: Manifest, target: Target, options: BuildOptions) -> int
     blocks = (options.topology or default_topology(target, manifest)) == "blocks"
     total = float(sum(file.size_bytes for file in manifest.tokenizer))
     for component in manifest.components:
-        in_stages = blocks and (component.name in spec.experts or bool(component.stages))
-        total += STAGES_BYTES if in_stages else kernel_bytes(spec, component.name)
+        if blocks and component.stages:
+            of_text = component.name == "text_encoder"
+            shared = component.name in spec.experts[1:]
+            total += 0.0 if shared else STAGES_BYTES["text_encoder" if of_text else "transformer"]
+        else:
+            total += kernel_bytes(spec, component.name)
         if component.name.startswith("vae"):  # both graphs store a copy of the weights that they use
             total += vae_weights_bytes(spec.vae, component.name, component.precision)
         else:

@@ -37,12 +37,12 @@ WAYS: dict[Residency, str] = {
     "one-expert": "one expert resident",
     "one-component": "one component at a time",
 }
-STAGES_BYTES = 8e6  # the engines of a component in stages and their logs
 EXPORT_RAM_GIB = 2.0  # exports stream tensor by tensor; the largest is the text encoder's embedding
 BUILD_RAM_FACTOR = 1.5  # ratio of anonymous memory to weights with streamed serialisation; file pages are evictable
 BUILD_RAM_GIB = 1.0  # the builder itself
 # an engine and its log without the weights, as written by TensorRT-RTX 1.7.1 for SM89 and SM120
 KERNELS_BYTES = {"text_encoder": 1.5e6, "vae": 7e6, "transformer": 4e6}
+STAGES_BYTES = {"text_encoder": 1.5e6, "transformer": 4.5e6}  # the same of engines in stages, which experts share
 KERNELS_PER_LAYER_BYTES = {"text_encoder": 0.5e6, "vae": 0.0, "transformer": 1.4e6}
 
 

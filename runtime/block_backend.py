@@ -8,7 +8,7 @@ from runtime.block_forward import StageDevice
 from runtime.block_stream import NOTHING, Streamed
 from runtime.block_text_encoder import BlockTextEncoder
 from runtime.block_transformer import BlockTransformer, SharedBlocks
-from wan22.block_layout import BlockLayout, read_block_layout
+from wan22.block_layout import BlockLayout, read_block_layout, size_bytes
 from wan22.block_memory import (
     BlockChoice,
     BlockStack,
@@ -108,7 +108,22 @@ class BlockBackend:
         return found
 
     def _layout(self, component: Component) -> BlockLayout:
-        return read_block_layout(self._bundle.path(component.weights[0]))
+        """The layout of the weights of ``component``.
+
+        Raises:
+            UserError: it is not that of the stages, as of weights of another model or precision.
+        """
+        layout, file = read_block_layout(self._bundle.path(component.weights[0])), component.weights[1]
+        places = {place.name: place.size_bytes for place in (*layout.ends, *layout.block)}
+        for tensor in (tensor for stage in component.stages for tensor in stage.weights):
+            if (found := places.get(tensor.name, 0)) != size_bytes(tensor):
+                given = f"{file.path}: {tensor.name} of {found} bytes"
+                expected = f"{size_bytes(tensor)} bytes, as the engines of {component.name} take"
+                raise UserError(given, expected, f"build again: {self._bundle.manifest.command}")
+        if file.size_bytes != layout.size_bytes:
+            given = f"{file.path}: {file.size_bytes} bytes"
+            raise UserError(given, f"{layout.size_bytes} by its layout", "run wan-trt build again")
+        return layout
 
     def _stack(self, component: Component, count: int) -> BlockStack:
         """The blocks of ``component`` for a video of ``count`` tokens."""

@@ -29,6 +29,7 @@ from wan22.shapes import Profile, fitting_profile, own_profiles, shape_of, sizes
 log = logging.getLogger(__name__)
 
 AS_INTEGERS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
+KIBIBYTE = 2**10  # the unit of ulimit -l
 RING = 2  # pinned buffers between disk and device
 
 
@@ -214,8 +215,9 @@ class GpuStages:
         return event
 
     def _fall_back(self, expert: str) -> None:
-        size = human_bytes(self._files.paths[expert].stat().st_size, 1)
-        log.warning("cannot pin %s of host memory, so blocks come from disk: raise it with ulimit -l", size)
+        size = self._files.paths[expert].stat().st_size
+        told = "cannot pin %s of host memory, so blocks come from disk; ulimit -l %d would allow it"
+        log.warning(told, human_bytes(size, 1), -(-size // KIBIBYTE))
         self._ring = [self._pinned(self._layout.step_bytes) for _ in range(RING)]
 
     def _pinned(self, size_bytes: int) -> Any:
@@ -224,4 +226,5 @@ class GpuStages:
             return cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size_bytes), 0)
         except cupy.cuda.runtime.CUDARuntimeError:
             found = f"cannot pin {RING} buffers of {human_bytes(size_bytes, 1)}"
-            raise UserError(found, "host memory that the GPU reads", "raise ulimit -l, or free memory") from None
+            remedy = f"ulimit -l {-(-RING * size_bytes // KIBIBYTE)} or more, or free memory"
+            raise UserError(found, "host memory that the GPU reads", remedy) from None

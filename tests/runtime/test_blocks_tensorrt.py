@@ -11,6 +11,7 @@ import pytest
 
 from runtime.backend import tensorrt_backend
 from runtime.block_backend import BlockOptions
+from runtime.blocks_tensorrt import GpuStages
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from runtime.engine_tensorrt import Device
 from tests.export.graphs.test_dit import relative_l2
@@ -173,16 +174,36 @@ def test_a_system_that_cannot_pin_a_file_reads_blocks_from_disk(blocks_of, gpu, 
     with backend.new_engine(bundle.component("dit")) as engine:
         engine(**given_to("ti2v-5b-tiny"))
     assert "cannot pin" in caplog.text
-    assert "ulimit -l" in caplog.text
+    size = bundle.component("dit").weights[1].size_bytes
+    assert f"ulimit -l {-(-size // 1024)} would allow it" in caplog.text
 
 
 def test_a_system_that_cannot_pin_anything_is_refused(blocks_of, gpu):
     _, bundle, backend = gpu(blocks_of("ti2v-5b-tiny"), "disk", pinned_bytes=0)
     with (
-        pytest.raises(UserError, match=r"cannot pin 2 buffers .* raise ulimit -l"),
+        pytest.raises(UserError, match=r"cannot pin 2 buffers .* ulimit -l [0-9]+ or more"),
         backend.new_engine(bundle.component("dit")),
     ):
         pass
+
+
+@pytest.mark.parametrize("weights_in", ["host", "disk"])
+def test_ctrl_c_inside_a_forward_leaves_engines_that_go_on(blocks_of, gpu, weights_in, monkeypatch):
+    _, bundle, backend = gpu(blocks_of("ti2v-5b-tiny"), weights_in)
+    given, ran, run = given_to("ti2v-5b-tiny"), [], GpuStages.run
+
+    def interrupted(self, name, *rest):
+        ran.append(name)
+        if ran == ["patches", "qkv", "attend", "rest", "qkv", "attend"]:
+            raise KeyboardInterrupt
+        run(self, name, *rest)
+
+    with backend.new_engine(bundle.component("dit")) as engine:
+        expected = engine(**given)
+        monkeypatch.setattr(GpuStages, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine(**given)
+        assert np.array_equal(engine(**given), expected)
 
 
 def test_no_room_on_the_card_is_one_line(blocks_of, gpu):
