@@ -113,7 +113,7 @@ def test_the_table_of_cards_follows_the_bus_and_the_size():
     by_name = {plan.request.target.name: plan.in_blocks for plan in small}
     assert by_name["rtx4060"].streamed_forward_seconds == by_name["rtx4060"].forward_seconds  # 600 of 695 ms a block
     assert by_name["rtx5080"].resident < 40
-    assert by_name["rtx5080"].streamed_forward_seconds > 1.5 * by_name["rtx5080"].forward_seconds
+    assert by_name["rtx5080"].streamed_forward_seconds > 1.3 * by_name["rtx5080"].forward_seconds
     assert [plan.in_blocks.resident for plan in large] <= [plan.in_blocks.resident for plan in small]
     console = Console(record=True, width=120)
     console.print(*cards_as_text(large))
