@@ -25,6 +25,8 @@ class CommandLine(typer.Typer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         program = str(self.info.name)
+        if kwargs.get("standalone_mode") is False:  # called from Python, which wants the exceptions
+            return super().__call__(*args, **kwargs)
         try:
             code = super().__call__(*args, **kwargs | {"standalone_mode": False, "prog_name": program})
         except typer.Abort:  # a question that was not answered

@@ -88,6 +88,28 @@ def test_what_does_not_parse_is_one_line(capsys, words, line):
     assert refused(capsys, *words).startswith(line)
 
 
+@pytest.mark.parametrize("command", [["generate", "e", "x"], ["client", "localhost", "x"]])
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["-o", "a.png", "--frames", "1", "--quality", "5"], "--quality for a.png | expected a name ending in .mp4 or"),
+        (["-o", "a.mp4", "--fit", "crop"], "--fit crop without --image | expected an image to fit | leave"),
+    ],
+)
+def test_options_without_effect_are_refused(capsys, tmp_path, monkeypatch, command, options, line):
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, *command, *options).startswith(f"wan-trt: {line}")
+
+
+@pytest.mark.parametrize("command", ["serve", "triton"])
+def test_every_limit_says_what_it_limits(capsys, command):
+    assert status([command, "--help"]) == 0
+    told = " ".join(re.split(r"[\s│]+", capsys.readouterr().out))
+    usual = {"prompt in bytes of UTF-8": 16 * 1024, "image file in bytes": 32 * 2**20, "denoising steps": 100}
+    for what, default in usual.items():
+        assert f"{what} of a request; by default {default:,}." in told
+
+
 def test_no_command_prints_the_help(capsys):
     assert status([]) == 2
     assert "Usage" in "".join(capsys.readouterr())
