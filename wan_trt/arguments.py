@@ -96,7 +96,6 @@ Topology = Annotated[
     Literal["owner", "bls"], typer.Option(help="owner: one model holds all engines; bls: one model per engine.")
 ]
 GpuMemory = Annotated[float | None, typer.Option(help="GiB of GPU memory, for bls; by default the target's.", min=0)]
-Limit = Annotated[int | None, typer.Option(help="Limit for a request; by default the model's largest official value.")]
 QueueSize = Annotated[int, typer.Option(help="Maximum number of waiting jobs per priority.", min=1)]
 LongestJob = Annotated[int, typer.Option(help="Maximum seconds that a job runs and that a shutdown waits.", min=1)]
 RequireSignature = Annotated[
@@ -109,7 +108,16 @@ SAMPLING = {
     "guidance_high_noise": ExpertGuidance, "guidance_low_noise": ExpertGuidance, "guidance": Guidance, "solver": Solver,
 }  # fmt: skip
 BLOCKS = {"weights_in": WeightsIn, "vram": Vram}
-LIMITS = dict.fromkeys(("max_pixels", "max_frames", "max_steps", "max_prompt_bytes", "max_image_bytes"), Limit)
+LIMITS = {
+    name: Annotated[int | None, typer.Option(help=f"Largest {what} of a request; by default {usual}.")]
+    for name, what, usual in (
+        ("max_pixels", "width times height in pixels", "the model's largest official size"),
+        ("max_frames", "number of frames", "the model's"),
+        ("max_steps", "number of denoising steps", "100"),
+        ("max_prompt_bytes", "prompt in bytes of UTF-8", "16,384"),
+        ("max_image_bytes", "image file in bytes", "33,554,432"),
+    )
+}
 
 # headings of --help and their parameters; others are under "Options"
 GROUPS = {
@@ -254,6 +262,19 @@ def request_from(options: Mapping[str, Any]) -> "Request":
             "terms": terms_from(options),
         }
     )
+
+
+def check_used(
+    output: Path, quality: int | None, image: Path | None, fit: str, *, exact_official: bool = False
+) -> None:
+    """Refuse a quality for files that have none, and rules for an image without one."""
+    from runtime.video import FILMS
+
+    if quality is not None and output.suffix.lower() not in FILMS:
+        raise UserError(f"--quality for {output}", f"a name ending in {' or '.join(FILMS)}", "leave --quality out")
+    if image is None and (fit != "official" or exact_official):
+        option = "--exact-official" if exact_official else f"--fit {fit}"
+        raise UserError(f"{option} without --image", "an image to fit", f"leave {option} out")
 
 
 def check_signed(engines: Path, key: Path | None) -> None:

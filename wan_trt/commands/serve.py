@@ -57,12 +57,14 @@ def run(
     limits = given.limits_of(locals() | shared)
     given.check_signed(engines, require_signature)
     from triton_repo.bls_repository import CPU
+    from triton_repo.driver import check_gpu
     from triton_repo.installation import default_environments, find_installation
     from triton_repo.repository import RepositoryOptions, is_for_gpu, write_repository
     from triton_repo.server import ServeOptions, run_server
     from wan_trt.recipes.weight_sets import make_weight_sets, parse_named
 
     named = parse_named(lora or ())
+    check_gpu(engines)
     if named and topology == "bls":
         raise UserError("--lora with --topology bls", "topology owner, which holds the weights", "leave one out")
     environments = default_environments() if environment is None else (environment,)
