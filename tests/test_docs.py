@@ -24,7 +24,7 @@ from wan22.specs import SPECS, Precision
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 FILES = ROOT / "docs" / "files.md"
-ROOMS = ("wan_trt", "wan22", "export", "engines", "runtime", "triton_repo", "validate", "studies")
+ROOMS = ("wan_trt", "wan22", "export", "engines", "runtime", "triton_repo", "gateway", "validate", "studies")
 HEAD = "# Files\n\nEvery module with the first line of its docstring. `python tests/test_docs.py` makes this page.\n"
 # What the pages name stands for something small here.
 STAND_INS = {

@@ -5,12 +5,12 @@ They are written to ``config.pbtxt`` as string parameters and read by the model.
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from wan22.bundle import MANIFEST, Bundle, sha256_of
+from wan22.bundle import MANIFEST, Bundle, Manifest, Source, sha256_of
 from wan22.errors import UserError
 from wan22.residency import ResidencyChoice
 from wan22.specs import ModelSpec
@@ -60,6 +60,7 @@ class Settings:
     full_check: bool = True  # hash every file at load, not only those under 1 GiB
     drain_flag: str = ""  # while this file exists, the model reports that it is not ready
     loras: str = ""  # JSON: name → folder of the weight set and the hash of its bundle.json
+    described: str = ""  # JSON: the manifest without its files, for clients that check requests themselves
     # BLS only
     components: str = ""  # prefix of the engines' models, before an underscore and the component's name
     component: str = ""  # the component that this model runs
@@ -112,7 +113,15 @@ def settings_of(
         residency=residency,
         drain_flag=drain_flag,
         loras=_pinned(loras) if loras else "",
+        described=msgspec.json.encode(_without_files(bundle.manifest)).decode(),
     )
+
+
+def _without_files(manifest: Manifest) -> Manifest:
+    """``manifest`` without components, folders, commands and the build's options."""
+    build = None if manifest.build is None else replace(manifest.build, options={}, attention_scales={}, nodes={})
+    nowhere = Source("", manifest.source.layout, manifest.source.fingerprint)
+    return replace(manifest, components=(), tokenizer=(), source=nowhere, command="", build=build)
 
 
 def _pinned(loras: Mapping[str, Path]) -> str:
