@@ -129,6 +129,8 @@ def test_two_gateways_share_a_queue_and_one_takes_over_from_the_other(triton, tm
 @pytest.mark.slow
 def test_a_server_that_dies_gives_its_job_back_once(installation, tiny_engines, tmp_path):
     """The second server that dies with it is the client's answer."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
     with (
         serving(installation, tmp_path / "a", {"wan22": tiny_engines}) as one,
         serving(installation, tmp_path / "b", {"wan22": tiny_engines}) as two,
