@@ -136,6 +136,8 @@ def _json_in(name: str, text: str) -> Any:
 def _typed(field: Field, name: str, value: Any) -> Any:
     """``value`` as the field's type. Numbers and booleans may be text, as forms have them."""
     if field.kind == "image":
+        if isinstance(value, str) and value[:5].lower() == "data:":
+            return {"image_url": value}
         return value if isinstance(value, bytes) else _object(name, value)
     if isinstance(value, bytes):
         raise invalid(name, f"{name} is a file | expected text", "invalid_type")

@@ -7,7 +7,7 @@ whole lease: after an outage everybody gets the time to renew.
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,15 +45,12 @@ class Claims:
 
     Args:
         database: where the jobs are.
-        gateway: the name of this process, with which the names of its workers begin.
         lease_s: seconds without a heartbeat after which a worker counts as dead.
         most_running_of_key: jobs of one key, without a limit of its own, that run at a time.
     """
 
-    def __init__(
-        self, database: Database, gateway: str, lease_s: float, most_running_of_key: int | None = None
-    ) -> None:
-        self._database, self._gateway, self.lease_s = database, gateway, lease_s
+    def __init__(self, database: Database, lease_s: float, most_running_of_key: int | None = None) -> None:
+        self._database, self.lease_s = database, lease_s
         self._most_running = most_running_of_key
 
     # -- servers
@@ -238,8 +235,11 @@ class Claims:
 
     # -- the dead
 
-    def left(self, *, at_start: bool = False) -> list[Left]:
-        """Jobs whose workers have died: their leases are over, or, ``at_start`` of an only gateway, everybody's."""
+    def left(self, running: Collection[str] = (), *, at_start: bool = False) -> list[Left]:
+        """Jobs whose workers have died: their leases are over, or, ``at_start`` of an only gateway, everybody's.
+
+        ``running`` are the jobs of this process, which goes on with them whatever clocks say.
+        """
         seen_s = time.monotonic() - self._database.trouble_at
         if not at_start and seen_s < self.lease_s:
             return []
@@ -247,7 +247,7 @@ class Claims:
             now = self._database.now(connection)
             dead: list[ColumnElement[bool]] = [jobs.c.worker != ""]
             if not at_start:
-                dead += [jobs.c.lease_until < now, jobs.c.worker.not_like(f"{self._gateway}.%")]
+                dead += [jobs.c.lease_until < now, jobs.c.id.not_in(running)]
             rows = connection.execute(select(jobs).where(*dead)).mappings().all()
             hidden = select(jobs).where(jobs.c.worker == "", jobs.c.deleted == 1)
             rows = [*rows, *connection.execute(hidden).mappings().all()]

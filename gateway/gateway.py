@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import ipaddress
 import json
 import re
 import time
@@ -9,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from anyio import CapacityLimiter, to_thread
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from gateway.api_error import ApiError, invalid, not_found
@@ -61,7 +64,12 @@ class Gateway:
     _checks: CapacityLimiter | None = None
 
     async def key(self, request: Request) -> Key:
-        return await in_thread(self.keys.check, request.headers.get("authorization"))
+        """Who asks. Raises ApiError without a valid key; or without keys at all, for what a page of others sends."""
+        given = request.headers.get("authorization")
+        key = self.keys.check(given) if self.keys.is_fresh else await in_thread(self.keys.check, given)
+        if not key.id:
+            _check_own_page(request.headers)
+        return key
 
     async def models(self) -> dict[str, ServedModel]:
         """The models that can be asked for, the default one first: that of a ready server."""
@@ -153,6 +161,27 @@ class Gateway:
                 self.metrics.cancelled(time.monotonic() - started)
                 return
             await asyncio.sleep(ENDED_LOOK_S)
+
+
+def _check_own_page(headers: Headers) -> None:
+    """Refuse what a browser sends for a page of another host, which nothing else keeps from making jobs."""
+    host, origin = headers.get("host", ""), headers.get("origin")
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        foreign = origin is not None and urlsplit(origin).netloc != host
+    except ValueError:
+        name, foreign = "", True
+    if foreign or not (name == "localhost" or _is_address(name)):  # a name could be made to lead here
+        message = "a request of another page, or under another name than localhost | expected keys for that"
+        raise ApiError(403, "cross_origin", f"{message}: wan-trt gateway key add")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 async def in_thread(call: Callable[..., T], *arguments: Any, **named: Any) -> T:

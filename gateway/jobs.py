@@ -15,7 +15,7 @@ from gateway.order import Order
 
 Job = RowMapping  # a row of the table
 WAITING = and_(jobs.c.status == "queued", jobs.c.deleted == 0)
-OPEN = jobs.c.status.in_(("queued", "in_progress"))
+OPEN = and_(jobs.c.status.in_(("queued", "in_progress")), jobs.c.deleted == 0)
 GUESSED_JOB_S = 60.0  # before the first job of a model has ended
 SERVER_SEEN_S = 15.0  # a server is counted while a worker has seen it ready since
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import math
 import re
 import secrets
 import time
@@ -35,11 +36,16 @@ class Keys:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._known: dict[str, RowMapping] = {}
-        self._read_at = 0.0
+        self._read_at = -math.inf
+
+    @property
+    def is_fresh(self) -> bool:
+        """True while a check does not ask the database."""
+        return time.monotonic() - self._read_at <= REMEMBERED_S
 
     def check(self, authorization: str | None) -> Key:
         """Who asks. Raises ApiError 401 without a valid key, if there are keys."""
-        if time.monotonic() - self._read_at > REMEMBERED_S:
+        if not self.is_fresh:
             with self._database.read() as connection:
                 self._known = {row["id"]: row for row in connection.execute(select(keys)).mappings()}
             self._read_at = time.monotonic()

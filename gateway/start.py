@@ -96,7 +96,7 @@ def _assembled(options: GatewayOptions) -> tuple[Gateway, Workers]:
         remedy = "make one with wan-trt gateway key add, or leave --address out"
         raise UserError(f"address {options.address} without keys", "a key for clients of other machines", remedy)
     jobs = Jobs(database, options.most_waiting, options.most_waiting_of_key)
-    claims = Claims(database, name, options.lease_s, options.most_running_of_key)
+    claims = Claims(database, options.lease_s, options.most_running_of_key)
     metrics = GatewayMetrics(lambda: _state(jobs, claims))
     around = Surroundings(claims, store, hub.changed, options.keep.seconds, metrics.ended, metrics.phase)
     sweep = Sweep(database, claims, store, options.keep)

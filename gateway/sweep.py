@@ -3,17 +3,19 @@
 import json
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import and_, select, update
+from sqlalchemy import and_, delete, select, update
 
 from gateway.claims import Claims, Left
-from gateway.database import Database, jobs
+from gateway.database import Database, events, jobs
 from gateway.jobs import remove_rows
 from gateway.store import Store
 
 log = logging.getLogger("gateway")
-RECORDS_S = 30 * 86_400.0  # a record is kept that long after its job's end
+STEPS_S = 3600.0  # the events of its steps are kept that long after a job's end
+RECORDS_S = 30 * 86_400.0  # and its record
 MATCH_EVERY_S = 300.0
 UNKNOWN_KEPT_S = 60.0  # a file without a record may be one that is being recorded
 
@@ -33,12 +35,14 @@ class Sweep:
         self._matched_at = 0.0
         self._unknown: dict[str, float] = {}  # files without a record, since when
 
-    def run(self) -> None:
-        for left in self._claims.left():
+    def run(self, running: Collection[str]) -> None:
+        """``running`` are the jobs of this process."""
+        for left in self._claims.left(running):
             self.recover(left)
         self.expire()
         if time.monotonic() - self._matched_at > MATCH_EVERY_S:
             self.match()
+            self._forget()
             self._matched_at = time.monotonic()
 
     def start(self) -> None:
@@ -104,10 +108,13 @@ class Sweep:
                 values = {"result": None, "expires_at": min(now, self._database.now(connection))}
                 connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
             self._store.remove(name)
-        self._forget_records(now)
 
-    def _forget_records(self, now: float) -> None:
-        with self._database.read() as connection:
+    def _forget(self) -> None:
+        """Remove steps of ended jobs soon, whole records later."""
+        with self._database.write() as connection:
+            now = self._database.now(connection)
+            ended = select(jobs.c.id).where(jobs.c.completed_at < now - STEPS_S)
+            connection.execute(delete(events).where(events.c.kind == "progress", events.c.job.in_(ended)))
             old = and_(jobs.c.completed_at < now - RECORDS_S, jobs.c.result.is_(None), jobs.c.worker == "")
             ids = connection.execute(select(jobs.c.id).where(old).limit(1000)).scalars().all()
         for job_id in ids:

@@ -130,6 +130,11 @@ class Worker(threading.Thread):
                 self._insist(lambda: self._claims.let_go(run.id, self.name))
             elif outcome is not None:
                 self._end(run, outcome)
+        except ApiError:
+            raise
+        except Exception:  # a bug, or a failing machine
+            log.exception("job %s", run.id)
+            self._end(run, Outcome("", "the gateway failed", lost=True))
         finally:
             self.run_now = None
             self._around.changed(run.id)

@@ -34,7 +34,7 @@ class Workers:
         self._over = threading.Event()
         self._threads = [
             threading.Thread(target=self._repeat, args=(BEAT_S, self._beat), name="heartbeat", daemon=True),
-            threading.Thread(target=self._repeat, args=(SWEEP_S, self._sweep.run), name="sweep", daemon=True),
+            threading.Thread(target=self._repeat, args=(SWEEP_S, self._clean), name="sweep", daemon=True),
         ]
 
     def start(self) -> None:
@@ -85,6 +85,9 @@ class Workers:
         for job_id, run in runs.items():
             if job_id in ended or (job_id not in going and run.job is not None and run in self._runs()):
                 run.end()
+
+    def _clean(self) -> None:
+        self._sweep.run([run.id for run in self._runs()])
 
     def _repeat(self, every_s: float, call: Callable[[], None]) -> None:
         while not self._over.wait(every_s):
