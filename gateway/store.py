@@ -8,6 +8,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,11 +60,15 @@ def open_store(place: str) -> Store:
     from obstore.exceptions import BaseError
     from obstore.store import from_url
 
+    retries = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
     try:
-        return BucketStore(from_url(place))
-    except (BaseError, ValueError) as error:
-        remedy = "check --videos and the credentials in the environment"
-        raise UserError(f"videos at {place}: {str(error)[:120]}", "a folder or a bucket", remedy) from None
+        store = BucketStore(from_url(place, retry_config=retries))
+        store.sizes()
+    except (BaseError, ValueError, StoreError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0][:160]
+        remedy = "check --videos, and address and credentials in the environment"
+        raise UserError(f"videos at {place}: {reason}", "a folder, or a bucket that answers", remedy) from None
+    return store
 
 
 class FolderStore:
