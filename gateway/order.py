@@ -32,7 +32,7 @@ ABOUT = {
     "fps": "fps", "quality": "quality", "solver": "solver", "lora": "lora", "preset": "preset", "boundary": "boundary",
     "guidance": "guidance_scale", "late": "late_cfg", "skip": "skip_steps", "cache": "cache", "exact": "first_exact",
     "consecutive": "max_consecutive", "reuse": "reuse", "shift": "flow_shift", "step": "num_inference_steps",
-    "fit": "fit", "negative_prompt": "negative_prompt", "prompt": "prompt", "pixels": "size", "size": "size",
+    "fit '": "fit", "negative_prompt": "negative_prompt", "prompt": "prompt", "pixels": "size", "size": "size",
     "frames": "num_frames",
 }  # fmt: skip
 

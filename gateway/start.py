@@ -71,7 +71,7 @@ def run_gateway(options: GatewayOptions, ready: Callable[[], None], trouble: Cal
         UserError: the address, the database or the store cannot be used, or another gateway uses the folder.
     """
     listening = _listen(options.address, options.port)
-    with listening, _only_one(options.data, shared=bool(options.database)):
+    with listening, only_one(options.data, shared=bool(options.database)):
         gateway, workers = _assembled(options)
         workers.start()
         server = _Server(uvicorn.Config(
@@ -160,7 +160,7 @@ def _listen(address: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _only_one(data: Path, *, shared: bool) -> Iterator[None]:
+def only_one(data: Path, *, shared: bool) -> Iterator[None]:
     """Hold the folder: gateways that share work do so by PostgreSQL."""
     data.mkdir(parents=True, exist_ok=True)
     if shared:

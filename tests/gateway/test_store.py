@@ -13,7 +13,12 @@ from tests.gateway.running import gateway_in_front
 from triton_repo.server import free_ports
 from wan22.errors import UserError
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "x",
+    "AWS_SECRET_ACCESS_KEY": "y",
+    "AWS_REGION": "us-east-1",
+    "AWS_ALLOW_HTTP": "true",
+}
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -73,7 +78,9 @@ def s3(monkeypatch, tmp_path):
 
 
 def test_a_gateway_with_a_bucket_loses_nothing_while_the_bucket_is_away(s3, triton, tmp_path):
-    with gateway_in_front(tmp_path / "data", [triton.url], "--videos", "s3://videos/made", "--finish-within", 0) as gateway:
+    with gateway_in_front(
+        tmp_path / "data", [triton.url], "--videos", "s3://videos/made", "--finish-within", 0
+    ) as gateway:
         kept = gateway.create(seed=3)
         gateway.wait(kept, "completed")
         whole = gateway.ask("GET", f"/v1/videos/{kept}/content")

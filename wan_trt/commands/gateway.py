@@ -69,7 +69,8 @@ def run(
 ) -> int:
     """Serve /v1/videos over HTTP, until Ctrl-C or SIGTERM.
 
-    Jobs that wait are kept for the next start. wan-trt gateway key add, list and revoke manage keys.
+    Jobs that wait are kept for the next start. wan-trt gateway key add, list and revoke manage keys;
+    wan-trt gateway move takes them and the queue to PostgreSQL.
     """
     options = locals() | shared
     if (engines is None) == (not server):
@@ -132,6 +133,18 @@ def _watched(server: "Server") -> Callable[[], str]:
 
     threading.Thread(target=watch, daemon=True).start()
     return lambda: found[0] if found else ""
+
+
+def move(
+    data: Data = DATA,
+    database: Annotated[str, typer.Option(metavar="URL", help="An empty postgresql://... database.")] = "",
+) -> None:
+    """Move the queue, the keys and the records of videos from SQLite in --data to PostgreSQL."""
+    from gateway.move import move as move_records
+
+    if not database:
+        raise UserError("no --database", "the address of an empty PostgreSQL", "give one")
+    console.print(f"{move_records(data, database)} records moved; start with --database from now on")
 
 
 # -- keys
