@@ -16,5 +16,5 @@ def gateway(triton, tmp_path_factory):
     """A gateway that tests share; each looks only at its own videos."""
     pytest.importorskip("openai")
     data = tmp_path_factory.mktemp("gateway") / "data"
-    with gateway_in_front(data, [triton.url], "--finish-within", 0, "--queue-size", 40) as running:
+    with gateway_in_front(data, [triton.url], "--finish-within", 0, "--queue-size", 10) as running:
         yield running

@@ -1,13 +1,20 @@
 """The official client, unmodified, against a real gateway and a real server."""
 
+import base64
 import io
+import itertools
+import json
+import socket
+import threading
+from contextlib import contextmanager, suppress
 
 import av
 import openai
 import pytest
 from PIL import Image
 
-from tests.gateway.running import LONG
+from tests.gateway.running import LONG, gateway_in_front
+from tests.triton_repo.serving import serving
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -131,3 +138,94 @@ def test_models_are_listed(client):
     (model,) = client.models.list()
     assert (model.id, model.owned_by) == ("wan2.2-t2v-a14b-tiny", "wan-trt")
     assert client.models.retrieve("t2v-a14b-tiny").id == model.id
+
+
+@contextmanager
+def losing_the_first_answer(gateway):
+    """The port of a proxy that passes requests on, and closes its first connection when the answer comes."""
+
+    def pass_on(source, target):
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def serve():
+        for number in itertools.count():
+            with suppress(OSError):
+                near, _ = listening.accept()
+                far = socket.create_connection(("127.0.0.1", gateway.port))
+                threading.Thread(target=pass_on, args=(near, far), daemon=True).start()
+                if number == 0:
+                    far.recv(65536)
+                    lost.append(near)
+                    near.shutdown(socket.SHUT_RDWR)
+                else:
+                    threading.Thread(target=pass_on, args=(far, near), daemon=True).start()
+                continue
+            return
+
+    lost = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, daemon=True).start()
+        yield listening.getsockname()[1]
+        listening.shutdown(socket.SHUT_RDWR)
+    assert lost
+
+
+def test_a_client_that_loses_the_answer_and_asks_again_gets_the_same_job(gateway):
+    with losing_the_first_answer(gateway) as port:
+        client = gateway.client(max_retries=2, timeout=30).copy(base_url=f"http://127.0.0.1:{port}/v1")
+        body = {"num_frames": 5, "num_inference_steps": 3}
+        headers = {"Idempotency-Key": "lost-answer"}
+        video = client.videos.create(prompt="lost", size="64x64", extra_headers=headers, extra_body=body)
+    made = [each["id"] for each in gateway.ask("GET", "/v1/videos?limit=100").json["data"] if each["prompt"] == "lost"]
+    assert made == [video.id]
+
+
+def test_a_full_queue_tells_when_to_come_again(gateway):
+    jobs = []
+    try:
+        while (answer := gateway.ask("POST", "/v1/videos", {"prompt": "fill", **LONG})).status == 200:
+            jobs.append(answer.json["id"])
+        with pytest.raises(openai.RateLimitError) as error:
+            gateway.client().videos.create(prompt="one more")
+        assert error.value.code == "queue_full"
+        headers = error.value.response.headers
+        assert headers["x-should-retry"] == ("true" if int(headers["retry-after"]) <= 120 else "false")
+    finally:
+        for job in reversed(jobs):
+            gateway.ask("DELETE", f"/v1/videos/{job}")
+
+
+@pytest.mark.slow
+def test_images_reach_the_model_as_an_upload_and_as_a_data_url(installation, flow_of, tmp_path):
+    engines = flow_of("i2v-a14b-tiny").engines
+    content = io.BytesIO()
+    Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(content, "PNG")
+    with (
+        serving(installation, tmp_path, {"wan22": engines}) as server,
+        gateway_in_front(tmp_path / "data", [server.url], "--finish-within", 0) as gateway,
+    ):
+        client, videos = gateway.client(), []
+        url = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+        body = {"num_frames": 5, "num_inference_steps": 3, "seed": 1}
+        asked = {"prompt": "it turns", "size": "64x64"}
+        for more in (
+            {"input_reference": ("../../x.png", content.getvalue(), "image/png"), "extra_body": body},
+            {"extra_body": {**body, "input_reference": {"image_url": url}}},
+            {"extra_body": {**body, "image_reference": json.dumps({"image_url": url})}},
+        ):
+            video = client.videos.create(**asked, **more)
+            told = client.videos.poll(video.id, poll_interval_ms=50)
+            assert told.status == "completed", told
+            videos.append(client.videos.download_content(video.id).read())
+        assert videos[0] == videos[1] == videos[2]
+        without = {**asked, "extra_body": body}
+        with pytest.raises(openai.BadRequestError) as error:
+            client.videos.create(**without)
+        assert error.value.param == "input_reference"
+        image = f"data:image/png;base64,{base64.b64encode(content.getvalue()[:200]).decode()}"
+        with pytest.raises(openai.BadRequestError) as error:
+            client.videos.create(**asked, extra_body={**body, "input_reference": {"image_url": image}})
+        assert error.value.param == "input_reference"

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 
+import openai
 import pytest
 
 from tests.gateway.running import LONG, SMALL, WAN_TRT, gateway_in_front
@@ -293,6 +294,9 @@ def test_keys_see_their_own_videos_and_have_limits(triton, tmp_path):
         for wrong in ("", ann[:-1] + ("a" if ann[-1] != "a" else "b"), "wan_x"):
             answer = gateway.ask("GET", "/v1/videos", authorization=f"Bearer {wrong}")
             assert (answer.status, answer.headers["www-authenticate"][:6]) == (401, "Bearer")
+        with pytest.raises(openai.AuthenticationError) as error:
+            gateway.client(api_key="wrong").videos.list()
+        assert error.value.code == "invalid_api_key"
         gateway.key = ann
         while gateway.ask("GET", "/ready").status != 200:
             time.sleep(0.05)
