@@ -18,6 +18,7 @@ from triton_repo.server import free_ports
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="openai")
 WAN_TRT = str(Path(sys.executable).with_name("wan-trt"))
 SMALL = {"size": "64x64", "num_frames": 5, "num_inference_steps": 3}
+MEDIUM = {"size": "128x96", "num_frames": 9, "num_inference_steps": 20}
 LONG = {"size": "256x160", "num_frames": 17, "num_inference_steps": 100}  # some 0.1 s a step; to be given up
 
 

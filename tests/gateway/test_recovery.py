@@ -8,10 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from tests.gateway.postgres import postgres
-from tests.gateway.running import LONG, SMALL, WAN_TRT, gateway_in_front, start, wait_until_ready
+from tests.gateway.running import LONG, MEDIUM, SMALL, WAN_TRT, gateway_in_front, start, wait_until_ready
 from tests.triton_repo.serving import serving
-
-MEDIUM = {"size": "128x96", "num_frames": 9, "num_inference_steps": 25}
 
 
 @contextmanager
@@ -155,6 +153,7 @@ def test_a_server_that_dies_gives_its_job_back_once(installation, tiny_engines, 
         account(gateway)
 
 
+@pytest.mark.slow
 def test_records_move_from_sqlite_to_postgresql(triton, tmp_path):
     data = tmp_path / "data"
     subprocess.run([WAN_TRT, "gateway", "key", "add", "ann", "--data", data], check=True, capture_output=True)
