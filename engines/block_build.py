@@ -1,4 +1,4 @@
-"""Build a transformer as stages (``wan-trt build --topology blocks``): small engines that every block calls.
+"""Build transformers and text encoder as stages (``wan-trt build --topology blocks``): engines that every block calls.
 
 The compiler never sees a weight, so a build takes seconds and little memory. Experts with the same stages share their
 engines; each has a weights file.
@@ -13,18 +13,21 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.block_weights import attention_scales, layout_of, write_block_weights
-from wan22.bundle import Bundle, Component, File, Stage, file_entry
+from wan22.block_layout import EMBEDDING, BlockLayout, write_block_layout
+from wan22.bundle import Bundle, Component, File, Stage, Tensor, file_entry
 from wan22.errors import UserError
-from wan22.external_layout import BlockLayout, write_block_layout
 from wan22.files import scratch_folder
 from wan22.progress import Progress
+from wan22.specs import Number
 
+TEXT_ENCODER = "text_encoder"
+DTYPES = {Number.FP32: "float32", Number.BF16: "bfloat16", Number.FP16: "float16"}
 Compile = Callable[[Path, Component, Stage], File]  # the engine of a stage's graph at a path, written to the bundle
 
 
 @dataclass
 class BlockBuild:
-    """Build the experts of ``source`` into ``folder``, each stage once."""
+    """Build the experts and the text encoder of ``source`` into ``folder``, each stage once."""
 
     source: Bundle
     folder: Path
@@ -33,7 +36,8 @@ class BlockBuild:
     _built: dict[tuple[Stage, ...], tuple[tuple[Stage, ...], File, BlockLayout]] = field(default_factory=dict)
 
     def applies_to(self, component: Component) -> bool:
-        return component.name in self.source.manifest.spec.experts
+        in_layers = component.name == TEXT_ENCODER and bool(component.stages)  # older exports have none
+        return component.name in self.source.manifest.spec.experts or in_layers
 
     def check(self) -> None:
         """Refuse a bundle whose transformers have no stages, before anything is compiled.
@@ -50,13 +54,13 @@ class BlockBuild:
     @cached_property
     def attention_scales(self) -> dict[str, float]:
         """FP8 scales of Q and K: constants of the engines, valid for every block and expert."""
-        experts = filter(self.applies_to, self.source.manifest.components)
+        experts = [c for c in self.source.manifest.components if c.name in self.source.manifest.spec.experts]
         return attention_scales([self.source.path(component.graph) for component in experts])
 
     def component(self, component: Component) -> Component:
         """``component`` with its stages as engines and its weights in one file."""
         if component.stages not in self._built:
-            layout = layout_of(component.stages, self.source.manifest.spec.dit.layers)
+            layout = self._layout(component)
             path = self.folder / f"{component.name}.layout.json"
             write_block_layout(path, layout)
             compiled = tuple(self._stage(component, stage) for stage in component.stages)
@@ -65,7 +69,15 @@ class BlockBuild:
         weights = self.folder / f"{component.name}.weights"
         written = write_block_weights(self.source.path(component.graph), layout, weights, self.progress)
         made = replace(component, weights=(entry, written), stages=stages, halves=())
-        return replace(made, graph=made.stage("rest").graph)
+        return replace(made, graph=made.stage("layer" if component.name == TEXT_ENCODER else "rest").graph)
+
+    def _layout(self, component: Component) -> BlockLayout:
+        spec = self.source.manifest.spec
+        if component.name != TEXT_ENCODER:
+            return layout_of(component.stages, spec.dit.layers)
+        rows = (spec.text_encoder.vocab, spec.text_encoder.width)
+        table = Tensor(EMBEDDING, DTYPES[component.precision.wide.linears], rows)
+        return layout_of(component.stages, spec.text_encoder.layers, [table])
 
     def _stage(self, component: Component, stage: Stage) -> Stage:
         """``stage`` as an engine. The scales of FP8 attention become constants, as compilers need them."""

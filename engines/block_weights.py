@@ -1,10 +1,11 @@
-"""The weights of a transformer in stages: one file, in which every block is one region with the same offsets.
+"""The weights of a component in stages: one file, in which every block is one region with the same offsets.
 
 A runtime streams blocks: it copies one region and binds all weights of a block as base plus offset. Matrices stay as
 the bundle stores them, [out, in]. The weights that are used once per prompt, for the text's keys and values, are last
 in a region, so that a step does not read them.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from typing import IO
 import numpy as np
 import onnx_ir as ir
 
-from wan22.bundle import File, Stage, Tensor, file_entry
+from wan22.block_layout import BlockLayout, Place, size_bytes
+from wan22.bundle import File, Stage, Tensor
 from wan22.errors import UserError
-from wan22.external_layout import BlockLayout, Place, size_bytes
 from wan22.progress import Progress
 
 ALIGNMENT_BYTES, PAGE_BYTES = 256, 4096  # of CUDA's allocations, and of disks
 READ_AT_ONCE_BYTES = 2**24
-STEP_STAGES, PROMPT_STAGES = ("qkv", "rest"), ("text_kv",)
+STEP_STAGES, PROMPT_STAGES = ("qkv", "rest", "layer"), ("text_kv",)
 SCALES = ("self_attn.q_scale", "self_attn.k_scale")  # constants of the engines, valid for all blocks and experts
 V_NORMS = "self_attn.v_norms"  # of the rows of V's matrix: they bound V
 BLOCK = "blocks.{}.self_attn."
@@ -58,9 +59,9 @@ def attention_scales(graphs: Sequence[Path]) -> dict[str, float]:
     return found
 
 
-def layout_of(stages: Sequence[Stage], blocks: int) -> BlockLayout:
-    """The layout of the weights of ``stages`` for a transformer of so many blocks."""
-    groups: dict[str, dict[str, Tensor]] = {"ends": {}, "step": {}, "prompt": {}}
+def layout_of(stages: Sequence[Stage], blocks: int, beside: Iterable[Tensor] = ()) -> BlockLayout:
+    """The layout of the weights of ``stages``, so many blocks, and those ``beside`` that no stage reads."""
+    groups: dict[str, dict[str, Tensor]] = {"ends": {t.name: t for t in beside}, "step": {}, "prompt": {}}
     for stage in stages:
         group = "step" if stage.name in STEP_STAGES else "prompt" if stage.name in PROMPT_STAGES else "ends"
         groups[group] |= {tensor.name: tensor for tensor in stage.weights if tensor.name not in SCALES}
@@ -88,20 +89,45 @@ def _round_up(number: int, multiple: int) -> int:
 def write_block_weights(graph: Path, layout: BlockLayout, path: Path, progress: Progress) -> File:
     """Copy the weights of the whole ``graph`` to ``path`` in the order of ``layout``."""
     stored, folder = stored_tensors(graph), graph.parent
-    with path.open("wb") as file:
-        file.truncate(layout.size_bytes)
+    with path.open("wb") as stream:
+        file = _HashedFile(stream)
         for place in layout.ends:
             _copy(_find(stored, place.name, None), folder, file, place.offset)
         for block in range(layout.blocks):
             start = layout.first_block + block * layout.block_bytes
             for place in layout.block:
                 if place.name == V_NORMS:
-                    file.seek(start + place.offset)
-                    file.write(_v_norms(stored, folder, block, place.shape[1]).tobytes())
+                    file.write(_v_norms(stored, folder, block, place.shape[1]).tobytes(), start + place.offset)
                 else:
                     _copy(_find(stored, place.name, block), folder, file, start + place.offset)
             progress(f"write {path.name}", block + 1, layout.blocks, "blocks")
-    return file_entry(path.parent, path)
+        return File(path.name, file.finish(layout.size_bytes), layout.size_bytes)
+
+
+class _HashedFile:
+    """A file written in the order of its offsets and hashed meanwhile. Zeros stay holes, as in sparse test models."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._digest, self._end = stream, hashlib.sha256(), 0
+
+    def write(self, piece: bytes, offset: int) -> None:
+        self._skip_to(offset)
+        self._digest.update(piece)
+        if np.frombuffer(piece, np.uint8).any():
+            self._stream.seek(offset)
+            self._stream.write(piece)
+        self._end += len(piece)
+
+    def finish(self, size_bytes: int) -> str:
+        """The hash of the file, filled up with zeros to ``size_bytes``."""
+        self._skip_to(size_bytes)
+        self._stream.truncate(size_bytes)
+        return self._digest.hexdigest()
+
+    def _skip_to(self, offset: int) -> None:
+        assert offset >= self._end
+        self._digest.update(bytes(offset - self._end))
+        self._end = offset
 
 
 def _find(stored: Stored, name: str, block: int | None) -> list[StoredTensor]:
@@ -113,8 +139,7 @@ def _find(stored: Stored, name: str, block: int | None) -> list[StoredTensor]:
     return [stored[f"{prefix}{module}.{part}.{leaf}"] for part in parts]
 
 
-def _copy(sources: Sequence[StoredTensor], folder: Path, file: IO[bytes], offset: int) -> None:
-    file.seek(offset)
+def _copy(sources: Sequence[StoredTensor], folder: Path, file: _HashedFile, offset: int) -> None:
     for source in sources:
         with (folder / source.location).open("rb") as stream:
             stream.seek(source.offset)
@@ -123,8 +148,8 @@ def _copy(sources: Sequence[StoredTensor], folder: Path, file: IO[bytes], offset
                 piece = stream.read(min(left, READ_AT_ONCE_BYTES))
                 if not piece:
                     raise UserError(f"{folder / source.location} is cut short", "all its tensors", "export again")
-                file.write(piece)
-                left -= len(piece)
+                file.write(piece, offset)
+                offset, left = offset + len(piece), left - len(piece)
 
 
 def _v_norms(stored: Stored, folder: Path, block: int, width: int) -> np.ndarray:

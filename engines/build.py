@@ -12,10 +12,9 @@ from engines.block_build import BlockBuild
 from engines.cpu.onnxruntime_backend import fit_components
 from engines.cuda.attention import OLDEST_ONNXRUNTIME
 from engines.cuda.components import fit_for_cuda
-from engines.gpu.external_build import ExternalBuild
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
 from engines.load_check import check_loads
-from engines.plan import kernel_bytes
+from engines.plan import STAGES_BYTES, kernel_bytes
 from engines.profiles import profile_between, profiles_for, with_stages
 from engines.targets import Target, check_bundle, target_named
 from wan22.backends import runs_graphs
@@ -43,7 +42,6 @@ from wan22.residency import vae_weights_bytes
 from wan22.shapes import Profile, own_profiles
 from wan22.stamp import Stamp
 
-Weights = Literal["embedded", "external"]  # compiled into the engine, or inputs of it
 Topology = Literal["whole", "blocks"]  # a transformer as one engine, or as stages that every block calls
 
 
@@ -56,8 +54,7 @@ class BuildOptions:
     # TensorRT
     tf32: bool = False
     timing_cache: Path | None = None
-    weights: Weights = "embedded"
-    topology: Topology = "whole"
+    topology: Topology | None = None  # by default blocks for TensorRT where all blocks compute alike, else whole
     # writing
     overwrite: bool = False
     command: str = field(default="engines.build_engines(...)", compare=False)  # recorded in the manifest
@@ -79,6 +76,7 @@ def build_engines(
     source = open_bundle(bundle, "graphs", full_check=True)
     check_bundle(target, source.manifest)
     _check_options(target, options)
+    options = replace(options, topology=options.topology or default_topology(target, source.manifest))
     profiles = _profiles(source.manifest, target, options)
     check_graphs(source)
     if not runs_graphs(target.backend):
@@ -110,16 +108,27 @@ def build_engines(
     return Bundle(folder, manifest)
 
 
+def default_topology(target: Target, manifest: Manifest) -> Topology:
+    """``blocks`` for TensorRT, if the bundle of ``manifest`` has stages of its transformers."""
+    experts = [component for component in manifest.components if component.name in manifest.spec.experts]
+    in_stages = bool(experts) and all(component.stages for component in experts)
+    return "blocks" if in_stages and not runs_graphs(target.backend) else "whole"
+
+
 def disk_bytes(manifest: Manifest, target: Target, options: BuildOptions) -> int:
     """The size of the engines built from the ONNX bundle of ``manifest``: weights, kernels and the builder's logs."""
     files, spec = manifest.files().values(), manifest.spec
     if runs_graphs(target.backend):  # copies, plus two graphs per transformer
         return sum(file.size_bytes for file in files) + 2 * sum(c.graph.size_bytes for c in manifest.components)
-    shared = options.weights == "external"
+    blocks = (options.topology or default_topology(target, manifest)) == "blocks"
     total = float(sum(file.size_bytes for file in manifest.tokenizer))
     for component in manifest.components:
-        alone = not shared or component.name not in spec.experts[1:]
-        total += kernel_bytes(spec, component.name) if alone else 0.0
+        if blocks and component.stages:
+            of_text = component.name == "text_encoder"
+            shared = component.name in spec.experts[1:]
+            total += 0.0 if shared else STAGES_BYTES["text_encoder" if of_text else "transformer"]
+        else:
+            total += kernel_bytes(spec, component.name)
         if component.name.startswith("vae"):  # both graphs store a copy of the weights that they use
             total += vae_weights_bytes(spec.vae, component.name, component.precision)
         else:
@@ -164,17 +173,12 @@ def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
     """The options that change the engines, for the manifest."""
     if runs_graphs(target.backend):
         return {"topology": options.topology} if options.topology == "blocks" else {}
-    return {"tf32": str(options.tf32).lower(), "weights": options.weights, "topology": options.topology}
+    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)}
 
 
 def _check_options(target: Target, options: BuildOptions) -> None:
-    if options.topology == "blocks" and options.weights == "external":
-        remedy = "leave --weights out: blocks always have their weights outside"
-        raise UserError("--weights external with --topology blocks", "one of them", remedy)
     if options.topology == "blocks" and target.backend == "onnxruntime-gpu":
         raise UserError(f"--topology blocks for target {target.name}", "cpu or a TensorRT target", "leave it out")
-    if options.weights == "external" and runs_graphs(target.backend):
-        raise UserError(f"--weights external for target {target.name}", "a TensorRT target", "leave it out")
     if options.tf32 and runs_graphs(target.backend):
         raise UserError(f"--tf32 for target {target.name}", "a TensorRT target", "leave it out")
     if options.timing_cache is not None and target.backend != "tensorrt":
@@ -229,7 +233,7 @@ def _compile_tensorrt(
     logs: Path,
     progress: Progress,
 ) -> _Compiled:
-    """Build one plan per component, per graph if weights are external, or per stage, with the builder's log beside.
+    """Build one plan per component or, in blocks, per stage, with the builder's log beside.
 
     The log of a failed build goes to the folder ``logs``.
     """
@@ -247,25 +251,20 @@ def _compile_tensorrt(
             build_engine(graph, plan, settings(component, stage.inputs), progress)
         return file_entry(folder, plan)
 
-    external, blocks = ExternalBuild(source, folder, progress), BlockBuild(source, folder, progress, compile_stage)
-    apart: BlockBuild | ExternalBuild | None = None
-    if options.topology == "blocks" or options.weights == "external":
-        apart = blocks if options.topology == "blocks" else external
-        apart.check()
+    blocks, in_blocks = BlockBuild(source, folder, progress, compile_stage), options.topology == "blocks"
+    if in_blocks:
+        blocks.check()
     compiled: list[Component] = []
     for done, component in enumerate(source.manifest.components, 1):
-        if apart is blocks and blocks.applies_to(component):
+        if in_blocks and blocks.applies_to(component):
             compiled.append(blocks.component(component))
-        elif apart is external and external.applies_to(component):
-            with _keep_log(external.plan(component), logs):
-                compiled.append(external.component(component, settings(component, component.inputs)))
         else:
             plan = folder / f"{component.name}.plan"
             with _keep_log(plan, logs):
                 build_engine(source.path(component.graph), plan, settings(component, component.inputs), progress)
             compiled.append(replace(component, graph=file_entry(folder, plan), weights=(), stages=()))
         progress("build engines", done, len(source.manifest.components), "components")
-    return _Compiled(tuple(compiled), version, apart.attention_scales if apart is not None else {})
+    return _Compiled(tuple(compiled), version, blocks.attention_scales if in_blocks else {})
 
 
 @contextmanager

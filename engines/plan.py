@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from engines.targets import Target, check_precision
+from engines.block_plan import BlockPlan
+from engines.targets import TARGETS, Target, check_precision
 from wan22.backends import runs_graphs
-from wan22.block_memory import BlockChoice, block_step_bytes, choose_blocks, smallest_budget
 from wan22.costs import dit_flops, model_parameters, text_encoder_flops, vae_flops
 from wan22.errors import UserError
 from wan22.residency import (
@@ -37,12 +37,12 @@ WAYS: dict[Residency, str] = {
     "one-expert": "one expert resident",
     "one-component": "one component at a time",
 }
-CONTEXT_BYTES = 0.6 * 2**30  # of CUDA and small tensors, beside a transformer in blocks
 EXPORT_RAM_GIB = 2.0  # exports stream tensor by tensor; the largest is the text encoder's embedding
 BUILD_RAM_FACTOR = 1.5  # ratio of anonymous memory to weights with streamed serialisation; file pages are evictable
 BUILD_RAM_GIB = 1.0  # the builder itself
 # an engine and its log without the weights, as written by TensorRT-RTX 1.7.1 for SM89 and SM120
 KERNELS_BYTES = {"text_encoder": 1.5e6, "vae": 7e6, "transformer": 4e6}
+STAGES_BYTES = {"text_encoder": 1.5e6, "transformer": 4.5e6}  # the same of engines in stages, which experts share
 KERNELS_PER_LAYER_BYTES = {"text_encoder": 0.5e6, "vae": 0.0, "transformer": 1.4e6}
 
 
@@ -54,7 +54,8 @@ class Request:
     video: tuple[int, int, int]  # width, height in pixels; frames
     steps: int
     guided: bool = True  # two forwards per step
-    vram: float | None = None  # bytes that a transformer in blocks may take; None: what the card has
+    vram: float | None = None  # bytes that a component in blocks may take; None: what the card has
+    bus_gb_s: float | None = None  # from host memory; None: the target's
 
 
 @dataclass(frozen=True)
@@ -139,25 +140,14 @@ class Plan:
     def fits(self) -> dict[str, bool]:
         return {way: size <= self.usable_vram_bytes for way, size in self.vram.items()}
 
-    # -- the transformer in blocks
-
-    @property
-    def block_bytes(self) -> float:
-        """The weights of one block that a step reads."""
-        return block_step_bytes(self.request.spec.dit, self.request.precision)
-
-    @property
-    def blocks(self) -> BlockChoice | None:
-        """The choice of ``--topology blocks`` on an otherwise empty card; None if not even streamed blocks fit."""
-        request = self.request
-        usable = (self.usable_vram_bytes if request.vram is None else request.vram) - CONTEXT_BYTES
-        return choose_blocks(request.spec.dit, request.precision, self.tokens, self.block_bytes, usable)
-
-    @property
-    def least_blocks_bytes(self) -> float:
-        """The least memory of a transformer in blocks."""
-        request = self.request
-        return smallest_budget(request.spec.dit, request.precision, self.tokens, self.block_bytes) + CONTEXT_BYTES
+    @cached_property
+    def in_blocks(self) -> BlockPlan:
+        """The choice of ``--topology blocks``."""
+        request, text = self.request, self.precisions["text_encoder"]
+        usable = self.usable_vram_bytes if request.vram is None else request.vram
+        forward = None if self.step_seconds is None else self.step_seconds / self.forwards_per_step
+        bus = request.bus_gb_s or request.target.bus_gb_s
+        return BlockPlan(request.spec, request.precision, text, self.tokens, usable, bus, forward)
 
     # -- time
 
@@ -220,9 +210,7 @@ class Plan:
             "usable_vram_bytes": self.usable_vram_bytes,
             "fits": self.fits,
             "residency": self.residency,
-            "block_bytes": self.block_bytes,
-            "blocks": asdict(choice) if (choice := self.blocks) else None,
-            "least_blocks_vram_bytes": self.least_blocks_bytes,
+            **self.in_blocks.as_json(),
             "forward_pflop": {**{k: v / 1e15 for k, v in asdict(forward).items()}, "total": forward.total / 1e15},
             "step_pflop": self.step_flops / 1e15,
             "video_pflop": (request.steps * self.step_flops + self.vae_flops) / 1e15,
@@ -248,6 +236,7 @@ def make_plan(
     video: tuple[int, int, int] | None = None,
     steps: int | None = None,
     vram: float | None = None,
+    bus_gb_s: float | None = None,
 ) -> Plan:
     """The plan for ``video`` (width, height, frames; the model's default if None).
 
@@ -257,4 +246,21 @@ def make_plan(
     check_precision(target, precision)
     video = video or (*spec.sampling.sizes[0], spec.sampling.frames)
     spec.latent_shape(*video)
-    return Plan(Request(spec, target, precision, video, steps or spec.sampling.steps, vram=vram))
+    return Plan(Request(spec, target, precision, video, steps or spec.sampling.steps, True, vram, bus_gb_s))
+
+
+def card_plans(
+    spec: ModelSpec,
+    precision: Precision,
+    video: tuple[int, int, int] | None = None,
+    steps: int | None = None,
+    bus_gb_s: float | None = None,
+) -> list[Plan]:
+    """The plans for every card of :mod:`engines.targets` that computes in ``precision``, the smallest first.
+
+    Raises:
+        UserError: the model does not support the size.
+    """
+    cards = [t for t in TARGETS.values() if not runs_graphs(t.backend) and precision in t.precisions]
+    plans = [make_plan(spec, card, precision, video, steps, None, bus_gb_s) for card in cards]
+    return sorted(plans, key=lambda plan: (plan.request.target.memory_gib, plan.step_seconds or 0.0))

@@ -1,12 +1,11 @@
 """A plan in the terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
 
 from engines.plan import EXPORT_RAM_GIB, Plan
-from wan22.block_memory import TURNING
 from wan22.costs import dit_flops, model_parameters
 from wan22.quantities import human_bytes, video_text
 
@@ -17,6 +16,35 @@ def as_text(plan: Plan) -> list[RenderableType]:
     for name, value in (*_machine(plan), *_work(plan)):
         totals.add_row(name, value)
     return [_components(plan), totals, *_remarks(plan)]
+
+
+def cards_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
+    """The output of ``wan-trt plan --cards``: what runs on which card with ``--topology blocks``."""
+    plan = plans[0]
+    what = f"{plan.request.spec.name}, {plan.request.precision}: {video_text(*plan.request.video)}"
+    table = Table(
+        "card", "GiB", "GB/s", "resident blocks", "text layers", "forward s", "block ms", "copy ms",
+        title=f"{what}, {plan.tokens:,} tokens, in blocks", title_justify="left",
+    )  # fmt: skip
+    for each in plans:
+        target, blocks = each.request.target, each.in_blocks
+        row = [target.name, f"{target.memory_gib:g}", f"{blocks.bus_gb_s:g}", _blocks(each), _text_layers(each)]
+        forward, copy = blocks.streamed_forward_seconds, blocks.copy_seconds
+        if forward is not None and blocks.forward_seconds is not None and copy is not None:
+            computed = 1e3 * blocks.forward_seconds / blocks.stack.blocks
+            row += [f"{forward:.3g}", f"{computed:,.1f}", f"{1e3 * copy:.1f}"]
+        table.add_row(*row)
+    yield table
+    least, block = human_bytes(plan.in_blocks.least_bytes), human_bytes(plan.in_blocks.block_bytes)
+    yield f"a transformer takes at least {least}; blocks of {block} stream, hidden where copy ms are below block ms"
+    vae = max(memory.scratch + memory.inputs_and_outputs for memory in plan.memory if memory.has_state)
+    decoder = plan.precisions["vae_decoder_first"]
+    yield f"the VAE, a whole engine in {decoder}, takes {human_bytes(vae)} at work"
+
+
+def _text_layers(plan: Plan) -> str:
+    layers, slots = plan.request.spec.text_encoder.layers, plan.in_blocks.text_slots
+    return "none fit" if slots is None else f"{slots} of {layers}"
 
 
 def _remarks(plan: Plan) -> Iterable[str]:
@@ -54,18 +82,18 @@ def _machine(plan: Plan) -> Iterable[tuple[str, str]]:
     elif plan.usable_vram_bytes:
         yield "--residency auto", "nothing fits, see below"
     if plan.usable_vram_bytes:
-        yield "--topology blocks", _blocks(plan)
-        yield "its least GPU memory", human_bytes(plan.least_blocks_bytes)
+        yield "--topology blocks: resident blocks", _blocks(plan)
+        yield "--topology blocks: text encoder", f"{_text_layers(plan)} layers in memory"
+        yield "its least GPU memory", human_bytes(plan.in_blocks.least_bytes)
 
 
 def _blocks(plan: Plan) -> str:
     """What stays in memory if blocks may stream, and the slices of tokens."""
-    choice, layers = plan.blocks, plan.request.spec.dit.layers
+    choice, layers = plan.in_blocks.choice, plan.request.spec.dit.layers
     if choice is None:
         return "does not fit"
-    resident = layers if choice.slots == layers else choice.slots - TURNING
-    slices = "" if choice.slices == 1 else f", {choice.slices} slices"
-    return f"{resident} of {layers} blocks resident{slices}"
+    slices = "" if choice.slices == 1 else f" in {choice.slices} slices"
+    return f"{plan.in_blocks.resident} of {layers}{slices}"
 
 
 def _work(plan: Plan) -> Iterable[tuple[str, str]]:

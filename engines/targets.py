@@ -18,6 +18,9 @@ QUERY_GPU = ("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheade
 _NOT_A_VARIANT = "(?![ -](Ti|SUPER|Super|D|Laptop|Mobile|3e))"  # other chips or boards that share a name
 FIRST_FP8 = (8, 9)  # compute capability
 FIRST_FLASH = "8.0"  # compute capability of ONNX Runtime's flash attention
+FIRST_PCIE_5 = (9, 0)  # compute capability
+LANES = {"rtx4060": 8}  # of PCIe, other than 16
+UNIFIED = ("gb10",)  # host and GPU share one memory
 RTX_CAPABILITIES = ("8.6", "8.9", "12.0")  # supported by TensorRT-RTX, which builds for them without a GPU
 TENSORRT_CAPABILITIES = ("8.0", "9.0", "10.0", "10.3", "11.0", "12.1")
 
@@ -40,6 +43,14 @@ class Target:
     def sm(self) -> str:
         """The builders' name for the compute capability: ``SM89``."""
         return "SM" + self.compute_capability.replace(".", "")
+
+    @property
+    def bus_gb_s(self) -> float:
+        """GB/s from pinned host memory: about 80 % of PCIe 4 or 5 with 16 lanes, or of the lanes that a card has."""
+        if not self.compute_capability or self.name in UNIFIED:
+            return self.bandwidth_gb_s
+        of_generation = 50.0 if self._capability >= FIRST_PCIE_5 else 25.0
+        return of_generation * LANES.get(self.name, 16) / 16
 
     @property
     def numbers(self) -> tuple[Number, ...]:
@@ -105,10 +116,16 @@ _TABLE = (
         f"{_ADA}, GeForce RTX 4080 (FP8 with FP32 accumulate)"),
     Target("rtx4070ti", "GeForce RTX 4070 Ti", "tensorrt-rtx", "8.9", 12, 504.2, 40.1, 80.2, 160.4,
         "NVIDIA GeForce RTX 4070 Ti specifications: 7680 cores at 2.61 GHz; tensor cores in the ratio of the RTX 4090"),
+    Target("rtx4070", "GeForce RTX 4070", "tensorrt-rtx", "8.9", 12, 504.2, 29.1, 58.2, 116.4,
+        "NVIDIA GeForce RTX 4070 specifications: 5888 cores at 2.475 GHz; tensor cores in the ratio of the RTX 4090"),
+    Target("rtx4060", "GeForce RTX 4060", "tensorrt-rtx", "8.9", 8, 272, 15.1, 30.2, 60.4,
+        "NVIDIA GeForce RTX 4060 specifications: 3072 cores at 2.46 GHz; tensor cores in the ratio of the RTX 4090"),
     Target("rtx5090", "GeForce RTX 5090", "tensorrt-rtx", "12.0", 32, 1792, 104.8, 209.5, 419,
         f"{_BLACKWELL}, appendix A (FP8 with FP32 accumulate)"),
     Target("rtx5080", "GeForce RTX 5080", "tensorrt-rtx", "12.0", 16, 960, 56.3, 112.6, 225.1,
         f"{_BLACKWELL}, GeForce RTX 5080 (FP8 with FP32 accumulate)"),
+    Target("rtx5070", "GeForce RTX 5070", "tensorrt-rtx", "12.0", 12, 672, 30.9, 61.8, 123.5,
+        "NVIDIA GeForce RTX 5070 specifications: 6144 cores at 2.512 GHz; tensor cores in the ratio of the RTX 5090"),
     Target("rtx-pro-6000-blackwell", "RTX PRO 6000 Blackwell", "tensorrt-rtx", "12.0", 96, 1792, 126, 503.8, 1007.6,
         "NVIDIA RTX Blackwell PRO GPU Architecture whitepaper, Workstation Edition"),
     Target("gb10", "GB10", "tensorrt", "12.1", 128, 273, 31, 125, 250,

@@ -16,7 +16,7 @@ from export.graphs.blocks import StageGraph, stage_graphs
 from export.graphs.builder import GraphBuilder, Placed
 from export.graphs.dit import LatentDims, dit_graph
 from export.graphs.linear import Fp8
-from export.graphs.text_encoder import text_encoder_graph
+from export.graphs.text_encoder import text_encoder_graph, text_stages
 from export.graphs.vae_decoder import vae_decoder
 from export.graphs.vae_encoder import vae_encoder
 from export.graphs.weights_file import placements, write_weights
@@ -158,7 +158,8 @@ def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Meas
     compute = {part: compute_type(precision) for part, precision in precisions.items()}
     text_in_fp8 = precisions["text_encoder"].quantised
     text = text_encoder_graph(spec.text_encoder, compute["text_encoder"], fp8_feed_forward=text_in_fp8)
-    parts = {"text_encoder": ExportPart("text_encoder", precisions["text_encoder"], {"text_encoder": text})}
+    layers = text_stages(spec.text_encoder, compute["text_encoder"], fp8_feed_forward=text_in_fp8)
+    parts = {"text_encoder": ExportPart("text_encoder", precisions["text_encoder"], {"text_encoder": text}, layers)}
     dims = LatentDims(*shape[2:]) if shape else LatentDims()
     parts |= _expert_parts(spec, options, measured, dims)
     for coder, vae in (("vae_encoder", vae_encoder), ("vae_decoder", vae_decoder)):

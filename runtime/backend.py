@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from runtime.block_backend import BlockBackend, BlockOptions
 from runtime.engine import Engine
 from wan22.backends import MODULES
+from wan22.block_layout import BlockLayout
 from wan22.bundle import Bundle, Component
 from wan22.errors import UserError
-from wan22.external_layout import BlockLayout
 from wan22.memory import available_host_bytes
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Backend:
     new_engine: NewEngine
     available_bytes: Callable[[], float]  # in the memory that holds its weights
     cache_sets: int = 1  # sets of VAE caches during a call: ONNX Runtime overwrites the old ones
-    blocks: BlockBackend | None = None  # if transformers are in stages
+    blocks: BlockBackend | None = None  # if components are in stages
 
 
 def open_backend(bundle: Bundle, stack: ExitStack, options: BlockOptions) -> Backend:

@@ -1,42 +1,49 @@
-"""Transformers in stages for a pipeline: where their weights are, and the memory that they take."""
+"""Components in stages for a pipeline: where their weights are, and the memory that they take."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from runtime.block_forward import StageDevice
-from runtime.block_stream import Streamed
+from runtime.block_stream import NOTHING, Streamed
+from runtime.block_text_encoder import BlockTextEncoder
 from runtime.block_transformer import BlockTransformer, SharedBlocks
+from wan22.block_layout import BlockLayout, read_block_layout, size_bytes
 from wan22.block_memory import (
-    SLICES,
     BlockChoice,
-    BlockMemory,
+    BlockStack,
     WeightsIn,
-    block_memory,
-    choose_blocks,
-    least_slots,
-    smallest_budget,
+    text_layers,
+    transformer_blocks,
 )
 from wan22.bundle import Bundle, Component
 from wan22.errors import UserError
-from wan22.external_layout import BlockLayout, read_block_layout
-from wan22.quantities import human_bytes
+from wan22.quantities import human_bytes, size_option
 from wan22.residency import Memory, Video
 from wan22.shapes import Profile
 from wan22.specs import tokens
+
+TEXT_ENCODER = "text_encoder"
 
 
 @dataclass(frozen=True)
 class BlockOptions:
     weights_in: WeightsIn = "auto"
-    vram: float | None = None  # the most memory that a transformer may take, in bytes; None: what is free
+    vram: float | None = None  # the most bytes for a transformer, and for the text encoder; None: what is free
 
 
 BLOCKS_AS_FIT = BlockOptions()
 
 
+def check_options(bundle: Bundle, options: BlockOptions) -> None:
+    """Refuse options that the engines of ``bundle`` cannot follow."""
+    if options != BLOCKS_AS_FIT and not any(component.in_stages for component in bundle.manifest.components):
+        remedy = "leave --weights-in and --vram out, or run wan-trt build --topology blocks"
+        raise UserError(f"--weights-in or --vram for {bundle.folder}", "engines in blocks", remedy)
+
+
 class BlockBackend:
-    """The experts of ``bundle``. Those with the same stages share a device and its slots."""
+    """The components of ``bundle`` in stages. Those with the same stages share a device and its slots."""
 
     def __init__(
         self,
@@ -45,31 +52,30 @@ class BlockBackend:
         device: Callable[[tuple[Component, ...], BlockLayout], StageDevice],
         available_bytes: Callable[[], float],
     ) -> None:
-        """``device`` makes the device for experts with the same stages; ``available_bytes`` is what is free."""
+        """``device`` makes the device for components with the same stages; ``available_bytes`` is what is free."""
         self._bundle, self._options, self._available = bundle, options, available_bytes
-        self._device, self._shared = device, dict[str, SharedBlocks]()
+        self._device, self._shared = device, dict[tuple[str, ...], SharedBlocks]()
+        self.component: Callable[[str], Component] = bundle.component  # with the weights in use; may be replaced
 
     def applies_to(self, name: str) -> bool:
         return self._bundle.component(name).in_stages
 
-    def engine(self, component: Component, profiles: Sequence[Profile]) -> BlockTransformer:
-        spec, key = self._bundle.manifest.spec, component.stages[0].graph.path
+    def engine(self, component: Component, profiles: Sequence[Profile]) -> BlockTransformer | BlockTextEncoder:
+        spec = self._bundle.manifest.spec
+        alike = tuple(self.component(c.name) for c in self._in_stages if c.stages == component.stages)
+        key = tuple(each.weights[1].path for each in alike)
         if key not in self._shared:
-            alike = tuple(c for c in self._bundle.manifest.components if c.stages == component.stages)
             layout = self._layout(component)
-            choose = self._chooser(component)
+            choose = partial(self._choose, component)
             self._shared[key] = SharedBlocks(self._device(alike, layout), layout, choose)
+        if component.name == TEXT_ENCODER:
+            return BlockTextEncoder(self._shared[key], component, profiles)
         return BlockTransformer(self._shared[key], spec.dit, component, profiles)
 
     @property
     def streamed(self) -> Streamed:
-        """What all experts have copied so far."""
-        every = [shared.streamed for shared in self._shared.values()]
-        return Streamed(
-            sum(each.blocks for each in every),
-            sum(each.size_bytes for each in every),
-            sum(each.seconds_waited for each in every),
-        )
+        """What all components have copied so far."""
+        return sum((shared.streamed for shared in self._shared.values()), NOTHING)
 
     def check(self, video: Video) -> None:
         """Refuse a video that does not fit, before anything is loaded.
@@ -77,46 +83,65 @@ class BlockBackend:
         Raises:
             UserError: names the smallest budget that works.
         """
-        for component in self._bundle.manifest.components:
-            if component.in_stages:
-                self._chooser(component)(tokens(self._bundle.manifest.spec.latent_shape(*video)))
+        count = tokens(self._bundle.manifest.spec.latent_shape(*video))
+        for component in self._in_stages:
+            self._choose(component, count)
 
     def memory(self, name: str, video: Video, *, resident: bool) -> Memory:
-        """The memory of one expert, all of its blocks ``resident`` or as few as possible."""
+        """The memory of a component, all of its blocks ``resident`` or as few as possible."""
         component, spec = self._bundle.component(name), self._bundle.manifest.spec
-        found = self._memory(component, tokens(spec.latent_shape(*video)), resident=resident)
+        stack = self._stack(component, tokens(spec.latent_shape(*video)))
+        found = stack.memory(stack.most if resident else stack.least)
         slots = found.slots if name == self._first[component.stages[0].graph.path] else 0.0
         return Memory(name, slots + found.text, found.x + found.edges + found.scratch, 0.0)
+
+    @cached_property
+    def _in_stages(self) -> tuple[Component, ...]:
+        return tuple(component for component in self._bundle.manifest.components if component.in_stages)
 
     @cached_property
     def _first(self) -> dict[str, str]:
         """By stages, the expert that counts for the slots that all of them share."""
         found: dict[str, str] = {}
-        for component in self._bundle.manifest.components:
-            if component.in_stages:
-                found.setdefault(component.stages[0].graph.path, component.name)
+        for component in self._in_stages:
+            found.setdefault(component.stages[0].graph.path, component.name)
         return found
 
     def _layout(self, component: Component) -> BlockLayout:
-        return read_block_layout(self._bundle.path(component.weights[0]))
+        """The layout of the weights of ``component``.
 
-    def _memory(self, component: Component, count: int, *, resident: bool) -> BlockMemory:
-        dit, step_bytes = self._bundle.manifest.spec.dit, self._layout(component).step_bytes
-        choice = BlockChoice(dit.layers, SLICES[0]) if resident else BlockChoice(least_slots(dit), SLICES[-1])
-        return block_memory(dit, component.precision, count, choice, step_bytes)
+        Raises:
+            UserError: it is not that of the stages, as of weights of another model or precision.
+        """
+        layout, file = read_block_layout(self._bundle.path(component.weights[0])), component.weights[1]
+        places = {place.name: place.size_bytes for place in (*layout.ends, *layout.block)}
+        for tensor in (tensor for stage in component.stages for tensor in stage.weights):
+            if (found := places.get(tensor.name, 0)) != size_bytes(tensor):
+                given = f"{file.path}: {tensor.name} of {found} bytes"
+                expected = f"{size_bytes(tensor)} bytes, as the engines of {component.name} take"
+                raise UserError(given, expected, f"build again: {self._bundle.manifest.command}")
+        if file.size_bytes != layout.size_bytes:
+            given = f"{file.path}: {file.size_bytes} bytes"
+            raise UserError(given, f"{layout.size_bytes} by its layout", "run wan-trt build again")
+        return layout
 
-    def _chooser(self, component: Component) -> Callable[[int], BlockChoice]:
-        dit, step_bytes = self._bundle.manifest.spec.dit, self._layout(component).step_bytes
+    def _stack(self, component: Component, count: int) -> BlockStack:
+        """The blocks of ``component`` for a video of ``count`` tokens."""
+        spec, step_bytes = self._bundle.manifest.spec, self._layout(component).step_bytes
+        if component.name == TEXT_ENCODER:
+            return text_layers(spec.text_encoder, component.precision, step_bytes)
+        return transformer_blocks(spec.dit, component.precision, count, step_bytes)
 
-        def choose(count: int) -> BlockChoice:
-            options, available = self._options, self._available()
-            budget = available if options.vram is None else options.vram
-            found = choose_blocks(dit, component.precision, count, step_bytes, budget, options.weights_in)
-            if found is None:
-                least = smallest_budget(dit, component.precision, count, step_bytes, options.weights_in)
-                asked = f"--vram {human_bytes(budget)}" if options.vram is not None else f"{human_bytes(budget)} free"
-                remedy = "use --weights-in auto" if options.weights_in == "vram" else "use a smaller --size"
-                raise UserError(f"{asked} for {component.name}", f"at least {human_bytes(least)}", remedy)
+    def _choose(self, component: Component, count: int) -> BlockChoice:
+        options, available = self._options, self._available()
+        budget = available if options.vram is None else options.vram
+        found = self._stack(component, count).choose(budget, options.weights_in)
+        if found is not None:
             return found
-
-        return choose
+        least = max(self._stack(each, count).smallest_budget(options.weights_in) for each in self._in_stages)
+        remedy = "use --weights-in auto" if options.weights_in == "vram" else "use a smaller --size"
+        if options.vram is None:
+            asked = f"{human_bytes(budget)} free"
+        else:
+            asked, remedy = f"--vram {human_bytes(budget)}", f"give --vram {size_option(least)}, or {remedy}"
+        raise UserError(f"{asked} for {component.name}", f"at least {size_option(least)}", remedy)

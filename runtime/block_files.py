@@ -7,8 +7,8 @@ from typing import Self
 
 import numpy as np
 
+from wan22.block_layout import BlockLayout
 from wan22.errors import UserError
-from wan22.external_layout import BlockLayout
 
 PAGE_BYTES = 4096
 

@@ -6,8 +6,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from runtime.block_stream import Transfers
+from wan22.block_layout import Place
 from wan22.bundle import Stage, Tensor
-from wan22.external_layout import Place
 from wan22.specs import PATCH
 
 LARGEST_QUANTISED = 440.0  # of FP8's 448, so that rounding cannot overflow

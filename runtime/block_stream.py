@@ -11,8 +11,7 @@ last use, and read only after the event of its copy; nothing ever waits for a wh
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from time import perf_counter
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 from wan22.block_memory import TURNING
@@ -33,21 +32,44 @@ class Transfers(Protocol):
     def computed(self) -> Any:
         """The event behind all computations enqueued so far."""
 
+    def seconds(self) -> tuple[float, float]:
+        """Seconds that copies took, and that computations waited for them, since the last call.
 
-@dataclass
+        Copies under way count in a later call. All computations must be done.
+        """
+
+
+@dataclass(frozen=True)
 class Streamed:
-    """What streams have copied."""
+    """What streams have copied, and the time that it cost."""
 
     blocks: int = 0
     size_bytes: int = 0
-    seconds_waited: float = 0.0  # by the host, for blocks that were not read yet
+    seconds_copied: float = 0.0  # from host memory or disk to a slot, beside the computation or not
+    seconds_waited: float = 0.0  # by computations, for blocks that were not there yet
+    seconds_waited_at_switches: float = 0.0  # the part of it in the first forward after a change of expert
+    switches: int = 0  # changes of expert that the forward before knew of
+
+    def __add__(self, other: "Streamed") -> "Streamed":
+        return Streamed(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def since(self, before: "Streamed") -> "Streamed":
+        return Streamed(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+
+    @property
+    def seconds_hidden(self) -> float:
+        """The part of the copies during which something was computed."""
+        return max(0.0, self.seconds_copied - self.seconds_waited)
+
+
+NOTHING = Streamed()
 
 
 class BlockStream:
     """The slots of one device, shared by the experts of a model."""
 
     def __init__(
-        self, transfers: Transfers, blocks: int, slots: int, block_bytes: int, streamed: Streamed | None = None
+        self, transfers: Transfers, blocks: int, slots: int, block_bytes: int, streamed: Streamed = NOTHING
     ) -> None:
         """Allocate the slots.
 
@@ -56,7 +78,7 @@ class BlockStream:
             blocks: blocks of a transformer.
             slots: at least :func:`wan22.block_memory.least_slots`; ``blocks`` or more keep all resident.
             block_bytes: weights of a block.
-            streamed: adds up what this stream copies.
+            streamed: what earlier streams of the device copied, to which this one adds.
         """
         self._transfers, self._blocks, self._block_bytes = transfers, blocks, block_bytes
         count = min(slots, blocks)
@@ -65,7 +87,9 @@ class BlockStream:
         self._content: list[tuple[str, int] | None] = [None] * count
         self._filled: list[Any] = [None] * count
         self._used: list[Any] = [None] * count
-        self.streamed = Streamed() if streamed is None else streamed
+        self._announced = self._last = ""  # experts of forwards
+        self._at_switch = False
+        self.streamed = streamed
 
     def slot_of(self, block: int) -> int:
         if block < self.resident:
@@ -74,6 +98,7 @@ class BlockStream:
 
     def begin(self, expert: str) -> None:
         """Before a forward of ``expert``: bring its first blocks unless they are there."""
+        self._at_switch = self._last != expert == self._announced
         for slot in range(len(self._slots)):
             self._bring(slot, (expert, slot))
 
@@ -88,18 +113,24 @@ class BlockStream:
         """
         slot = self.slot_of(block)
         self._bring(slot, (expert, block))
-        started = perf_counter()
         try:
             self._transfers.wait(self._filled[slot])
         except BaseException:
             self._content[slot] = None  # of unknown content
             raise
-        self.streamed.seconds_waited += perf_counter() - started
         try:
             yield self._slots[slot]
         finally:
             self._used[slot] = self._transfers.computed()
         self._bring(slot, self._next(slot, expert, block, following))
+        self._last, self._announced = expert, following
+
+    def end(self) -> None:
+        """After a forward, when its computations are done: account for its time."""
+        copied, waited = self._transfers.seconds()
+        at_switch = waited if self._at_switch else 0.0
+        self.streamed += Streamed(0, 0, copied, waited, at_switch, int(self._at_switch))
+        self._at_switch = False
 
     def _next(self, slot: int, expert: str, block: int, following: str) -> tuple[str, int]:
         """The block that is read from ``slot`` after ``block`` of ``expert``."""
@@ -111,5 +142,4 @@ class BlockStream:
         if self._content[slot] != wanted:
             self._content[slot] = wanted
             self._filled[slot] = self._transfers.copy(*wanted, self._slots[slot], self._used[slot])
-            self.streamed.blocks += 1
-            self.streamed.size_bytes += self._block_bytes
+            self.streamed += Streamed(1, self._block_bytes)

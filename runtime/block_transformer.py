@@ -15,11 +15,11 @@ import numpy as np
 
 from runtime.arrays import F32
 from runtime.block_forward import BlockForward, StageDevice, Weights, fp8_scales, patchify, unpatchify
-from runtime.block_stream import BlockStream, Streamed
+from runtime.block_stream import NOTHING, BlockStream, Streamed
 from runtime.engine import Arrays, check_inputs
+from wan22.block_layout import BlockLayout, Place
 from wan22.block_memory import BlockChoice
-from wan22.bundle import Component
-from wan22.external_layout import BlockLayout, Place
+from wan22.bundle import Component, Stage
 from wan22.parts import DitSpec
 from wan22.shapes import Profile
 
@@ -36,7 +36,7 @@ class SharedBlocks:
     layout: BlockLayout
     choose: Callable[[int], BlockChoice]  # for a number of tokens
     stream: BlockStream | None = None
-    streamed: Streamed = field(default_factory=Streamed)
+    _streamed: Streamed = NOTHING  # by earlier streams
     _chosen: tuple[int, BlockChoice] | None = None  # for so many tokens
     _users: int = 0
     _open: ExitStack = field(default_factory=ExitStack)
@@ -49,16 +49,32 @@ class SharedBlocks:
     def leave(self) -> None:
         self._users -= 1
         if not self._users:
-            self.stream = self._chosen = None
+            self._drop_stream()
             self._open.close()
+
+    def end_weights(self, expert: str, stage: Stage) -> dict[str, Any]:
+        """The weights of a stage outside of the blocks, read from disk."""
+        found, names = dict[str, Any](), {tensor.name for tensor in stage.weights}
+        for place in (place for place in self.layout.ends if place.name in names):
+            memory = self.device.read(expert, place.offset, place.size_bytes)
+            found |= self.device.views(memory, _moved([place], -place.offset))
+        return found
+
+    @property
+    def streamed(self) -> Streamed:
+        return self._streamed if self.stream is None else self.stream.streamed
+
+    def _drop_stream(self) -> None:
+        """Free the slots."""
+        self._streamed, self.stream, self._chosen = self.streamed, None, None
 
     def stream_for(self, tokens: int) -> tuple[BlockStream, int]:
         """The stream and the number of slices for a forward of so many tokens."""
         if self.stream is None or self._chosen is None or self._chosen[0] != tokens:
-            self.stream = None  # frees its slots first
+            self._drop_stream()
             self._chosen = tokens, self.choose(tokens)
             slots, layout = self._chosen[1].slots, self.layout
-            self.stream = BlockStream(self.device, layout.blocks, slots, layout.step_bytes, self.streamed)
+            self.stream = BlockStream(self.device, layout.blocks, slots, layout.step_bytes, self._streamed)
         return self.stream, self._chosen[1].slices
 
 
@@ -121,8 +137,9 @@ class BlockTransformer:
                 weights = self._shared.device.views(slot, self._shared.layout.block)
                 x = forward.block(block, x, text[block], weights)
         self._following = self.name
-        velocity = forward.in_slices("velocity", {"x": x}, self._ends["velocity"])["patches"]
-        return unpatchify(self._shared.device.get(velocity), inputs["latents"].shape)
+        patches = self._shared.device.get(forward.in_slices("velocity", {"x": x}, self._ends["velocity"])["patches"])
+        stream.end()
+        return unpatchify(patches, inputs["latents"].shape)
 
     # -- inputs of stages
 
@@ -171,13 +188,7 @@ class BlockTransformer:
         return {tensor.name: self._shared.device.empty(tensor) for tensor in self._stages[stage].outputs}
 
     def _end_weights(self, stage: str) -> dict[str, Any]:
-        """The weights of a stage outside of the blocks, read from disk."""
-        device, found = self._shared.device, dict[str, Any]()
-        names = {tensor.name for tensor in self._stages[stage].weights}
-        for place in (place for place in self._shared.layout.ends if place.name in names):
-            memory = device.read(self.name, place.offset, place.size_bytes)
-            found |= device.views(memory, _moved([place], -place.offset))
-        return found
+        return self._shared.end_weights(self.name, self._stages[stage])
 
 
 def _moved(places: Sequence[Place], by: int) -> list[Place]:

@@ -1,17 +1,19 @@
 """Stages of a transformer on ONNX Runtime: weights are bound in place, and a thread reads blocks ahead from disk."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Self
 
 import numpy as np
 
 from runtime.block_files import BlockFiles, page_aligned
 from runtime.engine_onnxruntime import new_session, refuse_out_of_memory
+from wan22.block_layout import BlockLayout, Place
 from wan22.bundle import Stage, Tensor
-from wan22.external_layout import BlockLayout, Place
 from wan22.shapes import shape_of
 
 
@@ -24,6 +26,8 @@ class HostStages:
         self._layout, self._files = layout, BlockFiles(files, layout)
         self._dtypes = {tensor.name: tensor.dtype for stage in stages for tensor in stage.weights}
         self._sessions: dict[str, Any] = {}
+        self._copied: deque[float] = deque()  # seconds of copies, from the thread that makes them
+        self._waited = 0.0
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -92,10 +96,22 @@ class HostStages:
     def copy(self, expert: str, block: int, slot: np.ndarray, after: None) -> "Future[None]":  # noqa: ARG002
         """Computations run when they are called, so the last use of ``slot`` is over."""
         offset = self._layout.first_block + block * self._layout.block_bytes
-        return self._thread.submit(self._files.fill, expert, offset, slot)
+        return self._thread.submit(self._fill, expert, offset, slot)
+
+    def _fill(self, expert: str, offset: int, slot: np.ndarray) -> None:
+        started = perf_counter()
+        self._files.fill(expert, offset, slot)
+        self._copied.append(perf_counter() - started)
 
     def wait(self, event: "Future[None]") -> None:
+        started = perf_counter()
         event.result()
+        self._waited += perf_counter() - started
+
+    def seconds(self) -> tuple[float, float]:
+        copied, waited = [self._copied.popleft() for _ in range(len(self._copied))], self._waited
+        self._waited = 0.0
+        return sum(copied), waited
 
     def computed(self) -> None:
         return None

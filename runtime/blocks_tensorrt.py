@@ -7,10 +7,12 @@ file. 16-bit and FP8 arrays are integers of the same size here: CuPy only moves 
 
 import ctypes
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Self
 
 import numpy as np
@@ -18,15 +20,16 @@ import numpy as np
 from runtime.block_files import BlockFiles
 from runtime.built_for import check_plan
 from runtime.engine_tensorrt import Device
+from wan22.block_layout import BlockLayout, Place
 from wan22.bundle import Component, Stage, Tensor
 from wan22.errors import UserError
-from wan22.external_layout import BlockLayout, Place
 from wan22.quantities import human_bytes
 from wan22.shapes import Profile, fitting_profile, own_profiles, shape_of, sizes_of
 
 log = logging.getLogger(__name__)
 
 AS_INTEGERS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
+KIBIBYTE = 2**10  # the unit of ulimit -l
 RING = 2  # pinned buffers between disk and device
 
 
@@ -51,6 +54,9 @@ class GpuStages:
         self._from_disk = from_disk
         self._contexts: dict[str, Any] = {}
         self._profile_in_use: dict[str, int] = {}
+        self._copied: deque[tuple[Any, Any]] = deque()  # events around every copy, and around every wait for one
+        self._waited: deque[tuple[Any, Any]] = deque()
+        self._read: deque[float] = deque()  # seconds of reads into the ring
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -169,30 +175,49 @@ class GpuStages:
         if self._ring_used[turn] is not None:
             self._ring_used[turn].synchronize()
         size = self._layout.step_bytes
+        started = perf_counter()
         self._files.fill(expert, offset, np.frombuffer(self._ring[turn], np.uint8, size))
+        self._read.append(perf_counter() - started)
         self._ring_used[turn] = self._enqueue(self._ring[turn].ptr, slot, after)
         return self._ring_used[turn]
 
     def _enqueue(self, address: int, slot: Any, after: Any) -> Any:
         if after is not None:
             self._copies.wait_event(after)
+        started = self._record(self._copies)
         slot.copy_from_host_async(ctypes.c_void_p(address), self._layout.step_bytes, self._copies)
-        return self._record(self._copies)
+        done = self._record(self._copies)
+        self._copied.append((started, done))
+        return done
 
     def wait(self, event: "Future[Any]") -> None:
+        arrived = self._record(self._device.stream)
         self._device.stream.wait_event(event.result())
+        self._waited.append((arrived, self._record(self._device.stream)))
+
+    def seconds(self) -> tuple[float, float]:
+        read = sum(self._read.popleft() for _ in range(len(self._read)))
+        return read + self._elapsed(self._copied), self._elapsed(self._waited)
+
+    def _elapsed(self, pairs: deque[tuple[Any, Any]]) -> float:
+        """Remove the pairs of events that have happened; the seconds between them."""
+        total = 0.0
+        while pairs and pairs[0][1].done:
+            total += self._device.cupy.cuda.get_elapsed_time(*pairs.popleft()) / 1000
+        return total
 
     def computed(self) -> Any:
         return self._record(self._device.stream)
 
     def _record(self, stream: Any) -> Any:
-        event = self._device.cupy.cuda.Event(disable_timing=True)
+        event = self._device.cupy.cuda.Event()
         event.record(stream)
         return event
 
     def _fall_back(self, expert: str) -> None:
-        size = human_bytes(self._files.paths[expert].stat().st_size, 1)
-        log.warning("cannot pin %s of host memory, so blocks come from disk: raise it with ulimit -l", size)
+        size = self._files.paths[expert].stat().st_size
+        told = "cannot pin %s of host memory, so blocks come from disk; ulimit -l %d would allow it"
+        log.warning(told, human_bytes(size, 1), -(-size // KIBIBYTE))
         self._ring = [self._pinned(self._layout.step_bytes) for _ in range(RING)]
 
     def _pinned(self, size_bytes: int) -> Any:
@@ -201,4 +226,5 @@ class GpuStages:
             return cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size_bytes), 0)
         except cupy.cuda.runtime.CUDARuntimeError:
             found = f"cannot pin {RING} buffers of {human_bytes(size_bytes, 1)}"
-            raise UserError(found, "host memory that the GPU reads", "raise ulimit -l, or free memory") from None
+            remedy = f"ulimit -l {-(-RING * size_bytes // KIBIBYTE)} or more, or free memory"
+            raise UserError(found, "host memory that the GPU reads", remedy) from None

@@ -75,8 +75,8 @@ class Step:
 
 def denoise(
     spec: ModelSpec, experts: Experts, latents: F32, given: Conditions, sampler: Sampler
-) -> Generator[Step, None, None]:
-    """Yield after every step; the last step holds the final latents.
+) -> Generator[Step, F32 | None, None]:
+    """Yield after every step; the last step holds the final latents. Latents that are sent replace those of the step.
 
     Args:
         spec: determines the expert of each timestep or step.
@@ -102,7 +102,7 @@ def denoise(
 
 def _steps(
     spec: ModelSpec, open_expert: Callable[[str], Forward], latents: F32, given: Conditions, sampler: Sampler
-) -> Generator[Step, None, None]:
+) -> Generator[Step, F32 | None, None]:
     inputs, keeps_first = constant_inputs(spec.dit, latents, given.condition), given.first_frame is not None
     if given.first_frame is not None:
         latents = latents.copy()
@@ -135,9 +135,10 @@ def _steps(
         if cache is not None:
             cache.moved(before, latents)
         seconds_total = perf_counter() - started
-        yield Step(
+        sent = yield Step(
             index, schedule.steps, timestep, expert, latents, seconds_engine, seconds_total, cached, late, *decision
         )
+        latents = latents if sent is None else sent
 
 
 def _prepare(forward: Forward, spec: ModelSpec, schedule: Schedule) -> None:

@@ -38,6 +38,15 @@ ARENA = {
 }
 
 
+_threads = 0  # of every session of this process; 0 means one for each physical core
+
+
+def use_threads(count: int) -> None:
+    """Let sessions that are opened from now on use ``count`` threads, for processes that share a machine."""
+    global _threads  # noqa: PLW0603 - a property of the process
+    _threads = count
+
+
 class OnnxRuntimeEngine:
     """The engine of one component of a bundle of kind "engines" with backend ``onnxruntime``."""
 
@@ -105,6 +114,7 @@ def new_session(path: Path, name: str, providers: Sequence[str] = PREFERRED, *, 
     options.log_severity_level = 3  # warnings about missed fusions do not help users
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.enable_mem_pattern = False
+    options.intra_op_num_threads = _threads
     _make_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))

@@ -17,8 +17,8 @@ import numpy as np
 from runtime.built_for import check_build, check_plan
 from runtime.cuda_graph import RecordedCalls
 from runtime.engine import NEXT, Arrays, check_inputs
-from runtime.external_weights import ExternalWeights, HostCopies
 from runtime.gpu import TO_RUN, Gpu, compute_capability
+from runtime.host_copies import HostCopies
 from runtime.rtx import KernelCache, check_valid, configure
 from wan22.backends import MODULES, require_module
 from wan22.bundle import Component, Manifest
@@ -113,8 +113,6 @@ class TensorRTEngine:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self._component = component
         self._device, self._folder, self._path = device, folder, folder / component.graph.path
-        external = bool(component.weights)
-        self._weights = ExternalWeights(device.cupy, device.host_copies, folder, component) if external else None
         self._profiles = own_profiles(profiles, component.inputs)
         self._engine: Any = None
         self._context: Any = None
@@ -134,26 +132,14 @@ class TensorRTEngine:
 
     def __enter__(self) -> Self:
         self._device.release()
-        self._engine = self._device.plan(self._path, shared=self._weights is not None)
+        self._engine = self._device.plan(self._path, shared=False)
         if self._device.manifest is not None:
             check_plan(str(self._engine.name), self._device.manifest, self._component)
         self._kernels = self._device.kept_kernels(self._folder, self._component)
         fixed = all(is_static(profile) for profile in self._profiles)
         self._context = self._device.new_context(self._engine, self._kernels, fixed=fixed)
         self._profile_in_use = 0
-        if self._weights:
-            self._bind_weights(self._weights)
         return self
-
-    def _bind_weights(self, weights: ExternalWeights) -> None:
-        """Load the weights and bind their addresses. Experts share an engine and differ only in these addresses."""
-        try:
-            addresses = weights.load(self._device.stream)
-        except self._device.cupy.cuda.memory.OutOfMemoryError:
-            found = f"{weights.path.name} ({human_bytes(weights.size_bytes, 1)})"
-            raise self._device.out_of_memory(found) from None
-        for name, address in addresses.items():
-            self._context.set_tensor_address(name, address)
 
     def __exit__(self, *_: object) -> None:
         self._device.stream.synchronize()
@@ -162,8 +148,6 @@ class TensorRTEngine:
         if self._kernels is not None:
             self._kernels.save()
         self._context = self._engine = None
-        if self._weights:
-            self._weights.release()
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
         """Run the engine; the module's docstring says where arrays live.

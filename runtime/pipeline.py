@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.arrays import F32
 from runtime.backend import Backend, NewEngine, open_backend
-from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions, check_options
 from runtime.block_stream import Streamed
 from runtime.built_for import check_video, default_video, fill_defaults
 from runtime.denoise import Conditions, Step, denoise
@@ -22,8 +22,7 @@ from runtime.request import CompleteRequest, Request
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae import decode, encode
 from runtime.weight_sets import WeightSets, check_lora
-from wan22.bundle import Bundle, open_bundle
-from wan22.errors import UserError
+from wan22.bundle import Bundle, Component, open_bundle
 from wan22.memory import available_host_bytes
 from wan22.quantities import human_bytes
 from wan22.residency import (
@@ -80,9 +79,10 @@ class Pipeline:
         self._backend = (
             Backend(new_engine, available_host_bytes) if new_engine else open_backend(bundle, self._shared, blocks)
         )
-        if self._backend.blocks is None and blocks != BLOCKS_AS_FIT and new_engine is None:
-            remedy = "leave --weights-in and --vram out, or run wan-trt build --topology blocks"
-            raise UserError(f"--weights-in or --vram for {bundle.folder}", "engines in blocks", remedy)
+        if new_engine is None:
+            check_options(bundle, blocks)
+        if self._backend.blocks is not None:
+            self._backend.blocks.component = self._component
         self._open: dict[str, ExitStack] = {}
         self._engines: dict[str, Engine] = {}
         self._asked, self._choices, self._tell = residency, choices, tell
@@ -159,7 +159,7 @@ class Pipeline:
         """The engines' memory; of transformers in stages with all blocks ``resident`` or as few as possible."""
         found = engines_memory(self.spec, self._precisions, video, cache_sets=self._backend.cache_sets)
         if (blocks := self._backend.blocks) is not None:
-            in_stages = [name for name in self.spec.experts if name in found and blocks.applies_to(name)]
+            in_stages = [name for name in found if blocks.applies_to(name)]
             found |= {name: blocks.memory(name, video, resident=resident) for name in in_stages}
         return found
 
@@ -176,9 +176,13 @@ class Pipeline:
             elif self.residency == "one-expert" and name in self.spec.experts:
                 self._keep_only(set(self._engines) - set(self.spec.experts) | self._sharing(name))
             stack = ExitStack()
-            self._engines[name] = stack.enter_context(self._backend.new_engine(self.weight_sets.component(name)))
+            self._engines[name] = stack.enter_context(self._backend.new_engine(self._component(name)))
             self._open[name] = stack
         return self._engines[name]
+
+    def _component(self, name: str) -> Component:
+        """Component ``name`` with the weights of the set in use."""
+        return self.weight_sets.component(name)
 
     def _sharing(self, name: str) -> set[str]:
         """The engines that take no memory beside that of ``name``: experts in the same stages stream past."""
@@ -244,8 +248,11 @@ class Pipeline:
         latents = encode(self.on_call("vae_encoder_first"), following, video)
         return {"condition": i2v_condition(latents, has_last=last is not None)}
 
-    def denoise(self, request: CompleteRequest) -> Iterator[Step]:
+    def denoise(self, request: CompleteRequest, steps: range | None = None) -> Generator[Step, F32 | None, None]:
         """Run the sampler and yield after every step; the last step carries the clean latents.
+
+        Latents that the caller sends replace those of the step. ``steps`` limits the run to a part, for which the
+        request's noise is the latents before its first step.
 
         Raises:
             UserError: before any work, if the engines were not built for the video or it does not fit into memory.
@@ -257,7 +264,8 @@ class Pipeline:
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None
         given = Conditions(positive, negative, **self.image_condition(request))
         self._begin(*self.spec.experts)
-        spec, sampler = request.with_switch(self.spec), request.sampler(self.spec)
+        whole = request.with_switch(self.spec), request.sampler(self.spec)
+        spec, sampler = whole if steps is None else request.part(self.spec, steps)
         yield from denoise(spec, self.engine, request.initial_noise(), given, sampler)
 
     def decode(self, latents: F32) -> Iterator[F32]:

@@ -52,6 +52,8 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True):
     last_image: str = ""
     noise: str = ""  # SHA-256 of the float32 values
     cache: Caching | None = None  # with the lists of the steps that the run skipped
+    written: str = ""  # the user's own prompt, where a language model rewrote it
+    extended_by: str = ""
     lora: str = ""  # the server's name of the weights, which ``bundle`` identifies
 
     def encoded(self) -> str:
@@ -73,7 +75,7 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True):
                 found = f"another {name} than the video's" if value is not None else f"no {name}, which the video had"
                 raise UserError(found, expected, remedy)
         same = ("prompt", "negative_prompt", "size", "frames", "seed", "solver", "schedule", "guidance", "steps",
-                "shift", "preset", "boundary", "fit", "exact_official", "cache")  # fmt: skip
+                "shift", "preset", "boundary", "fit", "exact_official", "cache", "written", "extended_by")  # fmt: skip
         return Request(**{name: getattr(self, name) for name in same}, **files)  # type: ignore[arg-type]
 
 
@@ -104,6 +106,8 @@ def recipe_of(request: CompleteRequest, manifest: Manifest, fps: int, quality: i
         last_image="" if asked.last_image is None else _digest(asked.last_image),
         noise="" if asked.noise is None else _digest(asked.noise),
         cache=request.cache,
+        written=asked.written,
+        extended_by=asked.extended_by,
         lora=request.lora or "",
     )
 

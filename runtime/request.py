@@ -19,6 +19,7 @@ from runtime.solver import make_solver
 from runtime.step_cache import StepCache
 from wan22.caching import Caching
 from wan22.errors import UserError, warn_once
+from wan22.looks import with_terms
 from wan22.quantities import counted
 from wan22.residency import Video
 from wan22.sampling import NEGATIVE_PROMPT, PRESETS, Convention, SamplingSpec, SolverName
@@ -55,6 +56,9 @@ class Request:
     schedule: Convention | None = None
     cache: Caching | None = None  # estimates in place of transformer calls; needs 10 steps and a model not distilled
     lora: str | None = None  # a weight set of the pipeline; None means the bundle's own weights
+    terms: tuple[str, ...] = ()  # looks and terms of wan22.looks, put in front of the prompt
+    written: str = ""  # what the user wrote, where ``prompt`` was rewritten by :mod:`runtime.extend`
+    extended_by: str = ""  # the model that rewrote it, and its host
 
     def shape(self, spec: ModelSpec, usual: Video | None = None) -> Video:
         """The requested width, height and frames, before an image's aspect ratio applies; defaults from ``usual``."""
@@ -85,7 +89,7 @@ class Request:
             width, height = video_size(spec, image.size, asked_size, self.fit, exact_official=self.exact_official)
         latent_shape = spec.latent_shape(width, height, frames)
         complete = CompleteRequest(
-            prompt=self.prompt,
+            prompt=with_terms(self.prompt, self.terms, image=image is not None),
             negative_prompt=_or(self.negative_prompt, _or(sampling.negative_prompt, NEGATIVE_PROMPT)),
             width=width,
             height=height,
@@ -250,10 +254,7 @@ class CompleteRequest:
         return [switched.expert_at(t, step) for step, t in enumerate(self.noise_schedule().timesteps.tolist())]
 
     def as_decided(self, skipped: Sequence[int], late: Sequence[int]) -> "CompleteRequest":
-        """The request with the decisions of its cache in a run as lists, which repeat that run exactly.
-
-        ``skipped`` are the steps without a forward, ``late`` those with an extrapolated guidance.
-        """
+        """The request with its cache as the lists of a run, which repeat it: steps skipped, guidance extrapolated."""
         if self.cache is None:
             return self
         skip_steps = tuple(skipped) if self.cache.skips else None
@@ -270,6 +271,23 @@ class CompleteRequest:
             experts = self.experts(spec)
             cache = StepCache(self.cache, sigmas, experts, unguided=unguided, clean_first_frame=keeps_first)
         return Sampler(schedule, make_solver(self.solver, schedule, self.seed), self.guidance, cache)
+
+    def part(self, spec: ModelSpec, steps: range) -> tuple[ModelSpec, Sampler]:
+        """``spec`` and a sampler for these steps of the run alone, in which they count from 0.
+
+        Raises:
+            UserError: they are not steps of the run, or the request has a step cache.
+        """
+        whole, switched = self.noise_schedule(), self.with_switch(spec)
+        if not 0 <= steps.start < steps.stop <= whole.steps:
+            found = f"steps {steps.start} to {steps.stop} of {whole.steps}"
+            raise UserError(found, "a first step before the last one", "choose others")
+        if self.cache is not None:
+            raise UserError("a step cache for part of a run", "a whole run", "leave the cache out")
+        schedule = Schedule(whole.sigmas[steps.start : steps.stop + 1], whole.timesteps[steps.start : steps.stop])
+        if (switch := self.switch_step) is not None:
+            switched = replace(switched, sampling=replace(switched.sampling, switch_step=max(0, switch - steps.start)))
+        return switched, Sampler(schedule, make_solver(self.solver, schedule, self.seed), self.guidance)
 
     @property
     def video(self) -> Video:

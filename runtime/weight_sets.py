@@ -1,13 +1,12 @@
 """Named sets of the experts' weights beside those of a bundle: the same engines with other LoRAs.
 
 A set is a bundle that holds the experts alone, made by :mod:`wan_trt.recipes.weight_sets`. One set is in use at a time.
-Engines with external weights keep their plan and bind other weights; a graph for ONNX Runtime is opened again.
+Engines in blocks keep their stages and take other weights; a whole graph for ONNX Runtime is opened again.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 
-from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, Component, File, Manifest
 from wan22.errors import UserError
 
@@ -38,9 +37,9 @@ class WeightSets:
         bundle = self._sets.get(self._chosen)
         if bundle is None or name not in self._base.manifest.spec.experts:
             return own
-        chosen, build = bundle.component(name), self._base.manifest.build
+        chosen = bundle.component(name)
         weights = tuple(_absolute(bundle, file) for file in chosen.weights)
-        if build is not None and not runs_graphs(build.backend):
+        if own.in_stages:
             return replace(own, weights=weights)
         graph, halves = _absolute(bundle, chosen.graph), tuple(_absolute(bundle, half) for half in chosen.halves)
         return replace(own, graph=graph, halves=halves, weights=weights)

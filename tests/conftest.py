@@ -56,6 +56,21 @@ def flow_of(tmp_path_factory) -> Callable[[str], Flow]:
 
 
 @pytest.fixture(scope="session")
+def blocks_of(flow_of, tmp_path_factory) -> Callable[[str], Path]:
+    """``blocks_of(name)`` → engines of a tiny model in blocks, for the CPU."""
+
+    @cache
+    def build(name: str) -> Path:
+        from engines.build import BuildOptions, build_engines
+
+        folder = tmp_path_factory.mktemp(name) / "blocks"
+        build_engines(flow_of(name).bundle, folder, BuildOptions(topology="blocks"))
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(flow_of) -> Path:
     return flow_of(TINY).checkpoint
 
@@ -81,16 +96,16 @@ def installation() -> "Installation":
 
 
 @pytest.fixture(scope="session")
-def external_engines(tmp_path_factory, tiny_checkpoint) -> Path:
-    """FP8 engines for a GPU, their weights outside."""
+def gpu_blocks(tmp_path_factory, tiny_checkpoint) -> Path:
+    """FP8 engines for a GPU, which are in blocks."""
     from engines.build import BuildOptions, build_engines
     from export.exporter import export_checkpoint
     from export.options import ExportOptions
 
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
-    root = tmp_path_factory.mktemp("external")
+    root = tmp_path_factory.mktemp("gpu")
     export_checkpoint(tiny_checkpoint, root / "b", ExportOptions(Precision.FP8))
-    build_engines(root / "b", root / "e", BuildOptions("rtx4090", "256x160", "5..17", weights="external"))
+    build_engines(root / "b", root / "e", BuildOptions("rtx4090", "256x160", "5..17"))
     return root / "e"
 
 

@@ -24,7 +24,7 @@ from wan22.specs import SPECS, Precision
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 FILES = ROOT / "docs" / "files.md"
-ROOMS = ("wan_trt", "wan22", "export", "engines", "runtime", "triton_repo", "gateway", "validate", "studies")
+ROOMS = ("wan_trt", "wan22", "export", "engines", "runtime", "triton_repo", "gateway", "validate", "comfyui", "studies")
 HEAD = "# Files\n\nEvery module with the first line of its docstring. `python tests/test_docs.py` makes this page.\n"
 # What the pages name stands for something small here.
 STAND_INS = {
@@ -151,8 +151,9 @@ def test_the_commands_of_a_page_run_in_order(page, script, prepared, monkeypatch
 @pytest.mark.parametrize(("page", "script"), [block for block in blocks("python") if block[0] != "serving.md"])
 def test_the_python_of_a_page_runs(page, script, prepared, monkeypatch):
     monkeypatch.chdir(prepared)
-    for name in ("onnx", "engines"):
-        shutil.rmtree(prepared / name)
+    for name, maker in (("onnx", "export_checkpoint"), ("engines", "build_engines")):
+        if maker in script:
+            shutil.rmtree(prepared / name)
     exec(compile(script, page, "exec"), {})
 
 

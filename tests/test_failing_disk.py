@@ -61,7 +61,7 @@ def disk(place, first, kind):
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "demo"])
 def test_errors_of_the_disk_are_one_line_and_damage_nothing(name, forking, inputs, place):
     command = COMMANDS[name]
-    if name in ("inspect", "lora apply") and inputs.external is None:
+    if name in ("inspect", "lora apply") and inputs.blocks is None:
         pytest.skip("builds need tensorrt-rtx")
     folder = place / name.replace(" ", "_")
     to, reference = folder / "to", folder / "reference"

@@ -39,9 +39,9 @@ from triton_repo.schema import INPUTS, NUMPY
 from triton_repo.settings import Limits
 from validate.bench.result import read_bench
 from validate.gate import read_gates
+from wan22.block_layout import Place, read_layout, write_layout
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.external_layout import Place, read_layout, write_layout
 from wan22.onnx_file import check_graphs
 from wan22.specs import spec_named
 from wan22.stamp import check_stamp, read_name

@@ -30,7 +30,7 @@ def inputs(forking, tmp_path_factory):
 def tried(request, forking, inputs, tmp_path):
     """A command, the folder it writes to, one that it has written to undisturbed, and the seconds that took."""
     command, to, reference = COMMANDS[request.param], tmp_path / "to", tmp_path / "reference"
-    if request.param in ("inspect", "lora apply") and inputs.external is None:
+    if request.param in ("inspect", "lora apply") and inputs.blocks is None:
         pytest.skip("builds need tensorrt-rtx")
     to.mkdir()
     whole = forking.run(command.words(inputs, to))

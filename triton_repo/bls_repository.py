@@ -1,7 +1,7 @@
 """The repository of the BLS topology: one Triton model per engine, and one that calls them.
 
 Version 1 of an engine's model is a link to the engine bundle, from which Triton's backends read the engine: nothing is
-copied, and external weights stay next to their graph. Version 2 is Python, for machines without a GPU;
+copied, and the weights stay next to their graph. Version 2 is Python, for machines without a GPU;
 ``--model-config-name=cpu`` selects it. Backends do not check the manifest, so keep the bundle read-only.
 """
 
@@ -36,9 +36,8 @@ def check_backends(bundle: Bundle) -> None:
     if backend not in BACKENDS:
         raise UserError(f"{backend} engines in topology bls", f"{' or '.join(BACKENDS)} engines", USE_OWNER)
     if any(component.in_stages for component in bundle.manifest.components):
-        raise UserError("engines in blocks in topology bls", "whole engines", USE_OWNER)
-    if backend == "tensorrt" and any(component.weights for component in bundle.manifest.components):
-        raise UserError("engines with external weights in topology bls", "embedded weights", USE_OWNER)
+        remedy = f"{USE_OWNER}, or build with --topology whole"
+        raise UserError("engines in blocks in topology bls", "whole engines", remedy)
 
 
 def check_resident(bundle: Bundle, memory_gib: float) -> None:

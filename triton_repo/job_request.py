@@ -74,7 +74,7 @@ def parse_request(
         raise UserError("no prompt", "a description of the video", "add the input prompt")
     _check_amounts(given, default_video(manifest), limits)
     check_lora(given.get("lora"), loras)
-    complete = fill_defaults(_request(given, spec), manifest)
+    complete = fill_defaults(request_of(given, spec), manifest)
     _at_most("video of", complete.width * complete.height, limits.max_pixels, "pixels")
     return JobRequest(
         request=complete,
@@ -112,7 +112,12 @@ def _text(name: str, value: bytes) -> str:
     return text
 
 
-def _request(given: Mapping[str, Any], spec: ModelSpec) -> Request:
+def request_of(given: Mapping[str, Any], spec: ModelSpec) -> Request:
+    """The request of ``given`` values by the names of ``schema.INPUTS``, for a model; a missing seed is drawn.
+
+    Raises:
+        UserError: a word is unknown, width or height is missing, or options of the step cache exclude each other.
+    """
     guidance = dict.fromkeys(spec.experts, given["guidance"]) if "guidance" in given else {}
     guidance |= {expert: given[name] for name, expert in EXPERT_GUIDANCE.items() if name in given}
     return Request(

@@ -31,7 +31,9 @@ def load(settings: Settings, new_engine: NewEngine | None = None) -> ServedPipel
     """
     bundle = trusted_bundle(settings)
     sets = {name: trusted_bundle(_of_set(settings, *pinned)) for name, pinned in settings.weight_sets().items()}
-    pipeline = ServedPipeline(bundle, residency=settings.residency, new_engine=new_engine, weight_sets=sets)
+    pipeline = ServedPipeline(
+        bundle, residency=settings.residency, new_engine=new_engine, weight_sets=sets, blocks=settings.blocks
+    )
     if settings.warm_up:
         warm_up(pipeline)
     return pipeline

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+from runtime.block_stream import NOTHING
 from runtime.denoise import Step
 from triton_repo.served_pipeline import ServedPipeline
 
@@ -15,6 +16,14 @@ OUTCOMES: tuple[Outcome, ...] = ("done", "refused", "cancelled", "out_of_time", 
 Kind = Literal["counter", "gauge"]
 NewFamily = Callable[[str, str, Kind], Any]  # name, help, kind → an object with Triton's ``Metric(labels=...)``
 HEARTBEAT_S = 5.0
+STREAMED = {  # description, and field of Streamed; zero for whole engines
+    "wan22_streamed_bytes_total": ("Bytes of weights copied for engines in blocks.", "size_bytes"),
+    "wan22_streamed_seconds_total": ("Seconds that these copies took, hidden or not.", "seconds_copied"),
+    "wan22_stream_stall_seconds_total": ("Seconds that computations waited for these copies.", "seconds_waited"),
+    "wan22_expert_switch_stall_seconds_total": (
+        "The part of them in the first forward after a change of expert.", "seconds_waited_at_switches",
+    ),
+}  # fmt: skip
 
 
 class Metrics:
@@ -28,6 +37,7 @@ class Metrics:
         self._model, self._pipeline = model, pipeline
         self._families: list[Any] = []  # a garbage-collected family would remove its metrics
         self._new_family = new_family
+        self.streamed: dict[str, Any] = {}
         self.in_flight = self._one("wan22_in_flight", "Jobs running now.", "gauge")
         self.heartbeat = self._moment("wan22_heartbeat", "Time of the model's last heartbeat")
         self.last_step = self._moment("wan22_last_step", "Time of the last progress of a job")
@@ -40,6 +50,9 @@ class Metrics:
         self.late_cfg = self._one("wan22_late_cfg_steps_total", late, "counter")
         self.swaps = self._one("wan22_expert_swaps_total", "Swaps of one expert for the other.", "counter")
         self.lora_swaps = self._one("wan22_lora_swaps_total", "Changes of the LoRA in use.", "counter")
+        for name, (description, _) in STREAMED.items():
+            self.streamed[name] = self._one(name, description, "counter")
+        self._streamed_seen = pipeline.streamed or NOTHING
         self.requests = self._each("wan22_requests_total", "Jobs ended.", "outcome", OUTCOMES)
         stages = pipeline.spec.components
         self.stages = self._each("wan22_stage_seconds_total", "Seconds inside engines.", "stage", stages)
@@ -65,7 +78,15 @@ class Metrics:
         self.step_seconds.increment(step.seconds_total)
         self.cached.increment(int(step.cached))
         self.late_cfg.increment(int(step.late_cfg))
+        self._stream()
         self.got_on()
+
+    def _stream(self) -> None:
+        """Count the weights of blocks that were copied since the last call."""
+        now = self._pipeline.streamed or NOTHING
+        more, self._streamed_seen = now.since(self._streamed_seen), now
+        for name, (_, field) in STREAMED.items():
+            self.streamed[name].increment(getattr(more, field))
 
     def got_on(self) -> None:
         """Record progress of the running job; a long time without progress means that it hangs."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions, check_options
 from runtime.built_for import check_plans
 from triton_repo.bls_repository import check_backends, check_resident, write_bls
 from triton_repo.config import as_text, owner_config
@@ -37,6 +38,7 @@ class RepositoryOptions:
     memory_gib: float = 0.0  # GPU memory; 0 if unknown
     loras: Mapping[str, Path] = field(default_factory=dict)  # folders of weight sets by name
     overwrite: bool = False
+    blocks: BlockOptions = BLOCKS_AS_FIT  # where the weights of engines in blocks are
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
     check_name(options.name)
     bundle = open_bundle(engines, "engines", full_check=True)
     check_graphs(bundle)
+    check_options(bundle, options.blocks)
     unread = check_plans(bundle)
     if options.topology == "bls":
         if options.residency not in ("auto", "all"):
@@ -81,6 +84,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
             residency="all" if options.topology == "bls" else options.residency,
             drain_flag=options.drain_flag,
             loras=options.loras,
+            blocks=options.blocks,
         )
         if options.topology == "owner":
             place("owner", temporary / options.name / VERSION)

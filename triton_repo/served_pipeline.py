@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backend import NewEngine
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
 from runtime.engine import Arrays, BorrowedEngine, Engine
 from runtime.pipeline import Pipeline
 from runtime.weight_sets import WeightSets
@@ -35,8 +36,9 @@ class ServedPipeline(Pipeline):
         residency: ResidencyChoice = "auto",
         new_engine: NewEngine | None = None,
         weight_sets: Mapping[str, Bundle] | None = None,
+        blocks: BlockOptions = BLOCKS_AS_FIT,
     ) -> None:
-        super().__init__(bundle, residency=residency, new_engine=new_engine)
+        super().__init__(bundle, residency=residency, new_engine=new_engine, blocks=blocks)
         self.weight_sets = WeightSets(bundle, weight_sets or {})
         self.pause: Pause = go_on
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by component, inside engines

@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
+from wan22.block_memory import WeightsIn
 from wan22.bundle import MANIFEST, Bundle, Manifest, Source, sha256_of
 from wan22.errors import UserError
 from wan22.residency import ResidencyChoice
@@ -59,11 +61,17 @@ class Settings:
     warm_up: bool = True  # run one smallest job before the model is ready
     full_check: bool = True  # hash every file at load, not only those under 1 GiB
     drain_flag: str = ""  # while this file exists, the model reports that it is not ready
+    weights_in: WeightsIn = "auto"  # where the weights of engines in blocks are
+    vram_bytes: float = 0.0  # the most that a transformer in blocks may take; 0: what is free
     loras: str = ""  # JSON: name → folder of the weight set and the hash of its bundle.json
     described: str = ""  # JSON: the manifest without its files, for clients that check requests themselves
     # BLS only
     components: str = ""  # prefix of the engines' models, before an underscore and the component's name
     component: str = ""  # the component that this model runs
+
+    @property
+    def blocks(self) -> BlockOptions:
+        return BlockOptions(self.weights_in, self.vram_bytes or None)
 
     def weight_sets(self) -> dict[str, tuple[str, str]]:
         """Folder and hash of the manifest of every weight set, by name."""
@@ -97,6 +105,7 @@ def settings_of(
     residency: ResidencyChoice = "auto",
     drain_flag: str = "",
     loras: Mapping[str, Path] | None = None,
+    blocks: BlockOptions = BLOCKS_AS_FIT,
 ) -> Settings:
     """Settings that pin the present content of ``bundle``; ``engines_at`` is its folder on the serving machine.
 
@@ -112,6 +121,8 @@ def settings_of(
         limits=limits,
         residency=residency,
         drain_flag=drain_flag,
+        weights_in=blocks.weights_in,
+        vram_bytes=blocks.vram or 0.0,
         loras=_pinned(loras) if loras else "",
         described=msgspec.json.encode(_without_files(bundle.manifest)).decode(),
     )

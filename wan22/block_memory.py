@@ -1,13 +1,14 @@
-"""The memory of a transformer in stages: how many blocks stay resident, and in how many slices the tokens go.
+"""The memory of components in stages: how many blocks stay resident, and in how many slices the tokens go.
 
 Bytes per token and channel were measured on engines of both sizes for SM89 and SM120: they differ by less than 1 %.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from wan22.costs import block_parameters
-from wan22.parts import DitSpec
+from wan22.parts import DitSpec, TextEncoderSpec
 from wan22.specs import TEXT_TOKENS, Precision
 
 WeightsIn = Literal["auto", "vram", "host", "disk"]  # where blocks are that are not at work
@@ -15,10 +16,6 @@ WEIGHTS_IN: tuple[WeightsIn, ...] = get_args(WeightsIn)
 SLICES = (1, 2, 4, 8, 16)
 PROMPTS = 2
 TURNING = 2  # slots in which streamed blocks take turns
-
-
-def least_slots(spec: DitSpec) -> int:
-    return min(TURNING, spec.layers)
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,59 @@ class BlockMemory:
         return self.x + self.edges + self.scratch + self.text + self.slots
 
 
+@dataclass(frozen=True)
+class BlockStack:
+    """Equal blocks that stay in memory or stream past, and the memory of one pass through them."""
+
+    blocks: int
+    step_bytes: float  # the weights of a block
+    memory: Callable[[BlockChoice], BlockMemory]
+    slices: tuple[int, ...] = SLICES
+
+    @property
+    def least(self) -> BlockChoice:
+        return BlockChoice(min(TURNING, self.blocks), self.slices[-1])
+
+    @property
+    def most(self) -> BlockChoice:
+        return BlockChoice(self.blocks, self.slices[0])
+
+    def choose(self, budget: float, weights_in: WeightsIn = "auto") -> BlockChoice | None:
+        """The choice for ``budget`` bytes; None if nothing fits.
+
+        Fewer slices come first, as each reads the weights again, but only while two blocks fit: streaming is hidden
+        behind the computation.
+        """
+        for slices in self.slices:
+            room = int((budget - self.memory(BlockChoice(0, slices)).total) // self.step_bytes)
+            wanted = {"auto": min(room, self.blocks), "vram": self.blocks}.get(weights_in, self.least.slots)
+            if self.least.slots <= wanted <= room:
+                return BlockChoice(wanted, slices)
+        return None
+
+    def smallest_budget(self, weights_in: WeightsIn = "auto") -> float:
+        """The least memory in which a pass runs."""
+        slots = self.blocks if weights_in == "vram" else self.least.slots
+        return self.memory(BlockChoice(slots, self.slices[-1])).total
+
+
+def transformer_blocks(spec: DitSpec, precision: Precision, tokens: int, step_bytes: float) -> BlockStack:
+    """The blocks of a transformer for a video of so many ``tokens``."""
+    return BlockStack(spec.layers, step_bytes, lambda choice: block_memory(spec, precision, tokens, choice, step_bytes))
+
+
+def text_layers(spec: TextEncoderSpec, precision: Precision, step_bytes: float) -> BlockStack:
+    """The layers of a text encoder for the longest prompt."""
+    wide, rows = precision.wide.linears.bits / 8, float(TEXT_TOKENS * spec.width)
+    hidden, biases = 2.0 * TEXT_TOKENS * spec.ffn_width, 2.0 * spec.heads * TEXT_TOKENS**2
+    scratch = 4 * (3 * rows + hidden) + wide * biases
+
+    def memory(choice: BlockChoice) -> BlockMemory:
+        return BlockMemory(3 * 4 * rows, 0.0, scratch, 0.0, choice.slots * step_bytes)
+
+    return BlockStack(spec.layers, step_bytes, memory, SLICES[:1])
+
+
 def block_memory(
     spec: DitSpec, precision: Precision, tokens: int, choice: BlockChoice, step_bytes: float
 ) -> BlockMemory:
@@ -57,34 +107,16 @@ def block_memory(
     return BlockMemory(residual, (3 * operands + attended) * rows, scratch * rows, text, choice.slots * step_bytes)
 
 
-def choose_blocks(
-    spec: DitSpec, precision: Precision, tokens: int, step_bytes: float, budget: float, weights_in: WeightsIn = "auto"
-) -> BlockChoice | None:
-    """The choice for ``budget`` bytes; None if nothing fits.
-
-    Fewer slices come first, as each reads the weights again, but only while two blocks fit: streaming is hidden behind
-    the computation.
-    """
-    for slices in SLICES:
-        least = BlockChoice(0, slices)
-        room = int((budget - block_memory(spec, precision, tokens, least, step_bytes).total) // step_bytes)
-        slots = {"auto": min(room, spec.layers), "vram": spec.layers}.get(weights_in, least_slots(spec))
-        if least_slots(spec) <= slots <= room:
-            return BlockChoice(slots, slices)
-    return None
-
-
-def smallest_budget(
-    spec: DitSpec, precision: Precision, tokens: int, step_bytes: float, weights_in: WeightsIn = "auto"
-) -> float:
-    """The least memory in which a forward runs."""
-    slots = spec.layers if weights_in == "vram" else least_slots(spec)
-    return block_memory(spec, precision, tokens, BlockChoice(slots, SLICES[-1]), step_bytes).total
-
-
 def block_step_bytes(spec: DitSpec, precision: Precision) -> float:
     """The weights of a block that a step reads: all but those of the text's keys and values."""
     block, stored, wide = block_parameters(spec), precision.linears.bits / 8, precision.wide.linears.bits / 8
     bias = 4 if precision.quantised else wide
     of_text = 2 * spec.width * (spec.width * stored + bias) + 4 * spec.width  # the norm of K too
     return stored * block.linear + bias * block.bias + 4 * block.other - of_text
+
+
+def text_layer_bytes(spec: TextEncoderSpec, precision: Precision) -> float:
+    """The weights of a layer of the text encoder; only feed-forward matrices can be in FP8."""
+    wide, linears, inner = precision.wide.linears.bits / 8, precision.linears.bits / 8, spec.heads * spec.head_width
+    attention = 4 * spec.width * inner + spec.buckets * spec.heads
+    return wide * attention + linears * 3 * spec.width * spec.ffn_width + 4 * 2 * spec.width

@@ -113,7 +113,7 @@ class Build:
     options: dict[str, str]
     seconds: float
     peak_rss_bytes: int = 0  # the build's peak
-    attention_scales: dict[str, float] = field(default_factory=dict)  # FP8 scales of Q and K, with external weights
+    attention_scales: dict[str, float] = field(default_factory=dict)  # FP8 scales of Q and K, in stages
     nodes: dict[str, str] = field(default_factory=dict)  # those with CUDA kernels, counted, by component
 
 
@@ -266,6 +266,9 @@ def read_manifest(folder: Path, kind: Kind) -> Manifest:
         if not component.name.isidentifier():  # files are named after it
             name = f"{path}: a component named {component.name!r}"
             raise UserError(name, "letters, digits and underscores", f"run {stage} again")
+    if manifest.build is not None and manifest.build.options.get("weights") == "external":
+        remedy = f"export and build again: {manifest.command.replace(' --weights external', '')} --overwrite"
+        raise UserError(f"{folder} has whole engines with external weights", "engines in blocks", remedy)
     return manifest
 
 

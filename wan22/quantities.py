@@ -1,5 +1,6 @@
 """Format quantities for people: bytes in a suitable unit, and nouns in singular or plural; parse bytes."""
 
+import math
 import re
 
 from wan22.errors import UserError
@@ -25,6 +26,12 @@ def parse_bytes(text: str, what: str) -> float:
     if not match or not float(match[1]):
         raise UserError(f"{what} {text!r}", "a size with its unit", f"write it as {what} 8GiB")
     return float(match[1]) * next(factor for unit, factor in UNITS if unit[0] == match[2].upper())
+
+
+def size_option(size_bytes: float) -> str:
+    """``size_bytes`` rounded up, as :func:`parse_bytes` reads it: "1.32GiB"."""
+    unit, factor = next((each for each in UNITS if size_bytes >= each[1]), UNITS[-1])
+    return f"{math.ceil(100 * size_bytes / factor) / 100:.2f}{unit}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -15,12 +15,12 @@ from wan22.errors import UserError
 from wan22.quantities import parse_bytes
 from wan22.shapes import parse_size
 from wan_trt.cache_options import caching_from
+from wan_trt.prompt_options import terms_from
 
 if TYPE_CHECKING:
     from runtime.arrays import F32
     from runtime.block_backend import BlockOptions
     from runtime.request import Request
-    from wan22.block_memory import WeightsIn as WeightsChoice
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -75,10 +75,10 @@ Residency = Annotated[
     ),
 ]
 WeightsIn = Annotated[
-    Literal["auto", "vram", "host", "disk"],
+    Literal["auto", "vram", "host", "disk"] | None,
     typer.Option(
         metavar="PLACE",
-        help="Blocks at rest: vram, host, disk, or auto (as many in VRAM as fit).",
+        help="Blocks at rest: vram, host, disk, or by default auto (as many in VRAM as fit).",
     ),
 ]
 Vram = Annotated[
@@ -108,6 +108,7 @@ SAMPLING = {
     "negative_prompt": NegativePrompt, "preset": Preset, "boundary": Boundary, "steps": Steps, "shift": Shift,
     "guidance_high_noise": ExpertGuidance, "guidance_low_noise": ExpertGuidance, "guidance": Guidance, "solver": Solver,
 }  # fmt: skip
+BLOCKS = {"weights_in": WeightsIn, "vram": Vram}
 LIMITS = dict.fromkeys(("max_pixels", "max_frames", "max_steps", "max_prompt_bytes", "max_image_bytes"), Limit)
 
 # headings of --help and their parameters; others are under "Options"
@@ -118,6 +119,8 @@ GROUPS = {
         "negative_prompt", "preset", "steps", "seed", "noise", "shift", "solver", "schedule", "boundary",
         "guidance", "guidance_high_noise", "guidance_low_noise",
     ),
+    "Look": ("look", "style", "time", "light", "tone", "shot", "composition", "lens", "angle", "movement"),
+    "Prompt": ("extend", "extend_model", "extend_language", "extend_required"),
     "Step cache": (
         "cache", "cache_threshold", "first_exact", "last_exact", "max_consecutive", "skip_steps", "reuse", "late_cfg",
     ),
@@ -201,11 +204,12 @@ def seed_of(typed: int | None) -> int:
     return drawn
 
 
-def blocks_options(weights_in: "WeightsChoice", vram: str | None) -> "BlockOptions":
-    """Where the weights of transformers in blocks are."""
+def blocks_options(options: Mapping[str, Any]) -> "BlockOptions":
+    """Where the weights of engines in blocks are, by the options of :data:`BLOCKS`."""
     from runtime.block_backend import BlockOptions
 
-    return BlockOptions(weights_in, None if vram is None else parse_bytes(vram, "--vram"))
+    vram = options.get("vram")
+    return BlockOptions(options.get("weights_in") or "auto", None if vram is None else parse_bytes(vram, "--vram"))
 
 
 def noise_of(path: Path | None) -> "F32 | None":
@@ -247,6 +251,7 @@ def request_from(options: Mapping[str, Any]) -> "Request":
             "guidance": {name: scale for name, scale in by_expert.items() if scale is not None},
             "guidance_scale": options.get("guidance"),
             "cache": caching_from(options) if "cache" in options else None,
+            "terms": terms_from(options),
         }
     )
 

@@ -14,6 +14,7 @@ import wan_trt
 from wan22.errors import UserError
 from wan_trt.arguments import with_groups
 from wan_trt.commands import (
+    batch,
     bench,
     build,
     bundle,
@@ -24,6 +25,7 @@ from wan_trt.commands import (
     gateway,
     generate,
     inspect,
+    looks,
     lora,
     mlperf,
     plan,
@@ -39,8 +41,8 @@ from wan_trt.guard import guard
 HELP = {"help_option_names": ["-h", "--help"]}
 GROUPS = {
     "Make": (synth, export, calibrate, build),
-    "Run": (generate, demo),
-    "Check": (plan, presets, inspect, validate, bench, mlperf),
+    "Run": (generate, batch, demo),
+    "Check": (plan, presets, looks, inspect, validate, bench, mlperf),
     "Serve": (triton, serve, client),
 }
 
@@ -90,7 +92,7 @@ bundles = typer.Typer(no_args_is_help=True, help="Verify, sign, copy or clean up
 for verb in (bundle.verify, bundle.sign, bundle.pack, bundle.clean):
     bundles.command(verb.__name__, context_settings=HELP)(guard(with_groups(verb)))
 app.add_typer(bundles, name="bundle", rich_help_panel="Check")
-loras = typer.Typer(no_args_is_help=True, help="Merge LoRAs into engines with external weights.", context_settings=HELP)
+loras = typer.Typer(no_args_is_help=True, help="Merge LoRAs into engines in blocks.", context_settings=HELP)
 loras.command("apply", context_settings=HELP)(guard(with_groups(lora.apply)))
 loras.callback()(lambda: None)  # keeps "apply" required, although it is the only command
 app.add_typer(loras, name="lora", rich_help_panel="Make")

@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX engines, with weights embedded or bound at run time."""
+"""TensorRT and TensorRT-RTX engines."""

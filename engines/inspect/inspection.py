@@ -21,6 +21,7 @@ from wan22.errors import UserError
 from wan22.files import scratch_folder
 from wan22.onnx_file import check_graphs
 from wan22.progress import Progress, silent
+from wan22.specs import ModelSpec
 
 BLOCKS_TO_COMPILE = 3  # a first, a last and one in between
 
@@ -37,13 +38,15 @@ def inspect_engines(folder: Path, components: Sequence[str] = ()) -> list[Fusion
         remedy = "inspect the ONNX bundle with --target"
         raise UserError(f"{folder} has engines for ONNX Runtime", "TensorRT engines", remedy)
     target, reports = target_named(build.target), []
+    layers = _layers(bundle.manifest.spec)
     for component in _each_once(_select(bundle, components)):
-        plan, weights = bundle.path(component.graph), "external" if component.weights else "embedded"
+        plan, weights = bundle.path(component.graph), "in a file" if component.weights else "embedded"
         if log_beside(plan).is_file():
             compiled = read_log(log_beside(plan))
         else:
             compiled = parse(_query_inspector(load_module(target.backend), plan), str(plan))
-        reports.append(FusionReport(component.name, target, compiled, component.precision, weights))
+        blocks = layers.get(component.name.partition(".")[0], 0) if "." in component.name else 0
+        reports.append(FusionReport(component.name, target, compiled, component.precision, weights, blocks))
     return reports
 
 
@@ -99,9 +102,13 @@ def _inspect(
         graph = first_blocks(bundle.path(component.graph), temporary, BLOCKS_TO_COMPILE)
         built = build_engine(graph, temporary / f"{component.name}.plan", options, progress)
         compiled = read_log(built.log)
-    blocks = dict.fromkeys(spec.experts, spec.dit.layers) | {"text_encoder": spec.text_encoder.layers}
-    of_model = blocks.get(component.name, 0)
+    of_model = _layers(spec).get(component.name, 0)
     return FusionReport(component.name, target, compiled, component.precision, "embedded", of_model)
+
+
+def _layers(spec: ModelSpec) -> dict[str, int]:
+    """Blocks of every component that has some."""
+    return dict.fromkeys(spec.experts, spec.dit.layers) | {"text_encoder": spec.text_encoder.layers}
 
 
 def _query_inspector(trt: Any, plan: Path) -> str:

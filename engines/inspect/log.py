@@ -214,9 +214,9 @@ def _resolve(name: str, dims: tuple[int, ...], shapes: Mapping[str, tuple[int, .
 
 def _unknown_sizes(dims: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The values of the -1 in ``dims``: in a transformer tokens, frames and tokens per frame, or the token grid."""
-    grid, text = _token_grid(shapes), shapes.get("input_ids", ())
+    grid, text, times = _token_grid(shapes), shapes.get("input_ids", ()), shapes.get("time_features", ())
     if not grid:
-        return (text[-1],) * len(dims) if text else ()
+        return (text[-1],) * len(dims) if text else times[:1]
     if len(dims) == 5 and dims[0] == 1:  # a video [1, C, T, h, w] of latents, or of tokens after the patch embedding
         latents = shapes.get("latents", ())
         video = latents[2:] if latents and dims[1] < 4 * latents[1] else grid

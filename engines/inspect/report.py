@@ -16,6 +16,8 @@ from engines.targets import Target
 from wan22.quantities import human_bytes
 from wan22.specs import Number, Precision
 
+EVERY_BLOCK = "blocks.*"  # the block of a stage's kernels
+OF_A_BLOCK = ("text_kv", "qkv", "attend", "rest", "layer")  # stages that every block calls
 SLOW_UNFUSED_BYTES = 2**26  # smaller copies are not reported
 
 
@@ -25,14 +27,21 @@ class FusionReport:
     target: Target
     compiled: Compiled
     precision: Precision
-    weights: str = ""  # "embedded" or "external"
-    blocks_in_model: int = 0  # set if only some blocks were compiled
+    weights: str = ""  # "embedded" or "in a file"
+    blocks_in_model: int = 0  # set if only some blocks were compiled, or one for all
 
     # -- counts
+
+    @property
+    def is_block(self) -> bool:
+        """True for a stage that every block calls, such as ``dit.qkv``."""
+        return self.component.rpartition(".")[2] in OF_A_BLOCK
 
     @cached_property
     def blocks(self) -> dict[str, list[Kernel]]:
         """Kernels by block, in order; "all blocks" and "" hold kernels that belong to no single block."""
+        if self.is_block:
+            return {EVERY_BLOCK: list(self.compiled.kernels)}
         found: dict[str, list[Kernel]] = {}
         for kernel in self.compiled.kernels:
             found.setdefault(kernel.block, []).append(kernel)
@@ -75,9 +84,11 @@ class FusionReport:
     def problems(self) -> list[str]:
         """Faults that make an engine slow or impossible to run, one line each."""
         squares, loose, lost_fp8 = [], [], []
+        has_biases = self.component.startswith("text_encoder")  # one for each pair of its few tokens
         for kernel in self.compiled.kernels:
             for operand in kernel.outputs:  # a tokens x tokens matrix is the sign of unfused attention
-                if (tokens := self.compiled.tokens) is not None and operand.dims[-2:] == (tokens, tokens):
+                tokens = None if has_biases else self.compiled.tokens
+                if tokens is not None and operand.dims[-2:] == (tokens, tokens):
                     stored = f"{list(operand.dims)} {operand.dtype}, {human_bytes(operand.size_bytes)}"
                     squares.append(f"{kernel.name} writes tokens x tokens: {stored}")
             softmax = [node for node in kernel.nodes if node.endswith(("Softmax", "Attention"))]

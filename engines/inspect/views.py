@@ -1,6 +1,6 @@
 """Show a fusion report as a table in the terminal, or as a web page with a diagram of one block."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engines.inspect.log import Kernel
-from engines.inspect.report import FusionReport
+from engines.inspect.report import EVERY_BLOCK, FusionReport
 from wan22.quantities import human_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -22,6 +22,20 @@ def as_text(report: FusionReport) -> list[RenderableType]:
         lines.append(_kernels(report))
     lines += [Text(f"problem: {problem}", style="bold red") for problem in report.problems]
     return lines
+
+
+def blocks_as_text(reports: Sequence[FusionReport]) -> Iterator[str]:
+    """Yield a line for each component in stages: what a step runs of every block."""
+    of_step = [report for report in reports if report.is_block and not report.component.endswith(".text_kv")]
+    for component in dict.fromkeys(report.component.rpartition(".")[0] for report in of_step):
+        parts = [report for report in of_step if report.component.rpartition(".")[0] == component]
+        names = " + ".join(report.component.rpartition(".")[2] for report in parts)
+        kernels = " + ".join(str(len(report.compiled.kernels)) for report in parts)
+        seconds = sum(report.total(report.typical_block) for report in parts)
+        yield (
+            f"{component}: a block is {names}, {kernels} kernels, {seconds * 1e3:.2f} ms by roofline; "
+            f"{parts[0].blocks_in_model} blocks {seconds * parts[0].blocks_in_model:.3f} s"
+        )
 
 
 def as_html(reports: Sequence[FusionReport], title: str) -> str:
@@ -46,17 +60,22 @@ def _counts(report: FusionReport) -> Table:
     title = f"{s['component']} for {s['target']}, {s['precision']}"
     table = Table(title=title, show_header=False, title_justify="left")
     left_out = f", {s['blocks_left_out']} identical ones left out" if s["blocks_left_out"] else ""
+    if report.is_block:
+        left_out = f", for all {report.blocks_in_model}" if report.blocks_in_model else ""
+    in_blocks = bool(s["blocks_compiled"])
+    gemms, of_block = by_dtype(s["gemms"]), f"; {s['gemms_per_block']} per block" if in_blocks else ""
+    roofline_block = f", {s['roofline_block_s'] * 1e3:.2f} ms per block" if in_blocks else ""
     rows = {
         **({"weights": s["weights"]} if s["weights"] else {}),
-        "blocks compiled": f"{s['blocks_compiled']}{left_out}",
+        **({"blocks compiled": f"{s['blocks_compiled']}{left_out}"} if in_blocks else {}),
         "kernels": f"{s['kernels']}, {s['kernels_per_block']} per block" if s["kernels_per_block"] else s["kernels"],
-        "matrix multiplications": f"{by_dtype(s['gemms'])}; {s['gemms_per_block']} per block",
+        "matrix multiplications": f"{gemms}{of_block}",
         "attention kernels": by_dtype(s["attention"]),
         "convolutions": by_dtype(s["convolutions"]),
         "elementwise, copies": f"{s['elementwise']}, {s['copies']} ({len(s['copies_over_64_mib'])} over 64 MiB)",
         "scratch, weights": f"{human_bytes(s['scratch_bytes'])}, {human_bytes(s['weights_bytes'])}",
         "arithmetic": f"{s['tflop']:.2f} TFLOP",
-        "roofline": f"{s['roofline_s'] * 1e3:.1f} ms, {s['roofline_block_s'] * 1e3:.2f} ms per block",
+        "roofline": f"{s['roofline_s'] * 1e3:.1f} ms{roofline_block}",
     }
     for name, value in rows.items():
         table.add_row(name, str(value))
@@ -65,7 +84,7 @@ def _counts(report: FusionReport) -> Table:
 
 def _kernels(report: FusionReport) -> Table:
     headings = ("kernel", "what it computes", "type", "GFLOP", "bytes", "roofline")
-    table = Table(*headings, title=report.typical_block[0].block)
+    table = Table(*headings, title=EVERY_BLOCK if report.is_block else report.typical_block[0].block)
     for row in _rows(report):
         style = {"copy": "yellow", "attention": "cyan", "gemm": "green"}.get(row["role"], "")
         table.add_row(row["role"], row["what"], row["dtypes"], row["gflop"], row["bytes"], row["time"], style=style)

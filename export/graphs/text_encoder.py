@@ -9,6 +9,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from export.graphs.blocks import BLOCK, StageGraph
 from export.graphs.builder import FLOAT, FLOAT16, INT64, GraphBuilder
 from export.graphs.linear import Fp8, Linears
 from wan22.parts import TextEncoderSpec
@@ -48,6 +49,24 @@ def text_encoder_graph(
     return g
 
 
+def text_stages(
+    spec: TextEncoderSpec, compute: ir.DataType = FLOAT, *, fp8_feed_forward: bool = False
+) -> dict[str, StageGraph]:
+    """The encoder in parts that take their weights as inputs: ``layer``, which every layer calls, and ``norm``.
+
+    ``x`` is float32 [tokens, width], at first the rows of the embedding, which a caller can gather without a graph.
+    """
+    layer, norm = StageGraph("layer"), StageGraph("norm")
+    writer = _TextEncoder(layer, spec, compute, Linears(layer, compute, Fp8()) if fp8_feed_forward else None)
+    x = layer.input("x", FLOAT, ["tokens", spec.width])
+    with layer.scope(BLOCK):
+        layer.output("x_out", writer.block(BLOCK, x, writer.buckets(x, axis=0)), ["tokens", spec.width])
+    x = norm.input("x", FLOAT, ["tokens", spec.width])
+    x = _TextEncoder(norm, spec, compute, None).norm(x, "norm")
+    norm.output("embeddings", norm.op("Unsqueeze", x, norm.constant([0])), [1, "tokens", spec.width])
+    return {"layer": layer, "norm": norm}
+
+
 class _TextEncoder:
     """The parts of the encoder, named like the official modules; ``g`` collects their nodes."""
 
@@ -56,13 +75,16 @@ class _TextEncoder:
     ) -> None:
         self.g, self.spec, self.compute, self.fp8_linears = g, spec, compute, fp8_linears
 
-    def buckets(self, ids: ir.Value) -> ir.Value:
-        """The bias row of every pair of tokens: int64 [tokens, tokens], shared by all layers."""
+    def buckets(self, ids: ir.Value, axis: int = 1) -> ir.Value:
+        """The bias row of every pair of tokens: int64 [tokens, tokens], shared by all layers.
+
+        ``axis`` is that of the tokens in ``ids``.
+        """
         g = self.g
         with g.scope("relative_buckets"):
-            count = g.op("Squeeze", g.op("Shape", ids, start=1, end=2))
+            count = g.op("Squeeze", g.op("Shape", ids, start=axis, end=axis + 1))
             place = g.op("Range", g.constant(0), count, g.constant(1))
-            key, query = (g.op("Unsqueeze", place, g.constant([axis])) for axis in (0, 1))
+            key, query = (g.op("Unsqueeze", place, g.constant([side])) for side in (0, 1))
             distance = g.add(g.op("Sub", key, query), g.constant(TEXT_TOKENS - 1))
             return g.op("Gather", g.constant(relative_buckets(self.spec)), distance)
 

@@ -1,7 +1,7 @@
 """Full-size engines built without a GPU (``--builds``): build time, size and memory.
 
-Embedded weights are random numbers, since a compiler might optimise zeros away. External weights are holes in sparse
-files, because the compiler never sees them.
+Weights of whole engines are random numbers, since a compiler might optimise zeros away. Those of engines in blocks are
+holes in sparse files, because the compiler never sees them.
 """
 
 import shutil
@@ -21,17 +21,17 @@ class BuildCase:
     target: str
     size: str
     frames: str
-    weights: Literal["embedded", "external"]
+    topology: Literal["whole", "blocks"]
     limit_bytes: int  # of peak memory
 
     @property
     def name(self) -> str:
-        return f"{self.model} fp8 for {self.target}, {self.size}, {self.frames} frames, {self.weights} weights"
+        return f"{self.model} fp8 for {self.target}, {self.size}, {self.frames} frames, {self.topology}"
 
 
 BUILDS = (
-    BuildCase("ti2v-5b", "rtx4090", "1280x704", "121", "embedded", 20 * 10**9),
-    BuildCase("t2v-a14b", "rtx5090", "832x480", "81", "external", 4 * 10**9),
+    BuildCase("ti2v-5b", "rtx4090", "1280x704", "121", "whole", 20 * 10**9),
+    BuildCase("t2v-a14b", "rtx5090", "832x480", "81", "blocks", 3 * 10**9),
 )
 
 
@@ -39,7 +39,7 @@ def measure_build(case: BuildCase, folder: Path) -> dict[str, Any]:
     """Make checkpoint, bundle and engines below ``folder`` and remove them; returns the figures of the build."""
     checkpoint, onnx, engines = folder / "checkpoint", folder / "onnx", folder / "engines"
     try:
-        _export(spec_named(case.model), checkpoint, onnx, sparse=case.weights == "external")
+        _export(spec_named(case.model), checkpoint, onnx, sparse=case.topology == "blocks")
         shutil.rmtree(checkpoint)  # hard links in the bundle keep the shared files
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             return {"case": case.name, **process.submit(_build, case, onnx, engines).result()}
@@ -62,16 +62,18 @@ def _build(case: BuildCase, onnx: Path, engines: Path) -> dict[str, Any]:
     from engines.build import BuildOptions, build_engines
     from engines.inspect.inspection import inspect_engines
 
-    options = BuildOptions(case.target, case.size, case.frames, weights=case.weights)
+    options = BuildOptions(case.target, case.size, case.frames, topology=case.topology)
     with bars() as progress:
         manifest = build_engines(onnx, engines, options, progress).manifest
     build = manifest.build
     assert build is not None
-    (report,) = inspect_engines(engines, manifest.spec.experts[:1])
+    reports = inspect_engines(engines, manifest.spec.experts[:1])
+    steps = [report for report in reports if not report.component.endswith(".text_kv")]
+    graphs = {file.path: file.size_bytes for c in manifest.components for part in c.compiled() for file in [part.graph]}
     return {
         "build_seconds": build.seconds,
         "peak_rss_bytes": build.peak_rss_bytes,
         "limit_bytes": case.limit_bytes,
-        "engine_bytes": {c.graph.path: c.graph.size_bytes for c in manifest.components},
-        "kernels_per_block": {case.weights: report.summary()["kernels_per_block"]},
+        "engine_bytes": graphs,
+        "kernels_per_block": {case.topology: sum(report.summary()["kernels_per_block"] or 0 for report in steps)},
     }

@@ -3,10 +3,8 @@
 from dataclasses import replace
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
-from engines.gpu.external_weights import externalise
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine
 from engines.inspect.log import read_log
 from engines.inspect.report import FusionReport
@@ -43,14 +41,12 @@ def compiled(tmp_path):
     """``compiled(model, target, precision, ...)`` → the fusion report of the transformer."""
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
 
-    def build(model, target, precision, size="256x160", frames="5..17", layers=None, external=False):
+    def build(model, target, precision, size="256x160", frames="5..17", layers=None):
         spec = SPECS[model]
         dit = spec.dit if layers is None else replace(spec.dit, layers=layers)
         g = dit_graph(dit, BFLOAT16, None, FP8_OF[precision])
         bound(g, tmp_path)
         g.save(tmp_path / "dit.onnx")
-        if external:
-            ir.save(externalise(tmp_path / "dit.onnx")[0], tmp_path / "dit.onnx")
         options = EngineOptions(TARGETS[target], profiles_for(spec, size, frames), g.edges()[0])
         built = build_engine(tmp_path / "dit.onnx", tmp_path / "dit.engine", options)
         for large in (built.path, *tmp_path.glob("*.bin")):

@@ -1,18 +1,21 @@
 """``--topology blocks``: stages instead of a transformer, and weights files with equal offsets in every block."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from engines.block_weights import V_NORMS
 from engines.build import BuildOptions, build_engines
 from engines.inspect.inspection import inspect_engines
+from engines.inspect.views import blocks_as_text
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
 from runtime.built_for import check_plans
+from wan22.block_layout import read_block_layout
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.external_layout import read_block_layout
 from wan22.specs import SPECS, Precision
 
 STAGES = ["time", "text", "text_kv", "patches", "qkv", "attend", "rest", "velocity"]
@@ -53,6 +56,13 @@ def test_both_experts_share_stages_of_a_few_kernels(fp8_blocks):
     assert [f"high_noise.{stage}" in reports for stage in STAGES] == [True] * len(STAGES)
     assert [len(reports[f"high_noise.{stage}"].compiled.kernels) for stage in ("qkv", "rest")] == [4, 12]
     assert not [report.problems for report in reports.values() if report.problems]
+    assert [len(reports[f"high_noise.{stage}"].typical_block) for stage in ("time", "qkv", "rest")] == [0, 4, 12]
+    summary = reports["high_noise.qkv"].summary()
+    assert (summary["kernels_per_block"], summary["blocks_compiled"]) == (4, 1)
+    assert summary["roofline_s"] == pytest.approx(summary["roofline_block_s"] * built.manifest.spec.dit.layers)
+    layer, block = blocks_as_text(list(reports.values()))
+    assert layer.startswith("text_encoder: a block is layer, ")
+    assert block.startswith("high_noise: a block is qkv + attend + rest, 4 + 2 + 12 kernels, ")
 
 
 @pytest.mark.slow
@@ -84,6 +94,29 @@ def test_every_block_has_its_own_weights_as_the_bundle_stores_them(fp8_blocks):
 
 
 @pytest.mark.slow
+def test_the_text_encoder_is_a_layer_and_a_norm_and_its_rows_are_those_of_the_checkpoint(fp8_blocks):
+    source, built = fp8_blocks
+    import onnx_ir as ir
+
+    from runtime.block_files import BlockFiles
+    from runtime.block_text_encoder import BlockTextEncoder
+
+    component = built.component("text_encoder")
+    layout = read_block_layout(built.path(component.weights[0]))
+    stored = ir.load(source.path(source.component("text_encoder").graph)).graph.initializers
+    place = next(place for place in layout.block if place.name == "ffn.fc2.weight")
+    for block in range(layout.blocks):
+        expected = stored[f"blocks.{block}.ffn.fc2.weight"].const_value.numpy()
+        assert np.array_equal(read(built, component, place, block).view(np.uint16), expected.view(np.uint16))
+    with BlockFiles({"text_encoder": built.path(component.weights[1])}, layout) as files:
+        shared = SimpleNamespace(layout=layout, device=SimpleNamespace(host_bytes=files.read))
+        rows = BlockTextEncoder(shared, component)._embed(np.array([0, 5, 1023]))
+    table = stored["token_embedding.weight"].const_value.numpy()
+    assert np.array_equal(rows, table[[0, 5, 1023]].astype(np.float32))
+    assert sum(stage.graph.size_bytes for stage in component.stages) < 2**21
+
+
+@pytest.mark.slow
 def test_scales_of_attention_hold_for_every_block_and_expert(fp8_blocks):
     source, built = fp8_blocks
     import onnx_ir as ir
@@ -106,12 +139,6 @@ def test_blocks_that_differ_are_refused_before_anything_is_written(tmp_path, tin
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_external_weights_and_blocks_exclude_each_other(tmp_path, tiny_bundle):
-    options = BuildOptions("cpu", weights="external", topology="blocks")
-    with pytest.raises(UserError, match="--weights external with --topology blocks"):
-        build_engines(tiny_bundle, tmp_path / "e", options)
-
-
 def test_blocks_are_not_served_engine_by_engine(tmp_path, tiny_bundle):
     from triton_repo.bls_repository import check_backends
 
@@ -127,5 +154,6 @@ def test_experts_of_different_precision_have_their_own_stages(tmp_path):
     graphs = {c.name: {stage.graph.path for stage in c.stages} for c in bundle.manifest.components if c.stages}
     assert not graphs["high_noise"] & graphs["low_noise"]
     built = build_engines(tmp_path / "b", tmp_path / "e", BuildOptions(topology="blocks"))
-    assert {path.name for path in built.folder.glob("*.weights")} == {"high_noise.weights", "low_noise.weights"}
+    found = {path.name for path in built.folder.glob("*.weights")}
+    assert found == {"high_noise.weights", "low_noise.weights", "text_encoder.weights"}
     assert not [path.name for path in built.folder.glob("*_noise.safetensors")]

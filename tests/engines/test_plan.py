@@ -5,8 +5,8 @@ import json
 import pytest
 from rich.console import Console
 
-from engines.plan import dit_scratch_bytes, dit_weights_bytes, make_plan
-from engines.plan_view import as_text
+from engines.plan import card_plans, dit_scratch_bytes, dit_weights_bytes, make_plan
+from engines.plan_view import as_text, cards_as_text
 from engines.targets import TARGETS, target_named
 from export.graphs.builder import BFLOAT16
 from export.graphs.dit import dit_graph
@@ -105,6 +105,18 @@ def test_every_target_has_a_plan_that_says_what_auto_chooses(target):
         assert plan.needed[plan.residency] <= plan.usable_vram_bytes
         assert "--residency auto" in text
     assert plan.as_json()["residency"] == plan.residency
+
+
+def test_the_table_of_cards_follows_the_bus_and_the_size():
+    small, large = (card_plans(T2V_A14B, Precision.FP8_ATTN, video, bus_gb_s=0.5) for video in (SD, HD))
+    assert {plan.request.target.name for plan in small} == {t.name for t in TARGETS.values() if t.fp8_tflops}
+    by_name = {plan.request.target.name: plan.in_blocks for plan in small}
+    assert by_name["rtx4060"].streamed_forward_seconds == by_name["rtx4060"].forward_seconds  # 600 of 695 ms a block
+    assert by_name["rtx5080"].resident < 40
+    assert by_name["rtx5080"].streamed_forward_seconds > 1.3 * by_name["rtx5080"].forward_seconds
+    assert [plan.in_blocks.resident for plan in large] <= [plan.in_blocks.resident for plan in small]
+    table, *_ = cards_as_text(large)
+    assert list(table.columns[0].cells) == [plan.request.target.name for plan in large]
 
 
 def test_a_compute_capability_has_sizes_and_no_verdicts():

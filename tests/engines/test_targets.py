@@ -11,8 +11,8 @@ GPUS = [target for target in TARGETS.values() if target.name != "cpu"]
 
 
 def test_the_table_holds_every_target_of_the_product():
-    wanted = "a100 a10g l40 l40s l4 h100 h20 h200 b200 rtx3090 rtx4090 rtx4080 rtx4070ti rtx5090 rtx5080 gb10 cpu"
-    wanted += " rtx-pro-6000-blackwell"
+    wanted = "a100 a10g l40 l40s l4 h100 h20 h200 b200 rtx3090 rtx4090 rtx4080 rtx4070ti rtx4070 rtx4060 rtx5090"
+    wanted += " rtx5080 rtx5070 gb10 cpu rtx-pro-6000-blackwell"
     assert set(TARGETS) == set(wanted.split())
 
 

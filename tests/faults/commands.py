@@ -28,7 +28,7 @@ class Inputs:
     graphs: Path
     engines: Path
     prompts: Path
-    external: Path | None = None  # engines with external weights, where TensorRT-RTX is installed
+    blocks: Path | None = None  # engines in blocks for a GPU, where TensorRT-RTX is installed
     lora: Path | None = None
 
 
@@ -103,10 +103,10 @@ COMMANDS = {
         ("b.json", "p.png"),
     ),
     "inspect": Command(
-        lambda its, to: ["inspect", its.external, "--component", "text_encoder", "--html", to / "page.html"],
+        lambda its, to: ["inspect", its.blocks, "--component", "text_encoder", "--html", to / "page.html"],
         ("page.html",),
     ),
-    "lora apply": Command(lambda its, to: ["lora", "apply", its.external, its.lora, "-o", to / "styled"], ("styled",)),
+    "lora apply": Command(lambda its, to: ["lora", "apply", its.blocks, its.lora, "-o", to / "styled"], ("styled",)),
     "demo": Command(lambda its, to: ["demo", to / "demo"], ("demo",), overwrite=True, piecemeal=True),
 }
 
@@ -167,7 +167,7 @@ def _kill(child: int, kill_with: int) -> None:
 
 
 def make_inputs(forking: Forking, place: Path) -> Inputs:
-    """A checkpoint, its graphs and its engines; where TensorRT-RTX is installed engines with external weights too."""
+    """A checkpoint, its graphs and its engines; where TensorRT-RTX is installed engines in blocks for a GPU too."""
 
     def run(*words: object) -> None:
         ended = forking.run(list(words))
@@ -183,15 +183,13 @@ def make_inputs(forking: Forking, place: Path) -> Inputs:
         import tensorrt_rtx  # noqa: F401
     except ImportError:
         return Inputs(checkpoint, graphs, engines, prompts)
-    return Inputs(
-        checkpoint, graphs, engines, prompts, _external(run, place, checkpoint), _lora(place / "l.safetensors")
-    )
+    return Inputs(checkpoint, graphs, engines, prompts, _blocks(run, place, checkpoint), _lora(place / "l.safetensors"))
 
 
-def _external(run: Callable[..., None], place: Path, checkpoint: Path) -> Path:
+def _blocks(run: Callable[..., None], place: Path, checkpoint: Path) -> Path:
     run("export", checkpoint, place / "b16", "--precision", "bf16")
     video = ("--size", "256x160", "--frames", "5..17")
-    run("build", place / "b16", place / "e16", "--target", "rtx4090", "--weights", "external", *video)
+    run("build", place / "b16", place / "e16", "--target", "rtx4090", *video)
     return place / "e16"
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from wan22.block_layout import read_block_layout
 from wan22.block_memory import BlockChoice, block_memory
 from wan22.bundle import open_bundle
-from wan22.external_layout import read_block_layout
 from wan22.specs import SPECS, Precision
 
 LAYERS, MIB = 16, 2**20

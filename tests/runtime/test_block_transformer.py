@@ -1,41 +1,33 @@
 """A transformer in stages on the CPU: the whole engine's velocity, whatever is resident, streamed or sliced."""
 
+import re
 import shutil
+import threading
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
 from runtime.backend import open_backend
 from runtime.block_backend import BlockOptions
+from runtime.block_files import BlockFiles
 from runtime.block_forward import fp8_scales
+from runtime.blocks_onnxruntime import HostStages
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from tests.export.graphs.test_dit import inputs_for, relative_l2
-from wan22.block_memory import BlockChoice, block_memory, choose_blocks, smallest_budget
+from wan22.block_memory import BlockChoice, block_memory, transformer_blocks
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
+from wan22.quantities import parse_bytes
 from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
 
 MODELS = ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"]
-
-
-@pytest.fixture(scope="session")
-def blocks_of(flow_of, tmp_path_factory):
-    """``blocks_of(name)`` → engines of a tiny model in stages."""
-    made = {}
-
-    def build(name):
-        from engines.build import BuildOptions, build_engines
-
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name) / "blocks"
-            build_engines(flow_of(name).bundle, made[name], BuildOptions(topology="blocks"))
-        return made[name]
-
-    return build
 
 
 @pytest.fixture
@@ -47,7 +39,7 @@ def opened(blocks_of):
             bundle = open_bundle(blocks_of(name), "engines")
             backend = open_backend(bundle, stack, BlockOptions(weights_in))
             for component in bundle.manifest.components:
-                if component.stages:
+                if component.name in bundle.manifest.spec.experts:
                     engine = backend.new_engine(component)
                     choose = engine._shared.choose
                     engine._shared.choose = lambda tokens, c=choose: replace(c(tokens), slices=slices)
@@ -101,8 +93,6 @@ def test_experts_take_turns_in_the_same_slots(flow_of, opened):
 
 
 def test_a_pipeline_makes_the_same_video_from_disk_and_prepares_its_steps_once(blocks_of, monkeypatch):
-    from runtime.blocks_onnxruntime import HostStages
-
     ran, run = [], HostStages.run
     monkeypatch.setattr(HostStages, "run", lambda self, name, *rest: (ran.append(name), run(self, name, *rest))[1])
     request, latents = Request("a cat", size=(64, 64), frames=5, steps=4), []
@@ -129,9 +119,17 @@ def test_many_schedules_do_not_fill_the_memory(opened, monkeypatch):
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_loaded(blocks_of):
     with Pipeline.open(blocks_of("t2v-a14b-tiny"), blocks=BlockOptions(vram=2.0**20)) as pipeline:
         request = pipeline.complete(Request("a cat", size=(64, 64), frames=5))
-        with pytest.raises(UserError, match=r"--vram 1.00 MiB for high_noise \| expected at least .* MiB"):
+        with pytest.raises(UserError, match=r"--vram 1.00 MiB for \w+ \| expected at least .*MiB") as error:
             next(iter(pipeline.denoise(request)))
         assert not pipeline._open
+    offered = parse_bytes(re.search(r"give --vram (\S+),", str(error.value))[1], "--vram")
+    with Pipeline.open(blocks_of("t2v-a14b-tiny"), blocks=BlockOptions(vram=offered)) as pipeline:
+        assert next(iter(pipeline.denoise(request))).index == 0
+    with (
+        Pipeline.open(blocks_of("t2v-a14b-tiny"), blocks=BlockOptions(vram=0.99 * offered)) as pipeline,
+        pytest.raises(UserError, match="at least"),
+    ):
+        pipeline.fit(request.video)
 
 
 def test_a_weights_file_that_is_cut_short_is_one_line(blocks_of, tmp_path):
@@ -143,6 +141,62 @@ def test_a_weights_file_that_is_cut_short_is_one_line(blocks_of, tmp_path):
         request = pipeline.complete(Request("a cat", size=(64, 64), frames=5))
         with pytest.raises(UserError, match=r"high_noise.weights ends at \d+ bytes \| expected \d+"):
             next(iter(pipeline.denoise(request)))
+
+
+def test_ctrl_c_inside_a_forward_leaves_engines_that_go_on(opened, monkeypatch):
+    backend, bundle = opened("ti2v-5b-tiny", "disk")
+    given, ran, run = given_to("ti2v-5b-tiny"), [], HostStages.run
+
+    def interrupted(self, name, *rest):
+        ran.append(name)
+        if ran == ["patches", "qkv", "attend"]:
+            raise KeyboardInterrupt
+        run(self, name, *rest)
+
+    with backend.new_engine(bundle.component("dit")) as engine:
+        expected = engine(**given)
+        monkeypatch.setattr(HostStages, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine(**given)
+        assert np.array_equal(engine(**given), expected)
+
+
+def test_a_slow_disk_is_a_figure(opened, monkeypatch):
+    backend, bundle = opened("ti2v-5b-tiny", "disk")
+    fill, wait, waited = BlockFiles.fill, HostStages.wait, threading.Event()
+
+    def slow(*arguments):
+        assert waited.wait(60)
+        time.sleep(0.02)  # longer than a computation that waits
+        fill(*arguments)
+
+    with backend.new_engine(bundle.component("dit")) as engine:
+        given = given_to("ti2v-5b-tiny")
+        engine._text(given["text"])  # these read weights that do not stream
+        engine.prepare(given["time_features"])
+        monkeypatch.setattr(BlockFiles, "fill", slow)
+        monkeypatch.setattr(HostStages, "wait", lambda self, event: (waited.set(), wait(self, event))[1])
+        engine(**given)
+    assert backend.blocks.streamed.seconds_waited >= 0.02
+    assert backend.blocks.streamed.seconds_copied >= 0.04
+
+
+def test_weights_of_another_precision_than_the_engines_are_one_line(flow_of, blocks_of, tmp_path):
+    from engines.build import BuildOptions, build_engines
+
+    name, parts = "ti2v-5b-tiny", frozenset({"dit"})
+    export_checkpoint(flow_of(name).checkpoint, tmp_path / "b", ExportOptions(Precision.FP16, parts=parts))
+    other = build_engines(tmp_path / "b", tmp_path / "e", BuildOptions(topology="blocks"))
+    bundle = open_bundle(blocks_of(name), "engines")
+    weights = tuple(replace(file, path=str(other.path(file))) for file in other.component("dit").weights)
+    with (
+        ExitStack() as stack,
+        pytest.raises(
+            UserError, match=r"dit.weights: \S+ of \d+ bytes \| expected \d+ bytes, as the engines of dit take"
+        ),
+    ):
+        backend = open_backend(bundle, stack, BlockOptions())
+        backend.new_engine(replace(bundle.component("dit"), weights=weights))
 
 
 def test_the_bound_of_v_holds_for_any_token():
@@ -167,8 +221,9 @@ def test_a_budget_is_never_exceeded(spec, tokens, gib):
     small = block_memory(spec, Precision.FP8_ATTN, tokens, BlockChoice(0, 8), 0)
     assert small.x + small.edges + small.scratch <= gib * 2**30
     for budget in np.linspace(2, 80, 40) * 2**30:
-        choice = choose_blocks(spec, Precision.FP8_ATTN, tokens, 320e6, budget)
+        stack = transformer_blocks(spec, Precision.FP8_ATTN, tokens, 320e6)
+        choice = stack.choose(budget)
         if choice is None:
-            assert smallest_budget(spec, Precision.FP8_ATTN, tokens, 320e6) > budget
+            assert stack.smallest_budget() > budget
         else:
             assert block_memory(spec, Precision.FP8_ATTN, tokens, choice, 320e6).total <= budget

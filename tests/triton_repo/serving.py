@@ -15,6 +15,7 @@ from triton_repo.repository import RepositoryOptions, write_repository
 from triton_repo.server import ServeOptions, Server, free_ports, is_ready, run_server
 from triton_repo.settings import Limits
 
+HANGS_S = 600.0  # after which a test is taken to hang, on the busiest machine
 SMALL = {"width": 64, "height": 64, "num_frames": 5, "steps": 3}
 LONG = {"width": 256, "height": 160, "num_frames": 17, "steps": 60}  # 0.1 s a step or so; to be given up
 
@@ -47,7 +48,7 @@ class Served:
 
     def metrics(self):
         """Every series as it is printed, by name with labels."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.options.metrics_port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.options.metrics_port}/metrics", timeout=HANGS_S) as answer:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] not in "#")}
 
@@ -55,7 +56,7 @@ class Served:
         shown = "".join(f',{key}="{value}"' for key, value in labels.items())
         return self.metrics()[f'{name}{{model="{model}"{shown}}}']
 
-    def wait_for(self, name, value, within_s=30.0, model="wan22", **labels):
+    def wait_for(self, name, value, within_s=HANGS_S, model="wan22", **labels):
         """Seconds until a metric has that value."""
         started = time.monotonic()
         while (found := self.metric(name, model, **labels)) != value:
@@ -74,16 +75,20 @@ class Served:
 
 
 @contextmanager
-def serving(installation, folder, engines, topology="owner", loras=None, **limits):
-    """A server of ``engines``, bundles by model name, that is ready; it and its shared memory are gone afterwards."""
+def serving(installation, folder, engines, topology="owner", options=None, **limits):
+    """A server of ``engines``, bundles by model name, that is ready; it and its shared memory are gone afterwards.
+
+    ``options`` are those of a model's repository, by its name.
+    """
     repository = folder / "repository"
     repository.mkdir()
     for name, bundle in engines.items():
-        write_repository(bundle, folder / name, RepositoryOptions(name, topology, limits, loras=loras or {}))
+        own = (options or {}).get(name, {})
+        write_repository(bundle, folder / name, RepositoryOptions(name, topology, limits, **own))
         for model in folder.glob(f"{name}/{name}*"):
             shutil.move(model, repository / model.name)
-    options = ServeOptions("127.0.0.1", *free_ports(3), config_name="cpu" if topology == "bls" else "")
+    serve = ServeOptions("127.0.0.1", *free_ports(3), config_name="cpu" if topology == "bls" else "")
     enough = Limits(1, 1, longest_job_s=limits.get("longest_job_s", 60))
-    with run_server(installation, repository, enough, options, os.environ) as server:
-        server.wait_until_ready(within_s=120)
+    with run_server(installation, repository, enough, serve, os.environ) as server:
+        server.wait_until_ready(within_s=HANGS_S)
         yield Served(server)

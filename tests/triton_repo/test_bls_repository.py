@@ -1,6 +1,5 @@
 """What Triton is told of engines that it runs itself, and which engines it cannot run."""
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,6 @@ from runtime.request import Request
 from triton_repo.bls_repository import largest_call_bytes
 from triton_repo.repository import RepositoryOptions, write_repository
 from triton_repo.settings import Limits
-from wan22.bundle import file_entry
 from wan22.errors import UserError
 from wan22.specs import Precision
 from wan22.stamp import Stamp
@@ -100,14 +98,6 @@ def test_engines_that_cannot_all_be_resident_and_served_are_refused(compiled, tm
     assert told in str(error.value)
     assert "topology owner" in str(error.value)
     assert not (tmp_path / "repository").exists()
-
-
-def test_weights_outside_the_engines_are_refused(compiled, tmp_path):
-    tokenizer = compiled() / "tokenizer"
-    outside = (file_entry(tmp_path / "engines", next(tokenizer.iterdir())),)
-    shutil.rmtree(tmp_path / "engines")
-    with pytest.raises(UserError, match="external weights in topology bls"):
-        write_repository(compiled(weights=outside), tmp_path / "repository", BLS)
 
 
 def test_a_plan_that_was_built_for_something_else_is_refused(compiled, tmp_path):

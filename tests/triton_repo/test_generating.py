@@ -328,3 +328,25 @@ def test_a_client_without_a_server_says_so():
     with WanClient(f"127.0.0.1:{free_ports(1)[0]}") as client, pytest.raises(JobError) as error:
         client.generate("x")
     assert error.value.status == "UNAVAILABLE"
+
+
+def test_a_batch_over_servers_makes_what_generate_makes(server, engines, tmp_path, capsys):
+    """One server is there and one is not: the batch says so and goes on without it."""
+    jobs, out = tmp_path / "jobs.jsonl", tmp_path / "out"
+    small = {"width": 64, "height": 64, "num_frames": 5, "steps": 2}
+    lines = [{"name": f"j{n}", "prompt": PROMPT, "seed": SEED + n, **small} for n in range(3)]
+    jobs.write_text(
+        "".join(json.dumps(line) + "\n" for line in [*lines, {"name": "no", "prompt": "x", "lora": "mine"}])
+    )
+    gone = f"localhost:{free_ports(1)[0]}"
+    with pytest.raises(SystemExit) as left:
+        app(["batch", str(jobs), str(out), "--server", server.url, "--server", gone, "--model", "wan22_t2v"])
+    told = capsys.readouterr().out
+    assert left.value.code == 1, told
+    assert "3 done, 1 failed" in told
+    assert f"server {gone}" in told
+    assert "lora 'mine'" in told
+    made = generate(
+        engines["wan22_t2v"], Request(PROMPT, size=(64, 64), frames=5, steps=2, seed=SEED), tmp_path / "a.mp4"
+    )
+    assert made.path.read_bytes() == (out / "j0.mp4").read_bytes()

@@ -17,7 +17,7 @@ from PIL import Image
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
-from tests.triton_repo.serving import SMALL, serving
+from tests.triton_repo.serving import HANGS_S, SMALL, serving
 from triton_repo.client_errors import JobError
 
 LIMITS = {
@@ -51,7 +51,7 @@ def told(server, model, inputs):
             tensors.append(grpc.InferInput(name, list(array.shape), dtype))
             tensors[-1].set_data_from_numpy(array)
         client.async_stream_infer(model, tensors, enable_empty_final_response=True)
-        result, error = answers.get(timeout=30)
+        result, error = answers.get(timeout=HANGS_S)
         client.stop_stream()
     assert isinstance(error, InferenceServerException), result.get_response()
     return error.message()
@@ -163,7 +163,7 @@ def test_a_refusal_is_counted_as_one_whatever_is_missing(server):
     for body in ({}, {"steps": 1}):
         request = urllib.request.Request(f"{server.http}/v2/models/t2v/generate", json.dumps(body).encode())
         with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(request, timeout=60)
+            urllib.request.urlopen(request, timeout=HANGS_S)
         assert error.value.code == 400
         assert "no prompt" in error.value.read().decode()
     assert server.metric("wan22_requests_total", "t2v", outcome="refused") == before + 2
@@ -191,7 +191,7 @@ def test_a_large_body_does_not_end_the_server(server, kind):
     body = json.dumps({"prompt": "x", **SMALL, "steps": 0}).encode() + b" " * (24 * 2**20)
     address = f"{server.http}/v2/models/t2v/generate"
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(urllib.request.Request(address, body, {"Content-Type": kind}), timeout=60)
+        urllib.request.urlopen(urllib.request.Request(address, body, {"Content-Type": kind}), timeout=HANGS_S)
     assert error.value.code == 400
     assert "0 steps" in error.value.read().decode()
 
@@ -215,7 +215,7 @@ def test_administration_is_closed(server):
     for path in ("/v2/repository/index", "/v2/logging", "/v2/trace/setting", "/v2/systemsharedmemory/status"):
         with pytest.raises(urllib.error.HTTPError) as error:
             body = b"{}" if path == "/v2/repository/index" else None
-            urllib.request.urlopen(urllib.request.Request(server.http + path, body), timeout=60)
+            urllib.request.urlopen(urllib.request.Request(server.http + path, body), timeout=HANGS_S)
         assert error.value.code == 403
 
 
@@ -232,7 +232,7 @@ def grpc_call(server, method, **headers):
     frames = ((4, 0, 0, b""), (1, 4, 1, block), (0, 1, 1, bytes(5)))  # settings, headers, an empty message
     parts = [struct.pack(">I", len(data))[1:] + struct.pack(">BBI", kind, flags, stream) + data
              for kind, flags, stream, data in frames]  # fmt: skip
-    with socket.create_connection(("127.0.0.1", server.options.grpc_port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.options.grpc_port), timeout=HANGS_S) as connection:
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"".join(parts))
         connection.settimeout(3)
         received = b""
@@ -250,7 +250,7 @@ def test_the_lock_of_the_administration_opens_to_nobody_who_knows_it(server):
     assert b"triton" in grpc_call(server, "ServerMetadata")  # so the call is one
     answer = grpc_call(server, "RepositoryIndex", **{f"triton-grpc-protocol-{name}": value})
     assert b"t2v" not in answer
-    with socket.create_connection(("127.0.0.1", server.options.http_port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.options.http_port), timeout=HANGS_S) as connection:
         head = "POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nConnection: close"
         connection.sendall(f"{head}\r\n{name}: {value}\r\n\r\n{{}}".encode())
         assert b"t2v" not in connection.recv(65536)

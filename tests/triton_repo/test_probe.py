@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.triton_repo.serving import HANGS_S
 from triton_repo import probe
 
 
@@ -43,7 +44,7 @@ def test_what_is_no_metrics_is_told_in_one_line(answering, tmp_path, data):
 
 def test_an_address_that_is_none_ends_a_drain_at_once(tmp_path):
     asked = [sys.executable, "-m", "triton_repo.probe", "--metrics", "nowhere", "--flag", str(tmp_path / "flag")]
-    done = subprocess.run([*asked, "drain"], capture_output=True, text=True, check=False, timeout=20)
+    done = subprocess.run([*asked, "drain"], capture_output=True, text=True, check=False, timeout=HANGS_S)
     assert (done.returncode, done.stderr) == (1, "")
     assert (tmp_path / "flag").exists()
 

@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from tests.triton_repo.serving import SMALL, Served, serving
+from tests.triton_repo.serving import HANGS_S, SMALL, Served, serving
 from triton_repo import probe
 from triton_repo.client import JobError
 from triton_repo.installation import Installation
@@ -57,7 +57,7 @@ def test_a_started_server_serves_again_where_a_killed_one_left_its_memory(instal
         assert server.regions()
         options = ServeOptions("127.0.0.1", *free_ports(3))
         with run_server(installation, tmp_path / "repository", Limits(1, 1), options, os.environ) as again:
-            again.wait_until_ready(within_s=120)
+            again.wait_until_ready(within_s=HANGS_S)
             with Served(again).client() as client:
                 assert client.generate("x", **SMALL).video
     assert server.regions() == []
@@ -75,7 +75,7 @@ def test_sigterm_lets_the_running_job_finish(installation, tiny_engines, tmp_pat
         result = client.generate("x", on_progress=terminate, **{**SMALL, "steps": 40})
         assert result.event["phase"] == "done"
         assert told.count("denoise") == 40
-        assert server.process.wait(60) == 0
+        assert server.process.wait(HANGS_S) == 0
 
 
 def test_sigterm_in_topology_bls_ends_the_running_job_and_says_why(installation, tiny_engines, tmp_path):
@@ -88,7 +88,7 @@ def test_sigterm_in_topology_bls_ends_the_running_job_and_says_why(installation,
         with pytest.raises(JobError, match="the server is stopping") as error:
             client.generate("x", on_progress=terminate, **LONG_STEPS)
         assert error.value.status == "UNAVAILABLE"
-        assert server.process.wait(60) == 0
+        assert server.process.wait(HANGS_S) == 0
 
 
 def refusal(capfd, installation, repository):
@@ -96,7 +96,7 @@ def refusal(capfd, installation, repository):
     options = ServeOptions("127.0.0.1", *free_ports(3))
     with run_server(installation, repository, Limits(1, 1), options, os.environ) as server:
         with pytest.raises(UserError, match="before it was ready") as error:
-            server.wait_until_ready(within_s=120)
+            server.wait_until_ready(within_s=HANGS_S)
         server.stop()
     return capfd.readouterr().err, str(error.value)
 

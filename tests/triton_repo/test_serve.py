@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.triton_repo.serving import LONG, SMALL
+from tests.triton_repo.serving import HANGS_S, LONG, SMALL
 from triton_repo import probe
 from triton_repo.client import WanClient
 from triton_repo.client_errors import JobError
@@ -49,7 +49,7 @@ class Serve:
 
     def wait_for(self, words):
         with self.changed:
-            assert self.changed.wait_for(lambda: any(words in line for line in self.lines), 120), self.lines
+            assert self.changed.wait_for(lambda: any(words in line for line in self.lines), HANGS_S), self.lines
         return self
 
     def processes(self):
@@ -66,8 +66,8 @@ class Serve:
         return WanClient(f"127.0.0.1:{self.grpc}")
 
     def exit_code(self):
-        code = self.command.wait(60)
-        self._reader.join(60)
+        code = self.command.wait(HANGS_S)
+        self._reader.join(HANGS_S)
         return code
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.triton_repo.serving import LONG, SMALL
+from tests.triton_repo.serving import HANGS_S, LONG, SMALL
 from triton_repo.client import WanClient
 from triton_repo.client_errors import JobError
 from triton_repo.installation import backend_folder, stub_environment
@@ -47,7 +47,7 @@ def test_sigterm_finishes_the_running_job(installation, tiny_engines, tmp_path):
         next(job.events())
         process.send_signal(signal.SIGTERM)
         assert job.result().event["steps"] == 40
-        assert process.wait(60) == 0
+        assert process.wait(HANGS_S) == 0
 
 
 def test_a_model_that_dies_ends_the_container(installation, tiny_engines, tmp_path):
@@ -59,7 +59,7 @@ def test_a_model_that_dies_ends_the_container(installation, tiny_engines, tmp_pa
         stub.kill()
         with pytest.raises(JobError):
             job.result()
-        assert process.wait(10) == 1
+        assert process.wait(HANGS_S) == 1
         assert not tritonserver.is_running()
 
 

@@ -8,10 +8,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from export.lora.merge import LoraChoice
+from runtime.block_backend import BlockOptions
 from runtime.request import Request
 from tests.triton_repo.serving import SMALL, serving
 from triton_repo.client import JobError
 from triton_repo.repository import RepositoryOptions, write_repository
+from wan22.block_layout import read_block_layout
+from wan22.bundle import open_bundle
 from wan22.caching import Caching
 from wan22.errors import UserError
 from wan22.specs import SPECS
@@ -27,8 +30,10 @@ def sets(tiny_engines, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(installation, tiny_engines, sets, tmp_path_factory):
-    with serving(installation, tmp_path_factory.mktemp("served"), {"wan22": tiny_engines}, loras=sets) as served:
+def server(installation, tiny_engines, blocks_of, sets, tmp_path_factory):
+    models = {"wan22": tiny_engines, "wan22_blocks": blocks_of("t2v-a14b-tiny")}
+    options = {"wan22": {"loras": sets}, "wan22_blocks": {"blocks": BlockOptions("disk")}}
+    with serving(installation, tmp_path_factory.mktemp("served"), models, options=options) as served:
         yield served
 
 
@@ -104,3 +109,19 @@ def test_backends_of_triton_take_no_weight_sets(tiny_engines, sets, tmp_path):
     with pytest.raises(UserError, match="--lora in topology bls"):
         write_repository(tiny_engines, tmp_path / "repository", options)
     assert not (tmp_path / "repository").exists()
+
+
+@pytest.mark.slow
+def test_blocks_stream_from_disk_in_a_server_and_their_copies_are_counted(server, blocks_of):
+    names = [f"wan22_{name}_total" for name in
+             ("streamed_bytes", "streamed_seconds", "stream_stall_seconds", "expert_switch_stall_seconds")]  # fmt: skip
+    before = [server.metric(name, "wan22_blocks") for name in names]
+    with server.client("wan22_blocks") as client:
+        result = client.submit(request_of(2)).result()
+    size, *seconds = (server.metric(name, "wan22_blocks") - then for name, then in zip(names, before, strict=True))
+    bundle = open_bundle(blocks_of("t2v-a14b-tiny"), "engines")
+    layout = read_block_layout(bundle.path(bundle.component("high_noise").weights[0]))
+    assert size == 2 * layout.blocks * layout.step_bytes  # the last job left the other expert's blocks
+    assert all(value > 0 for value in seconds)
+    assert seconds[2] <= seconds[1] <= seconds[0] + 0.1
+    assert result.video

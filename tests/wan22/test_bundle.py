@@ -230,7 +230,7 @@ def test_what_is_no_manifest_is_told_as_such(tmp_path, content):
         kind_of(tmp_path)
 
 
-BUILD = Build("rtx4090", "tensorrt-rtx", "1.7.1", "8.9", ({"frames": (5, 5, 9)},), {"weights": "embedded"}, 1.0)
+BUILD = Build("rtx4090", "tensorrt-rtx", "1.7.1", "8.9", ({"frames": (5, 5, 9)},), {"topology": "whole"}, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ BUILD = Build("rtx4090", "tensorrt-rtx", "1.7.1", "8.9", ({"frames": (5, 5, 9)},
         (b'"8.9"', b'"12.0"'),
         (b'"fp32"', b'"fp8"'),
         (b"5, 5, 9", b"5, 5, 81"),
-        (b'"embedded"', b'"external"'),
+        (b'"whole"', b'"blocks"'),
     ],
     ids=["target", "backend", "version", "compute capability", "precision", "profile", "option"],
 )
@@ -257,4 +257,13 @@ def test_whatever_is_edited_of_what_engines_are_for_is_refused(tmp_path, written
     with pytest.raises(
         UserError, match=r"edited: sha256 \w+… \| expected \w+… as recorded in it \| run wan-trt build again"
     ):
+        open_bundle(tmp_path / "b", "engines")
+
+
+def test_engines_of_releases_with_external_weights_are_refused_with_the_command_that_builds_them(tmp_path):
+    build = replace(BUILD, options={"weights": "external"})
+    command = "wan-trt build onnx engines --target rtx4090 --weights external"
+    write_bundle(tmp_path / "b", kind="engines", build=build, command=command)
+    remedy = r"export and build again: wan-trt build onnx engines --target rtx4090 --overwrite"
+    with pytest.raises(UserError, match=rf"external weights \| expected engines in blocks \| {remedy}"):
         open_bundle(tmp_path / "b", "engines")

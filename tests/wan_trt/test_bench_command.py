@@ -34,6 +34,26 @@ def test_the_last_line_is_one_json_object_and_goes_into_a_file(tiny_engines, tmp
         assert told in out
 
 
+def test_weights_that_stream_get_a_table_and_measurements(blocks_of, capsys):
+    options = [*SMALL, "--steps", 3, "--only", "text_encoder", "--weights-in", "disk"]
+    assert status(blocks_of("t2v-a14b-tiny"), *options) == 0
+    out = capsys.readouterr().out
+    assert "Weights of blocks that stream" in out
+    found = json.loads(out.strip().splitlines()[-1])["measurements"]
+    assert found["end_to_end.streamed_step_bytes"] >= 0  # the two blocks of an expert stay
+    assert found["end_to_end.stream_hidden_step_ms"] >= 0
+    assert found["end_to_end.switch_stall_ms"] > 0  # two blocks were there, but a wait takes some microseconds
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--weights-in", "disk"], "engines in blocks"), (["--triton", "--only", "dit"], "leave --only out")],
+)
+def test_options_without_effect_are_refused(tiny_engines, capsys, options, told):
+    assert status(tiny_engines, *SMALL, *options) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_missed_gate_decides_the_exit_code(tiny_engines, tmp_path, capsys):
     gate = tmp_path / "gate.toml"
     gate.write_text("[bench]\ntext_encoder.median_ms = {min = 0, max = 1e-9}")

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 import wan_trt
 from runtime.request import Request
+from wan22.looks import GROUPS
 from wan_trt.cli import app
-from wan_trt.commands import generate, validate
+from wan_trt.commands import client, generate, validate
 
 FLOW = ("synth", "export", "build", "generate", "validate", "demo")
 HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "diffusers", "transformers")
@@ -59,8 +60,14 @@ def test_every_public_name_is_there():
 
 @pytest.mark.parametrize("command", [generate, validate])
 def test_every_part_of_a_request_has_an_option(command):
-    parts = {field.name for field in fields(Request)} - {"guidance_scale", "lora"}  # only a server has weight sets
+    elsewhere = {"guidance_scale", "lora", "terms", "written", "extended_by"}  # the parts that no option is named after
+    parts = {field.name for field in fields(Request)} - elsewhere
     assert parts <= set(signature(command.run).parameters)
+
+
+@pytest.mark.parametrize("command", [generate, client])
+def test_every_group_of_terms_has_an_option(command):
+    assert {"look", *(group.option for group in GROUPS.values())} <= set(signature(command.run).parameters)
 
 
 @pytest.mark.parametrize("command", ["generate", "validate", "bench", "calibrate", "serve", "triton"])

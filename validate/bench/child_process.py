@@ -10,12 +10,12 @@ from multiprocessing.process import BaseProcess
 
 @contextmanager
 def child_process(work: Callable[..., None], *arguments: object) -> Iterator[tuple[Connection, BaseProcess]]:
-    """Run ``work(sender, *arguments)`` in a new Python process; yields the receiving end and the process.
+    """Run ``work(sender, *arguments)`` in a new Python process; yields the other end of its pipe and the process.
 
     The child ignores Ctrl-C, which the parent handles for both. It is killed when the block ends.
     """
     context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe()
     process = context.Process(target=work, args=(sender, *arguments), daemon=True)
     try:
         with _interrupts_held():

@@ -85,7 +85,8 @@ def _measure(job: FootprintJob) -> Footprint:
     bundle = open_bundle(job.engines, "engines")
     _import_libraries(job, bundle.manifest.build.backend if bundle.manifest.build else "")
     libraries = resident_bytes()
-    with device_peak() as device, Pipeline(bundle, residency=job.options.residency, choices=ONE_EXPERT) as pipeline:
+    how, blocks = job.options.residency, job.options.blocks
+    with device_peak() as device, Pipeline(bundle, residency=how, choices=ONE_EXPERT, blocks=blocks) as pipeline:
         side = _side(job, pipeline)
         if job.piece != RUN:
             side.open(job.piece)

@@ -79,7 +79,8 @@ def open_bench(
         raise UserError(what, "the checkpoint of the engines", "name it after the engines")
     if checkpoint is None and options.reference_device != "auto":
         raise UserError("--reference-device without a checkpoint", "one for PyTorch", "name it after the engines")
-    with Pipeline(open_bundle(engines, "engines"), residency=options.residency, choices=ONE_EXPERT) as pipeline:
+    bundle, how = open_bundle(engines, "engines"), options.residency
+    with Pipeline(bundle, residency=how, choices=ONE_EXPERT, blocks=options.blocks) as pipeline:
         pipeline.fit(options.complete_request(pipeline.bundle.manifest).video)
         work = work_for(pipeline.bundle, options)
         if checkpoint is None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from runtime.arrays import F32, require_finite, to_numpy
+from runtime.block_stream import Streamed
 from runtime.denoise import Conditions, denoise
 from runtime.engine import Engine
 from runtime.forward_inputs import forward_inputs
@@ -112,7 +113,7 @@ def _open_seconds(pipeline: Pipeline, component: str) -> float:
 
 def _denoise(pipeline: Pipeline, work: Work, given: Conditions) -> Generator[Event, None, F32]:
     """Yield steps and swaps of experts; return the final latents."""
-    request, opened = work.request, list[Event]()
+    request, opened, before = work.request, list[Event](), pipeline.streamed
 
     def expert(name: str) -> Engine:
         engine, seconds = measure_time(lambda: pipeline.engine(name))
@@ -124,6 +125,13 @@ def _denoise(pipeline: Pipeline, work: Work, given: Conditions) -> Generator[Eve
         if step.index and opened:
             yield opened[-1]
         opened.clear()
-        yield Event("step", step.expert, step.seconds_total, step.seconds_engine)
+        streamed, before = _since(pipeline, before)
+        yield Event("step", step.expert, step.seconds_total, step.seconds_engine, streamed)
         latents = step.latents
     return latents
+
+
+def _since(pipeline: Pipeline, before: Streamed | None) -> tuple[Streamed | None, Streamed | None]:
+    """What was streamed since ``before``, and in all; None for whole engines."""
+    now = pipeline.streamed
+    return None if now is None or before is None else now.since(before), now

@@ -38,6 +38,7 @@ OF_A_PIECE = (
 OF_AN_EXPERT = ("new_prompt_median_ms", "new_prompt_speedup")
 OF_A_RUN = (
     "total_s", "total_p90_s", "first_frame_s", "text_s", "image_s", "denoise_s", "decode_s", "open_s", "expert_swap_s",
+    "streamed_step_bytes", "stream_hidden_step_ms", "stream_stall_step_ms", "switch_stall_ms",
     "vae_share_percent", "host_overhead_ms", "host_overhead_percent", "speedup", "step_speedup", "step_speedup_p10",
     *OF_MEMORY,
 )  # fmt: skip

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
 from runtime.built_for import fill_defaults
 from runtime.generate import generate
 from runtime.pipeline import Pipeline
@@ -52,6 +53,7 @@ class ServedOptions:
     residency: ResidencyChoice = "auto"  # the engines that stay loaded on each side
     # for the record
     command: str = ""
+    blocks: BlockOptions = BLOCKS_AS_FIT  # where the weights of engines in blocks are
 
 
 @dataclass
@@ -140,7 +142,7 @@ def bench_served(
     with (
         scratch_folder("bench") as folder,
         _start_server(engines, folder, options, installation, environment) as server,
-        Pipeline.open(engines, residency=options.residency) as pipeline,
+        Pipeline.open(engines, residency=options.residency, blocks=options.blocks) as pipeline,
     ):
         direct = Direct(pipeline, folder)
         sides = {DIRECT: lambda: direct.make(request), SERVED: lambda: server.make(request)}
@@ -172,7 +174,10 @@ def _start_server(
     """Start a server of ``engines`` on free loopback ports; yields it with a client when it is ready."""
     repository = folder / "repository"
     settings = RepositoryOptions(
-        topology=options.topology, limits={"max_steps": CANCEL_STEPS}, residency=options.residency
+        topology=options.topology,
+        limits={"max_steps": CANCEL_STEPS},
+        residency=options.residency,
+        blocks=options.blocks,
     )
     written = write_repository(engines, repository, settings)
     variant = CPU if options.topology == "bls" and not is_for_gpu(written.bundle) else ""

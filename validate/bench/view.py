@@ -61,6 +61,8 @@ def _result(result: BenchResult) -> "Iterator[RenderableType]":
     if result.runs:
         yield _run_table(result.runs)
         yield _steps(result.runs)
+        if "streamed_step_bytes" in (figures := result.runs[OURS].figures()):
+            yield _streamed(figures)
     if result.cache is not None:
         yield _cache(result.cache)
     yield from _remarks(result)
@@ -175,6 +177,15 @@ def _steps(runs: Mapping[str, Runs]) -> "Table":
     for index, step in enumerate(runs[OURS].steps):
         times = [step.seconds, step.engine_seconds, *(steps[index].seconds for steps in others)]
         table.add_row(str(index + 1), step.component, *(f"{1000 * seconds:,.1f}" for seconds in times))
+    return table
+
+
+def _streamed(figures: Mapping[str, float]) -> "Table":
+    table = _table("Weights of blocks that stream", "", "ours")
+    table.add_row("copied a step, MiB", f"{figures['streamed_step_bytes'] / 2**20:,.1f}")
+    table.add_row("hidden behind computation a step, ms", f"{figures['stream_hidden_step_ms']:,.1f}")
+    table.add_row("waited for a step, ms", f"{figures['stream_stall_step_ms']:,.1f}")
+    table.add_row("waited for at the change of expert, ms", f"{figures['switch_stall_ms']:,.1f}")
     return table
 
 

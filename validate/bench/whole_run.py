@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from runtime.block_stream import Streamed
 from validate.bench.samples import Ratio, settle
 
 Kind = Literal["open", "swap", "text", "image", "step", "decode"]
@@ -23,6 +24,7 @@ class Event:
     component: str
     seconds: float
     engine_seconds: float = 0.0  # for a step: the part inside forwards
+    streamed: Streamed | None = None  # for a step of engines in blocks: weights copied, and their cost
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,20 @@ class Run:
             "host_overhead_percent": self.host_overhead_percent,
         }
         swaps = [event.seconds for event in self.events if event.kind == "swap"]
-        return figures | ({"expert_swap_s": float(np.median(swaps))} if swaps else {})
+        return figures | ({"expert_swap_s": float(np.median(swaps))} if swaps else {}) | self._streamed()
+
+    def _streamed(self) -> dict[str, float]:
+        """Medians of the steps, the first of which also brings what stays resident; the stall of the whole run."""
+        steps = [step.streamed for step in self.steps if step.streamed is not None]
+        if not steps:
+            return {}
+        usual = steps[1:] or steps
+        return {
+            "streamed_step_bytes": float(np.median([step.size_bytes for step in usual])),
+            "stream_hidden_step_ms": float(np.median([1000 * step.seconds_hidden for step in usual])),
+            "stream_stall_step_ms": float(np.median([1000 * step.seconds_waited for step in usual])),
+            "switch_stall_ms": 1000 * sum(step.seconds_waited_at_switches for step in steps),
+        }
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.arrays import F32
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
 from runtime.forward_inputs import text_rows
 from runtime.image_condition import conditioning_video, fit_image, i2v_condition
 from runtime.noise import standard_normal
@@ -46,6 +47,7 @@ class BenchOptions:
     residency: ResidencyChoice = "auto"  # the engines that stay loaded
     # for the record
     command: str = ""
+    blocks: BlockOptions = BLOCKS_AS_FIT  # where the weights of engines in blocks are
 
     def complete_request(self, manifest: Manifest) -> CompleteRequest:
         """The complete request. Raises UserError if the model or the engines cannot serve it."""

@@ -29,7 +29,7 @@ Runs = Annotated[
 Json = Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file; - prints it.")]
 
 
-@given.with_options(cache_options.OPTIONS)
+@given.with_options(cache_options.OPTIONS, given.BLOCKS)
 def run(
     engines: given.Engines,
     checkpoint: Annotated[str | None, typer.Argument(help="Their checkpoint, to measure PyTorch as well.")] = None,
@@ -70,7 +70,7 @@ def run(
 
     options = BenchOptions(
         request, tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, residency,
-        command_line(),
+        command_line(), given.blocks_options(shared),
     )  # fmt: skip
     if list_gates:
         return _list_gates(engines)
@@ -112,13 +112,15 @@ def _check(asked: Mapping[str, Any]) -> None:
         raise UserError("--topology or --cancels", "a server to measure", "add --triton")
     if asked["triton"] and (asked["checkpoint"] or sweep or asked["compare"]):
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", alone)
+    if asked["triton"] and asked["only"]:
+        raise UserError("--only with --triton", "whole jobs, which use all pieces", "leave --only out")
     if asked["request"].cache is not None and (asked["triton"] or sweep is not None):
         raise UserError("a step cache with --triton or --sweep", "a bench of engines", alone)
     check_apart(asked["output"], asked["plot"])
     sources = [asked[name] for name in ("engines", "gate", "compare", "image")]
     for path in (asked["output"], asked["plot"]):
         if path is not None and not path.is_dir():  # a folder is refused by its type later
-            check_no_source(path, *sources, cache_options.skip_steps_file(asked["shared"]["skip_steps"]))
+            check_no_source(path, *sources, cache_options.skip_steps_file(asked["shared"].get("skip_steps")))
 
 
 def _served(
@@ -134,7 +136,7 @@ def _served(
 
     asked = ServedOptions(
         options.request, topology, runs or RUNS, cancels=cancels, gate=gate, residency=options.residency,
-        command=options.command,
+        command=options.command, blocks=options.blocks,
     )  # fmt: skip
     installation = find_installation(default_environments())
     with bars() as progress:

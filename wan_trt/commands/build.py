@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from wan22.errors import UserError
 from wan22.quantities import human_bytes
 from wan_trt.arguments import Overwrite
 from wan_trt.console import bars, command_line, console
@@ -22,21 +23,24 @@ def run(
     frames: Annotated[str | None, typer.Option(help="81, or a range 5..81.")] = None,
     tf32: Annotated[bool, typer.Option("--tf32", help="Let float32 parts run in TF32.")] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="Kernel timings to reuse and extend (TensorRT).")] = None,
-    weights: Annotated[
-        Literal["embedded", "external"],
-        typer.Option(help="Compile weights into the engines, or make them inputs of one engine for both experts."),
-    ] = "embedded",
+    weights: Annotated[Literal["embedded", "external"] | None, typer.Option(hidden=True)] = None,  # has become topology
     topology: Annotated[
-        Literal["whole", "blocks"],
-        typer.Option(help="A transformer as one engine, or as small engines that every block calls, weights outside."),
-    ] = "whole",
+        Literal["whole", "blocks"] | None,
+        typer.Option(
+            help="blocks: small engines that every block of a transformer calls, their weights in files, the default "
+            "for TensorRT; whole: one engine, weights inside."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Build the engines of an ONNX bundle for a target."""
     from engines.build import BuildOptions, build_engines
 
+    if weights is not None:
+        instead = {"external": "blocks", "embedded": "whole"}[weights]
+        raise UserError(f"--weights {weights}", "a topology", f"write --topology {instead}")
     with bars() as progress:
-        options = BuildOptions(target, size, frames, tf32, timing_cache, weights, topology, overwrite, command_line())
+        options = BuildOptions(target, size, frames, tf32, timing_cache, topology, overwrite, command_line())
         result = build_engines(bundle, engines, options, progress)
     build = result.manifest.build
     assert build is not None
@@ -47,5 +51,7 @@ def run(
     graphs += [stage.graph for component in result.manifest.components for stage in component.stages]
     sizes = {graph.path: graph.size_bytes for graph in graphs}
     console.print(", ".join(f"{path} {human_bytes(size)}" for path, size in sizes.items()))
+    if topology is None and build.options.get("topology") == "whole":
+        console.print("topology whole: the blocks of this export do not compute alike, or it is of an older version")
     for component, nodes in build.nodes.items():
         console.print(f"{component}, all with CUDA kernels: {nodes}", highlight=False)

@@ -11,12 +11,13 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import Claim, claim_file
+from wan22.looks import with_terms
 from wan22.outputs import check_apart, check_no_source
 from wan22.progress import Progress
 from wan22.quantities import video_text
 from wan22.specs import TEXT_TOKENS
 from wan_trt import arguments as given
-from wan_trt import cache_options
+from wan_trt import cache_options, prompt_options
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from triton_repo.schema import Setting
 
 
-@given.with_options(given.SAMPLING, cache_options.OPTIONS)
+@given.with_options(given.SAMPLING, cache_options.OPTIONS, prompt_options.OPTIONS)
 def run(
     url: Annotated[
         str, typer.Argument(help="Host and gRPC port of the server; the port defaults to 8001.", show_default=False)
@@ -58,6 +59,7 @@ def run(
     check_apart(output, preview)
     for path in (output, preview):
         check_no_source(path, image, last_image, cache_options.skip_steps_file(shared["skip_steps"]))
+    prompt = with_terms(prompt, prompt_options.terms_from(shared), image=image is not None)
     caching = Request(cache=cache_options.caching_from(locals() | shared))
     width, height = given.size_of(size) or (None, None)
     settings: dict[str, Setting | None] = {

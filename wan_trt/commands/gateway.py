@@ -28,7 +28,7 @@ DatabaseUrl = Annotated[
 DATA = Path("wan-trt-gateway")
 
 
-@given.with_options(given.LIMITS)
+@given.with_options(given.LIMITS, given.BLOCKS)
 def run(
     engines: Annotated[
         Path | None, typer.Argument(help="Engines to start a server of; or give --server.", show_default=False)
@@ -113,7 +113,8 @@ def _own_server(engines: Path, options: dict[str, Any]) -> "Iterator[Server]":
     http_port, grpc_port, metrics_port = free_ports(3)
     ports = ServeOptions("127.0.0.1", http_port, grpc_port, metrics_port, quiet=not options["verbose"])
     limits = {key: options[key] for key in given.LIMITS} | {"longest_job_s": options["longest_job"]}
-    packing = RepositoryOptions(options["name"], "owner", limits, residency=options["residency"])
+    blocks = given.blocks_options(options)
+    packing = RepositoryOptions(options["name"], "owner", limits, residency=options["residency"], blocks=blocks)
     loras = (options["lora"] or (), options["checkpoint"])
     with starting(engines, packing, ports, (options["environment"], None), loras) as server:
         server.wait_until_ready()

@@ -10,7 +10,7 @@ from wan22.errors import UserError
 from wan22.outputs import check_no_source
 from wan22.quantities import human_bytes, video_text
 from wan_trt import arguments as given
-from wan_trt import cache_options
+from wan_trt import cache_options, prompt_options
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from runtime.request import Request
 
 
-@given.with_options(given.SAMPLING, cache_options.OPTIONS)
+@given.with_options(
+    given.SAMPLING, cache_options.OPTIONS, prompt_options.OPTIONS, prompt_options.EXTENSION, given.BLOCKS
+)
 def run(
     engines: given.Engines,
     output: Annotated[
@@ -43,8 +45,6 @@ def run(
     schedule: given.Schedule = None,
     overwrite: given.Overwrite = False,
     residency: given.Residency = "auto",
-    weights_in: given.WeightsIn = "auto",
-    vram: given.Vram = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the time of every stage and step.")] = False,
     **shared: Any,
 ) -> None:
@@ -58,16 +58,19 @@ def run(
     check_no_source(output, noise, again, image, last_image, listed)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)
-    blocks = given.blocks_options(weights_in, vram)
+    blocks = given.blocks_options(shared)
     opened = Pipeline.open(engines, residency=residency, once=True, tell=console.print, blocks=blocks)
     with opened as pipeline, bars() as progress:
+        request = prompt_options.extended_request(shared, request, pipeline)
         encoding = Encoding(fps, QUALITY if quality is None else quality, overwrite)
         result = generate(pipeline, request, output, encoding, progress=progress)
     if verbose:
         _print_timings(result.timings)
         if (streamed := pipeline.streamed) is not None:
-            size, waited = human_bytes(streamed.size_bytes), streamed.seconds_waited
-            console.print(f"weights of blocks: {size} in {streamed.blocks:,} copies, waited {waited:.2f} s for them")
+            size, times = human_bytes(streamed.size_bytes), f"took {streamed.seconds_copied:.2f} s"
+            waited = f"{streamed.seconds_waited:.2f} s of it not hidden"
+            at_switch = f"{streamed.seconds_waited_at_switches:.2f} s at the change of expert"
+            console.print(f"weights of blocks: {size} in {streamed.blocks:,} copies {times}, {waited}, {at_switch}")
     shown = video_text(result.width, result.height, result.frames)
     console.print(f"{output}: {shown} at {result.fps} fps, seed {result.seed}")
     if result.cache is not None:

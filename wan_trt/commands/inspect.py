@@ -34,7 +34,7 @@ def run(
     if folder.suffix.lower() in (".mp4", ".webm", ".png"):
         return _video(folder, as_json=as_json)
     from engines.inspect.inspection import inspect_bundle, inspect_engines
-    from engines.inspect.views import as_html, as_text
+    from engines.inspect.views import as_html, as_text, blocks_as_text
 
     if html is None and target is None and not (folder / MANIFEST).is_file():
         return _weights(folder, as_json=as_json)
@@ -57,6 +57,8 @@ def run(
     else:
         for part in (part for report in reports for part in as_text(report)):
             console.print(part)
+        for line in blocks_as_text(reports):
+            console.print(line)
     return 1 if any(report.problems for report in reports) else 0
 
 

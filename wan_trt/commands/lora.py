@@ -1,4 +1,4 @@
-"""``wan-trt lora``: change the LoRAs of engines with external weights (``--weights external``)."""
+"""``wan-trt lora``: change the LoRAs of engines in blocks."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ HELP = "FILE\\[@strength][:high|:low], as for wan-trt export --lora; the strengt
 
 
 def apply(
-    engines: Annotated[Path, typer.Argument(help="Engines built with --weights external.", show_default=False)],
+    engines: Annotated[Path, typer.Argument(help="Engines built with --topology blocks.", show_default=False)],
     lora: Annotated[list[str], typer.Argument(metavar="FILE...", help=HELP)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the engines with the LoRAs to.")],
     checkpoint: Annotated[str | None, typer.Option(help="The checkpoint, if it has moved since the export.")] = None,

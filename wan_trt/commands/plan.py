@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from wan22.errors import UserError
 from wan22.quantities import parse_bytes
 from wan22.specs import Precision, spec_named
 from wan_trt.arguments import PRECISIONS, Frames, Size, Vram, size_of
@@ -14,8 +15,8 @@ from wan_trt.console import console
 def run(
     model: Annotated[str, typer.Argument(help="A model, such as t2v-a14b.", show_default=False)],
     target: Annotated[
-        str, typer.Option(help="GPU such as rtx4090 or h100, cuda (ONNX Runtime on any GPU), cpu, or auto.")
-    ],
+        str | None, typer.Option(help="GPU such as rtx4090 or h100, cuda (ONNX Runtime on any GPU), cpu, or auto.")
+    ] = None,
     precision: Annotated[
         Precision | None,
         typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
@@ -24,21 +25,33 @@ def run(
     frames: Frames = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     vram: Vram = None,
+    cards: Annotated[bool, typer.Option("--cards", help="A table of all cards, for --topology blocks.")] = False,
+    bus: Annotated[
+        float | None, typer.Option(help="GB/s from host memory to the card; by default its PCIe's.", min=0.1)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Print sizes, memory, arithmetic and roofline times of a model, without weights or a GPU."""
-    from engines.plan import make_plan
-    from engines.plan_view import as_text
+    from engines.plan import card_plans, make_plan
+    from engines.plan_view import as_text, cards_as_text
     from engines.targets import target_named
 
     spec = spec_named(model)
     width, height = size_of(size) or spec.sampling.sizes[0]
     video = (width, height, spec.sampling.frames if frames is None else frames)
     budget = None if vram is None else parse_bytes(vram, "--vram")
-    aim = target_named(target)
-    plan = make_plan(spec, aim, precision or aim.default_precision, video, steps, budget)
+    if cards:
+        if target is not None or vram is not None:
+            raise UserError("--cards with --target or --vram", "all cards, with all of their memory", "leave them out")
+        plans = card_plans(spec, precision or Precision.FP8_ATTN, video, steps, bus)
+    else:
+        if target is None:
+            raise UserError("no --target", "a GPU, cpu or auto", "name one, or give --cards for all")
+        aim = target_named(target)
+        plans = [make_plan(spec, aim, precision or aim.default_precision, video, steps, budget, bus)]
     if as_json:
-        print(json.dumps(plan.as_json()))
+        found = [plan.as_json() for plan in plans]
+        print(json.dumps(found if cards else found[0]))
         return
-    for part in as_text(plan):
+    for part in cards_as_text(plans) if cards else as_text(plans[0]):
         console.print(part)

@@ -29,7 +29,7 @@ Loras = Annotated[
 ]
 
 
-@given.with_options(given.LIMITS)
+@given.with_options(given.LIMITS, given.BLOCKS)
 def run(
     engines: given.Engines,
     server: Annotated[Path | None, typer.Option(help="The tritonserver to start; by default the first found.")] = None,
@@ -67,7 +67,12 @@ def run(
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     options = ServeOptions(address, http_port, grpc_port, metrics_port, quiet=not verbose)
     packing = RepositoryOptions(
-        name, topology, limits, residency=residency, memory_gib=memory_gib(engines, topology, gpu_memory)
+        name,
+        topology,
+        limits,
+        residency=residency,
+        memory_gib=memory_gib(engines, topology, gpu_memory),
+        blocks=given.blocks_options(shared),
     )
     ready = f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4"
     with starting(engines, packing, options, (environment, server), (lora or (), checkpoint)) as tritonserver:

@@ -12,7 +12,7 @@ from wan_trt import arguments as given
 from wan_trt.console import console, report_unstamped
 
 
-@given.with_options(given.LIMITS)
+@given.with_options(given.LIMITS, given.BLOCKS)
 def run(
     engines: given.Engines,
     repository: Annotated[Path, typer.Argument(help="Folder to write the repository to.", show_default=False)],
@@ -54,6 +54,7 @@ def run(
         drain_flag=str(DRAIN_FLAG) if kubernetes else "",
         memory_gib=memory_gib(engines, topology, gpu_memory),
         overwrite=overwrite,
+        blocks=given.blocks_options(shared),
     )
     cluster = ClusterOptions(image, namespace, max_pods, prometheus)
     if kubernetes is not None:

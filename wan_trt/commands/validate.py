@@ -32,7 +32,7 @@ Official = Annotated[bool, typer.Option("--official", help="Compare with the off
 OfficialRepo = Annotated[Path | None, typer.Option(help="The same with a clone of Wan-Video/Wan2.2.")]
 
 
-@given.with_options(given.SAMPLING, cache_options.OPTIONS)
+@given.with_options(given.SAMPLING, cache_options.OPTIONS, given.BLOCKS)
 def run(
     engines: Engines = None,
     checkpoint: Checkpoint = None,
@@ -56,8 +56,6 @@ def run(
     bench: Bench = None,
     calls: Calls = None,
     residency: given.Residency = "auto",
-    weights_in: given.WeightsIn = "auto",
-    vram: given.Vram = None,
     reference_device: given.ReferenceDevice = "auto",
     official: Official = False,
     official_repo: OfficialRepo = None,
@@ -86,7 +84,7 @@ def run(
         official_repo = official_wheel()
     options = ValidateOptions(
         request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line(),
-        given.blocks_options(weights_in, vram),
+        given.blocks_options(shared),
     )  # fmt: skip
     return _compare(engines, checkpoint, output, options)
 

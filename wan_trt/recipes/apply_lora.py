@@ -1,4 +1,4 @@
-"""Change the LoRAs of built engines whose weights are outside (``--topology blocks``, ``--weights external``).
+"""Change the LoRAs of built engines in blocks, whose weights are in files.
 
 The weights are made from the checkpoint again, with the LoRAs merged before rounding and quantisation, so they have the
 same bytes as an export with these LoRAs. All other files are shared with the first bundle, not copied.
@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Literal
 
 from engines.block_weights import attention_scales, layout_of, write_block_weights
-from engines.gpu.external_weights import attention_scales_of, check_layout, externalise, write_weights
 from export.checkpoint.place import Place
 from export.exporter import export_checkpoint
 from export.lora.merge import LoraChoice
 from export.options import ExportOptions
 from export.shared_files import share
 from runtime.signature import SIGNATURE
+from wan22.block_layout import read_block_layout
 from wan22.bundle import Bundle, Component, File, open_bundle, refuse_existing, staged, write_manifest
 from wan22.errors import UserError
-from wan22.external_layout import read_block_layout, read_layout
 from wan22.outputs import check_disk, check_no_source
 from wan22.progress import Progress, silent
 
@@ -45,9 +44,8 @@ def apply_lora(
     Nothing is compiled. LoRAs that the engines had are replaced.
 
     Raises:
-        UserError: ``folder`` is or holds an input, the engines have embedded weights or input means, the checkpoint
-            differs, a LoRA does not fit the model or outgrows the scales of Q and K, the disk is full. Nothing is
-            written then.
+        UserError: ``folder`` is or holds an input, the engines have embedded weights, the checkpoint differs, a LoRA
+            does not fit the model or outgrows the scales of Q and K, the disk is full. Nothing is written then.
     """
     options = options or ApplyOptions()
     refuse_existing(folder, "engines", overwrite=options.overwrite)
@@ -55,9 +53,8 @@ def apply_lora(
     manifest = old.manifest
     checkpoint = options.checkpoint or manifest.source.checkpoint
     check_no_source(folder, engines, *Place.parse(checkpoint).paths, *(lora.path for lora in loras))
-    outside = manifest.build is not None and manifest.build.options.get("weights") == "external"
-    if not (outside or _in_blocks(old)):
-        raise UserError(f"{engines} has embedded weights", "engines with external weights", "build or export again")
+    if not in_blocks(old):
+        raise UserError(f"{engines} has embedded weights", "engines in blocks", "build with --topology blocks")
     check_disk(folder, 2 * sum(old.component(e).weights[1].size_bytes for e in manifest.spec.experts))
     with staged(folder, overwrite=options.overwrite) as temporary:
         with tempfile.TemporaryDirectory(dir=temporary) as place:
@@ -68,8 +65,8 @@ def apply_lora(
     return Bundle(folder, manifest)
 
 
-def _in_blocks(bundle: Bundle) -> bool:
-    return any(component.in_stages for component in bundle.manifest.components)
+def in_blocks(bundle: Bundle) -> bool:
+    return all(bundle.component(name).in_stages for name in bundle.manifest.spec.experts)
 
 
 def export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder: Path, progress: Progress) -> Bundle:
@@ -81,7 +78,6 @@ def export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder:
         manifest.precision,
         experts,
         fp8_attention=_fp8_attention(old),
-        keep_high_precision=_blocks_without_fp8(old) if manifest.precision.quantised else frozenset(),
         size=size,
         frames=frames,
         loras=tuple(loras),
@@ -94,25 +90,6 @@ def export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder:
     return bundle
 
 
-def _blocks_without_fp8(old: Bundle) -> frozenset[int]:
-    """The blocks without FP8 weights in the engines; an FP8 matrix has a scale.
-
-    Raises:
-        UserError: the engines subtract input means that were measured without the LoRAs.
-    """
-    spec = old.manifest.spec
-    first = old.component(spec.experts[0])
-    if first.in_stages:  # all blocks compute alike
-        return frozenset()
-    names = {place.name for place in read_layout(old.path(first.weights[0]))}
-    if any(name.endswith(".input_mean") for name in names):
-        found = f"{old.folder}: engines with input means, measured without these LoRAs"
-        expected = "engines without means, or an export with the LoRAs"
-        raise UserError(found, expected, "export with --lora and build again")
-    fp8 = {int(name.split(".")[1]) for name in names if name.endswith(".weight_scale")}
-    return frozenset(range(spec.dit.layers)) - fp8 if fp8 else frozenset()
-
-
 def _fp8_attention(old: Bundle) -> Literal["both", "self", "cross"]:
     """The attention that the engines compute in FP8; "both" if none."""
     scales = old.manifest.build.attention_scales if old.manifest.build else {}
@@ -120,20 +97,14 @@ def _fp8_attention(old: Bundle) -> Literal["both", "self", "cross"]:
     return "self" if kinds == {"self_attn"} else "cross" if kinds == {"cross_attn"} else "both"
 
 
-def check_attention(old: Bundle, merged: Bundle) -> dict[str, float]:
-    """The engine's scales of Q and K.
-
-    Raises:
-        UserError: the LoRAs change norms so that larger scales are needed.
-    """
+def check_attention(old: Bundle, merged: Bundle) -> None:
+    """Refuse LoRAs that change norms so that Q or K need larger scales than the engines have."""
     built = old.manifest.build.attention_scales if old.manifest.build else {}
     graphs = [merged.path(component.graph) for component in merged.manifest.components]
-    needed = attention_scales(graphs) if _in_blocks(old) else attention_scales_of(graphs)
-    for name, scale in needed.items():
+    for name, scale in attention_scales(graphs).items():
         if scale > built.get(name, 0.0):
             expected = f"at most {built.get(name, 0.0):.3g}, as the engine was built for"
             raise UserError(f"{name} {scale:.3g} with these LoRAs", expected, "export and build again")
-    return built
 
 
 def _replace_weights(old: Bundle, merged: Bundle, folder: Path, progress: Progress) -> tuple[Component, ...]:
@@ -147,22 +118,16 @@ def _replace_weights(old: Bundle, merged: Bundle, folder: Path, progress: Progre
             shutil.copyfile(file, target)
         elif target.relative_to(folder).as_posix() not in renewed:
             share(file, target)
-    scales = check_attention(old, merged)
+    check_attention(old, merged)
     components = {component.name: component for component in old.manifest.components}
     for name in experts:
         layout, stale = components[name].weights
-        if components[name].in_stages:
-            written = _write_blocks(old.path(layout), merged, name, folder / stale.path, progress)
-            components[name] = replace(components[name], weights=(layout, written))
-            continue
-        _, weights = externalise(merged.path(merged.component(name).graph), scales)
-        check_layout(old.path(layout), weights)
-        written = write_weights(merged.folder, weights, folder / stale.path, progress)
+        written = write_blocks(old.path(layout), merged, name, folder / stale.path, progress)
         components[name] = replace(components[name], weights=(layout, written))
     return tuple(components.values())
 
 
-def _write_blocks(layout: Path, merged: Bundle, name: str, path: Path, progress: Progress) -> File:
+def write_blocks(layout: Path, merged: Bundle, name: str, path: Path, progress: Progress) -> File:
     """Write the weights of an expert in blocks, if they have the ``layout`` of the engines."""
     component = merged.component(name)
     found = layout_of(component.stages, merged.manifest.spec.dit.layers)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from engines.build import BuildOptions, build_engines
-from engines.gpu.external_weights import check_layout, externalise, write_weights
 from export.lora.experts import EXPERTS, SHORT
 from export.lora.merge import WEIGHT_FILE, LoraChoice, finite_strength
 from wan22.backends import runs_graphs
@@ -15,7 +14,7 @@ from wan22.bundle import Bundle, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.outputs import check_disk
 from wan22.progress import Progress, silent
-from wan_trt.recipes.apply_lora import check_attention, export_experts
+from wan_trt.recipes.apply_lora import check_attention, export_experts, in_blocks, write_blocks
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 SYNTAX = "NAME=FILE[:EXPERT[:STRENGTH]]"
@@ -57,25 +56,25 @@ def make_weight_sets(
     The weights are those of an export with these LoRAs: merged into the checkpoint, then rounded.
 
     Raises:
-        UserError: the engines have embedded weights or are quantised graphs, the checkpoint differs, a LoRA
-            does not fit, the disk is full.
+        UserError: the engines have embedded weights, merged LoRAs or are quantised graphs, the checkpoint differs, a
+            LoRA does not fit, the disk is full.
     """
     if not loras:
         return {}
     base = open_bundle(engines, "engines")
     build, precisions = base.manifest.build, {component.precision for component in base.manifest.components}
-    graphs = build is not None and runs_graphs(build.backend)
+    blocks = in_blocks(base)
+    graphs = build is not None and runs_graphs(build.backend) and not blocks
     if graphs and any(precision.quantised for precision in precisions):
         found = f"--lora with {base.manifest.precision} engines for ONNX Runtime"
         raise UserError(found, "weights of 16 or 32 bits", "export again in a wider precision")
-    if not graphs and (build is None or build.options.get("weights") != "external"):
-        raise UserError(f"{engines} has embedded weights", "engines with external weights", "build or export again")
+    if not graphs and not blocks:
+        raise UserError(f"{engines} has embedded weights", "engines in blocks", "build with --topology blocks")
+    if merged_in := base.manifest.loras:  # a set is made from the checkpoint, and would lack them
+        found = f"--lora for {engines}, into which {', '.join(lora.file for lora in merged_in)} is merged"
+        remedy = "build without, and name it in the sets as well: --lora A=MERGED --lora A=OTHER has both"
+        raise UserError(found, "engines without merged LoRAs", remedy)
     experts = [base.component(name) for name in base.manifest.spec.experts]
-    if any(component.in_stages for component in experts):
-        expected = "engines of the whole transformer"
-        raise UserError(
-            f"--lora with the engines in blocks of {engines}", expected, "use wan-trt lora apply for blocks"
-        )
     size_bytes = sum(file.size_bytes for component in experts for file in component.weights)
     check_disk(folder / "set", (len(loras) + 1) * size_bytes)
     where, made = checkpoint or base.manifest.source.checkpoint, {}
@@ -86,24 +85,23 @@ def make_weight_sets(
             options = BuildOptions(build.target, command=f"wan-trt serve --lora {name}=...")
             build_engines(merged.folder, made[name], options, progress)
         else:
-            _write_external(base, merged, made[name], progress)
+            _write_set(base, merged, made[name], progress)
         shutil.rmtree(merged.folder)
     return made
 
 
-def _write_external(base: Bundle, merged: Bundle, folder: Path, progress: Progress) -> None:
-    """A bundle of the experts: plan and layout of ``base``, weights of ``merged``."""
+def _write_set(base: Bundle, merged: Bundle, folder: Path, progress: Progress) -> None:
+    """A bundle of the experts: stages and layout of ``base``, weights of ``merged``."""
     folder.mkdir(parents=True)
-    scales, components = check_attention(base, merged), []
+    check_attention(base, merged)
+    components = []
     for name in base.manifest.spec.experts:
         component = base.component(name)
         layout, stale = component.weights
-        for file in (component.graph, layout):
+        for file in (*(stage.graph for stage in component.stages), layout):
             (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base.path(file), folder / file.path)
-        _, weights = externalise(merged.path(merged.component(name).graph), scales)
-        check_layout(base.path(layout), weights)
-        written = write_weights(merged.folder, weights, folder / stale.path, progress)
+        written = write_blocks(base.path(layout), merged, name, folder / stale.path, progress)
         components.append(replace(component, weights=(layout, written)))
     tokenizer = []
     for file in merged.manifest.tokenizer:

@@ -66,7 +66,7 @@ def test_there_are_no_compiled_kernels_to_inspect(half):
         inspect_engines(half[1])
 
 
-@pytest.mark.parametrize("options", [{"size": "128x64"}, {"weights": "external"}])
+@pytest.mark.parametrize("options", [{"size": "128x64"}, {"topology": "blocks"}])
 def test_options_of_other_backends_are_refused(tmp_path, half, options):
     with pytest.raises(UserError, match="for target cuda"):
         build_engines(half[0], tmp_path / "engines", BuildOptions("cuda", **options))

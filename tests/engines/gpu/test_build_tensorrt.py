@@ -31,20 +31,26 @@ def bundle_of(flow_of, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["rtx4090", "rtx5090"])
+@pytest.mark.parametrize(("target", "topology"), [("rtx4090", None), ("rtx5090", "whole")])
 @pytest.mark.parametrize("model", ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"])
-def test_all_components_of_a_model_compile(tmp_path, bundle_of, model, target):
-    options = BuildOptions(target, size="128x64..256x160", frames="5..17")
+def test_all_components_of_a_model_compile(tmp_path, bundle_of, model, target, topology):
+    options = BuildOptions(target, size="128x64..256x160", frames="5..17", topology=topology)
     built = build_engines(bundle_of(model, Precision.FP8), tmp_path / "engines", options)
     manifest = open_bundle(tmp_path / "engines", "engines", full_check=True).manifest
-    assert [c.graph.path for c in manifest.components] == [f"{name}.plan" for name in manifest.spec.components]
+    whole = {name: f"{name}.plan" for name in manifest.spec.components}
+    if topology is None:
+        whole |= {"text_encoder": "text_encoder.layer.plan"}
+        whole |= dict.fromkeys(manifest.spec.experts, f"{manifest.spec.experts[0]}.rest.plan")
+    assert {c.name: c.graph.path for c in manifest.components} == whole
     assert (manifest.build.target, manifest.build.backend) == (target, "tensorrt-rtx")
     assert manifest.build.profiles[0]["frames"] == (2, 5, 5)
-    assert not [c for c in built.manifest.components if c.weights]
+    in_files = {"text_encoder", *manifest.spec.experts} if topology is None else set()
+    assert {c.name for c in built.manifest.components if c.weights} == in_files
     written = sum(path.stat().st_size for path in built.folder.rglob("*"))
     price = disk_bytes(open_bundle(bundle_of(model, Precision.FP8), "graphs").manifest, target_named(target), options)
     assert written < price < 1.5 * written
-    assert (tmp_path / "engines" / f"{manifest.spec.experts[0]}.log").stat().st_size > 0
+    log = Path(whole[manifest.spec.experts[0]]).with_suffix(".log")
+    assert (tmp_path / "engines" / log).stat().st_size > 0
 
 
 @pytest.mark.slow
@@ -96,4 +102,4 @@ def test_a_failed_build_keeps_the_builders_log_and_no_engine(tmp_path, bundle_of
     monkeypatch.setattr(tensorrt_backend._Build, "write", gives_up)
     with pytest.raises(UserError, match="out of tactics"):
         build_engines(bundle_of("t2v-a14b-tiny", Precision.FP8), tmp_path / "engines", BuildOptions("rtx4090"))
-    assert [path.name for path in tmp_path.iterdir()] == ["text_encoder.build.log"]
+    assert [path.name for path in tmp_path.iterdir()] == ["text_encoder.layer.build.log"]

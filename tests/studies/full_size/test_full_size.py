@@ -86,12 +86,12 @@ def test_a_checkpoint_of_the_user_in_the_same_place_stays(tmp_path):
 @pytest.mark.slow
 def test_a_build_reports_time_memory_and_size_and_leaves_nothing(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
-    case = BuildCase("t2v-a14b-tiny", "rtx5090", "256x160", "17", "external", 4 * 10**9)
+    case = BuildCase("t2v-a14b-tiny", "rtx5090", "256x160", "17", "blocks", 4 * 10**9)
     found = measure_build(case, tmp_path)
     assert found["build_seconds"] > 0
     assert 10**8 < found["peak_rss_bytes"] < case.limit_bytes
-    assert found["engine_bytes"]["experts.plan"] > 10**5
-    assert found["kernels_per_block"]["external"] > 5
+    assert found["engine_bytes"]["high_noise.rest.plan"] > 10**5
+    assert found["kernels_per_block"]["blocks"] == 18
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from runtime.block_stream import Streamed
 from validate.bench.whole_run import Event, Run, Runs, in_turns, step_ratio, total_ratio
 
 
@@ -39,6 +40,19 @@ def test_host_overhead_is_what_a_step_spends_outside_its_forwards():
 
 def test_a_model_with_one_expert_has_no_swap():
     assert "expert_swap_s" not in Run(tuple(event for event in events() if event.kind != "swap")).figures()
+
+
+def test_copies_are_counted_a_step_without_the_first_which_brings_what_stays():
+    def step(expert, size_bytes, copied, waited, at_switch=0.0):
+        return Event("step", expert, 2.0, 1.0, Streamed(1, size_bytes, copied, waited, at_switch, int(at_switch > 0)))
+
+    steps = [step("high_noise", 900, 9.0, 9.0), step("high_noise", 100, 1.0, 0.25)]
+    steps.append(step("low_noise", 100, 1.0, 0.25, 0.125))
+    figures = Run((*steps, Event("decode", "vae_decoder", 1.0))).figures()
+    assert figures["streamed_step_bytes"] == 100
+    assert (figures["stream_hidden_step_ms"], figures["stream_stall_step_ms"]) == (750, 250)
+    assert figures["switch_stall_ms"] == 125
+    assert "switch_stall_ms" not in run().figures()
 
 
 def test_figures_of_several_runs_are_medians():

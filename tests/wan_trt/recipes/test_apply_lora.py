@@ -1,4 +1,4 @@
-"""LoRAs for engines with external weights: new files of weights, the engine that is there."""
+"""LoRAs for engines in blocks: new files of weights, the stages that are there."""
 
 import numpy as np
 import pytest
@@ -20,39 +20,19 @@ TINY = "t2v-a14b-tiny"
 
 
 @pytest.mark.slow
-def test_loras_make_new_weight_files_for_the_engine_that_is_there(tmp_path, external_engines):
+def test_loras_make_new_weight_files_for_the_engine_that_is_there(tmp_path, gpu_blocks):
     lora, shape = tmp_path / "style.safetensors", (SPECS[TINY].dit.ffn_width, SPECS[TINY].dit.width)
     save_file({"diffusion_model.blocks.0.ffn.0.diff": np.full(shape, 0.1, np.float32)}, lora)
     told = CliRunner().invoke(
-        app, ["lora", "apply", str(external_engines), f"{lora}:high", "-o", str(tmp_path / "new" / "styled")]
+        app, ["lora", "apply", str(gpu_blocks), f"{lora}:high", "-o", str(tmp_path / "new" / "styled")]
     )
     assert told.exit_code == 0, told.output
-    old, new = (
-        open_bundle(folder, "engines", full_check=True) for folder in (external_engines, tmp_path / "new" / "styled")
-    )
+    old, new = (open_bundle(folder, "engines", full_check=True) for folder in (gpu_blocks, tmp_path / "new" / "styled"))
     assert new.component("high_noise").graph == old.component("high_noise").graph
     assert new.component("high_noise").weights[1].sha256 != old.component("high_noise").weights[1].sha256
     assert new.component("low_noise").weights == old.component("low_noise").weights
     assert new.manifest.loras[0].experts == ("high_noise",)
-    assert (tmp_path / "new" / "styled" / "experts.plan").samefile(external_engines / "experts.plan")
-
-
-@pytest.mark.slow
-def test_loras_leave_blocks_and_attention_without_fp8_that_had_none(tmp_path, tiny_checkpoint):
-    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
-    experts = frozenset({"high_noise", "low_noise"})
-    options = ExportOptions(Precision.FP8_ATTN, fp8_attention="self", keep_high_precision=frozenset({1}), parts=experts)
-    export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
-    build_engines(tmp_path / "b", tmp_path / "e", BuildOptions("rtx4090", "256x160", "5..17", weights="external"))
-    lora, shape = tmp_path / "style.safetensors", (SPECS[TINY].dit.ffn_width, SPECS[TINY].dit.width)
-    save_file({"diffusion_model.blocks.1.ffn.0.diff": np.full(shape, 0.1, np.float32)}, lora)
-    made = apply_lora(tmp_path / "e", tmp_path / "styled", [LoraChoice(lora)])
-    old, new = (open_bundle(tmp_path / name, "engines", full_check=True) for name in ("e", "styled"))
-    assert made.manifest.components == new.manifest.components
-    scales = {"blocks.0.self_attn.q_scale", "blocks.0.self_attn.k_scale"}
-    assert new.manifest.build.attention_scales.keys() == old.manifest.build.attention_scales.keys() == scales
-    assert new.component("low_noise").weights[1].size_bytes == old.component("low_noise").weights[1].size_bytes
-    assert new.component("low_noise").weights[1].sha256 != old.component("low_noise").weights[1].sha256
+    assert (tmp_path / "new" / "styled" / "high_noise.rest.plan").samefile(gpu_blocks / "high_noise.rest.plan")
 
 
 @pytest.mark.slow
@@ -60,12 +40,12 @@ def test_a_lora_that_outgrows_the_scales_of_the_engine_is_refused(tmp_path, tiny
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
     experts = frozenset({"high_noise", "low_noise"})
     export_checkpoint(tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.FP8_ATTN, parts=experts))
-    build_engines(tmp_path / "b", tmp_path / "e", BuildOptions("rtx4090", "256x160", "5..17", weights="external"))
+    build_engines(tmp_path / "b", tmp_path / "e", BuildOptions("rtx4090", "256x160", "5..17"))
     lora, width = tmp_path / "norm.safetensors", SPECS[TINY].dit.width
     save_file({"diffusion_model.blocks.0.self_attn.norm_q.diff": np.full(width, 9, np.float32)}, lora)
     told = CliRunner().invoke(app, ["lora", "apply", str(tmp_path / "e"), str(lora), "-o", str(tmp_path / "new")])
     assert told.exit_code == 2
-    assert "blocks.0.self_attn.q_scale" in told.output
+    assert "self_attn.q_scale" in told.output
     assert not (tmp_path / "new").exists()
 
 

@@ -1,10 +1,12 @@
 """Weight sets: requests choose LoRAs by name and get exactly what a bundle with these LoRAs gives."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from engines.build import build_engines
+from engines.build import BuildOptions, build_engines
 from export.exporter import export_checkpoint
 from export.lora.merge import LoraChoice
 from export.options import ExportOptions
@@ -14,7 +16,7 @@ from runtime.request import Request
 from runtime.weight_sets import WeightSets
 from triton_repo.loading import load
 from triton_repo.settings import Limits, settings_of
-from wan22.bundle import open_bundle
+from wan22.bundle import MergedLora, open_bundle
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
 from wan_trt.recipes.apply_lora import apply_lora
@@ -47,19 +49,30 @@ def sets(tiny_engines, loras, tmp_path_factory):
     return make_weight_sets(tiny_engines, tmp_path_factory.mktemp("sets"), loras)
 
 
+@pytest.fixture
+def engines_of(tiny_engines, blocks_of):
+    return {"whole": tiny_engines, "blocks": blocks_of("t2v-a14b-tiny")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("residency", ["all", "one-component"])
-def test_loras_by_turns_give_what_their_bundles_give(tiny_engines, tiny_checkpoint, loras, sets, tmp_path, residency):
-    expected = {None: tiny_engines}
+@pytest.mark.parametrize(("residency", "topology"), [("all", "whole"), ("one-component", "blocks")])
+def test_loras_by_turns_give_what_their_bundles_give(
+    engines_of, tiny_checkpoint, loras, sets, tmp_path, residency, topology
+):
+    engines = engines_of[topology]
+    if topology == "blocks":
+        sets = make_weight_sets(engines, tmp_path / "sets", loras)
+    expected = {None: engines}
     for name, choices in loras.items():
         export_checkpoint(tiny_checkpoint, tmp_path / f"{name}-onnx", ExportOptions(Precision.FP32, loras=choices))
-        expected[name] = build_engines(tmp_path / f"{name}-onnx", tmp_path / name).folder
+        options = BuildOptions(topology=topology)
+        expected[name] = build_engines(tmp_path / f"{name}-onnx", tmp_path / name, options).folder
     alone = {}
     for name, folder in expected.items():
         with Pipeline.open(folder) as pipeline:
             alone[name] = latents(pipeline)
     assert len({found.tobytes() for found in alone.values()}) == 3
-    settings = settings_of(open_bundle(tiny_engines, "engines"), Limits(10**6, 81), residency=residency, loras=sets)
+    settings = settings_of(open_bundle(engines, "engines"), Limits(10**6, 81), residency=residency, loras=sets)
     with load(settings) as served:
         for name in ("ink", "oil", None, "oil", "ink", "ink", None):
             assert (latents(served, name) == alone[name]).all(), name
@@ -93,10 +106,10 @@ def test_a_set_that_was_exchanged_is_not_served(tiny_engines, sets):
         manifest.write_bytes(content)
 
 
-def test_external_weights_are_those_of_lora_apply(external_engines, loras, tmp_path):
-    made = make_weight_sets(external_engines, tmp_path / "sets", {"ink": loras["ink"]})
-    applied = apply_lora(external_engines, tmp_path / "applied", loras["ink"])
-    found, base = open_bundle(made["ink"], "engines"), open_bundle(external_engines, "engines")
+def test_blocks_of_a_set_are_those_of_lora_apply(gpu_blocks, loras, tmp_path):
+    made = make_weight_sets(gpu_blocks, tmp_path / "sets", {"ink": loras["ink"]})
+    applied = apply_lora(gpu_blocks, tmp_path / "applied", loras["ink"])
+    found, base = open_bundle(made["ink"], "engines"), open_bundle(gpu_blocks, "engines")
     for name in base.manifest.spec.experts:
         weights = found.component(name).weights[1]
         assert weights.sha256 == applied.component(name).weights[1].sha256
@@ -143,10 +156,13 @@ def test_an_error_quotes_the_argument_and_its_syntax(argument, words):
     assert "NAME=FILE[:EXPERT[:STRENGTH]]" in str(error.value)
 
 
-def test_embedded_weights_of_a_gpu_are_refused(external_engines, loras, tmp_path, monkeypatch):
-    bundle = open_bundle(external_engines, "engines")
-    monkeypatch.setitem(bundle.manifest.build.options, "weights", "embedded")
-    monkeypatch.setattr("wan_trt.recipes.weight_sets.open_bundle", lambda *_: bundle)
-    with pytest.raises(UserError, match="has embedded weights"):
-        make_weight_sets(external_engines, tmp_path / "sets", loras)
+@pytest.mark.parametrize(("option", "told"), [("embedded", "has embedded weights"), ("merged", "style is merged")])
+def test_engines_that_take_no_sets_are_refused(tiny_engines, loras, tmp_path, monkeypatch, option, told):
+    bundle = open_bundle(tiny_engines, "engines")
+    build = replace(bundle.manifest.build, backend="tensorrt")
+    of_option = {"embedded": {"build": build}, "merged": {"loras": (MergedLora("style", "", 1.0, ("high_noise",)),)}}
+    changed = replace(bundle, manifest=replace(bundle.manifest, **of_option[option]))
+    monkeypatch.setattr("wan_trt.recipes.weight_sets.open_bundle", lambda *_: changed)
+    with pytest.raises(UserError, match=told):
+        make_weight_sets(tiny_engines, tmp_path / "sets", loras)
     assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,8 @@
-"""The layout of a component's weights file, if weights are inputs of its engine (``--weights external``).
+"""The layout of the weights file of a component in stages, stored beside it as JSON.
 
-The layout is stored next to the engine as JSON; components that share an engine have files of the same layout.
+Components that share their stages have files of the same layout.
 """
 
-from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -12,28 +11,17 @@ import msgspec
 from wan22.bundle import Tensor
 from wan22.errors import DAMAGED_JSON, UserError
 
+EMBEDDING = "token_embedding.weight"  # of a text encoder in stages: its rows are read one by one
 ITEM_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int64": 8}  # by Tensor.dtype
 
 
 class Place(msgspec.Struct, frozen=True):
-    """The location of a weight in its component's file."""
+    """The location of a weight in its component's file or in a block's region."""
 
     name: str
     offset: int
     size_bytes: int
-    shape: tuple[int, ...] = ()  # matrices [out, in]; empty in files of releases that stored [in, out]
-
-
-def write_layout(path: Path, places: Sequence[Place]) -> None:
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(places), indent=1))
-
-
-def read_layout(path: Path) -> list[Place]:
-    """Raises UserError for a file that is not a layout."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=list[Place])
-    except DAMAGED_JSON as error:
-        raise UserError(f"{path}: {error}", "the layout of weights as built", "run wan-trt build again") from None
+    shape: tuple[int, ...]  # matrices [out, in]
 
 
 def size_bytes(tensor: Tensor, **sizes: int) -> int:
