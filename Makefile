@@ -80,7 +80,7 @@ vbench: .venv-vbench/installed
 # Pins every version and hash again: the newest that pyproject.toml and the .in files allow, with UPGRADE=--upgrade.
 lock: $(TOOLS)
 	$(COMPILE) --constraint requirements-torch.txt --no-emit-package torch --extra export --extra cpu \
-		--extra validate --extra official --extra synth --extra mlperf --extra batch --extra sign --extra triton --extra dev pyproject.toml requirements-cpu.in -o requirements-cpu.txt
+		--extra validate --extra official --extra synth --extra mlperf --extra batch --extra sign --extra triton --extra gateway --extra dev pyproject.toml requirements-cpu.in -o requirements-cpu.txt
 	$(COMPILE) --no-deps requirements-triton.in -o requirements-triton.txt
 	$(COMPILE) --no-deps requirements-official.in -o requirements-official.txt
 	$(COMPILE) requirements-tools.in -o requirements-tools.txt

@@ -66,7 +66,7 @@ def default_video(manifest: Manifest) -> Video:
     usual = (*spec.sampling.sizes[0], spec.sampling.frames)
     if manifest.size is not None:
         return manifest.size
-    ranges = _ranges(manifest)
+    ranges = video_ranges(manifest)
     if not ranges or any(_holds(small, large, usual) for small, _, large in ranges):
         return usual
     return ranges[0][1]
@@ -95,7 +95,7 @@ def check_video(manifest: Manifest, video: Video, hint: str = "") -> None:
     if manifest.size is not None and manifest.size != video:
         fixed = f"{video_text(*manifest.size)}, which the engines were built for"
         raise UserError(f"a video of {found}", fixed, f"leave --size and --frames out{hint}")
-    ranges = _ranges(manifest)
+    ranges = video_ranges(manifest)
     if not ranges or any(_holds(small, large, video) for small, _, large in ranges):
         return
     made = " or ".join(dict.fromkeys(_in_words(small, large) for small, _, large in ranges))
@@ -103,7 +103,7 @@ def check_video(manifest: Manifest, video: Video, hint: str = "") -> None:
     raise UserError(f"a video of {found} is outside the engines' shapes", made, f"{remedy}{hint}")
 
 
-def _ranges(manifest: Manifest) -> list[tuple[Video, Video, Video]]:
+def video_ranges(manifest: Manifest) -> list[tuple[Video, Video, Video]]:
     """The smallest, the best and the largest video of every profile; empty if any shape is supported."""
     space, time = manifest.spec.vae.spatial_stride, manifest.spec.vae.temporal_stride
     ranges = []

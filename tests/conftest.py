@@ -8,12 +8,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from wan22.bundle import Component, file_entry, kind_of, open_bundle, write_manifest
+from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
+
+if TYPE_CHECKING:
+    from triton_repo.installation import Installation
 
 TINY = "t2v-a14b-tiny"
 
@@ -79,6 +83,16 @@ def tiny_bundle(flow_of) -> Path:
 @pytest.fixture(scope="session")
 def tiny_engines(flow_of) -> Path:
     return flow_of(TINY).engines
+
+
+@pytest.fixture(scope="session")
+def installation() -> "Installation":
+    from triton_repo.installation import default_environments, find_installation
+
+    try:
+        return find_installation(default_environments())
+    except UserError as error:
+        pytest.skip(f"{error}")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_the_wheel_holds_exactly_the_agreed_top_level_names(wheel):
     names = {name.partition("/")[0] for name in wheel.namelist()}
     assert {name for name in names if not name.endswith(".dist-info")} == {
-        "wan_trt", "wan22", "export", "engines", "runtime", "triton_repo", "validate",
+        "wan_trt", "wan22", "export", "engines", "runtime", "triton_repo", "gateway", "validate",
     }  # fmt: skip
 
 

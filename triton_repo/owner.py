@@ -91,9 +91,11 @@ class Owner:
         except NonFiniteError as error:
             pb_utils.Logger.log_error(f"job {name}: {error}")
             return "failed", Failure("INTERNAL", str(error), "finite numbers", "see the server's log")
-        except Exception:  # a bug or a broken device: only the log gets the reason
+        except Exception as error:  # a bug or a broken device: only the log gets the reason
             pb_utils.Logger.log_error(f"job {name}: {traceback.format_exc()}")
-            return "failed", Failure("INTERNAL", "the job failed", "a video", "see the server's log")
+            # MemoryError is of the device too: CuPy raises a kind of it
+            found = "out of memory" if isinstance(error, MemoryError) else "the job failed"
+            return "failed", Failure("INTERNAL", found, "a video", "see the server's log")
 
     def _run(self, name: str, request: Any, sender: Any) -> Answer:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}

@@ -5,14 +5,14 @@ They are written to ``config.pbtxt`` as string parameters and read by the model.
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import msgspec
 
 from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
 from wan22.block_memory import WeightsIn
-from wan22.bundle import MANIFEST, Bundle, sha256_of
+from wan22.bundle import MANIFEST, Bundle, Manifest, Source, sha256_of
 from wan22.errors import UserError
 from wan22.residency import ResidencyChoice
 from wan22.specs import ModelSpec
@@ -64,6 +64,7 @@ class Settings:
     weights_in: WeightsIn = "auto"  # where the weights of engines in blocks are
     vram_bytes: float = 0.0  # the most that a transformer in blocks may take; 0: what is free
     loras: str = ""  # JSON: name → folder of the weight set and the hash of its bundle.json
+    described: str = ""  # JSON: the manifest without its files, for clients that check requests themselves
     # BLS only
     components: str = ""  # prefix of the engines' models, before an underscore and the component's name
     component: str = ""  # the component that this model runs
@@ -123,7 +124,15 @@ def settings_of(
         weights_in=blocks.weights_in,
         vram_bytes=blocks.vram or 0.0,
         loras=_pinned(loras) if loras else "",
+        described=msgspec.json.encode(_without_files(bundle.manifest)).decode(),
     )
+
+
+def _without_files(manifest: Manifest) -> Manifest:
+    """``manifest`` without components, folders, commands and the build's options."""
+    build = None if manifest.build is None else replace(manifest.build, options={}, attention_scales={}, nodes={})
+    nowhere = Source("", manifest.source.layout, manifest.source.fingerprint)
+    return replace(manifest, components=(), tokenizer=(), source=nowhere, command="", build=build)
 
 
 def _pinned(loras: Mapping[str, Path]) -> str:

@@ -57,16 +57,20 @@ def input_tensors(settings: Mapping[str, Setting | None]) -> list[Any]:
     from tritonclient import grpc
 
     tensors = []
-    for name, value in settings.items():
+    for name, array in arrays_of(settings).items():
+        dtype = INPUTS_BY_NAME[name].dtype
+        tensor = grpc.InferInput(name, list(array.shape), WIRE_NAMES.get(dtype, dtype))
+        tensor.set_data_from_numpy(array)
+        tensors.append(tensor)
+    return tensors
+
+
+def arrays_of(settings: Mapping[str, Setting | None]) -> dict[str, np.ndarray]:
+    """The input of the served model for every setting that is not None. Raises as :func:`input_tensors`."""
+    for name in settings:
         if name not in INPUTS_BY_NAME:
             raise UserError(f"setting {name!r}", f"one of {', '.join(INPUTS_BY_NAME)}", "name one of them")
-        if value is not None:
-            array = _array(name, value)
-            dtype = INPUTS_BY_NAME[name].dtype
-            tensor = grpc.InferInput(name, list(array.shape), WIRE_NAMES.get(dtype, dtype))
-            tensor.set_data_from_numpy(array)
-            tensors.append(tensor)
-    return tensors
+    return {name: _array(name, value) for name, value in settings.items() if value is not None}
 
 
 def _array(name: str, value: Setting) -> np.ndarray:

@@ -5,9 +5,10 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import wan_trt
 from wan22.errors import UserError
@@ -21,6 +22,7 @@ from wan_trt.commands import (
     client,
     demo,
     export,
+    gateway,
     generate,
     inspect,
     looks,
@@ -94,6 +96,23 @@ loras = typer.Typer(no_args_is_help=True, help="Merge LoRAs into engines in bloc
 loras.command("apply", context_settings=HELP)(guard(with_groups(lora.apply)))
 loras.callback()(lambda: None)  # keeps "apply" required, although it is the only command
 app.add_typer(loras, name="lora", rich_help_panel="Make")
+
+
+class _GatewayGroup(TyperGroup):
+    """``wan-trt gateway`` runs one; ``key`` and ``move`` are commands about one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args[:1] in (["key"], ["move"]) else ["run", *args])
+
+
+gateways = typer.Typer(cls=_GatewayGroup, help=gateway.run.__doc__, context_settings={"ignore_unknown_options": True})
+gateways.command("run", context_settings=HELP)(guard(with_groups(gateway.run)))
+keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke keys of clients.", context_settings=HELP)
+for key_command in (gateway.add, gateway.list_keys, gateway.revoke):
+    keys.command(key_command.__name__.removesuffix("_keys"), context_settings=HELP)(guard(with_groups(key_command)))
+gateways.command("move", context_settings=HELP)(guard(with_groups(gateway.move)))
+gateways.add_typer(keys, name="key")
+app.add_typer(gateways, name="gateway", rich_help_panel="Serve")
 
 
 def main() -> None:

@@ -3,22 +3,12 @@ from dataclasses import replace
 
 import pytest
 
-from triton_repo.installation import Installation, default_environments, find_installation
 from wan22.bundle import file_entry, open_bundle, write_manifest
-from wan22.errors import UserError
 
 PROFILES = (
     {"frames": (1, 5, 21), "height": (60, 60, 60), "width": (104, 104, 104), "tokens": (1, 64, 512)},
     {"frames": (1, 5, 21), "height": (90, 90, 90), "width": (160, 160, 160), "tokens": (1, 64, 512)},
 )
-
-
-@pytest.fixture(scope="session")
-def installation() -> Installation:
-    try:
-        return find_installation(default_environments())
-    except UserError as error:
-        pytest.skip(f"{error}")
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +17,8 @@ from wan_trt.commands.triton import memory_gib
 from wan_trt.console import bars, console, report_unstamped
 
 if TYPE_CHECKING:
-    from triton_repo.server import Server
+    from triton_repo.repository import RepositoryOptions
+    from triton_repo.server import ServeOptions, Server
 
 Loras = Annotated[
     list[str] | None,
@@ -56,38 +59,65 @@ def run(
     """
     limits = given.limits_of(locals() | shared)
     given.check_signed(engines, require_signature)
-    from triton_repo.bls_repository import CPU
-    from triton_repo.driver import check_gpu
-    from triton_repo.installation import default_environments, find_installation
-    from triton_repo.repository import RepositoryOptions, is_for_gpu, write_repository
-    from triton_repo.server import ServeOptions, run_server
-    from wan_trt.recipes.weight_sets import make_weight_sets, parse_named
+    from triton_repo.repository import RepositoryOptions
+    from triton_repo.server import ServeOptions
 
-    named = parse_named(lora or ())
-    check_gpu(engines)
-    if named and topology == "bls":
-        raise UserError("--lora with --topology bls", "topology owner, which holds the weights", "leave one out")
-    environments = default_environments() if environment is None else (environment,)
-    installation = find_installation(environments, server)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     options = ServeOptions(address, http_port, grpc_port, metrics_port, quiet=not verbose)
+    packing = RepositoryOptions(
+        name,
+        topology,
+        limits,
+        residency=residency,
+        memory_gib=memory_gib(engines, topology, gpu_memory),
+        blocks=given.blocks_options(shared),
+    )
+    ready = f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4"
+    with starting(engines, packing, options, (environment, server), (lora or (), checkpoint)) as tritonserver:
+        return _serve(tritonserver, ready, max_silence)
+
+
+@contextmanager
+def starting(
+    engines: Path,
+    packing: "RepositoryOptions",
+    options: "ServeOptions",
+    installed: tuple[Path | None, Path | None],
+    loras: tuple[Sequence[str], str | None],
+) -> "Iterator[Server]":
+    """A server of ``engines`` that is starting; at the end of the block it stops.
+
+    Args:
+        engines: the bundle.
+        packing: how its repository is written; LoRAs are added.
+        options: of the server.
+        installed: the environment and the tritonserver to use; None means the first found.
+        loras: ``NAME=FILE...`` and where the checkpoint is now.
+    """
+    from triton_repo.bls_repository import CPU
+    from triton_repo.driver import check_gpu
+    from triton_repo.installation import default_environments, find_installation
+    from triton_repo.repository import is_for_gpu, write_repository
+    from triton_repo.server import run_server
+    from wan_trt.recipes.weight_sets import make_weight_sets, parse_named
+
+    (environment, binary), (named, checkpoint) = installed, loras
+    parsed = parse_named(named)
+    check_gpu(engines)
+    if parsed and packing.topology == "bls":
+        raise UserError("--lora with --topology bls", "topology owner, which holds the weights", "leave one out")
+    installation = find_installation(default_environments() if environment is None else (environment,), binary)
     with scratch_folder("serve") as folder:
         with bars() as progress:
-            sets = make_weight_sets(engines, folder / "loras", named, checkpoint, progress)
-        repository, memory = folder / "repository", memory_gib(engines, topology, gpu_memory)
-        blocks = given.blocks_options(shared)
-        packing = RepositoryOptions(
-            name, topology, limits, residency=residency, memory_gib=memory, loras=sets, blocks=blocks
-        )
-        written = write_repository(engines, repository, packing)
+            sets = make_weight_sets(engines, folder / "loras", parsed, checkpoint, progress)
+        written = write_repository(engines, folder / "repository", replace(packing, loras=sets))
         report_unstamped(written.unread)
-        variant = CPU if topology == "bls" and not is_for_gpu(written.bundle) else ""
+        variant = CPU if packing.topology == "bls" and not is_for_gpu(written.bundle) else ""
         options = replace(options, config_name=variant)
-        ready = f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4"
-        with run_server(installation, repository, written.limits, options, os.environ) as tritonserver:
-            return _serve(tritonserver, ready, max_silence)
+        with run_server(installation, folder / "repository", written.limits, options, os.environ) as server:
+            yield server
 
 
 def _serve(server: "Server", ready: str, max_silence_s: float) -> int:

@@ -1,0 +1,31 @@
+"""Move the records of a gateway from SQLite to PostgreSQL; the videos stay where they are."""
+
+from pathlib import Path
+
+from sqlalchemy import func, insert, select
+
+from gateway.database import Database, sqlite_url, tables
+from gateway.start import only_one
+from wan22.errors import UserError
+
+ROWS = 500  # at a time
+
+
+def move(data: Path, database: str) -> int:
+    """Copy every record of the folder ``data`` to an empty database; the number of records.
+
+    Raises:
+        UserError: a gateway uses the folder, there is nothing in it, or the database is not empty or does not answer.
+    """
+    if not (data / "gateway.sqlite").is_file():
+        raise UserError(f"{data} has no gateway.sqlite", "the folder of a gateway", "name it with --data")
+    with only_one(data, shared=False):
+        source, target, moved = Database(sqlite_url(data)), Database(database), 0
+        with source.read() as old, target.write() as new:
+            for table in tables.sorted_tables:
+                if new.execute(select(func.count()).select_from(table)).scalar_one():
+                    raise UserError(f"{table.name} in --database", "an empty database", "make a new one")
+                for rows in old.execute(select(table)).mappings().partitions(ROWS):
+                    new.execute(insert(table), [dict(row) for row in rows])
+                    moved += len(rows)
+    return moved

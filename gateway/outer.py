@@ -1,0 +1,65 @@
+"""What surrounds every request: an id, a limit of its body's size and of the time that it may take to arrive."""
+
+import asyncio
+import secrets
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.api_error import ApiError
+
+DRAINED = 4  # times the limit: what is read and thrown away, so that the client reads the answer
+
+
+class Outer:
+    """The outermost layer of the application.
+
+    Args:
+        app: what it surrounds.
+        most_bytes: of a body.
+        within_s: for a body to arrive.
+    """
+
+    def __init__(self, app: ASGIApp, most_bytes: int, within_s: float) -> None:
+        self._app, self._most, self._within_s = app, most_bytes, within_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = f"req_{secrets.token_hex(12)}".encode()
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        body = _Body(receive, self._most, self._within_s)
+        await self._app(scope, body.receive, send_named)
+
+
+class _Body:
+    def __init__(self, receive: Receive, most_bytes: int, within_s: float) -> None:
+        self._receive, self._most = receive, most_bytes
+        self._until, self._seen, self._whole = time.monotonic() + within_s, 0, False
+
+    async def receive(self) -> Message:
+        """The next message. Raises ApiError for a body that is too large or too slow."""
+        if self._whole:
+            return await self._receive()
+        message = await self._next()
+        if self._seen > self._most:
+            while not self._whole and self._seen < DRAINED * self._most:
+                await self._next()
+            raise ApiError(413, "too_large", f"a body over {self._most} bytes | expected at most that")
+        return message
+
+    async def _next(self) -> Message:
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.0, self._until - time.monotonic()))
+        except TimeoutError:
+            headers = {"connection": "close", "x-should-retry": "false"}
+            raise ApiError(408, "timeout", "the body did not arrive in time", headers=headers) from None
+        self._seen += len(message.get("body", b""))
+        self._whole = message["type"] != "http.request" or not message.get("more_body", False)
+        return message

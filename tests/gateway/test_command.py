@@ -1,0 +1,58 @@
+"""``wan-trt gateway``: what it refuses, and how it starts a server of its own."""
+
+import signal
+
+import pytest
+
+from tests.gateway.running import SMALL, start, wait_until_ready
+from triton_repo.server import free_ports
+from wan_trt.cli import app
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "no engines and no --server | expected one of them"),
+        (("engines", "--server", "localhost"), "engines and --server | expected one of them"),
+        (("--server", "https://localhost"), "expected host and port of a server"),
+        (
+            ("--server", "localhost", "--address", "0.0.0.0"),
+            "without keys | expected a key for clients of other machines",
+        ),
+        (("--server", "localhost", "--address", ""), "an empty address | expected an address to listen on"),
+        (("--server", "localhost", "--database", "mysql://x"), "database: mysql | expected sqlite or a PostgreSQL"),
+        (("--server", "localhost", "--database", "nonsense"), "database: not an address"),
+        (("--server", "localhost", "--database", "postgresql://x@127.0.0.1:1/x"), "expected sqlite or a PostgreSQL"),
+        (("--server", "localhost", "--keep-size", "many"), "--keep-size"),
+        (("no-engines",), "no-engines has no bundle.json"),
+        (("key", "revoke", "nobody"), "no valid key nobody"),
+        (("key", "add", "../x"), "key name '../x' | expected letters"),
+        (("move",), "no --database"),
+    ],
+)
+def test_what_cannot_be_is_one_line(words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    port = ["--port", str(free_ports(1)[0])] if words[:1] not in (("key",), ("move",)) else []
+    with pytest.raises(SystemExit) as left:
+        app(["gateway", *words, *port])
+    assert left.value.code == 2
+    printed = capsys.readouterr().err
+    assert told in printed
+    assert printed.count("\n") == 1
+
+
+def test_engines_alone_are_enough_for_a_video(installation, tiny_engines, tmp_path):
+    """The server that it starts ends with it, and with a Ctrl-C the queue stays."""
+    gateway = start(tmp_path / "data", [], "--finish-within", "0", str(tiny_engines))
+    try:
+        wait_until_ready(gateway, within_s=120)
+        answer = gateway.ask("POST", "/v1/videos/sync", {"prompt": "a fox", **SMALL})
+        assert (answer.status, answer.headers["content-type"]) == (200, "video/mp4")
+        page = gateway.ask("POST", "/v1/videos", {"prompt": "x", **SMALL}, origin="https://pages.example")
+        assert (page.status, page.error["code"]) == (403, "cross_origin")
+        rebound = gateway.ask("GET", "/v1/videos", host="pages.example:8080")
+        assert (rebound.status, rebound.error["code"]) == (403, "cross_origin")
+        gateway.process.send_signal(signal.SIGINT)
+        assert gateway.process.wait(60) == 0
+    finally:
+        gateway.kill()

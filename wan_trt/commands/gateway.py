@@ -1,0 +1,193 @@
+"""``wan-trt gateway``: ``/v1/videos`` over HTTP, with a durable queue in front of Triton servers."""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from wan22.errors import UserError
+from wan22.quantities import parse_bytes
+from wan_trt import arguments as given
+from wan_trt.commands.serve import Loras, starting
+from wan_trt.console import console
+
+if TYPE_CHECKING:
+    from triton_repo.server import Server
+
+Data = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the queue and the videos are.")]
+DatabaseUrl = Annotated[
+    str, typer.Option(metavar="URL", help="postgresql://..., to share the queue; by default SQLite in --data.")
+]
+DATA = Path("wan-trt-gateway")
+
+
+@given.with_options(given.LIMITS, given.BLOCKS)
+def run(
+    engines: Annotated[
+        Path | None, typer.Argument(help="Engines to start a server of; or give --server.", show_default=False)
+    ] = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="gRPC address of a running server; repeat it for more."),
+    ] = None,
+    name: given.ServedName = "wan22",
+    address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8080,
+    data: Data = DATA,
+    database: DatabaseUrl = "",
+    videos: Annotated[str, typer.Option(metavar="PLACE", help="Folder or s3://BUCKET; by default in --data.")] = "",
+    queue_size: Annotated[int, typer.Option(help="Maximum number of waiting jobs.", min=1)] = 100,
+    key_waiting: Annotated[int | None, typer.Option(help="Waiting jobs of one key.", min=1)] = None,
+    key_running: Annotated[int | None, typer.Option(help="Running jobs of one key.", min=1)] = None,
+    keep_hours: Annotated[
+        float | None, typer.Option(help="How long a video is kept; by default for ever.", min=0)
+    ] = None,
+    keep_videos: Annotated[int | None, typer.Option(help="Number of videos that are kept.", min=1)] = None,
+    keep_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Size of all kept videos, as 200GiB.")] = None,
+    image_host: Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help="Host whose images are fetched; repeat it for more.")
+    ] = None,
+    any_model: Annotated[
+        bool, typer.Option("--any-model", help="Unknown names of models mean the default one.")
+    ] = False,
+    cancel_within: Annotated[float, typer.Option(help="Seconds that a DELETE waits for the server.", min=0)] = 5.0,
+    finish_within: Annotated[float, typer.Option(help="Seconds that an end waits for running jobs.", min=0)] = 30.0,
+    longest_job: given.LongestJob = 3600,
+    residency: given.Residency = "auto",
+    lora: Loras = None,
+    checkpoint: Annotated[str | None, typer.Option(help="The checkpoint for --lora, if it has moved.")] = None,
+    environment: Annotated[Path | None, typer.Option(help="Environment with the nvidia-pytriton wheel.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what the gateway and the server log.")] = False,
+    **shared: Any,
+) -> int:
+    """Serve /v1/videos over HTTP, until Ctrl-C or SIGTERM.
+
+    Jobs that wait are kept for the next start. wan-trt gateway key add, list and revoke manage keys;
+    wan-trt gateway move takes them and the queue to PostgreSQL.
+    """
+    options = locals() | shared
+    if (engines is None) == (not server):
+        raise UserError("engines and --server" if server else "no engines and no --server", "one of them", "give one")
+    from gateway.gateway import Options
+    from gateway.start import GatewayOptions, run_gateway
+    from gateway.sweep import Keep
+    from triton_repo.client_errors import address_of
+
+    logging.getLogger("gateway").setLevel(logging.INFO if verbose else logging.WARNING)
+    kept_bytes = None if keep_size is None else int(parse_bytes(keep_size, "--keep-size"))
+    keep = Keep(None if keep_hours is None else keep_hours * 3600, keep_videos, kept_bytes)
+    http = Options(frozenset(image_host or ()), any_model, cancel_within)
+    with ExitStack() as stack:
+        trouble: Callable[[], str] = str
+        urls = tuple(dict.fromkeys(map(address_of, server or ())))
+        if engines is not None:
+            tritonserver = stack.enter_context(_own_server(engines, options))
+            urls, trouble = (f"127.0.0.1:{tritonserver.options.grpc_port}",), _watched(tritonserver)
+        reason = run_gateway(
+            GatewayOptions(
+                data, urls, name, address, port, database, videos, queue_size, key_waiting, key_running,
+                keep, finish_within, http=http,
+            ),
+            lambda: console.print(f"the gateway is ready: http://{address}:{port}"),
+            trouble,
+        )  # fmt: skip
+    if reason:
+        raise UserError(reason, "a server that runs until stopped", "start again; the queue is kept")
+    return 0
+
+
+@contextmanager
+def _own_server(engines: Path, options: dict[str, Any]) -> "Iterator[Server]":
+    """A ready server of ``engines`` on free ports of loopback."""
+    from triton_repo.repository import RepositoryOptions
+    from triton_repo.server import ServeOptions, free_ports
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    http_port, grpc_port, metrics_port = free_ports(3)
+    ports = ServeOptions("127.0.0.1", http_port, grpc_port, metrics_port, quiet=not options["verbose"])
+    limits = {key: options[key] for key in given.LIMITS} | {"longest_job_s": options["longest_job"]}
+    blocks = given.blocks_options(options)
+    packing = RepositoryOptions(options["name"], "owner", limits, residency=options["residency"], blocks=blocks)
+    loras = (options["lora"] or (), options["checkpoint"])
+    with starting(engines, packing, ports, (options["environment"], None), loras) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def _watched(server: "Server") -> Callable[[], str]:
+    """What to ask for the reason why ``server`` has ended; empty while it runs."""
+    found: list[str] = []
+
+    def watch() -> None:
+        try:
+            server.watch()
+            found.append("the server has ended")
+        except UserError as error:
+            found.append(error.found)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return lambda: found[0] if found else ""
+
+
+def move(
+    data: Data = DATA,
+    database: Annotated[str, typer.Option(metavar="URL", help="An empty postgresql://... database.")] = "",
+) -> None:
+    """Move the queue, the keys and the records of videos from SQLite in --data to PostgreSQL."""
+    from gateway.move import move as move_records
+
+    if not database:
+        raise UserError("no --database", "the address of an empty PostgreSQL", "give one")
+    console.print(f"{move_records(data, database)} records moved; start with --database from now on")
+
+
+# -- keys
+
+
+def add(
+    name: Annotated[str, typer.Argument(help="Whose key it is.", show_default=False)],
+    data: Data = DATA,
+    database: DatabaseUrl = "",
+    waiting: Annotated[int | None, typer.Option(help="Waiting jobs; by default the gateway's.", min=1)] = None,
+    running: Annotated[int | None, typer.Option(help="Running jobs; by default the gateway's.", min=1)] = None,
+    priority: Annotated[
+        int, typer.Option(help="The best priority that it may ask for; 1 goes first.", min=1, max=2)
+    ] = 1,
+) -> None:
+    """Make a key and print it. It is stored as a hash and cannot be shown again."""
+    from gateway.keys import KeyLimits
+
+    print(_keys(data, database).add(name, KeyLimits(waiting, running, priority)))
+
+
+def list_keys(data: Data = DATA, database: DatabaseUrl = "") -> None:
+    """List the keys."""
+    shown = Table("name", "id", "made", "state")
+    for row in _keys(data, database).list():
+        made = time.strftime("%Y-%m-%d", time.gmtime(row["created_at"]))
+        shown.add_row(row["name"], row["id"], made, "revoked" if row["revoked_at"] else "valid")
+    console.print(shown)
+
+
+def revoke(
+    name: Annotated[str, typer.Argument(help="Name or id of the key.", show_default=False)],
+    data: Data = DATA,
+    database: DatabaseUrl = "",
+) -> None:
+    """End a key. Its jobs are kept."""
+    _keys(data, database).revoke(name)
+
+
+def _keys(data: Path, database: str) -> Any:
+    from gateway.database import Database
+    from gateway.keys import Keys
+    from gateway.start import database_url
+
+    return Keys(Database(database_url(data, database)))
