@@ -47,6 +47,20 @@ def check_options(bundle: Bundle, options: BlockOptions) -> None:
     if options.of_blocks != BLOCKS_AS_FIT and not in_blocks:
         remedy = "leave --weights-in and --vram out, or run wan-trt build --topology blocks"
         raise UserError(f"--weights-in or --vram for {bundle.folder}", "engines in blocks", remedy)
+    asked, most, build = options.vae_strips, most_strips(bundle), bundle.manifest.build
+    vae = [component for component in bundle.manifest.components if component.name.startswith("vae")]
+    if asked is not None and not any(component.stages for component in vae):
+        again = "run wan-trt build --vae-strips" if build and build.profiles else "export and build again"
+        raise UserError(f"--vae-strips for {bundle.folder}", "engines of a VAE in stages", again)
+    if asked is not None and most is not None and asked > most:
+        remedy = f"use --vae-strips {most}, or build with --vae-strips {asked}"
+        raise UserError(f"--vae-strips {asked}", f"1 to {most}, which the engines were built for", remedy)
+
+
+def most_strips(bundle: Bundle) -> int | None:
+    """The most strips that the VAE's engines were built for; None for any number."""
+    build = bundle.manifest.build
+    return int(build.options["vae_strips"]) if build is not None and "vae_strips" in build.options else None
 
 
 class BlockBackend:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 from runtime.arrays import F32
-from runtime.block_backend import BlockOptions
+from runtime.block_backend import BlockOptions, most_strips
 from runtime.engine import Engine
 from runtime.vae import Stages, decode, decode_in_strips, encode, encode_in_strips
 from wan22.bundle import Bundle
@@ -22,16 +22,13 @@ class PipelineVae:
     """The VAE of ``bundle``, with strips for each half."""
 
     def __init__(self, bundle: Bundle, options: BlockOptions, free_bytes: float, cache_sets: int) -> None:
-        """Refuse strips that the bundle cannot take.
+        """Open nothing.
 
         Args:
             bundle: the engines.
             options: the number of strips and the memory for one half, if the user has set them.
             free_bytes: the memory for one half otherwise.
             cache_sets: see :func:`wan22.residency.engines_memory`.
-
-        Raises:
-            UserError: the engines have no stages, or were built for fewer strips.
         """
         self._bundle, self._cache_sets, asked = bundle, cache_sets, options.vae_strips
         self._asked, self._from_user = asked, options.vram is not None
@@ -39,16 +36,8 @@ class PipelineVae:
         vae = [component for component in bundle.manifest.components if component.name.startswith("vae")]
         self.in_stages: set[Half] = {half_of(component.name) for component in vae if component.stages}
         self._only_stages: set[Half] = {half_of(component.name) for component in vae if component.in_stages}
-        build = bundle.manifest.build
-        built = build.options.get("vae_strips") if build is not None else None
-        self._most = int(built) if built else None
+        self._most = most_strips(bundle)
         self.strips = cache(self._strips)
-        if asked is not None and vae and not self.in_stages:
-            again = "run wan-trt build --vae-strips" if build and build.profiles else "export and build again"
-            raise UserError(f"--vae-strips for {bundle.folder}", "engines of a VAE in stages", again)
-        if asked is not None and self._most is not None and asked > self._most:
-            remedy = f"use --vae-strips {self._most}, or build with --vae-strips {asked}"
-            raise UserError(f"--vae-strips {asked}", f"1 to {self._most}, which the engines were built for", remedy)
 
     def encode(self, frames: F32, engine: Callable[[str], Engine]) -> F32:
         """See :func:`runtime.vae.encode`; ``engine`` makes the engine of a component or of its stage, as "dit.qkv"."""

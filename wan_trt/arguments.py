@@ -220,18 +220,11 @@ def blocks_options(options: Mapping[str, Any]) -> "BlockOptions":
     """Where the weights of engines in blocks are, and how the VAE takes pictures, by the options of :data:`BLOCKS`."""
     from runtime.block_backend import BlockOptions
 
-    vram, strips = options.get("vram"), vae_strips_of(options.get("vae_strips") or "auto")
-    budget = None if vram is None else parse_bytes(vram, "--vram")
-    return BlockOptions(options.get("weights_in") or "auto", budget, strips)
-
-
-def vae_strips_of(text: str) -> int | None:
-    """The number of strips; None for "auto"."""
-    if text == "auto":
-        return None
-    if not re.fullmatch(r"\d{1,4}", text) or int(text) == 0:
-        raise UserError(f"--vae-strips {text!r}", "a number from 1 on, or auto", "write it as 4")
-    return int(text)
+    vram, strips = options.get("vram"), options.get("vae_strips") or "auto"
+    if strips != "auto" and not re.fullmatch(r"[1-9]\d{0,3}", strips):
+        raise UserError(f"--vae-strips {strips!r}", "a number from 1 on, or auto", "write it as 4")
+    budget, count = None if vram is None else parse_bytes(vram, "--vram"), None if strips == "auto" else int(strips)
+    return BlockOptions(options.get("weights_in") or "auto", budget, count)
 
 
 def noise_of(path: Path | None) -> "F32 | None":
