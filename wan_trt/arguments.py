@@ -85,6 +85,10 @@ Vram = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Memory for a transformer in blocks, as 8GiB; by default what is free."),
 ]
+VaeStrips = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Strips of the VAE's pictures, or by default auto: as many as memory needs."),
+]
 Schedule = Annotated[
     Literal["official", "diffusers"] | None,
     typer.Option(metavar="NAME", help="Timesteps of official or diffusers; by default the preset's."),
@@ -107,7 +111,7 @@ SAMPLING = {
     "negative_prompt": NegativePrompt, "preset": Preset, "boundary": Boundary, "steps": Steps, "shift": Shift,
     "guidance_high_noise": ExpertGuidance, "guidance_low_noise": ExpertGuidance, "guidance": Guidance, "solver": Solver,
 }  # fmt: skip
-BLOCKS = {"weights_in": WeightsIn, "vram": Vram}
+BLOCKS = {"weights_in": WeightsIn, "vram": Vram, "vae_strips": VaeStrips}
 LIMITS = {
     name: Annotated[int | None, typer.Option(help=f"Largest {what} of a request; by default {usual}.")]
     for name, what, usual in (
@@ -137,7 +141,7 @@ GROUPS = {
         "precision", "text_encoder", "high_noise", "low_noise", "dit", "vae_decoder", "fp8_attention",
         "keep_high_precision", "input_scales", "input_means",
     ),
-    "Memory": ("residency", "weights_in", "vram"),
+    "Memory": ("residency", "weights_in", "vram", "vae_strips"),
     "LoRA": ("lora", "lora_ignore_unmatched"),
     "Comparison": (
         "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",
@@ -213,11 +217,14 @@ def seed_of(typed: int | None) -> int:
 
 
 def blocks_options(options: Mapping[str, Any]) -> "BlockOptions":
-    """Where the weights of engines in blocks are, by the options of :data:`BLOCKS`."""
+    """Where the weights of engines in blocks are, and how the VAE takes pictures, by the options of :data:`BLOCKS`."""
     from runtime.block_backend import BlockOptions
 
-    vram = options.get("vram")
-    return BlockOptions(options.get("weights_in") or "auto", None if vram is None else parse_bytes(vram, "--vram"))
+    vram, strips = options.get("vram"), options.get("vae_strips") or "auto"
+    if strips != "auto" and not re.fullmatch(r"[1-9]\d{0,3}", strips):
+        raise UserError(f"--vae-strips {strips!r}", "a number from 1 on, or auto", "write it as 4")
+    budget, count = None if vram is None else parse_bytes(vram, "--vram"), None if strips == "auto" else int(strips)
+    return BlockOptions(options.get("weights_in") or "auto", budget, count)
 
 
 def noise_of(path: Path | None) -> "F32 | None":
