@@ -42,7 +42,7 @@ BUILD_RAM_FACTOR = 1.5  # ratio of anonymous memory to weights with streamed ser
 BUILD_RAM_GIB = 1.0  # the builder itself
 # an engine and its log without the weights, as written by TensorRT-RTX 1.7.1 for SM89 and SM120
 KERNELS_BYTES = {"text_encoder": 1.5e6, "vae": 7e6, "transformer": 4e6}
-STAGES_BYTES = {"text_encoder": 1.5e6, "transformer": 4.5e6}  # the same of engines in stages, which experts share
+STAGES_BYTES = {"text_encoder": 2e6, "transformer": 6e6}  # the same of engines in stages, which experts share
 KERNELS_PER_LAYER_BYTES = {"text_encoder": 0.5e6, "vae": 0.0, "transformer": 1.4e6}
 
 
