@@ -144,7 +144,7 @@ class Pipeline:
         found = choose_residency(needed, available)
         if found is None:
             spec, sets = self.spec, self._backend.cache_sets
-            fitting = largest_fitting(spec, self._precisions, video, available, cache_sets=sets)
+            fitting = largest_fitting(spec, self._precisions, video, available, cache_sets=sets, memory_of=self._memory)
             raise refusal(needed, self._memory(video), available, fitting)
         if found != self._residency:
             self._keep_only(())

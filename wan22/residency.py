@@ -5,7 +5,7 @@ memory planner; the estimates are within 15 % of builds of real-size blocks and 
 with ``residency="auto"`` use the same figures.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -111,15 +111,26 @@ def choose_residency(needed: Mapping[Residency, float], available: float) -> Res
 
 
 def largest_fitting(
-    spec: ModelSpec, precisions: Mapping[str, Precision], video: Video, available: float, *, cache_sets: int = 2
+    spec: ModelSpec,
+    precisions: Mapping[str, Precision],
+    video: Video,
+    available: float,
+    *,
+    cache_sets: int = 2,
+    memory_of: Callable[[Video], Mapping[str, Memory]] | None = None,
 ) -> Video | None:
     """The largest video of about the same aspect ratio that fits with one component at a time.
 
     It is at least half as long as ``video``, or a single picture if no video fits; None if not even that fits.
+    ``memory_of`` has the memory of engines that are not whole.
     """
 
     def fits(size: tuple[int, int], frames: int) -> bool:
-        memory = engines_memory(spec, precisions, (*size, frames), cache_sets=cache_sets)
+        asked = (*size, frames)
+        if memory_of is not None:
+            memory = memory_of(asked)
+        else:
+            memory = engines_memory(spec, precisions, asked, cache_sets=cache_sets)
         return needed_bytes(spec, memory)["one-component"] <= available
 
     width, height, frames = video
