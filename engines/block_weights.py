@@ -8,6 +8,7 @@ in a region, so that a step does not read them.
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -22,6 +23,7 @@ from wan22.progress import Progress
 
 ALIGNMENT_BYTES, PAGE_BYTES = 256, 4096  # of CUDA's allocations, and of disks
 READ_AT_ONCE_BYTES = 2**24
+HASHED_BESIDE_BYTES = 2**20
 STEP_STAGES, PROMPT_STAGES = ("qkv", "rest", "layer"), ("text_kv",)
 SCALES = ("self_attn.q_scale", "self_attn.k_scale")  # constants of the engines, valid for all blocks and experts
 V_NORMS = "self_attn.v_norms"  # of the rows of V's matrix: they bound V
@@ -89,8 +91,8 @@ def _round_up(number: int, multiple: int) -> int:
 def write_block_weights(graph: Path, layout: BlockLayout, path: Path, progress: Progress) -> File:
     """Copy the weights of the whole ``graph`` to ``path`` in the order of ``layout``."""
     stored, folder = stored_tensors(graph), graph.parent
-    with path.open("wb") as stream:
-        file = _HashedFile(stream)
+    with path.open("wb") as stream, ThreadPoolExecutor(1, "hash") as pool:
+        file = _HashedFile(stream, pool)
         for place in layout.ends:
             _copy(_find(stored, place.name, None), folder, file, place.offset)
         for block in range(layout.blocks):
@@ -107,12 +109,13 @@ def write_block_weights(graph: Path, layout: BlockLayout, path: Path, progress: 
 class _HashedFile:
     """A file written in the order of its offsets and hashed meanwhile. Zeros stay holes, as in sparse test models."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._digest, self._end = stream, hashlib.sha256(), 0
+    def __init__(self, stream: IO[bytes], pool: ThreadPoolExecutor) -> None:
+        self._stream, self._pool, self._digest, self._end = stream, pool, hashlib.sha256(), 0
+        self._hashing: Future[None] | None = None
 
     def write(self, piece: bytes, offset: int) -> None:
         self._skip_to(offset)
-        self._digest.update(piece)
+        self._hash(piece)
         if np.frombuffer(piece, np.uint8).any():
             self._stream.seek(offset)
             self._stream.write(piece)
@@ -122,11 +125,20 @@ class _HashedFile:
         """The hash of the file, filled up with zeros to ``size_bytes``."""
         self._skip_to(size_bytes)
         self._stream.truncate(size_bytes)
+        self._hash(b"")
         return self._digest.hexdigest()
+
+    def _hash(self, piece: bytes) -> None:
+        """Add ``piece`` to the hash, a long one beside the next read and write."""
+        if self._hashing is not None:
+            self._hashing.result()
+        self._hashing = self._pool.submit(self._digest.update, piece) if len(piece) > HASHED_BESIDE_BYTES else None
+        if self._hashing is None:
+            self._digest.update(piece)
 
     def _skip_to(self, offset: int) -> None:
         assert offset >= self._end
-        self._digest.update(bytes(offset - self._end))
+        self._hash(bytes(offset - self._end))
         self._end = offset
 
 

@@ -16,7 +16,7 @@ from wan22.block_memory import (
     text_layers,
     transformer_blocks,
 )
-from wan22.bundle import Bundle, Component
+from wan22.bundle import Bundle, Component, File
 from wan22.errors import UserError
 from wan22.quantities import human_bytes, size_option
 from wan22.residency import Memory, Video
@@ -75,6 +75,7 @@ class BlockBackend:
     ) -> None:
         """``device`` makes the device for components with the same stages; ``available_bytes`` is what is free."""
         self._bundle, self._options, self._available = bundle, options, available_bytes
+        self._layouts: dict[File, BlockLayout] = {}
         self._device, self._shared = device, dict[tuple[str, ...], SharedBlocks]()
         self._others_bytes = 0.0
         self.component: Callable[[str], Component] = bundle.component  # with the weights in use; may be replaced
@@ -135,7 +136,10 @@ class BlockBackend:
         Raises:
             UserError: it is not that of the stages, as of weights of another model or precision.
         """
-        layout, file = read_block_layout(self._bundle.path(component.weights[0])), component.weights[1]
+        stored, file = component.weights
+        if (known := self._layouts.get(stored)) is not None:
+            return known
+        layout = read_block_layout(self._bundle.path(stored))
         places = {place.name: place.size_bytes for place in (*layout.ends, *layout.block)}
         for tensor in (tensor for stage in component.stages for tensor in stage.weights):
             if (found := places.get(tensor.name, 0)) != size_bytes(tensor):
@@ -145,6 +149,7 @@ class BlockBackend:
         if file.size_bytes != layout.size_bytes:
             given = f"{file.path}: {file.size_bytes} bytes"
             raise UserError(given, f"{layout.size_bytes} by its layout", "run wan-trt build again")
+        self._layouts[stored] = layout
         return layout
 
     def _stack(self, component: Component, count: int) -> BlockStack:

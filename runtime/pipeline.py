@@ -148,8 +148,8 @@ class Pipeline:
         needed, available = self._needed(video), self._available_bytes
         found = choose_residency(needed, available)
         if found is None:
-            sets, stages = self._backend.cache_sets, self._vae.in_stages
-            fitting = largest_fitting(self.spec, self._precisions, video, available, cache_sets=sets, in_stages=stages)
+            spec, sets = self.spec, self._backend.cache_sets
+            fitting = largest_fitting(spec, self._precisions, video, available, cache_sets=sets, memory_of=self._memory)
             raise refusal(needed, self._memory(video), available, fitting)
         if found != self._residency:
             self._keep_only(())

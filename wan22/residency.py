@@ -5,7 +5,7 @@ memory planner; the estimates are within 15 % of builds of real-size blocks and 
 with ``residency="auto"`` use the same figures.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,7 +23,7 @@ from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
 from wan22.quantities import human_bytes
 from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, tokens
 from wan22.strips import Half, half_of
-from wan22.vae_memory import choose_strips, staged_vae
+from wan22.vae_memory import staged_vae
 
 Residency = Literal["all", "one-expert", "one-component"]
 RESIDENCIES: tuple[Residency, ...] = get_args(Residency)  # by the engines that stay loaded, most first
@@ -132,24 +132,23 @@ def largest_fitting(
     available: float,
     *,
     cache_sets: int = 2,
-    in_stages: Iterable[Half] = (),
+    memory_of: Callable[[Video], Mapping[str, Memory]] | None = None,
 ) -> Video | None:
     """The largest video of about the same aspect ratio that fits with one component at a time.
 
-    It is at least half as long as ``video``, or a single picture if no video fits; None if not even that fits. Halves
-    of the VAE ``in_stages`` take as many strips as they need.
+    It is at least half as long as ``video``, or a single picture if no video fits; None if not even that fits.
+    ``memory_of`` has the memory of engines that are not whole.
     """
-    halves = tuple(in_stages)
 
     def fits(size: tuple[int, int], frames: int) -> bool:
-        shape = spec.latent_shape(*size, frames)
-        strips = dict.fromkeys(halves, 1)
-        for half in halves:
-            precision = precisions[f"{half}_first"]
-            if (found := choose_strips(spec.vae, half, precision, shape, available, cache_sets=cache_sets)) is None:
-                return False
-            strips[half] = found.strips
-        memory = engines_memory(spec, precisions, (*size, frames), cache_sets=cache_sets, vae_strips=strips)
+        asked = (*size, frames)
+        try:
+            if memory_of is not None:
+                memory = memory_of(asked)
+            else:
+                memory = engines_memory(spec, precisions, asked, cache_sets=cache_sets)
+        except UserError:  # such as fewer rows than strips
+            return False
         return needed_bytes(spec, memory)["one-component"] <= available
 
     width, height, frames = video

@@ -5,12 +5,14 @@ holes in sparse files, because the compiler never sees them.
 """
 
 import shutil
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+from validate.bench.machine import load_average
 from wan22.specs import ModelSpec, Precision, spec_named
 from wan_trt.console import bars
 
@@ -63,15 +65,18 @@ def _build(case: BuildCase, onnx: Path, engines: Path) -> dict[str, Any]:
     from engines.inspect.inspection import inspect_engines
 
     options = BuildOptions(case.target, case.size, case.frames, topology=case.topology)
+    started = time.process_time()
     with bars() as progress:
         manifest = build_engines(onnx, engines, options, progress).manifest
-    build = manifest.build
+    build, cpu_seconds = manifest.build, time.process_time() - started
     assert build is not None
     reports = inspect_engines(engines, manifest.spec.experts[:1])
     steps = [report for report in reports if not report.component.endswith(".text_kv")]
     graphs = {file.path: file.size_bytes for c in manifest.components for part in c.compiled() for file in [part.graph]}
     return {
         "build_seconds": build.seconds,
+        "cpu_seconds": round(cpu_seconds, 1),  # with the check of the bundle's hashes
+        "load_average": load_average(),
         "peak_rss_bytes": build.peak_rss_bytes,
         "limit_bytes": case.limit_bytes,
         "engine_bytes": graphs,

@@ -132,6 +132,16 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_loaded(blocks_
         pipeline.fit(request.video)
 
 
+def test_the_video_that_would_fit_is_that_of_engines_in_blocks(blocks_of):
+    asked = (512, 512, 81)
+    with Pipeline.open(blocks_of("t2v-a14b-tiny")) as pipeline:
+        pipeline._available_bytes = 0.5 * pipeline._needed(asked)["one-component"]
+        with pytest.raises(UserError, match=r"\d+x\d+ with --frames \d+ fits") as error:
+            pipeline.fit(asked)
+        fit = tuple(map(int, re.search(r"(\d+)x(\d+) with --frames (\d+) fits", str(error.value)).groups()))
+        assert pipeline._needed(fit)["one-component"] <= pipeline._available_bytes
+
+
 def test_a_weights_file_that_is_cut_short_is_one_line(blocks_of, tmp_path):
     folder = tmp_path / "engines"
     shutil.copytree(blocks_of("t2v-a14b-tiny"), folder)
