@@ -40,6 +40,7 @@ from wan22.caching import Caching
 from wan22.errors import UserError
 from wan22.files import claim, write_file
 from wan22.progress import Progress
+from wan22.quantities import counted
 from wan22.specs import Precision, spec_named
 from wan_trt.console import bars, console
 from wan_trt.guard import command_of
@@ -205,7 +206,7 @@ def _begun(path: Path) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> Table:
     """The ways with medians and worst values over all prompts, and the shares of clips that the judge finds right."""
     prompts = result["prompts"]
-    title = f"{len(prompts)} prompts: medians and the worst clip; shares of clips that are right"
+    title = f"{counted(len(prompts), 'prompt')}: medians and the worst clip; shares of clips that are right"
     headings = ("", "forwards", "PSNR, dB", "lowest", "SSIM", "lowest", "colour", "shape", "motion", "all three")
     shown = Table(*headings, title=title)
     for way in WAYS:
