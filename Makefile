@@ -7,7 +7,7 @@ TRITON := .venv-triton/installed
 OFFICIAL := .venv-official/installed
 TOOLS := .venv-tools/installed
 COMPILE = .venv-tools/bin/uv pip compile --quiet $(UPGRADE) --generate-hashes --no-annotate --no-header \
-	--python-version 3.11 --python-platform x86_64-manylinux_2_36
+	--python-platform x86_64-manylinux_2_36 --python-version
 
 .PHONY: demo picture test slow check triton official checkov vbench lock sbom scale clean
 
@@ -79,13 +79,16 @@ vbench: .venv-vbench/installed
 
 # Pins every version and hash again: the newest that pyproject.toml and the .in files allow, with UPGRADE=--upgrade.
 lock: $(TOOLS)
-	$(COMPILE) --constraint requirements-torch.txt --no-emit-package torch --extra export --extra cpu \
+	$(COMPILE) 3.11 --constraint requirements-torch.txt --no-emit-package torch --extra export --extra cpu \
 		--extra validate --extra official --extra synth --extra mlperf --extra batch --extra sign --extra triton --extra gateway --extra dev pyproject.toml requirements-cpu.in -o requirements-cpu.txt
-	$(COMPILE) --no-deps requirements-triton.in -o requirements-triton.txt
-	$(COMPILE) --no-deps requirements-official.in -o requirements-official.txt
-	$(COMPILE) requirements-tools.in -o requirements-tools.txt
-	$(COMPILE) requirements-checkov.in -o requirements-checkov.txt
-	$(COMPILE) --no-config --allow-unsafe requirements-vbench.in -o requirements-vbench.txt
+	$(COMPILE) 3.11 --no-deps requirements-triton.in -o requirements-triton.txt
+	$(COMPILE) 3.11 --no-deps requirements-official.in -o requirements-official.txt
+	$(COMPILE) 3.11 requirements-tools.in -o requirements-tools.txt
+	$(COMPILE) 3.11 requirements-checkov.in -o requirements-checkov.txt
+	$(COMPILE) 3.11 requirements-wheel.in -o requirements-wheel.txt
+	$(COMPILE) 3.11 --extra gateway pyproject.toml -o requirements-gateway.txt
+	$(COMPILE) 3.12 --extra gpu --extra triton pyproject.toml requirements-server.in -o requirements-server.txt
+	$(COMPILE) 3.11 --no-config --allow-unsafe requirements-vbench.in -o requirements-vbench.txt
 
 # What .venv holds, as CycloneDX JSON.
 sbom: $(INSTALLED) $(TOOLS)
