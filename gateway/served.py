@@ -5,10 +5,9 @@ from typing import Any
 
 import msgspec
 
-from triton_repo.settings import Limits, Settings
+from triton_repo.settings import FAMILY, Limits, Settings, public_name
 from wan22.bundle import Manifest
 from wan22.errors import DAMAGED_JSON, UserError
-from wan22.specs import FAMILY
 
 CALL_S = 5.0  # for an answer about readiness or configuration
 
@@ -73,7 +72,7 @@ class TritonServer:
             found = f"model {self.name} of {self.url} without its description"
             raise UserError(found, "a model made by this version of wan-trt", "make and start it again") from None
         return ServedModel(
-            manifest.spec.public_name, self.name, manifest, settings.limits, tuple(settings.weight_sets())
+            public_name(manifest.spec), self.name, manifest, settings.limits, tuple(settings.weight_sets())
         )
 
     def _ask(self, method: str, *arguments: str) -> Any:

@@ -16,6 +16,7 @@ from triton_repo.gateway_manifests import GatewayPods, gateway_objects
 from triton_repo.pod import PORTS, pod_spec, termination_s
 from triton_repo.repository import MARK, RepositoryOptions, Written
 from triton_repo.server import LOAD_S
+from triton_repo.settings import public_name
 from wan22.errors import UserError
 from wan22.files import whole_folder
 
@@ -86,7 +87,7 @@ def manifests(written: Written, options: RepositoryOptions, cluster: ClusterOpti
         (
             "keda.sh/v1alpha1",
             "ScaledObject",
-            {"spec": _scaled_object(name, written.bundle.manifest.spec.public_name, cluster)},
+            {"spec": _scaled_object(name, public_name(written.bundle.manifest.spec), cluster)},
         ),
         ("policy/v1", "PodDisruptionBudget", {"spec": {"maxUnavailable": 1, "selector": _selector(name)}}),
     ]

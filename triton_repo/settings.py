@@ -19,6 +19,12 @@ from wan22.specs import ModelSpec
 
 MEBIBYTE = 2**20
 NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
+FAMILY = "wan2.2-"
+
+
+def public_name(spec: ModelSpec) -> str:
+    """The name by which clients of the gateway know the model."""
+    return spec.name if spec.name.startswith(FAMILY) else FAMILY + spec.name
 
 
 @dataclass(frozen=True)

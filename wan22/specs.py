@@ -1,8 +1,8 @@
 """All constants of the Wan2.2 models that more than one stage needs, as frozen dataclasses.
 
-Specs are the only source of these constants. Tiny models have the structure of their originals (both experts, all
-caches, the same latent channels) with small widths, so that the whole flow runs on a laptop CPU in seconds. The numbers
-are from the official configurations (Wan-Video/Wan2.2, ``wan/configs``) and diffusers' configurations of these models.
+Tiny models have the structure of their originals (both experts, all caches, the same latent channels) with small
+widths, so that the whole flow runs on a laptop CPU in seconds. Sources: the official configurations (Wan-Video/Wan2.2,
+``wan/configs``) and diffusers'.
 """
 
 from dataclasses import dataclass, replace
@@ -96,7 +96,6 @@ class Task(StrEnum):
     TI2V = "ti2v"
 
 
-FAMILY = "wan2.2-"
 ImageUse = Literal["no", "optional", "required"]
 Resizing = Literal["stretch", "cover"]
 
@@ -131,11 +130,6 @@ class ModelSpec:
     text_encoder: TextEncoderSpec
     vae: VaeSpec
     sampling: SamplingSpec
-
-    @property
-    def public_name(self) -> str:
-        """The name by which clients of the gateway know the model."""
-        return self.name if self.name.startswith(FAMILY) else FAMILY + self.name
 
     @property
     def takes(self) -> Takes:

@@ -29,6 +29,11 @@ Runs = Annotated[
 ]
 Json = Annotated[Path | None, typer.Option("-o", "--json", help="Also write the JSON into this file; - prints it.")]
 
+Jobs = Annotated[int | None, typer.Option(min=2, help="Jobs to watch the memory of --gateway; by default 200.")]
+ServerTopology = Annotated[
+    Literal["owner", "bls"] | None, typer.Option(help="Of the server with --triton; by default owner.")
+]
+
 
 @given.with_options(cache_options.OPTIONS, given.BLOCKS)
 def run(
@@ -56,12 +61,8 @@ def run(
     plot: Annotated[Path | None, typer.Option(help="Plot of the sweep, .png or .html.")] = None,
     triton: Annotated[bool, typer.Option("--triton", help="Measure a server's overhead instead.")] = False,
     gateway: Annotated[bool, typer.Option("--gateway", help="Measure a gateway's overhead instead.")] = False,
-    jobs: Annotated[
-        int | None, typer.Option(min=2, help="Jobs to watch the memory of --gateway; by default 200.")
-    ] = None,
-    topology: Annotated[
-        Literal["owner", "bls"] | None, typer.Option(help="Of the server with --triton; by default owner.")
-    ] = None,
+    jobs: Jobs = None,
+    topology: ServerTopology = None,
     cancels: Annotated[int | None, typer.Option(min=1, help="Jobs to cancel with --triton; by default 10.")] = None,
     output: Json = None,
     **shared: Any,

@@ -62,11 +62,9 @@ def run(
         check_no_source(path, image, last_image, cache_options.skip_steps_file(shared["skip_steps"]))
     prompt = with_terms(prompt, prompt_options.terms_from(shared), image=image is not None)
     caching = Request(cache=cache_options.caching_from(locals() | shared))
-    width, height = given.size_of(size) or (None, None)
     settings: dict[str, Setting | None] = {
         **{name: shared[name] for name in given.SAMPLING},
-        "width": width,
-        "height": height,
+        **dict(zip(("width", "height"), given.size_of(size) or (), strict=False)),
         "num_frames": frames,
         "fps": fps,
         "quality": quality,

@@ -32,7 +32,25 @@ DatabaseUrl = Annotated[
 DATA = Path("wan-trt-gateway")
 
 
-@given.with_options(given.LIMITS, given.BLOCKS)
+# options without defaults
+KEPT = {
+    "key_waiting": Annotated[int | None, typer.Option(help="Waiting jobs of one key.", min=1)],
+    "key_running": Annotated[int | None, typer.Option(help="Running jobs of one key.", min=1)],
+    "keep_hours": Annotated[float | None, typer.Option(help="How long a video is kept; by default for ever.", min=0)],
+    "keep_videos": Annotated[int | None, typer.Option(help="Number of videos that are kept.", min=1)],
+    "keep_size": Annotated[str | None, typer.Option(metavar="SIZE", help="Size of all kept videos, as 200GiB.")],
+    "image_host": Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help="Host whose images are fetched; repeat it for more.")
+    ],
+}
+OWN_SERVER = {
+    "lora": Loras,
+    "checkpoint": Annotated[str | None, typer.Option(help="The checkpoint for --lora, if it has moved.")],
+    "environment": Annotated[Path | None, typer.Option(help="Environment with the nvidia-pytriton wheel.")],
+}
+
+
+@given.with_options(KEPT, OWN_SERVER, given.LIMITS, given.BLOCKS)
 def run(
     engines: Annotated[
         Path | None, typer.Argument(help="Engines to start a server of; or give --server.", show_default=False)
@@ -51,16 +69,6 @@ def run(
     database: DatabaseUrl = "",
     videos: Annotated[str, typer.Option(metavar="PLACE", help="Folder or s3://BUCKET; by default in --data.")] = "",
     queue_size: Annotated[int, typer.Option(help="Maximum number of waiting jobs.", min=1)] = 100,
-    key_waiting: Annotated[int | None, typer.Option(help="Waiting jobs of one key.", min=1)] = None,
-    key_running: Annotated[int | None, typer.Option(help="Running jobs of one key.", min=1)] = None,
-    keep_hours: Annotated[
-        float | None, typer.Option(help="How long a video is kept; by default for ever.", min=0)
-    ] = None,
-    keep_videos: Annotated[int | None, typer.Option(help="Number of videos that are kept.", min=1)] = None,
-    keep_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Size of all kept videos, as 200GiB.")] = None,
-    image_host: Annotated[
-        list[str] | None, typer.Option(metavar="HOST", help="Host whose images are fetched; repeat it for more.")
-    ] = None,
     require_keys: Annotated[
         bool, typer.Option("--require-keys", help="Refuse requests without a key even while there is no key.")
     ] = False,
@@ -71,9 +79,6 @@ def run(
     finish_within: Annotated[float, typer.Option(help="Seconds that an end waits for running jobs.", min=0)] = 30.0,
     longest_job: given.LongestJob = 3600,
     residency: given.Residency = "auto",
-    lora: Loras = None,
-    checkpoint: Annotated[str | None, typer.Option(help="The checkpoint for --lora, if it has moved.")] = None,
-    environment: Annotated[Path | None, typer.Option(help="Environment with the nvidia-pytriton wheel.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what the gateway and the server log.")] = False,
     **shared: Any,
 ) -> int:
@@ -90,9 +95,10 @@ def run(
     from gateway.sweep import Keep
 
     logging.getLogger("gateway").setLevel(logging.INFO if verbose else logging.WARNING)
-    kept_bytes = None if keep_size is None else int(parse_bytes(keep_size, "--keep-size"))
-    keep = Keep(None if keep_hours is None else keep_hours * 3600, keep_videos, kept_bytes)
-    http = Options(frozenset(image_host or ()), any_model, cancel_within)
+    hours, size = shared["keep_hours"], shared["keep_size"]
+    kept_bytes = None if size is None else int(parse_bytes(size, "--keep-size"))
+    keep = Keep(None if hours is None else hours * 3600, shared["keep_videos"], kept_bytes)
+    http = Options(frozenset(shared["image_host"] or ()), any_model, cancel_within)
     with ExitStack() as stack:
         trouble: Callable[[], str] = str
         urls = tuple(dict.fromkeys(map(_address, server or ())))
@@ -101,8 +107,8 @@ def run(
             urls, trouble = (f"127.0.0.1:{tritonserver.options.grpc_port}",), _watched(tritonserver)
         reason = run_gateway(
             GatewayOptions(
-                data, urls, name, address, port, database_url_of(database), videos, queue_size, key_waiting,
-                key_running, keep, require_keys, finish_within, http=http,
+                data, urls, name, address, port, database_url_of(database), videos, queue_size, shared["key_waiting"],
+                shared["key_running"], keep, require_keys, finish_within, http=http,
             ),
             lambda: console.print(f"the gateway is ready: http://{address}:{port}"),
             trouble,

@@ -11,6 +11,11 @@ from wan22.outputs import check_no_source
 from wan_trt import arguments as given
 from wan_trt.console import console, report_unstamped
 
+GatewayImage = Annotated[str, typer.Option(help="Image of the gateway's pods: the target gateway of Containerfile.")]
+DatabaseSecret = Annotated[
+    str, typer.Option(help="Secret whose key url is postgresql://..., for two gateways; by default one with SQLite.")
+]
+
 
 @given.with_options(given.LIMITS, given.BLOCKS)
 def run(
@@ -28,13 +33,8 @@ def run(
     image: Annotated[
         str, typer.Option(help="Image of the pods: tritonserver 26.07 or later with wan-trt installed.")
     ] = "wan-trt:26.07",
-    gateway_image: Annotated[
-        str, typer.Option(help="Image of the gateway's pods: the target gateway of Containerfile.")
-    ] = "wan-trt-gateway:0.1.0",
-    database_secret: Annotated[
-        str,
-        typer.Option(help="Secret whose key url is postgresql://..., for two gateways; by default one with SQLite."),
-    ] = "",
+    gateway_image: GatewayImage = "wan-trt-gateway:0.1.0",
+    database_secret: DatabaseSecret = "",
     namespace: Annotated[str, typer.Option(help="Kubernetes namespace of the pods.")] = "wan22",
     max_pods: Annotated[int, typer.Option(help="Maximum number of pods for the autoscaler.", min=1)] = 4,
     prometheus: Annotated[

@@ -28,8 +28,7 @@ from wan_trt.recipes.batch.run import Worker, WorkerLostError, Workers
 
 QUEUE_FULL = "Exceeds maximum queue size"  # Triton's words
 BACK_S = 60.0
-CONNECT_S = 5.0
-START_S = 120.0  # for an actor of Ray, whose place may have gone with a node
+CONNECT_S, START_S = 5.0, 120.0  # for an actor of Ray, whose place may have gone with a node
 
 
 class Renderer:
@@ -127,7 +126,7 @@ class _Process:
 
 
 def _serve(pipe: Connection, device: str, engines: Path, residency: ResidencyChoice, threads: int) -> None:
-    """In the child: say that it is ready, render every job that comes, and end with the parent."""
+    """In the child: say that it is ready, render what comes, end with the parent."""
     if device:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -213,9 +212,9 @@ class _Server:
 def ray_workers(
     engines: Path, address: str, count: int = 0, residency: ResidencyChoice = "auto"
 ) -> "Iterator[Workers]":
-    """Actors of the Ray cluster at ``address``, "auto" for the one of this machine; ``engines`` is there on every node.
+    """Actors of the Ray cluster at ``address``, or "auto"; ``engines`` is there on every node.
 
-    On GPU targets an actor takes a GPU, else an equal share of the cores. ``count`` 0 means one per GPU, or per node.
+    On GPU targets an actor takes a GPU, else an equal share of the cores. ``count`` 0: one per GPU, or per node.
     """
     import ray
 
