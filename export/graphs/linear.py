@@ -142,16 +142,20 @@ class Linears:
         bias = g.joined([f"{key}.{part}.bias" for part in parts], (each,), FLOAT)
         by_column = self.fp8 is not None and name.split(".", 2)[2] in self.fp8.by_column
         columns = g.weight(f"{name}.column_scale", shape[:1], FLOAT) if by_column else None
-        if not g.weights_are_inputs:
-            return Product(self.fp8_matmul(x, name, shape), x.scale, bias, columns)
-        factor = g.weight(f"{name}.weight_scale", (), FLOAT)  # as a scale of DequantizeLinear it must be a constant
-        raw = self._times(x, g.weight(f"{name}.weight", shape, FLOAT8), _float(g, 1.0))
+        raw, factor = self.fp8_matmul(x, name, shape)
         return Product(raw, x.scale, bias, columns, factor)
 
-    def fp8_matmul(self, x: Operand, name: str, shape: tuple[int, int]) -> ir.Value:
-        """``x [L, in]`` times the stored matrix ``name [out, in]``, transposed, in the compute type."""
-        stored = self.g.weight(f"{name}.weight", shape, FLOAT8)
-        return self._times(x, stored, self.g.weight(f"{name}.weight_scale", (), FLOAT))
+    def fp8_matmul(self, x: Operand, name: str, shape: tuple[int, int]) -> tuple[ir.Value, ir.Value | None]:
+        """``x [L, in]`` times the stored matrix ``name [out, in]``, transposed, in the compute type.
+
+        And the scale of the matrix, if that is still to be multiplied: a scale of DequantizeLinear must be a constant.
+        """
+        g = self.g
+        if g.weights_are_inputs:
+            factor = g.weight(f"{name}.weight_scale", (), FLOAT)
+            return self._times(x, g.weight(f"{name}.weight", shape, FLOAT8), _float(g, 1.0)), factor
+        stored = g.weight(f"{name}.weight", shape, FLOAT8)
+        return self._times(x, stored, g.weight(f"{name}.weight_scale", (), FLOAT)), None
 
     def _times(self, x: Operand, stored: ir.Value, scale: ir.Value) -> ir.Value:
         return self.g.op("MatMul", x.value, self.g.transpose(self.dequantise(stored, scale), 1, 0))

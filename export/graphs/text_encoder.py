@@ -143,4 +143,6 @@ class _TextEncoder:
         with g.scope(key.rsplit(".", 1)[-1]):
             rows = linears.per_token(x)
             assert rows.scale is not None
-            return g.mul(g.cast(linears.fp8_matmul(rows, key, width[::-1]), FLOAT), rows.scale)
+            raw, factor = linears.fp8_matmul(rows, key, width[::-1])
+            product = g.cast(raw, FLOAT)
+            return g.mul(product if factor is None else g.mul(product, factor), rows.scale)

@@ -6,10 +6,13 @@ import pytest
 
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine
 from engines.inspect.log import read_log
+from engines.inspect.report import FusionReport
 from engines.targets import TARGETS
 from export.graphs.blocks import stage_graphs
 from export.graphs.builder import BFLOAT16
+from export.graphs.text_encoder import text_stages
 from tests.engines.conftest import FP8_OF
+from wan22.block_memory import BlockChoice, text_layer_bytes, text_layers
 from wan22.specs import SPECS, Precision
 
 MIB = 2**20
@@ -86,3 +89,27 @@ def test_the_other_stages_are_a_few_kernels_each(compiled, target):
     built = compiled("t2v-a14b", target, Precision.FP8, TOKENS["t2v-a14b"], few)
     assert [len(found.kernels) for found, _, _ in built] == list(few.values())
     assert not [name for found, _, weights in built for name in copied_matrices(found, weights)]
+
+
+@pytest.mark.parametrize(
+    ("fp8", "kernels", "gemms"), [(False, 15, {"bf16": 6, "fp32": 1}), (True, 17, {"bf16": 4, "fp8": 3})]
+)
+def test_a_layer_of_the_text_encoder_reads_its_matrices_in_place(tmp_path, fp8, kernels, gemms):
+    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
+    spec = SPECS["t2v-a14b"].text_encoder
+    g = text_stages(spec, BFLOAT16, fp8_feed_forward=fp8)["layer"]
+    inputs, _ = g.edges()
+    g.save(tmp_path / "layer.onnx")
+    options = EngineOptions(TARGETS["rtx4090"], ({"tokens": (1, 64, 512)},), inputs)
+    compiled = read_log(build_engine(tmp_path / "layer.onnx", tmp_path / "layer.plan", options).log)
+    report = FusionReport("text_encoder.layer", TARGETS["rtx4090"], compiled, Precision.FP8 if fp8 else Precision.BF16)
+    assert (len(compiled.kernels), report.by_dtype("gemm"), report.problems) == (kernels, gemms, [])
+    assert not copied_matrices(compiled, {key: tuple(value.shape) for key, value in g.weights.items()})
+    step_bytes = text_layer_bytes(spec, Precision.FP8 if fp8 else Precision.BF16)
+    assert step_bytes == pytest.approx(sum(value_bytes(value) for value in g.weights.values()), rel=1e-6)
+    planned = text_layers(spec, Precision.BF16, step_bytes).memory(BlockChoice(0, 1))
+    assert 0.4 * planned.scratch < compiled.scratch_bytes <= planned.scratch
+
+
+def value_bytes(value):
+    return int(np.prod(tuple(value.shape))) * value.dtype.itemsize

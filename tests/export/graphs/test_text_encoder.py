@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from transformers import UMT5Config, UMT5EncoderModel
@@ -10,10 +11,11 @@ from export.checkpoint.keys import diffusers_names, text_encoder_config
 from export.checkpoint.schema import text_encoder_tensors
 from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16, Placed
 from export.graphs.linear import FLOAT8
-from export.graphs.text_encoder import relative_buckets, text_encoder_graph
+from export.graphs.text_encoder import relative_buckets, text_encoder_graph, text_stages
 from export.graphs.weights_file import declare_weights
 from export.quantise.fp8_weights import Fp8Weights
 from tests.export.conftest import made_up
+from tests.export.graphs.test_blocks import as_value
 from wan22.specs import SPECS
 
 MODEL = SPECS["t2v-a14b-tiny"]
@@ -65,6 +67,29 @@ def test_fp8_is_for_the_feed_forward_alone_and_stays_near(run_graph):
     exact = run_graph(text_encoder_graph(SPEC), weights)(input_ids=ids)[0]
     # A product of random E4M3 operands is 3.7 % off; three in a row give sqrt(3) times that per layer, in two layers.
     assert 0.01 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.037 * 6**0.5
+
+
+def test_layers_in_fp8_compute_what_the_whole_graph_computes(run_graph, tmp_path):
+    g = text_encoder_graph(SPEC, fp8_feed_forward=True)
+    weights, ids = made_up(text_encoder_tensors(SPEC)), token_ids(40)
+    in_fp8 = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
+    read = Fp8Weights(weights.__getitem__, MODEL.dit, in_fp8)
+    stored = {key: np.asarray(read(key)) for key in g.weights}
+    expected = run_graph(g, stored)(input_ids=ids)[0]
+    x = stored["token_embedding.weight"][ids[0]].astype(np.float32)
+    stages = text_stages(SPEC, fp8_feed_forward=True)
+    for name, blocks in (("layer", range(SPEC.layers)), ("norm", [0])):
+        stages[name].edges()
+        stages[name].save(tmp_path / "stage.onnx")
+        session = ort.InferenceSession(tmp_path / "stage.onnx", providers=["CPUExecutionProvider"])
+        for block in blocks:
+            feeds = {"x": as_value(x)}
+            for key, value in stages[name].weights.items():
+                array = stored.get(f"blocks.{block}.{key}", stored.get(key))
+                feeds[key] = as_value(array.astype(value.dtype.numpy()).reshape(tuple(value.shape)))
+            (made,) = session.run_with_ort_values([session.get_outputs()[0].name], feeds)
+            x = made.numpy()
+    assert np.linalg.norm(x - expected) / np.linalg.norm(expected) < 1e-2  # roundings to FP8 flip where sums differ
 
 
 def test_buckets_grow_where_the_reference_grows_them():
