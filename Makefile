@@ -9,7 +9,7 @@ TOOLS := .venv-tools/installed
 COMPILE = .venv-tools/bin/uv pip compile --quiet $(UPGRADE) --generate-hashes --no-annotate --no-header \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_36
 
-.PHONY: demo picture test slow check triton official checkov lock sbom scale clean
+.PHONY: demo picture test slow check triton official checkov vbench lock sbom scale clean
 
 demo: $(INSTALLED)
 	$(BIN)/wan-trt demo demo
@@ -69,6 +69,14 @@ checkov: .venv-checkov/installed
 	.venv-checkov/bin/pip install --quiet --require-hashes --requirement requirements-checkov.txt
 	touch $@
 
+# VBench, for python -m studies.vbench. Needs some 7 GB with PyTorch's CUDA libraries; nothing else uses it.
+vbench: .venv-vbench/installed
+
+.venv-vbench/installed: requirements-vbench.txt
+	$(PYTHON) -m venv .venv-vbench
+	.venv-vbench/bin/pip install --quiet --no-deps --require-hashes --requirement requirements-vbench.txt
+	touch $@
+
 # Pins every version and hash again: the newest that pyproject.toml and the .in files allow, with UPGRADE=--upgrade.
 lock: $(TOOLS)
 	$(COMPILE) --constraint requirements-torch.txt --no-emit-package torch --extra export --extra cpu \
@@ -77,6 +85,7 @@ lock: $(TOOLS)
 	$(COMPILE) --no-deps requirements-official.in -o requirements-official.txt
 	$(COMPILE) requirements-tools.in -o requirements-tools.txt
 	$(COMPILE) requirements-checkov.in -o requirements-checkov.txt
+	$(COMPILE) --no-config --allow-unsafe requirements-vbench.in -o requirements-vbench.txt
 
 # What .venv holds, as CycloneDX JSON.
 sbom: $(INSTALLED) $(TOOLS)
@@ -88,4 +97,4 @@ $(TOOLS): requirements-tools.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton .venv-official .venv-tools .venv-checkov demo
+	rm -rf .venv .venv-triton .venv-official .venv-tools .venv-checkov .venv-vbench demo

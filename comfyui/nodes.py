@@ -16,7 +16,6 @@ from PIL import Image
 from runtime.block_backend import BlockOptions
 from runtime.pipeline import Pipeline
 from runtime.request import Request
-from runtime.vae import encode
 from wan22.bundle import MANIFEST, read_manifest
 from wan22.errors import UserError
 from wan22.quantities import parse_bytes
@@ -188,8 +187,7 @@ class Encode:
         height, width = pixels.shape[1:3]
         engines.spec.latent_shape(width, height, len(pixels))
         video = np.ascontiguousarray(2 * pixels.transpose(3, 0, 1, 2)[None] - 1, np.float32)
-        following = engines.on_call("vae_encoder_next") if len(pixels) > 1 else None
-        latents = encode(engines.on_call("vae_encoder_first"), following, video)
+        latents = engines.encode(video)
         return ({"samples": torch.from_numpy(denormalised(latents, engines.spec))},)
 
 

@@ -15,7 +15,6 @@ from runtime.arrays import F32
 from runtime.noise import standard_normal
 from runtime.pipeline import Pipeline
 from runtime.request import Request
-from runtime.vae import decode
 from runtime.video import to_uint8
 from triton_repo.client import WanClient
 from triton_repo.client_errors import JobError
@@ -138,7 +137,7 @@ def showing(pipeline: Pipeline | None, total: int) -> Callable[[int, F32], None]
     def show(done: int, latents: F32) -> None:
         picture = None
         if pipeline is not None:
-            (frames,) = decode(pipeline.on_call("vae_decoder_first"), None, latents[:, :, :1])
+            (frames,) = pipeline.decode(latents[:, :, :1])
             picture = ("JPEG", Image.fromarray(to_uint8(frames)[0]), PREVIEW_PIXELS)
         bar.update_absolute(done, total, picture)
         comfy.model_management.throw_exception_if_processing_interrupted()

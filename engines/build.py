@@ -2,8 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -12,10 +11,10 @@ from engines.block_build import BlockBuild
 from engines.cpu.onnxruntime_backend import fit_components
 from engines.cuda.attention import OLDEST_ONNXRUNTIME
 from engines.cuda.components import fit_for_cuda
-from engines.gpu.tensorrt_backend import EngineOptions, build_engine, load_module, log_beside
+from engines.gpu.tensorrt_backend import EngineOptions, build_engine, keep_log, load_module
 from engines.load_check import check_loads
 from engines.plan import STAGES_BYTES, kernel_bytes
-from engines.profiles import profile_between, profiles_for, with_stages
+from engines.profiles import profile_between, profiles_for, with_stages, with_strips
 from engines.targets import Target, check_bundle, target_named
 from wan22.backends import runs_graphs
 from wan22.bundle import (
@@ -55,6 +54,7 @@ class BuildOptions:
     tf32: bool = False
     timing_cache: Path | None = None
     topology: Topology | None = None  # by default blocks for TensorRT where all blocks compute alike, else whole
+    vae_strips: int | None = None  # the VAE in stages that take pictures in up to so many strips
     # writing
     overwrite: bool = False
     command: str = field(default="engines.build_engines(...)", compare=False)  # recorded in the manifest
@@ -77,12 +77,14 @@ def build_engines(
     check_bundle(target, source.manifest)
     _check_options(target, options)
     options = replace(options, topology=options.topology or default_topology(target, source.manifest))
+    if options.vae_strips is not None and not all(c.stages for c in source.manifest.components if c.name[:3] == "vae"):
+        raise UserError(f"--vae-strips for {bundle}", "a VAE in stages", "export again, without fixed shapes")
     profiles = _profiles(source.manifest, target, options)
     check_graphs(source)
     if not runs_graphs(target.backend):
         load_module(target.backend)
     again = f"export again: {source.manifest.command}"
-    check_loads(target, _graphs(source, options), again)
+    check_loads(target, _graphs(source, target, options), again)
     check_disk(folder, disk_bytes(source.manifest, target, options))
     started = time.perf_counter()
     with staged(folder, overwrite=options.overwrite) as temporary:
@@ -123,10 +125,9 @@ def disk_bytes(manifest: Manifest, target: Target, options: BuildOptions) -> int
     blocks = (options.topology or default_topology(target, manifest)) == "blocks"
     total = float(sum(file.size_bytes for file in manifest.tokenizer))
     for component in manifest.components:
-        if blocks and component.stages:
-            of_text = component.name == "text_encoder"
-            shared = component.name in spec.experts[1:]
-            total += 0.0 if shared else STAGES_BYTES["text_encoder" if of_text else "transformer"]
+        if blocks and component.stages and not component.name.startswith("vae"):
+            kind = "text_encoder" if component.name == "text_encoder" else "transformer"
+            total += 0.0 if component.name in spec.experts[1:] else STAGES_BYTES[kind]
         else:
             total += kernel_bytes(spec, component.name)
         if component.name.startswith("vae"):  # both graphs store a copy of the weights that they use
@@ -155,7 +156,11 @@ def _fit_graphs(source: Bundle, folder: Path, target: Target, options: BuildOpti
     blocks = BlockBuild(source, folder, progress, place)
     if in_blocks:
         blocks.check()
-    whole = [replace(c, stages=()) for c in manifest.components if not (in_blocks and blocks.applies_to(c))]
+    whole = [
+        replace(c, stages=()) if blocks.applies_to(c) else c
+        for c in manifest.components
+        if not (in_blocks and blocks.applies_to(c))
+    ]
     rest = replace(source, manifest=replace(manifest, components=tuple(whole)))
     _place(source, folder, rest.manifest.files().values())
     if target.backend == "onnxruntime":
@@ -173,12 +178,16 @@ def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
     """The options that change the engines, for the manifest."""
     if runs_graphs(target.backend):
         return {"topology": options.topology} if options.topology == "blocks" else {}
-    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)}
+    strips = {} if options.vae_strips is None else {"vae_strips": str(options.vae_strips)}
+    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)} | strips
 
 
 def _check_options(target: Target, options: BuildOptions) -> None:
     if options.topology == "blocks" and target.backend == "onnxruntime-gpu":
         raise UserError(f"--topology blocks for target {target.name}", "cpu or a TensorRT target", "leave it out")
+    if options.vae_strips is not None and runs_graphs(target.backend):
+        found = f"--vae-strips for target {target.name}"
+        raise UserError(found, "a TensorRT target", "leave it out: its engines take any number of strips")
     if options.tf32 and runs_graphs(target.backend):
         raise UserError(f"--tf32 for target {target.name}", "a TensorRT target", "leave it out")
     if options.timing_cache is not None and target.backend != "tensorrt":
@@ -196,6 +205,8 @@ def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tupl
         return ()
     if manifest.size is None:
         several = profiles_for(manifest.spec, options.size, options.frames)
+        if options.vae_strips is not None:
+            several = tuple(with_strips(profile, manifest.spec.vae, options.vae_strips) for profile in several)
         return tuple(map(with_stages, several)) if options.topology == "blocks" else several
     if asked:
         expected = f"neither: the graphs are fixed to {video_text(*manifest.size)}"
@@ -204,13 +215,21 @@ def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tupl
     return (with_stages(fixed) if options.topology == "blocks" else fixed,)
 
 
-def _graphs(source: Bundle, options: BuildOptions) -> list[Path]:
+def _in_stages(component: Component, options: BuildOptions) -> bool:
+    """True if the stages of ``component`` are compiled, not its whole graph."""
+    if component.name.startswith("vae"):
+        return options.vae_strips is not None
+    return options.topology == "blocks" and bool(component.stages)
+
+
+def _graphs(source: Bundle, target: Target, options: BuildOptions) -> list[Path]:
     """The graphs that a build compiles, each once."""
     found: dict[Path, None] = {}
     for component in source.manifest.components:
-        stages = component.stages if options.topology == "blocks" else ()
+        in_stages, on_graphs = _in_stages(component, options), runs_graphs(target.backend)
+        stages = component.stages if in_stages or (on_graphs and component.name.startswith("vae")) else ()
         found |= dict.fromkeys(source.path(stage.graph) for stage in stages)
-        if not stages:
+        if not in_stages:
             found[source.path(component.graph)] = None
     return list(found)
 
@@ -247,7 +266,7 @@ def _compile_tensorrt(
 
     def compile_stage(graph: Path, component: Component, stage: Stage) -> File:
         plan = folder / Path(stage.graph.path).with_suffix(".plan")
-        with _keep_log(plan, logs):
+        with keep_log(plan, logs):
             build_engine(graph, plan, settings(component, stage.inputs), progress)
         return file_entry(folder, plan)
 
@@ -255,24 +274,20 @@ def _compile_tensorrt(
     if in_blocks:
         blocks.check()
     compiled: list[Component] = []
+    built: dict[str, File] = {}  # stages of the VAE, which its graphs share
     for done, component in enumerate(source.manifest.components, 1):
         if in_blocks and blocks.applies_to(component):
             compiled.append(blocks.component(component))
+        elif _in_stages(component, options):
+            for stage in component.stages:
+                path = stage.graph.path
+                built[path] = built.get(path) or compile_stage(source.path(stage.graph), component, stage)
+            stages = tuple(replace(stage, graph=built[stage.graph.path]) for stage in component.stages)
+            compiled.append(replace(component, graph=stages[-1].graph, weights=(), stages=stages))
         else:
             plan = folder / f"{component.name}.plan"
-            with _keep_log(plan, logs):
+            with keep_log(plan, logs):
                 build_engine(source.path(component.graph), plan, settings(component, component.inputs), progress)
             compiled.append(replace(component, graph=file_entry(folder, plan), weights=(), stages=()))
         progress("build engines", done, len(source.manifest.components), "components")
     return _Compiled(tuple(compiled), version, blocks.attention_scales if in_blocks else {})
-
-
-@contextmanager
-def _keep_log(plan: Path, folder: Path) -> Iterator[None]:
-    """Copy the builder's log of ``plan`` to ``folder`` if its build is refused."""
-    try:
-        yield
-    except UserError:
-        if log_beside(plan).exists():
-            shutil.copyfile(log_beside(plan), folder / f"{plan.stem}.build.log")
-        raise

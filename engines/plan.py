@@ -29,6 +29,8 @@ from wan22.residency import (
     usual_precisions,
 )
 from wan22.specs import ModelSpec, Number, Precision, tokens
+from wan22.strips import Half, half_of
+from wan22.vae_memory import StripChoices, strip_choices
 
 __all__ = ["Plan", "Request", "dit_scratch_bytes", "dit_weights_bytes", "make_plan"]
 
@@ -149,6 +151,29 @@ class Plan:
         bus = request.bus_gb_s or request.target.bus_gb_s
         return BlockPlan(request.spec, request.precision, text, self.tokens, usable, bus, forward)
 
+    # -- the VAE in stages
+
+    @cached_property
+    def staged_vae(self) -> list[StripChoices]:
+        """Every half in stages, in the precision of its engines, and the decoder in 16 bits."""
+        halves = dict.fromkeys(half_of(name) for name in self.precisions if name.startswith("vae"))
+        usual = [(half, self.precisions[f"{half}_first"]) for half in halves]
+        wanted = dict.fromkeys((*usual, ("vae_decoder", Precision.FP16)))
+        return [self._staged_vae(half, precision) for half, precision in wanted]
+
+    @property
+    def half_precision_decoder(self) -> StripChoices:
+        """The decoder in stages, in 16 bits."""
+        return next(each for each in self.staged_vae if each.precision is Precision.FP16)
+
+    def _staged_vae(self, half: Half, precision: Precision) -> StripChoices:
+        request, sets = self.request, 1 if self.request.target.backend == "onnxruntime" else 2
+        spec, shape = request.spec.vae, self.latent_shape
+        if half == "vae_encoder" and not request.spec.dit.condition_channels:
+            shape = (*shape[:2], 1, *shape[3:])  # it encodes one image
+        budget = self.usable_vram_bytes if request.vram is None else request.vram
+        return strip_choices(spec, half, precision, shape, budget, cache_sets=sets)
+
     # -- time
 
     @property
@@ -211,6 +236,7 @@ class Plan:
             "fits": self.fits,
             "residency": self.residency,
             **self.in_blocks.as_json(),
+            "vae_in_stages": [each.as_json() for each in self.staged_vae],
             "forward_pflop": {**{k: v / 1e15 for k, v in asdict(forward).items()}, "total": forward.total / 1e15},
             "step_pflop": self.step_flops / 1e15,
             "video_pflop": (request.steps * self.step_flops + self.vae_flops) / 1e15,

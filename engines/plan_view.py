@@ -8,6 +8,7 @@ from rich.table import Table
 from engines.plan import EXPORT_RAM_GIB, Plan
 from wan22.costs import dit_flops, model_parameters
 from wan22.quantities import human_bytes, video_text
+from wan22.vae_memory import StagedVae
 
 
 def as_text(plan: Plan) -> list[RenderableType]:
@@ -15,7 +16,7 @@ def as_text(plan: Plan) -> list[RenderableType]:
     totals = Table(show_header=False)
     for name, value in (*_machine(plan), *_work(plan)):
         totals.add_row(name, value)
-    return [_components(plan), totals, *_remarks(plan)]
+    return [_components(plan), totals, _vae(plan), *_remarks(plan)]
 
 
 def cards_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
@@ -23,12 +24,13 @@ def cards_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
     plan = plans[0]
     what = f"{plan.request.spec.name}, {plan.request.precision}: {video_text(*plan.request.video)}"
     table = Table(
-        "card", "GiB", "GB/s", "resident blocks", "text layers", "forward s", "block ms", "copy ms",
+        "card", "GiB", "GB/s", "resident blocks", "text layers", "VAE strips", "forward s", "block ms", "copy ms",
         title=f"{what}, {plan.tokens:,} tokens, in blocks", title_justify="left",
     )  # fmt: skip
     for each in plans:
         target, blocks = each.request.target, each.in_blocks
         row = [target.name, f"{target.memory_gib:g}", f"{blocks.bus_gb_s:g}", _blocks(each), _text_layers(each)]
+        row.append(str(chosen.strips) if (chosen := each.half_precision_decoder.fitting) else "none fit")
         forward, copy = blocks.streamed_forward_seconds, blocks.copy_seconds
         if forward is not None and blocks.forward_seconds is not None and copy is not None:
             computed = 1e3 * blocks.forward_seconds / blocks.stack.blocks
@@ -39,7 +41,8 @@ def cards_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
     yield f"a transformer takes at least {least}; blocks of {block} stream, hidden where copy ms are below block ms"
     vae = max(memory.scratch + memory.inputs_and_outputs for memory in plan.memory if memory.has_state)
     decoder = plan.precisions["vae_decoder_first"]
-    yield f"the VAE, a whole engine in {decoder}, takes {human_bytes(vae)} at work"
+    one = human_bytes(plan.half_precision_decoder.one.total)
+    yield f"the VAE takes {human_bytes(vae)} whole in {decoder}; VAE strips are for --vae-decoder fp16, one takes {one}"
 
 
 def _text_layers(plan: Plan) -> str:
@@ -68,6 +71,21 @@ def _components(plan: Plan) -> Table:
         count = parameters.get(memory.component, round(memory.weights / 4))  # a VAE's two engines share some
         table.add_row(memory.component, f"{count:,}", *map(human_bytes, sizes))
     return table
+
+
+def _vae(plan: Plan) -> Table:
+    """What a VAE in stages takes, and the strips that it needs."""
+    budget = plan.usable_vram_bytes if plan.request.vram is None else plan.request.vram
+    within = [f"strips in {human_bytes(budget)}, work"] if budget else []
+    table = Table("VAE in stages", "one strip", *within, "strips at least, work")
+    for half in plan.staged_vae:
+        chosen = [_strips(half.fitting) if half.fitting else "does not fit"] if budget else []
+        table.add_row(f"{half.half}, {half.precision}", human_bytes(half.one.total), *chosen, _strips(half.least))
+    return table
+
+
+def _strips(size: StagedVae) -> str:
+    return f"{size.strips}: {human_bytes(size.total)}, {size.work:.1f}x"
 
 
 def _machine(plan: Plan) -> Iterable[tuple[str, str]]:

@@ -10,9 +10,11 @@ from math import prod
 
 from wan22.bundle import Tensor
 from wan22.errors import UserError
+from wan22.parts import VaeSpec
 from wan22.quantities import video_text
 from wan22.shapes import Profile, parse_size, shape_of
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
+from wan22.strips import SIDES, Half, check_strips, cut_axis, strips_of, widest
 
 PRESETS = {"480p": "832x480,480x832", "720p": "1280x720,720x1280", "5b": "1280x704,704x1280"}
 TYPICAL_TEXT_TOKENS = 128  # about the length of the default negative prompt
@@ -55,6 +57,26 @@ def with_stages(profile: Profile) -> Profile:
     fewest, most = (prod(profile[name][end] for name in ("frames", "rows", "columns")) for end in (0, 2))
     slices = {"positions": (max(1, fewest // MOST_SLICES), most, most), "keys": (fewest, most, most)}
     return profile | slices | {"steps": STEPS}
+
+
+def with_strips(profile: Profile, spec: VaeSpec, most: int) -> Profile:
+    """``profile`` with the sides of strips of a VAE: whole pictures, and 1 to ``most`` strips of the longer side.
+
+    Raises:
+        UserError: the smallest picture has fewer rows or columns.
+    """
+    sizes = [(profile["height"][end], profile["width"][end]) for end in range(3)]
+    check_strips(most, sizes[0])
+    low, best, high = sizes
+    halves: tuple[Half, ...] = ("vae_decoder", "vae_encoder")
+    strips: Profile = {}
+    for axis, name in enumerate(SIDES):
+        least = low[axis]
+        if any(cut_axis(size) == axis for size in ((low[0], high[1]), (high[0], low[1]))):
+            least = min(strip.extent for half in halves for strip in strips_of(spec, half, low[axis], most))
+        usual = widest(spec, "vae_decoder", best, most)[axis]
+        strips[name] = (least, max(least, usual), high[axis])
+    return profile | strips
 
 
 def input_shapes(tensor: Tensor, profile: Profile) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -13,6 +13,7 @@ from export.graphs.weights_file import declare_weights
 from export.quantise.fp8_weights import Fp8Weights, remade_biases
 from export.shared_files import find_shareable
 from wan22.specs import Number, Precision
+from wan22.strips import VaeStage
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class ExportPart:
     input_means: Mapping[str, Array] = field(default_factory=dict)
     # tensors left in the checkpoint's files
     shared: Mapping[str, Stored] = field(default_factory=dict)
+    # of every graph of a VAE
+    vae_stages: Mapping[str, Mapping[VaeStage, GraphBuilder]] = field(default_factory=dict)
 
     @cached_property
     def declared(self) -> dict[str, Planned]:

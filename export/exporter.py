@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 
 from export.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -17,8 +18,8 @@ from export.graphs.builder import GraphBuilder, Placed
 from export.graphs.dit import LatentDims, dit_graph
 from export.graphs.linear import Fp8
 from export.graphs.text_encoder import text_encoder_graph, text_stages
-from export.graphs.vae_decoder import vae_decoder
-from export.graphs.vae_encoder import vae_encoder
+from export.graphs.vae_decoder import decoder_stage, vae_decoder
+from export.graphs.vae_encoder import encoder_stage, vae_encoder
 from export.graphs.weights_file import placements, write_weights
 from export.lora.merge import Lora, merged, open_lora
 from export.options import ExportOptions
@@ -41,6 +42,7 @@ from wan22.errors import UserError
 from wan22.outputs import check_disk, check_no_source
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec, Precision
+from wan22.strips import VAE_STAGES
 
 log = logging.getLogger(__name__)
 
@@ -162,12 +164,22 @@ def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Meas
     parts = {"text_encoder": ExportPart("text_encoder", precisions["text_encoder"], {"text_encoder": text}, layers)}
     dims = LatentDims(*shape[2:]) if shape else LatentDims()
     parts |= _expert_parts(spec, options, measured, dims)
-    for coder, vae in (("vae_encoder", vae_encoder), ("vae_decoder", vae_decoder)):
+    for coder, vae, stage in (
+        ("vae_encoder", vae_encoder, encoder_stage),
+        ("vae_decoder", vae_decoder, decoder_stage),
+    ):
         chunks = {name: name == f"{coder}_first" for name in spec.components if name.startswith(coder)}
         latent_size = shape[3:] if shape else None
         graphs = {name: vae(spec.vae, first, compute[coder], latent_size) for name, first in chunks.items()}
+        stages = {}
+        if latent_size is None:  # strips have other sizes
+            author = cache(partial(stage, spec.vae, compute=compute[coder]))
+            stages = {
+                name: {each: author(each, first=first and each == "motion") for each in VAE_STAGES}
+                for name, first in chunks.items()
+            }
         if graphs:
-            parts[coder] = ExportPart("vae", precisions[coder], graphs)
+            parts[coder] = ExportPart("vae", precisions[coder], graphs, vae_stages=stages)
     return parts
 
 
@@ -226,6 +238,7 @@ class _Writer:
             entry = file_entry(self.folder, self.folder / f"{component}.onnx")
             why = why_higher(name, part.precision, self.options)
             edges, stages = graph.edges(), self.stages(name, part)
+            stages += tuple(self.vae_stage(g, placed) for g in part.vae_stages.get(component, {}).items())
             components.append(Component(component, entry, files, *edges, part.precision, why, stages=stages))
         return components
 
@@ -239,6 +252,14 @@ class _Writer:
                 found.append(graph.stage(file_entry(self.folder, path)))
             self.written_stages[key] = tuple(found)
         return self.written_stages[key]
+
+    def vae_stage(self, named: tuple[str, GraphBuilder], placed: dict[str, Placed]) -> Stage:
+        """Write a stage of the VAE, which points into the weights of its half."""
+        stage, graph = named
+        path = self.folder / f"{graph.graph.name}.onnx"
+        graph.bind(placed, self.folder)
+        graph.save(path)
+        return Stage(stage, file_entry(self.folder, path), *graph.edges(), ())
 
     def weights(self, name: str, part: ExportPart) -> tuple[tuple[File, ...], dict[str, Placed]]:
         """Write the part's files; return their entries and the position of each tensor."""

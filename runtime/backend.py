@@ -63,11 +63,10 @@ def tensorrt_backend(bundle: Bundle, device: "Device", options: BlockOptions) ->
     blocks = BlockBackend(bundle, options, stages, device.available_bytes)
 
     def new_engine(component: Component) -> Engine:
-        whole = not component.in_stages
+        whole = not component.in_blocks
         return device.engine(bundle.folder, component, profiles) if whole else blocks.engine(component, profiles)
 
-    in_stages = any(component.in_stages for component in bundle.manifest.components)
-    return Backend(new_engine, device.available_bytes, cache_sets=2, blocks=blocks if in_stages else None)
+    return Backend(new_engine, device.available_bytes, cache_sets=2, blocks=blocks if _has_blocks(bundle) else None)
 
 
 def _onnxruntime(bundle: Bundle, options: BlockOptions) -> Backend:
@@ -82,9 +81,12 @@ def _onnxruntime(bundle: Bundle, options: BlockOptions) -> Backend:
     profiles = bundle.manifest.build.profiles if bundle.manifest.build else ()
 
     def new_engine(component: Component) -> Engine:
-        if component.in_stages:
+        if component.in_blocks:
             return blocks.engine(component, ())
         return OnnxRuntimeEngine(bundle.folder, component, profiles)
 
-    in_stages = any(component.in_stages for component in bundle.manifest.components)
-    return Backend(new_engine, available_host_bytes, blocks=blocks if in_stages else None)
+    return Backend(new_engine, available_host_bytes, blocks=blocks if _has_blocks(bundle) else None)
+
+
+def _has_blocks(bundle: Bundle) -> bool:
+    return any(component.in_blocks for component in bundle.manifest.components)

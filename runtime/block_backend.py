@@ -1,7 +1,7 @@
 """Components in stages for a pipeline: where their weights are, and the memory that they take."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from runtime.block_forward import StageDevice
@@ -29,7 +29,13 @@ TEXT_ENCODER = "text_encoder"
 @dataclass(frozen=True)
 class BlockOptions:
     weights_in: WeightsIn = "auto"
-    vram: float | None = None  # the most bytes for a transformer, and for the text encoder; None: what is free
+    vram: float | None = None  # the most bytes for a transformer, text encoder or VAE, each; None: what is free
+    vae_strips: int | None = None  # strips in which a VAE takes pictures; None: whole if it fits, else what fits
+
+    @property
+    def of_blocks(self) -> "BlockOptions":
+        """Those that only components in blocks have."""
+        return replace(self, vae_strips=None)
 
 
 BLOCKS_AS_FIT = BlockOptions()
@@ -37,9 +43,24 @@ BLOCKS_AS_FIT = BlockOptions()
 
 def check_options(bundle: Bundle, options: BlockOptions) -> None:
     """Refuse options that the engines of ``bundle`` cannot follow."""
-    if options != BLOCKS_AS_FIT and not any(component.in_stages for component in bundle.manifest.components):
+    in_blocks = any(component.in_blocks for component in bundle.manifest.components)
+    if options.of_blocks != BLOCKS_AS_FIT and not in_blocks:
         remedy = "leave --weights-in and --vram out, or run wan-trt build --topology blocks"
         raise UserError(f"--weights-in or --vram for {bundle.folder}", "engines in blocks", remedy)
+    asked, most, build = options.vae_strips, most_strips(bundle), bundle.manifest.build
+    vae = [component for component in bundle.manifest.components if component.name.startswith("vae")]
+    if asked is not None and not any(component.stages for component in vae):
+        again = "run wan-trt build --vae-strips" if build and build.profiles else "export and build again"
+        raise UserError(f"--vae-strips for {bundle.folder}", "engines of a VAE in stages", again)
+    if asked is not None and most is not None and asked > most:
+        remedy = f"use --vae-strips {most}, or build with --vae-strips {asked}"
+        raise UserError(f"--vae-strips {asked}", f"1 to {most}, which the engines were built for", remedy)
+
+
+def most_strips(bundle: Bundle) -> int | None:
+    """The most strips that the VAE's engines were built for; None for any number."""
+    build = bundle.manifest.build
+    return int(build.options["vae_strips"]) if build is not None and "vae_strips" in build.options else None
 
 
 class BlockBackend:
@@ -55,14 +76,15 @@ class BlockBackend:
         """``device`` makes the device for components with the same stages; ``available_bytes`` is what is free."""
         self._bundle, self._options, self._available = bundle, options, available_bytes
         self._device, self._shared = device, dict[tuple[str, ...], SharedBlocks]()
+        self._others_bytes = 0.0
         self.component: Callable[[str], Component] = bundle.component  # with the weights in use; may be replaced
 
     def applies_to(self, name: str) -> bool:
-        return self._bundle.component(name).in_stages
+        return name in {component.name for component in self._in_blocks}
 
     def engine(self, component: Component, profiles: Sequence[Profile]) -> BlockTransformer | BlockTextEncoder:
         spec = self._bundle.manifest.spec
-        alike = tuple(self.component(c.name) for c in self._in_stages if c.stages == component.stages)
+        alike = tuple(self.component(c.name) for c in self._in_blocks if c.stages == component.stages)
         key = tuple(each.weights[1].path for each in alike)
         if key not in self._shared:
             layout = self._layout(component)
@@ -77,14 +99,14 @@ class BlockBackend:
         """What all components have copied so far."""
         return sum((shared.streamed for shared in self._shared.values()), NOTHING)
 
-    def check(self, video: Video) -> None:
-        """Refuse a video that does not fit, before anything is loaded.
+    def check(self, video: Video, others_bytes: float) -> None:
+        """Refuse a video that does not fit, before anything is loaded; other components need ``others_bytes``.
 
         Raises:
             UserError: names the smallest budget that works.
         """
-        count = tokens(self._bundle.manifest.spec.latent_shape(*video))
-        for component in self._in_stages:
+        count, self._others_bytes = tokens(self._bundle.manifest.spec.latent_shape(*video)), others_bytes
+        for component in self._in_blocks:
             self._choose(component, count)
 
     def memory(self, name: str, video: Video, *, resident: bool) -> Memory:
@@ -96,14 +118,14 @@ class BlockBackend:
         return Memory(name, slots + found.text, found.x + found.edges + found.scratch, 0.0)
 
     @cached_property
-    def _in_stages(self) -> tuple[Component, ...]:
-        return tuple(component for component in self._bundle.manifest.components if component.in_stages)
+    def _in_blocks(self) -> tuple[Component, ...]:
+        return tuple(component for component in self._bundle.manifest.components if component.in_blocks)
 
     @cached_property
     def _first(self) -> dict[str, str]:
         """By stages, the expert that counts for the slots that all of them share."""
         found: dict[str, str] = {}
-        for component in self._in_stages:
+        for component in self._in_blocks:
             found.setdefault(component.stages[0].graph.path, component.name)
         return found
 
@@ -138,7 +160,8 @@ class BlockBackend:
         found = self._stack(component, count).choose(budget, options.weights_in)
         if found is not None:
             return found
-        least = max(self._stack(each, count).smallest_budget(options.weights_in) for each in self._in_stages)
+        each = (self._stack(each, count).smallest_budget(options.weights_in) for each in self._in_blocks)
+        least = max(self._others_bytes, *each)
         remedy = "use --weights-in auto" if options.weights_in == "vram" else "use a smaller --size"
         if options.vram is None:
             asked = f"{human_bytes(budget)} free"

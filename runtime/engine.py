@@ -6,7 +6,7 @@ An output ``next_x`` with an input ``x`` is state for the next call. A call cons
 array may hold the next state, so callers that still need the old one must copy it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, Self
 
 import numpy as np
@@ -40,6 +40,16 @@ class BorrowedEngine:
 
     def __exit__(self, *_: object) -> None:
         """Do nothing: the owner closes it."""
+
+
+class OnCall(BorrowedEngine):
+    """An engine that ``opened`` returns, which is asked when it is called."""
+
+    def __init__(self, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], opened: Callable[[], Engine]) -> None:
+        self.inputs, self.outputs, self._opened = inputs, outputs, opened
+
+    def __call__(self, **inputs: np.ndarray) -> Arrays:
+        return self._opened()(**inputs)
 
 
 def check_inputs(

@@ -15,16 +15,16 @@ from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions, check_options
 from runtime.block_stream import Streamed
 from runtime.built_for import check_video, default_video, fill_defaults
 from runtime.denoise import Conditions, Step, denoise
-from runtime.engine import Arrays, BorrowedEngine, Engine
+from runtime.engine import Engine, OnCall
 from runtime.forward_inputs import text_rows
 from runtime.image_condition import conditioning_video, fit_image, i2v_condition
 from runtime.request import CompleteRequest, Request
 from runtime.tokenizer import TokenIds, Tokenizer
-from runtime.vae import decode, encode
+from runtime.vae_choice import PipelineVae
 from runtime.weight_sets import WeightSets, check_lora
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.memory import available_host_bytes
-from wan22.quantities import human_bytes
+from wan22.quantities import counted, human_bytes
 from wan22.residency import (
     RESIDENCIES,
     Memory,
@@ -38,6 +38,7 @@ from wan22.residency import (
     refusal,
 )
 from wan22.specs import TEXT_TOKENS, ModelSpec, Precision
+from wan22.strips import half_of
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Pipeline:
             once: for a single run: free each engine as soon as no later stage needs it.
             tell: receives one line for each choice of ``auto``.
             new_engine: makes the engine of a component, instead of the bundle's backend.
-            blocks: where the weights of transformers in stages are.
+            blocks: where the weights of transformers in stages are, and how the VAE takes pictures.
         """
         self.bundle, self.once = bundle, once
         self.weight_sets = WeightSets(bundle, {})  # may be replaced before the first request
@@ -88,6 +89,8 @@ class Pipeline:
         self._asked, self._choices, self._tell = residency, choices, tell
         self._residency: Residency | None = None if residency == "auto" else residency
         self._available_bytes = self._backend.available_bytes() if residency == "auto" else math.inf
+        free = math.inf if new_engine else self._available_bytes  # engines of others are whole
+        self._vae = PipelineVae(bundle, blocks, free, self._backend.cache_sets)
 
     @classmethod
     def open(
@@ -137,14 +140,16 @@ class Pipeline:
             UserError: no residency fits; names the component that does not, and a video that would fit.
         """
         if self._backend.blocks is not None:
-            self._backend.blocks.check(video)
+            self._backend.blocks.check(video, self._vae.least_bytes(video))
+        for half, count in self._vae.chosen(video).items():
+            self._tell(f"{half} in {counted(count, 'strip')}")
         if self._asked != "auto":
             return
         needed, available = self._needed(video), self._available_bytes
         found = choose_residency(needed, available)
         if found is None:
-            spec, sets = self.spec, self._backend.cache_sets
-            fitting = largest_fitting(spec, self._precisions, video, available, cache_sets=sets)
+            sets, stages = self._backend.cache_sets, self._vae.in_stages
+            fitting = largest_fitting(self.spec, self._precisions, video, available, cache_sets=sets, in_stages=stages)
             raise refusal(needed, self._memory(video), available, fitting)
         if found != self._residency:
             self._keep_only(())
@@ -157,7 +162,8 @@ class Pipeline:
 
     def _memory(self, video: Video, *, resident: bool = False) -> dict[str, Memory]:
         """The engines' memory; of transformers in stages with all blocks ``resident`` or as few as possible."""
-        found = engines_memory(self.spec, self._precisions, video, cache_sets=self._backend.cache_sets)
+        sets, strips = self._backend.cache_sets, self._vae.chosen(video)
+        found = engines_memory(self.spec, self._precisions, video, cache_sets=sets, vae_strips=strips)
         if (blocks := self._backend.blocks) is not None:
             in_stages = [name for name in found if blocks.applies_to(name)]
             found |= {name: blocks.memory(name, video, resident=resident) for name in in_stages}
@@ -181,20 +187,31 @@ class Pipeline:
         return self._engines[name]
 
     def _component(self, name: str) -> Component:
-        """Component ``name`` with the weights of the set in use."""
-        return self.weight_sets.component(name)
+        """Component ``name`` with the weights of the set in use, or a stage of one: "vae_decoder_first.fine"."""
+        whole, _, stage = name.partition(".")
+        return self.weight_sets.component(whole).part(stage) if stage else self.weight_sets.component(whole)
 
     def _sharing(self, name: str) -> set[str]:
-        """The engines that take no memory beside that of ``name``: experts in the same stages stream past."""
+        """The engines that stay beside ``name``: experts in the same stages stream past, those of a VAE take turns."""
+        if "." in name:
+            return {other for other in self._engines if "." in other and half_of(other) == half_of(name)}
         stages = self.bundle.component(name).stages if self._backend.blocks else ()
         return {c.name for c in self.bundle.manifest.components if stages and c.stages == stages}
 
     def on_call(self, name: str) -> Engine:
         """An engine of component ``name`` that is opened when called, and again if it was closed since."""
-        return _OnCall(self, name)
+        component = self._component(name)
+        return OnCall(component.inputs, component.outputs, lambda: self.engine(name))
+
+    def load(self, name: str) -> None:
+        """Open the engine of component ``name``, or the engines of its stages."""
+        for engine in self._vae.engines(name):
+            self.engine(engine)
 
     def release(self, name: str) -> None:
-        """Free the engine of component ``name`` if it is open."""
+        """Free the engine of component ``name`` if it is open, or those of its stages."""
+        for stage in [other for other in self._open if other.startswith(f"{name}.")]:
+            self.release(stage)
         if name in self._open:
             del self._engines[name]
             self._open.pop(name).close()
@@ -237,15 +254,13 @@ class Pipeline:
         """The sampler's inputs from the request's images: ``condition`` (I2V), ``first_frame`` (TI2V) or none."""
         if request.image is None:
             return {}
-        self._begin("vae_encoder_first", "vae_encoder_next")
         shape = self.spec.takes.resizing, (request.width, request.height), request.fit
         first = fit_image(request.image, *shape)
         if self.spec.takes.clean_first_frame:
-            return {"first_frame": encode(self.on_call("vae_encoder_first"), None, first)}
+            return {"first_frame": self.encode(first)}
         last = None if request.last_image is None else fit_image(request.last_image, *shape)
         video = conditioning_video(first, request.frames, last)
-        following = self.on_call("vae_encoder_next") if request.frames > 1 else None
-        latents = encode(self.on_call("vae_encoder_first"), following, video)
+        latents = self.encode(video)
         return {"condition": i2v_condition(latents, has_last=last is not None)}
 
     def denoise(self, request: CompleteRequest, steps: range | None = None) -> Generator[Step, F32 | None, None]:
@@ -268,25 +283,17 @@ class Pipeline:
         spec, sampler = whole if steps is None else request.part(self.spec, steps)
         yield from denoise(spec, self.engine, request.initial_noise(), given, sampler)
 
+    def encode(self, frames: F32) -> F32:
+        """Encode frames ``[1, 3, F, H, W]`` into normalised latents ``[1, z, T, h, w]``."""
+        self._begin(*(name for name in self._engines if name.startswith("vae_encoder")))
+        return self._vae.encode(frames, self.on_call)
+
     def decode(self, latents: F32) -> Iterator[F32]:
         """Decode clean latents ``[1, z, T, h, w]`` into frames ``[1, 3, f, H, W]`` in [-1, 1], per latent frame."""
-        self._begin("vae_decoder_first", "vae_decoder_next")
-        following = self.on_call("vae_decoder_next") if latents.shape[2] > 1 else None
-        yield from decode(self.on_call("vae_decoder_first"), following, latents)
+        self._begin(*(name for name in self._engines if name.startswith("vae_decoder")))
+        yield from self._vae.decode(latents, self.on_call)
 
 
 def _single(outputs: np.ndarray | tuple[np.ndarray, ...]) -> F32:
     assert isinstance(outputs, np.ndarray)
     return outputs
-
-
-class _OnCall(BorrowedEngine):
-    """An engine of ``pipeline`` that is opened when it is called."""
-
-    def __init__(self, pipeline: Pipeline, name: str) -> None:
-        component = pipeline.bundle.component(name)
-        self._pipeline, self._name = pipeline, name
-        self.inputs, self.outputs = component.inputs, component.outputs
-
-    def __call__(self, **inputs: np.ndarray) -> Arrays:
-        return self._pipeline.engine(self._name)(**inputs)

@@ -7,6 +7,9 @@ conditional velocity. Late guidance saves the unconditional forward alone: it ex
 sigma.
 
 Nothing passes from one expert to the other: each starts with two computed steps.
+
+Between steps a cache keeps one array in the shape of the latents for ``rescale`` and ``hold``, two for ``taylor1``, two
+more for late guidance, and EasyCache's samples, a ninth of two arrays.
 """
 
 import math
@@ -21,15 +24,17 @@ from wan22.caching import Caching, Reuse, computed_steps
 FLOOR = 1e-8  # of norms that divide
 LATE_FROM = 0.4  # share of the run after which "auto" extrapolates the residual
 FARTHEST = 2.0  # extrapolation in units of the last gap between residuals
+# EasyCache measures every third row and column of latents with at least so many positions; patches are of 2 x 2, so all
+# places in a patch take turns.
+SAMPLED_FROM, EVERY = 1024, 3
 
 
 @dataclass(frozen=True, eq=False)
 class Computed:
-    """A computed step; ``latents`` are those before it, ``velocity`` is the guided one."""
+    """A computed step: its guided velocity, for ``rescale`` less the latents before the step."""
 
     sigma: float
-    velocity: F32
-    latents: F32 | None = None  # kept where the strategy needs them
+    kept: F32
 
 
 Strategy = Callable[[Computed, Computed | None, float, F32], F32]
@@ -37,21 +42,18 @@ Strategy = Callable[[Computed, Computed | None, float, F32], F32]
 
 def rescale(last: Computed, _before: Computed | None, _sigma: float, latents: F32) -> F32:
     """EasyCache's estimate: the last difference of velocity and latents, ``x + (v_last - x_last)``."""
-    assert last.latents is not None
-    estimate: F32 = last.velocity - last.latents
-    estimate += latents
-    return estimate
+    return last.kept + latents
 
 
 def hold(last: Computed, _before: Computed | None, _sigma: float, _latents: F32) -> F32:
     """The last velocity."""
-    return last.velocity
+    return last.kept
 
 
 def taylor1(last: Computed, before: Computed | None, sigma: float, _latents: F32) -> F32:
     """Linear extrapolation of the last two velocities in sigma."""
     assert before is not None
-    return _extrapolate(before.velocity, last.velocity, (sigma - last.sigma) / (last.sigma - before.sigma))
+    return _extrapolate(before.kept, last.kept, (sigma - last.sigma) / (last.sigma - before.sigma))
 
 
 STRATEGIES: dict[Reuse, Strategy] = {"rescale": rescale, "hold": hold, "taylor1": taylor1}
@@ -111,9 +113,9 @@ class StepCache:
         if self._late:
             self._late.observe(step, conditional, velocity)
         if self._skips_any:
-            before, rescales = self._last, self._strategy is rescale
-            self._before = before if self._strategy is taylor1 else None
-            self._last = Computed(self._sigmas[step], velocity, latents if rescales else None)
+            self._before = self._last if self._strategy is taylor1 else None
+            kept = velocity - latents if self._strategy is rescale else velocity
+            self._last = Computed(self._sigmas[step], kept)
 
     def moved(self, before: F32, after: F32) -> None:
         """Measure the solver's step from ``before`` to ``after``."""
@@ -123,10 +125,9 @@ class StepCache:
     @property
     def held_bytes(self) -> int:
         """Bytes of all arrays that are kept for later steps."""
-        computed = [each for each in (self._last, self._before) if each]
-        arrays = [array for each in computed for array in (each.velocity, each.latents)]
+        arrays = [each.kept for each in (self._last, self._before) if each]
         arrays += [*(self.easy.arrays if self.easy else ()), *(self._late.arrays if self._late else ())]
-        return sum({id(array): array.nbytes for array in arrays if array is not None}.values())
+        return sum({id(array): array.nbytes for array in arrays}.values())
 
 
 class EasyGate:
@@ -138,9 +139,9 @@ class EasyGate:
         self._exact |= set(range(steps - settings.last_exact, steps))
         self._first = {experts.index(name) for name in experts}
         self._threshold, self._most_in_a_row = settings.threshold, settings.max_consecutive
-        self._measured = slice(1 if clean_first_frame else 0, None)
+        self._first_measured = 1 if clean_first_frame else 0
         self.error, self.gain = math.nan, math.nan
-        self.arrays: tuple[F32, ...] = ()  # latents and conditional velocity of the last computed step
+        self.arrays: tuple[F32, ...] = ()  # samples of latents and conditional velocity, of the last computed step
         self._sum, self._in_a_row, self._size, self._move = 0.0, 0, 0.0, 0.0
 
     def skips(self, step: int) -> bool:
@@ -155,18 +156,18 @@ class EasyGate:
 
     def observe(self, latents: F32, conditional: F32) -> None:
         """Measure how the velocity follows the latents from the last computed step to this one."""
+        sampled = (_sample(latents), _sample(conditional))
         if self.arrays:
-            last_latents, last_velocity = self.arrays
-            moved = max(self._distance(latents, last_latents), FLOOR)
-            self.gain = self._distance(conditional, last_velocity) / moved
-        self._size = _mean_abs(conditional[:, :, self._measured])
-        self.arrays = (latents, conditional)
+            moved, changed = map(self._distance, sampled, self.arrays)
+            self.gain = changed / max(moved, FLOOR)
+        self._size = _mean_abs(sampled[1][:, :, self._first_measured :])
+        self.arrays = sampled
 
     def moved(self, before: F32, after: F32) -> None:
-        self._move = self._distance(after, before)
+        self._move = self._distance(_sample(after), _sample(before))
 
     def _distance(self, one: F32, other: F32) -> float:
-        return _mean_abs(one[:, :, self._measured] - other[:, :, self._measured])
+        return _mean_abs(one[:, :, self._first_measured :] - other[:, :, self._first_measured :])
 
 
 class LateGuidance:
@@ -219,6 +220,14 @@ def _extrapolate(before: F32, last: F32, share: float) -> F32:
     estimate *= np.float32(share)
     estimate += last
     return estimate
+
+
+def _sample(values: F32) -> F32:
+    """What EasyCache measures of ``[1, z, T, h, w]``: small arrays themselves, a ninth of large ones."""
+    if values.shape[-2] * values.shape[-1] < SAMPLED_FROM:
+        return values
+    sampled: F32 = values[..., ::EVERY, ::EVERY].copy()  # a view would keep all of them
+    return sampled
 
 
 def _mean_abs(values: F32) -> float:

@@ -36,8 +36,9 @@ def check_backends(bundle: Bundle) -> None:
     if backend not in BACKENDS:
         raise UserError(f"{backend} engines in topology bls", f"{' or '.join(BACKENDS)} engines", USE_OWNER)
     if any(component.in_stages for component in bundle.manifest.components):
-        remedy = f"{USE_OWNER}, or build with --topology whole"
-        raise UserError("engines in blocks in topology bls", "whole engines", remedy)
+        ways = {True: ("blocks", "--topology whole"), False: ("stages", "less: no --vae-strips")}
+        what, how = ways[any(component.in_blocks for component in bundle.manifest.components)]
+        raise UserError(f"engines in {what} in topology bls", "whole engines", f"{USE_OWNER}, or build with {how}")
 
 
 def check_resident(bundle: Bundle, memory_gib: float) -> None:

@@ -18,7 +18,6 @@ from PIL import Image
 from runtime.arrays import F32, to_numpy
 from runtime.denoise import Step
 from runtime.recipe import recipe_of
-from runtime.vae import decode
 from runtime.video import encode_video, to_uint8
 from triton_repo.failure import Code
 from triton_repo.job_request import JobRequest
@@ -151,7 +150,7 @@ class Job:
         if guess is None:
             return b""
         at = 0 if request.image is None else guess.shape[2] // 2
-        (frames,) = decode(self.pipeline.on_call("vae_decoder_first"), None, guess[:, :, at : at + 1])
+        (frames,) = self.pipeline.decode(guess[:, :, at : at + 1])
         picture = io.BytesIO()
         Image.fromarray(to_uint8(frames)[0]).save(picture, "JPEG", quality=PREVIEW_QUALITY)
         return picture.getvalue()

@@ -63,8 +63,8 @@ def warm_up(pipeline: ServedPipeline) -> None:
     Raises:
         NonFiniteError: they compute NaN or infinity.
     """
-    for component in pipeline.spec.components:
-        pipeline.engine(component)
+    for component in pipeline.bundle.manifest.components:
+        pipeline.load(component.name)
     spec = pipeline.spec
     width, height, frames = smallest_video(pipeline.bundle.manifest)
     grey = BytesIO()

@@ -63,6 +63,8 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
     bundle = open_bundle(engines, "engines", full_check=True)
     check_graphs(bundle)
     check_options(bundle, options.blocks)
+    if options.topology == "bls" and options.blocks.vae_strips is not None:
+        raise UserError("--vae-strips in topology bls", "whole engines", "leave it out, or use --topology owner")
     unread = check_plans(bundle)
     if options.topology == "bls":
         if options.residency not in ("auto", "all"):

@@ -55,7 +55,7 @@ class ServedPipeline(Pipeline):
         if name in self.spec.experts and self.residency != "all":
             self.swaps += self._expert not in ("", name)
             self._expert = name
-        return TimedEngine(super().engine(name), name, self)
+        return TimedEngine(super().engine(name), name.partition(".")[0], self)
 
 
 class TimedEngine(BorrowedEngine):

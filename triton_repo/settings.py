@@ -63,6 +63,7 @@ class Settings:
     drain_flag: str = ""  # while this file exists, the model reports that it is not ready
     weights_in: WeightsIn = "auto"  # where the weights of engines in blocks are
     vram_bytes: float = 0.0  # the most that a transformer in blocks may take; 0: what is free
+    vae_strips: int = 0  # strips in which the VAE takes pictures; 0: as many as memory needs
     loras: str = ""  # JSON: name → folder of the weight set and the hash of its bundle.json
     described: str = ""  # JSON: the manifest without its files, for clients that check requests themselves
     # BLS only
@@ -71,7 +72,7 @@ class Settings:
 
     @property
     def blocks(self) -> BlockOptions:
-        return BlockOptions(self.weights_in, self.vram_bytes or None)
+        return BlockOptions(self.weights_in, self.vram_bytes or None, self.vae_strips or None)
 
     def weight_sets(self) -> dict[str, tuple[str, str]]:
         """Folder and hash of the manifest of every weight set, by name."""
@@ -123,6 +124,7 @@ def settings_of(
         drain_flag=drain_flag,
         weights_in=blocks.weights_in,
         vram_bytes=blocks.vram or 0.0,
+        vae_strips=blocks.vae_strips or 0,
         loras=_pinned(loras) if loras else "",
         described=msgspec.json.encode(_without_files(bundle.manifest)).decode(),
     )

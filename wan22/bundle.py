@@ -5,8 +5,7 @@ before it uses the content, and names the field that is wrong.
 """
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +42,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Stage:
-    """One graph of a transformer cut into parts of its blocks, or its engine. Weights are inputs of it."""
+    """One graph of a transformer or VAE that is cut into parts, or its engine; a transformer's weights are inputs."""
 
     name: str
     graph: File
@@ -69,17 +68,22 @@ class Component:
         """True for engines that are stages; a bundle of graphs has both, the whole graph and its stages."""
         return any(stage.graph == self.graph for stage in self.stages)
 
+    @property
+    def in_blocks(self) -> bool:
+        """True for engines that are stages with their weights outside, which every block or layer calls."""
+        return self.in_stages and any(stage.weights for stage in self.stages)
+
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 
+    def part(self, name: str) -> "Component":
+        """The stage ``name`` as a component called ``dit.qkv``."""
+        s, whole = self.stage(name), f"{self.name}.{name}"
+        return replace(self, name=whole, graph=s.graph, inputs=s.inputs, outputs=s.outputs, halves=(), stages=())
+
     def compiled(self) -> "tuple[Component, ...]":
-        """What is compiled by itself: the stages as components called ``dit.qkv``, or the component."""
-        parts = (
-            replace(self, name=f"{self.name}.{stage.name}", graph=stage.graph, inputs=stage.inputs, stages=())
-            for stage in self.stages
-            if self.in_stages
-        )
-        return tuple(parts) or (self,)
+        """What is compiled by itself: the stages, or the component."""
+        return tuple(self.part(stage.name) for stage in self.stages) if self.in_stages else (self,)
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,7 @@ class Manifest:
 
     def files(self) -> dict[str, File]:
         """Every file of the bundle by path; weights that graphs share appear once."""
-        parts = [file for c in self.components for file in (c.graph, *c.halves, *c.weights)]
-        parts += [stage.graph for c in self.components for stage in c.stages]
+        parts = [f for c in self.components for f in (c.graph, *c.halves, *c.weights, *(s.graph for s in c.stages))]
         return {file.path: file for file in (*parts, *self.tokenizer)}
 
 
@@ -165,11 +168,9 @@ def file_entry(folder: Path, path: Path) -> File:
     return File(path.relative_to(folder).as_posix(), sha256_of(path), path.stat().st_size)
 
 
-@contextmanager
-def staged(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(folder: Path, *, overwrite: bool = False) -> AbstractContextManager[Path]:
     """Yield an empty folder that becomes ``folder`` if the block succeeds; raises as :func:`refuse_existing`."""
-    with whole_folder(folder, MANIFEST if overwrite else "") as new:
-        yield new
+    return whole_folder(folder, MANIFEST if overwrite else "")
 
 
 def refuse_existing(folder: Path, kind: Kind, *, overwrite: bool) -> None:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
+from wan22.strips import Half, edge_scale
+
+TIME_TAPS = 3  # of the convolutions over time alone
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,17 @@ def encoder_layers(spec: VaeSpec, first: bool = False) -> Iterator[VaeLayer]:
     yield from _middle(widths[-1], taps)
     yield VaeLayer(widths[-1], 2 * z, taps, 1, 1, widths[-1])
     yield VaeLayer(2 * z, 2 * z, 1)
+
+
+def motion_parameters(spec: VaeSpec, half: Half, first: bool) -> int:
+    """Parameters of the stage that doubles or halves frames, the only one with separate graphs for the first chunk."""
+    ends = 9  # layers of the middle, with the convolutions between it and the latents
+    if half == "vae_decoder":
+        layers = [layer for layer in [*decoder_layers(spec, first)][ends:] if layer.scale <= edge_scale("pictures")]
+    else:
+        every = [*encoder_layers(spec, first)][:-ends]
+        layers = every[next(index for index, layer in enumerate(every) if layer.taps == TIME_TAPS) :]
+    return sum(layer.parameters for layer in layers if not (first and layer.taps == TIME_TAPS))
 
 
 def _residual(entering: int, leaving: int, taps: int, scale: int = 1, frames: int = 1) -> Iterator[VaeLayer]:

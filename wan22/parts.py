@@ -114,6 +114,16 @@ class VaeSpec:
         return 8 * self.patch
 
     @property
+    def last_in_time(self) -> int:
+        """The last stage of the decoder that doubles frames; those before it do, too."""
+        return sum(self.temporal_down) - 1
+
+    @property
+    def first_in_time(self) -> int:
+        """The first stage of the encoder that halves frames; those after it do, too, but for the last of all."""
+        return len(self.temporal_down) - sum(self.temporal_down)
+
+    @property
     def encoder_widths(self) -> tuple[int, ...]:
         """Input channels of each stage, then output channels of the last."""
         return tuple(self.encoder_base * m for m in (1, *self.multipliers))

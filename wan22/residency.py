@@ -22,6 +22,8 @@ from wan22.errors import UserError
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
 from wan22.quantities import human_bytes
 from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, tokens
+from wan22.strips import Half, half_of
+from wan22.vae_memory import choose_strips, staged_vae
 
 Residency = Literal["all", "one-expert", "one-component"]
 RESIDENCIES: tuple[Residency, ...] = get_args(Residency)  # by the engines that stay loaded, most first
@@ -30,9 +32,11 @@ ResidencyChoice = Literal["all", "one-expert", "one-component", "auto"]
 Video = tuple[int, int, int]  # width, height in pixels; frames
 
 PLANNER_FACTOR = 1.3  # ratio of scratch memory to live tensors: 1.14 to 1.36 in builds for SM89 and SM120
-VAE_TENSORS = {"2.1": 1.9, "2.2": 3.9}  # ratio of a VAE's scratch memory to its largest tensor, measured at 720p
+# ratio of a VAE's scratch memory to its largest tensor, measured at 720p, by bits: norms are in float32 in any case
+VAE_TENSORS = {("2.1", 32): 1.9, ("2.1", 16): 2.8, ("2.2", 32): 3.9, ("2.2", 16): 5.3}
 VRAM_RESERVED = 0.06  # fraction of the card: driver, context, ECC, fragmentation
 SHARES = range(16, 0, -1)  # sixteenths of a side to try for a smaller video
+WHOLE_VAE: Mapping[Half, int] = {}  # no half of the VAE in stages
 CALL_COPIES = 2  # copies of a recorded call's inputs: the caller's, and those at the recorded addresses
 
 
@@ -44,6 +48,8 @@ class Memory:
     weights: float
     scratch: float
     inputs_and_outputs: float
+
+    strips: int = 0  # of pictures, if the component is a half of the VAE in stages
 
     @property
     def has_state(self) -> bool:
@@ -68,7 +74,12 @@ def usual_precisions(spec: ModelSpec, precision: Precision) -> dict[str, Precisi
 
 
 def engines_memory(
-    spec: ModelSpec, precisions: Mapping[str, Precision], video: Video, *, cache_sets: int = 2
+    spec: ModelSpec,
+    precisions: Mapping[str, Precision],
+    video: Video,
+    *,
+    cache_sets: int = 2,
+    vae_strips: Mapping[Half, int] = WHOLE_VAE,
 ) -> dict[str, Memory]:
     """The memory of the engines of ``spec`` for ``video``, by component; only those in ``precisions``.
 
@@ -77,9 +88,10 @@ def engines_memory(
         precisions: by component.
         video: width, height, frames.
         cache_sets: sets of VAE caches in memory during a call: 2 if read and written separately, 1 if overwritten.
+        vae_strips: halves of the VAE in stages, and the number of strips of their pictures.
 
     Raises:
-        UserError: the model does not support the size or number of frames.
+        UserError: the model does not support the size or number of frames, or there are too many strips.
     """
     shape = spec.latent_shape(*video)
     found: dict[str, Memory] = {}
@@ -88,6 +100,9 @@ def engines_memory(
             continue  # there is only the first latent frame
         if name == "text_encoder":
             found[name] = _text_encoder(spec.text_encoder, precisions[name])
+        elif name.startswith("vae") and (half := half_of(name)) in vae_strips:
+            sizes = staged_vae(spec.vae, half, precisions[name], shape, vae_strips[half], cache_sets=cache_sets)
+            found[half] = Memory(half, sizes.weights, sizes.scratch, sizes.state, sizes.strips)
         elif name.startswith("vae"):
             found[name] = _vae(spec.vae, name, precisions[name], shape, cache_sets)
         else:
@@ -111,15 +126,30 @@ def choose_residency(needed: Mapping[Residency, float], available: float) -> Res
 
 
 def largest_fitting(
-    spec: ModelSpec, precisions: Mapping[str, Precision], video: Video, available: float, *, cache_sets: int = 2
+    spec: ModelSpec,
+    precisions: Mapping[str, Precision],
+    video: Video,
+    available: float,
+    *,
+    cache_sets: int = 2,
+    in_stages: Iterable[Half] = (),
 ) -> Video | None:
     """The largest video of about the same aspect ratio that fits with one component at a time.
 
-    It is at least half as long as ``video``, or a single picture if no video fits; None if not even that fits.
+    It is at least half as long as ``video``, or a single picture if no video fits; None if not even that fits. Halves
+    of the VAE ``in_stages`` take as many strips as they need.
     """
+    halves = tuple(in_stages)
 
     def fits(size: tuple[int, int], frames: int) -> bool:
-        memory = engines_memory(spec, precisions, (*size, frames), cache_sets=cache_sets)
+        shape = spec.latent_shape(*size, frames)
+        strips = dict.fromkeys(halves, 1)
+        for half in halves:
+            precision = precisions[f"{half}_first"]
+            if (found := choose_strips(spec.vae, half, precision, shape, available, cache_sets=cache_sets)) is None:
+                return False
+            strips[half] = found.strips
+        memory = engines_memory(spec, precisions, (*size, frames), cache_sets=cache_sets, vae_strips=strips)
         return needed_bytes(spec, memory)["one-component"] <= available
 
     width, height, frames = video
@@ -212,7 +242,8 @@ def _vae(spec: VaeSpec, name: str, precision: Precision, latent_shape: tuple[int
     weights = vae_weights_bytes(spec, name, precision)
     convolutions = [layer for layer in _layers(spec, name) if layer.taps]
     largest = max(max(x.entering, x.leaving) * x.frames * x.scale**2 * positions for x in convolutions)
-    scratch = VAE_TENSORS[spec.generation] * precision.linears.bits / 8 * largest
+    bits = precision.linears.bits
+    scratch = VAE_TENSORS[spec.generation, bits] * bits / 8 * largest
     frames, sets = (1, 1) if first else (spec.temporal_stride, cache_sets)
     pixels = 3 * frames * spec.spatial_stride**2 * positions
     cached = (2 if precision == Precision.FP16 else 4) * sets * cache_elements(spec, half, size)

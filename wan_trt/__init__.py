@@ -10,6 +10,7 @@ from typing import Any
 
 _WHERE = {
     "ApplyOptions": "wan_trt.recipes.apply_lora",
+    "BlockOptions": "runtime.block_backend",
     "BuildOptions": "engines.build",
     "Caching": "wan22.caching",
     "CalibrateOptions": "wan_trt.recipes.calibrate",

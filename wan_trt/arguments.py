@@ -85,6 +85,10 @@ Vram = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Memory for a transformer in blocks, as 8GiB; by default what is free."),
 ]
+VaeStrips = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Strips of the VAE's pictures, or by default auto: as many as memory needs."),
+]
 Schedule = Annotated[
     Literal["official", "diffusers"] | None,
     typer.Option(metavar="NAME", help="Timesteps of official or diffusers; by default the preset's."),
@@ -96,7 +100,6 @@ Topology = Annotated[
     Literal["owner", "bls"], typer.Option(help="owner: one model holds all engines; bls: one model per engine.")
 ]
 GpuMemory = Annotated[float | None, typer.Option(help="GiB of GPU memory, for bls; by default the target's.", min=0)]
-Limit = Annotated[int | None, typer.Option(help="Limit for a request; by default the model's largest official value.")]
 QueueSize = Annotated[int, typer.Option(help="Maximum number of waiting jobs per priority.", min=1)]
 LongestJob = Annotated[int, typer.Option(help="Maximum seconds that a job runs and that a shutdown waits.", min=1)]
 RequireSignature = Annotated[
@@ -108,8 +111,17 @@ SAMPLING = {
     "negative_prompt": NegativePrompt, "preset": Preset, "boundary": Boundary, "steps": Steps, "shift": Shift,
     "guidance_high_noise": ExpertGuidance, "guidance_low_noise": ExpertGuidance, "guidance": Guidance, "solver": Solver,
 }  # fmt: skip
-BLOCKS = {"weights_in": WeightsIn, "vram": Vram}
-LIMITS = dict.fromkeys(("max_pixels", "max_frames", "max_steps", "max_prompt_bytes", "max_image_bytes"), Limit)
+BLOCKS = {"weights_in": WeightsIn, "vram": Vram, "vae_strips": VaeStrips}
+LIMITS = {
+    name: Annotated[int | None, typer.Option(help=f"Largest {what} of a request; by default {usual}.")]
+    for name, what, usual in (
+        ("max_pixels", "width times height in pixels", "the model's largest official size"),
+        ("max_frames", "number of frames", "the model's"),
+        ("max_steps", "number of denoising steps", "100"),
+        ("max_prompt_bytes", "prompt in bytes of UTF-8", "16,384"),
+        ("max_image_bytes", "image file in bytes", "33,554,432"),
+    )
+}
 
 # headings of --help and their parameters; others are under "Options"
 GROUPS = {
@@ -129,7 +141,7 @@ GROUPS = {
         "precision", "text_encoder", "high_noise", "low_noise", "dit", "vae_decoder", "fp8_attention",
         "keep_high_precision", "input_scales", "input_means",
     ),
-    "Memory": ("residency", "weights_in", "vram"),
+    "Memory": ("residency", "weights_in", "vram", "vae_strips"),
     "LoRA": ("lora", "lora_ignore_unmatched"),
     "Comparison": (
         "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",
@@ -205,11 +217,14 @@ def seed_of(typed: int | None) -> int:
 
 
 def blocks_options(options: Mapping[str, Any]) -> "BlockOptions":
-    """Where the weights of engines in blocks are, by the options of :data:`BLOCKS`."""
+    """Where the weights of engines in blocks are, and how the VAE takes pictures, by the options of :data:`BLOCKS`."""
     from runtime.block_backend import BlockOptions
 
-    vram = options.get("vram")
-    return BlockOptions(options.get("weights_in") or "auto", None if vram is None else parse_bytes(vram, "--vram"))
+    vram, strips = options.get("vram"), options.get("vae_strips") or "auto"
+    if strips != "auto" and not re.fullmatch(r"[1-9]\d{0,3}", strips):
+        raise UserError(f"--vae-strips {strips!r}", "a number from 1 on, or auto", "write it as 4")
+    budget, count = None if vram is None else parse_bytes(vram, "--vram"), None if strips == "auto" else int(strips)
+    return BlockOptions(options.get("weights_in") or "auto", budget, count)
 
 
 def noise_of(path: Path | None) -> "F32 | None":
@@ -254,6 +269,19 @@ def request_from(options: Mapping[str, Any]) -> "Request":
             "terms": terms_from(options),
         }
     )
+
+
+def check_used(
+    output: Path, quality: int | None, image: Path | None, fit: str, *, exact_official: bool = False
+) -> None:
+    """Refuse a quality for files that have none, and rules for an image without one."""
+    from runtime.video import FILMS
+
+    if quality is not None and output.suffix.lower() not in FILMS:
+        raise UserError(f"--quality for {output}", f"a name ending in {' or '.join(FILMS)}", "leave --quality out")
+    if image is None and (fit != "official" or exact_official):
+        option = "--exact-official" if exact_official else f"--fit {fit}"
+        raise UserError(f"{option} without --image", "an image to fit", f"leave {option} out")
 
 
 def check_signed(engines: Path, key: Path | None) -> None:

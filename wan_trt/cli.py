@@ -36,7 +36,7 @@ from wan_trt.commands import (
     validate,
 )
 from wan_trt.console import tolerate_any_encoding
-from wan_trt.guard import guard
+from wan_trt.guard import CommandLine, guard
 
 HELP = {"help_option_names": ["-h", "--help"]}
 GROUPS = {
@@ -46,7 +46,7 @@ GROUPS = {
     "Serve": (triton, serve, client),
 }
 
-app = typer.Typer(
+app = CommandLine(
     name="wan-trt",
     help="Wan2.2 video generation: PyTorch checkpoint → ONNX → engines → video, with proof of parity.",
     no_args_is_help=True,

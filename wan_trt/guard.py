@@ -17,12 +17,35 @@ from wan22.quantities import human_bytes
 from wan_trt.console import tolerate_any_encoding
 from wan_trt.extras import missing_module_line
 
+USAGE: type[Any] = typer.BadParameter.__bases__[0]  # click's UsageError, of which Typer has a copy of its own
+
+
+class CommandLine(typer.Typer):
+    """A Typer that refuses what it cannot parse in one line, like all other bad input."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        program = str(self.info.name)
+        if kwargs.get("standalone_mode") is False:  # called from Python, which wants the exceptions
+            return super().__call__(*args, **kwargs)
+        try:
+            code = super().__call__(*args, **kwargs | {"standalone_mode": False, "prog_name": program})
+        except typer.Abort:  # a question that was not answered
+            sys.exit(1)
+        except Exception as error:
+            if (line := _usage_line(error, program)) is None:
+                raise
+            if line:
+                print(line, file=sys.stderr)
+            sys.exit(2)
+        sys.exit(code or 0)
+
 
 def command_of(run: Callable[..., int | None], program: str) -> typer.Typer:
     """The command line of a program with one command, such as ``python -m studies.gpu``."""
     tolerate_any_encoding()
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command(context_settings={"help_option_names": ["-h", "--help"]})(guard(run, program))
+    app = CommandLine(pretty_exceptions_enable=False, add_completion=False)
+    app.info.name = program
+    app.command(program, context_settings={"help_option_names": ["-h", "--help"]})(guard(run, program))
     return app
 
 
@@ -53,6 +76,19 @@ def guard(run: Callable[..., int | None], program: str = "wan-trt") -> Callable[
         raise typer.Exit(code or 0)
 
     return run_guarded
+
+
+def _usage_line(error: Exception, program: str) -> str | None:
+    """The line for arguments that do not parse; "" if the help was printed instead, None for another error."""
+    if not isinstance(error, USAGE):
+        return None
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return ""
+    said = " ".join(error.format_message().split()).removesuffix(".")
+    if (context := error.ctx) is None:  # the last word is an option without its value
+        return f"{program}: {said} | expected a value after it | see --help"
+    usage = " ".join(context.get_usage().split()).removeprefix("Usage: ")
+    return f"{context.command_path}: {said} | expected {usage} | see {context.command_path} --help"
 
 
 def _out_of_memory(error: MemoryError) -> str:

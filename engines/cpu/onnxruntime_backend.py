@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from engines.cpu.passes import fit_decoder, fit_transformer
 from engines.cpu.prompt import split_at_prompt
 from wan22.backends import loading
-from wan22.bundle import Bundle, Component, File, file_entry
+from wan22.bundle import Bundle, Component, File, Stage, file_entry
 from wan22.progress import Progress
 from wan22.specs import Precision
 
@@ -19,10 +19,13 @@ def fit_components(source: Bundle, folder: Path, progress: Progress) -> tuple[tu
     """Rewrite the components of ``source``, already copied to ``folder``; return them and the backend's version."""
     import onnxruntime
 
-    components, prepared = source.manifest.components, []
+    components, prepared, stages = source.manifest.components, [], dict[str, Stage]()
     for done, component in enumerate(components, 1):
-        prepared.append(engine := _for_cpu(source, component, folder))
-        for file in (engine.graph, *engine.halves):
+        engine = _for_cpu(source, component, folder)
+        new = {stage.graph.path: stage for stage in component.stages if stage.graph.path not in stages}
+        stages |= {path: _stage_for_cpu(component, stage, folder) for path, stage in new.items()}
+        prepared.append(engine := replace(engine, stages=tuple(stages[s.graph.path] for s in component.stages)))
+        for file in (engine.graph, *engine.halves, *(stages[path].graph for path in new)):
             with loading(folder / file.path):
                 onnxruntime.InferenceSession(folder / file.path, providers=["CPUExecutionProvider"])
         progress("build engines", done, len(components), "components")
@@ -44,6 +47,18 @@ def _for_cpu(source: Bundle, component: Component, folder: Path) -> Component:
         fit_decoder(model)
     ir.save(model, path)
     return replace(component, graph=file_entry(folder, path), halves=_halves(model, path) if is_transformer else ())
+
+
+def _stage_for_cpu(component: Component, stage: Stage, folder: Path) -> Stage:
+    """A stage of the VAE, adapted like its whole graph."""
+    if component.precision is not Precision.FP32 or not component.name.startswith("vae_decoder"):
+        return stage
+    import onnx_ir as ir
+
+    model = ir.load(path := folder / stage.graph.path)
+    fit_decoder(model)
+    ir.save(model, path)
+    return replace(stage, graph=file_entry(folder, path))
 
 
 def _halves(transformer: "ir.Model", path: Path) -> tuple[File, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from engines.cuda.kernels import check_kernels
 from engines.cuda.passes import fit_transformer, lower_opset
-from wan22.bundle import Bundle, Component, file_entry
+from wan22.bundle import Bundle, Component, File, file_entry
 from wan22.progress import Progress
 from wan22.specs import ModelSpec
 
@@ -25,14 +25,20 @@ def fit_for_cuda(source: Bundle, folder: Path, progress: Progress) -> list[tuple
     """
     import onnx_ir as ir
 
-    components, fitted = source.manifest.components, []
+    components, fitted, stages = source.manifest.components, [], dict[str, File]()  # stages of the VAE by path
     for done, component in enumerate(components, 1):
         path = folder / component.graph.path
         model = ir.load(path)
         nodes = _fit(model, source.manifest.spec, component.name)
         ir.save(model, path)
         listed = ", ".join(f"{count} {kind}" for kind, count in nodes.items())
-        fitted.append((replace(component, graph=file_entry(folder, path)), listed))
+        for place in {stage.graph.path for stage in component.stages} - stages.keys():
+            model = ir.load(folder / place)
+            _fit(model, source.manifest.spec, component.name)
+            ir.save(model, folder / place)
+            stages[place] = file_entry(folder, folder / place)
+        own = tuple(replace(stage, graph=stages[stage.graph.path]) for stage in component.stages)
+        fitted.append((replace(component, graph=file_entry(folder, path), stages=own), listed))
         progress("build engines", done, len(components), "components")
     return fitted
 

@@ -10,9 +10,10 @@ The builder's verbose log is kept next to the engine; ``engines.inspect.log`` re
 import contextlib
 import ctypes
 import io
+import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,17 @@ def load_module(backend: Backend) -> ModuleType:
 def log_beside(engine: Path) -> Path:
     """The path of the builder's log for ``engine``."""
     return engine.with_suffix(".log")
+
+
+@contextlib.contextmanager
+def keep_log(plan: Path, folder: Path) -> Iterator[None]:
+    """Copy the builder's log of ``plan`` to ``folder`` if its build is refused."""
+    try:
+        yield
+    except UserError:
+        if log_beside(plan).exists():
+            shutil.copyfile(log_beside(plan), folder / f"{plan.stem}.build.log")
+        raise
 
 
 def build_engine(graph: Path, engine: Path, options: EngineOptions, progress: Progress = silent) -> BuiltEngine:

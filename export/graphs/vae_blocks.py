@@ -8,6 +8,9 @@ move to the batch axis.
 
 Scopes are module paths: inside ``scope("decoder")`` and ``scope("conv1")`` the parameter ``weight`` is
 ``decoder.conv1.weight``, with the checkpoint's shape.
+
+Each half also exists as four graphs (:data:`wan22.strips.VAE_STAGES`): "middle" sees whole pictures, because it
+attends; the others take strips of them, and all but "motion" one frame per call.
 """
 
 from collections.abc import Sequence
@@ -19,8 +22,10 @@ from export.checkpoint.schema import vae_tensors
 from export.graphs.builder import FLOAT, FLOAT16, GraphBuilder
 from wan22.errors import UserError
 from wan22.parts import Cache, VaeSpec
+from wan22.strips import SIDES, Edge, Half, VaeStage, caches_of, edge_channels, edge_scale, half_of
 
 LatentSize = tuple[int, int]  # rows and columns of the latent grid
+WHOLE, STRIP = ("height", "width"), SIDES  # names of dynamic sides
 NORM_EPS = 1e-12
 _END = 2**31 - 1
 
@@ -28,17 +33,33 @@ _END = 2**31 - 1
 class VaeGraph(GraphBuilder):
     """The graph of one chunk with its caches.
 
-    A ``first`` graph is for a video's first chunk: one frame, no history, hence no cache inputs. Convolutions and the
-    values between them have type ``compute``; inputs, outputs, channel norms, SiLU and softmax are float32. Caches hold
-    inputs of convolutions, so float16 graphs lose nothing by float16 caches; numpy has no bfloat16 for those of others.
+    A ``first`` graph is for a video's first chunk: one frame, no history, hence no cache inputs. A ``single`` graph
+    takes one frame per call, whether it is the first or not: the two frames that a convolution remembers are separate
+    inputs, ``recent_05`` and the one before it, ``cache_05``, which ``next_cache_05`` replaces. So a call writes one
+    frame and keeps the other where it is. Both are zeros at first, which is the padding of the first frame.
+
+    Convolutions and the values between them have type ``compute``; inputs, outputs, channel norms, SiLU and softmax are
+    float32. Caches hold inputs of convolutions, so float16 graphs lose nothing by float16 caches; numpy has no bfloat16
+    for those of others.
     """
 
-    def __init__(self, half: str, spec: VaeSpec, *, first: bool, compute: ir.DataType, size: LatentSize | None) -> None:
-        super().__init__(f"{half}_{'first' if first else 'next'}")
-        self.spec, self.first, self.compute, self.size = spec, first, compute, size
+    def __init__(
+        self,
+        name: str,
+        spec: VaeSpec,
+        *,
+        first: bool = False,
+        single: bool = False,
+        compute: ir.DataType,
+        size: LatentSize | None = None,
+        start: int = 0,
+    ) -> None:
+        super().__init__(name)
+        self.spec, self.first, self.single, self.compute, self.size = spec, first, single, compute, size
         self.cached = FLOAT16 if compute == FLOAT16 else FLOAT
-        self._shapes = vae_tensors(spec)
-        self._entering: list[ir.Value] = []
+        self.sides, self._shapes = WHOLE, vae_tensors(spec)
+        self._start = start  # number of the first cache: stages number theirs like the whole graph
+        self._entering: list[list[ir.Value]] = []
         self._leaving: list[ir.Value] = []
 
     # -- edges
@@ -47,21 +68,26 @@ class VaeGraph(GraphBuilder):
         """The dimensions of a video ``scale`` times as large as the latent grid.
 
         Dynamic sides are named "height" and "width" at scale 1, otherwise "K*height" and "K*width": K times the latent
-        dimension.
+        dimension. Those of strips are "strip_height" and "strip_width".
         """
         if self.size is not None:
             return [1, channels, frames, *(side * scale for side in self.size)]
-        return [1, channels, frames, *(side if scale == 1 else f"{scale}*{side}" for side in ("height", "width"))]
+        return [1, channels, frames, *(side if scale == 1 else f"{scale}*{side}" for side in self.sides)]
 
     def take_caches(self, caches: Sequence[Cache]) -> None:
         """Declare ``cache_00``, ``cache_01``, ..., which :meth:`recall` returns in this order."""
-        for index, cache in enumerate(() if self.first else caches):
-            dims = self.video(cache.channels, cache.frames, cache.scale)
-            self._entering.append(self.input(f"cache_{index:02d}", self.cached, dims))
+        for index, cache in enumerate(() if self.first else caches, self._start):
+            dims = self.video(cache.channels, self._kept(cache), cache.scale)
+            names = ("cache", "recent") if self.single else ("cache",)
+            self._entering.append([self.input(f"{name}_{index:02d}", self.cached, dims) for name in names])
 
-    def recall(self) -> ir.Value:
-        """The frames that the current convolution kept from the previous chunk."""
-        return self.cast(self._entering[len(self._leaving)], self.compute)
+    def _kept(self, cache: Cache) -> int:
+        """The frames in one tensor of ``cache``."""
+        return 1 if self.single else cache.frames
+
+    def recall(self) -> list[ir.Value]:
+        """The frames that the current convolution kept from earlier chunks, in their order."""
+        return [self.cast(value, self.compute) for value in self._entering[len(self._leaving)]]
 
     def remember(self, frames: ir.Value) -> None:
         """Keep ``frames`` for the next chunk."""
@@ -70,8 +96,8 @@ class VaeGraph(GraphBuilder):
     def give_caches(self, caches: Sequence[Cache]) -> None:
         """Declare ``next_cache_00``, ..., one for each remembered value."""
         with self.scope("caches"):
-            for index, (cache, value) in enumerate(zip(caches, self._leaving, strict=True)):
-                dims = self.video(cache.channels, cache.frames, cache.scale)
+            for index, (cache, value) in enumerate(zip(caches, self._leaving, strict=True), self._start):
+                dims = self.video(cache.channels, self._kept(cache), cache.scale)
                 self.output(f"next_cache_{index:02d}", self.cast(value, self.cached), dims, self.cached)
 
     # -- parameters
@@ -91,6 +117,38 @@ def latent_statistics(g: VaeGraph) -> tuple[ir.Value, ir.Value]:
     shape = (1, g.spec.latent_channels, 1, 1, 1)
     inverse_std = (1 / np.array(g.spec.latents_std, np.float32)).reshape(shape)
     return g.constant(np.array(g.spec.latents_mean, np.float32).reshape(shape), FLOAT), g.constant(inverse_std, FLOAT)
+
+
+# -- stages
+
+
+def stage_graph(
+    spec: VaeSpec, half: Half, stage: VaeStage, first: bool, compute: ir.DataType
+) -> tuple[VaeGraph, tuple[Cache, ...]]:
+    """An empty graph of a stage, and its caches."""
+    start, caches = caches_of(spec, half, stage)
+    in_time = stage == "motion"
+    name = f"{half}_{stage}" + (f"_{'first' if first else 'next'}" if in_time else "")
+    g = VaeGraph(name, spec, first=first and in_time, single=not in_time, compute=compute, start=start)
+    if stage != "middle":
+        g.sides = STRIP
+    return g, caches
+
+
+def take_edge(g: VaeGraph, name: Edge, frames: int) -> tuple[ir.Value, ir.Value | None]:
+    """Declare the input ``name`` from the stage before: a picture, and what a shortcut adds to the next one."""
+    (width, beside), scale = edge_channels(g.spec, half_of(str(g.graph.name)), name), edge_scale(name)
+    joined = g.cast(g.input(name, g.cached, g.video(width + beside, frames, scale)), g.compute)
+    if not beside:
+        return joined, None
+    return g.slice(joined, 1, 0, width), g.slice(joined, 1, width, width + beside)
+
+
+def give_edge(g: VaeGraph, name: Edge, x: ir.Value, shortcut: ir.Value | None, frames: int) -> None:
+    """Declare the output that :func:`take_edge` takes in the next stage."""
+    channels, scale = sum(edge_channels(g.spec, half_of(str(g.graph.name)), name)), edge_scale(name)
+    joined = g.cast(x if shortcut is None else g.concat([x, shortcut], 1), g.cached)
+    g.output(f"next_{name}", joined, g.video(channels, frames, scale), g.cached)
 
 
 # -- convolutions
@@ -116,12 +174,12 @@ def causal_conv(g: VaeGraph, x: ir.Value) -> ir.Value:
     if g.first:
         g.remember(prepend_zeros(g, x))
         return conv(g, x)
-    return conv(g, prepend_cache(g, x, kept=2))
+    return conv(g, prepend_cache(g, x, kept=1 if g.single else 2))
 
 
 def prepend_cache(g: VaeGraph, x: ir.Value, *, kept: int) -> ir.Value:
     """The cached frames followed by ``x``; the last ``kept`` frames of both become the next cache."""
-    joined = g.concat([g.recall(), x], 2)
+    joined = g.concat([*g.recall(), x], 2)
     g.remember(g.slice(joined, 2, -kept, _END))
     return joined
 

@@ -13,6 +13,7 @@ from export.graphs.vae_blocks import (
     VaeGraph,
     causal_conv,
     conv,
+    give_edge,
     head,
     latent_statistics,
     middle,
@@ -20,9 +21,12 @@ from export.graphs.vae_blocks import (
     prepend_zeros,
     residual_block,
     split_pixels,
+    stage_graph,
+    take_edge,
     unsupported_shortcut,
 )
 from wan22.parts import VaeSpec
+from wan22.strips import VaeStage
 
 
 def vae_encoder(
@@ -35,77 +39,131 @@ def vae_encoder(
     float32, or float16 for caches if ``compute`` is; dynamic sides are named by :meth:`VaeGraph.video`, fixed ones
     follow ``size`` (latent rows, columns).
     """
-    g = VaeGraph("vae_encoder", spec, first=first, compute=compute, size=size)
+    g = VaeGraph(f"vae_encoder_{'first' if first else 'next'}", spec, first=first, compute=compute, size=size)
     frames = 1 if first else spec.temporal_stride
     x = g.input("frames", FLOAT, g.video(3, frames, spec.spatial_stride))
     g.take_caches(spec.encoder_caches)
-    if spec.patch > 1:  # [1, 3, F, 2h, 2w] → [1, 12, F, h, w]; the column is the slower index of a colour's channels
-        x = g.transpose(split_pixels(g, x, 3, frames), 0, 5, 3, 1, 2, 4)
-        x = g.op("Squeeze", g.reshape(x, [1, 1, 12, frames, 0, 0]), g.constant([0]))
-    with g.scope("encoder"):
-        x = _encoder(g, g.cast(x, g.compute), frames)
-    with g.scope("conv1"):
-        mean_and_variance = conv(g, x)
-    x = g.cast(g.slice(mean_and_variance, 1, 0, spec.latent_channels), FLOAT)
-    mean, inverse_std = latent_statistics(g)
-    latents = g.mul(g.op("Sub", x, mean), inverse_std)
-    g.output("latents", latents, g.video(spec.latent_channels, 1, 1))
+    pictures = _halve_sides(g, _fine(g, x, frames), spec.first_in_time)
+    g.output("latents", _latents(g, _motion(g, *pictures, frames)), g.video(spec.latent_channels, 1, 1))
     g.give_caches(spec.encoder_caches)
     return g
 
 
-def _encoder(g: VaeGraph, x: ir.Value, frames: int) -> ir.Value:
-    """``[1, 3·patch², F, 8h, 8w]`` → ``[1, 2z, 1, h, w]``."""
-    widths = g.spec.encoder_widths
-    with g.scope("conv1"):
+def encoder_stage(spec: VaeSpec, stage: VaeStage, first: bool, compute: ir.DataType = FLOAT) -> GraphBuilder:
+    """One of the graphs that :func:`vae_encoder` is cut into; only "motion" differs if ``first``.
+
+    ``frames`` [1, 3, 1, H, W] → fine → ``details`` [1, C, 1, 4h, 4w] → coarse → ``pictures`` [1, C, 1 or 4, 2h, 2w] →
+    motion → ``features`` [1, C, 1, h, w], float32 → middle → ``latents``. See
+    :func:`export.graphs.vae_decoder.decoder_stage`.
+    """
+    g, caches = stage_graph(spec, "vae_encoder", stage, first, compute)
+    if stage == "fine":
+        frames = g.input("frames", FLOAT, g.video(3, 1, spec.spatial_stride))
+        g.take_caches(caches)
+        give_edge(g, "details", _fine(g, frames, 1), None, 1)
+    elif stage == "coarse":
+        details, _ = take_edge(g, "details", 1)
+        g.take_caches(caches)
+        give_edge(g, "pictures", *_halve_sides(g, details, spec.first_in_time), 1)
+    elif stage == "motion":
+        count = 1 if first else spec.temporal_stride
+        pictures = take_edge(g, "pictures", count)
+        g.take_caches(caches)
+        g.output("features", g.cast(_motion(g, *pictures, count), FLOAT), g.video(spec.encoder_widths[-1], 1, 1))
+    else:
+        features = g.input("features", FLOAT, g.video(spec.encoder_widths[-1], 1, 1))
+        g.take_caches(caches)
+        g.output("latents", _latents(g, g.cast(features, g.compute)), g.video(spec.latent_channels, 1, 1))
+    g.give_caches(caches)
+    return g
+
+
+def _fine(g: VaeGraph, x: ir.Value, frames: int) -> ir.Value:
+    """The stages before the first that halves frames: ``[1, 3, F, H, W]`` → ``[1, C, F, 4h, 4w]``."""
+    spec = g.spec
+    if spec.patch > 1:  # [1, 3, F, 2h, 2w] → [1, 12, F, h, w]; the column is the slower index of a colour's channels
+        x = g.transpose(split_pixels(g, x, 3, frames), 0, 5, 3, 1, 2, 4)
+        x = g.op("Squeeze", g.reshape(x, [1, 1, 12, frames, 0, 0]), g.constant([0]))
+    x = g.cast(x, g.compute)
+    with g.scope("encoder"), g.scope("conv1"):
         x = causal_conv(g, x)
-    for stage in range(len(widths) - 1):
-        x, frames = _stage(g, x, stage, frames)
-    return head(g, middle(g, x, widths[-1]), widths[-1])
+    for stage in range(spec.first_in_time):
+        x, shortcut = _halve_sides(g, x, stage)
+        x = x if shortcut is None else g.add(x, shortcut)
+    return x
 
 
-def _stage(g: VaeGraph, x: ir.Value, stage: int, frames: int) -> tuple[ir.Value, int]:
-    """Residual blocks; every stage but the last then halves rows and columns, and some also the frames."""
-    spec, entering, leaving_frames = g.spec, x, frames
-    widths = spec.encoder_widths[stage : stage + 2]
-    for index in range(spec.blocks_per_stage):
-        with g.scope(vae_module("downsamples", spec, stage, index)):
+def _motion(g: VaeGraph, x: ir.Value, shortcut: ir.Value | None, frames: int) -> ir.Value:
+    """The stages that halve frames, and the last: ``[1, C, F, 2h, 2w]`` → ``[1, C, 1, h, w]``."""
+    spec, last = g.spec, len(g.spec.temporal_down)
+    for stage in range(spec.first_in_time, last):
+        if stage > spec.first_in_time:
+            x, shortcut = _halve_sides(g, x, stage)
+        x, frames = _halve_frames(g, x, shortcut, stage, frames)
+    with g.scope("encoder"):
+        entering, x = x, _blocks(g, x, last)
+        if not spec.residual:
+            return x
+        with g.scope(f"downsamples.{last}.avg_shortcut"):
+            return g.add(x, entering)
+
+
+def _latents(g: VaeGraph, x: ir.Value) -> ir.Value:
+    """``[1, C, 1, h, w]`` → ``[1, z, 1, h, w]``: all that looks at the whole picture."""
+    width = g.spec.encoder_widths[-1]
+    with g.scope("encoder"):
+        x = head(g, middle(g, x, width), width)
+    with g.scope("conv1"):
+        mean_and_variance = conv(g, x)
+    x = g.cast(g.slice(mean_and_variance, 1, 0, g.spec.latent_channels), FLOAT)
+    mean, inverse_std = latent_statistics(g)
+    return g.mul(g.op("Sub", x, mean), inverse_std)
+
+
+def _blocks(g: VaeGraph, x: ir.Value, stage: int) -> ir.Value:
+    """The residual blocks of a stage."""
+    widths = g.spec.encoder_widths[stage : stage + 2]
+    for index in range(g.spec.blocks_per_stage):
+        with g.scope(vae_module("downsamples", g.spec, stage, index)):
             x = residual_block(g, x, widths[min(index, 1)], widths[1])
-    halving = stage < len(spec.temporal_down)
-    if halving:
-        with g.scope(vae_module("downsamples", spec, stage, spec.blocks_per_stage)):
-            x, leaving_frames = _downsample(g, x, frames)
-    if spec.residual:
+    return x
+
+
+def _halve_sides(g: VaeGraph, entering: ir.Value, stage: int) -> tuple[ir.Value, ir.Value | None]:
+    """The blocks of a stage, then every second row and column, with zeros beyond the lower and right edge.
+
+    Beside it what the shortcut around a stage of VAE 2.2 adds (AvgDown3D, §4.1): the average of 2×2 pixels.
+    """
+    spec = g.spec
+    (width, leaving), in_time = spec.encoder_widths[stage : stage + 2], spec.temporal_down[stage]
+    if spec.residual and leaving != (2 * width if in_time else width):
+        raise unsupported_shortcut(width, leaving)
+    with g.scope("encoder"):
+        x = _blocks(g, entering, stage)
+        with g.scope(vae_module("downsamples", spec, stage, spec.blocks_per_stage)), g.scope("resample.1"):
+            x = conv(g, x, strides=(1, 2, 2), pads=(0, 0, 1, 1))
+        if not spec.residual:
+            return x, None
         with g.scope(f"downsamples.{stage}.avg_shortcut"):
-            x = g.add(x, _average(g, entering, stage, frames) if halving else entering)
-    return x, leaving_frames
+            return x, g.op("AveragePool", entering, kernel_shape=[1, 2, 2], strides=[1, 2, 2])
 
 
-def _downsample(g: VaeGraph, x: ir.Value, frames: int) -> tuple[ir.Value, int]:
-    """Keep every second row and column, with zeros beyond the lower and right edge; then every second frame."""
-    with g.scope("resample.1"):
-        x = conv(g, x, strides=(1, 2, 2), pads=(0, 0, 1, 1))
-    if not g.has("time_conv"):
-        return x, frames
-    with g.scope("time_conv"):
+def _halve_frames(g: VaeGraph, x: ir.Value, shortcut: ir.Value | None, stage: int, frames: int) -> tuple[ir.Value, int]:
+    """Every second frame, plus the ``shortcut`` with pairs of frames stacked as channels.
+
+    The first frame of a video is kept, and forms a pair with a preceding zero frame in the shortcut.
+    """
+    width, leaving_frames = g.spec.encoder_widths[stage], frames if g.first else frames // 2
+    module = vae_module("downsamples", g.spec, stage, g.spec.blocks_per_stage)
+    with g.scope("encoder"), g.scope(module), g.scope("time_conv"):
         if g.first:
             g.remember(x)
-            return x, frames
-        return conv(g, prepend_cache(g, x, kept=1), strides=(2, 1, 1)), frames // 2
-
-
-def _average(g: VaeGraph, x: ir.Value, stage: int, frames: int) -> ir.Value:
-    """The shortcut around a stage of VAE 2.2 (AvgDown3D, §4.1): average 2×2 pixels, stack pairs of frames as channels.
-
-    The first frame of a video forms a pair with a preceding zero frame.
-    """
-    (width, leaving), in_time = g.spec.encoder_widths[stage : stage + 2], g.spec.temporal_down[stage]
-    if leaving != (2 * width if in_time else width):
-        raise unsupported_shortcut(width, leaving)
-    if in_time and g.first:
-        x, frames = prepend_zeros(g, x), 2
-    x = g.op("AveragePool", x, kernel_shape=[1, 2, 2], strides=[1, 2, 2])
-    if not in_time:
-        return x
-    pairs = g.transpose(g.reshape(x, [width, frames // 2, 2, 0, 0]), 0, 2, 1, 3, 4)
-    return g.reshape(pairs, [1, 2 * width, frames // 2, 0, 0])
+        else:
+            x = conv(g, prepend_cache(g, x, kept=1), strides=(2, 1, 1))
+    if shortcut is None:
+        return x, leaving_frames
+    with g.scope("encoder"), g.scope(f"downsamples.{stage}.avg_shortcut"):
+        if g.first:
+            shortcut, frames = prepend_zeros(g, shortcut), 2
+        pairs = g.transpose(g.reshape(shortcut, [width, frames // 2, 2, 0, 0]), 0, 2, 1, 3, 4)
+        return g.add(x, g.reshape(pairs, [1, 2 * width, frames // 2, 0, 0])), leaving_frames

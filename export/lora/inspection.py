@@ -30,7 +30,7 @@ def inspect_weights(path: Path) -> list[dict[str, Any]]:
     """One entry for a file or a checkpoint's folder, or one for every file of weights in another folder.
 
     Raises:
-        UserError: ``path`` does not exist, or contains no weights.
+        UserError: ``path`` does not exist, is a file that cannot be read, or contains no weights.
     """
     if not path.exists():
         raise UserError(
@@ -48,19 +48,24 @@ def inspect_weights(path: Path) -> list[dict[str, Any]]:
     files = sorted(name for name in names if name.endswith(SUFFIXES))[:FILES_MAX]
     if not files:
         raise UserError(f"{path} holds no weights", "a checkpoint or files of weights", "point to the folder that does")
-    return [_file(folder / name) for name in files]
+    return [_file_of_several(folder / name) for name in files]
+
+
+def _file_of_several(path: Path) -> dict[str, Any]:
+    """The entry of a file beside others, also of one that cannot be read."""
+    try:
+        return _file(path)
+    except UserError as error:
+        return {"path": str(path), "is": error.found, "export": "refuses it"}
 
 
 def _file(path: Path) -> dict[str, Any]:
     if (shard := SHARD.search(path.name)) and int(shard[2]) > 1:
         place = f"part {int(shard[1])} of {int(shard[2])} of one file of weights"
         return {"path": str(path), "is": place, "export": "reads the folder that holds all parts"}
-    try:
-        found = describe(path)
-        if found.model == "a LoRA":
-            return _lora(path)
-    except UserError as error:
-        return {"path": str(path), "is": str(error).partition(" | ")[0], "export": "refuses it"}
+    found = describe(path)
+    if found.model == "a LoRA":
+        return _lora(path)
     entry = {"path": str(path), "is": found.model, "form": found.form, "types": dict(found.types)}
     if found.expert:
         entry["expert"] = f"{found.expert.replace('_', ' ')}, by its name"

@@ -25,8 +25,11 @@ from wan22.bundle import MergedLora, sha256_of
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
 
-SYNTAX = "FILE.safetensors[@strength][:high|:low]"
+SYNTAX = "FILE[@STRENGTH][:high|:low]"
 WEIGHT_FILE = "|".join(re.escape(suffix) for suffix in WEIGHT_SUFFIXES)
+ARGUMENT = re.compile(
+    rf"(?P<file>.+(?:{WEIGHT_FILE})|.+?)(?:@(?P<first>[^@:/]*))?(?::(?P<expert>[^:/]*))?(?::(?P<last>[^:/]*))?"
+)
 
 
 @dataclass(frozen=True)
@@ -98,17 +101,21 @@ class MergedWeights:
         return any(name in lora.deltas[self.expert] for lora in self.loras)
 
 
-def parse_lora(argument: str) -> LoraChoice:
-    """Parse ``FILE.safetensors[@strength][:high|:low]``; FILE may be a .pt file or the folder of an adapter."""
-    match = re.fullmatch(rf"(.+(?:{WEIGHT_FILE}))(?:@([^:]*))?(?::(.*))?", argument)
-    match = match or re.fullmatch(r"(.+?)(?:@([^@:/]*))?(?::([^:/]*))?", argument)
-    if not match:
-        raise UserError(f"LoRA {argument!r}", SYNTAX, "name a safetensors file")
-    file, strength, expert = match.groups()
-    if expert is not None and expert not in EXPERTS:
-        raise UserError(f"LoRA {argument!r}: expert {expert!r}", "high or low", f"write {SYNTAX}")
-    value = 1.0 if strength is None else finite_strength(f"LoRA {argument!r}", strength, SYNTAX)
-    return LoraChoice(Path(file), value, expert)
+def parse_lora(argument: str, found: str = "", syntax: str = SYNTAX) -> LoraChoice:
+    """Parse ``FILE.safetensors[@STRENGTH][:EXPERT[:STRENGTH]]``; FILE may be a .pt file or the folder of an adapter.
+
+    The strength stands in one of the two places. Errors begin with ``found`` and quote ``syntax``.
+    """
+    found = found or f"LoRA {argument!r}"
+    if not (match := ARGUMENT.fullmatch(argument)):
+        raise UserError(found, syntax, "name a safetensors file")
+    file, *strengths, expert = match.group("file", "first", "last", "expert")
+    if expert is not None and (expert or strengths[1] is None) and SHORT.get(expert, expert) not in EXPERTS:
+        raise UserError(f"{found}: expert {expert!r}", "high or low", f"write {syntax}")
+    written = [finite_strength(found, text, syntax) for text in strengths if text is not None]
+    if len(written) > 1:
+        raise UserError(f"{found}: two strengths", "one", f"write {syntax}")
+    return LoraChoice(Path(file), written[0] if written else 1.0, SHORT.get(expert, expert) or None)
 
 
 def finite_strength(found: str, text: str, syntax: str) -> float:

@@ -5,15 +5,17 @@ The prompts combine colour, shape and motion as no training clip does; the noise
 
 import argparse
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from runtime.arrays import F32
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.video import to_uint8
@@ -30,10 +32,27 @@ def held_out(count: int) -> Iterator[Content]:
         yield random_clip(f"judged-{index}", held_out=True)[0]
 
 
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    frames: F32  # [1, 3, F, H, W] in [-1, 1]
+    forwards: int  # of the transformer
+    seconds: float
+
+
+def render(pipeline: Pipeline, request: Request) -> Rendered:
+    """The video of a request, with what it took."""
+    started, forwards = time.perf_counter(), 0
+    complete = request.completed(pipeline.spec)
+    for step in pipeline.denoise(complete):
+        whole = 1 if complete.guidance[step.expert] == 1 else 2
+        forwards += 0 if step.cached else 1 if step.late_cfg else whole
+    frames = np.concatenate(list(pipeline.decode(step.latents)), axis=2)
+    return Rendered(frames, forwards, time.perf_counter() - started)
+
+
 def rendered(pipeline: Pipeline, request: Request) -> NDArray[np.uint8]:
     """The clip ``[F, H, W, 3]`` of a request."""
-    *_, last = pipeline.denoise(request.completed(pipeline.spec))
-    return np.concatenate([to_uint8(frames) for frames in pipeline.decode(last.latents)])
+    return to_uint8(render(pipeline, request).frames)
 
 
 def strip(clip: NDArray[np.uint8]) -> NDArray[np.uint8]:

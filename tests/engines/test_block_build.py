@@ -10,9 +10,11 @@ from engines.build import BuildOptions, build_engines
 from engines.inspect.inspection import inspect_engines
 from engines.inspect.views import blocks_as_text
 from export.exporter import export_checkpoint
+from export.files.safetensors_file import read_safetensors
 from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
 from runtime.built_for import check_plans
+from tests.export.test_calibrated import written
 from wan22.block_layout import read_block_layout
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
@@ -128,6 +130,30 @@ def test_scales_of_attention_hold_for_every_block_and_expert(fp8_blocks):
             if (short := name.split(".", 2)[-1]) in scales:
                 assert value.const_value.numpy() <= scales[short]
     assert not {t.name for stage in built.component("high_noise").stages for t in stage.weights} & scales.keys()
+
+
+@pytest.mark.slow
+def test_matrices_scaled_row_by_row_reach_the_compiler(tmp_path):
+    """A checkpoint's own FP8 codes, with a scale for every row: the blocks' weights hold all of them."""
+    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
+    folder = written(tmp_path / "c", "rows", blocks=2)[0]
+    bundle = export_checkpoint(folder, tmp_path / "b", ExportOptions(Precision.FP8_ATTN))
+    stored = read_safetensors(bundle.folder / "dit.safetensors")
+    matrix, scale, columns = (
+        np.asarray(stored[f"blocks.1.self_attn.qkv.{leaf}"].read())
+        for leaf in ("weight", "weight_scale", "column_scale")
+    )
+    assert columns.max() > 1
+    options = BuildOptions("rtx4090", "256x160", "5..17", topology="blocks")
+    built = build_engines(bundle.folder, tmp_path / "blocks", options)
+    component = built.component("dit")
+    places = {place.name: place for place in read_block_layout(built.path(component.weights[0])).block}
+    assert np.array_equal(read(built, component, places["self_attn.qkv.column_scale"], 1), columns)
+    width = len(columns) // 3
+    norms = np.linalg.norm(matrix[2 * width :].astype(np.float64), axis=1) * scale * columns[2 * width :]
+    assert np.allclose(read(built, component, places[V_NORMS], 1), norms, rtol=1e-5)
+    problems = [problem for r in inspect_engines(built.folder) for problem in r.problems]
+    assert problems == []
 
 
 def test_blocks_that_differ_are_refused_before_anything_is_written(tmp_path, tiny_checkpoint):

@@ -30,10 +30,11 @@ def calibrated(tmp_path_factory):
     return written(tmp_path_factory.mktemp("modelopt") / "checkpoint", "shared")
 
 
-def written(folder, scaling):
+def written(folder, scaling, blocks=1):
     """ModelOpt's FP8 in the -Diffusers layout, and its tensors: block 0 is quantised, block 1 is not.
 
-    ``scaling``: q, k and v have "shared" scales, their "own", or every matrix has one for each of its "rows".
+    ``scaling``: q, k and v have "shared" scales, their "own", or every matrix has one for each of its "rows". With two
+    ``blocks`` both are quantised, and no inputs have been measured.
     """
     synthesise(SPEC, folder, "diffusers", seed=3)
     weights = open_checkpoint(folder).weights["dit"]
@@ -44,14 +45,16 @@ def written(folder, scaling):
         scales[module] = max(float(np.abs(part).max()) for part in parts) / 448
     for name in weights.names():
         array = torch.from_numpy(np.array(weights.read(name), np.float32))
-        linear = name.removeprefix("blocks.0.").removesuffix(".weight")
-        if name.startswith("blocks.0.") and name.endswith(".weight") and linear in DIT_LINEARS_PER_BLOCK:
+        block, _, linear = name.removeprefix("blocks.").removesuffix(".weight").partition(".")
+        quantised = name.startswith("blocks.") and int(block) < blocks
+        if quantised and name.endswith(".weight") and linear in DIT_LINEARS_PER_BLOCK:
             shared = scales.get(linear.split(".")[0]) if linear[-1] in "qkv" and scaling == "shared" else None
             scale = torch.tensor(shared if shared is not None else float(array.abs().max()) / 448 * 1.5)
             scale = array.abs().amax(1, keepdim=True) / 448 if scaling == "rows" else scale
             tensors[f"{THEIRS[name]}.weight"] = (array / scale).to(torch.float8_e4m3fn)
             tensors[f"{THEIRS[name]}.weight_scale"] = scale.clone()
-            tensors[f"{THEIRS[name]}.input_scale"] = torch.tensor(0.02 + 0.001 * len(linear))
+            if blocks == 1:
+                tensors[f"{THEIRS[name]}.input_scale"] = torch.tensor(0.02 + 0.001 * len(linear))
         else:
             tensors[diffusers_names("dit", SPEC)[name]] = array.bfloat16()
     for path in (folder / "transformer").glob("diffusion_pytorch_model*"):

@@ -19,6 +19,8 @@ T2V = SPECS["t2v-a14b-tiny"]
 SHAPE = (1, 16, 3, 4, 6)
 TEXT = Conditions(np.full((1, 512, 8), 2, np.float32), np.full((1, 512, 8), -1, np.float32))
 STEPS = 40
+LARGE = (1, 16, 3, 36, 36)
+SAMPLES = 2 / 9  # of the latents
 
 
 class Model:
@@ -33,7 +35,7 @@ class Model:
         return scale * np.tanh(latents) + np.float32(0.01) * text.flat[0]
 
 
-def run(caching=None, *, steps=STEPS, solver="unipc", guidance=3.0):
+def run(caching=None, *, steps=STEPS, solver="unipc", guidance=3.0, shape=SHAPE):
     """The steps of a run and the model of each expert."""
     schedule = make_schedule(solver, steps, T2V.sampling.shift)
     models = {name: Model() for name in T2V.experts}
@@ -41,7 +43,7 @@ def run(caching=None, *, steps=STEPS, solver="unipc", guidance=3.0):
     scales = guidance if isinstance(guidance, dict) else dict.fromkeys(T2V.experts, guidance)
     unguided = [name for name, scale in scales.items() if scale == 1]
     cache = StepCache(caching, schedule.sigmas[:-1].tolist(), experts, unguided=unguided) if caching else None
-    noise = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
+    noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     sampler = Sampler(schedule, make_solver(solver, schedule), scales, cache)
     found, held = [], []
     for step in denoise(T2V, models, noise, TEXT, sampler):
@@ -168,16 +170,29 @@ def test_without_a_cache_nothing_changes():
 @pytest.mark.parametrize(
     ("caching", "latents"),
     [
-        (Caching(easy=True), 3),
-        (Caching(easy=True, reuse="hold"), 3),
-        (Caching(skip_steps=(5, 30)), 2),
+        (Caching(easy=True), 1 + SAMPLES),
+        (Caching(easy=True, reuse="hold"), 1 + SAMPLES),
+        (Caching(easy=True, reuse="taylor1"), 2 + SAMPLES),
+        (Caching(skip_steps=(5, 30)), 1),
         (Caching(skip_steps=(5, 30), reuse="taylor1"), 2),
         (Caching(late_cfg="auto"), 2),
+        (Caching(skip_steps=(5, 30), late_cfg="auto"), 3),
     ],
 )
 def test_a_cache_keeps_at_most_three_latents(caching, latents):
-    _, _, held = run(caching)
-    assert held == latents * 4 * math.prod(SHAPE)
+    _, _, held = run(caching, shape=LARGE)
+    assert held == latents * 4 * math.prod(LARGE)
+
+
+def test_easy_decides_from_a_ninth_of_large_latents_as_from_all(monkeypatch):
+    sampled, _, _ = run(Caching(easy=True, threshold=0.1), shape=LARGE)
+    monkeypatch.setattr("runtime.step_cache.SAMPLED_FROM", math.inf)
+    whole, _, held = run(Caching(easy=True, threshold=0.1), shape=LARGE)
+    assert held == 3 * 4 * math.prod(LARGE)
+    assert skipped(sampled) == skipped(whole) != []
+    sums = [[step.cache_error for step in steps] for steps in (sampled, whole)]
+    np.testing.assert_allclose(*sums, rtol=0.03)
+    assert sums[0] != sums[1]
 
 
 def test_late_cfg_saves_every_second_unconditional_forward_at_the_end():

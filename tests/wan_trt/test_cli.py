@@ -70,6 +70,51 @@ def test_every_group_of_terms_has_an_option(command):
     assert {"look", *(group.option for group in GROUPS.values())} <= set(signature(command.run).parameters)
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["generate"], "wan-trt generate: Missing argument 'engines' | expected wan-trt generate [OPTIONS] {engines} "),
+        (["plan", "m", "--target", "cpu", "--stepz", "3"], "wan-trt plan: No such option: --stepz (Possible options: "),
+        (["plan", "m", "--target", "cpu", "--steps", "x"], "wan-trt plan: Invalid value for '--steps': "),
+        (
+            ["plan", "--target"],
+            "wan-trt: Option '--target' requires an argument | expected a value after it | see --help",
+        ),
+        (["frobnicate"], "wan-trt: No such command 'frobnicate' | expected wan-trt [OPTIONS] COMMAND [ARGS]... | see "),
+        (["bundle", "eat"], "wan-trt bundle: No such command 'eat' | expected wan-trt bundle "),
+    ],
+)
+def test_what_does_not_parse_is_one_line(capsys, words, line):
+    assert refused(capsys, *words).startswith(line)
+
+
+@pytest.mark.parametrize("command", [["generate", "e", "x"], ["client", "localhost", "x"]])
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["-o", "a.png", "--frames", "1", "--quality", "5"], "--quality for a.png | expected a name ending in .mp4 or"),
+        (["-o", "a.mp4", "--fit", "crop"], "--fit crop without --image | expected an image to fit | leave"),
+    ],
+)
+def test_options_without_effect_are_refused(capsys, tmp_path, monkeypatch, command, options, line):
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, *command, *options).startswith(f"wan-trt: {line}")
+
+
+@pytest.mark.parametrize("command", ["serve", "triton"])
+def test_every_limit_says_what_it_limits(capsys, command):
+    assert status([command, "--help"]) == 0
+    told = " ".join(re.split(r"[\s│]+", capsys.readouterr().out))
+    usual = {"prompt in bytes of UTF-8": 16 * 1024, "image file in bytes": 32 * 2**20, "denoising steps": 100}
+    for what, default in usual.items():
+        assert f"{what} of a request; by default {default:,}." in told
+
+
+def test_no_command_prints_the_help(capsys):
+    assert status([]) == 2
+    assert "Usage" in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("command", ["generate", "validate", "bench", "calibrate", "serve", "triton"])
 def test_every_command_that_runs_engines_takes_a_residency(command, tmp_path, capsys):
     assert status([command, "--help"]) == 0

@@ -1,9 +1,11 @@
 """Plans and fusion reports from the command line."""
 
 import json
+import shutil
 
 import pytest
 
+from engines.build import BuildOptions, build_engines
 from tests.wan_trt.test_cli import refused, status
 
 
@@ -34,11 +36,34 @@ def test_plans_that_cannot_be(capsys, arguments, told):
     assert told in refused(capsys, "plan", *arguments)
 
 
-def test_cpu_engines_have_no_kernels_to_show(capsys, tiny_engines, tiny_bundle):
-    assert "engines for ONNX Runtime" in refused(capsys, "inspect", tiny_engines)
+def test_engines_and_graphs_without_compiled_kernels_are_described(capsys, tiny_engines, tiny_bundle):
+    assert status(["inspect", str(tiny_engines), "--json"]) == 0
+    whole, *components = json.loads(capsys.readouterr().out)
+    assert whole["is"].startswith("engines for cpu (onnxruntime ")
+    assert [entry["is"] for entry in components[1:3]] == ["high_noise in fp32", "low_noise in fp32"]
+    assert "time_features float32 [1, 256]" in components[1]["inputs"]
+    assert status(["inspect", str(tiny_bundle)]) == 0
+    told = capsys.readouterr().out
+    assert "ONNX graphs of t2v-a14b-tiny, fp32" in told
     assert "a GPU" in refused(capsys, "inspect", tiny_bundle, "--target", "cpu")
     assert "name a --target" in refused(capsys, "inspect", tiny_bundle, "--size", "64x64")
-    assert "add --target" in refused(capsys, "inspect", tiny_bundle)
+    assert "add --target" in refused(capsys, "inspect", tiny_bundle, "--component", "high_noise")
+
+
+def test_a_file_of_weights_of_engines_says_whose_it_is(capsys, tmp_path, tiny_bundle):
+    build_engines(tiny_bundle, tmp_path / "e", BuildOptions(topology="blocks"))
+    (weights,) = tmp_path.glob("e/high_noise.weights")
+    assert status(["inspect", str(weights), "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert entry["is"] == "the weights of high_noise of t2v-a14b-tiny in fp32"
+    assert entry["holds"].startswith("2 blocks of ")
+    shutil.copy(weights, tmp_path / "alone.weights")
+    assert "alone.weights is in no bundle | " in refused(capsys, "inspect", tmp_path / "alone.weights")
+
+
+def test_a_file_that_cannot_be_read_is_refused(capsys, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"xx")
+    assert "x.safetensors: no safetensors header | " in refused(capsys, "inspect", tmp_path / "x.safetensors")
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from runtime.denoise import Conditions, denoise
 from runtime.engine import Engine
 from runtime.forward_inputs import forward_inputs
 from runtime.pipeline import Pipeline
-from runtime.vae import encode
 from validate.bench.samples import measure_time
 from validate.bench.whole_run import Event
 from validate.bench.work import DECODER, ENCODER, TEXT, TIMESTEPS, Work, components_of
@@ -32,15 +31,14 @@ class OurSide:
         for component in set(self._pipeline.spec.components) - set(needed):
             self._pipeline.release(component)
         for component in needed:
-            self._pipeline.engine(component)
+            self._pipeline.load(component)
 
     def chunks(self, piece: str) -> Iterator[Any]:
         if piece == DECODER:
             yield from self._decode(self._work.latents)
         elif piece == ENCODER:
             assert self._work.video is not None
-            engines = [self._pipeline.on_call(name) for name in components_of(piece, self._work)]
-            yield encode(engines[0], engines[1] if len(engines) > 1 else None, self._work.video)
+            yield self._pipeline.encode(self._work.video)
         elif piece == TEXT:
             yield self._pipeline.engine(TEXT)(input_ids=self._work.token_ids)
         else:
@@ -108,7 +106,7 @@ def _run(pipeline: Pipeline, work: Work) -> Iterator[Event]:
 
 
 def _open_seconds(pipeline: Pipeline, component: str) -> float:
-    return measure_time(lambda: pipeline.engine(component))[1]
+    return measure_time(lambda: pipeline.load(component))[1]
 
 
 def _denoise(pipeline: Pipeline, work: Work, given: Conditions) -> Generator[Event, None, F32]:

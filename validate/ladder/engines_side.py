@@ -12,7 +12,6 @@ from runtime.image_condition import Fit, fit_image
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
 from runtime.solver import make_solver
-from runtime.vae import encode
 from validate.reference.parts import I64
 from validate.reference.reference import NO_IMAGE, ImageInputs
 
@@ -47,8 +46,7 @@ class EnginesSide:
 
     def encode(self, video: F32) -> F32:
         """Normalised latents of frames ``[1, 3, F, H, W]``, encoded chunk by chunk."""
-        following = self._pipeline.on_call("vae_encoder_next") if video.shape[2] > 1 else None
-        return encode(self._pipeline.on_call("vae_encoder_first"), following, video)
+        return self._pipeline.encode(video)
 
     def image_inputs(self, request: CompleteRequest) -> ImageInputs:
         return ImageInputs(**self._pipeline.image_condition(request))

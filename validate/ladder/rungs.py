@@ -22,7 +22,7 @@ from validate.reference.parts import F32, time_features
 from validate.reference.reference import Reference
 from validate.reference.whole_run import ReferenceStep, initial_noise, sigmas_and_timesteps
 from wan22.quantities import counted
-from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
+from wan22.specs import TRAIN_TIMESTEPS, ModelSpec, Precision
 
 VELOCITY_POINTS = 4  # timesteps per expert, evenly spaced over its range
 
@@ -181,7 +181,10 @@ def _step(comparison: Comparison, theirs: ReferenceStep) -> Row:
     ours = comparison.our_steps[theirs.index]
     note = "" if ours.expert == theirs.expert else f"ours ran {ours.expert}"
     sides = (ours.latents, theirs.after)
-    low = comparison.in_precision("run", sides, lambda _: comparison.lowered_steps[theirs.index].after)
+    before_vae = ("text_encoder", *comparison.spec.experts)
+    low = None  # in float32 up to the latents, the precision of the VAE costs them nothing
+    if any(comparison.precision_of(component) is not Precision.FP32 for component in before_vae):
+        low = comparison.in_precision("run", sides, lambda _: comparison.lowered_steps[theirs.index].after)
     return replace(row, metrics=compare(*sides), note=note, in_precision=low)
 
 
@@ -208,8 +211,9 @@ def decoder(comparison: Comparison) -> Iterator[Row]:
 def _decoder_row(comparison: Comparison, name: str, component: str, limit: Limit, frames: slice) -> Row:
     sides = (comparison.our_decode[:, :, frames], comparison.reference_frames[:, :, frames])
     low = comparison.in_precision(component, sides, lambda _: comparison.lowered_decode[:, :, frames], FRAME_RANGE)
-    metrics = compare(*sides, signal_range=FRAME_RANGE)
-    return Row(name, component, metrics, limit, "the reference's latents", in_precision=low)
+    metrics, precision = compare(*sides, signal_range=FRAME_RANGE), comparison.precision_of(component)
+    rounded = "" if precision is Precision.FP32 else f"; what {precision} costs beside float32"
+    return Row(name, component, metrics, limit, f"the reference's latents{rounded}", in_precision=low)
 
 
 TEXT_RUNGS = (Rung("token_ids", token_ids, of_every_case=True), Rung("embeddings", embeddings, of_every_case=True))

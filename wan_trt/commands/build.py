@@ -1,5 +1,6 @@
 """``wan-trt build``: ONNX bundle → engines for one target."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,6 +32,10 @@ def run(
             "for TensorRT; whole: one engine, weights inside."
         ),
     ] = None,
+    vae_strips: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="VAE in stages, for pictures in 1 to N strips: less memory (TensorRT).", min=1),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Build the engines of an ONNX bundle for a target."""
@@ -40,7 +45,8 @@ def run(
         instead = {"external": "blocks", "embedded": "whole"}[weights]
         raise UserError(f"--weights {weights}", "a topology", f"write --topology {instead}")
     with bars() as progress:
-        options = BuildOptions(target, size, frames, tf32, timing_cache, topology, overwrite, command_line())
+        gpu = BuildOptions(target, size, frames, tf32, timing_cache, topology, vae_strips)
+        options = replace(gpu, overwrite=overwrite, command=command_line())
         result = build_engines(bundle, engines, options, progress)
     build = result.manifest.build
     assert build is not None

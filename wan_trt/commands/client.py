@@ -56,6 +56,7 @@ def run(
     from triton_repo.wire import cache_inputs, content_of
 
     check_destination(output, frames or 1)
+    given.check_used(output, quality, image, fit)
     check_apart(output, preview)
     for path in (output, preview):
         check_no_source(path, image, last_image, cache_options.skip_steps_file(shared["skip_steps"]))

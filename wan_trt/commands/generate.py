@@ -56,6 +56,7 @@ def run(
 
     listed = cache_options.skip_steps_file(shared.get("skip_steps"))
     check_no_source(output, noise, again, image, last_image, listed)
+    given.check_used(output, quality, image, fit, exact_official=exact_official)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)
     blocks = given.blocks_options(shared)

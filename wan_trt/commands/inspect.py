@@ -3,7 +3,7 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -26,18 +26,23 @@ def run(
     html: Annotated[Path | None, typer.Option(help="Also write a page with a diagram of a block.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of tables.")] = False,
 ) -> int:
-    """Describe engines, a checkpoint, a LoRA, a file of weights, or how a video was made.
+    """Describe engines, a bundle, a checkpoint, a LoRA, a file of weights, or how a video was made.
 
-    For engines: kernels, types, copies, memory and roofline times, with exit code 1 if the compiler did badly. For
-    weights: their kind, and how an export would use them.
+    For TensorRT engines: kernels, types, copies, memory and roofline times, with exit code 1 if the compiler did badly.
+    For other engines and ONNX bundles: their components. For weights: their kind, and how an export would use them.
     """
     if folder.suffix.lower() in (".mp4", ".webm", ".png"):
         return _video(folder, as_json=as_json)
+    from engines.inspect.contents import contents
     from engines.inspect.inspection import inspect_bundle, inspect_engines
     from engines.inspect.views import as_html, as_text, blocks_as_text
 
-    if html is None and target is None and not (folder / MANIFEST).is_file():
-        return _weights(folder, as_json=as_json)
+    if html is None and target is None:
+        if not (folder / MANIFEST).is_file():
+            return _weights(folder, as_json=as_json)
+        asked = size is not None or frames is not None or component
+        if not asked and (entries := contents(folder)) is not None:
+            return _print_entries(entries, as_json=as_json)
     check_no_source(html, folder)
     page = whole_file(html, "page", make_folder=False) if html is not None else nullcontext()
     with page as new:
@@ -55,17 +60,22 @@ def run(
     if as_json:
         print(json.dumps([report.summary() for report in reports]))
     else:
-        for part in (part for report in reports for part in as_text(report)):
+        for part in (*(part for report in reports for part in as_text(report)), *blocks_as_text(reports)):
             console.print(part)
-        for line in blocks_as_text(reports):
-            console.print(line)
     return 1 if any(report.problems for report in reports) else 0
 
 
 def _weights(path: Path, *, as_json: bool) -> int:
-    from export.lora.inspection import as_lines, inspect_weights
+    from engines.inspect.contents import WEIGHTS, weights_contents
+    from export.lora.inspection import inspect_weights
 
-    entries = inspect_weights(path)
+    entries = [weights_contents(path)] if path.suffix == WEIGHTS and path.is_file() else inspect_weights(path)
+    return _print_entries(entries, as_json=as_json)
+
+
+def _print_entries(entries: list[dict[str, Any]], *, as_json: bool) -> int:
+    from export.lora.inspection import as_lines
+
     if as_json:
         print(json.dumps(entries))
         return 0

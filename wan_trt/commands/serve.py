@@ -97,6 +97,7 @@ def starting(
         loras: ``NAME=FILE...`` and where the checkpoint is now.
     """
     from triton_repo.bls_repository import CPU
+    from triton_repo.driver import check_gpu
     from triton_repo.installation import default_environments, find_installation
     from triton_repo.repository import is_for_gpu, write_repository
     from triton_repo.server import run_server
@@ -104,6 +105,7 @@ def starting(
 
     (environment, binary), (named, checkpoint) = installed, loras
     parsed = parse_named(named)
+    check_gpu(engines)
     if parsed and packing.topology == "bls":
         raise UserError("--lora with --topology bls", "topology owner, which holds the weights", "leave one out")
     installation = find_installation(default_environments() if environment is None else (environment,), binary)

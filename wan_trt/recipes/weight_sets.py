@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engines.build import BuildOptions, build_engines
-from export.lora.experts import EXPERTS, SHORT
-from export.lora.merge import WEIGHT_FILE, LoraChoice, finite_strength
+from export.lora.merge import LoraChoice, parse_lora
 from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
@@ -18,11 +17,10 @@ from wan_trt.recipes.apply_lora import check_attention, export_experts, in_block
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 SYNTAX = "NAME=FILE[:EXPERT[:STRENGTH]]"
-ARGUMENT = re.compile(rf"(.+(?:{WEIGHT_FILE})|.+?)(?::([^:/]*))?(?::([^:/]*))?")
 
 
 def parse_named(arguments: Sequence[str]) -> dict[str, tuple[LoraChoice, ...]]:
-    """The LoRAs of every name in ``NAME=FILE[:EXPERT[:STRENGTH]]``; a name given twice has both.
+    """The LoRAs of every name in ``NAME=FILE[:EXPERT[:STRENGTH]]`` (:func:`parse_lora`); a name given twice has both.
 
     Raises:
         UserError: an argument is written differently.
@@ -30,17 +28,9 @@ def parse_named(arguments: Sequence[str]) -> dict[str, tuple[LoraChoice, ...]]:
     found: dict[str, tuple[LoraChoice, ...]] = {}
     for argument in arguments:
         name, equals, rest = argument.partition("=")
-        match = ARGUMENT.fullmatch(rest)
-        if not equals or not NAME.fullmatch(name) or not match:
+        if not equals or not NAME.fullmatch(name) or not rest:
             raise UserError(f"--lora {argument!r}", SYNTAX, "begin with a name of letters, digits, '.', '-' and '_'")
-        file, expert, strength = match.groups()
-        if re.search(rf"(?:{WEIGHT_FILE})@[^/]*$", file):
-            raise UserError(f"--lora {argument!r}: '@' after the file", SYNTAX, "write the strength after the expert")
-        short = SHORT.get(expert or "", expert) or None
-        if short is not None and short not in EXPERTS:
-            raise UserError(f"--lora {argument!r}: expert {expert!r}", "high or low", f"write {SYNTAX}")
-        value = 1.0 if not strength else finite_strength(f"--lora {argument!r}", strength, SYNTAX)
-        found[name] = (*found.get(name, ()), LoraChoice(Path(file), value, short))
+        found[name] = (*found.get(name, ()), parse_lora(rest, f"--lora {argument!r}", SYNTAX))
     return found
 
 

@@ -10,9 +10,11 @@ from engines.targets import check_precision, target_named
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
+from triton_repo.driver import gpus
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
+from wan_trt.cli import app as wan_trt
 
 CPU = ("CPUExecutionProvider",)
 
@@ -85,3 +87,14 @@ def test_a_card_that_is_not_in_the_table_is_refused():
         target_named("cuda:cpu")
     with pytest.raises(UserError, match="no FP8 products"):
         check_precision(target_named("cuda:h100"), Precision.FP8_ATTN)
+
+
+@pytest.mark.skipif(gpus() > 0, reason="needs a machine without a GPU")
+def test_a_server_without_a_gpu_refuses_them_before_it_starts(half, capsys):
+    with pytest.raises(SystemExit) as left:
+        wan_trt(["serve", str(half[1])])
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(
+        f"wan-trt: {half[1]} for cuda, and no usable NVIDIA GPU here | expected a GPU and its driver"
+    )

@@ -339,7 +339,9 @@ def test_inspection_of_files_folders_and_loras(made, tmp_path):
     assert (lora["is"], lora["ranks"], lora["expert"]) == ("LoRA (1 LoRA)", {"4": 1}, "high")
     assert "  expert     high" in [*as_lines(lora)]
     (tmp_path / "broken.safetensors").write_bytes(b"\0" * 20)
-    (broken,) = inspect_weights(tmp_path / "broken.safetensors")
+    with pytest.raises(UserError, match=r"broken\.safetensors"):
+        inspect_weights(tmp_path / "broken.safetensors")
+    (broken,) = (entry for entry in inspect_weights(tmp_path) if "broken" in entry["path"])
     assert broken["export"] == "refuses it"
     with pytest.raises(UserError, match="does not exist"):
         inspect_weights(tmp_path / "none")

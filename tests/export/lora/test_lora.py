@@ -261,6 +261,8 @@ def test_the_model_of_the_5b_has_one_expert(tmp_path, family):
         ("a.safetensors:low", ("a.safetensors", 1.0, "low")),
         ("a.pt@0.5", ("a.pt", 0.5, None)),
         ("d/adapter@-0.5:high", ("d/adapter", -0.5, "high")),
+        ("a.safetensors:high_noise:0.8", ("a.safetensors", 0.8, "high")),
+        ("d/adapter::2", ("d/adapter", 2.0, None)),
     ],
 )
 def test_the_argument(argument, choice):
@@ -277,6 +279,8 @@ def test_the_argument(argument, choice):
         ("a.safetensors@", "strength ''"),
         ("a.safetensors@strong:high", "strength 'strong'"),
         ("a.safetensors:both", "expert 'both'"),
+        ("a.safetensors:", "expert ''"),
+        ("a.safetensors@1:low:2", "two strengths"),
     ],
 )
 def test_an_argument_that_says_nothing_sensible(argument, words):

@@ -8,7 +8,11 @@ import struct
 import numpy as np
 import pytest
 
+from engines.build import build_engines
+from export.exporter import export_checkpoint
+from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
+from runtime.block_backend import BlockOptions
 from runtime.request import Request
 from runtime.solver import make_solver
 from validate import ValidateOptions, validate
@@ -155,9 +159,6 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(tiny_engines
 
 @pytest.mark.slow
 def test_fp16_engines_keep_the_limits_of_fp16_and_miss_those_of_fp32(tiny_checkpoint, tmp_path):
-    from engines.build import build_engines
-    from export.exporter import export_checkpoint
-    from export.options import ExportOptions
     from validate.ladder.thresholds import FP32
 
     export_checkpoint(tiny_checkpoint, tmp_path / "onnx", ExportOptions(Precision.FP16))
@@ -169,6 +170,21 @@ def test_fp16_engines_keep_the_limits_of_fp16_and_miss_those_of_fp32(tiny_checkp
     assert not any(FP32.velocity.accepts(row.metrics) for row in velocities)
     vae = [row for row in found.rows if row.component.startswith("vae")]
     assert all(row.limit in (FP32.vae, FP32.streaming) for row in vae)  # the VAE stays in float32
+
+
+def test_a_decoder_in_16_bits_and_strips_shows_what_16_bits_cost(tiny_checkpoint, tmp_path):
+    options = ExportOptions(Precision.FP32, {"vae_decoder": Precision.FP16})
+    export_checkpoint(tiny_checkpoint, tmp_path / "onnx", options)
+    build_engines(tmp_path / "onnx", tmp_path / "engines")
+    asked = ValidateOptions(Request(size=(64, 64), frames=5, steps=1), blocks=BlockOptions(vae_strips=2))
+    report = validate(tmp_path / "engines", tiny_checkpoint, tmp_path / "report", asked)
+    assert [row.name for row in report.failed] == []
+    rows = [row for row in report.rows if row.subject == "decode"]
+    assert len(rows) == 3
+    assert all("what fp16 costs beside float32" in row.note for row in rows)
+    assert all(1e-5 < row.metrics.relative_l2 < 5e-3 for row in rows)
+    assert all(0.5 < row.metrics.relative_l2 / row.in_precision.alone.relative_l2 < 2 for row in rows)
+    assert all(row.in_precision is None for row in report.steps)
 
 
 def test_the_first_nan_of_the_reference_is_named(tiny_engines, tiny_checkpoint, tmp_path, monkeypatch):

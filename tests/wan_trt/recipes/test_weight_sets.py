@@ -119,7 +119,14 @@ def test_blocks_of_a_set_are_those_of_lora_apply(gpu_blocks, loras, tmp_path):
 
 def test_a_name_has_a_file_an_expert_and_a_strength():
     named = parse_named(
-        ["a=x.safetensors", "b=x.safetensors:high:0.5", "b=y.safetensors:low_noise", "c=z.pt:low:2", "d=folder::0.5"]
+        [
+            "a=x.safetensors",
+            "b=x.safetensors:high:0.5",
+            "b=y.safetensors:low_noise",
+            "c=z.pt:low:2",
+            "d=folder::0.5",
+            "e=x.pt@0.5:low",
+        ]
     )
     files = {name: [(str(c.path), c.expert, c.strength) for c in choices] for name, choices in named.items()}
     assert files == {
@@ -127,6 +134,7 @@ def test_a_name_has_a_file_an_expert_and_a_strength():
         "b": [("x.safetensors", "high", 0.5), ("y.safetensors", "low", 1.0)],
         "c": [("z.pt", "low", 2.0)],
         "d": [("folder", None, 0.5)],
+        "e": [("x.pt", "low", 0.5)],
     }
 
 
@@ -145,8 +153,7 @@ def test_other_names_files_and_strengths_are_refused(argument):
         ("x=style.safetensors:High", "expert 'High' | expected high or low"),
         ("x=style.safetensors:0.5", "expert '0.5' | expected high or low"),
         ("x=style.safetensors:high:nan", "strength 'nan' | expected a finite number"),
-        ("x=style.safetensors@0.5:high", "'@' after the file"),
-        ("x=style.safetensors@0.5", "'@' after the file"),
+        ("x=style.safetensors@0.5:high:2", "two strengths"),
     ],
 )
 def test_an_error_quotes_the_argument_and_its_syntax(argument, words):
