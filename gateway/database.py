@@ -29,13 +29,18 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, TimeoutError
 
 from gateway.api_error import ApiError
 from wan22.errors import UserError
 
 BUSY_MS = 30_000  # longest wait for another writer of SQLite
-POOL = 40  # connections; as many as threads that answer requests
+POOL = 40  # connections to SQLite; as many as threads that answer requests
+POSTGRES_POOL = 20  # of one gateway: PostgreSQL takes 100 from all by default
+SILENCE = {  # after which a connection to a database that has vanished counts as lost, in seconds or milliseconds
+    "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}  # fmt: skip
 FULL = ("database or disk is full", "No space left on device", "DiskFull")
 tables = MetaData()
 
@@ -151,9 +156,8 @@ class Database:
         self.trouble_at = 0.0  # on the monotonic clock: when the database last failed
         if self.is_postgres:
             address = address.set(drivername="postgresql+psycopg")
-            self.engine = create_engine(
-                address, pool_size=POOL, max_overflow=0, pool_pre_ping=True, connect_args={"connect_timeout": 10}
-            )
+            limits = {"pool_size": POSTGRES_POOL, "max_overflow": 0, "pool_timeout": 20}
+            self.engine = create_engine(address, pool_pre_ping=True, connect_args=SILENCE, **limits)
         else:
             self.engine = create_engine(address, pool_size=POOL, max_overflow=0)
             event.listen(self.engine, "connect", _prepare_sqlite)
@@ -201,6 +205,8 @@ class Database:
     def _reported(self) -> Iterator[None]:
         try:
             yield
+        except TimeoutError as error:
+            raise ApiError(503, "database_unavailable", "the database is busy", retry_after_s=5) from error
         except OperationalError as error:
             self.trouble_at = time.monotonic()
             if any(words in str(error.orig) for words in FULL):

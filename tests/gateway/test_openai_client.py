@@ -87,6 +87,15 @@ def test_a_cancelled_job_keeps_its_record(gateway, client):
     assert (polled.status, polled.error.code) == ("failed", "cancelled")
 
 
+def test_a_job_that_runs_too_long_fails_with_the_code_of_it(client):
+    options = {"num_inference_steps": 100, "timeout_seconds": 0.5}
+    video = client.videos.create_and_poll(prompt="x", size=LONG["size"], extra_body=options, poll_interval_ms=50)
+    assert (video.status, video.error.code) == ("failed", "timeout")
+    with pytest.raises(openai.NotFoundError) as error:
+        client.videos.download_content(video.id)
+    assert error.value.code == "timeout"
+
+
 def test_pictures_of_a_video(client, made):
     for variant, size in (("thumbnail", (64, 64)), ("spritesheet", (256, 128))):
         content = client.videos.download_content(made[0].id, variant=variant).read()
