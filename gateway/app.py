@@ -16,11 +16,11 @@ from gateway.api_error import CODES, ApiError, not_found
 from gateway.gateway import Gateway, in_thread
 from gateway.openapi import description
 from gateway.outer import Outer
+from gateway.page import offered, page_routes
 from gateway.routes import routes
 from gateway.served import ServedModel
 from gateway.store import StoreError
-from runtime.built_for import check_video, default_video, video_ranges
-from wan22.errors import UserError
+from runtime.built_for import default_video, video_ranges
 from wan22.sampling import presets_for
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -33,7 +33,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
         yield
 
     app = Starlette(
-        routes=[*routes(gateway), *_operator_routes(gateway)],
+        routes=[*routes(gateway), *_operator_routes(gateway), *page_routes(gateway)],
         exception_handlers={
             ApiError: _api_error,
             StoreError: _store_error,
@@ -126,7 +126,7 @@ def model_object(model: ServedModel, ready: int) -> dict[str, Any]:
             "task": spec.task,
             "image": spec.takes.image,
             "last_image": spec.takes.last_image,
-            "sizes": _sizes(model),
+            "sizes": list(offered(model)),
             "default_size": f"{width}x{height}",
             "default_frames": frames,
             "shapes": [
@@ -152,17 +152,3 @@ def model_object(model: ServedModel, ready: int) -> dict[str, Any]:
 
 
 _CREATED = int(time.time())  # OpenAI's shape wants a moment; that of the gateway's start says as much as any
-
-
-def _sizes(model: ServedModel) -> list[str]:
-    """The official sizes that the engines make, and the default one."""
-    width, height, frames = default_video(model.manifest)
-    made = [(width, height)]
-    for size in model.manifest.spec.sampling.sizes:
-        try:
-            check_video(model.manifest, (*size, frames))
-        except UserError:
-            continue
-        if size not in made and size[0] * size[1] <= model.limits.max_pixels:
-            made.append(size)
-    return [f"{width}x{height}" for width, height in made]

@@ -143,6 +143,8 @@ def _typed(field: Field, name: str, value: Any) -> Any:
         raise invalid(name, f"{name} is a file | expected text", "invalid_type")
     if field.kind == "list" and isinstance(value, list):
         value = ",".join(str(each) if type(each) in (int, str) else "?" for each in value)
+    if field.kind == "names":
+        return _names(name, value)
     if field.kind in ("int", "number"):
         return _number(field, name, value)
     if field.kind == "bool":
@@ -150,11 +152,21 @@ def _typed(field: Field, name: str, value: Any) -> Any:
         if isinstance(value, bool) or str(value).lower() in words:
             return value if isinstance(value, bool) else words[str(value).lower()]
         raise invalid(name, f"{name} {str(value)[:40]!r} | expected true or false", "invalid_type")
+    return _text(name, value)
+
+
+def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise invalid(name, f"{name} | expected text", "invalid_type")
     if any("\ud800" <= character <= "\udfff" or character == "\0" for character in value):
         raise invalid(name, f"{name} | expected text that UTF-8 can hold, without NUL", "invalid_encoding")
     return value
+
+
+def _names(name: str, value: Any) -> list[str]:
+    """A list of texts, or one text with commas."""
+    given = value if isinstance(value, list) else [value]
+    return [part.strip() for each in given for part in _text(name, each).split(",") if part.strip()]
 
 
 def _number(field: Field, name: str, value: Any) -> int | float:

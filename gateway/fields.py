@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
-Kind = Literal["text", "int", "number", "bool", "size", "image", "list"]
+from wan22.looks import GROUPS, LOOKS
+
+Kind = Literal["text", "int", "number", "bool", "size", "image", "list", "names"]
 JSON_TYPES = {"text": "string", "int": "integer", "number": "number", "bool": "boolean", "size": "string"}
 
 
@@ -21,6 +23,7 @@ class Field:
 
 FIELDS = (
     Field("prompt", "text", "Description of the video, 1 to 32000 characters.", sent_as="prompt"),
+    Field("look", "names", "Looks and cinematic terms to put in front of the prompt.", ("looks",), echoed=False),
     Field("model", "text", "A model of /v1/models; by default the only one."),
     Field("n", "int", "Number of videos; only 1.", ("num_outputs_per_prompt",), echoed=False),
     Field("user", "text", "Accepted and not used.", echoed=False),
@@ -65,6 +68,7 @@ FIELDS = (
     Field("preview", "bool", "Make a preview image with every step."),
     Field("task_id", "text", "The same as the header Idempotency-Key.", echoed=False),
 )
+TERMS = [term for group in GROUPS.values() for term in group.terms]
 MERGED = ("extra_body", "extra_params")  # objects whose members count as members of the request
 BY_NAME: Mapping[str, Field] = {name: each for each in FIELDS for name in (each.name, *each.aliases)}
 
@@ -83,7 +87,8 @@ def schema() -> dict[str, object]:
         "required": ["image_url"],
     }
     listed: dict[str, object] = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}]}
-    special = {"image": image, "list": listed}
+    names: dict[str, object] = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"enum": [*LOOKS, *TERMS]}}]}
+    special = {"image": image, "list": listed, "names": names}
     properties = {
         name: {**(special.get(each.kind) or {"type": JSON_TYPES[each.kind]}), "description": each.says}
         for name, each in BY_NAME.items()

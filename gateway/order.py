@@ -19,6 +19,7 @@ from triton_repo.job_request import JobRequest, parse_request
 from triton_repo.schema import Setting
 from triton_repo.wire import arrays_of
 from wan22.errors import UserError
+from wan22.looks import with_terms
 from wan22.shapes import parse_size
 
 MAX_PROMPT = 32_000  # characters
@@ -69,6 +70,7 @@ def make_order(values: Mapping[str, Any], model: ServedModel, hosts: Collection[
     if values.get("n", 1) != 1:
         raise invalid("n", f"n {values['n']} | expected 1 | send a request for each video", "unsupported_value")
     images = {IMAGES[name]: image_content(name, values[name], hosts) for name in IMAGES if name in values}
+    values = {**values, "prompt": _with_looks(values)}
     inputs = _inputs(values, model)
     asked = _checked({**inputs, **images}, model)
     priority = values.get("priority", 2)
@@ -86,6 +88,17 @@ def _check_text(values: Mapping[str, Any]) -> None:
     for name in ("prompt", "negative_prompt"):
         if len(values.get(name, "")) > MAX_PROMPT:
             raise invalid(name, f"{name} of {len(values[name])} characters | expected at most {MAX_PROMPT}")
+
+
+def _with_looks(values: Mapping[str, Any]) -> str:
+    """The prompt behind the terms of the looks. The client is told this one, which makes the same video again."""
+    try:
+        prompt = with_terms(values["prompt"], values.get("look", ()), image=bool(IMAGES.keys() & values.keys()))
+    except UserError as error:
+        raise ApiError(400, "invalid_value", f"{error.found} | expected {error.expected}", "look") from None
+    if len(prompt) > MAX_PROMPT:
+        raise invalid("look", f"prompt and look of {len(prompt)} characters | expected at most {MAX_PROMPT}")
+    return prompt
 
 
 def _inputs(values: Mapping[str, Any], model: ServedModel) -> dict[str, Setting]:
