@@ -188,6 +188,7 @@ def _echo(values: Mapping[str, Any], asked: JobRequest, model: ServedModel, prio
     """The effective value of every field, so that the same request can be made again."""
     request, fps = asked.request, asked.fps
     seconds = values.get("seconds", (request.frames - 1) / fps)
+    boundary = request.boundary if request.boundary is not None else model.manifest.spec.sampling.boundary
     scales = set(request.guidance.values())
     by_expert = {f"guidance_{name}": scale for name, scale in request.guidance.items() if name != "dit"}
     echo = {
@@ -205,7 +206,7 @@ def _echo(values: Mapping[str, Any], asked: JobRequest, model: ServedModel, prio
         "num_inference_steps": request.steps,
         "flow_shift": request.shift,
         "solver": request.solver,
-        "boundary": request.boundary if request.boundary is not None else model.manifest.spec.sampling.boundary,
+        "boundary": boundary if request.switch_step is None else None,  # the preset switches at a step
         "guidance_scale": scales.pop() if len(scales) == 1 else None,
         **by_expert,
         "lora": request.lora,

@@ -24,7 +24,7 @@ async function ask(path, { headers = {}, ...options } = {}) {
   const answer = await fetch(path, { ...options, headers, cache: "no-store" });
   if (answer.ok) return answer;
   const error = new Refused(answer.status, (await answer.json().catch(() => ({}))).error);
-  if (error.status === 401 && key && key === sessionStorage.getItem(STORED)) forget(error.message);
+  if (error.status === 401 && key && key === sessionStorage.getItem(STORED) && find("#make")) forget(error.message);
   throw error;
 }
 

@@ -61,6 +61,7 @@ class Server:
     """A served model and its bench operations."""
 
     client: WanClient
+    url: str  # gRPC address
     metrics_url: str
     inside_s: list[float] = field(default_factory=list)
     latents_sha256: str = ""
@@ -141,7 +142,7 @@ def bench_served(
     }  # fmt: skip
     with (
         scratch_folder("bench") as folder,
-        _start_server(engines, folder, options, installation, environment) as server,
+        start_server(engines, folder, options, installation, environment) as server,
         Pipeline.open(engines, residency=options.residency, blocks=options.blocks) as pipeline,
     ):
         direct = Direct(pipeline, folder)
@@ -168,7 +169,7 @@ def _run_with_progress(sides: Mapping[str, Callable[[], bytes]], runs: int, prog
 
 
 @contextmanager
-def _start_server(
+def start_server(
     engines: Path, folder: Path, options: ServedOptions, installation: Installation, environment: Mapping[str, str]
 ) -> Iterator[Server]:
     """Start a server of ``engines`` on free loopback ports; yields it with a client when it is ready."""
@@ -188,4 +189,4 @@ def _start_server(
         WanClient(f"127.0.0.1:{serve.grpc_port}") as client,
     ):
         server.wait_until_ready()
-        yield Server(client, f"http://127.0.0.1:{serve.metrics_port}/metrics")
+        yield Server(client, f"127.0.0.1:{serve.grpc_port}", f"http://127.0.0.1:{serve.metrics_port}/metrics")

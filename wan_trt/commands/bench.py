@@ -20,6 +20,7 @@ from wan_trt.console import bars, command_line, console
 if TYPE_CHECKING:
     from validate.bench.work import BenchOptions
 
+JOBS = 200
 Axis = Literal["frames", "size", "steps"]
 
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps of a run; by default 4, or 10 with --triton.")]
@@ -54,6 +55,10 @@ def run(
     values: Annotated[str | None, typer.Option(help="Values of the sweep: 5,9,17 or 256x160,512x320.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Plot of the sweep, .png or .html.")] = None,
     triton: Annotated[bool, typer.Option("--triton", help="Measure a server's overhead instead.")] = False,
+    gateway: Annotated[bool, typer.Option("--gateway", help="Measure a gateway's overhead instead.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=2, help="Jobs to watch the memory of --gateway; by default 200.")
+    ] = None,
     topology: Annotated[
         Literal["owner", "bls"] | None, typer.Option(help="Of the server with --triton; by default owner.")
     ] = None,
@@ -80,6 +85,8 @@ def run(
     with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
         if triton:
             found, passed = _served(engines, options, runs, topology or "owner", cancels or 10, gate)
+        elif gateway:
+            found, passed = _through_gateway(engines, options, runs, jobs or JOBS, gate)
         elif sweep is not None:
             found, passed = _swept(engines, checkpoint, sweep, values, options, plot)
         else:
@@ -110,12 +117,16 @@ def _check(asked: Mapping[str, Any]) -> None:
         raise UserError("--sweep with --gate or --compare", "one of them", alone)
     if not asked["triton"] and (asked["topology"] or asked["cancels"]):
         raise UserError("--topology or --cancels", "a server to measure", "add --triton")
+    if not asked["gateway"] and asked["jobs"]:
+        raise UserError("--jobs", "a gateway to measure", "add --gateway")
+    if asked["gateway"] and (asked["checkpoint"] or sweep or asked["compare"] or asked["triton"]):
+        raise UserError("--gateway with a checkpoint, --sweep, --compare or --triton", "engines alone", alone)
     if asked["triton"] and (asked["checkpoint"] or sweep or asked["compare"]):
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", alone)
-    if asked["triton"] and asked["only"]:
-        raise UserError("--only with --triton", "whole jobs, which use all pieces", "leave --only out")
-    if asked["request"].cache is not None and (asked["triton"] or sweep is not None):
-        raise UserError("a step cache with --triton or --sweep", "a bench of engines", alone)
+    if (asked["triton"] or asked["gateway"]) and asked["only"]:
+        raise UserError("--only with --triton or --gateway", "whole jobs, which use all pieces", "leave --only out")
+    if asked["request"].cache is not None and (asked["triton"] or asked["gateway"] or sweep is not None):
+        raise UserError("a step cache with --triton, --gateway or --sweep", "a bench of engines", alone)
     check_apart(asked["output"], asked["plot"])
     sources = [asked[name] for name in ("engines", "gate", "compare", "image")]
     for path in (asked["output"], asked["plot"]):
@@ -141,6 +152,24 @@ def _served(
     installation = find_installation(default_environments())
     with bars() as progress:
         found = bench_served(engines, asked, installation, os.environ, progress)
+    for part in found.as_text():
+        console.print(part)
+    return found.as_json(), bool(found)
+
+
+def _through_gateway(
+    engines: Path, options: "BenchOptions", runs: int | None, jobs: int, gate: Path | None
+) -> tuple[dict[str, Any], bool]:
+    from triton_repo.installation import default_environments, find_installation
+    from validate.bench.served import RUNS, ServedOptions
+    from validate.bench.through_gateway import bench_gateway
+
+    asked = ServedOptions(
+        options.request, runs=runs or RUNS, gate=gate, residency=options.residency, command=options.command
+    )
+    installation = find_installation(default_environments())
+    with bars() as progress:
+        found = bench_gateway(engines, asked, jobs, installation, os.environ, progress)
     for part in found.as_text():
         console.print(part)
     return found.as_json(), bool(found)

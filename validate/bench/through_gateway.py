@@ -1,0 +1,221 @@
+"""What a gateway adds: to a status request, to a job, and to its own memory over many jobs.
+
+The same job goes to Triton directly and through the gateway, in turns; both sides are over when the client has the
+file. Status requests come at a fixed rate whether or not earlier ones are answered, and their time counts from the
+moment at which they were due, so a slow gateway cannot thin them out.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from gateway.start import GatewayOptions, run_gateway
+from gateway.sweep import Keep
+from runtime.built_for import fill_defaults
+from runtime.request import CompleteRequest
+from triton_repo.installation import Installation
+from triton_repo.server import free_ports
+from validate.bench.child_process import child_process
+from validate.bench.gateway_result import DIRECT, GATEWAY, KNOWN, TARGETS, GatewayBench
+from validate.bench.machine import load_average, machine, versions
+from validate.bench.samples import in_turns
+from validate.bench.served import STEPS, ServedOptions, start_server
+from validate.gate import read_gates
+from validate.options import with_samples
+from wan22.bundle import open_bundle
+from wan22.errors import UserError
+from wan22.files import scratch_folder
+from wan22.progress import Progress, silent
+
+RATE, STATUS_S = 200, 10.0  # status requests per second, and for how long
+CONNECTIONS = 8
+CLIENTS = 4  # that make the many jobs
+KEPT = 50  # videos at a time
+READY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Client:
+    """Requests to the gateway, each over a connection of its own."""
+
+    port: int
+
+    def connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+
+    def create(self, fields: Mapping[str, Any]) -> str:
+        return str(json.loads(self.answer("POST", "/v1/videos", fields))["id"])
+
+    def wait(self, video_id: str) -> None:
+        """Follow the events of a job to its end. Raises RuntimeError if it failed."""
+        connection = self.connection()
+        connection.request("GET", f"/v1/videos/{video_id}/events")
+        answer, kind = connection.getresponse(), ""
+        for line in answer:
+            kind = line[7:].decode().strip() if line.startswith(b"event: ") else kind
+        connection.close()
+        if kind != "completed":
+            raise RuntimeError(f"a job ended as {kind or 'nothing'}")
+
+    def make(self, fields: Mapping[str, Any]) -> bytes:
+        video_id = self.create(fields)
+        self.wait(video_id)
+        return self.answer("GET", f"/v1/videos/{video_id}/content")
+
+    def answer(self, method: str, path: str, fields: Mapping[str, Any] | None = None) -> bytes:
+        """Raises RuntimeError for another status than 200."""
+        connection = self.connection()
+        if fields is None:
+            connection.request(method, path)
+        else:
+            connection.request(method, path, json.dumps(fields), {"content-type": "application/json"})
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        if answer.status != 200:
+            raise RuntimeError(f"{method} {path}: {answer.status} {content[:200].decode(errors='replace')}")
+        return content
+
+
+def bench_gateway(
+    engines: Path,
+    options: ServedOptions,
+    jobs: int,
+    installation: Installation,
+    environment: Mapping[str, str],
+    progress: Progress = silent,
+) -> GatewayBench:
+    """Start a Triton server and a gateway in front of it, and measure.
+
+    Args:
+        engines: the bundle that is served.
+        options: the job and the number of runs.
+        jobs: number of jobs, the smallest possible with one step, over which memory is watched.
+        installation: the server.
+        environment: environment variables of the server's process.
+        progress: called for every pair of runs and every job.
+
+    Raises:
+        UserError: the model cannot serve the request, a gate has an unknown measurement, or nothing starts.
+    """
+    gates = read_gates(options.gate, "bench", KNOWN) if options.gate else TARGETS
+    manifest = open_bundle(engines, "engines").manifest
+    if manifest.spec.takes.image == "required":
+        raise UserError(f"{manifest.spec.name}, which starts from an image", "a model of text", "name other engines")
+    steps = STEPS if options.request.steps is None else options.request.steps
+    request = with_samples(replace(options.request, steps=steps), manifest)
+    complete = fill_defaults(request, manifest)
+    facts = {
+        "model": manifest.spec.name, "width": complete.width, "height": complete.height, "frames": complete.frames,
+        "steps": complete.steps, "runs": options.runs, "jobs": jobs, "rate_per_s": RATE, "machine": machine(),
+        "load_average": load_average(), "versions": versions(), "command": options.command,
+    }  # fmt: skip
+    with scratch_folder("bench") as folder, start_server(engines, folder, options, installation, environment) as server:
+        (port,) = free_ports(1)
+        gateway = GatewayOptions(folder / "gateway", (server.url,), port=port, keep=Keep(videos=KEPT))
+        with child_process(_serve, gateway) as (ready, process):
+            client = Client(port)
+            _until_ready(client, ready)
+            fields, videos = _fields(complete), {}
+
+            def made(side: str, make: Callable[[], bytes]) -> None:
+                videos[side] = hashlib.sha256(make()).hexdigest()
+
+            sides = {
+                DIRECT: lambda: made(DIRECT, lambda: server.make(request)),
+                GATEWAY: lambda: made(GATEWAY, lambda: client.make(fields)),
+            }
+            in_turns(sides, options.warmup)
+            samples = in_turns(sides, options.runs)
+            progress("runs", options.runs, options.runs)
+            video_id = client.create(fields)
+            client.wait(video_id)
+            floor = answer_times(port, "/health", RATE, STATUS_S)
+            status = answer_times(port, f"/v1/videos/{video_id}", RATE, STATUS_S)
+            rss = _watched(client, {**fields, "num_inference_steps": 1}, jobs, process.pid or 0, progress)
+    facts["load_average_after"] = load_average()
+    return GatewayBench(facts, samples, floor, status, rss, videos[DIRECT] == videos[GATEWAY], gates)
+
+
+def _serve(ready: Connection, options: GatewayOptions) -> None:
+    run_gateway(options, lambda: ready.send(True))
+
+
+def _until_ready(client: Client, ready: Connection) -> None:
+    if not ready.poll(READY_S):
+        raise UserError("a gateway that is not ready", f"one within {READY_S:.0f} s", "run wan-trt gateway to see why")
+    until = time.monotonic() + READY_S
+    while True:
+        try:
+            client.answer("GET", "/ready")
+            return
+        except RuntimeError as error:
+            if time.monotonic() > until:
+                raise UserError(f"{error}", "a server that is ready", "run wan-trt serve to see why") from None
+        time.sleep(0.05)
+
+
+def _fields(complete: CompleteRequest) -> dict[str, Any]:
+    """The job as a client of ``/v1/videos`` asks for it."""
+    return {
+        "prompt": complete.prompt, "size": f"{complete.width}x{complete.height}", "num_frames": complete.frames,
+        "num_inference_steps": complete.steps, "seed": complete.seed,
+    }  # fmt: skip
+
+
+def answer_times(port: int, path: str, rate: float, seconds: float) -> list[float]:
+    """Ask for ``path`` at ``rate`` per second for ``seconds``; the seconds that each answer took.
+
+    Raises:
+        RuntimeError: an answer other than 200.
+    """
+    taken: list[float] = []
+    start, total = time.perf_counter() + 0.1, int(rate * seconds)
+
+    def ask(first: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        for number in range(first, total, CONNECTIONS):
+            due = start + number / rate
+            time.sleep(max(0.0, due - time.perf_counter()))
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            answer.read()
+            if answer.status != 200:
+                raise RuntimeError(f"GET {path}: {answer.status}")
+            taken.append(time.perf_counter() - due)
+        connection.close()
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        list(pool.map(ask, range(CONNECTIONS)))
+    return taken
+
+
+def _watched(
+    client: Client, fields: Mapping[str, Any], jobs: int, pid: int, progress: Progress
+) -> list[tuple[int, int]]:
+    """Make ``jobs`` videos with a few clients; the gateway's resident bytes after each."""
+    found: list[tuple[int, int]] = []
+    lock = threading.Lock()
+
+    def make(_number: int) -> None:
+        client.make(fields)
+        with lock:
+            found.append((len(found) + 1, resident_bytes(pid)))
+            progress("jobs", len(found), jobs)
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(make, range(jobs)))
+    return found
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
