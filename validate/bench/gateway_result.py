@@ -88,6 +88,8 @@ class GatewayBench:
         yield f"gateway / Triton {ratio.median:.3f} (p10 {ratio.p10:.3f}, p90 {ratio.p90:.3f})"
         first, last = self.rss[0][1] / MIB, self.rss[-1][1] / MIB
         yield f"memory of the gateway: {first:.0f} MiB after the first job, {last:.0f} after {len(self.rss)}"
+        status_ms, job_ms = self.facts["processor_ms_per_status"], self.facts["processor_ms_per_job"]
+        yield f"processor time of the gateway: {status_ms:.2f} ms for a status, {job_ms:.0f} ms for a job"
         if not self.same_video:
             yield Text("the gateway's video is another than Triton's", "red")
         yield from (check_mark(verdict, str(verdict)) for verdict in self.verdicts)
