@@ -31,10 +31,10 @@ class KeyLimits:
 
 
 class Keys:
-    """Without any key in the database, requests need none."""
+    """Without any key in the database, requests need none, unless ``required``."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, *, required: bool = False) -> None:
+        self._database, self._required = database, required
         self._known: dict[str, RowMapping] = {}
         self._read_at = -math.inf
 
@@ -49,7 +49,7 @@ class Keys:
             with self._database.read() as connection:
                 self._known = {row["id"]: row for row in connection.execute(select(keys)).mappings()}
             self._read_at = time.monotonic()
-        if not self._known:
+        if not self._known and not self._required:
             return Key()
         bearer = BEARER.fullmatch((authorization or "").strip())
         match = FORM.fullmatch(bearer[1]) if bearer else None

@@ -8,8 +8,8 @@ import msgspec
 from triton_repo.settings import Limits, Settings
 from wan22.bundle import Manifest
 from wan22.errors import DAMAGED_JSON, UserError
+from wan22.specs import FAMILY
 
-FAMILY = "wan2.2-"
 CALL_S = 5.0  # for an answer about readiness or configuration
 
 
@@ -72,8 +72,9 @@ class TritonServer:
         except (UserError, *DAMAGED_JSON):
             found = f"model {self.name} of {self.url} without its description"
             raise UserError(found, "a model made by this version of wan-trt", "make and start it again") from None
-        model_id = manifest.spec.name if manifest.spec.name.startswith(FAMILY) else FAMILY + manifest.spec.name
-        return ServedModel(model_id, self.name, manifest, settings.limits, tuple(settings.weight_sets()))
+        return ServedModel(
+            manifest.spec.public_name, self.name, manifest, settings.limits, tuple(settings.weight_sets())
+        )
 
     def _ask(self, method: str, *arguments: str) -> Any:
         from tritonclient.utils import InferenceServerException

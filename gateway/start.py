@@ -44,6 +44,7 @@ class GatewayOptions:
     most_waiting_of_key: int | None = None
     most_running_of_key: int | None = None
     keep: Keep = field(default_factory=Keep)
+    require_keys: bool = False  # even while there are none
     finish_within_s: float = 30.0  # for running jobs at the end
     lease_s: float = LEASE_S
     http: Options = field(default_factory=Options)
@@ -88,12 +89,12 @@ def _assembled(options: GatewayOptions) -> tuple[Gateway, Workers]:
     database = Database(database_url(options.data, options.database))
     store, keys, hub, name = (
         open_store(options.videos or str(options.data / "videos")),
-        Keys(database),
+        Keys(database, required=options.require_keys),
         Hub(),
         gateway_name(),
     )
-    if options.address not in ("127.0.0.1", "::1", "localhost") and not keys.any():
-        remedy = "make one with wan-trt gateway key add, or leave --address out"
+    if options.address not in ("127.0.0.1", "::1", "localhost") and not (options.require_keys or keys.any()):
+        remedy = "make one with wan-trt gateway key add, add --require-keys, or leave --address out"
         raise UserError(f"address {options.address} without keys", "a key for clients of other machines", remedy)
     jobs = Jobs(database, options.most_waiting, options.most_waiting_of_key)
     claims = Claims(database, options.lease_s, options.most_running_of_key)

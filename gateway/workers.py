@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +16,15 @@ log = logging.getLogger("gateway")
 BEAT_S = 1.0
 SWEEP_S = 5.0
 STOPPED_S = 10.0  # for workers to put down what they hold
+FIND_S = 5.0  # between looks at the addresses behind names
+BEHIND = "dns:"  # before a name whose addresses are a server each, as those of a headless Service of Kubernetes
 
 
 class Workers:
     """Start and end with the gateway.
 
     Args:
-        urls: gRPC addresses of Triton servers.
+        urls: gRPC addresses of Triton servers; ``dns:HOST:PORT`` are all addresses of HOST, looked up again and again.
         name: of the served model.
         around: what workers share.
         sweep: cleans up every few seconds.
@@ -30,16 +33,28 @@ class Workers:
 
     def __init__(self, urls: Sequence[str], name: str, around: Surroundings, sweep: Sweep, gateway: str) -> None:
         self._claims, self._sweep, self._changed = around.claims, sweep, around.changed
-        self.all = [Worker(f"{gateway}.{at}", TritonServer(url, name), around) for at, url in enumerate(urls)]
+        self._name, self._gateway, self._around = name, gateway, around
+        fixed = [url for url in urls if not url.startswith(BEHIND)]
+        self.all = [self._new(at, url) for at, url in enumerate(fixed)]
+        self._behind = [url.removeprefix(BEHIND) for url in urls if url.startswith(BEHIND)]
+        self._found: dict[str, Worker] = {}  # by address behind a name
+        self._started, self._draining = len(fixed), False
         self._over = threading.Event()
         self._threads = [
             threading.Thread(target=self._repeat, args=(BEAT_S, self._beat), name="heartbeat", daemon=True),
             threading.Thread(target=self._repeat, args=(SWEEP_S, self._clean), name="sweep", daemon=True),
+            threading.Thread(target=self._repeat, args=(FIND_S, self._find), name="addresses", daemon=True),
         ]
 
     def start(self) -> None:
-        for thread in (*self._threads, *self.all):
+        for worker in self.all:
+            worker.start()
+        self._find()
+        for thread in self._threads:
             thread.start()
+
+    def _new(self, number: int, url: str) -> Worker:
+        return Worker(f"{self._gateway}.{number}", TritonServer(url, self._name), self._around)
 
     def wake(self) -> None:
         for worker in self.all:
@@ -57,6 +72,7 @@ class Workers:
 
     def drain(self) -> None:
         """Take no more jobs."""
+        self._draining = True
         for worker in self.all:
             worker.stop()
 
@@ -89,6 +105,27 @@ class Workers:
     def _clean(self) -> None:
         self._sweep.run([run.id for run in self._runs()])
 
+    def _find(self) -> None:
+        """Give every new address behind the names a worker; one whose address is gone takes no more jobs, then ends."""
+        try:
+            there = {address for name in self._behind for address in addresses(name)}
+        except OSError as error:  # nothing is behind the name, or nobody answers: servers that are gone are not ready
+            log.warning("%s", error)
+            return
+        for address, worker in list(self._found.items()):
+            if address not in there:
+                worker.stop()
+            if not worker.is_alive():
+                del self._found[address]
+                self.all = [each for each in self.all if each is not worker]
+        if self._draining:
+            return
+        for address in sorted(there - self._found.keys()):
+            worker = self._found[address] = self._new(self._started, address)
+            self._started += 1
+            worker.start()
+            self.all = [*self.all, worker]
+
     def _repeat(self, every_s: float, call: Callable[[], None]) -> None:
         while not self._over.wait(every_s):
             try:
@@ -97,6 +134,13 @@ class Workers:
                 log.warning("%s", error.message)
             except Exception:
                 log.exception("in the background")
+
+
+def addresses(name: str) -> set[str]:
+    """The addresses of HOST:PORT, each with the port. Raises OSError if there are none."""
+    host, _, port = name.rpartition(":")
+    found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    return {f"[{at[0]}]:{port}" if family == socket.AF_INET6 else f"{at[0]}:{port}" for family, _, _, _, at in found}
 
 
 def gateway_name() -> str:

@@ -1,17 +1,19 @@
-"""Kubernetes manifests of a served model: Deployment, Service, autoscaler, disruption budget, network policy, account.
+"""Kubernetes manifests of a served model and of its gateway, from Deployments to network policies.
 
-One pod has one GPU and runs one job at a time, so the autoscaler counts running and waiting jobs. A job takes minutes,
-so a pod with work is never ended early: it reports that it is not ready, and gets the time to finish.
+One pod has one GPU and runs one job at a time, so the autoscaler counts running and waiting jobs of the gateway's
+queue. A job takes minutes, so a pod with work is never ended early: it reports that it is not ready, and gets the time
+to finish.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from triton_repo import gateway_manifests
+from triton_repo.gateway_manifests import GatewayPods, gateway_objects
 from triton_repo.pod import PORTS, pod_spec, termination_s
-from triton_repo.probe import IN_FLIGHT, PENDING
 from triton_repo.repository import MARK, RepositoryOptions, Written
 from triton_repo.server import LOAD_S
 from wan22.errors import UserError
@@ -23,7 +25,6 @@ REASON = (
     "September 2026 (among them CVE-2026-16497 and CVE-2026-47625) and of deadlocks between decoupled and called "
     "models; it also asks the model for its readiness and notices its death"
 )
-GATEWAY = {"app.kubernetes.io/component": "gateway"}  # label of the pods that may send jobs
 NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 Manifest = dict[str, Any]
 
@@ -36,9 +37,11 @@ class ClusterOptions:
     namespace: str = "wan22"  # for all objects, and as label in the autoscaler's query
     max_pods: int = 4
     prometheus: str = "http://prometheus-server.monitoring.svc"
+    gateway: GatewayPods = field(default_factory=GatewayPods)
 
     def __post_init__(self) -> None:
         check_image(self.image)
+        check_image(self.gateway.image)
         if not NAMESPACE.fullmatch(self.namespace):
             expected = "lower-case letters, digits and -"
             raise UserError(f"namespace {self.namespace!r}", expected, "choose another --namespace")
@@ -65,29 +68,39 @@ def write_manifests(folder: Path, written: Written, options: RepositoryOptions, 
         (temporary / MARK).touch()
         for manifest in manifests(written, options, cluster):
             text = yaml.safe_dump(manifest, sort_keys=False, width=120)
-            (temporary / f"{manifest['kind'].lower()}.yaml").write_text(text)
+            part = "gateway-" if manifest["metadata"]["name"].endswith("-gateway") else ""
+            (temporary / f"{part}{manifest['kind'].lower()}.yaml").write_text(text)
 
 
 def manifests(written: Written, options: RepositoryOptions, cluster: ClusterOptions) -> list[Manifest]:
     name = options.name.replace("_", "-")
     # Without metrics, which Prometheus scrapes from every pod and not through a balancer.
     ports = [{"name": port, "port": PORTS[port], "targetPort": port} for port in ("grpc", "http")]
-    service = {"selector": _selector(name)["matchLabels"], "ports": ports}
+    # Headless: its name has the address of every pod that is ready, for the gateway to give each a job at a time.
+    service = {"clusterIP": "None", "selector": _selector(name)["matchLabels"], "ports": ports}
     made: list[tuple[str, str, Manifest]] = [
         ("v1", "ServiceAccount", {"automountServiceAccountToken": False}),
         ("apps/v1", "Deployment", {"spec": _deployment(name, written, options, cluster)}),
         ("v1", "Service", {"spec": service}),
         ("networking.k8s.io/v1", "NetworkPolicy", {"spec": _network_policy(name, cluster)}),
-        ("keda.sh/v1alpha1", "ScaledObject", {"spec": _scaled_object(name, options.name, cluster)}),
+        (
+            "keda.sh/v1alpha1",
+            "ScaledObject",
+            {"spec": _scaled_object(name, written.bundle.manifest.spec.public_name, cluster)},
+        ),
         ("policy/v1", "PodDisruptionBudget", {"spec": {"maxUnavailable": 1, "selector": _selector(name)}}),
     ]
     metadata = {"name": name, "namespace": cluster.namespace, "labels": _labels(name)}
     skipped = {"annotations": {"checkov.io/skip1": "CKV_K8S_11=a limit of processors slows jobs down on an idle node"}}
     of_kind = {"Deployment": metadata | skipped}
+    front = metadata | {"name": f"{name}-gateway", "labels": gateway_manifests.labels(name)}
+    of_gateway = {"Deployment": front | skipped}
     return [
-        {"apiVersion": version, "kind": kind, "metadata": of_kind.get(kind, metadata), **content}
-        for version, kind, content in made
-    ]
+        *({"apiVersion": version, "kind": kind, "metadata": of_kind.get(kind, metadata), **content}
+          for version, kind, content in made),
+        *({"apiVersion": version, "kind": kind, "metadata": of_gateway.get(kind, front), **content}
+          for version, kind, content in gateway_objects(name, options.name, cluster.gateway)),
+    ]  # fmt: skip
 
 
 def _labels(name: str) -> dict[str, str]:
@@ -114,15 +127,18 @@ def _network_policy(name: str, cluster: ClusterOptions) -> Manifest:
     return {
         "podSelector": _selector(name),
         "policyTypes": ["Ingress", "Egress"],
-        "ingress": [rule({"podSelector": {"matchLabels": GATEWAY}}, "grpc", "http"), rule(prometheus, "metrics")],
+        "ingress": [
+            rule({"podSelector": {"matchLabels": gateway_manifests.labels(name)}}, "grpc"),
+            rule(prometheus, "metrics"),
+        ],
         "egress": [],
     }
 
 
 def _scaled_object(name: str, model: str, cluster: ClusterOptions) -> Manifest:
-    """Scale to one pod per running or waiting job. Triton's other metrics do not change until a job ends."""
+    """Scale to one pod per running or waiting job of the queue, of which every gateway tells the whole."""
     labels = f'namespace="{cluster.namespace}", model="{model}"'  # excludes jobs of other namespaces
-    query = f"sum({IN_FLIGHT}{{{labels}}}) + sum({PENDING}{{{labels}}})"
+    query = f'sum(max by (status) (wan_gateway_jobs{{{labels}, status=~"queued|in_progress"}}))'
     trigger = {"serverAddress": cluster.prometheus, "query": query, "threshold": "1"}
     one_by_one = {"stabilizationWindowSeconds": 600, "policies": [{"type": "Pods", "value": 1, "periodSeconds": 300}]}
     return {

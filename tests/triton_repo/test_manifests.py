@@ -17,6 +17,7 @@ from triton_repo.repository import RepositoryOptions, write_repository
 from wan22.errors import UserError
 from wan_trt.cli import app
 
+WAN_TRT = str(Path(sys.executable).with_name("wan-trt"))
 VERSIONS = ("1.31", "1.37")
 KINDS = ("Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy", "ServiceAccount")
 CHECKOV = Path(__file__).parents[2] / ".venv-checkov" / "bin" / "checkov"
@@ -48,12 +49,16 @@ SCALED_OBJECT = {
 
 
 def rendered(engines, folder, *options):
-    """What the command writes, by kind."""
+    """What the command writes, by kind; the kinds of the gateway's objects begin with "Gateway"."""
     with pytest.raises(SystemExit) as left:
         app(["triton", str(engines), str(folder / "repository"), "--kubernetes", str(folder / "manifests"), *options])
     assert left.value.code == 0
     found = [yaml.safe_load(path.read_text()) for path in (folder / "manifests").glob("*.yaml")]
-    return {manifest["kind"]: manifest for manifest in found}
+    return {("Gateway" if is_front(manifest) else "") + manifest["kind"]: manifest for manifest in found}
+
+
+def is_front(manifest):
+    return manifest["metadata"]["labels"].get("app.kubernetes.io/component") == "gateway"
 
 
 @pytest.fixture
@@ -72,11 +77,11 @@ def container(pod):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("topology", ["owner", "bls"])
-def test_kubernetes_takes_every_object(compiled, tmp_path, topology, version):
-    made = rendered(compiled(), tmp_path, "--topology", topology)
-    assert set(made) == {*KINDS, "ScaledObject"}
-    for kind in KINDS:
+@pytest.mark.parametrize("options", [(), ("--topology", "bls", "--database-secret", "wan22-database")])
+def test_kubernetes_takes_every_object(compiled, tmp_path, options, version):
+    made = rendered(compiled(), tmp_path, *options)
+    assert set(made) == {*KINDS, "ScaledObject", *(f"Gateway{kind}" for kind in KINDS)}
+    for kind in made.keys() - {"ScaledObject"}:
         assert kubernetes_validate.validate(made[kind], version, strict=True) == version
 
 
@@ -116,7 +121,8 @@ def test_the_objects_find_each_other(gpu):
     assert gpu["ScaledObject"]["spec"]["scaleTargetRef"]["name"] == name
     ports = {port["name"] for port in deployment["spec"]["template"]["spec"]["containers"][0]["ports"]}
     assert {port["targetPort"] for port in gpu["Service"]["spec"]["ports"]} <= ports
-    assert {port["port"] for rule in gpu["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]} == ports
+    open_ports = {port["port"] for rule in gpu["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]}
+    assert open_ports == ports - {"http"}  # which only the kubelet's probes need
     assert deployment["spec"]["template"]["spec"]["serviceAccountName"] == gpu["ServiceAccount"]["metadata"]["name"]
     assert {manifest["metadata"]["namespace"] for manifest in gpu.values()} == {"wan22"}
 
@@ -150,9 +156,16 @@ def test_the_gateway_alone_sends_jobs_and_prometheus_alone_reads_metrics(gpu):
     policy = gpu["NetworkPolicy"]["spec"]
     assert (set(policy["policyTypes"]), policy["egress"]) == ({"Ingress", "Egress"}, [])
     sources = {port["port"]: rule["from"] for rule in policy["ingress"] for port in rule["ports"]}
-    gateway = [{"podSelector": {"matchLabels": {"app.kubernetes.io/component": "gateway"}}}]
+    gateway = [{"podSelector": {"matchLabels": gpu["GatewayDeployment"]["spec"]["template"]["metadata"]["labels"]}}]
     prometheus = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
-    assert sources == {"http": gateway, "grpc": gateway, "metrics": prometheus}
+    assert sources == {"grpc": gateway, "metrics": prometheus}
+    front = gpu["GatewayNetworkPolicy"]["spec"]
+    to_pods = [rule for rule in front["egress"] if "podSelector" in rule.get("to", [{}])[0]]
+    labels = gpu["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    (rule,) = to_pods
+    assert rule["to"][0]["podSelector"]["matchLabels"].items() <= labels.items()
+    assert [port["port"] for port in rule["ports"]] == ["grpc"]
+    assert 5432 not in [port["port"] for rule in front["egress"] for port in rule["ports"]]
 
 
 def test_a_pod_that_liveness_gives_up_is_not_waited_for(container):
@@ -164,13 +177,16 @@ def test_a_pod_that_liveness_gives_up_is_not_waited_for(container):
 def test_checkov_finds_nothing(compiled, tmp_path, topology):
     if not CHECKOV.is_file():
         pytest.skip("no checkov, run make checkov")
-    rendered(compiled(), tmp_path, "--topology", topology, "--image", f"registry.example/wan-trt@sha256:{'0' * 64}")
+    digest = f"@sha256:{'0' * 64}"
+    images = ["--image", f"registry.example/wan-trt{digest}", "--gateway-image", f"registry.example/gateway{digest}"]
+    secret = "wan22-database" if topology == "bls" else ""
+    rendered(compiled(), tmp_path, "--topology", topology, *images, "--database-secret", secret)
     command = [CHECKOV, "-d", tmp_path / "manifests", "--framework", "kubernetes", "--skip-download", "-o", "json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = json.loads(done.stdout)
     assert [check["check_id"] for check in found["results"]["failed_checks"]] == []
-    assert [check["check_id"] for check in found["results"]["skipped_checks"]] == ["CKV_K8S_11"]
-    assert found["summary"]["passed"] > 80
+    assert [check["check_id"] for check in found["results"]["skipped_checks"]] == ["CKV_K8S_11"] * 2
+    assert found["summary"]["passed"] > 160
 
 
 def test_a_pod_is_given_the_time_that_its_jobs_may_take(compiled, tmp_path):
@@ -235,11 +251,40 @@ def test_the_probes_are_programs_that_there_are(container):
         assert all(word in done.stdout for word in words if word.startswith("--"))
 
 
-def test_pods_are_counted_by_metrics_that_move_while_a_job_runs(gpu):
+def test_pods_are_counted_by_the_queue_once_however_many_gateways_tell_its_length(gpu):
     (trigger,) = gpu["ScaledObject"]["spec"]["triggers"]
-    query = trigger["metadata"]["query"]
-    labels = '{namespace="wan22", model="wan22"}'
-    assert query == f"sum(wan22_in_flight{labels}) + sum(nv_inference_pending_request_count{labels})"
+    labels = '{namespace="wan22", model="wan2.2-t2v-a14b-tiny", status=~"queued|in_progress"}'
+    assert trigger["metadata"]["query"] == f"sum(max by (status) (wan_gateway_jobs{labels}))"
+
+
+@pytest.mark.parametrize("secret", ["", "wan22-database"])
+def test_a_gateway_finds_every_pod_and_may_write_its_volume_alone(compiled, tmp_path, secret):
+    made = rendered(compiled(), tmp_path, "--database-secret", secret, "--name", "wan_video")
+    deployment, service = made["GatewayDeployment"]["spec"], made["Service"]
+    (container,) = deployment["template"]["spec"]["containers"]
+    command = container["command"]
+    assert service["spec"]["clusterIP"] == "None"  # so that its name is the address of every pod
+    assert command[command.index("--server") + 1] == f"dns:{service['metadata']['name']}:8001"
+    assert command[command.index("--name") + 1] == "wan_video"
+    assert "--require-keys" in command
+    mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
+    assert {path for path, read_only in mounts.items() if not read_only} == {"/data", "/tmp"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert deployment["template"]["spec"]["securityContext"]["runAsNonRoot"] is True
+    assert (deployment["replicas"], deployment["strategy"]["type"]) == (
+        (2, "RollingUpdate") if secret else (1, "Recreate")
+    )
+    assert ("--database" in command) == bool(secret)
+    if secret:
+        folder, _, file = command[command.index("--database") + 1].removeprefix("@").rpartition("/")
+        volume = next(v["secret"] for v in deployment["template"]["spec"]["volumes"] if "secret" in v)
+        assert (mounts[folder], volume["secretName"], volume["items"][0]["path"]) == (True, secret, file)
+    help_of = subprocess.run([WAN_TRT, "gateway", "run", "--help"], capture_output=True, text=True, check=True)
+    assert all(word in help_of.stdout for word in command if word.startswith("--"))
 
 
 def test_a_namespace_is_a_name_and_is_counted_apart(compiled, tmp_path):

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 Data = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the queue and the videos are.")]
 DatabaseUrl = Annotated[
-    str, typer.Option(metavar="URL", help="postgresql://..., to share the queue; by default SQLite in --data.")
+    str,
+    typer.Option(
+        metavar="URL",
+        help="postgresql://..., or @FILE with that in it, to share the queue; by default SQLite in --data.",
+    ),
 ]
 DATA = Path("wan-trt-gateway")
 
@@ -35,7 +39,10 @@ def run(
     ] = None,
     server: Annotated[
         list[str] | None,
-        typer.Option(metavar="HOST:PORT", help="gRPC address of a running server; repeat it for more."),
+        typer.Option(
+            metavar="HOST:PORT",
+            help="gRPC address of a running server; repeat it for more. dns:HOST:PORT: every address of HOST.",
+        ),
     ] = None,
     name: given.ServedName = "wan22",
     address: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -54,6 +61,9 @@ def run(
     image_host: Annotated[
         list[str] | None, typer.Option(metavar="HOST", help="Host whose images are fetched; repeat it for more.")
     ] = None,
+    require_keys: Annotated[
+        bool, typer.Option("--require-keys", help="Refuse requests without a key even while there is no key.")
+    ] = False,
     any_model: Annotated[
         bool, typer.Option("--any-model", help="Unknown names of models mean the default one.")
     ] = False,
@@ -78,7 +88,6 @@ def run(
     from gateway.gateway import Options
     from gateway.start import GatewayOptions, run_gateway
     from gateway.sweep import Keep
-    from triton_repo.client_errors import address_of
 
     logging.getLogger("gateway").setLevel(logging.INFO if verbose else logging.WARNING)
     kept_bytes = None if keep_size is None else int(parse_bytes(keep_size, "--keep-size"))
@@ -86,14 +95,14 @@ def run(
     http = Options(frozenset(image_host or ()), any_model, cancel_within)
     with ExitStack() as stack:
         trouble: Callable[[], str] = str
-        urls = tuple(dict.fromkeys(map(address_of, server or ())))
+        urls = tuple(dict.fromkeys(map(_address, server or ())))
         if engines is not None:
             tritonserver = stack.enter_context(_own_server(engines, options))
             urls, trouble = (f"127.0.0.1:{tritonserver.options.grpc_port}",), _watched(tritonserver)
         reason = run_gateway(
             GatewayOptions(
-                data, urls, name, address, port, database, videos, queue_size, key_waiting, key_running,
-                keep, finish_within, http=http,
+                data, urls, name, address, port, database_url_of(database), videos, queue_size, key_waiting,
+                key_running, keep, require_keys, finish_within, http=http,
             ),
             lambda: console.print(f"the gateway is ready: http://{address}:{port}"),
             trouble,
@@ -101,6 +110,23 @@ def run(
     if reason:
         raise UserError(reason, "a server that runs until stopped", "start again; the queue is kept")
     return 0
+
+
+def _address(server: str) -> str:
+    from gateway.workers import BEHIND
+    from triton_repo.client_errors import address_of
+
+    return BEHIND * server.startswith(BEHIND) + address_of(server.removeprefix(BEHIND))
+
+
+def database_url_of(given: str) -> str:
+    """The URL, or what the file after @ contains, which other users of the machine need not see."""
+    if not given.startswith("@"):
+        return given
+    try:
+        return Path(given[1:]).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--database {given}: {error}", "a readable file", "name another") from None
 
 
 @contextmanager
@@ -138,14 +164,16 @@ def _watched(server: "Server") -> Callable[[], str]:
 
 def move(
     data: Data = DATA,
-    database: Annotated[str, typer.Option(metavar="URL", help="An empty postgresql://... database.")] = "",
+    database: Annotated[
+        str, typer.Option(metavar="URL", help="An empty postgresql://... database, or @FILE with that in it.")
+    ] = "",
 ) -> None:
     """Move the queue, the keys and the records of videos from SQLite in --data to PostgreSQL."""
     from gateway.move import move as move_records
 
     if not database:
         raise UserError("no --database", "the address of an empty PostgreSQL", "give one")
-    console.print(f"{move_records(data, database)} records moved; start with --database from now on")
+    console.print(f"{move_records(data, database_url_of(database))} records moved; start with --database from now on")
 
 
 # -- keys
@@ -190,4 +218,4 @@ def _keys(data: Path, database: str) -> Any:
     from gateway.keys import Keys
     from gateway.start import database_url
 
-    return Keys(Database(database_url(data, database)))
+    return Keys(Database(database_url(data, database_url_of(database))))

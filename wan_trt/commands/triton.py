@@ -28,6 +28,13 @@ def run(
     image: Annotated[
         str, typer.Option(help="Image of the pods: tritonserver 26.07 or later with wan-trt installed.")
     ] = "wan-trt:26.07",
+    gateway_image: Annotated[
+        str, typer.Option(help="Image of the gateway's pods: the target gateway of Containerfile.")
+    ] = "wan-trt-gateway:0.1.0",
+    database_secret: Annotated[
+        str,
+        typer.Option(help="Secret whose key url is postgresql://..., for two gateways; by default one with SQLite."),
+    ] = "",
     namespace: Annotated[str, typer.Option(help="Kubernetes namespace of the pods.")] = "wan22",
     max_pods: Annotated[int, typer.Option(help="Maximum number of pods for the autoscaler.", min=1)] = 4,
     prometheus: Annotated[
@@ -40,6 +47,7 @@ def run(
     limits = given.limits_of(locals() | shared)
     given.check_signed(engines, require_signature)
     from triton_repo.bls_repository import largest_call_bytes
+    from triton_repo.gateway_manifests import GatewayPods
     from triton_repo.manifests import ClusterOptions, write_manifests
     from triton_repo.pod import ENGINES_AT
     from triton_repo.probe import DRAIN_FLAG
@@ -56,7 +64,7 @@ def run(
         overwrite=overwrite,
         blocks=given.blocks_options(shared),
     )
-    cluster = ClusterOptions(image, namespace, max_pods, prometheus)
+    cluster = ClusterOptions(image, namespace, max_pods, prometheus, GatewayPods(gateway_image, database_secret))
     if kubernetes is not None:
         check_no_source(kubernetes, engines)
         if kubernetes.absolute() == repository.absolute():
