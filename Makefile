@@ -86,6 +86,9 @@ lock: $(TOOLS)
 	$(COMPILE) requirements-tools.in -o requirements-tools.txt
 	$(COMPILE) requirements-checkov.in -o requirements-checkov.txt
 	$(COMPILE) --no-config --allow-unsafe requirements-vbench.in -o requirements-vbench.txt
+	$(COMPILE) requirements-wheel.in -o requirements-wheel.txt
+	$(COMPILE) --extra gateway pyproject.toml -o requirements-gateway.txt
+	$(subst 3.11,3.12,$(COMPILE)) --extra gpu --extra triton pyproject.toml requirements-server.in -o requirements-server.txt
 
 # What .venv holds, as CycloneDX JSON.
 sbom: $(INSTALLED) $(TOOLS)
