@@ -208,7 +208,7 @@ function words(video) {
   if (video.status === "queued") return `Waiting${video.queue_position ? `, number ${video.queue_position}` : ""}${rest}`;
   const phase = { text: "Reading the prompt", image: "Reading the image", decode: "Decoding", encode: "Writing the file" };
   if (video.phase !== "denoise") return `${phase[video.phase] ?? "Starting"}${rest}`;
-  const expert = video.expert ? `, ${video.expert.replace("_", " ")} expert` : "";
+  const expert = video.expert?.endsWith("noise") ? `, ${video.expert.replace("_", " ")} expert` : "";
   return `Step ${video.step} of ${video.steps}${expert}${rest}`;
 }
 

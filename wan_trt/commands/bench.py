@@ -165,8 +165,9 @@ def _through_gateway(
     from validate.bench.through_gateway import bench_gateway
 
     asked = ServedOptions(
-        options.request, runs=runs or RUNS, gate=gate, residency=options.residency, command=options.command
-    )
+        options.request, runs=runs or RUNS, gate=gate, residency=options.residency, command=options.command,
+        blocks=options.blocks,
+    )  # fmt: skip
     installation = find_installation(default_environments())
     with bars() as progress:
         found = bench_gateway(engines, asked, jobs, installation, os.environ, progress)
