@@ -95,7 +95,7 @@ def test_from_a_prompt_to_a_playing_video_with_the_keyboard_alone(gateway, chrom
         first.get_by_role("button", name="Again").press("Enter")
         assert page.evaluate("document.activeElement.id") == "prompt"
         page.keyboard.press("Control+Enter")
-        page.wait_for_function("document.querySelectorAll('#videos > li').length > 1")
+        page.locator("#videos > li").nth(1).wait_for()
         second = page.locator("#videos > li").first
         plays(second)
         with page.expect_download() as downloading:

@@ -35,7 +35,7 @@ from wan22.errors import UserError
 from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
 
-RATE, STATUS_S = 200, 10.0  # status requests per second, and for how long
+RATE, STATUS_S = 200, 5.0  # status requests per second, and for how long
 CONNECTIONS = 8
 CLIENTS = 4  # that make the many jobs
 KEPT = 50  # videos at a time
