@@ -96,6 +96,7 @@ class Task(StrEnum):
     TI2V = "ti2v"
 
 
+FAMILY = "wan2.2-"
 ImageUse = Literal["no", "optional", "required"]
 Resizing = Literal["stretch", "cover"]
 
@@ -130,6 +131,11 @@ class ModelSpec:
     text_encoder: TextEncoderSpec
     vae: VaeSpec
     sampling: SamplingSpec
+
+    @property
+    def public_name(self) -> str:
+        """The name by which clients of the gateway know the model."""
+        return self.name if self.name.startswith(FAMILY) else FAMILY + self.name
 
     @property
     def takes(self) -> Takes:

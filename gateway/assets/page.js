@@ -31,6 +31,8 @@ async function ask(path, { headers = {}, ...options } = {}) {
 async function open(model = "") {
   const answer = await ask(model ? `/?model=${encodeURIComponent(model)}` : "/");
   const text = await answer.text();
+  stop();
+  cards.clear();
   const made = new DOMParser().parseFromString(trusted ? trusted.createHTML(text) : text, "text/html");
   document.body.replaceWith(made.body);
   start();
@@ -38,8 +40,6 @@ async function open(model = "") {
 
 async function forget(message = "") {
   sessionStorage.removeItem(STORED);
-  stop();
-  cards.clear();
   await open();
   tell(message);
 }
@@ -62,7 +62,7 @@ function prepare(form) {
   form.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
-  form.elements.model.addEventListener("change", () => { stop(); cards.clear(); open(form.elements.model.value); });
+  form.elements.model.addEventListener("change", ({ target }) => open(target.value).catch((error) => tell(error.message)));
   form.elements.size.addEventListener("change", () => fitLength(form));
   form.elements.preset.addEventListener("change", () => carry(form));
   find("#carried button").addEventListener("click", () => carry(form));
@@ -249,6 +249,7 @@ async function act(card, does) {
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   } else if (does === "again") {
+    if (video.model !== find("#make").elements.model.value) await open(video.model);
     again(find("#make"), video);
   } else if (does === "cancel") {
     find("[data-does=cancel]", element).disabled = true;
@@ -261,7 +262,7 @@ async function act(card, does) {
     await ask(path, { method: "DELETE" });
     drop(card);
     say("Deleted.");
-    find("#history").scrollIntoView({ block: "nearest" });
+    find("#history").focus(); // the button that had it is gone
   }
 }
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -154,7 +155,7 @@ def test_jobs_are_cancelled_and_deleted_and_a_wrong_field_is_pointed_at(gateway,
 
 @in_browser
 @pytest.mark.slow
-def test_a_key_is_typed_once_and_an_image_starts_a_video_on_a_phone(installation, flow_of, chromium, tmp_path):
+def test_a_key_is_typed_once_and_an_image_starts_a_video_on_a_phone(installation, triton, flow_of, chromium, tmp_path):
     engines, data = {"wan22": flow_of("ti2v-5b-tiny").engines}, tmp_path / "data"
     add = subprocess.run(
         [WAN_TRT, "gateway", "key", "add", "a", "--data", data], capture_output=True, text=True, check=True
@@ -164,10 +165,12 @@ def test_a_key_is_typed_once_and_an_image_starts_a_video_on_a_phone(installation
     Image.new("RGB", (200, 100), "teal").save(image, "PNG")
     with (
         serving(installation, tmp_path, engines) as server,
-        gateway_in_front(data, [server.url], "--finish-within", 0) as gateway,
+        gateway_in_front(data, [server.url, triton.url], "--finish-within", 0) as gateway,
         window(chromium, gateway.url, "status of 401", **phone) as page,
     ):
         gateway.key = add.stdout.strip()
+        while len(gateway.ask("GET", "/v1/models").json["data"]) < 2:
+            time.sleep(0.05)
         assert page.locator("form").count() == 1  # nothing of the models is told
         assert "ti2v" not in page.content()
         page.get_by_label("Key").fill("wan_no")
@@ -175,8 +178,10 @@ def test_a_key_is_typed_once_and_an_image_starts_a_video_on_a_phone(installation
         page.get_by_role("alert").get_by_text("no valid key").wait_for()
         page.get_by_label("Key").fill(gateway.key)
         page.get_by_role("button", name="Open").tap()
-        page.get_by_label("Prompt", exact=True).fill("It turns round")
+        page.get_by_label("Model").wait_for()
         page.reload()
+        page.get_by_label("Model").select_option("wan2.2-ti2v-5b-tiny")
+        page.locator(".drop").wait_for()
         page.get_by_label("Prompt", exact=True).fill("It turns round")
         drop_image(page, image.getvalue())
         assert page.get_by_label("noir").is_disabled()
@@ -193,6 +198,13 @@ def test_a_key_is_typed_once_and_an_image_starts_a_video_on_a_phone(installation
         assert brightness(back) < 60
         assert brightness(text) > 200
         assert page.evaluate("[localStorage.length, document.cookie, location.href]") == [0, "", f"{gateway.url}/"]
+        # the form is again that of the video's model
+        page.get_by_label("Model").select_option("wan2.2-t2v-a14b-tiny")
+        page.locator(".drop").wait_for(state="detached")
+        page.locator("#videos > li").first.get_by_role("button", name="Again").tap()
+        page.get_by_role("alert").get_by_text("Add the image again").wait_for()
+        assert page.get_by_label("Model").input_value() == "wan2.2-ti2v-5b-tiny"
+        assert page.get_by_label("Prompt", exact=True).input_value() == "Camera pans left. It turns round"
         with window(chromium, gateway.url) as another:
             another.get_by_label("Key").wait_for()
 
