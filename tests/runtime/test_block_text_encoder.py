@@ -63,7 +63,7 @@ def test_two_layers_are_in_memory_and_the_embedding_never_is(opened):
 
 def test_a_budget_too_small_for_two_layers_is_refused(opened):
     with pytest.raises(UserError, match=r"--vram 1.00 KiB for text_encoder \| expected at least"):
-        opened(vram=1024.0)[2].blocks.check((64, 64, 5))
+        opened(vram=1024.0)[2].blocks.check((64, 64, 5), 0.0)
 
 
 def test_a_token_beyond_the_table_reads_nothing(opened):
