@@ -13,6 +13,7 @@ import numpy as np
 
 from runtime.request import Request
 from wan22.caching import Caching
+from wan22.looks import with_terms
 
 Setting = str | int | float | bool | bytes
 Dtype = Literal["STRING", "UINT8", "INT32", "INT64", "FP32", "BOOL"]
@@ -35,6 +36,11 @@ class Field:
     dtype: Dtype
     length: int = 1
     of: str | Callable[[Request], Any] = ""  # field or function of a request; empty if it has none
+
+
+def _prompt(request: Request) -> str | None:
+    """The prompt behind its looks, which the server does not know by name."""
+    return request.prompt and with_terms(request.prompt, request.terms, image=request.image is not None)
 
 
 def _side(index: int) -> Callable[[Request], int | None]:
@@ -76,7 +82,7 @@ CACHE_INPUTS = (  # see :class:`wan22.caching.Caching`
 # The prompt is required, but Triton treats all as optional: the model refuses a missing one, so that it is counted.
 INPUTS = (
     # video
-    Field("prompt", "STRING", of="prompt"),
+    Field("prompt", "STRING", of=_prompt),
     Field("negative_prompt", "STRING", of="negative_prompt"),  # missing means the official one, empty means none
     Field("width", "INT32", of=_side(0)),
     Field("height", "INT32", of=_side(1)),

@@ -81,6 +81,10 @@ def test_every_field_of_a_request_goes_over_the_wire_or_is_refused():
         if field.name in NOT_SERVED:
             with pytest.raises(UserError, match="expected none of them"):
                 inputs_of(replace(FULL, **{field.name: NOT_SERVED[field.name]}))
+        elif field.name in ("written", "extended_by"):  # where the prompt comes from: the video is the same
+            assert inputs_of(replace(FULL, **{field.name: "x"})) == sent
+        elif field.name == "terms":  # a part of the prompt
+            assert inputs_of(replace(FULL, terms=("Orbit shot",))) == {**sent, "prompt": "Orbit shot. a fox"}
         else:
             alone = inputs_of(replace(bare, **{field.name: getattr(FULL, field.name)}))
             changed = {name: value for name, value in alone.items() if value != empty[name]}
