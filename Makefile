@@ -86,7 +86,7 @@ lock: $(TOOLS)
 	$(COMPILE) 3.11 requirements-tools.in -o requirements-tools.txt
 	$(COMPILE) 3.11 requirements-checkov.in -o requirements-checkov.txt
 	$(COMPILE) 3.11 requirements-wheel.in -o requirements-wheel.txt
-	$(COMPILE) 3.11 --extra gateway pyproject.toml -o requirements-gateway.txt
+	$(COMPILE) 3.11 --extra gateway --extra triton pyproject.toml -o requirements-gateway.txt
 	$(COMPILE) 3.12 --extra gpu --extra triton pyproject.toml requirements-server.in -o requirements-server.txt
 	$(COMPILE) 3.11 --no-config --allow-unsafe requirements-vbench.in -o requirements-vbench.txt
 
