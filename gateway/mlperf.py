@@ -36,6 +36,7 @@ def benchmark_values(given: dict[str, Any], model: ServedModel) -> tuple[dict[st
         asked = {"seconds": None} | asked
     values = DEFAULTS | asked
     values["size"] = TURNED.get(values["size"], values["size"])
-    if "preset" not in values and PRESET in presets_for(model.manifest.spec.task):
+    usable = presets_for(model.manifest.spec.task)
+    if "preset" not in values and PRESET in usable:
         values["preset"] = PRESET
     return canonical({name: value for name, value in values.items() if value is not None}), answer == "video_path"

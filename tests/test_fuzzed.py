@@ -39,7 +39,7 @@ from triton_repo.schema import INPUTS, NUMPY
 from triton_repo.settings import Limits
 from validate.bench.result import read_bench
 from validate.gate import read_gates
-from wan22.block_layout import Place, read_layout, write_layout
+from wan22.block_layout import BlockLayout, Place, read_block_layout, write_block_layout
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.onnx_file import check_graphs
@@ -158,8 +158,9 @@ def stamp(folder, _):
 
 def layout(folder, _):
     path = folder / "layout.json"
-    write_layout(path, [Place("a", 0, 256), Place("b", 256, 256)])
-    return path, [lambda: read_layout(path)]
+    places = Place("a", 0, 256, (8, 8)), Place("b", 256, 256, (64,))
+    write_block_layout(path, BlockLayout(places, places, 2, 4096, 4096, 256))
+    return path, [lambda: read_block_layout(path)]
 
 
 def image(ending):

@@ -79,7 +79,7 @@ def test_auto_without_a_gpu_is_the_cpu(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["NVIDIA GeForce RTX 4070", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4080 SUPER"],
+    ["NVIDIA GeForce RTX 4070 SUPER", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4080 SUPER"],
 )
 def test_auto_points_a_gpu_outside_the_table_to_its_sibling(name):
     with pytest.raises(UserError, match=r"RTX 40.*compute capability 8.9.*--target rtx4090"):

@@ -110,7 +110,7 @@ def test_a_wrapped_row_is_noticed():
 def test_a_plan_fits_80_columns(spec, target):
     precision = Precision.FP8_ATTN if Precision.FP8_ATTN in TARGETS[target].precisions else Precision.FP32
     tables = [part for part in as_text(make_plan(spec, TARGETS[target], precision)) if isinstance(part, Table)]
-    assert len(tables) == 2
+    assert 2 <= len(tables) <= 3  # the third: the VAE in stages
     assert all(map(fits, tables))
 
 

@@ -195,7 +195,7 @@ def add(
         int, typer.Option(help="The best priority that it may ask for; 1 goes first.", min=1, max=2)
     ] = 1,
 ) -> None:
-    """Make a key and print it. It is stored as a hash and cannot be shown again."""
+    """Make a key and print it, which is possible only now: it is stored as a hash."""
     from gateway.keys import KeyLimits
 
     print(_keys(data, database).add(name, KeyLimits(waiting, running, priority)))
@@ -215,7 +215,7 @@ def revoke(
     data: Data = DATA,
     database: DatabaseUrl = "",
 ) -> None:
-    """End a key. Its jobs are kept."""
+    """End a key, whose jobs are kept."""
     _keys(data, database).revoke(name)
 
 

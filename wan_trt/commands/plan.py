@@ -43,7 +43,8 @@ def run(
     if cards:
         if target is not None or vram is not None:
             raise UserError("--cards with --target or --vram", "all cards, with all of their memory", "leave them out")
-        plans = card_plans(spec, precision or Precision.FP8_ATTN, video, steps, bus)
+        narrowest = min(Precision, key=lambda each: (each.linears.bits, each.attention.bits))
+        plans = card_plans(spec, precision or narrowest, video, steps, bus)
     else:
         if target is None:
             raise UserError("no --target", "a GPU, cpu or auto", "name one, or give --cards for all")

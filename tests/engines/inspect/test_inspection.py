@@ -23,7 +23,7 @@ def graphs(flow_of, tmp_path_factory):
 @pytest.fixture(scope="module")
 def engines(graphs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines") / "bundle"
-    build_engines(graphs, folder, BuildOptions("rtx4090", size="256x160", frames="5"))
+    build_engines(graphs, folder, BuildOptions("rtx4090", size="256x160", frames="5", topology="whole"))
     return folder
 
 

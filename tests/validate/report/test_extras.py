@@ -62,7 +62,8 @@ def test_names_are_checked_in_both_tables_whether_they_are_judged_or_not(bundle,
 def test_the_kernels_of_compiled_engines_are_on_the_page(flow_of, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
     export_checkpoint(flow_of("t2v-a14b-tiny").checkpoint, tmp_path / "onnx", ExportOptions(Precision.BF16))
-    build_engines(tmp_path / "onnx", tmp_path / "rtx", BuildOptions("rtx4090", size="64x64", frames="5"))
+    options = BuildOptions("rtx4090", size="64x64", frames="5", topology="whole")
+    build_engines(tmp_path / "onnx", tmp_path / "rtx", options)
     found = read_attachments(open_bundle(tmp_path / "rtx", "engines"), ValidateOptions())
     assert [engine["problems"] for engine in found.fusion] == [[]] * 5
     row = Row("token ids", "tokenizer", compare([1], [1]), TOKEN_IDS)
