@@ -27,6 +27,7 @@ def cards_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
         "card", "GiB", "GB/s", "resident blocks", "text layers", "VAE strips", "forward s", "block ms", "copy ms",
         title=f"{what}, {plan.tokens:,} tokens, in blocks", title_justify="left",
     )  # fmt: skip
+    table.columns[0].no_wrap = table.columns[3].no_wrap = True  # names are values of --target
     for each in plans:
         target, blocks = each.request.target, each.in_blocks
         row = [target.name, f"{target.memory_gib:g}", f"{blocks.bus_gb_s:g}", _blocks(each), _text_layers(each)]
@@ -76,8 +77,8 @@ def _components(plan: Plan) -> Table:
 def _vae(plan: Plan) -> Table:
     """What a VAE in stages takes, and the strips that it needs."""
     budget = plan.usable_vram_bytes if plan.request.vram is None else plan.request.vram
-    within = [f"strips in {human_bytes(budget)}, work"] if budget else []
-    table = Table("VAE in stages", "one strip", *within, "strips at least, work")
+    within = [f"strips in {human_bytes(budget)}"] if budget else []
+    table = Table("VAE in stages, work", "one strip", *within, "at the least")
     for half in plan.staged_vae:
         chosen = [_strips(half.fitting) if half.fitting else "does not fit"] if budget else []
         table.add_row(f"{half.half}, {half.precision}", human_bytes(half.one.total), *chosen, _strips(half.least))

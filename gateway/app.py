@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -36,6 +36,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
         routes=[*routes(gateway), *_operator_routes(gateway), *page_routes(gateway)],
         exception_handlers={
             ApiError: _api_error,
+            ClientDisconnect: _gone,
             StoreError: _store_error,
             HTTPException: _http_error,
             Exception: _bug,
@@ -49,6 +50,11 @@ def make_app(gateway: Gateway) -> ASGIApp:
 async def _api_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
+
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    """The client left inside its body: nobody reads this."""
+    return ApiError(499, "cancelled", "the client has gone").response()
 
 
 async def _store_error(_request: Request, error: Exception) -> Response:

@@ -35,10 +35,12 @@ def read_body(content_type: str, body: bytes) -> dict[str, Any]:
 
 def _json(content: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise invalid(twice, f"{twice} twice | expected it once", "duplicate_field")
-        return dict(pairs)
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise invalid(twice[:80], f"{twice[:80]} twice | expected it once", "duplicate_field")
+        return members
 
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is not JSON")

@@ -30,13 +30,14 @@ def benchmark_values(given: dict[str, Any], model: ServedModel) -> tuple[dict[st
     answer = asked.pop("response_format", "video_bytes")
     if answer not in ANSWERS:
         raise invalid("response_format", f"response_format {str(answer)[:40]!r} | expected one of {', '.join(ANSWERS)}")
+    if "size" in asked:
+        asked["size"] = TURNED.get(asked["size"], asked["size"]) if isinstance(asked["size"], str) else asked["size"]
+    given_values, defaults = canonical(asked), canonical(DEFAULTS | {"size": TURNED[DEFAULTS["size"]]})
     if len(model.manifest.spec.experts) == 1:
-        asked = {"guidance_scale_2": None} | asked
-    if "num_frames" in asked:
-        asked = {"seconds": None} | asked
-    values = DEFAULTS | asked
-    values["size"] = TURNED.get(values["size"], values["size"])
+        defaults.pop("guidance_scale_2", None)
+    if "num_frames" in given_values:
+        defaults.pop("seconds", None)
     usable = presets_for(model.manifest.spec.task)
-    if "preset" not in values and PRESET in usable:
-        values["preset"] = PRESET
-    return canonical({name: value for name, value in values.items() if value is not None}), answer == "video_path"
+    if PRESET in usable:
+        defaults["preset"] = PRESET
+    return defaults | given_values, answer == "video_path"

@@ -5,9 +5,12 @@ wrong, the user's own prompt stands, and the caller learns why.
 """
 
 import base64
+import contextlib
 import io
 import json
 import re
+import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +32,7 @@ KEY_VARIABLE = "WAN_TRT_EXTEND_KEY"
 LANGUAGES = {"same": "the language of the prompt", "en": "English", "zh": "Chinese"}
 THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
 FENCE = re.compile(r"^```[^\n]*\n(.*?)\n?```$", re.DOTALL)
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # of a terminal, and of the writing direction
 QUOTES = {'"': '"', "'": "'", "“": "”", "「": "」"}
 
 TEXT_INSTRUCTIONS = """\
@@ -65,7 +69,7 @@ class Endpoint:
             usable = parts.scheme in ("http", "https") and parts.hostname and not parts.username and parts.port != 0
         except ValueError:
             usable = False
-        if not usable or parts.query or parts.fragment:
+        if not usable or parts.query or parts.fragment or not self.url.isprintable() or " " in self.url:
             expected = "a base URL such as http://localhost:11434/v1, without a key in it"
             raise UserError(f"--extend {shortened(self.url)!r}", expected, f"put the key into {KEY_VARIABLE}")
         if "\n" in self.key or "\r" in self.key or not self.key.isascii():
@@ -135,10 +139,14 @@ def _ask(endpoint: Endpoint, messages: list[dict[str, Any]], seed: int, until: f
     parts = urlsplit(endpoint.url)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=endpoint.connect_s)
+    clock: threading.Timer | None = None
     try:
         connection.connect()
         sock = connection.sock
         sock.settimeout(_left(until))
+        clock = threading.Timer(_left(until), _cut, [sock])  # a timeout of the socket begins anew with every byte
+        clock.daemon = True
+        clock.start()
         connection.request("POST", parts.path.rstrip("/") + "/chat/completions", body.encode(), headers)
         response = connection.getresponse()
         content = b""
@@ -146,18 +154,28 @@ def _ask(endpoint: Endpoint, messages: list[dict[str, Any]], seed: int, until: f
             content += chunk
             if len(content) > MOST_ANSWER_BYTES:
                 raise NotExtendedError("an answer of more than 1 MiB")
-            sock.settimeout(_left(until))  # stays open until the response is read
+            _left(until)
         if response.status != 200:
             raise NotExtendedError(f"status {response.status}")
         return _text(json.loads(content))
-    except TimeoutError:
-        raise NotExtendedError(f"no answer within {endpoint.total_s:g} s") from None
-    except OSError as error:
-        raise NotExtendedError(f"no connection: {error.strerror or error}") from None
-    except (HTTPException, ValueError, RecursionError):
-        raise NotExtendedError("an answer that is not JSON") from None
+    except (OSError, HTTPException, ValueError, RecursionError) as error:
+        if isinstance(error, TimeoutError) or time.monotonic() >= until:
+            raise NotExtendedError(f"no answer within {endpoint.total_s:g} s") from None
+        if isinstance(error, OSError):
+            raise NotExtendedError(f"no connection: {error.strerror or error}") from None
+        wrong = (
+            "an answer against the rules of HTTP" if isinstance(error, HTTPException) else "an answer that is not JSON"
+        )
+        raise NotExtendedError(wrong) from None
     finally:
+        if clock is not None:
+            clock.cancel()
         connection.close()
+
+
+def _cut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _left(until: float) -> float:
@@ -191,4 +209,6 @@ def _clean(text: str) -> str:
         raise NotExtendedError("an empty answer" if not text else "thoughts without an end")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise NotExtendedError("an answer that is not UTF-8")
+    if CONTROLS.search(text):
+        raise NotExtendedError("an answer with control characters")
     return text

@@ -31,6 +31,11 @@ def endpoint(*answers, **given):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if given.get("headers"):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+                while not done.wait(0.1):
+                    self.wfile.write(b"X: y\r\n")
+                return
             answer = answers[min(len(asked), len(answers) - 1)]
             asked.append((self.path, dict(self.headers), body))
             if answer == "never":
@@ -112,6 +117,8 @@ def test_the_prompt_is_found_in_what_models_answer(text):
         (said("x" * 3000), "3000 characters, asked twice"),
         (b'{"choices": [{"message": {"content": "\\ud800"}}]}', "not UTF-8"),
         (b" " * (2**20 + 1), "more than 1 MiB"),
+        (said("a\x00b \x1b[31mred"), "control characters"),
+        (said("a\u202eb"), "control characters"),
     ],
 )
 def test_answers_that_are_no_prompt_are_told(answer, why):
@@ -127,7 +134,7 @@ def test_a_long_answer_is_asked_for_again_once():
     assert [len(body["messages"]) for _, _, body in asked] == [2, 4]
 
 
-@pytest.mark.parametrize("how", [{}, {"drip": True}])
+@pytest.mark.parametrize("how", [{}, {"drip": True}, {"headers": True}])
 def test_an_endpoint_that_does_not_end_is_left(how):
     answer = said(GOOD) if how else "never"
     with endpoint(answer, total_s=0.5, **how) as (there, _), pytest.raises(NotExtendedError, match=r"within 0\.5 s"):
@@ -141,7 +148,18 @@ def test_nobody_at_the_address_is_told():
         extended(Request("A cat"), there, lambda text: True)
 
 
-@pytest.mark.parametrize("url", ["", "localhost:1234", "ftp://host/v1", "http://user:pass@host/v1", "http://h/v1?k=1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "http://h/v1 x",
+        "http://h/v1\r\nX: y",
+        "localhost:1234",
+        "ftp://host/v1",
+        "http://user:pass@host/v1",
+        "http://h/v1?k=1",
+    ],
+)
 def test_addresses_that_are_none_are_refused(url):
     with pytest.raises(UserError, match="WAN_TRT_EXTEND_KEY"):
         Endpoint(url)

@@ -1,5 +1,6 @@
 """``wan-trt batch``: a file of jobs → a folder of videos."""
 
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,7 @@ def run(
         raise UserError("--server with --ray, --workers or --gpus", "one way to render", "leave the others out")
     if ray and gpus:
         raise UserError("--gpus with --ray", "--workers", "Ray places actors on GPUs itself")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     with ExitStack() as stack:
         if server:
             who = server_workers(server, model)

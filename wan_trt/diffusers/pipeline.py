@@ -168,10 +168,21 @@ class WanTrtPipeline:
             raise UserError("no prompt", "a text or a list of texts; embeddings are not taken", "describe a video")
         if output_type not in ("np", "pil", "pt", "latent"):
             raise UserError(f"output_type {output_type!r}", "np, pil, pt or latent", "choose one of these")
-        if list(callback_on_step_end_tensor_inputs) != ["latents"] or max_sequence_length != TEXT_TOKENS:
-            found = f"callbacks for {list(callback_on_step_end_tensor_inputs)}, {max_sequence_length} text tokens"
-            raise UserError(found, f'["latents"] and {TEXT_TOKENS}', "leave both arguments out")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if list(callback_on_step_end_tensor_inputs) != ["latents"]:
+            found = f"callback_on_step_end_tensor_inputs {callback_on_step_end_tensor_inputs!r}"
+            raise UserError(found, '["latents"]', "leave it out")
+        if max_sequence_length != TEXT_TOKENS:
+            raise UserError(f"max_sequence_length {max_sequence_length}", f"{TEXT_TOKENS}", "leave it out")
+        prompts = _texts("prompt", prompt)
+        for name, value in (
+            ("height", height),
+            ("width", width),
+            ("num_frames", num_frames),
+            ("num_inference_steps", num_inference_steps),
+            ("num_videos_per_prompt", num_videos_per_prompt),
+        ):
+            if value is not None and not (isinstance(value, int) and value > 0):
+                raise UserError(f"{name} {value!r}", "a whole number above 0", "correct it")
         shared = Request(
             size=_size(width, height),
             frames=_rounded_frames(num_frames),
@@ -208,7 +219,7 @@ class WanTrtPipeline:
                 if callback is not None:
                     given = as_tensor(latents.copy()) if tensors else latents.copy()
                     found = as_array(
-                        callback(self, step.index, step.timestep, {"latents": given}).get("latents", given)
+                        (callback(self, step.index, step.timestep, {"latents": given}) or {}).get("latents", given)
                     )
                     if found.shape != latents.shape:
                         expected = f"{list(latents.shape)}, as given"
@@ -237,6 +248,13 @@ class WanTrtPipeline:
         return {"schedule": "diffusers"} if self.pipeline.spec.sampling.preset == "official" else {}
 
 
+def _texts(name: str, given: Any) -> list[str]:
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{name} {given!r}", "a text or a list of texts", "correct it")
+    return texts
+
+
 def _size(width: int | None, height: int | None) -> tuple[int, int] | None:
     if width is not None and height is not None:
         return width, height
@@ -254,7 +272,8 @@ def _rounded_frames(frames: int | None) -> int | None:
 
 
 def _one_each(negative: str | Sequence[str] | None, prompts: Sequence[str]) -> list[str]:
-    given = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
+    alone = negative is None or isinstance(negative, str)
+    given = [str(negative or "")] * len(prompts) if alone else _texts("negative_prompt", negative)
     if len(given) != len(prompts):
         raise UserError(f"{len(given)} negative prompts", f"one, or {len(prompts)} as prompts", "give as many")
     return given

@@ -74,7 +74,7 @@ def test_every_job_has_a_file_and_a_line_and_is_what_generate_makes(tiny_engines
     assert (tmp_path / "red.png").read_bytes() == (out / "red.png").read_bytes()
 
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
-    (out / "noir.png").unlink()
+    (out / "noir.png").write_bytes(b"damaged")
     assert batch(jobs, out, "--engines", tiny_engines) == 1
     assert "1 done, 3 failed, 2 from earlier runs" in capsys.readouterr().out
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
@@ -118,15 +118,19 @@ def test_a_file_of_jobs_that_is_wrong_as_a_whole_is_refused(lines, told, tiny_en
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ('{"prompt": 3}', "prompt '3' | expected text"),
-        ('{"prompt": "x", "steps": "3"}', "steps '3' | expected a number"),
-        ('{"prompt": "x", "steps": true}', "steps 'True' | expected a number"),
+        ('{"prompt": 3}', "prompt 3 | expected text"),
+        ('{"prompt": "x", "steps": "3"}', 'steps "3" | expected a whole number'),
+        ('{"prompt": "x", "steps": true}', "steps true | expected a whole number"),
         ('{"prompt": "x", "name": "../up"}', "name '../up'"),
         ('{"prompt": "x", "name": ".hidden"}', "name '.hidden'"),
         ('{"prompt": " "}', "no prompt"),
         ('{"prompt": "x", "output_format": "gif"}', "output_format 'gif'"),
         ('{"prompt": "x", "look": 3}', "look '3'"),
         ('["x"]', "a list"),
+        ('{"prompt": "x", "prompt": "y"}', "'prompt' twice"),
+        ('{"prompt": "x", "size": "256x160", "width": 100}', "size with width"),
+        ('{"prompt": "x", "fps": 0}', "fps 0 | expected 1 to 240"),
+        ('{"prompt": "a\\u0000b"}', "prompt with a NUL"),
         ("[" * 100_000, "a JSON object"),
         ("\udcff", "a JSON object"),
     ],

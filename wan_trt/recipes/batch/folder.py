@@ -9,6 +9,7 @@ from typing import IO, Any, Generic, Protocol, TypeVar
 
 import msgspec
 
+from wan22.bundle import sha256_of
 from wan22.errors import DAMAGED_JSON, UserError
 from wan22.files import claim, write_file
 
@@ -47,8 +48,8 @@ class Folder(Generic[R]):
         with claim(folder / RESULTS):
             yield _Local(folder, kind)
 
-    def has(self, name: str) -> bool:
-        """Whether there is a file ``name``."""
+    def has(self, name: str, sha256: str) -> bool:
+        """Whether there is a file ``name``, and in a folder of this machine whether it has that hash."""
         raise NotImplementedError
 
     def write(self, name: str, content: bytes) -> None:
@@ -77,8 +78,9 @@ class _Local(Folder[R]):
         with self._path.open("ab") as lines:
             lines.truncate(len(whole))
 
-    def has(self, name: str) -> bool:
-        return (self._folder / name).is_file()
+    def has(self, name: str, sha256: str) -> bool:
+        path = self._folder / name
+        return path.is_file() and sha256_of(path) == sha256
 
     def write(self, name: str, content: bytes) -> None:
         write_file(self._folder / name, content)
@@ -113,7 +115,7 @@ class _Remote(Folder[R]):
     def _at(self, name: str) -> str:
         return posixpath.join(self._root, name)
 
-    def has(self, name: str) -> bool:
+    def has(self, name: str, sha256: str) -> bool:  # noqa: ARG002 - hashing it would download it
         return bool(self._files.exists(self._at(name)))
 
     def write(self, name: str, content: bytes) -> None:

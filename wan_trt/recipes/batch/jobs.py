@@ -28,6 +28,7 @@ KEYS = (*OWN_KEYS, *(name for name in INPUTS_BY_NAME if name not in NOT_OURS))
 TYPES: Mapping[Dtype, type | tuple[type, ...]] = {
     "STRING": str, "UINT8": str, "INT32": int, "INT64": int, "FP32": (int, float), "BOOL": bool,
 }  # fmt: skip
+RANGES = {"fps": (1, 240), "quality": (1, 10)}
 LINE_MOST_BYTES, JOBS_MOST_BYTES = 1024 * 1024, 2**30
 
 
@@ -101,11 +102,20 @@ def _entry(line: bytes) -> dict[str, Any]:
     if len(line) > LINE_MOST_BYTES:
         raise UserError("more than 1 MiB", "one job", "give images by their paths")
     try:
-        entry = json.loads(line)
+        entry = json.loads(line, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{shortened(str(error))}", "a JSON object in UTF-8", "correct the line") from None
     if not isinstance(entry, dict):
         raise UserError(f"a {type(entry).__name__}", '{"prompt": ...}', "write a JSON object")
+    return entry
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"{shortened(twice)!r} twice", "it once", "correct the line")
     return entry
 
 
@@ -124,6 +134,9 @@ def _job(number: int, name: str, entry: dict[str, Any], folder: Path) -> Job:
             near = difflib.get_close_matches(key, KEYS, n=1)
             raise UserError(f"{key!r}", near[0] if near else f"one of {', '.join(KEYS)}", "correct the line")
     given.pop("name", None)
+    for short, others in (("size", ("width", "height")), ("frames", ("num_frames",))):
+        if short in given and (both := [other for other in others if other in given]):
+            raise UserError(f"{short} with {', '.join(both)}", "one of them", "leave the other out")
     if isinstance(size := given.pop("size", None), str):
         given["width"], given["height"] = parse_size(size)
     elif size is not None:
@@ -134,12 +147,7 @@ def _job(number: int, name: str, entry: dict[str, Any], folder: Path) -> Job:
     looks = [looks] if isinstance(looks, str) else looks
     given.setdefault("seed", 0)
     for key, value in given.items():
-        kind = TYPES[INPUTS_BY_NAME[key].dtype]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            expected = "text" if kind is str else "true or false" if kind is bool else "a number"
-            raise UserError(f"{key} {shortened(str(value))!r}", expected, "correct the line")
-        if INPUTS_BY_NAME[key].length == ANY:
-            given[key] = content_of(folder / str(value))
+        given[key] = _value(key, value, folder)
     if not str(given.get("prompt", "")).strip():
         raise UserError("no prompt", "a description of the video", "add a prompt")
     if not isinstance(looks, list) or not all(isinstance(term, str) for term in looks):
@@ -152,6 +160,21 @@ def _job(number: int, name: str, entry: dict[str, Any], folder: Path) -> Job:
         content = given[key] if isinstance(given[key], bytes) else json.dumps(given[key]).encode()
         digest.update(f"{key} {len(content)} ".encode() + content)
     return Job(number, name, given, digest.hexdigest())
+
+
+def _value(key: str, value: Any, folder: Path) -> Any:
+    """The checked value of an input; the content of an image."""
+    kind = TYPES[INPUTS_BY_NAME[key].dtype]
+    fits: bool = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not fits:
+        expected = {str: "text", bool: "true or false", int: "a whole number"}
+        found = f"{key} {shortened(json.dumps(value))}"
+        raise UserError(found, expected[kind] if isinstance(kind, type) else "a number", "correct the line")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{key} with a NUL", "text", "remove it")
+    if key in RANGES and not RANGES[key][0] <= value <= RANGES[key][1]:
+        raise UserError(f"{key} {value}", "{} to {}".format(*RANGES[key]), "choose another")
+    return content_of(folder / value) if INPUTS_BY_NAME[key].length == ANY else value
 
 
 def check_job(job: Job, manifest: Manifest) -> None:

@@ -101,7 +101,7 @@ def run_batch(
             earlier = folder.results.get(each.name)
             if result is not None:
                 _record(result, folder, summary, tell)
-            elif earlier is not None and earlier.status == "done" and folder.has(earlier.file):
+            elif earlier is not None and earlier.status == "done" and folder.has(earlier.file, earlier.sha256):
                 assert isinstance(each, Job)
                 _check_same(earlier, each, workers.engines, output)
                 summary.earlier += 1
