@@ -174,6 +174,15 @@ def test_mlperfs_client_gets_the_video_in_its_shape(gateway):
         "video_path"
     ]
     assert gateway.ask("GET", path).body == content
+    aliases = {
+        "prompt": "x",
+        "num_frames": 1,
+        "steps": 1,
+        "guidance": 1.0,
+        "size": "64x64",
+        "response_format": "video_path",
+    }
+    assert gateway.ask("POST", "/v1/videos/generations", aliases).status == 200
     refused = gateway.ask("POST", "/v1/videos/generations", {**request, "latent_path": "/etc/passwd"})
     assert (refused.status, refused.error["param"]) == (400, "latent_path")
 
