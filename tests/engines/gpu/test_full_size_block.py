@@ -25,7 +25,7 @@ def test_it_goes_through_export_and_fp8_into_one_engine_of_fused_kernels(tmp_pat
     synthesise(replace(TINY, dit=block), tmp_path / "checkpoint", "diffusers", seed=0, half=True)
     options = ExportOptions(Precision.FP8, parts=frozenset({"dit"}))
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "onnx", options)
-    build_engines(tmp_path / "onnx", tmp_path / "engines", BuildOptions("rtx4090", "832x480", "81"))
+    build_engines(tmp_path / "onnx", tmp_path / "engines", BuildOptions("rtx4090", "832x480", "81", topology="whole"))
     engine = open_bundle(tmp_path / "engines", "engines").component("dit")
     (report,) = inspect_engines(tmp_path / "engines")
     check_block(report, Precision.FP8)
