@@ -33,7 +33,8 @@ class Serve:
         self.http, self.grpc, self.metrics = free_ports(3)
         ports = [f"--http-port={self.http}", f"--grpc-port={self.grpc}", f"--metrics-port={self.metrics}"]
         words = ["wan-trt", "serve", str(engines), *ports, *options]
-        code = f"import sys; sys.path[0] = {str(ROOT)!r}; sys.argv = {words!r}; from wan_trt.cli import main; main()"
+        start = f"sys.path[0] = {str(ROOT)!r}; sys.argv = {words!r}; from wan_trt.cli import main; main()"
+        code = f"import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); {start}"  # under nohup it is ignored
         self.command = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
         )
