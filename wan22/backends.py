@@ -50,7 +50,7 @@ def loading(graph: Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__module__ != "onnxruntime.capi.onnxruntime_pybind11_state":
             raise
-        if system := re.search(r"SystemError : (\d+)", str(error)):
+        if system := re.search(r"(?:SystemError : |system error number )(\d+)", str(error)):
             raise OSError(int(system[1]), os.strerror(int(system[1])), str(graph)) from error
         if "INVALID_PROTOBUF" in str(error):
             raise UserError(f"{graph} is damaged", "a graph", "check the disk, then make the bundle again") from error
