@@ -164,25 +164,12 @@ class WanTrtPipeline:
         Raises:
             UserError: an argument that the engines or the model do not support.
         """
-        if prompt is None:
-            raise UserError("no prompt", "a text or a list of texts; embeddings are not taken", "describe a video")
-        if output_type not in ("np", "pil", "pt", "latent"):
-            raise UserError(f"output_type {output_type!r}", "np, pil, pt or latent", "choose one of these")
-        if list(callback_on_step_end_tensor_inputs) != ["latents"]:
-            found = f"callback_on_step_end_tensor_inputs {callback_on_step_end_tensor_inputs!r}"
-            raise UserError(found, '["latents"]', "leave it out")
-        if max_sequence_length != TEXT_TOKENS:
-            raise UserError(f"max_sequence_length {max_sequence_length}", f"{TEXT_TOKENS}", "leave it out")
+        _check_names(prompt, output_type, callback_on_step_end_tensor_inputs, max_sequence_length)
+        _check_counts(
+            height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps,
+            num_videos_per_prompt=num_videos_per_prompt,
+        )  # fmt: skip
         prompts = _texts("prompt", prompt)
-        for name, value in (
-            ("height", height),
-            ("width", width),
-            ("num_frames", num_frames),
-            ("num_inference_steps", num_inference_steps),
-            ("num_videos_per_prompt", num_videos_per_prompt),
-        ):
-            if value is not None and not (isinstance(value, int) and value > 0):
-                raise UserError(f"{name} {value!r}", "a whole number above 0", "correct it")
         shared = Request(
             size=_size(width, height),
             frames=_rounded_frames(num_frames),
@@ -246,6 +233,24 @@ class WanTrtPipeline:
         if self.scheduler is not self._usual_scheduler:
             return settings_of(self.scheduler)
         return {"schedule": "diffusers"} if self.pipeline.spec.sampling.preset == "official" else {}
+
+
+def _check_names(prompt: Any, output_type: str, tensor_inputs: Sequence[str], max_sequence_length: int) -> None:
+    if prompt is None:
+        raise UserError("no prompt", "a text or a list of texts; embeddings are not taken", "describe a video")
+    if output_type not in ("np", "pil", "pt", "latent"):
+        raise UserError(f"output_type {output_type!r}", "np, pil, pt or latent", "choose one of these")
+    if list(tensor_inputs) != ["latents"]:
+        found = f"callback_on_step_end_tensor_inputs {tensor_inputs!r}"
+        raise UserError(found, '["latents"]', "leave it out")
+    if max_sequence_length != TEXT_TOKENS:
+        raise UserError(f"max_sequence_length {max_sequence_length}", f"{TEXT_TOKENS}", "leave it out")
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and not (isinstance(value, int) and value > 0):
+            raise UserError(f"{name} {value!r}", "a whole number above 0", "correct it")
 
 
 def _texts(name: str, given: Any) -> list[str]:
