@@ -43,6 +43,14 @@ KEPT = {
         list[str] | None, typer.Option(metavar="HOST", help="Host whose images are fetched; repeat it for more.")
     ],
 }
+ACCESS = {
+    "require_keys": Annotated[
+        bool | None, typer.Option("--require-keys", help="Refuse requests without a key even while there is no key.")
+    ],
+    "any_model": Annotated[
+        bool | None, typer.Option("--any-model", help="Unknown names of models mean the default one.")
+    ],
+}
 OWN_SERVER = {
     "lora": Loras,
     "checkpoint": Annotated[str | None, typer.Option(help="The checkpoint for --lora, if it has moved.")],
@@ -50,7 +58,7 @@ OWN_SERVER = {
 }
 
 
-@given.with_options(KEPT, OWN_SERVER, given.LIMITS, given.BLOCKS)
+@given.with_options(KEPT, ACCESS, OWN_SERVER, given.LIMITS, given.BLOCKS)
 def run(
     engines: Annotated[
         Path | None, typer.Argument(help="Engines to start a server of; or give --server.", show_default=False)
@@ -69,12 +77,6 @@ def run(
     database: DatabaseUrl = "",
     videos: Annotated[str, typer.Option(metavar="PLACE", help="Folder or s3://BUCKET; by default in --data.")] = "",
     queue_size: Annotated[int, typer.Option(help="Maximum number of waiting jobs.", min=1)] = 100,
-    require_keys: Annotated[
-        bool, typer.Option("--require-keys", help="Refuse requests without a key even while there is no key.")
-    ] = False,
-    any_model: Annotated[
-        bool, typer.Option("--any-model", help="Unknown names of models mean the default one.")
-    ] = False,
     cancel_within: Annotated[float, typer.Option(help="Seconds that a DELETE waits for the server.", min=0)] = 5.0,
     finish_within: Annotated[float, typer.Option(help="Seconds that an end waits for running jobs.", min=0)] = 30.0,
     longest_job: given.LongestJob = 3600,
@@ -98,7 +100,7 @@ def run(
     hours, size = shared["keep_hours"], shared["keep_size"]
     kept_bytes = None if size is None else int(parse_bytes(size, "--keep-size"))
     keep = Keep(None if hours is None else hours * 3600, shared["keep_videos"], kept_bytes)
-    http = Options(frozenset(shared["image_host"] or ()), any_model, cancel_within)
+    http = Options(frozenset(shared["image_host"] or ()), bool(shared["any_model"]), cancel_within)
     with ExitStack() as stack:
         trouble: Callable[[], str] = str
         urls = tuple(dict.fromkeys(map(_address, server or ())))
@@ -108,7 +110,7 @@ def run(
         reason = run_gateway(
             GatewayOptions(
                 data, urls, name, address, port, database_url_of(database), videos, queue_size, shared["key_waiting"],
-                shared["key_running"], keep, require_keys, finish_within, http=http,
+                shared["key_running"], keep, bool(shared["require_keys"]), finish_within, http=http,
             ),
             lambda: console.print(f"the gateway is ready: http://{address}:{port}"),
             trouble,

@@ -11,6 +11,7 @@ from wan22.outputs import check_no_source
 from wan_trt import arguments as given
 from wan_trt.console import console, report_unstamped
 
+Prometheus = Annotated[str, typer.Option(help="URL from which the autoscaler reads metrics.")]
 GatewayImage = Annotated[str, typer.Option(help="Image of the gateway's pods: the target gateway of Containerfile.")]
 DatabaseSecret = Annotated[
     str, typer.Option(help="Secret whose key url is postgresql://..., for two gateways; by default one with SQLite.")
@@ -37,9 +38,7 @@ def run(
     database_secret: DatabaseSecret = "",
     namespace: Annotated[str, typer.Option(help="Kubernetes namespace of the pods.")] = "wan22",
     max_pods: Annotated[int, typer.Option(help="Maximum number of pods for the autoscaler.", min=1)] = 4,
-    prometheus: Annotated[
-        str, typer.Option(help="URL from which the autoscaler reads metrics.")
-    ] = "http://prometheus-server.monitoring.svc",
+    prometheus: Prometheus = "http://prometheus-server.monitoring.svc",
     overwrite: given.Overwrite = False,
     **shared: Any,
 ) -> None:
