@@ -42,6 +42,7 @@ from wan22.shapes import Profile, own_profiles
 from wan22.stamp import Stamp
 
 Topology = Literal["whole", "blocks"]  # a transformer as one engine, or as stages that every block calls
+USUAL_STRIPS = 8  # that a VAE beside blocks is built for: 720p in fp16 then takes less than 4 GiB
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class BuildOptions:
     tf32: bool = False
     timing_cache: Path | None = None
     topology: Topology | None = None  # by default blocks for TensorRT where all blocks compute alike, else whole
-    vae_strips: int | None = None  # the VAE in stages that take pictures in up to so many strips
+    vae_strips: int | None = (
+        None  # the VAE in stages that take pictures in up to so many strips; by default with blocks
+    )
     # writing
     overwrite: bool = False
     command: str = field(default="engines.build_engines(...)", compare=False)  # recorded in the manifest
@@ -77,9 +80,11 @@ def build_engines(
     check_bundle(target, source.manifest)
     _check_options(target, options)
     options = replace(options, topology=options.topology or default_topology(target, source.manifest))
-    if options.vae_strips is not None and not all(c.stages for c in source.manifest.components if c.name[:3] == "vae"):
+    in_stages = all(component.stages for component in source.manifest.components if component.name[:3] == "vae")
+    if options.vae_strips is not None and not in_stages:
         raise UserError(f"--vae-strips for {bundle}", "a VAE in stages", "export again, without fixed shapes")
-    profiles = _profiles(source.manifest, target, options)
+    profiles, strips = _profiles(source.manifest, target, options, in_stages)
+    options = replace(options, vae_strips=strips)
     check_graphs(source)
     if not runs_graphs(target.backend):
         load_module(target.backend)
@@ -195,24 +200,30 @@ def _check_options(target: Target, options: BuildOptions) -> None:
         raise UserError(found, "a TensorRT target, such as h100", "leave it out")
 
 
-def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tuple[Profile, ...]:
-    """The shapes to compile engines for; none for ONNX Runtime, which takes any."""
+def _profiles(
+    manifest: Manifest, target: Target, options: BuildOptions, vae_in_stages: bool
+) -> tuple[tuple[Profile, ...], int | None]:
+    """The shapes to compile engines for, and the most strips of a VAE in stages; nothing for ONNX Runtime."""
     asked = options.size is not None or options.frames is not None
     if runs_graphs(target.backend):
         if asked:
             found = f"--size or --frames for target {target.name}"
             raise UserError(found, "neither", "its engines take every size; leave them out")
-        return ()
+        return (), None
+    blocks, strips = options.topology == "blocks", options.vae_strips
     if manifest.size is None:
         several = profiles_for(manifest.spec, options.size, options.frames)
-        if options.vae_strips is not None:
-            several = tuple(with_strips(profile, manifest.spec.vae, options.vae_strips) for profile in several)
-        return tuple(map(with_stages, several)) if options.topology == "blocks" else several
+        if strips is None and blocks and vae_in_stages:
+            strips = min(USUAL_STRIPS, *(max(profile["height"][0], profile["width"][0]) for profile in several))
+        if strips is not None:  # those that nobody asked for are the exception: kernels are chosen for whole pictures
+            usual = options.vae_strips or 1
+            several = tuple(with_strips(profile, manifest.spec.vae, strips, usual) for profile in several)
+        return (tuple(map(with_stages, several)) if blocks else several), strips
     if asked:
         expected = f"neither: the graphs are fixed to {video_text(*manifest.size)}"
         raise UserError("--size or --frames", expected, "export without fixed shapes")
     fixed = profile_between(manifest.spec, manifest.size, manifest.size)
-    return (with_stages(fixed) if options.topology == "blocks" else fixed,)
+    return ((with_stages(fixed) if blocks else fixed),), strips
 
 
 def _in_stages(component: Component, options: BuildOptions) -> bool:

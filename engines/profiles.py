@@ -59,8 +59,8 @@ def with_stages(profile: Profile) -> Profile:
     return profile | slices | {"steps": STEPS}
 
 
-def with_strips(profile: Profile, spec: VaeSpec, most: int) -> Profile:
-    """``profile`` with the sides of strips of a VAE: whole pictures, and 1 to ``most`` strips of the longer side.
+def with_strips(profile: Profile, spec: VaeSpec, most: int, usual: int) -> Profile:
+    """``profile`` with the sides of strips of a VAE: 1 to ``most`` of the longer side, tuned for ``usual`` ones.
 
     Raises:
         UserError: the smallest picture has fewer rows or columns.
@@ -74,8 +74,7 @@ def with_strips(profile: Profile, spec: VaeSpec, most: int) -> Profile:
         least = low[axis]
         if any(cut_axis(size) == axis for size in ((low[0], high[1]), (high[0], low[1]))):
             least = min(strip.extent for half in halves for strip in strips_of(spec, half, low[axis], most))
-        usual = widest(spec, "vae_decoder", best, most)[axis]
-        strips[name] = (least, max(least, usual), high[axis])
+        strips[name] = (least, max(least, widest(spec, "vae_decoder", best, usual)[axis]), high[axis])
     return profile | strips
 
 

@@ -34,7 +34,7 @@ def run(
     ] = None,
     vae_strips: Annotated[
         int | None,
-        typer.Option(metavar="N", help="VAE in stages, for pictures in 1 to N strips: less memory (TensorRT).", min=1),
+        typer.Option(metavar="N", help="VAE for pictures in 1 to N strips (TensorRT); by default 8 in blocks.", min=1),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -25,7 +25,7 @@ def run(
     frames: Frames = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     vram: Vram = None,
-    cards: Annotated[bool, typer.Option("--cards", help="A table of all cards, for --topology blocks.")] = False,
+    cards: Annotated[bool, typer.Option("--cards", help="A table of all cards, for engines in blocks.")] = False,
     bus: Annotated[
         float | None, typer.Option(help="GB/s from host memory to the card; by default its PCIe's.", min=0.1)
     ] = None,
