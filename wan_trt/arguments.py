@@ -83,7 +83,7 @@ WeightsIn = Annotated[
 ]
 Vram = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Memory for a transformer in blocks, as 8GiB; by default what is free."),
+    typer.Option(metavar="SIZE", help="Memory for what streams and for the VAE, as 8GiB; by default what is free."),
 ]
 VaeStrips = Annotated[
     str | None,

@@ -65,7 +65,7 @@ class FusionReport:
 
     def seconds(self, kernel: Kernel) -> float | None:
         """The roofline time; None if the target has no figures or a size is known only at run time."""
-        if not self.target.bandwidth_gb_s or kernel.size_bytes < 0:
+        if not self.target.bandwidth_gb_s or kernel.has_open_sizes:
             return None
         memory = kernel.size_bytes / (self.target.bandwidth_gb_s * 1e9)
         peak = self.target.peak_tflops(Number(kernel.dtype) if kernel.dtype in list(Number) else Number.FP32)
@@ -130,6 +130,7 @@ class FusionReport:
             "tokens": self.compiled.tokens,
             "scratch_bytes": self.compiled.scratch_bytes,
             "weights_bytes": self.compiled.weights_bytes,
+            "kernels_of_open_sizes": sum(k.has_open_sizes for k in kernels),
             "tflop": (sum(k.flops for k in kernels) + more * sum(k.flops for k in self.typical_block)) / 1e12,
             "roofline_s": self.total(kernels) + more * self.total(self.typical_block),
             "roofline_block_s": self.total(self.typical_block),
