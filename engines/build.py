@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.block_build import BlockBuild
+from engines.block_build import BlockBuild, check_groups, groups_of
 from engines.cpu.onnxruntime_backend import fit_components
 from engines.cuda.attention import OLDEST_ONNXRUNTIME
 from engines.cuda.components import fit_for_cuda
@@ -55,6 +55,7 @@ class BuildOptions:
     timing_cache: Path | None = None
     topology: Topology | None = None  # by default blocks for TensorRT where all blocks compute alike, else whole
     vae_strips: int | None = None  # the VAE in stages that take pictures in up to so many strips
+    parallel: str | None = None  # "ulysses4", several with commas: for devices that divide the tokens
     # writing
     overwrite: bool = False
     command: str = field(default="engines.build_engines(...)", compare=False)  # recorded in the manifest
@@ -77,6 +78,8 @@ def build_engines(
     check_bundle(target, source.manifest)
     _check_options(target, options)
     options = replace(options, topology=options.topology or default_topology(target, source.manifest))
+    if options.parallel is not None:
+        check_groups(source.manifest.spec, options.parallel, in_blocks=options.topology == "blocks")
     if options.vae_strips is not None and not all(c.stages for c in source.manifest.components if c.name[:3] == "vae"):
         raise UserError(f"--vae-strips for {bundle}", "a VAE in stages", "export again, without fixed shapes")
     profiles = _profiles(source.manifest, target, options)
@@ -153,7 +156,7 @@ def _fit_graphs(source: Bundle, folder: Path, target: Target, options: BuildOpti
         shutil.copyfile(graph, folder / stage.graph.path)
         return file_entry(folder, folder / stage.graph.path)
 
-    blocks = BlockBuild(source, folder, progress, place)
+    blocks = BlockBuild(source, folder, progress, place, groups_of(options.parallel))
     if in_blocks:
         blocks.check()
     whole = [
@@ -176,10 +179,11 @@ def _fit_graphs(source: Bundle, folder: Path, target: Target, options: BuildOpti
 
 def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
     """The options that change the engines, for the manifest."""
+    groups = {"parallel": options.parallel} if options.parallel else {}
     if runs_graphs(target.backend):
-        return {"topology": options.topology} if options.topology == "blocks" else {}
+        return ({"topology": options.topology} if options.topology == "blocks" else {}) | groups
     strips = {} if options.vae_strips is None else {"vae_strips": str(options.vae_strips)}
-    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)} | strips
+    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)} | strips | groups
 
 
 def _check_options(target: Target, options: BuildOptions) -> None:
@@ -203,16 +207,17 @@ def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tupl
             found = f"--size or --frames for target {target.name}"
             raise UserError(found, "neither", "its engines take every size; leave them out")
         return ()
+    in_blocks = options.topology == "blocks"
     if manifest.size is None:
         several = profiles_for(manifest.spec, options.size, options.frames)
         if options.vae_strips is not None:
             several = tuple(with_strips(profile, manifest.spec.vae, options.vae_strips) for profile in several)
-        return tuple(map(with_stages, several)) if options.topology == "blocks" else several
+        return tuple(with_stages(each, groups_of(options.parallel)) for each in several) if in_blocks else several
     if asked:
         expected = f"neither: the graphs are fixed to {video_text(*manifest.size)}"
         raise UserError("--size or --frames", expected, "export without fixed shapes")
     fixed = profile_between(manifest.spec, manifest.size, manifest.size)
-    return (with_stages(fixed) if options.topology == "blocks" else fixed,)
+    return (with_stages(fixed, groups_of(options.parallel)) if in_blocks else fixed,)
 
 
 def _in_stages(component: Component, options: BuildOptions) -> bool:
@@ -228,6 +233,7 @@ def _graphs(source: Bundle, target: Target, options: BuildOptions) -> list[Path]
     for component in source.manifest.components:
         in_stages, on_graphs = _in_stages(component, options), runs_graphs(target.backend)
         stages = component.stages if in_stages or (on_graphs and component.name.startswith("vae")) else ()
+        stages = tuple(stage for stage in stages if stage.groups in (1, *groups_of(options.parallel)))
         found |= dict.fromkeys(source.path(stage.graph) for stage in stages)
         if not in_stages:
             found[source.path(component.graph)] = None
@@ -270,7 +276,8 @@ def _compile_tensorrt(
             build_engine(graph, plan, settings(component, stage.inputs), progress)
         return file_entry(folder, plan)
 
-    blocks, in_blocks = BlockBuild(source, folder, progress, compile_stage), options.topology == "blocks"
+    in_blocks = options.topology == "blocks"
+    blocks = BlockBuild(source, folder, progress, compile_stage, groups_of(options.parallel))
     if in_blocks:
         blocks.check()
     compiled: list[Component] = []
