@@ -88,6 +88,8 @@ def run(
             found, passed = _served(engines, options, runs, topology or "owner", cancels or 10, gate)
         elif gateway:
             found, passed = _through_gateway(engines, options, runs, jobs or JOBS, gate)
+        elif options.blocks.gpus is not None or options.blocks.parallel is not None:
+            found, passed = _scaled(engines, options)
         elif sweep is not None:
             found, passed = _swept(engines, checkpoint, sweep, values, options, plot)
         else:
@@ -175,6 +177,16 @@ def _through_gateway(
     for part in found.as_text():
         console.print(part)
     return found.as_json(), bool(found)
+
+
+def _scaled(engines: Path, options: "BenchOptions") -> tuple[dict[str, Any], bool]:
+    from validate.bench.scaling import bench_scaling
+
+    with bars() as progress:
+        found = bench_scaling(engines, options, progress)
+    for part in found.as_text():
+        console.print(part)
+    return found.as_json(), True
 
 
 def _benched(
