@@ -5,9 +5,9 @@ enqueued behind the event of what it reads, and the reader's event lets the send
 leaves no GPU waiting: nobody enqueues what depends on work that was not enqueued.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from runtime.gpu import TO_RUN
@@ -18,7 +18,7 @@ from wan22.errors import UserError
 if TYPE_CHECKING:
     from runtime.engine_tensorrt import Device
 
-log = logging.getLogger(__name__)
+NCCL = (".cuda.nccl", "cupy")  # which CuPy does not import by itself
 
 
 class PeerLink(Link):
@@ -53,7 +53,7 @@ class NcclLink(PeerLink):
 
     def __init__(self, meeting: Meeting, rank: int, size: int, device: "Device") -> None:
         super().__init__(meeting, rank, size, device)
-        self._nccl: Any = device.cupy.cuda.nccl
+        self._nccl: Any = import_module(*NCCL)
         self._communicator: Any = None
 
     def _exchange(self, sends: Mapping[int, Any], receives: Mapping[int, Any]) -> None:
@@ -102,7 +102,7 @@ class NcclLink(PeerLink):
 
 def link_of(device: "Device", meeting: Meeting, rank: int, size: int) -> Link:
     """The link of a member on ``device``."""
-    kind = PeerLink if device.reaches_peers or not device.cupy.cuda.nccl.available else NcclLink
+    kind = PeerLink if device.reaches_peers or not import_module(*NCCL).available else NcclLink
     return kind(meeting, rank, size, device)
 
 

@@ -224,7 +224,7 @@ def test_a_video_is_that_of_the_exported_graphs(half, device, monkeypatch, tmp_p
 
 @pytest.mark.parametrize(
     "module",
-    [runtime.engine_cuda, runtime.engine_tensorrt, runtime.gpu, runtime.blocks_tensorrt, runtime.group_cuda],
+    [runtime.engine_tensorrt, runtime.gpu, runtime.blocks_tensorrt, runtime.group_cuda],
 )
 def test_every_name_of_cupy_that_is_used_exists_in_it(module):
     cupy = pytest.importorskip("cupy", reason="the API of an installed CuPy")

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import threading
 from collections import defaultdict
 from contextlib import ExitStack
 from functools import partial
@@ -105,27 +106,26 @@ class Nccl:
     available, NCCL_UINT8 = True, 1
 
     def __init__(self):
-        self.mail, self.open = defaultdict(SimpleQueue), []
+        self.mail, self.own = defaultdict(SimpleQueue), threading.local()
         self.identities = itertools.count()
 
     def get_unique_id(self):
         return ("id", next(self.identities))
 
     def groupStart(self):  # noqa: N802
-        self.open.append([])
+        self.own.group = []
 
     def groupEnd(self):  # noqa: N802
-        waiting = self.open.pop()
-        for work in sorted(waiting, key=lambda each: each[0]):  # sends first
-            work[1]()
+        for _, work in sorted(self.own.group, key=lambda each: each[0]):  # sends first
+            work()
 
     def NcclCommunicator(self, size, identity, rank):  # noqa: N802
         def send(ptr, count, kind, peer, stream):
             assert kind == self.NCCL_UINT8
-            self.open[-1].append((0, lambda: self.mail[identity, rank, peer].put(ctypes.string_at(ptr, count))))
+            self.own.group.append((0, lambda: self.mail[identity, rank, peer].put(ctypes.string_at(ptr, count))))
 
         def recv(ptr, count, kind, peer, stream):
-            self.open[-1].append(
+            self.own.group.append(
                 (1, lambda: ctypes.memmove(ptr, self.mail[identity, peer, rank].get(timeout=20), count))
             )
 
@@ -133,11 +133,11 @@ class Nccl:
         return SimpleNamespace(send=send, recv=recv)
 
 
-def test_nccl_moves_messages_of_uneven_sizes_where_gpus_do_not_reach_each_other(cards):
-    nccls = [Nccl(), Nccl()]
-    nccls[1].mail = nccls[0].mail
-    for card, nccl in zip(cards, nccls, strict=True):
-        card.cupy.cuda.nccl, card.reaches_peers = nccl, False
+def test_nccl_moves_messages_of_uneven_sizes_where_gpus_do_not_reach_each_other(cards, monkeypatch):
+    nccl = Nccl()
+    monkeypatch.setattr("runtime.group_cuda.import_module", lambda *name: {(".cuda.nccl", "cupy"): nccl}[name])
+    for card in cards:
+        card.reaches_peers = False
     rows = [slice(0, 3), slice(3, 5)]
     with Group(["GPU 0", "GPU 1"], deadline_s=20) as group:
         links = [link_of(card, group.meeting((0, 1)), rank, 2) for rank, card in enumerate(cards)]
@@ -175,3 +175,19 @@ def test_gpus_that_are_not_there_and_those_that_do_not_reach_each_other(monkeypa
     runtime.deviceCanAccessPeer = lambda one, other: 1
     assert use_gpu(1, (0, 1)) == []
     assert enabled == [0]
+
+
+def test_the_calls_are_those_of_the_installed_cupy():
+    """Cython writes the signatures into the docstrings."""
+    cupy = pytest.importorskip("cupy", reason="the API of an installed CuPy")
+    nccl = pytest.importorskip("cupy.cuda.nccl", reason="its NCCL")
+    told = cupy.cuda.runtime.memcpyPeerAsync.__doc__
+    assert "(intptr_t dst, int dstDevice, intptr_t src, int srcDevice, size_t size, intptr_t stream)" in told
+    assert "(int device, int peerDevice)" in cupy.cuda.runtime.deviceCanAccessPeer.__doc__
+    assert "(int peerDevice)" in cupy.cuda.runtime.deviceEnablePeerAccess.__doc__
+    assert "(int ndev, bytes commId, int rank" in nccl.NcclCommunicator.__doc__
+    for name, buffer in (("send", "sendbuf"), ("recv", "recvbuf")):
+        taken = f"(self, intptr_t {buffer}, size_t count, int datatype, int peer, intptr_t stream)"
+        assert taken in getattr(nccl.NcclCommunicator, name).__doc__
+    for name in ("available", "get_unique_id", "groupStart", "groupEnd", "NCCL_UINT8"):
+        assert hasattr(nccl, name)
