@@ -94,6 +94,7 @@ class BlockTransformer:
         self._ends: dict[str, Weights] = {}
         self._times: dict[bytes, tuple[Any, Any]] = {}
         self._texts: list[tuple[np.ndarray, list[dict[str, Any]]]] = []
+        self._resumed = 0
         self._bounds: tuple[np.ndarray, np.ndarray] | None = None
 
     def __enter__(self) -> Self:
@@ -178,6 +179,9 @@ class BlockTransformer:
 
     def _text(self, text: np.ndarray) -> list[dict[str, Any]]:
         """Keys and values of ``text`` for every block. Kept if the array is read-only, as any other may change."""
+        link = self._shared.link
+        if link is not None and link.resumed != self._resumed:  # members must agree on what they know
+            self._texts, self._resumed = [], link.resumed
         for known, values in self._texts:
             if known is text:
                 return values
@@ -186,7 +190,6 @@ class BlockTransformer:
         device.run("text", {"text": device.put(text)}, context, self._end_weights("text"))
         start, values = layout.step_bytes, []
         places = [place for place in layout.block if place.offset >= start]
-        link = self._shared.link
         for block in range(layout.blocks):
             values.append(self._new_outputs("text_kv"))
             if link is None or block % link.size == link.rank:

@@ -40,6 +40,7 @@ ARENA = {
 
 
 _threads = 0  # of every session of this process; 0 means one for each physical core
+_one_at_a_time = threading.Lock()
 _here = threading.local()  # with other ``threads`` for sessions that a thread opens
 
 
@@ -128,7 +129,8 @@ def new_session(path: Path, name: str, providers: Sequence[str] = PREFERRED, *, 
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.enable_mem_pattern = False
     options.intra_op_num_threads = getattr(_here, "threads", 0) or _threads
-    _make_arena()
+    with _one_at_a_time:
+        _make_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     there = onnxruntime.get_available_providers()

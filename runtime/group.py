@@ -36,6 +36,7 @@ class Meeting:
         self._offered: dict[tuple[int, int], Any] = {}
         self._taken: dict[tuple[int, int], Any] = {}
         self._stopped = False
+        self.resumed = 0  # how often; what members remember from before may differ
 
     def offer(self, source: int, target: int, given: Any) -> None:
         with self._changed:
@@ -78,7 +79,7 @@ class Meeting:
     def resume(self) -> None:
         """Begin anew, when no member waits."""
         with self._changed:
-            self._stopped = False
+            self._stopped, self.resumed = False, self.resumed + 1
             self._offered.clear()
             self._taken.clear()
 
@@ -93,6 +94,11 @@ class Link:
     def __init__(self, meeting: Meeting, rank: int, size: int) -> None:
         self._meeting, self.rank, self.size = meeting, rank, size
         self.sent_bytes, self.seconds = 0, 0.0  # to others, and in calls
+
+    @property
+    def resumed(self) -> int:
+        """How often the members began anew after a call that did not end; what they keep from before may differ."""
+        return self._meeting.resumed
 
     def all_to_all(self, sends: Sequence[Any], receives: Sequence[Any]) -> None:
         """Send every member its array of ``sends``, by rank, and receive from each into that of ``receives``."""

@@ -11,6 +11,7 @@ import pytest
 
 from runtime.backend import open_backend
 from runtime.block_backend import BlockOptions, check_options
+from runtime.group import Link
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from tests.export.graphs.test_dit import inputs_for, relative_l2
@@ -216,6 +217,29 @@ def test_a_device_that_fails_ends_the_job_and_closes_the_group(tiny_engines):
         assert "is closed" in error.value.__notes__[0]
         with pytest.raises(UserError, match=r"device 0, device 1 is closed: device 1 failed"):
             latents_of(pipeline)
+
+
+def test_devices_that_remember_different_prompts_agree_again(divisible, monkeypatch):
+    """One has the text's keys and values, the other was stopped before it kept them."""
+    folder = divisible("ti2v-5b-tiny", HEADS)
+    expected, _ = velocities(folder, "ti2v-5b-tiny")
+    with opened(folder, "ulysses2") as pipeline:
+        engine, given = pipeline.engine("dit"), given_to(pipeline.spec.dit)
+        pipeline.backend.group._deadline_s = pipeline.backend.links[0]._meeting._deadline_s = 60
+        last, broadcast = pipeline.backend.links[1], Link.broadcast
+        calls = []
+
+        def stopped_at_the_end(self, array, root):
+            broadcast(self, array, root)
+            calls.append(self is last)
+            if self is last and calls.count(True) == 2 * pipeline.spec.dit.layers:
+                raise UserError("a video", "a smaller one", "use it")
+
+        monkeypatch.setattr(Link, "broadcast", stopped_at_the_end)
+        with pytest.raises(UserError, match="a smaller one"):
+            engine(**given)
+        assert [len(member._texts) for member in engine._engines.values()] == [1, 0]
+        assert relative_l2(engine(**given), expected["dit"]) <= 1e-6
 
 
 def test_grouped_stages_are_opened_only_where_they_are_used(divisible):

@@ -128,6 +128,11 @@ def _check(asked: Mapping[str, Any]) -> None:
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", alone)
     if (asked["triton"] or asked["gateway"]) and asked["only"]:
         raise UserError("--only with --triton or --gateway", "whole jobs, which use all pieces", "leave --only out")
+    devices = asked["options"].blocks
+    scaled = (devices.gpus or devices.parallel) and not (asked["triton"] or asked["gateway"])
+    if scaled and (asked["checkpoint"] or sweep or asked["compare"] or asked["gate"] or asked["only"]):
+        found = "--gpus or --parallel with a checkpoint, --only, --sweep, --compare or --gate"
+        raise UserError(found, "engines alone", alone)
     if asked["request"].cache is not None and (asked["triton"] or asked["gateway"] or sweep is not None):
         raise UserError("a step cache with --triton, --gateway or --sweep", "a bench of engines", alone)
     check_apart(asked["output"], asked["plot"])
