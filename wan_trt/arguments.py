@@ -37,9 +37,7 @@ Noise = Annotated[
 NegativePrompt = Annotated[
     str | None, typer.Option(help="Text that the video should not match; by default the official one.")
 ]
-Quality = Annotated[
-    int | None, typer.Option(metavar="1...10", help="Quality of mp4 and webm; by default the official 8.")
-]
+Quality = Annotated[int | None, typer.Option(metavar="1...10", help="Of mp4 and webm; by default the official 8.")]
 PRECISIONS = "fp32, bf16, fp16, fp8 or fp8-attn"
 Image = Annotated[Path | None, typer.Option(help="JPEG, PNG or WebP to start from (I2V, TI2V).")]
 LastImage = Annotated[Path | None, typer.Option(help="Image to end with (I2V).")]
