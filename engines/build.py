@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.block_build import BlockBuild
+from engines.block_build import BlockBuild, check_groups, groups_of
 from engines.cpu.onnxruntime_backend import fit_components
 from engines.cuda.attention import OLDEST_ONNXRUNTIME
 from engines.cuda.components import fit_for_cuda
@@ -55,9 +55,8 @@ class BuildOptions:
     tf32: bool = False
     timing_cache: Path | None = None
     topology: Topology | None = None  # by default blocks for TensorRT where all blocks compute alike, else whole
-    vae_strips: int | None = (
-        None  # the VAE in stages that take pictures in up to so many strips; by default with blocks
-    )
+    vae_strips: int | None = None  # the VAE in stages, for pictures in up to so many strips; by default in blocks
+    parallel: str | None = None  # "ulysses4", several with commas: for devices that divide the tokens
     # writing
     overwrite: bool = False
     command: str = field(default="engines.build_engines(...)", compare=False)  # recorded in the manifest
@@ -81,6 +80,8 @@ def build_engines(
     _check_options(target, options)
     options = replace(options, topology=options.topology or default_topology(target, source.manifest))
     in_stages = all(component.stages for component in source.manifest.components if component.name[:3] == "vae")
+    if options.parallel is not None:
+        check_groups(source.manifest.spec, options.parallel, in_blocks=options.topology == "blocks")
     if options.vae_strips is not None and not in_stages:
         raise UserError(f"--vae-strips for {bundle}", "a VAE in stages", "export again, without fixed shapes")
     profiles, strips = _profiles(source.manifest, target, options, in_stages)
@@ -158,7 +159,7 @@ def _fit_graphs(source: Bundle, folder: Path, target: Target, options: BuildOpti
         shutil.copyfile(graph, folder / stage.graph.path)
         return file_entry(folder, folder / stage.graph.path)
 
-    blocks = BlockBuild(source, folder, progress, place)
+    blocks = BlockBuild(source, folder, progress, place, groups_of(options.parallel))
     if in_blocks:
         blocks.check()
     whole = [
@@ -181,10 +182,11 @@ def _fit_graphs(source: Bundle, folder: Path, target: Target, options: BuildOpti
 
 def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
     """The options that change the engines, for the manifest."""
+    groups = {"parallel": options.parallel} if options.parallel else {}
     if runs_graphs(target.backend):
-        return {"topology": options.topology} if options.topology == "blocks" else {}
+        return ({"topology": options.topology} if options.topology == "blocks" else {}) | groups
     strips = {} if options.vae_strips is None else {"vae_strips": str(options.vae_strips)}
-    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)} | strips
+    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)} | strips | groups
 
 
 def _check_options(target: Target, options: BuildOptions) -> None:
@@ -210,7 +212,7 @@ def _profiles(
             found = f"--size or --frames for target {target.name}"
             raise UserError(found, "neither", "its engines take every size; leave them out")
         return (), None
-    blocks, strips = options.topology == "blocks", options.vae_strips
+    blocks, groups, strips = options.topology == "blocks", groups_of(options.parallel), options.vae_strips
     if manifest.size is None:
         several = profiles_for(manifest.spec, options.size, options.frames)
         if strips is None and blocks and vae_in_stages:
@@ -218,12 +220,12 @@ def _profiles(
         if strips is not None:  # those that nobody asked for are the exception: kernels are chosen for whole pictures
             usual = options.vae_strips or 1
             several = tuple(with_strips(profile, manifest.spec.vae, strips, usual) for profile in several)
-        return (tuple(map(with_stages, several)) if blocks else several), strips
+        return (tuple(with_stages(each, groups) for each in several) if blocks else several), strips
     if asked:
         expected = f"neither: the graphs are fixed to {video_text(*manifest.size)}"
         raise UserError("--size or --frames", expected, "export without fixed shapes")
     fixed = profile_between(manifest.spec, manifest.size, manifest.size)
-    return ((with_stages(fixed) if blocks else fixed),), strips
+    return ((with_stages(fixed, groups) if blocks else fixed),), strips
 
 
 def _in_stages(component: Component, options: BuildOptions) -> bool:
@@ -239,6 +241,7 @@ def _graphs(source: Bundle, target: Target, options: BuildOptions) -> list[Path]
     for component in source.manifest.components:
         in_stages, on_graphs = _in_stages(component, options), runs_graphs(target.backend)
         stages = component.stages if in_stages or (on_graphs and component.name.startswith("vae")) else ()
+        stages = tuple(stage for stage in stages if stage.groups in (1, *groups_of(options.parallel)))
         found |= dict.fromkeys(source.path(stage.graph) for stage in stages)
         if not in_stages:
             found[source.path(component.graph)] = None
@@ -281,7 +284,8 @@ def _compile_tensorrt(
             build_engine(graph, plan, settings(component, stage.inputs), progress)
         return file_entry(folder, plan)
 
-    blocks, in_blocks = BlockBuild(source, folder, progress, compile_stage), options.topology == "blocks"
+    in_blocks = options.topology == "blocks"
+    blocks = BlockBuild(source, folder, progress, compile_stage, groups_of(options.parallel))
     if in_blocks:
         blocks.check()
     compiled: list[Component] = []

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import RenderableType
 from rich.table import Table
 
+from engines.group_plan import Goal, GroupPlan, link_gb_s, reason
 from engines.plan import EXPORT_RAM_GIB, Plan
 from wan22.costs import dit_flops, model_parameters
 from wan22.quantities import human_bytes, video_text
@@ -46,6 +47,34 @@ def cards_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
     one = human_bytes(plan.half_precision_decoder.one.total)
     yield f"VAE: strips of a decoder in fp16 (export --vae-decoder fp16; one takes {one})"
     yield "seconds: of a forward, by roofline; copy: of a block, of the time of its kernels, hidden below 100%"
+
+
+def groups_as_text(plans: Sequence[GroupPlan], chosen: Sequence[tuple[Goal, GroupPlan]]) -> Iterable[RenderableType]:
+    """The output of ``wan-trt plan --gpus``: every split, then the best one for each goal."""
+    first = plans[0]
+    request, count = first.plan.request, first.gpus
+    speed = link_gb_s(request.target, first.link)
+    what = f"{request.spec.name}, {request.precision}, on {count} of {request.target.name}"
+    share = "the roofline" if first.efficiency == 1 else f"{100 * first.efficiency:.0f} % of the roofline"
+    title = f"{what}: {video_text(*request.video)}, {request.steps} steps, {first.link} {speed:g} GB/s, {share}"
+    columns = ("--parallel", "videos", "GiB", "sent GB", "step s", "video s", "an hour", "scaling")
+    table = Table(*columns, title=title, title_justify="left")
+    table.columns[0].no_wrap = True
+    for each in plans:
+        row = [_split(each), str(each.replicas), f"{each.memory_bytes / 2**30:.1f}" if each.fits else "too large"]
+        row.append(f"{each.step_bytes / 1e9:.3g}")
+        figures = (each.step_seconds, each.video_seconds, each.videos_per_hour)
+        row += ["" if figure is None else f"{figure:.3g}" for figure in figures]
+        scaling = each.efficiency_of_scaling
+        table.add_row(*row, "" if scaling is None else f"{100 * scaling:.0f} %")
+    yield table
+    yield "videos: at a time, on all GPUs; GiB, and sent in a step: of the GPU that has most"
+    for goal, best in chosen:
+        yield f"best for {goal}: {_split(best)}: {reason(best, goal)}"
+
+
+def _split(plan: GroupPlan) -> str:
+    return str(plan.split) or "none"
 
 
 def _text_layers(plan: Plan) -> str:

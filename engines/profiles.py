@@ -6,6 +6,7 @@ Presets name the sizes of the official release.
 """
 
 import re
+from collections.abc import Sequence
 from math import prod
 
 from wan22.bundle import Tensor
@@ -52,10 +53,14 @@ def profile_between(spec: ModelSpec, small: Video, large: Video) -> Profile:
     return profile | {"tokens": (1, TYPICAL_TEXT_TOKENS, TEXT_TOKENS)}
 
 
-def with_stages(profile: Profile) -> Profile:
-    """``profile`` with the dimensions of a transformer in stages: tokens, in slices or as a whole, and time steps."""
+def with_stages(profile: Profile, groups: Sequence[int] = ()) -> Profile:
+    """``profile`` with the dimensions of a transformer in stages: tokens, in slices or as a whole, and time steps.
+
+    ``groups`` are numbers of devices that may divide the tokens.
+    """
     fewest, most = (prod(profile[name][end] for name in ("frames", "rows", "columns")) for end in (0, 2))
-    slices = {"positions": (max(1, fewest // MOST_SLICES), most, most), "keys": (fewest, most, most)}
+    least = max(1, fewest // (MOST_SLICES * max([1, *groups])))
+    slices = {"positions": (least, most, most), "keys": (fewest, most, most)}
     return profile | slices | {"steps": STEPS}
 
 

@@ -75,9 +75,14 @@ class BlockStack:
         return self.memory(BlockChoice(slots, self.slices[-1])).total
 
 
-def transformer_blocks(spec: DitSpec, precision: Precision, tokens: int, step_bytes: float) -> BlockStack:
-    """The blocks of a transformer for a video of so many ``tokens``."""
-    return BlockStack(spec.layers, step_bytes, lambda choice: block_memory(spec, precision, tokens, choice, step_bytes))
+def transformer_blocks(
+    spec: DitSpec, precision: Precision, tokens: int, step_bytes: float, groups: int = 1
+) -> BlockStack:
+    """The blocks of a transformer on one of ``groups`` devices that divide the ``tokens`` of a video."""
+    own = -(-tokens // groups)
+    return BlockStack(
+        spec.layers, step_bytes, lambda choice: block_memory(spec, precision, own, choice, step_bytes, groups)
+    )
 
 
 def text_layers(spec: TextEncoderSpec, precision: Precision, step_bytes: float) -> BlockStack:
@@ -93,18 +98,24 @@ def text_layers(spec: TextEncoderSpec, precision: Precision, step_bytes: float) 
 
 
 def block_memory(
-    spec: DitSpec, precision: Precision, tokens: int, choice: BlockChoice, step_bytes: float
+    spec: DitSpec, precision: Precision, tokens: int, choice: BlockChoice, step_bytes: float, groups: int = 1
 ) -> BlockMemory:
-    """The memory of a forward of ``tokens`` with ``choice``; ``step_bytes`` are the weights of a block."""
+    """The memory of a forward with ``choice``; ``step_bytes`` are the weights of a block.
+
+    ``tokens`` are those of one of ``groups`` devices, which keep what enters and leaves attention twice: all heads of
+    these tokens, and some heads of all.
+    """
     wide, rows = precision.wide.linears.bits / 8, float(tokens * spec.width)
     ratio, number = spec.ffn_width / spec.width, wide / 2
-    operands, attended = precision.attention.bits / 8, (1 if precision.quantised else wide)
+    operands, attended = precision.attention.bits / 8, (1 if precision.quantised and groups == 1 else wide)
+    copies = 1 if groups == 1 else 2
     qkv = 7.1 if precision.quantised else 8.1 * number
     rest = 5.1 + 3 * ratio if precision.quantised else (4.7 + 4 * ratio) * number
     scratch = max(qkv / choice.slices, 2 * number, rest / choice.slices, 4.1 / choice.slices)
     text = PROMPTS * spec.layers * 2 * TEXT_TOKENS * spec.width * wide
     residual = 4 * rows * (1 + 1 / choice.slices)  # slices go through an array of one slice
-    return BlockMemory(residual, (3 * operands + attended) * rows, scratch * rows, text, choice.slots * step_bytes)
+    edges = copies * (3 * operands + attended) * rows
+    return BlockMemory(residual, edges, scratch * rows, text, choice.slots * step_bytes)
 
 
 def block_step_bytes(spec: DitSpec, precision: Precision) -> float:

@@ -35,7 +35,7 @@ class FusionReport:
     @property
     def is_block(self) -> bool:
         """True for a stage that every block calls, such as ``dit.qkv``."""
-        return self.component.rpartition(".")[2] in OF_A_BLOCK
+        return self.component.rpartition(".")[2].partition("_of_")[0] in OF_A_BLOCK
 
     @cached_property
     def blocks(self) -> dict[str, list[Kernel]]:

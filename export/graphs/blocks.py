@@ -12,6 +12,11 @@ Each rule below saves copies of all tokens in compiled engines:
 * The two time rows of TI2V are blended with the mask ``first_frame``.
 * Matrices stay ``[out, in]``, as stored; those of FP8 are dequantised with the constant 1 and scaled in float32.
 
+Several devices can divide the tokens (Ulysses). Each has the rows of its tokens in ``qkv`` and ``rest``, and all tokens
+of its heads in ``attend``. In this form q, k, v and o are ``[groups, positions, heads / groups, head]`` where they have
+all heads: a group of heads is one contiguous message. What leaves ``attend`` is in 16 bits, as the rows of o, whose
+scales FP8 needs, are complete in ``rest`` alone.
+
 In FP8 attention, softmax ignores any constant vector subtracted from K, so ``k_center`` need not be its exact mean, and
 ``v_scale`` only must not overflow: neither needs a second pass over the tokens. Cross-attention is in 16 bits.
 """
@@ -24,8 +29,9 @@ from export.graphs.attention import attention, attention_of_fp8
 from export.graphs.builder import FLOAT, GraphBuilder
 from export.graphs.dit import Ends
 from export.graphs.dit_block import Blocks, Modulation, Tables
-from export.graphs.linear import FLOAT8, Fp8, Linears
-from wan22.bundle import File, Stage, Tensor
+from export.graphs.linear import FLOAT8, Fp8, Linears, Operand
+from wan22.bundle import File, Stage, Tensor, grouped_name
+from wan22.parallel import group_sizes
 from wan22.parts import DitSpec
 from wan22.specs import PATCH, TEXT_TOKENS
 
@@ -36,6 +42,10 @@ class StageGraph(GraphBuilder):
     """A graph whose weights are inputs, named as in the checkpoint without ``blocks.N.``."""
 
     weights_are_inputs = True
+
+    def __init__(self, name: str, groups: int = 1) -> None:
+        super().__init__(name)
+        self.groups = groups
 
     def weight(self, key: str, shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
         name = key.removeprefix(f"{BLOCK}.")
@@ -58,11 +68,11 @@ class StageGraph(GraphBuilder):
         """The manifest's entry for this graph in the file ``graph``."""
         inputs, outputs = self.edges()
         given = len(inputs) - len(self.weights)
-        return Stage(str(self.graph.name), graph, inputs[:given], outputs, inputs[given:])
+        return Stage(str(self.graph.name), graph, inputs[:given], outputs, inputs[given:], self.groups)
 
 
 def stage_graphs(spec: DitSpec, compute: ir.DataType = FLOAT, fp8: Fp8 | None = None) -> dict[str, StageGraph]:
-    """The stages of a transformer, by name, in the order of their first call.
+    """The stages of a transformer, by name, in the order of their first call; then those of every size of a group.
 
     All blocks must compute alike: see :attr:`export.graphs.linear.Fp8.uniform`.
     """
@@ -76,19 +86,20 @@ def stage_graphs(spec: DitSpec, compute: ir.DataType = FLOAT, fp8: Fp8 | None = 
         "rest": _rest,
         "velocity": _velocity,
     }
+    grouped = {(name, groups): stages[name] for groups in group_sizes(spec) for name in ("qkv", "attend", "rest")}
     graphs = {}
-    for name, write in stages.items():
-        stage = _Stage(name, spec, compute, fp8)
+    for (name, groups), write in ({(name, 1): write for name, write in stages.items()} | grouped).items():
+        stage = _Stage(name if groups == 1 else grouped_name(name, groups), spec, compute, fp8, groups)
         write(stage)
-        graphs[name] = stage.g
+        graphs[str(stage.g.graph.name)] = stage.g
     return graphs
 
 
 class _Stage:
     """A graph under construction, with the inputs that several stages have."""
 
-    def __init__(self, name: str, spec: DitSpec, compute: ir.DataType, fp8: Fp8 | None) -> None:
-        self.g, self.spec = StageGraph(name), spec
+    def __init__(self, name: str, spec: DitSpec, compute: ir.DataType, fp8: Fp8 | None, groups: int = 1) -> None:
+        self.g, self.spec, self.groups = StageGraph(name, groups), spec, groups
         self.linears = Linears(self.g, compute, fp8)
         self.fp8 = fp8 is not None
         self.fp8_attention = fp8 is not None and fp8.self_attention
@@ -99,6 +110,21 @@ class _Stage:
 
     def heads(self, rows: str | int) -> list[int | str]:
         return [rows, self.spec.heads, self.spec.head_width]
+
+    def own_heads(self, rows: str) -> list[int | str]:
+        """Those of one device of a group."""
+        return [rows, self.spec.heads // self.groups, self.spec.head_width]
+
+    def messages(self) -> list[int | str]:
+        """All heads of the device's tokens; for a group, by the device that attends to them."""
+        return self.heads("positions") if self.groups == 1 else [self.groups, *self.own_heads("positions")]
+
+    def by_group(self, x: ir.Value) -> ir.Value:
+        """``[positions, heads, head]`` → :meth:`messages`."""
+        if self.groups == 1:
+            return x
+        parted = self.g.reshape(x, [-1, self.groups, self.spec.heads // self.groups, self.spec.head_width])
+        return self.g.transpose(parted, 1, 0, 2, 3)
 
     def time_modulation(self) -> ir.Value:
         return self.input("time_modulation", [self.spec.time_rows, 6 * self.spec.width])
@@ -171,20 +197,25 @@ def _qkv(s: _Stage) -> None:
         )
         q_scale, k_scale = (g.weight(f"{key}.{name}_scale", (), FLOAT) for name in "qk")
         made = {
-            "q": s.linears.quantise(q, q_scale),
-            "k": s.linears.quantise(g.op("Sub", k, center), k_scale),
-            "v": s.linears.quantise(g.op("Div", v, v_scale), g.constant(1.0, FLOAT)),
+            "q": s.linears.quantise(s.by_group(q), q_scale),
+            "k": s.linears.quantise(s.by_group(g.op("Sub", k, center)), k_scale),
+            "v": s.linears.quantise(s.by_group(g.op("Div", v, v_scale)), g.constant(1.0, FLOAT)),
         }
     else:
         q, k = (g.reshape(half, [-1, *blocks.heads]) for half in g.split(g.cast(rotated, compute), 2, 1))
-        made = {"q": q, "k": k, "v": g.cast(v, compute)}
+        made = {"q": s.by_group(q), "k": s.by_group(k), "v": s.by_group(g.cast(v, compute))}
     for name, value in made.items():
-        g.output(name, value, s.heads("positions"), s.operands)
+        g.output(name, value, s.messages(), s.operands)
 
 
 def _attend(s: _Stage) -> None:
     g, compute = s.g, s.linears.compute
-    q, k, v = (s.input(n, s.heads(r), s.operands) for n, r in (("q", "positions"), ("k", "keys"), ("v", "keys")))
+    q, k, v = (s.input(n, s.own_heads(r), s.operands) for n, r in (("q", "positions"), ("k", "keys"), ("v", "keys")))
+    if s.groups > 1:
+        fp8 = s.fp8_attention
+        y = attention_of_fp8(s.linears, f"{BLOCK}.self_attn", q, k, v) if fp8 else attention(g, compute, q, k, v)
+        g.output("o", g.cast(y, compute), s.own_heads("positions"), compute)
+        return
     if s.fp8_attention:
         v_scale = g.reshape(s.input("v_scale", [1, s.spec.width]), [1, s.spec.heads, s.spec.head_width])
         y = attention_of_fp8(s.linears, f"{BLOCK}.self_attn", q, k, v, v_scale)
@@ -202,9 +233,7 @@ def _attend(s: _Stage) -> None:
 def _rest(s: _Stage) -> None:
     g, width, compute, cross = s.g, s.spec.width, s.linears.compute, f"{BLOCK}.cross_attn"
     x = s.input("x", ["positions", width])
-    o = s.input("o", ["positions", width], FLOAT8 if s.fp8 else compute)
-    scale = s.input("o_scale", ["positions", 1]) if s.fp8 else None
-    attended = o if scale is None else s.linears.quantised(o, scale)
+    attended = _attended(s)
     modulation = s.time_modulation()
     text_k, text_v = (s.input(name, s.heads(TEXT_TOKENS), compute) for name in ("text_k", "text_v"))
     blocks = s.blocks(s.modulation())
@@ -214,6 +243,21 @@ def _rest(s: _Stage) -> None:
     y = g.reshape(attention(g, compute, q, text_k, text_v), [-1, width])
     x = g.add(x, blocks.project_out(cross, y))
     g.output("x_out", blocks.add_feed_forward(BLOCK, x, rows), ["positions", width])
+
+
+def _attended(s: _Stage) -> Operand | ir.Value:
+    """The output of attention as the input of a linear."""
+    g, width, compute = s.g, s.spec.width, s.linears.compute
+    if s.groups == 1:
+        o = s.input("o", ["positions", width], FLOAT8 if s.fp8 else compute)
+        return s.linears.quantised(o, s.input("o_scale", ["positions", 1])) if s.fp8 else o
+    rows = g.reshape(g.transpose(s.input("o", s.messages(), compute), 1, 0, 2, 3), [-1, width])
+    if not s.fp8:
+        return rows
+    rows = g.cast(rows, FLOAT)
+    if s.fp8_attention:
+        rows = g.mul(rows, s.input("v_scale", [1, width]))
+    return s.linears.quantised(*s.linears.quantise_rows(rows))
 
 
 def _velocity(s: _Stage) -> None:
