@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 import onnx_ir as ir
 
-from wan22.block_layout import BlockLayout, Place, size_bytes
+from wan22.block_layout import LORA_DOWN, LORA_UP, BlockLayout, Place, parts_of, size_bytes, varies
 from wan22.bundle import File, Stage, Tensor
 from wan22.errors import UserError
 from wan22.progress import Progress
@@ -69,10 +69,26 @@ def layout_of(stages: Sequence[Stage], blocks: int, beside: Iterable[Tensor] = (
         groups[group] |= {tensor.name: tensor for tensor in stage.weights if tensor.name not in SCALES}
     for tensor in (tensor for stage in stages for tensor in stage.inputs if tensor.name == "v_scale"):
         groups["step"][V_NORMS] = Tensor(V_NORMS, "float32", tensor.dims)
-    ends, end = _places(groups["ends"].values(), 0)
-    step, step_bytes = _places(groups["step"].values(), 0)
-    prompt, size = _places(groups["prompt"].values(), step_bytes)
-    return BlockLayout(ends, step + prompt, blocks, _round_up(end, PAGE_BYTES), _round_up(size, PAGE_BYTES), step_bytes)
+    ranks = {lora_rank(tensor) for group in groups.values() for tensor in group.values()} - {0}
+    ordered = {name: list(group.values()) for name, group in groups.items()}
+    if ranks:  # what a LoRA replaces stands together: last in a step, first for a prompt
+        ordered["step"].sort(key=_varies)
+        ordered["prompt"].sort(key=_varies, reverse=True)
+    ends, end = _places(ordered["ends"], 0)
+    step, step_bytes = _places(ordered["step"], 0)
+    prompt, size = _places(ordered["prompt"], step_bytes)
+    first, stride = _round_up(end, PAGE_BYTES), _round_up(size, PAGE_BYTES)
+    return BlockLayout(ends, step + prompt, blocks, first, stride, step_bytes, max(ranks, default=0))
+
+
+def lora_rank(tensor: Tensor) -> int:
+    """The rank of a slot that is ``tensor``; 0 if it is none."""
+    linear, _, leaf = tensor.name.rpartition(".")
+    return int(tensor.dims[0]) // len(parts_of(linear)) if leaf == LORA_DOWN else 0
+
+
+def _varies(tensor: Tensor) -> bool:
+    return varies(tensor.name, tuple(map(int, tensor.dims)))
 
 
 def _places(tensors: Iterable[Tensor], start: int) -> tuple[tuple[Place, ...], int]:
@@ -98,6 +114,8 @@ def write_block_weights(graph: Path, layout: BlockLayout, path: Path, progress: 
         for block in range(layout.blocks):
             start = layout.first_block + block * layout.block_bytes
             for place in layout.block:
+                if place.name.endswith((LORA_DOWN, LORA_UP)):
+                    continue  # empty: zeros
                 if place.name == V_NORMS:
                     file.write(_v_norms(stored, folder, block, place.shape[1]).tobytes(), start + place.offset)
                 else:

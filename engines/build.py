@@ -41,6 +41,7 @@ from wan22.residency import vae_weights_bytes
 from wan22.shapes import Profile, own_profiles
 from wan22.stamp import Stamp
 
+RANKS = range(16, 513, 16)  # of slots for LoRAs: compilers want aligned matrices
 Topology = Literal["whole", "blocks"]  # a transformer as one engine, or as stages that every block calls
 
 
@@ -55,6 +56,8 @@ class BuildOptions:
     timing_cache: Path | None = None
     topology: Topology | None = None  # by default blocks for TensorRT where all blocks compute alike, else whole
     vae_strips: int | None = None  # the VAE in stages that take pictures in up to so many strips
+    # transformers in blocks
+    lora_slots: int | None = None  # the rank of LoRAs that requests bring, beside every linear of a block
     # writing
     overwrite: bool = False
     command: str = field(default="engines.build_engines(...)", compare=False)  # recorded in the manifest
@@ -76,7 +79,8 @@ def build_engines(
     source = open_bundle(bundle, "graphs", full_check=True)
     check_bundle(target, source.manifest)
     _check_options(target, options)
-    options = replace(options, topology=options.topology or default_topology(target, source.manifest))
+    usual = default_topology(target, source.manifest) if options.lora_slots is None else "blocks"
+    options = replace(options, topology=options.topology or usual)
     if options.vae_strips is not None and not all(c.stages for c in source.manifest.components if c.name[:3] == "vae"):
         raise UserError(f"--vae-strips for {bundle}", "a VAE in stages", "export again, without fixed shapes")
     profiles = _profiles(source.manifest, target, options)
@@ -153,7 +157,7 @@ def _fit_graphs(source: Bundle, folder: Path, target: Target, options: BuildOpti
         shutil.copyfile(graph, folder / stage.graph.path)
         return file_entry(folder, folder / stage.graph.path)
 
-    blocks = BlockBuild(source, folder, progress, place)
+    blocks = BlockBuild(source, folder, progress, place, options.lora_slots)
     if in_blocks:
         blocks.check()
     whole = [
@@ -176,13 +180,21 @@ def _fit_graphs(source: Bundle, folder: Path, target: Target, options: BuildOpti
 
 def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
     """The options that change the engines, for the manifest."""
+    slots = {} if options.lora_slots is None else {"lora_slots": str(options.lora_slots)}
     if runs_graphs(target.backend):
-        return {"topology": options.topology} if options.topology == "blocks" else {}
+        return ({"topology": options.topology} if options.topology == "blocks" else {}) | slots
     strips = {} if options.vae_strips is None else {"vae_strips": str(options.vae_strips)}
-    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)} | strips
+    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)} | strips | slots
 
 
 def _check_options(target: Target, options: BuildOptions) -> None:
+    if (rank := options.lora_slots) is not None:
+        if rank % RANKS.step or rank not in RANKS:
+            expected = f"a multiple of {RANKS.step} from {RANKS[0]} to {RANKS[-1]}"
+            raise UserError(f"--lora-slots {rank}", expected, "take the largest rank of your LoRAs, rounded up")
+        if options.topology == "whole" or target.backend == "onnxruntime-gpu":
+            found = "with --topology whole" if options.topology == "whole" else f"for target {target.name}"
+            raise UserError(f"--lora-slots {found}", "engines in blocks", "leave one out")
     if options.topology == "blocks" and target.backend == "onnxruntime-gpu":
         raise UserError(f"--topology blocks for target {target.name}", "cpu or a TensorRT target", "leave it out")
     if options.vae_strips is not None and runs_graphs(target.backend):
@@ -270,7 +282,10 @@ def _compile_tensorrt(
             build_engine(graph, plan, settings(component, stage.inputs), progress)
         return file_entry(folder, plan)
 
-    blocks, in_blocks = BlockBuild(source, folder, progress, compile_stage), options.topology == "blocks"
+    blocks, in_blocks = (
+        BlockBuild(source, folder, progress, compile_stage, options.lora_slots),
+        options.topology == "blocks",
+    )
     if in_blocks:
         blocks.check()
     compiled: list[Component] = []

@@ -1,12 +1,13 @@
 """One forward of a transformer in stages: the arrays between stages, slices of tokens, and what FP8 attention needs."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 
 from runtime.block_stream import Transfers
-from wan22.block_layout import Place
+from wan22.block_layout import Overlay, Place
 from wan22.bundle import Stage, Tensor
 from wan22.specs import PATCH
 
@@ -36,6 +37,9 @@ class StageDevice(Transfers, Protocol):
 
     def host_bytes(self, expert: str, offset: int, size_bytes: int) -> np.ndarray:
         """A part of the weights of ``expert`` in host memory."""
+
+    def use(self, expert: str, overlay: tuple[Path, Overlay] | None) -> None:
+        """Replace parts of the weights of ``expert`` from now on, once all copies before are done."""
 
     def move(self, source: Any, target: Any) -> None:
         """Enqueue a copy from one array to another of the same shape."""

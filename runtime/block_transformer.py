@@ -9,6 +9,7 @@ output of one call: compilers may keep other tensors in an output's memory.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -17,7 +18,7 @@ from runtime.arrays import F32
 from runtime.block_forward import BlockForward, StageDevice, Weights, fp8_scales, patchify, unpatchify
 from runtime.block_stream import NOTHING, BlockStream, Streamed
 from runtime.engine import Arrays, check_inputs
-from wan22.block_layout import BlockLayout, Place
+from wan22.block_layout import BlockLayout, Overlay, Place
 from wan22.block_memory import BlockChoice
 from wan22.bundle import Component, Stage
 from wan22.parts import DitSpec
@@ -38,6 +39,8 @@ class SharedBlocks:
     stream: BlockStream | None = None
     _streamed: Streamed = NOTHING  # by earlier streams
     _chosen: tuple[int, BlockChoice] | None = None  # for so many tokens
+    engines: dict[str, "BlockTransformer"] = field(default_factory=dict)  # by expert, those that are open
+    _overlays: dict[str, tuple[Path, Overlay]] = field(default_factory=dict)  # by expert
     _users: int = 0
     _open: ExitStack = field(default_factory=ExitStack)
 
@@ -51,6 +54,19 @@ class SharedBlocks:
         if not self._users:
             self._drop_stream()
             self._open.close()
+
+    def use(self, expert: str, overlay: tuple[Path, Overlay] | None) -> None:
+        """Replace parts of the weights of ``expert`` from now on, or take its own again."""
+        if self._overlays.get(expert) == overlay:
+            return
+        self._overlays.pop(expert, None)
+        if overlay is not None:
+            self._overlays[expert] = overlay
+        self.device.use(expert, overlay)
+        if self.stream is not None:
+            self.stream.changed(expert)
+        if expert in self.engines:
+            self.engines[expert].renew()
 
     def end_weights(self, expert: str, stage: Stage) -> dict[str, Any]:
         """The weights of a stage outside of the blocks, read from disk."""
@@ -95,14 +111,21 @@ class BlockTransformer:
 
     def __enter__(self) -> Self:
         self._shared.enter()
-        self._ends = {name: self._end_weights(name) for name in ("patches", "velocity")}
-        if any(place.name == V_NORMS for place in self._shared.layout.block):
-            self._bounds = self._of_all_blocks(V_NORMS), self._of_all_blocks("modulation")
+        self.renew()
+        self._shared.engines[self.name] = self
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ends, self._times, self._texts = {}, {}, []
+        self._shared.engines.pop(self.name, None)
         self._shared.leave()
+
+    def renew(self) -> None:
+        """Forget what was computed with earlier weights, and read the weights around the blocks."""
+        self._times, self._texts = {}, []
+        self._ends = {name: self._end_weights(name) for name in ("patches", "velocity")}
+        if any(place.name == V_NORMS for place in self._shared.layout.block):
+            self._bounds = self._of_all_blocks(V_NORMS), self._of_all_blocks("modulation")
 
     def prepare(self, time_features: F32) -> None:
         """Compute the time rows of a whole schedule, ``[rows, 256]``, in one call, and free the weights for it."""
@@ -161,7 +184,7 @@ class BlockTransformer:
         """The float32 weight ``name`` of every block, ``[blocks, size]``."""
         device, layout = self._shared.device, self._shared.layout
         (place,) = (place for place in layout.block if place.name == name)
-        starts = (layout.first_block + block * layout.block_bytes + place.offset for block in range(layout.blocks))
+        starts = (layout.region(block) + place.offset for block in range(layout.blocks))
         rows = [device.host_bytes(self.name, start, place.size_bytes).view(np.float32) for start in starts]
         return np.stack(rows)
 
@@ -176,8 +199,7 @@ class BlockTransformer:
         start, values = layout.step_bytes, []
         places = [place for place in layout.block if place.offset >= start]
         for block in range(layout.blocks):
-            offset = layout.first_block + block * layout.block_bytes
-            memory = device.read(self.name, offset + start, layout.block_bytes - start)
+            memory = device.read(self.name, layout.region(block) + start, layout.block_bytes - start)
             values.append(self._new_outputs("text_kv"))
             device.run("text_kv", context, values[-1], device.views(memory, _moved(places, -start)))
         if text.flags.owndata and not text.flags.writeable:

@@ -221,8 +221,13 @@ class Pipeline:
             self.release(name)
 
     def use_weights(self, lora: str | None) -> bool:
-        """Take the experts from the weight set ``lora`` from now on; True if it was another. Closes those in use."""
-        if changed := self.weight_sets.choose(lora):
+        """Take the experts from the weight set ``lora`` from now on; True if it was another. Closes those in use, but
+        not engines with slots for LoRAs.
+        """
+        changed, blocks = self.weight_sets.choose(lora), self._backend.blocks
+        if changed and blocks is not None and self.weight_sets.rank:
+            blocks.renew()
+        elif changed:
             self._keep_only(set(self._open) - set(self.spec.experts))
         return changed
 

@@ -112,6 +112,12 @@ SAMPLING = {
     "guidance_high_noise": ExpertGuidance, "guidance_low_noise": ExpertGuidance, "guidance": Guidance, "solver": Solver,
 }  # fmt: skip
 BLOCKS = {"weights_in": WeightsIn, "vram": Vram, "vae_strips": VaeStrips}
+SLOTS = {
+    "loras": Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="FILE", help="LoRA, as export takes it, for engines with --lora-slots."),
+    ]
+}
 LIMITS = {
     name: Annotated[int | None, typer.Option(help=f"Largest {what} of a request; by default {usual}.")]
     for name, what, usual in (
@@ -142,7 +148,7 @@ GROUPS = {
         "keep_high_precision", "input_scales", "input_means",
     ),
     "Memory": ("residency", "weights_in", "vram", "vae_strips"),
-    "LoRA": ("lora", "lora_ignore_unmatched"),
+    "LoRA": ("lora", "loras", "lora_ignore_unmatched"),
     "Comparison": (
         "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",
     ),

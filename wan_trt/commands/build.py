@@ -36,6 +36,10 @@ def run(
         int | None,
         typer.Option(metavar="N", help="VAE in stages, for pictures in 1 to N strips: less memory (TensorRT).", min=1),
     ] = None,
+    lora_slots: Annotated[
+        int | None,
+        typer.Option(metavar="RANK", help="Room for LoRAs of requests, in engines in blocks: the sum of their ranks."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Build the engines of an ONNX bundle for a target."""
@@ -45,7 +49,7 @@ def run(
         instead = {"external": "blocks", "embedded": "whole"}[weights]
         raise UserError(f"--weights {weights}", "a topology", f"write --topology {instead}")
     with bars() as progress:
-        gpu = BuildOptions(target, size, frames, tf32, timing_cache, topology, vae_strips)
+        gpu = BuildOptions(target, size, frames, tf32, timing_cache, topology, vae_strips, lora_slots)
         options = replace(gpu, overwrite=overwrite, command=command_line())
         result = build_engines(bundle, engines, options, progress)
     build = result.manifest.build

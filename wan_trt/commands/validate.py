@@ -1,5 +1,6 @@
 """``wan-trt validate``: compare engines with the PyTorch reference."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,7 @@ Official = Annotated[bool, typer.Option("--official", help="Compare with the off
 OfficialRepo = Annotated[Path | None, typer.Option(help="The same with a clone of Wan-Video/Wan2.2.")]
 
 
-@given.with_options(given.SAMPLING, cache_options.OPTIONS, given.BLOCKS)
+@given.with_options(given.SAMPLING, cache_options.OPTIONS, given.BLOCKS, given.SLOTS)
 def run(
     engines: Engines = None,
     checkpoint: Checkpoint = None,
@@ -74,6 +75,7 @@ def run(
         raise UserError("no ENGINES and CHECKPOINT", "both", "see wan-trt validate --help")
     request, several = given.request_from(locals() | shared), given.seeds_of(seeds)
     from validate import ValidateOptions, official_wheel
+    from wan_trt.recipes.lora_slots import SET, filled_slots
 
     reports = [output / f"report.{ending}" for ending in ("json", "xml", "md", "html")]
     for path in (*reports, None if calls is None else calls / "calls"):
@@ -86,7 +88,10 @@ def run(
         request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line(),
         given.blocks_options(shared),
     )  # fmt: skip
-    return _compare(engines, checkpoint, output, options)
+    with filled_slots(engines, shared.get("loras") or (), checkpoint) as filled:
+        if filled is not None:
+            options = replace(options, request=replace(request, lora=SET), lora=(SET, filled))
+        return _compare(engines, checkpoint, output, options)
 
 
 def _compare(engines: Path, checkpoint: str, output: Path, options: "ValidateOptions") -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from engines.block_build import slotted_stages
 from engines.block_weights import attention_scales, layout_of, write_block_weights
 from export.checkpoint.place import Place
 from export.exporter import export_checkpoint
@@ -129,8 +130,9 @@ def _replace_weights(old: Bundle, merged: Bundle, folder: Path, progress: Progre
 
 def write_blocks(layout: Path, merged: Bundle, name: str, path: Path, progress: Progress) -> File:
     """Write the weights of an expert in blocks, if they have the ``layout`` of the engines."""
-    component = merged.component(name)
-    found = layout_of(component.stages, merged.manifest.spec.dit.layers)
-    if found != read_block_layout(layout):
+    component, expected = merged.component(name), read_block_layout(layout)
+    stages = slotted_stages(component, expected.lora_rank)
+    found = layout_of(stages, merged.manifest.spec.dit.layers)
+    if found != expected:
         raise UserError(f"weights of {name} with a layout other than {layout}", "the engines' layout", "build again")
     return write_block_weights(merged.path(component.graph), found, path, progress)
