@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import ml_dtypes
@@ -202,7 +202,8 @@ class _ExpertSlots:
         """What every row of the linear's true input has and its operand lacks, ``[in]``; None for nothing."""
         mean = f"{linear}.input_mean"
         constant = region[mean].astype(np.float32) if mean in region else None
-        if linear.endswith("attn.o") and self._component.precision.quantised:  # V's bias is added behind O
+        changes = f"blocks.{block}.{linear}.weight" in self._changes.products
+        if changes and linear.endswith("attn.o") and self._component.precision.quantised:  # V's bias is behind O
             name = f"blocks.{block}.{linear[:-1]}v.bias"
             moved = self._checkpoint().weights[self._component.name].read(name).astype(np.float32)
             constant = moved if constant is None else constant + moved
