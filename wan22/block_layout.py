@@ -12,7 +12,7 @@ from wan22.bundle import Tensor
 from wan22.errors import DAMAGED_JSON, UserError
 
 EMBEDDING = "token_embedding.weight"  # of a text encoder in stages: its rows are read one by one
-ITEM_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int64": 8}  # by Tensor.dtype
+ITEM_BYTES = {"float8_e4m3fn": 1, "int8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int64": 8}  # by Tensor.dtype
 
 
 class Place(msgspec.Struct, frozen=True):
