@@ -24,11 +24,10 @@ from wan22.progress import Progress
 ALIGNMENT_BYTES, PAGE_BYTES = 256, 4096  # of CUDA's allocations, and of disks
 READ_AT_ONCE_BYTES = 2**24
 HASHED_BESIDE_BYTES = 2**20
-STEP_STAGES, PROMPT_STAGES = ("qkv", "rest", "layer"), ("text_kv",)
+STEP_STAGES, PROMPT_STAGES = ("qkv", "attend", "rest", "layer"), ("text_kv",)
 SCALES = ("self_attn.q_scale", "self_attn.k_scale")  # constants of the engines, valid for all blocks and experts
 V_NORMS = "self_attn.v_norms"  # of the rows of V's matrix: they bound V
 BLOCK = "blocks.{}.self_attn."
-FLOAT8 = ir.DataType.FLOAT8E4M3FN.numpy()
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class StoredTensor:
     location: str  # relative to the ONNX bundle
     offset: int
     size_bytes: int
+    dtype: np.dtype[np.generic]
 
 
 Stored = Mapping[str, StoredTensor]  # the tensors of a whole transformer under their official names
@@ -46,7 +46,8 @@ def stored_tensors(graph: Path) -> dict[str, StoredTensor]:
     found = {}
     for name, value in ir.load(graph).graph.initializers.items():
         if isinstance(tensor := value.const_value, ir.ExternalTensor):
-            found[name] = StoredTensor(str(tensor.location), tensor.offset or 0, tensor.length or tensor.nbytes)
+            place = str(tensor.location), tensor.offset or 0, tensor.length or tensor.nbytes
+            found[name] = StoredTensor(*place, tensor.dtype.numpy())
     return found
 
 
@@ -183,14 +184,19 @@ def _copy(sources: Sequence[StoredTensor], folder: Path, file: _HashedFile, offs
 
 
 def _v_norms(stored: Stored, folder: Path, block: int, width: int) -> np.ndarray:
-    """The Euclidean norms of the rows of V's FP8 matrix, float32 ``[D]``."""
-    matrix, scale = stored[f"{BLOCK.format(block)}qkv.weight"], stored[f"{BLOCK.format(block)}qkv.weight_scale"]
-    start = matrix.offset + 2 * width * width
-    rows = np.fromfile(folder / matrix.location, FLOAT8, width * width, offset=start).reshape(width, width)
-    factor = np.fromfile(folder / scale.location, np.float32, 1, offset=scale.offset)[0]
-    norms = [np.linalg.norm(part.astype(np.float32), axis=1) for part in np.array_split(rows, 16)]
-    joined: np.ndarray = np.concatenate(norms) * factor
-    if (columns := stored.get(f"{BLOCK.format(block)}qkv.column_scale")) is not None:
-        start = columns.offset + 2 * width * 4
-        joined = joined * np.fromfile(folder / columns.location, np.float32, width, offset=start)
-    return joined.astype(np.float32)
+    """The Euclidean norms of the rows of V's matrix of codes, float32 ``[D]``, without the factors of its columns."""
+
+    def read(leaf: str, start: int, count: int) -> np.ndarray | None:
+        tensor = stored.get(f"{BLOCK.format(block)}{leaf}")
+        if tensor is None:
+            return None
+        at = tensor.offset + start * tensor.dtype.itemsize
+        return np.fromfile(folder / tensor.location, tensor.dtype, count, offset=at)
+
+    codes, scales = read("qkv.weight", 2 * width * width, width * width), read("qkv.weight_scale", 2 * width, width)
+    assert codes is not None and scales is not None
+    factors = read("q.input_factor", 0, width)
+    divisors = np.float32(1.0) if factors is None else factors
+    rows = np.array_split(codes.reshape(width, width), 16)
+    norms: np.ndarray = np.concatenate([np.linalg.norm(part.astype(np.float32) * divisors, axis=1) for part in rows])
+    return (norms * scales).astype(np.float32)

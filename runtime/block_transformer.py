@@ -26,7 +26,7 @@ from wan22.shapes import Profile
 
 TIMES_KEPT = 256  # rows of time, unless one schedule has more
 PROMPTS_KEPT = 2  # the prompt and the negative prompt, which alternate
-V_NORMS = "self_attn.v_norms"
+V_NORMS, V_MEAN = "self_attn.v_norms", "self_attn.q.input_mean"
 
 
 @dataclass
@@ -107,7 +107,7 @@ class BlockTransformer:
         self._ends: dict[str, Weights] = {}
         self._times: dict[bytes, tuple[Any, Any]] = {}
         self._texts: list[tuple[np.ndarray, list[dict[str, Any]]]] = []
-        self._bounds: tuple[np.ndarray, np.ndarray] | None = None
+        self._bounds: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def __enter__(self) -> Self:
         self._shared.enter()
@@ -124,8 +124,11 @@ class BlockTransformer:
         """Forget what was computed with earlier weights, and read the weights around the blocks."""
         self._times, self._texts = {}, []
         self._ends = {name: self._end_weights(name) for name in ("patches", "velocity")}
-        if any(place.name == V_NORMS for place in self._shared.layout.block):
-            self._bounds = self._of_all_blocks(V_NORMS), self._of_all_blocks("modulation")
+        names = {place.name for place in self._shared.layout.block}
+        if V_NORMS in names:
+            norms = self._of_all_blocks(V_NORMS)
+            means = self._of_all_blocks(V_MEAN) if V_MEAN in names else np.zeros_like(norms)
+            self._bounds = norms, self._of_all_blocks("modulation"), means
 
     def prepare(self, time_features: F32) -> None:
         """Compute the time rows of a whole schedule, ``[rows, 256]``, in one call, and free the weights for it."""
@@ -177,7 +180,8 @@ class BlockTransformer:
             mask = np.arange(grid[0] * grid[1] * grid[2]) < grid[1] * grid[2]
             given["first_frame"] = mask.astype(np.float32)[:, None]
         if self._bounds is not None:
-            given |= fp8_scales(*self._bounds, given["time_modulation"])
+            norms, tables, means = self._bounds
+            given |= fp8_scales(norms, tables, given["time_modulation"], means)
         return {name: self._shared.device.put(array) for name, array in given.items()}
 
     def _of_all_blocks(self, name: str) -> np.ndarray:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 LORA_DOWN, LORA_UP = "lora_down", "lora_up"  # the slots of a linear: [parts · rank, in] and [out, parts · rank]
 JOINED = ("qkv", "kv")  # linears stored as one
 EMBEDDING = "token_embedding.weight"  # of a text encoder in stages: its rows are read one by one
-ITEM_BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int64": 8}  # by Tensor.dtype
+ITEM_BYTES = {"float8_e4m3fn": 1, "int8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int64": 8}  # by Tensor.dtype
 
 
 class Place(msgspec.Struct, frozen=True):

@@ -27,6 +27,7 @@ class Number(StrEnum):
     BF16 = "bf16"
     FP16 = "fp16"
     FP8 = "fp8"  # E4M3
+    INT8 = "int8"
 
     @property
     def bits(self) -> int:
@@ -34,11 +35,13 @@ class Number(StrEnum):
 
     @property
     def significand(self) -> int:
-        """Bits of the significand, including the leading one."""
+        """Bits of the significand, including the leading one; those of INT8 are of the largest value of a row."""
         return _BITS[self][1]
 
 
-_BITS = {Number.FP32: (32, 24), Number.BF16: (16, 8), Number.FP16: (16, 11), Number.FP8: (8, 4)}
+_BITS = {
+    Number.FP32: (32, 24), Number.BF16: (16, 8), Number.FP16: (16, 11), Number.FP8: (8, 4), Number.INT8: (8, 7),
+}  # fmt: skip
 
 
 class Precision(StrEnum):
@@ -52,6 +55,8 @@ class Precision(StrEnum):
     FP16 = "fp16"
     FP8 = "fp8"  # FP8 linears, 16-bit attention
     FP8_ATTN = "fp8-attn"  # FP8 linears and attention
+    INT8 = "int8"  # INT8 linears, 16-bit attention
+    INT8_FP8_ATTN = "int8+fp8-attn"  # INT8 linears, FP8 attention
 
     @property
     def linears(self) -> Number:
@@ -85,6 +90,8 @@ _AXES = {  # linears, attention
     Precision.FP16: (Number.FP16, Number.FP16),
     Precision.FP8: (Number.FP8, Number.BF16),
     Precision.FP8_ATTN: (Number.FP8, Number.FP8),
+    Precision.INT8: (Number.INT8, Number.BF16),
+    Precision.INT8_FP8_ATTN: (Number.INT8, Number.FP8),
 }
 
 

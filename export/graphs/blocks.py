@@ -10,7 +10,8 @@ Each rule below saves copies of all tokens in compiled engines:
 * The rotated pair is cast before it is split, and v gets its heads without a further Reshape.
 * FP8 operands of attention are dequantised before anything else.
 * The two time rows of TI2V are blended with the mask ``first_frame``.
-* Matrices stay ``[out, in]``, as stored; those of FP8 are dequantised with the constant 1 and scaled in float32.
+* Matrices stay ``[out, in]``, as stored; codes are dequantised with the constant 1 and scaled in float32.
+* The result of attention and the text are quantised where they are made, not where they are read.
 
 In FP8 attention, softmax ignores any constant vector subtracted from K, so ``k_center`` need not be its exact mean, and
 ``v_scale`` only must not overflow: neither needs a second pass over the tokens. Cross-attention is in 16 bits.
@@ -24,7 +25,7 @@ from export.graphs.attention import attention, attention_of_fp8
 from export.graphs.builder import FLOAT, GraphBuilder
 from export.graphs.dit import Ends
 from export.graphs.dit_block import Blocks, Modulation, Tables
-from export.graphs.linear import FLOAT8, Fp8, Linears
+from export.graphs.linear import CODES, FLOAT8, Linears, Operand, Quantised
 from wan22.bundle import File, Stage, Tensor
 from wan22.parts import DitSpec
 from wan22.specs import PATCH, TEXT_TOKENS
@@ -61,10 +62,12 @@ class StageGraph(GraphBuilder):
         return Stage(str(self.graph.name), graph, inputs[:given], outputs, inputs[given:])
 
 
-def stage_graphs(spec: DitSpec, compute: ir.DataType = FLOAT, fp8: Fp8 | None = None) -> dict[str, StageGraph]:
+def stage_graphs(
+    spec: DitSpec, compute: ir.DataType = FLOAT, quantised: Quantised | None = None
+) -> dict[str, StageGraph]:
     """The stages of a transformer, by name, in the order of their first call.
 
-    All blocks must compute alike: see :attr:`export.graphs.linear.Fp8.uniform`.
+    All blocks must compute alike: see :attr:`export.graphs.linear.Quantised.uniform`.
     """
     stages: dict[str, Callable[[_Stage], None]] = {
         "time": _time,
@@ -78,7 +81,7 @@ def stage_graphs(spec: DitSpec, compute: ir.DataType = FLOAT, fp8: Fp8 | None = 
     }
     graphs = {}
     for name, write in stages.items():
-        stage = _Stage(name, spec, compute, fp8)
+        stage = _Stage(name, spec, compute, quantised)
         write(stage)
         graphs[name] = stage.g
     return graphs
@@ -87,11 +90,10 @@ def stage_graphs(spec: DitSpec, compute: ir.DataType = FLOAT, fp8: Fp8 | None = 
 class _Stage:
     """A graph under construction, with the inputs that several stages have."""
 
-    def __init__(self, name: str, spec: DitSpec, compute: ir.DataType, fp8: Fp8 | None) -> None:
+    def __init__(self, name: str, spec: DitSpec, compute: ir.DataType, quantised: Quantised | None) -> None:
         self.g, self.spec = StageGraph(name), spec
-        self.linears = Linears(self.g, compute, fp8)
-        self.fp8 = fp8 is not None
-        self.fp8_attention = fp8 is not None and fp8.self_attention
+        self.linears = Linears(self.g, compute, quantised)
+        self.fp8_attention = quantised is not None and quantised.self_attention
         self.operands = FLOAT8 if self.fp8_attention else compute  # type of q, k and v
 
     def input(self, name: str, dims: Sequence[int | str], dtype: ir.DataType = FLOAT) -> ir.Value:
@@ -99,6 +101,24 @@ class _Stage:
 
     def heads(self, rows: str | int) -> list[int | str]:
         return [rows, self.spec.heads, self.spec.head_width]
+
+    def output_rows(self, name: str, x: ir.Value, rows: str | int, key: str) -> None:
+        """Output ``x [rows, D]``, the input of the linear ``key`` in another stage, as codes if that multiplies any."""
+        width, number = self.spec.width, self.linears.number(key)
+        if number is None or number not in CODES:
+            self.g.output(name, self.g.cast(x, self.linears.compute), [rows, width], self.linears.compute)
+            return
+        made, scale = self.linears.quantise_rows(self.g.cast(self.linears.prepared(x, key, width), FLOAT), number)
+        self.g.output(name, made, [rows, width], CODES[number].dtype)
+        self.g.output(f"{name}_scale", scale, [rows, 1])
+
+    def input_rows(self, name: str, rows: str | int, key: str) -> ir.Value | Operand:
+        """The input that :meth:`output_rows` of another stage outputs."""
+        width, number = self.spec.width, self.linears.number(key)
+        if number is None or number not in CODES:
+            return self.input(name, [rows, width], self.linears.compute)
+        codes = self.input(name, [rows, width], CODES[number].dtype)
+        return self.linears.quantised_rows(codes, self.input(f"{name}_scale", [rows, 1]), number)
 
     def time_modulation(self) -> ir.Value:
         return self.input("time_modulation", [self.spec.time_rows, 6 * self.spec.width])
@@ -130,19 +150,11 @@ def _time(s: _Stage) -> None:
 
 def _text(s: _Stage) -> None:
     context = s.ends().project_text(s.input("text", [1, TEXT_TOKENS, s.spec.text_width]))
-    if s.fp8:
-        context, scale = s.linears.quantise_rows(s.g.cast(context, FLOAT))
-        s.g.output("context", context, [TEXT_TOKENS, s.spec.width], FLOAT8)
-        s.g.output("context_scale", scale, [TEXT_TOKENS, 1])
-    else:
-        s.g.output("context", context, [TEXT_TOKENS, s.spec.width], s.linears.compute)
+    s.output_rows("context", context, TEXT_TOKENS, f"{BLOCK}.cross_attn.k")
 
 
 def _text_kv(s: _Stage) -> None:
-    rows, compute = [TEXT_TOKENS, s.spec.width], s.linears.compute
-    context = s.input("context", rows, FLOAT8 if s.fp8 else compute)
-    scale = s.input("context_scale", [TEXT_TOKENS, 1]) if s.fp8 else None
-    entering = context if scale is None else s.linears.quantised(context, scale)
+    compute, entering = s.linears.compute, s.input_rows("context", TEXT_TOKENS, f"{BLOCK}.cross_attn.k")
     k, v = s.blocks().text_keys_and_values(f"{BLOCK}.cross_attn", entering)
     s.g.output("text_k", s.g.cast(k, compute), s.heads(TEXT_TOKENS), compute)
     s.g.output("text_v", s.g.cast(v, compute), s.heads(TEXT_TOKENS), compute)
@@ -190,21 +202,13 @@ def _attend(s: _Stage) -> None:
         y = attention_of_fp8(s.linears, f"{BLOCK}.self_attn", q, k, v, v_scale)
     else:
         y = attention(g, compute, q, k, v)
-    rows = g.reshape(y, [-1, s.spec.width])
-    if s.fp8:
-        rows, scale = s.linears.quantise_rows(g.cast(rows, FLOAT))
-        g.output("o", rows, ["positions", s.spec.width], FLOAT8)
-        g.output("o_scale", scale, ["positions", 1])
-    else:
-        g.output("o", rows, ["positions", s.spec.width], compute)
+    s.output_rows("o", g.reshape(y, [-1, s.spec.width]), "positions", f"{BLOCK}.self_attn.o")
 
 
 def _rest(s: _Stage) -> None:
     g, width, compute, cross = s.g, s.spec.width, s.linears.compute, f"{BLOCK}.cross_attn"
     x = s.input("x", ["positions", width])
-    o = s.input("o", ["positions", width], FLOAT8 if s.fp8 else compute)
-    scale = s.input("o_scale", ["positions", 1]) if s.fp8 else None
-    attended = o if scale is None else s.linears.quantised(o, scale)
+    attended = s.input_rows("o", "positions", f"{BLOCK}.self_attn.o")
     modulation = s.time_modulation()
     text_k, text_v = (s.input(name, s.heads(TEXT_TOKENS), compute) for name in ("text_k", "text_v"))
     blocks = s.blocks(s.modulation())

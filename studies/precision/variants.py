@@ -9,11 +9,11 @@ import onnx_ir as ir
 from engines.cpu.emulation import MOVING, emulate
 from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16
 from export.graphs.dit import dit_graph
-from export.graphs.linear import FLOAT8, FLOAT8_MAX, Fp8
+from export.graphs.linear import FLOAT8, FLOAT8_MAX, Quantised
 from export.graphs.taps import Tapped, add_taps, linear_inputs
-from export.quantise.fp8_weights import Fp8Weights
 from export.quantise.input_means import CENTRED, input_width
 from export.quantise.input_scales import MARGIN
+from export.quantise.quantised_weights import QuantisedWeights
 from runtime.arrays import F32
 from studies.precision.ablation import FewLinears, Patch, keep_k_mean, scale_v_per_tensor, subtract_token_means
 from studies.precision.session import fill, open_graph
@@ -26,7 +26,7 @@ QUANTISED = "the exported graph; FP8 quantised exactly, sums in float32, bfloat1
 BEFOREHAND = "measured on a run with another prompt and other noise"
 WITHIN = "subtracts from every linear's input its mean over the tokens of the call; the rounded weights restore it"
 WITHOUT_TEXT = "measured on a run without text and with few tokens, so without data"
-BOTH = Fp8(self_attention=True, cross_attention=True)
+BOTH = Quantised(self_attention=True, cross_attention=True)
 LESS = {"K not smoothed": keep_k_mean, "V per tensor": scale_v_per_tensor}  # attention without one of its precautions
 
 # Linears by their names in the graph (self_attn.q stands for q, k and v; cross_attn.k for k and v).
@@ -39,7 +39,7 @@ class Variant:
     compute: ir.DataType
     how: str
     aim: float = 0.0  # relative L2 error of a velocity; 0: no aim
-    fp8: Fp8 | None = None
+    fp8: Quantised | None = None
     static: bool = False  # uses input scales measured beforehand
     centred: bool = False  # uses input means measured beforehand
     without_text: bool = False  # measures them on a small run without text
@@ -57,13 +57,24 @@ BFLOAT = Variant("bf16", BFLOAT16, ROUNDED.format("bfloat16"), BF16.velocity.val
 VARIANTS = (
     BFLOAT,
     Variant("fp16", FLOAT16, ROUNDED.format("float16"), FP16.velocity.value),
-    Variant("fp8", BFLOAT16, QUANTISED, 0.02, Fp8(), note="one scale per token"),
-    Variant("fp8 with input means", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, note=BEFOREHAND),
+    Variant("fp8", BFLOAT16, QUANTISED, 0.02, Quantised(), note="one scale per token"),
+    Variant("fp8 with input means", BFLOAT16, QUANTISED, 0.02, Quantised(), centred=True, note=BEFOREHAND),
     Variant(
-        "fp8, means without text", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, without_text=True, note=WITHOUT_TEXT
+        "fp8, means without text",
+        BFLOAT16,
+        QUANTISED,
+        0.02,
+        Quantised(),
+        centred=True,
+        without_text=True,
+        note=WITHOUT_TEXT,
     ),
-    Variant("fp8, token means at run time", BFLOAT16, QUANTISED, 0.02, Fp8(), patch=subtract_token_means, note=WITHIN),
-    Variant("fp8 with static scales", BFLOAT16, QUANTISED, 0.02, Fp8(), static=True, note=f"{BEFOREHAND}, 10 % margin"),
+    Variant(
+        "fp8, token means at run time", BFLOAT16, QUANTISED, 0.02, Quantised(), patch=subtract_token_means, note=WITHIN
+    ),
+    Variant(
+        "fp8 with static scales", BFLOAT16, QUANTISED, 0.02, Quantised(), static=True, note=f"{BEFOREHAND}, 10 % margin"
+    ),
     Variant("fp8-attn", BFLOAT16, QUANTISED, 0.04, BOTH),
     Variant("fp8-attn with input means", BFLOAT16, QUANTISED, 0.04, BOTH, centred=True, note=BEFOREHAND),
     *(Variant(f"fp8-attn, {less}", BFLOAT16, QUANTISED, 0.04, BOTH, patch=patch) for less, patch in LESS.items()),
@@ -72,7 +83,7 @@ VARIANTS = (
 
 def parts() -> list[Variant]:
     """Variants with FP8 in a single place, which show the error of each place."""
-    alone: list[tuple[str, Fp8, Patch | None]]
+    alone: list[tuple[str, Quantised, Patch | None]]
     alone = [(linear, FewLinears(linears=frozenset({linear})), None) for linear in LINEARS]
     for name, fp8 in {"self-attention": FewLinears(True), "cross-attention": FewLinears(False, True)}.items():
         alone += [(name, fp8, None), *((f"{name}, {less}", fp8, patch) for less, patch in LESS.items())]
@@ -138,4 +149,4 @@ def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured
     if variant.patch:
         variant.patch(g)
     quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
-    return fill(g, Fp8Weights(weights.__getitem__, spec, quantised, scales, means))
+    return fill(g, QuantisedWeights(weights.__getitem__, spec, quantised, scales, means))

@@ -12,10 +12,10 @@ from engines.profiles import profiles_for
 from engines.targets import TARGETS
 from export.graphs.builder import BFLOAT16, Placed
 from export.graphs.dit import dit_graph
-from export.graphs.linear import Fp8
+from export.graphs.linear import Quantised
 from wan22.specs import SPECS, Precision
 
-FP8_OF = {Precision.BF16: None, Precision.FP8: Fp8(), Precision.FP8_ATTN: Fp8(True, True)}
+FP8_OF = {Precision.BF16: None, Precision.FP8: Quantised(), Precision.FP8_ATTN: Quantised(True, True)}
 REPEATED_VALUES = 2**20 + 7  # an odd length, so that no two rows are equal
 
 

@@ -10,7 +10,7 @@ from engines.plan_view import as_text, cards_as_text
 from engines.targets import TARGETS, target_named
 from export.graphs.builder import BFLOAT16
 from export.graphs.dit import dit_graph
-from export.graphs.linear import Fp8
+from export.graphs.linear import Quantised
 from export.graphs.weights_file import declare_weights
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
@@ -32,8 +32,8 @@ def test_arithmetic_of_a_whole_video(spec, video, petaflop):
     ("precision", "fp8"),
     [
         (Precision.BF16, None),
-        (Precision.FP8, Fp8()),
-        (Precision.FP8_ATTN, Fp8(True, True)),
+        (Precision.FP8, Quantised()),
+        (Precision.FP8_ATTN, Quantised(True, True)),
     ],
 )
 @pytest.mark.parametrize("name", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])

@@ -140,13 +140,9 @@ class Region:
         content = self.memory[offset : offset + place.size_bytes]
         return content.view(_dtype(self.dtypes[name])).reshape(place.shape)
 
-    def product(self, names: Sequence[str], otherwise: float) -> F32:
-        """The float32 product of those tensors of ``names`` that the block has."""
-        result = np.float32(otherwise)
-        for name in names:
-            if name in self:
-                result = result * self[name].astype(np.float32)
-        return np.asarray(result)
+    def vector(self, name: str) -> F32 | None:
+        """A float32 copy of a tensor; None if the block has none of that name."""
+        return np.array(self[name], np.float32) if name in self else None
 
 
 class _ExpertSlots:
@@ -200,12 +196,14 @@ class _ExpertSlots:
 
     def _constant_input(self, block: int, linear: str, region: Region) -> F32 | None:
         """What every row of the linear's true input has and its operand lacks, ``[in]``; None for nothing."""
-        mean = f"{linear}.input_mean"
-        constant = region[mean].astype(np.float32) if mean in region else None
-        changes = f"blocks.{block}.{linear}.weight" in self._changes.products
-        if changes and linear.endswith("attn.o") and self._component.precision.quantised:  # V's bias is behind O
-            name = f"blocks.{block}.{linear[:-1]}v.bias"
-            moved = self._checkpoint().weights[self._component.name].read(name).astype(np.float32)
+        if not any(f"blocks.{block}.{part}.weight" in self._changes.products for part in parts_of(linear)):
+            return None
+        constant = region.vector(f"{owner_of(linear)}.input_mean")
+        if linear.endswith("attn.o") and f"{linear}.weight_scale" in region:  # V's bias is added behind a quantised O
+            v, read = f"blocks.{block}.{linear[:-1]}v", self._checkpoint().weights[self._component.name].read
+            moved = read(f"{v}.bias").astype(np.float32)
+            if (mean := region.vector(f"{owner_of(f'{linear[:-1]}qkv')}.input_mean")) is not None:
+                moved = moved + read(f"{v}.weight").astype(np.float32) @ mean
             constant = moved if constant is None else constant + moved
         return constant
 
@@ -242,21 +240,25 @@ def fill_linear(
     """
     parts, down, up = parts_of(linear), region[f"{linear}.{LORA_DOWN}"], region[f"{linear}.{LORA_UP}"]
     rank, leaving = len(down) // len(parts), len(up) // len(parts)
-    factor = region.product([f"{linear}.input_factor"], 1.0)
-    scale = np.broadcast_to(region.product([f"{linear}.weight_scale", f"{linear}.column_scale"], 1.0), len(up))
+    factor, scale = region.vector(f"{owner_of(linear)}.input_factor"), region.vector(f"{linear}.weight_scale")
     for index, part in enumerate(parts):
         if (found := factors(part)) is None:
             continue
         slot = slice(index * rank, index * rank + len(found[0]))
         outputs = slice(index * leaving, (index + 1) * leaving)
-        down[slot] = _stored(found[0] / factor, down.dtype, linear)
-        up[outputs, slot] = _stored(found[1] / scale[outputs, None], up.dtype, linear)
+        down[slot] = _stored(found[0] if factor is None else found[0] / factor, down.dtype, linear)
+        up[outputs, slot] = _stored(found[1] if scale is None else found[1] / scale[outputs, None], up.dtype, linear)
         if entering is not None:
             bias = region[f"{linear}.bias"]
             bias[outputs] = bias[outputs].astype(np.float32) + found[1] @ (found[0] @ entering)
         if part == "self_attn.v" and V_NORMS in region:  # of a sum of two matrices, by the triangle inequality
             longer = np.sqrt(np.maximum(((found[1] @ (found[0] @ found[0].T)) * found[1]).sum(1), 0))
             region[V_NORMS][0] += longer
+
+
+def owner_of(linear: str) -> str:
+    """The linear under whose name an input is recorded: ``self_attn.q`` for ``self_attn.qkv``."""
+    return parts_of(linear)[0]
 
 
 def _moved(place: Place, offset: int) -> Place:

@@ -16,10 +16,10 @@ from export.checkpoint.schema import dit_tensors
 from export.exporter import export_checkpoint
 from export.graphs.builder import FLOAT
 from export.graphs.dit import dit_graph
-from export.graphs.linear import FLOAT8, Fp8
+from export.graphs.linear import Quantised, coded_matrices
 from export.lora.merge import parse_lora
 from export.options import ExportOptions
-from export.quantise.fp8_weights import Fp8Weights
+from export.quantise.quantised_weights import QuantisedWeights
 from runtime.block_backend import BlockOptions
 from runtime.pipeline import Pipeline
 from runtime.request import Request
@@ -151,10 +151,9 @@ def test_slots_of_fp8_linears_carry_scales_and_the_bias_that_moved_behind_o(tmp_
 
     def in_fp8(official, folder, *, slots):
         folder.mkdir()
-        graph = dit_graph(SPEC, FLOAT, None, Fp8())
-        quantised = [key for key, value in graph.weights.items() if value.dtype == FLOAT8]
-        read = Fp8Weights(official.__getitem__, SPEC, quantised)
-        stages = Slotted(folder, SPEC, Fp8(), {key: np.asarray(read(key)) for key in graph.weights}, rank)
+        graph = dit_graph(SPEC, FLOAT, None, Quantised())
+        read = QuantisedWeights(official.__getitem__, SPEC, coded_matrices(graph))
+        stages = Slotted(folder, SPEC, Quantised(), {key: np.asarray(read(key)) for key in graph.weights}, rank)
         if slots:
             stages.fill(pair, weights)
         return relative_l2(stages.velocity(given), exact)
@@ -166,8 +165,8 @@ def test_slots_of_fp8_linears_carry_scales_and_the_bias_that_moved_behind_o(tmp_
 class Slotted(Stages):
     """The stages in FP8 with slots of zeros."""
 
-    def __init__(self, folder, spec, fp8, stored, rank):
-        super().__init__(folder, spec, FLOAT, fp8, stored)
+    def __init__(self, folder, spec, quantised, stored, rank):
+        super().__init__(folder, spec, FLOAT, quantised, stored)
         import onnxruntime as ort
 
         for name, g in self.graphs.items():
@@ -197,7 +196,7 @@ class Slotted(Stages):
 
 
 class Named(dict):
-    product = Region.product
+    vector = Region.vector
 
 
 def test_a_command_makes_a_video_with_a_lora_and_proves_it_against_the_merged_reference(
