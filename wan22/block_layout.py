@@ -17,6 +17,7 @@ T = TypeVar("T")
 LORA_DOWN, LORA_UP = "lora_down", "lora_up"  # the slots of a linear: [parts · rank, in] and [out, parts · rank]
 JOINED = ("qkv", "kv")  # linears stored as one
 EMBEDDING = "token_embedding.weight"  # of a text encoder in stages: its rows are read one by one
+FLOAT4 = "float4_e2m1fn"  # two numbers a byte
 ITEM_BYTES = {"float8_e4m3fn": 1, "int8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int64": 8}  # by Tensor.dtype
 
 
@@ -42,7 +43,8 @@ def varies(name: str, shape: tuple[int, ...]) -> bool:
 
 def size_bytes(tensor: Tensor, **sizes: int) -> int:
     """The size of ``tensor`` for the given ``sizes`` of its named dimensions."""
-    return prod(dim if isinstance(dim, int) else sizes[dim] for dim in tensor.dims) * ITEM_BYTES[tensor.dtype]
+    count = prod(dim if isinstance(dim, int) else sizes[dim] for dim in tensor.dims)
+    return count // 2 if tensor.dtype == FLOAT4 else count * ITEM_BYTES[tensor.dtype]
 
 
 class BlockLayout(msgspec.Struct, frozen=True):

@@ -28,6 +28,7 @@ class Number(StrEnum):
     FP16 = "fp16"
     FP8 = "fp8"  # E4M3
     INT8 = "int8"
+    NVFP4 = "nvfp4"  # E2M1, with an E4M3 scale for 16 of them
 
     @property
     def bits(self) -> int:
@@ -41,6 +42,7 @@ class Number(StrEnum):
 
 _BITS = {
     Number.FP32: (32, 24), Number.BF16: (16, 8), Number.FP16: (16, 11), Number.FP8: (8, 4), Number.INT8: (8, 7),
+    Number.NVFP4: (4, 2),
 }  # fmt: skip
 
 
@@ -57,6 +59,10 @@ class Precision(StrEnum):
     FP8_ATTN = "fp8-attn"  # FP8 linears and attention
     INT8 = "int8"  # INT8 linears, 16-bit attention
     INT8_FP8_ATTN = "int8+fp8-attn"  # INT8 linears, FP8 attention
+    NVFP4 = "nvfp4"  # NVFP4 linears, 16-bit attention
+    NVFP4_FP8_ATTN = "nvfp4+fp8-attn"  # NVFP4 linears, FP8 attention
+    NVFP4_FFN = "nvfp4-ffn"  # NVFP4 in the feed-forward, INT8 in other linears, 16-bit attention
+    NVFP4_FFN_FP8_ATTN = "nvfp4-ffn+fp8-attn"  # the same with FP8 attention
 
     @property
     def linears(self) -> Number:
@@ -67,6 +73,11 @@ class Precision(StrEnum):
     def attention(self) -> Number:
         """The number type of attention."""
         return _AXES[self][1]
+
+    @property
+    def attention_linears(self) -> Number:
+        """The number type of the linears of attention, where it is not that of the feed-forward."""
+        return _BESIDE.get(self, self.linears)
 
     @property
     def wide(self) -> "Precision":
@@ -92,7 +103,12 @@ _AXES = {  # linears, attention
     Precision.FP8_ATTN: (Number.FP8, Number.FP8),
     Precision.INT8: (Number.INT8, Number.BF16),
     Precision.INT8_FP8_ATTN: (Number.INT8, Number.FP8),
+    Precision.NVFP4: (Number.NVFP4, Number.BF16),
+    Precision.NVFP4_FP8_ATTN: (Number.NVFP4, Number.FP8),
+    Precision.NVFP4_FFN: (Number.NVFP4, Number.BF16),
+    Precision.NVFP4_FFN_FP8_ATTN: (Number.NVFP4, Number.FP8),
 }
+_BESIDE = dict.fromkeys((Precision.NVFP4_FFN, Precision.NVFP4_FFN_FP8_ATTN), Number.INT8)
 
 
 class Task(StrEnum):

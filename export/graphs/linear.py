@@ -1,4 +1,4 @@
-"""Linears of the transformer in 16 or 32 bits, or quantised: FP8 and INT8 with one scale per token.
+"""Linears of the transformer in 16 or 32 bits, or quantised: FP8 and INT8 with one scale per token, NVFP4 also per 16.
 
 Quantisation needs no calibration: each row of activations is divided by its largest magnitude and quantised with the
 constant scale 1; the product is multiplied by the row's scale and by a vector of the matrix's scales, one per output.
@@ -22,13 +22,15 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from export.graphs.builder import FLOAT, GraphBuilder
+from export.graphs.builder import FLOAT, TENSORRT, GraphBuilder
 from wan22.specs import Number
 
-FLOAT8, INT8 = ir.DataType.FLOAT8E4M3FN, ir.DataType.INT8
+FLOAT8, INT8, FLOAT4 = ir.DataType.FLOAT8E4M3FN, ir.DataType.INT8, ir.DataType.FLOAT4E2M1
 FLOAT8_MAX, INT8_MAX = 448.0, 127.0
 LARGEST_QUANTISED = 440.0  # below FP8's maximum, so that rounding in the division cannot overflow
 SMALLEST_ROW = 1e-6  # keeps the scale of an all-zero row positive
+GROUP = 16  # inputs with a common scale in NVFP4
+OF_ROWS_FP4 = 1 / 2688  # scale of E4M3 scales for rows of at most 1: the largest scale, 448, times the largest code, 6
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ CODES = {
 
 def coded_matrices(g: GraphBuilder) -> dict[str, Number]:
     """The matrices that ``g`` stores as codes, and their number type."""
-    numbers = {codes.dtype: number for number, codes in CODES.items()}
-    return {key: numbers[value.dtype] for key, value in g.weights.items() if value.dtype in numbers}
+    numbers = {codes.dtype: number for number, codes in CODES.items()} | {FLOAT4: Number.NVFP4}
+    matrices = {key: value.dtype for key, value in g.weights.items() if key.endswith(".weight")}
+    return {key: numbers[dtype] for key, dtype in matrices.items() if dtype in numbers}
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,34 @@ class Linears:
     def per_token(self, x: ir.Value, number: Number) -> Operand:
         """``x [L, in]`` quantised with one scale per row; each ``x`` is quantised only once."""
         if (x, number) not in self._rows:
-            self._rows[x, number] = self.quantised_rows(*self.quantise_rows(self.g.cast(x, FLOAT), number), number)
+            wide = self.g.cast(x, FLOAT)
+            four = number is Number.NVFP4
+            made = self.in_fp4(wide) if four else self.quantised_rows(*self.quantise_rows(wide, number), number)
+            self._rows[x, number] = made
         return self._rows[x, number]
+
+    def in_fp4(self, x: ir.Value) -> Operand:
+        """Float32 ``x [L, in]`` through NVFP4, its rows divided by their largest magnitude before.
+
+        The operator is TensorRT's: standard ones compile to the same products, but with float32 copies of the rows.
+        """
+        g = self.g
+        with g.scope("quantise"):
+            largest = g.op("ReduceMax", g.op("Abs", x), g.constant([1]), keepdims=1)
+            scale = g.op("Max", largest, g.constant(SMALLEST_ROW, FLOAT))
+            rows, step = g.cast(g.op("Div", x, scale), self.compute), g.constant(OF_ROWS_FP4, FLOAT)
+            how = {"axis": -1, "block_size": GROUP, "scale_type": int(FLOAT8)}
+            codes, steps = g.multi("TRT_FP4DynamicQuantize", 2, rows, step, domain=TENSORRT, **how)
+            codes.type, steps.type = ir.TensorType(FLOAT4), ir.TensorType(FLOAT8)
+            return Operand(self.from_fp4(codes, steps, step), scale, Number.NVFP4)
+
+    def from_fp4(self, codes: ir.Value, steps: ir.Value, step: ir.Value) -> ir.Value:
+        """``codes`` in the compute type, times the E4M3 scales ``steps`` of groups and the constant ``step``."""
+        wide = self.g.op("DequantizeLinear", steps, step)
+        wide.type = ir.TensorType(FLOAT)
+        values = self.g.op("DequantizeLinear", codes, wide, axis=-1, block_size=GROUP)
+        values.type = ir.TensorType(FLOAT)
+        return self.g.cast(values, self.compute)
 
     def quantise_rows(self, x: ir.Value, number: Number) -> tuple[ir.Value, ir.Value]:
         """The codes of float32 ``x [L, in]`` with one scale per row, and the scales, float32 ``[L, 1]``."""
@@ -194,9 +223,14 @@ class Linears:
         because compilers accept no other scale of a matrix that is an input.
         """
         assert x.number is not None
-        g = self.g
-        stored = g.weight(f"{name}.weight", shape, CODES[x.number].dtype)
-        matrix = g.transpose(self.dequantise(stored, g.constant(1.0, FLOAT)), 1, 0)
+        g, one = self.g, self.g.constant(1.0, FLOAT)
+        if x.number is Number.NVFP4:
+            stored = g.weight(f"{name}.weight", shape, FLOAT4)
+            steps = g.weight(f"{name}.group_scale", (shape[0], shape[1] // GROUP), FLOAT8)
+            matrix = g.transpose(self.from_fp4(stored, steps, one), 1, 0)
+        else:
+            stored = g.weight(f"{name}.weight", shape, CODES[x.number].dtype)
+            matrix = g.transpose(self.dequantise(stored, one), 1, 0)
         return g.op("MatMul", x.value, matrix), g.weight(f"{name}.weight_scale", shape[:1], FLOAT)
 
     def dequantise(self, x: ir.Value, scale: ir.Value) -> ir.Value:

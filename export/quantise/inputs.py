@@ -43,6 +43,15 @@ class MeasuredInput:
     mean: Array  # float32 [in]
     factor: Array | None = None  # float32 [in]
     crest: float | None = None  # of the rows without their mean, times the factors
+    rows: Array | None = None  # bfloat16 [rows, in], some inputs, for matrices that are rounded for them
+
+    @property
+    def prepared_rows(self) -> Array:
+        """The rows as the linear multiplies them: without their mean, times the factors; none without rows."""
+        if self.rows is None:
+            return np.zeros((0, len(self.mean)), np.float32)
+        centred = self.rows.astype(np.float32) - self.mean
+        return np.asarray(centred if self.factor is None else centred * self.factor)
 
     @property
     def int8_error(self) -> float | None:

@@ -7,12 +7,13 @@ so do as well as those of a run with another prompt (docs/figures.md): outliers 
 Without text all rows that cross-attention reads are equal, and so is every row of its result, whatever the queries.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.files.tensor_file import Array, as_torch, check_finite
+from export.files.tensor_file import BFLOAT16, Array, as_torch, check_finite
 from export.quantise.inputs import MeasuredInput, smoothing_factors
 from wan22.parts import DitSpec, rope_split
 from wan22.progress import Progress, silent
@@ -30,7 +31,13 @@ Read = Callable[[str], Array]
 
 
 def measure_inputs(
-    read: Read, spec: ModelSpec, expert: str, progress: Progress = silent, done: int = 0, total: int = 0
+    read: Read,
+    spec: ModelSpec,
+    expert: str,
+    progress: Progress = silent,
+    done: int = 0,
+    total: int = 0,
+    keep: Collection[str] = (),
 ) -> dict[str, MeasuredInput]:
     """The inputs of the linears in the blocks of ``expert``, by linear ("blocks.0.ffn.2"; q stands for q, k and v).
 
@@ -41,11 +48,12 @@ def measure_inputs(
         progress: called after every block.
         done: blocks of other experts measured before.
         total: blocks of all experts.
+        keep: kinds of linears ("ffn.2") whose inputs are kept.
 
     Raises:
         UserError: the weights make NaN or infinity.
     """
-    forward = _Forward(read, spec.dit, timesteps_of(spec, expert))
+    forward = _Forward(read, spec.dit, timesteps_of(spec, expert), keep)
     for block in range(spec.dit.layers):
         forward.block(f"blocks.{block}")
         progress("measure inputs", done + block + 1, total or spec.dit.layers, "blocks")
@@ -64,11 +72,11 @@ def timesteps_of(spec: ModelSpec, expert: str) -> tuple[float, float]:
 class _Forward:
     """A forward in float32, block by block; the rows of all ``timesteps`` are one matrix ``[runs * tokens, D]``."""
 
-    def __init__(self, read: Read, dit: DitSpec, timesteps: Sequence[float]) -> None:
+    def __init__(self, read: Read, dit: DitSpec, timesteps: Sequence[float], keep: Collection[str]) -> None:
         import torch
         from torch.nn import functional
 
-        self.read, self.dit, self.runs = read, dit, len(timesteps)
+        self.read, self.dit, self.runs, self.keep = read, dit, len(timesteps), keep
         self.found: dict[str, MeasuredInput] = {}
         random = np.random.default_rng(SEED)
         frames, rows, columns = GRID
@@ -108,7 +116,10 @@ class _Forward:
             if computed:
                 yield functional.linear(x, weight, self.tensor(f"{key}.{part}.bias"))
             del weight
-        self.found[f"{key}.{parts[0]}"] = _measured(f"{key}.{parts[0]}", x, columns)
+        linear = f"{key}.{parts[0]}"
+        self.found[linear] = _measured(linear, x, columns)
+        if linear.split(".", 2)[2] in self.keep:
+            self.found[linear] = replace(self.found[linear], rows=x.numpy().astype(BFLOAT16))
 
     def block(self, key: str) -> None:
         """Replace ``x`` by the output of the block ``key``."""

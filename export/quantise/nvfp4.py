@@ -1,10 +1,11 @@
 """Matrices in NVFP4: codes of 4 bits, an E4M3 scale for 16 inputs and a float32 scale for every row.
 
-A value is ``e2m1(code) · block · row``. :func:`quantise` rounds to the nearest code. :func:`compensated` rounds column
+A value is ``e2m1(code) · group · row``. :func:`quantise` rounds to the nearest code. :func:`compensated` rounds column
 after column and lets the columns that follow make up for the error, as far as the linear's own inputs are alike there
-(GPTQ, Frantar et al. 2023). Its covariance is that of the rows that the linear multiplies: centred and smoothed.
+(GPTQ, Frantar et al. 2023). The inputs are the rows that the linear multiplies: centred and smoothed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,82 +13,102 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from export.files.decoded import Nvfp4
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 F32 = npt.NDArray[np.float32]
 GROUP = 16  # inputs that share a scale
-LARGEST_CODE, LARGEST_BLOCK = 6.0, 448.0
+LARGEST_CODE, LARGEST_SCALE = 6.0, 448.0
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; bit 3 is the sign
 SCALES_TRIED = (1.0, 0.9, 0.8, 1.2)  # multiples of the scale that has no overflow
 DAMPING = 0.01  # of the mean variance, added to every input's
-LAZY = 128  # columns after which all that follow are updated
+SMALLEST_ROW = 1e-30  # keeps divisors positive
 
 
 @dataclass(frozen=True)
 class Nvfp4Matrix:
     codes: npt.NDArray[np.uint8]  # [out, in/2], two a byte, the even column in the low half
-    blocks: npt.NDArray[Any]  # float8_e4m3fn [out, in/16]
+    groups: npt.NDArray[Any]  # float8_e4m3fn [out, in/16]
     rows: F32  # [out]
 
     def decoded(self) -> F32:
         """The matrix ``[out, in]``."""
         codes = np.stack((self.codes & 15, self.codes >> 4), -1).reshape(len(self.codes), -1, GROUP)
         values = np.where(codes & 8, -1, 1) * np.array(MAGNITUDES, np.float32)[codes & 7]
-        steps = self.blocks.astype(np.float32) * self.rows[:, None]
+        steps = self.groups.astype(np.float32) * self.rows[:, None]
         return np.asarray((values * steps[:, :, None]).reshape(len(codes), -1), np.float32)
+
+
+def joined(parts: Sequence[Nvfp4Matrix]) -> Nvfp4Matrix:
+    """The rows of all ``parts`` as one matrix."""
+    codes, groups, rows = ([getattr(part, leaf) for part in parts] for leaf in ("codes", "groups", "rows"))
+    return Nvfp4Matrix(np.concatenate(codes), np.concatenate(groups), np.concatenate(rows))
+
+
+def stored_matrix(stored: Nvfp4) -> Nvfp4Matrix:
+    """A matrix that a checkpoint stores in NVFP4, bit for bit."""
+    codes = stored.weight.read().view(np.uint8)
+    if stored.high_first:
+        codes = (codes << 4) | (codes >> 4)
+    groups = stored.scales.view(ml_dtypes.float8_e4m3fn)
+    return Nvfp4Matrix(codes, groups, np.full(len(codes), stored.world, np.float32))
 
 
 def quantise(matrix: F32) -> Nvfp4Matrix:
     """``matrix [out, in]`` with every value rounded to the nearest code; ``in`` is a multiple of 16."""
-    return compensated(matrix, None)
+    return compensated(matrix, np.zeros((1, matrix.shape[1]), np.float32))
 
 
-def compensated(matrix: F32, covariance: F32 | None) -> Nvfp4Matrix:
-    """``matrix [out, in]``, rounded for inputs of ``covariance [in, in]``; None for inputs that have nothing in common.
+def compensated(matrix: F32, inputs: F32) -> Nvfp4Matrix:
+    """``matrix [out, in]``, rounded so that products with ``inputs [rows, in]`` change little.
 
-    The covariance need not have full rank: a hundredth of the mean variance is added to every input's.
+    With few rows the covariance ``H = l I + X^T X`` is never formed. The columns that follow column j fit its error
+    best with ``x_k^T P x_j``, where ``P`` is the inverse of ``l I + X X^T`` over those columns: ``[rows, rows]``.
     """
     import torch
 
-    weight = torch.from_numpy(np.array(matrix, np.float32))
-    leaving, entering = weight.shape
+    weight, (leaving, entering) = torch.from_numpy(np.array(matrix, np.float32)), matrix.shape
     assert entering % GROUP == 0
-    rows = (weight.abs().amax(1) / (LARGEST_CODE * LARGEST_BLOCK)).clamp(min=1e-30)
-    factor = None if covariance is None else _factor(torch.from_numpy(np.asarray(covariance, np.float32)))
+    x = torch.from_numpy(np.asarray(inputs, np.float32))
+    fits, importance = _fits(x)
+    rows = (weight.abs().amax(1) / (LARGEST_CODE * LARGEST_SCALE)).clamp(min=SMALLEST_ROW)
     codes = torch.empty(leaving, entering, dtype=torch.uint8)
-    blocks = torch.empty(leaving, entering // GROUP, dtype=torch.float8_e4m3fn)
-    for start in range(0, entering, LAZY):
-        end = min(start + LAZY, entering)
-        errors = torch.zeros(leaving, end - start)
-        for first in range(start, end, GROUP):
-            last = first + GROUP
-            importance = torch.ones(GROUP) if factor is None else factor.diagonal()[first:last] ** -2
-            scale = _scale(weight[:, first:last], rows, importance)
-            blocks[:, first // GROUP] = scale
-            steps = scale.float() * rows
-            for column in range(first, last):
-                codes[:, column] = _nearest(weight[:, column], steps)
-                if factor is not None:
-                    error = (weight[:, column] - _values(codes[:, column]) * steps) / factor[column, column]
-                    weight[:, column:last] -= error[:, None] * factor[column, column:last]
-                    errors[:, column - start] = error
-            if factor is not None:
-                weight[:, last:end] -= errors[:, first - start : last - start] @ factor[first:last, last:end]
-        if factor is not None:
-            weight[:, end:] -= errors @ factor[start:end, end:]
+    groups = torch.empty(leaving, entering // GROUP, dtype=torch.float8_e4m3fn)
+    owed = torch.zeros(leaving, len(x))  # what the columns so far leave to those that follow
+    scaled = x / max(len(x), 1) ** 0.5
+    for first in range(0, entering, GROUP):
+        last = first + GROUP
+        group, errors = weight[:, first:last], torch.empty(leaving, GROUP)
+        group += owed @ scaled[:, first:last]
+        scale = _scale(group, rows, importance[first:last])
+        groups[:, first // GROUP] = scale
+        steps, within = scale.float() * rows, fits[first:last] @ scaled[:, first:last]
+        for column in range(GROUP):
+            codes[:, first + column] = _nearest(group[:, column], steps)
+            errors[:, column] = group[:, column] - _values(codes[:, first + column]) * steps
+            group[:, column + 1 :] += errors[:, column, None] * within[column, column + 1 :]
+        owed += errors @ fits[first:last]
     packed = (codes[:, 0::2] | (codes[:, 1::2] << 4)).numpy()
-    return Nvfp4Matrix(packed, blocks.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), rows.numpy())
+    return Nvfp4Matrix(packed, groups.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), rows.numpy())
 
 
-def _factor(covariance: "Tensor") -> "Tensor":
-    """The upper Cholesky factor of the inverse: its rows tell how later columns make up for an error."""
+def _fits(x: "Tensor") -> "tuple[Tensor, Tensor]":
+    """For every column of ``x [rows, in]``: how later ones fit it, ``[in, rows]``, and what its own error costs."""
     import torch
 
-    damped = covariance.double()
-    damped.diagonal().add_(max(DAMPING * float(damped.diagonal().mean()), 1e-30))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    wide = x.double() / max(len(x), 1) ** 0.5
+    damping = max(DAMPING * float((wide**2).sum(0).mean()), SMALLEST_ROW)
+    inverse = torch.linalg.inv(wide @ wide.T + damping * torch.eye(len(x), dtype=torch.float64))
+    fits, importance = torch.empty(x.shape[1], len(x)), torch.empty(x.shape[1])
+    for column, values in enumerate(wide.T):
+        projected = inverse @ values
+        left = 1 - values @ projected
+        fits[column] = projected / left
+        importance[column] = damping / left
+        inverse += torch.outer(projected, projected / left)
+    return fits, importance / importance.mean()
 
 
 def _scale(group: "Tensor", rows: "Tensor", importance: "Tensor") -> "Tensor":
@@ -97,7 +118,7 @@ def _scale(group: "Tensor", rows: "Tensor", importance: "Tensor") -> "Tensor":
     largest = group.abs().amax(1) / (LARGEST_CODE * rows)
     found, least = torch.zeros(len(group), dtype=torch.float8_e4m3fn), torch.full((len(group),), torch.inf)
     for multiple in SCALES_TRIED:
-        scale = (multiple * largest).clamp(max=LARGEST_BLOCK).to(torch.float8_e4m3fn)
+        scale = (multiple * largest).clamp(max=LARGEST_SCALE).to(torch.float8_e4m3fn)
         steps = (scale.float() * rows)[:, None]
         error = ((_values(_nearest(group, steps)) * steps - group) ** 2 * importance).sum(1)
         better = error < least

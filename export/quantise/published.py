@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from export.checkpoint.checkpoint import Weights
+from export.files.decoded import Codes
 
 SAME_INPUT = (  # groups of a block's linears that read the same input; FP8 graphs store each group as one matrix
     ("self_attn.q", "self_attn.k", "self_attn.v"),
@@ -29,7 +30,7 @@ def published(weights: Weights, layers: int) -> Published:
     for block in range(layers):
         for inputs in SAME_INPUT:
             found = [weights.codes(f"blocks.{block}.{linear}.weight") for linear in inputs]
-            scales = [codes.entering for codes in found if codes is not None and codes.entering is not None]
+            scales = [codes.entering for codes in found if isinstance(codes, Codes) and codes.entering is not None]
             if len(scales) == len(inputs):
                 entering |= {f"blocks.{block}.{linear}": max(scales) for linear in inputs}
     calibrated = {int(linear.split(".")[1]) for linear in entering}

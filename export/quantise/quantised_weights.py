@@ -16,10 +16,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
-from export.files.decoded import Codes
-from export.files.tensor_file import Array, as_torch, check_finite
+from export.files.decoded import Codes, Nvfp4
+from export.files.tensor_file import Array, as_torch, check_finite, extremes
 from export.graphs.linear import CODES, FLOAT8_MAX
 from export.quantise.inputs import MeasuredInput
+from export.quantise.nvfp4 import Nvfp4Matrix, compensated, joined, stored_matrix
 from wan22.parts import DitSpec
 from wan22.specs import Number
 
@@ -43,7 +44,7 @@ class QuantisedWeights:
         quantised: names of the weights that the graph stores as codes, and their number type.
         input_scales: static activation scales by linear ("blocks.0.ffn.0" → largest input / 448).
         inputs: the means that the graph subtracts from inputs, and the factors that it multiplies by, by linear.
-        codes: returns a matrix that is already stored in FP8, which is not rounded again; None for any other.
+        codes: returns a matrix that is already stored in FP8 or NVFP4, which is not rounded again; None for any other.
     """
 
     def __init__(
@@ -53,13 +54,14 @@ class QuantisedWeights:
         quantised: Mapping[str, Number],
         input_scales: Mapping[str, float] | None = None,
         inputs: Mapping[str, MeasuredInput] | None = None,
-        codes: Callable[[str], Codes | None] = lambda _name: None,
+        codes: Callable[[str], Codes | Nvfp4 | None] = lambda _name: None,
     ) -> None:
         self._official, self._spec, self._quantised = official, spec, quantised
         self._input_scales, self._inputs = input_scales or {}, inputs or {}
         self._codes = codes
         self._scales: dict[str, np.ndarray] = {}  # [out] of stored matrices
         self._held: dict[str, np.ndarray] = {}  # official matrices currently in memory
+        self._last_fp4: dict[str, Nvfp4Matrix] = {}
         self._biases: dict[str, np.ndarray] = {}  # biases computed from them, not yet written
         self._moved = moved_biases(quantised, self._input_scales)
         self._remade = remade_biases(quantised, self._input_scales, self._inputs)
@@ -79,14 +81,18 @@ class QuantisedWeights:
         if self._quantised.get(key) is not Number.FP8 or self._factor(key) is not None:
             return []
         found = [self._codes(name) for name in self._names(key)]
-        kept = [codes for codes in found if codes is not None]
+        kept = [codes for codes in found if isinstance(codes, Codes)]
         return kept if len(kept) == len(found) else []
 
     def _compute(self, key: str, parts: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
         if not parts:
             yield self(key)
             return
-        scales, first, number = self._measure(key, parts), 0, self._quantised[key]
+        number = self._quantised[key]
+        if number is Number.NVFP4:
+            yield self._in_fp4(key, parts).codes
+            return
+        scales, first = self._measure(key, parts), 0
         for part in parts.values():
             yield from _quantise(part, scales[first : first + len(part)], self._factor(key), number)
             first += len(part)
@@ -97,6 +103,8 @@ class QuantisedWeights:
             return self._whole(key)
         if leaf.endswith("_scale") and not leaf.startswith("input"):
             return self._scales_of(f"{stem}.weight") if leaf == "weight_scale" else self._head_scale(stem, leaf[0])
+        if leaf == "group_scale":
+            return self._fp4(f"{stem}.weight").groups
         if leaf.startswith("input_"):
             return self._of_input(stem, leaf)
         if key in self._remade:
@@ -116,9 +124,34 @@ class QuantisedWeights:
         """The matrix of codes ``[out, in]``."""
         if kept := self._stored_codes(key):
             return np.concatenate([piece for codes in kept for piece in _without_nan(key, [codes.stored.read()])])
+        if self._quantised[key] is Number.NVFP4:
+            return self._fp4(key).codes
         parts = self._parts(key)
         pieces = list(self._compute(key, parts))
         return np.concatenate(pieces).reshape(-1, next(iter(parts.values())).shape[1])
+
+    # -- NVFP4
+
+    def _fp4(self, key: str) -> Nvfp4Matrix:
+        """The matrix ``key`` in NVFP4; the last one that was made is kept, for its scales."""
+        found = self._last_fp4.get(key)
+        return found if found is not None else self._in_fp4(key, self._parts(key))
+
+    def _in_fp4(self, key: str, parts: Mapping[str, np.ndarray]) -> Nvfp4Matrix:
+        """As stored by the checkpoint, else rounded for the rows that were measured."""
+        self._restore_biases(parts)
+        kept = [self._codes(name) for name in self._names(key)]
+        factor = self._factor(key)
+        if factor is None and all(isinstance(codes, Nvfp4) for codes in kept):
+            made = joined([stored_matrix(codes) for codes in kept if isinstance(codes, Nvfp4)])
+        else:
+            matrix = np.concatenate([part.astype(np.float32) for part in parts.values()])
+            check_finite(key, extremes(matrix))
+            found = self._inputs.get(_input_owner(self._names(key)[0].removesuffix(".weight")))
+            rows = np.zeros((0, matrix.shape[1]), np.float32) if found is None else found.prepared_rows
+            made = compensated(matrix if factor is None else matrix / factor, rows)
+        self._last_fp4 = {key: made}
+        return made
 
     # -- biases and inputs
 
@@ -163,18 +196,24 @@ class QuantisedWeights:
 
         Also computes the biases that depend on ``parts`` while these are in memory; the file stores biases later.
         """
-        self._held = parts
-        for linear in (name.removesuffix(".weight") for name in parts):
-            if f"{linear}.bias" in self._remade:
-                self._biases[f"{linear}.bias"] = self._bias(linear)
-        self._held = {}
+        self._restore_biases(parts)
         factor, largest = self._factor(key), CODES[self._quantised[key]].largest
         scales = [_row_scales(name, part, factor, largest) for name, part in parts.items()]
         self._scales[key] = np.concatenate(scales)
         return self._scales[key]
 
+    def _restore_biases(self, parts: Mapping[str, np.ndarray]) -> None:
+        """Compute the biases that depend on ``parts``."""
+        self._held = dict(parts)
+        for linear in (name.removesuffix(".weight") for name in parts):
+            if f"{linear}.bias" in self._remade:
+                self._biases[f"{linear}.bias"] = self._bias(linear)
+        self._held = {}
+
     def _scales_of(self, key: str) -> np.ndarray:
         """The scale of every row of the matrix ``key``: float32 [out]."""
+        if self._quantised.get(key) is Number.NVFP4:
+            return self._fp4(key).rows
         if kept := self._stored_codes(key):
             rows = [np.broadcast_to(codes.scale, codes.stored.shape[0]) for codes in kept]
             return np.concatenate(rows).astype(np.float32)

@@ -69,12 +69,12 @@ def test_a_matrix_is_its_nearest_codes(layer):
         for group in range(len(row) // GROUP):
             part = row[group * GROUP : (group + 1) * GROUP]
             scale = best_scale(part, found.rows[i], [1.0] * GROUP)
-            assert found.blocks[i, group].view(np.uint8) == scale.view(np.uint8)
+            assert found.groups[i, group].view(np.uint8) == scale.view(np.uint8)
             codes = [nearest(x, np.float32(scale) * found.rows[i]) for x in part]
             assert [c if c != 8 else 0 for c in unpacked(found)[i, group * GROUP : (group + 1) * GROUP]] == [
                 c if c != 8 else 0 for c in codes
             ]
-    steps = np.repeat(found.blocks.astype(np.float64), GROUP, 1) * found.rows[:, None]
+    steps = np.repeat(found.groups.astype(np.float64), GROUP, 1) * found.rows[:, None]
     assert np.allclose(found.decoded(), E2M1[unpacked(found)] * steps, rtol=1e-6)
     assert np.linalg.norm(found.decoded() - matrix) < 0.12 * np.linalg.norm(matrix)
 
@@ -90,10 +90,10 @@ def test_later_columns_make_up_for_errors_as_in_the_slow_formula(layer):
     matrix, inputs = layer
     covariance = inputs.T @ inputs / len(inputs)
     codes, scales = slowly(matrix, covariance.astype(np.float64))
-    found = compensated(matrix, covariance)
+    found = compensated(matrix, inputs)
     same = unpacked(found) == codes
     assert same.mean() > 0.99  # float32 here, float64 there: a tie may fall to the other side, and changes what follows
-    assert (found.blocks.view(np.uint8) == scales.view(np.uint8)).mean() > 0.99
+    assert (found.groups.view(np.uint8) == scales.view(np.uint8)).mean() > 0.99
 
     def error(rounded):
         return np.linalg.norm(inputs @ (rounded - matrix).T) / np.linalg.norm(inputs @ matrix.T)
