@@ -16,6 +16,7 @@ from typing import IO
 import numpy as np
 import onnx_ir as ir
 
+from engines.cpu.nvfp4 import GROUP, values_of
 from wan22.block_layout import LORA_DOWN, LORA_UP, BlockLayout, Place, parts_of, size_bytes, varies
 from wan22.bundle import File, Stage, Tensor
 from wan22.errors import UserError
@@ -28,6 +29,7 @@ STEP_STAGES, PROMPT_STAGES = ("qkv", "attend", "rest", "layer"), ("text_kv",)
 SCALES = ("self_attn.q_scale", "self_attn.k_scale")  # constants of the engines, valid for all blocks and experts
 V_NORMS = "self_attn.v_norms"  # of the rows of V's matrix: they bound V
 BLOCK = "blocks.{}.self_attn."
+FLOAT4 = ir.DataType.FLOAT4E2M1.numpy()
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,9 @@ def _v_norms(stored: Stored, folder: Path, block: int, width: int) -> np.ndarray
         tensor = stored.get(f"{BLOCK.format(block)}{leaf}")
         if tensor is None:
             return None
+        if tensor.dtype == FLOAT4:  # two numbers a byte
+            packed = np.fromfile(folder / tensor.location, np.uint8, count // 2, offset=tensor.offset + start // 2)
+            return values_of(packed)
         at = tensor.offset + start * tensor.dtype.itemsize
         return np.fromfile(folder / tensor.location, tensor.dtype, count, offset=at)
 
@@ -197,6 +202,9 @@ def _v_norms(stored: Stored, folder: Path, block: int, width: int) -> np.ndarray
     assert codes is not None and scales is not None
     factors = read("q.input_factor", 0, width)
     divisors = np.float32(1.0) if factors is None else factors
+    groups = read("qkv.group_scale", 2 * width * width // GROUP, width * width // GROUP)
+    if groups is not None:
+        codes = codes.reshape(-1, GROUP) * groups.astype(np.float32)[:, None]
     rows = np.array_split(codes.reshape(width, width), 16)
     norms: np.ndarray = np.concatenate([np.linalg.norm(part.astype(np.float32) * divisors, axis=1) for part in rows])
     return (norms * scales).astype(np.float32)

@@ -5,6 +5,7 @@ magnitudes with the middles between two codes; a middle goes to the even code, a
 """
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 FLOAT4, UINT4 = ir.DataType.FLOAT4E2M1, ir.DataType.UINT4
@@ -20,6 +21,11 @@ MIDDLES = (  # and the step behind each
     (3.5, 1.0, "GreaterOrEqual"),
     (5.0, 2.0, "Greater"),
 )
+
+
+def values_of(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """The values of ``packed`` codes, two a byte, the first in the low half."""
+    return VALUES[np.stack((packed & 15, packed >> 4), -1)].reshape(-1)
 
 
 def emulate_nvfp4(model: ir.Model) -> None:
@@ -93,9 +99,12 @@ def _quantiser(graph: ir.Graph, node: ir.Node) -> None:
 def _matrix(graph: ir.Graph, name: str, weight: ir.Value) -> None:
     """Replace the dequantisation of a stored matrix of codes."""
     stored = weight.const_value
-    assert isinstance(stored, ir.ExternalTensor)
-    place = str(stored.location), stored.offset, stored.length
-    weight.const_value = ir.ExternalTensor(*place, UINT4, shape=stored.shape, name=name, base_dir=stored.base_dir)
+    if isinstance(stored, ir.ExternalTensor):
+        place = str(stored.location), stored.offset, stored.length
+        weight.const_value = ir.ExternalTensor(*place, UINT4, shape=stored.shape, name=name, base_dir=stored.base_dir)
+    elif stored is not None:
+        packed = np.frombuffer(stored.tobytes(), np.uint8)
+        weight.const_value = ir.PackedTensor(packed, UINT4, shape=stored.shape, name=name)
     weight.type = ir.TensorType(UINT4)
     (reader,) = (use.node for use in weight.uses())
     w, scale = _Writer(graph, reader), reader.inputs[1]

@@ -7,12 +7,14 @@ import pytest
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine
 from engines.inspect.log import read_log
 from engines.inspect.report import FusionReport
+from engines.lora_slots import add_slots, with_slots
 from engines.targets import TARGETS
 from export.graphs.blocks import stage_graphs
 from export.graphs.builder import BFLOAT16
 from export.graphs.text_encoder import text_stages
 from tests.engines.conftest import FP8_OF
 from wan22.block_memory import BlockChoice, text_layer_bytes, text_layers
+from wan22.bundle import File
 from wan22.specs import SPECS, Precision
 
 MIB = 2**20
@@ -32,7 +34,7 @@ def compiled(tmp_path):
     """``compiled(model, target, precision, tokens, stages)`` → the compiled stages and their plans, in order."""
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
 
-    def build(model, target, precision, tokens, stages=STAGES):
+    def build(model, target, precision, tokens, stages=STAGES, rank=0):
         profile = {"positions": (256, tokens, tokens), "keys": (256, tokens, tokens), "steps": (1, 40, 80)}
         found = []
         for name, g in stage_graphs(SPECS[model].dit, BFLOAT16, FP8_OF[precision]).items():
@@ -43,6 +45,9 @@ def compiled(tmp_path):
                     value.const_value = ir.tensor(np.array(0.05, np.float32), name=scale)
                     g.graph.initializers[scale] = value
             inputs, _ = g.edges()
+            if rank:
+                add_slots(ir.Model(g.graph, ir_version=11), with_slots(g.stage(File("", "", 0)), rank, "bfloat16"))
+                g.weights |= {str(value.name): value for value in g.graph.inputs if ".lora_" in str(value.name)}
             g.save(tmp_path / f"{name}.onnx")
             options = EngineOptions(TARGETS[target], (profile,), inputs)
             built = build_engine(tmp_path / f"{name}.onnx", tmp_path / f"{name}.plan", options)
