@@ -22,8 +22,8 @@ from export.checkpoint.checkpoint import open_checkpoint
 from export.checkpoint.part_files import read_part
 from export.lora.inspection import inspect_weights
 from export.lora.merge import LoraChoice, open_lora
-from export.quantise.inputs import read_inputs
 from export.quantise.input_scales import read_input_scales
+from export.quantise.inputs import read_inputs
 from export.synth.checkpoint import synthesise
 from runtime.built_for import check_plans
 from runtime.image import open_image

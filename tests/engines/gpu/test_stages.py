@@ -11,7 +11,7 @@ from engines.targets import TARGETS
 from export.graphs.blocks import stage_graphs
 from export.graphs.builder import BFLOAT16
 from export.graphs.text_encoder import text_stages
-from tests.engines.conftest import FP8_OF
+from tests.engines.conftest import QUANTISED
 from wan22.block_memory import BlockChoice, text_layer_bytes, text_layers
 from wan22.specs import SPECS, Precision
 
@@ -35,7 +35,7 @@ def compiled(tmp_path):
     def build(model, target, precision, tokens, stages=STAGES):
         profile = {"positions": (256, tokens, tokens), "keys": (256, tokens, tokens), "steps": (1, 40, 80)}
         found = []
-        for name, g in stage_graphs(SPECS[model].dit, BFLOAT16, FP8_OF[precision]).items():
+        for name, g in stage_graphs(SPECS[model].dit, BFLOAT16, QUANTISED[precision]).items():
             if name not in stages:
                 continue
             for scale in ("self_attn.q_scale", "self_attn.k_scale"):
