@@ -21,20 +21,16 @@ from export.graphs.vae_decoder import decoder_stage, vae_decoder
 from export.graphs.vae_encoder import encoder_stage, vae_encoder
 from export.graphs.weights_file import placements, write_weights
 from export.lora.merge import Lora, merged, open_lora
+from export.measured import Measured, read_measured
 from export.options import ExportOptions
 from export.precisions import (
     check_quantised,
     compute_type,
     precisions_of,
     quantised_of,
-    too_peaked,
     used_inputs,
     why_higher,
 )
-from export.quantise.input_scales import Scales, check_weights, read_input_scales
-from export.quantise.inputs import MeasuredInput, read_inputs
-from export.quantise.measure import measure_inputs
-from export.quantise.published import published
 from export.shared_files import share, shared_name, shared_placements
 from wan22.bundle import (
     Bundle,
@@ -49,7 +45,7 @@ from wan22.bundle import (
 from wan22.errors import UserError
 from wan22.outputs import check_disk, check_no_source
 from wan22.progress import Progress, silent
-from wan22.specs import ModelSpec, Number, Precision
+from wan22.specs import ModelSpec, Precision
 from wan22.strips import VAE_STAGES
 
 log = logging.getLogger(__name__)
@@ -79,7 +75,7 @@ def export_checkpoint(
     if options.preset is not None:
         source = replace(source, spec=source.spec.with_preset(options.preset))
     check_quantised(source.spec, options)
-    parts = _parts(source.spec, options, _read_measured(source, opened, options, progress))
+    parts = _parts(source.spec, options, read_measured(source, opened, options, progress))
     parts = {name: part for name, part in parts.items() if not options.parts or name in options.parts}
     if options.link:
         parts = {name: part.share(source.weights[part.weights]) for name, part in parts.items()}
@@ -112,70 +108,7 @@ def _fixed_size(options: ExportOptions) -> tuple[int, int, int] | None:
     return None if options.size is None or options.frames is None else (*options.size, options.frames)
 
 
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    """Measurements on the inputs of an expert's linears, and what follows from them."""
-
-    scales: Mapping[str, float] = field(default_factory=dict)
-    inputs: Mapping[str, MeasuredInput] = field(default_factory=dict)
-    wide_blocks: frozenset[int] = frozenset()  # blocks that the checkpoint's publisher did not quantise
-    exceptions: Mapping[str, Number] = field(default_factory=dict)  # linears of a type other than the precision's
-
-
-def _read_measured(
-    source: Checkpoint, base: Checkpoint, options: ExportOptions, progress: Progress
-) -> dict[str, _Measured]:
-    """Measurements by quantised expert: from files, by the checkpoint's publisher, or made here without data.
-
-    Raises:
-        UserError: they match neither the weights of ``source`` nor those of ``base``, the checkpoint without LoRAs.
-    """
-    scales, means = options.input_scales, options.input_means
-    if scales is not None and means is not None:
-        expected = "only one: scales are measured on inputs that are not centred"
-        raise UserError("--input-scales and --input-means", expected, "leave one out")
-    found: dict[str, _Measured] = {}
-    if scales is not None:
-        for expert, part in read_input_scales(scales, source.spec).items():
-            _check_weights(scales, part, expert, (source, base))
-            found[expert] = _Measured(scales={linear: entry.input for linear, entry in part.items()})
-    if means is not None:
-        for expert, of_expert in read_inputs(means, source.spec).items():
-            _check_weights(means, of_expert.weights, expert, (source, base))
-            found[expert] = _Measured(inputs=of_expert.inputs)
-    spec, precisions = source.spec, precisions_of(source.spec, options)
-    chosen = [e for e in spec.experts if precisions[e].quantised and (not options.parts or e in options.parts)]
-    measured = {expert: found[expert] for expert in chosen if expert in found}
-    for expert in (expert for expert in chosen if expert not in found):
-        theirs = published(source.weights[expert], spec.dit.layers)
-        if precisions[expert].linears is Number.FP8 and theirs.input_scales:
-            measured[expert] = _Measured(theirs.input_scales, wide_blocks=theirs.wide_blocks)
-            continue
-        done, total = chosen.index(expert) * spec.dit.layers, len(chosen) * spec.dit.layers
-        inputs = measure_inputs(source.weights[expert].read, spec, expert, progress, done, total)
-        measured[expert] = _Measured(inputs=inputs)
-    return {expert: _with_exceptions(expert, precisions[expert], known, options) for expert, known in measured.items()}
-
-
-def _with_exceptions(expert: str, precision: Precision, known: _Measured, options: ExportOptions) -> _Measured:
-    """``known`` with the linears that are kept out of the precision: those asked for, and by their crest if asked."""
-    peaked = too_peaked(precision, known.inputs, options)
-    if peaked and options.by_crest is None:
-        kinds = ", ".join(f"{kind} (crest {crest:.1f})" for kind, crest in peaked.items())
-        log.warning(f"{expert}: INT8 costs more than FP8 in {kinds}; --keep-high-precision auto keeps them out of it")
-    kept = dict.fromkeys(peaked, options.by_crest) if options.by_crest is not None else {}
-    return replace(known, exceptions={**kept, **options.exceptions})
-
-
-def _check_weights(path: Path, scales: Scales, expert: str, sources: tuple[Checkpoint, Checkpoint]) -> None:
-    merged_in, base = (source.weights[expert].read for source in sources)
-    try:
-        check_weights(path, scales, expert, merged_in)
-    except UserError:
-        check_weights(path, scales, expert, base)
-
-
-def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Measured]) -> dict[str, ExportPart]:
+def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, Measured]) -> dict[str, ExportPart]:
     """The parts of the model by the name of their weights file."""
     size, precisions = _fixed_size(options), precisions_of(spec, options)
     shape = spec.latent_shape(*size) if size else None
@@ -206,13 +139,13 @@ def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Meas
 
 
 def _expert_parts(
-    spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Measured], dims: LatentDims
+    spec: ModelSpec, options: ExportOptions, measured: Mapping[str, Measured], dims: LatentDims
 ) -> dict[str, ExportPart]:
     """The experts as parts. Experts with equal settings share one graph, bound to the weights of each in turn."""
     precisions, parts = precisions_of(spec, options), {}
     authored: list[tuple[Precision, Quantised | None, GraphBuilder, dict[str, StageGraph]]] = []
     for expert in spec.experts:
-        known, precision = measured.get(expert, _Measured()), precisions[expert]
+        known, precision = measured.get(expert, Measured()), precisions[expert]
         kept = replace(options, keep_high_precision=options.keep_high_precision | known.wide_blocks)
         quantised = quantised_of(precision, kept, known.exceptions, known.scales, known.inputs)
         alike = [made for made in authored if made[:2] == (precision, quantised)]

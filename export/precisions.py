@@ -1,16 +1,15 @@
 """The precision of each part of a model, and the layers of a transformer that are quantised."""
 
-import math
-import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import onnx_ir as ir
 
 from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16
-from export.graphs.linear import Quantised, kind_of
+from export.graphs.linear import CODES, Quantised, kind_of
 from export.options import ExportOptions
-from export.quantise.inputs import CENTRED, LARGEST_INT8_CREST, MeasuredInput
+from export.quantise.inputs import CENTRED, MeasuredInput
 from wan22.errors import UserError
 from wan22.specs import ModelSpec, Number, Precision
 
@@ -82,14 +81,21 @@ def quantised_of(
     numbers = {linear: made.number(linear) for linear in (*static, *inputs)}
     return replace(
         made,
-        static=frozenset(linear for linear in static if numbers[linear] is Number.FP8),
+        static=frozenset(linear for linear in static if (n := numbers[linear]) and CODES[n].takes_scales),
         centred=frozenset(kind_of(linear) for linear in inputs if numbers[linear] is not None),
         smoothed=frozenset(
             kind_of(linear)
             for linear, found in inputs.items()
-            if numbers[linear] is Number.INT8 and found.factor is not None
+            if (n := numbers[linear]) and n.smoothed and found.factor is not None
         ),
     )
+
+
+def usual_quantised(precision: Precision) -> Quantised | None:
+    """What an export without further options makes, which measures the inputs of all linears."""
+    nothing = np.zeros(0, np.float32)
+    inputs = {f"blocks.0.{kind}": MeasuredInput(nothing, nothing) for kind in CENTRED}
+    return quantised_of(precision, ExportOptions(precision), {}, {}, inputs)
 
 
 def used_inputs(quantised: Quantised | None, inputs: Mapping[str, MeasuredInput]) -> dict[str, MeasuredInput]:
@@ -101,19 +107,6 @@ def used_inputs(quantised: Quantised | None, inputs: Mapping[str, MeasuredInput]
         linear: found if kind_of(linear) in quantised.smoothed else replace(found, factor=None)
         for linear, found in used.items()
     }
-
-
-def too_peaked(precision: Precision, inputs: Mapping[str, MeasuredInput], options: ExportOptions) -> dict[str, float]:
-    """The kinds of INT8 linears that would err less in FP8, and the crest of their inputs over all blocks.
-
-    By kind, so that all blocks still compute alike. Kinds that ``options`` name are left out.
-    """
-    crests: dict[str, list[float]] = {}
-    for linear, found in inputs.items():
-        if found.crest is not None and precision.linears is Number.INT8 and kind_of(linear) not in options.exceptions:
-            crests.setdefault(kind_of(linear), []).append(found.crest)
-    found_of = {kind: math.sqrt(statistics.fmean(crest**2 for crest in of)) for kind, of in crests.items()}
-    return {kind: crest for kind, crest in found_of.items() if crest > LARGEST_INT8_CREST}
 
 
 def check_quantised(spec: ModelSpec, options: ExportOptions) -> None:

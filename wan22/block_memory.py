@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from wan22.costs import block_parameters
+from wan22.costs import block_parameters, vectors_bytes
 from wan22.parts import DitSpec, TextEncoderSpec
 from wan22.specs import TEXT_TOKENS, Precision
 
@@ -112,11 +112,13 @@ def block_step_bytes(spec: DitSpec, precision: Precision) -> float:
     block, stored, wide = block_parameters(spec), precision.linears.bits / 8, precision.wide.linears.bits / 8
     bias = 4 if precision.quantised else wide
     of_text = 2 * spec.width * (spec.width * stored + bias) + 4 * spec.width  # the norm of K too
-    return stored * block.linear + bias * block.bias + 4 * block.other - of_text
+    of_text += 4 * 2 * spec.width if precision.quantised else 0  # scales
+    return stored * block.linear + bias * block.bias + 4 * block.other + vectors_bytes(spec, precision) - of_text
 
 
 def text_layer_bytes(spec: TextEncoderSpec, precision: Precision) -> float:
     """The weights of a layer of the text encoder; only feed-forward matrices can be in FP8."""
     wide, linears, inner = precision.wide.linears.bits / 8, precision.linears.bits / 8, spec.heads * spec.head_width
     attention = 4 * spec.width * inner + spec.buckets * spec.heads
-    return wide * attention + linears * 3 * spec.width * spec.ffn_width + 4 * 2 * spec.width
+    scales = 4 * (2 * spec.ffn_width + spec.width) if precision.quantised else 0
+    return wide * attention + linears * 3 * spec.width * spec.ffn_width + scales + 4 * 2 * spec.width

@@ -17,6 +17,7 @@ from wan22.costs import (
     dit_parameters,
     encoder_layers,
     text_encoder_parameters,
+    vectors_bytes,
 )
 from wan22.errors import UserError
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
@@ -198,7 +199,8 @@ def text_encoder_weights_bytes(spec: TextEncoderSpec, precision: Precision) -> f
     count = text_encoder_parameters(spec)
     wide, linears = precision.wide.linears.bits / 8, precision.linears.bits / 8
     feed_forward = spec.layers * 3 * spec.width * spec.ffn_width
-    return wide * (count - feed_forward) + linears * feed_forward
+    scales = 4 * spec.layers * (2 * spec.ffn_width + spec.width) if precision.quantised else 0
+    return wide * (count - feed_forward) + linears * feed_forward + scales
 
 
 def _expert(spec: ModelSpec, name: str, precision: Precision, latent_shape: tuple[int, ...]) -> Memory:
@@ -216,6 +218,7 @@ def dit_weights_bytes(spec: DitSpec, precision: Precision) -> float:
     stored, wide, block = precision.linears.bits / 8, precision.wide.linears.bits / 8, block_parameters(spec)
     width = spec.width
     per_block = stored * block.linear + (4 if precision.quantised else wide) * block.bias + 4 * block.other
+    per_block += vectors_bytes(spec, precision)
     text_and_patch = (spec.text_width + width + 2) * width + (4 * spec.in_channels + 1) * width
     rest = dit_parameters(spec) - spec.layers * block.total - text_and_patch
     return float(spec.layers * per_block + wide * text_and_patch + 4 * rest)

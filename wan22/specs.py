@@ -35,6 +35,16 @@ class Number(StrEnum):
         return _BITS[self][0]
 
     @property
+    def wide(self) -> "Number":
+        """The type of what is not quantised beside it; itself for 16 bits and more."""
+        return Number.BF16 if self.bits < 16 else self
+
+    @property
+    def smoothed(self) -> bool:
+        """True if its inputs are multiplied by factors, because its codes are evenly spaced."""
+        return self is Number.INT8
+
+    @property
     def significand(self) -> int:
         """Bits of the significand, including the leading one; those of INT8 are of the largest value of a row."""
         return _BITS[self][1]

@@ -40,10 +40,11 @@ class Codes:
     dtype: ir.DataType
     largest: float  # code of a matrix
     largest_of_rows: float  # code of activations
+    takes_scales: bool = False  # static ones of its inputs, as publishers measure them
 
 
 CODES = {
-    Number.FP8: Codes(FLOAT8, FLOAT8_MAX, LARGEST_QUANTISED),
+    Number.FP8: Codes(FLOAT8, FLOAT8_MAX, LARGEST_QUANTISED, takes_scales=True),
     Number.INT8: Codes(INT8, INT8_MAX, INT8_MAX),
 }
 

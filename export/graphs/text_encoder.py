@@ -13,7 +13,7 @@ from export.graphs.blocks import BLOCK, StageGraph
 from export.graphs.builder import FLOAT, FLOAT16, INT64, GraphBuilder
 from export.graphs.linear import Linears, Product, Quantised
 from wan22.parts import TextEncoderSpec
-from wan22.specs import TEXT_TOKENS, Number
+from wan22.specs import TEXT_TOKENS
 
 
 def relative_buckets(spec: TextEncoderSpec) -> np.ndarray:
@@ -141,6 +141,8 @@ class _TextEncoder:
         g, linears = self.g, self.fp8_linears
         assert linears is not None
         with g.scope(key.rsplit(".", 1)[-1]):
-            rows = linears.per_token(x, Number.FP8)
+            number = linears.number(key)
+            assert number is not None
+            rows = linears.per_token(x, number)
             raw, columns = linears.quantised_matmul(rows, key, width[::-1])
             return linears.values(Product(raw, rows.scale, columns=columns))

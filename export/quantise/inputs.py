@@ -14,7 +14,9 @@ INT8 uses them also ``input_factor`` [in] and ``crest`` [], and ``weight_scale``
 identifies the model.
 """
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import numpy as np
 from export.checkpoint.schema import dit_tensors
 from export.files.safetensors_file import read_safetensors, write_safetensors
 from export.files.tensor_file import Array, Planned
+from export.graphs.linear import kind_of
 from export.quantise.input_scales import LinearScales, Scales
 from wan22.errors import UserError
 from wan22.parts import DitSpec
@@ -54,9 +57,9 @@ class MeasuredInput:
         return np.asarray(centred if self.factor is None else centred * self.factor)
 
     @property
-    def int8_error(self) -> float | None:
-        """The relative error of the rows in INT8."""
-        return None if self.crest is None else self.crest / CREST_TO_ERROR
+    def vectors(self) -> tuple[Array, Array]:
+        """Mean and factors; ones without factors."""
+        return self.mean, np.ones(len(self.mean), np.float32) if self.factor is None else self.factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +72,30 @@ class ExpertInputs:
 
 def input_width(spec: DitSpec, linear: str) -> int:
     return spec.ffn_width if linear.endswith("ffn.2") else spec.width
+
+
+def crests_by_kind(inputs: Mapping[str, MeasuredInput]) -> dict[str, float]:
+    """The crest of the inputs of all linears of a kind ("ffn.2") together; kinds without a measured crest are left out.
+
+    A precision is chosen by kind, so that all blocks compute alike.
+    """
+    found: dict[str, list[float]] = {}
+    for linear, measured in inputs.items():
+        if measured.crest is not None:
+            found.setdefault(kind_of(linear), []).append(measured.crest)
+    return {kind: math.sqrt(statistics.fmean(crest**2 for crest in of)) for kind, of in found.items()}
+
+
+def too_peaked(inputs: Mapping[str, MeasuredInput]) -> dict[str, float]:
+    """The kinds of linears that err less in FP8 than in INT8, and their crest."""
+    return {kind: crest for kind, crest in crests_by_kind(inputs).items() if crest > LARGEST_INT8_CREST}
+
+
+def column_maxima(read: Callable[[str], Array], linear: str) -> Array:
+    """The largest weight [in] of every column of the matrices that read the input of ``linear``."""
+    parts = [f"{linear[:-1]}{part}" for part in "qkv"] if linear.endswith("self_attn.q") else [linear]
+    magnitudes = (np.abs(np.asarray(read(f"{part}.weight"), np.float32)).max(0) for part in parts)
+    return np.maximum.reduce(list(magnitudes))
 
 
 def smoothing_factors(largest_input: Array, largest_weight: Array) -> Array:

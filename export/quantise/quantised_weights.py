@@ -293,11 +293,12 @@ def _quantise(
 
     tensor, divisors = as_torch(matrix), None if factor is None else torch.from_numpy(factor)
     of_rows, limit = torch.from_numpy(np.ascontiguousarray(scales))[:, None], CODES[number].largest
+    whole = number is Number.INT8
     at_once, in_cache = (max(1, elements // tensor.shape[1]) for elements in (PIECE_ELEMENTS, BLOCK_ELEMENTS))
     block = torch.empty(in_cache, tensor.shape[1])
     for start in range(0, len(tensor), at_once):
         end = min(start + at_once, len(tensor))
-        dtype = torch.int8 if number is Number.INT8 else torch.float8_e4m3fn
+        dtype = torch.int8 if whole else torch.float8_e4m3fn
         result = torch.empty(end - start, tensor.shape[1], dtype=dtype)
         for place in range(start, end, in_cache):
             stop = min(place + in_cache, end)
@@ -305,6 +306,6 @@ def _quantise(
             if divisors is not None:
                 values.div_(divisors)
             values.div_(of_rows[place:stop]).clamp_(-limit, limit)
-            result[place - start : stop - start] = values.round_() if number is Number.INT8 else values
+            result[place - start : stop - start] = values.round_() if whole else values
         flat = result.reshape(-1)
-        yield flat.numpy() if number is Number.INT8 else flat.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+        yield flat.numpy() if whole else flat.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)

@@ -57,13 +57,12 @@ def precision_study(options: StudyOptions, folder: Path, progress: Progress = si
 
 
 def _run_study(spec: ModelSpec, options: StudyOptions, progress: Progress) -> Study:
-    meter = _Meter(progress, 5 + len(VARIANTS) + len(parts()))
+    meter = _Meter(progress, 4 + len(VARIANTS) + len(parts()))
     schedule = make_schedule("unipc", options.steps, spec.sampling.shift)
     twin = meter.count(make_twin(spec, options.size, schedule, options.seed))
-    reference, beforehand, without_text = (
-        meter.count(ReferenceRun(twin, given, schedule)) for given in (twin.judged, twin.measured, twin.without_text)
-    )
-    comparison = VariantComparison(twin, schedule, reference, beforehand, without_text)
+    reference, beforehand = (meter.count(ReferenceRun(twin, given, schedule)) for given in (twin.judged, twin.measured))
+    measured = {expert: beforehand.calibration(twin, expert) for expert in twin.weights}
+    comparison = VariantComparison(twin, schedule, reference, measured)
     noted = {expert: open_noted(BFLOAT, twin.spec.dit, weights) for expert, weights in twin.weights.items()}
     results = []
     for variant in VARIANTS:
@@ -127,7 +126,7 @@ def _statistics(twin: Twin, reference: ReferenceRun) -> tuple[Statistic, ...]:
     inputs: dict[str, list[float]] = {kind: [] for kind in INPUTS}
     matrices: dict[str, list[float]] = {kind: [] for kind in WEIGHTS}
     for expert, weights in twin.weights.items():
-        for name, largest in reference.calibration(expert).largest.items():
+        for name, largest in reference.largest(expert).items():
             if (kind := name.split(".", 2)[2]) in inputs:
                 inputs[kind].append(largest)
                 matrices[kind].append(float(np.abs(weights[f"{name}.weight"]).max()))

@@ -8,8 +8,8 @@ import typer
 
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
-from wan22.specs import Precision
-from wan_trt.arguments import PRECISIONS, Frames, Overwrite, Size, blocks_of, size_of
+from wan22.specs import Number, Precision
+from wan_trt.arguments import PRECISIONS, Frames, Overwrite, Size, kept_of, size_of
 from wan_trt.console import bars, command_line, console
 
 Checkpoint = Annotated[
@@ -37,10 +37,16 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 Fp8Attention = Annotated[
     Literal["both", "self", "cross"], typer.Option(help="Attention that fp8-attn computes in FP8.")
 ]
-Blocks = Annotated[str, typer.Option(metavar="BLOCKS", help="Transformer blocks without FP8, such as 0-2,37-39.")]
+Kept = Annotated[
+    str,
+    typer.Option(
+        metavar="WHAT",
+        help="As 0-2,39: blocks in 16 bits; as ffn.2=fp8: linears in another type; auto: those INT8 does not suit.",
+    ),
+]
 InputScales = Annotated[Path | None, typer.Option(help="JSON of static FP8 scales; the default is dynamic, per token.")]
 InputMeans = Annotated[
-    Path | None, typer.Option(help="Means from wan-trt calibrate --means: smaller FP8 errors at the same speed.")
+    Path | None, typer.Option(help="Means and factors from wan-trt calibrate --means, instead of those without data.")
 ]
 Loras = Annotated[list[str] | None, typer.Option(help="LoRA to merge, FILE\\[@strength][:high|:low]; repeatable.")]
 IgnoreUnmatched = Annotated[
@@ -68,7 +74,7 @@ def run(
     revision: Revision = None,
     vae_decoder: PartPrecision = None,
     fp8_attention: Fp8Attention = "both",
-    keep_high_precision: Blocks = "",
+    keep_high_precision: Kept = "",
     input_scales: InputScales = None,
     input_means: InputMeans = None,
     preset: SamplingPreset = None,
@@ -81,6 +87,7 @@ def run(
 ) -> None:
     """Export a checkpoint to ONNX, with dynamic shapes unless --size and --frames fix them."""
     fixed = size_of(size)
+    from engines.targets import number_of_peaked
     from export.exporter import export_checkpoint
     from export.lora.merge import parse_lora
     from export.options import ExportOptions
@@ -91,11 +98,15 @@ def run(
     precisions |= {"vae_decoder": vae_decoder} if vae_decoder is not None else {}
     precision = _for_target(target, precision, precisions)
     where, bundle = _place(checkpoint, bundle, files, revision)
+    blocks, linears, by_crest, kept_in = kept_of(keep_high_precision)
+    _check_kept(target, linears)
     options = ExportOptions(
         precision,
         precisions,
         fp8_attention,
-        blocks_of(keep_high_precision),
+        blocks,
+        linears,
+        (kept_in or number_of_peaked(target)) if by_crest else None,
         input_scales,
         input_means,
         preset=preset,
@@ -131,6 +142,16 @@ def _for_target(target: str | None, precision: Precision | None, parts: dict[str
     if target is not None and aim.text_encoder_precision(chosen) != chosen.wide:
         parts.setdefault("text_encoder", aim.text_encoder_precision(chosen))
     return chosen
+
+
+def _check_kept(target: str | None, linears: Mapping[str, Number]) -> None:
+    """Refuse linears in a type that ``target`` does not multiply."""
+    from engines.targets import target_named
+
+    for linear, number in linears.items():
+        if target is not None and number not in (numbers := target_named(target).numbers):
+            found = f"--keep-high-precision {linear}={number} for {target}"
+            raise UserError(found, ", ".join(numbers), "choose one of these")
 
 
 def _files_and_precisions(named: Mapping[str, list[str] | None]) -> tuple[dict[str, Path], dict[str, Precision]]:

@@ -3,6 +3,7 @@
 import json
 from typing import Annotated
 
+import msgspec
 import typer
 
 from wan22.errors import UserError
@@ -26,6 +27,9 @@ def run(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     vram: Vram = None,
     cards: Annotated[bool, typer.Option("--cards", help="A table of all cards, for --topology blocks.")] = False,
+    compare_precisions: Annotated[
+        bool, typer.Option("--compare-precisions", help="A table of all precisions of the target.")
+    ] = False,
     bus: Annotated[
         float | None, typer.Option(help="GB/s from host memory to the card; by default its PCIe's.", min=0.1)
     ] = None,
@@ -33,7 +37,9 @@ def run(
 ) -> None:
     """Print sizes, memory, arithmetic and roofline times of a model, without weights or a GPU."""
     from engines.plan import card_plans, make_plan
-    from engines.plan_view import as_text, cards_as_text
+    from engines.plan_view import as_text, cards_as_text, precisions_as_text
+    from engines.precision_figures import compare_precisions as plans_of
+    from engines.precision_figures import read_figures
     from engines.targets import target_named
 
     spec = spec_named(model)
@@ -45,6 +51,11 @@ def run(
             raise UserError("--cards with --target or --vram", "all cards, with all of their memory", "leave them out")
         narrowest = min(Precision, key=lambda each: (each.linears.bits, each.attention.bits))
         plans = card_plans(spec, precision or narrowest, video, steps, bus)
+    elif compare_precisions:
+        if target is None or precision is not None or vram is not None:
+            asked = "--compare-precisions without --target, or with --precision or --vram"
+            raise UserError(asked, "a target, in all of its precisions", "name a --target alone")
+        plans = plans_of(spec, target_named(target), video, steps)
     else:
         if target is None:
             raise UserError("no --target", "a GPU, cpu or auto", "name one, or give --cards for all")
@@ -52,7 +63,11 @@ def run(
         plans = [make_plan(spec, aim, precision or aim.default_precision, video, steps, budget, bus)]
     if as_json:
         found = [plan.as_json() for plan in plans]
-        print(json.dumps(found if cards else found[0]))
+        if compare_precisions:
+            figures = {p: msgspec.to_builtins(found) for p, found in read_figures().items()}
+            found = [plan | {"figures": figures.get(Precision(plan["precision"]))} for plan in found]
+        print(json.dumps(found if cards or compare_precisions else found[0]))
         return
-    for part in cards_as_text(plans) if cards else as_text(plans[0]):
+    shown = cards_as_text(plans) if cards else precisions_as_text(plans) if compare_precisions else as_text(plans[0])
+    for part in shown:
         console.print(part)

@@ -1,5 +1,7 @@
 """The stages of a real-size block as compiled for absent GPUs: kernels, scratch memory, no copy of a weight."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -12,7 +14,7 @@ from engines.targets import TARGETS
 from export.graphs.blocks import stage_graphs
 from export.graphs.builder import BFLOAT16
 from export.graphs.text_encoder import text_stages
-from tests.engines.conftest import FP8_OF
+from tests.engines.conftest import QUANTISED
 from wan22.block_memory import BlockChoice, text_layer_bytes, text_layers
 from wan22.bundle import File
 from wan22.specs import SPECS, Precision
@@ -20,7 +22,10 @@ from wan22.specs import SPECS, Precision
 MIB = 2**20
 TOKENS = {"t2v-a14b": 75_600, "ti2v-5b": 27_280}  # 720p
 STAGES = ("qkv", "attend", "rest")
-KERNELS = {Precision.BF16: (6, 2, 15), Precision.FP8: (4, 2, 12), Precision.FP8_ATTN: (4, 2, 12)}
+KERNELS = {
+    Precision.BF16: (6, 2, 15), Precision.FP8: (4, 2, 12), Precision.FP8_ATTN: (4, 2, 12),
+    Precision.INT8: (4, 2, 13), Precision.INT8_FP8_ATTN: (4, 2, 13),
+}  # fmt: skip
 SCRATCH_MIB = {  # of qkv, attend and rest
     ("t2v-a14b", Precision.BF16): (2961, 738, 5687),
     ("t2v-a14b", Precision.FP8): (2594, 738, 4838),
@@ -37,7 +42,7 @@ def compiled(tmp_path):
     def build(model, target, precision, tokens, stages=STAGES, rank=0):
         profile = {"positions": (256, tokens, tokens), "keys": (256, tokens, tokens), "steps": (1, 40, 80)}
         found = []
-        for name, g in stage_graphs(SPECS[model].dit, BFLOAT16, FP8_OF[precision]).items():
+        for name, g in stage_graphs(SPECS[model].dit, BFLOAT16, QUANTISED[precision]).items():
             if name not in stages:
                 continue
             for scale in ("self_attn.q_scale", "self_attn.k_scale"):
@@ -49,7 +54,7 @@ def compiled(tmp_path):
                 add_slots(ir.Model(g.graph, ir_version=11), with_slots(g.stage(File("", "", 0)), rank, "bfloat16"))
                 g.weights |= {str(value.name): value for value in g.graph.inputs if ".lora_" in str(value.name)}
             g.save(tmp_path / f"{name}.onnx")
-            options = EngineOptions(TARGETS[target], (profile,), inputs)
+            options = EngineOptions(replace(TARGETS[target], backend="tensorrt-rtx"), (profile,), inputs)
             built = build_engine(tmp_path / f"{name}.onnx", tmp_path / f"{name}.plan", options)
             found.append((read_log(built.log), built, {key: tuple(v.shape) for key, v in g.weights.items()}))
         return found
@@ -78,6 +83,32 @@ def test_a_block_has_as_few_kernels_as_inside_a_whole_model(compiled, model, pre
     (mha,) = [k for k in attend.kernels if k.role == "attention"]
     assert mha.dtype == ("fp8" if precision is Precision.FP8_ATTN else "bf16")
     assert mha.flops == 4.0 * TOKENS[model] ** 2 * SPECS[model].dit.width
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "model"),
+    [
+        ("a100", Precision.INT8, "t2v-a14b"),
+        ("rtx3090", Precision.INT8, "t2v-a14b"),
+        ("rtx4090", Precision.INT8_FP8_ATTN, "t2v-a14b"),
+        ("rtx5090", Precision.INT8_FP8_ATTN, "t2v-a14b"),
+        ("rtx5090", Precision.INT8, "ti2v-5b"),
+    ],
+)
+def test_int8_is_fused_like_fp8_on_every_architecture(compiled, target, precision, model):
+    built = compiled(model, target, precision, TOKENS[model])
+    assert tuple(len(found.kernels) for found, _, _ in built) == KERNELS[precision]
+    scratch = SCRATCH_MIB["t2v-a14b", Precision.FP8] if model == "t2v-a14b" else (569, 160, 1521)
+    for (found, _, _), most in zip(built, scratch, strict=True):
+        assert found.scratch_bytes <= (most + 1) * MIB
+    assert not [name for found, _, weights in built for name in copied_matrices(found, weights)]
+    gemms = [k for found, _, _ in built for k in found.kernels if k.role == "gemm"]
+    assert [k.dtype for k in gemms] == ["int8"] * 6
+    (mha,) = [k for k in built[1][0].kernels if k.role == "attention"]
+    assert mha.dtype == ("fp8" if precision is Precision.INT8_FP8_ATTN else "bf16")
+    for found, _, _ in built:
+        report = FusionReport("high_noise.rest", TARGETS[target], found, precision)
+        assert report.problems == []
 
 
 def test_an_eighth_of_the_tokens_takes_an_eighth_of_the_scratch_memory(compiled):

@@ -1,0 +1,84 @@
+"""The measurements behind quantised experts: from files, by the checkpoint's publisher, or made here without data."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from export.checkpoint.checkpoint import Checkpoint
+from export.graphs.linear import CODES
+from export.options import ExportOptions
+from export.precisions import precisions_of
+from export.quantise.input_scales import Scales, check_weights, read_input_scales
+from export.quantise.inputs import MeasuredInput, read_inputs, too_peaked
+from export.quantise.measure import measure_inputs
+from export.quantise.published import published
+from wan22.errors import UserError
+from wan22.progress import Progress
+from wan22.specs import Number, Precision
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Measurements on the inputs of an expert's linears, and what follows from them."""
+
+    scales: Mapping[str, float] = field(default_factory=dict)
+    inputs: Mapping[str, MeasuredInput] = field(default_factory=dict)
+    wide_blocks: frozenset[int] = frozenset()  # blocks that the checkpoint's publisher did not quantise
+    exceptions: Mapping[str, Number] = field(default_factory=dict)  # linears of a type other than the precision's
+
+
+def read_measured(
+    source: Checkpoint, base: Checkpoint, options: ExportOptions, progress: Progress
+) -> dict[str, Measured]:
+    """Measurements by quantised expert: from files, by the checkpoint's publisher, or made here without data.
+
+    Raises:
+        UserError: they match neither the weights of ``source`` nor those of ``base``, the checkpoint without LoRAs.
+    """
+    scales, means = options.input_scales, options.input_means
+    if scales is not None and means is not None:
+        expected = "only one: scales are measured on inputs that are not centred"
+        raise UserError("--input-scales and --input-means", expected, "leave one out")
+    found: dict[str, Measured] = {}
+    if scales is not None:
+        for expert, part in read_input_scales(scales, source.spec).items():
+            _check_weights(scales, part, expert, (source, base))
+            found[expert] = Measured(scales={linear: entry.input for linear, entry in part.items()})
+    if means is not None:
+        for expert, of_expert in read_inputs(means, source.spec).items():
+            _check_weights(means, of_expert.weights, expert, (source, base))
+            found[expert] = Measured(inputs=of_expert.inputs)
+    spec, precisions = source.spec, precisions_of(source.spec, options)
+    chosen = [e for e in spec.experts if precisions[e].quantised and (not options.parts or e in options.parts)]
+    measured = {expert: found[expert] for expert in chosen if expert in found}
+    for expert in (expert for expert in chosen if expert not in found):
+        theirs = published(source.weights[expert], spec.dit.layers)
+        if CODES[precisions[expert].linears].takes_scales and theirs.input_scales:
+            measured[expert] = Measured(theirs.input_scales, wide_blocks=theirs.wide_blocks)
+            continue
+        done, total = chosen.index(expert) * spec.dit.layers, len(chosen) * spec.dit.layers
+        inputs = measure_inputs(source.weights[expert].read, spec, expert, progress, done, total)
+        measured[expert] = Measured(inputs=inputs)
+    return {expert: _with_exceptions(expert, precisions[expert], known, options) for expert, known in measured.items()}
+
+
+def _with_exceptions(expert: str, precision: Precision, known: Measured, options: ExportOptions) -> Measured:
+    """``known`` with the linears that are kept out of the precision: those asked for, and by their crest if asked."""
+    peaked = too_peaked(known.inputs) if precision.linears.smoothed else {}
+    peaked = {kind: crest for kind, crest in peaked.items() if kind not in options.exceptions}
+    if peaked and options.by_crest is None:
+        kinds = ", ".join(f"{kind} (crest {crest:.1f})" for kind, crest in peaked.items())
+        log.warning(f"{expert}: INT8 costs more than FP8 in {kinds}; --keep-high-precision auto keeps them out of it")
+    kept = dict.fromkeys(peaked, options.by_crest) if options.by_crest is not None else {}
+    return replace(known, exceptions={**kept, **options.exceptions})
+
+
+def _check_weights(path: Path, scales: Scales, expert: str, sources: tuple[Checkpoint, Checkpoint]) -> None:
+    merged_in, base = (source.weights[expert].read for source in sources)
+    try:
+        check_weights(path, scales, expert, merged_in)
+    except UserError:
+        check_weights(path, scales, expert, base)
