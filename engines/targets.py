@@ -18,6 +18,7 @@ from wan22.specs import Number, Precision
 QUERY_GPU = ("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
 _NOT_A_VARIANT = "(?![ -](Ti|SUPER|Super|D|Laptop|Mobile|3e))"  # other chips or boards that share a name
 FIRST_FP8 = (8, 9)  # compute capability
+WITH_FP4 = ((10, 0), (10, 3), (12, 0), (12, 1))  # compute capabilities
 FIRST_FLASH = "8.0"  # compute capability of ONNX Runtime's flash attention
 FIRST_PCIE_5 = (9, 0)  # compute capability
 LANES = {"rtx4060": 8}  # of PCIe, other than 16
@@ -63,7 +64,8 @@ class Target:
         if self.backend == "onnxruntime-gpu":
             return (Number.BF16, Number.FP16)  # its flash attention takes 16 bits, its products have no FP8
         always = (Number.FP32, Number.BF16, Number.FP16, Number.INT8)
-        return (*always, Number.FP8) if self._capability >= FIRST_FP8 else always
+        found = (*always, Number.FP8) if self._capability >= FIRST_FP8 else always
+        return (*found, Number.NVFP4) if self._capability in WITH_FP4 else found
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -81,7 +83,8 @@ class Target:
             linears, attention = map(self.peak_tflops, (precision.linears, precision.attention))
             return -(linears or 0.0), -(attention or 0.0), -precision.linears.significand
 
-        return min(self.precisions, key=by_peaks) if self.bf16_tflops else self.default_precision
+        accurate = [p for p in self.precisions if p.linears is not Number.NVFP4]  # chosen for its memory
+        return min(accurate, key=by_peaks) if self.bf16_tflops else self.default_precision
 
     def text_encoder_precision(self, precision: Precision) -> Precision:
         """The text encoder's precision if the model is in ``precision``: TensorRT-RTX lacks its float32 attention."""
@@ -97,7 +100,8 @@ class Target:
         """The dense peak of matrix multiplications with operands of this type."""
         sixteen = self.bf16_tflops
         by_number = {Number.FP32: self.fp32_tflops, Number.FP16: sixteen, Number.BF16: sixteen}
-        return (by_number | {Number.FP8: self.fp8_tflops, Number.INT8: self.int8_tflops})[number]
+        quantised = {Number.FP8: self.fp8_tflops, Number.INT8: self.int8_tflops, Number.NVFP4: self.fp4_tflops}
+        return (by_number | quantised)[number]
 
 
 _AMPERE, _ADA = "NVIDIA Ampere GA102 whitepaper 2.1", "NVIDIA Ada GPU Architecture whitepaper 2.02"

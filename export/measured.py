@@ -1,18 +1,19 @@
 """The measurements behind quantised experts: from files, by the checkpoint's publisher, or made here without data."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from export.checkpoint.checkpoint import Checkpoint
-from export.graphs.linear import CODES
+from export.checkpoint.checkpoint import Checkpoint, Weights
+from export.files.decoded import Nvfp4
+from export.graphs.linear import CODES, kind_of
 from export.options import ExportOptions
-from export.precisions import precisions_of
+from export.precisions import LINEARS, precisions_of, usual_exceptions
 from export.quantise.input_scales import Scales, check_weights, read_input_scales
 from export.quantise.inputs import MeasuredInput, read_inputs, too_peaked
 from export.quantise.measure import measure_inputs
-from export.quantise.published import published
+from export.quantise.published import SAME_INPUT, published
 from wan22.errors import UserError
 from wan22.progress import Progress
 from wan22.specs import Number, Precision
@@ -56,12 +57,16 @@ def read_measured(
     measured = {expert: found[expert] for expert in chosen if expert in found}
     for expert in (expert for expert in chosen if expert not in found):
         theirs = published(source.weights[expert], spec.dit.layers)
-        if CODES[precisions[expert].linears].takes_scales and theirs.input_scales:
+        number = precisions[expert].linears
+        if number in CODES and CODES[number].takes_scales and theirs.input_scales:
             measured[expert] = Measured(theirs.input_scales, wide_blocks=theirs.wide_blocks)
             continue
         done, total = chosen.index(expert) * spec.dit.layers, len(chosen) * spec.dit.layers
-        inputs = measure_inputs(source.weights[expert].read, spec, expert, progress, done, total)
+        kept = fp4_kinds(precisions[expert], options)
+        inputs = measure_inputs(source.weights[expert].read, spec, expert, progress, done, total, kept)
         measured[expert] = Measured(inputs=inputs)
+    for expert in (expert for expert in chosen if (kinds := fp4_kinds(precisions[expert], options))):
+        measured[expert] = _as_stored(measured[expert], source.weights[expert], expert, kinds)
     return {expert: _with_exceptions(expert, precisions[expert], known, options) for expert, known in measured.items()}
 
 
@@ -73,7 +78,36 @@ def _with_exceptions(expert: str, precision: Precision, known: Measured, options
         kinds = ", ".join(f"{kind} (crest {crest:.1f})" for kind, crest in peaked.items())
         log.warning(f"{expert}: INT8 costs more than FP8 in {kinds}; --keep-high-precision auto keeps them out of it")
     kept = dict.fromkeys(peaked, options.by_crest) if options.by_crest is not None else {}
-    return replace(known, exceptions={**kept, **options.exceptions})
+    return replace(known, exceptions={**usual_exceptions(precision), **kept, **options.exceptions})
+
+
+def fp4_kinds(precision: Precision, options: ExportOptions) -> list[str]:
+    """The kinds of linears ("ffn.2") that multiply NVFP4."""
+    numbers = dict.fromkeys(LINEARS, precision.linears) | usual_exceptions(precision) | options.exceptions
+    return [kind for kind in LINEARS if numbers[kind] is Number.NVFP4]
+
+
+def _as_stored(known: Measured, weights: Weights, expert: str, kinds: Sequence[str]) -> Measured:
+    """``known`` without factors for the ``kinds`` that the checkpoint has in NVFP4: its codes stay, bit for bit.
+
+    A block whose matrix has another type, as the first and last ones of NVIDIA's releases, is quantised here.
+    """
+    blocks = {int(linear.split(".")[1]) for linear in known.inputs}
+    stored: dict[str, set[int]] = {}
+    for group in (group for group in SAME_INPUT if group[0] in kinds):
+        for block in blocks:
+            found = [weights.codes(f"blocks.{block}.{linear}.weight") for linear in group]
+            if all(isinstance(codes, Nvfp4) for codes in found):
+                stored.setdefault(group[0], set()).add(block)
+    if others := sorted(set().union(*(blocks - of_kind for of_kind in stored.values()))):
+        shown = ", ".join(map(str, others))
+        found = f"{expert}: blocks {shown} are not NVFP4 in the checkpoint and are rounded now"
+        log.warning(f"{found}; --keep-high-precision {shown} keeps them in 16 bits")
+    inputs = {
+        linear: replace(found, factor=None) if kind_of(linear) in stored else found
+        for linear, found in known.inputs.items()
+    }
+    return replace(known, inputs=inputs)
 
 
 def _check_weights(path: Path, scales: Scales, expert: str, sources: tuple[Checkpoint, Checkpoint]) -> None:

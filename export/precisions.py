@@ -59,7 +59,7 @@ def quantised_of(
 ) -> Quantised | None:
     """What the blocks of an expert multiply in less than 16 bits; None if nothing.
 
-    INT8 needs factors, which even out its rows; FP8 gains nothing by them, and without them its stored codes stay.
+    INT8 and NVFP4 need factors, which even out their rows. FP8 gains nothing by them, and keeps stored codes without.
 
     Args:
         precision: the expert's precision.
@@ -71,6 +71,7 @@ def quantised_of(
     if not precision.quantised:
         return None
     in_fp8 = {options.fp8_attention} if precision.attention is Number.FP8 else set()
+    exceptions = {**usual_exceptions(precision), **exceptions}
     made = Quantised(
         self_attention=bool(in_fp8 & {"both", "self"}),
         cross_attention=bool(in_fp8 & {"both", "cross"}),
@@ -81,7 +82,7 @@ def quantised_of(
     numbers = {linear: made.number(linear) for linear in (*static, *inputs)}
     return replace(
         made,
-        static=frozenset(linear for linear in static if (n := numbers[linear]) and CODES[n].takes_scales),
+        static=frozenset(linear for linear in static if (n := numbers[linear]) in CODES and CODES[n].takes_scales),
         centred=frozenset(kind_of(linear) for linear in inputs if numbers[linear] is not None),
         smoothed=frozenset(
             kind_of(linear)
@@ -89,6 +90,13 @@ def quantised_of(
             if (n := numbers[linear]) and n.smoothed and found.factor is not None
         ),
     )
+
+
+def usual_exceptions(precision: Precision) -> dict[str, Number]:
+    """The linears outside the feed-forward, if ``precision`` has another type for them."""
+    beside = precision.beside_feed_forward
+    outside = [kind for kind in LINEARS if not kind.startswith("ffn.")]
+    return dict.fromkeys(outside, beside) if beside is not precision.linears else {}
 
 
 def usual_quantised(precision: Precision) -> Quantised | None:
@@ -127,6 +135,8 @@ def check_quantised(spec: ModelSpec, options: ExportOptions) -> None:
             raise UserError(f"--keep-high-precision {linear}", expected, "name existing linears")
         if number.bits >= 16 and number is not Number.BF16:
             raise UserError(f"--keep-high-precision {linear}={number}", "bf16, fp8 or int8", "choose one of these")
+        if number is Number.NVFP4:
+            raise UserError(f"--keep-high-precision {linear}={number}", "bf16, fp8 or int8", "use --precision nvfp4")
     for option, given in {
         "--keep-high-precision": options.keep_high_precision or options.exceptions or options.by_crest,
         "--input-means": options.input_means,

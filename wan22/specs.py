@@ -41,8 +41,8 @@ class Number(StrEnum):
 
     @property
     def smoothed(self) -> bool:
-        """True if its inputs are multiplied by factors, because its codes are evenly spaced."""
-        return self is Number.INT8
+        """True if its inputs are multiplied by factors: its codes are evenly spaced, or there are few of them."""
+        return self in (Number.INT8, Number.NVFP4)
 
     @property
     def significand(self) -> int:
@@ -85,8 +85,8 @@ class Precision(StrEnum):
         return _AXES[self][1]
 
     @property
-    def attention_linears(self) -> Number:
-        """The number type of the linears of attention, where it is not that of the feed-forward."""
+    def beside_feed_forward(self) -> Number:
+        """The number type of the other linears of a block, where :attr:`linears` is that of the feed-forward alone."""
         return _BESIDE.get(self, self.linears)
 
     @property

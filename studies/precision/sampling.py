@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from export.precisions import LINEARS
 from export.quantise.measure import measure_inputs
 from runtime.arrays import F32
 from runtime.schedule import Schedule
@@ -57,7 +58,9 @@ class ReferenceRun:
         """What this run and an export measure on the inputs of the twin's linears."""
         tapped, weights = self._tapped[expert], twin.weights[expert]
         return Calibration(
-            tapped.largest, inputs_of(tapped, weights), measure_inputs(weights.__getitem__, twin.spec, expert)
+            tapped.largest,
+            inputs_of(tapped, weights),
+            measure_inputs(weights.__getitem__, twin.spec, expert, keep=LINEARS),
         )
 
 

@@ -12,7 +12,7 @@ from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16
 from export.graphs.dit import dit_graph
 from export.graphs.linear import FLOAT8_MAX, Quantised, coded_matrices, kind_of
 from export.graphs.taps import Tapped, add_taps, linear_inputs
-from export.precisions import LINEARS
+from export.precisions import LINEARS, usual_exceptions
 from export.quantise.input_scales import MARGIN
 from export.quantise.inputs import CENTRED, MeasuredInput, column_maxima, input_width, smoothing_factors
 from export.quantise.quantised_weights import QuantisedWeights
@@ -31,6 +31,8 @@ WITHOUT_DATA = "measured by the export: noise, no text, few tokens"
 WITHIN = "subtracts from every linear's input its mean over the tokens of the call; the rounded weights restore it"
 LESS = {"K not smoothed": keep_k_mean, "V per tensor": scale_v_per_tensor}  # attention without one of its precautions
 FP8, INT8 = Quantised(), Quantised(linears=Number.INT8)
+NVFP4 = Quantised(linears=Number.NVFP4)
+NVFP4_FFN = Quantised(linears=Number.NVFP4, exceptions=usual_exceptions(Precision.NVFP4_FFN))
 FP8_ATTN, INT8_FP8_ATTN = Quantised(True, True), Quantised(True, True, Number.INT8)
 
 Source = Literal["", "export", "run"]  # of means and factors: none, the export's measurement, a run beforehand
@@ -86,6 +88,10 @@ VARIANTS = (
     _without("int8 without factors", INT8, inputs="export", smoothed=False),
     _without("int8 without means and factors", INT8),
     *_exported(Precision.INT8_FP8_ATTN, INT8_FP8_ATTN, 0.02),
+    *_exported(Precision.NVFP4, NVFP4, 0.045)[:1],
+    _without("nvfp4 without factors", NVFP4, inputs="export", smoothed=False),
+    _without("nvfp4 without means, factors and compensation", NVFP4),
+    *_exported(Precision.NVFP4_FFN, NVFP4_FFN, 0.04)[:1],
 )
 
 

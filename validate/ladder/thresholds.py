@@ -127,8 +127,24 @@ INT8 = Thresholds(
     frames=Limit("psnr_db", 26.0, "half the error that fp8 may have"),
     ssim=Limit("ssim", 0.9, "grain and some details differ"),
 )
+NVFP4 = Thresholds(
+    text=BF16.text,
+    velocity=Limit("relative_l2", 1.6e-1, "twice fp8's: 1 bit of mantissa, a scale for 16 numbers"),
+    latents=Limit("relative_l2", 4e-1, "a velocity's 1.6e-1, times guidance; the steps average out part of it"),
+    vae=BF16.vae,
+    streaming=BF16.streaming,
+    frames=Limit("psnr_db", 15.0, "twice the error that fp8 may have: the same scene"),
+    ssim=Limit("ssim", 0.6, "other details, the same composition"),
+)
 EXCESS = Limit("excess", 1.5, "PyTorch's error in the same precision, plus half of it for rounding in other places")
-BY_LINEARS = {Number.FP32: FP32, Number.FP16: FP16, Number.BF16: BF16, Number.FP8: FP8, Number.INT8: INT8}
+BY_LINEARS = {
+    Number.FP32: FP32,
+    Number.FP16: FP16,
+    Number.BF16: BF16,
+    Number.FP8: FP8,
+    Number.INT8: INT8,
+    Number.NVFP4: NVFP4,
+}
 
 
 def thresholds_for(precision: Precision) -> Thresholds:

@@ -80,7 +80,36 @@ class Int8Linear(torch.nn.Module):
         return (product + self.bias.float()).to(x.dtype)
 
 
-LINEARS = {Number.FP8: Fp8Linear, Number.INT8: Int8Linear}
+class Nvfp4Linear(torch.nn.Module):
+    """A linear layer that multiplies NVFP4 values, rounded to the nearest, with one more scale for every row."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(_through_nvfp4(weight).to(torch.bfloat16), requires_grad=False)
+        self.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in]`` → ``[..., out]`` in the dtype of ``x``."""
+        product = functional.linear(_through_nvfp4(x.float()), self.weight.float())
+        return (product + self.bias.float()).to(x.dtype)
+
+
+def _through_nvfp4(x: torch.Tensor) -> torch.Tensor:
+    """``x [..., in]`` rounded to NVFP4: E2M1, an E4M3 scale for 16 numbers, a scale for every row."""
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
+    groups = (x / largest).unflatten(-1, (-1, 16))
+    scales = (groups.abs().amax(-1, keepdim=True) / 6 * LARGEST).to(FLOAT8).float() / LARGEST
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    scaled = groups / torch.where(scales > 0, scales, 1.0)
+    distance, nearest = torch.full_like(scaled, torch.inf), torch.zeros_like(scaled)
+    for value in magnitudes:
+        closer = (scaled.abs() - value).abs() < distance
+        nearest = torch.where(closer, value, nearest)
+        distance = torch.where(closer, (scaled.abs() - value).abs(), distance)
+    return (nearest * scaled.sign() * scales).flatten(-2) * largest
+
+
+LINEARS = {Number.FP8: Fp8Linear, Number.INT8: Int8Linear, Number.NVFP4: Nvfp4Linear}
 
 
 def attention_of(precision: Precision) -> AbstractContextManager[Any]:
