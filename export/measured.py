@@ -62,18 +62,28 @@ def read_measured(
         done, total = chosen.index(expert) * spec.dit.layers, len(chosen) * spec.dit.layers
         inputs = measure_inputs(source.weights[expert].read, spec, expert, progress, done, total)
         measured[expert] = Measured(inputs=inputs)
-    return {expert: _with_exceptions(expert, precisions[expert], known, options) for expert, known in measured.items()}
+    kept = dict(options.exceptions) | _kept_by_crest(measured, precisions, options)
+    return {expert: replace(known, exceptions=kept) for expert, known in measured.items()}
 
 
-def _with_exceptions(expert: str, precision: Precision, known: Measured, options: ExportOptions) -> Measured:
-    """``known`` with the linears that are kept out of the precision: those asked for, and by their crest if asked."""
-    peaked = too_peaked(known.inputs) if precision.linears.smoothed else {}
-    peaked = {kind: crest for kind, crest in peaked.items() if kind not in options.exceptions}
-    if peaked and options.by_crest is None:
+def _kept_by_crest(
+    measured: Mapping[str, Measured], precisions: Mapping[str, Precision], options: ExportOptions
+) -> dict[str, Number]:
+    """The linears that INT8 does not suit in one of the experts, so that all of these still share their engines.
+
+    None, but a warning, unless ``options`` ask for them. Linears that these name are left alone.
+    """
+    peaked: dict[str, float] = {}
+    for expert in (expert for expert in measured if precisions[expert].linears.smoothed):
+        for kind, crest in too_peaked(measured[expert].inputs).items():
+            if kind not in options.exceptions:
+                peaked[kind] = max(crest, peaked.get(kind, 0.0))
+    if options.by_crest is not None:
+        return dict.fromkeys(peaked, options.by_crest)
+    if peaked:
         kinds = ", ".join(f"{kind} (crest {crest:.1f})" for kind, crest in peaked.items())
-        log.warning(f"{expert}: INT8 costs more than FP8 in {kinds}; --keep-high-precision auto keeps them out of it")
-    kept = dict.fromkeys(peaked, options.by_crest) if options.by_crest is not None else {}
-    return replace(known, exceptions={**kept, **options.exceptions})
+        log.warning(f"INT8 errs more than FP8 in {kinds}; --keep-high-precision auto keeps these out of it")
+    return {}
 
 
 def _check_weights(path: Path, scales: Scales, expert: str, sources: tuple[Checkpoint, Checkpoint]) -> None:
