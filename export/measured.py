@@ -19,6 +19,8 @@ from wan22.specs import Number, Precision
 
 log = logging.getLogger(__name__)
 
+SOME_MATRIX = "blocks.0.ffn.0.weight"
+
 
 @dataclass(frozen=True, eq=False)
 class Measured:
@@ -42,25 +44,28 @@ def read_measured(
     if scales is not None and means is not None:
         expected = "only one: scales are measured on inputs that are not centred"
         raise UserError("--input-scales and --input-means", expected, "leave one out")
-    found: dict[str, Measured] = {}
-    if scales is not None:
-        for expert, part in read_input_scales(scales, source.spec).items():
-            _check_weights(scales, part, expert, (source, base))
-            found[expert] = Measured(scales={linear: entry.input for linear, entry in part.items()})
-    if means is not None:
-        for expert, of_expert in read_inputs(means, source.spec).items():
-            _check_weights(means, of_expert.weights, expert, (source, base))
-            found[expert] = Measured(inputs=of_expert.inputs)
     spec, precisions = source.spec, precisions_of(source.spec, options)
     chosen = [e for e in spec.experts if precisions[e].quantised and (not options.parts or e in options.parts)]
-    measured = {expert: found[expert] for expert in chosen if expert in found}
-    for expert in (expert for expert in chosen if expert not in found):
-        theirs = published(source.weights[expert], spec.dit.layers)
-        if CODES[precisions[expert].linears].takes_scales and theirs.input_scales:
+    takes_scales = [expert for expert in chosen if CODES[precisions[expert].linears].takes_scales]
+    measured: dict[str, Measured] = {}
+    for expert, part in read_input_scales(scales, spec).items() if scales is not None else ():
+        _check_weights(scales, part, expert, (source, base))
+        if expert in takes_scales:
+            measured[expert] = Measured(scales={linear: entry.input for linear, entry in part.items()})
+    for expert, of_expert in read_inputs(means, spec).items() if means is not None else ():
+        _check_weights(means, of_expert.weights, expert, (source, base))
+        if expert in chosen:
+            measured[expert] = Measured(inputs=of_expert.inputs)
+    for expert in (expert for expert in chosen if expert not in measured):
+        weights = source.weights[expert]
+        theirs = published(weights, spec.dit.layers)
+        if expert in takes_scales and theirs.input_scales:
             measured[expert] = Measured(theirs.input_scales, wide_blocks=theirs.wide_blocks)
             continue
+        if expert not in takes_scales and weights.codes(SOME_MATRIX) is not None:
+            log.warning(f"{expert} is stored in FP8 and rounded again; --precision fp8 would keep it bit for bit")
         done, total = chosen.index(expert) * spec.dit.layers, len(chosen) * spec.dit.layers
-        inputs = measure_inputs(source.weights[expert].read, spec, expert, progress, done, total)
+        inputs = measure_inputs(weights.read, spec, expert, progress, done, total)
         measured[expert] = Measured(inputs=inputs)
     kept = dict(options.exceptions) | _kept_by_crest(measured, precisions, options)
     return {expert: replace(known, exceptions=kept) for expert, known in measured.items()}
