@@ -11,7 +11,7 @@ from export.options import ExportOptions
 from export.precisions import precisions_of
 from export.quantise.input_scales import Scales, check_weights, read_input_scales
 from export.quantise.inputs import MeasuredInput, read_inputs, too_peaked
-from export.quantise.measure import measure_inputs
+from export.quantise.measure import inputs_of_zeros, measure_inputs
 from export.quantise.published import published
 from wan22.errors import UserError
 from wan22.progress import Progress
@@ -64,6 +64,9 @@ def read_measured(
             continue
         if expert not in takes_scales and weights.codes(SOME_MATRIX) is not None:
             log.warning(f"{expert} is stored in FP8 and rounded again; --precision fp8 would keep it bit for bit")
+        if options.sparse:
+            measured[expert] = Measured(inputs=inputs_of_zeros(spec.dit))
+            continue
         done, total = chosen.index(expert) * spec.dit.layers, len(chosen) * spec.dit.layers
         inputs = measure_inputs(weights.read, spec, expert, progress, done, total)
         measured[expert] = Measured(inputs=inputs)
