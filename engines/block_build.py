@@ -50,7 +50,7 @@ class BlockBuild:
         for component in filter(self.applies_to, self.source.manifest.components):
             if not component.stages:
                 found = f"--topology blocks for {component.name}, whose blocks differ"
-                kept = "--keep-high-precision, --input-scales and --input-means"
+                kept = "--keep-high-precision for single blocks and --input-scales"
                 raise UserError(found, "blocks that compute alike", f"export again without {kept}, or build whole")
 
     @cached_property

@@ -6,19 +6,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from export.checkpoint.checkpoint import Checkpoint, Weights
-from export.files.decoded import Nvfp4
+from export.files.decoded import Codes, Nvfp4
 from export.graphs.linear import CODES, kind_of
 from export.options import ExportOptions
 from export.precisions import LINEARS, precisions_of, usual_exceptions
 from export.quantise.input_scales import Scales, check_weights, read_input_scales
 from export.quantise.inputs import MeasuredInput, read_inputs, too_peaked
-from export.quantise.measure import measure_inputs
+from export.quantise.measure import inputs_of_zeros, measure_inputs
 from export.quantise.published import SAME_INPUT, published
 from wan22.errors import UserError
 from wan22.progress import Progress
 from wan22.specs import Number, Precision
 
 log = logging.getLogger(__name__)
+
+SOME_MATRIX = "blocks.0.ffn.0.weight"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,42 +45,60 @@ def read_measured(
     if scales is not None and means is not None:
         expected = "only one: scales are measured on inputs that are not centred"
         raise UserError("--input-scales and --input-means", expected, "leave one out")
-    found: dict[str, Measured] = {}
-    if scales is not None:
-        for expert, part in read_input_scales(scales, source.spec).items():
-            _check_weights(scales, part, expert, (source, base))
-            found[expert] = Measured(scales={linear: entry.input for linear, entry in part.items()})
-    if means is not None:
-        for expert, of_expert in read_inputs(means, source.spec).items():
-            _check_weights(means, of_expert.weights, expert, (source, base))
-            found[expert] = Measured(inputs=of_expert.inputs)
     spec, precisions = source.spec, precisions_of(source.spec, options)
     chosen = [e for e in spec.experts if precisions[e].quantised and (not options.parts or e in options.parts)]
-    measured = {expert: found[expert] for expert in chosen if expert in found}
-    for expert in (expert for expert in chosen if expert not in found):
-        theirs = published(source.weights[expert], spec.dit.layers)
-        number = precisions[expert].linears
-        if number in CODES and CODES[number].takes_scales and theirs.input_scales:
+    takes_scales = [expert for expert in chosen if (n := precisions[expert].linears) in CODES and CODES[n].takes_scales]
+    measured: dict[str, Measured] = {}
+    for expert, part in read_input_scales(scales, spec).items() if scales is not None else ():
+        _check_weights(scales, part, expert, (source, base))
+        if expert in takes_scales:
+            measured[expert] = Measured(scales={linear: entry.input for linear, entry in part.items()})
+    for expert, of_expert in read_inputs(means, spec).items() if means is not None else ():
+        _check_weights(means, of_expert.weights, expert, (source, base))
+        if expert in chosen:
+            measured[expert] = Measured(inputs=of_expert.inputs)
+    for expert in (expert for expert in chosen if expert not in measured):
+        weights = source.weights[expert]
+        theirs = published(weights, spec.dit.layers)
+        if expert in takes_scales and theirs.input_scales:
             measured[expert] = Measured(theirs.input_scales, wide_blocks=theirs.wide_blocks)
             continue
+        if expert not in takes_scales and isinstance(weights.codes(SOME_MATRIX), Codes):
+            log.warning(f"{expert} is stored in FP8 and rounded again; --precision fp8 would keep it bit for bit")
+        if options.sparse:
+            measured[expert] = Measured(inputs=inputs_of_zeros(spec.dit))
+            continue
         done, total = chosen.index(expert) * spec.dit.layers, len(chosen) * spec.dit.layers
-        kept = fp4_kinds(precisions[expert], options)
-        inputs = measure_inputs(source.weights[expert].read, spec, expert, progress, done, total, kept)
+        kept_rows = fp4_kinds(precisions[expert], options)
+        inputs = measure_inputs(weights.read, spec, expert, progress, done, total, kept_rows)
         measured[expert] = Measured(inputs=inputs)
-    for expert in (expert for expert in chosen if (kinds := fp4_kinds(precisions[expert], options))):
+    for expert in (expert for expert in measured if fp4_kinds(precisions[expert], options)):
+        kinds = fp4_kinds(precisions[expert], options)
         measured[expert] = _as_stored(measured[expert], source.weights[expert], expert, kinds)
-    return {expert: _with_exceptions(expert, precisions[expert], known, options) for expert, known in measured.items()}
+    kept = _kept_by_crest(measured, precisions, options) | dict(options.exceptions)
+    usual = {expert: usual_exceptions(precisions[expert]) for expert in measured}
+    return {expert: replace(known, exceptions=usual[expert] | kept) for expert, known in measured.items()}
 
 
-def _with_exceptions(expert: str, precision: Precision, known: Measured, options: ExportOptions) -> Measured:
-    """``known`` with the linears that are kept out of the precision: those asked for, and by their crest if asked."""
-    peaked = too_peaked(known.inputs) if precision.linears.smoothed else {}
-    peaked = {kind: crest for kind, crest in peaked.items() if kind not in options.exceptions}
-    if peaked and options.by_crest is None:
+def _kept_by_crest(
+    measured: Mapping[str, Measured], precisions: Mapping[str, Precision], options: ExportOptions
+) -> dict[str, Number]:
+    """The linears that INT8 does not suit in one of the experts, so that all of these still share their engines.
+
+    None, but a warning, unless ``options`` ask for them. Linears that these name are left alone.
+    """
+    peaked: dict[str, float] = {}
+    for expert in (expert for expert in measured if precisions[expert].linears.smoothed):
+        fp4 = fp4_kinds(precisions[expert], options)
+        for kind, crest in too_peaked(measured[expert].inputs).items():
+            if kind not in (*options.exceptions, *fp4):
+                peaked[kind] = max(crest, peaked.get(kind, 0.0))
+    if options.by_crest is not None:
+        return dict.fromkeys(peaked, options.by_crest)
+    if peaked:
         kinds = ", ".join(f"{kind} (crest {crest:.1f})" for kind, crest in peaked.items())
-        log.warning(f"{expert}: INT8 costs more than FP8 in {kinds}; --keep-high-precision auto keeps them out of it")
-    kept = dict.fromkeys(peaked, options.by_crest) if options.by_crest is not None else {}
-    return replace(known, exceptions={**usual_exceptions(precision), **kept, **options.exceptions})
+        log.warning(f"INT8 errs more than FP8 in {kinds}; --keep-high-precision auto keeps these out of it")
+    return {}
 
 
 def fp4_kinds(precision: Precision, options: ExportOptions) -> list[str]:

@@ -121,6 +121,21 @@ _AXES = {  # linears, attention
 _BESIDE = dict.fromkeys((Precision.NVFP4_FFN, Precision.NVFP4_FFN_FP8_ATTN), Number.INT8)
 
 
+def precision_named(text: str) -> Precision:
+    """The precision called ``text``.
+
+    Raises:
+        UserError: there is none, with the reason if it is one of INT8 attention.
+    """
+    if text in list(Precision):
+        return Precision(text)
+    found, remedy = f"precision {text!r}", "choose one of these"
+    if text.endswith("int8-attn"):
+        found += " (in INT8, every form of attention that compilers take stores a matrix of tokens by tokens)"
+        remedy = f"use {Precision.INT8_FP8_ATTN} on Ada and Blackwell, {Precision.INT8} elsewhere"
+    raise UserError(found, f"one of {', '.join(Precision)}", remedy)
+
+
 class Task(StrEnum):
     """``model_type`` in official configurations. Code checks :attr:`ModelSpec.takes` instead of the task."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.files.tensor_file import BFLOAT16, Array, as_torch, check_finite
-from export.quantise.inputs import MeasuredInput, smoothing_factors
+from export.quantise.inputs import CENTRED, MeasuredInput, input_width, smoothing_factors
 from wan22.parts import DitSpec, rope_split
 from wan22.progress import Progress, silent
 from wan22.specs import PATCH, TRAIN_TIMESTEPS, ModelSpec
@@ -58,6 +58,13 @@ def measure_inputs(
         forward.block(f"blocks.{block}")
         progress("measure inputs", done + block + 1, total or spec.dit.layers, "blocks")
     return forward.found
+
+
+def inputs_of_zeros(dit: DitSpec) -> dict[str, MeasuredInput]:
+    """The inputs in a model of zeros, whose weights are holes in a file."""
+    linears = (f"blocks.{block}.{kind}" for block in range(dit.layers) for kind in CENTRED)
+    widths = {linear: input_width(dit, linear) for linear in linears}
+    return {n: MeasuredInput(np.zeros(w, np.float32), np.ones(w, np.float32)) for n, w in widths.items()}
 
 
 def timesteps_of(spec: ModelSpec, expert: str) -> tuple[float, float]:

@@ -78,7 +78,9 @@ def test_int8_needs_nothing_else_and_linears_can_be_kept_out_of_it(tmp_path, tin
         (["--precision", "int8", "--keep-high-precision", "x"], "write them as 0-2,39, ffn.2=fp8 or auto"),
         (["--precision", "bf16", "--keep-high-precision", "auto"], "without FP8 or INT8"),
         (["--precision", "int8", "--input-scales", "s.json"], "--input-scales without FP8"),
-        (["--precision", "int8-attn"], "int8-attn"),
+        (["--precision", "int8-attn"], "a matrix of tokens by tokens"),
+        (["--high-noise", "int8-attn"], "a matrix of tokens by tokens"),
+        (["--precision", "int9"], "precision 'int9' | expected one of fp32, "),
         (["--precision", "int8", "--text-encoder", "int8"], "text_encoder in int8"),
         (["--target", "a100", "--precision", "int8+fp8-attn"], "no FP8 units"),
         (

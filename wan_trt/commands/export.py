@@ -8,7 +8,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
-from wan22.specs import Number, Precision
+from wan22.specs import Number, Precision, precision_named
 from wan_trt.arguments import PRECISIONS, Frames, Overwrite, Size, kept_of, size_of
 from wan_trt.console import bars, command_line, console
 
@@ -25,12 +25,16 @@ Part = Annotated[
 ]
 ModelPrecision = Annotated[
     Precision | None,
-    typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
+    typer.Option(
+        metavar="PRECISION", parser=precision_named, help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."
+    ),
 ]
 Target = Annotated[
     str | None, typer.Option(help="Target to build the engines for, as in wan-trt build; by default cpu.")
 ]
-PartPrecision = Annotated[Precision | None, typer.Option(metavar="PRECISION", help="Precision of this part alone.")]
+PartPrecision = Annotated[
+    Precision | None, typer.Option(metavar="PRECISION", parser=precision_named, help="Precision of this part alone.")
+]
 Vae = Annotated[Path | None, typer.Option(metavar="FILE", help="A file to use instead of the checkpoint's VAE.")]
 Tokenizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with tokenizer.json, or a spiece.model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
@@ -165,6 +169,8 @@ def _files_and_precisions(named: Mapping[str, list[str] | None]) -> tuple[dict[s
             if part in target:
                 raise UserError(f"{option} {value} after {target[part]}", "a file and a precision", "name one of each")
             target[part] = Precision(value) if target is precisions else Path(value)
+            if value.endswith("int8-attn"):
+                precision_named(value)  # says why not
             if target is files and not Path(value).exists() and "." not in value and "/" not in value:
                 raise UserError(f"{option} {value}", f"a file, or one of {', '.join(Precision)}", "check the name")
     return files, precisions

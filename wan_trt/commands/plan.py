@@ -8,7 +8,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.quantities import parse_bytes
-from wan22.specs import Precision, spec_named
+from wan22.specs import Precision, precision_named, spec_named
 from wan_trt.arguments import PRECISIONS, Frames, Size, Vram, size_of
 from wan_trt.console import console
 
@@ -20,7 +20,9 @@ def run(
     ] = None,
     precision: Annotated[
         Precision | None,
-        typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
+        typer.Option(
+            metavar="PRECISION", parser=precision_named, help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."
+        ),
     ] = None,
     size: Size = None,
     frames: Frames = None,

@@ -5,8 +5,9 @@ from itertools import pairwise
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
-from export.quantise.nvfp4 import GROUP, SCALES_TRIED, compensated, low_rank, quantise
+from export.quantise.nvfp4 import GROUP, SCALES_TRIED, _nearest, compensated, low_rank, quantise
 
 E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
 
@@ -81,9 +82,8 @@ def test_a_matrix_is_its_nearest_codes(layer):
 
 def test_halves_round_to_the_even_code():
     halves = np.array([(a + b) / 2 for a, b in pairwise(E2M1[:8])], np.float32)
-    row = np.concatenate([halves, -halves, [6.0, 0.0]]).astype(np.float32)[None]
-    found = quantise(row)  # its largest value is 6, so the steps are 1
-    assert np.array_equal(found.decoded()[0, :7], [0, 1, 1, 2, 2, 4, 4])
+    found = _nearest(torch.from_numpy(np.concatenate([halves, -halves])), torch.ones(14))
+    assert np.array_equal(E2M1[found.numpy()], [0, 1, 1, 2, 2, 4, 4, 0, -1, -1, -2, -2, -4, -4])
 
 
 def test_later_columns_make_up_for_errors_as_in_the_slow_formula(layer):
