@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from engines.block_build import slotted_stages
 from engines.build import BuildOptions, build_engines
 from engines.lora_slots import add_slots, with_slots
 from export.checkpoint.schema import dit_tensors
@@ -24,12 +23,13 @@ from runtime.block_backend import BlockOptions
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.weight_sets import WeightSets
-from tests.export.conftest import made_up
+from tests.export.conftest import made_up, run_graph  # noqa: F401  # a fixture
 from tests.export.graphs.test_blocks import Stages, given_to
 from tests.export.graphs.test_dit import relative_l2
 from triton_repo.loading import load
 from triton_repo.settings import Limits, settings_of
-from wan22.bundle import Bundle, File, Stage, open_bundle
+from validate.ladder.onnx_side import open_for_comparison
+from wan22.bundle import File, open_bundle
 from wan22.errors import UserError
 from wan22.specs import SPECS, Precision
 from wan_trt.cli import app
@@ -102,14 +102,10 @@ def test_requests_take_turns_with_loras_on_open_engines_and_get_what_merged_expo
     slotted, blocks_of, tiny_checkpoint, loras, tmp_path
 ):
     parsed = {name: tuple(map(parse_lora, each)) for name, each in loras.items()}
-    expected = {None: blocks_of("t2v-a14b-tiny")}
-    for name, choices in parsed.items():
-        options = ExportOptions(Precision.FP32, loras=choices)
-        export_checkpoint(tiny_checkpoint, tmp_path / f"{name}-onnx", options)
-        expected[name] = build_engines(tmp_path / f"{name}-onnx", tmp_path / name).folder
+    export_checkpoint(tiny_checkpoint, tmp_path / "onnx", ExportOptions(Precision.FP32, loras=parsed["oil"]))
     alone = {}
-    for name, folder in expected.items():
-        with Pipeline.open(folder) as pipeline:
+    for name, folder in ((None, blocks_of("t2v-a14b-tiny")), ("oil", tmp_path / "onnx")):
+        with open_for_comparison(folder) as pipeline:
             alone[name] = latents(pipeline)
     sets = make_weight_sets(slotted, tmp_path / "sets", parsed)
     small, whole = (
@@ -119,23 +115,22 @@ def test_requests_take_turns_with_loras_on_open_engines_and_get_what_merged_expo
     assert small < whole / 2
     settings = settings_of(open_bundle(slotted, "engines"), Limits(10**6, 81), residency="all", loras=sets)
     with load(settings) as served:
-        opened, first = set(), latents(served)
+        opened, found = set(), {}
         for name in ("ink", "oil", None, "oil", "ink", None):
-            found = latents(served, name)
-            assert relative_l2(found, alone[name]) < 1e-5, name
+            made = latents(served, name)
+            assert np.array_equal(found.setdefault(name, made), made), name
             opened.add(id(served._engines["high_noise"]))
-        assert np.array_equal(latents(served), first)  # empty again
-        assert len(opened) == 1
-    assert relative_l2(alone["ink"], alone[None]) > 0.05 < relative_l2(alone["oil"], alone["ink"])
+        assert len(opened) == 1  # no engine was opened again
+    assert max(relative_l2(found[name], expected) for name, expected in alone.items()) < 1e-5
+    assert relative_l2(found["ink"], found[None]) > 0.05 < relative_l2(found["oil"], found["ink"])
+    bundles = {name: open_bundle(folder, "engines") for name, folder in sets.items()}
     with Pipeline(open_bundle(slotted, "engines"), blocks=BlockOptions("disk")) as streaming:
-        streaming.weight_sets = WeightSets(
-            streaming.bundle, {name: open_bundle(folder, "engines") for name, folder in sets.items()}
-        )
+        streaming.weight_sets = WeightSets(streaming.bundle, bundles)
         for name in ("oil", "ink"):
-            assert relative_l2(latents(streaming, name), alone[name]) < 1e-5
+            assert np.array_equal(latents(streaming, name), found[name])
 
 
-def test_slots_of_fp8_linears_carry_scales_and_the_bias_that_moved_behind_o(tmp_path, run_graph):
+def test_slots_of_fp8_linears_carry_scales_and_the_bias_that_moved_behind_o(tmp_path, run_graph):  # noqa: F811
     weights, given, rank = made_up(dit_tensors(SPEC)), given_to(SPEC), 16
     lora = low_rank(6, 3)
     changed = dict(weights)
@@ -199,6 +194,7 @@ class Named(dict):
     vector = Region.vector
 
 
+@pytest.mark.slow
 def test_a_command_makes_a_video_with_a_lora_and_proves_it_against_the_merged_reference(
     slotted, tiny_engines, tiny_checkpoint, loras, tmp_path
 ):
@@ -247,11 +243,3 @@ def test_merging_into_engines_with_slots_leaves_them_empty(slotted, loras, tmp_p
         made = write_slot_set(other.bundle, [parse_lora(loras["ink"][0])], tmp_path / "set")
         other.weight_sets = WeightSets(other.bundle, {"ink": open_bundle(made, "engines")})
         assert relative_l2(latents(merged), latents(other, "ink")) < 1e-5
-
-
-def test_the_stages_of_both_experts_stay_shared(slotted):
-    bundle: Bundle = open_bundle(slotted, "engines")
-    high, low = (bundle.component(f"{name}_noise") for name in ("high", "low"))
-    assert high.stages == low.stages
-    stages: tuple[Stage, ...] = slotted_stages(high, 0)
-    assert stages == high.stages
