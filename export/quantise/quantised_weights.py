@@ -101,10 +101,10 @@ class QuantisedWeights:
         stem, leaf = key.rsplit(".", 1)
         if key in self._quantised:
             return self._whole(key)
-        if leaf.endswith("_scale") and not leaf.startswith("input"):
-            return self._scales_of(f"{stem}.weight") if leaf == "weight_scale" else self._head_scale(stem, leaf[0])
         if leaf == "group_scale":
             return self._fp4(f"{stem}.weight").groups
+        if leaf.endswith("_scale") and not leaf.startswith("input"):
+            return self._scales_of(f"{stem}.weight") if leaf == "weight_scale" else self._head_scale(stem, leaf[0])
         if leaf.startswith("input_"):
             return self._of_input(stem, leaf)
         if key in self._remade:
