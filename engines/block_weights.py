@@ -181,4 +181,4 @@ def _v_norms(stored: Stored, folder: Path, block: int, width: int) -> np.ndarray
     divisors = np.float32(1.0) if factors is None else factors
     rows = np.array_split(codes.reshape(width, width), 16)
     norms: np.ndarray = np.concatenate([np.linalg.norm(part.astype(np.float32) * divisors, axis=1) for part in rows])
-    return (norms * scales).astype(np.float32)
+    return np.asarray(norms * scales, np.float32)
