@@ -207,4 +207,4 @@ def _v_norms(stored: Stored, folder: Path, block: int, width: int) -> np.ndarray
         codes = codes.reshape(-1, GROUP) * groups.astype(np.float32)[:, None]
     rows = np.array_split(codes.reshape(width, width), 16)
     norms: np.ndarray = np.concatenate([np.linalg.norm(part.astype(np.float32) * divisors, axis=1) for part in rows])
-    return (norms * scales).astype(np.float32)
+    return np.asarray(norms * scales, np.float32)

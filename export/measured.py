@@ -49,14 +49,16 @@ def read_measured(
     chosen = [e for e in spec.experts if precisions[e].quantised and (not options.parts or e in options.parts)]
     takes_scales = [expert for expert in chosen if (n := precisions[expert].linears) in CODES and CODES[n].takes_scales]
     measured: dict[str, Measured] = {}
-    for expert, part in read_input_scales(scales, spec).items() if scales is not None else ():
-        _check_weights(scales, part, expert, (source, base))
-        if expert in takes_scales:
-            measured[expert] = Measured(scales={linear: entry.input for linear, entry in part.items()})
-    for expert, of_expert in read_inputs(means, spec).items() if means is not None else ():
-        _check_weights(means, of_expert.weights, expert, (source, base))
-        if expert in chosen:
-            measured[expert] = Measured(inputs=of_expert.inputs)
+    if scales is not None:
+        for expert, part in read_input_scales(scales, spec).items():
+            _check_weights(scales, part, expert, (source, base))
+            if expert in takes_scales:
+                measured[expert] = Measured(scales={linear: entry.input for linear, entry in part.items()})
+    if means is not None:
+        for expert, of_expert in read_inputs(means, spec).items():
+            _check_weights(means, of_expert.weights, expert, (source, base))
+            if expert in chosen:
+                measured[expert] = Measured(inputs=of_expert.inputs)
     for expert in (expert for expert in chosen if expert not in measured):
         weights = source.weights[expert]
         theirs = published(weights, spec.dit.layers)

@@ -82,7 +82,7 @@ def test_quantised_numbers_are_known_to_the_files_of_the_table_only(trees):
 def test_a_precision_is_two_numbers_and_a_wide_companion(precision):
     assert not precision.wide.quantised
     assert precision.wide.wide is precision.wide
-    assert precision.quantised == (precision.linears is Number.FP8)
+    assert precision.quantised == (precision.linears in (Number.FP8, Number.INT8))
     assert precision.significand <= precision.wide.significand
     assert precision.attention in (precision.linears, precision.wide.attention)
 

@@ -95,7 +95,8 @@ def column_maxima(read: Callable[[str], Array], linear: str) -> Array:
     """The largest weight [in] of every column of the matrices that read the input of ``linear``."""
     parts = [f"{linear[:-1]}{part}" for part in "qkv"] if linear.endswith("self_attn.q") else [linear]
     magnitudes = (np.abs(np.asarray(read(f"{part}.weight"), np.float32)).max(0) for part in parts)
-    return np.maximum.reduce(list(magnitudes))
+    largest: Array = np.maximum.reduce(list(magnitudes))
+    return largest
 
 
 def smoothing_factors(largest_input: Array, largest_weight: Array) -> Array:
@@ -146,7 +147,7 @@ def _check_values(what: str, values: Mapping[str, Array]) -> None:
     for leaf, array in values.items():
         if not np.isfinite(array).all():
             raise UserError(f"{what}.{leaf} holds NaN or infinity", "finite numbers", "calibrate again")
-    if "input_factor" in values and not (values["input_factor"] > 0).all():
+    if "input_factor" in values and not float(values["input_factor"].min()) > 0:
         raise UserError(f"{what}.input_factor holds 0 or less", "positive factors", "calibrate again")
     if "crest" in values and not 1 <= (crest := float(values["crest"])) <= (most := len(values["input_mean"]) ** 0.5):
         raise UserError(f"{what}.crest {crest:.3g}", f"1 to {most:.3g}, as rows have", "calibrate again")

@@ -140,7 +140,7 @@ class _Forward:
         x = self.x
         q, k, v = self.linears(self.norm(x) * (1 + scale) + shift, attention, "qkv")
         q, k = (self.rotate(self.head_norm(each, f"{attention}.norm_{n}")) for n, each in (("q", q), ("k", k)))
-        attended = functional.scaled_dot_product_attention(*map(self.by_head, (q, k, v)))
+        attended = functional.scaled_dot_product_attention(self.by_head(q), self.by_head(k), self.by_head(v))
         (y,) = self.linears(attended.transpose(1, 2).reshape(x.shape), attention, "o")
         x = x + y * gate
         affine = self.tensor(f"{key}.norm3.weight"), self.tensor(f"{key}.norm3.bias")

@@ -165,8 +165,8 @@ class QuantisedWeights:
 
     def _own_bias(self, linear: str) -> np.ndarray:
         bias = self._official(f"{linear}.bias").astype(np.float32)
-        found = self._inputs.get(_input_owner(linear))
-        return np.asarray(bias if found is None else bias + self._weight(linear) @ np.asarray(found.mean, np.float32))
+        entering = _input_owner(linear)
+        return np.asarray(bias + self._weight(linear) @ self._mean(entering) if entering in self._inputs else bias)
 
     def _mean(self, linear: str) -> np.ndarray:
         """The mean input in this graph: for O without V's bias, if that moved behind O."""

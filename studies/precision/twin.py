@@ -120,10 +120,11 @@ def _twin_spec(model: ModelSpec, size: TwinSize) -> ModelSpec:
 
 
 def _inputs(random: np.random.Generator, spec: ModelSpec, size: TwinSize, seed: int) -> Inputs:
-    texts = [_text(random, spec, rows) for rows in (PROMPT_TOKENS, NEGATIVE_TOKENS)]
+    positive, negative = (_text(random, spec, rows) for rows in (PROMPT_TOKENS, NEGATIVE_TOKENS))
     channels = spec.dit.condition_channels
     condition = np.zeros((1, channels, *size.latent), np.float32) if channels else None
-    return Inputs(standard_normal((1, spec.dit.out_channels, *size.latent), seed), *texts, condition)
+    noise = standard_normal((1, spec.dit.out_channels, *size.latent), seed)
+    return Inputs(noise, positive, negative, condition)
 
 
 def _text(random: np.random.Generator, spec: ModelSpec, rows: int) -> F32:

@@ -69,24 +69,20 @@ def _exported(precision: Precision, quantised: Quantised, aim: float) -> tuple[V
     return made, replace(made, name=f"{precision}, calibrated", inputs="run", note=BEFOREHAND, precision=None)
 
 
-def _without(name: str, quantised: Quantised, note: str = "", **less: Source | bool) -> Variant:
-    return replace(Variant(name, BFLOAT16, QUANTISED, quantised=quantised, note=note), **less)
-
-
 REFERENCE = Variant("fp32", FLOAT, PLAIN)
 BFLOAT = Variant("bf16", BFLOAT16, ROUNDED.format("bfloat16"), BF16.velocity.value, precision=Precision.BF16)
 VARIANTS = (
     BFLOAT,
     Variant("fp16", FLOAT16, ROUNDED.format("float16"), FP16.velocity.value, precision=Precision.FP16),
     *_exported(Precision.FP8, FP8, 0.02),
-    _without("fp8 without means", FP8),
+    Variant("fp8 without means", BFLOAT16, QUANTISED, 0.0, FP8),
     Variant("fp8, token means at run time", BFLOAT16, QUANTISED, 0.0, FP8, patch=subtract_token_means, note=WITHIN),
     Variant("fp8, static scales", BFLOAT16, QUANTISED, 0.0, FP8, static=True, note=f"{BEFOREHAND}, 10 % margin"),
     *_exported(Precision.FP8_ATTN, FP8_ATTN, 0.04),
     *(Variant(f"fp8-attn, {less}", BFLOAT16, QUANTISED, 0.0, FP8_ATTN, "export", patch=LESS[less]) for less in LESS),
     *_exported(Precision.INT8, INT8, 0.01),
-    _without("int8 without factors", INT8, inputs="export", smoothed=False),
-    _without("int8 without means and factors", INT8),
+    Variant("int8 without factors", BFLOAT16, QUANTISED, 0.0, INT8, "export", smoothed=False),
+    Variant("int8 without means and factors", BFLOAT16, QUANTISED, 0.0, INT8),
     *_exported(Precision.INT8_FP8_ATTN, INT8_FP8_ATTN, 0.02),
     *_exported(Precision.NVFP4, NVFP4, 0.045)[:1],
     _without("nvfp4 without factors", NVFP4, inputs="export", smoothed=False),
@@ -180,8 +176,9 @@ def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured
     used = {linear: found for linear, found in known.items() if made.number(linear) is not None}
     smooth = {name for name in used if variant.smoothed and (number := made.number(name)) and number.smoothed}
     used = {name: found if name in smooth else replace(found, factor=None) for name, found in used.items()}
-    kinds = {"centred": frozenset(map(kind_of, used)), "smoothed": frozenset(map(kind_of, smooth))}
-    g = dit_graph(spec, variant.compute, None, replace(made, static=frozenset(scales), **kinds))
+    centred, smoothed = frozenset(map(kind_of, used)), frozenset(map(kind_of, smooth))
+    made = replace(made, static=frozenset(scales), centred=centred, smoothed=smoothed)
+    g = dit_graph(spec, variant.compute, None, made)
     if variant.patch:
         variant.patch(g)
     return fill(g, QuantisedWeights(weights.__getitem__, spec, coded_matrices(g), scales, used))

@@ -74,13 +74,13 @@ def export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder:
     """The experts with the LoRAs, in the precisions of the engines."""
     manifest = old.manifest
     size, frames = (manifest.size[:2], manifest.size[2]) if manifest.size else (None, None)
-    found = [component for component in manifest.components if component.name in manifest.spec.experts]
-    experts = {component.name: component.precision for component in found}
+    built = [component for component in manifest.components if component.name in manifest.spec.experts]
+    experts = {component.name: component.precision for component in built}
     options = ExportOptions(
         manifest.precision,
         experts,
         fp8_attention=_fp8_attention(old),
-        exceptions={linear: number for component in found for linear, number in component.exceptions.items()},
+        exceptions={linear: number for component in built for linear, number in component.exceptions.items()},
         size=size,
         frames=frames,
         loras=tuple(loras),

@@ -38,7 +38,7 @@ def tapped_on_the_same_input(spec, expert, weights, measured):
     model = fill(dit_graph(spec.dit), weights.__getitem__)
     rows = {name: (x, input_width(spec.dit, name)) for name, x in linear_inputs(model).items()}
     rows = {name: row for name, row in rows.items() if kind_of(name) in CENTRED}
-    taps = add_taps(model, {}, rows, {name: found.vectors for name, found in measured.items()})
+    taps = add_taps(model, linear_inputs(model), rows, {name: found.vectors for name, found in measured.items()})
     tapped, (frames, height, width) = Tapped(open_graph(model), taps), GRID
     size = (1, spec.dit.out_channels, frames, 2 * height, 2 * width)
     noise = np.random.default_rng(SEED).standard_normal(size, np.float32)
