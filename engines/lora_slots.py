@@ -1,8 +1,8 @@
 """Slots for LoRAs: two small matrix products beside every linear of a block, whose matrices are inputs of its stage.
 
-``y = x W^T + b`` becomes ``y + (x down^T) up^T``. Compilers compute the addition, the bias and GELU with the second
-product. Whoever fills the slots divides ``down`` by the factors of quantised rows and ``up`` by the scales of quantised
-matrices: so they stand where a 16-bit linear has them, on the same operand and before all scales. Zeros change nothing.
+``y = x W^T + b`` becomes ``y + (x down^T) up^T``, on the same operand and before all scales, which whoever fills the
+slots divides by. Beside FP8 and INT8 matrices ``down`` has their codes: then the rows are read as codes by both products,
+where 16 bits would cost a copy of them for every linear. ``up`` is in 16 bits. Zeros change nothing.
 """
 
 from dataclasses import replace
@@ -13,11 +13,12 @@ from wan22.block_layout import LORA_DOWN, LORA_UP, parts_of
 from wan22.bundle import Stage, Tensor
 
 IN_STAGES = ("qkv", "rest", "text_kv")  # of a transformer: those of its blocks
+CODES = {"float8_e4m3fn": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
 BEFORE_PRODUCTS = frozenset({"DequantizeLinear", "Transpose", "Cast"})  # what a matrix passes through
 
 
 def with_slots(stage: Stage, rank: int, dtype: str) -> Stage:
-    """``stage`` with slots of ``rank`` for every linear of a block, matrices ``[out, in]`` of type ``dtype``."""
+    """``stage`` with slots of ``rank`` for every linear of a block, matrices ``[out, in]`` of type ``dtype`` or codes."""
     if stage.name not in IN_STAGES:
         return stage
     slots = []
@@ -26,7 +27,9 @@ def with_slots(stage: Stage, rank: int, dtype: str) -> Stage:
         if leaf == "weight" and len(tensor.dims) == 2:
             leaving, entering = tensor.dims
             each = len(parts_of(linear)) * rank
-            slots += [Tensor(f"{linear}.{LORA_DOWN}", dtype, (each, entering))]
+            slots += [
+                Tensor(f"{linear}.{LORA_DOWN}", tensor.dtype if tensor.dtype in CODES else dtype, (each, entering))
+            ]
             slots += [Tensor(f"{linear}.{LORA_UP}", dtype, (leaving, each))]
     return replace(stage, weights=(*stage.weights, *slots))
 
@@ -40,13 +43,15 @@ def add_slots(model: ir.Model, stage: Stage) -> None:
         entering, raw = product.inputs[0], product.outputs[0]
         assert entering is not None and raw.dtype is not None
         down, up = (_input(model, made[f"{linear}.{leaf}"], raw.dtype) for leaf in (LORA_DOWN, LORA_UP))
-        small = ir.node("Gemm", [entering, down], {"transB": 1}, name=f"{linear}/lora/Gemm")
-        added = ir.node("Gemm", [small.outputs[0], up, raw], {"transB": 1}, name=f"{linear}/lora/Gemm_1")
-        for node in (small, added):
+        small = _dequantised(model, linear, down, raw.dtype) if down.dtype != raw.dtype else []
+        small += [ir.node("Gemm", [entering, small[0].outputs[0] if small else down], {"transB": 1})]
+        added = ir.node("Gemm", [small[-1].outputs[0], up, raw], {"transB": 1})
+        for number, node in enumerate((*small, added)):
+            node.name = f"{linear}/lora/{node.op_type}_{number}"
             node.outputs[0].name, node.outputs[0].type = f"{node.name}:0", ir.TensorType(raw.dtype)
         raw.replace_all_uses_with(added.outputs[0])
         added.replace_input_with(2, raw)
-        model.graph.insert_after(product, [small, added])
+        model.graph.insert_after(product, [*small, added])
 
 
 def _product(matrix: ir.Value) -> ir.Node:
@@ -55,7 +60,17 @@ def _product(matrix: ir.Value) -> ir.Node:
     return _product(reader.outputs[0]) if reader.op_type in BEFORE_PRODUCTS else reader
 
 
+def _dequantised(model: ir.Model, linear: str, codes: ir.Value, dtype: ir.DataType) -> list[ir.Node]:
+    """``codes`` in ``dtype``; their scales are in ``up``."""
+    one = ir.tensor(1.0, dtype=ir.DataType.FLOAT, name=f"{linear}/lora/one")
+    value = ir.Value(name=one.name, shape=one.shape, type=ir.TensorType(one.dtype), const_value=one)
+    model.graph.initializers[str(one.name)] = value
+    return [ir.node("DequantizeLinear", [codes, value], {"output_dtype": int(dtype)})]
+
+
 def _input(model: ir.Model, tensor: Tensor, dtype: ir.DataType) -> ir.Value:
-    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.dims), type=ir.TensorType(dtype))
+    """A new input for ``tensor``: codes, or numbers of the type ``dtype``."""
+    kind = ir.TensorType(CODES.get(tensor.dtype, dtype))
+    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.dims), type=kind)
     model.graph.inputs.append(value)
     return value

@@ -40,6 +40,8 @@ from wan22.outputs import check_disk
 from wan22.progress import Progress, silent
 
 F32 = np.ndarray
+LARGEST_CODES = {"float8_e4m3fn": 448.0, "int8": 127.0}  # of slots that have codes; their scales are in the next matrix
+SMALLEST_ROW = 1e-12
 SET = "lora"  # the name of a set that a command fills for itself
 MERGE = "merge it: wan-trt lora apply, or serve engines without slots"
 
@@ -246,8 +248,12 @@ def fill_linear(
             continue
         slot = slice(index * rank, index * rank + len(found[0]))
         outputs = slice(index * leaving, (index + 1) * leaving)
-        down[slot] = _stored(found[0] if factor is None else found[0] / factor, down.dtype, linear)
-        up[outputs, slot] = _stored(found[1] if scale is None else found[1] / scale[outputs, None], up.dtype, linear)
+        matrix, other = found[0] if factor is None else found[0] / factor, found[1]
+        if (largest := LARGEST_CODES.get(down.dtype.name)) is not None:
+            steps = np.maximum(np.abs(matrix).max(1), SMALLEST_ROW) / largest
+            matrix, other = matrix / steps[:, None], other * steps
+        down[slot] = _stored(np.rint(matrix) if down.dtype == np.int8 else matrix, down.dtype, linear)
+        up[outputs, slot] = _stored(other if scale is None else other / scale[outputs, None], up.dtype, linear)
         if entering is not None:
             bias = region[f"{linear}.bias"]
             bias[outputs] = bias[outputs].astype(np.float32) + found[1] @ (found[0] @ entering)
