@@ -1,8 +1,8 @@
 """Slots for LoRAs: two small matrix products beside every linear of a block, whose matrices are inputs of its stage.
 
 ``y = x W^T + b`` becomes ``y + (x down^T) up^T``, on the same operand and before all scales, which whoever fills the
-slots divides by. Beside FP8 and INT8 matrices ``down`` has their codes: then the rows are read as codes by both products,
-where 16 bits would cost a copy of them for every linear. ``up`` is in 16 bits. Zeros change nothing.
+slots divides by. Beside FP8 and INT8 matrices ``down`` has their codes, so that both products read the codes of rows; 16
+bits would cost a copy of the rows for every linear. ``up`` is in 16 bits. Zeros change nothing.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ BEFORE_PRODUCTS = frozenset({"DequantizeLinear", "Transpose", "Cast"})  # what a
 
 
 def with_slots(stage: Stage, rank: int, dtype: str) -> Stage:
-    """``stage`` with slots of ``rank`` for every linear of a block, matrices ``[out, in]`` of type ``dtype`` or codes."""
+    """``stage`` with slots of ``rank`` for every linear of a block: matrices ``[out, in]``, codes or of type ``dtype``."""
     if stage.name not in IN_STAGES:
         return stage
     slots = []
@@ -27,9 +27,8 @@ def with_slots(stage: Stage, rank: int, dtype: str) -> Stage:
         if leaf == "weight" and len(tensor.dims) == 2:
             leaving, entering = tensor.dims
             each = len(parts_of(linear)) * rank
-            slots += [
-                Tensor(f"{linear}.{LORA_DOWN}", tensor.dtype if tensor.dtype in CODES else dtype, (each, entering))
-            ]
+            of_down = tensor.dtype if tensor.dtype in CODES else dtype
+            slots += [Tensor(f"{linear}.{LORA_DOWN}", of_down, (each, entering))]
             slots += [Tensor(f"{linear}.{LORA_UP}", dtype, (leaving, each))]
     return replace(stage, weights=(*stage.weights, *slots))
 

@@ -175,10 +175,11 @@ class BlockBackend:
 
     def _stack(self, component: Component, count: int) -> BlockStack:
         """The blocks of ``component`` for a video of ``count`` tokens."""
-        spec, step_bytes = self._bundle.manifest.spec, self._layout(component).step_bytes
+        spec, layout = self._bundle.manifest.spec, self._layout(component)
         if component.name == TEXT_ENCODER:
-            return text_layers(spec.text_encoder, component.precision, step_bytes)
-        return transformer_blocks(spec.dit, component.precision, count, step_bytes)
+            return text_layers(spec.text_encoder, component.precision, layout.step_bytes)
+        slots = bool(layout.lora_rank)
+        return transformer_blocks(spec.dit, component.precision, count, layout.step_bytes, slots=slots)
 
     def _choose(self, component: Component, count: int) -> BlockChoice:
         options, available = self._options, self._available()

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from wan22.costs import block_parameters, vectors_bytes
 from wan22.parts import DitSpec, TextEncoderSpec
-from wan22.specs import TEXT_TOKENS, Precision
+from wan22.specs import TEXT_TOKENS, Number, Precision
 
 WeightsIn = Literal["auto", "vram", "host", "disk"]  # where blocks are that are not at work
 WEIGHTS_IN: tuple[WeightsIn, ...] = get_args(WeightsIn)
@@ -75,9 +75,15 @@ class BlockStack:
         return self.memory(BlockChoice(slots, self.slices[-1])).total
 
 
-def transformer_blocks(spec: DitSpec, precision: Precision, tokens: int, step_bytes: float) -> BlockStack:
-    """The blocks of a transformer for a video of so many ``tokens``."""
-    return BlockStack(spec.layers, step_bytes, lambda choice: block_memory(spec, precision, tokens, choice, step_bytes))
+def transformer_blocks(
+    spec: DitSpec, precision: Precision, tokens: int, step_bytes: float, *, slots: bool = False
+) -> BlockStack:
+    """The blocks of a transformer for a video of so many ``tokens``, with ``slots`` for LoRAs or without."""
+
+    def memory(choice: BlockChoice) -> BlockMemory:
+        return block_memory(spec, precision, tokens, choice, step_bytes, slots=slots)
+
+    return BlockStack(spec.layers, step_bytes, memory)
 
 
 def text_layers(spec: TextEncoderSpec, precision: Precision, step_bytes: float) -> BlockStack:
@@ -93,14 +99,19 @@ def text_layers(spec: TextEncoderSpec, precision: Precision, step_bytes: float) 
 
 
 def block_memory(
-    spec: DitSpec, precision: Precision, tokens: int, choice: BlockChoice, step_bytes: float
+    spec: DitSpec, precision: Precision, tokens: int, choice: BlockChoice, step_bytes: float, *, slots: bool = False
 ) -> BlockMemory:
     """The memory of a forward of ``tokens`` with ``choice``; ``step_bytes`` are the weights of a block."""
     wide, rows = precision.wide.linears.bits / 8, float(tokens * spec.width)
     ratio, number = spec.ffn_width / spec.width, wide / 2
-    operands, attended = precision.attention.bits / 8, (1 if precision.quantised else wide)
-    qkv = 7.1 if precision.quantised else 8.1 * number
+    in_codes = precision.quantised and precision.beside_feed_forward is not Number.NVFP4  # what enters O
+    operands, attended = precision.attention.bits / 8, (1 if in_codes else wide)
+    qkv = 7.1 if in_codes else 8.6 if precision.quantised else 8.1 * number
     rest = 5.1 + 3 * ratio if precision.quantised else (4.7 + 4 * ratio) * number
+    if precision.linears is Number.NVFP4:
+        rest = 6.2 + 4 * ratio
+    if slots:  # another 16-bit product beside the largest ones
+        qkv, rest = qkv + 3 * wide, rest + ratio * wide
     scratch = max(qkv / choice.slices, 2 * number, rest / choice.slices, 4.1 / choice.slices)
     text = PROMPTS * spec.layers * 2 * TEXT_TOKENS * spec.width * wide
     residual = 4 * rows * (1 + 1 / choice.slices)  # slices go through an array of one slice

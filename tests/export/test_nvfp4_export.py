@@ -1,7 +1,5 @@
 """NVFP4 from the checkpoint to the bundle: its own codes bit for bit, or made here, and what targets say to it."""
 
-import re
-
 import ml_dtypes
 import numpy as np
 import pytest

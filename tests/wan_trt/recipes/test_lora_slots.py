@@ -154,7 +154,7 @@ def test_slots_of_fp8_linears_carry_scales_and_the_bias_that_moved_behind_o(tmp_
         return relative_l2(stages.velocity(given), exact)
 
     merged, beside = in_fp8(changed, tmp_path / "merged", slots=False), in_fp8(weights, tmp_path / "slots", slots=True)
-    assert beside < 1.1 * merged < 0.08 < in_fp8(weights, tmp_path / "base", slots=False)
+    assert beside < 1.2 * merged < 0.08 < in_fp8(weights, tmp_path / "base", slots=False)
 
 
 class Slotted(Stages):
