@@ -1,7 +1,7 @@
 """Slots for LoRAs: two small matrix products beside every linear of a block, whose matrices are inputs of its stage.
 
-``y = x W^T + b`` becomes ``y + (x down^T) up^T``, on the same operand and before all scales, which whoever fills the
-slots divides by. Beside FP8 and INT8 matrices ``down`` has their codes, so that both products read the codes of rows; 16
+``y = x W^T + b`` becomes ``y + (x down^T) up^T``, on the same operand and before all scales; who fills the slots
+divides by these. Beside FP8 and INT8 matrices ``down`` has their codes, so both products read the codes of rows; 16
 bits would cost a copy of the rows for every linear. ``up`` is in 16 bits. Zeros change nothing.
 """
 
@@ -18,7 +18,7 @@ BEFORE_PRODUCTS = frozenset({"DequantizeLinear", "Transpose", "Cast"})  # what a
 
 
 def with_slots(stage: Stage, rank: int, dtype: str) -> Stage:
-    """``stage`` with slots of ``rank`` for every linear of a block: matrices ``[out, in]``, codes or of type ``dtype``."""
+    """``stage`` with slots of ``rank`` for every linear of a block: codes, or numbers of type ``dtype``."""
     if stage.name not in IN_STAGES:
         return stage
     slots = []

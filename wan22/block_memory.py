@@ -109,7 +109,7 @@ def block_memory(
     qkv = 7.1 if in_codes else 8.6 if precision.quantised else 8.1 * number
     rest = 5.1 + 3 * ratio if precision.quantised else (4.7 + 4 * ratio) * number
     if precision.linears is Number.NVFP4:
-        rest = 6.2 + 4 * ratio
+        rest = 6.4 + 4 * ratio
     if slots:  # another 16-bit product beside the largest ones
         qkv, rest = qkv + 3 * wide, rest + ratio * wide
     scratch = max(qkv / choice.slices, 2 * number, rest / choice.slices, 4.1 / choice.slices)

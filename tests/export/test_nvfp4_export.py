@@ -136,12 +136,9 @@ def test_from_the_command_line_to_a_proved_bundle(flow_of, tmp_path):
               "--steps", "2"]
     )  # fmt: skip
     assert proved.exit_code == 0, proved.output
-    for target, instead in {"rtx4090": "int8", "rtx3090": "int8", "h100": "int8"}.items():
-        with pytest.raises(
-            UserError, match=r"nvfp4.* for \w+ \(compute capability [\d.]+ has no NVFP4 units\)"
-        ) as error:
+    for target in ("rtx4090", "rtx3090", "h100"):
+        with pytest.raises(UserError, match=r"compute capability [\d.]+ has no NVFP4 units.*use --precision int8"):
             build_engines(bundle.folder, tmp_path / "e", BuildOptions(target))
-        assert re.search(rf"use --precision {instead}", str(error.value)), target
 
 
 def test_rounding_for_the_linears_own_inputs_errs_less(flow_of, tmp_path):
