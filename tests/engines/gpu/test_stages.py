@@ -22,7 +22,7 @@ TOKENS = {"t2v-a14b": 75_600, "ti2v-5b": 27_280}  # 720p
 STAGES = ("qkv", "attend", "rest")
 KERNELS = {
     Precision.BF16: (6, 2, 15), Precision.FP8: (4, 2, 12), Precision.FP8_ATTN: (4, 2, 12),
-    Precision.INT8: (4, 2, 13), Precision.INT8_FP8_ATTN: (4, 2, 13),
+    Precision.INT8: (4, 2, 12), Precision.INT8_FP8_ATTN: (4, 2, 12),
 }  # fmt: skip
 SCRATCH_MIB = {  # of qkv, attend and rest
     ("t2v-a14b", Precision.BF16): (2961, 738, 5687),
