@@ -92,7 +92,9 @@ def test_a_block_has_as_few_kernels_as_inside_a_whole_model(compiled, model, pre
 )
 def test_int8_is_fused_like_fp8_on_every_architecture(compiled, target, precision, model):
     built = compiled(model, target, precision, TOKENS[model])
-    assert tuple(len(found.kernels) for found, _, _ in built) == KERNELS[precision]
+    splits_time_rows = (0, 0, model == "ti2v-5b")  # two of them, in a kernel of its own
+    expected = tuple(np.add(KERNELS[precision], splits_time_rows))
+    assert tuple(len(found.kernels) for found, _, _ in built) == expected
     scratch = SCRATCH_MIB["t2v-a14b", Precision.FP8] if model == "t2v-a14b" else (569, 160, 1521)
     for (found, _, _), most in zip(built, scratch, strict=True):
         assert found.scratch_bytes <= (most + 1) * MIB
