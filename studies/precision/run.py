@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from export.graphs.taps import Tapped
+from export.precisions import LINEARS
 from runtime.schedule import Schedule, make_schedule
 from studies.precision.attention import TOKENS, attention_errors
 from studies.precision.outliers import INPUTS, WEIGHTS, Range
@@ -40,6 +41,7 @@ class StudyOptions:
     steps: int = 4
     seed: int = 0
     attention_tokens: tuple[int, ...] = TOKENS
+    linears: tuple[str, ...] = LINEARS  # kinds to quantise alone
     command: str = ""
 
 
@@ -57,7 +59,7 @@ def precision_study(options: StudyOptions, folder: Path, progress: Progress = si
 
 
 def _run_study(spec: ModelSpec, options: StudyOptions, progress: Progress) -> Study:
-    meter = _Meter(progress, 4 + len(VARIANTS) + len(parts()))
+    meter = _Meter(progress, 4 + len(VARIANTS) + len(parts(options.linears)))
     schedule = make_schedule("unipc", options.steps, spec.sampling.shift)
     twin = meter.count(make_twin(spec, options.size, schedule, options.seed))
     reference, beforehand = (meter.count(ReferenceRun(twin, given, schedule)) for given in (twin.judged, twin.measured))
@@ -71,7 +73,7 @@ def _run_study(spec: ModelSpec, options: StudyOptions, progress: Progress) -> St
         facts=_facts(options, twin, schedule),
         timesteps=tuple(schedule.timesteps.tolist()),
         results=tuple(results),
-        parts=tuple(PartError(part.name, meter.count(comparison.first_error(part))) for part in parts()),
+        parts=tuple(PartError(part.name, meter.count(comparison.first_error(part))) for part in parts(options.linears)),
         magnitudes=_magnitudes(noted),
         statistics=_statistics(twin, reference),
         attention=meter.count(tuple(attention_errors(options.seed, options.attention_tokens))),

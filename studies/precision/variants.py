@@ -1,6 +1,6 @@
 """The precisions of the study, each computed on the CPU from the graph that an export in it writes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -91,11 +91,11 @@ VARIANTS = (
 )
 
 
-def parts() -> list[Variant]:
+def parts(linears: Sequence[str] = LINEARS) -> list[Variant]:
     """Variants with lower precision in a single place, which show the error of each place."""
     alone: list[tuple[str, Quantised, Patch | None]] = []
     for number in (Number.FP8, Number.INT8):
-        for linear in LINEARS:
+        for linear in linears:
             others = {other: Number.BF16 for other in LINEARS if other != linear}
             alone.append((f"{number} in {linear}", Quantised(linears=number, exceptions=others), None))
     nowhere = dict.fromkeys(LINEARS, Number.BF16)

@@ -24,17 +24,13 @@ Part = Annotated[
     typer.Option(metavar="FILE|PRECISION", help="A file to replace the checkpoint's, a precision, or both (twice)."),
 ]
 ModelPrecision = Annotated[
-    Precision | None,
-    typer.Option(
-        metavar="PRECISION", parser=precision_named, help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."
-    ),
+    str | None,
+    typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
 ]
 Target = Annotated[
     str | None, typer.Option(help="Target to build the engines for, as in wan-trt build; by default cpu.")
 ]
-PartPrecision = Annotated[
-    Precision | None, typer.Option(metavar="PRECISION", parser=precision_named, help="Precision of this part alone.")
-]
+PartPrecision = Annotated[str | None, typer.Option(metavar="PRECISION", help="Precision of this part alone.")]
 Vae = Annotated[Path | None, typer.Option(metavar="FILE", help="A file to use instead of the checkpoint's VAE.")]
 Tokenizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with tokenizer.json, or a spiece.model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
@@ -99,13 +95,13 @@ def run(
     named = {"text_encoder": text_encoder, "high_noise": high_noise, "low_noise": low_noise, "dit": dit}
     files, precisions = _files_and_precisions(named)
     files |= {part: path for part, path in (("vae", vae), ("tokenizer", tokenizer)) if path is not None}
-    precisions |= {"vae_decoder": vae_decoder} if vae_decoder is not None else {}
-    precision = _for_target(target, precision, precisions)
+    precisions |= {"vae_decoder": precision_named(vae_decoder)} if vae_decoder is not None else {}
+    chosen = _for_target(target, None if precision is None else precision_named(precision), precisions)
     where, bundle = _place(checkpoint, bundle, files, revision)
     blocks, linears, by_crest, kept_in = kept_of(keep_high_precision)
     _check_kept(target, linears)
     options = ExportOptions(
-        precision,
+        chosen,
         precisions,
         fp8_attention,
         blocks,

@@ -19,10 +19,8 @@ def run(
         str | None, typer.Option(help="GPU such as rtx4090 or h100, cuda (ONNX Runtime on any GPU), cpu, or auto.")
     ] = None,
     precision: Annotated[
-        Precision | None,
-        typer.Option(
-            metavar="PRECISION", parser=precision_named, help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."
-        ),
+        str | None,
+        typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
     ] = None,
     size: Size = None,
     frames: Frames = None,
@@ -47,22 +45,23 @@ def run(
     spec = spec_named(model)
     width, height = size_of(size) or spec.sampling.sizes[0]
     video = (width, height, spec.sampling.frames if frames is None else frames)
+    asked = None if precision is None else precision_named(precision)
     budget = None if vram is None else parse_bytes(vram, "--vram")
     if cards:
         if target is not None or vram is not None:
             raise UserError("--cards with --target or --vram", "all cards, with all of their memory", "leave them out")
         narrowest = min(Precision, key=lambda each: (each.linears.bits, each.attention.bits))
-        plans = card_plans(spec, precision or narrowest, video, steps, bus)
+        plans = card_plans(spec, asked or narrowest, video, steps, bus)
     elif compare_precisions:
         if target is None or precision is not None or vram is not None:
-            asked = "--compare-precisions without --target, or with --precision or --vram"
-            raise UserError(asked, "a target, in all of its precisions", "name a --target alone")
+            found = "--compare-precisions without --target, or with --precision or --vram"
+            raise UserError(found, "a target, in all of its precisions", "name a --target alone")
         plans = plans_of(spec, target_named(target), video, steps)
     else:
         if target is None:
             raise UserError("no --target", "a GPU, cpu or auto", "name one, or give --cards for all")
         aim = target_named(target)
-        plans = [make_plan(spec, aim, precision or aim.default_precision, video, steps, budget, bus)]
+        plans = [make_plan(spec, aim, asked or aim.default_precision, video, steps, budget, bus)]
     if as_json:
         found = [plan.as_json() for plan in plans]
         if compare_precisions:

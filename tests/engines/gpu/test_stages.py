@@ -24,7 +24,7 @@ TOKENS = {"t2v-a14b": 75_600, "ti2v-5b": 27_280}  # 720p
 STAGES = ("qkv", "attend", "rest")
 KERNELS = {
     Precision.BF16: (6, 2, 15), Precision.FP8: (4, 2, 12), Precision.FP8_ATTN: (4, 2, 12),
-    Precision.INT8: (4, 2, 13), Precision.INT8_FP8_ATTN: (4, 2, 13),
+    Precision.INT8: (4, 2, 12), Precision.INT8_FP8_ATTN: (4, 2, 12),
 }  # fmt: skip
 SCRATCH_MIB = {  # of qkv, attend and rest
     ("t2v-a14b", Precision.BF16): (2961, 738, 5687),
@@ -97,7 +97,9 @@ def test_a_block_has_as_few_kernels_as_inside_a_whole_model(compiled, model, pre
 )
 def test_int8_is_fused_like_fp8_on_every_architecture(compiled, target, precision, model):
     built = compiled(model, target, precision, TOKENS[model])
-    assert tuple(len(found.kernels) for found, _, _ in built) == KERNELS[precision]
+    splits_time_rows = (0, 0, model == "ti2v-5b")  # two of them, in a kernel of its own
+    expected = tuple(np.add(KERNELS[precision], splits_time_rows))
+    assert tuple(len(found.kernels) for found, _, _ in built) == expected
     scratch = SCRATCH_MIB["t2v-a14b", Precision.FP8] if model == "t2v-a14b" else (569, 160, 1521)
     for (found, _, _), most in zip(built, scratch, strict=True):
         assert found.scratch_bytes <= (most + 1) * MIB
