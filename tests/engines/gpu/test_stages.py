@@ -1,5 +1,6 @@
 """The stages of a real-size block as compiled for absent GPUs: kernels, scratch memory, no copy of a weight."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from export.graphs.blocks import stage_graphs
 from export.graphs.builder import BFLOAT16
 from export.graphs.text_encoder import text_stages
 from tests.engines.conftest import QUANTISED
-from wan22.block_memory import BlockChoice, text_layer_bytes, text_layers
+from wan22.block_memory import BlockChoice, block_memory, text_layer_bytes, text_layers
 from wan22.bundle import File
 from wan22.specs import SPECS, Precision
 
@@ -111,6 +112,53 @@ def test_int8_is_fused_like_fp8_on_every_architecture(compiled, target, precisio
     for found, _, _ in built:
         report = FusionReport("high_noise.rest", TARGETS[target], found, precision)
         assert report.problems == []
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "kernels", "scratch"),
+    [
+        ("rtx4090", Precision.FP8, (6, 23), (4454, 6832)),
+        ("rtx5090", Precision.INT8, (6, 23), (4454, 6832)),
+        ("rtx4090", Precision.BF16, (8, 23), (5176, 6942)),
+    ],
+)
+def test_a_lora_is_two_small_products_that_read_what_the_large_one_reads(compiled, target, precision, kernels, scratch):
+    built = compiled("t2v-a14b", target, precision, TOKENS["t2v-a14b"], ("qkv", "rest"), rank=32)
+    assert tuple(len(found.kernels) for found, _, _ in built) == kernels
+    spec, tokens = SPECS["t2v-a14b"].dit, TOKENS["t2v-a14b"]
+    for (found, _, weights), most in zip(built, scratch, strict=True):
+        assert found.scratch_bytes <= (most + 1) * MIB
+        assert not copied_matrices(found, weights)
+        read = {operand.name for kernel in found.kernels if kernel.role == "gemm" for operand in kernel.inputs}
+        assert {name for name in weights if ".lora_" in name} <= read  # by products, in place
+        if precision.quantised:  # in 16 bits V is copied without slots as well
+            assert not [k.name for k in found.kernels if k.role == "copy" and k.size_bytes > tokens * spec.width]
+    whole = max(found.scratch_bytes for found, _, _ in built)
+    assert whole <= block_memory(spec, precision, tokens, BlockChoice(0, 1), 0, slots=True).scratch
+    main = {k.dtype for found, _, _ in built for k in found.kernels if k.role == "gemm" and "lora" not in k.name}
+    assert main <= {precision.linears, "bf16", "fp32"}
+    assert precision.linears in main
+
+
+@pytest.mark.parametrize(
+    ("precision", "kernels", "products"),
+    [
+        (Precision.NVFP4_FP8_ATTN, (9, 3, 33), {"nvfp4": 6}),
+        (Precision.NVFP4_FFN_FP8_ATTN, (4, 2, 20), {"int8": 4, "nvfp4": 2}),
+    ],
+)
+def test_nvfp4_multiplies_4_bit_codes_that_are_inputs(compiled, precision, kernels, products):
+    built = compiled("t2v-a14b", "rtx5090", precision, TOKENS["t2v-a14b"])
+    assert tuple(len(found.kernels) for found, _, _ in built) == kernels
+    assert Counter(k.dtype for found, _, _ in built for k in found.kernels if k.role == "gemm") == products
+    spec, tokens = SPECS["t2v-a14b"].dit, TOKENS["t2v-a14b"]
+    planned = block_memory(spec, precision, tokens, BlockChoice(0, 1), 0)
+    assert 0.97 * planned.scratch < max(found.scratch_bytes for found, _, _ in built) <= planned.scratch
+    codes = {name for _, _, weights in built for name in weights if name.endswith(".weight") and "norm" not in name}
+    read = {o.name for found, _, _ in built for k in found.kernels if k.role == "gemm" for o in k.inputs}
+    assert codes <= read  # in place; the small scales of groups are put into another order
+    (mha,) = [k for k in built[1][0].kernels if k.role == "attention"]
+    assert mha.dtype == "fp8"
 
 
 def test_an_eighth_of_the_tokens_takes_an_eighth_of_the_scratch_memory(compiled):
