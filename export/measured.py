@@ -105,7 +105,7 @@ def _kept_by_crest(
 
 def fp4_kinds(precision: Precision, options: ExportOptions) -> list[str]:
     """The kinds of linears ("ffn.2") that multiply NVFP4."""
-    numbers = dict.fromkeys(LINEARS, precision.linears) | usual_exceptions(precision) | options.exceptions
+    numbers = dict.fromkeys(LINEARS, precision.linears) | usual_exceptions(precision) | dict(options.exceptions)
     return [kind for kind in LINEARS if numbers[kind] is Number.NVFP4]
 
 
@@ -123,8 +123,8 @@ def _as_stored(known: Measured, weights: Weights, expert: str, kinds: Sequence[s
                 stored.setdefault(group[0], set()).add(block)
     if others := sorted(set().union(*(blocks - of_kind for of_kind in stored.values()))):
         shown = ", ".join(map(str, others))
-        found = f"{expert}: blocks {shown} are not NVFP4 in the checkpoint and are rounded now"
-        log.warning(f"{found}; --keep-high-precision {shown} keeps them in 16 bits")
+        told = f"{expert}: blocks {shown} are not NVFP4 in the checkpoint and are rounded now"
+        log.warning(f"{told}; --keep-high-precision {shown} keeps them in 16 bits")
     inputs = {
         linear: replace(found, factor=None) if kind_of(linear) in stored else found
         for linear, found in known.inputs.items()

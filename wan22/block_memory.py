@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from wan22.costs import block_parameters, vectors_bytes
+from wan22.costs import block_parameters, matrices_bytes, vectors_bytes
 from wan22.parts import DitSpec, TextEncoderSpec
 from wan22.specs import TEXT_TOKENS, Number, Precision
 
@@ -120,11 +120,14 @@ def block_memory(
 
 def block_step_bytes(spec: DitSpec, precision: Precision) -> float:
     """The weights of a block that a step reads: all but those of the text's keys and values."""
-    block, stored, wide = block_parameters(spec), precision.linears.bits / 8, precision.wide.linears.bits / 8
+    block, stored = block_parameters(spec), precision.beside_feed_forward.stored_bits / 8
+    wide = precision.wide.linears.bits / 8
     bias = 4 if precision.quantised else wide
     of_text = 2 * spec.width * (spec.width * stored + bias) + 4 * spec.width  # the norm of K too
     of_text += 4 * 2 * spec.width if precision.quantised else 0  # scales
-    return stored * block.linear + bias * block.bias + 4 * block.other + vectors_bytes(spec, precision) - of_text
+    return (
+        matrices_bytes(spec, precision) + bias * block.bias + 4 * block.other + vectors_bytes(spec, precision) - of_text
+    )
 
 
 def text_layer_bytes(spec: TextEncoderSpec, precision: Precision) -> float:

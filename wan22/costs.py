@@ -60,6 +60,14 @@ def block_vectors(spec: DitSpec) -> BlockVectors:
     return BlockVectors(9 * width + ffn, 5 * width + ffn)
 
 
+def matrices_bytes(spec: DitSpec, precision: Precision) -> float:
+    """The size of a block's matrices in ``precision``, which may have another type outside the feed-forward."""
+    feed_forward = 2 * spec.width * spec.ffn_width
+    others = block_parameters(spec).linear - feed_forward
+    beside = precision.beside_feed_forward
+    return (feed_forward * precision.linears.stored_bits + others * beside.stored_bits) / 8
+
+
 def vectors_bytes(spec: DitSpec, precision: Precision) -> float:
     """The size of the vectors that a block stores beside its matrices and biases in ``precision``."""
     if not precision.quantised:

@@ -16,6 +16,7 @@ from wan22.costs import (
     decoder_layers,
     dit_parameters,
     encoder_layers,
+    matrices_bytes,
     text_encoder_parameters,
     vectors_bytes,
 )
@@ -215,9 +216,9 @@ def _expert(spec: ModelSpec, name: str, precision: Precision, latent_shape: tupl
 
 def dit_weights_bytes(spec: DitSpec, precision: Precision) -> float:
     """The size of one expert's stored weights: matrices in ``precision``, embeddings in its ``wide``, rest float32."""
-    stored, wide, block = precision.linears.bits / 8, precision.wide.linears.bits / 8, block_parameters(spec)
+    wide, block = precision.wide.linears.bits / 8, block_parameters(spec)
     width = spec.width
-    per_block = stored * block.linear + (4 if precision.quantised else wide) * block.bias + 4 * block.other
+    per_block = matrices_bytes(spec, precision) + (4 if precision.quantised else wide) * block.bias + 4 * block.other
     per_block += vectors_bytes(spec, precision)
     text_and_patch = (spec.text_width + width + 2) * width + (4 * spec.in_channels + 1) * width
     rest = dit_parameters(spec) - spec.layers * block.total - text_and_patch

@@ -35,6 +35,11 @@ class Number(StrEnum):
         return _BITS[self][0]
 
     @property
+    def stored_bits(self) -> float:
+        """Bits of a stored number, with its share of the scale that 16 numbers have in NVFP4."""
+        return self.bits + 8 / 16 if self is Number.NVFP4 else self.bits
+
+    @property
     def wide(self) -> "Number":
         """The type of what is not quantised beside it; itself for 16 bits and more."""
         return Number.BF16 if self.bits < 16 else self

@@ -18,7 +18,8 @@ def fill(g: GraphBuilder, read: Read) -> ir.Model:
     for key, value in g.weights.items():
         dtype = value.dtype or ir.DataType.FLOAT
         if dtype == FLOAT4:  # two codes a byte
-            value.const_value = ir.PackedTensor(np.asarray(read(key)).reshape(-1), dtype, shape=value.shape, name=key)
+            packed, shape = np.asarray(read(key)).reshape(-1), value.shape or ir.Shape([])
+            value.const_value = ir.PackedTensor(packed, dtype, shape=shape, name=key)
             continue
         array = convert(key, np.asarray(read(key)), dtype.numpy())
         value.const_value = ir.Tensor(array, dtype=dtype, name=key)
