@@ -86,7 +86,7 @@ def build_engines(
     profiles = _profiles(source.manifest, target, options)
     check_graphs(source)
     if not runs_graphs(target.backend):
-        load_module(target.backend)
+        load_module(target.backend, [component.precision.linears for component in source.manifest.components])
     again = f"export again: {source.manifest.command}"
     check_loads(target, _graphs(source, target, options), again)
     check_disk(folder, disk_bytes(source.manifest, target, options))
