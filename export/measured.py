@@ -75,8 +75,10 @@ def read_measured(
         inputs = measure_inputs(weights.read, spec, expert, progress, done, total, kept_rows)
         measured[expert] = Measured(inputs=inputs)
     for expert in (expert for expert in measured if fp4_kinds(precisions[expert], options)):
-        kinds = fp4_kinds(precisions[expert], options)
-        measured[expert] = _as_stored(measured[expert], source.weights[expert], expert, kinds)
+        kinds, weights = fp4_kinds(precisions[expert], options), source.weights[expert]
+        measure = means is not None and not options.sparse  # a file has no rows
+        rows = measure_inputs(weights.read, spec, expert, progress, keep=kinds) if measure else {}
+        measured[expert] = _as_stored(_with_rows(measured[expert], rows), weights, expert, kinds)
     kept = _kept_by_crest(measured, precisions, options) | dict(options.exceptions)
     usual = {expert: usual_exceptions(precisions[expert]) for expert in measured}
     return {expert: replace(known, exceptions=usual[expert] | kept) for expert, known in measured.items()}
@@ -107,6 +109,11 @@ def fp4_kinds(precision: Precision, options: ExportOptions) -> list[str]:
     """The kinds of linears ("ffn.2") that multiply NVFP4."""
     numbers = dict.fromkeys(LINEARS, precision.linears) | usual_exceptions(precision) | dict(options.exceptions)
     return [kind for kind in LINEARS if numbers[kind] is Number.NVFP4]
+
+
+def _with_rows(known: Measured, rows: Mapping[str, MeasuredInput]) -> Measured:
+    inputs = {linear: replace(known.inputs[linear], rows=found.rows) for linear, found in rows.items()}
+    return replace(known, inputs={**known.inputs, **inputs})
 
 
 def _as_stored(known: Measured, weights: Weights, expert: str, kinds: Sequence[str]) -> Measured:
