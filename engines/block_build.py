@@ -18,8 +18,9 @@ from wan22.block_layout import EMBEDDING, BlockLayout, write_block_layout
 from wan22.bundle import Bundle, Component, File, Stage, Tensor, file_entry
 from wan22.errors import UserError
 from wan22.files import scratch_folder
+from wan22.parallel import Split, parse_split
 from wan22.progress import Progress
-from wan22.specs import Number
+from wan22.specs import ModelSpec, Number
 
 TEXT_ENCODER = "text_encoder"
 DTYPES = {Number.FP32: "float32", Number.BF16: "bfloat16", Number.FP16: "float16"}
@@ -34,6 +35,7 @@ class BlockBuild:
     folder: Path
     progress: Progress
     compile: Compile
+    groups: tuple[int, ...] = ()  # numbers of devices that shall be able to divide the tokens
     lora_slots: int | None = None  # the rank of slots for LoRAs in every linear of a transformer's blocks
     _built: dict[tuple[Stage, ...], tuple[tuple[Stage, ...], File, BlockLayout]] = field(default_factory=dict)
 
@@ -52,6 +54,14 @@ class BlockBuild:
                 found = f"--topology blocks for {component.name}, whose blocks differ"
                 kept = "--keep-high-precision for single blocks and --input-scales"
                 raise UserError(found, "blocks that compute alike", f"export again without {kept}, or build whole")
+            missing = set(self.groups) - set(component.groups)
+            if missing and component.name != TEXT_ENCODER:
+                found = f"--parallel ulysses{min(missing)} for {component.name}"
+                raise UserError(found, "a bundle with stages for groups of devices", "export again")
+
+    def stages(self, component: Component) -> tuple[Stage, ...]:
+        """The stages to build: those for one device, and those for the asked groups."""
+        return tuple(stage for stage in component.stages if stage.groups in (1, *self.groups))
 
     @cached_property
     def attention_scales(self) -> dict[str, float]:
@@ -66,7 +76,7 @@ class BlockBuild:
             layout = self._layout(slotted)
             path = self.folder / f"{component.name}.layout.json"
             write_block_layout(path, layout)
-            compiled = tuple(self._stage(component, stage) for stage in slotted.stages)
+            compiled = tuple(self._stage(component, stage) for stage in self.stages(slotted))
             self._built[component.stages] = (compiled, file_entry(self.folder, path), layout)
         stages, entry, layout = self._built[component.stages]
         weights = self.folder / f"{component.name}.weights"
@@ -83,7 +93,7 @@ class BlockBuild:
     def _layout(self, component: Component) -> BlockLayout:
         spec = self.source.manifest.spec
         if component.name != TEXT_ENCODER:
-            return layout_of(component.stages, spec.dit.layers)
+            return layout_of([stage for stage in component.stages if stage.groups == 1], spec.dit.layers)
         rows = (spec.text_encoder.vocab, spec.text_encoder.width)
         table = Tensor(EMBEDDING, DTYPES[component.precision.wide.linears], rows)
         return layout_of(component.stages, spec.text_encoder.layers, [table])
@@ -110,3 +120,24 @@ def slotted_stages(component: Component, rank: int) -> tuple[Stage, ...]:
     """The stages of a transformer with slots for LoRAs of ``rank``; without any for rank 0."""
     dtype = DTYPES[component.precision.wide.linears]
     return tuple(with_slots(stage, rank, dtype) if rank else stage for stage in component.stages)
+
+
+def groups_of(parallel: str | None) -> tuple[int, ...]:
+    """The numbers of devices that shall be able to divide the tokens, of an option such as "ulysses2,ulysses4".
+
+    Raises:
+        UserError: it does not say that.
+    """
+    splits = [parse_split(word) for word in parallel.split(",")] if parallel else []
+    if any(split != Split(ulysses=split.ulysses) for split in splits):
+        remedy = "leave out experts, cfg2 and vaeN, which need no engines of their own"
+        raise UserError(f"--parallel {parallel} for engines", "ulyssesN, several with commas", remedy)
+    return tuple(sorted({split.ulysses for split in splits}))
+
+
+def check_groups(spec: ModelSpec, parallel: str, *, in_blocks: bool) -> None:
+    """Refuse groups among which the model's heads do not divide, and engines that are not in blocks."""
+    for count in groups_of(parallel):
+        Split(ulysses=count).check(spec)
+    if not in_blocks:
+        raise UserError(f"--parallel {parallel} with whole engines", "engines in blocks", "add --topology blocks")

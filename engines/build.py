@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from engines.block_build import BlockBuild
+from engines.block_build import BlockBuild, check_groups, groups_of
 from engines.cpu.onnxruntime_backend import fit_components
 from engines.cuda.attention import OLDEST_ONNXRUNTIME
 from engines.cuda.components import fit_for_cuda
@@ -43,6 +43,7 @@ from wan22.stamp import Stamp
 
 RANKS = range(16, 513, 16)  # of slots for LoRAs: compilers want aligned matrices
 Topology = Literal["whole", "blocks"]  # a transformer as one engine, or as stages that every block calls
+USUAL_STRIPS = 8  # that a VAE beside blocks is built for: 720p in fp16 then takes less than 4 GiB
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class BuildOptions:
     tf32: bool = False
     timing_cache: Path | None = None
     topology: Topology | None = None  # by default blocks for TensorRT where all blocks compute alike, else whole
-    vae_strips: int | None = None  # the VAE in stages that take pictures in up to so many strips
+    vae_strips: int | None = None  # the VAE in stages, for pictures in up to so many strips; by default in blocks
     # transformers in blocks
+    parallel: str | None = None  # "ulysses4", several with commas: for devices that divide the tokens
     lora_slots: int | None = None  # the rank of LoRAs that requests bring, beside every linear of a block
     # writing
     overwrite: bool = False
@@ -81,9 +83,13 @@ def build_engines(
     _check_options(target, options)
     usual = default_topology(target, source.manifest) if options.lora_slots is None else "blocks"
     options = replace(options, topology=options.topology or usual)
-    if options.vae_strips is not None and not all(c.stages for c in source.manifest.components if c.name[:3] == "vae"):
+    in_stages = all(component.stages for component in source.manifest.components if component.name[:3] == "vae")
+    if options.parallel is not None:
+        check_groups(source.manifest.spec, options.parallel, in_blocks=options.topology == "blocks")
+    if options.vae_strips is not None and not in_stages:
         raise UserError(f"--vae-strips for {bundle}", "a VAE in stages", "export again, without fixed shapes")
-    profiles = _profiles(source.manifest, target, options)
+    profiles, strips = _profiles(source.manifest, target, options, in_stages)
+    options = replace(options, vae_strips=strips)
     check_graphs(source)
     if not runs_graphs(target.backend):
         load_module(target.backend, [component.precision.linears for component in source.manifest.components])
@@ -157,7 +163,7 @@ def _fit_graphs(source: Bundle, folder: Path, target: Target, options: BuildOpti
         shutil.copyfile(graph, folder / stage.graph.path)
         return file_entry(folder, folder / stage.graph.path)
 
-    blocks = BlockBuild(source, folder, progress, place, options.lora_slots)
+    blocks = BlockBuild(source, folder, progress, place, groups_of(options.parallel), options.lora_slots)
     if in_blocks:
         blocks.check()
     whole = [
@@ -181,10 +187,11 @@ def _fit_graphs(source: Bundle, folder: Path, target: Target, options: BuildOpti
 def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
     """The options that change the engines, for the manifest."""
     slots = {} if options.lora_slots is None else {"lora_slots": str(options.lora_slots)}
+    asked = ({"parallel": options.parallel} if options.parallel else {}) | slots
     if runs_graphs(target.backend):
-        return ({"topology": options.topology} if options.topology == "blocks" else {}) | slots
+        return ({"topology": options.topology} if options.topology == "blocks" else {}) | asked
     strips = {} if options.vae_strips is None else {"vae_strips": str(options.vae_strips)}
-    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)} | strips | slots
+    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)} | strips | asked
 
 
 def _check_options(target: Target, options: BuildOptions) -> None:
@@ -207,24 +214,30 @@ def _check_options(target: Target, options: BuildOptions) -> None:
         raise UserError(found, "a TensorRT target, such as h100", "leave it out")
 
 
-def _profiles(manifest: Manifest, target: Target, options: BuildOptions) -> tuple[Profile, ...]:
-    """The shapes to compile engines for; none for ONNX Runtime, which takes any."""
+def _profiles(
+    manifest: Manifest, target: Target, options: BuildOptions, vae_in_stages: bool
+) -> tuple[tuple[Profile, ...], int | None]:
+    """The shapes to compile engines for, and the most strips of a VAE in stages; nothing for ONNX Runtime."""
     asked = options.size is not None or options.frames is not None
     if runs_graphs(target.backend):
         if asked:
             found = f"--size or --frames for target {target.name}"
             raise UserError(found, "neither", "its engines take every size; leave them out")
-        return ()
+        return (), None
+    blocks, groups, strips = options.topology == "blocks", groups_of(options.parallel), options.vae_strips
     if manifest.size is None:
         several = profiles_for(manifest.spec, options.size, options.frames)
-        if options.vae_strips is not None:
-            several = tuple(with_strips(profile, manifest.spec.vae, options.vae_strips) for profile in several)
-        return tuple(map(with_stages, several)) if options.topology == "blocks" else several
+        if strips is None and blocks and vae_in_stages:
+            strips = min(USUAL_STRIPS, *(max(profile["height"][0], profile["width"][0]) for profile in several))
+        if strips is not None:  # those that nobody asked for are the exception: kernels are chosen for whole pictures
+            usual = options.vae_strips or 1
+            several = tuple(with_strips(profile, manifest.spec.vae, strips, usual) for profile in several)
+        return (tuple(with_stages(each, groups) for each in several) if blocks else several), strips
     if asked:
         expected = f"neither: the graphs are fixed to {video_text(*manifest.size)}"
         raise UserError("--size or --frames", expected, "export without fixed shapes")
     fixed = profile_between(manifest.spec, manifest.size, manifest.size)
-    return (with_stages(fixed) if options.topology == "blocks" else fixed,)
+    return ((with_stages(fixed, groups) if blocks else fixed),), strips
 
 
 def _in_stages(component: Component, options: BuildOptions) -> bool:
@@ -240,6 +253,7 @@ def _graphs(source: Bundle, target: Target, options: BuildOptions) -> list[Path]
     for component in source.manifest.components:
         in_stages, on_graphs = _in_stages(component, options), runs_graphs(target.backend)
         stages = component.stages if in_stages or (on_graphs and component.name.startswith("vae")) else ()
+        stages = tuple(stage for stage in stages if stage.groups in (1, *groups_of(options.parallel)))
         found |= dict.fromkeys(source.path(stage.graph) for stage in stages)
         if not in_stages:
             found[source.path(component.graph)] = None
@@ -282,10 +296,8 @@ def _compile_tensorrt(
             build_engine(graph, plan, settings(component, stage.inputs), progress)
         return file_entry(folder, plan)
 
-    blocks, in_blocks = (
-        BlockBuild(source, folder, progress, compile_stage, options.lora_slots),
-        options.topology == "blocks",
-    )
+    in_blocks, groups = options.topology == "blocks", groups_of(options.parallel)
+    blocks = BlockBuild(source, folder, progress, compile_stage, groups, options.lora_slots)
     if in_blocks:
         blocks.check()
     compiled: list[Component] = []

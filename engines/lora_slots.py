@@ -19,7 +19,7 @@ BEFORE_PRODUCTS = frozenset({"DequantizeLinear", "Transpose", "Cast"})  # what a
 
 def with_slots(stage: Stage, rank: int, dtype: str) -> Stage:
     """``stage`` with slots of ``rank`` for every linear of a block: codes, or numbers of type ``dtype``."""
-    if stage.name not in IN_STAGES:
+    if stage.name.partition("_of_")[0] not in IN_STAGES:  # also the forms for groups of devices
         return stage
     slots = []
     for tensor in stage.weights:

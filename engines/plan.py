@@ -97,7 +97,7 @@ class Plan:
         if self.request.target.backend == "onnxruntime-gpu":  # rewrites graphs without their weights
             return BUILD_RAM_GIB * 2**30
         inside = self.weights_bytes
-        if not runs_graphs(self.request.target.backend):  # in blocks, the compiler sees the weights of the VAE alone
+        if self.has_blocks:  # the compiler sees the weights of the VAE alone
             inside = {part: size for part, size in inside.items() if part.startswith("vae")}
         return BUILD_RAM_FACTOR * max(inside.values()) + BUILD_RAM_GIB * 2**30
 
@@ -145,9 +145,14 @@ class Plan:
     def fits(self) -> dict[str, bool]:
         return {way: size <= self.usable_vram_bytes for way, size in self.vram.items()}
 
+    @property
+    def has_blocks(self) -> bool:
+        """True if engines for the target are in blocks unless ``--topology whole`` is given."""
+        return not runs_graphs(self.request.target.backend)
+
     @cached_property
     def in_blocks(self) -> BlockPlan:
-        """The choice of ``--topology blocks``."""
+        """The choice of engines in blocks."""
         request, text = self.request, self.precisions["text_encoder"]
         usable = self.usable_vram_bytes if request.vram is None else request.vram
         forward = None if self.step_seconds is None else self.step_seconds / self.forwards_per_step

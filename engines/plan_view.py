@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import RenderableType
 from rich.table import Table
 
+from engines.group_plan import Goal, GroupPlan, link_gb_s, reason
 from engines.plan import EXPORT_RAM_GIB, Plan
 from engines.precision_figures import read_figures
 from engines.targets import check_precision
@@ -24,30 +25,60 @@ def as_text(plan: Plan) -> list[RenderableType]:
 
 
 def cards_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
-    """The output of ``wan-trt plan --cards``: what runs on which card with ``--topology blocks``."""
+    """The output of ``wan-trt plan --cards``: what runs on which card in blocks."""
     plan = plans[0]
     what = f"{plan.request.spec.name}, {plan.request.precision}: {video_text(*plan.request.video)}"
+    layers, text_layers = plan.request.spec.dit.layers, plan.request.spec.text_encoder.layers
     table = Table(
-        "card", "GiB", "GB/s", "resident blocks", "text layers", "VAE strips", "forward s", "block ms", "copy ms",
+        "card", "GiB", "GB/s", "blocks", "text", "VAE", "seconds", "copy",
         title=f"{what}, {plan.tokens:,} tokens, in blocks", title_justify="left",
     )  # fmt: skip
-    table.columns[0].no_wrap = table.columns[3].no_wrap = True  # names are values of --target
+    for column in table.columns:
+        column.no_wrap = True
     for each in plans:
-        target, blocks = each.request.target, each.in_blocks
-        row = [target.name, f"{target.memory_gib:g}", f"{blocks.bus_gb_s:g}", _blocks(each), _text_layers(each)]
-        row.append(str(chosen.strips) if (chosen := each.half_precision_decoder.fitting) else "none fit")
+        target, blocks, decoder = each.request.target, each.in_blocks, each.half_precision_decoder.fitting
+        resident = _blocks(each).replace(f" of {layers}", "").replace("does not fit", "none fit")
+        text, strips = (str(n) if n else "none" for n in (blocks.text_slots, decoder and decoder.strips))
+        row = [target.name, f"{target.memory_gib:g}", f"{blocks.bus_gb_s:g}", resident, text, strips]
         forward, copy = blocks.streamed_forward_seconds, blocks.copy_seconds
         if forward is not None and blocks.forward_seconds is not None and copy is not None:
-            computed = 1e3 * blocks.forward_seconds / blocks.stack.blocks
-            row += [f"{forward:.3g}", f"{computed:,.1f}", f"{1e3 * copy:.1f}"]
+            row += [f"{forward:.3g}", f"{copy * blocks.stack.blocks / blocks.forward_seconds:.0%}"]
         table.add_row(*row)
     yield table
     least, block = human_bytes(plan.in_blocks.least_bytes), human_bytes(plan.in_blocks.block_bytes)
-    yield f"a transformer takes at least {least}; blocks of {block} stream, hidden where copy ms are below block ms"
-    vae = max(memory.scratch + memory.inputs_and_outputs for memory in plan.memory if memory.has_state)
-    decoder = plan.precisions["vae_decoder_first"]
+    yield f"blocks: resident ones of {layers}; a transformer takes at least {least}, and blocks of {block} stream"
+    yield f"text: layers of the text encoder in memory, of {text_layers}"
     one = human_bytes(plan.half_precision_decoder.one.total)
-    yield f"the VAE takes {human_bytes(vae)} whole in {decoder}; VAE strips are for --vae-decoder fp16, one takes {one}"
+    yield f"VAE: strips of a decoder in fp16 (export --vae-decoder fp16; one takes {one})"
+    yield "seconds: of a forward, by roofline; copy: of a block, of the time of its kernels, hidden below 100%"
+
+
+def groups_as_text(plans: Sequence[GroupPlan], chosen: Sequence[tuple[Goal, GroupPlan]]) -> Iterable[RenderableType]:
+    """The output of ``wan-trt plan --gpus``: every split, then the best one for each goal."""
+    first = plans[0]
+    request, count = first.plan.request, first.gpus
+    speed = link_gb_s(request.target, first.link)
+    what = f"{request.spec.name}, {request.precision}, on {count} of {request.target.name}"
+    share = "the roofline" if first.efficiency == 1 else f"{100 * first.efficiency:.0f} % of the roofline"
+    title = f"{what}: {video_text(*request.video)}, {request.steps} steps, {first.link} {speed:g} GB/s, {share}"
+    columns = ("--parallel", "videos", "GiB", "sent GB", "step s", "video s", "an hour", "scaling")
+    table = Table(*columns, title=title, title_justify="left")
+    table.columns[0].no_wrap = True
+    for each in plans:
+        row = [_split(each), str(each.replicas), f"{each.memory_bytes / 2**30:.1f}" if each.fits else "too large"]
+        row.append(f"{each.step_bytes / 1e9:.3g}")
+        figures = (each.step_seconds, each.video_seconds, each.videos_per_hour)
+        row += ["" if figure is None else f"{figure:.3g}" for figure in figures]
+        scaling = each.efficiency_of_scaling
+        table.add_row(*row, "" if scaling is None else f"{100 * scaling:.0f} %")
+    yield table
+    yield "videos: at a time, on all GPUs; GiB, and sent in a step: of the GPU that has most"
+    for goal, best in chosen:
+        yield f"best for {goal}: {_split(best)}: {reason(best, goal)}"
+
+
+def _split(plan: GroupPlan) -> str:
+    return str(plan.split) or "none"
 
 
 def precisions_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
@@ -91,7 +122,7 @@ def _text_layers(plan: Plan) -> str:
 
 def _remarks(plan: Plan) -> Iterable[str]:
     """Lines too long for a table."""
-    if plan.usable_vram_bytes and plan.residency is None:
+    if plan.usable_vram_bytes and plan.residency is None and not plan.has_blocks:
         usable, refusal = human_bytes(plan.usable_vram_bytes), plan.refusal
         yield f"nothing fits {usable}: {refusal.found}; {refusal.remedy}"
     yield f"peaks from: {plan.request.target.source}"
@@ -116,7 +147,7 @@ def _vae(plan: Plan) -> Table:
     """What a VAE in stages takes, and the strips that it needs."""
     budget = plan.usable_vram_bytes if plan.request.vram is None else plan.request.vram
     within = [f"strips in {human_bytes(budget)}"] if budget else []
-    table = Table("VAE in stages, work", "one strip", *within, "at the least")
+    table = Table("VAE in strips, work", "one strip", *within, "at the least")
     for half in plan.staged_vae:
         chosen = [_strips(half.fitting) if half.fitting else "does not fit"] if budget else []
         table.add_row(f"{half.half}, {half.precision}", human_bytes(half.one.total), *chosen, _strips(half.least))
@@ -130,18 +161,18 @@ def _strips(size: StagedVae) -> str:
 def _machine(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "disk: bundle, engines", f"{human_bytes(plan.bundle_bytes)}, {human_bytes(plan.engines_bytes)}"
     yield "host memory: export, build", f"{EXPORT_RAM_GIB:.1f} GiB, {human_bytes(plan.build_ram_bytes)}"
-    usable = human_bytes(plan.usable_vram_bytes)
+    usable, in_blocks = plan.usable_vram_bytes, plan.has_blocks
+    if usable and in_blocks:
+        yield "GPU memory, at least", human_bytes(plan.in_blocks.least_bytes)
+        yield "resident blocks", _blocks(plan)
+        yield "text encoder", f"{_text_layers(plan)} layers in memory"
+    prefix = "--topology whole" if in_blocks else "GPU memory"
     for way, size in plan.vram.items():
-        verdict = "" if not plan.usable_vram_bytes else f"; {'fits' if plan.fits[way] else 'exceeds'} {usable}"
-        yield f"GPU memory, {way}", human_bytes(size) + verdict
-    if plan.usable_vram_bytes and plan.residency is not None:
-        yield "--residency auto", plan.residency
-    elif plan.usable_vram_bytes:
-        yield "--residency auto", "nothing fits, see below"
-    if plan.usable_vram_bytes:
-        yield "--topology blocks: resident blocks", _blocks(plan)
-        yield "--topology blocks: text encoder", f"{_text_layers(plan)} layers in memory"
-        yield "its least GPU memory", human_bytes(plan.in_blocks.least_bytes)
+        verdict = "" if not usable else f"; {'fits' if plan.fits[way] else 'exceeds'} {human_bytes(usable)}"
+        yield f"{prefix}, {way}", human_bytes(size) + verdict
+    if usable:
+        name = "--topology whole, --residency auto" if in_blocks else "--residency auto"
+        yield name, plan.residency or ("nothing fits" if in_blocks else "nothing fits, see below")
 
 
 def _blocks(plan: Plan) -> str:

@@ -6,6 +6,7 @@ Presets name the sizes of the official release.
 """
 
 import re
+from collections.abc import Sequence
 from math import prod
 
 from wan22.bundle import Tensor
@@ -52,15 +53,19 @@ def profile_between(spec: ModelSpec, small: Video, large: Video) -> Profile:
     return profile | {"tokens": (1, TYPICAL_TEXT_TOKENS, TEXT_TOKENS)}
 
 
-def with_stages(profile: Profile) -> Profile:
-    """``profile`` with the dimensions of a transformer in stages: tokens, in slices or as a whole, and time steps."""
+def with_stages(profile: Profile, groups: Sequence[int] = ()) -> Profile:
+    """``profile`` with the dimensions of a transformer in stages: tokens, in slices or as a whole, and time steps.
+
+    ``groups`` are numbers of devices that may divide the tokens.
+    """
     fewest, most = (prod(profile[name][end] for name in ("frames", "rows", "columns")) for end in (0, 2))
-    slices = {"positions": (max(1, fewest // MOST_SLICES), most, most), "keys": (fewest, most, most)}
+    least = max(1, fewest // (MOST_SLICES * max([1, *groups])))
+    slices = {"positions": (least, most, most), "keys": (fewest, most, most)}
     return profile | slices | {"steps": STEPS}
 
 
-def with_strips(profile: Profile, spec: VaeSpec, most: int) -> Profile:
-    """``profile`` with the sides of strips of a VAE: whole pictures, and 1 to ``most`` strips of the longer side.
+def with_strips(profile: Profile, spec: VaeSpec, most: int, usual: int) -> Profile:
+    """``profile`` with the sides of strips of a VAE: 1 to ``most`` of the longer side, tuned for ``usual`` ones.
 
     Raises:
         UserError: the smallest picture has fewer rows or columns.
@@ -74,8 +79,7 @@ def with_strips(profile: Profile, spec: VaeSpec, most: int) -> Profile:
         least = low[axis]
         if any(cut_axis(size) == axis for size in ((low[0], high[1]), (high[0], low[1]))):
             least = min(strip.extent for half in halves for strip in strips_of(spec, half, low[axis], most))
-        usual = widest(spec, "vae_decoder", best, most)[axis]
-        strips[name] = (least, max(least, usual), high[axis])
+        strips[name] = (least, max(least, widest(spec, "vae_decoder", best, usual)[axis]), high[axis])
     return profile | strips
 
 

@@ -1,7 +1,7 @@
-"""Components in stages for a pipeline: where their weights are, and the memory that they take."""
+"""Components in stages for a pipeline: where their weights are, the memory that they take, and on which devices."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from runtime.block_forward import StageDevice
 from runtime.block_stream import NOTHING, Streamed
 from runtime.block_text_encoder import BlockTextEncoder
 from runtime.block_transformer import BlockTransformer, SharedBlocks
+from runtime.group import Link
 from wan22.block_layout import BlockLayout, Overlay, read_block_layout, read_overlay, size_bytes
 from wan22.block_memory import (
     BlockChoice,
@@ -19,6 +20,7 @@ from wan22.block_memory import (
 )
 from wan22.bundle import Bundle, Component, File
 from wan22.errors import UserError
+from wan22.parallel import LARGEST_GROUP, ONE_DEVICE, Devices, choose_devices
 from wan22.quantities import human_bytes, size_option
 from wan22.residency import Memory, Video
 from wan22.shapes import Profile
@@ -32,18 +34,20 @@ class BlockOptions:
     weights_in: WeightsIn = "auto"
     vram: float | None = None  # the most bytes for a transformer, text encoder or VAE, each; None: what is free
     vae_strips: int | None = None  # strips in which a VAE takes pictures; None: whole if it fits, else what fits
+    gpus: str | None = None  # the devices, as "0,1"; None: the first
+    parallel: str | None = None  # how they divide the work, see :func:`wan22.parallel.parse_split`
 
     @property
     def of_blocks(self) -> "BlockOptions":
         """Those that only components in blocks have."""
-        return replace(self, vae_strips=None)
+        return BlockOptions(self.weights_in, self.vram)
 
 
 BLOCKS_AS_FIT = BlockOptions()
 
 
-def check_options(bundle: Bundle, options: BlockOptions) -> None:
-    """Refuse options that the engines of ``bundle`` cannot follow."""
+def check_options(bundle: Bundle, options: BlockOptions) -> Devices:
+    """Refuse options that the engines of ``bundle`` cannot follow; the devices that they name."""
     in_blocks = any(component.in_blocks for component in bundle.manifest.components)
     if options.of_blocks != BLOCKS_AS_FIT and not in_blocks:
         remedy = "leave --weights-in and --vram out, or run wan-trt build --topology blocks"
@@ -56,6 +60,33 @@ def check_options(bundle: Bundle, options: BlockOptions) -> None:
     if asked is not None and most is not None and asked > most:
         remedy = f"use --vae-strips {most}, or build with --vae-strips {asked}"
         raise UserError(f"--vae-strips {asked}", f"1 to {most}, which the engines were built for", remedy)
+    return devices_of(bundle, options)
+
+
+def devices_of(bundle: Bundle, options: BlockOptions) -> Devices:
+    """The devices for the engines of ``bundle``.
+
+    Raises:
+        UserError: they are malformed or too few, or the engines cannot divide the work so.
+    """
+    if options.gpus is None and options.parallel is None:
+        return ONE_DEVICE
+    spec, components = bundle.manifest.spec, bundle.manifest.components
+    groups = tuple(count for c in components if c.name == spec.experts[0] and c.in_blocks for count in c.groups)
+    in_strips = any(c.name.startswith("vae_decoder") and c.stages for c in components)
+    most = (most_strips(bundle) or LARGEST_GROUP) if in_strips else 0
+    devices = choose_devices(spec, options.gpus, options.parallel, groups, most)
+    split = devices.split
+    if split.ulysses > 1 and split.ulysses not in groups:
+        found, asked = f"--parallel {split} for {bundle.folder}", f"--parallel ulysses{split.ulysses}"
+        raise UserError(found, f"engines built for {split.ulysses} devices", f"run wan-trt build {asked}")
+    if split.vae > max(1, most):
+        found, remedy = f"--parallel {split} for {bundle.folder}", f"build with --vae-strips {split.vae}"
+        raise UserError(found, f"engines of a VAE in {split.vae} strips", f"{remedy}, or leave vae{split.vae} out")
+    if split.vae > 1 and options.vae_strips is not None and options.vae_strips < split.vae:
+        found = f"--vae-strips {options.vae_strips} for --parallel {split}"
+        raise UserError(found, f"at least {split.vae}, one for each device", "leave --vae-strips out")
+    return devices
 
 
 def most_strips(bundle: Bundle) -> int | None:
@@ -79,6 +110,7 @@ class BlockBackend:
         self._layouts: dict[File, BlockLayout] = {}
         self._device, self._shared = device, dict[tuple[str, ...], SharedBlocks]()
         self._others_bytes = 0.0
+        self.link: Link | None = None  # to the other devices that divide the tokens; set before engines are made
         self.component: Callable[[str], Component] = bundle.component  # with the weights in use; may be replaced
 
     def applies_to(self, name: str) -> bool:
@@ -90,7 +122,8 @@ class BlockBackend:
         if key not in self._shared:
             layout = self._layout(component)
             choose = partial(self._choose, component)
-            self._shared[key] = SharedBlocks(self._device(alike, layout), layout, choose)
+            link = self.link if component.name != TEXT_ENCODER else None
+            self._shared[key] = SharedBlocks(self._device(alike, layout), layout, choose, link)
         self.renew()
         if component.name == TEXT_ENCODER:
             return BlockTextEncoder(self._shared[key], component, profiles)
@@ -127,14 +160,14 @@ class BlockBackend:
         Raises:
             UserError: names the smallest budget that works.
         """
-        count, self._others_bytes = tokens(self._bundle.manifest.spec.latent_shape(*video)), others_bytes
+        count, self._others_bytes = self._own_tokens(video), others_bytes
         for component in self._in_blocks:
             self._choose(component, count)
 
     def memory(self, name: str, video: Video, *, resident: bool) -> Memory:
         """The memory of a component, all of its blocks ``resident`` or as few as possible."""
-        component, spec = self._bundle.component(name), self._bundle.manifest.spec
-        stack = self._stack(component, tokens(spec.latent_shape(*video)))
+        component = self._bundle.component(name)
+        stack = self._stack(component, self._own_tokens(video))
         found = stack.memory(stack.most if resident else stack.least)
         slots = found.slots if name == self._first[component.stages[0].graph.path] else 0.0
         return Memory(name, slots + found.text, found.x + found.edges + found.scratch, 0.0)
@@ -174,12 +207,20 @@ class BlockBackend:
         return layout
 
     def _stack(self, component: Component, count: int) -> BlockStack:
-        """The blocks of ``component`` for a video of ``count`` tokens."""
+        """The blocks of ``component`` for ``count`` tokens of this device."""
         spec, layout = self._bundle.manifest.spec, self._layout(component)
         if component.name == TEXT_ENCODER:
             return text_layers(spec.text_encoder, component.precision, layout.step_bytes)
-        slots = bool(layout.lora_rank)
-        return transformer_blocks(spec.dit, component.precision, count, layout.step_bytes, slots=slots)
+        groups, slots = self._groups, bool(layout.lora_rank)
+        return transformer_blocks(spec.dit, component.precision, count * groups, layout.step_bytes, groups, slots=slots)
+
+    @property
+    def _groups(self) -> int:
+        return 1 if self.link is None else self.link.size
+
+    def _own_tokens(self, video: Video) -> int:
+        """The most tokens of ``video`` that this device has."""
+        return -(-tokens(self._bundle.manifest.spec.latent_shape(*video)) // self._groups)
 
     def _choose(self, component: Component, count: int) -> BlockChoice:
         options, available = self._options, self._available()

@@ -7,8 +7,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from runtime.block_stream import Transfers
+from runtime.group import Link
 from wan22.block_layout import Overlay, Place
 from wan22.bundle import Stage, Tensor
+from wan22.parallel import shares
 from wan22.specs import PATCH
 
 LARGEST_QUANTISED = 440.0  # of FP8's 448, so that rounding cannot overflow
@@ -52,12 +54,25 @@ class StageDevice(Transfers, Protocol):
 
 
 class BlockForward:
-    """The arrays of one forward. Stages that take slices run once for each."""
+    """The arrays of one forward. Stages that take slices run once for each.
+
+    With a ``link``, its members divide the tokens: each has ``tokens`` of its own in all stages but "attend", which
+    takes the tokens of all with a part of the heads.
+    """
 
     def __init__(
-        self, device: StageDevice, stages: Mapping[str, Stage], tokens: int, slices: int, given: Mapping[str, Any]
+        self,
+        device: StageDevice,
+        stages: Mapping[str, Stage],
+        tokens: int,
+        slices: int,
+        given: Mapping[str, Any],
+        whole: tuple[Link, int] | None = None,
     ) -> None:
+        """``whole`` is the link, and the number of tokens of all its members."""
         self._device, self._stages, self._given, self._tokens = device, stages, given, tokens
+        self._link = whole[0] if whole else None
+        self._shares = shares(whole[1], whole[0].size) if whole else [slice(0, tokens)]
         size = -(-tokens // slices)
         self._cuts = [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
         self._kept: dict[str, Any] = {}
@@ -66,11 +81,15 @@ class BlockForward:
         """``x`` behind a block; the array of the block before last is used again."""
         scales = {name: self._given[name][block] for name in ("k_center", "v_scale") if name in self._given}
         qkv = self.in_slices("qkv", {"x": x, **scales}, weights)
-        attended = self._arrays("attend")
+        if self._link is not None:
+            qkv = {name: self._of_all_tokens(name, array) for name, array in qkv.items()}
+        attended = self._arrays("attend", self._shares[-1].stop)
         needed = {tensor.name for tensor in self._stages["attend"].inputs}
         entering = {name: array for name, array in (qkv | scales).items() if name in needed}
         self._device.run("attend", entering, attended, weights)
-        inputs = {"x": x, **attended, **text}
+        if self._link is not None:
+            attended = {"o": self._of_all_heads(attended["o"])}
+        inputs = {"x": x, **attended, **text, **scales}
         if len(self._cuts) > 1:
             self._replace_by_slices(x, inputs, weights)
             return x
@@ -78,23 +97,50 @@ class BlockForward:
         self._kept["x_out"] = x
         return made
 
+    def _of_all_tokens(self, name: str, messages: Any) -> Any:
+        """Exchange ``[groups, positions, heads, head]`` of own tokens for own heads of all tokens."""
+        assert self._link is not None
+        (tensor,) = (tensor for tensor in self._stages["attend"].inputs if tensor.name == name)
+        tokens = self._shares[-1].stop
+        every = self._array(f"every {name}", tensor, positions=tokens, keys=tokens)
+        sends = [messages[peer] for peer in range(self._link.size)]
+        self._link.all_to_all(sends, [every[rows] for rows in self._shares])
+        return every
+
+    def _of_all_heads(self, o: Any) -> Any:
+        """Exchange own heads of all tokens for ``[groups, positions, heads, head]`` of own tokens."""
+        assert self._link is not None
+        (tensor,) = (tensor for tensor in self._stages["rest"].inputs if tensor.name == "o")
+        messages = self._array("own o", tensor, positions=self._tokens)
+        self._link.all_to_all([o[rows] for rows in self._shares], [messages[peer] for peer in range(self._link.size)])
+        return messages
+
+    def gathered(self, name: str, part: Any) -> Any:
+        """The rows of all members, each of which has ``part`` of the output ``name`` of "velocity"."""
+        if self._link is None:
+            return part
+        (tensor,) = (tensor for tensor in self._stages["velocity"].outputs if tensor.name == name)
+        every = self._array(f"every {name}", tensor, positions=self._shares[-1].stop)
+        self._link.all_gather(part, [every[rows] for rows in self._shares])
+        return every
+
     def _replace_by_slices(self, x: Any, inputs: Mapping[str, Any], weights: Weights) -> None:
         """Overwrite ``x`` with the output of ``rest``, through an array of one slice."""
         (tensor,), size = self._stages["rest"].outputs, self._cuts[0].stop
-        if "slice" not in self._kept:
-            self._kept["slice"] = self._device.empty(tensor, positions=size)
         for rows in self._cuts:
-            part = self._kept["slice"][: rows.stop - rows.start]
+            part = self._array("slice", tensor, positions=size)[: rows.stop - rows.start]
             self._run_cut("rest", rows, inputs, {tensor.name: part}, weights)
             self._device.move(part, x[rows])
 
     def in_slices(self, name: str, inputs: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
         """The outputs of stage ``name`` for all tokens; inputs and outputs with an axis of tokens are cut."""
-        outputs = self._arrays(name)
-        cut = {tensor.name for tensor in self._stages[name].outputs if tensor.dims[0] == "positions"}
+        outputs, tensors = self._arrays(name, self._tokens), self._stages[name].outputs
         for rows in self._cuts:
-            made = {key: array[rows] if key in cut else array for key, array in outputs.items()}
+            made = {t.name: self._cut(f"part of {t.name}", t, outputs[t.name], rows) for t in tensors}
             self._run_cut(name, rows, inputs, made, weights)
+            for tensor in tensors:
+                if self._is_by_group(tensor):
+                    self._device.move(made[tensor.name], outputs[tensor.name][:, rows])
         return outputs
 
     def _run_cut(
@@ -104,15 +150,30 @@ class BlockForward:
         given = {}
         for tensor in self._stages[name].inputs:
             array = inputs.get(tensor.name, self._given.get(tensor.name))
-            given[tensor.name] = array[rows] if tensor.dims[0] == "positions" else array
+            given[tensor.name] = self._cut(f"part of {tensor.name}", tensor, array, rows)
+            if self._is_by_group(tensor):
+                self._device.move(array[:, rows], given[tensor.name])
         self._device.run(name, given, made, weights)
 
-    def _arrays(self, stage: str) -> dict[str, Any]:
+    def _is_by_group(self, tensor: Tensor) -> bool:
+        """True if slices of ``tensor`` are not contiguous, so that they are copied."""
+        return "positions" in tensor.dims[1:] and len(self._cuts) > 1
+
+    def _cut(self, name: str, tensor: Tensor, array: Any, rows: slice) -> Any:
+        """The ``rows`` of ``array``, an array of their own if those are not contiguous, or all of it without such."""
+        if self._is_by_group(tensor):
+            return self._array(f"{name}, {rows.stop - rows.start}", tensor, positions=rows.stop - rows.start)
+        return array[rows] if tensor.dims[0] == "positions" else array
+
+    def _arrays(self, stage: str, positions: int) -> dict[str, Any]:
         """Arrays for the outputs of ``stage``, the same in every block."""
-        for tensor in self._stages[stage].outputs:
-            if tensor.name not in self._kept:
-                self._kept[tensor.name] = self._device.empty(tensor, positions=self._tokens)
-        return {tensor.name: self._kept[tensor.name] for tensor in self._stages[stage].outputs}
+        tensors = self._stages[stage].outputs
+        return {tensor.name: self._array(tensor.name, tensor, positions=positions) for tensor in tensors}
+
+    def _array(self, name: str, tensor: Tensor, **sizes: int) -> Any:
+        if name not in self._kept:
+            self._kept[name] = self._device.empty(tensor, **sizes)
+        return self._kept[name]
 
 
 def fp8_scales(

@@ -18,9 +18,11 @@ from runtime.arrays import F32
 from runtime.block_forward import BlockForward, StageDevice, Weights, fp8_scales, patchify, unpatchify
 from runtime.block_stream import NOTHING, BlockStream, Streamed
 from runtime.engine import Arrays, check_inputs
+from runtime.group import Link
 from wan22.block_layout import BlockLayout, Overlay, Place
 from wan22.block_memory import BlockChoice
 from wan22.bundle import Component, Stage
+from wan22.parallel import shares
 from wan22.parts import DitSpec
 from wan22.shapes import Profile
 
@@ -36,6 +38,7 @@ class SharedBlocks:
     device: StageDevice
     layout: BlockLayout
     choose: Callable[[int], BlockChoice]  # for a number of tokens
+    link: Link | None = None  # to the other devices that divide the tokens
     stream: BlockStream | None = None
     _streamed: Streamed = NOTHING  # by earlier streams
     _chosen: tuple[int, BlockChoice] | None = None  # for so many tokens
@@ -107,6 +110,7 @@ class BlockTransformer:
         self._ends: dict[str, Weights] = {}
         self._times: dict[bytes, tuple[Any, Any]] = {}
         self._texts: list[tuple[np.ndarray, list[dict[str, Any]]]] = []
+        self._resumed = 0
         self._bounds: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def __enter__(self) -> Self:
@@ -153,32 +157,40 @@ class BlockTransformer:
         """The velocity of a forward; see :class:`runtime.engine.Engine`."""
         check_inputs(self.name, self.inputs, inputs, self._profiles)
         video = np.concatenate([inputs[name][0] for name in ("latents", "condition") if name in inputs])
-        patches, text = patchify(video), self._text(inputs["text"])
+        patches, text, link = patchify(video), self._text(inputs["text"]), self._shared.link
+        rows = shares(len(patches), link.size)[link.rank] if link else slice(0, len(patches))
+        whole, patches = (link, len(patches)) if link else None, patches[rows]
         stream, slices = self._shared.stream_for(len(patches))
         stream.begin(self.name)
-        forward = BlockForward(self._shared.device, self._stages, len(patches), slices, self._given(inputs))
+        forward = BlockForward(
+            self._shared.device, self._stages, len(patches), slices, self._given(inputs, rows), whole
+        )
         x = forward.in_slices("patches", {"patches": self._shared.device.put(patches)}, self._ends["patches"])["x"]
         for block in range(self._spec.layers):
             with stream.block(self.name, block, self._following) as slot:
                 weights = self._shared.device.views(slot, self._shared.layout.block)
                 x = forward.block(block, x, text[block], weights)
         self._following = self.name
-        patches = self._shared.device.get(forward.in_slices("velocity", {"x": x}, self._ends["velocity"])["patches"])
+        part = forward.in_slices("velocity", {"x": x}, self._ends["velocity"])["patches"]
+        patches = self._shared.device.get(forward.gathered("patches", part))
         stream.end()
         return unpatchify(patches, inputs["latents"].shape)
 
     # -- inputs of stages
 
-    def _given(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """What all blocks share: rotations, time rows, and the mask of the first frame if it has its own time."""
+    def _given(self, inputs: Mapping[str, np.ndarray], own: slice) -> dict[str, Any]:
+        """What all blocks share: rotations, time rows, and the mask of the first frame if it has its own time.
+
+        Those with a row for a token have those of ``own`` tokens.
+        """
         self.prepare(inputs["time_features"])
         rows = [self._times[row.tobytes()] for row in inputs["time_features"]]
         grid, half = inputs["rope_cos"].shape[:3], inputs["rope_cos"].shape[3]
-        given = {name: np.ascontiguousarray(inputs[name]).reshape(-1, half) for name in ("rope_cos", "rope_sin")}
+        given = {name: np.ascontiguousarray(inputs[name]).reshape(-1, half)[own] for name in ("rope_cos", "rope_sin")}
         given |= {"time": np.stack([time for time, _ in rows]), "time_modulation": np.stack([m for _, m in rows])}
         if self._spec.time_rows > 1:
             mask = np.arange(grid[0] * grid[1] * grid[2]) < grid[1] * grid[2]
-            given["first_frame"] = mask.astype(np.float32)[:, None]
+            given["first_frame"] = mask.astype(np.float32)[own, None]
         if self._bounds is not None:
             norms, tables, means = self._bounds
             given |= fp8_scales(norms, tables, given["time_modulation"], means)
@@ -194,6 +206,9 @@ class BlockTransformer:
 
     def _text(self, text: np.ndarray) -> list[dict[str, Any]]:
         """Keys and values of ``text`` for every block. Kept if the array is read-only, as any other may change."""
+        link = self._shared.link
+        if link is not None and link.resumed != self._resumed:  # members must agree on what they know
+            self._texts, self._resumed = [], link.resumed
         for known, values in self._texts:
             if known is text:
                 return values
@@ -203,9 +218,14 @@ class BlockTransformer:
         start, values = layout.step_bytes, []
         places = [place for place in layout.block if place.offset >= start]
         for block in range(layout.blocks):
-            memory = device.read(self.name, layout.region(block) + start, layout.block_bytes - start)
             values.append(self._new_outputs("text_kv"))
-            device.run("text_kv", context, values[-1], device.views(memory, _moved(places, -start)))
+            if link is None or block % link.size == link.rank:
+                memory = device.read(self.name, layout.region(block) + start, layout.block_bytes - start)
+                device.run("text_kv", context, values[-1], device.views(memory, _moved(places, -start)))
+        if link is not None:  # each has read the weights of its blocks alone
+            for block, made in enumerate(values):
+                for name in sorted(made):
+                    link.broadcast(made[name], block % link.size)
         if text.flags.owndata and not text.flags.writeable:
             self._texts = [*self._texts[1 - PROMPTS_KEPT :], (text, values)]
         return values

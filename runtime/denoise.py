@@ -160,21 +160,32 @@ def _guided_velocity(
     """The conditional velocity ``c``, ``u + scale (c - u)`` in float32, and the seconds spent in the forwards.
 
     The guided velocity is ``c`` itself if the scale is 1, and ``c + residual`` if there is an estimate of the residual.
-    The last forward hears of the expert of the next step, ``then``, if it can bring its weights early.
+    The last forward hears of the expert of the next step, ``then``, if it can bring its weights early. A forward on
+    several devices may compute both branches at once.
     """
     started, follow = perf_counter(), getattr(forward, "follow", lambda _expert: None)
+    both = getattr(forward, "both", None) if scale != 1 and residual is None else None
+    if both is not None:
+        follow(then)
+        conditional, unconditional = both(inputs, given.positive, given.negative)
+        seconds = perf_counter() - started
+        return conditional, _guided(conditional, unconditional, scale), seconds
     if scale == 1 or residual is not None:
         follow(then)
-    conditional: F32 = forward(**inputs, text=given.positive)
+    conditional = forward(**inputs, text=given.positive)
     if scale == 1:
         return conditional, conditional, perf_counter() - started
     if residual is not None:
         seconds = perf_counter() - started
         return conditional, conditional + residual, seconds
     follow(then)
-    unconditional: F32 = forward(**inputs, text=given.negative)
+    unconditional = forward(**inputs, text=given.negative)
     seconds = perf_counter() - started
+    return conditional, _guided(conditional, unconditional, scale), seconds
+
+
+def _guided(conditional: F32, unconditional: F32, scale: float) -> F32:
     velocity = conditional - unconditional
     velocity *= np.float32(scale)
     velocity += unconditional
-    return conditional, velocity, seconds
+    return velocity

@@ -68,7 +68,7 @@ class CudaDevice(Gpu):
         if self.provider != CUDA:
             return {}
         return {
-            "device_id": "0",
+            "device_id": str(self.number),
             "user_compute_stream": str(self.stream.ptr),
             "gpu_mem_limit": str(int(self.available_bytes())),
             "arena_extend_strategy": "kSameAsRequested",
@@ -159,7 +159,7 @@ class CudaEngine:
         for name, array in leaving.items():
             binding.bind_output(name, *self._place(array))
         if self._device.provider == CUDA and not self.replays:  # a recorded call must keep its memory
-            settings.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
+            settings.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{self._device.number}")
         try:
             self._session.run_with_iobinding(binding, settings)
         except Exception as error:
@@ -167,7 +167,8 @@ class CudaEngine:
 
     def _place(self, array: Any) -> tuple[str, int, Any, tuple[int, ...], int]:
         """The arguments that bind an array: device, device number, type, shape, address."""
-        return self._device.place, 0, np.dtype(array.dtype).type, tuple(array.shape), int(array.data.ptr)
+        place, number = self._device.place, self._device.number
+        return place, number, np.dtype(array.dtype).type, tuple(array.shape), int(array.data.ptr)
 
 
 def check_onnxruntime(onnxruntime: Any, needed: str) -> None:

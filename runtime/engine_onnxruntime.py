@@ -11,6 +11,7 @@ arena, since one runs at a time. It begins as one large region, so that tensors 
 only used pages become resident. It stays when engines are closed.
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -39,12 +40,25 @@ ARENA = {
 
 
 _threads = 0  # of every session of this process; 0 means one for each physical core
+_one_at_a_time = threading.Lock()
+_here = threading.local()  # with other ``threads`` for sessions that a thread opens
 
 
 def use_threads(count: int) -> None:
     """Let sessions that are opened from now on use ``count`` threads, for processes that share a machine."""
     global _threads  # noqa: PLW0603 - a property of the process
     _threads = count
+
+
+@contextmanager
+def threads_of_sessions(count: int) -> Iterator[None]:
+    """Let sessions that this thread opens in the block use ``count`` threads; 0 leaves it as it is."""
+    before = getattr(_here, "threads", 0)
+    _here.threads = count or before
+    try:
+        yield
+    finally:
+        _here.threads = before
 
 
 class OnnxRuntimeEngine:
@@ -114,8 +128,9 @@ def new_session(path: Path, name: str, providers: Sequence[str] = PREFERRED, *, 
     options.log_severity_level = 3  # warnings about missed fusions do not help users
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.enable_mem_pattern = False
-    options.intra_op_num_threads = _threads
-    _make_arena()
+    options.intra_op_num_threads = getattr(_here, "threads", 0) or _threads
+    with _one_at_a_time:
+        _make_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     there = onnxruntime.get_available_providers()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.arrays import F32
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
 from runtime.denoise import Step
 from runtime.pipeline import Pipeline
 from runtime.recipe import recipe_of
@@ -95,17 +96,18 @@ def generate(
     encoding: Encoding = Encoding(),
     *,
     residency: ResidencyChoice = "auto",
+    blocks: BlockOptions = BLOCKS_AS_FIT,
     progress: Progress = silent,
 ) -> Generated:
     """Run ``request`` and write ``output`` as ``encode_video`` does, with its recipe in the metadata.
 
-    ``residency`` applies to engines at a path, which are opened for this run alone; a pipeline has its own.
+    ``residency`` and ``blocks`` apply to engines at a path, opened for this run alone; a pipeline has its own.
 
     Raises:
         UserError: the request, engines or output are invalid; raised before any work if possible.
     """
     if isinstance(engines, Path):
-        with Pipeline.open(engines, residency=residency, once=True) as pipeline:
+        with Pipeline.open(engines, residency=residency, once=True, blocks=blocks) as pipeline:
             return generate(pipeline, request, output, encoding, progress=progress)
     pipeline, timings = engines, Timings()
     complete, rate = pipeline.complete(request), encoding.fps or pipeline.spec.sampling.fps

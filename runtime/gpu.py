@@ -34,6 +34,9 @@ def compute_capability(cupy: Any) -> str:
 class Gpu:
     """A GPU with a stream of its engines."""
 
+    number = 0  # by which CUDA knows it
+    reaches_peers = True  # the memory of the other GPUs of a group
+
     def __init__(self, cupy: Any) -> None:
         self.cupy = cupy
         self.stream = cupy.cuda.Stream(non_blocking=True)

@@ -1,5 +1,6 @@
 """Weights files in pinned host memory, from which a GPU copies at bus speed."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,19 @@ import numpy as np
 
 
 class HostCopies:
-    """Pinned copies of weights files, each read once."""
+    """Pinned copies of weights files, each read once. Several GPUs may share them."""
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
         self._pinned: dict[Path, Any] = {}
+        self._one_at_a_time = threading.Lock()
 
     def pin(self, path: Path) -> Any | None:
         """The content of ``path`` in pinned memory; None if it cannot be allocated."""
+        with self._one_at_a_time:
+            return self._pin(path)
+
+    def _pin(self, path: Path) -> Any | None:
         if path not in self._pinned:
             size = path.stat().st_size
             try:

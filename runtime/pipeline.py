@@ -24,6 +24,7 @@ from runtime.vae_choice import PipelineVae
 from runtime.weight_sets import WeightSets, check_lora
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.memory import available_host_bytes
+from wan22.parallel import ONE_DEVICE
 from wan22.quantities import counted, human_bytes
 from wan22.residency import (
     RESIDENCIES,
@@ -37,7 +38,7 @@ from wan22.residency import (
     needed_bytes,
     refusal,
 )
-from wan22.specs import TEXT_TOKENS, ModelSpec, Precision
+from wan22.specs import TEXT_TOKENS, ModelSpec
 from wan22.strips import half_of
 
 log = logging.getLogger(__name__)
@@ -71,26 +72,28 @@ class Pipeline:
             once: for a single run: free each engine as soon as no later stage needs it.
             tell: receives one line for each choice of ``auto``.
             new_engine: makes the engine of a component, instead of the bundle's backend.
-            blocks: where the weights of transformers in stages are, and how the VAE takes pictures.
+            blocks: where the weights of transformers in stages are, how the VAE takes pictures, and the devices.
         """
-        self.bundle, self.once = bundle, once
+        devices = ONE_DEVICE if new_engine else check_options(bundle, blocks)
+        self.bundle = bundle = bundle.in_groups(devices.split.ulysses)
+        self.once, self.split = once, devices.split
         self.weight_sets = WeightSets(bundle, {})  # may be replaced before the first request
         self.tokenizer = Tokenizer(bundle.folder / "tokenizer")
         self._shared = ExitStack()  # closed after all engines
-        self._backend = (
-            Backend(new_engine, available_host_bytes) if new_engine else open_backend(bundle, self._shared, blocks)
+        self.backend = (
+            Backend(new_engine, available_host_bytes)
+            if new_engine
+            else open_backend(bundle, self._shared, blocks, devices, tell)
         )
-        if new_engine is None:
-            check_options(bundle, blocks)
-        if self._backend.blocks is not None:
-            self._backend.blocks.component = self._component
-        self._open: dict[str, ExitStack] = {}
-        self._engines: dict[str, Engine] = {}
+        for in_blocks in self.backend.every_blocks:
+            in_blocks.component = self._component
+        self._open, self._engines = dict[str, ExitStack](), dict[str, Engine]()
+        self._precisions = {component.name: component.precision for component in bundle.manifest.components}
         self._asked, self._choices, self._tell = residency, choices, tell
         self._residency: Residency | None = None if residency == "auto" else residency
-        self._available_bytes = self._backend.available_bytes() if residency == "auto" else math.inf
+        self._available_bytes = self.backend.available_bytes() if residency == "auto" else math.inf
         free = math.inf if new_engine else self._available_bytes  # engines of others are whole
-        self._vae = PipelineVae(bundle, blocks, free, self._backend.cache_sets)
+        self._vae = PipelineVae(bundle, blocks, free, self.backend.cache_sets, (self.split.vae, self.backend.spread))
 
     @classmethod
     def open(
@@ -122,8 +125,8 @@ class Pipeline:
 
     @property
     def streamed(self) -> Streamed | None:
-        """What transformers in blocks have copied so far; None for whole engines."""
-        return self._backend.blocks.streamed if self._backend.blocks is not None else None
+        """What transformers in blocks have copied so far, to the first device; None for whole engines."""
+        return self.backend.blocks.streamed if self.backend.blocks is not None else None
 
     @property
     def residency(self) -> Residency:
@@ -139,8 +142,8 @@ class Pipeline:
         Raises:
             UserError: no residency fits; names the component that does not, and a video that would fit.
         """
-        if self._backend.blocks is not None:
-            self._backend.blocks.check(video, self._vae.least_bytes(video))
+        if self.backend.blocks is not None:
+            self.backend.blocks.check(video, self._vae.least_bytes(video))
         for half, count in self._vae.chosen(video).items():
             self._tell(f"{half} in {counted(count, 'strip')}")
         if self._asked != "auto":
@@ -148,29 +151,26 @@ class Pipeline:
         needed, available = self._needed(video), self._available_bytes
         found = choose_residency(needed, available)
         if found is None:
-            spec, sets = self.spec, self._backend.cache_sets
-            fitting = largest_fitting(spec, self._precisions, video, available, cache_sets=sets, memory_of=self._memory)
+            fitting = largest_fitting(self.spec, self._precisions, video, available, memory_of=self._memory)
             raise refusal(needed, self._memory(video), available, fitting)
         if found != self._residency:
             self._keep_only(())
             self._residency = found
             self._tell(f"residency {found}: needs {human_bytes(needed[found])} of {human_bytes(available)} free")
 
-    @property
-    def _precisions(self) -> dict[str, Precision]:
-        return {component.name: component.precision for component in self.bundle.manifest.components}
-
     def _memory(self, video: Video, *, resident: bool = False) -> dict[str, Memory]:
         """The engines' memory; of transformers in stages with all blocks ``resident`` or as few as possible."""
-        sets, strips = self._backend.cache_sets, self._vae.chosen(video)
+        sets, strips = self.backend.cache_sets, self._vae.chosen(video)
         found = engines_memory(self.spec, self._precisions, video, cache_sets=sets, vae_strips=strips)
-        if (blocks := self._backend.blocks) is not None:
+        if (blocks := self.backend.blocks) is not None:
             in_stages = [name for name in found if blocks.applies_to(name)]
             found |= {name: blocks.memory(name, video, resident=resident) for name in in_stages}
         return found
 
     def _needed(self, video: Video) -> dict[Residency, float]:
         every = needed_bytes(self.spec, self._memory(video, resident=True))
+        if self.split.experts > 1:  # every device has one
+            every["all"] = every.pop("one-expert")
         every["one-component"] = needed_bytes(self.spec, self._memory(video))["one-component"]
         return {way: size for way, size in every.items() if way in self._choices or len(self.spec.experts) == 1}
 
@@ -182,7 +182,7 @@ class Pipeline:
             elif self.residency == "one-expert" and name in self.spec.experts:
                 self._keep_only(set(self._engines) - set(self.spec.experts) | self._sharing(name))
             stack = ExitStack()
-            self._engines[name] = stack.enter_context(self._backend.new_engine(self._component(name)))
+            self._engines[name] = stack.enter_context(self.backend.new_engine(self._component(name)))
             self._open[name] = stack
         return self._engines[name]
 
@@ -195,11 +195,13 @@ class Pipeline:
         """The engines that stay beside ``name``: experts in the same stages stream past, those of a VAE take turns."""
         if "." in name:
             return {other for other in self._engines if "." in other and half_of(other) == half_of(name)}
-        stages = self.bundle.component(name).stages if self._backend.blocks else ()
+        stages = self.bundle.component(name).stages if self.backend.blocks else ()
         return {c.name for c in self.bundle.manifest.components if stages and c.stages == stages}
 
     def on_call(self, name: str) -> Engine:
         """An engine of component ``name`` that is opened when called, and again if it was closed since."""
+        if self.split.vae > 1:
+            return self.engine(name)  # no device could open it on all of them
         component = self._component(name)
         return OnCall(component.inputs, component.outputs, lambda: self.engine(name))
 
@@ -246,7 +248,9 @@ class Pipeline:
         tokens = self.tokenizer.encode(prompt, allow_empty=allow_empty)
         if tokens.truncated:
             log.warning("prompt cut to %d tokens", TEXT_TOKENS)  # users' prompts do not belong in logs
-        return tokens, _single(self.engine("text_encoder")(input_ids=tokens.ids))
+        embeddings = self.engine("text_encoder")(input_ids=tokens.ids)
+        assert isinstance(embeddings, np.ndarray)
+        return tokens, embeddings
 
     def text(self, prompt: str, *, allow_empty: bool = False) -> F32:
         """The transformer's text input, read-only: ``[1, 512, text width]``, with exact zeros after the last token."""
@@ -280,6 +284,8 @@ class Pipeline:
         check_video(self.bundle.manifest, request.video)
         self.use_weights(request.lora)
         self.fit(request.video)
+        if self.split.cfg > 1 and not request.guided:
+            self._tell("guidance is 1, so half of the devices have nothing to do: cfg2 divides two prompts")
         positive = self.text(request.prompt)
         negative = self.text(request.negative_prompt, allow_empty=True) if request.guided else None
         given = Conditions(positive, negative, **self.image_condition(request))
@@ -297,8 +303,3 @@ class Pipeline:
         """Decode clean latents ``[1, z, T, h, w]`` into frames ``[1, 3, f, H, W]`` in [-1, 1], per latent frame."""
         self._begin(*(name for name in self._engines if name.startswith("vae_decoder")))
         yield from self._vae.decode(latents, self.on_call)
-
-
-def _single(outputs: np.ndarray | tuple[np.ndarray, ...]) -> F32:
-    assert isinstance(outputs, np.ndarray)
-    return outputs

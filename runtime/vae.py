@@ -10,8 +10,9 @@ what it wrote before. With several strips, one strip is decoded to the end befor
 exist; the middle, which sees the whole picture, runs before all of them, or behind them in the encoder.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,7 @@ from runtime.engine import NEXT, Engine
 from wan22.parts import VaeSpec
 from wan22.progress import Progress, silent
 from wan22.shapes import shape_of, sizes_of
-from wan22.strips import check_strips, cut_axis, strips_of
+from wan22.strips import Strip, check_strips, cut_axis, strips_of
 
 CACHE, RECENT = "cache_", "recent_"
 CHUNK_FRAMES = 4  # pixel frames per latent frame, except for the first, which is one frame
@@ -81,11 +82,19 @@ class Stages:
     fine: Engine
 
 
-def decode_in_strips(stages: Stages, latents: F32, count: int) -> Iterator[F32]:
+Spread = Callable[[Sequence[Callable[[], None]]], None]  # does all of it, on one device or several
+
+
+def in_turns(work: Sequence[Callable[[], None]]) -> None:
+    for each in work:
+        each()
+
+
+def decode_in_strips(stages: Stages, latents: F32, count: int, spread: Spread = in_turns) -> Iterator[F32]:
     """:func:`decode` with the decoder in stages and pictures in ``count`` strips; equal but for rounding.
 
     One strip yields every chunk when it is decoded. Several yield when the last of them is, and hold the video until
-    then: 12 bytes for a pixel of a frame.
+    then: 12 bytes for a pixel of a frame. ``spread`` decodes them.
 
     Raises:
         UserError: more strips than the latent grid has rows or columns.
@@ -102,18 +111,26 @@ def decode_in_strips(stages: Stages, latents: F32, count: int) -> Iterator[F32]:
     del middle
     stride, ends = stages.spec.spatial_stride, [0, *range(1, CHUNK_FRAMES * total, CHUNK_FRAMES)]
     video = np.empty((1, 3, ends[-1], *(side * stride for side in size)), np.float32)
-    for place in strips_of(stages.spec, "vae_decoder", size[cut_axis(size)], count):
+
+    def decode_strip(place: Strip) -> None:
         strip = _StripDecoder(stages)
         for index, (start, stop) in enumerate(pairwise(ends)):
             frames = strip(_cut(features[:, :, index : index + 1], size, place.low, place.high))
             kept = _cut(frames, size, stride * place.kept.start, stride * place.kept.stop)
             _cut(video[:, :, start:stop], size, stride * place.start, stride * place.stop)[...] = kept
+
+    strips = strips_of(stages.spec, "vae_decoder", size[cut_axis(size)], count)
+    spread([partial(decode_strip, place) for place in strips])
     for start, stop in pairwise(ends):
         yield video[:, :, start:stop]
 
 
-def encode_in_strips(stages: Stages, frames: F32, count: int, progress: Progress = silent) -> F32:
+def encode_in_strips(
+    stages: Stages, frames: F32, count: int, progress: Progress = silent, spread: Spread = in_turns
+) -> F32:
     """:func:`encode` with the encoder in stages and pictures in ``count`` strips; equal but for rounding.
+
+    ``spread`` encodes them.
 
     Raises:
         ValueError: the number of frames is not a multiple of 4 plus 1.
@@ -123,15 +140,22 @@ def encode_in_strips(stages: Stages, frames: F32, count: int, progress: Progress
     size = (frames.shape[ROWS] // stride, frames.shape[ROWS + 1] // stride)
     check_strips(count, size)
     ends = [0, *range(1, total + 1, CHUNK_FRAMES)]
-    parts: list[list[F32]] = [[] for _ in ends[1:]]  # of every latent frame, by strip
-    for number, place in enumerate(strips_of(stages.spec, "vae_encoder", size[cut_axis(size)], count)):
+    parts: list[dict[Strip, F32]] = [{} for _ in ends[1:]]  # of every latent frame
+    strips = strips_of(stages.spec, "vae_encoder", size[cut_axis(size)], count)
+    done = dict.fromkeys(strips, 0)
+
+    def encode_strip(place: Strip) -> None:
         strip = _StripEncoder(stages)
         for part, (start, stop) in zip(parts, pairwise(ends), strict=True):
             features = to_numpy(strip(_cut(frames[:, :, start:stop], size, stride * place.low, stride * place.high)))
-            part.append(_cut(features, size, place.kept.start, place.kept.stop))
-            progress("encode image", number * total + stop, count * total, "frames")
+            part[place] = _cut(features, size, place.kept.start, place.kept.stop)
+            done[place] = stop
+            progress("encode image", sum(done.values()), count * total, "frames")
+
+    spread([partial(encode_strip, place) for place in strips])
     middle, axis = _FrameByFrame(stages.middle), ROWS + cut_axis(size)
-    return np.concatenate([to_numpy(middle(np.concatenate(part, axis=axis))) for part in parts], axis=2)
+    joined = (np.concatenate([part[place] for place in strips], axis=axis) for part in parts)
+    return np.concatenate([to_numpy(middle(features)) for features in joined], axis=2)
 
 
 def _cut(video: F32, size: tuple[int, int], low: int, high: int) -> F32:

@@ -6,7 +6,7 @@ from functools import cache
 from runtime.arrays import F32
 from runtime.block_backend import BlockOptions, most_strips
 from runtime.engine import Engine
-from runtime.vae import Stages, decode, decode_in_strips, encode, encode_in_strips
+from runtime.vae import Spread, Stages, decode, decode_in_strips, encode, encode_in_strips, in_turns
 from wan22.bundle import Bundle
 from wan22.errors import UserError
 from wan22.quantities import human_bytes, size_option
@@ -21,7 +21,14 @@ SHARED: tuple[VaeStage, ...] = ("middle", "coarse", "fine")  # by the first chun
 class PipelineVae:
     """The VAE of ``bundle``, with strips for each half."""
 
-    def __init__(self, bundle: Bundle, options: BlockOptions, free_bytes: float, cache_sets: int) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: BlockOptions,
+        free_bytes: float,
+        cache_sets: int,
+        spread: tuple[int, Spread] = (1, in_turns),
+    ) -> None:
         """Open nothing.
 
         Args:
@@ -29,8 +36,10 @@ class PipelineVae:
             options: the number of strips and the memory for one half, if the user has set them.
             free_bytes: the memory for one half otherwise.
             cache_sets: see :func:`wan22.residency.engines_memory`.
+            spread: the number of devices that take strips, each at least one, and what hands them out.
         """
         self._bundle, self._cache_sets, asked = bundle, cache_sets, options.vae_strips
+        self._devices, self._spread = spread
         self._asked, self._from_user = asked, options.vram is not None
         self._budget = free_bytes if options.vram is None else min(free_bytes, options.vram)
         vae = [component for component in bundle.manifest.components if component.name.startswith("vae")]
@@ -43,7 +52,7 @@ class PipelineVae:
         """See :func:`runtime.vae.encode`; ``engine`` makes the engine of a component or of its stage, as "dit.qkv"."""
         video = (frames.shape[4], frames.shape[3], frames.shape[2])
         if (strips := self.strips("vae_encoder", video)) is not None:
-            return encode_in_strips(self._stages("vae_encoder", engine), frames, strips)
+            return encode_in_strips(self._stages("vae_encoder", engine), frames, strips, spread=self._spread)
         following = engine("vae_encoder_next") if frames.shape[2] > 1 else None
         return encode(engine("vae_encoder_first"), following, frames)
 
@@ -53,7 +62,7 @@ class PipelineVae:
         stride = spec.spatial_stride
         video = (width * stride, height * stride, spec.temporal_stride * (count - 1) + 1)
         if (strips := self.strips("vae_decoder", video)) is not None:
-            return decode_in_strips(self._stages("vae_decoder", engine), latents, strips)
+            return decode_in_strips(self._stages("vae_decoder", engine), latents, strips, self._spread)
         return decode(engine("vae_decoder_first"), engine("vae_decoder_next") if count > 1 else None, latents)
 
     def engines(self, name: str) -> tuple[str, ...]:
@@ -61,7 +70,7 @@ class PipelineVae:
         half = half_of(name)
         if not name.startswith("vae") or half not in self.in_stages:
             return (name,)
-        if half not in self._only_stages and self._asked is None:
+        if half not in self._only_stages and self._asked is None and self._devices == 1:
             return (name,)
         return (*(f"{half}_first.{stage}" for stage in SHARED), f"{name}.motion")
 
@@ -86,6 +95,8 @@ class PipelineVae:
         if half in self.in_stages and self._asked is not None:
             check_strips(self._asked, (shape[3], shape[4]))
             return self._asked
+        if self._devices > 1:
+            return self._for_every_device(half, video)
         if half not in self._only_stages and self._whole_bytes(half, video) <= self._budget:
             return None
         if half in self.in_stages:
@@ -96,6 +107,14 @@ class PipelineVae:
         if self._from_user:
             raise self._refusal(half, video)
         return self._least(half, video).strips if half in self.in_stages else None
+
+    def _for_every_device(self, half: Half, video: Video) -> int:
+        """The fewest strips that fit, a multiple of the devices where that is possible."""
+        spec, sets = self._bundle.manifest.spec, self._cache_sets
+        precision, shape = self._precisions(half)[f"{half}_first"], spec.latent_shape(*video)
+        found = choose_strips(spec.vae, half, precision, shape, self._budget, cache_sets=sets, most=self._most)
+        fitting = self._devices * -(-(found.strips if found else 1) // self._devices)
+        return min(fitting, self._most or fitting, max(shape[3:]))
 
     def _precisions(self, half: Half) -> dict[str, Precision]:
         return {c.name: c.precision for c in self._bundle.manifest.components if c.name.startswith(half)}

@@ -71,6 +71,29 @@ def blocks_of(flow_of, tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def divisible(tmp_path_factory) -> Callable[[str, int], Path]:
+    """``divisible(name, heads)`` → engines of a tiny model with so many heads, for devices that divide its tokens."""
+
+    @cache
+    def build(name: str, heads: int) -> Path:
+        from engines.build import BuildOptions, build_engines
+        from export.exporter import export_checkpoint
+        from export.options import ExportOptions
+        from export.synth.checkpoint import synthesise
+        from wan22.parallel import group_sizes
+
+        root, tiny = tmp_path_factory.mktemp(f"{name}-{heads}"), SPECS[name]
+        spec = replace(tiny, dit=replace(tiny.dit, heads=heads, width=max(256, 16 * heads)))
+        synthesise(spec, root / "checkpoint", "official", seed=0)
+        export_checkpoint(root / "checkpoint", root / "onnx", ExportOptions(Precision.FP32))
+        sizes = ",".join(f"ulysses{count}" for count in group_sizes(spec.dit))
+        build_engines(root / "onnx", root / "engines", BuildOptions(topology="blocks", parallel=sizes))
+        return root / "engines"
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(flow_of) -> Path:
     return flow_of(TINY).checkpoint
 

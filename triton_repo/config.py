@@ -13,8 +13,8 @@ PRIORITIES = 2  # 1 runs first; 2 is the default
 MICROSECONDS = 1_000_000
 
 
-def owner_config(name: str, settings: Settings, *, on_gpu: bool) -> Any:
-    """The ``ModelConfig`` of a model that answers requests of ``schema.INPUTS``."""
+def owner_config(name: str, settings: Settings, *, on_gpu: bool, devices: int = 1) -> Any:
+    """The ``ModelConfig`` of a model that answers requests of ``schema.INPUTS``, on so many ``devices``."""
     from tritonclient.grpc import model_config_pb2
 
     config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=0)
@@ -23,7 +23,7 @@ def owner_config(name: str, settings: Settings, *, on_gpu: bool) -> Any:
         config.input.add(optional=True, **_tensor(field))  # the model itself refuses missing inputs, and counts them
     for field in OUTPUTS:
         config.output.add(**_tensor(field))
-    add_instance(config, on_gpu=on_gpu)
+    add_instance(config, on_gpu=on_gpu, devices=devices)
     _queue(config.dynamic_batching, settings)
     for key, value in settings.parameters().items():
         config.parameters[key].string_value = value
@@ -36,11 +36,16 @@ def as_text(config: Any) -> str:
     return str(text_format.MessageToString(config))
 
 
-def add_instance(config: Any, *, on_gpu: bool) -> None:
-    """One instance, on the first visible GPU: a second one would hold the weights twice."""
+def add_instance(config: Any, *, on_gpu: bool, devices: int = 1) -> None:
+    """One instance, on the first visible GPU: a second one would hold the weights twice.
+
+    A model on several GPUs opens them itself: for each that is named here, Triton would start an instance.
+    """
     group = config.instance_group.add(count=1)
     group.kind = group.KIND_GPU if on_gpu else group.KIND_CPU
-    if on_gpu:
+    if on_gpu and devices > 1:
+        group.kind = group.KIND_MODEL
+    elif on_gpu:
         group.gpus.append(0)
 
 

@@ -12,11 +12,13 @@ from PIL import Image
 
 from runtime.arrays import require_finite
 from runtime.backend import NewEngine
+from runtime.block_backend import check_options
 from runtime.request import Request
 from triton_repo.served_pipeline import ServedPipeline
 from triton_repo.settings import Settings
 from wan22.bundle import MANIFEST, Bundle, Manifest, open_bundle, sha256_of
 from wan22.errors import UserError
+from wan22.parallel import ONE_DEVICE
 from wan22.residency import Video
 
 WARM_UP_PROMPT = "warm up"
@@ -31,8 +33,11 @@ def load(settings: Settings, new_engine: NewEngine | None = None) -> ServedPipel
     """
     bundle = trusted_bundle(settings)
     sets = {name: trusted_bundle(_of_set(settings, *pinned)) for name, pinned in settings.weight_sets().items()}
+    devices = ONE_DEVICE if new_engine else check_options(bundle, settings.blocks)
+    # with an expert on each device, the engines of one job must not make room for those of the other
+    residency = "all" if devices.split.experts > 1 else settings.residency
     pipeline = ServedPipeline(
-        bundle, residency=settings.residency, new_engine=new_engine, weight_sets=sets, blocks=settings.blocks
+        bundle, residency=residency, new_engine=new_engine, weight_sets=sets, blocks=settings.blocks
     )
     if settings.warm_up:
         warm_up(pipeline)

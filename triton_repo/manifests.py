@@ -1,8 +1,8 @@
 """Kubernetes manifests of a served model and of its gateway, from Deployments to network policies.
 
-One pod has one GPU and runs one job at a time, so the autoscaler counts running and waiting jobs of the gateway's
-queue. A job takes minutes, so a pod with work is never ended early: it reports that it is not ready, and gets the time
-to finish.
+One pod has one GPU, or a group of them, and runs one job at a time, so the autoscaler counts running and waiting jobs
+of the gateway's queue. A job takes minutes, so a pod with work is never ended early: it reports that it is not ready,
+and gets the time to finish.
 """
 
 import re

@@ -35,6 +35,7 @@ class Metrics:
 
     def __init__(self, new_family: NewFamily, model: str, pipeline: ServedPipeline) -> None:
         self._model, self._pipeline = model, pipeline
+        self._running, self._one_at_a_time = 0, threading.RLock()
         self._families: list[Any] = []  # a garbage-collected family would remove its metrics
         self._new_family = new_family
         self.streamed: dict[str, Any] = {}
@@ -74,12 +75,13 @@ class Metrics:
         return {value: family.Metric(labels={"model": self._model, label: value}) for value in values}
 
     def step(self, step: Step) -> None:
-        self.steps.increment(1)
-        self.step_seconds.increment(step.seconds_total)
-        self.cached.increment(int(step.cached))
-        self.late_cfg.increment(int(step.late_cfg))
-        self._stream()
-        self.got_on()
+        with self._one_at_a_time:
+            self.steps.increment(1)
+            self.step_seconds.increment(step.seconds_total)
+            self.cached.increment(int(step.cached))
+            self.late_cfg.increment(int(step.late_cfg))
+            self._stream()
+            self.got_on()
 
     def _stream(self) -> None:
         """Count the weights of blocks that were copied since the last call."""
@@ -96,11 +98,19 @@ class Metrics:
         _set_now(self.heartbeat)
 
     def began(self) -> None:
-        self.got_on()
-        self.in_flight.set(1)
+        with self._one_at_a_time:
+            self.got_on()
+            self._running += 1
+            self.in_flight.set(self._running)
 
     def ended(self, outcome: Outcome) -> None:
         """Count the job, and only then remove it from the jobs in flight."""
+        with self._one_at_a_time:
+            self._count(outcome)
+            self._running -= 1
+            self.in_flight.set(self._running)
+
+    def _count(self, outcome: Outcome) -> None:
         self.requests[outcome].increment(1)
         if outcome in ("done", "failed"):
             self.failures_in_a_row = self.failures_in_a_row + 1 if outcome == "failed" else 0
@@ -112,7 +122,6 @@ class Metrics:
         self.swaps.increment(self._pipeline.swaps - self._swaps_seen)
         self.lora_swaps.increment(self._pipeline.lora_swaps - self._lora_swaps_seen)
         self._swaps_seen, self._lora_swaps_seen = self._pipeline.swaps, self._pipeline.lora_swaps
-        self.in_flight.set(0)
 
 
 def _set_now(moment: tuple[Any, Any]) -> None:

@@ -8,6 +8,7 @@ and the reason if it did not load. Standard library only.
 import json
 import os
 import signal
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ class ModelStatus:
 
     process: int
     process_began: int  # in clock ticks since boot; differs for a later process of the same number
-    job: str = ""  # the running one
+    job: str = ""  # the running one; with an expert on each device, two with a comma
     failure: tuple[str, ...] = ()  # found, expected and remedy if the model did not load
 
     @property
@@ -51,13 +52,18 @@ class StatusFile:
         folder = os.environ.get(FOLDER)
         self._path = Path(folder, f"{name}.json") if folder else None
         self._status = ModelStatus(os.getpid(), process_began(os.getpid()) or 0)
+        self._jobs, self._one_at_a_time = list[str](), threading.Lock()
         self._write()
 
     def began(self, job: str) -> None:
-        self._write(job=job)
+        with self._one_at_a_time:
+            self._jobs.append(job)
+            self._write(job=", ".join(self._jobs))
 
-    def ended(self) -> None:
-        self._write(job="")
+    def ended(self, job: str) -> None:
+        with self._one_at_a_time:
+            self._jobs.remove(job)
+            self._write(job=", ".join(self._jobs))
 
     def failed(self, found: str, expected: str, remedy: str) -> None:
         self._write(failure=(found, expected, remedy))

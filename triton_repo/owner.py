@@ -1,11 +1,13 @@
 """The Triton model that owns the engines and runs one job at a time. Only Triton's stub can import this module.
 
 ``execute`` is synchronous, because Triton counts a request as queued until ``execute`` takes it: an asynchronous one
-would empty the queue into this process and defeat its size limit, priorities and timeouts.
+would empty the queue into this process and defeat its size limit, priorities and timeouts. With an expert on each of
+several devices it returns when its job has passed to the last one (:mod:`triton_repo.relay`).
 """
 
 import json
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,20 @@ class Owner:
     def is_ready(self) -> bool:
         """True if the model accepts jobs; Triton 26.03 and later call this."""
         draining = self.settings.drain_flag and Path(self.settings.drain_flag).exists()
-        return not draining and self.metrics.failures_in_a_row < MAX_FAILURES
+        group = self.pipeline.backend.group
+        broken = group is not None and group.closed
+        return not draining and not broken and self.metrics.failures_in_a_row < MAX_FAILURES
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            self._serve(request)
+            if self.pipeline.relay is None:
+                self._serve(request)
+            else:
+                self.pipeline.relay.run(partial(self._serve, request))
 
     def finalize(self) -> None:
+        if self.pipeline.relay is not None:
+            self.pipeline.relay.wait()
         self.heartbeat.stop()
         self.pipeline.__exit__(None, None, None)
 
@@ -69,14 +78,16 @@ class Owner:
         sender = request.get_response_sender()
         self.jobs += 1
         name = request.request_id() or str(self.jobs)
+        in_events = pb_utils.get_input_tensor_by_name(request, "errors_as_events")
+        wants_events = in_events is not None and bool(in_events.as_numpy().any())
         self.metrics.began()
         self.status.began(name)
         outcome, last = self._outcome(name, request, sender)
         self.pipeline.pause = go_on
         self.metrics.ended(outcome)
         pb_utils.Logger.log_info(f"job {name}: {outcome}")
-        sender.send(_last_response(request, last), flags=FINAL)
-        self.status.ended()
+        sender.send(_last_response(last, wants_events=wants_events), flags=FINAL)
+        self.status.ended(name)
 
     def _outcome(self, name: str, request: Any, sender: Any) -> tuple[Outcome, Answer | Failure]:
         """The outcome of the job and the last response to its client, for every kind of failure."""
@@ -131,11 +142,10 @@ def _response(answer: Answer) -> Any:
     return pb_utils.InferenceResponse(list(tensors))
 
 
-def _last_response(request: Any, last: Answer | Failure) -> Any:
+def _last_response(last: Answer | Failure, *, wants_events: bool) -> Any:
     if isinstance(last, Answer):
         return _response(last)
-    wants_events = pb_utils.get_input_tensor_by_name(request, "errors_as_events")
-    if wants_events is not None and wants_events.as_numpy().any():
+    if wants_events:
         return _response(Answer(last.event()))
     names = {"INVALID_ARGUMENT": "INVALID_ARG", "DEADLINE_EXCEEDED": "UNAVAILABLE"}  # Triton has no code for deadlines
     code = getattr(pb_utils.TritonError, names.get(last.code, last.code))

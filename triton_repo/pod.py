@@ -1,4 +1,4 @@
-"""The pod of a served model: one server on one GPU, with its resources, volumes and permissions."""
+"""The pod of a served model: one server on its GPU or GPUs, with its resources, volumes and permissions."""
 
 from pathlib import Path
 from typing import Any
@@ -111,10 +111,11 @@ def _resources(written: Written, options: RepositoryOptions) -> Manifest:
     on_gpu = is_for_gpu(written.bundle)
     engines_gib = -(-(max(sizes) if on_gpu else sum(sizes)) // GIBIBYTE)
     memory_gib = engines_gib + shared_memory_gib(written, options) + HOST_GIB
+    gpus = {"nvidia.com/gpu": written.devices} if on_gpu else {}
     disk = {"ephemeral-storage": f"{TEMPORARY_GIB + LOG_GIB}Gi"}
     return {
         "requests": {"cpu": "4", "memory": f"{memory_gib}Gi", **disk},
-        "limits": {"memory": f"{memory_gib + HOST_GIB}Gi", **disk, **({"nvidia.com/gpu": 1} if on_gpu else {})},
+        "limits": {"memory": f"{memory_gib + HOST_GIB}Gi", **disk, **gpus},
     }
 
 

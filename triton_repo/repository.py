@@ -46,6 +46,7 @@ class Written:
     bundle: Bundle
     limits: Limits
     unread: tuple[str, ...] = ()  # plans without a readable build target
+    devices: int = 1  # of one server
 
 
 def write_repository(engines: Path, folder: Path, options: RepositoryOptions | None = None) -> Written:
@@ -62,9 +63,13 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
     check_name(options.name)
     bundle = open_bundle(engines, "engines", full_check=True)
     check_graphs(bundle)
-    check_options(bundle, options.blocks)
-    if options.topology == "bls" and options.blocks.vae_strips is not None:
-        raise UserError("--vae-strips in topology bls", "whole engines", "leave it out, or use --topology owner")
+    devices = check_options(bundle, options.blocks)
+    if options.topology == "bls" and (options.blocks.vae_strips is not None or devices.together):
+        found = f"--{'parallel' if devices.together else 'vae-strips'} in topology bls"
+        raise UserError(found, "whole engines on one device", "leave it out, or use --topology owner")
+    if devices.split.experts > 1 and options.loras:
+        remedy = "leave one of them out"
+        raise UserError("--lora with --parallel experts", "jobs with the same weights, two at a time", remedy)
     unread = check_plans(bundle)
     if options.topology == "bls":
         if options.residency not in ("auto", "all"):
@@ -90,11 +95,11 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
         )
         if options.topology == "owner":
             place("owner", temporary / options.name / VERSION)
-            config = owner_config(options.name, settings, on_gpu=is_for_gpu(bundle))
+            config = owner_config(options.name, settings, on_gpu=is_for_gpu(bundle), devices=devices.split.members)
             (temporary / options.name / "config.pbtxt").write_text(as_text(config))
         else:
             write_bls(temporary, options.name, bundle, settings)
-    return Written(bundle, limits, unread)
+    return Written(bundle, limits, unread, devices.split.members)
 
 
 def is_for_gpu(bundle: Bundle) -> bool:

@@ -70,6 +70,8 @@ class Settings:
     weights_in: WeightsIn = "auto"  # where the weights of engines in blocks are
     vram_bytes: float = 0.0  # the most that a transformer in blocks may take; 0: what is free
     vae_strips: int = 0  # strips in which the VAE takes pictures; 0: as many as memory needs
+    gpus: str = ""  # the devices, as "0,1"; empty: the first
+    parallel: str = ""  # how they divide the work
     loras: str = ""  # JSON: name → folder of the weight set and the hash of its bundle.json
     described: str = ""  # JSON: the manifest without its files, for clients that check requests themselves
     # BLS only
@@ -78,7 +80,8 @@ class Settings:
 
     @property
     def blocks(self) -> BlockOptions:
-        return BlockOptions(self.weights_in, self.vram_bytes or None, self.vae_strips or None)
+        memory = (self.weights_in, self.vram_bytes or None, self.vae_strips or None)
+        return BlockOptions(*memory, self.gpus or None, self.parallel or None)
 
     def weight_sets(self) -> dict[str, tuple[str, str]]:
         """Folder and hash of the manifest of every weight set, by name."""
@@ -131,6 +134,8 @@ def settings_of(
         weights_in=blocks.weights_in,
         vram_bytes=blocks.vram or 0.0,
         vae_strips=blocks.vae_strips or 0,
+        gpus=blocks.gpus or "",
+        parallel=blocks.parallel or "",
         loras=_pinned(loras) if loras else "",
         described=msgspec.json.encode(_without_files(bundle.manifest)).decode(),
     )

@@ -76,12 +76,16 @@ class BlockStack:
 
 
 def transformer_blocks(
-    spec: DitSpec, precision: Precision, tokens: int, step_bytes: float, *, slots: bool = False
+    spec: DitSpec, precision: Precision, tokens: int, step_bytes: float, groups: int = 1, *, slots: bool = False
 ) -> BlockStack:
-    """The blocks of a transformer for a video of so many ``tokens``, with ``slots`` for LoRAs or without."""
+    """The blocks of a transformer on one of ``groups`` devices that divide the ``tokens`` of a video.
+
+    ``slots``: engines with slots for LoRAs.
+    """
+    own = -(-tokens // groups)
 
     def memory(choice: BlockChoice) -> BlockMemory:
-        return block_memory(spec, precision, tokens, choice, step_bytes, slots=slots)
+        return block_memory(spec, precision, own, choice, step_bytes, groups, slots=slots)
 
     return BlockStack(spec.layers, step_bytes, memory)
 
@@ -99,13 +103,25 @@ def text_layers(spec: TextEncoderSpec, precision: Precision, step_bytes: float) 
 
 
 def block_memory(
-    spec: DitSpec, precision: Precision, tokens: int, choice: BlockChoice, step_bytes: float, *, slots: bool = False
+    spec: DitSpec,
+    precision: Precision,
+    tokens: int,
+    choice: BlockChoice,
+    step_bytes: float,
+    groups: int = 1,
+    *,
+    slots: bool = False,
 ) -> BlockMemory:
-    """The memory of a forward of ``tokens`` with ``choice``; ``step_bytes`` are the weights of a block."""
+    """The memory of a forward with ``choice``; ``step_bytes`` are the weights of a block.
+
+    ``tokens`` are those of one of ``groups`` devices, which keep what enters and leaves attention twice: all heads of
+    these tokens, and some heads of all.
+    """
     wide, rows = precision.wide.linears.bits / 8, float(tokens * spec.width)
     ratio, number = spec.ffn_width / spec.width, wide / 2
     in_codes = precision.quantised and precision.beside_feed_forward is not Number.NVFP4  # what enters O
-    operands, attended = precision.attention.bits / 8, (1 if in_codes else wide)
+    operands, attended = precision.attention.bits / 8, (1 if in_codes and groups == 1 else wide)
+    copies = 1 if groups == 1 else 2
     qkv = 7.1 if in_codes else 8.6 if precision.quantised else 8.1 * number
     rest = 5.1 + 3 * ratio if precision.quantised else (4.7 + 4 * ratio) * number
     if precision.linears is Number.NVFP4:
@@ -116,7 +132,8 @@ def block_memory(
     scratch = max(qkv / choice.slices, attend, rest / choice.slices, 4.1 / choice.slices)
     text = PROMPTS * spec.layers * 2 * TEXT_TOKENS * spec.width * wide
     residual = 4 * rows * (1 + 1 / choice.slices)  # slices go through an array of one slice
-    return BlockMemory(residual, (3 * operands + attended) * rows, scratch * rows, text, choice.slots * step_bytes)
+    edges = copies * (3 * operands + attended) * rows
+    return BlockMemory(residual, edges, scratch * rows, text, choice.slots * step_bytes)
 
 
 def block_step_bytes(spec: DitSpec, precision: Precision) -> float:

@@ -49,6 +49,7 @@ class Stage:
     inputs: tuple[Tensor, ...]  # other than weights
     outputs: tuple[Tensor, ...]
     weights: tuple[Tensor, ...]
+    groups: int = 1  # devices that divide the tokens; such a stage stands beside the one for a single device
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,20 @@ class Component:
         """The stage ``name`` as a component called ``dit.qkv``."""
         s, whole = self.stage(name), f"{self.name}.{name}"
         return replace(self, name=whole, graph=s.graph, inputs=s.inputs, outputs=s.outputs, halves=(), stages=())
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The numbers of devices among which the stages can divide the tokens."""
+        return tuple(sorted({stage.groups for stage in self.stages} - {1}))
+
+    def in_groups(self, count: int) -> "Component":
+        """The component with the stages of one device, or with those of ``count`` devices in their place."""
+        alone = [stage for stage in self.stages if stage.groups == 1]
+        shared = {grouped_name(name, count): name for name in (stage.name for stage in alone)}
+        found = {shared[stage.name]: stage for stage in self.stages if stage.groups == count > 1}
+        used = tuple(replace(found.get(stage.name, stage), name=stage.name) for stage in alone)
+        graphs = {stage.graph: its.graph for stage, its in zip(alone, used, strict=True)}
+        return replace(self, graph=graphs.get(self.graph, self.graph), stages=used)
 
     def compiled(self) -> "tuple[Component, ...]":
         """What is compiled by itself: the stages, or the component."""
@@ -148,6 +163,11 @@ class Bundle:
     folder: Path
     manifest: Manifest
 
+    def in_groups(self, count: int) -> "Bundle":
+        """The bundle as ``count`` devices see it that divide the tokens."""
+        components = tuple(component.in_groups(count) for component in self.manifest.components)
+        return replace(self, manifest=replace(self.manifest, components=components))
+
     def component(self, name: str) -> Component:
         for component in self.manifest.components:
             if component.name == name:
@@ -157,6 +177,11 @@ class Bundle:
 
     def path(self, file: File) -> Path:
         return self.folder / file.path
+
+
+def grouped_name(stage: str, count: int) -> str:
+    """The name of the form of ``stage`` for ``count`` devices that divide the tokens."""
+    return f"{stage}_of_{count}"
 
 
 def sha256_of(path: Path) -> str:

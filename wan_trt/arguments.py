@@ -38,9 +38,7 @@ Noise = Annotated[
 NegativePrompt = Annotated[
     str | None, typer.Option(help="Text that the video should not match; by default the official one.")
 ]
-Quality = Annotated[
-    int | None, typer.Option(metavar="1...10", help="Quality of mp4 and webm; by default the official 8.")
-]
+Quality = Annotated[int | None, typer.Option(metavar="1...10", help="Of mp4 and webm; by default the official 8.")]
 PRECISIONS = f"{', '.join(list(Precision)[:-1])} or {list(Precision)[-1]}"
 Image = Annotated[Path | None, typer.Option(help="JPEG, PNG or WebP to start from (I2V, TI2V).")]
 LastImage = Annotated[Path | None, typer.Option(help="Image to end with (I2V).")]
@@ -57,9 +55,7 @@ Boundary = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Number of denoising steps.")]
 Shift = Annotated[float | None, typer.Option(help="Shift of the noise schedule; larger keeps the noise high longer.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale of all experts.")]
-ExpertGuidance = Annotated[
-    float | None, typer.Option(help="Guidance scale of this expert; 1 skips the unconditional pass.")
-]
+ExpertGuidance = Annotated[float | None, typer.Option(help="Guidance of this expert; 1 skips the unconditional pass.")]
 Solver = Annotated[
     Literal["unipc", "dpm++", "euler", "renoise"] | None,
     typer.Option(metavar="NAME", help="unipc, dpm++, euler or renoise; by default the preset's."),
@@ -72,23 +68,26 @@ ListGates = Annotated[bool, typer.Option("--list-gates", help="Print the names t
 Residency = Annotated[
     Literal["all", "one-expert", "one-component", "auto"],
     typer.Option(
-        metavar="HOW", help="Engines that stay loaded: all, one-expert, one-component, or auto (as many as fit)."
+        metavar="HOW", help="Engines that stay loaded: all, one-expert, one-component, auto (as many as fit)."
     ),
 ]
 WeightsIn = Annotated[
     Literal["auto", "vram", "host", "disk"] | None,
     typer.Option(
-        metavar="PLACE",
-        help="Blocks at rest: vram, host, disk, or by default auto (as many in VRAM as fit).",
+        metavar="PLACE", help="Blocks at rest: vram, host, disk, or by default auto (as many in VRAM as fit)."
     ),
 ]
 Vram = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Memory for a transformer in blocks, as 8GiB; by default what is free."),
+    typer.Option(metavar="SIZE", help="Memory for what streams and for the VAE, as 8GiB; by default what is free."),
 ]
 VaeStrips = Annotated[
     str | None,
     typer.Option(metavar="N", help="Strips of the VAE's pictures, or by default auto: as many as memory needs."),
+]
+Gpus = Annotated[str | None, typer.Option(metavar="0,1", help="GPUs to use; for target cpu, as many threads.")]
+Parallel = Annotated[
+    str | None, typer.Option(metavar="HOW", help="Their split: cfg2, ulyssesN, experts, vaeN with commas, or auto.")
 ]
 Schedule = Annotated[
     Literal["official", "diffusers"] | None,
@@ -112,7 +111,7 @@ SAMPLING = {
     "negative_prompt": NegativePrompt, "preset": Preset, "boundary": Boundary, "steps": Steps, "shift": Shift,
     "guidance_high_noise": ExpertGuidance, "guidance_low_noise": ExpertGuidance, "guidance": Guidance, "solver": Solver,
 }  # fmt: skip
-BLOCKS = {"weights_in": WeightsIn, "vram": Vram, "vae_strips": VaeStrips}
+BLOCKS = {"weights_in": WeightsIn, "vram": Vram, "vae_strips": VaeStrips, "gpus": Gpus, "parallel": Parallel}
 SLOTS = {
     "loras": Annotated[
         list[str] | None,
@@ -149,6 +148,7 @@ GROUPS = {
         "keep_high_precision", "input_scales", "input_means",
     ),
     "Memory": ("residency", "weights_in", "vram", "vae_strips"),
+    "Devices": ("gpus", "parallel"),
     "LoRA": ("lora", "loras", "lora_ignore_unmatched"),
     "Comparison": (
         "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",
@@ -241,14 +241,15 @@ def seed_of(typed: int | None) -> int:
 
 
 def blocks_options(options: Mapping[str, Any]) -> "BlockOptions":
-    """Where the weights of engines in blocks are, and how the VAE takes pictures, by the options of :data:`BLOCKS`."""
+    """Where the weights of engines in blocks are, how the VAE takes pictures, and the devices: by :data:`BLOCKS`."""
     from runtime.block_backend import BlockOptions
 
     vram, strips = options.get("vram"), options.get("vae_strips") or "auto"
     if strips != "auto" and not re.fullmatch(r"[1-9]\d{0,3}", strips):
         raise UserError(f"--vae-strips {strips!r}", "a number from 1 on, or auto", "write it as 4")
     budget, count = None if vram is None else parse_bytes(vram, "--vram"), None if strips == "auto" else int(strips)
-    return BlockOptions(options.get("weights_in") or "auto", budget, count)
+    gpus, parallel = options.get("gpus"), options.get("parallel")
+    return BlockOptions(options.get("weights_in") or "auto", budget, count, gpus, parallel)
 
 
 def noise_of(path: Path | None) -> "F32 | None":

@@ -1,11 +1,13 @@
 """Exit codes of every command, and one line for every expected failure.
 
-0: success. 1: a check failed, or a model computed NaN. 2: bad input, or the machine lacks a resource. 130: interrupted.
-A bug keeps its traceback.
+0: success. 1: a check failed, or a model computed NaN. 2: bad input, or the machine lacks a resource. 130: interrupted
+by Ctrl-C or SIGTERM. A bug keeps its traceback.
 """
 
 import functools
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +29,8 @@ class CommandLine(typer.Typer):
         program = str(self.info.name)
         if kwargs.get("standalone_mode") is False:  # called from Python, which wants the exceptions
             return super().__call__(*args, **kwargs)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: processes end, nothing is left
         try:
             code = super().__call__(*args, **kwargs | {"standalone_mode": False, "prog_name": program})
         except typer.Abort:  # a question that was not answered

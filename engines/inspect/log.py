@@ -88,8 +88,18 @@ class Kernel:
         return f"blocks.{found[0]}" if together else "all blocks"
 
     @property
+    def has_open_sizes(self) -> bool:
+        """True if a size is known only at run time and does not follow from the inputs'."""
+        return any(size < 0 for operand in (*self.inputs, *self.outputs) for size in operand.dims)
+
+    @property
     def flops(self) -> float:
-        """FLOPs of matrix multiplications, attention and convolutions; other kernels are memory-bound and count 0."""
+        """FLOPs of matrix multiplications, attention and convolutions.
+
+        Other kernels are memory-bound and count 0, as do those with open sizes.
+        """
+        if self.has_open_sizes:
+            return 0.0
         if self.role == "attention":
             q, k, v = (operand.dims for operand in self.inputs[:3])
             if {len(dims) for dims in (q, k, v)} == {3} and k[-1] == q[-1] and k[1] in q[:2]:  # [tokens, heads, head]

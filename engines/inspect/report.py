@@ -36,7 +36,7 @@ class FusionReport:
     @property
     def is_block(self) -> bool:
         """True for a stage that every block calls, such as ``dit.qkv``."""
-        return self.component.rpartition(".")[2] in OF_A_BLOCK
+        return self.component.rpartition(".")[2].partition("_of_")[0] in OF_A_BLOCK
 
     @cached_property
     def blocks(self) -> dict[str, list[Kernel]]:
@@ -66,7 +66,7 @@ class FusionReport:
 
     def seconds(self, kernel: Kernel) -> float | None:
         """The roofline time; None if the target has no figures or a size is known only at run time."""
-        if not self.target.bandwidth_gb_s or kernel.size_bytes < 0:
+        if not self.target.bandwidth_gb_s or kernel.has_open_sizes:
             return None
         memory = kernel.size_bytes / (self.target.bandwidth_gb_s * 1e9)
         peak = self.target.peak_tflops(Number(kernel.dtype) if kernel.dtype in list(Number) else Number.FP32)
@@ -131,6 +131,7 @@ class FusionReport:
             "tokens": self.compiled.tokens,
             "scratch_bytes": self.compiled.scratch_bytes,
             "weights_bytes": self.compiled.weights_bytes,
+            "kernels_of_open_sizes": sum(k.has_open_sizes for k in kernels),
             "tflop": (sum(k.flops for k in kernels) + more * sum(k.flops for k in self.typical_block)) / 1e12,
             "roofline_s": self.total(kernels) + more * self.total(self.typical_block),
             "roofline_block_s": self.total(self.typical_block),

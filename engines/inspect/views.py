@@ -77,6 +77,8 @@ def _counts(report: FusionReport) -> Table:
         "arithmetic": f"{s['tflop']:.2f} TFLOP",
         "roofline": f"{s['roofline_s'] * 1e3:.1f} ms{roofline_block}",
     }
+    if open_sizes := s["kernels_of_open_sizes"]:
+        rows |= dict.fromkeys(("arithmetic", "roofline"), f"unknown: sizes of {open_sizes} kernels are the run's")
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table

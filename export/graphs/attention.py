@@ -39,15 +39,19 @@ def fp8_attention(linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Va
     return g.mul(_of_fp8(linears, q8, k8, v8), v_scale)
 
 
-def attention_of_fp8(linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Value, v_scale: ir.Value) -> ir.Value:
+def attention_of_fp8(
+    linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Value, v_scale: ir.Value | None = None
+) -> ir.Value:
     """:func:`fp8_attention` of operands that are in FP8 already: ``[L, heads, head]``, V divided by ``v_scale``.
 
-    They are dequantised before anything else: compilers refuse any other reader of an FP8 tensor.
+    They are dequantised before anything else: compilers refuse any other reader of an FP8 tensor. Without ``v_scale``
+    the result is still divided by it.
     """
     g = linears.g
     scales = (g.weight(f"{key}.q_scale", (), FLOAT), g.weight(f"{key}.k_scale", (), FLOAT), g.constant(1.0, FLOAT))
     q, k, v = (linears.dequantise(x, scale) for x, scale in zip((q, k, v), scales, strict=True))
-    return g.mul(_of_fp8(linears, _by_head(g, q), _by_head(g, k, turned=True), _by_head(g, v)), v_scale)
+    y = _of_fp8(linears, _by_head(g, q), _by_head(g, k, turned=True), _by_head(g, v))
+    return y if v_scale is None else g.mul(y, v_scale)
 
 
 def _of_fp8(linears: Linears, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:

@@ -13,6 +13,11 @@ Each rule below saves copies of all tokens in compiled engines:
 * Matrices stay ``[out, in]``, as stored; codes are dequantised with the constant 1 and scaled in float32.
 * The result of attention and the text are quantised where they are made, not where they are read.
 
+Several devices can divide the tokens (Ulysses). Each has the rows of its tokens in ``qkv`` and ``rest``, and all tokens
+of its heads in ``attend``. In this form q, k, v and o are ``[groups, positions, heads / groups, head]`` where they have
+all heads: a group of heads is one contiguous message. What leaves ``attend`` is in 16 bits, as the rows of o, whose
+scales FP8 needs, are complete in ``rest`` alone.
+
 In FP8 attention, softmax ignores any constant vector subtracted from K, so ``k_center`` need not be its exact mean, and
 ``v_scale`` only must not overflow: neither needs a second pass over the tokens. Cross-attention is in 16 bits.
 """
@@ -26,7 +31,8 @@ from export.graphs.builder import FLOAT, GraphBuilder
 from export.graphs.dit import Ends
 from export.graphs.dit_block import Blocks, Modulation, Tables
 from export.graphs.linear import CODES, FLOAT8, Linears, Operand, Quantised
-from wan22.bundle import File, Stage, Tensor
+from wan22.bundle import File, Stage, Tensor, grouped_name
+from wan22.parallel import group_sizes
 from wan22.parts import DitSpec
 from wan22.specs import PATCH, TEXT_TOKENS
 
@@ -37,6 +43,10 @@ class StageGraph(GraphBuilder):
     """A graph whose weights are inputs, named as in the checkpoint without ``blocks.N.``."""
 
     weights_are_inputs = True
+
+    def __init__(self, name: str, groups: int = 1) -> None:
+        super().__init__(name)
+        self.groups = groups
 
     def weight(self, key: str, shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
         name = key.removeprefix(f"{BLOCK}.")
@@ -59,13 +69,13 @@ class StageGraph(GraphBuilder):
         """The manifest's entry for this graph in the file ``graph``."""
         inputs, outputs = self.edges()
         given = len(inputs) - len(self.weights)
-        return Stage(str(self.graph.name), graph, inputs[:given], outputs, inputs[given:])
+        return Stage(str(self.graph.name), graph, inputs[:given], outputs, inputs[given:], self.groups)
 
 
 def stage_graphs(
     spec: DitSpec, compute: ir.DataType = FLOAT, quantised: Quantised | None = None
 ) -> dict[str, StageGraph]:
-    """The stages of a transformer, by name, in the order of their first call.
+    """The stages of a transformer, by name, in the order of their first call; then those of every size of a group.
 
     All blocks must compute alike: see :attr:`export.graphs.linear.Quantised.uniform`.
     """
@@ -79,19 +89,22 @@ def stage_graphs(
         "rest": _rest,
         "velocity": _velocity,
     }
+    grouped = {(name, groups): stages[name] for groups in group_sizes(spec) for name in ("qkv", "attend", "rest")}
     graphs = {}
-    for name, write in stages.items():
-        stage = _Stage(name, spec, compute, quantised)
+    for (name, groups), write in ({(name, 1): write for name, write in stages.items()} | grouped).items():
+        stage = _Stage(name if groups == 1 else grouped_name(name, groups), spec, compute, quantised, groups)
         write(stage)
-        graphs[name] = stage.g
+        graphs[str(stage.g.graph.name)] = stage.g
     return graphs
 
 
 class _Stage:
     """A graph under construction, with the inputs that several stages have."""
 
-    def __init__(self, name: str, spec: DitSpec, compute: ir.DataType, quantised: Quantised | None) -> None:
-        self.g, self.spec = StageGraph(name), spec
+    def __init__(
+        self, name: str, spec: DitSpec, compute: ir.DataType, quantised: Quantised | None, groups: int = 1
+    ) -> None:
+        self.g, self.spec, self.groups = StageGraph(name, groups), spec, groups
         self.linears = Linears(self.g, compute, quantised)
         self.fp8_attention = quantised is not None and quantised.self_attention
         self.operands = FLOAT8 if self.fp8_attention else compute  # type of q, k and v
@@ -119,6 +132,21 @@ class _Stage:
             return self.input(name, [rows, width], self.linears.compute)
         codes = self.input(name, [rows, width], CODES[number].dtype)
         return self.linears.quantised_rows(codes, self.input(f"{name}_scale", [rows, 1]), number)
+
+    def own_heads(self, rows: str) -> list[int | str]:
+        """Those of one device of a group."""
+        return [rows, self.spec.heads // self.groups, self.spec.head_width]
+
+    def messages(self) -> list[int | str]:
+        """All heads of the device's tokens; for a group, by the device that attends to them."""
+        return self.heads("positions") if self.groups == 1 else [self.groups, *self.own_heads("positions")]
+
+    def by_group(self, x: ir.Value) -> ir.Value:
+        """``[positions, heads, head]`` → :meth:`messages`."""
+        if self.groups == 1:
+            return x
+        parted = self.g.reshape(x, [-1, self.groups, self.spec.heads // self.groups, self.spec.head_width])
+        return self.g.transpose(parted, 1, 0, 2, 3)
 
     def time_modulation(self) -> ir.Value:
         return self.input("time_modulation", [self.spec.time_rows, 6 * self.spec.width])
@@ -183,20 +211,25 @@ def _qkv(s: _Stage) -> None:
         )
         q_scale, k_scale = (g.weight(f"{key}.{name}_scale", (), FLOAT) for name in "qk")
         made = {
-            "q": s.linears.quantise(q, q_scale),
-            "k": s.linears.quantise(g.op("Sub", k, center), k_scale),
-            "v": s.linears.quantise(g.op("Div", v, v_scale), g.constant(1.0, FLOAT)),
+            "q": s.linears.quantise(s.by_group(q), q_scale),
+            "k": s.linears.quantise(s.by_group(g.op("Sub", k, center)), k_scale),
+            "v": s.linears.quantise(s.by_group(g.op("Div", v, v_scale)), g.constant(1.0, FLOAT)),
         }
     else:
         q, k = (g.reshape(half, [-1, *blocks.heads]) for half in g.split(g.cast(rotated, compute), 2, 1))
-        made = {"q": q, "k": k, "v": g.cast(v, compute)}
+        made = {"q": s.by_group(q), "k": s.by_group(k), "v": s.by_group(g.cast(v, compute))}
     for name, value in made.items():
-        g.output(name, value, s.heads("positions"), s.operands)
+        g.output(name, value, s.messages(), s.operands)
 
 
 def _attend(s: _Stage) -> None:
     g, compute = s.g, s.linears.compute
-    q, k, v = (s.input(n, s.heads(r), s.operands) for n, r in (("q", "positions"), ("k", "keys"), ("v", "keys")))
+    q, k, v = (s.input(n, s.own_heads(r), s.operands) for n, r in (("q", "positions"), ("k", "keys"), ("v", "keys")))
+    if s.groups > 1:
+        fp8 = s.fp8_attention
+        y = attention_of_fp8(s.linears, f"{BLOCK}.self_attn", q, k, v) if fp8 else attention(g, compute, q, k, v)
+        g.output("o", g.cast(y, compute), s.own_heads("positions"), compute)
+        return
     if s.fp8_attention:
         v_scale = g.reshape(s.input("v_scale", [1, s.spec.width]), [1, s.spec.heads, s.spec.head_width])
         y = attention_of_fp8(s.linears, f"{BLOCK}.self_attn", q, k, v, v_scale)
@@ -208,7 +241,7 @@ def _attend(s: _Stage) -> None:
 def _rest(s: _Stage) -> None:
     g, width, compute, cross = s.g, s.spec.width, s.linears.compute, f"{BLOCK}.cross_attn"
     x = s.input("x", ["positions", width])
-    attended = s.input_rows("o", "positions", f"{BLOCK}.self_attn.o")
+    attended = _attended(s)
     modulation = s.time_modulation()
     text_k, text_v = (s.input(name, s.heads(TEXT_TOKENS), compute) for name in ("text_k", "text_v"))
     blocks = s.blocks(s.modulation())
@@ -218,6 +251,15 @@ def _rest(s: _Stage) -> None:
     y = g.reshape(attention(g, compute, q, text_k, text_v), [-1, width])
     x = g.add(x, blocks.project_out(cross, y))
     g.output("x_out", blocks.add_feed_forward(BLOCK, x, rows), ["positions", width])
+
+
+def _attended(s: _Stage) -> Operand | ir.Value:
+    """The output of attention as the input of a linear."""
+    g, width = s.g, s.spec.width
+    if s.groups == 1:
+        return s.input_rows("o", "positions", f"{BLOCK}.self_attn.o")
+    rows = g.reshape(g.transpose(s.input("o", s.messages(), s.linears.compute), 1, 0, 2, 3), [-1, width])
+    return g.mul(g.cast(rows, FLOAT), s.input("v_scale", [1, width])) if s.fp8_attention else rows
 
 
 def _velocity(s: _Stage) -> None:

@@ -1,6 +1,7 @@
 """Plans agree with the facts about the models, and say what fits."""
 
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -90,8 +91,11 @@ def test_every_target_has_a_plan_that_says_what_auto_chooses(target):
     console = Console(record=True, width=200)
     console.print(*as_text(plan))
     text = console.export_text()
+    assert ("--topology whole" in text) == plan.has_blocks == ("resident blocks" in text)
     if target.name == "cpu":
         assert "--residency auto" not in text
+    elif plan.residency is None and plan.has_blocks:
+        assert re.search(r"--residency auto\W+nothing fits", text)
     elif plan.residency is None:
         assert f"nothing fits {human_bytes(plan.usable_vram_bytes)}: vae_decoder_next alone takes 20.79 GiB, " in text
         assert "12.02 GiB of it caches and frames" in text

@@ -13,6 +13,7 @@ import runtime.blocks_tensorrt
 import runtime.engine_cuda
 import runtime.engine_tensorrt
 import runtime.gpu
+import runtime.group_cuda
 from engines.build import BuildOptions, build_engines
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
@@ -221,7 +222,10 @@ def test_a_video_is_that_of_the_exported_graphs(half, device, monkeypatch, tmp_p
     assert 0 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 2e-3
 
 
-@pytest.mark.parametrize("module", [runtime.engine_cuda, runtime.engine_tensorrt, runtime.gpu, runtime.blocks_tensorrt])
+@pytest.mark.parametrize(
+    "module",
+    [runtime.engine_tensorrt, runtime.gpu, runtime.blocks_tensorrt, runtime.group_cuda],
+)
 def test_every_name_of_cupy_that_is_used_exists_in_it(module):
     cupy = pytest.importorskip("cupy", reason="the API of an installed CuPy")
     used = set(re.findall(r"(?<!\w)_?cupy((?:\.[A-Za-z_]+)+)\b", inspect.getsource(module)))

@@ -115,7 +115,7 @@ def card(tmp_path, tiny_engines, monkeypatch):
     def made(spec, video, strips):
         target, precision = TARGETS["rtx4090"], Precision.FP16
         (profile,) = profiles_for(spec, "{}x{}".format(*video), str(video[2]))
-        profiles = (with_strips(profile, spec.vae, strips),)
+        profiles = (with_strips(profile, spec.vae, strips, strips),)
         build = Build(target.name, target.backend, "11.4.0", target.compute_capability, profiles, {}, 1.0)
         planned, components = staged_vae(spec.vae, "vae_decoder", precision, spec.latent_shape(*video), strips), []
         for name in ("vae_decoder_first", "vae_decoder_next"):

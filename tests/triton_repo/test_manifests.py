@@ -302,6 +302,15 @@ def test_a_model_on_the_cpu_asks_for_no_gpu(tiny_engines, tmp_path):
     assert "--model-config-name=cpu" in container["command"]
 
 
+def test_a_pod_has_the_gpus_of_a_group(compiled, tmp_path):
+    made = rendered(compiled(), tmp_path, "--gpus", "0,1", "--parallel", "cfg2")
+    (container,) = made["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+    config = (tmp_path / "repository" / "wan22" / "config.pbtxt").read_text()
+    assert "kind: KIND_MODEL" in config
+    assert "gpus:" not in config
+
+
 def test_shared_memory_grows_with_the_calls_of_topology_bls(compiled, tmp_path):
     engines, sizes = compiled(), {}
     for topology in ("owner", "bls"):

@@ -1,9 +1,12 @@
 """The command line answers at once, tells bad input in one line and leaves with the right code."""
 
 import errno
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -16,6 +19,7 @@ from runtime.request import Request
 from wan22.looks import GROUPS
 from wan_trt.cli import app
 from wan_trt.commands import client, generate, validate
+from wan_trt.guard import command_of
 
 FLOW = ("synth", "export", "build", "generate", "validate", "demo")
 HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "diffusers", "transformers")
@@ -252,3 +256,18 @@ def test_ctrl_c_leaves_nothing_and_says_so(tmp_path, tiny_checkpoint, monkeypatc
 def test_the_help_shows_how_a_lora_is_written(command):
     shown = CliRunner().invoke(app, [*command, "--help"]).output
     assert "[@strength][:high|:low]" in "".join(re.split(r"[\s│]+", shown))
+
+
+def test_sigterm_ends_a_command_like_ctrl_c(capsys):
+    def run():
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as left:
+            command_of(run, "wan-trt")([])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "wan-trt: interrupted; no output is left incomplete\n"

@@ -1,9 +1,11 @@
-"""Runs work in a child process, which ends with the block that started it."""
+"""Runs work in a child process, which ends with the block that started it, or with the process of that block."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -16,7 +18,7 @@ def child_process(work: Callable[..., None], *arguments: object) -> Iterator[tup
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe()
-    process = context.Process(target=work, args=(sender, *arguments), daemon=True)
+    process = context.Process(target=_run, args=(work, sender, *arguments), daemon=True)
     try:
         with _interrupts_held():
             process.start()
@@ -26,6 +28,19 @@ def child_process(work: Callable[..., None], *arguments: object) -> Iterator[tup
         if process.pid is not None:
             process.kill()
             process.join()
+
+
+def _run(work: Callable[..., None], sender: Connection, *arguments: object) -> None:
+    """In the child: ``work``, while its parent lives."""
+
+    def end_with_parent() -> None:
+        parent = parent_process()
+        assert parent is not None
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    work(sender, *arguments)
 
 
 @contextmanager

@@ -88,6 +88,8 @@ def run(
             found, passed = _served(engines, options, runs, topology or "owner", cancels or 10, gate)
         elif gateway:
             found, passed = _through_gateway(engines, options, runs, jobs or JOBS, gate)
+        elif options.blocks.gpus is not None or options.blocks.parallel is not None:
+            found, passed = _scaled(engines, options)
         elif sweep is not None:
             found, passed = _swept(engines, checkpoint, sweep, values, options, plot)
         else:
@@ -126,6 +128,11 @@ def _check(asked: Mapping[str, Any]) -> None:
         raise UserError("--triton with a checkpoint, --sweep or --compare", "engines alone", alone)
     if (asked["triton"] or asked["gateway"]) and asked["only"]:
         raise UserError("--only with --triton or --gateway", "whole jobs, which use all pieces", "leave --only out")
+    devices = asked["options"].blocks
+    scaled = (devices.gpus or devices.parallel) and not (asked["triton"] or asked["gateway"])
+    if scaled and (asked["checkpoint"] or sweep or asked["compare"] or asked["gate"] or asked["only"]):
+        found = "--gpus or --parallel with a checkpoint, --only, --sweep, --compare or --gate"
+        raise UserError(found, "engines alone", alone)
     if asked["request"].cache is not None and (asked["triton"] or asked["gateway"] or sweep is not None):
         raise UserError("a step cache with --triton, --gateway or --sweep", "a bench of engines", alone)
     check_apart(asked["output"], asked["plot"])
@@ -175,6 +182,16 @@ def _through_gateway(
     for part in found.as_text():
         console.print(part)
     return found.as_json(), bool(found)
+
+
+def _scaled(engines: Path, options: "BenchOptions") -> tuple[dict[str, Any], bool]:
+    from validate.bench.scaling import bench_scaling
+
+    with bars() as progress:
+        found = bench_scaling(engines, options, progress)
+    for part in found.as_text():
+        console.print(part)
+    return found.as_json(), True
 
 
 def _benched(

@@ -34,7 +34,11 @@ def run(
     ] = None,
     vae_strips: Annotated[
         int | None,
-        typer.Option(metavar="N", help="VAE in stages, for pictures in 1 to N strips: less memory (TensorRT).", min=1),
+        typer.Option(metavar="N", help="VAE for pictures in 1 to N strips (TensorRT); by default 8 in blocks.", min=1),
+    ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(help="ulysses4, or ulysses2,ulysses4: engines for so many GPUs that divide the tokens."),
     ] = None,
     lora_slots: Annotated[
         int | None,
@@ -49,7 +53,7 @@ def run(
         instead = {"external": "blocks", "embedded": "whole"}[weights]
         raise UserError(f"--weights {weights}", "a topology", f"write --topology {instead}")
     with bars() as progress:
-        gpu = BuildOptions(target, size, frames, tf32, timing_cache, topology, vae_strips, lora_slots)
+        gpu = BuildOptions(target, size, frames, tf32, timing_cache, topology, vae_strips, parallel, lora_slots)
         options = replace(gpu, overwrite=overwrite, command=command_line())
         result = build_engines(bundle, engines, options, progress)
     build = result.manifest.build

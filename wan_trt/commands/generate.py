@@ -84,6 +84,11 @@ def run(
             waited = f"{streamed.seconds_waited:.2f} s of it not hidden"
             at_switch = f"{streamed.seconds_waited_at_switches:.2f} s at the change of expert"
             console.print(f"weights of blocks: {size} in {streamed.blocks:,} copies {times}, {waited}, {at_switch}")
+        if links := pipeline.backend.links:
+            most = max(links, key=lambda link: link.sent_bytes)
+            console.print(
+                f"a device sent {human_bytes(most.sent_bytes)} to others, in {most.seconds:.2f} s of exchanges"
+            )
     shown = video_text(result.width, result.height, result.frames)
     console.print(f"{output}: {shown} at {result.fps} fps, seed {result.seed}")
     if result.cache is not None:

@@ -1,7 +1,7 @@
 """``wan-trt mlperf``: engines under MLPerf's load generator."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,7 @@ PROMPTS = (
 )
 
 
+@given.with_options(given.BLOCKS)
 def run(
     engines: given.Engines,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for LoadGen's logs and the videos.")],
@@ -39,6 +40,7 @@ def run(
     noise: given.Noise = None,
     negative_prompt: given.NegativePrompt = None,
     overwrite: given.Overwrite = False,
+    **shared: Any,
 ) -> int:
     """Measure engines with MLPerf's LoadGen, in the setting of its text-to-video benchmark; no submission by itself."""
     check_no_source(output, engines, prompts, noise, audit)
@@ -49,7 +51,8 @@ def run(
     if accuracy and (samples is not None or min_duration_s is not None):
         found = "--accuracy with --samples or --min-duration-s"
         raise UserError(found, "an accuracy run, which makes every prompt once", "leave them out")
-    options = MlperfOptions(scenario, samples or 1, accuracy, min_duration_s or 0.0, audit, overwrite, command_line())
+    blocks, least = given.blocks_options(shared), min_duration_s or 0.0
+    options = MlperfOptions(scenario, samples or 1, accuracy, least, audit, overwrite, command_line(), blocks)
     check_options(options)
     texts = [prompt.text for prompt in read_prompts(prompts, "no")] if prompts else list(PROMPTS)
     with bars() as progress:

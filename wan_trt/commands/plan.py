@@ -1,16 +1,21 @@
 """``wan-trt plan``: the cost of a model on a target, without its weights."""
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
 
 from wan22.errors import UserError
+from wan22.parallel import parse_split
 from wan22.quantities import parse_bytes
 from wan22.specs import Precision, precision_named, spec_named
 from wan_trt.arguments import PRECISIONS, Frames, Size, Vram, size_of
 from wan_trt.console import console
+
+if TYPE_CHECKING:
+    from engines.group_plan import Goal, Link
+    from engines.plan import Plan
 
 
 def run(
@@ -26,13 +31,26 @@ def run(
     frames: Frames = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     vram: Vram = None,
-    cards: Annotated[bool, typer.Option("--cards", help="A table of all cards, for --topology blocks.")] = False,
+    cards: Annotated[bool, typer.Option("--cards", help="A table of all cards, for engines in blocks.")] = False,
     compare_precisions: Annotated[
         bool, typer.Option("--compare-precisions", help="A table of all precisions of the target.")
     ] = False,
     bus: Annotated[
         float | None, typer.Option(help="GB/s from host memory to the card; by default its PCIe's.", min=0.1)
     ] = None,
+    gpus: Annotated[int | None, typer.Option(help="Compare how so many GPUs divide the work.", min=1, max=72)] = None,
+    parallel: Annotated[
+        str | None, typer.Option(metavar="HOW", help="Only this split: cfg2, ulyssesN, experts, vaeN with commas.")
+    ] = None,
+    link: Annotated[
+        Literal["nvlink", "pcie4", "pcie5"] | None, typer.Option(help="Between GPUs; by default the GPU's.")
+    ] = None,
+    goal: Annotated[
+        Literal["latency", "throughput"] | None, typer.Option(help="The best split for this; by default for both.")
+    ] = None,
+    efficiency: Annotated[
+        float, typer.Option(help="Share of the roofline that a GPU reaches, by wan-trt bench.", min=0.01, max=1)
+    ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Print sizes, memory, arithmetic and roofline times of a model, without weights or a GPU."""
@@ -48,8 +66,9 @@ def run(
     asked = None if precision is None else precision_named(precision)
     budget = None if vram is None else parse_bytes(vram, "--vram")
     if cards:
-        if target is not None or vram is not None:
-            raise UserError("--cards with --target or --vram", "all cards, with all of their memory", "leave them out")
+        if target is not None or vram is not None or gpus is not None or parallel is not None:
+            found = "--cards with --target, --vram, --gpus or --parallel"
+            raise UserError(found, "all cards, each alone with all of its memory", "leave them out")
         narrowest = min(Precision, key=lambda each: (each.linears.bits, each.attention.bits))
         plans = card_plans(spec, asked or narrowest, video, steps, bus)
     elif compare_precisions:
@@ -62,13 +81,54 @@ def run(
             raise UserError("no --target", "a GPU, cpu or auto", "name one, or give --cards for all")
         aim = target_named(target)
         plans = [make_plan(spec, aim, asked or aim.default_precision, video, steps, budget, bus)]
+    if gpus is not None or parallel is not None:
+        _of_groups(plans[0], gpus, parallel, link, goal, efficiency, as_json=as_json)
+        return
     if as_json:
-        found = [plan.as_json() for plan in plans]
+        described = [plan.as_json() for plan in plans]
         if compare_precisions:
             figures = {p: msgspec.to_builtins(found) for p, found in read_figures().items()}
-            found = [plan | {"figures": figures.get(Precision(plan["precision"]))} for plan in found]
-        print(json.dumps(found if cards or compare_precisions else found[0]))
+            described = [each | {"figures": figures.get(Precision(each["precision"]))} for each in described]
+        print(json.dumps(described if cards or compare_precisions else described[0]))
         return
     shown = cards_as_text(plans) if cards else precisions_as_text(plans) if compare_precisions else as_text(plans[0])
     for part in shown:
+        console.print(part)
+
+
+def _of_groups(
+    plan: "Plan",
+    gpus: int | None,
+    parallel: str | None,
+    link: "Link | None",
+    goal: "Goal | None",
+    efficiency: float,
+    *,
+    as_json: bool,
+) -> None:
+    from engines.group_plan import GOALS, GroupPlan, best, group_plans, link_gb_s, reason, usual_link
+    from engines.plan_view import groups_as_text
+
+    target = plan.request.target
+    if plan.step_seconds is None:
+        raise UserError(f"--gpus for {target.name}", "a GPU whose figures are known", "name another --target")
+    link = link or usual_link(target)
+    link_gb_s(target, link)
+    if parallel is not None:
+        split = parse_split(parallel)
+        split.check(plan.request.spec)
+        count = split.members if gpus is None else gpus
+        if count % split.members:
+            found = f"--gpus {count} for --parallel {split}"
+            raise UserError(found, f"a multiple of {split.members}", f"use --gpus {split.members}")
+        plans = [GroupPlan(plan, split, count, link, efficiency)]
+    else:
+        plans = group_plans(plan, gpus or 1, link, efficiency)
+    of_goals = [(each, best(plans, each)) for each in ((goal,) if goal else GOALS)]
+    chosen = [(each, its) for each, its in of_goals if its is not None and parallel is None]
+    if as_json:
+        told = {each: {"split": str(its.split) or "one", "reason": reason(its, each)} for each, its in chosen}
+        print(json.dumps({"splits": [each.as_json() for each in plans], "best": told}))
+        return
+    for part in groups_as_text(plans, chosen):
         console.print(part)

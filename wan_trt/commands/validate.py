@@ -71,7 +71,9 @@ def run(
     if precision_study or model is not None:
         remedy = "run it in a checkout of the source"
         raise UserError("validate --precision-study has moved", "python -m studies.precision -o DIR", remedy)
-    if engines is None or checkpoint is None:
+    blocks = given.blocks_options(shared)
+    parallel = blocks.gpus is not None or blocks.parallel is not None
+    if engines is None or (checkpoint is None and not parallel):
         raise UserError("no ENGINES and CHECKPOINT", "both", "see wan-trt validate --help")
     request, several = given.request_from(locals() | shared), given.seeds_of(seeds)
     from validate import ValidateOptions, official_wheel
@@ -86,12 +88,28 @@ def run(
         official_repo = official_wheel()
     options = ValidateOptions(
         request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line(),
-        given.blocks_options(shared),
+        blocks,
     )  # fmt: skip
+    same = _compare_devices(engines, output, options) if parallel else 0
+    if checkpoint is None:
+        return same
     with filled_slots(engines, shared.get("loras") or (), checkpoint) as filled:
         if filled is not None:
             options = replace(options, request=replace(request, lora=SET), lora=(SET, filled))
-        return _compare(engines, checkpoint, output, options)
+        return max(same, _compare(engines, checkpoint, output, options))
+
+
+def _compare_devices(engines: Path, output: Path, options: "ValidateOptions") -> int:
+    from validate.parallel import validate_parallel, write_parallel
+    from wan22.files import whole_file
+
+    check_no_source(output / "parallel.json", engines)
+    with whole_file(output / "parallel.json", "the report") as path, bars() as progress:
+        report = validate_parallel(engines, options, progress)
+        write_parallel(report, path)
+    console.print(report.table())
+    console.print(f"{report.summary()}: {output / 'parallel.json'}")
+    return 0 if report else 1
 
 
 def _compare(engines: Path, checkpoint: str, output: Path, options: "ValidateOptions") -> int:

@@ -84,6 +84,8 @@ class WanTrtPipeline:
         residency: ResidencyChoice = "auto",
         weights_in: WeightsIn = "auto",
         vram: str | None = None,
+        gpus: str | None = None,
+        parallel: str | None = None,
         **unused: Any,
     ) -> Self:
         """Open the engine bundle ``engines``, a folder made by ``wan-trt build``. Engines load on first use.
@@ -94,6 +96,8 @@ class WanTrtPipeline:
             residency: which engines stay loaded, as ``--residency``.
             weights_in: where weights of engines in blocks rest, as ``--weights-in``.
             vram: memory for a transformer in blocks, such as "8GiB".
+            gpus: the devices, such as "0,1".
+            parallel: how they divide the work, as ``--parallel``.
             unused: arguments of diffusers. Modules, such as ``vae``, are left out with a warning.
 
         Raises:
@@ -103,9 +107,11 @@ class WanTrtPipeline:
             if name in PARTS:
                 log.warning("%s is left out: the engines in %s have their own", name, engines)
             elif name not in NO_EFFECT:
-                expected = "scheduler, residency, weights_in, vram, or an argument of diffusers without effect here"
+                ours = "scheduler, residency, weights_in, vram, gpus, parallel"
+                expected = f"{ours}, or an argument of diffusers without effect here"
                 raise UserError(f"from_pretrained({name}=...)", expected, "leave it out")
-        blocks = BlockOptions(weights_in, None if vram is None else parse_bytes(vram, "vram"))
+        budget = None if vram is None else parse_bytes(vram, "vram")
+        blocks = BlockOptions(weights_in, budget, gpus=gpus, parallel=parallel)
         pipe = cls(Pipeline.open(Path(engines), residency=residency, blocks=blocks))
         if scheduler is not None:
             pipe.scheduler = scheduler

@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
+from runtime.block_backend import check_options as check_blocks
 from runtime.built_for import fill_defaults
 from runtime.generate import generate
 from runtime.pipeline import Pipeline
@@ -53,6 +55,7 @@ class MlperfOptions:
     audit: Path | None = None  # the audit.config of a compliance test
     overwrite: bool = False
     command: str = "wan_trt.recipes.mlperf.run_mlperf(...)"
+    blocks: BlockOptions = BLOCKS_AS_FIT  # memory and devices
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def run_mlperf(
     check_no_source(folder, engines, options.audit)
     loadgen = require_module("mlperf_loadgen", "mlcommons-loadgen", "LoadGen for wan-trt mlperf")
     bundle, request = open_bundle(engines, "engines"), replace(request, cache=None)
+    check_blocks(bundle, options.blocks)
     fill_defaults(replace(request, prompt=prompts[0]), bundle.manifest)
     lacks = tuple(_lacks(bundle, request, len(prompts), options))
     with whole_folder(folder, SETTINGS if options.overwrite else "") as new:
@@ -125,7 +129,7 @@ def _run_loadgen(
     """Run LoadGen; send the index of every video, then None, or the exception that ends the run."""
     try:
         loadgen = import_module("mlperf_loadgen")
-        with Pipeline.open(engines) as pipeline:
+        with Pipeline.open(engines, blocks=options.blocks) as pipeline:
             samples = _Samples(loadgen, sender, lambda index: _make(pipeline, folder, index, prompts[index], request))
             system = loadgen.ConstructSUT(samples.issue, lambda: None)
             library = loadgen.ConstructQSL(len(prompts), len(prompts), lambda _: None, lambda _: None)

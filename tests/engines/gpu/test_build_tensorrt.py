@@ -11,6 +11,7 @@ from export.options import ExportOptions
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.specs import Precision
+from wan22.strips import half_of
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -41,6 +42,8 @@ def test_all_components_of_a_model_compile(tmp_path, bundle_of, model, target, t
     if topology is None:
         whole |= {"text_encoder": "text_encoder.layer.plan"}
         whole |= dict.fromkeys(manifest.spec.experts, f"{manifest.spec.experts[0]}.rest.plan")
+        whole |= {name: f"{half_of(name)}_fine.plan" for name in whole if name.startswith("vae")}
+        assert manifest.build.options["vae_strips"] == "8"
     assert {c.name: c.graph.path for c in manifest.components} == whole
     assert (manifest.build.target, manifest.build.backend) == (target, "tensorrt-rtx")
     assert manifest.build.profiles[0]["frames"] == (2, 5, 5)

@@ -12,7 +12,7 @@ from export.checkpoint.schema import dit_tensors
 from export.graphs.blocks import stage_graphs
 from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16
 from export.graphs.dit import dit_graph
-from export.graphs.linear import Quantised, coded_matrices
+from export.graphs.linear import FLOAT8, Quantised, coded_matrices
 from export.quantise.inputs import CENTRED, MeasuredInput, input_width
 from export.quantise.quantised_weights import QuantisedWeights
 from tests.export.conftest import made_up
@@ -171,6 +171,48 @@ def test_fp8_attention_equals_the_whole_graphs_where_k_is_centred_and_v_scaled_a
         assert np.array_equal(stages.block(block, before, given_to(spec), centred=centred), behind)
 
 
+def array_of(value):
+    """The array of a value of ONNX Runtime, which hands FP8 out as bytes."""
+    array = value.numpy()
+    return array.view(FLOAT8.numpy()) if "float8" in value.data_type() else array
+
+
+def divided(stages, block, x, given, attends):
+    """``x`` behind one block whose tokens and heads two devices divide; the first has one token more."""
+    time = stages("time", time_features=given["time_features"])["time_modulation"]
+    text = stages("text_kv", block, **stages("text", text=given["text"]))
+    of_tokens = {name: given[name].reshape(len(x), -1) for name in ("rope_cos", "rope_sin")}
+    first, rows = stages.first_frame(given), np.array_split(np.arange(len(x)), 2)
+    cut = [{name: array[r] for name, array in ({"x": x} | of_tokens | first).items()} for r in rows]
+    sent = [stages("qkv_of_2", block, time_modulation=time, **own, **attends) for own in cut]
+    every = [{n: np.concatenate([array_of(part[n])[device] for part in sent]) for n in "qkv"} for device in range(2)]
+    attended = [stages("attend_of_2", block, **each)["o"].numpy() for each in every]
+    scale = {name: value for name, value in attends.items() if name == "v_scale"}
+    behind = [
+        stages(
+            "rest_of_2", block, x=x[r], o=np.stack([o[r] for o in attended]), time_modulation=time, **text, **scale,
+            **{name: array[r] for name, array in first.items()},
+        )["x_out"].numpy()
+        for r in rows
+    ]  # fmt: skip
+    return np.concatenate(behind)
+
+
+@pytest.mark.parametrize("in_attention", [False, True])
+@pytest.mark.parametrize("name", ["t2v-a14b-tiny", "ti2v-5b-tiny"])
+def test_two_devices_that_divide_a_block_in_fp8_compute_the_same_bits(tmp_path, run_graph, name, in_attention):
+    spec, fp8 = SPECS[name].dit, Quantised(self_attention=in_attention)
+    stored, streams = quantised_blocks(run_graph, spec, fp8)
+    stages, rng = Stages(tmp_path, spec, FLOAT, fp8, stored), np.random.default_rng(0)
+    attends = {}
+    if in_attention:
+        attends["v_scale"] = rng.uniform(0.01, 0.02, (1, spec.width)).astype(np.float32)
+        attends["k_center"] = rng.standard_normal((1, spec.width), np.float32)
+    given, x = given_to(spec), streams[0]
+    alone = stages.block(0, x, given, centred=lambda *_: attends)
+    assert np.array_equal(divided(stages, 0, x, given, attends), alone)
+
+
 @pytest.mark.parametrize(
     "quantised", [None, Quantised(True, True), INT8, MIXED], ids=["16 bits", "fp8-attn", "int8", "mixed"]
 )
@@ -186,10 +228,16 @@ def test_onnx_accepts_every_stage(tmp_path, name, compute, quantised):
 
 @pytest.mark.parametrize("name", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
 def test_stages_take_every_official_tensor_once(name):
-    """Joined inputs count for their parts; only the table of modulation is read by two stages."""
+    """Joined inputs count for their parts; only the table of modulation is read by two stages.
+
+    The stages for several devices take what those for one take.
+    """
     spec = SPECS[name].dit
-    taken = {}
-    for stage, g in stage_graphs(spec).items():
+    taken, graphs = {}, stage_graphs(spec)
+    for stage, g in graphs.items():
+        if g.groups > 1:
+            assert g.weights.keys() == graphs[stage.removesuffix(f"_of_{g.groups}")].weights.keys()
+            continue
         for key, value in g.weights.items():
             taken.setdefault(key, []).append((stage, int(np.prod(tuple(value.shape)))))
     assert {key for key, users in taken.items() if len(users) > 1} == {"modulation"}

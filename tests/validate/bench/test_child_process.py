@@ -1,8 +1,12 @@
 """A child process ignores Ctrl-C and does not outlive the block that started it."""
 
 import os
+import select
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +37,25 @@ def test_a_block_that_fails_ends_it_too():
 def test_this_process_handles_ctrl_c_again():
     with child_process(answer_twice, "here"):
         assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+OUTLIVED = """
+from tests.validate.bench.test_child_process import answer_twice
+from validate.bench.child_process import child_process
+if __name__ == "__main__":
+    with child_process(answer_twice, "here") as (receiver, process):
+        receiver.recv()
+        print(process.pid, flush=True)
+        process.join()
+"""
+
+
+def test_a_child_ends_with_a_parent_that_was_killed(tmp_path):
+    (tmp_path / "outlived.py").write_text(OUTLIVED)
+    command = [sys.executable, str(tmp_path / "outlived.py")]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
+        child = os.pidfd_open(int(parent.stdout.readline()))
+        parent.kill()
+    assert select.select([child], [], [], 60)[0]  # it has ended
+    os.close(child)

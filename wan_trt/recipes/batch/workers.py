@@ -53,11 +53,19 @@ class Renderer:
 
 
 def local_workers(
-    engines: Path, count: int = 1, devices: Sequence[str] = (), residency: ResidencyChoice = "auto"
+    engines: Path,
+    count: int = 1,
+    devices: Sequence[str] = (),
+    residency: ResidencyChoice = "auto",
+    threads: int = 0,
 ) -> Workers:
-    """Processes on this machine: one for each of ``devices``, numbers of GPUs, or ``count`` that share the cores."""
+    """Processes on this machine: one for each of ``devices``, numbers of GPUs, or ``count`` that share the cores.
+
+    ``threads``: of each on the CPU; 0 means an equal share of the cores.
+    """
     manifest = open_bundle(engines, "engines").manifest
-    threads = max(1, len(os.sched_getaffinity(0)) // count) if not devices and count > 1 else 0
+    if not threads and not devices and count > 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // count)
 
     def open_worker(index: int) -> Any:
         device = devices[index] if devices else ""

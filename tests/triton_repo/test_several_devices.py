@@ -1,0 +1,58 @@
+"""A real server whose model has an expert on each of two devices, and guidance on two for each of them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from runtime.block_backend import BlockOptions
+from tests.triton_repo.serving import HANGS_S, serving
+from tests.triton_repo.test_queue import Background
+
+JOB = {"width": 128, "height": 96, "num_frames": 9, "steps": 24, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def server(installation, tiny_engines, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    options = {"blocks": BlockOptions(parallel="experts,cfg2")}
+    with serving(installation, folder, {"wan22": tiny_engines}, options={"wan22": options}) as served:
+        yield served
+
+
+SCRIPT = """
+import hashlib, sys
+from pathlib import Path
+from runtime.pipeline import Pipeline
+from runtime.request import Request
+with Pipeline.open(Path(sys.argv[1])) as pipeline:
+    request = Request("x", size=(128, 96), frames=9, steps=24, seed=3)
+    *_, last = pipeline.denoise(pipeline.complete(request))
+print(hashlib.sha256(last.latents.tobytes()).hexdigest())
+"""
+
+
+@pytest.fixture
+def of_one_device(installation, tiny_engines):
+    """The hash of the latents by one device, in the Python of the server's models."""
+    python = sys.executable if installation.environment is None else installation.environment / "bin" / "python3"
+    words = [str(python), "-c", SCRIPT, str(tiny_engines)]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_two_jobs_are_in_work_and_each_has_its_own_events_and_its_own_end(server, of_one_device):
+    first = Background(server, **JOB)
+    assert first.started.wait(HANGS_S)
+    second = Background(server, **JOB)
+    assert second.started.wait(HANGS_S)
+    third = Background(server, **JOB)
+    second.job.cancel()
+    assert second.join().error.status == "CANCELLED"
+    for job in (first.join(), third.join()):
+        steps = [event["step"] for event in job.events if event["phase"] == "denoise"]
+        assert steps == list(range(1, 25))
+        assert job.result.event["latents_sha256"] == of_one_device
+    starts = [job.events[0]["started_unix_ms"] for job in (first, second)]
+    assert starts[0] < starts[1] < starts[0] + 1000 * first.result.event["seconds"]
+    server.wait_for("wan22_in_flight", 0)
+    assert server.metric("wan22_requests_total", outcome="done") == 2
