@@ -223,12 +223,13 @@ class Pipeline:
             self.release(name)
 
     def use_weights(self, lora: str | None) -> bool:
-        """Take the experts from the weight set ``lora`` from now on; True if it was another. Closes those in use, but
-        not engines with slots for LoRAs.
+        """Take the experts from the weight set ``lora`` from now on; True if it was another.
+
+        Closes those in use, but not engines with slots on one device.
         """
-        changed, blocks = self.weight_sets.choose(lora), self._backend.blocks
-        if changed and blocks is not None and self.weight_sets.rank:
-            blocks.renew()
+        changed, every = self.weight_sets.choose(lora), self.backend.every_blocks
+        if changed and self.weight_sets.rank and len(every) == 1:
+            every[0].renew()
         elif changed:
             self._keep_only(set(self._open) - set(self.spec.experts))
         return changed

@@ -134,7 +134,7 @@ def write_blocks(layout: Path, merged: Bundle, name: str, path: Path, progress: 
     """Write the weights of an expert in blocks, if they have the ``layout`` of the engines."""
     component, expected = merged.component(name), read_block_layout(layout)
     stages = slotted_stages(component, expected.lora_rank)
-    found = layout_of(stages, merged.manifest.spec.dit.layers)
+    found = layout_of([stage for stage in stages if stage.groups == 1], merged.manifest.spec.dit.layers)
     if found != expected:
         raise UserError(f"weights of {name} with a layout other than {layout}", "the engines' layout", "build again")
     return write_block_weights(merged.path(component.graph), found, path, progress)
