@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from engines.block_weights import attention_scales, layout_of, write_block_weights
+from engines.block_weights import attention_scales, layout_of, lora_rank, write_block_weights
+from engines.lora_slots import add_slots, with_slots
 from wan22.block_layout import EMBEDDING, BlockLayout, write_block_layout
 from wan22.bundle import Bundle, Component, File, Stage, Tensor, file_entry
 from wan22.errors import UserError
@@ -35,6 +36,7 @@ class BlockBuild:
     progress: Progress
     compile: Compile
     groups: tuple[int, ...] = ()  # numbers of devices that shall be able to divide the tokens
+    lora_slots: int | None = None  # the rank of slots for LoRAs in every linear of a transformer's blocks
     _built: dict[tuple[Stage, ...], tuple[tuple[Stage, ...], File, BlockLayout]] = field(default_factory=dict)
 
     def applies_to(self, component: Component) -> bool:
@@ -50,7 +52,7 @@ class BlockBuild:
         for component in filter(self.applies_to, self.source.manifest.components):
             if not component.stages:
                 found = f"--topology blocks for {component.name}, whose blocks differ"
-                kept = "--keep-high-precision, --input-scales and --input-means"
+                kept = "--keep-high-precision for single blocks and --input-scales"
                 raise UserError(found, "blocks that compute alike", f"export again without {kept}, or build whole")
             missing = set(self.groups) - set(component.groups)
             if missing and component.name != TEXT_ENCODER:
@@ -70,16 +72,23 @@ class BlockBuild:
     def component(self, component: Component) -> Component:
         """``component`` with its stages as engines and its weights in one file."""
         if component.stages not in self._built:
-            layout = self._layout(component)
+            slotted = self.slotted(component)
+            layout = self._layout(slotted)
             path = self.folder / f"{component.name}.layout.json"
             write_block_layout(path, layout)
-            compiled = tuple(self._stage(component, stage) for stage in self.stages(component))
+            compiled = tuple(self._stage(component, stage) for stage in self.stages(slotted))
             self._built[component.stages] = (compiled, file_entry(self.folder, path), layout)
         stages, entry, layout = self._built[component.stages]
         weights = self.folder / f"{component.name}.weights"
         written = write_block_weights(self.source.path(component.graph), layout, weights, self.progress)
         made = replace(component, weights=(entry, written), stages=stages, halves=())
         return replace(made, graph=made.stage("layer" if component.name == TEXT_ENCODER else "rest").graph)
+
+    def slotted(self, component: Component) -> Component:
+        """``component`` with slots for LoRAs in its stages, if asked for."""
+        if self.lora_slots is None or component.name == TEXT_ENCODER:
+            return component
+        return replace(component, stages=slotted_stages(component, self.lora_slots))
 
     def _layout(self, component: Component) -> BlockLayout:
         spec = self.source.manifest.spec
@@ -93,9 +102,10 @@ class BlockBuild:
         """``stage`` as an engine. The scales of FP8 attention become constants, as compilers need them."""
         graph, constants = self.source.path(stage.graph), self.attention_scales
         weights = tuple(tensor for tensor in stage.weights if tensor.name not in constants)
-        if len(weights) == len(stage.weights):
+        if len(weights) == len(stage.weights) and not any(map(lora_rank, weights)):
             return replace(stage, graph=self.compile(graph, component, stage))
         model = ir.load(graph)
+        add_slots(model, stage)
         for value in [value for value in model.graph.inputs if value.name in constants]:
             model.graph.inputs.remove(value)
             value.const_value = ir.tensor(np.array(constants[str(value.name)], np.float32), name=value.name)
@@ -104,6 +114,12 @@ class BlockBuild:
             ir.save(model, place / graph.name)
             made = replace(stage, weights=weights)
             return replace(made, graph=self.compile(place / graph.name, component, made))
+
+
+def slotted_stages(component: Component, rank: int) -> tuple[Stage, ...]:
+    """The stages of a transformer with slots for LoRAs of ``rank``; without any for rank 0."""
+    dtype = DTYPES[component.precision.wide.linears]
+    return tuple(with_slots(stage, rank, dtype) if rank else stage for stage in component.stages)
 
 
 def groups_of(parallel: str | None) -> tuple[int, ...]:

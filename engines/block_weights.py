@@ -16,7 +16,8 @@ from typing import IO
 import numpy as np
 import onnx_ir as ir
 
-from wan22.block_layout import BlockLayout, Place, size_bytes
+from engines.cpu.nvfp4 import GROUP, values_of
+from wan22.block_layout import LORA_DOWN, LORA_UP, BlockLayout, Place, parts_of, size_bytes, varies
 from wan22.bundle import File, Stage, Tensor
 from wan22.errors import UserError
 from wan22.progress import Progress
@@ -24,11 +25,11 @@ from wan22.progress import Progress
 ALIGNMENT_BYTES, PAGE_BYTES = 256, 4096  # of CUDA's allocations, and of disks
 READ_AT_ONCE_BYTES = 2**24
 HASHED_BESIDE_BYTES = 2**20
-STEP_STAGES, PROMPT_STAGES = ("qkv", "rest", "layer"), ("text_kv",)
+STEP_STAGES, PROMPT_STAGES = ("qkv", "attend", "rest", "layer"), ("text_kv",)
 SCALES = ("self_attn.q_scale", "self_attn.k_scale")  # constants of the engines, valid for all blocks and experts
 V_NORMS = "self_attn.v_norms"  # of the rows of V's matrix: they bound V
 BLOCK = "blocks.{}.self_attn."
-FLOAT8 = ir.DataType.FLOAT8E4M3FN.numpy()
+FLOAT4 = ir.DataType.FLOAT4E2M1.numpy()
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class StoredTensor:
     location: str  # relative to the ONNX bundle
     offset: int
     size_bytes: int
+    dtype: np.dtype[np.generic]
 
 
 Stored = Mapping[str, StoredTensor]  # the tensors of a whole transformer under their official names
@@ -46,7 +48,8 @@ def stored_tensors(graph: Path) -> dict[str, StoredTensor]:
     found = {}
     for name, value in ir.load(graph).graph.initializers.items():
         if isinstance(tensor := value.const_value, ir.ExternalTensor):
-            found[name] = StoredTensor(str(tensor.location), tensor.offset or 0, tensor.length or tensor.nbytes)
+            place = str(tensor.location), tensor.offset or 0, tensor.length or tensor.nbytes
+            found[name] = StoredTensor(*place, tensor.dtype.numpy())
     return found
 
 
@@ -69,10 +72,26 @@ def layout_of(stages: Sequence[Stage], blocks: int, beside: Iterable[Tensor] = (
         groups[group] |= {tensor.name: tensor for tensor in stage.weights if tensor.name not in SCALES}
     for tensor in (tensor for stage in stages for tensor in stage.inputs if tensor.name == "v_scale"):
         groups["step"][V_NORMS] = Tensor(V_NORMS, "float32", tensor.dims)
-    ends, end = _places(groups["ends"].values(), 0)
-    step, step_bytes = _places(groups["step"].values(), 0)
-    prompt, size = _places(groups["prompt"].values(), step_bytes)
-    return BlockLayout(ends, step + prompt, blocks, _round_up(end, PAGE_BYTES), _round_up(size, PAGE_BYTES), step_bytes)
+    ranks = {lora_rank(tensor) for group in groups.values() for tensor in group.values()} - {0}
+    ordered = {name: list(group.values()) for name, group in groups.items()}
+    if ranks:  # what a LoRA replaces stands together: last in a step, first for a prompt
+        ordered["step"].sort(key=_varies)
+        ordered["prompt"].sort(key=_varies, reverse=True)
+    ends, end = _places(ordered["ends"], 0)
+    step, step_bytes = _places(ordered["step"], 0)
+    prompt, size = _places(ordered["prompt"], step_bytes)
+    first, stride = _round_up(end, PAGE_BYTES), _round_up(size, PAGE_BYTES)
+    return BlockLayout(ends, step + prompt, blocks, first, stride, step_bytes, max(ranks, default=0))
+
+
+def lora_rank(tensor: Tensor) -> int:
+    """The rank of a slot that is ``tensor``; 0 if it is none."""
+    linear, _, leaf = tensor.name.rpartition(".")
+    return int(tensor.dims[0]) // len(parts_of(linear)) if leaf == LORA_DOWN else 0
+
+
+def _varies(tensor: Tensor) -> bool:
+    return varies(tensor.name, tuple(map(int, tensor.dims)))
 
 
 def _places(tensors: Iterable[Tensor], start: int) -> tuple[tuple[Place, ...], int]:
@@ -98,6 +117,8 @@ def write_block_weights(graph: Path, layout: BlockLayout, path: Path, progress: 
         for block in range(layout.blocks):
             start = layout.first_block + block * layout.block_bytes
             for place in layout.block:
+                if place.name.endswith((LORA_DOWN, LORA_UP)):
+                    continue  # empty: zeros
                 if place.name == V_NORMS:
                     file.write(_v_norms(stored, folder, block, place.shape[1]).tobytes(), start + place.offset)
                 else:
@@ -165,14 +186,25 @@ def _copy(sources: Sequence[StoredTensor], folder: Path, file: _HashedFile, offs
 
 
 def _v_norms(stored: Stored, folder: Path, block: int, width: int) -> np.ndarray:
-    """The Euclidean norms of the rows of V's FP8 matrix, float32 ``[D]``."""
-    matrix, scale = stored[f"{BLOCK.format(block)}qkv.weight"], stored[f"{BLOCK.format(block)}qkv.weight_scale"]
-    start = matrix.offset + 2 * width * width
-    rows = np.fromfile(folder / matrix.location, FLOAT8, width * width, offset=start).reshape(width, width)
-    factor = np.fromfile(folder / scale.location, np.float32, 1, offset=scale.offset)[0]
-    norms = [np.linalg.norm(part.astype(np.float32), axis=1) for part in np.array_split(rows, 16)]
-    joined: np.ndarray = np.concatenate(norms) * factor
-    if (columns := stored.get(f"{BLOCK.format(block)}qkv.column_scale")) is not None:
-        start = columns.offset + 2 * width * 4
-        joined = joined * np.fromfile(folder / columns.location, np.float32, width, offset=start)
-    return joined.astype(np.float32)
+    """The Euclidean norms of the rows of V's matrix of codes, float32 ``[D]``, without the factors of its columns."""
+
+    def read(leaf: str, start: int, count: int) -> np.ndarray | None:
+        tensor = stored.get(f"{BLOCK.format(block)}{leaf}")
+        if tensor is None:
+            return None
+        if tensor.dtype == FLOAT4:  # two numbers a byte
+            packed = np.fromfile(folder / tensor.location, np.uint8, count // 2, offset=tensor.offset + start // 2)
+            return values_of(packed)
+        at = tensor.offset + start * tensor.dtype.itemsize
+        return np.fromfile(folder / tensor.location, tensor.dtype, count, offset=at)
+
+    codes, scales = read("qkv.weight", 2 * width * width, width * width), read("qkv.weight_scale", 2 * width, width)
+    assert codes is not None and scales is not None
+    factors = read("q.input_factor", 0, width)
+    divisors = np.float32(1.0) if factors is None else factors
+    groups = read("qkv.group_scale", 2 * width * width // GROUP, width * width // GROUP)
+    if groups is not None:
+        codes = codes.reshape(-1, GROUP) * groups.astype(np.float32)[:, None]
+    rows = np.array_split(codes.reshape(width, width), 16)
+    norms: np.ndarray = np.concatenate([np.linalg.norm(part.astype(np.float32) * divisors, axis=1) for part in rows])
+    return np.asarray(norms * scales, np.float32)

@@ -41,6 +41,7 @@ from wan22.residency import vae_weights_bytes
 from wan22.shapes import Profile, own_profiles
 from wan22.stamp import Stamp
 
+RANKS = range(16, 513, 16)  # of slots for LoRAs: compilers want aligned matrices
 Topology = Literal["whole", "blocks"]  # a transformer as one engine, or as stages that every block calls
 USUAL_STRIPS = 8  # that a VAE beside blocks is built for: 720p in fp16 then takes less than 4 GiB
 
@@ -56,7 +57,9 @@ class BuildOptions:
     timing_cache: Path | None = None
     topology: Topology | None = None  # by default blocks for TensorRT where all blocks compute alike, else whole
     vae_strips: int | None = None  # the VAE in stages, for pictures in up to so many strips; by default in blocks
+    # transformers in blocks
     parallel: str | None = None  # "ulysses4", several with commas: for devices that divide the tokens
+    lora_slots: int | None = None  # the rank of LoRAs that requests bring, beside every linear of a block
     # writing
     overwrite: bool = False
     command: str = field(default="engines.build_engines(...)", compare=False)  # recorded in the manifest
@@ -78,7 +81,8 @@ def build_engines(
     source = open_bundle(bundle, "graphs", full_check=True)
     check_bundle(target, source.manifest)
     _check_options(target, options)
-    options = replace(options, topology=options.topology or default_topology(target, source.manifest))
+    usual = default_topology(target, source.manifest) if options.lora_slots is None else "blocks"
+    options = replace(options, topology=options.topology or usual)
     in_stages = all(component.stages for component in source.manifest.components if component.name[:3] == "vae")
     if options.parallel is not None:
         check_groups(source.manifest.spec, options.parallel, in_blocks=options.topology == "blocks")
@@ -88,7 +92,7 @@ def build_engines(
     options = replace(options, vae_strips=strips)
     check_graphs(source)
     if not runs_graphs(target.backend):
-        load_module(target.backend)
+        load_module(target.backend, [component.precision.linears for component in source.manifest.components])
     again = f"export again: {source.manifest.command}"
     check_loads(target, _graphs(source, target, options), again)
     check_disk(folder, disk_bytes(source.manifest, target, options))
@@ -159,7 +163,7 @@ def _fit_graphs(source: Bundle, folder: Path, target: Target, options: BuildOpti
         shutil.copyfile(graph, folder / stage.graph.path)
         return file_entry(folder, folder / stage.graph.path)
 
-    blocks = BlockBuild(source, folder, progress, place, groups_of(options.parallel))
+    blocks = BlockBuild(source, folder, progress, place, groups_of(options.parallel), options.lora_slots)
     if in_blocks:
         blocks.check()
     whole = [
@@ -182,14 +186,22 @@ def _fit_graphs(source: Bundle, folder: Path, target: Target, options: BuildOpti
 
 def _recorded_options(target: Target, options: BuildOptions) -> dict[str, str]:
     """The options that change the engines, for the manifest."""
-    groups = {"parallel": options.parallel} if options.parallel else {}
+    slots = {} if options.lora_slots is None else {"lora_slots": str(options.lora_slots)}
+    asked = ({"parallel": options.parallel} if options.parallel else {}) | slots
     if runs_graphs(target.backend):
-        return ({"topology": options.topology} if options.topology == "blocks" else {}) | groups
+        return ({"topology": options.topology} if options.topology == "blocks" else {}) | asked
     strips = {} if options.vae_strips is None else {"vae_strips": str(options.vae_strips)}
-    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)} | strips | groups
+    return {"tf32": str(options.tf32).lower(), "topology": str(options.topology)} | strips | asked
 
 
 def _check_options(target: Target, options: BuildOptions) -> None:
+    if (rank := options.lora_slots) is not None:
+        if rank % RANKS.step or rank not in RANKS:
+            expected = f"a multiple of {RANKS.step} from {RANKS[0]} to {RANKS[-1]}"
+            raise UserError(f"--lora-slots {rank}", expected, "take the largest rank of your LoRAs, rounded up")
+        if options.topology == "whole" or target.backend == "onnxruntime-gpu":
+            found = "with --topology whole" if options.topology == "whole" else f"for target {target.name}"
+            raise UserError(f"--lora-slots {found}", "engines in blocks", "leave one out")
     if options.topology == "blocks" and target.backend == "onnxruntime-gpu":
         raise UserError(f"--topology blocks for target {target.name}", "cpu or a TensorRT target", "leave it out")
     if options.vae_strips is not None and runs_graphs(target.backend):
@@ -284,8 +296,8 @@ def _compile_tensorrt(
             build_engine(graph, plan, settings(component, stage.inputs), progress)
         return file_entry(folder, plan)
 
-    in_blocks = options.topology == "blocks"
-    blocks = BlockBuild(source, folder, progress, compile_stage, groups_of(options.parallel))
+    in_blocks, groups = options.topology == "blocks", groups_of(options.parallel)
+    blocks = BlockBuild(source, folder, progress, compile_stage, groups, options.lora_slots)
     if in_blocks:
         blocks.check()
     compiled: list[Component] = []

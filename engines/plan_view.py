@@ -7,8 +7,12 @@ from rich.table import Table
 
 from engines.group_plan import Goal, GroupPlan, link_gb_s, reason
 from engines.plan import EXPORT_RAM_GIB, Plan
+from engines.precision_figures import read_figures
+from engines.targets import check_precision
 from wan22.costs import dit_flops, model_parameters
+from wan22.errors import UserError
 from wan22.quantities import human_bytes, video_text
+from wan22.specs import Precision
 from wan22.vae_memory import StagedVae
 
 
@@ -75,6 +79,40 @@ def groups_as_text(plans: Sequence[GroupPlan], chosen: Sequence[tuple[Goal, Grou
 
 def _split(plan: GroupPlan) -> str:
     return str(plan.split) or "none"
+
+
+def precisions_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
+    """The output of ``wan-trt plan --compare-precisions``: what every precision of a card costs and saves."""
+    plan, figures = plans[0], read_figures()
+    target, wide = plan.request.target, next((p for p in plans if p.request.precision is Precision.BF16), plan)
+    table = Table(
+        "precision", "velocity error", "aim", "latents", "experts", "resident", "kernels", "step s", "to bf16",
+        title=f"{plan.request.spec.name} on {target.name}: {video_text(*plan.request.video)}, {plan.tokens:,} tokens",
+        title_justify="left",
+    )  # fmt: skip
+    table.columns[0].no_wrap = True
+    for each in plans:
+        found = figures.get(each.request.precision)
+        row = [str(each.request.precision), "", "", ""]
+        if found is not None:
+            aim = f"{found.aim:.1%}{'' if found.meets_aim else ', missed'}"
+            row[1:] = [f"{found.worst:.2%}", aim, f"{min(found.latents_db.values()):.1f} dB"]
+        experts = sum(each.weights_bytes[expert] for expert in each.request.spec.experts)
+        kernels = found.kernels.get(target.name, ()) if found is not None else ()
+        row += [human_bytes(experts), _blocks(each), " + ".join(map(str, kernels))]
+        if each.step_seconds is not None and wide.step_seconds is not None:
+            row += [f"{each.step_seconds:.2f}", f"{each.step_seconds / wide.step_seconds - 1:+.0%}"]
+        table.add_row(*row)
+    yield table
+    best = target.recommended_precision
+    reason = "of the highest peaks, the one that errs least" if target.bf16_tflops else "no figures of this target"
+    yield f"recommended: --precision {best} ({reason})"
+    for refused in (p for p in Precision if p.quantised and p not in target.precisions):
+        try:
+            check_precision(target, refused)
+        except UserError as error:
+            yield f"{error.found}: {error.remedy}"
+    yield "errors: worst step and worst of two small twins with real outliers; times: rooflines, not measurements"
 
 
 def _text_layers(plan: Plan) -> str:

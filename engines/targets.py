@@ -1,8 +1,9 @@
 """The GPUs that engines are built for, with the figures behind plans and rooflines.
 
 Peaks are dense (never "with sparsity") with float32 accumulation, which the builders choose: GeForce cards run FP8 with
-float32 accumulation at half the advertised rate. If a vendor prints only the sparse figure, the dense one is half of
-it. Memory is the nominal capacity; drivers and ECC use a few per cent of it.
+float32 accumulation at half the advertised rate, but INT8, which is added up in int32, at twice the rate of that. If a
+vendor prints only the sparse figure, the dense one is half of it. Memory is the nominal capacity; drivers and ECC use a
+few per cent of it.
 """
 
 import re
@@ -17,6 +18,7 @@ from wan22.specs import Number, Precision
 QUERY_GPU = ("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
 _NOT_A_VARIANT = "(?![ -](Ti|SUPER|Super|D|Laptop|Mobile|3e))"  # other chips or boards that share a name
 FIRST_FP8 = (8, 9)  # compute capability
+WITH_FP4 = ((10, 0), (10, 3), (12, 0), (12, 1))  # compute capabilities
 FIRST_FLASH = "8.0"  # compute capability of ONNX Runtime's flash attention
 FIRST_PCIE_5 = (9, 0)  # compute capability
 LANES = {"rtx4060": 8}  # of PCIe, other than 16
@@ -33,10 +35,12 @@ class Target:
     compute_capability: str  # "8.9"; "" for a CPU
     memory_gib: float
     bandwidth_gb_s: float
-    # dense peaks in TFLOPS, float32 accumulation; None: the hardware has no such units, or no figure is known
+    # dense peaks in TFLOPS, float32 or int32 accumulation; None: no such units, or no figure is known
     fp32_tflops: float | None
     bf16_tflops: float | None
     fp8_tflops: float | None
+    int8_tflops: float | None
+    fp4_tflops: float | None  # NVFP4
     source: str
 
     @property
@@ -59,8 +63,9 @@ class Target:
             return (Number.FP32, Number.FP16)  # its CPU kernels support neither bfloat16 nor fast FP8
         if self.backend == "onnxruntime-gpu":
             return (Number.BF16, Number.FP16)  # its flash attention takes 16 bits, its products have no FP8
-        sixteen = (Number.FP32, Number.BF16, Number.FP16)
-        return (*sixteen, Number.FP8) if self._capability >= FIRST_FP8 else sixteen
+        always = (Number.FP32, Number.BF16, Number.FP16, Number.INT8)
+        found = (*always, Number.FP8) if self._capability >= FIRST_FP8 else always
+        return (*found, Number.NVFP4) if self._capability in WITH_FP4 else found
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -69,6 +74,17 @@ class Target:
     @property
     def default_precision(self) -> Precision:
         return Precision.FP32 if self.backend == "onnxruntime" else Precision.BF16
+
+    @property
+    def recommended_precision(self) -> Precision:
+        """The precision of the highest peaks, of several alike the one that errs least; the default without figures."""
+
+        def by_peaks(precision: Precision) -> tuple[float, float, int]:
+            linears, attention = map(self.peak_tflops, (precision.linears, precision.attention))
+            return -(linears or 0.0), -(attention or 0.0), -precision.linears.significand
+
+        accurate = [p for p in self.precisions if p.linears is not Number.NVFP4]  # chosen for its memory
+        return min(accurate, key=by_peaks) if self.bf16_tflops else self.default_precision
 
     def text_encoder_precision(self, precision: Precision) -> Precision:
         """The text encoder's precision if the model is in ``precision``: TensorRT-RTX lacks its float32 attention."""
@@ -84,53 +100,55 @@ class Target:
         """The dense peak of matrix multiplications with operands of this type."""
         sixteen = self.bf16_tflops
         by_number = {Number.FP32: self.fp32_tflops, Number.FP16: sixteen, Number.BF16: sixteen}
-        return (by_number | {Number.FP8: self.fp8_tflops})[number]
+        quantised = {Number.FP8: self.fp8_tflops, Number.INT8: self.int8_tflops, Number.NVFP4: self.fp4_tflops}
+        return (by_number | quantised)[number]
 
 
 _AMPERE, _ADA = "NVIDIA Ampere GA102 whitepaper 2.1", "NVIDIA Ada GPU Architecture whitepaper 2.02"
 _BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper"
 _TABLE = (
-    Target("a100", "A100", "tensorrt", "8.0", 80, 2039, 19.5, 312, None,
-        "NVIDIA A100 80GB SXM datasheet"),
-    Target("a10g", "A10G", "tensorrt", "8.6", 24, 600, 31.5, 70, None,
-        "NVIDIA A10G datasheet (BF16 140 with sparsity, halved)"),
-    Target("l40", "L40", "tensorrt", "8.9", 48, 864, 90.5, 181, 362,
-        "NVIDIA L40 datasheet (BF16 362 and FP8 724 with sparsity, halved)"),
-    Target("l40s", "L40S", "tensorrt", "8.9", 48, 864, 91.6, 362, 733,
+    Target("a100", "A100", "tensorrt", "8.0", 80, 2039, 19.5, 312, None, 624, None,
+        "NVIDIA A100 80GB SXM datasheet (INT8 624 without sparsity)"),
+    Target("a10g", "A10G", "tensorrt", "8.6", 24, 600, 31.5, 70, None, 140, None,
+        "NVIDIA A10G datasheet (BF16 140 and INT8 280 with sparsity, halved)"),
+    Target("l40", "L40", "tensorrt", "8.9", 48, 864, 90.5, 181, 362, 362, None,
+        "NVIDIA L40 datasheet (BF16 362, FP8 and INT8 724 with sparsity, halved)"),
+    Target("l40s", "L40S", "tensorrt", "8.9", 48, 864, 91.6, 362, 733, 733, None,
         "NVIDIA L40S datasheet"),
-    Target("l4", "L4", "tensorrt", "8.9", 24, 300, 30.3, 121, 242.5,
+    Target("l4", "L4", "tensorrt", "8.9", 24, 300, 30.3, 121, 242.5, 242.5, None,
         "NVIDIA L4 datasheet (242 and 485 with sparsity, halved)"),
-    Target("h100", "H100", "tensorrt", "9.0", 80, 3350, 67, 989.5, 1979,
+    Target("h100", "H100", "tensorrt", "9.0", 80, 3350, 67, 989.5, 1979, 1979, None,
         "NVIDIA H100 SXM datasheet (1979 and 3958 with sparsity, halved)"),
-    Target("h20", "H20", "tensorrt", "9.0", 96, 4000, 44, 148, 296,
+    Target("h20", "H20", "tensorrt", "9.0", 96, 4000, 44, 148, 296, 296, None,
         "NVIDIA H20 product brief (dense)"),
-    Target("h200", "H200", "tensorrt", "9.0", 141, 4800, 67, 989.5, 1979,
+    Target("h200", "H200", "tensorrt", "9.0", 141, 4800, 67, 989.5, 1979, 1979, None,
         "NVIDIA H200 SXM datasheet (1979 and 3958 with sparsity, halved)"),
-    Target("b200", "B200", "tensorrt", "10.0", 180, 7700, 75, 2250, 4500,
-        "NVIDIA Blackwell datasheet, HGX B200 per GPU (4.5 and 9 PFLOPS with sparsity, halved)"),
-    Target("rtx3090", "GeForce RTX 3090", "tensorrt-rtx", "8.6", 24, 936, 35.6, 71, None,
+    Target("b200", "B200", "tensorrt", "10.0", 180, 7700, 75, 2250, 4500, 4500, 9000,
+        "NVIDIA Blackwell datasheet, HGX B200 per GPU (BF16 4.5, FP8 and INT8 9, FP4 18 PFLOPS with sparsity, halved)"),
+    Target("rtx3090", "GeForce RTX 3090", "tensorrt-rtx", "8.6", 24, 936, 35.6, 71, None, 284, None,
         f"{_AMPERE}, table 9"),
-    Target("rtx4090", "GeForce RTX 4090", "tensorrt-rtx", "8.9", 24, 1008, 82.6, 165.2, 330.3,
-        f"{_ADA}, appendix A (FP8 with FP32 accumulate)"),
-    Target("rtx4080", "GeForce RTX 4080", "tensorrt-rtx", "8.9", 16, 716.8, 48.7, 97.5, 194.9,
-        f"{_ADA}, GeForce RTX 4080 (FP8 with FP32 accumulate)"),
-    Target("rtx4070ti", "GeForce RTX 4070 Ti", "tensorrt-rtx", "8.9", 12, 504.2, 40.1, 80.2, 160.4,
+    Target("rtx4090", "GeForce RTX 4090", "tensorrt-rtx", "8.9", 24, 1008, 82.6, 165.2, 330.3, 660.6, None,
+        f"{_ADA}, appendix A (FP8 with FP32 accumulate, INT8)"),
+    Target("rtx4080", "GeForce RTX 4080", "tensorrt-rtx", "8.9", 16, 716.8, 48.7, 97.5, 194.9, 389.9, None,
+        f"{_ADA}, GeForce RTX 4080 (FP8 with FP32 accumulate, INT8)"),
+    Target("rtx4070ti", "GeForce RTX 4070 Ti", "tensorrt-rtx", "8.9", 12, 504.2, 40.1, 80.2, 160.4, 320.8, None,
         "NVIDIA GeForce RTX 4070 Ti specifications: 7680 cores at 2.61 GHz; tensor cores in the ratio of the RTX 4090"),
-    Target("rtx4070", "GeForce RTX 4070", "tensorrt-rtx", "8.9", 12, 504.2, 29.1, 58.2, 116.4,
+    Target("rtx4070", "GeForce RTX 4070", "tensorrt-rtx", "8.9", 12, 504.2, 29.1, 58.2, 116.4, 232.8, None,
         "NVIDIA GeForce RTX 4070 specifications: 5888 cores at 2.475 GHz; tensor cores in the ratio of the RTX 4090"),
-    Target("rtx4060", "GeForce RTX 4060", "tensorrt-rtx", "8.9", 8, 272, 15.1, 30.2, 60.4,
+    Target("rtx4060", "GeForce RTX 4060", "tensorrt-rtx", "8.9", 8, 272, 15.1, 30.2, 60.4, 120.8, None,
         "NVIDIA GeForce RTX 4060 specifications: 3072 cores at 2.46 GHz; tensor cores in the ratio of the RTX 4090"),
-    Target("rtx5090", "GeForce RTX 5090", "tensorrt-rtx", "12.0", 32, 1792, 104.8, 209.5, 419,
-        f"{_BLACKWELL}, appendix A (FP8 with FP32 accumulate)"),
-    Target("rtx5080", "GeForce RTX 5080", "tensorrt-rtx", "12.0", 16, 960, 56.3, 112.6, 225.1,
-        f"{_BLACKWELL}, GeForce RTX 5080 (FP8 with FP32 accumulate)"),
-    Target("rtx5070", "GeForce RTX 5070", "tensorrt-rtx", "12.0", 12, 672, 30.9, 61.8, 123.5,
+    Target("rtx5090", "GeForce RTX 5090", "tensorrt-rtx", "12.0", 32, 1792, 104.8, 209.5, 419, 838, 1676,
+        f"{_BLACKWELL}, appendix A (FP8 and FP4 with FP32 accumulate, INT8)"),
+    Target("rtx5080", "GeForce RTX 5080", "tensorrt-rtx", "12.0", 16, 960, 56.3, 112.6, 225.1, 450.2, 900.4,
+        f"{_BLACKWELL}, GeForce RTX 5080 (FP8 and FP4 with FP32 accumulate, INT8)"),
+    Target("rtx5070", "GeForce RTX 5070", "tensorrt-rtx", "12.0", 12, 672, 30.9, 61.8, 123.5, 247, 494,
         "NVIDIA GeForce RTX 5070 specifications: 6144 cores at 2.512 GHz; tensor cores in the ratio of the RTX 5090"),
     Target("rtx-pro-6000-blackwell", "RTX PRO 6000 Blackwell", "tensorrt-rtx", "12.0", 96, 1792, 126, 503.8, 1007.6,
+        1007.6, 2015.2,
         "NVIDIA RTX Blackwell PRO GPU Architecture whitepaper, Workstation Edition"),
-    Target("gb10", "GB10", "tensorrt", "12.1", 128, 273, 31, 125, 250,
-        "NVIDIA DGX Spark datasheet: 1 PFLOPS FP4 with sparsity; BF16 and FP8 derived as its 1/8 and 1/4"),
-    Target("cpu", "", "onnxruntime", "", 0, 0, None, None, None,
+    Target("gb10", "GB10", "tensorrt", "12.1", 128, 273, 31, 125, 250, 250, 500,
+        "NVIDIA DGX Spark datasheet: 1 PFLOPS FP4 with sparsity, halved; FP8 and INT8 derived as half, BF16 a quarter"),
+    Target("cpu", "", "onnxruntime", "", 0, 0, None, None, None, None, None,
         "no figures: the reference backend"),
 )  # fmt: skip
 TARGETS = {target.name: target for target in _TABLE}
@@ -140,7 +158,7 @@ def _generic(capability: str, backend: Backend) -> Target:
     """Any GPU of one compute capability: the same engines, but unknown memory and speed."""
     name = f"sm{capability.replace('.', '')}"
     source = "no figures: any GPU of its compute capability"
-    return Target(name, "", backend, capability, 0, 0, None, None, None, source)
+    return Target(name, "", backend, capability, 0, 0, None, None, None, None, None, source)
 
 
 _BY_CAPABILITY = {
@@ -195,6 +213,11 @@ def check_bundle(target: Target, manifest: Manifest) -> None:
     for component in beyond:
         check_precision(target, component.precision, _AT_EXPORT, f"{component.name} in ")
     for component in manifest.components:
+        for linear, number in component.exceptions.items():
+            if number not in target.numbers:
+                wrong = f"{component.name} with {linear} in {number} for {target.name}"
+                others = ", ".join(target.numbers)
+                raise UserError(wrong, others, f"{_AT_EXPORT}use --keep-high-precision {linear}=bf16")
         found = component.precision
         if component.name == "text_encoder" and target.text_encoder_precision(found) != found.wide:
             wrong = f"text_encoder in {found} for {target.name} ({target.backend} has no kernel for its attention)"
@@ -203,6 +226,20 @@ def check_bundle(target: Target, manifest: Manifest) -> None:
 
 _AT_EXPORT = "in wan-trt export "
 FP32 = Precision.FP32  # which every backend computes outside the transformers
+
+
+def _next_best(target: Target, precision: Precision) -> Precision:
+    """The precision to use instead: as few bits, and of those the smallest error; attention as in ``precision``."""
+    if not precision.quantised:
+        return target.default_precision
+    alike = [p for p in target.precisions if p.attention in (precision.attention, precision.attention.wide)]
+    found = min(alike, key=lambda p: (p.linears.bits, -p.linears.significand, p.attention.bits), default=precision)
+    return found if found.quantised else target.default_precision
+
+
+def number_of_peaked(target: str | None) -> Number:
+    """The type of the linears that INT8 does not suit: FP8 unless the target called so has none."""
+    return Number.FP8 if target is None or Number.FP8 in target_named(target).numbers else Number.BF16
 
 
 def check_precision(target: Target, precision: Precision, where: str = "", what: str = "precision ") -> None:
@@ -216,11 +253,12 @@ def check_precision(target: Target, precision: Precision, where: str = "", what:
     """
     if precision in target.precisions:
         return
-    instead = target.default_precision
-    units = f"compute capability {target.compute_capability} has no {precision.linears.upper()} units"
+    instead = _next_best(target, precision)
+    lacking = next((n for n in (precision.linears, precision.attention) if n not in target.numbers), precision.linears)
+    units = f"compute capability {target.compute_capability} has no {lacking.upper()} units"
     why = units if precision.quantised else "not supported there"
     if target.backend == "onnxruntime-gpu":
-        why = "ONNX Runtime has no FP8 products" if precision.quantised else "flash attention takes 16 bits"
+        why = "ONNX Runtime has no 8-bit products" if precision.quantised else "flash attention takes 16 bits"
     if target.backend == "onnxruntime":
         why = "ONNX Runtime does not compute it on a CPU"
     allowed = ", ".join(target.precisions)

@@ -6,11 +6,13 @@ from functools import cached_property
 from pathlib import Path
 
 from export.checkpoint.checkpoint import Checkpoint, Weights
-from export.files.tensor_file import FLOAT8, Array, Pieces, Planned, Stored
+from export.files.tensor_file import Pieces, Planned, Stored
 from export.graphs.blocks import StageGraph
 from export.graphs.builder import GraphBuilder
+from export.graphs.linear import coded_matrices
 from export.graphs.weights_file import declare_weights
-from export.quantise.fp8_weights import Fp8Weights, remade_biases
+from export.quantise.inputs import MeasuredInput
+from export.quantise.quantised_weights import QuantisedWeights, remade_biases
 from export.shared_files import find_shareable
 from wan22.specs import Number, Precision
 from wan22.strips import VaeStage
@@ -22,9 +24,10 @@ class ExportPart:
     precision: Precision
     graphs: dict[str, GraphBuilder]
     stages: Mapping[str, StageGraph] = field(default_factory=dict)  # the same transformer in parts, if it has any
-    # measured on the inputs of FP8 linears, by linear
+    exceptions: Mapping[str, Number] = field(default_factory=dict)  # linears of a type other than the precision's
+    # what the graphs use of measurements on the inputs of linears, by linear
     input_scales: Mapping[str, float] = field(default_factory=dict)
-    input_means: Mapping[str, Array] = field(default_factory=dict)
+    inputs: Mapping[str, MeasuredInput] = field(default_factory=dict)
     # tensors left in the checkpoint's files
     shared: Mapping[str, Stored] = field(default_factory=dict)
     # of every graph of a VAE
@@ -38,15 +41,16 @@ class ExportPart:
     def written(self) -> dict[str, Planned]:
         return {key: planned for key, planned in self.declared.items() if key not in self.shared}
 
-    @property
-    def quantised(self) -> list[str]:
-        return [key for key, planned in self.declared.items() if planned.dtype in FLOAT8]
+    @cached_property
+    def quantised(self) -> dict[str, Number]:
+        """The matrices stored as codes, and their number type."""
+        return {key: number for graph in self.graphs.values() for key, number in coded_matrices(graph).items()}
 
     @cached_property
     def remade(self) -> frozenset[str]:
         """Official names of tensors that differ from the checkpoint's."""
         quantised = self.quantised
-        return frozenset(quantised) | remade_biases(quantised, self.input_scales, self.input_means)
+        return frozenset(quantised) | remade_biases(quantised, self.input_scales, self.inputs)
 
     def share(self, weights: Weights) -> "ExportPart":
         """A copy of this part that shares as many tensors of ``weights`` as possible."""
@@ -58,12 +62,11 @@ class ExportPart:
         return sorted({stored.path for stored in self.shared.values()})
 
     def pieces(self, source: Checkpoint) -> Pieces:
-        """A reader of the declared tensors, which come from the checkpoint or are computed for FP8."""
+        """A reader of the declared tensors, which come from the checkpoint or are computed for quantised graphs."""
         weights = source.weights[self.weights]
-        if self.precision.linears is not Number.FP8:
+        if not self.quantised:
             return weights.pieces
-        measured = self.input_scales, self.input_means
-        by_column = [key.replace("column_scale", "weight") for key in self.declared if key.endswith(".column_scale")]
-        fp8 = Fp8Weights(weights.read, source.spec.dit, self.quantised, *measured, weights.codes, by_column)
+        measured = self.input_scales, self.inputs
+        made = QuantisedWeights(weights.read, source.spec.dit, self.quantised, *measured, weights.codes)
         stored = frozenset(weights.names()) - self.remade
-        return lambda key: weights.pieces(key) if key in stored else fp8.pieces(key)
+        return lambda key: weights.pieces(key) if key in stored else made.pieces(key)

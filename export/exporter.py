@@ -12,21 +12,25 @@ from export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from export.checkpoint.place import Place
 from export.component import ExportPart
 from export.files.resumable import Journal, kept_bytes, resumable_folder
-from export.files.tensor_file import Array
 from export.graphs.blocks import StageGraph, stage_graphs
 from export.graphs.builder import GraphBuilder, Placed
 from export.graphs.dit import LatentDims, dit_graph
-from export.graphs.linear import Fp8
+from export.graphs.linear import Quantised
 from export.graphs.text_encoder import text_encoder_graph, text_stages
 from export.graphs.vae_decoder import decoder_stage, vae_decoder
 from export.graphs.vae_encoder import encoder_stage, vae_encoder
 from export.graphs.weights_file import placements, write_weights
 from export.lora.merge import Lora, merged, open_lora
+from export.measured import Measured, read_measured
 from export.options import ExportOptions
-from export.precisions import check_fp8, compute_type, fp8_of, precisions_of, why_higher
-from export.quantise.input_means import read_input_means
-from export.quantise.input_scales import Scales, check_weights, read_input_scales
-from export.quantise.published import published, row_scaled
+from export.precisions import (
+    check_quantised,
+    compute_type,
+    precisions_of,
+    quantised_of,
+    used_inputs,
+    why_higher,
+)
 from export.shared_files import share, shared_name, shared_placements
 from wan22.bundle import (
     Bundle,
@@ -70,8 +74,8 @@ def export_checkpoint(
     source = replace(opened, weights={**opened.weights, **experts})
     if options.preset is not None:
         source = replace(source, spec=source.spec.with_preset(options.preset))
-    check_fp8(source.spec, options)
-    parts = _parts(source.spec, options, _read_measured(source, opened, options))
+    check_quantised(source.spec, options)
+    parts = _parts(source.spec, options, read_measured(source, opened, options, progress))
     parts = {name: part for name, part in parts.items() if not options.parts or name in options.parts}
     if options.link:
         parts = {name: part.share(source.weights[part.weights]) for name, part in parts.items()}
@@ -104,56 +108,7 @@ def _fixed_size(options: ExportOptions) -> tuple[int, int, int] | None:
     return None if options.size is None or options.frames is None else (*options.size, options.frames)
 
 
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    """Measurements on the inputs of an expert's linears."""
-
-    scales: Mapping[str, float] = field(default_factory=dict)
-    means: Mapping[str, Array] = field(default_factory=dict)
-    wide_blocks: frozenset[int] = frozenset()  # blocks that the checkpoint's publisher did not quantise
-    by_column: frozenset[str] = frozenset()  # matrices whose stored codes have different scales for rows
-
-
-def _read_measured(source: Checkpoint, base: Checkpoint, options: ExportOptions) -> dict[str, _Measured]:
-    """Measurements by expert.
-
-    Raises:
-        UserError: they match neither the weights of ``source`` nor those of ``base``, the checkpoint without LoRAs.
-    """
-    scales, means = options.input_scales, options.input_means
-    if scales is not None and means is not None:
-        expected = "only one: scales are measured on inputs that are not centred"
-        raise UserError("--input-scales and --input-means", expected, "leave one out")
-    found: dict[str, _Measured] = {}
-    if scales is not None:
-        for expert, part in read_input_scales(scales, source.spec).items():
-            _check_weights(scales, part, expert, (source, base))
-            found[expert] = _Measured(scales={linear: entry.input for linear, entry in part.items()})
-    if means is not None:
-        for expert, of_expert in read_input_means(means, source.spec).items():
-            _check_weights(means, of_expert.weights, expert, (source, base))
-            found[expert] = _Measured(means=of_expert.inputs)
-    spec, precisions = source.spec, precisions_of(source.spec, options)
-    in_fp8 = [expert for expert in spec.experts if precisions[expert].quantised]
-    by_column = row_scaled([base.weights[expert] for expert in in_fp8], spec.dit.layers)
-    for expert in in_fp8:
-        known = found.get(expert, _Measured())
-        if scales is None and means is None:
-            theirs = published(source.weights[expert], spec.dit.layers)
-            known = _Measured(theirs.input_scales, wide_blocks=theirs.wide_blocks)
-        found[expert] = replace(known, by_column=by_column)
-    return found
-
-
-def _check_weights(path: Path, scales: Scales, expert: str, sources: tuple[Checkpoint, Checkpoint]) -> None:
-    merged_in, base = (source.weights[expert].read for source in sources)
-    try:
-        check_weights(path, scales, expert, merged_in)
-    except UserError:
-        check_weights(path, scales, expert, base)
-
-
-def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Measured]) -> dict[str, ExportPart]:
+def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, Measured]) -> dict[str, ExportPart]:
     """The parts of the model by the name of their weights file."""
     size, precisions = _fixed_size(options), precisions_of(spec, options)
     shape = spec.latent_shape(*size) if size else None
@@ -184,24 +139,24 @@ def _parts(spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Meas
 
 
 def _expert_parts(
-    spec: ModelSpec, options: ExportOptions, measured: Mapping[str, _Measured], dims: LatentDims
+    spec: ModelSpec, options: ExportOptions, measured: Mapping[str, Measured], dims: LatentDims
 ) -> dict[str, ExportPart]:
     """The experts as parts. Experts with equal settings share one graph, bound to the weights of each in turn."""
     precisions, parts = precisions_of(spec, options), {}
-    authored: list[tuple[Precision, Fp8 | None, GraphBuilder, dict[str, StageGraph]]] = []
+    authored: list[tuple[Precision, Quantised | None, GraphBuilder, dict[str, StageGraph]]] = []
     for expert in spec.experts:
-        known, precision = measured.get(expert, _Measured()), precisions[expert]
-        lengths = {linear: len(mean) for linear, mean in known.means.items()}
+        known, precision = measured.get(expert, Measured()), precisions[expert]
         kept = replace(options, keep_high_precision=options.keep_high_precision | known.wide_blocks)
-        fp8 = fp8_of(precision, kept, known.scales, lengths, known.by_column)
-        alike = [made for made in authored if made[:2] == (precision, fp8)]
+        quantised = quantised_of(precision, kept, known.exceptions, known.scales, known.inputs)
+        alike = [made for made in authored if made[:2] == (precision, quantised)]
         if not alike:
             compute = compute_type(precision)
-            stages = stage_graphs(spec.dit, compute, fp8) if fp8 is None or fp8.uniform else {}
-            alike = [(precision, fp8, dit_graph(spec.dit, compute, dims, fp8), stages)]
+            stages = stage_graphs(spec.dit, compute, quantised) if quantised is None or quantised.uniform else {}
+            alike = [(precision, quantised, dit_graph(spec.dit, compute, dims, quantised), stages)]
             authored += alike
         *_, graph, stages = alike[0]
-        parts[expert] = ExportPart(expert, precision, {expert: graph}, stages, known.scales, known.means)
+        measurements = known.exceptions, known.scales, used_inputs(quantised, known.inputs)
+        parts[expert] = ExportPart(expert, precision, {expert: graph}, stages, *measurements)
     return parts
 
 
@@ -236,10 +191,11 @@ class _Writer:
             graph.bind(placed, self.folder)
             graph.save(self.folder / f"{component}.onnx")
             entry = file_entry(self.folder, self.folder / f"{component}.onnx")
-            why = why_higher(name, part.precision, self.options)
+            why = why_higher(name, part.precision, self.options, part.exceptions)
             edges, stages = graph.edges(), self.stages(name, part)
             stages += tuple(self.vae_stage(g, placed) for g in part.vae_stages.get(component, {}).items())
-            components.append(Component(component, entry, files, *edges, part.precision, why, stages=stages))
+            kept, precision = dict(part.exceptions), part.precision
+            components.append(Component(component, entry, files, *edges, precision, why, kept, stages=stages))
         return components
 
     def stages(self, name: str, part: ExportPart) -> tuple[Stage, ...]:
@@ -279,7 +235,8 @@ def _input_hash(source: Checkpoint, loras: Sequence[Lora], parts: Mapping[str, E
     """A hash of everything that determines the weights' bytes; a source file with a new mtime counts as changed."""
     times = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
     stored = {name: (part.written, dict(part.input_scales)) for name, part in parts.items()}
-    means = {name: [mean.tobytes() for mean in part.input_means.values()] for name, part in parts.items()}
+    vectors = {name: [(x.mean, x.factor) for x in part.inputs.values()] for name, part in parts.items()}
+    means = {name: [v.tobytes() for pair in both for v in pair if v is not None] for name, both in vectors.items()}
     inputs = (source.source.fingerprint, times, [lora.record() for lora in loras], stored, means)
     return hashlib.sha256(repr(inputs).encode()).hexdigest()
 

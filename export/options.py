@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from export.lora.merge import LoraChoice
-from wan22.specs import Precision
+from wan22.specs import Number, Precision
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,11 @@ class ExportOptions:
     precision: Precision = Precision.FP32
     precisions: Mapping[str, Precision] = field(default_factory=dict)  # keys: experts, text_encoder, vae_decoder
     fp8_attention: Literal["both", "self", "cross"] = "both"  # attention that fp8-attn computes in FP8
-    keep_high_precision: frozenset[int] = frozenset()  # transformer blocks without FP8
+    keep_high_precision: frozenset[int] = frozenset()  # transformer blocks in 16 bits
+    exceptions: Mapping[str, Number] = field(default_factory=dict)  # linears, as in Quantised, → another number type
+    by_crest: Number | None = None  # the type of linears whose inputs have too large a crest for INT8; None: INT8
     input_scales: Path | None = None  # static FP8 scales of activations; linears without one are scaled per token
-    input_means: Path | None = None  # means that FP8 linears subtract from their inputs before scaling per token
+    input_means: Path | None = None  # means and factors of inputs; None: measured without data
     # shapes
     size: tuple[int, int] | None = None  # width, height in pixels; with frames: fixed shapes
     frames: int | None = None

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 
 from runtime.block_forward import StageDevice
 from runtime.block_stream import NOTHING, Streamed
 from runtime.block_text_encoder import BlockTextEncoder
 from runtime.block_transformer import BlockTransformer, SharedBlocks
 from runtime.group import Link
-from wan22.block_layout import BlockLayout, read_block_layout, size_bytes
+from wan22.block_layout import BlockLayout, Overlay, read_block_layout, read_overlay, size_bytes
 from wan22.block_memory import (
     BlockChoice,
     BlockStack,
@@ -117,16 +118,36 @@ class BlockBackend:
 
     def engine(self, component: Component, profiles: Sequence[Profile]) -> BlockTransformer | BlockTextEncoder:
         spec = self._bundle.manifest.spec
-        alike = tuple(self.component(c.name) for c in self._in_blocks if c.stages == component.stages)
-        key = tuple(each.weights[1].path for each in alike)
+        alike, key = self._alike(component), self._key(component)
         if key not in self._shared:
             layout = self._layout(component)
             choose = partial(self._choose, component)
             link = self.link if component.name != TEXT_ENCODER else None
             self._shared[key] = SharedBlocks(self._device(alike, layout), layout, choose, link)
+        self.renew()
         if component.name == TEXT_ENCODER:
             return BlockTextEncoder(self._shared[key], component, profiles)
         return BlockTransformer(self._shared[key], spec.dit, component, profiles)
+
+    def _alike(self, component: Component) -> tuple[Component, ...]:
+        """The components with the stages of ``component``, which share a device, with the weights in use."""
+        return tuple(self.component(c.name) for c in self._in_blocks if c.stages == component.stages)
+
+    def _key(self, component: Component) -> tuple[str, ...]:
+        return tuple(each.weights[1].path for each in self._alike(component))
+
+    def renew(self) -> None:
+        """Take the weights in use from now on, where they differ by overlays from those of before."""
+        for component in map(self.component, (each.name for each in self._in_blocks)):
+            if (shared := self._shared.get(self._key(component))) is not None:
+                shared.use(component.name, self._overlay(component))
+
+    def _overlay(self, component: Component) -> tuple[Path, Overlay] | None:
+        """The file that replaces parts of the weights of ``component``."""
+        if len(component.weights) < 4:
+            return None
+        layout, file = (self._bundle.path(each) for each in component.weights[2:])
+        return file, read_overlay(layout)
 
     @property
     def streamed(self) -> Streamed:
@@ -169,7 +190,7 @@ class BlockBackend:
         Raises:
             UserError: it is not that of the stages, as of weights of another model or precision.
         """
-        stored, file = component.weights
+        stored, file = component.weights[:2]
         if (known := self._layouts.get(stored)) is not None:
             return known
         layout = read_block_layout(self._bundle.path(stored))
@@ -187,11 +208,11 @@ class BlockBackend:
 
     def _stack(self, component: Component, count: int) -> BlockStack:
         """The blocks of ``component`` for ``count`` tokens of this device."""
-        spec, step_bytes = self._bundle.manifest.spec, self._layout(component).step_bytes
+        spec, layout = self._bundle.manifest.spec, self._layout(component)
         if component.name == TEXT_ENCODER:
-            return text_layers(spec.text_encoder, component.precision, step_bytes)
-        groups = self._groups
-        return transformer_blocks(spec.dit, component.precision, count * groups, step_bytes, groups)
+            return text_layers(spec.text_encoder, component.precision, layout.step_bytes)
+        groups, slots = self._groups, bool(layout.lora_rank)
+        return transformer_blocks(spec.dit, component.precision, count * groups, layout.step_bytes, groups, slots=slots)
 
     @property
     def _groups(self) -> int:

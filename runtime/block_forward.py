@@ -1,13 +1,14 @@
 """One forward of a transformer in stages: the arrays between stages, slices of tokens, and what FP8 attention needs."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 
 from runtime.block_stream import Transfers
 from runtime.group import Link
-from wan22.block_layout import Place
+from wan22.block_layout import Overlay, Place
 from wan22.bundle import Stage, Tensor
 from wan22.parallel import shares
 from wan22.specs import PATCH
@@ -38,6 +39,9 @@ class StageDevice(Transfers, Protocol):
 
     def host_bytes(self, expert: str, offset: int, size_bytes: int) -> np.ndarray:
         """A part of the weights of ``expert`` in host memory."""
+
+    def use(self, expert: str, overlay: tuple[Path, Overlay] | None) -> None:
+        """Replace parts of the weights of ``expert`` from now on, once all copies before are done."""
 
     def move(self, source: Any, target: Any) -> None:
         """Enqueue a copy from one array to another of the same shape."""
@@ -172,20 +176,24 @@ class BlockForward:
         return self._kept[name]
 
 
-def fp8_scales(norms: np.ndarray, tables: np.ndarray, modulation: np.ndarray) -> dict[str, np.ndarray]:
+def fp8_scales(
+    norms: np.ndarray, tables: np.ndarray, modulation: np.ndarray, means: np.ndarray
+) -> dict[str, np.ndarray]:
     """``v_scale`` and ``k_center`` of FP8 attention for every block, ``[blocks, 1, D]``.
 
-    ``|v| <= |row of V's matrix| · (sqrt(D) · max|1 + scale| + |shift|)`` by Cauchy and Schwarz: tokens are normed to
-    ``sqrt(D)``, then modulated. It only must not overflow. Softmax ignores any vector subtracted from K, so zeros do.
+    ``|v| <= |row of V's matrix| · (sqrt(D) · max|1 + scale| + |shift - mean|)`` by Cauchy and Schwarz: tokens are
+    normed to ``sqrt(D)``, modulated, and lose the mean. It only must not overflow. Softmax ignores any vector
+    subtracted from K, so zeros do.
 
     Args:
         norms: of the rows of V's matrix, ``[blocks, D]``.
         tables: modulation of the blocks, ``[blocks, 6·D]``.
         modulation: of the time rows, ``[time rows, 6·D]``.
+        means: that are subtracted from the input of V, ``[blocks, D]``; zeros if none are.
     """
     width = norms.shape[1]
     shift, scale = np.split((tables[:, None] + modulation)[..., : 2 * width], 2, axis=-1)  # [blocks, time rows, D]
-    longest = np.sqrt(width) * np.abs(1 + scale).max(-1) + np.linalg.norm(shift, axis=-1)
+    longest = np.sqrt(width) * np.abs(1 + scale).max(-1) + np.linalg.norm(shift - means[:, None], axis=-1)
     bound = norms * longest.max(1, keepdims=True)
     v_scale = (np.maximum(bound, SMALLEST) / LARGEST_QUANTISED).astype(np.float32)[:, None]
     return {"v_scale": v_scale, "k_center": np.zeros_like(v_scale)}

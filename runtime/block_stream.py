@@ -26,6 +26,9 @@ class Transfers(Protocol):
     def copy(self, expert: str, block: int, slot: Any, after: Any) -> Any:
         """Enqueue the copy of a block into ``slot``, behind the event ``after`` if any; the event of its end."""
 
+    def refresh(self, expert: str, block: int, slot: Any, after: Any) -> Any:
+        """As ``copy``, of what a LoRA may have replaced; the rest of the block is in ``slot``."""
+
     def wait(self, event: Any) -> None:
         """Let all later computations wait for the event of a copy. Raises what the copy raised."""
 
@@ -87,6 +90,7 @@ class BlockStream:
         self._content: list[tuple[str, int] | None] = [None] * count
         self._filled: list[Any] = [None] * count
         self._used: list[Any] = [None] * count
+        self._stale: set[int] = set()  # slots whose block has changed in part
         self._announced = self._last = ""  # experts of forwards
         self._at_switch = False
         self.streamed = streamed
@@ -95,6 +99,10 @@ class BlockStream:
         if block < self.resident:
             return block
         return self.resident + (block - self.resident) % TURNING
+
+    def changed(self, expert: str) -> None:
+        """Parts of all blocks of ``expert`` have been replaced where they come from."""
+        self._stale |= {slot for slot, content in enumerate(self._content) if content and content[0] == expert}
 
     def begin(self, expert: str) -> None:
         """Before a forward of ``expert``: bring its first blocks unless they are there."""
@@ -143,3 +151,6 @@ class BlockStream:
             self._content[slot] = wanted
             self._filled[slot] = self._transfers.copy(*wanted, self._slots[slot], self._used[slot])
             self.streamed += Streamed(1, self._block_bytes)
+        elif slot in self._stale:
+            self._filled[slot] = self._transfers.refresh(*wanted, self._slots[slot], self._used[slot])
+        self._stale.discard(slot)

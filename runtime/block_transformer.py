@@ -9,6 +9,7 @@ output of one call: compilers may keep other tensors in an output's memory.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +19,7 @@ from runtime.block_forward import BlockForward, StageDevice, Weights, fp8_scales
 from runtime.block_stream import NOTHING, BlockStream, Streamed
 from runtime.engine import Arrays, check_inputs
 from runtime.group import Link
-from wan22.block_layout import BlockLayout, Place
+from wan22.block_layout import BlockLayout, Overlay, Place
 from wan22.block_memory import BlockChoice
 from wan22.bundle import Component, Stage
 from wan22.parallel import shares
@@ -27,7 +28,7 @@ from wan22.shapes import Profile
 
 TIMES_KEPT = 256  # rows of time, unless one schedule has more
 PROMPTS_KEPT = 2  # the prompt and the negative prompt, which alternate
-V_NORMS = "self_attn.v_norms"
+V_NORMS, V_MEAN = "self_attn.v_norms", "self_attn.q.input_mean"
 
 
 @dataclass
@@ -41,6 +42,8 @@ class SharedBlocks:
     stream: BlockStream | None = None
     _streamed: Streamed = NOTHING  # by earlier streams
     _chosen: tuple[int, BlockChoice] | None = None  # for so many tokens
+    engines: dict[str, "BlockTransformer"] = field(default_factory=dict)  # by expert, those that are open
+    _overlays: dict[str, tuple[Path, Overlay]] = field(default_factory=dict)  # by expert
     _users: int = 0
     _open: ExitStack = field(default_factory=ExitStack)
 
@@ -54,6 +57,19 @@ class SharedBlocks:
         if not self._users:
             self._drop_stream()
             self._open.close()
+
+    def use(self, expert: str, overlay: tuple[Path, Overlay] | None) -> None:
+        """Replace parts of the weights of ``expert`` from now on, or take its own again."""
+        if self._overlays.get(expert) == overlay:
+            return
+        self._overlays.pop(expert, None)
+        if overlay is not None:
+            self._overlays[expert] = overlay
+        self.device.use(expert, overlay)
+        if self.stream is not None:
+            self.stream.changed(expert)
+        if expert in self.engines:
+            self.engines[expert].renew()
 
     def end_weights(self, expert: str, stage: Stage) -> dict[str, Any]:
         """The weights of a stage outside of the blocks, read from disk."""
@@ -95,18 +111,28 @@ class BlockTransformer:
         self._times: dict[bytes, tuple[Any, Any]] = {}
         self._texts: list[tuple[np.ndarray, list[dict[str, Any]]]] = []
         self._resumed = 0
-        self._bounds: tuple[np.ndarray, np.ndarray] | None = None
+        self._bounds: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def __enter__(self) -> Self:
         self._shared.enter()
-        self._ends = {name: self._end_weights(name) for name in ("patches", "velocity")}
-        if any(place.name == V_NORMS for place in self._shared.layout.block):
-            self._bounds = self._of_all_blocks(V_NORMS), self._of_all_blocks("modulation")
+        self.renew()
+        self._shared.engines[self.name] = self
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ends, self._times, self._texts = {}, {}, []
+        self._shared.engines.pop(self.name, None)
         self._shared.leave()
+
+    def renew(self) -> None:
+        """Forget what was computed with earlier weights, and read the weights around the blocks."""
+        self._times, self._texts = {}, []
+        self._ends = {name: self._end_weights(name) for name in ("patches", "velocity")}
+        names = {place.name for place in self._shared.layout.block}
+        if V_NORMS in names:
+            norms = self._of_all_blocks(V_NORMS)
+            means = self._of_all_blocks(V_MEAN) if V_MEAN in names else np.zeros_like(norms)
+            self._bounds = norms, self._of_all_blocks("modulation"), means
 
     def prepare(self, time_features: F32) -> None:
         """Compute the time rows of a whole schedule, ``[rows, 256]``, in one call, and free the weights for it."""
@@ -166,14 +192,15 @@ class BlockTransformer:
             mask = np.arange(grid[0] * grid[1] * grid[2]) < grid[1] * grid[2]
             given["first_frame"] = mask.astype(np.float32)[own, None]
         if self._bounds is not None:
-            given |= fp8_scales(*self._bounds, given["time_modulation"])
+            norms, tables, means = self._bounds
+            given |= fp8_scales(norms, tables, given["time_modulation"], means)
         return {name: self._shared.device.put(array) for name, array in given.items()}
 
     def _of_all_blocks(self, name: str) -> np.ndarray:
         """The float32 weight ``name`` of every block, ``[blocks, size]``."""
         device, layout = self._shared.device, self._shared.layout
         (place,) = (place for place in layout.block if place.name == name)
-        starts = (layout.first_block + block * layout.block_bytes + place.offset for block in range(layout.blocks))
+        starts = (layout.region(block) + place.offset for block in range(layout.blocks))
         rows = [device.host_bytes(self.name, start, place.size_bytes).view(np.float32) for start in starts]
         return np.stack(rows)
 
@@ -193,8 +220,7 @@ class BlockTransformer:
         for block in range(layout.blocks):
             values.append(self._new_outputs("text_kv"))
             if link is None or block % link.size == link.rank:
-                offset = layout.first_block + block * layout.block_bytes
-                memory = device.read(self.name, offset + start, layout.block_bytes - start)
+                memory = device.read(self.name, layout.region(block) + start, layout.block_bytes - start)
                 device.run("text_kv", context, values[-1], device.views(memory, _moved(places, -start)))
         if link is not None:  # each has read the weights of its blocks alone
             for block, made in enumerate(values):

@@ -12,7 +12,7 @@ import numpy as np
 
 from runtime.block_files import BlockFiles, page_aligned
 from runtime.engine_onnxruntime import new_session, refuse_out_of_memory
-from wan22.block_layout import BlockLayout, Place
+from wan22.block_layout import BlockLayout, Overlay, Place
 from wan22.bundle import Stage, Tensor
 from wan22.shapes import shape_of
 
@@ -28,6 +28,7 @@ class HostStages:
         self._sessions: dict[str, Any] = {}
         self._copied: deque[float] = deque()  # seconds of copies, from the thread that makes them
         self._waited = 0.0
+        self._thread: ThreadPoolExecutor | None = None
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -40,6 +41,7 @@ class HostStages:
     def __exit__(self, *_: object) -> None:
         self._sessions.clear()
         self._closing.close()  # waits for the thread
+        self._thread = None
 
     # -- computation
 
@@ -84,6 +86,13 @@ class HostStages:
     def host_bytes(self, expert: str, offset: int, size_bytes: int) -> np.ndarray:
         return self._files.read(expert, offset, size_bytes)
 
+    def use(self, expert: str, overlay: tuple[Path, Overlay] | None) -> None:
+        """Ordered behind the reads of the thread, if it runs."""
+        if self._thread is None:
+            self._files.use(expert, overlay)
+        else:
+            self._thread.submit(self._files.use, expert, overlay).result()
+
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         target[...] = source
 
@@ -95,8 +104,15 @@ class HostStages:
 
     def copy(self, expert: str, block: int, slot: np.ndarray, after: None) -> "Future[None]":  # noqa: ARG002
         """Computations run when they are called, so the last use of ``slot`` is over."""
-        offset = self._layout.first_block + block * self._layout.block_bytes
-        return self._thread.submit(self._fill, expert, offset, slot)
+        return self._read_ahead(expert, self._layout.region(block), slot)
+
+    def refresh(self, expert: str, block: int, slot: np.ndarray, after: None) -> "Future[None]":  # noqa: ARG002
+        start = self._layout.varying[0]
+        return self._read_ahead(expert, self._layout.region(block) + start, slot[start:])
+
+    def _read_ahead(self, expert: str, offset: int, memory: np.ndarray) -> "Future[None]":
+        assert self._thread is not None
+        return self._thread.submit(self._fill, expert, offset, memory)
 
     def _fill(self, expert: str, offset: int, slot: np.ndarray) -> None:
         started = perf_counter()

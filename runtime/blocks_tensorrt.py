@@ -20,7 +20,7 @@ import numpy as np
 from runtime.block_files import BlockFiles
 from runtime.built_for import check_plan
 from runtime.engine_tensorrt import Device
-from wan22.block_layout import BlockLayout, Place
+from wan22.block_layout import BlockLayout, Overlay, Place
 from wan22.bundle import Component, Stage, Tensor
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
@@ -57,6 +57,7 @@ class GpuStages:
         self._copied: deque[tuple[Any, Any]] = deque()  # events around every copy, and around every wait for one
         self._waited: deque[tuple[Any, Any]] = deque()
         self._read: deque[float] = deque()  # seconds of reads into the ring
+        self._thread: ThreadPoolExecutor | None = None
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:
@@ -75,6 +76,7 @@ class GpuStages:
     def __exit__(self, *_: object) -> None:
         self._device.stream.synchronize()
         self._closing.close()  # waits for the thread
+        self._thread = None
         self._copies.synchronize()
         self._contexts.clear()
         self._ring = []
@@ -160,35 +162,58 @@ class GpuStages:
 
     def copy(self, expert: str, block: int, slot: Any, after: Any) -> "Future[Any]":
         """Enqueue a copy. Its future holds the event of its end once the bytes are in host memory."""
-        offset = self._layout.first_block + block * self._layout.block_bytes
-        whole = None if self._from_disk else self._device.host_copies.pin(self._files.paths[expert])
-        if whole is not None:
+        return self._bring(expert, block, slot, after, 0)
+
+    def refresh(self, expert: str, block: int, slot: Any, after: Any) -> "Future[Any]":
+        return self._bring(expert, block, slot, after, self._layout.varying[0])
+
+    def _bring(self, expert: str, block: int, slot: Any, after: Any, start: int) -> "Future[Any]":
+        """Enqueue the copy of a block's weights from byte ``start`` of its region on."""
+        offset, size = self._layout.region(block) + start, self._layout.step_bytes - start
+        pieces = list(self._files.pieces(expert, offset, size))
+        pinned = [None if self._from_disk else self._device.host_copies.pin(piece.path) for piece in pieces]
+        if all(whole is not None for whole in pinned):
+            found = zip(pinned, pieces, strict=True)
             done: Future[Any] = Future()
-            done.set_result(self._enqueue(whole.ptr + offset, slot, after))
+            parts = [(whole.ptr + piece.offset, start + piece.start, piece.size_bytes) for whole, piece in found]
+            done.set_result(self._enqueue(parts, slot, after))
             return done
         if not self._ring:
             self._fall_back(expert)
         turn, self._turn = self._turn, (self._turn + 1) % RING
-        return self._thread.submit(self._through_ring, expert, offset, slot, after, turn)
+        assert self._thread is not None
+        return self._thread.submit(self._through_ring, (expert, offset, size), start, slot, after, turn)
 
-    def _through_ring(self, expert: str, offset: int, slot: Any, after: Any, turn: int) -> Any:
+    def _through_ring(self, wanted: tuple[str, int, int], start: int, slot: Any, after: Any, turn: int) -> Any:
         if self._ring_used[turn] is not None:
             self._ring_used[turn].synchronize()
-        size = self._layout.step_bytes
+        expert, offset, size = wanted
         started = perf_counter()
         self._files.fill(expert, offset, np.frombuffer(self._ring[turn], np.uint8, size))
         self._read.append(perf_counter() - started)
-        self._ring_used[turn] = self._enqueue(self._ring[turn].ptr, slot, after)
+        self._ring_used[turn] = self._enqueue([(self._ring[turn].ptr, start, size)], slot, after)
         return self._ring_used[turn]
 
-    def _enqueue(self, address: int, slot: Any, after: Any) -> Any:
+    def _enqueue(self, parts: Sequence[tuple[int, int, int]], slot: Any, after: Any) -> Any:
+        """Enqueue copies of ``parts``: host address, place in ``slot``, size."""
         if after is not None:
             self._copies.wait_event(after)
         started = self._record(self._copies)
-        slot.copy_from_host_async(ctypes.c_void_p(address), self._layout.step_bytes, self._copies)
+        for address, place, size in parts:
+            (slot + place).copy_from_host_async(ctypes.c_void_p(address), size, self._copies)
         done = self._record(self._copies)
         self._copied.append((started, done))
         return done
+
+    def use(self, expert: str, overlay: tuple[Path, Overlay] | None) -> None:
+        before = self._files.overlay_of(expert)
+        if self._thread is None:
+            self._files.use(expert, overlay)
+        else:
+            self._thread.submit(self._files.use, expert, overlay).result()  # behind its reads
+            self._copies.synchronize()
+        if before is not None:
+            self._device.host_copies.drop(before)
 
     def wait(self, event: "Future[Any]") -> None:
         arrived = self._record(self._device.stream)

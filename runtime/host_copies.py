@@ -32,6 +32,10 @@ class HostCopies:
             self._pinned[path] = memory
         return self._pinned[path]
 
+    def drop(self, path: Path) -> None:
+        """Free the copy of ``path``; nothing is copied from it any more."""
+        self._pinned.pop(path, None)
+
     def clear(self) -> None:
         self._pinned.clear()
 

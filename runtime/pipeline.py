@@ -224,8 +224,14 @@ class Pipeline:
             self.release(name)
 
     def use_weights(self, lora: str | None) -> bool:
-        """Take the experts from the weight set ``lora`` from now on; True if it was another. Closes those in use."""
-        if changed := self.weight_sets.choose(lora):
+        """Take the experts from the weight set ``lora`` from now on; True if it was another.
+
+        Closes those in use, but not engines with slots on one device.
+        """
+        changed, every = self.weight_sets.choose(lora), self.backend.every_blocks
+        if changed and self.weight_sets.rank and len(every) == 1:
+            every[0].renew()
+        elif changed:
             self._keep_only(set(self._open) - set(self.spec.experts))
         return changed
 

@@ -1,7 +1,8 @@
 """Named sets of the experts' weights beside those of a bundle: the same engines with other LoRAs.
 
 A set is a bundle that holds the experts alone, made by :mod:`wan_trt.recipes.weight_sets`. One set is in use at a time.
-Engines in blocks keep their stages and take other weights; a whole graph for ONNX Runtime is opened again.
+Engines in blocks keep their stages and take other weights; those with slots for LoRAs keep their weights as well and
+take a small file beside them. A whole graph for ONNX Runtime is opened again.
 """
 
 from collections.abc import Mapping
@@ -21,6 +22,11 @@ class WeightSets:
     def names(self) -> tuple[str, ...]:
         return tuple(self._sets)
 
+    @property
+    def rank(self) -> int:
+        """The rank of the engines' slots for LoRAs; 0 without."""
+        return lora_slots(self._base.manifest)
+
     def choose(self, name: str | None) -> bool:
         """Use the set ``name``, None for the bundle's own weights; True if it was not in use.
 
@@ -39,6 +45,8 @@ class WeightSets:
             return own
         chosen = bundle.component(name)
         weights = tuple(_absolute(bundle, file) for file in chosen.weights)
+        if self.rank:
+            return replace(own, weights=(*own.weights, *weights))
         if own.in_stages:
             return replace(own, weights=weights)
         graph, halves = _absolute(bundle, chosen.graph), tuple(_absolute(bundle, half) for half in chosen.halves)
@@ -47,6 +55,11 @@ class WeightSets:
     def manifest(self, name: str | None) -> Manifest:
         """The manifest that names the weights of set ``name``."""
         return self._sets[name].manifest if name else self._base.manifest
+
+
+def lora_slots(manifest: Manifest) -> int:
+    """The rank of the slots for LoRAs of engines with ``manifest``; 0 without."""
+    return int(manifest.build.options.get("lora_slots", 0)) if manifest.build else 0
 
 
 def check_lora(name: str | None, known: tuple[str, ...]) -> None:

@@ -22,8 +22,8 @@ from export.checkpoint.checkpoint import open_checkpoint
 from export.checkpoint.part_files import read_part
 from export.lora.inspection import inspect_weights
 from export.lora.merge import LoraChoice, open_lora
-from export.quantise.input_means import read_input_means
 from export.quantise.input_scales import read_input_scales
+from export.quantise.inputs import read_inputs
 from export.synth.checkpoint import synthesise
 from runtime.built_for import check_plans
 from runtime.image import open_image
@@ -113,7 +113,7 @@ def means(folder, _):
     path = folder / "means.safetensors"
     named = {"dit.blocks.0.ffn.0.input_mean": torch.ones(256), "dit.blocks.0.ffn.0.weight_scale": torch.ones(())}
     safetensors.torch.save_file(named, path)
-    return path, [lambda: read_input_means(path, SPEC)]
+    return path, [lambda: read_inputs(path, SPEC)]
 
 
 def manifest(kind):

@@ -35,6 +35,7 @@ class ValidateOptions:
     bench: Path | None = None  # JSON of ``wan-trt bench``
     command: str = ""
     blocks: BlockOptions = BLOCKS_AS_FIT  # where the weights of transformers in blocks are
+    lora: tuple[str, Path] | None = None  # name and folder of a weight set for the engines' slots
 
 
 def official_wheel() -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from runtime.pipeline import Pipeline
 from runtime.request import CompleteRequest
+from runtime.weight_sets import WeightSets
 from validate.cases import Case, cases_of
 from validate.ladder.onnx_side import how_made, open_for_comparison
 from validate.ladder.polygraphy_files import check_calls
@@ -16,7 +17,7 @@ from validate.options import ValidateOptions, complete_request
 from validate.reference.checkpoint import open_same_model
 from validate.reference.device import Device, Residence, catch_out_of_memory, reference_device
 from validate.report.conditions import facts
-from wan22.bundle import Manifest
+from wan22.bundle import Manifest, open_bundle
 from wan22.files import claim
 from wan22.outputs import check_no_source
 from wan22.progress import Progress, silent
@@ -64,7 +65,7 @@ def validate(
     opened = open_for_comparison(engines, options.calls, options.residency, options.blocks)
     calls = claim(options.calls / "calls", "the calls") if options.calls is not None else nullcontext()
     with claim(out / "report.json", "the report") as claimed, calls, opened as pipeline:
-        manifest = pipeline.bundle.manifest
+        manifest = _with_lora(pipeline, options.lora)
         cases = cases_of(options, manifest.spec.takes.image)
         requests = [complete_request(case.options.request, manifest) for case in cases]
         for request in requests:
@@ -81,6 +82,17 @@ def validate(
         report = ValidationReport(found, about, judged)
         write_report(report, claimed)
     return report
+
+
+def _with_lora(pipeline: Pipeline, lora: tuple[str, Path] | None) -> Manifest:
+    """Use the weight set ``lora``; return the manifest with its LoRAs, which the reference merges into its weights."""
+    manifest = pipeline.bundle.manifest
+    if lora is None:
+        return manifest
+    name, folder = lora
+    pipeline.weight_sets = WeightSets(pipeline.bundle, {name: open_bundle(folder, "engines")})
+    pipeline.use_weights(name)
+    return replace(manifest, loras=pipeline.weight_sets.manifest(name).loras)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from wan22.costs import block_parameters
+from wan22.costs import block_parameters, matrices_bytes, vectors_bytes
 from wan22.parts import DitSpec, TextEncoderSpec
-from wan22.specs import TEXT_TOKENS, Precision
+from wan22.specs import TEXT_TOKENS, Number, Precision
 
 WeightsIn = Literal["auto", "vram", "host", "disk"]  # where blocks are that are not at work
 WEIGHTS_IN: tuple[WeightsIn, ...] = get_args(WeightsIn)
@@ -76,13 +76,18 @@ class BlockStack:
 
 
 def transformer_blocks(
-    spec: DitSpec, precision: Precision, tokens: int, step_bytes: float, groups: int = 1
+    spec: DitSpec, precision: Precision, tokens: int, step_bytes: float, groups: int = 1, *, slots: bool = False
 ) -> BlockStack:
-    """The blocks of a transformer on one of ``groups`` devices that divide the ``tokens`` of a video."""
+    """The blocks of a transformer on one of ``groups`` devices that divide the ``tokens`` of a video.
+
+    ``slots``: engines with slots for LoRAs.
+    """
     own = -(-tokens // groups)
-    return BlockStack(
-        spec.layers, step_bytes, lambda choice: block_memory(spec, precision, own, choice, step_bytes, groups)
-    )
+
+    def memory(choice: BlockChoice) -> BlockMemory:
+        return block_memory(spec, precision, own, choice, step_bytes, groups, slots=slots)
+
+    return BlockStack(spec.layers, step_bytes, memory)
 
 
 def text_layers(spec: TextEncoderSpec, precision: Precision, step_bytes: float) -> BlockStack:
@@ -98,7 +103,14 @@ def text_layers(spec: TextEncoderSpec, precision: Precision, step_bytes: float) 
 
 
 def block_memory(
-    spec: DitSpec, precision: Precision, tokens: int, choice: BlockChoice, step_bytes: float, groups: int = 1
+    spec: DitSpec,
+    precision: Precision,
+    tokens: int,
+    choice: BlockChoice,
+    step_bytes: float,
+    groups: int = 1,
+    *,
+    slots: bool = False,
 ) -> BlockMemory:
     """The memory of a forward with ``choice``; ``step_bytes`` are the weights of a block.
 
@@ -107,11 +119,17 @@ def block_memory(
     """
     wide, rows = precision.wide.linears.bits / 8, float(tokens * spec.width)
     ratio, number = spec.ffn_width / spec.width, wide / 2
-    operands, attended = precision.attention.bits / 8, (1 if precision.quantised and groups == 1 else wide)
+    in_codes = precision.quantised and precision.beside_feed_forward is not Number.NVFP4  # what enters O
+    operands, attended = precision.attention.bits / 8, (1 if in_codes and groups == 1 else wide)
     copies = 1 if groups == 1 else 2
-    qkv = 7.1 if precision.quantised else 8.1 * number
+    qkv = 7.1 if in_codes else 8.6 if precision.quantised else 8.1 * number
     rest = 5.1 + 3 * ratio if precision.quantised else (4.7 + 4 * ratio) * number
-    scratch = max(qkv / choice.slices, 2 * number, rest / choice.slices, 4.1 / choice.slices)
+    if precision.linears is Number.NVFP4:
+        rest = 6.4 + 4 * ratio
+    if slots:  # another 16-bit product beside the largest ones
+        qkv, rest = qkv + 3 * wide, rest + ratio * wide
+    attend = 6.1 if precision.attention is Number.FP8 and not in_codes else 2 * number
+    scratch = max(qkv / choice.slices, attend, rest / choice.slices, 4.1 / choice.slices)
     text = PROMPTS * spec.layers * 2 * TEXT_TOKENS * spec.width * wide
     residual = 4 * rows * (1 + 1 / choice.slices)  # slices go through an array of one slice
     edges = copies * (3 * operands + attended) * rows
@@ -120,14 +138,19 @@ def block_memory(
 
 def block_step_bytes(spec: DitSpec, precision: Precision) -> float:
     """The weights of a block that a step reads: all but those of the text's keys and values."""
-    block, stored, wide = block_parameters(spec), precision.linears.bits / 8, precision.wide.linears.bits / 8
+    block, stored = block_parameters(spec), precision.beside_feed_forward.stored_bits / 8
+    wide = precision.wide.linears.bits / 8
     bias = 4 if precision.quantised else wide
     of_text = 2 * spec.width * (spec.width * stored + bias) + 4 * spec.width  # the norm of K too
-    return stored * block.linear + bias * block.bias + 4 * block.other - of_text
+    of_text += 4 * 2 * spec.width if precision.quantised else 0  # scales
+    return (
+        matrices_bytes(spec, precision) + bias * block.bias + 4 * block.other + vectors_bytes(spec, precision) - of_text
+    )
 
 
 def text_layer_bytes(spec: TextEncoderSpec, precision: Precision) -> float:
     """The weights of a layer of the text encoder; only feed-forward matrices can be in FP8."""
     wide, linears, inner = precision.wide.linears.bits / 8, precision.linears.bits / 8, spec.heads * spec.head_width
     attention = 4 * spec.width * inner + spec.buckets * spec.heads
-    return wide * attention + linears * 3 * spec.width * spec.ffn_width + 4 * 2 * spec.width
+    scales = 4 * (2 * spec.ffn_width + spec.width) if precision.quantised else 0
+    return wide * attention + linears * 3 * spec.width * spec.ffn_width + scales + 4 * 2 * spec.width

@@ -14,7 +14,7 @@ import msgspec
 
 from wan22.errors import DAMAGED_JSON, UserError
 from wan22.files import check_room, whole_folder
-from wan22.specs import ModelSpec, Precision
+from wan22.specs import ModelSpec, Number, Precision
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
@@ -61,6 +61,7 @@ class Component:
     outputs: tuple[Tensor, ...]
     precision: Precision
     why_higher: str = ""  # the reason if its precision, or part of it, is above the bundle's
+    exceptions: dict[str, Number] = field(default_factory=dict)  # linears of a type other than its precision's
     halves: tuple[File, ...] = ()  # the same graph as two, if built so: for the prompt alone, and for a step
     stages: tuple[Stage, ...] = ()  # the same graph as stages; if it was built so, ``graph`` is one of theirs
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
-from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
+from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision
 from wan22.strips import Half, edge_scale
 
 TIME_TAPS = 3  # of the convolutions over time alone
@@ -29,6 +29,14 @@ class BlockParameters:
 
 
 @dataclass(frozen=True)
+class BlockVectors:
+    """Numbers in the vectors that the quantised matrices of a block store, in float32."""
+
+    outputs: int  # a scale for every output
+    inputs: int  # one mean, and one factor, for every input that is centred: not that of the text's keys and values
+
+
+@dataclass(frozen=True)
 class DitFlops:
     """FLOPs of one forward: one expert, one step, one of the two guidance branches."""
 
@@ -45,6 +53,27 @@ def block_parameters(spec: DitSpec) -> BlockParameters:
     width, ffn = spec.width, spec.ffn_width
     norms = 4 * width + 2 * width  # norms of q and k in both attentions; the affine norm before cross-attention
     return BlockParameters(8 * width**2 + 2 * width * ffn, 8 * width + ffn + width, norms + 6 * width)
+
+
+def block_vectors(spec: DitSpec) -> BlockVectors:
+    width, ffn = spec.width, spec.ffn_width
+    return BlockVectors(9 * width + ffn, 5 * width + ffn)
+
+
+def matrices_bytes(spec: DitSpec, precision: Precision) -> float:
+    """The size of a block's matrices in ``precision``, which may have another type outside the feed-forward."""
+    feed_forward = 2 * spec.width * spec.ffn_width
+    others = block_parameters(spec).linear - feed_forward
+    beside = precision.beside_feed_forward
+    return (feed_forward * precision.linears.stored_bits + others * beside.stored_bits) / 8
+
+
+def vectors_bytes(spec: DitSpec, precision: Precision) -> float:
+    """The size of the vectors that a block stores beside its matrices and biases in ``precision``."""
+    if not precision.quantised:
+        return 0.0
+    vectors = block_vectors(spec)
+    return 4.0 * (vectors.outputs + vectors.inputs * (2 if precision.linears.smoothed else 1))
 
 
 def dit_parameters(spec: DitSpec) -> int:

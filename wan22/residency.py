@@ -16,7 +16,9 @@ from wan22.costs import (
     decoder_layers,
     dit_parameters,
     encoder_layers,
+    matrices_bytes,
     text_encoder_parameters,
+    vectors_bytes,
 )
 from wan22.errors import UserError
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
@@ -198,7 +200,8 @@ def text_encoder_weights_bytes(spec: TextEncoderSpec, precision: Precision) -> f
     count = text_encoder_parameters(spec)
     wide, linears = precision.wide.linears.bits / 8, precision.linears.bits / 8
     feed_forward = spec.layers * 3 * spec.width * spec.ffn_width
-    return wide * (count - feed_forward) + linears * feed_forward
+    scales = 4 * spec.layers * (2 * spec.ffn_width + spec.width) if precision.quantised else 0
+    return wide * (count - feed_forward) + linears * feed_forward + scales
 
 
 def _expert(spec: ModelSpec, name: str, precision: Precision, latent_shape: tuple[int, ...]) -> Memory:
@@ -213,9 +216,10 @@ def _expert(spec: ModelSpec, name: str, precision: Precision, latent_shape: tupl
 
 def dit_weights_bytes(spec: DitSpec, precision: Precision) -> float:
     """The size of one expert's stored weights: matrices in ``precision``, embeddings in its ``wide``, rest float32."""
-    stored, wide, block = precision.linears.bits / 8, precision.wide.linears.bits / 8, block_parameters(spec)
+    wide, block = precision.wide.linears.bits / 8, block_parameters(spec)
     width = spec.width
-    per_block = stored * block.linear + (4 if precision.quantised else wide) * block.bias + 4 * block.other
+    per_block = matrices_bytes(spec, precision) + (4 if precision.quantised else wide) * block.bias + 4 * block.other
+    per_block += vectors_bytes(spec, precision)
     text_and_patch = (spec.text_width + width + 2) * width + (4 * spec.in_channels + 1) * width
     rest = dit_parameters(spec) - spec.layers * block.total - text_and_patch
     return float(spec.layers * per_block + wide * text_and_patch + 4 * rest)

@@ -14,6 +14,7 @@ from typer.models import OptionInfo
 from wan22.errors import UserError
 from wan22.quantities import parse_bytes
 from wan22.shapes import parse_size
+from wan22.specs import Number, Precision
 from wan_trt.cache_options import caching_from
 from wan_trt.prompt_options import terms_from
 
@@ -38,7 +39,7 @@ NegativePrompt = Annotated[
     str | None, typer.Option(help="Text that the video should not match; by default the official one.")
 ]
 Quality = Annotated[int | None, typer.Option(metavar="1...10", help="Of mp4 and webm; by default the official 8.")]
-PRECISIONS = "fp32, bf16, fp16, fp8 or fp8-attn"
+PRECISIONS = f"{', '.join(list(Precision)[:-1])} or {list(Precision)[-1]}"
 Image = Annotated[Path | None, typer.Option(help="JPEG, PNG or WebP to start from (I2V, TI2V).")]
 LastImage = Annotated[Path | None, typer.Option(help="Image to end with (I2V).")]
 Fit = Annotated[
@@ -111,6 +112,12 @@ SAMPLING = {
     "guidance_high_noise": ExpertGuidance, "guidance_low_noise": ExpertGuidance, "guidance": Guidance, "solver": Solver,
 }  # fmt: skip
 BLOCKS = {"weights_in": WeightsIn, "vram": Vram, "vae_strips": VaeStrips, "gpus": Gpus, "parallel": Parallel}
+SLOTS = {
+    "loras": Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="FILE", help="LoRA, as export takes it, for engines with --lora-slots."),
+    ]
+}
 LIMITS = {
     name: Annotated[int | None, typer.Option(help=f"Largest {what} of a request; by default {usual}.")]
     for name, what, usual in (
@@ -142,7 +149,7 @@ GROUPS = {
     ),
     "Memory": ("residency", "weights_in", "vram", "vae_strips"),
     "Devices": ("gpus", "parallel"),
-    "LoRA": ("lora", "lora_ignore_unmatched"),
+    "LoRA": ("lora", "loras", "lora_ignore_unmatched"),
     "Comparison": (
         "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",
     ),
@@ -189,9 +196,26 @@ def size_of(text: str | None) -> tuple[int, int] | None:
     return None if text is None else parse_size(text)
 
 
-def blocks_of(text: str) -> frozenset[int]:
-    """``"0-2,39"`` → {0, 1, 2, 39}."""
-    return frozenset(_numbers("blocks", text, 999, "0-2,39")) if text else frozenset()
+def kept_of(text: str) -> tuple[frozenset[int], dict[str, Number], bool, Number | None]:
+    """The blocks, the linears and their types, whether by crest, and in what type, of ``--keep-high-precision``.
+
+    ``"0-2,39,ffn.2=fp8,3.self_attn.o,auto"``: blocks 0, 1, 2 and 39 in 16 bits, the linear ``ffn.2`` of every block in
+    FP8, one of block 3 in bfloat16, and by their crest the linears that INT8 does not suit.
+    """
+    blocks, linears, by_crest, number = [], dict[str, Number](), False, None
+    for part in text.split(",") if text else ():
+        name, _, typed = part.strip().partition("=")
+        if typed and typed not in list(Number):
+            raise UserError(f"--keep-high-precision {part}", "bf16, fp8 or int8 after =", "choose one of these")
+        if name == "auto":
+            by_crest, number = True, Number(typed) if typed else None
+        elif (found := re.fullmatch(r"(?:(\d+)\.)?([a-z_]+\.\w+)", name)) is not None:
+            linear = found[2] if found[1] is None else f"blocks.{int(found[1])}.{found[2]}"
+            linears[linear] = Number(typed or Number.BF16)
+        else:
+            blocks.append(part)
+    expected = "0-2,39, ffn.2=fp8 or auto"
+    return frozenset(_numbers("blocks", ",".join(blocks), 999, expected) if blocks else ()), linears, by_crest, number
 
 
 def seeds_of(text: str | None) -> tuple[int, ...]:

@@ -5,10 +5,12 @@ float32, and each result that the compiled graph would store in 16 bits is cast 
 are not rounded, because fused kernels keep them in full: an attention's logits, which stay in registers between the two
 matrix products; the inputs of FP8 quantisation; and dequantised FP8 numbers, which enter the matrix product directly,
 with their scale applied in float32. FP8 itself needs no emulation: ONNX Runtime quantises on the CPU, and products of
-FP8 numbers are exact in float32.
+FP8 numbers are exact in float32. NVFP4 is rewritten by :mod:`engines.cpu.nvfp4`.
 """
 
 import onnx_ir as ir
+
+from engines.cpu.nvfp4 import emulate_nvfp4
 
 # Operators that move numbers without computing.
 MOVING = frozenset(
@@ -20,6 +22,7 @@ FLOAT = ir.DataType.FLOAT
 
 def emulate(model: ir.Model, emulated: ir.DataType = ir.DataType.BFLOAT16) -> None:
     """Rewrite ``model`` in place; its inputs and outputs must be float32 or integers and do not change."""
+    emulate_nvfp4(model)
     graph = model.graph
     for weight in list(graph.initializers.values()):
         if weight.dtype == emulated:

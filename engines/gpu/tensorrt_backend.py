@@ -13,7 +13,7 @@ import io
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,9 @@ from wan22.bundle import Tensor
 from wan22.errors import UserError
 from wan22.progress import Progress, silent
 from wan22.shapes import Profile, own_profiles
+from wan22.specs import Number
 
-OLDEST_TENSORRT = (10, 13)
+OLDEST_TENSORRT, OLDEST_WITH_FP4 = (10, 13), (11, 0)
 ERRORS_KEPT = 20
 
 
@@ -53,16 +54,17 @@ class BuiltEngine:
     size_bytes: int
 
 
-def load_module(backend: Backend) -> ModuleType:
-    """The module that builds and runs engines of ``backend``.
+def load_module(backend: Backend, numbers: Collection[Number] = ()) -> ModuleType:
+    """The module that builds and runs engines of ``backend``, which multiply ``numbers``.
 
     Raises:
         UserError: it is not installed or too old.
     """
     module = require_module(MODULES[backend], backend, f"{backend} for this target")
     version = tuple(int(part) for part in module.__version__.split(".")[:2])
-    if backend == "tensorrt" and version < OLDEST_TENSORRT:
-        oldest = ".".join(map(str, OLDEST_TENSORRT))
+    needed = OLDEST_WITH_FP4 if Number.NVFP4 in numbers else OLDEST_TENSORRT
+    if backend == "tensorrt" and version < needed:
+        oldest = ".".join(map(str, needed))
         raise UserError(f"tensorrt {module.__version__}", f"{oldest} or later", "pip install --upgrade tensorrt")
     return module
 

@@ -17,6 +17,7 @@ from wan22.errors import UserError
 
 DTYPES = {
     "Float": ("fp32", 4), "BFloat16": ("bf16", 2), "Half": ("fp16", 2), "FP8": ("fp8", 1), "FP4": ("fp4", 0.5),
+    "FP4E2M1": ("nvfp4", 0.5),
     "Int64": ("int64", 8), "Int32": ("int32", 4), "Int8": ("int8", 1), "UInt8": ("uint8", 1), "Bool": ("bool", 1),
 }  # fmt: skip
 BYTES: dict[str, float] = dict(DTYPES.values())

@@ -18,6 +18,7 @@ from wan22.specs import Number, Precision
 
 EVERY_BLOCK = "blocks.*"  # the block of a stage's kernels
 OF_A_BLOCK = ("text_kv", "qkv", "attend", "rest", "layer")  # stages that every block calls
+NARROW = ("fp8", "int8", "fp4")  # types of quantised products
 SLOW_UNFUSED_BYTES = 2**26  # smaller copies are not reported
 
 
@@ -83,7 +84,7 @@ class FusionReport:
     @cached_property
     def problems(self) -> list[str]:
         """Faults that make an engine slow or impossible to run, one line each."""
-        squares, loose, lost_fp8 = [], [], []
+        squares, loose, widened = [], [], []
         has_biases = self.component.startswith("text_encoder")  # one for each pair of its few tokens
         for kernel in self.compiled.kernels:
             for operand in kernel.outputs:  # a tokens x tokens matrix is the sign of unfused attention
@@ -95,11 +96,11 @@ class FusionReport:
             if softmax and kernel.role != "attention" and "Soft" in "".join(kernel.steps):
                 loose.append(f"{softmax[0]} is not inside an attention kernel")
             quantised = any(node.rstrip("_0123456789").endswith("DequantizeLinear") for node in kernel.nodes)
-            if quantised and kernel.role in ("gemm", "attention") and kernel.dtype != "fp8":
-                lost_fp8.append(f"{kernel.name} multiplies {kernel.dtype} instead of FP8")
+            if quantised and kernel.role in ("gemm", "attention") and kernel.dtype not in NARROW:
+                widened.append(f"{kernel.name} multiplies {kernel.dtype} instead of {self.precision.linears.upper()}")
         if self.compiled.tokens is None:  # the heads of the VAE's attention are too wide for any fused kernel
             loose = []
-        return [*squares, *loose, *lost_fp8]
+        return [*squares, *loose, *widened]
 
     @property
     def unfused(self) -> list[Kernel]:

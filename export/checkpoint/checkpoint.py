@@ -26,7 +26,7 @@ from export.checkpoint.single_files import check_complete
 from export.checkpoint.spec import RELEASES, Parts
 from export.checkpoint.spelling import name_officially
 from export.checkpoint.tokenizer import tokenizer_folder
-from export.files.decoded import Codes, Decoded, Scaled, Tensor, codes_of
+from export.files.decoded import Codes, Decoded, Nvfp4, Scaled, Tensor, codes_of
 from export.files.tensor_file import BFLOAT16, Array, Stored
 from wan22.bundle import Source
 from wan22.errors import UserError, some_of, warn_once
@@ -52,7 +52,7 @@ class Weights(Protocol):
     def read(self, name: str) -> npt.NDArray[Any]: ...
     def pieces(self, name: str) -> Iterable[Array]: ...
     def stored(self, name: str) -> Stored | None: ...
-    def codes(self, name: str) -> Codes | None: ...
+    def codes(self, name: str) -> Codes | Nvfp4 | None: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class FileWeights:
         tensor = self.tensors[name]
         return tensor if isinstance(tensor, Stored) else None
 
-    def codes(self, name: str) -> Codes | None:
+    def codes(self, name: str) -> Codes | Nvfp4 | None:
         return codes_of(self.tensors[name])
 
 

@@ -132,8 +132,10 @@ class Codes:
     entering: float | None
 
 
-def codes_of(tensor: "Tensor") -> Codes | None:
-    """``tensor`` in a form that FP8 can multiply directly; None for any other form."""
+def codes_of(tensor: "Tensor") -> "Codes | Nvfp4 | None":
+    """``tensor`` in a form that FP8 or NVFP4 can multiply directly; None for any other form."""
+    if isinstance(tensor, Nvfp4):
+        return tensor
     if (
         not isinstance(tensor, Scaled)
         or tensor.weight.dtype != FLOAT8[0]
@@ -187,6 +189,18 @@ class Nvfp4(Decoded):
         values *= _nvfp4_steps(self)[first:last, :, None]
         return values.reshape(last - first, -1)
 
+    @property
+    def scales(self) -> Array:
+        """The E4M3 scale of each group, [out, in/16]."""
+        found, (rows, columns) = self.blocks.read(), self.shape
+        return untile(found, rows, columns // 16) if self.tiled else found.reshape(rows, columns // 16)
+
+    @property
+    def world(self) -> float:
+        """The scale of the whole matrix, a multiplier."""
+        found = float(_product(self.worlds))
+        return 1 / found if self.divided else found
+
 
 @dataclass(frozen=True)
 class Mxfp8(Decoded):
@@ -215,9 +229,7 @@ def _product(scales: tuple[Stored, ...]) -> F32:
 @lru_cache(maxsize=2)
 def _nvfp4_steps(tensor: Nvfp4) -> F32:
     """The scale of each block: [out, in/16]."""
-    rows, columns = tensor.shape[0], tensor.shape[1] // 16
-    found = tensor.blocks.read()
-    steps: F32 = (untile(found, rows, columns) if tensor.tiled else found.reshape(rows, columns)).astype(np.float32)
+    steps: F32 = tensor.scales.astype(np.float32)
     if not (np.isfinite(steps).all() and (steps >= 0).all()):
         spoiled = f"{tensor.path}: block scales of {list(tensor.shape)} that are negative or NaN"
         raise UserError(spoiled, "scales of 0 or more", "download it again")

@@ -10,7 +10,8 @@ Each rule below saves copies of all tokens in compiled engines:
 * The rotated pair is cast before it is split, and v gets its heads without a further Reshape.
 * FP8 operands of attention are dequantised before anything else.
 * The two time rows of TI2V are blended with the mask ``first_frame``.
-* Matrices stay ``[out, in]``, as stored; those of FP8 are dequantised with the constant 1 and scaled in float32.
+* Matrices stay ``[out, in]``, as stored; codes are dequantised with the constant 1 and scaled in float32.
+* The result of attention and the text are quantised where they are made, not where they are read.
 
 Several devices can divide the tokens (Ulysses). Each has the rows of its tokens in ``qkv`` and ``rest``, and all tokens
 of its heads in ``attend``. In this form q, k, v and o are ``[groups, positions, heads / groups, head]`` where they have
@@ -29,7 +30,7 @@ from export.graphs.attention import attention, attention_of_fp8
 from export.graphs.builder import FLOAT, GraphBuilder
 from export.graphs.dit import Ends
 from export.graphs.dit_block import Blocks, Modulation, Tables
-from export.graphs.linear import FLOAT8, Fp8, Linears, Operand
+from export.graphs.linear import CODES, FLOAT8, Linears, Operand, Quantised
 from wan22.bundle import File, Stage, Tensor, grouped_name
 from wan22.parallel import group_sizes
 from wan22.parts import DitSpec
@@ -71,10 +72,12 @@ class StageGraph(GraphBuilder):
         return Stage(str(self.graph.name), graph, inputs[:given], outputs, inputs[given:], self.groups)
 
 
-def stage_graphs(spec: DitSpec, compute: ir.DataType = FLOAT, fp8: Fp8 | None = None) -> dict[str, StageGraph]:
+def stage_graphs(
+    spec: DitSpec, compute: ir.DataType = FLOAT, quantised: Quantised | None = None
+) -> dict[str, StageGraph]:
     """The stages of a transformer, by name, in the order of their first call; then those of every size of a group.
 
-    All blocks must compute alike: see :attr:`export.graphs.linear.Fp8.uniform`.
+    All blocks must compute alike: see :attr:`export.graphs.linear.Quantised.uniform`.
     """
     stages: dict[str, Callable[[_Stage], None]] = {
         "time": _time,
@@ -89,7 +92,7 @@ def stage_graphs(spec: DitSpec, compute: ir.DataType = FLOAT, fp8: Fp8 | None = 
     grouped = {(name, groups): stages[name] for groups in group_sizes(spec) for name in ("qkv", "attend", "rest")}
     graphs = {}
     for (name, groups), write in ({(name, 1): write for name, write in stages.items()} | grouped).items():
-        stage = _Stage(name if groups == 1 else grouped_name(name, groups), spec, compute, fp8, groups)
+        stage = _Stage(name if groups == 1 else grouped_name(name, groups), spec, compute, quantised, groups)
         write(stage)
         graphs[str(stage.g.graph.name)] = stage.g
     return graphs
@@ -98,11 +101,12 @@ def stage_graphs(spec: DitSpec, compute: ir.DataType = FLOAT, fp8: Fp8 | None = 
 class _Stage:
     """A graph under construction, with the inputs that several stages have."""
 
-    def __init__(self, name: str, spec: DitSpec, compute: ir.DataType, fp8: Fp8 | None, groups: int = 1) -> None:
+    def __init__(
+        self, name: str, spec: DitSpec, compute: ir.DataType, quantised: Quantised | None, groups: int = 1
+    ) -> None:
         self.g, self.spec, self.groups = StageGraph(name, groups), spec, groups
-        self.linears = Linears(self.g, compute, fp8)
-        self.fp8 = fp8 is not None
-        self.fp8_attention = fp8 is not None and fp8.self_attention
+        self.linears = Linears(self.g, compute, quantised)
+        self.fp8_attention = quantised is not None and quantised.self_attention
         self.operands = FLOAT8 if self.fp8_attention else compute  # type of q, k and v
 
     def input(self, name: str, dims: Sequence[int | str], dtype: ir.DataType = FLOAT) -> ir.Value:
@@ -110,6 +114,24 @@ class _Stage:
 
     def heads(self, rows: str | int) -> list[int | str]:
         return [rows, self.spec.heads, self.spec.head_width]
+
+    def output_rows(self, name: str, x: ir.Value, rows: str | int, key: str) -> None:
+        """Output ``x [rows, D]``, the input of the linear ``key`` in another stage, as codes if that multiplies any."""
+        width, number = self.spec.width, self.linears.number(key)
+        if number is None or number not in CODES:
+            self.g.output(name, self.g.cast(x, self.linears.compute), [rows, width], self.linears.compute)
+            return
+        made, scale = self.linears.quantise_rows(self.g.cast(self.linears.prepared(x, key, width), FLOAT), number)
+        self.g.output(name, made, [rows, width], CODES[number].dtype)
+        self.g.output(f"{name}_scale", scale, [rows, 1])
+
+    def input_rows(self, name: str, rows: str | int, key: str) -> ir.Value | Operand:
+        """The input that :meth:`output_rows` of another stage outputs."""
+        width, number = self.spec.width, self.linears.number(key)
+        if number is None or number not in CODES:
+            return self.input(name, [rows, width], self.linears.compute)
+        codes = self.input(name, [rows, width], CODES[number].dtype)
+        return self.linears.quantised_rows(codes, self.input(f"{name}_scale", [rows, 1]), number)
 
     def own_heads(self, rows: str) -> list[int | str]:
         """Those of one device of a group."""
@@ -156,19 +178,11 @@ def _time(s: _Stage) -> None:
 
 def _text(s: _Stage) -> None:
     context = s.ends().project_text(s.input("text", [1, TEXT_TOKENS, s.spec.text_width]))
-    if s.fp8:
-        context, scale = s.linears.quantise_rows(s.g.cast(context, FLOAT))
-        s.g.output("context", context, [TEXT_TOKENS, s.spec.width], FLOAT8)
-        s.g.output("context_scale", scale, [TEXT_TOKENS, 1])
-    else:
-        s.g.output("context", context, [TEXT_TOKENS, s.spec.width], s.linears.compute)
+    s.output_rows("context", context, TEXT_TOKENS, f"{BLOCK}.cross_attn.k")
 
 
 def _text_kv(s: _Stage) -> None:
-    rows, compute = [TEXT_TOKENS, s.spec.width], s.linears.compute
-    context = s.input("context", rows, FLOAT8 if s.fp8 else compute)
-    scale = s.input("context_scale", [TEXT_TOKENS, 1]) if s.fp8 else None
-    entering = context if scale is None else s.linears.quantised(context, scale)
+    compute, entering = s.linears.compute, s.input_rows("context", TEXT_TOKENS, f"{BLOCK}.cross_attn.k")
     k, v = s.blocks().text_keys_and_values(f"{BLOCK}.cross_attn", entering)
     s.g.output("text_k", s.g.cast(k, compute), s.heads(TEXT_TOKENS), compute)
     s.g.output("text_v", s.g.cast(v, compute), s.heads(TEXT_TOKENS), compute)
@@ -221,13 +235,7 @@ def _attend(s: _Stage) -> None:
         y = attention_of_fp8(s.linears, f"{BLOCK}.self_attn", q, k, v, v_scale)
     else:
         y = attention(g, compute, q, k, v)
-    rows = g.reshape(y, [-1, s.spec.width])
-    if s.fp8:
-        rows, scale = s.linears.quantise_rows(g.cast(rows, FLOAT))
-        g.output("o", rows, ["positions", s.spec.width], FLOAT8)
-        g.output("o_scale", scale, ["positions", 1])
-    else:
-        g.output("o", rows, ["positions", s.spec.width], compute)
+    s.output_rows("o", g.reshape(y, [-1, s.spec.width]), "positions", f"{BLOCK}.self_attn.o")
 
 
 def _rest(s: _Stage) -> None:
@@ -247,17 +255,11 @@ def _rest(s: _Stage) -> None:
 
 def _attended(s: _Stage) -> Operand | ir.Value:
     """The output of attention as the input of a linear."""
-    g, width, compute = s.g, s.spec.width, s.linears.compute
+    g, width = s.g, s.spec.width
     if s.groups == 1:
-        o = s.input("o", ["positions", width], FLOAT8 if s.fp8 else compute)
-        return s.linears.quantised(o, s.input("o_scale", ["positions", 1])) if s.fp8 else o
-    rows = g.reshape(g.transpose(s.input("o", s.messages(), compute), 1, 0, 2, 3), [-1, width])
-    if not s.fp8:
-        return rows
-    rows = g.cast(rows, FLOAT)
-    if s.fp8_attention:
-        rows = g.mul(rows, s.input("v_scale", [1, width]))
-    return s.linears.quantised(*s.linears.quantise_rows(rows))
+        return s.input_rows("o", "positions", f"{BLOCK}.self_attn.o")
+    rows = g.reshape(g.transpose(s.input("o", s.messages(), s.linears.compute), 1, 0, 2, 3), [-1, width])
+    return g.mul(g.cast(rows, FLOAT), s.input("v_scale", [1, width])) if s.fp8_attention else rows
 
 
 def _velocity(s: _Stage) -> None:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from wan22.bundle import Tensor
 
+TENSORRT = "trt"  # the domain of TensorRT's own operators
 OPSET = 23  # the first with Attention, RMSNormalization and bfloat16 everywhere
 IR_VERSION = 11
 FLOAT, BFLOAT16, FLOAT16, INT64 = (ir.DataType.FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.INT64)
@@ -81,6 +82,7 @@ class GraphBuilder:
         name = "/".join([*self._scope, op_type])
         self._count[name] = count = self._count.get(name, 0) + 1
         name = name if count == 1 else f"{name}_{count - 1}"
+        self.graph.opset_imports.setdefault(domain, 1)
         node = ir.node(op_type, list(inputs), attributes, num_outputs=outputs, name=name, domain=domain)
         first = next((value.dtype for value in inputs if value is not None), None)
         dtype = CHANGES_TYPE.get(op_type, first)

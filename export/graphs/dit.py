@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from export.graphs.builder import FLOAT, GraphBuilder
 from export.graphs.dit_block import Blocks, Modulation, Tables
-from export.graphs.linear import Fp8, Linears
+from export.graphs.linear import Linears, Quantised
 from wan22.parts import DitSpec
 from wan22.specs import PATCH, TEXT_TOKENS
 
@@ -34,7 +34,7 @@ class LatentDims:
 
 
 def dit_graph(
-    spec: DitSpec, compute: ir.DataType = FLOAT, dims: LatentDims | None = None, fp8: Fp8 | None = None
+    spec: DitSpec, compute: ir.DataType = FLOAT, dims: LatentDims | None = None, quantised: Quantised | None = None
 ) -> GraphBuilder:
     """The graph of one expert, which predicts the velocity of ``latents`` at a timestep.
 
@@ -42,8 +42,8 @@ def dit_graph(
     ``time_features`` [rows, 256]; ``text`` [1, 512, text width]; ``rope_cos``, ``rope_sin`` [T, h/2, w/2, head/2].
     Output: ``velocity`` [1, z, T, h, w] float32, an estimate of noise minus clean latents.
 
-    Matrix multiplications run in ``compute``, those covered by ``fp8`` in FP8. Weights keep their official names; in
-    FP8, ``self_attn.qkv`` and ``cross_attn.kv`` are each stored as one matrix, and every matrix has a ``weight_scale``.
+    Matrix multiplications run in ``compute``, those of ``quantised`` in its types. Weights keep their official names;
+    quantised, ``self_attn.qkv`` and ``cross_attn.kv`` are each one matrix, and every matrix has a ``weight_scale``.
     """
     dims = dims or LatentDims()
     g = GraphBuilder("dit")
@@ -56,7 +56,7 @@ def dit_graph(
     text = g.input("text", FLOAT, [1, TEXT_TOKENS, spec.text_width])
     rope_cos, rope_sin = (g.input(f"rope_{f}", FLOAT, [*dims.grid, spec.head_width // 2]) for f in ("cos", "sin"))
 
-    linears = Linears(g, compute, fp8)
+    linears = Linears(g, compute, quantised)
     modulated = Modulation(g, spec, _tables(g, spec, rope_cos, rope_sin))
     writer, block = Ends(spec, linears, modulated), Blocks(spec, linears, modulated)
     x = writer.patch_embedding(g.concat(entering, 1) if len(entering) > 1 else latents)
@@ -123,9 +123,10 @@ class Ends:
     def text_embedding(self, text: ir.Value) -> ir.Value:
         """``[1, 512, text width] → [512, D]``; zero rows become a constant row that attention includes."""
         context = self.project_text(text)
-        if self.linears.fp8 is not None:
-            with self.g.scope("text_embedding"):
-                self.linears.per_token(context)  # quantise once here, because every block reads it
+        numbers = {self.linears.number(f"blocks.{block}.cross_attn.k") for block in range(self.spec.layers)}
+        with self.g.scope("text_embedding"):
+            for number in sorted(number for number in numbers if number is not None):
+                self.linears.per_token(context, number)  # quantise once here, because every block reads it
         return context
 
     def project_text(self, text: ir.Value) -> ir.Value:

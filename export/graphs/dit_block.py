@@ -97,7 +97,7 @@ class Blocks:
     def project_qkv(self, key: str, x: ir.Value) -> tuple[ir.Value, Product]:
         """q and k, normed and rotated, ``[L, 2, heads, head/2, 2]``, and the product that contains v."""
         width = self.spec.width
-        qkv = self.linears(self.linears.operand(x, f"{key}.q"), key, "qkv", (width, width))
+        qkv = self.linears(self.linears.operand(x, f"{key}.q", width), key, "qkv", (width, width))
         return self.rotate(self.norm_pairs(key, qkv)), qkv
 
     def values_of(self, qkv: Product) -> ir.Value:
@@ -109,7 +109,8 @@ class Blocks:
 
     def text_queries(self, key: str, x: ir.Value) -> ir.Value:
         """``[L, heads, head]``, divided by ``sqrt(head)``."""
-        q = self.linears(self.linears.operand(x, f"{key}.q"), key, "q", (self.spec.width, self.spec.width))
+        width = self.spec.width
+        q = self.linears(self.linears.operand(x, f"{key}.q", width), key, "q", (width, width))
         return self.norm_heads(f"{key}.norm_q", q, None, self.spec.head_width**-0.5)
 
     def text_keys_and_values(self, key: str, context: ir.Value | Operand) -> tuple[ir.Value, ir.Value]:
@@ -121,11 +122,11 @@ class Blocks:
     def keys_and_values(self, key: str, context: ir.Value | Operand) -> tuple[Product, Product, Columns, Columns]:
         """The products that contain K and V of the text, and the columns of each.
 
-        Compilers merge the separate 16-bit linears of all blocks, but never FP8 linears, so those two are joined here.
+        Compilers merge the separate 16-bit linears of all blocks, but no quantised ones, so those two are joined here.
         """
         width = self.spec.width
-        entering = context if isinstance(context, Operand) else self.linears.operand(context, f"{key}.k")
-        if entering.fp8:
+        entering = context if isinstance(context, Operand) else self.linears.operand(context, f"{key}.k", width)
+        if entering.number is not None:
             joined = self.linears(entering, key, "kv", (width, width))
             return joined, joined, (0, width), (width, 2 * width)
         k, v = (self.linears(entering, key, part, (width, width)) for part in "kv")
@@ -133,9 +134,9 @@ class Blocks:
 
     def feed_forward(self, key: str, x: ir.Value) -> ir.Value:
         spec, linears = self.spec, self.linears
-        hidden = linears(linears.operand(x, f"{key}.0"), key, "0", (spec.width, spec.ffn_width))
+        hidden = linears(linears.operand(x, f"{key}.0", spec.width), key, "0", (spec.width, spec.ffn_width))
         raw = hidden.raw if hidden.scale is None and hidden.bias is None else linears.values(hidden)
-        hidden_rows = linears.operand(self.g.op("Gelu", raw, approximate="tanh"), f"{key}.2")
+        hidden_rows = linears.operand(self.g.op("Gelu", raw, approximate="tanh"), f"{key}.2", spec.ffn_width)
         return linears.values(linears(hidden_rows, key, "2", (spec.ffn_width, spec.width)))
 
     def attend(self, key: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
@@ -148,14 +149,15 @@ class Blocks:
 
     def project_out(self, key: str, rows: ir.Value | Operand) -> ir.Value:
         """The output projection of an attention."""
-        entering = rows if isinstance(rows, Operand) else self.linears.operand(rows, f"{key}.o")
-        return self.linears.values(self.linears(entering, key, "o", (self.spec.width, self.spec.width)))
+        width = self.spec.width
+        entering = rows if isinstance(rows, Operand) else self.linears.operand(rows, f"{key}.o", width)
+        return self.linears.values(self.linears(entering, key, "o", (width, width)))
 
     def attends_in_fp8(self, key: str) -> bool:
-        fp8 = self.linears.fp8
-        if fp8 is None or not self.linears.runs_fp8(key):
+        quantised = self.linears.quantised
+        if quantised is None or not quantised.covers(key):
             return False
-        return fp8.self_attention if key.endswith("self_attn") else fp8.cross_attention
+        return quantised.self_attention if key.endswith("self_attn") else quantised.cross_attention
 
     # -- norms over all D channels, before they are split into heads
 

@@ -1,4 +1,4 @@
-"""Extra graph outputs that measure tensors: the largest magnitude of some, the mean row of others."""
+"""Extra graph outputs that measure tensors: the largest magnitude of some, the channels and the crest of others."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,8 @@ from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
 from wan22.bundle import Tensor
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
-LARGEST, MEANS = "amax", "means"
+LARGEST, MEANS, TOPS, BOTTOMS, SQUARES = "amax", "means", "tops", "bottoms", "squares"
+Vectors = tuple[np.ndarray, np.ndarray]  # float32 [length] each: a mean to subtract, factors to multiply by
 
 
 class Tapped:
@@ -19,14 +20,21 @@ class Tapped:
     def __init__(self, graph: Callable[..., tuple[np.ndarray, ...]], taps: "Taps") -> None:
         self.graph, self.taps, self.calls = graph, taps, 0
         self._largest = np.zeros(len(taps.largest), np.float32)
-        self._sums = np.zeros(sum(taps.means.values()))
+        columns = sum(taps.rows.values())
+        self._sums, self._squares = np.zeros(columns), np.zeros(2 * len(taps.prepared))
+        self._tops, self._bottoms = np.full(columns, -np.inf, np.float32), np.full(columns, np.inf, np.float32)
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """The graph's first output."""
-        first, largest, *means = self.graph(**inputs)
+        first, largest, *rest = self.graph(**inputs)
         np.maximum(self._largest, largest, out=self._largest)  # propagates NaN
-        for mean in means:
-            self._sums += mean
+        if self.taps.rows:
+            means, tops, bottoms, *rest = rest
+            self._sums += means
+            np.maximum(self._tops, tops, out=self._tops)
+            np.minimum(self._bottoms, bottoms, out=self._bottoms)
+        if self.taps.prepared:
+            self._squares += rest[0]
         self.calls += 1
         return first
 
@@ -38,38 +46,59 @@ class Tapped:
     @property
     def means(self) -> dict[str, np.ndarray]:
         """The mean row ``[columns]`` float32 by label; all calls have equal weight."""
-        ends = np.cumsum(list(self.taps.means.values()))[:-1]
-        parts = np.split((self._sums / max(self.calls, 1)).astype(np.float32), ends)
-        return dict(zip(self.taps.means, parts, strict=True))
+        return self._by_label((self._sums / max(self.calls, 1)).astype(np.float32))
+
+    @property
+    def spreads(self) -> dict[str, np.ndarray]:
+        """The largest distance of each column from its mean, ``[columns]`` float32 by label."""
+        tops, bottoms = self._by_label(self._tops), self._by_label(self._bottoms)
+        return {label: np.maximum(tops[label] - mean, mean - bottoms[label]) for label, mean in self.means.items()}
+
+    @property
+    def crests(self) -> dict[str, float]:
+        """The crest by label: what INT8 with a scale per row costs is this over 440. NaN for rows of zeros."""
+        largest, mean = self._squares.reshape(-1, 2).T
+        with np.errstate(invalid="ignore"):
+            return dict(zip(self.taps.prepared, np.sqrt(largest / mean).tolist(), strict=True))
+
+    def _by_label(self, joined: np.ndarray) -> dict[str, np.ndarray]:
+        ends = np.cumsum(list(self.taps.rows.values()))[:-1]
+        return dict(zip(self.taps.rows, np.split(joined, ends), strict=True))
 
 
 @dataclass(frozen=True)
 class Taps:
-    """The contents of a tapped graph's outputs: labels of maxima, labels of mean rows and their lengths."""
+    """The labels of a tapped graph's outputs: of maxima, of rows with their lengths, of crests."""
 
     largest: tuple[str, ...]
-    means: Mapping[str, int] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
+    prepared: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
-        maxima = Tensor(LARGEST, "float32", (len(self.largest),))
-        return (maxima, Tensor(MEANS, "float32", (sum(self.means.values()),))) if self.means else (maxima,)
+        columns = sum(self.rows.values())
+        of_rows = [Tensor(name, "float32", (columns,)) for name in (MEANS, TOPS, BOTTOMS) if self.rows]
+        squares = [Tensor(SQUARES, "float32", (2 * len(self.prepared),))] if self.prepared else []
+        return (Tensor(LARGEST, "float32", (len(self.largest),)), *of_rows, *squares)
 
 
 def add_taps(
-    model: ir.Model, largest: Mapping[str, ir.Value], means: Mapping[str, tuple[ir.Value, int]] | None = None
+    model: ir.Model,
+    largest: Mapping[str, ir.Value],
+    rows: Mapping[str, tuple[ir.Value, int]] | None = None,
+    prepared: Mapping[str, Vectors] | None = None,
 ) -> Taps:
     """Append outputs to ``model``, in place.
 
     Args:
         model: a graph.
         largest: label → value whose largest magnitude is output.
-        means: label → rows ``[L, length]`` whose mean is output, and ``length``.
+        rows: label → rows ``[L, length]`` whose mean, largest and smallest row are output, and ``length``.
+        prepared: label of some of these → vectors with which the crest of the rows is measured.
     """
-    graph = model.graph
-    first = ir.Value(name=f"{LARGEST}/first", shape=ir.Shape([1]), type=ir.TensorType(INT64))
-    first.const_value = ir.tensor([0], dtype=INT64, name=first.name)
-    graph.initializers[f"{LARGEST}/first"] = first
+    graph, rows, prepared = model.graph, rows or {}, prepared or {}
+    first = _constant(graph, f"{LARGEST}/first", np.array([0], np.int64))
+    last = _constant(graph, f"{LARGEST}/last", np.array([1], np.int64))
     maxima = []
     for label, value in largest.items():
         name, dtype = f"{LARGEST}/{label}", value.dtype or FLOAT
@@ -77,14 +106,31 @@ def add_taps(
         top = _wide(graph, _append(graph, "ReduceMax", [magnitude], name, dtype, keepdims=0), name)
         maxima.append(_append(graph, "Unsqueeze", [top, first], name, FLOAT))
     _output(graph, LARGEST, maxima, len(maxima))
-    rows = []
-    for label, (value, _) in (means or {}).items():
-        wide = _wide(graph, value, f"{MEANS}/{label}")
-        rows.append(_append(graph, "ReduceMean", [wide, first], f"{MEANS}/{label}", FLOAT, keepdims=0))
-    taps = Taps(tuple(largest), {label: length for label, (_, length) in (means or {}).items()})
-    if rows:
-        _output(graph, MEANS, rows, sum(taps.means.values()))
-    return taps
+    columns = sum(length for _, length in rows.values())
+    wide = {label: _wide(graph, value, f"{MEANS}/{label}") for label, (value, _) in rows.items()}
+    for name, op in ((MEANS, "ReduceMean"), (TOPS, "ReduceMax"), (BOTTOMS, "ReduceMin")) if rows else ():
+        parts = [_append(graph, op, [x, first], f"{name}/{label}", FLOAT, keepdims=0) for label, x in wide.items()]
+        _output(graph, name, parts, columns)
+    squares = []
+    for label, vectors in prepared.items():
+        name = f"{SQUARES}/{label}"
+        mean, factor = (_constant(graph, f"{name}/{i}", vector.astype(np.float32)) for i, vector in enumerate(vectors))
+        x = _append(graph, "Mul", [_append(graph, "Sub", [wide[label], mean], name, FLOAT), factor], name, FLOAT)
+        square = _append(graph, "Mul", [x, x], f"{name}/square", FLOAT)
+        for op in ("ReduceMax", "ReduceMean"):
+            of_row = _append(graph, op, [square, last], name, FLOAT, keepdims=0)
+            squares.append(_append(graph, "ReduceMean", [of_row, first], f"{name}/{op}", FLOAT, keepdims=1))
+    if squares:
+        _output(graph, SQUARES, squares, len(squares))
+    return Taps(tuple(largest), {label: length for label, (_, length) in rows.items()}, tuple(prepared))
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    dtype = INT64 if array.dtype == np.int64 else FLOAT
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
+    value.const_value = ir.tensor(array, dtype=dtype, name=name)
+    graph.initializers[name] = value
+    return value
 
 
 def _output(graph: ir.Graph, name: str, parts: list[ir.Value], length: int) -> None:

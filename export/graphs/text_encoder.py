@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from export.graphs.blocks import BLOCK, StageGraph
 from export.graphs.builder import FLOAT, FLOAT16, INT64, GraphBuilder
-from export.graphs.linear import Fp8, Linears
+from export.graphs.linear import Linears, Product, Quantised
 from wan22.parts import TextEncoderSpec
 from wan22.specs import TEXT_TOKENS
 
@@ -36,7 +36,7 @@ def text_encoder_graph(
 ) -> GraphBuilder:
     """The graph from ``input_ids`` int64 [1, tokens] to ``embeddings`` float32 [1, tokens, width]."""
     g = GraphBuilder("text_encoder")
-    writer = _TextEncoder(g, spec, compute, Linears(g, compute, Fp8()) if fp8_feed_forward else None)
+    writer = _TextEncoder(g, spec, compute, Linears(g, compute, Quantised()) if fp8_feed_forward else None)
     ids = g.input("input_ids", INT64, [1, "tokens"])
     buckets = writer.buckets(ids)
     table = g.weight("token_embedding.weight", (spec.vocab, spec.width), compute)
@@ -57,7 +57,7 @@ def text_stages(
     ``x`` is float32 [tokens, width], at first the rows of the embedding, which a caller can gather without a graph.
     """
     layer, norm = StageGraph("layer"), StageGraph("norm")
-    writer = _TextEncoder(layer, spec, compute, Linears(layer, compute, Fp8()) if fp8_feed_forward else None)
+    writer = _TextEncoder(layer, spec, compute, Linears(layer, compute, Quantised()) if fp8_feed_forward else None)
     x = layer.input("x", FLOAT, ["tokens", spec.width])
     with layer.scope(BLOCK):
         layer.output("x_out", writer.block(BLOCK, x, writer.buckets(x, axis=0)), ["tokens", spec.width])
@@ -141,8 +141,8 @@ class _TextEncoder:
         g, linears = self.g, self.fp8_linears
         assert linears is not None
         with g.scope(key.rsplit(".", 1)[-1]):
-            rows = linears.per_token(x)
-            assert rows.scale is not None
-            raw, factor = linears.fp8_matmul(rows, key, width[::-1])
-            product = g.cast(raw, FLOAT)
-            return g.mul(product if factor is None else g.mul(product, factor), rows.scale)
+            number = linears.number(key)
+            assert number is not None
+            rows = linears.per_token(x, number)
+            raw, columns = linears.quantised_matmul(rows, key, width[::-1])
+            return linears.values(Product(raw, rows.scale, columns=columns))

@@ -20,6 +20,7 @@ from export.files.resumable import Journal
 from export.files.safetensors_file import header_bytes
 from export.files.tensor_file import FLOAT8, Array, Pieces, Planned, as_torch, check_finite, extremes
 from export.graphs.builder import FLOAT, GraphBuilder, Placed
+from export.graphs.linear import FLOAT4
 from wan22.bundle import File
 from wan22.errors import UserError
 
@@ -35,6 +36,8 @@ def declare_weights(graphs: Iterable[GraphBuilder]) -> dict[str, Planned]:
     for graph in graphs:
         for key, value in graph.weights.items():
             stored = Planned((value.dtype or FLOAT).numpy(), value.shape.numpy() if value.shape else ())
+            if value.dtype == FLOAT4:  # two codes a byte
+                stored = Planned(np.dtype(np.uint8), (*stored.shape[:-1], stored.shape[-1] // 2))
             if weights.setdefault(key, stored) != stored:
                 raise ValueError(f"{key}: graphs disagree, {weights[key]} and {stored}")
     return weights

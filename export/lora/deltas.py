@@ -59,6 +59,15 @@ class LowRank(_Added):
         product: F32 = (_matrix(self.up) @ _matrix(self.down)).mul_(strength * self.scale).numpy()
         return product
 
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def factors(self, strength: float) -> tuple[F32, F32]:
+        """``down`` and ``up``, whose product is the change at ``strength``."""
+        up: F32 = _matrix(self.up).mul_(strength * self.scale).numpy()
+        return _matrix(self.down).numpy(), up
+
 
 @dataclass(frozen=True)
 class Full(_Added):

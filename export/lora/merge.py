@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.checkpoint.checkpoint import Weights
-from export.files.decoded import Codes
+from export.files.decoded import Codes, Nvfp4
 from export.files.tensor_file import Stored
 from export.lora.adapter import WEIGHT_SUFFIXES, config_files
 from export.lora.experts import EXPERTS, SHORT, expert_of_file, misplaced
@@ -94,7 +94,7 @@ class MergedWeights:
     def stored(self, name: str) -> Stored | None:
         return None if self._changes(name) else self.base.stored(name)
 
-    def codes(self, name: str) -> Codes | None:
+    def codes(self, name: str) -> Codes | Nvfp4 | None:
         return None if self._changes(name) else self.base.codes(name)
 
     def _changes(self, name: str) -> bool:

@@ -1,30 +1,15 @@
-"""FP8 variants that no export makes: FP8 in some places only, or without one of its precautions.
+"""FP8 variants that no export makes: without one of its precautions.
 
-Which linears run in FP8 is decided while a graph is written, so :class:`FewLinears` replaces
-:class:`export.graphs.linear.Fp8`. The functions patch a written graph in place, before its weights are filled in.
+The functions patch a written graph in place, before its weights are filled in.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from export.graphs.builder import FLOAT, GraphBuilder
-from export.graphs.linear import Fp8
 
 Patch = Callable[[GraphBuilder], None]
-
-ATTENTIONS = ("self_attn", "cross_attn")
-
-
-@dataclass(frozen=True)
-class FewLinears(Fp8):
-    """FP8 in some kinds of linears of every block; the inherited fields select attention."""
-
-    linears: frozenset[str] = frozenset()  # "ffn.2", "self_attn.q" for qkv, "cross_attn.k" for kv
-
-    def covers(self, key: str) -> bool:
-        return super().covers(key) and key.split(".", 2)[2] in (*self.linears, *ATTENTIONS)
 
 
 def keep_k_mean(g: GraphBuilder) -> None:
@@ -52,6 +37,7 @@ def subtract_token_means(g: GraphBuilder) -> None:
         if rows not in means:
             means[rows] = _centre(g, rows)
         returned = g.reshape(g.op("Gemm", means[rows], g.cast(matrix, FLOAT), transB=1), [-1])
+        returned = g.mul(returned, g.weights[f"{key}.weight_scale"])
         bias = g.weights[f"{key}.bias"] if f"{key}.bias" in g.weights else made[f"{scope}/Concat"]
         readers = [(use.node, use.idx) for use in bias.uses()]
         _replace_in(readers, g.add(bias, returned))

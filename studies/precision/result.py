@@ -165,7 +165,7 @@ class Study:
             "facts": dict(self.facts),
             "timesteps": self.timesteps,
             "results": [_result(result) for result in self.results],
-            "parts": [{"fp8": part.name, "relative_l2": json_number(part.error)} for part in self.parts],
+            "parts": [{"alone": part.name, "relative_l2": json_number(part.error)} for part in self.parts],
             "magnitudes": [asdict(m) | {"fp16_headroom": json_number(m.headroom)} for m in self.magnitudes],
             "statistics": [asdict(statistic) for statistic in self.statistics],
             "attention": [asdict(error) for error in self.attention],

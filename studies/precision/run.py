@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from export.graphs.taps import Tapped
+from export.precisions import LINEARS
 from runtime.schedule import Schedule, make_schedule
 from studies.precision.attention import TOKENS, attention_errors
 from studies.precision.outliers import INPUTS, WEIGHTS, Range
@@ -40,6 +41,7 @@ class StudyOptions:
     steps: int = 4
     seed: int = 0
     attention_tokens: tuple[int, ...] = TOKENS
+    linears: tuple[str, ...] = LINEARS  # kinds to quantise alone
     command: str = ""
 
 
@@ -57,13 +59,12 @@ def precision_study(options: StudyOptions, folder: Path, progress: Progress = si
 
 
 def _run_study(spec: ModelSpec, options: StudyOptions, progress: Progress) -> Study:
-    meter = _Meter(progress, 5 + len(VARIANTS) + len(parts()))
+    meter = _Meter(progress, 4 + len(VARIANTS) + len(parts(options.linears)))
     schedule = make_schedule("unipc", options.steps, spec.sampling.shift)
     twin = meter.count(make_twin(spec, options.size, schedule, options.seed))
-    reference, beforehand, without_text = (
-        meter.count(ReferenceRun(twin, given, schedule)) for given in (twin.judged, twin.measured, twin.without_text)
-    )
-    comparison = VariantComparison(twin, schedule, reference, beforehand, without_text)
+    reference, beforehand = (meter.count(ReferenceRun(twin, given, schedule)) for given in (twin.judged, twin.measured))
+    measured = {expert: beforehand.calibration(twin, expert) for expert in twin.weights}
+    comparison = VariantComparison(twin, schedule, reference, measured)
     noted = {expert: open_noted(BFLOAT, twin.spec.dit, weights) for expert, weights in twin.weights.items()}
     results = []
     for variant in VARIANTS:
@@ -72,7 +73,7 @@ def _run_study(spec: ModelSpec, options: StudyOptions, progress: Progress) -> St
         facts=_facts(options, twin, schedule),
         timesteps=tuple(schedule.timesteps.tolist()),
         results=tuple(results),
-        parts=tuple(PartError(part.name, meter.count(comparison.first_error(part))) for part in parts()),
+        parts=tuple(PartError(part.name, meter.count(comparison.first_error(part))) for part in parts(options.linears)),
         magnitudes=_magnitudes(noted),
         statistics=_statistics(twin, reference),
         attention=meter.count(tuple(attention_errors(options.seed, options.attention_tokens))),
@@ -127,7 +128,7 @@ def _statistics(twin: Twin, reference: ReferenceRun) -> tuple[Statistic, ...]:
     inputs: dict[str, list[float]] = {kind: [] for kind in INPUTS}
     matrices: dict[str, list[float]] = {kind: [] for kind in WEIGHTS}
     for expert, weights in twin.weights.items():
-        for name, largest in reference.calibration(expert).largest.items():
+        for name, largest in reference.largest(expert).items():
             if (kind := name.split(".", 2)[2]) in inputs:
                 inputs[kind].append(largest)
                 matrices[kind].append(float(np.abs(weights[f"{name}.weight"]).max()))

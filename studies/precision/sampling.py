@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from export.precisions import LINEARS
+from export.quantise.measure import measure_inputs
 from runtime.arrays import F32
 from runtime.schedule import Schedule
 from studies.precision.result import VariantResult
 from studies.precision.twin import Forward, Inputs, Twin, sample
-from studies.precision.variants import Calibration, Variant, open_reference, open_variant
+from studies.precision.variants import Calibration, Variant, inputs_of, open_reference, open_variant
 from validate.ladder.metrics import compare
 from wan22.errors import NonFiniteError
 
@@ -48,28 +50,34 @@ class ReferenceRun:
         """The forwards with the prompt, one per step."""
         return [call for call in self.calls if call.inputs["text"] is self._positive]
 
-    def calibration(self, expert: str) -> Calibration:
-        return Calibration(self._tapped[expert].largest, self._tapped[expert].means)
+    def largest(self, expert: str) -> dict[str, float]:
+        """The largest input of every linear."""
+        return self._tapped[expert].largest
+
+    def calibration(self, twin: Twin, expert: str) -> Calibration:
+        """What this run and an export measure on the inputs of the twin's linears."""
+        tapped, weights = self._tapped[expert], twin.weights[expert]
+        return Calibration(
+            tapped.largest,
+            inputs_of(tapped, weights),
+            measure_inputs(weights.__getitem__, twin.spec, expert, keep=LINEARS),
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class VariantComparison:
-    """Compares variants with the float32 run on the twin's judged inputs.
-
-    Variants take statistics from ``beforehand``, or from ``without_text``, the run that needs no data.
-    """
+    """Compares variants with the float32 run on the twin's judged inputs."""
 
     twin: Twin
     schedule: Schedule
     reference: ReferenceRun
-    beforehand: ReferenceRun
-    without_text: ReferenceRun
+    measured: Mapping[str, Calibration]  # by expert, from another run
 
     def open_experts(self, variant: Variant) -> dict[str, Forward]:
         """The variant's forwards by expert."""
-        dit, source = self.twin.spec.dit, self.without_text if variant.without_text else self.beforehand
+        dit = self.twin.spec.dit
         return {
-            expert: open_variant(variant, dit, weights, source.calibration(expert))
+            expert: open_variant(variant, dit, weights, self.measured[expert])
             for expert, weights in self.twin.weights.items()
         }
 

@@ -1,9 +1,8 @@
 """A small transformer whose tensors reach the magnitudes of the real model, and its inputs.
 
 Outliers are planted in the random weights of the synthetic checkpoint (:mod:`studies.precision.outliers`). There are
-three sets of inputs. The study compares precisions on the first. Static scales and input means are measured on the
-second, so that no variant is tuned on the run that judges it. The third is small and without text, for statistics that
-need no data.
+two sets of inputs. The study compares precisions on the first. Static scales, means and factors are measured on the
+second, so that no variant is tuned on the run that judges it, or by the export, which needs no inputs.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,11 +21,10 @@ from runtime.schedule import Schedule
 from runtime.solver import make_solver
 from studies.precision.outliers import fit, plant, restore_maxima
 from studies.precision.session import fill, open_graph
-from wan22.specs import TEXT_TOKENS, ModelSpec, tokens
+from wan22.specs import ModelSpec, tokens
 
 PROMPT_TOKENS, NEGATIVE_TOKENS = 40, 120
 FITTED_RUNS = 2
-NO_TEXT_LATENT = (2, 16, 16)  # maximum: 128 tokens
 
 Forward = Callable[..., F32]
 
@@ -56,7 +54,6 @@ class Twin:
     weights: dict[str, dict[str, F32]]  # by expert
     judged: Inputs
     measured: Inputs  # another prompt, other noise: for statistics
-    without_text: Inputs  # no text, other noise, fewer tokens
 
 
 def make_twin(model: ModelSpec, size: TwinSize, schedule: Schedule, seed: int) -> Twin:
@@ -80,7 +77,7 @@ def make_twin(model: ModelSpec, size: TwinSize, schedule: Schedule, seed: int) -
         for expert, probes in _run_inputs(spec, judged, schedule, weights).items():
             fit(weights[expert], spec.dit, probes, rounds=1)
             restore_maxima(weights[expert], spec.dit)
-    return Twin(spec, weights, judged, measured, _inputs_without_text(spec, size, seed + 2))
+    return Twin(spec, weights, judged, measured)
 
 
 def _run_inputs(
@@ -124,19 +121,10 @@ def _twin_spec(model: ModelSpec, size: TwinSize) -> ModelSpec:
 
 def _inputs(random: np.random.Generator, spec: ModelSpec, size: TwinSize, seed: int) -> Inputs:
     positive, negative = (_text(random, spec, rows) for rows in (PROMPT_TOKENS, NEGATIVE_TOKENS))
-    return _with_text(spec, size.latent, seed, (positive, negative))
-
-
-def _inputs_without_text(spec: ModelSpec, size: TwinSize, seed: int) -> Inputs:
-    frames, rows, columns = map(min, size.latent, NO_TEXT_LATENT)
-    texts = np.zeros((2, 1, TEXT_TOKENS, spec.dit.text_width), np.float32)
-    return _with_text(spec, (frames, rows, columns), seed, (texts[0], texts[1]))
-
-
-def _with_text(spec: ModelSpec, latent: tuple[int, int, int], seed: int, texts: tuple[F32, F32]) -> Inputs:
     channels = spec.dit.condition_channels
-    condition = np.zeros((1, channels, *latent), np.float32) if channels else None
-    return Inputs(standard_normal((1, spec.dit.out_channels, *latent), seed), *texts, condition)
+    condition = np.zeros((1, channels, *size.latent), np.float32) if channels else None
+    noise = standard_normal((1, spec.dit.out_channels, *size.latent), seed)
+    return Inputs(noise, positive, negative, condition)
 
 
 def _text(random: np.random.Generator, spec: ModelSpec, rows: int) -> F32:

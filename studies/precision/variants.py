@@ -1,7 +1,8 @@
 """The precisions of the study, each computed on the CPU from the graph that an export in it writes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -9,85 +10,114 @@ import onnx_ir as ir
 from engines.cpu.emulation import MOVING, emulate
 from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16
 from export.graphs.dit import dit_graph
-from export.graphs.linear import FLOAT8, FLOAT8_MAX, Fp8
+from export.graphs.linear import FLOAT8_MAX, Quantised, coded_matrices, kind_of
 from export.graphs.taps import Tapped, add_taps, linear_inputs
-from export.quantise.fp8_weights import Fp8Weights
-from export.quantise.input_means import CENTRED, input_width
+from export.precisions import LINEARS, usual_exceptions
 from export.quantise.input_scales import MARGIN
+from export.quantise.inputs import CENTRED, MeasuredInput, column_maxima, input_width, smoothing_factors
+from export.quantise.quantised_weights import QuantisedWeights
 from runtime.arrays import F32
-from studies.precision.ablation import FewLinears, Patch, keep_k_mean, scale_v_per_tensor, subtract_token_means
+from studies.precision.ablation import Patch, keep_k_mean, scale_v_per_tensor, subtract_token_means
 from studies.precision.session import fill, open_graph
 from validate.ladder.thresholds import BF16, FP16
 from wan22.parts import DitSpec
+from wan22.specs import Number, Precision
 
 PLAIN = "float32, ONNX Runtime's own kernels"
 ROUNDED = "the exported graph in float32, rounded to {} wherever it keeps 16 bits; sums in float32"
-QUANTISED = "the exported graph; FP8 quantised exactly, sums in float32, bfloat16 by rounding as in bf16"
+QUANTISED = "the exported graph; codes exactly, sums in float32, bfloat16 by rounding as in bf16"
 BEFOREHAND = "measured on a run with another prompt and other noise"
+WITHOUT_DATA = "measured by the export: noise, no text, few tokens"
 WITHIN = "subtracts from every linear's input its mean over the tokens of the call; the rounded weights restore it"
-WITHOUT_TEXT = "measured on a run without text and with few tokens, so without data"
-BOTH = Fp8(self_attention=True, cross_attention=True)
 LESS = {"K not smoothed": keep_k_mean, "V per tensor": scale_v_per_tensor}  # attention without one of its precautions
+FP8, INT8 = Quantised(), Quantised(linears=Number.INT8)
+NVFP4 = Quantised(linears=Number.NVFP4)
+NVFP4_FFN = Quantised(linears=Number.NVFP4, exceptions=usual_exceptions(Precision.NVFP4_FFN))
+FP8_ATTN, INT8_FP8_ATTN = Quantised(True, True), Quantised(True, True, Number.INT8)
 
-# Linears by their names in the graph (self_attn.q stands for q, k and v; cross_attn.k for k and v).
-LINEARS = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2")
+Source = Literal["", "export", "run"]  # of means and factors: none, the export's measurement, a run beforehand
 
 
 @dataclass(frozen=True)
 class Variant:
+    """One row of the study. A row with a ``precision`` is what an export in it makes."""
+
     name: str
     compute: ir.DataType
     how: str
     aim: float = 0.0  # relative L2 error of a velocity; 0: no aim
-    fp8: Fp8 | None = None
+    quantised: Quantised | None = None  # without what is measured
+    inputs: Source = ""
+    smoothed: bool = True  # uses factors where an export does
     static: bool = False  # uses input scales measured beforehand
-    centred: bool = False  # uses input means measured beforehand
-    without_text: bool = False  # measures them on a small run without text
     patch: Patch | None = None  # applied to the exported graph
     note: str = ""
+    precision: Precision | None = None
 
     @property
     def ablation(self) -> bool:
         """True if no export makes this variant."""
-        return self.patch is not None
+        unmeasured = self.quantised is not None and not (self.inputs or self.static)
+        return self.patch is not None or unmeasured or not self.smoothed
+
+
+def _exported(precision: Precision, quantised: Quantised, aim: float) -> tuple[Variant, ...]:
+    """What an export makes, and the same with means and factors of ``wan-trt calibrate``."""
+    made = Variant(
+        str(precision), BFLOAT16, QUANTISED, aim, quantised, "export", note=WITHOUT_DATA, precision=precision
+    )
+    return made, replace(made, name=f"{precision}, calibrated", inputs="run", note=BEFOREHAND, precision=None)
 
 
 REFERENCE = Variant("fp32", FLOAT, PLAIN)
-BFLOAT = Variant("bf16", BFLOAT16, ROUNDED.format("bfloat16"), BF16.velocity.value)  # the report shows its magnitudes
+BFLOAT = Variant("bf16", BFLOAT16, ROUNDED.format("bfloat16"), BF16.velocity.value, precision=Precision.BF16)
 VARIANTS = (
     BFLOAT,
-    Variant("fp16", FLOAT16, ROUNDED.format("float16"), FP16.velocity.value),
-    Variant("fp8", BFLOAT16, QUANTISED, 0.02, Fp8(), note="one scale per token"),
-    Variant("fp8 with input means", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, note=BEFOREHAND),
-    Variant(
-        "fp8, means without text", BFLOAT16, QUANTISED, 0.02, Fp8(), centred=True, without_text=True, note=WITHOUT_TEXT
-    ),
-    Variant("fp8, token means at run time", BFLOAT16, QUANTISED, 0.02, Fp8(), patch=subtract_token_means, note=WITHIN),
-    Variant("fp8 with static scales", BFLOAT16, QUANTISED, 0.02, Fp8(), static=True, note=f"{BEFOREHAND}, 10 % margin"),
-    Variant("fp8-attn", BFLOAT16, QUANTISED, 0.04, BOTH),
-    Variant("fp8-attn with input means", BFLOAT16, QUANTISED, 0.04, BOTH, centred=True, note=BEFOREHAND),
-    *(Variant(f"fp8-attn, {less}", BFLOAT16, QUANTISED, 0.04, BOTH, patch=patch) for less, patch in LESS.items()),
+    Variant("fp16", FLOAT16, ROUNDED.format("float16"), FP16.velocity.value, precision=Precision.FP16),
+    *_exported(Precision.FP8, FP8, 0.02),
+    Variant("fp8 without means", BFLOAT16, QUANTISED, 0.0, FP8),
+    Variant("fp8, token means at run time", BFLOAT16, QUANTISED, 0.0, FP8, patch=subtract_token_means, note=WITHIN),
+    Variant("fp8, static scales", BFLOAT16, QUANTISED, 0.0, FP8, static=True, note=f"{BEFOREHAND}, 10 % margin"),
+    *_exported(Precision.FP8_ATTN, FP8_ATTN, 0.04),
+    *(Variant(f"fp8-attn, {less}", BFLOAT16, QUANTISED, 0.0, FP8_ATTN, "export", patch=LESS[less]) for less in LESS),
+    *_exported(Precision.INT8, INT8, 0.01),
+    Variant("int8 without factors", BFLOAT16, QUANTISED, 0.0, INT8, "export", smoothed=False),
+    Variant("int8 without means and factors", BFLOAT16, QUANTISED, 0.0, INT8),
+    *_exported(Precision.INT8_FP8_ATTN, INT8_FP8_ATTN, 0.02),
+    *_exported(Precision.NVFP4, NVFP4, 0.045)[:1],
+    Variant("nvfp4 without factors", BFLOAT16, QUANTISED, 0.0, NVFP4, "export", smoothed=False),
+    Variant("nvfp4, nearest codes of plain inputs", BFLOAT16, QUANTISED, 0.0, NVFP4),
+    *_exported(Precision.NVFP4_FFN, NVFP4_FFN, 0.04)[:1],
 )
 
 
-def parts() -> list[Variant]:
-    """Variants with FP8 in a single place, which show the error of each place."""
-    alone: list[tuple[str, Fp8, Patch | None]]
-    alone = [(linear, FewLinears(linears=frozenset({linear})), None) for linear in LINEARS]
-    for name, fp8 in {"self-attention": FewLinears(True), "cross-attention": FewLinears(False, True)}.items():
-        alone += [(name, fp8, None), *((f"{name}, {less}", fp8, patch) for less, patch in LESS.items())]
-    return [Variant(name, BFLOAT16, QUANTISED, fp8=fp8, patch=patch) for name, fp8, patch in alone]
+def parts(linears: Sequence[str] = LINEARS) -> list[Variant]:
+    """Variants with lower precision in a single place, which show the error of each place."""
+    alone: list[tuple[str, Quantised, Patch | None]] = []
+    for number in (Number.FP8, Number.INT8):
+        for linear in linears:
+            others = {other: Number.BF16 for other in LINEARS if other != linear}
+            alone.append((f"{number} in {linear}", Quantised(linears=number, exceptions=others), None))
+    nowhere = dict.fromkeys(LINEARS, Number.BF16)
+    for name, fp8 in {"self-attention": Quantised(True), "cross-attention": Quantised(False, True)}.items():
+        made = replace(fp8, exceptions=nowhere)
+        alone += [
+            (f"fp8 in {name}", made, None),
+            *((f"fp8 in {name}, {less}", made, patch) for less, patch in LESS.items()),
+        ]
+    return [Variant(name, BFLOAT16, QUANTISED, 0.0, made, "export", patch=patch) for name, made, patch in alone]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The inputs of an expert's linears, measured before the judged run: largest magnitude and mean, by linear."""
+    """The inputs of an expert's linears, measured before the judged run: by an export, and by a run."""
 
     largest: Mapping[str, float]
-    means: Mapping[str, F32]
+    by_run: Mapping[str, MeasuredInput]
+    by_export: Mapping[str, MeasuredInput]
 
 
-NO_CALIBRATION = Calibration({}, {})
+NO_CALIBRATION = Calibration({}, {}, {})
 
 
 def open_variant(
@@ -102,12 +132,21 @@ def open_variant(
 
 
 def open_reference(spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
-    """The float32 graph, recording of every linear's input the largest magnitude and the means that an export uses."""
+    """The float32 graph, recording of every linear's input the largest magnitude and what an export uses."""
     model = _model(REFERENCE, spec, weights, NO_CALIBRATION)
     entering = linear_inputs(model)
-    centred = {name: (x, input_width(spec, name)) for name, x in entering.items() if name.split(".", 2)[2] in CENTRED}
-    taps = add_taps(model, entering, centred)
+    rows = {name: (x, input_width(spec, name)) for name, x in entering.items() if kind_of(name) in CENTRED}
+    taps = add_taps(model, entering, rows)
     return Tapped(open_graph(model), taps)
+
+
+def inputs_of(tapped: Tapped, weights: Mapping[str, F32]) -> dict[str, MeasuredInput]:
+    """Means and factors from the calls of a tapped graph."""
+    spreads = tapped.spreads
+    return {
+        name: MeasuredInput(mean, smoothing_factors(spreads[name], column_maxima(weights.__getitem__, name)))
+        for name, mean in tapped.means.items()
+    }
 
 
 def open_noted(variant: Variant, spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
@@ -129,13 +168,17 @@ def open_noted(variant: Variant, spec: DitSpec, weights: Mapping[str, F32]) -> T
 
 
 def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured: Calibration) -> ir.Model:
-    if variant.fp8 is None:
+    made = variant.quantised
+    if made is None:
         return fill(dit_graph(spec, variant.compute), weights.__getitem__)
     scales = {name: MARGIN * value / FLOAT8_MAX for name, value in measured.largest.items()} if variant.static else {}
-    means = measured.means if variant.centred else {}
-    lengths = {name: len(mean) for name, mean in means.items()}
-    g = dit_graph(spec, variant.compute, None, replace(variant.fp8, static=frozenset(scales), centred=lengths))
+    known = {"": {}, "export": measured.by_export, "run": measured.by_run}[variant.inputs]
+    used = {linear: found for linear, found in known.items() if made.number(linear) is not None}
+    smooth = {name for name in used if variant.smoothed and (number := made.number(name)) and number.smoothed}
+    used = {name: found if name in smooth else replace(found, factor=None) for name, found in used.items()}
+    centred, smoothed = frozenset(map(kind_of, used)), frozenset(map(kind_of, smooth))
+    made = replace(made, static=frozenset(scales), centred=centred, smoothed=smoothed)
+    g = dit_graph(spec, variant.compute, None, made)
     if variant.patch:
         variant.patch(g)
-    quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
-    return fill(g, Fp8Weights(weights.__getitem__, spec, quantised, scales, means))
+    return fill(g, QuantisedWeights(weights.__getitem__, spec, coded_matrices(g), scales, used))

@@ -4,9 +4,10 @@
 
 The held-out prompts (prompt *n* with the noise of seed *n*) are rendered in every way of ``WAYS``. A clip is compared
 with that of float32 with the same number of steps or the model's own, and the judge says whether it shows what the
-prompt says. 16-bit and FP8 graphs run as exported, in ONNX Runtime on the CPU; bfloat16 is emulated by rounding. Input
-means are measured on captions that the model was trained on. ``quality.json`` grows by a prompt at a time, so a command
-that was stopped goes on, with more prompts if it is asked for more; ``strips`` has the frames of every prompt.
+prompt says. Graphs in 16 and 8 bits run as exported, in ONNX Runtime on the CPU; bfloat16 is emulated by rounding.
+"Calibrated" exports use what was measured on captions that the model was trained on. ``quality.json`` grows by a prompt
+at a time, so a command that was stopped goes on, with more prompts if it is asked for more; ``strips`` has the frames
+of every prompt.
 """
 
 import json
@@ -77,9 +78,11 @@ WAYS = (
     Way("bf16", precision=Precision.BF16),
     Way("fp16", precision=Precision.FP16),
     Way("fp8", precision=Precision.FP8),
-    Way("fp8, input means", precision=Precision.FP8, means=True),
+    Way("fp8, calibrated", precision=Precision.FP8, means=True),
     Way("fp8-attn", precision=Precision.FP8_ATTN),
-    Way("fp8-attn, input means", precision=Precision.FP8_ATTN, means=True),
+    Way("int8", precision=Precision.INT8),
+    Way("int8, calibrated", precision=Precision.INT8, means=True),
+    Way("int8+fp8-attn", precision=Precision.INT8_FP8_ATTN),
     Way("10 steps", request=Request(steps=10)),
     Way("6 steps", request=Request(steps=6)),
     Way("6 steps, dpm++", request=Request(steps=6, solver="dpm++")),

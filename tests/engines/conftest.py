@@ -12,10 +12,10 @@ from engines.profiles import profiles_for
 from engines.targets import TARGETS
 from export.graphs.builder import BFLOAT16, Placed
 from export.graphs.dit import dit_graph
-from export.graphs.linear import Fp8
+from export.precisions import usual_quantised
 from wan22.specs import SPECS, Precision
 
-FP8_OF = {Precision.BF16: None, Precision.FP8: Fp8(), Precision.FP8_ATTN: Fp8(True, True)}
+QUANTISED = {precision: usual_quantised(precision) for precision in Precision}
 REPEATED_VALUES = 2**20 + 7  # an odd length, so that no two rows are equal
 
 
@@ -44,7 +44,7 @@ def compiled(tmp_path):
     def build(model, target, precision, size="256x160", frames="5..17", layers=None):
         spec = SPECS[model]
         dit = spec.dit if layers is None else replace(spec.dit, layers=layers)
-        g = dit_graph(dit, BFLOAT16, None, FP8_OF[precision])
+        g = dit_graph(dit, BFLOAT16, None, QUANTISED[precision])
         bound(g, tmp_path)
         g.save(tmp_path / "dit.onnx")
         options = EngineOptions(TARGETS[target], profiles_for(spec, size, frames), g.edges()[0])

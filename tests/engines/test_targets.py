@@ -23,8 +23,17 @@ def test_an_unknown_target_lists_the_choices():
 
 @pytest.mark.parametrize("name", ["a100", "rtx3090"])
 def test_fp8_on_ampere_names_the_precision_to_use_instead(name):
-    with pytest.raises(UserError, match=r"no FP8 units.*use --precision bf16"):
-        check_precision(TARGETS[name], Precision.FP8_ATTN)
+    for refused in (Precision.FP8, Precision.FP8_ATTN, Precision.INT8_FP8_ATTN):
+        with pytest.raises(UserError, match=r"no FP8 units.*use --precision int8$"):
+            check_precision(TARGETS[name], refused)
+
+
+def test_int8_is_recommended_where_it_is_as_fast_as_anything():
+    found = {name: TARGETS[name].recommended_precision for name in ("rtx3090", "a100", "rtx4090", "h100", "cpu")}
+    assert found == {
+        "rtx3090": Precision.INT8, "a100": Precision.INT8, "rtx4090": Precision.INT8_FP8_ATTN,
+        "h100": Precision.INT8_FP8_ATTN, "cpu": Precision.FP32,
+    }  # fmt: skip
 
 
 def test_the_cpu_computes_fp32_only_among_the_wide_ones():
@@ -38,6 +47,16 @@ def test_dense_fp8_is_twice_dense_bf16(target):
     """A sparse figure slipped into one of the columns would break the ratio that all tensor cores have."""
     assert target.fp8_tflops / target.bf16_tflops == pytest.approx(2, rel=0.02)
     check_precision(target, Precision.FP8)
+
+
+@pytest.mark.parametrize("target", GPUS, ids=lambda t: t.name)
+def test_dense_int8_is_in_the_ratio_of_its_architecture(target):
+    """GeForce from Ada on multiplies INT8 at twice the rate of FP8 with float32 accumulation, all others alike."""
+    geforce = target.product.startswith("GeForce")
+    ratio = 4 if geforce else 2
+    assert target.int8_tflops / target.bf16_tflops == pytest.approx(ratio, rel=0.02)
+    if target.fp4_tflops:
+        assert target.fp4_tflops / target.int8_tflops == pytest.approx(2, rel=0.02)
 
 
 @pytest.mark.parametrize("target", GPUS, ids=lambda t: t.name)

@@ -9,7 +9,7 @@ import pytest
 
 from export.graphs.builder import BFLOAT16, FLOAT
 from export.graphs.dit import LatentDims, dit_graph
-from export.graphs.linear import Fp8
+from export.graphs.linear import Quantised
 from export.graphs.text_encoder import text_encoder_graph
 from export.graphs.vae_decoder import vae_decoder
 from export.graphs.vae_encoder import vae_encoder
@@ -17,7 +17,7 @@ from export.graphs.weights_file import declare_weights, placements
 from wan22.specs import I2V_A14B, T2V_A14B, TI2V_5B
 
 DITS = [(T2V_A14B, 14_288_491_584), (I2V_A14B, 14_288_901_184), (TI2V_5B, 4_999_787_712)]
-PRECISIONS = {"bf16": None, "fp8": Fp8(), "fp8-attn": Fp8(self_attention=True, cross_attention=True)}
+PRECISIONS = {"bf16": None, "fp8": Quantised(), "fp8-attn": Quantised(self_attention=True, cross_attention=True)}
 
 
 def parameters(*graphs):

@@ -13,7 +13,7 @@ from engines.plan import card_plans
 from export.graphs.blocks import stage_graphs
 from export.graphs.builder import BFLOAT16
 from export.graphs.dit import dit_graph
-from export.graphs.linear import Fp8
+from export.precisions import usual_quantised
 from runtime.block_transformer import BlockTransformer, SharedBlocks
 from tests.export.graphs.test_dit import inputs_for
 from wan22.block_layout import ITEM_BYTES
@@ -103,7 +103,7 @@ class PaperDevice:
 
 def transformer(spec):
     """The component and the layout of a transformer in blocks."""
-    fp8 = Fp8(True, True)
+    fp8 = usual_quantised(Precision.FP8_ATTN)
     stages = tuple(g.stage(File(f"{n}.plan", "", 1)) for n, g in stage_graphs(spec.dit, BFLOAT16, fp8).items())
     inputs, outputs = dit_graph(spec.dit, BFLOAT16, None, fp8).edges()
     made = Component("dit", stages[-1].graph, (), inputs, outputs, Precision.FP8_ATTN, stages=stages)

@@ -218,13 +218,14 @@ def test_the_bound_of_v_holds_for_any_token():
     width, blocks = 64, 3
     matrices = rng.standard_normal((blocks, width, width)).astype(np.float32)
     tables, modulation = rng.standard_normal((blocks, 6 * width)), rng.standard_normal((2, 6 * width))
-    scales = fp8_scales(np.linalg.norm(matrices, axis=2), tables, modulation)
+    means = 3 * rng.standard_normal((blocks, width)).astype(np.float32)
+    scales = fp8_scales(np.linalg.norm(matrices, axis=2), tables, modulation, means)
     for block in range(blocks):
         shift, scale = np.split((tables[block] + modulation)[:, : 2 * width], 2, axis=1)
         x = rng.standard_normal((500, width)) ** 5  # with outliers
         normed = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
         for row in range(2):
-            v = (normed * (1 + scale[row]) + shift[row]) @ matrices[block].T
+            v = (normed * (1 + scale[row]) + shift[row] - means[block]) @ matrices[block].T
             assert (np.abs(v) <= 448 * scales["v_scale"][block]).all()
 
 

@@ -15,7 +15,7 @@ from wan22.specs import Precision
 
 FEW = (
     Way("fp32"),
-    Way("fp8, input means", precision=Precision.FP8, means=True, request=Request(steps=4)),
+    Way("fp8, calibrated", precision=Precision.FP8, means=True, request=Request(steps=4)),
     Way("10 steps, cached", request=Request(steps=10, cache=Caching(skip_steps=(5, 7)))),
 )
 
@@ -83,6 +83,6 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     both = json.loads((tmp_path / "quality.json").read_text())["prompts"]
     assert both[:1] == first
     assert [prompt["ways"]["10 steps, cached"]["forwards"] for prompt in both] == [16, 16]
-    assert all(20 < prompt["ways"]["fp8, input means"]["psnr_db"] < 45 for prompt in both)
+    assert all(20 < prompt["ways"]["fp8, calibrated"]["psnr_db"] < 45 for prompt in both)
     assert rendered[len(FEW) + 2 :] == [1] * len(FEW)
     assert len(list((tmp_path / "strips").iterdir())) == 2

@@ -3,9 +3,12 @@
 import pytest
 from typer.testing import CliRunner
 
+from engines.targets import check_bundle, target_named
+from export.files.safetensors_file import read_safetensors
 from tests.wan_trt.test_cli import refused, status
 from wan22.bundle import open_bundle
-from wan22.specs import Precision
+from wan22.errors import UserError
+from wan22.specs import Number, Precision
 from wan_trt.cli import app
 
 
@@ -36,7 +39,58 @@ def test_fp32_for_tensorrt_rtx_has_a_text_encoder_that_it_can_run(tmp_path, tiny
 
 def test_a_precision_that_the_target_lacks_is_refused_before_any_work(tmp_path, tiny_checkpoint, capsys):
     words = ["--target", "rtx3090", "--precision", "fp8"]
-    assert "use --precision bf16" in refused(capsys, "export", tiny_checkpoint, tmp_path / "onnx", *words)
+    assert "use --precision int8" in refused(capsys, "export", tiny_checkpoint, tmp_path / "onnx", *words)
+    assert not list(tmp_path.iterdir())
+
+
+# INT8, and linears of another type
+
+
+def test_int8_needs_nothing_else_and_linears_can_be_kept_out_of_it(tmp_path, tiny_checkpoint):
+    kept = "ffn.2=fp8,self_attn.o,auto"
+    precisions, manifest = exported(
+        tiny_checkpoint, tmp_path / "onnx", "--precision", "int8", "--keep-high-precision", kept
+    )
+    assert (manifest.precision, precisions["low_noise"], precisions["text_encoder"]) == ("int8", "int8", "bf16")
+    (expert,) = [component for component in manifest.components if component.name == "low_noise"]
+    assert expert.exceptions == {"ffn.2": Number.FP8, "self_attn.o": Number.BF16}
+    assert expert.stages  # all blocks compute alike
+    assert "self_attn.o in bf16" in expert.why_higher
+    stored = read_safetensors(tmp_path / "onnx/low_noise.safetensors")
+    dtypes = {name: str(stored[f"blocks.1.{name}.weight"].dtype) for name in ("self_attn.qkv", "ffn.2", "self_attn.o")}
+    assert dtypes == {"self_attn.qkv": "int8", "ffn.2": "float8_e4m3fn", "self_attn.o": "bfloat16"}
+    assert stored["blocks.1.ffn.0.input_factor"].read().min() > 0
+    assert "blocks.1.ffn.2.input_factor" not in stored
+    check_bundle(target_named("rtx4090"), manifest)
+    with pytest.raises(
+        UserError, match=r"high_noise with ffn.2 in fp8 for rtx3090 .* --keep-high-precision ffn.2=bf16"
+    ):
+        check_bundle(target_named("rtx3090"), manifest)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--precision", "int8", "--keep-high-precision", "ffn.9"], "expected one of self_attn.q, "),
+        (["--precision", "int8", "--keep-high-precision", "7.ffn.2"], "--keep-high-precision blocks.7.ffn.2"),
+        (["--precision", "int8", "--keep-high-precision", "ffn.2=fp9"], "bf16, fp8 or int8 after ="),
+        (["--precision", "int8", "--keep-high-precision", "ffn.2=fp32"], "bf16, fp8 or int8"),
+        (["--precision", "int8", "--keep-high-precision", "x"], "write them as 0-2,39, ffn.2=fp8 or auto"),
+        (["--precision", "bf16", "--keep-high-precision", "auto"], "without FP8 or INT8"),
+        (["--precision", "int8", "--input-scales", "s.json"], "--input-scales without FP8"),
+        (["--precision", "int8-attn"], "a matrix of tokens by tokens"),
+        (["--high-noise", "int8-attn"], "a matrix of tokens by tokens"),
+        (["--precision", "int9"], "precision 'int9' | expected one of fp32, "),
+        (["--precision", "int8", "--text-encoder", "int8"], "text_encoder in int8"),
+        (["--target", "a100", "--precision", "int8+fp8-attn"], "no FP8 units"),
+        (
+            ["--target", "a100", "--precision", "int8", "--keep-high-precision", "ffn.2=fp8"],
+            "--keep-high-precision ffn.2=fp8 for a100",
+        ),
+    ],
+)
+def test_what_int8_cannot_be_is_said(tmp_path, tiny_checkpoint, words, said, capsys):
+    assert said in refused(capsys, "export", tiny_checkpoint, tmp_path / "onnx", *words)
     assert not list(tmp_path.iterdir())
 
 

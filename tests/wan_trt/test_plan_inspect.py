@@ -23,13 +23,30 @@ def test_a_plan_for_people_says_whether_it_fits(capsys):
     assert "fits" in told
 
 
+def test_the_precisions_of_a_card_are_compared(capsys):
+    assert status(["plan", "t2v-a14b", "--target", "rtx3090", "--compare-precisions"]) == 0
+    told = capsys.readouterr().out
+    assert "recommended: --precision int8" in told
+    assert "fp8 for rtx3090 (compute capability 8.6 has no FP8 units): use --precision int8" in told
+    assert status(["plan", "t2v-a14b", "--target", "rtx4090", "--compare-precisions", "--json"]) == 0
+    plans = {plan["precision"]: plan for plan in json.loads(capsys.readouterr().out)}
+    steps = {name: plan["roofline_step_s"] for name, plan in plans.items()}
+    assert steps["int8+fp8-attn"] < steps["int8"] < steps["bf16"]
+    assert steps["int8+fp8-attn"] < steps["fp8-attn"]
+    figures = {name: plan["figures"] for name, plan in plans.items()}
+    assert figures["fp32"] is None
+    for name, found in figures.items():
+        assert name == "fp32" or 0 < max(found["velocity"].values()) < 0.05
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["t2v-a14b", "--target", "rtx2080"], "target 'rtx2080'"),
         (["wan3", "--target", "cpu"], "model 'wan3'"),
-        (["t2v-a14b", "--target", "a100", "--precision", "fp8"], "use --precision bf16"),
+        (["t2v-a14b", "--target", "a100", "--precision", "fp8"], "use --precision int8"),
         (["t2v-a14b", "--target", "h100", "--frames", "80"], "80 frames"),
+        (["t2v-a14b", "--compare-precisions"], "--compare-precisions without --target"),
     ],
 )
 def test_plans_that_cannot_be(capsys, arguments, told):

@@ -6,7 +6,8 @@ differ only in the order of additions, which random-walks a few units of 6e-8 th
 and 2**-8 of their size) through all layers. For scale: an eight-layer transformer with random weights has an error of
 0.9 % when it runs entirely in bf16 (wan22.md §10). fp16 rounds eight times finer, and its limits are tighter by as
 much. ``fp8`` rounds 16 times coarser than bf16, but only in the matrix products of the transformer's blocks; its limits
-leave room for real activations.
+leave room for real activations. ``int8`` has half of that error: its matrices and most rows err by 0.9 %, rows with
+outliers by more, and linears where it would be more than FP8's 2.6 % belong in FP8.
 
 These limits against float32 are necessarily wide. ``EXCESS`` separates export error from precision loss: it limits our
 error divided by PyTorch's error in the same precision on the same inputs.
@@ -117,8 +118,33 @@ FP8 = Thresholds(
     frames=Limit("psnr_db", 20.0, "a tenth of the range: other details, the same picture"),
     ssim=Limit("ssim", 0.8, "other details, the same picture"),
 )
+INT8 = Thresholds(
+    text=BF16.text,
+    velocity=Limit("relative_l2", 4e-2, "half of fp8's: 0.9 % of a matrix, at most 2.6 % of a row that suits INT8"),
+    latents=Limit("relative_l2", 1e-1, "a velocity's 4e-2, times guidance; the steps average out part of it"),
+    vae=BF16.vae,
+    streaming=BF16.streaming,
+    frames=Limit("psnr_db", 26.0, "half the error that fp8 may have"),
+    ssim=Limit("ssim", 0.9, "grain and some details differ"),
+)
+NVFP4 = Thresholds(
+    text=BF16.text,
+    velocity=Limit("relative_l2", 1.6e-1, "twice fp8's: 1 bit of mantissa, a scale for 16 numbers"),
+    latents=Limit("relative_l2", 4e-1, "a velocity's 1.6e-1, times guidance; the steps average out part of it"),
+    vae=BF16.vae,
+    streaming=BF16.streaming,
+    frames=Limit("psnr_db", 15.0, "twice the error that fp8 may have: the same scene"),
+    ssim=Limit("ssim", 0.6, "other details, the same composition"),
+)
 EXCESS = Limit("excess", 1.5, "PyTorch's error in the same precision, plus half of it for rounding in other places")
-BY_LINEARS = {Number.FP32: FP32, Number.FP16: FP16, Number.BF16: BF16, Number.FP8: FP8}
+BY_LINEARS = {
+    Number.FP32: FP32,
+    Number.FP16: FP16,
+    Number.BF16: BF16,
+    Number.FP8: FP8,
+    Number.INT8: INT8,
+    Number.NVFP4: NVFP4,
+}
 
 
 def thresholds_for(precision: Precision) -> Thresholds:

@@ -23,7 +23,7 @@ from wan22.specs import ModelSpec
 
 if TYPE_CHECKING:
     from export.checkpoint.checkpoint import Checkpoint, Weights
-    from export.files.decoded import Codes
+    from export.files.decoded import Codes, Nvfp4
     from export.files.tensor_file import Stored
 
 PUT_BACK = "restore the file that was merged, or export again"
@@ -278,5 +278,5 @@ class _Merged:
     def stored(self, name: str) -> "Stored | None":  # noqa: ARG002  # only the export shares files
         return None
 
-    def codes(self, name: str) -> "Codes | None":  # noqa: ARG002  # nor does the reference multiply FP8
+    def codes(self, name: str) -> "Codes | Nvfp4 | None":  # noqa: ARG002  # nor does the reference multiply FP8
         return None

@@ -1,10 +1,10 @@
 """The reference in lower precision. It shows the precision's own error, without any of our code.
 
 16-bit precisions are those of diffusers and transformers: weights, activations and the residual stream use that dtype,
-and the modules that the libraries keep in float32 stay there. PyTorch has no FP8 transformer to compare with, so those
-modules get a plain recipe: one scale per matrix of a block, one per token of its input, and 16 bits elsewhere. FP8
-attention follows SageAttention (arXiv 2410.02367) with one scale per tensor. Blocks or linears that a bundle keeps in
-higher precision by choice are not kept higher here.
+and the modules that the libraries keep in float32 stay there. PyTorch has no FP8 or INT8 transformer to compare with,
+so those modules get a plain recipe: one scale per token, one per matrix of a block in FP8 and one per row of it in
+INT8, and 16 bits elsewhere. FP8 attention follows SageAttention (arXiv 2410.02367) with one scale per tensor. Means and
+factors that a bundle applies are not applied here, and what it keeps in higher precision by choice is not kept higher.
 
 Convolutions on the CPU can use oneDNN. This changes their speed, not the formula.
 """
@@ -21,14 +21,15 @@ from wan22.specs import Number, Precision
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = {Number.FP32: torch.float32, Number.BF16: torch.bfloat16, Number.FP16: torch.float16}
-LARGEST = torch.finfo(FLOAT8).max
+CODES = (FLOAT8, torch.int8)
+LARGEST, LARGEST_INT8 = torch.finfo(FLOAT8).max, 127.0
 SMALLEST_SCALE = 1e-12
 QUERIES_AT_ONCE = 1024  # rows of the attention matrix held in memory at once
 ONLY_FOR_FP16 = frozenset({"wo"})  # transformers keeps UMT5's "wo" in float32 only because float16 would overflow
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """The dtype of everything that is not FP8."""
+    """The dtype of everything that is not quantised."""
     return DTYPES[precision.wide.linears]
 
 
@@ -36,13 +37,13 @@ def lower_precision(module: Any, precision: Precision) -> Any:
     """Convert the float32 ``module`` to ``precision`` in place, and return it."""
     dtype = dtype_of(precision)
     kept = set(module._keep_in_fp32_modules or ()) - (ONLY_FOR_FP16 if dtype == torch.bfloat16 else set())
-    if precision.linears is Number.FP8:
+    if precision.quantised:
         for parent in [parent for block in module.blocks for parent in block.modules()]:
             for name, child in list(parent.named_children()):
                 if isinstance(child, torch.nn.Linear):
-                    setattr(parent, name, Fp8Linear(child.weight, child.bias))
+                    setattr(parent, name, LINEARS[precision.linears](child.weight, child.bias))
     for name, parameter in module.named_parameters():
-        if parameter.dtype != FLOAT8 and not kept & set(name.split(".")):
+        if parameter.dtype not in CODES and not kept & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)
     return module
 
@@ -61,6 +62,54 @@ class Fp8Linear(torch.nn.Module):
         values, scale = _through_fp8(x.float(), -1)
         product = functional.linear(values, self.weight.float()) * (scale * self.scale)
         return (product + self.bias.float()).to(x.dtype)
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer that multiplies integers exactly, with one scale for each row of the matrix and one per token."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        values, self.scale = _through_int8(weight)
+        self.weight = torch.nn.Parameter(values.to(torch.int8), requires_grad=False)
+        self.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in]`` → ``[..., out]`` in the dtype of ``x``."""
+        values, scale = _through_int8(x.float())
+        product = functional.linear(values, self.weight.float()) * scale * self.scale.squeeze(-1)
+        return (product + self.bias.float()).to(x.dtype)
+
+
+class Nvfp4Linear(torch.nn.Module):
+    """A linear layer that multiplies NVFP4 values, rounded to the nearest, with one more scale for every row."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(_through_nvfp4(weight).to(torch.bfloat16), requires_grad=False)
+        self.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in]`` → ``[..., out]`` in the dtype of ``x``."""
+        product = functional.linear(_through_nvfp4(x.float()), self.weight.float())
+        return (product + self.bias.float()).to(x.dtype)
+
+
+def _through_nvfp4(x: torch.Tensor) -> torch.Tensor:
+    """``x [..., in]`` rounded to NVFP4: E2M1, an E4M3 scale for 16 numbers, a scale for every row."""
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
+    groups = (x / largest).unflatten(-1, (-1, 16))
+    scales = (groups.abs().amax(-1, keepdim=True) / 6 * LARGEST).to(FLOAT8).float() / LARGEST
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    scaled = groups / torch.where(scales > 0, scales, 1.0)
+    distance, nearest = torch.full_like(scaled, torch.inf), torch.zeros_like(scaled)
+    for value in magnitudes:
+        closer = (scaled.abs() - value).abs() < distance
+        nearest = torch.where(closer, value, nearest)
+        distance = torch.where(closer, (scaled.abs() - value).abs(), distance)
+    return (nearest * scaled.sign() * scales).flatten(-2) * largest
+
+
+LINEARS = {Number.FP8: Fp8Linear, Number.INT8: Int8Linear, Number.NVFP4: Nvfp4Linear}
 
 
 def attention_of(precision: Precision) -> AbstractContextManager[Any]:
@@ -127,6 +176,12 @@ def _through_fp8(x: torch.Tensor, axis: int | None) -> tuple[torch.Tensor, torch
     """``x`` divided by its scale and rounded to FP8, as float32, and the scale: one for ``x`` or one along ``axis``."""
     scale = _scale(x, axis)
     return (x / scale).clamp(-LARGEST, LARGEST).to(FLOAT8).float(), scale
+
+
+def _through_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of ``x`` divided by their scale and rounded to integers, as float32, and the scales."""
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST_SCALE) / LARGEST_INT8
+    return (x / scale).round(), scale
 
 
 def _scale(x: torch.Tensor, axis: int | None) -> torch.Tensor:

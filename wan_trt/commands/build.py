@@ -40,6 +40,10 @@ def run(
         str | None,
         typer.Option(help="ulysses4, or ulysses2,ulysses4: engines for so many GPUs that divide the tokens."),
     ] = None,
+    lora_slots: Annotated[
+        int | None,
+        typer.Option(metavar="RANK", help="Room for LoRAs of requests, in engines in blocks: the sum of their ranks."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Build the engines of an ONNX bundle for a target."""
@@ -49,7 +53,7 @@ def run(
         instead = {"external": "blocks", "embedded": "whole"}[weights]
         raise UserError(f"--weights {weights}", "a topology", f"write --topology {instead}")
     with bars() as progress:
-        gpu = BuildOptions(target, size, frames, tf32, timing_cache, topology, vae_strips, parallel)
+        gpu = BuildOptions(target, size, frames, tf32, timing_cache, topology, vae_strips, parallel, lora_slots)
         options = replace(gpu, overwrite=overwrite, command=command_line())
         result = build_engines(bundle, engines, options, progress)
     build = result.manifest.build

@@ -8,8 +8,8 @@ import typer
 
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
-from wan22.specs import Precision
-from wan_trt.arguments import PRECISIONS, Frames, Overwrite, Size, blocks_of, size_of
+from wan22.specs import Number, Precision, precision_named
+from wan_trt.arguments import PRECISIONS, Frames, Overwrite, Size, kept_of, size_of
 from wan_trt.console import bars, command_line, console
 
 Checkpoint = Annotated[
@@ -24,23 +24,29 @@ Part = Annotated[
     typer.Option(metavar="FILE|PRECISION", help="A file to replace the checkpoint's, a precision, or both (twice)."),
 ]
 ModelPrecision = Annotated[
-    Precision | None,
+    str | None,
     typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
 ]
 Target = Annotated[
     str | None, typer.Option(help="Target to build the engines for, as in wan-trt build; by default cpu.")
 ]
-PartPrecision = Annotated[Precision | None, typer.Option(metavar="PRECISION", help="Precision of this part alone.")]
+PartPrecision = Annotated[str | None, typer.Option(metavar="PRECISION", help="Precision of this part alone.")]
 Vae = Annotated[Path | None, typer.Option(metavar="FILE", help="A file to use instead of the checkpoint's VAE.")]
 Tokenizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with tokenizer.json, or a spiece.model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
 Fp8Attention = Annotated[
     Literal["both", "self", "cross"], typer.Option(help="Attention that fp8-attn computes in FP8.")
 ]
-Blocks = Annotated[str, typer.Option(metavar="BLOCKS", help="Transformer blocks without FP8, such as 0-2,37-39.")]
+Kept = Annotated[
+    str,
+    typer.Option(
+        metavar="WHAT",
+        help="As 0-2,39: blocks in 16 bits; as ffn.2=fp8: linears in another type; auto: those INT8 does not suit.",
+    ),
+]
 InputScales = Annotated[Path | None, typer.Option(help="JSON of static FP8 scales; the default is dynamic, per token.")]
 InputMeans = Annotated[
-    Path | None, typer.Option(help="Means from wan-trt calibrate --means: smaller FP8 errors at the same speed.")
+    Path | None, typer.Option(help="Means and factors from wan-trt calibrate --means, instead of those without data.")
 ]
 Loras = Annotated[list[str] | None, typer.Option(help="LoRA to merge, FILE\\[@strength][:high|:low]; repeatable.")]
 IgnoreUnmatched = Annotated[
@@ -68,7 +74,7 @@ def run(
     revision: Revision = None,
     vae_decoder: PartPrecision = None,
     fp8_attention: Fp8Attention = "both",
-    keep_high_precision: Blocks = "",
+    keep_high_precision: Kept = "",
     input_scales: InputScales = None,
     input_means: InputMeans = None,
     preset: SamplingPreset = None,
@@ -81,6 +87,7 @@ def run(
 ) -> None:
     """Export a checkpoint to ONNX, with dynamic shapes unless --size and --frames fix them."""
     fixed = size_of(size)
+    from engines.targets import number_of_peaked
     from export.exporter import export_checkpoint
     from export.lora.merge import parse_lora
     from export.options import ExportOptions
@@ -88,14 +95,18 @@ def run(
     named = {"text_encoder": text_encoder, "high_noise": high_noise, "low_noise": low_noise, "dit": dit}
     files, precisions = _files_and_precisions(named)
     files |= {part: path for part, path in (("vae", vae), ("tokenizer", tokenizer)) if path is not None}
-    precisions |= {"vae_decoder": vae_decoder} if vae_decoder is not None else {}
-    precision = _for_target(target, precision, precisions)
+    precisions |= {"vae_decoder": precision_named(vae_decoder)} if vae_decoder is not None else {}
+    chosen = _for_target(target, None if precision is None else precision_named(precision), precisions)
     where, bundle = _place(checkpoint, bundle, files, revision)
+    blocks, linears, by_crest, kept_in = kept_of(keep_high_precision)
+    _check_kept(target, linears)
     options = ExportOptions(
-        precision,
+        chosen,
         precisions,
         fp8_attention,
-        blocks_of(keep_high_precision),
+        blocks,
+        linears,
+        (kept_in or number_of_peaked(target)) if by_crest else None,
         input_scales,
         input_means,
         preset=preset,
@@ -133,6 +144,16 @@ def _for_target(target: str | None, precision: Precision | None, parts: dict[str
     return chosen
 
 
+def _check_kept(target: str | None, linears: Mapping[str, Number]) -> None:
+    """Refuse linears in a type that ``target`` does not multiply."""
+    from engines.targets import target_named
+
+    for linear, number in linears.items():
+        if target is not None and number not in (numbers := target_named(target).numbers):
+            found = f"--keep-high-precision {linear}={number} for {target}"
+            raise UserError(found, ", ".join(numbers), "choose one of these")
+
+
 def _files_and_precisions(named: Mapping[str, list[str] | None]) -> tuple[dict[str, Path], dict[str, Precision]]:
     """The files and precisions from the options of the parts, each a file, a precision or both."""
     files: dict[str, Path] = {}
@@ -144,6 +165,8 @@ def _files_and_precisions(named: Mapping[str, list[str] | None]) -> tuple[dict[s
             if part in target:
                 raise UserError(f"{option} {value} after {target[part]}", "a file and a precision", "name one of each")
             target[part] = Precision(value) if target is precisions else Path(value)
+            if value.endswith("int8-attn"):
+                precision_named(value)  # says why not
             if target is files and not Path(value).exists() and "." not in value and "/" not in value:
                 raise UserError(f"{option} {value}", f"a file, or one of {', '.join(Precision)}", "check the name")
     return files, precisions

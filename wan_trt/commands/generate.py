@@ -1,11 +1,13 @@
 """``wan-trt generate``: engines and a prompt → video."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.outputs import check_no_source
 from wan22.quantities import human_bytes, video_text
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @given.with_options(
-    given.SAMPLING, cache_options.OPTIONS, prompt_options.OPTIONS, prompt_options.EXTENSION, given.BLOCKS
+    given.SAMPLING, cache_options.OPTIONS, prompt_options.OPTIONS, prompt_options.EXTENSION, given.BLOCKS, given.SLOTS
 )
 def run(
     engines: given.Engines,
@@ -45,6 +47,7 @@ def run(
     schedule: given.Schedule = None,
     overwrite: given.Overwrite = False,
     residency: given.Residency = "auto",
+    checkpoint: Annotated[str | None, typer.Option(help="The checkpoint for --lora, if it has moved.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the time of every stage and step.")] = False,
     **shared: Any,
 ) -> None:
@@ -53,6 +56,8 @@ def run(
     from runtime.generate import Encoding, generate
     from runtime.pipeline import Pipeline
     from runtime.video import QUALITY
+    from runtime.weight_sets import WeightSets
+    from wan_trt.recipes.lora_slots import SET, filled_slots
 
     listed = cache_options.skip_steps_file(shared.get("skip_steps"))
     check_no_source(output, noise, again, image, last_image, listed)
@@ -61,7 +66,14 @@ def run(
         request, fps, quality = _again(again, request, engines, fps, quality)
     blocks = given.blocks_options(shared)
     opened = Pipeline.open(engines, residency=residency, once=True, tell=console.print, blocks=blocks)
-    with opened as pipeline, bars() as progress:
+    with (
+        bars() as progress,
+        filled_slots(engines, shared.get("loras") or (), checkpoint, progress) as filled,
+        opened as pipeline,
+    ):
+        if filled is not None:
+            pipeline.weight_sets = WeightSets(pipeline.bundle, {SET: open_bundle(filled, "engines")})
+            request = replace(request, lora=SET)
         request = prompt_options.extended_request(shared, request, pipeline)
         encoding = Encoding(fps, QUALITY if quality is None else quality, overwrite)
         result = generate(pipeline, request, output, encoding, progress=progress)

@@ -3,12 +3,13 @@
 import json
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import msgspec
 import typer
 
 from wan22.errors import UserError
 from wan22.parallel import parse_split
 from wan22.quantities import parse_bytes
-from wan22.specs import Precision, spec_named
+from wan22.specs import Precision, precision_named, spec_named
 from wan_trt.arguments import PRECISIONS, Frames, Size, Vram, size_of
 from wan_trt.console import console
 
@@ -23,7 +24,7 @@ def run(
         str | None, typer.Option(help="GPU such as rtx4090 or h100, cuda (ONNX Runtime on any GPU), cpu, or auto.")
     ] = None,
     precision: Annotated[
-        Precision | None,
+        str | None,
         typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
     ] = None,
     size: Size = None,
@@ -31,6 +32,9 @@ def run(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     vram: Vram = None,
     cards: Annotated[bool, typer.Option("--cards", help="A table of all cards, for engines in blocks.")] = False,
+    compare_precisions: Annotated[
+        bool, typer.Option("--compare-precisions", help="A table of all precisions of the target.")
+    ] = False,
     bus: Annotated[
         float | None, typer.Option(help="GB/s from host memory to the card; by default its PCIe's.", min=0.1)
     ] = None,
@@ -51,32 +55,44 @@ def run(
 ) -> None:
     """Print sizes, memory, arithmetic and roofline times of a model, without weights or a GPU."""
     from engines.plan import card_plans, make_plan
-    from engines.plan_view import as_text, cards_as_text
+    from engines.plan_view import as_text, cards_as_text, precisions_as_text
+    from engines.precision_figures import compare_precisions as plans_of
+    from engines.precision_figures import read_figures
     from engines.targets import target_named
 
     spec = spec_named(model)
     width, height = size_of(size) or spec.sampling.sizes[0]
     video = (width, height, spec.sampling.frames if frames is None else frames)
+    asked = None if precision is None else precision_named(precision)
     budget = None if vram is None else parse_bytes(vram, "--vram")
     if cards:
         if target is not None or vram is not None or gpus is not None or parallel is not None:
             found = "--cards with --target, --vram, --gpus or --parallel"
             raise UserError(found, "all cards, each alone with all of its memory", "leave them out")
         narrowest = min(Precision, key=lambda each: (each.linears.bits, each.attention.bits))
-        plans = card_plans(spec, precision or narrowest, video, steps, bus)
+        plans = card_plans(spec, asked or narrowest, video, steps, bus)
+    elif compare_precisions:
+        if target is None or precision is not None or vram is not None:
+            found = "--compare-precisions without --target, or with --precision or --vram"
+            raise UserError(found, "a target, in all of its precisions", "name a --target alone")
+        plans = plans_of(spec, target_named(target), video, steps)
     else:
         if target is None:
             raise UserError("no --target", "a GPU, cpu or auto", "name one, or give --cards for all")
         aim = target_named(target)
-        plans = [make_plan(spec, aim, precision or aim.default_precision, video, steps, budget, bus)]
+        plans = [make_plan(spec, aim, asked or aim.default_precision, video, steps, budget, bus)]
     if gpus is not None or parallel is not None:
         _of_groups(plans[0], gpus, parallel, link, goal, efficiency, as_json=as_json)
         return
     if as_json:
         described = [plan.as_json() for plan in plans]
-        print(json.dumps(described if cards else described[0]))
+        if compare_precisions:
+            figures = {p: msgspec.to_builtins(found) for p, found in read_figures().items()}
+            described = [each | {"figures": figures.get(Precision(each["precision"]))} for each in described]
+        print(json.dumps(described if cards or compare_precisions else described[0]))
         return
-    for part in cards_as_text(plans) if cards else as_text(plans[0]):
+    shown = cards_as_text(plans) if cards else precisions_as_text(plans) if compare_precisions else as_text(plans[0])
+    for part in shown:
         console.print(part)
 
 

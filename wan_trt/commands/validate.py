@@ -1,5 +1,6 @@
 """``wan-trt validate``: compare engines with the PyTorch reference."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,7 @@ Official = Annotated[bool, typer.Option("--official", help="Compare with the off
 OfficialRepo = Annotated[Path | None, typer.Option(help="The same with a clone of Wan-Video/Wan2.2.")]
 
 
-@given.with_options(given.SAMPLING, cache_options.OPTIONS, given.BLOCKS)
+@given.with_options(given.SAMPLING, cache_options.OPTIONS, given.BLOCKS, given.SLOTS)
 def run(
     engines: Engines = None,
     checkpoint: Checkpoint = None,
@@ -76,6 +77,7 @@ def run(
         raise UserError("no ENGINES and CHECKPOINT", "both", "see wan-trt validate --help")
     request, several = given.request_from(locals() | shared), given.seeds_of(seeds)
     from validate import ValidateOptions, official_wheel
+    from wan_trt.recipes.lora_slots import SET, filled_slots
 
     reports = [output / f"report.{ending}" for ending in ("json", "xml", "md", "html")]
     for path in (*reports, None if calls is None else calls / "calls"):
@@ -89,7 +91,12 @@ def run(
         blocks,
     )  # fmt: skip
     same = _compare_devices(engines, output, options) if parallel else 0
-    return same if checkpoint is None else max(same, _compare(engines, checkpoint, output, options))
+    if checkpoint is None:
+        return same
+    with filled_slots(engines, shared.get("loras") or (), checkpoint) as filled:
+        if filled is not None:
+            options = replace(options, request=replace(request, lora=SET), lora=(SET, filled))
+        return max(same, _compare(engines, checkpoint, output, options))
 
 
 def _compare_devices(engines: Path, output: Path, options: "ValidateOptions") -> int:

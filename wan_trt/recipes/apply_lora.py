@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from engines.block_build import slotted_stages
 from engines.block_weights import attention_scales, layout_of, write_block_weights
 from export.checkpoint.place import Place
 from export.exporter import export_checkpoint
@@ -73,11 +74,13 @@ def export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder:
     """The experts with the LoRAs, in the precisions of the engines."""
     manifest = old.manifest
     size, frames = (manifest.size[:2], manifest.size[2]) if manifest.size else (None, None)
-    experts = {c.name: c.precision for c in manifest.components if c.name in manifest.spec.experts}
+    built = [component for component in manifest.components if component.name in manifest.spec.experts]
+    experts = {component.name: component.precision for component in built}
     options = ExportOptions(
         manifest.precision,
         experts,
         fp8_attention=_fp8_attention(old),
+        exceptions={linear: number for component in built for linear, number in component.exceptions.items()},
         size=size,
         frames=frames,
         loras=tuple(loras),
@@ -129,8 +132,9 @@ def _replace_weights(old: Bundle, merged: Bundle, folder: Path, progress: Progre
 
 def write_blocks(layout: Path, merged: Bundle, name: str, path: Path, progress: Progress) -> File:
     """Write the weights of an expert in blocks, if they have the ``layout`` of the engines."""
-    component = merged.component(name)
-    found = layout_of(component.stages, merged.manifest.spec.dit.layers)
-    if found != read_block_layout(layout):
+    component, expected = merged.component(name), read_block_layout(layout)
+    stages = slotted_stages(component, expected.lora_rank)
+    found = layout_of([stage for stage in stages if stage.groups == 1], merged.manifest.spec.dit.layers)
+    if found != expected:
         raise UserError(f"weights of {name} with a layout other than {layout}", "the engines' layout", "build again")
     return write_block_weights(merged.path(component.graph), found, path, progress)

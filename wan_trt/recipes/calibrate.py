@@ -1,9 +1,10 @@
-"""Calibrate FP8: run prompts through a 16- or 32-bit bundle and record the largest and mean inputs of its linears.
+"""Calibrate quantisation: run prompts through a 16- or 32-bit bundle and measure the inputs of its linears.
 
-The bundle's transformers get two more outputs: the largest magnitude of each linear's input, and its mean over all
-tokens (:mod:`export.graphs.taps`). They are built for any target and sample the prompts like a user's run, each expert
-at its own timesteps, with both branches of guidance. The maxima become static FP8 scales; the means are subtracted from
-the inputs of FP8 linears. One pass over the full-precision model is enough.
+The bundle's transformers get more outputs (:mod:`export.graphs.taps`): the largest magnitude of each linear's input,
+its mean and spread by channel, and the crest that is left by the vectors which an export measures without data. They
+are built for any target and sample the prompts like a user's run, each expert at its own timesteps, with both branches
+of guidance. Maxima become static FP8 scales, means and spreads the vectors of :mod:`export.quantise.inputs`; crests
+tell which linears INT8 does not suit. One pass over the full-precision model is enough.
 """
 
 import os
@@ -23,9 +24,22 @@ from rich.table import Table
 from engines.build import BuildOptions, build_engines
 from engines.targets import target_named
 from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
-from export.graphs.linear import FLOAT8_MAX
-from export.quantise.input_means import CENTRED, InputMeans, input_width, write_input_means
+from export.graphs.linear import FLOAT8_MAX, kind_of
 from export.quantise.input_scales import MARGIN, LinearScales, Scales, largest_magnitude, write_input_scales
+from export.quantise.inputs import (
+    CENTRED,
+    CREST_TO_ERROR,
+    FP8_ERROR,
+    ExpertInputs,
+    MeasuredInput,
+    column_maxima,
+    crests_by_kind,
+    input_width,
+    smoothing_factors,
+    too_peaked,
+    write_inputs,
+)
+from export.quantise.measure import Read, measure_inputs
 from runtime.built_for import fill_defaults
 from runtime.pipeline import Pipeline
 from runtime.prompts import Prompt, read_prompts
@@ -53,7 +67,7 @@ class CalibrateOptions:
     request: Request = field(default_factory=Request)  # for every prompt; its seed is the first, others count up
     margin: float = MARGIN
     target: str = "cpu"
-    means: Path | None = None  # also write the means of the inputs, for ``wan-trt export --input-means``
+    means: Path | None = None  # also write means and factors of the inputs, for ``wan-trt export --input-means``
     overwrite: bool = False
     residency: ResidencyChoice = "auto"  # engines that stay loaded
 
@@ -64,6 +78,7 @@ class Calibration:
 
     inputs: Mapping[str, Mapping[str, float]]  # largest input by expert and linear, without margin
     scales: Mapping[str, Scales] = field(repr=False)
+    measured: Mapping[str, Mapping[str, MeasuredInput]] = field(repr=False)  # by expert and linear
     forwards: Mapping[str, int]  # by expert, over prompts, steps and both branches of guidance
     prompts: int
     steps: int
@@ -75,14 +90,30 @@ class Calibration:
         return f"{linears} linears, {counted(self.prompts, 'prompt')} of {counted(self.steps, 'step')}: {runs}"
 
     def table(self) -> Table:
-        """Largest inputs over the blocks, by expert and kind of linear."""
-        table = Table("expert", "linear", "blocks", "min", "median", "max", title="Largest inputs")
+        """Largest inputs over the blocks, by expert and kind of linear; their crest and what INT8 makes of it."""
+        headings = ("expert", "linear", "blocks", "min", "median", "max", "crest", "in INT8")
+        table = Table(*headings, title="Largest inputs; crest of what quantised graphs make of them; error of rows")
         for expert, found in self.inputs.items():
+            crests = crests_by_kind(self.measured[expert])
             for kind in DIT_LINEARS_PER_BLOCK:
-                values = [value for name, value in found.items() if name.split(".", 2)[2] == kind]
-                figures = (f"{of(values):.3g}" for of in (min, median, max))
+                values = [value for name, value in found.items() if kind_of(name) == kind]
+                figures = [f"{of(values):.3g}" for of in (min, median, max)]
+                if (crest := crests.get(kind)) is not None:
+                    figures += [f"{crest:.1f}", f"{crest / CREST_TO_ERROR:.1%}"]
                 table.add_row(expert, kind, str(len(values)), *figures)
         return table
+
+    @property
+    def advice(self) -> str:
+        """What ``wan-trt export --precision int8`` should be told."""
+        peaked = {kind: crest for found in self.measured.values() for kind, crest in too_peaked(found).items()}
+        if not peaked:
+            return f"INT8 errs less than FP8 ({FP8_ERROR:.1%}) in every linear: --precision int8 needs nothing else"
+        kept = ",".join(f"{kind}={{}}" for kind in sorted(peaked))
+        return (
+            f"INT8 errs more than FP8 ({FP8_ERROR:.1%}) in {', '.join(sorted(peaked))}: --precision int8 "
+            f"--keep-high-precision {kept.format(*['fp8'] * len(peaked))} (bf16 for GPUs without FP8)"
+        )
 
 
 def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Progress = silent) -> Calibration:
@@ -108,19 +139,20 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     with whole_file(out, "scales") as new, with_means as new_means:
         with tempfile.TemporaryDirectory(dir=new.parent) as temporary:
             folder = Path(temporary)
-            taps = write_tapped(source, folder / "graphs", options.target)
+            taps = write_tapped(source, folder / "graphs", options.target, progress)
             build_engines(folder / "graphs", folder / "engines", _build_options(source, requests[0], options), progress)
             with TappedPipeline(open_bundle(folder / "engines", "engines"), taps, options.residency) as pipeline:
                 _run(pipeline, requests, progress)
                 found = pipeline.tapped
         inputs = {expert: _largest(expert, found[expert]) for expert in spec.experts}
-        scales = {expert: _scales(source, expert, part, options.margin) for expert, part in inputs.items()}
+        read = {expert: _reader(source.path(source.component(expert).graph)) for expert in spec.experts}
+        scales = {expert: _scales(read[expert], part, options.margin) for expert, part in inputs.items()}
+        measured = {expert: _measured(read[expert], found[expert]) for expert in spec.experts}
         write_input_scales(new, scales, spec)
         if new_means is not None:
-            means = {expert: InputMeans(found[expert].means, scales[expert]) for expert in spec.experts}
-            write_input_means(new_means, means)
+            write_inputs(new_means, {expert: ExpertInputs(measured[expert], scales[expert]) for expert in spec.experts})
     forwards = {expert: found[expert].calls for expert in spec.experts}
-    return Calibration(inputs, scales, forwards, len(requests), requests[0].steps)
+    return Calibration(inputs, scales, measured, forwards, len(requests), requests[0].steps)
 
 
 def _check_precision(source: Bundle) -> None:
@@ -147,7 +179,7 @@ def _build_options(source: Bundle, request: CompleteRequest, options: CalibrateO
 # -- the tapped bundle
 
 
-def write_tapped(source: Bundle, folder: Path, target: str) -> dict[str, "Taps"]:
+def write_tapped(source: Bundle, folder: Path, target: str, progress: Progress) -> dict[str, "Taps"]:
     """Write ``source`` without the decoder and with taps in its transformers; return the taps by expert."""
     import onnx_ir as ir
 
@@ -164,8 +196,12 @@ def write_tapped(source: Bundle, folder: Path, target: str) -> dict[str, "Taps"]
         model, tapped = ir.load(source.path(component.graph)), component
         if component.name in spec.experts:
             entering = linear_inputs(model)
-            centred = {n: (x, input_width(spec.dit, n)) for n, x in entering.items() if n.split(".", 2)[2] in CENTRED}
-            taps[component.name] = found = add_taps(model, entering, centred)
+            rows = {n: (x, input_width(spec.dit, n)) for n, x in entering.items() if kind_of(n) in CENTRED}
+            done, total = len(taps) * spec.dit.layers, len(spec.experts) * spec.dit.layers
+            read = _reader(source.path(component.graph))
+            without_data = measure_inputs(read, spec, component.name, progress, done, total)
+            vectors = {name: measured.vectors for name, measured in without_data.items()}
+            taps[component.name] = found = add_taps(model, entering, rows, vectors)
             tapped = replace(tapped, outputs=(*tapped.outputs, *found.outputs))
         if on_cpu and component.precision == Precision.BF16:
             emulate(model)
@@ -178,6 +214,20 @@ def write_tapped(source: Bundle, folder: Path, target: str) -> dict[str, "Taps"]
     _link_others(source.folder, manifest, folder)
     write_manifest(folder, manifest)
     return taps
+
+
+def _reader(graph: Path) -> Read:
+    """A reader of the weights of ``graph`` by name."""
+    import onnx_ir as ir
+
+    stored = {name: value.const_value for name, value in ir.load(graph).graph.initializers.items()}
+
+    def read(name: str) -> np.ndarray:
+        tensor = stored[name]
+        assert tensor is not None
+        return np.array(tensor.numpy())
+
+    return read
 
 
 def _link_others(source: Path, manifest: Manifest, folder: Path) -> None:
@@ -228,17 +278,20 @@ def _largest(expert: str, tapped: "Tapped") -> dict[str, float]:
     return tapped.largest
 
 
-def _scales(source: Bundle, expert: str, inputs: Mapping[str, float], margin: float) -> Scales:
-    import onnx_ir as ir
-
-    stored = ir.load(source.path(source.component(expert).graph)).graph.initializers
-
-    def weight(name: str) -> float:
-        tensor = stored[f"{name}.weight"].const_value
-        return largest_magnitude(np.asarray(tensor)) if tensor is not None else 0.0
-
+def _scales(read: Read, inputs: Mapping[str, float], margin: float) -> Scales:
     smallest = 1e-6  # for an input that is always zero
+    largest = {name: largest_magnitude(read(f"{name}.weight")) for name in inputs}
     return {
-        name: LinearScales(max(value * margin, smallest) / FLOAT8_MAX, max(weight(name), smallest) / FLOAT8_MAX)
+        name: LinearScales(max(value * margin, smallest) / FLOAT8_MAX, max(largest[name], smallest) / FLOAT8_MAX)
         for name, value in inputs.items()
     }
+
+
+def _measured(read: Read, tapped: "Tapped") -> dict[str, MeasuredInput]:
+    """Means and factors of the prompts' inputs, and the crest that an export without them would meet."""
+    found = {}
+    for name, mean in tapped.means.items():
+        factor = smoothing_factors(tapped.spreads[name], column_maxima(read, name))
+        crest = tapped.crests[name]
+        found[name] = MeasuredInput(mean, factor, crest if isfinite(crest) else None)
+    return found

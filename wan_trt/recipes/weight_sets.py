@@ -8,12 +8,14 @@ from pathlib import Path
 
 from engines.build import BuildOptions, build_engines
 from export.lora.merge import LoraChoice, parse_lora
+from runtime.weight_sets import lora_slots
 from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, file_entry, open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.outputs import check_disk
 from wan22.progress import Progress, silent
 from wan_trt.recipes.apply_lora import check_attention, export_experts, in_blocks, write_blocks
+from wan_trt.recipes.lora_slots import refuse_merged, write_slot_set
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 SYNTAX = "NAME=FILE[:EXPERT[:STRENGTH]]"
@@ -43,7 +45,8 @@ def make_weight_sets(
 ) -> dict[str, Path]:
     """Write a weight set for every name into ``folder``; return their folders by name.
 
-    The weights are those of an export with these LoRAs: merged into the checkpoint, then rounded.
+    The weights are those of an export with these LoRAs: merged into the checkpoint, then rounded. Engines with slots
+    get the LoRAs beside their weights.
 
     Raises:
         UserError: the engines have embedded weights, merged LoRAs or are quantised graphs, the checkpoint differs, a
@@ -60,10 +63,9 @@ def make_weight_sets(
         raise UserError(found, "weights of 16 or 32 bits", "export again in a wider precision")
     if not graphs and not blocks:
         raise UserError(f"{engines} has embedded weights", "engines in blocks", "build with --topology blocks")
-    if merged_in := base.manifest.loras:  # a set is made from the checkpoint, and would lack them
-        found = f"--lora for {engines}, into which {', '.join(lora.file for lora in merged_in)} is merged"
-        remedy = "build without, and name it in the sets as well: --lora A=MERGED --lora A=OTHER has both"
-        raise UserError(found, "engines without merged LoRAs", remedy)
+    refuse_merged(base)
+    if lora_slots(base.manifest):
+        return {name: write_slot_set(base, each, folder / name, checkpoint, progress) for name, each in loras.items()}
     experts = [base.component(name) for name in base.manifest.spec.experts]
     size_bytes = sum(file.size_bytes for component in experts for file in component.weights)
     check_disk(folder / "set", (len(loras) + 1) * size_bytes)

@@ -1,5 +1,8 @@
 """The stages of a real-size block as compiled for absent GPUs: kernels, scratch memory, no copy of a weight."""
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -7,18 +10,23 @@ import pytest
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine
 from engines.inspect.log import read_log
 from engines.inspect.report import FusionReport
+from engines.lora_slots import add_slots, with_slots
 from engines.targets import TARGETS
 from export.graphs.blocks import stage_graphs
 from export.graphs.builder import BFLOAT16
 from export.graphs.text_encoder import text_stages
-from tests.engines.conftest import FP8_OF
-from wan22.block_memory import BlockChoice, text_layer_bytes, text_layers
+from tests.engines.conftest import QUANTISED
+from wan22.block_memory import BlockChoice, block_memory, text_layer_bytes, text_layers
+from wan22.bundle import File
 from wan22.specs import SPECS, Precision
 
 MIB = 2**20
 TOKENS = {"t2v-a14b": 75_600, "ti2v-5b": 27_280}  # 720p
 STAGES = ("qkv", "attend", "rest")
-KERNELS = {Precision.BF16: (6, 2, 15), Precision.FP8: (4, 2, 12), Precision.FP8_ATTN: (4, 2, 12)}
+KERNELS = {
+    Precision.BF16: (6, 2, 15), Precision.FP8: (4, 2, 12), Precision.FP8_ATTN: (4, 2, 12),
+    Precision.INT8: (4, 2, 12), Precision.INT8_FP8_ATTN: (4, 2, 12),
+}  # fmt: skip
 # o arrives in 16 bits, by device: in FP8 its rows are quantised here, which also turns it; in bf16 turning it is a copy
 KERNELS_OF_4 = {Precision.BF16: (6, 2, 16), Precision.FP8: (4, 2, 13), Precision.FP8_ATTN: (4, 2, 13)}
 SCRATCH_MIB = {  # of qkv, attend and rest
@@ -34,10 +42,10 @@ def compiled(tmp_path):
     """``compiled(model, target, precision, tokens, stages)`` → the compiled stages and their plans, in order."""
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
 
-    def build(model, target, precision, tokens, stages=STAGES):
+    def build(model, target, precision, tokens, stages=STAGES, rank=0):
         profile = {"positions": (256, tokens, tokens), "keys": (256, tokens, tokens), "steps": (1, 40, 80)}
         found = []
-        for name, g in stage_graphs(SPECS[model].dit, BFLOAT16, FP8_OF[precision]).items():
+        for name, g in stage_graphs(SPECS[model].dit, BFLOAT16, QUANTISED[precision]).items():
             if name not in stages:
                 continue
             for scale in ("self_attn.q_scale", "self_attn.k_scale"):
@@ -45,8 +53,11 @@ def compiled(tmp_path):
                     value.const_value = ir.tensor(np.array(0.05, np.float32), name=scale)
                     g.graph.initializers[scale] = value
             inputs, _ = g.edges()
+            if rank:
+                add_slots(ir.Model(g.graph, ir_version=11), with_slots(g.stage(File("", "", 0)), rank, "bfloat16"))
+                g.weights |= {str(value.name): value for value in g.graph.inputs if ".lora_" in str(value.name)}
             g.save(tmp_path / f"{name}.onnx")
-            options = EngineOptions(TARGETS[target], (profile,), inputs)
+            options = EngineOptions(replace(TARGETS[target], backend="tensorrt-rtx"), (profile,), inputs)
             built = build_engine(tmp_path / f"{name}.onnx", tmp_path / f"{name}.plan", options)
             found.append((read_log(built.log), built, {key: tuple(v.shape) for key, v in g.weights.items()}))
         return found
@@ -75,6 +86,81 @@ def test_a_block_has_as_few_kernels_as_inside_a_whole_model(compiled, model, pre
     (mha,) = [k for k in attend.kernels if k.role == "attention"]
     assert mha.dtype == ("fp8" if precision is Precision.FP8_ATTN else "bf16")
     assert mha.flops == 4.0 * TOKENS[model] ** 2 * SPECS[model].dit.width
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "model"),
+    [
+        ("a100", Precision.INT8, "t2v-a14b"),
+        ("rtx3090", Precision.INT8, "t2v-a14b"),
+        ("rtx4090", Precision.INT8_FP8_ATTN, "t2v-a14b"),
+        ("rtx5090", Precision.INT8_FP8_ATTN, "t2v-a14b"),
+        ("rtx5090", Precision.INT8, "ti2v-5b"),
+    ],
+)
+def test_int8_is_fused_like_fp8_on_every_architecture(compiled, target, precision, model):
+    built = compiled(model, target, precision, TOKENS[model])
+    splits_time_rows = (0, 0, model == "ti2v-5b")  # two of them, in a kernel of its own
+    expected = tuple(np.add(KERNELS[precision], splits_time_rows))
+    assert tuple(len(found.kernels) for found, _, _ in built) == expected
+    scratch = SCRATCH_MIB["t2v-a14b", Precision.FP8] if model == "t2v-a14b" else (569, 160, 1521)
+    for (found, _, _), most in zip(built, scratch, strict=True):
+        assert found.scratch_bytes <= (most + 1) * MIB
+    assert not [name for found, _, weights in built for name in copied_matrices(found, weights)]
+    gemms = [k for found, _, _ in built for k in found.kernels if k.role == "gemm"]
+    assert [k.dtype for k in gemms] == ["int8"] * 6
+    (mha,) = [k for k in built[1][0].kernels if k.role == "attention"]
+    assert mha.dtype == ("fp8" if precision is Precision.INT8_FP8_ATTN else "bf16")
+    for found, _, _ in built:
+        report = FusionReport("high_noise.rest", TARGETS[target], found, precision)
+        assert report.problems == []
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "kernels", "scratch"),
+    [
+        ("rtx4090", Precision.FP8, (6, 23), (4454, 6832)),
+        ("rtx5090", Precision.INT8, (6, 23), (4454, 6832)),
+        ("rtx4090", Precision.BF16, (8, 23), (5176, 6942)),
+    ],
+)
+def test_a_lora_is_two_small_products_that_read_what_the_large_one_reads(compiled, target, precision, kernels, scratch):
+    built = compiled("t2v-a14b", target, precision, TOKENS["t2v-a14b"], ("qkv", "rest"), rank=32)
+    assert tuple(len(found.kernels) for found, _, _ in built) == kernels
+    spec, tokens = SPECS["t2v-a14b"].dit, TOKENS["t2v-a14b"]
+    for (found, _, weights), most in zip(built, scratch, strict=True):
+        assert found.scratch_bytes <= (most + 1) * MIB
+        assert not copied_matrices(found, weights)
+        read = {operand.name for kernel in found.kernels if kernel.role == "gemm" for operand in kernel.inputs}
+        assert {name for name in weights if ".lora_" in name} <= read  # by products, in place
+        if precision.quantised:  # in 16 bits V is copied without slots as well
+            assert not [k.name for k in found.kernels if k.role == "copy" and k.size_bytes > tokens * spec.width]
+    whole = max(found.scratch_bytes for found, _, _ in built)
+    assert whole <= block_memory(spec, precision, tokens, BlockChoice(0, 1), 0, slots=True).scratch
+    main = {k.dtype for found, _, _ in built for k in found.kernels if k.role == "gemm" and "lora" not in k.name}
+    assert main <= {precision.linears, "bf16", "fp32"}
+    assert precision.linears in main
+
+
+@pytest.mark.parametrize(
+    ("precision", "kernels", "products"),
+    [
+        (Precision.NVFP4_FP8_ATTN, (9, 3, 33), {"nvfp4": 6}),
+        (Precision.NVFP4_FFN_FP8_ATTN, (4, 2, 20), {"int8": 4, "nvfp4": 2}),
+    ],
+)
+def test_nvfp4_multiplies_4_bit_codes_that_are_inputs(compiled, precision, kernels, products):
+    built = compiled("t2v-a14b", "rtx5090", precision, TOKENS["t2v-a14b"])
+    assert tuple(len(found.kernels) for found, _, _ in built) == kernels
+    assert Counter(k.dtype for found, _, _ in built for k in found.kernels if k.role == "gemm") == products
+    spec, tokens = SPECS["t2v-a14b"].dit, TOKENS["t2v-a14b"]
+    planned = block_memory(spec, precision, tokens, BlockChoice(0, 1), 0)
+    assert 0.97 * planned.scratch < max(found.scratch_bytes for found, _, _ in built) <= planned.scratch
+    codes = {name for _, _, weights in built for name in weights if name.endswith(".weight") and "norm" not in name}
+    read = {o.name for found, _, _ in built for k in found.kernels if k.role == "gemm" for o in k.inputs}
+    assert codes <= read  # in place; the small scales of groups are put into another order
+    (mha,) = [k for k in built[1][0].kernels if k.role == "attention"]
+    assert mha.dtype == "fp8"
 
 
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8, Precision.FP8_ATTN], ids=str)

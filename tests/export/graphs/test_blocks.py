@@ -1,6 +1,7 @@
 """A transformer cut into stages computes what the whole graph computes, for all tokens or slices of them."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,16 +12,29 @@ from export.checkpoint.schema import dit_tensors
 from export.graphs.blocks import stage_graphs
 from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16
 from export.graphs.dit import dit_graph
-from export.graphs.linear import FLOAT8, Fp8
-from export.quantise.fp8_weights import Fp8Weights
+from export.graphs.linear import FLOAT8, Quantised, coded_matrices
+from export.quantise.inputs import CENTRED, MeasuredInput, input_width
+from export.quantise.quantised_weights import QuantisedWeights
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
-from wan22.specs import SPECS
+from wan22.specs import SPECS, Number
 
 MODELS = ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"]
 SHAPE = (3, 10, 18)  # 135 tokens
-LINEARS = frozenset({"self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.kv", "cross_attn.o", "ffn.0", "ffn.2"})
 IN_ONNX = {"float8_e4m3fn": onnx.TensorProto.FLOAT8E4M3FN}
+INT8 = Quantised(linears=Number.INT8, centred=frozenset(CENTRED), smoothed=frozenset(CENTRED))
+MIXED = replace(INT8, exceptions={"ffn.2": Number.FP8, "self_attn.o": Number.BF16}, smoothed=frozenset({"ffn.0"}))
+
+
+def made_up_inputs(spec, quantised):
+    """Means and factors for the linears that ``quantised`` centres."""
+    random, found = np.random.default_rng(1), {}
+    for linear in (f"blocks.{n}.{kind}" for n in range(spec.layers) for kind in quantised.centred):
+        mean, factor = random.standard_normal((2, input_width(spec, linear))).astype(np.float32)
+        if quantised.number(linear) is not None:
+            smooth = linear.split(".", 2)[2] in quantised.smoothed
+            found[linear] = MeasuredInput(0.1 * mean, np.exp2(factor) if smooth else None)
+    return found
 
 
 def as_value(array):
@@ -117,19 +131,11 @@ def test_stages_equal_the_whole_graph(tmp_path, run_graph, name, slices):
     assert relative_l2(found, expected) <= 1.5e-6
 
 
-def fp8_blocks(run_graph, spec, fp8):
-    """The stored tensors in FP8, and the residual stream before and behind every block of the whole graph.
-
-    Scales of weights are powers of two, so that products by them are exact wherever they happen.
-    """
-    weights, g = made_up(dit_tensors(spec)), dit_graph(spec, FLOAT, None, fp8)
-    read = Fp8Weights(weights.__getitem__, spec, [key for key, value in g.weights.items() if value.dtype == FLOAT8])
+def quantised_blocks(run_graph, spec, quantised):
+    """The stored tensors, and the residual stream before and behind every block of the whole graph."""
+    weights, g = made_up(dit_tensors(spec)), dit_graph(spec, FLOAT, None, quantised)
+    read = QuantisedWeights(weights.__getitem__, spec, coded_matrices(g), None, made_up_inputs(spec, quantised))
     stored = {key: np.asarray(read(key)) for key in g.weights}
-    for key, value in stored.items():
-        if key.endswith("weight_scale"):
-            stored[key] = np.exp2(np.round(np.log2(value))).astype(np.float32)
-        if key.endswith("column_scale"):  # of codes that a checkpoint scaled row by row
-            stored[key] = np.exp2(np.random.default_rng(0).integers(0, 4, value.shape)).astype(np.float32)
     streams = [next(node for node in g.graph if node.name == "patch_embedding/Transpose").outputs[0]]
     for block in range(spec.layers):
         ends = [node for node in g.graph if node.name.startswith(f"blocks.{block}/ffn/Add")]
@@ -138,21 +144,22 @@ def fp8_blocks(run_graph, spec, fp8):
     return stored, run_graph(g, stored, prepack=False)(**given_to(spec))[1:]
 
 
-@pytest.mark.parametrize(("name", "fp8"), [*((name, Fp8()) for name in MODELS), (MODELS[0], Fp8(by_column=LINEARS))])
-def test_blocks_in_fp8_equal_those_of_the_whole_graph(tmp_path, run_graph, name, fp8):
+@pytest.mark.parametrize(
+    ("name", "quantised"), [*((name, Quantised()) for name in MODELS), (MODELS[0], INT8), (MODELS[2], MIXED)]
+)
+def test_quantised_blocks_equal_those_of_the_whole_graph(tmp_path, run_graph, name, quantised):
     spec = SPECS[name].dit
-    stored, streams = fp8_blocks(run_graph, spec, fp8)
-    assert any(key.endswith("column_scale") for key in stored) == bool(fp8.by_column)
-    stages = Stages(tmp_path, spec, FLOAT, fp8, stored)
+    stored, streams = quantised_blocks(run_graph, spec, quantised)
+    stages = Stages(tmp_path, spec, FLOAT, quantised, stored)
     for block, (before, behind) in enumerate(itertools.pairwise(streams)):
         assert np.array_equal(stages.block(block, before, given_to(spec)), behind)
 
 
 def test_fp8_attention_equals_the_whole_graphs_where_k_is_centred_and_v_scaled_alike(tmp_path, run_graph):
-    spec, attending = SPECS["t2v-a14b-tiny"].dit, Fp8(self_attention=True)
-    stored, streams = fp8_blocks(run_graph, spec, attending)
+    spec, attending = SPECS["t2v-a14b-tiny"].dit, Quantised(self_attention=True)
+    stored, streams = quantised_blocks(run_graph, spec, attending)
     (tmp_path / "wide").mkdir()
-    wide = Stages(tmp_path / "wide", spec, FLOAT, Fp8(), stored)
+    wide = Stages(tmp_path / "wide", spec, FLOAT, Quantised(), stored)
 
     def centred(block, x, inputs):
         made = wide("qkv", block, x=x, **inputs)
@@ -194,8 +201,8 @@ def divided(stages, block, x, given, attends):
 @pytest.mark.parametrize("in_attention", [False, True])
 @pytest.mark.parametrize("name", ["t2v-a14b-tiny", "ti2v-5b-tiny"])
 def test_two_devices_that_divide_a_block_in_fp8_compute_the_same_bits(tmp_path, run_graph, name, in_attention):
-    spec, fp8 = SPECS[name].dit, Fp8(self_attention=in_attention)
-    stored, streams = fp8_blocks(run_graph, spec, fp8)
+    spec, fp8 = SPECS[name].dit, Quantised(self_attention=in_attention)
+    stored, streams = quantised_blocks(run_graph, spec, fp8)
     stages, rng = Stages(tmp_path, spec, FLOAT, fp8, stored), np.random.default_rng(0)
     attends = {}
     if in_attention:
@@ -206,11 +213,13 @@ def test_two_devices_that_divide_a_block_in_fp8_compute_the_same_bits(tmp_path, 
     assert np.array_equal(divided(stages, 0, x, given, attends), alone)
 
 
-@pytest.mark.parametrize("fp8", [None, Fp8(), Fp8(True, True)], ids=["16 bits", "fp8", "fp8-attn"])
+@pytest.mark.parametrize(
+    "quantised", [None, Quantised(True, True), INT8, MIXED], ids=["16 bits", "fp8-attn", "int8", "mixed"]
+)
 @pytest.mark.parametrize("compute", [FLOAT16, BFLOAT16])
 @pytest.mark.parametrize("name", MODELS)
-def test_onnx_accepts_every_stage(tmp_path, name, compute, fp8):
-    for stage, g in stage_graphs(SPECS[name].dit, compute, fp8).items():
+def test_onnx_accepts_every_stage(tmp_path, name, compute, quantised):
+    for stage, g in stage_graphs(SPECS[name].dit, compute, quantised).items():
         g.edges()
         g.save(tmp_path / f"{stage}.onnx")
         onnx.checker.check_model(tmp_path / f"{stage}.onnx", full_check=True)

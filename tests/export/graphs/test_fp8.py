@@ -17,16 +17,16 @@ from export.files.decoded import Codes
 from export.files.safetensors_file import read_safetensors
 from export.graphs.builder import BFLOAT16, FLOAT
 from export.graphs.dit import dit_graph
-from export.graphs.linear import FLOAT8, Fp8
-from export.quantise import fp8_weights
-from export.quantise.fp8_weights import Fp8Weights
+from export.graphs.linear import FLOAT8, Quantised, coded_matrices
+from export.quantise import quantised_weights
+from export.quantise.quantised_weights import QuantisedWeights
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
 from wan22.errors import UserError
-from wan22.specs import SPECS
+from wan22.specs import SPECS, Number
 
 SPEC = SPECS["t2v-a14b-tiny"].dit
-BOTH = Fp8(self_attention=True, cross_attention=True)
+BOTH = Quantised(self_attention=True, cross_attention=True)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def weights():
 
 def run_fp8(run_graph, weights, fp8, spec=SPEC, input_scales=None):
     g = dit_graph(spec, FLOAT, None, fp8)
-    quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
-    read = Fp8Weights(weights.__getitem__, spec, quantised, input_scales)
+    quantised = coded_matrices(g)
+    read = QuantisedWeights(weights.__getitem__, spec, quantised, input_scales)
     stored = {key: np.asarray(read(key)) for key in g.weights}
     return run_graph(g, stored)(**inputs_for(spec, 3, 8, 8, [900.0]))[0]
 
@@ -53,25 +53,25 @@ def exact(run_graph, weights):
 
 
 def test_fp8_linears_err_no_more_than_a_product_of_two_fp8_numbers(run_graph, weights, exact):
-    assert 0.005 < relative_l2(run_fp8(run_graph, weights, Fp8()), exact) < 0.037
+    assert 0.005 < relative_l2(run_fp8(run_graph, weights, Quantised()), exact) < 0.037
 
 
 def test_fp8_attention_adds_little_to_the_error_of_fp8_linears(run_graph, weights, exact):
-    linears = relative_l2(run_fp8(run_graph, weights, Fp8()), exact)
+    linears = relative_l2(run_fp8(run_graph, weights, Quantised()), exact)
     assert relative_l2(run_fp8(run_graph, weights, BOTH), exact) < linears + 0.005
 
 
 def test_a_block_kept_in_high_precision_is_computed_as_in_float32(run_graph, weights, exact):
-    everything = Fp8(True, True, high_precision_blocks=frozenset(range(SPEC.layers)))
+    everything = Quantised(True, True, high_precision_blocks=frozenset(range(SPEC.layers)))
     assert relative_l2(run_fp8(run_graph, weights, everything), exact) < 1e-6
 
 
 def test_a_generous_static_scale_computes_much_the_same(run_graph, weights, exact):
     static = {"blocks.0.ffn.0": 8 / 448, "blocks.1.cross_attn.o": 4 / 448}
-    fp8 = Fp8(static=frozenset(static))
+    fp8 = Quantised(static=frozenset(static))
     found = run_fp8(run_graph, weights, fp8, input_scales=static)
     assert relative_l2(found, exact) < 0.037
-    assert not np.array_equal(found, run_fp8(run_graph, weights, Fp8()))
+    assert not np.array_equal(found, run_fp8(run_graph, weights, Quantised()))
 
 
 def test_a_row_of_zeros_is_no_division_by_zero(run_graph, weights, exact):
@@ -81,35 +81,35 @@ def test_a_row_of_zeros_is_no_division_by_zero(run_graph, weights, exact):
 
 def test_joined_matrices_hold_their_parts_in_order(weights):
     key = "blocks.0.self_attn.qkv.weight"
-    read = Fp8Weights(weights.__getitem__, SPEC, [key])
-    found = read(key).astype(np.float32) * read(key.replace("weight", "weight_scale"))
+    read = QuantisedWeights(weights.__getitem__, SPEC, {key: Number.FP8})
+    found = read(key).astype(np.float32) * read(key.replace("weight", "weight_scale"))[:, None]
     expected = np.concatenate([weights[f"blocks.0.self_attn.{part}.weight"] for part in "qkv"])
     assert found.shape == (3 * SPEC.width, SPEC.width)
     assert relative_l2(found, expected) < 0.03
 
 
-def test_the_largest_weight_becomes_the_largest_fp8_number(weights):
+def test_the_largest_weight_of_every_row_becomes_the_largest_fp8_number(weights):
     key = "blocks.1.ffn.2.weight"
-    matrix = Fp8Weights(weights.__getitem__, SPEC, [key])(key)
+    matrix = QuantisedWeights(weights.__getitem__, SPEC, {key: Number.FP8})(key)
     assert matrix.dtype == ml_dtypes.float8_e4m3fn
-    assert np.abs(matrix.astype(np.float32)).max() == 448
+    assert (np.abs(matrix.astype(np.float32)).max(1) == 448).all()
 
 
 def test_pieces_are_the_matrix_and_are_made_as_they_are_asked_for(weights, monkeypatch):
-    monkeypatch.setattr(fp8_weights, "PIECE_ELEMENTS", 10_000)
+    monkeypatch.setattr(quantised_weights, "PIECE_ELEMENTS", 10_000)
     key, asked = "blocks.0.self_attn.qkv.weight", []
-    whole = Fp8Weights(weights.__getitem__, SPEC, [key])(key)
-    read = Fp8Weights(lambda name: (asked.append(name), weights[name])[1], SPEC, [key])
+    whole = QuantisedWeights(weights.__getitem__, SPEC, {key: Number.FP8})(key)
+    read = QuantisedWeights(lambda name: (asked.append(name), weights[name])[1], SPEC, {key: Number.FP8})
     pieces = read.pieces(key)
     assert asked == [f"blocks.0.self_attn.{part}.weight" for part in "qkv"]
     assert np.concatenate(list(pieces)).tobytes() == whole.tobytes()
-    assert read(key.replace("weight", "weight_scale")) > 0
+    assert (read(key.replace("weight", "weight_scale")) > 0).all()
     assert len(asked) == 3
 
 
 def test_a_matrix_is_read_once_for_itself_its_scale_and_the_bias_that_it_makes(weights):
     asked, key = [], "blocks.0.self_attn.o"
-    read = Fp8Weights(lambda name: (asked.append(name), weights[name])[1], SPEC, [f"{key}.weight"])
+    read = QuantisedWeights(lambda name: (asked.append(name), weights[name])[1], SPEC, {f"{key}.weight": Number.FP8})
     list(read.pieces(f"{key}.weight"))
     for made in (f"{key}.weight_scale", f"{key}.bias"):
         read(made)
@@ -121,7 +121,8 @@ def test_what_is_no_number_is_named(weights, bad):
     key = "blocks.0.self_attn.k.weight"
     spoiled = weights | {key: np.where(np.arange(weights[key].size).reshape(weights[key].shape) == 9, bad, 0.5)}
     with pytest.raises(UserError, match=rf"{key} holds NaN or infinity"):
-        Fp8Weights(spoiled.__getitem__, SPEC, ["blocks.0.self_attn.qkv.weight"])("blocks.0.self_attn.qkv.weight")
+        joined = "blocks.0.self_attn.qkv.weight"
+        QuantisedWeights(spoiled.__getitem__, SPEC, {joined: Number.FP8})(joined)
 
 
 def as_codes(path, matrices, scales):
@@ -151,23 +152,17 @@ def test_stored_codes_with_different_scales_for_rows_compute_the_same(run_graph,
     weights, same, own = stored_codes(tmp_path, weights)
     key = "blocks.0.self_attn.qkv"
 
-    def run(codes, by_column):
-        g = dit_graph(SPEC, FLOAT, None, Fp8(by_column=by_column))
-        quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
-        in_columns = [key.replace("column_scale", "weight") for key in g.weights if key.endswith("column_scale")]
-        read = Fp8Weights(weights.__getitem__, SPEC, quantised, codes=codes.get, by_column=in_columns)
+    def run(codes):
+        g = dit_graph(SPEC, FLOAT, None, Quantised())
+        read = QuantisedWeights(weights.__getitem__, SPEC, coded_matrices(g), codes=codes.get)
         stored = {key: np.asarray(read(key)) for key in g.weights}
-        for part in "qkv" if f"{key}.column_scale" in stored else "":
-            assert (
-                codes[f"blocks.0.self_attn.{part}.weight"].stored.read().tobytes() in stored[f"{key}.weight"].tobytes()
-            )
+        kept = [codes[f"blocks.0.self_attn.{part}.weight"].stored.read() for part in "qkv"]
+        assert np.concatenate(kept).tobytes() == stored[f"{key}.weight"].tobytes()
         return run_graph(g, stored)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0], stored
 
-    expected, _ = run(same, frozenset())
-    found, stored = run(own, frozenset({"self_attn.qkv"}))
-    assert stored[f"{key}.weight_scale"] == 2**-9
-    assert stored[f"{key}.column_scale"].max() == 4
-    assert (stored["blocks.1.self_attn.qkv.column_scale"] == 1).all()
+    (expected, alike), (found, stored) = run(same), run(own)
+    assert (alike[f"{key}.weight_scale"] == 2**-8).all()
+    assert np.unique(stored[f"{key}.weight_scale"]).tolist() == [2**-9, 2**-8, 2**-7]
     assert relative_l2(found, expected) < 1e-6
 
 
@@ -180,7 +175,7 @@ def test_what_is_sensitive_is_never_stored_in_fp8():
 
 
 def test_the_bias_of_v_is_added_behind_the_output_projection(weights):
-    read = Fp8Weights(weights.__getitem__, SPEC, ["blocks.0.self_attn.o.weight"])
+    read = QuantisedWeights(weights.__getitem__, SPEC, {"blocks.0.self_attn.o.weight": Number.FP8})
     key = "blocks.0.self_attn"
     moved = weights[f"{key}.o.weight"] @ weights[f"{key}.v.bias"]
     assert np.abs(read(f"{key}.o.bias") - weights[f"{key}.o.bias"] - moved).max() < 1e-5
@@ -189,7 +184,7 @@ def test_the_bias_of_v_is_added_behind_the_output_projection(weights):
 
 def test_it_stays_where_the_input_of_o_was_measured_with_it(weights):
     key = "blocks.0.self_attn"
-    read = Fp8Weights(weights.__getitem__, SPEC, [f"{key}.o.weight"], {f"{key}.o": 0.01})
+    read = QuantisedWeights(weights.__getitem__, SPEC, {f"{key}.o.weight": Number.FP8}, {f"{key}.o": 0.01})
     assert np.array_equal(read(f"{key}.v.bias"), weights[f"{key}.v.bias"])
     assert np.array_equal(read(f"{key}.o.bias"), weights[f"{key}.o.bias"])
 
@@ -198,5 +193,5 @@ def test_moving_the_bias_pays_where_it_is_large(run_graph, weights, monkeypatch)
     biased = weights | {k: v + 20 for k, v in weights.items() if k.endswith("self_attn.v.bias")}
     full = run_graph(dit_graph(SPEC), biased)(**inputs_for(SPEC, 3, 8, 8, [900.0]))[0]
     moved = relative_l2(run_fp8(run_graph, biased, BOTH), full)
-    monkeypatch.setattr(fp8_weights, "moved_biases", lambda *_: frozenset())
+    monkeypatch.setattr(quantised_weights, "moved_biases", lambda *_: frozenset())
     assert moved < 0.6 * relative_l2(run_fp8(run_graph, biased, BOTH), full)

@@ -10,10 +10,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 from export.checkpoint.keys import diffusers_names, text_encoder_config
 from export.checkpoint.schema import text_encoder_tensors
 from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16, Placed
-from export.graphs.linear import FLOAT8
+from export.graphs.linear import coded_matrices
 from export.graphs.text_encoder import relative_buckets, text_encoder_graph, text_stages
 from export.graphs.weights_file import declare_weights
-from export.quantise.fp8_weights import Fp8Weights
+from export.quantise.quantised_weights import QuantisedWeights
 from tests.export.conftest import made_up
 from tests.export.graphs.test_blocks import as_value
 from wan22.specs import SPECS
@@ -59,10 +59,12 @@ def test_float16_keeps_the_last_projection_in_float32(run_graph):
 
 def test_fp8_is_for_the_feed_forward_alone_and_stays_near(run_graph):
     g = text_encoder_graph(SPEC, fp8_feed_forward=True)
-    in_fp8 = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
-    assert in_fp8 == [f"blocks.{i}.ffn.{leaf}.weight" for i in range(SPEC.layers) for leaf in ("gate.0", "fc1", "fc2")]
+    in_fp8 = coded_matrices(g)
+    assert list(in_fp8) == [
+        f"blocks.{i}.ffn.{leaf}.weight" for i in range(SPEC.layers) for leaf in ("gate.0", "fc1", "fc2")
+    ]
     weights, ids = made_up(text_encoder_tensors(SPEC)), token_ids(40)
-    read = Fp8Weights(weights.__getitem__, MODEL.dit, in_fp8)
+    read = QuantisedWeights(weights.__getitem__, MODEL.dit, in_fp8)
     found = run_graph(g, {key: np.asarray(read(key)) for key in g.weights})(input_ids=ids)[0]
     exact = run_graph(text_encoder_graph(SPEC), weights)(input_ids=ids)[0]
     # A product of random E4M3 operands is 3.7 % off; three in a row give sqrt(3) times that per layer, in two layers.
@@ -72,8 +74,8 @@ def test_fp8_is_for_the_feed_forward_alone_and_stays_near(run_graph):
 def test_layers_in_fp8_compute_what_the_whole_graph_computes(run_graph, tmp_path):
     g = text_encoder_graph(SPEC, fp8_feed_forward=True)
     weights, ids = made_up(text_encoder_tensors(SPEC)), token_ids(40)
-    in_fp8 = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
-    read = Fp8Weights(weights.__getitem__, MODEL.dit, in_fp8)
+    in_fp8 = coded_matrices(g)
+    read = QuantisedWeights(weights.__getitem__, MODEL.dit, in_fp8)
     stored = {key: np.asarray(read(key)) for key in g.weights}
     expected = run_graph(g, stored)(input_ids=ids)[0]
     x = stored["token_embedding.weight"][ids[0]].astype(np.float32)

@@ -15,7 +15,7 @@ ABLATION = next(variant for variant in VARIANTS if variant.ablation)
 
 
 def study_of(*results):
-    parts = (PartError("self-attention", 0.01), PartError("self-attention, K not smoothed", 0.05))
+    parts = (PartError("fp8 in self-attention", 0.01), PartError("fp8 in self-attention, K not smoothed", 0.05))
     return Study({"model": "m"}, (999.0, 500.0), results, parts, (), (), ())
 
 
@@ -46,7 +46,7 @@ def test_an_ablation_that_collapses_is_reported_but_fails_nothing():
 
 def test_an_ablation_that_does_not_collapse_cannot_be_exported_either():
     assert VariantResult(ABLATION, (0.01, 0.01), 40.0, 1.0).verdict == "cannot be exported"
-    assert "self-attention, K not smoothed: 5.00% instead of 1.00%" in study_of().sentences
+    assert "fp8 in self-attention, K not smoothed: 5.00% instead of 1.00%" in study_of().sentences
 
 
 def test_normalising_before_quantising_costs_more_the_longer_the_sequence():

@@ -31,7 +31,7 @@ def reported(tiny_checkpoint, tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8_ATTN])
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8_ATTN, Precision.INT8])
 def test_a_bundle_of_graphs_keeps_the_limits_of_its_precision(reported, precision):
     found, _ = reported(precision)
     assert [row.name for row in found.failed] == []

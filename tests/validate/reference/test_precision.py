@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from export.checkpoint.checkpoint import open_checkpoint
 from validate.ladder.metrics import compare
-from validate.reference.precision import Fp8Linear, attention_of, onednn_convolutions
+from validate.reference.precision import Fp8Linear, Int8Linear, attention_of, onednn_convolutions
 from validate.reference.reference import Reference
 from wan22.specs import SPECS, TEXT_TOKENS, Precision
 
@@ -15,7 +15,13 @@ SPEC = SPECS["t2v-a14b-tiny"]
 RANDOM = np.random.default_rng(0)
 LATENTS = RANDOM.standard_normal(SPEC.latent_shape(32, 32, 5), np.float32)
 TEXT = RANDOM.standard_normal((1, TEXT_TOKENS, SPEC.dit.text_width), np.float32)
-UNIT = {Precision.FP16: 2.0**-11, Precision.BF16: 2.0**-8, Precision.FP8: 2.0**-4, Precision.FP8_ATTN: 2.0**-4}
+UNIT = {
+    Precision.FP16: 2.0**-11,
+    Precision.BF16: 2.0**-8,
+    Precision.FP8: 2.0**-4,
+    Precision.FP8_ATTN: 2.0**-4,
+    Precision.INT8: 2.0**-6,
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,12 @@ def test_fp8_products_of_numbers_that_fp8_has_are_exact():
     x = torch.tensor([[448.0, -2.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0]])
     weight, bias = torch.tensor([[448.0, 1.0, -3.0, 0.25]]), torch.tensor([0.125])
     assert torch.equal(Fp8Linear(weight, bias)(x), functional.linear(x, weight, bias))
+
+
+def test_int8_products_of_integers_are_exact():
+    x = torch.tensor([[127.0, -2.0, 5.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    weight, bias = torch.tensor([[127.0, 1.0, -3.0, 2.0], [0.5, 0.0, -63.5, 1.0]]), torch.tensor([0.125, 3.0])
+    assert torch.equal(Int8Linear(weight, bias)(x), functional.linear(x, weight, bias))
 
 
 def test_fp8_attention_ignores_what_all_keys_share():

@@ -8,15 +8,15 @@ from export.exporter import export_checkpoint
 from export.files.safetensors_file import read_safetensors
 from export.graphs.builder import FLOAT
 from export.graphs.dit import dit_graph
-from export.graphs.linear import FLOAT8, Fp8
+from export.graphs.linear import Quantised, coded_matrices
 from export.options import ExportOptions
-from export.quantise.fp8_weights import Fp8Weights
-from export.quantise.input_means import CENTRED, InputMeans, input_width, read_input_means, write_input_means
 from export.quantise.input_scales import LinearScales, largest_magnitude
+from export.quantise.inputs import CENTRED, ExpertInputs, MeasuredInput, input_width, read_inputs, write_inputs
+from export.quantise.quantised_weights import QuantisedWeights
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.specs import SPECS, Number, Precision
 
 TINY = SPECS["t2v-a14b-tiny"]
 SPEC = TINY.dit
@@ -29,10 +29,13 @@ def means(size=1.0):
     return {name: size * random.standard_normal(input_width(SPEC, name)).astype(np.float32) for name in LINEARS}
 
 
-def run(run_graph, weights, fp8, input_means=None):
-    g = dit_graph(SPEC, FLOAT, None, fp8)
-    quantised = [key for key, value in g.weights.items() if value.dtype == FLOAT8]
-    read = Fp8Weights(weights.__getitem__, SPEC, quantised, None, input_means)
+def measured(means):
+    return {name: MeasuredInput(mean) for name, mean in means.items()}
+
+
+def run(run_graph, weights, quantised, inputs=None):
+    g = dit_graph(SPEC, FLOAT, None, quantised)
+    read = QuantisedWeights(weights.__getitem__, SPEC, coded_matrices(g), None, inputs)
     return run_graph(g, {key: np.asarray(read(key)) for key in g.weights})(**inputs_for(SPEC, 2, 8, 8, [900.0]))[0]
 
 
@@ -40,15 +43,15 @@ def test_any_means_leave_what_is_computed_the_same(run_graph):
     """Small means hardly change FP8 rounding, so only a wrong bias could cause a difference."""
     weights = made_up(dit_tensors(SPEC))
     exact = run_graph(dit_graph(SPEC), weights)(**inputs_for(SPEC, 2, 8, 8, [900.0]))[0]
-    centred = Fp8(centred={name: input_width(SPEC, name) for name in LINEARS})
-    without = relative_l2(run(run_graph, weights, Fp8()), exact)
-    assert relative_l2(run(run_graph, weights, centred, means(0.5)), exact) < 1.3 * without
+    centred = Quantised(centred=frozenset(CENTRED))
+    without = relative_l2(run(run_graph, weights, Quantised()), exact)
+    assert relative_l2(run(run_graph, weights, centred, measured(means(0.5))), exact) < 1.3 * without
 
 
 def test_the_biases_bring_the_means_back():
     weights, subtracted = made_up(dit_tensors(SPEC)), means()
-    keys = ["blocks.0.self_attn.qkv.weight", "blocks.0.self_attn.o.weight", "blocks.0.ffn.2.weight"]
-    read = Fp8Weights(weights.__getitem__, SPEC, keys, None, subtracted)
+    keys = [f"blocks.0.{name}.weight" for name in ("self_attn.qkv", "self_attn.o", "ffn.2")]
+    read = QuantisedWeights(weights.__getitem__, SPEC, dict.fromkeys(keys, Number.FP8), None, measured(subtracted))
     for linear in ("self_attn.k", "ffn.2"):
         key, entry = f"blocks.0.{linear}", f"blocks.0.{linear}".replace(".k", ".q")
         expected = weights[f"{key}.bias"] + weights[f"{key}.weight"] @ subtracted[entry]
@@ -76,24 +79,28 @@ def test_centring_pays_where_channels_are_large_for_every_token(run_graph):
     exact, *entering = run_graph(g, weights)(**inputs_for(SPEC, 2, 8, 8, [300.0], seed=5))
     found = {name: rows.mean(0) for name, rows in zip(values, entering, strict=True)}
     exact = run_graph(dit_graph(SPEC), weights)(**inputs_for(SPEC, 2, 8, 8, [900.0]))[0]
-    centred = Fp8(centred={name: input_width(SPEC, name) for name in found})
-    assert relative_l2(run(run_graph, weights, centred, found), exact) < 0.8 * relative_l2(
-        run(run_graph, weights, Fp8()), exact
+    centred = Quantised(centred=frozenset(ENTERING))
+    assert relative_l2(run(run_graph, weights, centred, measured(found)), exact) < 0.8 * relative_l2(
+        run(run_graph, weights, Quantised()), exact
     )
 
 
 def test_what_is_written_is_read_again(tmp_path):
+    inputs = {name: MeasuredInput(mean, np.exp(mean), 4.5) for name, mean in means().items()}
     scales = {name: LinearScales(1.0, 0.25) for name in LINEARS}
-    write_input_means(tmp_path / "m.safetensors", {"low_noise": InputMeans(means(), scales)})
-    found = read_input_means(tmp_path / "m.safetensors", TINY)["low_noise"]
-    assert all(np.array_equal(found.inputs[name], mean) for name, mean in means().items())
+    write_inputs(tmp_path / "m.safetensors", {"low_noise": ExpertInputs(inputs, scales)})
+    found = read_inputs(tmp_path / "m.safetensors", TINY)["low_noise"]
+    for name, entry in inputs.items():
+        assert np.array_equal(found.inputs[name].mean, entry.mean)
+        assert np.array_equal(found.inputs[name].factor, entry.factor)
+        assert found.inputs[name].crest == entry.crest
     assert found.weights == scales
 
 
 def test_an_export_subtracts_them(tmp_path, tiny_checkpoint, tiny_bundle):
     stored = read_safetensors(tiny_bundle / "low_noise.safetensors")
     scales = {n: LinearScales(1.0, largest_magnitude(stored[f"{n}.weight"].read()) / 448) for n in LINEARS}
-    write_input_means(tmp_path / "m", {"low_noise": InputMeans(means(), scales)})
+    write_inputs(tmp_path / "m", {"low_noise": ExpertInputs(measured(means()), scales)})
     options = ExportOptions(Precision.FP8, input_means=tmp_path / "m", keep_high_precision=frozenset({1}))
     export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
     low, high = (read_safetensors(tmp_path / "b" / f"{e}_noise.safetensors") for e in ("low", "high"))
@@ -101,7 +108,8 @@ def test_an_export_subtracts_them(tmp_path, tiny_checkpoint, tiny_bundle):
     assert np.array_equal(low[f"{key}.input_mean"].read(), means()[key])
     expected = stored[f"{key}.bias"].read() + stored[f"{key}.weight"].read() @ means()[key]
     assert np.abs(low[f"{key}.bias"].read() - expected).max() < 1e-4
-    assert not [name for name in (*high, *(n for n in low if "blocks.1" in n)) if name.endswith("input_mean")]
+    assert high[f"{key}.input_mean"].read().any()  # measured without data
+    assert not [name for name in (*high, *low) if "blocks.1" in name and name.endswith("input_mean")]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,7 @@ def test_an_export_subtracts_them(tmp_path, tiny_checkpoint, tiny_bundle):
 )
 def test_means_of_another_model_are_refused(tmp_path, tiny_checkpoint, change, told):
     inputs, scales = change(means(), {name: LinearScales(1.0, 0.01) for name in LINEARS})
-    write_input_means(tmp_path / "m", {"high_noise": InputMeans(inputs, scales)})
+    write_inputs(tmp_path / "m", {"high_noise": ExpertInputs(measured(inputs), scales)})
     with pytest.raises(UserError, match=told):
         export_checkpoint(tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.FP8, input_means=tmp_path / "m"))
     assert not (tmp_path / "b").exists()

@@ -1,0 +1,156 @@
+"""Matrices in NVFP4: codes of 4 bits, an E4M3 scale for 16 inputs and a float32 scale for every row.
+
+A value is ``e2m1(code) · group · row``. :func:`quantise` rounds to the nearest code. :func:`compensated` rounds column
+after column and lets the columns that follow make up for the error, as far as the linear's own inputs are alike there
+(GPTQ, Frantar et al. 2023). The inputs are the rows that the linear multiplies: centred and smoothed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from export.files.decoded import Nvfp4
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+F32 = npt.NDArray[np.float32]
+GROUP = 16  # inputs that share a scale
+LARGEST_CODE, LARGEST_SCALE = 6.0, 448.0
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; bit 3 is the sign
+SCALES_TRIED = (1.0, 0.9, 0.8, 1.2)  # multiples of the scale that has no overflow
+DAMPING = 0.01  # of the mean variance, added to every input's
+SMALLEST_ROW = 1e-30  # keeps divisors positive
+
+
+@dataclass(frozen=True)
+class Nvfp4Matrix:
+    codes: npt.NDArray[np.uint8]  # [out, in/2], two a byte, the even column in the low half
+    groups: npt.NDArray[Any]  # float8_e4m3fn [out, in/16]
+    rows: F32  # [out]
+
+    def decoded(self) -> F32:
+        """The matrix ``[out, in]``."""
+        codes = np.stack((self.codes & 15, self.codes >> 4), -1).reshape(len(self.codes), -1, GROUP)
+        values = np.where(codes & 8, -1, 1) * np.array(MAGNITUDES, np.float32)[codes & 7]
+        steps = self.groups.astype(np.float32) * self.rows[:, None]
+        return np.asarray((values * steps[:, :, None]).reshape(len(codes), -1), np.float32)
+
+
+def joined(parts: Sequence[Nvfp4Matrix]) -> Nvfp4Matrix:
+    """The rows of all ``parts`` as one matrix."""
+    codes, groups, rows = ([getattr(part, leaf) for part in parts] for leaf in ("codes", "groups", "rows"))
+    return Nvfp4Matrix(np.concatenate(codes), np.concatenate(groups), np.concatenate(rows))
+
+
+def stored_matrix(stored: Nvfp4) -> Nvfp4Matrix:
+    """A matrix that a checkpoint stores in NVFP4, bit for bit."""
+    codes = stored.weight.read().view(np.uint8)
+    if stored.high_first:
+        codes = (codes << 4) | (codes >> 4)
+    groups = stored.scales.view(ml_dtypes.float8_e4m3fn)
+    return Nvfp4Matrix(codes, groups, np.full(len(codes), stored.world, np.float32))
+
+
+def quantise(matrix: F32) -> Nvfp4Matrix:
+    """``matrix [out, in]`` with every value rounded to the nearest code; ``in`` is a multiple of 16."""
+    return compensated(matrix, np.zeros((1, matrix.shape[1]), np.float32))
+
+
+def compensated(matrix: F32, inputs: F32) -> Nvfp4Matrix:
+    """``matrix [out, in]``, rounded so that products with ``inputs [rows, in]`` change little.
+
+    With few rows the covariance ``H = l I + X^T X`` is never formed. The columns that follow column j fit its error
+    best with ``x_k^T P x_j``, where ``P`` is the inverse of ``l I + X X^T`` over those columns: ``[rows, rows]``.
+    """
+    import torch
+
+    weight, (leaving, entering) = torch.from_numpy(np.array(matrix, np.float32)), matrix.shape
+    assert entering % GROUP == 0
+    x = torch.from_numpy(np.asarray(inputs, np.float32))
+    fits, importance = _fits(x)
+    rows = (weight.abs().amax(1) / (LARGEST_CODE * LARGEST_SCALE)).clamp(min=SMALLEST_ROW)
+    codes = torch.empty(leaving, entering, dtype=torch.uint8)
+    groups = torch.empty(leaving, entering // GROUP, dtype=torch.float8_e4m3fn)
+    owed = torch.zeros(leaving, len(x))  # what the columns so far leave to those that follow
+    scaled = x / max(len(x), 1) ** 0.5
+    for first in range(0, entering, GROUP):
+        last = first + GROUP
+        group, errors = weight[:, first:last], torch.empty(leaving, GROUP)
+        group += owed @ scaled[:, first:last]
+        scale = _scale(group, rows, importance[first:last])
+        groups[:, first // GROUP] = scale
+        steps, within = scale.float() * rows, fits[first:last] @ scaled[:, first:last]
+        for column in range(GROUP):
+            codes[:, first + column] = _nearest(group[:, column], steps)
+            errors[:, column] = group[:, column] - _values(codes[:, first + column]) * steps
+            group[:, column + 1 :] += errors[:, column, None] * within[column, column + 1 :]
+        owed += errors @ fits[first:last]
+    packed = (codes[:, 0::2] | (codes[:, 1::2] << 4)).numpy()
+    return Nvfp4Matrix(packed, groups.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), rows.numpy())
+
+
+def _fits(x: "Tensor") -> "tuple[Tensor, Tensor]":
+    """For every column of ``x [rows, in]``: how later ones fit it, ``[in, rows]``, and what its own error costs."""
+    import torch
+
+    wide = x.double() / max(len(x), 1) ** 0.5
+    damping = max(DAMPING * float((wide**2).sum(0).mean()), SMALLEST_ROW)
+    inverse = torch.linalg.inv(wide @ wide.T + damping * torch.eye(len(x), dtype=torch.float64))
+    fits, importance = torch.empty(x.shape[1], len(x)), torch.empty(x.shape[1])
+    for column, values in enumerate(wide.T):
+        projected = inverse @ values
+        left = 1 - values @ projected
+        fits[column] = projected / left
+        importance[column] = damping / left
+        inverse += torch.outer(projected, projected / left)
+    return fits, importance / importance.mean()
+
+
+def _scale(group: "Tensor", rows: "Tensor", importance: "Tensor") -> "Tensor":
+    """The E4M3 scales of ``group [out, 16]`` with the least error, weighted by the ``importance [16]`` of inputs."""
+    import torch
+
+    largest = group.abs().amax(1) / (LARGEST_CODE * rows)
+    found, least = torch.zeros(len(group), dtype=torch.float8_e4m3fn), torch.full((len(group),), torch.inf)
+    for multiple in SCALES_TRIED:
+        scale = (multiple * largest).clamp(max=LARGEST_SCALE).to(torch.float8_e4m3fn)
+        steps = (scale.float() * rows)[:, None]
+        error = ((_values(_nearest(group, steps)) * steps - group) ** 2 * importance).sum(1)
+        better = error < least
+        found.view(torch.uint8)[better] = scale.view(torch.uint8)[better]
+        least = torch.minimum(least, error)
+    return found
+
+
+def _nearest(values: "Tensor", steps: "Tensor") -> "Tensor":
+    """The codes nearest to ``values / steps``, halves to the even code; 0 where a step is 0."""
+    import torch
+
+    scaled = torch.where(steps > 0, values / steps, 0.0)
+    halves = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    halves[1::2] = torch.nextafter(halves[1::2], torch.zeros(3))
+    code = torch.bucketize(scaled.abs(), halves).to(torch.uint8)
+    return code | ((scaled < 0).to(torch.uint8) << 3)
+
+
+def _values(codes: "Tensor") -> "Tensor":
+    import torch
+
+    magnitudes = torch.tensor([*MAGNITUDES, *(-value for value in MAGNITUDES)])
+    return magnitudes[codes.long()]
+
+
+def low_rank(matrix: F32, rank: int) -> tuple[F32, F32]:
+    """``down [rank, in]`` and ``up [out, rank]``, whose product is nearest to ``matrix [out, in]`` (Li et al. 2024)."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        left, values, right = torch.svd_lowrank(torch.from_numpy(matrix), q=min(rank + 8, *matrix.shape), niter=4)
+    root = values[:rank].sqrt()
+    return (right[:, :rank] * root).T.contiguous().numpy(), (left[:, :rank] * root).contiguous().numpy()
