@@ -147,7 +147,9 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path, tiny_checkpoint):
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_fp8_stores_matrices_of_the_blocks_in_eight_bits_with_a_scale_for_each_row(tmp_path, tiny_checkpoint, tiny_bundle):
+def test_fp8_stores_matrices_of_the_blocks_in_eight_bits_with_a_scale_for_each_row(
+    tmp_path, tiny_checkpoint, tiny_bundle
+):
     options = ExportOptions(Precision.FP8, keep_high_precision=frozenset({1}))
     bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
     stored = read_safetensors(tmp_path / "b" / "high_noise.safetensors")
