@@ -89,7 +89,7 @@ def test_every_block_has_its_own_weights_as_the_bundle_stores_them(fp8_blocks):
             width = len(biases[0])
             matrix = stored[f"blocks.{block}.self_attn.qkv.weight"][2 * width :].astype(np.float64)
             scales = stored[f"blocks.{block}.self_attn.qkv.weight_scale"][2 * width :]
-                norms = np.linalg.norm(matrix, axis=1) * scales
+            norms = np.linalg.norm(matrix, axis=1) * scales
             assert np.allclose(read(built, component, places[V_NORMS], block), norms, rtol=1e-5)
         assert [p.name for p in layout.block if p.offset >= layout.step_bytes] == [
             t.name for t in component.stage("text_kv").weights

@@ -63,11 +63,11 @@ def run(
         aim = target_named(target)
         plans = [make_plan(spec, aim, asked or aim.default_precision, video, steps, budget, bus)]
     if as_json:
-        found = [plan.as_json() for plan in plans]
-        if compare_precisions:
-            figures = {p: msgspec.to_builtins(found) for p, found in read_figures().items()}
-            found = [plan | {"figures": figures.get(Precision(plan["precision"]))} for plan in found]
-        print(json.dumps(found if cards or compare_precisions else found[0]))
+        entries = [plan.as_json() for plan in plans]
+        measured = read_figures() if compare_precisions else {}
+        for entry in entries if compare_precisions else ():
+            entry["figures"] = msgspec.to_builtins(measured.get(Precision(entry["precision"])))
+        print(json.dumps(entries if cards or compare_precisions else entries[0]))
         return
     shown = cards_as_text(plans) if cards else precisions_as_text(plans) if compare_precisions else as_text(plans[0])
     for part in shown:
