@@ -23,7 +23,7 @@ from wan22.caching import Caching
 from wan22.looks import LOOKS, with_terms
 from wan22.sampling import NEGATIVE_PROMPT, PRESETS
 
-from .latents import checked, denormalised, normalised, png
+from .latents import checked, exact, latent_of, png
 
 CATEGORY = "wan-trt"
 BUNDLES = "the bundle's"  # stands for a default
@@ -121,13 +121,13 @@ class Sampler:
         sigma = sigmas[start_at_step] if 0 < start_at_step < len(sigmas) else np.float32(1)
         left = sigmas[max(part.stop, 0)]  # the noise that stays in the latents
         show, made = showing(engines if preview else None, len(part) * batch), []
-        for one, of_one in zip(normalised(samples, spec), noise, strict=True):
+        for one, of_one in zip(exact(latent, spec), noise, strict=True):
             start = sigma * of_one + (1 - sigma) * one
             request = replace(complete, noise=start[None].astype(np.float32))
             for step in engines.denoise(request, None if len(part) == complete.steps else part):
                 show(len(made) * len(part) + step.index + 1, step.latents)
             made.append(step.latents / (1 - left) if left else step.latents)
-        return ({"samples": torch.from_numpy(denormalised(np.concatenate(made), spec))},)
+        return (latent_of(np.concatenate(made), spec),)
 
 
 def showing(pipeline: Pipeline | None, total: int) -> Callable[[int, F32], None]:

@@ -83,7 +83,7 @@ def read_jobs(path: Path) -> Iterator[Job | Result]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        name = f"line-{number:05}"
+        name = unnamed(number)
         try:
             entry = _entry(line)
             name = _name(entry.get("name", name))
@@ -99,6 +99,11 @@ def read_jobs(path: Path) -> Iterator[Job | Result]:
         yield found
     if not seen:
         raise UserError(f"{path} has no jobs", 'lines such as {"prompt": "A cat"}', "write one job a line")
+
+
+def unnamed(line: int) -> str:
+    """The name of a job without one."""
+    return f"line-{line:05}"
 
 
 def _entry(line: bytes) -> dict[str, Any]:
