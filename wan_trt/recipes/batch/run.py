@@ -127,7 +127,8 @@ def run_batch(
                     finished += 1
                     progress("batch", finished, len(found), "jobs")
         finally:
-            summary.missing, summary.seconds = len(found) - finished, time.monotonic() - began
+            summary.missing = len(found) - summary.done - summary.failed - summary.earlier
+            summary.seconds = time.monotonic() - began
     return summary
 
 
