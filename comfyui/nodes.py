@@ -23,7 +23,8 @@ from wan22.specs import ModelSpec
 from wan_trt.diffusers.values import frames_of
 
 from .latents import exact, latent_of, png
-from .sampling import CATEGORY, RemoteSampler, Sampler
+from .remote import RemoteSampler
+from .sampling import CATEGORY, Lora, Sampler
 
 FOLDER = "wan_trt"  # of ComfyUI's models
 
@@ -195,6 +196,7 @@ NODES: dict[str, tuple[type, str]] = {
     "WanTrtEngines": (Engines, "Wan TRT Engines"),
     "WanTrtEmptyLatent": (EmptyLatent, "Wan TRT Empty Latent"),
     "WanTrtImageToVideo": (ImageToVideo, "Wan TRT Image to Video"),
+    "WanTrtLora": (Lora, "Wan TRT LoRA"),
     "WanTrtSampler": (Sampler, "Wan TRT Sampler"),
     "WanTrtDecode": (Decode, "Wan TRT VAE Decode"),
     "WanTrtEncode": (Encode, "Wan TRT VAE Encode"),

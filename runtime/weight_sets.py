@@ -15,11 +15,14 @@ class WeightSets:
     """The sets of one pipeline by name; "" is the bundle's own weights."""
 
     def __init__(self, base: Bundle, sets: Mapping[str, Bundle]) -> None:
-        self._base, self._sets, self._chosen = base, sets, ""
+        self._base, self._sets, self._chosen = base, dict(sets), ""
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._sets)
+
+    def add(self, name: str, bundle: Bundle) -> None:
+        self._sets[name] = bundle
 
     def choose(self, name: str | None) -> bool:
         """Use the set ``name``, None for the bundle's own weights; True if it was not in use.

@@ -4,13 +4,14 @@ import base64
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from gateway.client import GatewayClient, RefusedError
 from triton_repo.client import WanClient
 from triton_repo.client_errors import JobError
+from triton_repo.schema import Setting
 from wan22.errors import UserError
 from wan_trt.recipes.batch.jobs import Job
 from wan_trt.recipes.batch.run import Worker, WorkerLostError, Workers
@@ -123,7 +124,7 @@ class _Gateway:
                 self._client.delete(self._video_id)
 
     def render(self, job: Job) -> bytes:
-        fields, once = _fields(job, self._model), uuid.uuid4().hex
+        fields, once = fields_of(job.settings, self._model), uuid.uuid4().hex
         try:
             self._video_id = self._accepted(fields, once)
             if self._stopped.is_set():
@@ -156,12 +157,12 @@ class _Gateway:
                     raise
 
 
-def _fields(job: Job, model: str) -> dict[str, Any]:
-    """The job as a request of ``/v1/videos``, which knows the inputs of the served model as aliases."""
-    if "noise" in job.settings:
+def fields_of(settings: Mapping[str, Setting], model: str) -> dict[str, Any]:
+    """The request of ``/v1/videos`` for inputs of the served model, whose names it knows as aliases."""
+    if "noise" in settings:
         raise UserError("noise through a gateway", "latent, a name of its operator's", "or use a Triton server")
     fields: dict[str, Any] = {"model": model, "priority": 2}
-    for name, value in job.settings.items():
+    for name, value in settings.items():
         if isinstance(value, bytes):
             media = "png" if value[:4] == b"\x89PNG" else "webp" if value[8:12] == b"WEBP" else "jpeg"
             fields[IMAGES[name]] = f"data:image/{media};base64,{base64.b64encode(value).decode()}"
