@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,12 @@ def results_of(folder):
     return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
 
 
+def scratch(folder):
+    """A place for temporary files that a test can look at."""
+    (folder / "scratch").mkdir(exist_ok=True)
+    return folder / "scratch"
+
+
 def batch(*words):
     """The exit code of ``wan-trt batch``."""
     with pytest.raises(SystemExit) as left:
@@ -53,6 +60,8 @@ def test_every_job_has_a_file_and_a_line_and_is_what_generate_makes(tiny_engines
     assert batch(jobs, out, "--engines", tiny_engines) == 1
     told = capsys.readouterr().out
     assert "3 done, 3 failed" in told
+    assert "line 3 failed: 'seeed' | expected seed" in told
+    assert "large (line 5) failed: " in told
     by_name = {each["name"]: each for each in results_of(out)}
     assert {name: each["seed"] for name, each in by_name.items() if each["status"] == "done"} == {
         "red": 3,
@@ -198,6 +207,22 @@ def test_a_job_goes_to_another_worker_once_and_never_runs_twice_at_an_end(tmp_pa
     assert sum("was lost with" in line for line in told) == 3
 
 
+def test_a_long_job_gives_signs_of_life(tmp_path):
+    told, heard = [], threading.Event()
+
+    def play(job):
+        assert heard.wait(30)
+        return b"video"
+
+    def tell(line):
+        told.append(line)
+        heard.set()
+
+    jobs = jobs_file(tmp_path / "jobs.jsonl", {"name": "long", "prompt": "x"})
+    run_batch(jobs, str(tmp_path / "out"), playing(1, play), tell=tell, beat_s=0.05)
+    assert told[0].startswith("1 jobs left; running: long for 0 s")
+
+
 def test_workers_that_cannot_render_are_left_out_and_the_last_ones_error_ends_the_batch(tmp_path):
     def only_second(index):
         if index != 1:
@@ -238,12 +263,17 @@ def test_a_killed_run_leaves_whole_videos_and_the_next_one_makes_the_rest(tiny_e
     jobs = jobs_file(tmp_path / "jobs.jsonl", *({"name": f"j{n}", "prompt": f"Cat {n}", **SMALL} for n in range(6)))
     out, words = tmp_path / "out", ["batch", str(jobs), str(tmp_path / "out"), "--engines", str(tiny_engines)]
     code = "import sys; from wan_trt.cli import app; app(sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, *words, "--workers", "2"], stdout=subprocess.DEVNULL)
-    while not list(out.glob("*.png")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command, env = (
+        [sys.executable, "-c", code, *words, "--workers", "2"],
+        os.environ | {"TMPDIR": str(scratch(tmp_path))},
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as process:
+        while not list(out.glob("*.png")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.stdout.read()  # its workers have it too, and end after it
+    assert not list(scratch(tmp_path).glob("wan-trt-*"))
     with (out / "results.jsonl").open("ab") as lines:
         lines.write(b'{"name": "j5", "status": "do')  # as a kill inside a write leaves it
     for path in out.glob("*.png"):
@@ -259,13 +289,17 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(tiny_engines, tmp_path):
     out = tmp_path / "out"
     code = "import sys; from wan_trt.cli import app; app(sys.argv[1:])"
     words = [sys.executable, "-c", code, "batch", str(jobs), str(out), "--engines", str(tiny_engines)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    env = os.environ | {"TMPDIR": str(scratch(tmp_path))}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=env)
     while not list(out.glob("*.png")):
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate()[1].decode()
+    told, error = (each.decode() for each in process.communicate())
     assert process.returncode == 130, error
+    done = len(results_of(out))
+    assert f"{done} done, 0 failed, 0 from earlier runs, {50 - done} not made" in told
+    assert not list(scratch(tmp_path).glob("wan-trt-*"))
     assert "interrupted" in error
     assert "Traceback" not in error
     assert {each["file"] for each in results_of(out)} == {path.name for path in out.glob("*.png")}
@@ -303,11 +337,11 @@ def ray_cluster(nodes):
 
 @pytest.mark.slow
 def test_a_ray_cluster_that_loses_a_node_accounts_for_every_job(tiny_engines, tmp_path):
-    from wan_trt.recipes.batch.workers import ray_workers
+    from wan_trt.recipes.batch.workers import Opening, ray_workers
 
     jobs = jobs_file(tmp_path / "jobs.jsonl", *({"name": f"j{n}", "prompt": f"Cat {n}", **SMALL} for n in range(16)))
     killed, told = [], []
-    with ray_cluster(2) as (cluster, nodes), ray_workers(tiny_engines, cluster.address) as workers:
+    with ray_cluster(2) as (cluster, nodes), ray_workers(Opening(tiny_engines), cluster.address) as workers:
         assert workers.count == 2  # the head has no cores for an actor
 
         def kill_one(task, done, total, unit=""):
@@ -325,12 +359,12 @@ def test_a_ray_cluster_that_loses_a_node_accounts_for_every_job(tiny_engines, tm
 
 @pytest.mark.slow
 def test_a_node_without_the_engines_is_named_and_no_cluster_is_one_line(tiny_engines, tmp_path, capsys):
-    from wan_trt.recipes.batch.workers import ray_workers
+    from wan_trt.recipes.batch.workers import Opening, ray_workers
 
     jobs = jobs_file(tmp_path / "jobs.jsonl", {"name": "a", "prompt": "A cat", **SMALL})
     here = tmp_path / "here"
     here.symlink_to(tiny_engines)
-    with ray_cluster(1) as (cluster, _), ray_workers(here, cluster.address, 1) as workers:
+    with ray_cluster(1) as (cluster, _), ray_workers(Opening(here), cluster.address, 1) as workers:
         here.unlink()
         with pytest.raises(UserError, match=r"node .*: .*here has no bundle\.json"):
             run_batch(jobs, str(tmp_path / "out"), workers)
