@@ -4,11 +4,9 @@ import logging
 import os
 import shutil
 import socket
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -114,7 +112,7 @@ def visible_gpus(engines: Path, asked: str = "") -> tuple[str, ...]:
 
 @contextmanager
 def _process(name: str, device: str, opening: Opening, folder: Path) -> "Iterator[Worker]":
-    with child_process(_serve, device, opening, folder / name) as (pipe, process):
+    with child_process(_serve, device, opening, folder / name, folder=folder) as (pipe, process):
         worker = _Process(name, pipe, process)
         try:
             worker.answer()
@@ -150,10 +148,9 @@ class _Process:
 
 
 def _serve(pipe: Connection, device: str, opening: Opening, folder: Path) -> None:
-    """In the child: say that it is ready, render what comes, end with the parent."""
+    """In the child: say that it is ready, and render what comes."""
     if device:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    threading.Thread(target=_end_with_parent, args=(folder.parent,), daemon=True).start()
     shutil.rmtree(folder, ignore_errors=True)  # of one that was lost
     folder.mkdir()
     try:
@@ -169,15 +166,6 @@ def _serve(pipe: Connection, device: str, opening: Opening, folder: Path) -> Non
         pipe.send(error)
     except EOFError:
         return
-
-
-def _end_with_parent(folder: Path) -> None:
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    while folder.exists():  # the parent, killed, has not removed it; the other thread may still write there
-        shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
 
 
 @contextmanager
