@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BEAT_S = 60.0  # between signs of life, where there is no terminal for a bar
 
 
-@given.with_options(given.BLOCKS)
+@given.with_options(given.MEMORY)
 def run(
     jobs: Annotated[Path, typer.Argument(help="JSON lines, one job each.", show_default=False)],
     output: Annotated[
