@@ -24,7 +24,6 @@ from runtime.vae_choice import PipelineVae
 from runtime.weight_sets import WeightSets, check_lora
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.memory import available_host_bytes
-from wan22.parallel import ONE_DEVICE
 from wan22.quantities import counted, human_bytes
 from wan22.residency import (
     RESIDENCIES,
@@ -74,7 +73,7 @@ class Pipeline:
             new_engine: makes the engine of a component, instead of the bundle's backend.
             blocks: where the weights of transformers in stages are, how the VAE takes pictures, and the devices.
         """
-        devices = ONE_DEVICE if new_engine else check_options(bundle, blocks)
+        devices = check_options(bundle, BLOCKS_AS_FIT if new_engine else blocks)
         self.bundle = bundle = bundle.in_groups(devices.split.ulysses)
         self.once, self.split = once, devices.split
         self.weight_sets = WeightSets(bundle, {})  # may be replaced before the first request

@@ -181,8 +181,8 @@ class Bundle:
 
 
 def grouped_name(stage: str, count: int) -> str:
-    """The name of the form of ``stage`` for ``count`` devices that divide the tokens."""
-    return f"{stage}_of_{count}"
+    """The name of the form of ``stage`` for ``count`` devices that divide the tokens, or of a dimension in it."""
+    return stage if count == 1 else f"{stage}_of_{count}"
 
 
 def sha256_of(path: Path) -> str:
