@@ -15,10 +15,9 @@ import openai
 import pytest
 
 from runtime.recipe import read_recipe
-from runtime.request import Request
 from tests.gateway.running import LONG, MEDIUM, SMALL, WAN_TRT, gateway_in_front
 from tests.runtime.test_extend import GOOD, endpoint, said
-from triton_repo.client import WanClient
+from wan_trt.cli import app
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -205,9 +204,11 @@ def test_the_operators_latents_take_the_place_of_the_seeds(gateway, triton):
         made[name] = gateway.wait(gateway.create(**fields), "completed")
         assert made[name]["latent"] == "fixed"
     contents = {name: gateway.ask("GET", f"/v1/videos/{video['id']}/content").body for name, video in made.items()}
-    with WanClient(triton.url) as client:
-        job = Request("a fox", size=(64, 64), frames=5, steps=3, seed=3, noise=np.load(latents))
-        assert contents["path"] == client.submit(job).result().video
+    asked = ["--size", "64x64", "--frames", "5", "--steps", "3", "--seed", "3", "--noise", str(latents)]
+    with pytest.raises(SystemExit) as left:
+        app(["client", triton.url, "a fox", *asked, "-o", str(latents.parent / "client.mp4")])
+    assert left.value.code in (0, None)
+    assert contents["path"] == (latents.parent / "client.mp4").read_bytes()
     recipes = [read_recipe(written(latents.parent / f"{name}.mp4", content)) for name, content in contents.items()]
     assert recipes[0].noise == recipes[1].noise == hashlib.sha256(np.load(latents).tobytes()).hexdigest()
     refused = gateway.ask("POST", "/v1/videos", {"prompt": "x", **SMALL, "size": "96x64", "latent": "fixed"})

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -49,17 +50,19 @@ def test_every_job_has_a_file_and_a_line_and_is_what_generate_makes(tiny_engines
     jobs = jobs_file(
         tmp_path / "jobs.jsonl",
         {"name": "red", "prompt": "A red ball", "seed": 3, **SMALL},
-        {"name": "noir", "prompt": "A cat", "look": ["noir", "Close-up shot"], "guidance": 2.5, **SMALL},
+        {"name": "noir", "prompt": "A cat", "look": "noir, Close-up shot", "guidance": 2.5, **SMALL},
         '{"prompt": "A cat", "seeed": 3}',
         "",
         {"name": "large", "prompt": "A cat", "size": "65x64"},
         '{"name": "torn", "prompt"',
         {"prompt": "unnamed", **SMALL},
+        {"name": "own", "prompt": "A red ball", "seed": 3, "noise": "noise.npy", **SMALL},
     )
+    np.save(tmp_path / "noise.npy", np.random.default_rng(1).standard_normal((1, 16, 1, 8, 8), np.float32))
     out = tmp_path / "out"
     assert batch(jobs, out, "--engines", tiny_engines) == 1
     told = capsys.readouterr().out
-    assert "3 done, 3 failed" in told
+    assert "4 done, 3 failed" in told
     assert "line 3 failed: 'seeed' | expected seed" in told
     assert "large (line 5) failed: " in told
     by_name = {each["name"]: each for each in results_of(out)}
@@ -67,6 +70,7 @@ def test_every_job_has_a_file_and_a_line_and_is_what_generate_makes(tiny_engines
         "red": 3,
         "noir": 0,
         "line-00007": 0,
+        "own": 3,
     }
     assert {name for name, each in by_name.items() if each["status"] == "failed"} == {
         "line-00003",
@@ -75,17 +79,18 @@ def test_every_job_has_a_file_and_a_line_and_is_what_generate_makes(tiny_engines
     }
     assert "line 3: 'seeed' | expected seed" in by_name["line-00003"]["error"]
     assert "65x64" in by_name["large"]["error"]
-    for name in ("red", "noir", "line-00007"):
+    for name in ("red", "noir", "line-00007", "own"):
         assert by_name[name]["sha256"] == hashlib.sha256((out / by_name[name]["file"]).read_bytes()).hexdigest()
-    with pytest.raises(SystemExit):
-        app(["generate", str(tiny_engines), "A red ball", "--seed", "3", "--size", "64x64", "--frames", "1",
-             "--steps", "1", "-o", str(tmp_path / "red.png")])  # fmt: skip
-    assert (tmp_path / "red.png").read_bytes() == (out / "red.png").read_bytes()
+    for name, more in (("red", ()), ("own", ("--noise", str(tmp_path / "noise.npy")))):
+        with pytest.raises(SystemExit):
+            app(["generate", str(tiny_engines), "A red ball", "--seed", "3", "--size", "64x64", "--frames", "1",
+                 "--steps", "1", "-o", str(tmp_path / f"{name}.png"), *more])  # fmt: skip
+        assert (tmp_path / f"{name}.png").read_bytes() == (out / f"{name}.png").read_bytes()
 
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     (out / "noir.png").write_bytes(b"damaged")
     assert batch(jobs, out, "--engines", tiny_engines) == 1
-    assert "1 done, 3 failed, 2 from earlier runs" in capsys.readouterr().out
+    assert "1 done, 3 failed, 3 from earlier runs" in capsys.readouterr().out
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert after.keys() == before.keys()
     assert {name for name in after if after[name] != before[name]} == {"noir.png"}
