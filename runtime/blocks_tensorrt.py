@@ -171,7 +171,7 @@ class GpuStages:
         """Enqueue the copy of a block's weights from byte ``start`` of its region on."""
         offset, size = self._layout.region(block) + start, self._layout.step_bytes - start
         pieces = list(self._files.pieces(expert, offset, size))
-        pinned = [None if self._from_disk else self._device.host_copies.pin(piece.path) for piece in pieces]
+        pinned: list[Any] = [None if self._from_disk else self._device.host_copies.pin(each.path) for each in pieces]
         if all(whole is not None for whole in pinned):
             found = zip(pinned, pieces, strict=True)
             done: Future[Any] = Future()

@@ -53,8 +53,8 @@ class MeasuredInput:
         """The rows as the linear multiplies them: without their mean, times the factors; none without rows."""
         if self.rows is None:
             return np.zeros((0, len(self.mean)), np.float32)
-        centred = self.rows.astype(np.float32) - self.mean
-        return np.asarray(centred if self.factor is None else centred * self.factor)
+        centred = self.rows.astype(np.float32) - np.asarray(self.mean, np.float32)
+        return np.asarray(centred if self.factor is None else centred * np.asarray(self.factor, np.float32))
 
     @property
     def vectors(self) -> tuple[Array, Array]:

@@ -23,7 +23,8 @@ GROUP = 16  # inputs that share a scale
 LARGEST_CODE, LARGEST_SCALE = 6.0, 448.0
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; bit 3 is the sign
 SCALES_TRIED = (1.0, 0.9, 0.8, 1.2)  # multiples of the scale that has no overflow
-DAMPING = 0.01  # of the mean variance, added to every input's
+# Added to every input's variance, as a share of the mean one: few rows do not tell what else the inputs have.
+DAMPING, OF_FEW_ROWS, LARGEST_DAMPING = 0.01, 0.04, 0.5  # at least, by the square of inputs over rows, at most
 SMALLEST_ROW = 1e-30  # keeps divisors positive
 
 
@@ -51,7 +52,7 @@ def stored_matrix(stored: Nvfp4) -> Nvfp4Matrix:
     """A matrix that a checkpoint stores in NVFP4, bit for bit."""
     codes = stored.weight.read().view(np.uint8)
     if stored.high_first:
-        codes = (codes << 4) | (codes >> 4)
+        codes = np.asarray((codes << 4) | (codes >> 4), np.uint8)
     groups = stored.scales.view(ml_dtypes.float8_e4m3fn)
     return Nvfp4Matrix(codes, groups, np.full(len(codes), stored.world, np.float32))
 
@@ -99,7 +100,8 @@ def _fits(x: "Tensor") -> "tuple[Tensor, Tensor]":
     import torch
 
     wide = x.double() / max(len(x), 1) ** 0.5
-    damping = max(DAMPING * float((wide**2).sum(0).mean()), SMALLEST_ROW)
+    share = min(max(DAMPING, OF_FEW_ROWS * (x.shape[1] / max(len(x), 1)) ** 2), LARGEST_DAMPING)
+    damping = max(share * float((wide**2).sum(0).mean()), SMALLEST_ROW)
     inverse = torch.linalg.inv(wide @ wide.T + damping * torch.eye(len(x), dtype=torch.float64))
     fits, importance = torch.empty(x.shape[1], len(x)), torch.empty(x.shape[1])
     for column, values in enumerate(wide.T):

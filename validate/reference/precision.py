@@ -97,7 +97,7 @@ class Nvfp4Linear(torch.nn.Module):
 def _through_nvfp4(x: torch.Tensor) -> torch.Tensor:
     """``x [..., in]`` rounded to NVFP4: E2M1, an E4M3 scale for 16 numbers, a scale for every row."""
     largest = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
-    groups = (x / largest).unflatten(-1, (-1, 16))
+    groups = (x / largest).reshape(*x.shape[:-1], -1, 16)
     scales = (groups.abs().amax(-1, keepdim=True) / 6 * LARGEST).to(FLOAT8).float() / LARGEST
     magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     scaled = groups / torch.where(scales > 0, scales, 1.0)
@@ -106,7 +106,8 @@ def _through_nvfp4(x: torch.Tensor) -> torch.Tensor:
         closer = (scaled.abs() - value).abs() < distance
         nearest = torch.where(closer, value, nearest)
         distance = torch.where(closer, (scaled.abs() - value).abs(), distance)
-    return (nearest * scaled.sign() * scales).flatten(-2) * largest
+    rounded: torch.Tensor = (nearest * scaled.sign() * scales).flatten(-2) * largest
+    return rounded
 
 
 LINEARS = {Number.FP8: Fp8Linear, Number.INT8: Int8Linear, Number.NVFP4: Nvfp4Linear}
