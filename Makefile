@@ -5,6 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 TRITON := .venv-triton/installed
 OFFICIAL := .venv-official/installed
+CUPY := .venv-cupy/installed
 TOOLS := .venv-tools/installed
 COMPILE = .venv-tools/bin/uv pip compile --quiet $(UPGRADE) --generate-hashes --no-annotate --no-header \
 	--python-platform x86_64-manylinux_2_36 --python-version
@@ -19,8 +20,9 @@ picture: $(INSTALLED)
 	$(BIN)/python -m studies.picture demo docs/demo.png
 
 # Two processes share the test files: many tests wait for a server or a build, and use one core.
-test: $(INSTALLED) $(TRITON) $(OFFICIAL) check
+test: $(INSTALLED) $(TRITON) $(OFFICIAL) $(CUPY) check
 	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile -m "not slow"
+	PYTHONPATH=.venv-cupy $(BIN)/python -m pytest -q tests/runtime/test_engine_cuda.py tests/runtime/test_group_cuda.py -k cupy
 
 # Commands killed at random moments, failing disks, fuzzed files, engine builds in full size, the commands of docs/.
 slow: $(INSTALLED) $(TRITON) $(OFFICIAL)
@@ -61,6 +63,12 @@ $(OFFICIAL): requirements-official.txt
 	.venv-official/bin/pip install --quiet --no-deps --require-hashes --requirement requirements-official.txt
 	touch $@
 
+# CuPy, whose names and signatures the tests compare with the runtime's calls. It cannot run without a GPU.
+$(CUPY): requirements-cupy.txt $(INSTALLED)
+	rm -rf .venv-cupy
+	$(BIN)/pip install --quiet --no-deps --require-hashes --target .venv-cupy --requirement requirements-cupy.txt
+	touch $@
+
 # The linter of the Kubernetes manifests, whose many dependencies are nobody else's. Its test is skipped without it.
 checkov: .venv-checkov/installed
 
@@ -83,6 +91,7 @@ lock: $(TOOLS)
 		--extra validate --extra official --extra synth --extra mlperf --extra batch --extra sign --extra triton --extra gateway --extra dev pyproject.toml requirements-cpu.in -o requirements-cpu.txt
 	$(COMPILE) 3.11 --no-deps requirements-triton.in -o requirements-triton.txt
 	$(COMPILE) 3.11 --no-deps requirements-official.in -o requirements-official.txt
+	$(COMPILE) 3.11 --no-deps requirements-cupy.in -o requirements-cupy.txt
 	$(COMPILE) 3.11 requirements-tools.in -o requirements-tools.txt
 	$(COMPILE) 3.11 requirements-checkov.in -o requirements-checkov.txt
 	$(COMPILE) 3.11 requirements-wheel.in -o requirements-wheel.txt
@@ -100,4 +109,4 @@ $(TOOLS): requirements-tools.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton .venv-official .venv-tools .venv-checkov .venv-vbench demo
+	rm -rf .venv .venv-triton .venv-official .venv-cupy .venv-tools .venv-checkov .venv-vbench demo

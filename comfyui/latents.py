@@ -7,11 +7,14 @@ divided by ``1 - sigma``. Its images are float tensors [frames, height, width, 3
 from typing import Any
 
 import numpy as np
+import torch
 
 from runtime.arrays import F32
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
 from wan_trt.diffusers.values import png_of
+
+EXACT = "wan_trt"  # in a LATENT: see :func:`latent_of`
 
 
 def checked(latent: dict[str, Any], spec: ModelSpec) -> F32:
@@ -35,6 +38,19 @@ def normalised(samples: F32, spec: ModelSpec) -> F32:
 def denormalised(latents: F32, spec: ModelSpec) -> F32:
     mean, std = _scales(spec)
     return (latents * std + mean).astype(np.float32)
+
+
+def latent_of(latents: F32, spec: ModelSpec) -> dict[str, Any]:
+    """ComfyUI's LATENT; beside its tensor the exact values, whose last bit the change of scale costs."""
+    return {"samples": torch.from_numpy(denormalised(latents, spec)), EXACT: latents}
+
+
+def exact(latent: dict[str, Any], spec: ModelSpec) -> F32:
+    """The normalised latents, to the last bit if no node has changed them on the way."""
+    samples, known = checked(latent, spec), latent.get(EXACT)
+    if known is not None and np.array_equal(denormalised(known, spec), samples):
+        return known
+    return normalised(samples, spec)
 
 
 def png(image: Any) -> bytes:

@@ -22,8 +22,9 @@ from wan22.quantities import parse_bytes
 from wan22.specs import ModelSpec
 from wan_trt.diffusers.values import frames_of
 
-from .latents import checked, denormalised, normalised, png
-from .sampling import CATEGORY, RemoteSampler, Sampler
+from .latents import exact, latent_of, png
+from .remote import RemoteSampler
+from .sampling import CATEGORY, Lora, Sampler
 
 FOLDER = "wan_trt"  # of ComfyUI's models
 
@@ -156,7 +157,7 @@ class Decode:
         return {"required": {"engines": ("WAN_TRT_ENGINES",), "latent": ("LATENT",)}}
 
     def decode(self, engines: Pipeline, latent: dict[str, Any]) -> tuple[Any]:
-        latents = normalised(checked(latent, engines.spec), engines.spec)
+        latents = exact(latent, engines.spec)
         bar = comfy.utils.ProgressBar(latents.shape[0] * latents.shape[2])
 
         def counted(one: np.ndarray) -> Iterator[np.ndarray]:
@@ -188,13 +189,14 @@ class Encode:
         engines.spec.latent_shape(width, height, len(pixels))
         video = np.ascontiguousarray(2 * pixels.transpose(3, 0, 1, 2)[None] - 1, np.float32)
         latents = engines.encode(video)
-        return ({"samples": torch.from_numpy(denormalised(latents, engines.spec))},)
+        return (latent_of(latents, engines.spec),)
 
 
 NODES: dict[str, tuple[type, str]] = {
     "WanTrtEngines": (Engines, "Wan TRT Engines"),
     "WanTrtEmptyLatent": (EmptyLatent, "Wan TRT Empty Latent"),
     "WanTrtImageToVideo": (ImageToVideo, "Wan TRT Image to Video"),
+    "WanTrtLora": (Lora, "Wan TRT LoRA"),
     "WanTrtSampler": (Sampler, "Wan TRT Sampler"),
     "WanTrtDecode": (Decode, "Wan TRT VAE Decode"),
     "WanTrtEncode": (Encode, "Wan TRT VAE Encode"),

@@ -1,33 +1,34 @@
-"""The samplers: on engines of this machine, and on a server."""
+"""The sampler on engines of this machine, and LoRAs for it."""
 
-import io
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import folder_paths
 import numpy as np
-import torch
 from PIL import Image
 
+from export.lora.merge import LoraChoice
 from runtime.arrays import F32
 from runtime.noise import standard_normal
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.video import to_uint8
-from triton_repo.client import WanClient
-from triton_repo.client_errors import JobError
-from triton_repo.wire import inputs_of
 from wan22.caching import Caching
+from wan22.errors import UserError
 from wan22.looks import LOOKS, with_terms
 from wan22.sampling import NEGATIVE_PROMPT, PRESETS
+from wan_trt.recipes.weight_sets import added_set
 
-from .latents import checked, denormalised, normalised, png
+from .latents import checked, exact, latent_of
 
 CATEGORY = "wan-trt"
 BUNDLES = "the bundle's"  # stands for a default
 PREVIEW_PIXELS = 512
+EXPERTS = {"as the file says": None, "high noise": "high", "low noise": "low"}
 
 
 def prompts() -> dict[str, Any]:
@@ -78,6 +79,52 @@ def request_of(given: dict[str, Any], images: dict[str, bytes]) -> Request:
     )
 
 
+class Lora:
+    """A LoRA of ComfyUI's ``models/loras`` for the sampler; several follow each other."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, RETURN_NAMES = CATEGORY, "choose", ("WAN_TRT_LORA",), ("lora",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
+        moved = {"default": "", "tooltip": "Where the engines' checkpoint is now, if it has moved."}
+        return {
+            "required": {
+                "file": (folder_paths.get_filename_list("loras") or ["none"],),
+                "strength": ("FLOAT", strength),
+                "expert": (list(EXPERTS),),
+            },
+            "optional": {"before": ("WAN_TRT_LORA",), "checkpoint": ("STRING", moved)},
+        }
+
+    def choose(
+        self,
+        file: str,
+        strength: float,
+        expert: str,
+        before: tuple[str, list[LoraChoice]] | None = None,
+        checkpoint: str = "",
+    ) -> tuple[tuple[str, list[LoraChoice]]]:
+        path = folder_paths.get_full_path("loras", file)
+        if path is None:
+            raise UserError(f"LoRA {file!r}", "a file in ComfyUI's models/loras", "put it there")
+        known, choices = before or ("", [])
+        return ((checkpoint or known, [*choices, LoraChoice(Path(path), strength, EXPERTS[expert])]),)
+
+
+def weight_set(engines: Pipeline, checkpoint: str, choices: list[LoraChoice]) -> str:
+    """The name of the weights with these LoRAs; made once, in ComfyUI's folder of temporary files."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    bars: dict[str, Any] = {}
+
+    def progress(task: str, done: int, total: int, unit: str = "") -> None:  # noqa: ARG001
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bars.setdefault(task, comfy.utils.ProgressBar(total)).update_absolute(done, total)
+
+    return added_set(engines, choices, folder, checkpoint or None, progress)
+
+
 class Sampler:
     """Prompt and latents to latents, by both experts. Steps may be part of a run, as in KSampler (Advanced)."""
 
@@ -89,6 +136,7 @@ class Sampler:
             "required": {"engines": ("WAN_TRT_ENGINES",), **prompts(), "latent": ("LATENT",), **sampling()},
             "optional": {
                 "condition": ("WAN_TRT_CONDITION",),
+                "lora": ("WAN_TRT_LORA",),
                 "start_at_step": ("INT", {"default": 0, "min": 0, "max": 1000}),
                 "end_at_step": ("INT", {"default": 1000, "min": 1, "max": 1000}),
                 "add_noise": ("BOOLEAN", {"default": True}),
@@ -101,6 +149,7 @@ class Sampler:
         engines: Pipeline,
         latent: dict[str, Any],
         condition: dict[str, Any] | None = None,
+        lora: tuple[str, list[LoraChoice]] | None = None,
         start_at_step: int = 0,
         end_at_step: int = 1000,
         add_noise: bool = True,
@@ -114,6 +163,7 @@ class Sampler:
             request_of(given, condition or {}),
             size=(width * stride, height * stride),
             frames=spec.vae.temporal_stride * (frames - 1) + 1,
+            lora=None if lora is None else weight_set(engines, *lora),
         )
         noise = standard_normal(samples.shape, shared.seed) if add_noise else np.zeros_like(samples)
         complete = engines.complete(shared)
@@ -121,13 +171,13 @@ class Sampler:
         sigma = sigmas[start_at_step] if 0 < start_at_step < len(sigmas) else np.float32(1)
         left = sigmas[max(part.stop, 0)]  # the noise that stays in the latents
         show, made = showing(engines if preview else None, len(part) * batch), []
-        for one, of_one in zip(normalised(samples, spec), noise, strict=True):
+        for one, of_one in zip(exact(latent, spec), noise, strict=True):
             start = sigma * of_one + (1 - sigma) * one
             request = replace(complete, noise=start[None].astype(np.float32))
             for step in engines.denoise(request, None if len(part) == complete.steps else part):
                 show(len(made) * len(part) + step.index + 1, step.latents)
             made.append(step.latents / (1 - left) if left else step.latents)
-        return ({"samples": torch.from_numpy(denormalised(np.concatenate(made), spec))},)
+        return (latent_of(np.concatenate(made), spec),)
 
 
 def showing(pipeline: Pipeline | None, total: int) -> Callable[[int, F32], None]:
@@ -143,68 +193,3 @@ def showing(pipeline: Pipeline | None, total: int) -> Callable[[int, F32], None]
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     return show
-
-
-class RemoteSampler:
-    """Prompt to images on a Triton server, started by ``wan-trt serve``; the engines are there."""
-
-    CATEGORY, FUNCTION, RETURN_TYPES = CATEGORY, "generate", ("IMAGE",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        side = {"default": 0, "min": 0, "max": 8192, "step": 16, "tooltip": "0: the engines' own."}
-        return {
-            "required": {
-                "server": ("STRING", {"default": "localhost:8001"}),
-                "model": ("STRING", {"default": "wan22"}),
-                **prompts(),
-                "width": ("INT", side),
-                "height": ("INT", side),
-                "frames": ("INT", {"default": 0, "min": 0, "max": 1001}),
-                **sampling(),
-            },
-            "optional": {
-                "image": ("IMAGE",),
-                "last_image": ("IMAGE",),
-                "lora": ("STRING", {"default": ""}),
-            },
-        }
-
-    def generate(
-        self,
-        server: str,
-        model: str,
-        width: int,
-        height: int,
-        frames: int,
-        image: Any = None,
-        last_image: Any = None,
-        lora: str = "",
-        **given: Any,
-    ) -> tuple[Any]:
-        images = {name: png(x) for name, x in (("image", image), ("last_image", last_image)) if x is not None}
-        request = replace(
-            request_of(given, images),
-            size=(width, height) if width and height else None,
-            frames=frames or None,
-            lora=lora or None,
-        )
-        settings = {**inputs_of(request), "output_format": "frames_npz", "preview": True}
-        bar: Any = None
-        with WanClient(server, model) as client:
-            job = client.submit(settings)
-            try:
-                for event in job.events():
-                    if event["phase"] == "denoise":
-                        bar = bar or comfy.utils.ProgressBar(event["total"])
-                        bar.update_absolute(event["step"], event["total"], _picture(event["preview"]))
-                    comfy.model_management.throw_exception_if_processing_interrupted()
-                video = job.result().video
-            except JobError as error:
-                raise error.reason from None
-        with np.load(io.BytesIO(video)) as arrays:
-            return (torch.from_numpy(arrays["frames"].astype(np.float32) / 255),)
-
-
-def _picture(preview: bytes) -> tuple[str, Image.Image, int] | None:
-    return ("JPEG", Image.open(io.BytesIO(preview)), PREVIEW_PIXELS) if preview else None

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from math import prod
 
-from wan22.bundle import Tensor
+from wan22.bundle import Tensor, grouped_name
 from wan22.errors import UserError
 from wan22.parts import VaeSpec
 from wan22.quantities import video_text
@@ -56,12 +56,13 @@ def profile_between(spec: ModelSpec, small: Video, large: Video) -> Profile:
 def with_stages(profile: Profile, groups: Sequence[int] = ()) -> Profile:
     """``profile`` with the dimensions of a transformer in stages: tokens, in slices or as a whole, and time steps.
 
-    ``groups`` are numbers of devices that may divide the tokens.
+    ``groups`` are numbers of devices that may divide the tokens; each has a dimension for the tokens of one of them.
     """
     fewest, most = (prod(profile[name][end] for name in ("frames", "rows", "columns")) for end in (0, 2))
-    least = max(1, fewest // (MOST_SLICES * max([1, *groups])))
-    slices = {"positions": (least, most, most), "keys": (fewest, most, most)}
-    return profile | slices | {"steps": STEPS}
+    shares = {count: (max(1, fewest // (MOST_SLICES * count)), -(-most // count)) for count in (1, *groups)}
+    own = {grouped_name("positions", count): (least, share, share) for count, (least, share) in shares.items()}
+    smallest = min(least for least, _ in shares.values())  # the ends of a forward have no form for groups
+    return profile | own | {"positions": (smallest, most, most), "keys": (fewest, most, most), "steps": STEPS}
 
 
 def with_strips(profile: Profile, spec: VaeSpec, most: int, usual: int) -> Profile:

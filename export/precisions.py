@@ -17,7 +17,7 @@ IN_GRAPHS = {Number.FP32: FLOAT, Number.BF16: BFLOAT16, Number.FP16: FLOAT16}
 LINEARS = (*CENTRED, "cross_attn.k")  # kinds; self_attn.q stands for q, k and v, cross_attn.k for k and v
 ALIGNED = 16  # of rows in quantised matrix products
 WHY_HIGHER = {
-    "text_encoder": "runs twice per video; FP8 saves memory only",
+    "text_encoder": "runs twice per video; 8 bits save memory only",
     "vae_encoder": "bfloat16 shifts the image condition",
     "vae_decoder": "0.1 % of the work of a run; 16 bits shift colours",
 }

@@ -168,6 +168,10 @@ def _text(name: str, value: Any) -> str:
 def _names(name: str, value: Any) -> list[str]:
     """A list of texts, or one text with commas."""
     given = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, str) for each in given):
+        raise invalid(
+            name, f"{name} {json.dumps(value)[:40]} | expected a look, or a list of looks and terms", "invalid_type"
+        )
     return [part.strip() for each in given for part in _text(name, each).split(",") if part.strip()]
 
 

@@ -42,6 +42,7 @@ SILENCE = {  # after which a connection to a database that has vanished counts a
     "tcp_user_timeout": 20_000,
 }  # fmt: skip
 FULL = ("database or disk is full", "No space left on device", "DiskFull")
+SQLITE = "gateway.sqlite"  # in the folder of a gateway
 tables = MetaData()
 
 jobs = Table(
@@ -220,7 +221,7 @@ class Database:
 
 
 def sqlite_url(folder: Path) -> str:
-    return f"sqlite:///{folder.absolute() / 'gateway.sqlite'}"
+    return f"sqlite:///{folder.absolute() / SQLITE}"
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

@@ -24,6 +24,7 @@ class Field:
 FIELDS = (
     Field("prompt", "text", "Description of the video, 1 to 32000 characters.", sent_as="prompt"),
     Field("look", "names", "Looks and cinematic terms to put in front of the prompt.", ("looks",), echoed=False),
+    Field("prompt_extend", "bool", "Let the operator's language model rewrite the prompt.", echoed=False),
     Field("model", "text", "A model of /v1/models; by default the only one."),
     Field("n", "int", "Number of videos; only 1.", ("num_outputs_per_prompt",), echoed=False),
     Field("user", "text", "Accepted and not used.", echoed=False),
@@ -43,6 +44,7 @@ FIELDS = (
     # sampling
     Field("negative_prompt", "text", "What not to show; by default the official one.", sent_as="negative_prompt"),
     Field("seed", "int", "By default drawn at random.", sent_as="seed"),
+    Field("latent", "text", "Name of initial latents of the operator, in place of the seed's.", ("latent_path",)),
     Field("preset", "text", "Named settings of the model.", sent_as="preset"),
     Field("num_inference_steps", "int", "Denoising steps.", ("steps", "infer_steps"), sent_as="steps"),
     Field("flow_shift", "number", "Shift of the noise schedule.", ("shift",), sent_as="shift"),

@@ -20,14 +20,16 @@ from gateway.api_error import ApiError, invalid, not_found
 from gateway.body import read_body
 from gateway.claims import Claims
 from gateway.content import Pictures
+from gateway.extension import wants_extension, with_extended_prompt
 from gateway.hub import Hub
 from gateway.jobs import Accepted, Job, Jobs, Key
 from gateway.keys import Keys
 from gateway.metrics import GatewayMetrics
-from gateway.order import make_order
+from gateway.order import Latents, Order, make_order
 from gateway.served import ServedModel
 from gateway.store import Store
 from gateway.workers import Workers
+from runtime.extend import Endpoint
 
 T = TypeVar("T")
 VIDEO_ID = re.compile(r"video_[0-9a-f]{32}")
@@ -36,6 +38,7 @@ LOOK_S = 1.0  # at jobs that other gateways run
 ENDED_LOOK_S = 0.05
 MODELS_FRESH_S = 2.0
 CHECKS_AT_A_TIME = 2  # each may decode an image
+EXTENSIONS_AT_A_TIME = 16  # each waits for a language model
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class Options:
     image_hosts: frozenset[str] = frozenset()  # whose images may be fetched
     any_model: bool = False  # unknown names of models mean the default one
     cancel_within_s: float = 5.0  # what a DELETE waits for
+    latents: Latents = field(default_factory=Latents)  # that requests may name
+    extend: Endpoint | None = None  # the language model that may rewrite prompts
+    tells_paths: bool = False  # the benchmark's answer names the file, not its address
     most_body_bytes: int = 64 * 2**20
     body_within_s: float = 60.0
 
@@ -61,7 +67,7 @@ class Gateway:
     pictures: Pictures = field(default_factory=Pictures)
     _models: dict[str, ServedModel] = field(default_factory=dict)
     _models_at: float = 0.0
-    _checks: CapacityLimiter | None = None
+    _limiters: dict[str, CapacityLimiter] = field(default_factory=dict)
 
     async def key(self, request: Request) -> Key:
         """Who asks. Raises ApiError without a valid key; or without keys at all, for what a page of others sends."""
@@ -92,8 +98,16 @@ class Gateway:
         return found or default
 
     async def values(self, request: Request) -> dict[str, Any]:
-        body = await request.body()
+        body = await self.body(request)
         return await in_thread(read_body, request.headers.get("content-type", ""), body)
+
+    async def body(self, request: Request) -> bytes:
+        """Raises ApiError for one that is compressed."""
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            message = f"Content-Encoding {encoding[:40]} | expected a body as it is"
+            raise ApiError(415, "unsupported_media_type", message)
+        return await request.body()
 
     async def accept(
         self, key: Key, values: Mapping[str, Any], header: str | None = None, *, attended: bool = False
@@ -107,13 +121,24 @@ class Gateway:
             job = await in_thread(self.jobs.repeated, key, idempotency_key, digest)
             if job is not None:
                 return Accepted(job, is_new=False)
-        model = await self.model(values.get("model"))
-        self._checks = self._checks or CapacityLimiter(CHECKS_AT_A_TIME)
-        make = partial(make_order, values, model, self.options.image_hosts)
-        order = await to_thread.run_sync(make, limiter=self._checks)
+        model, endpoint = await self.model(values.get("model")), self.options.extend
+        wanted = wants_extension(values, endpoint)
+        order = await self._order(values, model)
+        if wanted and endpoint is not None:  # what cannot be made, or has no room, does not leave the gateway
+            await in_thread(self.jobs.check_room, order, key)
+            extend = partial(with_extended_prompt, values, order, endpoint, model.limits.max_prompt_bytes)
+            values = await to_thread.run_sync(extend, limiter=self._limiter("extensions", EXTENSIONS_AT_A_TIME))
+            order = await self._order(values, model)
         accepted = await in_thread(self.jobs.add, order, key, digest, idempotency_key, attended=attended)
         self.workers.wake()
         return accepted
+
+    async def _order(self, values: Mapping[str, Any], model: ServedModel) -> Order:
+        make = partial(make_order, values, model, self.options.image_hosts, self.options.latents)
+        return await to_thread.run_sync(make, limiter=self._limiter("checks", CHECKS_AT_A_TIME))
+
+    def _limiter(self, name: str, most: int) -> CapacityLimiter:
+        return self._limiters.setdefault(name, CapacityLimiter(most))  # needs a running loop
 
     async def job(self, request: Request, key: Key) -> Job:
         """The job of the request's path. Raises ApiError 404 for others' and impossible ones."""

@@ -115,6 +115,11 @@ class Jobs:
             raise ApiError(409, "idempotency_key_reused", message)
         return job
 
+    def check_room(self, order: Order, key: Key) -> None:
+        """Raises ApiError if the queue is full."""
+        with self._database.read() as connection:
+            self._check_room(connection, order, key)
+
     def _check_room(self, connection: Connection, order: Order, key: Key) -> None:
         waiting = connection.execute(select(func.count()).where(WAITING, jobs.c.worker == "")).scalar_one()
         if waiting >= self._most:

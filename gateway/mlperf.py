@@ -23,10 +23,6 @@ def benchmark_values(given: dict[str, Any], model: ServedModel) -> tuple[dict[st
         ApiError: a field is unknown or cannot be honoured.
     """
     asked = {name: value for name, value in given.items() if value is not None}
-    if "latent_path" in asked:
-        raise invalid(
-            "latent_path", "latent_path | files of clients are not opened; leave it out: the seed is the noise"
-        )
     answer = asked.pop("response_format", "video_bytes")
     if answer not in ANSWERS:
         raise invalid("response_format", f"response_format {str(answer)[:40]!r} | expected one of {', '.join(ANSWERS)}")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sqlalchemy import func, insert, select
 
-from gateway.database import Database, sqlite_url, tables
+from gateway.database import SQLITE, Database, sqlite_url, tables
 from gateway.start import only_one
 from wan22.errors import UserError
 
@@ -17,8 +17,8 @@ def move(data: Path, database: str) -> int:
     Raises:
         UserError: a gateway uses the folder, there is nothing in it, or the database is not empty or does not answer.
     """
-    if not (data / "gateway.sqlite").is_file():
-        raise UserError(f"{data} has no gateway.sqlite", "the folder of a gateway", "name it with --data")
+    if not (data / SQLITE).is_file():
+        raise UserError(f"{data} has no {SQLITE}", "the folder of a gateway", "name it with --data")
     with only_one(data, shared=False):
         source, target, moved = Database(sqlite_url(data)), Database(database), 0
         with source.read() as old, target.write() as new:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from gateway.fields import schema
+from gateway.order import EXTENSION
 
 ERROR = {"$ref": "#/components/schemas/Error"}
 VIDEO = {"$ref": "#/components/schemas/Video"}
@@ -85,7 +86,7 @@ def _video() -> dict[str, Any]:
             "progress": {"type": "integer", "minimum": 0, "maximum": 100},
             **dict.fromkeys(("created_at", "completed_at", "expires_at", "step", "steps", "queue_position"), number),
             **dict.fromkeys(("eta_seconds", "seconds_in_phase"), number),
-            **dict.fromkeys(("phase", "prompt", "size", "seconds", "model"), text),
+            **dict.fromkeys(("phase", "prompt", "size", "seconds", "model", *EXTENSION), text),
             "expert": {"type": ["string", "null"]},
             "error": {"type": ["object", "null"]},
         },

@@ -6,7 +6,8 @@ The served model's own checks run here, on the description that its server gives
 import math
 import secrets
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gateway.api_error import ApiError, invalid
@@ -27,9 +28,11 @@ MAX_SEED = 2**63 - 1
 IMAGES = {"input_reference": "image", "last_image": "last_image"}  # → input of the served model
 FORMATS = {"mp4": "video/mp4", "webm": "video/webm"}
 PRIORITIES = (1, 2)
+EXTENSION = ("written_prompt", "extended_by", "extend_warning")  # set by :mod:`gateway.extension`
 # a word of the model's error → the field that it is about; the first that occurs
 ABOUT = {
-    "seed": "seed", "last image": "last_image", "last_image": "last_image", "image": "input_reference",
+    "noise of": "latent", "seed": "seed",
+    "last image": "last_image", "last_image": "last_image", "image": "input_reference",
     "fps": "fps", "quality": "quality", "solver": "solver", "lora": "lora", "preset": "preset", "boundary": "boundary",
     "guidance": "guidance_scale", "late": "late_cfg", "skip": "skip_steps", "cache": "cache", "exact": "first_exact",
     "consecutive": "max_consecutive", "reuse": "reuse", "shift": "flow_shift", "step": "num_inference_steps",
@@ -43,7 +46,7 @@ class Order:
     """What is stored of a request: everything that its job needs."""
 
     model: str
-    inputs: dict[str, Setting]  # of the served model, without images
+    inputs: dict[str, Setting]  # of the served model, without images and latents
     images: dict[str, bytes]  # by input
     echo: dict[str, Any]  # effective values by field
     priority: int
@@ -60,8 +63,32 @@ class Order:
         return float(width * height * self.echo["num_frames"] * self.echo["num_inference_steps"])
 
 
-def make_order(values: Mapping[str, Any], model: ServedModel, hosts: Collection[str] = ()) -> Order:
+@dataclass(frozen=True)
+class Latents:
+    """Initial latents that the operator offers: float32 values by name, and the files that they came from."""
+
+    values: Mapping[str, bytes] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    def name_of(self, asked: str) -> str:
+        """The name of the latents that a request means by their name or their file, which is not opened.
+
+        Raises:
+            ApiError: there are none.
+        """
+        for name, path in self.files.items():
+            if asked in (name, str(path), str(path.absolute())):
+                return name
+        known = f"one of {', '.join(self.files)}" if self.files else "none: the operator offers no latents"
+        raise invalid("latent", f"latent {asked[:80]!r} | expected {known}; files of clients are not opened")
+
+
+def make_order(
+    values: Mapping[str, Any], model: ServedModel, hosts: Collection[str] = (), latents: Latents | None = None
+) -> Order:
     """The order for canonical ``values``; images are fetched and decoded, so this takes a while.
+
+    ``written_prompt``, ``extended_by`` and ``extend_warning`` of :mod:`gateway.extension` are stored and told as well.
 
     Raises:
         ApiError: the model does not support the request, or it is beyond a limit.
@@ -71,8 +98,12 @@ def make_order(values: Mapping[str, Any], model: ServedModel, hosts: Collection[
         raise invalid("n", f"n {values['n']} | expected 1 | send a request for each video", "unsupported_value")
     images = {IMAGES[name]: image_content(name, values[name], hosts) for name in IMAGES if name in values}
     values = {**values, "prompt": _with_looks(values)}
-    inputs = _inputs(values, model)
-    asked = _checked({**inputs, **images}, model)
+    inputs, own_noise = _inputs(values, model), {}
+    if "latent" in values:
+        latents = latents or Latents()
+        values = {**values, "latent": latents.name_of(values["latent"])}
+        own_noise = {"noise": latents.values[values["latent"]]}
+    asked = _checked({**inputs, **images, **own_noise}, model)
     priority = values.get("priority", 2)
     if priority not in PRIORITIES:
         raise invalid("priority", f"priority {priority} | expected 1, which goes first, or 2")
@@ -103,8 +134,9 @@ def _with_looks(values: Mapping[str, Any]) -> str:
 
 def _inputs(values: Mapping[str, Any], model: ServedModel) -> dict[str, Setting]:
     inputs: dict[str, Setting] = {
-        field.sent_as: values[field.name] for field in FIELDS if field.sent_as and field.name in values
+        each.sent_as: values[each.name] for each in FIELDS if each.sent_as and each.name in values
     }
+    inputs |= {name: values[name] for name in ("written_prompt", "extended_by") if name in values}
     inputs |= _size(values) | _guidance(values, model) | _length(values, model)
     inputs.setdefault("seed", secrets.randbelow(2**32))
     if not 0 <= int(inputs["seed"]) <= MAX_SEED:
@@ -214,5 +246,5 @@ def _echo(values: Mapping[str, Any], asked: JobRequest, model: ServedModel, prio
         "preview": asked.preview,
     }
     passed = ("cache", "cache_threshold", "first_exact", "last_exact", "max_consecutive", "skip_steps", "reuse",
-              "late_cfg", "fit", "timeout_seconds")  # fmt: skip
+              "late_cfg", "fit", "timeout_seconds", "latent", *EXTENSION)  # fmt: skip
     return echo | {name: values[name] for name in passed if name in values}

@@ -1,10 +1,15 @@
-"""What surrounds every request: an id, a limit of its body's size and of the time that it may take to arrive."""
+"""What surrounds every request: an id, a limit of its body's size and of the time that it may take to arrive.
+
+What is not HTTP never becomes a request: :class:`Protocol` refuses it in the shape of all other errors.
+"""
 
 import asyncio
 import secrets
 import time
 
+import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gateway.api_error import ApiError
 
@@ -36,6 +41,20 @@ class Outer:
 
         body = _Body(receive, self._most, self._within_s)
         await self._app(scope, body.receive, send_named)
+
+
+class Protocol(H11Protocol):
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are not HTTP and close the connection; uvicorn itself answers with plain text."""
+        answer = ApiError(400, "invalid_http", f"{msg.rstrip('.').lower()} | expected HTTP/1.1").response()
+        events = (
+            h11.Response(status_code=400, headers=[*answer.raw_headers, (b"connection", b"close")]),
+            h11.Data(data=bytes(answer.body)),
+            h11.EndOfMessage(),
+        )
+        for event in events:
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 class _Body:

@@ -56,6 +56,7 @@ def page_routes(gateway: Gateway) -> list[Route]:
             await gateway.key(request)
             chosen = await gateway.model(request.query_params.get("model"))
             told["studio"] = studio(chosen, list(await gateway.models()))
+            told["studio"]["extends"] = gateway.options.extend.host if gateway.options.extend else ""
         except ApiError as error:
             if "authorization" in request.headers:  # the script asks
                 raise

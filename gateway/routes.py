@@ -19,6 +19,7 @@ from gateway.video_object import event_object, poll_after_ms, video_object
 Handler = Callable[[Gateway, Request, Key], Awaitable[Response]]
 PAGE, MOST_PAGE = 20, 100
 VARIANTS = ("video", "thumbnail", "spritesheet", "preview")
+UNSUPPORTED = ("edits", "extensions", "characters")  # of OpenAI's API, as remix: they take videos
 BEAT_S = 15.0  # between comments that keep a stream of events open
 LOOK_S = 1.0
 
@@ -37,6 +38,8 @@ def routes(gateway: Gateway) -> list[Route]:
         route("/v1/videos", "GET", list_videos),
         route("/v1/videos/sync", "POST", create_and_wait),
         route("/v1/videos/generations", "POST", generate),
+        *(route(f"/v1/videos/{name}", "POST", unsupported) for name in UNSUPPORTED),
+        route(f"{one}/remix", "POST", unsupported),
         route(one, "GET", retrieve),
         route(one, "DELETE", delete),
         route(f"{one}/cancel", "POST", cancel),
@@ -92,6 +95,12 @@ async def cancel(gateway: Gateway, request: Request, key: Key) -> Response:
     return await _answer(gateway, cancelled)
 
 
+async def unsupported(_gateway: Gateway, request: Request, _key: Key) -> Response:
+    what = request.url.path.rpartition("/")[2]
+    message = f"{what} takes a video, which these models do not | expected POST /v1/videos with a prompt or an image"
+    raise ApiError(400, "unsupported_operation", message)
+
+
 # -- waiting for the video
 
 
@@ -102,7 +111,7 @@ async def create_and_wait(gateway: Gateway, request: Request, key: Key) -> Respo
 
 async def generate(gateway: Gateway, request: Request, key: Key) -> Response:
     """What MLPerf's load generator calls: the defaults and the answer are the benchmark's."""
-    body = await request.body()
+    body = await gateway.body(request)
     try:
         given = json.loads(body)
     except (ValueError, RecursionError):
@@ -114,7 +123,8 @@ async def generate(gateway: Gateway, request: Request, key: Key) -> Response:
     values, wants_path = benchmark_values(given, await gateway.model(None))
     job = await _attend(gateway, request, key, values)
     if wants_path:
-        return JSONResponse({"video_id": job["id"], "video_path": f"/v1/videos/{job['id']}/content"})
+        path = gateway.store.path(json.loads(job["result"])["file"]) if gateway.options.tells_paths else None
+        return JSONResponse({"video_id": job["id"], "video_path": path or f"/v1/videos/{job['id']}/content"})
     video = await in_thread(_whole, gateway, job)
     return JSONResponse({"video_id": job["id"], "video_bytes": base64.b64encode(video).decode()})
 

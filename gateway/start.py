@@ -20,6 +20,7 @@ from gateway.hub import Hub
 from gateway.jobs import Jobs
 from gateway.keys import Keys
 from gateway.metrics import GatewayMetrics, State, Values
+from gateway.outer import Protocol
 from gateway.store import open_store
 from gateway.sweep import Keep, Sweep
 from gateway.worker import Surroundings
@@ -76,8 +77,8 @@ def run_gateway(options: GatewayOptions, ready: Callable[[], None], trouble: Cal
         gateway, workers = _assembled(options)
         workers.start()
         server = _Server(uvicorn.Config(
-            make_app(gateway), log_config=None, access_log=False, server_header=False, timeout_keep_alive=75,
-            timeout_graceful_shutdown=10, h11_max_incomplete_event_size=64 * 1024,
+            make_app(gateway), http=Protocol, log_config=None, access_log=False, server_header=False,
+            timeout_keep_alive=75, timeout_graceful_shutdown=10, h11_max_incomplete_event_size=64 * 1024,
         ), gateway)  # fmt: skip
         threading.Thread(target=server.watch, args=(ready, trouble, options), daemon=True).start()
         server.run([listening])
@@ -99,7 +100,8 @@ def _assembled(options: GatewayOptions) -> tuple[Gateway, Workers]:
     jobs = Jobs(database, options.most_waiting, options.most_waiting_of_key)
     claims = Claims(database, options.lease_s, options.most_running_of_key)
     metrics = GatewayMetrics(lambda: _state(jobs, claims))
-    around = Surroundings(claims, store, hub.changed, options.keep.seconds, metrics.ended, metrics.phase)
+    latents = options.http.latents.values
+    around = Surroundings(claims, store, hub.changed, options.keep.seconds, metrics.ended, metrics.phase, latents)
     sweep = Sweep(database, claims, store, options.keep)
     if not database.is_postgres:
         sweep.start()

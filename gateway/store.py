@@ -45,6 +45,9 @@ class Store(Protocol):
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
 
+    def path(self, name: str) -> str | None:
+        """The file's path on this machine; None if it is elsewhere."""
+
     def sizes(self) -> dict[str, int]:
         """The bytes of every file by name; leftovers of killed writers are removed."""
 
@@ -102,6 +105,9 @@ class FolderStore:
     def remove(self, name: str) -> None:
         (self._folder / name).unlink(missing_ok=True)
 
+    def path(self, name: str) -> str | None:
+        return str((self._folder / name).absolute())
+
     def sizes(self) -> dict[str, int]:
         found = {}
         for path in self._folder.iterdir():
@@ -146,6 +152,9 @@ class BucketStore:
             except FileNotFoundError:
                 return None
         return ObjectReader(self._bucket, name, size_bytes)
+
+    def path(self, name: str) -> str | None:  # noqa: ARG002
+        return None
 
     def remove(self, name: str) -> None:
         import obstore

@@ -1,10 +1,11 @@
 """A worker: the thread that gives one Triton server one job at a time, and stores what comes of it."""
 
 import hashlib
+import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -60,6 +61,7 @@ class Surroundings:
     keep_s: float | None  # how long videos are kept
     ended: Callable[[str, str, float], None]  # called with model, outcome, seconds
     phase: Callable[[str, str, float], None]  # called with model, phase, seconds
+    latents: Mapping[str, bytes] = field(default_factory=dict)  # initial latents of the operator, by name
 
 
 class Worker(threading.Thread):
@@ -146,6 +148,11 @@ class Worker(threading.Thread):
         inputs = dict(run.claim.inputs)
         if job["timeout_s"] is not None:
             inputs["deadline_ms"] = max(1, int(job["timeout_s"] * 1000))
+        latent = json.loads(job["echo"]).get("latent")
+        if latent is not None and latent not in self._around.latents:
+            return Outcome("invalid_request", f"latent {latent!r} is not offered by this gateway any more")
+        if latent is not None:
+            inputs["noise"] = self._around.latents[latent]
         progress = Reporter(run, self._around, Progress(job["progress"], "image" in inputs))
         try:
             run.job = client.submit(inputs, priority=1 if job["priority"] == 1 else 2)

@@ -32,7 +32,7 @@ TEXT_ENCODER = "text_encoder"
 @dataclass(frozen=True)
 class BlockOptions:
     weights_in: WeightsIn = "auto"
-    vram: float | None = None  # the most bytes for a transformer, text encoder or VAE, each; None: what is free
+    vram: float | None = None  # the most bytes of engines that stay loaded, or of the one at work; None: what is free
     vae_strips: int | None = None  # strips in which a VAE takes pictures; None: whole if it fits, else what fits
     gpus: str | None = None  # the devices, as "0,1"; None: the first
     parallel: str | None = None  # how they divide the work, see :func:`wan22.parallel.parse_split`

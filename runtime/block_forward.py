@@ -102,7 +102,7 @@ class BlockForward:
         assert self._link is not None
         (tensor,) = (tensor for tensor in self._stages["attend"].inputs if tensor.name == name)
         tokens = self._shares[-1].stop
-        every = self._array(f"every {name}", tensor, positions=tokens, keys=tokens)
+        every = self._array(f"every {name}", tensor, tokens)
         sends = [messages[peer] for peer in range(self._link.size)]
         self._link.all_to_all(sends, [every[rows] for rows in self._shares])
         return every
@@ -111,7 +111,7 @@ class BlockForward:
         """Exchange own heads of all tokens for ``[groups, positions, heads, head]`` of own tokens."""
         assert self._link is not None
         (tensor,) = (tensor for tensor in self._stages["rest"].inputs if tensor.name == "o")
-        messages = self._array("own o", tensor, positions=self._tokens)
+        messages = self._array("own o", tensor, self._tokens)
         self._link.all_to_all([o[rows] for rows in self._shares], [messages[peer] for peer in range(self._link.size)])
         return messages
 
@@ -120,7 +120,7 @@ class BlockForward:
         if self._link is None:
             return part
         (tensor,) = (tensor for tensor in self._stages["velocity"].outputs if tensor.name == name)
-        every = self._array(f"every {name}", tensor, positions=self._shares[-1].stop)
+        every = self._array(f"every {name}", tensor, self._shares[-1].stop)
         self._link.all_gather(part, [every[rows] for rows in self._shares])
         return every
 
@@ -128,7 +128,7 @@ class BlockForward:
         """Overwrite ``x`` with the output of ``rest``, through an array of one slice."""
         (tensor,), size = self._stages["rest"].outputs, self._cuts[0].stop
         for rows in self._cuts:
-            part = self._array("slice", tensor, positions=size)[: rows.stop - rows.start]
+            part = self._array("slice", tensor, size)[: rows.stop - rows.start]
             self._run_cut("rest", rows, inputs, {tensor.name: part}, weights)
             self._device.move(part, x[rows])
 
@@ -157,23 +157,30 @@ class BlockForward:
 
     def _is_by_group(self, tensor: Tensor) -> bool:
         """True if slices of ``tensor`` are not contiguous, so that they are copied."""
-        return "positions" in tensor.dims[1:] and len(self._cuts) > 1
+        return any(map(_is_own, tensor.dims[1:])) and len(self._cuts) > 1
 
     def _cut(self, name: str, tensor: Tensor, array: Any, rows: slice) -> Any:
         """The ``rows`` of ``array``, an array of their own if those are not contiguous, or all of it without such."""
         if self._is_by_group(tensor):
-            return self._array(f"{name}, {rows.stop - rows.start}", tensor, positions=rows.stop - rows.start)
-        return array[rows] if tensor.dims[0] == "positions" else array
+            return self._array(f"{name}, {rows.stop - rows.start}", tensor, rows.stop - rows.start)
+        return array[rows] if _is_own(tensor.dims[0]) else array
 
     def _arrays(self, stage: str, positions: int) -> dict[str, Any]:
         """Arrays for the outputs of ``stage``, the same in every block."""
         tensors = self._stages[stage].outputs
-        return {tensor.name: self._array(tensor.name, tensor, positions=positions) for tensor in tensors}
+        return {tensor.name: self._array(tensor.name, tensor, positions) for tensor in tensors}
 
-    def _array(self, name: str, tensor: Tensor, **sizes: int) -> Any:
+    def _array(self, name: str, tensor: Tensor, rows: int) -> Any:
+        """The array called ``name``, made at its first use; its only dimension of an unknown size is ``rows`` long."""
         if name not in self._kept:
-            self._kept[name] = self._device.empty(tensor, **sizes)
+            named = [dim for dim in tensor.dims if isinstance(dim, str)]
+            self._kept[name] = self._device.empty(tensor, **dict.fromkeys(named, rows))
         return self._kept[name]
+
+
+def _is_own(dim: int | str) -> bool:
+    """True for the dimension of the tokens of this device."""
+    return str(dim).startswith("positions")
 
 
 def fp8_scales(

@@ -24,7 +24,6 @@ from runtime.vae_choice import PipelineVae
 from runtime.weight_sets import WeightSets, check_lora
 from wan22.bundle import Bundle, Component, open_bundle
 from wan22.memory import available_host_bytes
-from wan22.parallel import ONE_DEVICE
 from wan22.quantities import counted, human_bytes
 from wan22.residency import (
     RESIDENCIES,
@@ -74,7 +73,7 @@ class Pipeline:
             new_engine: makes the engine of a component, instead of the bundle's backend.
             blocks: where the weights of transformers in stages are, how the VAE takes pictures, and the devices.
         """
-        devices = ONE_DEVICE if new_engine else check_options(bundle, blocks)
+        devices = check_options(bundle, BLOCKS_AS_FIT if new_engine else blocks)
         self.bundle = bundle = bundle.in_groups(devices.split.ulysses)
         self.once, self.split = once, devices.split
         self.weight_sets = WeightSets(bundle, {})  # may be replaced before the first request
@@ -93,6 +92,7 @@ class Pipeline:
         self._residency: Residency | None = None if residency == "auto" else residency
         self._available_bytes = self.backend.available_bytes() if residency == "auto" else math.inf
         free = math.inf if new_engine else self._available_bytes  # engines of others are whole
+        self._kept_bytes = min(self._available_bytes, blocks.vram or math.inf)
         self._vae = PipelineVae(bundle, blocks, free, self.backend.cache_sets, (self.split.vae, self.backend.spread))
 
     @classmethod
@@ -133,7 +133,7 @@ class Pipeline:
         """The engines that stay loaded; before the first request, the choice for the bundle's default video."""
         if self._residency is None:
             needed = self._needed(default_video(self.bundle.manifest))
-            self._residency = choose_residency(needed, self._available_bytes) or "one-component"
+            self._residency = choose_residency(needed, self._kept_bytes) or "one-component"
         return self._residency
 
     def fit(self, video: Video) -> None:
@@ -149,14 +149,14 @@ class Pipeline:
         if self._asked != "auto":
             return
         needed, available = self._needed(video), self._available_bytes
-        found = choose_residency(needed, available)
+        found = choose_residency(needed, self._kept_bytes) or choose_residency(dict([*needed.items()][-1:]), available)
         if found is None:
             fitting = largest_fitting(self.spec, self._precisions, video, available, memory_of=self._memory)
             raise refusal(needed, self._memory(video), available, fitting)
         if found != self._residency:
             self._keep_only(())
             self._residency = found
-            self._tell(f"residency {found}: needs {human_bytes(needed[found])} of {human_bytes(available)} free")
+            self._tell(f"residency {found}: needs {human_bytes(needed[found])} of {human_bytes(self._kept_bytes)}")
 
     def _memory(self, video: Video, *, resident: bool = False) -> dict[str, Memory]:
         """The engines' memory; of transformers in stages with all blocks ``resident`` or as few as possible."""

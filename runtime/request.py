@@ -1,5 +1,6 @@
 """A user's request for a video, and its completion with the model's defaults."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,7 +46,8 @@ class Request:
     exact_official: bool = False  # round sizes as the official code does, including its float errors
     # sampling
     seed: int = 0
-    noise: F32 | None = field(default=None, compare=False)  # [z, T, h, w] or [1, z, T, h, w]; replaces the seed's
+    # [z, T, h, w], [1, z, T, h, w], or those values flat; replaces the seed's
+    noise: F32 | None = field(default=None, compare=False)
     preset: str | None = None  # a name of wan22.sampling.PRESETS
     boundary: float | None = None  # fraction of the timestep range above which the high-noise expert is used
     steps: int | None = None
@@ -119,7 +121,7 @@ class Request:
     def _noise(self, latent_shape: tuple[int, ...]) -> F32 | None:
         if self.noise is None:
             return None
-        if self.noise.shape not in (latent_shape, latent_shape[1:]):
+        if self.noise.shape not in (latent_shape, latent_shape[1:], (math.prod(latent_shape),)):
             found = f"noise of shape {list(self.noise.shape)}"
             raise UserError(found, f"{list(latent_shape)}, the latents", "choose the --size and --frames of the noise")
         if not np.isfinite(self.noise).all():

@@ -16,7 +16,7 @@ class WeightSets:
     """The sets of one pipeline by name; "" is the bundle's own weights."""
 
     def __init__(self, base: Bundle, sets: Mapping[str, Bundle]) -> None:
-        self._base, self._sets, self._chosen = base, sets, ""
+        self._base, self._sets, self._chosen = base, dict(sets), ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -26,6 +26,9 @@ class WeightSets:
     def rank(self) -> int:
         """The rank of the engines' slots for LoRAs; 0 without."""
         return lora_slots(self._base.manifest)
+
+    def add(self, name: str, bundle: Bundle) -> None:
+        self._sets[name] = bundle
 
     def choose(self, name: str | None) -> bool:
         """Use the set ``name``, None for the bundle's own weights; True if it was not in use.

@@ -27,7 +27,7 @@ from wan_trt.console import console
 from wan_trt.guard import command_of
 from wan_trt.recipes.batch.jobs import Job, read_jobs
 from wan_trt.recipes.batch.run import Workers, run_batch
-from wan_trt.recipes.batch.workers import local_workers, ray_workers
+from wan_trt.recipes.batch.workers import Opening, local_workers, ray_workers
 
 PROGRAM = "python -m studies.batch_cost"
 AIM_MS, AIM_SPEED_UP = 50, 1.8
@@ -45,6 +45,7 @@ def run(
     ray: Annotated[bool, typer.Option(help="Measure Ray as well.")] = True,
 ) -> None:
     """Measure the cost of a job in a batch, and the speed-up of two workers over one."""
+    opening = Opening(engines, threads=1)
     with scratch_folder("batch-cost") as folder:
         files = [folder / "short.jsonl", folder / "long.jsonl"]
         for file, count in zip(files, (jobs, 3 * jobs), strict=True):
@@ -54,7 +55,7 @@ def run(
         short, long = ([job for job in read_jobs(file) if isinstance(job, Job)] for file in files)
 
         def rendered() -> float:
-            with local_workers(engines, threads=1).open(0) as worker:
+            with local_workers(opening) as workers, workers.open(0) as worker:
                 worker.render(short[0])
                 return measure_time(lambda: [worker.render(job) for job in long[len(short) :]])[1]
 
@@ -73,10 +74,11 @@ def run(
         load, plain = load_average(), list[float]()
         for _ in range(turns):
             plain.append(rendered() / (len(long) - len(short)))
-            further("one process", local_workers(engines, threads=1))
-            further("two processes", local_workers(engines, 2, threads=1))
+            with local_workers(opening) as alone, local_workers(opening, 2) as double:
+                further("one process", alone)
+                further("two processes", double)
             for nodes in (1, 2) if ray else ():
-                with _cluster(nodes) as address, ray_workers(engines, address, nodes) as workers:
+                with _cluster(nodes) as address, ray_workers(opening, address, nodes) as workers:
                     further(f"Ray, {nodes} node{'s'[: nodes - 1]}", workers)
     shown = Table(
         "", "a further job", "beyond its rendering", "speed-up", title=f"{engines}, {steps} steps, one thread"

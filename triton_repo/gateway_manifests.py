@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from triton_repo.pod import PORTS, USER
+from triton_repo.pod import CONTAINER_SECURITY, POD_SECURITY, PORTS
 from wan22.errors import UserError
 
 COMPONENT = "app.kubernetes.io/component"
@@ -113,13 +113,7 @@ def _pod(name: str, model: str, pods: GatewayPods) -> Manifest:
         "terminationGracePeriodSeconds": FINISH_S + 60,
         "serviceAccountName": f"{name}-gateway",
         "automountServiceAccountToken": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": POD_SECURITY,
         "topologySpreadConstraints": [spread],
         "containers": [_container(name, model, pods)],
         "volumes": volumes,
@@ -152,10 +146,6 @@ def _container(name: str, model: str, pods: GatewayPods) -> Manifest:
             "requests": {"cpu": "500m", "memory": "1Gi", "ephemeral-storage": "1Gi"},
             "limits": {"memory": "2Gi", "ephemeral-storage": "2Gi"},
         },
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": CONTAINER_SECURITY,
         "volumeMounts": mounts,
     }

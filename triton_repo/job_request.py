@@ -31,8 +31,9 @@ from wan22.sampling import SolverName
 from wan22.specs import ModelSpec
 
 EXPERT_GUIDANCE = {"guidance_high_noise": "high_noise", "guidance_low_noise": "low_noise"}
-PROMPTS = ("prompt", "negative_prompt")
+PROMPTS = ("prompt", "negative_prompt", "written_prompt")
 MAX_WORD_BYTES = 64  # names, such as a solver's
+MAX_NAME_BYTES = 512  # of a language model and its host
 WORDS = {"skip_steps": "magcache", "late_cfg": "auto"}  # in the place of a list of steps
 MAX_LIST_BYTES = 1024
 MAX_SEED = 2**63 - 1
@@ -91,7 +92,7 @@ def _value(name: str, tensor: np.ndarray) -> Any:
     """The tensor as a Python value: text, number, bool, or the bytes of an image."""
     field = INPUTS_BY_NAME[name]
     if field.length == ANY:
-        return tensor.tobytes()
+        return tensor.tobytes() if field.dtype == "UINT8" else np.array(tensor, np.float32)
     value = tensor.flat[0]
     if field.dtype == "STRING":
         return _text(name, value)
@@ -129,6 +130,7 @@ def request_of(given: Mapping[str, Any], spec: ModelSpec) -> Request:
         last_image=given.get("last_image"),
         fit=cast(Fit, _one_of("fit", given.get("fit", "official"), get_args(Fit))),
         seed=_within("seed", given["seed"], 0, MAX_SEED) if "seed" in given else secrets.randbelow(2**32),
+        noise=np.frombuffer(noise, np.float32) if isinstance(noise := given.get("noise"), bytes) else noise,
         preset=given.get("preset"),
         boundary=given.get("boundary"),
         steps=given.get("steps"),
@@ -137,6 +139,8 @@ def request_of(given: Mapping[str, Any], spec: ModelSpec) -> Request:
         solver=cast(SolverName | None, given.get("solver")),
         cache=_caching(given),
         lora=given.get("lora"),
+        written=given.get("written_prompt", ""),
+        extended_by=given.get("extended_by", ""),
     )
 
 
@@ -180,9 +184,9 @@ def _check_bytes(name: str, tensor: np.ndarray, limits: Limits) -> None:
     field = INPUTS_BY_NAME[name]
     if field.dtype == "STRING":
         most = MAX_LIST_BYTES if name in WORDS else MAX_WORD_BYTES
-        most = limits.max_prompt_bytes if name in PROMPTS else most
+        most = MAX_NAME_BYTES if name == "extended_by" else limits.max_prompt_bytes if name in PROMPTS else most
         _at_most(f"{name} of", len(tensor.flat[0]), most, "bytes")
-    elif field.length == ANY:
+    elif field.dtype == "UINT8":
         _at_most(f"{name} of", tensor.nbytes, limits.max_image_bytes, "bytes")
         _check_pixels(name, tensor.tobytes(), limits)
 

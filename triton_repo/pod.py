@@ -18,6 +18,13 @@ HOST_GIB = 8  # memory besides engines and /dev/shm: server, CUDA, a decoded vid
 TEMPORARY_GIB = 2  # /tmp: the file of one video
 LOG_GIB = 1
 Manifest = dict[str, Any]
+POD_SECURITY: Manifest = {
+    "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}  # fmt: skip
+CONTAINER_SECURITY: Manifest = {
+    "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+}  # fmt: skip
 
 
 def pod_spec(name: str, written: Written, options: RepositoryOptions, image: str) -> Manifest:
@@ -26,13 +33,7 @@ def pod_spec(name: str, written: Written, options: RepositoryOptions, image: str
         "terminationGracePeriodSeconds": termination_s(written),
         "serviceAccountName": name,
         "automountServiceAccountToken": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": POD_SECURITY,
         **_nodes(written),
         "containers": [_container(written, options, image)],
         "volumes": [
@@ -83,11 +84,7 @@ def _container(written: Written, options: RepositoryOptions, image: str) -> Mani
         },
         "lifecycle": {"preStop": {"exec": {"command": _probe("drain", *flag)}}},
         "resources": _resources(written, options),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": CONTAINER_SECURITY,
         "volumeMounts": [
             {"name": "repository", "mountPath": REPOSITORY_AT, "readOnly": True},
             {"name": "engines", "mountPath": options.engines_at or ENGINES_AT, "readOnly": True},

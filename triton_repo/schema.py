@@ -43,6 +43,10 @@ def _prompt(request: Request) -> str | None:
     return request.prompt and with_terms(request.prompt, request.terms, image=request.image is not None)
 
 
+def _noise(request: Request) -> bytes | None:
+    return None if request.noise is None else np.ascontiguousarray(request.noise, np.float32).tobytes()
+
+
 def _side(index: int) -> Callable[[Request], int | None]:
     return lambda request: request.size and request.size[index]
 
@@ -95,6 +99,7 @@ INPUTS = (
     Field("fit", "STRING", of=lambda request: None if request.image is None else request.fit),
     # sampling
     Field("seed", "INT64", of="seed"),  # missing means a random one, reported in the first event
+    Field("noise", "FP32", ANY, of=_noise),  # the initial latents, flat, in place of the seed's
     Field("preset", "STRING", of="preset"),
     Field("boundary", "FP32", of="boundary"),
     Field("steps", "INT32", of="steps"),
@@ -105,6 +110,9 @@ INPUTS = (
     Field("solver", "STRING", of="solver"),
     Field("lora", "STRING", of="lora"),  # a name of ``wan-trt serve --lora``
     *CACHE_INPUTS,
+    # for the metadata of a video whose prompt was rewritten before it came here
+    Field("written_prompt", "STRING", of=lambda request: request.written or None),  # the user's own
+    Field("extended_by", "STRING", of=lambda request: request.extended_by or None),  # the language model
     # the answer
     Field("output_format", "STRING"),  # a key of VIDEO_FORMATS; default mp4
     Field("progress_every", "INT32"),  # steps between progress events

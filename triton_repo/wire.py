@@ -20,9 +20,9 @@ def inputs_of(request: Request) -> dict[str, Setting | None]:
     Raises:
         UserError: an image is unreadable, or the server does not support a setting.
     """
-    if request.exact_official or request.schedule is not None or request.noise is not None:
-        found = "exact_official, another schedule or own noise in a served job"
-        raise UserError(found, "none of them", "generate without a server")
+    if request.exact_official or request.schedule is not None:
+        found = "exact_official or another schedule in a served job"
+        raise UserError(found, "neither", "generate without a server")
     values = _values(request, INPUTS)
     return {name: content_of(value) if isinstance(value, Path) else value for name, value in values.items()}
 
@@ -77,6 +77,8 @@ def _array(name: str, value: Setting) -> np.ndarray:
     dtype = INPUTS_BY_NAME[name].dtype
     if dtype == "UINT8":
         return np.frombuffer(value, np.uint8) if isinstance(value, bytes) else np.asarray(value, np.uint8)
+    if isinstance(value, bytes) and name == "noise":
+        return np.frombuffer(value, np.float32)
     if isinstance(value, str):
         value = value.encode("utf-8", "surrogatepass")
     try:

@@ -61,7 +61,8 @@ class Component:
     outputs: tuple[Tensor, ...]
     precision: Precision
     why_higher: str = ""  # the reason if its precision, or part of it, is above the bundle's
-    exceptions: dict[str, Number] = field(default_factory=dict)  # linears of a type other than its precision's
+    # linears of a type other than its precision's, as "ffn.2" or "blocks.3.ffn.2"
+    exceptions: dict[str, Number] = field(default_factory=dict, hash=False)
     halves: tuple[File, ...] = ()  # the same graph as two, if built so: for the prompt alone, and for a step
     stages: tuple[Stage, ...] = ()  # the same graph as stages; if it was built so, ``graph`` is one of theirs
 
@@ -180,8 +181,8 @@ class Bundle:
 
 
 def grouped_name(stage: str, count: int) -> str:
-    """The name of the form of ``stage`` for ``count`` devices that divide the tokens."""
-    return f"{stage}_of_{count}"
+    """The name of the form of ``stage`` for ``count`` devices that divide the tokens, or of a dimension in it."""
+    return stage if count == 1 else f"{stage}_of_{count}"
 
 
 def sha256_of(path: Path) -> str:

@@ -13,6 +13,7 @@ SPECIAL = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
+SECRET_MOST_BYTES = 64 * 1024
 
 
 def check_regular(path: Path) -> None:
@@ -39,3 +40,11 @@ def read_small(path: Path, most_bytes: int) -> bytes:
         found = f"{path} is larger than {human_bytes(most_bytes, 0)}"
         raise UserError(found, "a short text file", "name another")
     return content
+
+
+def secret_in(path: Path, option: str) -> str:
+    """The text of a file that other users of the machine need not see, without the line break at its end."""
+    try:
+        return read_small(path, SECRET_MOST_BYTES).decode().strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path}: {error}", "a readable file", "name another") from None

@@ -111,7 +111,8 @@ SAMPLING = {
     "negative_prompt": NegativePrompt, "preset": Preset, "boundary": Boundary, "steps": Steps, "shift": Shift,
     "guidance_high_noise": ExpertGuidance, "guidance_low_noise": ExpertGuidance, "guidance": Guidance, "solver": Solver,
 }  # fmt: skip
-BLOCKS = {"weights_in": WeightsIn, "vram": Vram, "vae_strips": VaeStrips, "gpus": Gpus, "parallel": Parallel}
+MEMORY = {"weights_in": WeightsIn, "vram": Vram, "vae_strips": VaeStrips}
+BLOCKS = {**MEMORY, "gpus": Gpus, "parallel": Parallel}
 SLOTS = {
     "loras": Annotated[
         list[str] | None,

@@ -28,7 +28,8 @@ HELP = {
 }
 OPTIONS = {
     "look": Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Named set of terms; wan-trt looks lists all.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Named sets of terms, with commas between; wan-trt looks lists all."),
     ],
     **{name: Annotated[list[str] | None, typer.Option(metavar="TERM", help=HELP[name])] for name in PICKERS},
 }
@@ -36,7 +37,12 @@ OPTIONS = {
 
 def terms_from(options: Mapping[str, Any]) -> tuple[str, ...]:
     """The looks and terms of a command's options. Raises UserError for one that the option does not have."""
-    return tuple(spelled(name, option) for option in OPTIONS for name in options.get(option) or ())
+    return tuple(
+        spelled(name.strip(), option)
+        for option in OPTIONS
+        for typed in options.get(option) or ()
+        for name in typed.split(",")
+    )
 
 
 EXTENSION = {

@@ -25,16 +25,20 @@ def as_text(report: FusionReport) -> list[RenderableType]:
 
 
 def blocks_as_text(reports: Sequence[FusionReport]) -> Iterator[str]:
-    """Yield a line for each component in stages: what a step runs of every block."""
-    of_step = [report for report in reports if report.is_block and not report.component.endswith(".text_kv")]
-    for component in dict.fromkeys(report.component.rpartition(".")[0] for report in of_step):
-        parts = [report for report in of_step if report.component.rpartition(".")[0] == component]
+    """Yield a line for each component in stages, and for each form of it: what a step runs of every block."""
+    forms: dict[tuple[str, str], list[FusionReport]] = {}
+    for report in (r for r in reports if r.is_block and not r.component.endswith(".text_kv")):
+        component, _, stage = report.component.rpartition(".")
+        forms.setdefault((component, stage.partition("_of_")[2]), []).append(report)
+    for (component, devices), parts in forms.items():
+        what = f"{component} on one of {devices} devices" if devices else component
+        scratch = ", ".join(human_bytes(report.compiled.scratch_bytes, 0) for report in parts)
         names = " + ".join(report.component.rpartition(".")[2] for report in parts)
         kernels = " + ".join(str(len(report.compiled.kernels)) for report in parts)
         seconds = sum(report.total(report.typical_block) for report in parts)
         yield (
-            f"{component}: a block is {names}, {kernels} kernels, {seconds * 1e3:.2f} ms by roofline; "
-            f"{parts[0].blocks_in_model} blocks {seconds * parts[0].blocks_in_model:.3f} s"
+            f"{what}: a block is {names}, {kernels} kernels, {seconds * 1e3:.2f} ms by roofline; "
+            f"{parts[0].blocks_in_model} blocks {seconds * parts[0].blocks_in_model:.3f} s; scratch memory {scratch}"
         )
 
 

@@ -92,7 +92,7 @@ def stage_graphs(
     grouped = {(name, groups): stages[name] for groups in group_sizes(spec) for name in ("qkv", "attend", "rest")}
     graphs = {}
     for (name, groups), write in ({(name, 1): write for name, write in stages.items()} | grouped).items():
-        stage = _Stage(name if groups == 1 else grouped_name(name, groups), spec, compute, quantised, groups)
+        stage = _Stage(grouped_name(name, groups), spec, compute, quantised, groups)
         write(stage)
         graphs[str(stage.g.graph.name)] = stage.g
     return graphs
@@ -111,6 +111,11 @@ class _Stage:
 
     def input(self, name: str, dims: Sequence[int | str], dtype: ir.DataType = FLOAT) -> ir.Value:
         return self.g.input(name, dtype, dims)
+
+    @property
+    def rows(self) -> str:
+        """The dimension of the tokens of one device; in ``attend`` those of all."""
+        return grouped_name("positions", self.groups)
 
     def heads(self, rows: str | int) -> list[int | str]:
         return [rows, self.spec.heads, self.spec.head_width]
@@ -139,7 +144,7 @@ class _Stage:
 
     def messages(self) -> list[int | str]:
         """All heads of the device's tokens; for a group, by the device that attends to them."""
-        return self.heads("positions") if self.groups == 1 else [self.groups, *self.own_heads("positions")]
+        return self.heads(self.rows) if self.groups == 1 else [self.groups, *self.own_heads(self.rows)]
 
     def by_group(self, x: ir.Value) -> ir.Value:
         """``[positions, heads, head]`` → :meth:`messages`."""
@@ -158,9 +163,9 @@ class _Stage:
         """With the inputs that depend on positions: the mask of the first frame (TI2V), rotations for ``qkv``."""
         g, half, cos, sin = self.g, self.spec.head_width // 2, None, None
         if rotates:
-            cos, sin = (self.input(f"rope_{name}", ["positions", half]) for name in ("cos", "sin"))
+            cos, sin = (self.input(f"rope_{name}", [self.rows, half]) for name in ("cos", "sin"))
             cos, sin = (g.reshape(table, [-1, 1, 1, half, 1]) for table in (cos, sin))
-        first = self.input("first_frame", ["positions", 1]) if self.spec.time_rows > 1 else None
+        first = self.input("first_frame", [self.rows, 1]) if self.spec.time_rows > 1 else None
         return Modulation(g, self.spec, Tables(cos, sin, first))
 
     def blocks(self, modulated: Modulation | None = None) -> Blocks:
@@ -198,7 +203,7 @@ def _patches(s: _Stage) -> None:
 def _qkv(s: _Stage) -> None:
     g, key, compute = s.g, f"{BLOCK}.self_attn", s.linears.compute
     x, modulation, blocks = (
-        s.input("x", ["positions", s.spec.width]),
+        s.input("x", [s.rows, s.spec.width]),
         s.time_modulation(),
         s.blocks(s.modulation(rotates=True)),
     )
@@ -240,7 +245,7 @@ def _attend(s: _Stage) -> None:
 
 def _rest(s: _Stage) -> None:
     g, width, compute, cross = s.g, s.spec.width, s.linears.compute, f"{BLOCK}.cross_attn"
-    x = s.input("x", ["positions", width])
+    x = s.input("x", [s.rows, width])
     attended = _attended(s)
     modulation = s.time_modulation()
     text_k, text_v = (s.input(name, s.heads(TEXT_TOKENS), compute) for name in ("text_k", "text_v"))
@@ -250,7 +255,7 @@ def _rest(s: _Stage) -> None:
     q = blocks.text_queries(cross, blocks.modulated.layer_norm(x, f"{BLOCK}.norm3"))
     y = g.reshape(attention(g, compute, q, text_k, text_v), [-1, width])
     x = g.add(x, blocks.project_out(cross, y))
-    g.output("x_out", blocks.add_feed_forward(BLOCK, x, rows), ["positions", width])
+    g.output("x_out", blocks.add_feed_forward(BLOCK, x, rows), [s.rows, width])
 
 
 def _attended(s: _Stage) -> Operand | ir.Value:

@@ -185,8 +185,10 @@ function draw(card, before) {
   const open = isOpen(card), done = video.status === "completed";
   find(".prompt", element).textContent = video.prompt;
   find(".status", element).textContent = words(video);
+  const rewritten = video.extended_by ? `, prompt by ${video.extended_by}` : video.extend_warning ? ", your own prompt" : "";
+  const why = video.extend_warning ? ` (not rewritten: ${video.extend_warning})` : "";
   find(".settings", element).textContent =
-    `${video.size.replace("x", " × ")}, ${video.num_frames} frames, ${video.steps} steps, seed ${video.seed}`;
+    `${video.size.replace("x", " × ")}, ${video.num_frames} frames, ${video.steps} steps, seed ${video.seed}${rewritten}${why}`;
   Object.assign(find("progress", element), { value: video.progress, hidden: !open });
   for (const button of all("[data-does]", element)) {
     const does = button.dataset.does;

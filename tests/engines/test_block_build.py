@@ -88,7 +88,8 @@ def test_every_block_has_its_own_weights_as_the_bundle_stores_them(fp8_blocks):
             assert np.array_equal(read(built, component, places["self_attn.qkv.bias"], block), np.concatenate(biases))
             width = len(biases[0])
             matrix = stored[f"blocks.{block}.self_attn.qkv.weight"][2 * width :].astype(np.float64)
-            norms = np.linalg.norm(matrix, axis=1) * stored[f"blocks.{block}.self_attn.qkv.weight_scale"]
+            scales = stored[f"blocks.{block}.self_attn.qkv.weight_scale"][2 * width :]
+            norms = np.linalg.norm(matrix, axis=1) * scales
             assert np.allclose(read(built, component, places[V_NORMS], block), norms, rtol=1e-5)
         assert [p.name for p in layout.block if p.offset >= layout.step_bytes] == [
             t.name for t in component.stage("text_kv").weights
@@ -133,24 +134,29 @@ def test_scales_of_attention_hold_for_every_block_and_expert(fp8_blocks):
 
 
 @pytest.mark.slow
-def test_matrices_scaled_row_by_row_reach_the_compiler(tmp_path):
-    """A checkpoint's own FP8 codes, with a scale for every row: the blocks' weights hold all of them."""
+@pytest.mark.parametrize("precision", [Precision.FP8_ATTN, Precision.INT8_FP8_ATTN], ids=str)
+def test_matrices_scaled_row_by_row_reach_the_compiler(tmp_path, precision):
+    """A checkpoint's own FP8 codes, with a scale for every row, or INT8 made of them: the blocks' weights hold all."""
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
     folder = written(tmp_path / "c", "rows", blocks=2)[0]
-    bundle = export_checkpoint(folder, tmp_path / "b", ExportOptions(Precision.FP8_ATTN))
+    bundle = export_checkpoint(folder, tmp_path / "b", ExportOptions(precision))
     stored = read_safetensors(bundle.folder / "dit.safetensors")
-    matrix, scale, columns = (
-        np.asarray(stored[f"blocks.1.self_attn.qkv.{leaf}"].read())
-        for leaf in ("weight", "weight_scale", "column_scale")
+    matrix, scales = (
+        np.asarray(stored[f"blocks.1.self_attn.qkv.{leaf}"].read()) for leaf in ("weight", "weight_scale")
     )
-    assert columns.max() > 1
+    assert len(np.unique(scales)) > 1
+    factors = stored.get("blocks.1.self_attn.q.input_factor")
+    assert (factors is not None) == (precision is Precision.INT8_FP8_ATTN)
     options = BuildOptions("rtx4090", "256x160", "5..17", topology="blocks")
     built = build_engines(bundle.folder, tmp_path / "blocks", options)
     component = built.component("dit")
     places = {place.name: place for place in read_block_layout(built.path(component.weights[0])).block}
-    assert np.array_equal(read(built, component, places["self_attn.qkv.column_scale"], 1), columns)
-    width = len(columns) // 3
-    norms = np.linalg.norm(matrix[2 * width :].astype(np.float64), axis=1) * scale * columns[2 * width :]
+    assert np.array_equal(read(built, component, places["self_attn.qkv.weight_scale"], 1), scales)
+    mean = np.asarray(stored["blocks.1.self_attn.o.input_mean"].read())  # which attend subtracts
+    assert np.array_equal(read(built, component, places["self_attn.o.input_mean"], 1), mean)
+    width = len(scales) // 3
+    rows = matrix[2 * width :].astype(np.float64) * (1 if factors is None else factors.read())
+    norms = np.linalg.norm(rows, axis=1) * scales[2 * width :]
     assert np.allclose(read(built, component, places[V_NORMS], 1), norms, rtol=1e-5)
     problems = [problem for r in inspect_engines(built.folder) for problem in r.problems]
     assert problems == []

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from tests.gateway.running import gateway_in_front
@@ -16,5 +17,8 @@ def gateway(triton, tmp_path_factory):
     """A gateway that tests share; each looks only at its own videos."""
     pytest.importorskip("openai")
     data = tmp_path_factory.mktemp("gateway") / "data"
-    with gateway_in_front(data, [triton.url], "--finish-within", 0, "--queue-size", 10) as running:
+    latents = data.parent / "fixed.npy"
+    np.save(latents, np.random.default_rng(1).standard_normal((1, 16, 2, 8, 8), np.float32))
+    options = ["--finish-within", 0, "--queue-size", 10, "--latent", f"fixed={latents}", "--tell-paths"]
+    with gateway_in_front(data, [triton.url], *options) as running:
         yield running

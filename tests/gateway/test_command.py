@@ -25,8 +25,13 @@ from wan_trt.cli import app
         (("--server", "localhost", "--database", "postgresql://x@127.0.0.1:1/x"), "expected sqlite or a PostgreSQL"),
         (("--server", "localhost", "--keep-size", "many"), "--keep-size"),
         (("no-engines",), "no-engines has no bundle.json"),
-        (("key", "revoke", "nobody"), "no valid key nobody"),
         (("key", "add", "../x"), "key name '../x' | expected letters"),
+        (("key", "revoke", "x", "--data", "typo"), "--data typo has no gateway.sqlite"),
+        (("key", "list", "--data", "typo"), "--data typo has no gateway.sqlite"),
+        (("--server", "localhost", "--latent", "fixed"), "--latent 'fixed' | expected NAME=FILE"),
+        (("--server", "localhost", "--latent", "a=none.npy"), "none.npy"),
+        (("--server", "localhost", "--extend-model", "qwen"), "--extend-model without --extend"),
+        (("--server", "localhost", "--extend", "http://h/v1", "--extend-key", "none"), "--extend-key none"),
         (("move",), "no --database"),
     ],
 )
@@ -39,6 +44,7 @@ def test_what_cannot_be_is_one_line(words, told, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().err
     assert told in printed
     assert printed.count("\n") == 1
+    assert not (tmp_path / "typo").exists()
 
 
 def test_engines_alone_are_enough_for_a_video(installation, tiny_engines, tmp_path):

@@ -19,6 +19,8 @@ from gateway.order import make_order
 from gateway.page import offered
 from gateway.served import ServedModel
 from tests.gateway.running import WAN_TRT, gateway_in_front
+from tests.runtime.test_extend import GOOD, endpoint
+from tests.runtime.test_extend import said as answer_of
 from tests.triton_repo.serving import serving
 from triton_repo.job_request import parse_request
 from triton_repo.settings import Limits
@@ -290,3 +292,27 @@ def test_what_a_client_is_told_asks_for_the_same_with_every_preset(tiny_engines)
         one, other = (parse_request(arrays_of(each.inputs), model.manifest, model.limits) for each in (first, again))
         assert one.request.switch_step == other.request.switch_step
         assert replace(one.request, boundary=None) == replace(other.request, boundary=None)
+
+
+@in_browser
+@pytest.mark.slow
+def test_the_switch_has_the_prompt_rewritten_and_the_card_says_by_whom(triton, chromium, tmp_path):
+    with (
+        endpoint(answer_of(GOOD), (503, {})) as (there, asked),
+        gateway_in_front(
+            tmp_path / "data", [triton.url], "--finish-within", 0, "--extend", there.url, "--extend-model", "qwen"
+        ) as gateway,
+        window(chromium, gateway.url) as page,
+    ):
+        for number, (shown, by) in enumerate(((GOOD, "prompt by qwen at 127.0.0.1"), ("A cat", "status 503")), 1):
+            page.get_by_label("Prompt", exact=True).fill("A cat")
+            switch = page.get_by_label("Let a language model rewrite the prompt")
+            switch.check()
+            page.get_by_text("Make the video").click()
+            card = page.locator(f"#videos .card:nth-last-child({number})")
+            card.locator(".prompt", has_text=shown).wait_for()
+            card.locator(".settings", has_text=by).wait_for()
+        switch.uncheck()
+        page.get_by_text("Make the video").click()
+        page.locator("#videos .card:nth-last-child(3)").wait_for()
+        assert len(asked) == 2

@@ -1,17 +1,23 @@
 """What HTTP clients of all kinds get: forms, ranges, events, waiting, keys, limits."""
 
 import base64
+import hashlib
 import http.client
 import json
 import socket
 import subprocess
 import threading
 import time
+from pathlib import Path
 
+import numpy as np
 import openai
 import pytest
 
+from runtime.recipe import read_recipe
 from tests.gateway.running import LONG, MEDIUM, SMALL, WAN_TRT, gateway_in_front
+from tests.runtime.test_extend import GOOD, endpoint, said
+from wan_trt.cli import app
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -173,7 +179,7 @@ def test_mlperfs_client_gets_the_video_in_its_shape(gateway):
     path = gateway.ask("POST", "/v1/videos/generations", {**request, "response_format": "video_path"}).json[
         "video_path"
     ]
-    assert gateway.ask("GET", path).body == content
+    assert Path(path).read_bytes() == content
     aliases = {
         "prompt": "x",
         "num_frames": 1,
@@ -184,7 +190,66 @@ def test_mlperfs_client_gets_the_video_in_its_shape(gateway):
     }
     assert gateway.ask("POST", "/v1/videos/generations", aliases).status == 200
     refused = gateway.ask("POST", "/v1/videos/generations", {**request, "latent_path": "/etc/passwd"})
-    assert (refused.status, refused.error["param"]) == (400, "latent_path")
+    assert (refused.status, refused.error["param"]) == (400, "latent")
+    assert "expected one of fixed" in refused.error["message"]
+
+
+def test_the_operators_latents_take_the_place_of_the_seeds(gateway, triton):
+    latents = gateway.data.parent / "fixed.npy"
+    made = {}
+    for name, fields in {
+        "path": {"latent_path": str(latents), "seed": 3},
+        "name": {"latent": "fixed", "seed": 4},
+    }.items():
+        made[name] = gateway.wait(gateway.create(**fields), "completed")
+        assert made[name]["latent"] == "fixed"
+    contents = {name: gateway.ask("GET", f"/v1/videos/{video['id']}/content").body for name, video in made.items()}
+    asked = ["--size", "64x64", "--frames", "5", "--steps", "3", "--seed", "3", "--noise", str(latents)]
+    with pytest.raises(SystemExit) as left:
+        app(["client", triton.url, "a fox", *asked, "-o", str(latents.parent / "client.mp4")])
+    assert left.value.code in (0, None)
+    assert contents["path"] == (latents.parent / "client.mp4").read_bytes()
+    recipes = [read_recipe(written(latents.parent / f"{name}.mp4", content)) for name, content in contents.items()]
+    assert recipes[0].noise == recipes[1].noise == hashlib.sha256(np.load(latents).tobytes()).hexdigest()
+    refused = gateway.ask("POST", "/v1/videos", {"prompt": "x", **SMALL, "size": "96x64", "latent": "fixed"})
+    assert (refused.status, refused.error["param"]) == (400, "latent")
+
+
+def written(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def test_a_language_model_of_the_operator_rewrites_prompts_and_its_faults_leave_them(triton, tmp_path, monkeypatch):
+    monkeypatch.setenv("WAN_TRT_EXTEND_KEY", "secret-key")
+    answers = said(GOOD), (503, {}), said("x" * 3000)
+    with endpoint(*answers) as (there, asked):
+        options = ["--finish-within", 0, "--extend", there.url, "--extend-model", "qwen"]
+        with gateway_in_front(tmp_path / "data", [triton.url], *options) as gateway:
+            fields = {"prompt": "A cat", "prompt_extend": True, "look": "noir", **SMALL}
+            assert gateway.ask("POST", "/v1/videos", {**fields, "size": "65x64"}).status == 400
+            assert not asked, "a prompt left the gateway for a video that cannot be made"
+            made = gateway.wait(gateway.create(**fields), "completed")
+            assert made["prompt"] == f"Night time, Hard lighting, Side lighting, Cool colors, Dutch angle shot. {GOOD}"
+            assert (made["written_prompt"], made["extended_by"]) == ("A cat", "qwen at 127.0.0.1")
+            content = gateway.ask("GET", f"/v1/videos/{made['id']}/content").body
+            recipe = read_recipe(written(tmp_path / "made.mp4", content))
+            assert (recipe.prompt, recipe.written, recipe.extended_by) == (made["prompt"], "A cat", "qwen at 127.0.0.1")
+            for why in ("127.0.0.1: status 503", "127.0.0.1: an answer of 3000 characters, asked twice"):
+                told = gateway.video(gateway.create(prompt="A cat", prompt_extend="true"))
+                assert (told["prompt"], told["extend_warning"]) == ("A cat", why)
+            before = len(asked)
+            gateway.create(prompt="A cat", prompt_extend=False)
+            assert len(asked) == before
+            assert 'name="prompt_extend"' in gateway.ask("GET", "/").body.decode()
+        assert "secret-key" not in (tmp_path / "data.log").read_text()
+    assert {headers["Authorization"] for _, headers, _ in asked} == {"Bearer secret-key"}
+
+
+def test_without_a_language_model_nothing_promises_one(gateway):
+    refused = gateway.ask("POST", "/v1/videos", {"prompt": "x", **SMALL, "prompt_extend": True})
+    assert (refused.status, refused.error["param"]) == (400, "prompt_extend")
+    assert "prompt_extend" not in gateway.ask("GET", "/").body.decode()
 
 
 def send(gateway, content, *, close=False):
@@ -235,6 +300,8 @@ JSON = {"content-type": "application/json"}
         (JSON, b'{"prompt": "x", "lora": "../x"}', 400, "invalid_value"),
         (JSON, json.dumps({"prompt": "x" * 40_000}).encode(), 400, "invalid_value"),
         ({"content-type": "text/xml"}, b"<x/>", 415, "unsupported_media_type"),
+        ({**JSON, "content-encoding": "gzip"}, b'{"prompt": "x"}', 415, "unsupported_media_type"),
+        (JSON, b'{"prompt": "x", "look": 3}', 400, "invalid_type"),
     ],
 )  # fmt: skip
 def test_bad_bodies_get_an_error_of_openais_shape_and_make_no_job(gateway, headers, body, status, code):
@@ -272,6 +339,16 @@ def test_bodies_that_are_too_large_are_refused(gateway):
         body = chunk * 100 if "length" in declared else (b"100000\r\n" + chunk + b"\r\n") * 100 + b"0\r\n\r\n"
         status, error = send(gateway, head.encode() + body)
         assert (status, error["code"]) == (413, "too_large")
+
+
+def test_what_is_not_http_and_what_takes_a_video_get_openais_shape_too(gateway):
+    for nonsense in (b"\x16\x03\x01 hello\r\n\r\n", b"GET / HTTP/1.1\r\nhost: a b\r\nx y: z\r\n\r\n"):
+        status, error = send(gateway, nonsense)
+        assert (status, error["code"]) == (400, "invalid_http")
+    for path in (f"video_{'0' * 32}/remix", "edits", "extensions", "characters"):
+        answer = gateway.ask("POST", f"/v1/videos/{path}", {"prompt": "x"})
+        assert (answer.status, answer.error["code"]) == (400, "unsupported_operation")
+        assert "expected POST /v1/videos" in answer.error["message"]
 
 
 def test_a_list_is_asked_for_properly(gateway):

@@ -1,8 +1,11 @@
 """Servers that come and go behind a name, keys that must be there, and the metric that the autoscaler asks for."""
 
+import json
 import re
 import subprocess
 import time
+
+import pytest
 
 from gateway import workers as module
 from gateway.claims import Claims
@@ -12,9 +15,10 @@ from gateway.store import open_store
 from gateway.sweep import Keep, Sweep
 from gateway.worker import Surroundings
 from gateway.workers import Workers, addresses
-from tests.gateway.running import WAN_TRT, gateway_in_front
+from tests.gateway.running import WAN_TRT, gateway_in_front, start, wait_until_ready
 from triton_repo.manifests import ClusterOptions, manifests
 from triton_repo.repository import RepositoryOptions, write_repository
+from wan_trt.cli import app
 
 
 def test_a_gateway_finds_the_servers_behind_a_name_and_wants_keys_before_there_are_any(triton, tmp_path):
@@ -83,3 +87,56 @@ def test_the_autoscaler_asks_for_a_metric_that_the_gateway_has(gateway, tiny_eng
     labels = [dict(re.findall(r'(\w+)="([^"]*)"', line)) for line in lines if line.startswith(f"{name}{{")]
     assert any(all(re.fullmatch(wanted[key], each[key]) for key in wanted) for each in labels)
     gateway.ask("DELETE", f"/v1/videos/{video_id}")
+
+
+def test_a_batch_renders_through_gateways_and_triton_servers(triton, gateway, tmp_path, capsys):
+    """A gateway's video has the bytes of the server behind it, and the batch leaves nothing there."""
+    small = {"size": "64x64", "num_frames": 5, "steps": 2, "guidance": 3.0}
+    lines = [{"name": f"j{n}", "prompt": f"Cat {n}", "look": "noir", "seed": n, **small} for n in range(3)]
+    lines += [
+        {"name": "still", "prompt": "x", **small, "output_format": "png"},
+        {"name": "odd", "prompt": "x", "steps": 999},
+    ]
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = gateway.ask("GET", "/v1/videos?limit=100").json["data"]
+    for name, server in (("triton", triton.url), ("gateway", gateway.url)):
+        with pytest.raises(SystemExit) as left:
+            app(["batch", str(jobs), str(tmp_path / name), "--server", server])
+        assert left.value.code == 1
+        told = capsys.readouterr().out
+        assert "odd (line 5) failed" in told
+        assert "run of 999 steps" in told
+    assert "still (line 4) failed: output_format 'png' | expected one of mp4, webm" in told
+    for n in range(3):
+        assert (tmp_path / "gateway" / f"j{n}.mp4").read_bytes() == (tmp_path / "triton" / f"j{n}.mp4").read_bytes()
+    assert gateway.ask("GET", "/v1/videos?limit=100").json["data"] == before
+
+
+def test_a_batch_needs_a_gateways_key_and_outlives_its_restart(triton, tmp_path, monkeypatch, capsys):
+    data, jobs = tmp_path / "data", tmp_path / "jobs.jsonl"
+    lines = [{"name": f"j{n}", "prompt": f"Cat {n}", "size": "128x96", "num_frames": 9, "steps": 20} for n in range(3)]
+    jobs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    add = [WAN_TRT, "gateway", "key", "add", "ann", "--data", data]
+    key = subprocess.run(add, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "key").write_text(key)
+    command = ["batch", str(jobs), str(tmp_path / "out"), "--server"]
+    with gateway_in_front(data, [triton.url], "--finish-within", 0) as gateway:
+        gateway.key = key.strip()
+        monkeypatch.setenv("WAN_TRT_KEY", "wan_wrong")
+        with pytest.raises(SystemExit) as left:
+            app([*command, gateway.url])
+        assert left.value.code == 2
+        assert "set WAN_TRT_KEY" in capsys.readouterr().err
+        words = [WAN_TRT, *command, f"{gateway.url}/v1", "--key", tmp_path / "key"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+            while not any(v["status"] == "in_progress" for v in gateway.ask("GET", "/v1/videos").json["data"]):
+                assert process.poll() is None
+                time.sleep(0.02)
+            gateway.kill()
+            again = wait_until_ready(start(data, [triton.url], "--finish-within", 0, port=gateway.port))
+            try:
+                told = process.communicate(timeout=120)[0]
+            finally:
+                again.kill()
+    assert "3 done, 0 failed" in told

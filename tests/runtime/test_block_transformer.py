@@ -125,6 +125,10 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_loaded(blocks_
     offered = parse_bytes(re.search(r"give --vram (\S+),", str(error.value))[1], "--vram")
     with Pipeline.open(blocks_of("t2v-a14b-tiny"), blocks=BlockOptions(vram=offered)) as pipeline:
         assert next(iter(pipeline.denoise(request))).index == 0
+        assert pipeline.residency == "one-component"  # the budget is not that of each of several
+    with Pipeline.open(blocks_of("t2v-a14b-tiny"), blocks=BlockOptions(vram=100 * offered)) as pipeline:
+        pipeline.fit(request.video)
+        assert pipeline.residency == "all"
     with (
         Pipeline.open(blocks_of("t2v-a14b-tiny"), blocks=BlockOptions(vram=0.99 * offered)) as pipeline,
         pytest.raises(UserError, match="at least"),

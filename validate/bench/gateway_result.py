@@ -9,10 +9,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from validate.bench.machine import BUSY, usable_cores
-from validate.bench.samples import Ratio, Samples
-from validate.gate import Gate, Verdict, check_mark, judge
-from wan22.quantities import counted, video_text
+from validate.bench.machine import usable_cores
+from validate.bench.samples import Samples
+from validate.bench.two_sides import TwoSides
+from validate.gate import Gate
 
 DIRECT, GATEWAY = "Triton", "gateway"
 STATUS, JOB, GROWTH = "gateway.status_ms", "gateway.job_overhead_percent", "gateway.growth_mib_per_1000_jobs"
@@ -23,9 +23,10 @@ FITTED = 0.5  # share of the jobs, the last ones, whose memory is fitted: the fi
 
 
 @dataclass(frozen=True)
-class GatewayBench:
-    """True if every gate holds."""
+class GatewayBench(TwoSides):
+    """True if every gate holds, and the videos are the same."""
 
+    SIDES = DIRECT, GATEWAY
     facts: dict[str, Any]
     samples: Mapping[str, Samples]  # whole jobs by side
     floor_s: Sequence[float]  # answers of /health under the same load
@@ -33,11 +34,6 @@ class GatewayBench:
     rss: Sequence[tuple[int, int]]  # jobs so far, resident bytes of the gateway
     same_video: bool  # bitwise
     gates: tuple[Gate, ...] = TARGETS
-
-    @property
-    def ratio(self) -> Ratio:
-        """A job through the gateway over one of Triton alone, of neighbouring runs."""
-        return Ratio.of(self.samples[GATEWAY].seconds, self.samples[DIRECT].seconds)
 
     @property
     def growth_mib(self) -> float:
@@ -49,33 +45,24 @@ class GatewayBench:
         status_ms = 1000 * float(np.median(self.status_s))
         return {STATUS: status_ms, JOB: 100 * (self.ratio.median - 1), GROWTH: self.growth_mib}
 
-    @property
-    def verdicts(self) -> tuple[Verdict, ...]:
-        return judge(self.gates, self.measurements())
-
     def __bool__(self) -> bool:
-        return all(self.verdicts) and self.same_video
+        return super().__bool__() and self.same_video
 
     def as_json(self) -> dict[str, Any]:
         first, last = self.rss[0][1], self.rss[-1][1]
         return self.facts | {
             "triton": self.samples[DIRECT].as_json(),
             "gateway": self.samples[GATEWAY].as_json(),
-            "ratio": vars(self.ratio),
             "health_ms": _percentiles(self.floor_s),
             "status_ms": _percentiles(self.status_s),
             "resident_mib": {"first": first / MIB, "last": last / MIB, "most": max(r for _, r in self.rss) / MIB},
             "same_video": self.same_video,
-            "measured": self.measurements(),
-            "gates": [verdict.as_json() for verdict in self.verdicts],
-            "passed": bool(self),
+            **self.judged(),
         }
 
     def as_text(self) -> Iterator[RenderableType]:
         """Yield the output for a terminal."""
-        model, *size = (self.facts[name] for name in ("model", "width", "height", "frames"))
-        title = f"{model}: {video_text(*size)}, {counted(self.facts['steps'], 'step')}"
-        table = Table("ms", "median", "p90", "p99", title=title)
+        table = Table("ms", "median", "p90", "p99", title=self.title)
         for side in (DIRECT, GATEWAY):
             shown = self.samples[side]
             table.add_row(f"job, {side}", f"{1000 * shown.median:.1f}", f"{1000 * shown.p90:.1f}", "")
@@ -84,19 +71,16 @@ class GatewayBench:
                 f"{name}, {self.facts['rate_per_s']}/s", *(f"{ms:.1f}" for ms in _percentiles(taken).values())
             )
         yield table
-        ratio = self.ratio
-        yield f"gateway / Triton {ratio.median:.3f} (p10 {ratio.p10:.3f}, p90 {ratio.p90:.3f})"
+        yield self.ratio_line()
         first, last = self.rss[0][1] / MIB, self.rss[-1][1] / MIB
         yield f"memory of the gateway: {first:.0f} MiB after the first job, {last:.0f} after {len(self.rss)}"
         status_ms, job_ms = self.facts["processor_ms_per_status"], self.facts["processor_ms_per_job"]
         yield f"processor time of the gateway: {status_ms:.2f} ms for a status, {job_ms:.0f} ms for a job"
         if not self.same_video:
             yield Text("the gateway's video is another than Triton's", "red")
-        yield from (check_mark(verdict, str(verdict)) for verdict in self.verdicts)
         before, after = self.facts["load_average"], self.facts["load_average_after"]
         yield f"load average {before:.1f} before, {after:.1f} after, on {usable_cores()} cores"
-        if before > BUSY * usable_cores():
-            yield Text("the machine was busy before the bench: do not trust the times", "yellow")
+        yield from self.verdict_lines()
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions
-from runtime.built_for import fill_defaults
 from runtime.generate import generate
 from runtime.pipeline import Pipeline
 from runtime.request import Request
@@ -24,36 +22,17 @@ from triton_repo import probe
 from triton_repo.bls_repository import CPU
 from triton_repo.client import WanClient
 from triton_repo.installation import Installation
-from triton_repo.repository import RepositoryOptions, Topology, is_for_gpu, write_repository
+from triton_repo.repository import RepositoryOptions, is_for_gpu, write_repository
 from triton_repo.server import ServeOptions, free_ports, run_server
-from validate.bench.machine import load_average, machine, versions
 from validate.bench.samples import Samples, in_turns
-from validate.bench.served_result import BEYOND_STEP, DIRECT, OVERHEAD, SERVED, TARGETS, Cancel, ServedBench
-from validate.gate import read_gates
-from validate.options import with_samples
+from validate.bench.served_result import DIRECT, KNOWN, SERVED, TARGETS, Cancel, ServedBench
+from validate.bench.two_sides import ServedOptions
 from wan22.bundle import open_bundle
 from wan22.files import scratch_folder
 from wan22.progress import Progress, silent
-from wan22.residency import ResidencyChoice
 
 CANCEL_AFTER, CANCEL_STEPS = 5, 1000  # the most that a run can have: the cancellation always comes before its end
-RUNS, STEPS = 10, 10
 POLL_S = 0.002
-
-
-@dataclass(frozen=True)
-class ServedOptions:
-    request: Request = field(default_factory=Request)  # STEPS steps by default; see validate.options.with_samples
-    # measurements
-    topology: Topology = "owner"
-    runs: int = RUNS  # timed runs per side
-    warmup: int = 2  # untimed runs per side before them
-    cancels: int = 10  # jobs to cancel, one after the other
-    gate: Path | None = None  # TOML, see :mod:`validate.gate`; None: TARGETS
-    residency: ResidencyChoice = "auto"  # the engines that stay loaded on each side
-    # for the record
-    command: str = ""
-    blocks: BlockOptions = BLOCKS_AS_FIT  # where the weights of engines in blocks are
 
 
 @dataclass
@@ -130,16 +109,8 @@ def bench_served(
     Raises:
         UserError: the model cannot serve the request, a gate has an unknown measurement, or the server fails to start.
     """
-    gates = read_gates(options.gate, "bench", (OVERHEAD, BEYOND_STEP)) if options.gate else TARGETS
-    manifest = open_bundle(engines, "engines").manifest
-    steps = STEPS if options.request.steps is None else options.request.steps
-    request = with_samples(replace(options.request, steps=steps), manifest)  # nothing can differ between the sides
-    complete = fill_defaults(request, manifest)
-    facts = {
-        "model": manifest.spec.name, "topology": options.topology, "width": complete.width, "height": complete.height,
-        "frames": complete.frames, "steps": complete.steps, "runs": options.runs, "machine": machine(),
-        "load_average": load_average(), "versions": versions(), "command": options.command,
-    }  # fmt: skip
+    gates = options.gates(KNOWN, TARGETS)
+    request, _, facts = options.job(open_bundle(engines, "engines").manifest)
     with (
         scratch_folder("bench") as folder,
         start_server(engines, folder, options, installation, environment) as server,
@@ -152,7 +123,9 @@ def bench_served(
         samples = _run_with_progress(sides, options.runs, progress)
         cancels = tuple(server.cancel(request) for _ in range(options.cancels))
         same = server.latents_sha256 == direct.latents_sha256
-        return ServedBench(facts, samples, tuple(server.inside_s), cancels, same, gates)
+        return ServedBench(
+            facts | {"topology": options.topology}, samples, tuple(server.inside_s), cancels, same, gates
+        )
 
 
 def _run_with_progress(sides: Mapping[str, Callable[[], bytes]], runs: int, progress: Progress) -> dict[str, Samples]:

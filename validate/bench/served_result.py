@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 
-from validate.bench.machine import BUSY, usable_cores
-from validate.bench.samples import Ratio, Samples
-from validate.gate import Gate, Verdict, check_mark, judge
-from wan22.quantities import counted, video_text
+from validate.bench.samples import Samples
+from validate.bench.two_sides import TwoSides
+from validate.gate import Gate
 
 DIRECT, SERVED = "in process", "served"
 OVERHEAD, BEYOND_STEP = "triton.overhead_percent", "triton.cancel_beyond_step_ms"
+KNOWN = (OVERHEAD, BEYOND_STEP)
 TARGETS = (Gate(OVERHEAD, "max", 10), Gate(BEYOND_STEP, "max", 100))
 
 
@@ -28,9 +27,10 @@ class Cancel:
 
 
 @dataclass(frozen=True)
-class ServedBench:
+class ServedBench(TwoSides):
     """True if every gate holds."""
 
+    SIDES = DIRECT, SERVED
     facts: dict[str, Any]
     samples: Mapping[str, Samples]  # end-to-end runs by side
     inside_s: tuple[float, ...]  # times of the served runs that the model itself reports
@@ -38,49 +38,29 @@ class ServedBench:
     same_latents: bool  # bitwise, which requires the same numpy on both sides
     gates: tuple[Gate, ...] = TARGETS
 
-    @property
-    def ratio(self) -> Ratio:
-        """Served time over in-process time, of neighbouring runs."""
-        return Ratio.of(self.samples[SERVED].seconds, self.samples[DIRECT].seconds)
-
     def measurements(self) -> dict[str, float]:
         beyond = max(cancel.latency - cancel.step for cancel in self.cancels)
         return {OVERHEAD: 100 * (self.ratio.median - 1), BEYOND_STEP: 1000 * beyond}
 
-    @property
-    def verdicts(self) -> tuple[Verdict, ...]:
-        return judge(self.gates, self.measurements())
-
-    def __bool__(self) -> bool:
-        return all(self.verdicts)
-
     def as_json(self) -> dict[str, Any]:
-        ratio = self.ratio
         return self.facts | {
             "in_process": self.samples[DIRECT].as_json(),
             "served": self.samples[SERVED].as_json(),
             "served_inside_model_median_ms": 1000 * float(np.median(self.inside_s)),
-            "ratio": vars(ratio),
             "cancels": [{"latency_ms": 1000 * c.latency, "step_ms": 1000 * c.step} for c in self.cancels],
             "same_latents": self.same_latents,
-            "measured": self.measurements(),
-            "gates": [verdict.as_json() for verdict in self.verdicts],
-            "passed": bool(self),
+            **self.judged(),
         }
 
     def as_text(self) -> Iterator[RenderableType]:
         """Yield the output for a terminal."""
-        model, *size = (self.facts[name] for name in ("model", "width", "height", "frames"))
-        title = f"{model}: {video_text(*size)}, {counted(self.facts['steps'], 'step')}"
-        table = Table("one job, ms", "median", "p90", title=title)
+        table = Table("one job, ms", "median", "p90", title=self.title)
         for side in (DIRECT, SERVED):
             table.add_row(side, *(f"{1000 * s:.1f}" for s in (self.samples[side].median, self.samples[side].p90)))
         table.add_row("inside the model", f"{1000 * float(np.median(self.inside_s)):.1f}", "")
         yield table
-        ratio, latencies = self.ratio, [1000 * cancel.latency for cancel in self.cancels]
-        yield f"served / in process {ratio.median:.3f} (p10 {ratio.p10:.3f}, p90 {ratio.p90:.3f})"
+        yield self.ratio_line()
+        latencies = [1000 * cancel.latency for cancel in self.cancels]
         step_ms = 1000 * float(np.median([cancel.step for cancel in self.cancels]))
         yield f"cancel: {np.median(latencies):.0f} ms, {max(latencies):.0f} at most; a step is {step_ms:.0f} ms"
-        yield from (check_mark(verdict, str(verdict)) for verdict in self.verdicts)
-        if self.facts["load_average"] > BUSY * usable_cores():
-            yield Text("the machine was busy before the bench: do not trust the times", "yellow")
+        yield from self.verdict_lines()

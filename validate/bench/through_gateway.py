@@ -6,30 +6,28 @@ moment at which they were due, so a slow gateway cannot thin them out.
 """
 
 import http.client
-import json
 import os
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from gateway.client import GatewayClient, RefusedError
 from gateway.start import GatewayOptions, run_gateway
 from gateway.sweep import Keep
-from runtime.built_for import fill_defaults
 from runtime.request import CompleteRequest
 from triton_repo.installation import Installation
 from triton_repo.server import free_ports
 from validate.bench.child_process import child_process
 from validate.bench.gateway_result import DIRECT, GATEWAY, KNOWN, TARGETS, GatewayBench
-from validate.bench.machine import load_average, machine, versions
+from validate.bench.machine import load_average
 from validate.bench.samples import in_turns
-from validate.bench.served import STEPS, ServedOptions, start_server
-from validate.gate import read_gates
-from validate.options import with_samples
+from validate.bench.served import start_server
+from validate.bench.two_sides import ServedOptions
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.files import scratch_folder
@@ -42,47 +40,14 @@ KEPT = 50  # videos at a time
 READY_S = 60.0
 
 
-@dataclass(frozen=True)
-class Client:
-    """Requests to the gateway, each over a connection of its own."""
-
-    port: int
-
-    def connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
-
-    def create(self, fields: Mapping[str, Any]) -> str:
-        return str(json.loads(self.answer("POST", "/v1/videos", fields))["id"])
-
-    def wait(self, video_id: str) -> None:
-        """Follow the events of a job to its end. Raises RuntimeError if it failed."""
-        connection = self.connection()
-        connection.request("GET", f"/v1/videos/{video_id}/events")
-        answer, kind = connection.getresponse(), ""
-        for line in answer:
-            kind = line[7:].decode().strip() if line.startswith(b"event: ") else kind
-        connection.close()
-        if kind != "completed":
-            raise RuntimeError(f"a job ended as {kind or 'nothing'}")
-
-    def make(self, fields: Mapping[str, Any]) -> bytes:
-        video_id = self.create(fields)
-        self.wait(video_id)
-        return self.answer("GET", f"/v1/videos/{video_id}/content")
-
-    def answer(self, method: str, path: str, fields: Mapping[str, Any] | None = None) -> bytes:
-        """Raises RuntimeError for another status than 200."""
-        connection = self.connection()
-        if fields is None:
-            connection.request(method, path)
-        else:
-            connection.request(method, path, json.dumps(fields), {"content-type": "application/json"})
-        answer = connection.getresponse()
-        content = answer.read()
-        connection.close()
-        if answer.status != 200:
-            raise RuntimeError(f"{method} {path}: {answer.status} {content[:200].decode(errors='replace')}")
-        return content
+class Client(GatewayClient):
+    def make(self, fields: Mapping[str, Any]) -> tuple[str, bytes]:
+        """The id and the file of a new video, whose events are followed. Raises RuntimeError if its job failed."""
+        video_id = str(self.create(fields, uuid.uuid4().hex)["id"])
+        events = self.ask("GET", f"/v1/videos/{video_id}/events")[0]  # the stream ends with the job
+        if b"event: completed" not in events:
+            raise RuntimeError(f"a job ended so: {events[-300:].decode(errors='replace')}")
+        return video_id, self.content(video_id)
 
 
 def bench_gateway(
@@ -106,34 +71,27 @@ def bench_gateway(
     Raises:
         UserError: the model cannot serve the request, a gate has an unknown measurement, or nothing starts.
     """
-    gates = read_gates(options.gate, "bench", KNOWN) if options.gate else TARGETS
+    gates = options.gates(KNOWN, TARGETS)
     manifest = open_bundle(engines, "engines").manifest
     if manifest.spec.takes.image == "required":
         raise UserError(f"{manifest.spec.name}, which starts from an image", "a model of text", "name other engines")
-    steps = STEPS if options.request.steps is None else options.request.steps
-    request = with_samples(replace(options.request, steps=steps), manifest)
-    complete = fill_defaults(request, manifest)
-    facts = {
-        "model": manifest.spec.name, "width": complete.width, "height": complete.height, "frames": complete.frames,
-        "steps": complete.steps, "runs": options.runs, "jobs": jobs, "rate_per_s": RATE, "machine": machine(),
-        "load_average": load_average(), "versions": versions(), "command": options.command,
-    }  # fmt: skip
+    request, complete, facts = options.job(manifest)
+    facts |= {"jobs": jobs, "rate_per_s": RATE}
     with scratch_folder("bench") as folder, start_server(engines, folder, options, installation, environment) as server:
         (port,) = free_ports(1)
         gateway = GatewayOptions(folder / "gateway", (server.url,), port=port, keep=Keep(videos=KEPT))
         with child_process(_serve, gateway) as (ready, process):
-            client = Client(port)
+            client = Client(f"http://127.0.0.1:{port}", timeout_s=600)
             _until_ready(client, ready)
             fields, videos = _fields(complete), {}
             sides = {
                 DIRECT: lambda: videos.update({DIRECT: server.make(request)}),
-                GATEWAY: lambda: videos.update({GATEWAY: client.make(fields)}),
+                GATEWAY: lambda: videos.update({GATEWAY: client.make(fields)[1]}),
             }
             in_turns(sides, options.warmup)
             samples = in_turns(sides, options.runs)
             progress("runs", options.runs, options.runs)
-            video_id = client.create(fields)
-            client.wait(video_id)
+            video_id, _ = client.make(fields)
             floor = answer_times(port, "/health", RATE, STATUS_S)
             pid = process.pid or 0
             clock = [processor_s(pid)]
@@ -157,9 +115,9 @@ def _until_ready(client: Client, ready: Connection) -> None:
     until = time.monotonic() + READY_S
     while True:
         try:
-            client.answer("GET", "/ready")
+            client.ask("GET", "/ready")
             return
-        except RuntimeError as error:
+        except RefusedError as error:
             if time.monotonic() > until:
                 raise UserError(f"{error}", "a server that is ready", "run wan-trt serve to see why") from None
         time.sleep(0.05)

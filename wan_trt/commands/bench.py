@@ -18,6 +18,8 @@ from wan_trt import cache_options
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
+    from validate.bench.gateway_result import GatewayBench
+    from validate.bench.served_result import ServedBench
     from validate.bench.work import BenchOptions
 
 JOBS = 200
@@ -80,14 +82,13 @@ def run(
     )  # fmt: skip
     if list_gates:
         return _list_gates(engines)
-    _check(locals())
+    asked = locals()
+    _check(asked)
     to_stdout = str(output) == "-" or not sys.stdout.isatty()
     in_file = output is not None and str(output) != "-"
     with whole_file(output, "output", make_folder=False) if output and in_file else nullcontext() as new:
-        if triton:
-            found, passed = _served(engines, options, runs, topology or "owner", cancels or 10, gate)
-        elif gateway:
-            found, passed = _through_gateway(engines, options, runs, jobs or JOBS, gate)
+        if triton or gateway:
+            found, passed = _served(engines, options, runs, asked)
         elif options.blocks.gpus is not None or options.blocks.parallel is not None:
             found, passed = _scaled(engines, options)
         elif sweep is not None:
@@ -143,42 +144,25 @@ def _check(asked: Mapping[str, Any]) -> None:
 
 
 def _served(
-    engines: Path,
-    options: "BenchOptions",
-    runs: int | None,
-    topology: Literal["owner", "bls"],
-    cancels: int,
-    gate: Path | None,
+    engines: Path, options: "BenchOptions", runs: int | None, asked: Mapping[str, Any]
 ) -> tuple[dict[str, Any], bool]:
+    """A bench of ``--triton`` or ``--gateway``."""
     from triton_repo.installation import default_environments, find_installation
-    from validate.bench.served import RUNS, ServedOptions, bench_served
-
-    asked = ServedOptions(
-        options.request, topology, runs or RUNS, cancels=cancels, gate=gate, residency=options.residency,
-        command=options.command, blocks=options.blocks,
-    )  # fmt: skip
-    installation = find_installation(default_environments())
-    with bars() as progress:
-        found = bench_served(engines, asked, installation, os.environ, progress)
-    for part in found.as_text():
-        console.print(part)
-    return found.as_json(), bool(found)
-
-
-def _through_gateway(
-    engines: Path, options: "BenchOptions", runs: int | None, jobs: int, gate: Path | None
-) -> tuple[dict[str, Any], bool]:
-    from triton_repo.installation import default_environments, find_installation
-    from validate.bench.served import RUNS, ServedOptions
+    from validate.bench.served import bench_served
     from validate.bench.through_gateway import bench_gateway
+    from validate.bench.two_sides import RUNS, ServedOptions
 
-    asked = ServedOptions(
-        options.request, runs=runs or RUNS, gate=gate, residency=options.residency, command=options.command,
-        blocks=options.blocks,
+    served = ServedOptions(
+        options.request, asked["topology"] or "owner", runs or RUNS, cancels=asked["cancels"] or 10, gate=asked["gate"],
+        residency=options.residency, command=options.command, blocks=options.blocks,
     )  # fmt: skip
     installation = find_installation(default_environments())
+    found: ServedBench | GatewayBench
     with bars() as progress:
-        found = bench_gateway(engines, asked, jobs, installation, os.environ, progress)
+        if asked["gateway"]:
+            found = bench_gateway(engines, served, asked["jobs"] or JOBS, installation, os.environ, progress)
+        else:
+            found = bench_served(engines, served, installation, os.environ, progress)
     for part in found.as_text():
         console.print(part)
     return found.as_json(), bool(found)

@@ -41,6 +41,7 @@ def run(
         int | None,
         typer.Option(min=-1, max=2**63 - 1, metavar="INT", help="Seed; by default, or for -1, the server draws one."),
     ] = None,
+    noise: given.Noise = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
     quality: given.Quality = None,
     lora: Annotated[str | None, typer.Option(help="Name of a LoRA of the server.")] = None,
@@ -59,9 +60,10 @@ def run(
     given.check_used(output, quality, image, fit)
     check_apart(output, preview)
     for path in (output, preview):
-        check_no_source(path, image, last_image, cache_options.skip_steps_file(shared["skip_steps"]))
+        check_no_source(path, image, last_image, noise, cache_options.skip_steps_file(shared["skip_steps"]))
     prompt = with_terms(prompt, prompt_options.terms_from(shared), image=image is not None)
     caching = Request(cache=cache_options.caching_from(locals() | shared))
+    latents = given.noise_of(noise)
     settings: dict[str, Setting | None] = {
         **{name: shared[name] for name in given.SAMPLING},
         **dict(zip(("width", "height"), given.size_of(size) or (), strict=False)),
@@ -72,6 +74,7 @@ def run(
         "fit": fit if image is not None else None,
         "seed": None if seed == -1 else seed,
         "lora": lora,
+        "noise": None if latents is None else latents.tobytes(),
         **cache_inputs(caching),
         "output_format": _format(output),
         "preview": preview is not None,

@@ -1,10 +1,12 @@
 """``wan-trt gateway``: ``/v1/videos`` over HTTP, with a durable queue in front of Triton servers."""
 
 import logging
+import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +15,16 @@ import typer
 from rich.table import Table
 
 from wan22.errors import UserError
+from wan22.inputs import secret_in
 from wan22.quantities import parse_bytes
 from wan_trt import arguments as given
+from wan_trt import prompt_options
 from wan_trt.commands.serve import Loras, starting
 from wan_trt.console import console
 
 if TYPE_CHECKING:
+    from gateway.order import Latents
+    from runtime.extend import Endpoint
     from triton_repo.server import Server
 
 Data = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the queue and the videos are.")]
@@ -30,6 +36,7 @@ DatabaseUrl = Annotated[
     ),
 ]
 DATA = Path("wan-trt-gateway")
+LATENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 # options without defaults
@@ -41,6 +48,33 @@ KEPT = {
     "keep_size": Annotated[str | None, typer.Option(metavar="SIZE", help="Size of all kept videos, as 200GiB.")],
     "image_host": Annotated[
         list[str] | None, typer.Option(metavar="HOST", help="Host whose images are fetched; repeat it for more.")
+    ],
+}
+LATENT = "NAME=FILE"
+REQUESTS = {
+    "latent": Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar=LATENT,
+            help="Initial latents (.pt, .npy, .npz) that requests may name, as the benchmark's; repeat it.",
+        ),
+    ],
+    "extend": Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Let requests with prompt_extend have a language model rewrite their prompt: base URL of an "
+            "OpenAI-compatible endpoint. Sends prompt and image there, with the key in WAN_TRT_EXTEND_KEY.",
+        ),
+    ],
+    "extend_key": Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File with its key, in place of the environment variable.")
+    ],
+    "extend_model": prompt_options.EXTENSION["extend_model"],
+    "extend_language": prompt_options.EXTENSION["extend_language"],
+    "tell_paths": Annotated[
+        bool | None,
+        typer.Option("--tell-paths", help="/v1/videos/generations answers with the file's path, as its scorer wants."),
     ],
 }
 ACCESS = {
@@ -58,7 +92,7 @@ OWN_SERVER = {
 }
 
 
-@given.with_options(KEPT, ACCESS, OWN_SERVER, given.LIMITS, given.BLOCKS)
+@given.with_options(KEPT, REQUESTS, ACCESS, OWN_SERVER, given.LIMITS, given.BLOCKS)
 def run(
     engines: Annotated[
         Path | None, typer.Argument(help="Engines to start a server of; or give --server.", show_default=False)
@@ -100,7 +134,10 @@ def run(
     hours, size = shared["keep_hours"], shared["keep_size"]
     kept_bytes = None if size is None else int(parse_bytes(size, "--keep-size"))
     keep = Keep(None if hours is None else hours * 3600, shared["keep_videos"], kept_bytes)
-    http = Options(frozenset(shared["image_host"] or ()), bool(shared["any_model"]), cancel_within)
+    http = Options(
+        frozenset(shared["image_host"] or ()), bool(shared["any_model"]), cancel_within,
+        _latents(shared["latent"] or ()), _endpoint(shared), bool(shared["tell_paths"]),
+    )  # fmt: skip
     with ExitStack() as stack:
         trouble: Callable[[], str] = str
         urls = tuple(dict.fromkeys(map(_address, server or ())))
@@ -120,6 +157,35 @@ def run(
     return 0
 
 
+def _latents(arguments: Sequence[str]) -> "Latents":
+    """The operator's latents, read now: a file that is exchanged later changes nothing."""
+    from gateway.order import Latents
+
+    files: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals or not LATENT_NAME.fullmatch(name) or not path or name in files:
+            raise UserError(f"--latent {argument!r}", f"{LATENT}, each name once", "write it as fixed=latent.pt")
+        files[name] = Path(path)
+    values = {name: latents.tobytes() for name, path in files.items() if (latents := given.noise_of(path)) is not None}
+    return Latents(values, files)
+
+
+def _endpoint(options: Mapping[str, Any]) -> "Endpoint | None":
+    """The operator's language model; None without ``--extend``."""
+    from runtime.extend import KEY_VARIABLE, Endpoint
+
+    if options["extend"] is None:
+        if names := [name for name in ("extend_key", "extend_model", "extend_language") if options[name]]:
+            found = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+            raise UserError(f"{found} without --extend", "the endpoint beside it", "add --extend URL")
+        return None
+    key = os.environ.get(KEY_VARIABLE, "")
+    if (path := options["extend_key"]) is not None:
+        key = secret_in(path, "--extend-key")
+    return Endpoint(options["extend"], options["extend_model"] or "default", options["extend_language"] or "same", key)
+
+
 def _address(server: str) -> str:
     from gateway.workers import BEHIND
     from triton_repo.client_errors import address_of
@@ -129,12 +195,7 @@ def _address(server: str) -> str:
 
 def database_url_of(given: str) -> str:
     """The URL, or what the file after @ contains, which other users of the machine need not see."""
-    if not given.startswith("@"):
-        return given
-    try:
-        return Path(given[1:]).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--database {given}: {error}", "a readable file", "name another") from None
+    return secret_in(Path(given[1:]), "--database") if given.startswith("@") else given
 
 
 @contextmanager
@@ -206,7 +267,7 @@ def add(
 def list_keys(data: Data = DATA, database: DatabaseUrl = "") -> None:
     """List the keys."""
     shown = Table("name", "id", "made", "state")
-    for row in _keys(data, database).list():
+    for row in _keys(data, database, exist=True).list():
         made = time.strftime("%Y-%m-%d", time.gmtime(row["created_at"]))
         shown.add_row(row["name"], row["id"], made, "revoked" if row["revoked_at"] else "valid")
     console.print(shown)
@@ -218,12 +279,16 @@ def revoke(
     database: DatabaseUrl = "",
 ) -> None:
     """End a key, whose jobs are kept."""
-    _keys(data, database).revoke(name)
+    _keys(data, database, exist=True).revoke(name)
 
 
-def _keys(data: Path, database: str) -> Any:
-    from gateway.database import Database
+def _keys(data: Path, database: str, *, exist: bool = False) -> Any:
+    """The keys of a gateway, whose folder is made unless it has to ``exist``."""
+    from gateway.database import SQLITE, Database
     from gateway.keys import Keys
     from gateway.start import database_url
+
+    if exist and not database and not (data / SQLITE).is_file():
+        raise UserError(f"--data {data} has no {SQLITE}", "the folder of a gateway", "name it, or --database")
 
     return Keys(Database(database_url(data, database_url_of(database))))

@@ -85,11 +85,11 @@ def run(
         _of_groups(plans[0], gpus, parallel, link, goal, efficiency, as_json=as_json)
         return
     if as_json:
-        described = [plan.as_json() for plan in plans]
-        if compare_precisions:
-            figures = {p: msgspec.to_builtins(found) for p, found in read_figures().items()}
-            described = [each | {"figures": figures.get(Precision(each["precision"]))} for each in described]
-        print(json.dumps(described if cards or compare_precisions else described[0]))
+        entries = [plan.as_json() for plan in plans]
+        measured = read_figures() if compare_precisions else {}
+        for entry in entries if compare_precisions else ():
+            entry["figures"] = msgspec.to_builtins(measured.get(Precision(entry["precision"])))
+        print(json.dumps(entries if cards or compare_precisions else entries[0]))
         return
     shown = cards_as_text(plans) if cards else precisions_as_text(plans) if compare_precisions else as_text(plans[0])
     for part in shown:

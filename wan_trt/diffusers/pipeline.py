@@ -22,6 +22,7 @@ from wan22.quantities import parse_bytes
 from wan22.residency import ResidencyChoice
 from wan22.specs import TEXT_TOKENS
 from wan_trt.console import bars
+from wan_trt.diffusers.loras import LoraLoader
 from wan_trt.diffusers.scheduler import Config, scheduler_of, settings_of
 from wan_trt.diffusers.values import as_array, as_tensor, frames_of, in_form, is_tensor, noises_of, png_of
 
@@ -46,7 +47,7 @@ class WanPipelineOutput:
     frames: Any
 
 
-class WanTrtPipeline:
+class WanTrtPipeline(LoraLoader):
     """Text, or text and an image, to videos by the engines of a bundle.
 
     Its call takes:
@@ -67,6 +68,7 @@ class WanTrtPipeline:
 
     def __init__(self, pipeline: Pipeline) -> None:
         """Take the engines of ``pipeline``."""
+        super().__init__()
         self.pipeline = pipeline
         spec = pipeline.spec
         self.vae_scale_factor_temporal, self.vae_scale_factor_spatial = 4, spec.size_multiple // 2
@@ -86,6 +88,7 @@ class WanTrtPipeline:
         vram: str | None = None,
         gpus: str | None = None,
         parallel: str | None = None,
+        checkpoint: str | None = None,
         **unused: Any,
     ) -> Self:
         """Open the engine bundle ``engines``, a folder made by ``wan-trt build``. Engines load on first use.
@@ -98,6 +101,7 @@ class WanTrtPipeline:
             vram: memory for a transformer in blocks, such as "8GiB".
             gpus: the devices, such as "0,1".
             parallel: how they divide the work, as ``--parallel``.
+            checkpoint: the engines' checkpoint, for LoRAs, if it has moved.
             unused: arguments of diffusers. Modules, such as ``vae``, are left out with a warning.
 
         Raises:
@@ -107,12 +111,13 @@ class WanTrtPipeline:
             if name in PARTS:
                 log.warning("%s is left out: the engines in %s have their own", name, engines)
             elif name not in NO_EFFECT:
-                ours = "scheduler, residency, weights_in, vram, gpus, parallel"
+                ours = "scheduler, residency, weights_in, vram, gpus, parallel, checkpoint"
                 expected = f"{ours}, or an argument of diffusers without effect here"
                 raise UserError(f"from_pretrained({name}=...)", expected, "leave it out")
         budget = None if vram is None else parse_bytes(vram, "vram")
         blocks = BlockOptions(weights_in, budget, gpus=gpus, parallel=parallel)
         pipe = cls(Pipeline.open(Path(engines), residency=residency, blocks=blocks))
+        pipe.checkpoint = checkpoint
         if scheduler is not None:
             pipe.scheduler = scheduler
         return pipe
@@ -126,6 +131,8 @@ class WanTrtPipeline:
     def close(self) -> None:
         """Free the engines."""
         self.pipeline.__exit__()
+        if self._sets is not None:
+            self._sets.cleanup()
 
     def to(self, *_: Any, **__: Any) -> Self:
         """Return the pipeline: the engines' target is their device."""
@@ -184,6 +191,7 @@ class WanTrtPipeline:
             fit="official" if width is None else "crop",
             steps=num_inference_steps,
             guidance=self._guidance(guidance_scale, guidance_scale_2),
+            lora=self._lora(),
             **self._schedule(),
         )
         texts = zip(prompts, _one_each(negative_prompt, prompts), strict=True)

@@ -1,13 +1,16 @@
 """Named LoRAs → weight sets that a server switches between: the experts of the same engines, merged once."""
 
+import hashlib
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from engines.build import BuildOptions, build_engines
 from export.lora.merge import LoraChoice, parse_lora
+from runtime.pipeline import Pipeline
 from runtime.weight_sets import lora_slots
 from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, file_entry, open_bundle, write_manifest
@@ -80,6 +83,30 @@ def make_weight_sets(
             _write_set(base, merged, made[name], progress)
         shutil.rmtree(merged.folder)
     return made
+
+
+def added_set(
+    pipeline: Pipeline,
+    choices: Sequence[LoraChoice],
+    folder: Path,
+    checkpoint: str | None = None,
+    progress: Progress = silent,
+) -> str:
+    """The name of the weight set of ``choices``, which ``pipeline`` gets unless it has it; made in ``folder``.
+
+    Raises:
+        UserError: see :func:`make_weight_sets`.
+    """
+    digest = hashlib.sha256()
+    for each in choices:
+        status = each.path.stat()
+        digest.update(repr((each, status.st_mtime_ns, status.st_size)).encode())
+    name = f"set-{digest.hexdigest()[:16]}"
+    if name not in pipeline.weight_sets.names:
+        place = Path(tempfile.mkdtemp(dir=folder))
+        made = make_weight_sets(pipeline.bundle.folder, place, {name: choices}, checkpoint, progress)
+        pipeline.weight_sets.add(name, open_bundle(made[name], "engines"))
+    return name
 
 
 def _write_set(base: Bundle, merged: Bundle, folder: Path, progress: Progress) -> None:

@@ -43,7 +43,8 @@ def compiled(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
 
     def build(model, target, precision, tokens, stages=STAGES, rank=0):
-        profile = {"positions": (256, tokens, tokens), "keys": (256, tokens, tokens), "steps": (1, 40, 80)}
+        names = ("positions", "positions_of_4", "keys")
+        profile = {**dict.fromkeys(names, (256, tokens, tokens)), "steps": (1, 40, 80)}
         found = []
         for name, g in stage_graphs(SPECS[model].dit, BFLOAT16, QUANTISED[precision]).items():
             if name not in stages:

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -31,6 +33,12 @@ def results_of(folder):
     return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
 
 
+def scratch(folder):
+    """A place for temporary files that a test can look at."""
+    (folder / "scratch").mkdir(exist_ok=True)
+    return folder / "scratch"
+
+
 def batch(*words):
     """The exit code of ``wan-trt batch``."""
     with pytest.raises(SystemExit) as left:
@@ -42,22 +50,27 @@ def test_every_job_has_a_file_and_a_line_and_is_what_generate_makes(tiny_engines
     jobs = jobs_file(
         tmp_path / "jobs.jsonl",
         {"name": "red", "prompt": "A red ball", "seed": 3, **SMALL},
-        {"name": "noir", "prompt": "A cat", "look": ["noir", "Close-up shot"], "guidance": 2.5, **SMALL},
+        {"name": "noir", "prompt": "A cat", "look": "noir, Close-up shot", "guidance": 2.5, **SMALL},
         '{"prompt": "A cat", "seeed": 3}',
         "",
         {"name": "large", "prompt": "A cat", "size": "65x64"},
         '{"name": "torn", "prompt"',
         {"prompt": "unnamed", **SMALL},
+        {"name": "own", "prompt": "A red ball", "seed": 3, "noise": "noise.npy", **SMALL},
     )
+    np.save(tmp_path / "noise.npy", np.random.default_rng(1).standard_normal((1, 16, 1, 8, 8), np.float32))
     out = tmp_path / "out"
     assert batch(jobs, out, "--engines", tiny_engines) == 1
     told = capsys.readouterr().out
-    assert "3 done, 3 failed" in told
+    assert "4 done, 3 failed" in told
+    assert "line 3 failed: 'seeed' | expected seed" in told
+    assert "large (line 5) failed: " in told
     by_name = {each["name"]: each for each in results_of(out)}
     assert {name: each["seed"] for name, each in by_name.items() if each["status"] == "done"} == {
         "red": 3,
         "noir": 0,
         "line-00007": 0,
+        "own": 3,
     }
     assert {name for name, each in by_name.items() if each["status"] == "failed"} == {
         "line-00003",
@@ -66,17 +79,18 @@ def test_every_job_has_a_file_and_a_line_and_is_what_generate_makes(tiny_engines
     }
     assert "line 3: 'seeed' | expected seed" in by_name["line-00003"]["error"]
     assert "65x64" in by_name["large"]["error"]
-    for name in ("red", "noir", "line-00007"):
+    for name in ("red", "noir", "line-00007", "own"):
         assert by_name[name]["sha256"] == hashlib.sha256((out / by_name[name]["file"]).read_bytes()).hexdigest()
-    with pytest.raises(SystemExit):
-        app(["generate", str(tiny_engines), "A red ball", "--seed", "3", "--size", "64x64", "--frames", "1",
-             "--steps", "1", "-o", str(tmp_path / "red.png")])  # fmt: skip
-    assert (tmp_path / "red.png").read_bytes() == (out / "red.png").read_bytes()
+    for name, more in (("red", ()), ("own", ("--noise", str(tmp_path / "noise.npy")))):
+        with pytest.raises(SystemExit):
+            app(["generate", str(tiny_engines), "A red ball", "--seed", "3", "--size", "64x64", "--frames", "1",
+                 "--steps", "1", "-o", str(tmp_path / f"{name}.png"), *more])  # fmt: skip
+        assert (tmp_path / f"{name}.png").read_bytes() == (out / f"{name}.png").read_bytes()
 
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     (out / "noir.png").write_bytes(b"damaged")
     assert batch(jobs, out, "--engines", tiny_engines) == 1
-    assert "1 done, 3 failed, 2 from earlier runs" in capsys.readouterr().out
+    assert "1 done, 3 failed, 3 from earlier runs" in capsys.readouterr().out
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert after.keys() == before.keys()
     assert {name for name in after if after[name] != before[name]} == {"noir.png"}
@@ -198,6 +212,22 @@ def test_a_job_goes_to_another_worker_once_and_never_runs_twice_at_an_end(tmp_pa
     assert sum("was lost with" in line for line in told) == 3
 
 
+def test_a_long_job_gives_signs_of_life(tmp_path):
+    told, heard = [], threading.Event()
+
+    def play(job):
+        assert heard.wait(30)
+        return b"video"
+
+    def tell(line):
+        told.append(line)
+        heard.set()
+
+    jobs = jobs_file(tmp_path / "jobs.jsonl", {"name": "long", "prompt": "x"})
+    run_batch(jobs, str(tmp_path / "out"), playing(1, play), tell=tell, beat_s=0.05)
+    assert told[0].startswith("1 jobs left; running: long for 0 s")
+
+
 def test_workers_that_cannot_render_are_left_out_and_the_last_ones_error_ends_the_batch(tmp_path):
     def only_second(index):
         if index != 1:
@@ -238,12 +268,17 @@ def test_a_killed_run_leaves_whole_videos_and_the_next_one_makes_the_rest(tiny_e
     jobs = jobs_file(tmp_path / "jobs.jsonl", *({"name": f"j{n}", "prompt": f"Cat {n}", **SMALL} for n in range(6)))
     out, words = tmp_path / "out", ["batch", str(jobs), str(tmp_path / "out"), "--engines", str(tiny_engines)]
     code = "import sys; from wan_trt.cli import app; app(sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, *words, "--workers", "2"], stdout=subprocess.DEVNULL)
-    while not list(out.glob("*.png")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command, env = (
+        [sys.executable, "-c", code, *words, "--workers", "2"],
+        os.environ | {"TMPDIR": str(scratch(tmp_path))},
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as process:
+        while not list(out.glob("*.png")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.stdout.read()  # its workers have it too, and end after it
+    assert not list(scratch(tmp_path).glob("wan-trt-*"))
     with (out / "results.jsonl").open("ab") as lines:
         lines.write(b'{"name": "j5", "status": "do')  # as a kill inside a write leaves it
     for path in out.glob("*.png"):
@@ -259,13 +294,17 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(tiny_engines, tmp_path):
     out = tmp_path / "out"
     code = "import sys; from wan_trt.cli import app; app(sys.argv[1:])"
     words = [sys.executable, "-c", code, "batch", str(jobs), str(out), "--engines", str(tiny_engines)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    env = os.environ | {"TMPDIR": str(scratch(tmp_path))}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=env)
     while not list(out.glob("*.png")):
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate()[1].decode()
+    told, error = (each.decode() for each in process.communicate())
     assert process.returncode == 130, error
+    done = len(results_of(out))
+    assert f"{done} done, 0 failed, 0 from earlier runs, {50 - done} not made" in told
+    assert not list(scratch(tmp_path).glob("wan-trt-*"))
     assert "interrupted" in error
     assert "Traceback" not in error
     assert {each["file"] for each in results_of(out)} == {path.name for path in out.glob("*.png")}
@@ -303,11 +342,11 @@ def ray_cluster(nodes):
 
 @pytest.mark.slow
 def test_a_ray_cluster_that_loses_a_node_accounts_for_every_job(tiny_engines, tmp_path):
-    from wan_trt.recipes.batch.workers import ray_workers
+    from wan_trt.recipes.batch.workers import Opening, ray_workers
 
     jobs = jobs_file(tmp_path / "jobs.jsonl", *({"name": f"j{n}", "prompt": f"Cat {n}", **SMALL} for n in range(16)))
     killed, told = [], []
-    with ray_cluster(2) as (cluster, nodes), ray_workers(tiny_engines, cluster.address) as workers:
+    with ray_cluster(2) as (cluster, nodes), ray_workers(Opening(tiny_engines), cluster.address) as workers:
         assert workers.count == 2  # the head has no cores for an actor
 
         def kill_one(task, done, total, unit=""):
@@ -325,12 +364,12 @@ def test_a_ray_cluster_that_loses_a_node_accounts_for_every_job(tiny_engines, tm
 
 @pytest.mark.slow
 def test_a_node_without_the_engines_is_named_and_no_cluster_is_one_line(tiny_engines, tmp_path, capsys):
-    from wan_trt.recipes.batch.workers import ray_workers
+    from wan_trt.recipes.batch.workers import Opening, ray_workers
 
     jobs = jobs_file(tmp_path / "jobs.jsonl", {"name": "a", "prompt": "A cat", **SMALL})
     here = tmp_path / "here"
     here.symlink_to(tiny_engines)
-    with ray_cluster(1) as (cluster, _), ray_workers(here, cluster.address, 1) as workers:
+    with ray_cluster(1) as (cluster, _), ray_workers(Opening(here), cluster.address, 1) as workers:
         here.unlink()
         with pytest.raises(UserError, match=r"node .*: .*here has no bundle\.json"):
             run_batch(jobs, str(tmp_path / "out"), workers)

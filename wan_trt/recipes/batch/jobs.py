@@ -19,11 +19,14 @@ from wan22.bundle import Manifest
 from wan22.errors import UserError, shortened
 from wan22.looks import with_terms
 from wan22.shapes import parse_size
+from wan_trt.recipes.noise_file import read_noise
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 OWN_KEYS = ("name", "size", "frames", "look")  # of a line, beside the inputs of the served model
 SERVERS_ONLY = ("lora",)  # weight sets are loaded by wan-trt serve --lora
-NOT_OURS = ("progress_every", "preview", "deadline_ms", "deadline_unix_ms", "errors_as_events")
+NOT_OURS = (
+    "progress_every", "preview", "deadline_ms", "deadline_unix_ms", "errors_as_events", "written_prompt", "extended_by",
+)  # fmt: skip
 KEYS = (*OWN_KEYS, *(name for name in INPUTS_BY_NAME if name not in NOT_OURS))
 TYPES: Mapping[Dtype, type | tuple[type, ...]] = {
     "STRING": str, "UINT8": str, "INT32": int, "INT64": int, "FP32": (int, float), "BOOL": bool,
@@ -52,7 +55,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
 class Job:
     line: int
     name: str
-    settings: dict[str, Setting]  # by the names of triton_repo.schema; images as bytes
+    settings: dict[str, Setting]  # by the names of triton_repo.schema; images and noise as bytes
     sha256: str
 
     @property
@@ -80,7 +83,7 @@ def read_jobs(path: Path) -> Iterator[Job | Result]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        name = f"line-{number:05}"
+        name = unnamed(number)
         try:
             entry = _entry(line)
             name = _name(entry.get("name", name))
@@ -96,6 +99,11 @@ def read_jobs(path: Path) -> Iterator[Job | Result]:
         yield found
     if not seen:
         raise UserError(f"{path} has no jobs", 'lines such as {"prompt": "A cat"}', "write one job a line")
+
+
+def unnamed(line: int) -> str:
+    """The name of a job without one."""
+    return f"line-{line:05}"
 
 
 def _entry(line: bytes) -> dict[str, Any]:
@@ -144,7 +152,7 @@ def _job(number: int, name: str, entry: dict[str, Any], folder: Path) -> Job:
     if (frames := given.pop("frames", None)) is not None:
         given["num_frames"] = frames
     looks = given.pop("look", [])
-    looks = [looks] if isinstance(looks, str) else looks
+    looks = looks.split(",") if isinstance(looks, str) else looks
     given.setdefault("seed", 0)
     for key, value in given.items():
         given[key] = _value(key, value, folder)
@@ -164,7 +172,7 @@ def _job(number: int, name: str, entry: dict[str, Any], folder: Path) -> Job:
 
 def _value(key: str, value: Any, folder: Path) -> Any:
     """The checked value of an input; the content of an image."""
-    kind = TYPES[INPUTS_BY_NAME[key].dtype]
+    kind = str if key == "noise" else TYPES[INPUTS_BY_NAME[key].dtype]
     fits: bool = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
         expected = {str: "text", bool: "true or false", int: "a whole number"}
@@ -174,6 +182,8 @@ def _value(key: str, value: Any, folder: Path) -> Any:
         raise UserError(f"{key} with a NUL", "text", "remove it")
     if key in RANGES and not RANGES[key][0] <= value <= RANGES[key][1]:
         raise UserError(f"{key} {value}", "{} to {}".format(*RANGES[key]), "choose another")
+    if key == "noise":
+        return read_noise(folder / value).tobytes()
     return content_of(folder / value) if INPUTS_BY_NAME[key].length == ANY else value
 
 

@@ -5,6 +5,7 @@ run leaves whole videos and no half one, and a job that a lost worker had goes t
 """
 
 import hashlib
+import math
 import queue
 import threading
 import time
@@ -19,9 +20,10 @@ from wan22.bundle import Manifest
 from wan22.errors import UserError, deferred_interrupts
 from wan22.progress import Progress, silent
 from wan_trt.recipes.batch.folder import Folder
-from wan_trt.recipes.batch.jobs import Job, Result, check_job, read_jobs
+from wan_trt.recipes.batch.jobs import Job, Result, check_job, read_jobs, unnamed
 
 TRIES = 2  # workers that a job may take with it
+MOST_SHOWN = 3  # running jobs
 
 
 class WorkerLostError(Exception):
@@ -61,7 +63,7 @@ class Summary:
     done: int = 0
     failed: int = 0
     earlier: int = 0  # done by an earlier run
-    missing: int = 0  # not tried, because no worker was left
+    missing: int = 0  # not tried, because no worker was left or the run was interrupted
     seconds: float = 0.0
     worker_seconds: float = 0.0
     errors: list[Result] = field(default_factory=list)
@@ -76,8 +78,10 @@ def run_batch(
     output: str,
     workers: Workers,
     *,
+    summary: Summary | None = None,
     progress: Progress = silent,
     tell: Callable[[str], None] = lambda _line: None,
+    beat_s: float = math.inf,
 ) -> Summary:
     """Make every video of ``jobs_file`` that ``output`` lacks.
 
@@ -85,14 +89,16 @@ def run_batch(
         jobs_file: JSON lines, see :func:`read_jobs`.
         output: a folder, or a URL of fsspec.
         workers: who renders.
+        summary: filled in as the run goes on, so that a caller has it after an interruption; by default a new one.
         progress: called with the jobs that are finished.
         tell: receives a line for every failed job and lost worker.
+        beat_s: seconds without a finished job after which ``tell`` receives a line that says what runs.
 
     Raises:
         UserError: the file or the folder cannot be used, or no worker can render.
     """
     found = list(read_jobs(jobs_file))
-    summary, began = Summary(), time.monotonic()
+    summary, began = summary or Summary(), time.monotonic()
     with Folder.opened(output, Result) as folder:
         todo: queue.SimpleQueue[tuple[Job, int]] = queue.SimpleQueue()
         waiting = 0
@@ -111,16 +117,18 @@ def run_batch(
                 waiting += 1
         finished = len(found) - waiting
         progress("batch", finished, len(found), "jobs")
-        with _Rendering(workers, todo, waiting, tell) as rendering:
-            for result, video in rendering.results():
-                with deferred_interrupts():  # no video without its line
-                    if video is not None:
-                        folder.write(result.file, video)
-                    _record(result, folder, summary, tell)
-                finished += 1
-                progress("batch", finished, len(found), "jobs")
-            summary.missing = rendering.left
-    summary.seconds = time.monotonic() - began
+        try:
+            with _Rendering(workers, todo, waiting, tell) as rendering:
+                for result, video in rendering.results(beat_s):
+                    with deferred_interrupts():  # no video without its line
+                        if video is not None:
+                            folder.write(result.file, video)
+                        _record(result, folder, summary, tell)
+                    finished += 1
+                    progress("batch", finished, len(found), "jobs")
+        finally:
+            summary.missing = len(found) - summary.done - summary.failed - summary.earlier
+            summary.seconds = time.monotonic() - began
     return summary
 
 
@@ -150,7 +158,9 @@ def _record(result: Result, folder: Folder[Result], summary: Summary, tell: Call
     else:
         summary.failed += 1
         summary.errors.append(result)
-        tell(f"{result.name} failed: {result.error}")
+        line = f"line {result.line}"
+        who = line if result.name == unnamed(result.line) else f"{result.name} ({line})"
+        tell(f"{who} failed: {result.error.removeprefix(f'{line}: ')}")
 
 
 class _Rendering:
@@ -162,6 +172,7 @@ class _Rendering:
         self._workers, self._todo, self.left, self._tell = workers, todo, left, tell
         self._made: queue.Queue[tuple[Result, bytes | None] | UserError | None] = queue.Queue(workers.count)
         self._stop, self._open = threading.Event(), dict[int, Worker]()
+        self._running = dict[int, tuple[str, float]]()  # by worker: its job, since when
 
     def __enter__(self) -> "_Rendering":
         count = min(self._workers.count, self.left)
@@ -180,11 +191,15 @@ class _Rendering:
             except queue.Empty:
                 continue
 
-    def results(self) -> Iterator[tuple[Result, bytes | None]]:
+    def results(self, beat_s: float = math.inf) -> Iterator[tuple[Result, bytes | None]]:
         """Every finished job with its video, until none is left or no worker is. Raises the last worker's error."""
         alive, error = len(self._threads), None
         while self.left and alive:
-            made = self._made.get()
+            try:
+                made = self._made.get(timeout=min(beat_s, threading.TIMEOUT_MAX))
+            except queue.Empty:
+                self._tell(self._beat())
+                continue
             if made is None or isinstance(made, UserError):
                 alive -= 1
                 error = made or error
@@ -194,20 +209,26 @@ class _Rendering:
         if self.left and error is not None:
             raise error
 
+    def _beat(self) -> str:
+        now, running = time.monotonic(), list(self._running.values())
+        shown = ", ".join(f"{name} for {now - began:.0f} s" for name, began in running[:MOST_SHOWN])
+        more = f" and {len(running) - MOST_SHOWN} more" if len(running) > MOST_SHOWN else ""
+        return f"{self.left} jobs left; running: {shown or 'none'}{more}"
+
     def _work(self, index: int) -> None:
         """Open worker ``index``, again after it was lost, and render until there is nothing to do."""
         try:
             while not self._stop.is_set():
                 with self._workers.open(index) as worker:
                     self._open[index] = worker
-                    if self._rendered(worker):
+                    if self._rendered(worker, index):
                         break
             self._made.put(None)
         except UserError as error:
             self._tell(f"a worker less: {error}")
             self._made.put(error)
 
-    def _rendered(self, worker: Worker) -> bool:
+    def _rendered(self, worker: Worker, index: int) -> bool:
         """Render jobs until none waits; False if the worker was lost, whose job then waits again."""
         while not self._stop.is_set():
             try:
@@ -217,6 +238,7 @@ class _Rendering:
                     continue
                 return True
             began = time.monotonic()
+            self._running[index] = job.name, began
             try:
                 video = worker.render(job)
             except WorkerLostError as lost:
@@ -232,6 +254,8 @@ class _Rendering:
                 self._put(job, worker, began, error=f"line {job.line}: {error}")
             else:
                 self._put(job, worker, began, video)
+            finally:
+                del self._running[index]
         return True
 
     def _put(self, job: Job, worker: Worker, began: float, video: bytes | None = None, error: str = "") -> None:

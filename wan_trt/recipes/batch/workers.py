@@ -1,18 +1,17 @@
-"""Who renders a batch: processes on this machine, actors of a Ray cluster, or servers."""
+"""Who renders a batch beside servers: processes on this machine, or actors of a Ray cluster."""
 
 import logging
 import os
+import shutil
 import socket
-import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import connection, parent_process
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from runtime.block_backend import BLOCKS_AS_FIT, BlockOptions, check_options
 from runtime.generate import Encoding, generate
 from runtime.pipeline import Pipeline
 from runtime.video import QUALITY
@@ -22,57 +21,72 @@ from validate.bench.child_process import child_process
 from wan22.backends import require_module
 from wan22.bundle import Manifest, open_bundle
 from wan22.errors import UserError
+from wan22.files import scratch_folder
 from wan22.residency import ResidencyChoice
 from wan_trt.recipes.batch.jobs import Job
 from wan_trt.recipes.batch.run import Worker, WorkerLostError, Workers
 
-QUEUE_FULL = "Exceeds maximum queue size"  # Triton's words
-BACK_S = 60.0
 CONNECT_S, START_S = 5.0, 120.0  # for an actor of Ray, whose place may have gone with a node
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a worker opens the engines."""
+
+    engines: Path
+    residency: ResidencyChoice = "auto"
+    blocks: BlockOptions = BLOCKS_AS_FIT
+    threads: int = 0  # of ONNX Runtime on the CPU; 0 means one for every core
 
 
 class Renderer:
     """The engines of one device, opened once."""
 
-    def __init__(self, engines: Path, residency: ResidencyChoice = "auto", threads: int = 0) -> None:
-        """Open nothing yet. ``threads``: of ONNX Runtime on the CPU; 0 means one for every core."""
-        if threads:
+    def __init__(self, opening: Opening) -> None:
+        """Open nothing yet."""
+        if opening.threads:
             from runtime.engine_onnxruntime import use_threads
 
-            use_threads(threads)
-        self._pipeline = Pipeline.open(engines, residency=residency)
+            use_threads(opening.threads)
+        self._pipeline = Pipeline.open(opening.engines, residency=opening.residency, blocks=opening.blocks)
 
-    def render(self, job: Job) -> bytes:
-        """The video of ``job``. Raises UserError or NonFiniteError if it cannot be made."""
+    def render(self, job: Job, folder: Path) -> bytes:
+        """The video of ``job``, made in the empty ``folder``. Raises UserError or NonFiniteError if it cannot be."""
         request, settings = request_of(job.settings, self._pipeline.spec), job.settings
         encoding = Encoding(settings.get("fps"), settings.get("quality", QUALITY))  # type: ignore[arg-type]
-        with tempfile.TemporaryDirectory(prefix="wan-trt-batch-") as folder:
-            path = Path(folder) / f"video{VIDEO_FORMATS[job.format]}"
+        path = folder / f"video{VIDEO_FORMATS[job.format]}"
+        try:
             generate(self._pipeline, request, path, encoding)
             return path.read_bytes()
+        finally:
+            path.unlink(missing_ok=True)
 
 
-def local_workers(
-    engines: Path,
-    count: int = 1,
-    devices: Sequence[str] = (),
-    residency: ResidencyChoice = "auto",
-    threads: int = 0,
-) -> Workers:
+@contextmanager
+def local_workers(opening: Opening, count: int = 1, devices: Sequence[str] = ()) -> "Iterator[Workers]":
     """Processes on this machine: one for each of ``devices``, numbers of GPUs, or ``count`` that share the cores.
 
-    ``threads``: of each on the CPU; 0 means an equal share of the cores.
+    On the CPU threads of 0 are an equal share of the cores for each.
     """
-    manifest = open_bundle(engines, "engines").manifest
-    if not threads and not devices and count > 1:
-        threads = max(1, len(os.sched_getaffinity(0)) // count)
+    manifest = _checked(opening)
+    if not opening.threads and not devices and count > 1:
+        opening = replace(opening, threads=max(1, len(os.sched_getaffinity(0)) // count))
 
-    def open_worker(index: int) -> Any:
-        device = devices[index] if devices else ""
-        return _process(f"gpu-{device}" if device else f"process-{index}", device, engines, residency, threads)
+    with scratch_folder("batch") as folder:  # this process's, and so goes with workers that are killed
 
-    count = len(devices) or count or 1
-    return Workers(count, manifest.own_sha256, open_worker, manifest, gpus=1 if devices else 0)
+        def open_worker(index: int) -> Any:
+            device = devices[index] if devices else ""
+            return _process(f"gpu-{device}" if device else f"process-{index}", device, opening, folder)
+
+        count = len(devices) or count or 1
+        yield Workers(count, manifest.own_sha256, open_worker, manifest, gpus=1 if devices else 0)
+
+
+def _checked(opening: Opening) -> Manifest:
+    """The manifest of the engines. Raises UserError for options that they do not have."""
+    bundle = open_bundle(opening.engines, "engines")
+    check_options(bundle, opening.blocks)
+    return bundle.manifest
 
 
 def _runs_on_gpu(manifest: Manifest) -> bool:
@@ -97,8 +111,8 @@ def visible_gpus(engines: Path, asked: str = "") -> tuple[str, ...]:
 
 
 @contextmanager
-def _process(name: str, device: str, engines: Path, residency: ResidencyChoice, threads: int) -> "Iterator[Worker]":
-    with child_process(_serve, device, engines, residency, threads) as (pipe, process):
+def _process(name: str, device: str, opening: Opening, folder: Path) -> "Iterator[Worker]":
+    with child_process(_serve, device, opening, folder / name, folder=folder) as (pipe, process):
         worker = _Process(name, pipe, process)
         try:
             worker.answer()
@@ -133,18 +147,19 @@ class _Process:
         return made
 
 
-def _serve(pipe: Connection, device: str, engines: Path, residency: ResidencyChoice, threads: int) -> None:
-    """In the child: say that it is ready, render what comes, end with the parent."""
+def _serve(pipe: Connection, device: str, opening: Opening, folder: Path) -> None:
+    """In the child: say that it is ready, and render what comes."""
     if device:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    shutil.rmtree(folder, ignore_errors=True)  # of one that was lost
+    folder.mkdir()
     try:
-        renderer = Renderer(engines, residency, threads)
+        renderer = Renderer(opening)
         pipe.send(b"")
         while True:
             job = pipe.recv()
             try:
-                pipe.send(renderer.render(job))
+                pipe.send(renderer.render(job, folder))
             except Exception as error:
                 pipe.send(error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}"))
     except UserError as error:
@@ -153,80 +168,15 @@ def _serve(pipe: Connection, device: str, engines: Path, residency: ResidencyCho
         return
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def server_workers(urls: Sequence[str], model: str = "wan22") -> Workers:
-    """Triton servers, one job at a time each. One that was lost gets a minute to come back."""
-    known: set[int] = set()
-
-    def open_worker(index: int) -> Any:
-        wait_s = BACK_S if index in known else 0.0
-        known.add(index)
-        return _server(urls[index], model, wait_s)
-
-    return Workers(len(urls), "servers", open_worker)
-
-
 @contextmanager
-def _server(url: str, model: str, wait_s: float) -> "Iterator[Worker]":
-    from tritonclient import grpc
-
-    from triton_repo.client import WanClient
-
-    with WanClient(url, model) as client:
-        probe, until = grpc.InferenceServerClient(client.url), time.monotonic() + wait_s
-        while True:
-            try:
-                if probe.is_model_ready(model):
-                    break
-                problem = f"model {model} is not ready"
-            except grpc.InferenceServerException as error:
-                problem = str(error.message() or error)
-            if time.monotonic() >= until:
-                raise UserError(f"server {client.url}: {problem}", "a running server", "is it started, and ready?")
-            time.sleep(1)
-        yield _Server(client)
-
-
-class _Server:
-    def __init__(self, client: Any) -> None:
-        self.name, self._client = client.url, client
-
-    def stop(self) -> None:
-        self._client.close()
-
-    def render(self, job: Job) -> bytes:
-        from triton_repo.client_errors import JobError
-
-        while True:
-            try:
-                video: bytes = self._client.submit(job.settings).result().video
-                return video
-            except JobError as error:
-                if QUEUE_FULL in str(error):  # with jobs of others
-                    time.sleep(1)
-                elif error.status == "UNAVAILABLE":
-                    raise WorkerLostError(str(error)) from None
-                else:
-                    raise error.reason from None
-
-
-@contextmanager
-def ray_workers(
-    engines: Path, address: str, count: int = 0, residency: ResidencyChoice = "auto"
-) -> "Iterator[Workers]":
-    """Actors of the Ray cluster at ``address``, or "auto"; ``engines`` is there on every node.
+def ray_workers(opening: Opening, address: str, count: int = 0) -> "Iterator[Workers]":
+    """Actors of the Ray cluster at ``address``, or "auto"; the engines are there on every node.
 
     On GPU targets an actor takes a GPU, else an equal share of the cores. ``count`` 0: one per GPU, or per node.
     """
     import ray
 
-    manifest = open_bundle(engines, "engines").manifest
+    manifest = _checked(opening)
     try:
         if "://" not in address and ":" in address:  # Ray itself would try for minutes
             host, _, port = address.rpartition(":")
@@ -240,14 +190,16 @@ def ray_workers(
         on_gpu = _runs_on_gpu(manifest)
         count = count or (int(total.get("GPU", 0)) if on_gpu else len(nodes))
         if count < 1:
-            raise UserError(f"a Ray cluster without GPUs for {engines}", "one with GPUs", "build for --target cpu")
+            raise UserError(
+                f"a Ray cluster without GPUs for {opening.engines}", "one with GPUs", "build for --target cpu"
+            )
         share = max(1, int(total.get("CPU", 1)) // count)
         needs = {"num_gpus": 1} if on_gpu else {"num_cpus": share}
         actor = ray.remote(_Actor)
 
         def open_worker(_index: int) -> Any:
             options = {**needs, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
-            made = actor.options(**options).remote(engines, residency, 0 if on_gpu else share)
+            made = actor.options(**options).remote(replace(opening, threads=0 if on_gpu else share))
             return _on_ray(ray, made)
 
         yield Workers(count, manifest.own_sha256, open_worker, manifest, gpus=1 if on_gpu else 0)
@@ -258,21 +210,22 @@ def ray_workers(
 class _Actor:
     """In Ray: one renderer."""
 
-    def __init__(self, engines: Path, residency: ResidencyChoice, threads: int) -> None:
-        self._arguments = engines, residency, threads
+    def __init__(self, opening: Opening) -> None:
+        self._opening = opening
         self._renderer: Renderer | None = None
 
     def open(self) -> tuple[str, str]:
         """The node's name, and why it cannot render; "" if it can."""
         try:
-            self._renderer = Renderer(*self._arguments)
+            self._renderer = Renderer(self._opening)
         except UserError as error:
             return socket.gethostname(), error.found
         return socket.gethostname(), ""
 
     def render(self, job: Job) -> bytes:
         assert self._renderer is not None
-        return self._renderer.render(job)
+        with scratch_folder("batch") as folder:  # the next one on this node removes what a killed actor leaves
+            return self._renderer.render(job, folder)
 
 
 @contextmanager
