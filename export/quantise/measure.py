@@ -191,9 +191,9 @@ def _measured(key: str, x: "Tensor", columns: "Tensor") -> MeasuredInput:
 def _on_disk(rows: Array) -> Array:
     """``rows`` in bfloat16 in a file without a name, which goes with the array: those of a model take gigabytes."""
     with TemporaryFile() as file:
-        kept = np.memmap(file, BFLOAT16, "w+", shape=rows.shape)
-        kept[:] = rows
-    return kept
+        file.write(rows.astype(BFLOAT16).tobytes())
+        file.flush()
+        return np.memmap(file, BFLOAT16, "r", shape=rows.shape)
 
 
 def crest_of(rows: Array) -> float:
