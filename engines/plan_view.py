@@ -11,8 +11,8 @@ from engines.precision_figures import read_figures
 from engines.targets import check_precision
 from wan22.costs import dit_flops, model_parameters
 from wan22.errors import UserError
+from wan22.precision import Precision
 from wan22.quantities import human_bytes, video_text
-from wan22.specs import Precision
 from wan22.vae_memory import StagedVae
 
 

@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from engines.plan import make_plan
 from engines.targets import TARGETS
 from export.files.safetensors_file import read_safetensors
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,9 +12,9 @@ import typer
 from typer.models import OptionInfo
 
 from wan22.errors import UserError
+from wan22.precision import Number, Precision
 from wan22.quantities import parse_bytes
 from wan22.shapes import parse_size
-from wan22.specs import Number, Precision
 from wan_trt.cache_options import caching_from
 from wan_trt.prompt_options import terms_from
 

@@ -21,7 +21,7 @@ from studies.precision.ablation import Patch, keep_k_mean, scale_v_per_tensor, s
 from studies.precision.session import fill, open_graph
 from validate.ladder.thresholds import BF16, FP16
 from wan22.parts import DitSpec
-from wan22.specs import Number, Precision
+from wan22.precision import Number, Precision
 
 PLAIN = "float32, ONNX Runtime's own kernels"
 ROUNDED = "the exported graph in float32, rounded to {} wherever it keeps 16 bits; sums in float32"

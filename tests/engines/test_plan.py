@@ -14,8 +14,9 @@ from export.graphs.dit import dit_graph
 from export.graphs.weights_file import declare_weights
 from export.precisions import usual_quantised
 from wan22.errors import UserError
+from wan22.precision import Precision
 from wan22.quantities import human_bytes
-from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
+from wan22.specs import SPECS, T2V_A14B, TI2V_5B
 
 FP8 = Precision.FP8
 HD, SD = (1280, 720, 81), (832, 480, 81)

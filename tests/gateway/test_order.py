@@ -12,7 +12,8 @@ from gateway.order import make_order
 from gateway.served import ServedModel
 from triton_repo.settings import Limits
 from wan22.bundle import Build, Manifest, Source
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 
 def served(name, profiles=()):

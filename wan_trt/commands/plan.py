@@ -8,8 +8,9 @@ import typer
 
 from wan22.errors import UserError
 from wan22.parallel import parse_split
+from wan22.precision import Precision, precision_named
 from wan22.quantities import parse_bytes
-from wan22.specs import Precision, precision_named, spec_named
+from wan22.specs import spec_named
 from wan_trt.arguments import PRECISIONS, Frames, Size, Vram, size_of
 from wan_trt.console import console
 
