@@ -34,6 +34,7 @@ STAND_INS = {
     "ckpt": "checkpoint",
     "832x480": "64x64",
     "81": "5",
+    "cfg2,ulysses4,vae8": "cfg2,vae8",  # engines of the CPU that divide tokens are built on their own
 }
 # Commands whose lines run here as they stand; a line with a GPU target or a server is parsed and not run.
 KERNELS = ["inspect", "engines"]  # of a GPU's engines
