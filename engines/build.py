@@ -11,9 +11,9 @@ from engines.block_build import BlockBuild, check_groups, groups_of
 from engines.cpu.onnxruntime_backend import fit_components
 from engines.cuda.attention import OLDEST_ONNXRUNTIME
 from engines.cuda.components import fit_for_cuda
+from engines.disk_space import disk_bytes
 from engines.gpu.tensorrt_backend import EngineOptions, build_engine, keep_log, load_module
 from engines.load_check import check_loads
-from engines.plan import STAGES_BYTES, kernel_bytes
 from engines.profiles import profile_between, profiles_for, with_stages, with_strips
 from engines.targets import Target, check_bundle, target_named
 from wan22.backends import runs_graphs
@@ -37,7 +37,6 @@ from wan22.onnx_file import check_graphs
 from wan22.outputs import check_disk, check_no_source
 from wan22.progress import Progress, silent
 from wan22.quantities import video_text
-from wan22.residency import vae_weights_bytes
 from wan22.shapes import Profile, own_profiles
 from wan22.stamp import Stamp
 
@@ -95,7 +94,7 @@ def build_engines(
         load_module(target.backend, [component.precision.linears for component in source.manifest.components])
     again = f"export again: {source.manifest.command}"
     check_loads(target, _graphs(source, target, options), again)
-    check_disk(folder, disk_bytes(source.manifest, target, options))
+    check_disk(folder, disk_bytes(source.manifest, target, in_blocks=options.topology == "blocks"))
     started = time.perf_counter()
     with staged(folder, overwrite=options.overwrite) as temporary:
         if runs_graphs(target.backend):
@@ -125,26 +124,6 @@ def default_topology(target: Target, manifest: Manifest) -> Topology:
     experts = [component for component in manifest.components if component.name in manifest.spec.experts]
     in_stages = bool(experts) and all(component.stages for component in experts)
     return "blocks" if in_stages and not runs_graphs(target.backend) else "whole"
-
-
-def disk_bytes(manifest: Manifest, target: Target, options: BuildOptions) -> int:
-    """The size of the engines built from the ONNX bundle of ``manifest``: weights, kernels and the builder's logs."""
-    files, spec = manifest.files().values(), manifest.spec
-    if runs_graphs(target.backend):  # copies, plus two graphs per transformer
-        return sum(file.size_bytes for file in files) + 2 * sum(c.graph.size_bytes for c in manifest.components)
-    blocks = (options.topology or default_topology(target, manifest)) == "blocks"
-    total = float(sum(file.size_bytes for file in manifest.tokenizer))
-    for component in manifest.components:
-        if blocks and component.stages and not component.name.startswith("vae"):
-            kind = "text_encoder" if component.name == "text_encoder" else "transformer"
-            total += 0.0 if component.name in spec.experts[1:] else STAGES_BYTES[kind]
-        else:
-            total += kernel_bytes(spec, component.name)
-        if component.name.startswith("vae"):  # both graphs store a copy of the weights that they use
-            total += vae_weights_bytes(spec.vae, component.name, component.precision)
-        else:
-            total += sum(file.size_bytes for file in component.weights)
-    return int(total)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from engines.block_plan import BlockPlan
+from engines.disk_space import kernel_bytes
 from engines.targets import TARGETS, Target, check_precision
 from wan22.backends import runs_graphs
 from wan22.costs import dit_flops, model_parameters, text_encoder_flops, vae_flops
@@ -42,10 +43,6 @@ WAYS: dict[Residency, str] = {
 EXPORT_RAM_GIB = 2.0  # exports stream tensor by tensor; the largest is the text encoder's embedding
 BUILD_RAM_FACTOR = 1.5  # ratio of anonymous memory to weights with streamed serialisation; file pages are evictable
 BUILD_RAM_GIB = 1.0  # the builder itself
-# an engine and its log without the weights, as written by TensorRT-RTX 1.7.1 for SM89 and SM120
-KERNELS_BYTES = {"text_encoder": 1.5e6, "vae": 7e6, "transformer": 4e6}
-STAGES_BYTES = {"text_encoder": 2e6, "transformer": 6e6}  # the same of engines in stages, which experts share
-KERNELS_PER_LAYER_BYTES = {"text_encoder": 0.5e6, "vae": 0.0, "transformer": 1.4e6}
 
 
 @dataclass(frozen=True)
@@ -252,15 +249,6 @@ class Plan:
             "roofline_step_s": self.step_seconds,
             "roofline_video_s": self.video_seconds,
         }
-
-
-def kernel_bytes(spec: ModelSpec, component: str) -> float:
-    """The size on disk of the engine of ``component`` and its log, without the weights."""
-    if component.startswith("vae"):
-        return KERNELS_BYTES["vae"]
-    part = "text_encoder" if component == "text_encoder" else "transformer"
-    layers = spec.text_encoder.layers if component == "text_encoder" else spec.dit.layers
-    return KERNELS_BYTES[part] + layers * KERNELS_PER_LAYER_BYTES[part]
 
 
 def make_plan(

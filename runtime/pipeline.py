@@ -92,7 +92,7 @@ class Pipeline:
         self._residency: Residency | None = None if residency == "auto" else residency
         self._available_bytes = self.backend.available_bytes() if residency == "auto" else math.inf
         free = math.inf if new_engine else self._available_bytes  # engines of others are whole
-        self._kept_bytes = min(self._available_bytes, blocks.vram or math.inf)
+        self._most_bytes = blocks.vram or math.inf  # of engines that stay loaded
         self._vae = PipelineVae(bundle, blocks, free, self.backend.cache_sets, (self.split.vae, self.backend.spread))
 
     @classmethod
@@ -133,7 +133,7 @@ class Pipeline:
         """The engines that stay loaded; before the first request, the choice for the bundle's default video."""
         if self._residency is None:
             needed = self._needed(default_video(self.bundle.manifest))
-            self._residency = choose_residency(needed, self._kept_bytes) or "one-component"
+            self._residency = choose_residency(needed, min(self._available_bytes, self._most_bytes)) or "one-component"
         return self._residency
 
     def fit(self, video: Video) -> None:
@@ -149,14 +149,15 @@ class Pipeline:
         if self._asked != "auto":
             return
         needed, available = self._needed(video), self._available_bytes
-        found = choose_residency(needed, self._kept_bytes) or choose_residency(dict([*needed.items()][-1:]), available)
+        kept = min(available, self._most_bytes)
+        found = choose_residency(needed, kept) or choose_residency(dict([*needed.items()][-1:]), available)
         if found is None:
             fitting = largest_fitting(self.spec, self._precisions, video, available, memory_of=self._memory)
             raise refusal(needed, self._memory(video), available, fitting)
         if found != self._residency:
             self._keep_only(())
             self._residency = found
-            self._tell(f"residency {found}: needs {human_bytes(needed[found])} of {human_bytes(self._kept_bytes)}")
+            self._tell(f"residency {found}: needs {human_bytes(needed[found])} of {human_bytes(kept)}")
 
     def _memory(self, video: Video, *, resident: bool = False) -> dict[str, Memory]:
         """The engines' memory; of transformers in stages with all blocks ``resident`` or as few as possible."""

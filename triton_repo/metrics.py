@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from runtime.block_stream import NOTHING
 from runtime.denoise import Step
+from triton_repo.probe import MAX_FAILURES
 from triton_repo.served_pipeline import ServedPipeline
 
 Outcome = Literal["done", "refused", "cancelled", "out_of_time", "failed"]
@@ -103,17 +104,20 @@ class Metrics:
             self._running += 1
             self.in_flight.set(self._running)
 
-    def ended(self, outcome: Outcome) -> None:
-        """Count the job, and only then remove it from the jobs in flight."""
+    def ended(self, outcome: Outcome, *, lost: bool = False) -> None:
+        """Count the job, and only then remove it from the jobs in flight.
+
+        If a device is ``lost``, it counts as often as it takes for the server to be replaced.
+        """
         with self._one_at_a_time:
-            self._count(outcome)
+            self._count(outcome, MAX_FAILURES if lost else 1)
             self._running -= 1
             self.in_flight.set(self._running)
 
-    def _count(self, outcome: Outcome) -> None:
+    def _count(self, outcome: Outcome, failures: int) -> None:
         self.requests[outcome].increment(1)
         if outcome in ("done", "failed"):
-            self.failures_in_a_row = self.failures_in_a_row + 1 if outcome == "failed" else 0
+            self.failures_in_a_row = self.failures_in_a_row + failures if outcome == "failed" else 0
             self.failures.set(self.failures_in_a_row)
         for stage, metric in self.stages.items():
             seconds = self._pipeline.seconds[stage]

@@ -57,9 +57,7 @@ class Owner:
     def is_ready(self) -> bool:
         """True if the model accepts jobs; Triton 26.03 and later call this."""
         draining = self.settings.drain_flag and Path(self.settings.drain_flag).exists()
-        group = self.pipeline.backend.group
-        broken = group is not None and group.closed
-        return not draining and not broken and self.metrics.failures_in_a_row < MAX_FAILURES
+        return not draining and self.metrics.failures_in_a_row < MAX_FAILURES
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -84,17 +82,24 @@ class Owner:
         self.status.began(name)
         outcome, last = self._outcome(name, request, sender)
         self.pipeline.pause = go_on
-        self.metrics.ended(outcome)
+        self.metrics.ended(outcome, lost=self._lost)
         pb_utils.Logger.log_info(f"job {name}: {outcome}")
         sender.send(_last_response(last, wants_events=wants_events), flags=FINAL)
         self.status.ended(name)
+
+    @property
+    def _lost(self) -> bool:
+        """True if a device of several has failed, so that no further job can succeed."""
+        group = self.pipeline.backend.group
+        return group is not None and bool(group.closed)
 
     def _outcome(self, name: str, request: Any, sender: Any) -> tuple[Outcome, Answer | Failure]:
         """The outcome of the job and the last response to its client, for every kind of failure."""
         try:
             return "done", self._run(name, request, sender)
         except UserError as error:
-            return "refused", Failure.of(error)
+            lost = Failure("INTERNAL", error.found, error.expected, error.remedy)
+            return ("failed", lost) if self._lost else ("refused", Failure.of(error))
         except CancelledError:
             return "cancelled", Failure("CANCELLED", "cancelled")
         except OutOfTimeError as error:

@@ -75,10 +75,10 @@ class Served:
 
 
 @contextmanager
-def serving(installation, folder, engines, topology="owner", options=None, **limits):
+def serving(installation, folder, engines, topology="owner", options=None, added="", **limits):
     """A server of ``engines``, bundles by model name, that is ready; it and its shared memory are gone afterwards.
 
-    ``options`` are those of a model's repository, by its name.
+    ``options`` are those of a model's repository, by its name; ``added`` is code behind that of every model.
     """
     repository = folder / "repository"
     repository.mkdir()
@@ -87,6 +87,8 @@ def serving(installation, folder, engines, topology="owner", options=None, **lim
         write_repository(bundle, folder / name, RepositoryOptions(name, topology, limits, **own))
         for model in folder.glob(f"{name}/{name}*"):
             shutil.move(model, repository / model.name)
+    for code in repository.glob("*/1/model.py"):
+        code.write_text(code.read_text() + added)
     serve = ServeOptions("127.0.0.1", *free_ports(3), config_name="cpu" if topology == "bls" else "")
     enough = Limits(1, 1, longest_job_s=limits.get("longest_job_s", 60))
     with run_server(installation, repository, enough, serve, os.environ) as server:

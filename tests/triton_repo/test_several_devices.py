@@ -8,6 +8,7 @@ import pytest
 from runtime.block_backend import BlockOptions
 from tests.triton_repo.serving import HANGS_S, serving
 from tests.triton_repo.test_queue import Background
+from triton_repo.probe import MAX_FAILURES, read, troubles
 
 JOB = {"width": 128, "height": 96, "num_frames": 9, "steps": 24, "seed": 3}
 
@@ -56,3 +57,27 @@ def test_two_jobs_are_in_work_and_each_has_its_own_events_and_its_own_end(server
     assert starts[0] < starts[1] < starts[0] + 1000 * first.result.event["seconds"]
     server.wait_for("wan22_in_flight", 0)
     assert server.metric("wan22_requests_total", outcome="done") == 2
+
+
+BREAKS = """
+
+class TritonPythonModel(TritonPythonModel):
+    def initialize(self, args):
+        super().initialize(args)
+
+        def gone(**_):
+            raise RuntimeError("CUDA error: the device is gone")
+
+        expert = self.pipeline.engine("low_noise")._engine
+        expert._engines[list(expert._engines)[1]] = gone
+"""
+
+
+def test_a_server_that_lost_a_device_asks_to_be_replaced(installation, tiny_engines, tmp_path):
+    options = {"wan22": {"blocks": BlockOptions(parallel="cfg2")}}
+    with serving(installation, tmp_path, {"wan22": tiny_engines}, options=options, added=BREAKS) as server:
+        first = Background(server, **JOB).join()
+        assert first.error.status == "INTERNAL"
+        server.wait_for("wan22_failures_in_a_row", MAX_FAILURES)
+        assert Background(server, **JOB).join().error.status == "INTERNAL"
+        assert "the last" in next(troubles(read(f"http://127.0.0.1:{server.options.metrics_port}/metrics")))
