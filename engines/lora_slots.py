@@ -62,7 +62,7 @@ def _product(matrix: ir.Value) -> ir.Node:
 def _dequantised(model: ir.Model, linear: str, codes: ir.Value, dtype: ir.DataType) -> list[ir.Node]:
     """``codes`` in ``dtype``; their scales are in ``up``."""
     one = ir.tensor(1.0, dtype=ir.DataType.FLOAT, name=f"{linear}/lora/one")
-    value = ir.Value(name=one.name, shape=ir.Shape(one.shape), type=ir.TensorType(one.dtype), const_value=one)
+    value = ir.Value(name=one.name, shape=ir.Shape([]), type=ir.TensorType(one.dtype), const_value=one)
     model.graph.initializers[str(one.name)] = value
     return [ir.node("DequantizeLinear", [codes, value], {"output_dtype": int(dtype)})]
 

@@ -56,8 +56,9 @@ class _Writer:
     def constant(self, array: object, dtype: type) -> ir.Value:
         self._count += 1
         name = f"{self._node.name}/constant_{self._count}"
-        tensor = ir.tensor(np.asarray(array, dtype), name=name)
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        values = np.asarray(array, dtype)
+        tensor = ir.tensor(values, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._graph.initializers[name] = value
         return value
 
@@ -103,8 +104,9 @@ def _matrix(graph: ir.Graph, name: str, weight: ir.Value) -> None:
         place = str(stored.location), stored.offset, stored.length
         weight.const_value = ir.ExternalTensor(*place, UINT4, shape=stored.shape, name=name, base_dir=stored.base_dir)
     elif stored is not None:
-        packed = np.frombuffer(stored.tobytes(), np.uint8)
-        weight.const_value = ir.PackedTensor(packed, UINT4, shape=ir.Shape(stored.shape), name=name)
+        packed, shape = np.frombuffer(stored.tobytes(), np.uint8), weight.shape
+        assert shape is not None
+        weight.const_value = ir.PackedTensor(packed, UINT4, shape=shape, name=name)
     weight.type = ir.TensorType(UINT4)
     (reader,) = (use.node for use in weight.uses())
     w, scale = _Writer(graph, reader), reader.inputs[1]

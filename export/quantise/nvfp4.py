@@ -5,7 +5,9 @@ after column and lets the columns that follow make up for the error, as far as t
 (GPTQ, Frantar et al. 2023). The inputs are the rows that the linear multiplies: centred and smoothed.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; bi
 SCALES_TRIED = (1.0, 0.9, 0.8, 1.2)  # multiples of the scale that has no overflow
 # Added to every input's variance, as a share of the mean one: few rows do not tell what else the inputs have.
 DAMPING, OF_FEW_ROWS, LARGEST_DAMPING = 0.01, 0.04, 0.5  # at least, by the square of inputs over rows, at most
+AT_ONCE = 64  # columns, a multiple of a group, after which all that follow are updated
+FEW_ELEMENTS = 2**22  # of a matrix for which one thread is faster
 SMALLEST_ROW = 1e-30  # keeps divisors positive
 
 
@@ -68,6 +72,24 @@ def compensated(matrix: F32, inputs: F32) -> Nvfp4Matrix:
     With few rows the covariance ``H = l I + X^T X`` is never formed. The columns that follow column j fit its error
     best with ``x_k^T P x_j``, where ``P`` is the inverse of ``l I + X X^T`` over those columns: ``[rows, rows]``.
     """
+    with _threads(matrix.size):
+        return _compensated(matrix, inputs)
+
+
+@contextmanager
+def _threads(elements: int) -> Iterator[None]:
+    """All cores for a large matrix: whoever writes weights files has left one thread to PyTorch."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads((os.cpu_count() or 1) if elements > FEW_ELEMENTS else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compensated(matrix: F32, inputs: F32) -> Nvfp4Matrix:
     import torch
 
     weight, (leaving, entering) = torch.from_numpy(np.array(matrix, np.float32)), matrix.shape
@@ -79,18 +101,21 @@ def compensated(matrix: F32, inputs: F32) -> Nvfp4Matrix:
     groups = torch.empty(leaving, entering // GROUP, dtype=torch.float8_e4m3fn)
     owed = torch.zeros(leaving, len(x))  # what the columns so far leave to those that follow
     scaled = x / max(len(x), 1) ** 0.5
-    for first in range(0, entering, GROUP):
-        last = first + GROUP
-        group, errors = weight[:, first:last], torch.empty(leaving, GROUP)
-        group += owed @ scaled[:, first:last]
-        scale = _scale(group, rows, importance[first:last])
-        groups[:, first // GROUP] = scale
-        steps, within = scale.float() * rows, fits[first:last] @ scaled[:, first:last]
-        for column in range(GROUP):
-            codes[:, first + column] = _nearest(group[:, column], steps)
-            errors[:, column] = group[:, column] - _values(codes[:, first + column]) * steps
-            group[:, column + 1 :] += errors[:, column, None] * within[column, column + 1 :]
-        owed += errors @ fits[first:last]
+    for start in range(0, entering, AT_ONCE):
+        end = min(start + AT_ONCE, entering)
+        part, errors = weight[:, start:end] + owed @ scaled[:, start:end], torch.empty(leaving, end - start)
+        within = fits[start:end] @ scaled[:, start:end]
+        for first in range(0, end - start, GROUP):
+            last = first + GROUP
+            scale = _scale(part[:, first:last], rows, importance[start + first : start + last])
+            groups[:, (start + first) // GROUP] = scale
+            steps = scale.float() * rows
+            for column in range(first, last):
+                codes[:, start + column] = _nearest(part[:, column], steps)
+                errors[:, column] = part[:, column] - _values(codes[:, start + column]) * steps
+                part[:, column + 1 : last] += errors[:, column, None] * within[column, column + 1 : last]
+            part[:, last:] += errors[:, first:last] @ within[first:last, last:]
+        owed += errors @ fits[start:end]
     packed = (codes[:, 0::2] | (codes[:, 1::2] << 4)).numpy()
     return Nvfp4Matrix(packed, groups.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), rows.numpy())
 
@@ -104,12 +129,16 @@ def _fits(x: "Tensor") -> "tuple[Tensor, Tensor]":
     damping = max(share * float((wide**2).sum(0).mean()), SMALLEST_ROW)
     inverse = torch.linalg.inv(wide @ wide.T + damping * torch.eye(len(x), dtype=torch.float64))
     fits, importance = torch.empty(x.shape[1], len(x)), torch.empty(x.shape[1])
-    for column, values in enumerate(wide.T):
-        projected = inverse @ values
-        left = 1 - values @ projected
-        fits[column] = projected / left
-        importance[column] = damping / left
-        inverse += torch.outer(projected, projected / left)
+    for start in range(0, x.shape[1], AT_ONCE):
+        part = wide[:, start : start + AT_ONCE]
+        projected, left = inverse @ part, torch.empty(part.shape[1], dtype=torch.float64)
+        for column in range(part.shape[1]):  # each leaves the inverse to those that follow without itself
+            before = projected[:, :column]
+            projected[:, column] += before @ ((before.T @ part[:, column]) / left[:column])
+            left[column] = 1 - part[:, column] @ projected[:, column]
+        fits[start : start + AT_ONCE] = (projected / left).T
+        importance[start : start + AT_ONCE] = damping / left
+        inverse += (projected / left) @ projected.T
     return fits, importance / importance.mean()
 
 

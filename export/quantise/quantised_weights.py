@@ -149,7 +149,8 @@ class QuantisedWeights:
             check_finite(key, extremes(matrix))
             found = self._inputs.get(_input_owner(self._names(key)[0].removesuffix(".weight")))
             rows = np.zeros((0, matrix.shape[1]), np.float32) if found is None else found.prepared_rows
-            made = compensated(np.asarray(matrix if factor is None else matrix / factor, np.float32), rows)
+            divided = matrix if factor is None else np.asarray(matrix / factor, np.float32)
+            made = compensated(divided.astype(np.float32, copy=False), rows)
         self._last_fp4 = {key: made}
         return made
 
