@@ -12,7 +12,7 @@ from wan22.errors import UserError
 from wan22.outputs import check_no_source
 from wan22.quantities import human_bytes, video_text
 from wan_trt import arguments as given
-from wan_trt import cache_options, prompt_options
+from wan_trt import cache_options, memory_options, prompt_options
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 
 @given.with_options(
-    given.SAMPLING, cache_options.OPTIONS, prompt_options.OPTIONS, prompt_options.EXTENSION, given.BLOCKS, given.SLOTS
+    given.SAMPLING,
+    cache_options.OPTIONS,
+    prompt_options.OPTIONS,
+    prompt_options.EXTENSION,
+    memory_options.OPTIONS,
+    given.SLOTS,
 )
 def run(
     engines: given.Engines,
@@ -64,7 +69,7 @@ def run(
     given.check_used(output, quality, image, fit, exact_official=exact_official)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)
-    blocks = given.blocks_options(shared)
+    blocks = memory_options.blocks_options(shared)
     opened = Pipeline.open(engines, residency=residency, once=True, tell=console.print, blocks=blocks)
     with (
         bars() as progress,

@@ -11,8 +11,9 @@ from wan22.parallel import parse_split
 from wan22.precision import Precision, precision_named
 from wan22.quantities import parse_bytes
 from wan22.specs import spec_named
-from wan_trt.arguments import PRECISIONS, Frames, Size, Vram, size_of
+from wan_trt.arguments import PRECISIONS, Frames, Size, size_of
 from wan_trt.console import console
+from wan_trt.memory_options import Vram
 
 if TYPE_CHECKING:
     from engines.group_plan import Goal, Link
