@@ -128,7 +128,7 @@ GROUPS = {
     ),
     "Memory": ("residency", "weights_in", "vram", "vae_strips"),
     "Devices": ("gpus", "parallel"),
-    "LoRA": ("lora", "loras", "lora_ignore_unmatched"),
+    "LoRA": ("lora", "loras", "lora_ignore_unmatched", "checkpoint"),
     "Comparison": (
         "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",
     ),
