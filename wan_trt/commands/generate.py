@@ -17,6 +17,7 @@ from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
     from runtime.generate import Timings
+    from runtime.pipeline import Pipeline
     from runtime.request import Request
 
 
@@ -83,17 +84,7 @@ def run(
         encoding = Encoding(fps, QUALITY if quality is None else quality, overwrite)
         result = generate(pipeline, request, output, encoding, progress=progress)
     if verbose:
-        _print_timings(result.timings)
-        if (streamed := pipeline.streamed) is not None:
-            size, times = human_bytes(streamed.size_bytes), f"took {streamed.seconds_copied:.2f} s"
-            waited = f"{streamed.seconds_waited:.2f} s of it not hidden"
-            at_switch = f"{streamed.seconds_waited_at_switches:.2f} s at the change of expert"
-            console.print(f"weights of blocks: {size} in {streamed.blocks:,} copies {times}, {waited}, {at_switch}")
-        if links := pipeline.backend.links:
-            most = max(links, key=lambda link: link.sent_bytes)
-            console.print(
-                f"a device sent {human_bytes(most.sent_bytes)} to others, in {most.seconds:.2f} s of exchanges"
-            )
+        _print_timings(result.timings, pipeline)
     shown = video_text(result.width, result.height, result.frames)
     console.print(f"{output}: {shown} at {result.fps} fps, seed {result.seed}")
     if result.cache is not None:
@@ -118,7 +109,7 @@ def _again(
     return recipe.request(given_files), fps or recipe.fps, recipe.quality if quality is None else quality
 
 
-def _print_timings(timings: "Timings") -> None:
+def _print_timings(timings: "Timings", pipeline: "Pipeline") -> None:
     table = Table("step", "timestep", "expert", "engine ms", "total ms", title="Denoising")
     for step in timings.steps:
         times = [f"{1000 * s:.1f}" for s in (step.engine_seconds, step.total_seconds)]
@@ -128,3 +119,11 @@ def _print_timings(timings: "Timings") -> None:
     for stage, seconds in timings.stages.items():
         console.print(f"{stage}: {seconds:.2f} s")
     console.print(f"sampler overhead outside engines: {100 * timings.sampler_overhead:.1f} % of a step (median)")
+    if (streamed := pipeline.streamed) is not None:
+        size, took = human_bytes(streamed.size_bytes), f"took {streamed.seconds_copied:.2f} s"
+        waited = f"{streamed.seconds_waited:.2f} s of it not hidden"
+        at_switch = f"{streamed.seconds_waited_at_switches:.2f} s at the change of expert"
+        console.print(f"weights of blocks: {size} in {streamed.blocks:,} copies {took}, {waited}, {at_switch}")
+    if links := pipeline.backend.links:
+        most = max(links, key=lambda link: link.sent_bytes)
+        console.print(f"a device sent {human_bytes(most.sent_bytes)} to others, in {most.seconds:.2f} s of exchanges")
