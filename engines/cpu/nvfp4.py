@@ -56,7 +56,7 @@ class _Writer:
     def constant(self, array: object, dtype: type) -> ir.Value:
         self._count += 1
         name = f"{self._node.name}/constant_{self._count}"
-        values = np.asarray(array, dtype)
+        values: npt.NDArray[np.generic] = np.asarray(array, dtype)
         tensor = ir.tensor(values, name=name)
         value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._graph.initializers[name] = value

@@ -66,7 +66,7 @@ def quantise(matrix: F32) -> Nvfp4Matrix:
     return compensated(matrix, np.zeros((1, matrix.shape[1]), np.float32))
 
 
-def compensated(matrix: F32, inputs: F32) -> Nvfp4Matrix:
+def compensated(matrix: npt.NDArray[Any], inputs: F32) -> Nvfp4Matrix:
     """``matrix [out, in]``, rounded so that products with ``inputs [rows, in]`` change little.
 
     With few rows the covariance ``H = l I + X^T X`` is never formed. The columns that follow column j fit its error
@@ -89,7 +89,7 @@ def _threads(elements: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _compensated(matrix: F32, inputs: F32) -> Nvfp4Matrix:
+def _compensated(matrix: npt.NDArray[Any], inputs: F32) -> Nvfp4Matrix:
     import torch
 
     weight, (leaving, entering) = torch.from_numpy(np.array(matrix, np.float32)), matrix.shape

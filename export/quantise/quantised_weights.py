@@ -13,14 +13,14 @@ measured with it. The scales of Q and K in FP8 attention depend on the norm weig
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-import ml_dtypes
 import numpy as np
 
 from export.files.decoded import Codes, Nvfp4
-from export.files.tensor_file import Array, as_torch, check_finite, extremes
+from export.files.tensor_file import Array, check_finite, extremes
 from export.graphs.linear import CODES, FLOAT8_MAX
 from export.quantise.inputs import MeasuredInput
 from export.quantise.nvfp4 import Nvfp4Matrix, compensated, joined, stored_matrix
+from export.quantise.rounding import rounded, row_scales
 from wan22.parts import DitSpec
 from wan22.precision import Number
 
@@ -28,8 +28,6 @@ Read = Callable[[str], np.ndarray]
 
 JOINED = ("qkv", "kv")
 NAN_CODES = (0x7F, 0xFF)  # of E4M3
-PIECE_ELEMENTS, BLOCK_ELEMENTS = 2**22, 2**16
-SMALLEST_SCALE = 1e-12
 MARGIN = 1.01  # over the bound of Q and K: the norms compute in float32, but their weights may have been rounded
 
 
@@ -94,7 +92,7 @@ class QuantisedWeights:
             return
         scales, first = self._measure(key, parts), 0
         for part in parts.values():
-            yield from _quantise(part, scales[first : first + len(part)], self._factor(key), number)
+            yield from rounded(part, scales[first : first + len(part)], self._factor(key), number)
             first += len(part)
 
     def __call__(self, key: str) -> np.ndarray:
@@ -148,9 +146,8 @@ class QuantisedWeights:
             matrix = np.concatenate([part.astype(np.float32) for part in parts.values()])
             check_finite(key, extremes(matrix))
             found = self._inputs.get(_input_owner(self._names(key)[0].removesuffix(".weight")))
-            rows = np.zeros((0, matrix.shape[1]), np.float32) if found is None else found.prepared_rows
-            divided = matrix if factor is None else np.asarray(matrix / factor, np.float32)
-            made = compensated(divided.astype(np.float32, copy=False), rows)
+            rows = np.zeros((0, matrix.shape[1])) if found is None else found.prepared_rows
+            made = compensated(matrix if factor is None else matrix / factor, np.asarray(rows, np.float32))
         self._last_fp4 = {key: made}
         return made
 
@@ -199,7 +196,7 @@ class QuantisedWeights:
         """
         self._restore_biases(parts)
         factor, largest = self._factor(key), CODES[self._quantised[key]].largest
-        scales = [_row_scales(name, part, factor, largest) for name, part in parts.items()]
+        scales = [row_scales(name, part, factor, largest) for name, part in parts.items()]
         self._scales[key] = np.concatenate(scales)
         return self._scales[key]
 
@@ -263,50 +260,3 @@ def _without_nan(key: str, pieces: Iterable[Array]) -> Iterator[Array]:
         if any((piece.view(np.uint8) == code).any() for code in NAN_CODES):
             check_finite(key, np.array([np.nan], np.float32))
         yield piece
-
-
-def _row_scales(name: str, matrix: np.ndarray, factor: np.ndarray | None, largest_code: float) -> np.ndarray:
-    """The scale of every row of ``matrix [out, in]``, divided by ``factor [in]`` if there is one: float32 [out].
-
-    Raises:
-        UserError: the matrix holds NaN or infinity.
-    """
-    import torch
-
-    tensor, divisors = as_torch(matrix), None if factor is None else torch.from_numpy(factor)
-    found = np.empty(len(tensor), np.float32)
-    rows = max(1, BLOCK_ELEMENTS // tensor.shape[1])
-    for start in range(0, len(tensor), rows):
-        part = tensor[start : start + rows]
-        if divisors is not None:
-            part = part.float() / divisors
-        smallest, largest = torch.aminmax(part, dim=1)
-        found[start : start + rows] = torch.maximum(-smallest, largest).float().numpy()
-    check_finite(name, np.array([found.max(initial=0.0)], np.float32))
-    return np.maximum(found, np.float32(SMALLEST_SCALE)) / np.float32(largest_code)
-
-
-def _quantise(
-    matrix: np.ndarray, scales: np.ndarray, factor: np.ndarray | None, number: Number
-) -> Iterator[np.ndarray]:
-    """The codes of ``matrix``, flat, in pieces; in cache-sized blocks, so memory is read and written only once."""
-    import torch
-
-    tensor, divisors = as_torch(matrix), None if factor is None else torch.from_numpy(factor)
-    of_rows, limit = torch.from_numpy(np.ascontiguousarray(scales))[:, None], CODES[number].largest
-    whole = number is Number.INT8
-    at_once, in_cache = (max(1, elements // tensor.shape[1]) for elements in (PIECE_ELEMENTS, BLOCK_ELEMENTS))
-    block = torch.empty(in_cache, tensor.shape[1])
-    for start in range(0, len(tensor), at_once):
-        end = min(start + at_once, len(tensor))
-        dtype = torch.int8 if whole else torch.float8_e4m3fn
-        result = torch.empty(end - start, tensor.shape[1], dtype=dtype)
-        for place in range(start, end, in_cache):
-            stop = min(place + in_cache, end)
-            values = block[: stop - place].copy_(tensor[place:stop])
-            if divisors is not None:
-                values.div_(divisors)
-            values.div_(of_rows[place:stop]).clamp_(-limit, limit)
-            result[place - start : stop - start] = values.round_() if whole else values
-        flat = result.reshape(-1)
-        yield flat.numpy() if whole else flat.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
