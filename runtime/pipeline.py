@@ -17,7 +17,7 @@ from runtime.built_for import check_video, default_video, fill_defaults
 from runtime.denoise import Conditions, Step, denoise
 from runtime.engine import Engine, OnCall
 from runtime.forward_inputs import text_rows
-from runtime.image_condition import conditioning_video, fit_image, i2v_condition
+from runtime.image_condition import condition_inputs
 from runtime.request import CompleteRequest, Request
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae_choice import PipelineVae
@@ -263,17 +263,10 @@ class Pipeline:
         return padded
 
     def image_condition(self, request: CompleteRequest) -> dict[str, F32]:
-        """The sampler's inputs from the request's images: ``condition`` (I2V), ``first_frame`` (TI2V) or none."""
-        if request.image is None:
-            return {}
-        shape = self.spec.takes.resizing, (request.width, request.height), request.fit
-        first = fit_image(request.image, *shape)
-        if self.spec.takes.clean_first_frame:
-            return {"first_frame": self.encode(first)}
-        last = None if request.last_image is None else fit_image(request.last_image, *shape)
-        video = conditioning_video(first, request.frames, last)
-        latents = self.encode(video)
-        return {"condition": i2v_condition(latents, has_last=last is not None)}
+        """The sampler's inputs from the request's images: see :func:`runtime.image_condition.condition_inputs`."""
+        images = request.image, request.last_image
+        video = (request.width, request.height, request.frames)
+        return condition_inputs(self.spec, images, video, request.fit, self.encode)
 
     def denoise(self, request: CompleteRequest, steps: range | None = None) -> Generator[Step, F32 | None, None]:
         """Run the sampler and yield after every step; the last step carries the clean latents.
