@@ -80,11 +80,8 @@ class Pipeline:
         self.weight_sets = WeightSets(bundle, {})  # may be replaced before the first request
         self.tokenizer = Tokenizer(bundle.folder / "tokenizer")
         self._shared = ExitStack()  # closed after all engines
-        self.backend = (
-            Backend(new_engine, available_host_bytes)
-            if new_engine
-            else open_backend(bundle, self._shared, blocks, devices, tell)
-        )
+        of_others = Backend(new_engine, available_host_bytes) if new_engine else None
+        self.backend = of_others or open_backend(bundle, self._shared, blocks, devices, tell)
         for in_blocks in self.backend.every_blocks:
             in_blocks.component = self._component
         self._open, self._engines = dict[str, ExitStack](), dict[str, Engine]()
@@ -225,10 +222,7 @@ class Pipeline:
             self.release(name)
 
     def use_weights(self, lora: str | None) -> bool:
-        """Take the experts from the weight set ``lora`` from now on; True if it was another.
-
-        Closes those in use, but not engines with slots on one device.
-        """
+        """Take the experts from the set ``lora``; True if it was another. Closes them, unless one device has slots."""
         changed, every = self.weight_sets.choose(lora), self.backend.every_blocks
         if changed and self.weight_sets.rank and len(every) == 1:
             every[0].renew()
@@ -251,9 +245,7 @@ class Pipeline:
         tokens = self.tokenizer.encode(prompt, allow_empty=allow_empty)
         if tokens.truncated:
             log.warning("prompt cut to %d tokens", TEXT_TOKENS)  # users' prompts do not belong in logs
-        embeddings = self.engine("text_encoder")(input_ids=tokens.ids)
-        assert isinstance(embeddings, np.ndarray)
-        return tokens, embeddings
+        return tokens, np.asarray(self.engine("text_encoder")(input_ids=tokens.ids))
 
     def text(self, prompt: str, *, allow_empty: bool = False) -> F32:
         """The transformer's text input, read-only: ``[1, 512, text width]``, with exact zeros after the last token."""
