@@ -15,12 +15,14 @@ import onnx_ir as ir
 from engines.block_weights import attention_scales, layout_of, lora_rank, write_block_weights
 from engines.lora_slots import add_slots, with_slots
 from wan22.block_layout import EMBEDDING, BlockLayout, write_block_layout
-from wan22.bundle import Bundle, Component, File, Stage, Tensor, file_entry
+from wan22.bundle import Bundle, file_entry
+from wan22.component import Component, File, Stage, Tensor
 from wan22.errors import UserError
 from wan22.files import scratch_folder
 from wan22.parallel import Split, parse_split
+from wan22.precision import Number
 from wan22.progress import Progress
-from wan22.specs import ModelSpec, Number
+from wan22.specs import ModelSpec
 
 TEXT_ENCODER = "text_encoder"
 DTYPES = {Number.FP32: "float32", Number.BF16: "bfloat16", Number.FP16: "float16"}

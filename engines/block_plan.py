@@ -13,7 +13,8 @@ from wan22.block_memory import (
     text_layers,
     transformer_blocks,
 )
-from wan22.specs import ModelSpec, Precision
+from wan22.precision import Precision
+from wan22.specs import ModelSpec
 
 CONTEXT_BYTES = 0.6 * 2**30  # of CUDA and small tensors, beside what is in blocks
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from engines.cpu.nvfp4 import GROUP, values_of
 from wan22.block_layout import LORA_DOWN, LORA_UP, BlockLayout, Place, parts_of, size_bytes, varies
-from wan22.bundle import File, Stage, Tensor
+from wan22.component import File, Stage, Tensor
 from wan22.errors import UserError
 from wan22.progress import Progress
 

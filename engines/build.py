@@ -17,20 +17,8 @@ from engines.load_check import check_loads
 from engines.profiles import profile_between, profiles_for, with_stages, with_strips
 from engines.targets import Target, check_bundle, target_named
 from wan22.backends import runs_graphs
-from wan22.bundle import (
-    Build,
-    Bundle,
-    Component,
-    File,
-    Manifest,
-    Stage,
-    Tensor,
-    file_entry,
-    open_bundle,
-    refuse_existing,
-    staged,
-    write_manifest,
-)
+from wan22.bundle import Build, Bundle, Manifest, file_entry, open_bundle, refuse_existing, staged, write_manifest
+from wan22.component import Component, File, Stage, Tensor
 from wan22.errors import UserError
 from wan22.memory import peak_rss_bytes
 from wan22.onnx_file import check_graphs

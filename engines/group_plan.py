@@ -18,7 +18,8 @@ from engines.targets import Target
 from wan22.block_memory import transformer_blocks
 from wan22.errors import UserError
 from wan22.parallel import Split, exchanged_bytes, group_sizes
-from wan22.specs import ModelSpec, Number
+from wan22.precision import Number
+from wan22.specs import ModelSpec
 from wan22.strips import widest
 from wan22.vae_memory import staged_vae
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from wan22.block_layout import LORA_DOWN, LORA_UP, parts_of
-from wan22.bundle import Stage, Tensor
+from wan22.component import Stage, Tensor
 
 IN_STAGES = ("qkv", "rest", "text_kv")  # of a transformer: those of its blocks
 CODES = {"float8_e4m3fn": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}

@@ -15,6 +15,7 @@ from engines.targets import TARGETS, Target, check_precision
 from wan22.backends import runs_graphs
 from wan22.costs import dit_flops, model_parameters, text_encoder_flops, vae_flops
 from wan22.errors import UserError
+from wan22.precision import Number, Precision
 from wan22.residency import (
     VRAM_RESERVED,
     Memory,
@@ -29,7 +30,7 @@ from wan22.residency import (
     text_encoder_weights_bytes,
     usual_precisions,
 )
-from wan22.specs import ModelSpec, Number, Precision, tokens
+from wan22.specs import ModelSpec, tokens
 from wan22.strips import Half, half_of
 from wan22.vae_memory import StripChoices, strip_choices
 

@@ -11,8 +11,8 @@ from engines.precision_figures import read_figures
 from engines.targets import check_precision
 from wan22.costs import dit_flops, model_parameters
 from wan22.errors import UserError
+from wan22.precision import Precision
 from wan22.quantities import human_bytes, video_text
-from wan22.specs import Precision
 from wan22.vae_memory import StagedVae
 
 
@@ -166,12 +166,12 @@ def _machine(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "GPU memory, at least", human_bytes(plan.in_blocks.least_bytes)
         yield "resident blocks", _blocks(plan)
         yield "text encoder", f"{_text_layers(plan)} layers in memory"
-    prefix = "--topology whole" if in_blocks else "GPU memory"
+    prefix = "whole" if in_blocks else "GPU memory"
     for way, size in plan.vram.items():
         verdict = "" if not usable else f"; {'fits' if plan.fits[way] else 'exceeds'} {human_bytes(usable)}"
         yield f"{prefix}, {way}", human_bytes(size) + verdict
     if usable:
-        name = "--topology whole, --residency auto" if in_blocks else "--residency auto"
+        name = "whole, --residency auto" if in_blocks else "--residency auto"
         yield name, plan.residency or ("nothing fits" if in_blocks else "nothing fits, see below")
 
 

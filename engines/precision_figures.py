@@ -10,7 +10,8 @@ import msgspec
 
 from engines.plan import Plan, make_plan
 from engines.targets import Target
-from wan22.specs import ModelSpec, Precision
+from wan22.precision import Precision
+from wan22.specs import ModelSpec
 
 FILE = Path(__file__).parent / "precision_figures.json"
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from math import prod
 
-from wan22.bundle import Tensor, grouped_name
+from wan22.component import Tensor, grouped_name
 from wan22.errors import UserError
 from wan22.parts import VaeSpec
 from wan22.quantities import video_text

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from wan22.backends import Backend
 from wan22.bundle import Manifest
 from wan22.errors import UserError
-from wan22.specs import Number, Precision
+from wan22.precision import Number, Precision
 
 QUERY_GPU = ("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
 _NOT_A_VARIANT = "(?![ -](Ti|SUPER|Super|D|Laptop|Mobile|3e))"  # other chips or boards that share a name

@@ -14,7 +14,7 @@ from export.graphs.weights_file import declare_weights
 from export.quantise.inputs import MeasuredInput
 from export.quantise.quantised_weights import QuantisedWeights, remade_biases
 from export.shared_files import find_shareable
-from wan22.specs import Number, Precision
+from wan22.precision import Number, Precision
 from wan22.strips import VaeStage
 
 

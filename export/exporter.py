@@ -32,20 +32,13 @@ from export.precisions import (
     why_higher,
 )
 from export.shared_files import share, shared_name, shared_placements
-from wan22.bundle import (
-    Bundle,
-    Component,
-    File,
-    Manifest,
-    Stage,
-    file_entry,
-    refuse_existing,
-    write_manifest,
-)
+from wan22.bundle import Bundle, Manifest, file_entry, refuse_existing, write_manifest
+from wan22.component import Component, File, Stage
 from wan22.errors import UserError
 from wan22.outputs import check_disk, check_no_source
+from wan22.precision import Precision
 from wan22.progress import Progress, silent
-from wan22.specs import ModelSpec, Precision
+from wan22.specs import ModelSpec
 from wan22.strips import VAE_STAGES
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from export.quantise.inputs import MeasuredInput, read_inputs, too_peaked
 from export.quantise.measure import inputs_of_zeros, measure_inputs
 from export.quantise.published import SAME_INPUT, published
 from wan22.errors import UserError
+from wan22.precision import Number, Precision
 from wan22.progress import Progress
-from wan22.specs import Number, Precision
 
 log = logging.getLogger(__name__)
 

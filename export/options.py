@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from export.lora.merge import LoraChoice
-from wan22.specs import Number, Precision
+from wan22.precision import Number, Precision
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from export.graphs.linear import CODES, Quantised, kind_of
 from export.options import ExportOptions
 from export.quantise.inputs import CENTRED, MeasuredInput
 from wan22.errors import UserError
-from wan22.specs import ModelSpec, Number, Precision
+from wan22.precision import Number, Precision
+from wan22.specs import ModelSpec
 
 IN_GRAPHS = {Number.FP32: FLOAT, Number.BF16: BFLOAT16, Number.FP16: FLOAT16}
 LINEARS = (*CENTRED, "cross_attn.k")  # kinds; self_attn.q stands for q, k and v, cross_attn.k for k and v

@@ -13,7 +13,8 @@ from runtime.group import Group, Link, Meeting
 from runtime.vae import Spread, in_turns
 from wan22.backends import MODULES
 from wan22.block_layout import BlockLayout
-from wan22.bundle import Bundle, Component
+from wan22.bundle import Bundle
+from wan22.component import Component
 from wan22.errors import UserError
 from wan22.memory import available_host_bytes
 from wan22.parallel import ALONE, ONE_DEVICE, Devices, Split

@@ -18,7 +18,8 @@ from wan22.block_memory import (
     text_layers,
     transformer_blocks,
 )
-from wan22.bundle import Bundle, Component, File
+from wan22.bundle import Bundle
+from wan22.component import Component, File
 from wan22.errors import UserError
 from wan22.parallel import LARGEST_GROUP, ONE_DEVICE, Devices, choose_devices
 from wan22.quantities import human_bytes, size_option

@@ -9,7 +9,7 @@ import numpy as np
 from runtime.block_stream import Transfers
 from runtime.group import Link
 from wan22.block_layout import Overlay, Place
-from wan22.bundle import Stage, Tensor
+from wan22.component import Stage, Tensor
 from wan22.parallel import shares
 from wan22.specs import PATCH
 

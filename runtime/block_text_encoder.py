@@ -12,9 +12,10 @@ from runtime.arrays import F32
 from runtime.block_transformer import SharedBlocks
 from runtime.engine import Arrays, check_inputs
 from wan22.block_layout import EMBEDDING
-from wan22.bundle import Component
+from wan22.component import Component
+from wan22.precision import Number
 from wan22.shapes import Profile
-from wan22.specs import TEXT_TOKENS, Number
+from wan22.specs import TEXT_TOKENS
 
 BF16_IN_FLOAT32 = 16  # bits below those of bfloat16
 

@@ -21,7 +21,7 @@ from runtime.engine import Arrays, check_inputs
 from runtime.group import Link
 from wan22.block_layout import BlockLayout, Overlay, Place
 from wan22.block_memory import BlockChoice
-from wan22.bundle import Component, Stage
+from wan22.component import Component, Stage
 from wan22.parallel import shares
 from wan22.parts import DitSpec
 from wan22.shapes import Profile

@@ -13,7 +13,7 @@ import numpy as np
 from runtime.block_files import BlockFiles, page_aligned
 from runtime.engine_onnxruntime import new_session, refuse_out_of_memory
 from wan22.block_layout import BlockLayout, Overlay, Place
-from wan22.bundle import Stage, Tensor
+from wan22.component import Stage, Tensor
 from wan22.shapes import shape_of
 
 

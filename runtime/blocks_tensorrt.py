@@ -21,7 +21,7 @@ from runtime.block_files import BlockFiles
 from runtime.built_for import check_plan
 from runtime.engine_tensorrt import Device
 from wan22.block_layout import BlockLayout, Overlay, Place
-from wan22.bundle import Component, Stage, Tensor
+from wan22.component import Component, Stage, Tensor
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
 from wan22.shapes import Profile, fitting_profile, own_profiles, shape_of, sizes_of

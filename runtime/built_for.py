@@ -1,7 +1,8 @@
 """Check engines against the machine and the manifest, and find the videos that they support."""
 
 from runtime.request import CompleteRequest, Request
-from wan22.bundle import Build, Bundle, Component, Manifest
+from wan22.bundle import Build, Bundle, Manifest
+from wan22.component import Component
 from wan22.errors import UserError
 from wan22.quantities import video_text
 from wan22.residency import Video

@@ -11,7 +11,7 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from wan22.bundle import Tensor
+from wan22.component import Tensor
 from wan22.shapes import Profile, fitting_profile, sizes_of
 
 Arrays = np.ndarray | tuple[np.ndarray, ...]

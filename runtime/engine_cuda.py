@@ -19,7 +19,7 @@ from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.engine_onnxruntime import NO_MEMORY
 from runtime.gpu import TO_RUN, Gpu, compute_capability
 from wan22.backends import loading, require_module
-from wan22.bundle import Component
+from wan22.component import Component
 from wan22.errors import UserError
 from wan22.onnx_file import check_component
 from wan22.shapes import sizes_of

@@ -23,7 +23,7 @@ import numpy as np
 from runtime.engine import NEXT, Arrays, check_inputs
 from runtime.prompt_part import TEXT, PromptPart
 from wan22.backends import loading
-from wan22.bundle import Component, Tensor
+from wan22.component import Component, Tensor
 from wan22.errors import UserError
 from wan22.memory import available_host_bytes
 from wan22.onnx_file import check_component

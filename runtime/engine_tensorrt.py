@@ -21,7 +21,8 @@ from runtime.gpu import TO_RUN, Gpu, compute_capability
 from runtime.host_copies import HostCopies
 from runtime.rtx import KernelCache, check_valid, configure
 from wan22.backends import MODULES, require_module
-from wan22.bundle import Component, Manifest
+from wan22.bundle import Manifest
+from wan22.component import Component
 from wan22.quantities import human_bytes
 from wan22.shapes import Profile, is_static, own_profiles, sizes_of
 

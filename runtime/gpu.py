@@ -8,7 +8,7 @@ import numpy as np
 
 from runtime.cuda_graph import RecordedCalls
 from runtime.engine import NEXT
-from wan22.bundle import Tensor
+from wan22.component import Tensor
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
 from wan22.residency import VRAM_RESERVED

@@ -13,7 +13,8 @@ from runtime.gpu import TO_RUN
 from runtime.group import Group
 from runtime.group_engine import EngineOnMembers, GroupExpert, GuidedExpert
 from wan22.backends import require_module
-from wan22.bundle import Bundle, Component
+from wan22.bundle import Bundle
+from wan22.component import Component
 from wan22.parallel import Devices
 from wan22.strips import IN_STRIPS
 

@@ -12,7 +12,7 @@ from runtime.arrays import F32
 from runtime.engine import Arrays, Engine
 from runtime.engine_onnxruntime import threads_of_sessions
 from runtime.group import Group
-from wan22.bundle import Component
+from wan22.component import Component
 from wan22.errors import UserError
 
 Opened = tuple[tuple[str, int, int, int], ...]  # path, inode, size and time of change of every file

@@ -22,7 +22,8 @@ from runtime.request import CompleteRequest, Request
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae_choice import PipelineVae
 from runtime.weight_sets import WeightSets, check_lora
-from wan22.bundle import Bundle, Component, open_bundle
+from wan22.bundle import Bundle, open_bundle
+from wan22.component import Component
 from wan22.memory import available_host_bytes
 from wan22.quantities import counted, human_bytes
 from wan22.residency import (

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from wan22.bundle import Component
+from wan22.component import Component
 from wan22.errors import UserError
 from wan22.files import write_file
 

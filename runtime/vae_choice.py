@@ -9,9 +9,9 @@ from runtime.engine import Engine
 from runtime.vae import Spread, Stages, decode, decode_in_strips, encode, encode_in_strips, in_turns
 from wan22.bundle import Bundle
 from wan22.errors import UserError
+from wan22.precision import Precision
 from wan22.quantities import human_bytes, size_option
 from wan22.residency import Video, engines_memory
-from wan22.specs import Precision
 from wan22.strips import Half, VaeStage, check_strips, half_of
 from wan22.vae_memory import StagedVae, choices, choose_strips
 

@@ -8,7 +8,8 @@ take a small file beside them. A whole graph for ONNX Runtime is opened again.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from wan22.bundle import Bundle, Component, File, Manifest
+from wan22.bundle import Bundle, Manifest
+from wan22.component import Component, File
 from wan22.errors import UserError
 
 

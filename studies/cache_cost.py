@@ -20,8 +20,9 @@ from runtime.schedule import make_schedule
 from runtime.step_cache import StepCache
 from validate.bench.step_cache import overhead_s
 from wan22.caching import Caching
+from wan22.precision import Precision
 from wan22.quantities import human_bytes
-from wan22.specs import Precision, spec_named
+from wan22.specs import spec_named
 from wan_trt.arguments import Frames, Size, size_of
 from wan_trt.console import console
 from wan_trt.guard import command_of

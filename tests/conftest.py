@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from wan22.bundle import Component, file_entry, kind_of, open_bundle, write_manifest
+from wan22.bundle import file_entry, kind_of, open_bundle, write_manifest
+from wan22.component import Component
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 if TYPE_CHECKING:
     from triton_repo.installation import Installation

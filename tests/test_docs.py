@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from engines.plan import make_plan
 from engines.targets import TARGETS
 from export.files.safetensors_file import read_safetensors
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,6 +34,7 @@ STAND_INS = {
     "ckpt": "checkpoint",
     "832x480": "64x64",
     "81": "5",
+    "cfg2,ulysses4,vae8": "cfg2,vae8",  # engines of the CPU that divide tokens are built on their own
 }
 # Commands whose lines run here as they stand; a line with a GPU target or a server is parsed and not run.
 KERNELS = ["inspect", "engines"]  # of a GPU's engines

@@ -15,8 +15,9 @@ from runtime.request import Request
 from validate.ladder.rungs import rungs
 from validate.sample_image import picture_for
 from wan22 import sampling, specs
+from wan22.precision import Number, Precision
 from wan22.sampling import Preset
-from wan22.specs import SPECS, Number, Precision, Takes, Task
+from wan22.specs import SPECS, Takes, Task
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()

@@ -14,7 +14,7 @@ from triton_repo.job import OutOfTimeError
 from triton_repo.loading import load
 from triton_repo.owner import Owner
 from triton_repo.served_pipeline import ServedPipeline
-from wan22.bundle import Component
+from wan22.component import Component
 
 STOPPING = "Server not ready"  # Triton's own words
 

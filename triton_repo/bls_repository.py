@@ -14,7 +14,8 @@ from typing import Any
 from triton_repo.config import add_instance, as_text, owner_config
 from triton_repo.settings import Limits, Settings
 from triton_repo.templates import place
-from wan22.bundle import Bundle, Component
+from wan22.bundle import Bundle
+from wan22.component import Component
 from wan22.errors import UserError
 from wan22.shapes import Profile, own_profiles, shape_of
 from wan22.specs import PATCH, TEXT_TOKENS

@@ -7,6 +7,8 @@ jobs there are at most one with the first expert and one with the last.
 import threading
 from collections.abc import Callable
 
+PAUSE_EVERY_S = 0.2
+
 
 class Relay:
     """Runs jobs in threads of their own."""
@@ -24,11 +26,15 @@ class Relay:
         thread.start()
         passed.wait()
 
-    def pass_on(self) -> None:
-        """Called by a job before its last expert: wait until no other job has that one. Once for each job."""
+    def pass_on(self, pause: Callable[[], None]) -> None:
+        """Called by a job before its last expert: wait until no other job has that one. Once for each job.
+
+        ``pause`` is called now and then meanwhile, and may raise to end the job.
+        """
         if getattr(self._own, "passed", None) is None or self._own.has_last:
             return
-        self._last.acquire()
+        while not self._last.acquire(timeout=PAUSE_EVERY_S):
+            pause()
         self._own.has_last = True
         self._own.passed.set()
 

@@ -69,7 +69,7 @@ class ServedPipeline(Pipeline):
             self.swaps += self._expert not in ("", name)
             self._expert = name
         if self.relay is not None and name == self.spec.experts[-1]:
-            self.relay.pass_on()
+            self.relay.pass_on(self.pause)
         with self._opening:
             return TimedEngine(super().engine(name), name.partition(".")[0], self)
 

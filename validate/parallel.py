@@ -26,8 +26,8 @@ from validate.options import ValidateOptions, complete_request
 from wan22.bundle import Manifest, open_bundle
 from wan22.errors import UserError
 from wan22.parallel import Split
+from wan22.precision import Precision
 from wan22.progress import Progress, silent
-from wan22.specs import Precision
 
 EQUAL = Limit("max_abs", 0, "the same engines on the same inputs")
 VELOCITY = Limit("relative_l2", 1e-6, "float32 sums over tokens that other devices computed")

@@ -20,8 +20,8 @@ from validate.report.conditions import facts
 from wan22.bundle import Manifest, open_bundle
 from wan22.files import claim
 from wan22.outputs import check_no_source
+from wan22.precision import Precision
 from wan22.progress import Progress, silent
-from wan22.specs import Precision
 
 if TYPE_CHECKING:
     from export.checkpoint.checkpoint import Checkpoint

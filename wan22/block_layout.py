@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from wan22.bundle import Tensor
+from wan22.component import Tensor
 from wan22.errors import DAMAGED_JSON, UserError
 
 T = TypeVar("T")

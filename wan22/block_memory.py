@@ -9,7 +9,8 @@ from typing import Literal, get_args
 
 from wan22.costs import block_parameters, matrices_bytes, vectors_bytes
 from wan22.parts import DitSpec, TextEncoderSpec
-from wan22.specs import TEXT_TOKENS, Number, Precision
+from wan22.precision import Number, Precision
+from wan22.specs import TEXT_TOKENS
 
 WeightsIn = Literal["auto", "vram", "host", "disk"]  # where blocks are that are not at work
 WEIGHTS_IN: tuple[WeightsIn, ...] = get_args(WeightsIn)

@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from wan22.component import Component, File
 from wan22.errors import DAMAGED_JSON, UserError
 from wan22.files import check_room, whole_folder
-from wan22.specs import ModelSpec, Number, Precision
+from wan22.precision import Precision
+from wan22.specs import ModelSpec
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
@@ -22,85 +24,6 @@ HASHED_AT_OPEN_MAX_BYTES = 2**30  # larger files are checked by size when opened
 
 Kind = Literal["graphs", "engines"]
 STAGE_OF: dict[Kind, str] = {"graphs": "wan-trt export", "engines": "wan-trt build"}
-
-
-@dataclass(frozen=True)
-class File:
-    path: str  # relative to the bundle, forward slashes
-    sha256: str
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output of a graph. A dimension is a number, or a name that every tensor of the graph shares."""
-
-    name: str
-    dtype: str  # numpy's name: "float32", "int64"
-    dims: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One graph of a transformer or VAE that is cut into parts, or its engine; a transformer's weights are inputs."""
-
-    name: str
-    graph: File
-    inputs: tuple[Tensor, ...]  # other than weights
-    outputs: tuple[Tensor, ...]
-    weights: tuple[Tensor, ...]
-    groups: int = 1  # devices that divide the tokens; such a stage stands beside the one for a single device
-
-
-@dataclass(frozen=True)
-class Component:
-    name: str
-    graph: File
-    weights: tuple[File, ...]
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    precision: Precision
-    why_higher: str = ""  # the reason if its precision, or part of it, is above the bundle's
-    # linears of a type other than its precision's, as "ffn.2" or "blocks.3.ffn.2"
-    exceptions: dict[str, Number] = field(default_factory=dict, hash=False)
-    halves: tuple[File, ...] = ()  # the same graph as two, if built so: for the prompt alone, and for a step
-    stages: tuple[Stage, ...] = ()  # the same graph as stages; if it was built so, ``graph`` is one of theirs
-
-    @property
-    def in_stages(self) -> bool:
-        """True for engines that are stages; a bundle of graphs has both, the whole graph and its stages."""
-        return any(stage.graph == self.graph for stage in self.stages)
-
-    @property
-    def in_blocks(self) -> bool:
-        """True for engines that are stages with their weights outside, which every block or layer calls."""
-        return self.in_stages and any(stage.weights for stage in self.stages)
-
-    def stage(self, name: str) -> Stage:
-        return next(stage for stage in self.stages if stage.name == name)
-
-    def part(self, name: str) -> "Component":
-        """The stage ``name`` as a component called ``dit.qkv``."""
-        s, whole = self.stage(name), f"{self.name}.{name}"
-        return replace(self, name=whole, graph=s.graph, inputs=s.inputs, outputs=s.outputs, halves=(), stages=())
-
-    @property
-    def groups(self) -> tuple[int, ...]:
-        """The numbers of devices among which the stages can divide the tokens."""
-        return tuple(sorted({stage.groups for stage in self.stages} - {1}))
-
-    def in_groups(self, count: int) -> "Component":
-        """The component with the stages of one device, or with those of ``count`` devices in their place."""
-        alone = [stage for stage in self.stages if stage.groups == 1]
-        shared = {grouped_name(name, count): name for name in (stage.name for stage in alone)}
-        found = {shared[stage.name]: stage for stage in self.stages if stage.groups == count > 1}
-        used = tuple(replace(found.get(stage.name, stage), name=stage.name) for stage in alone)
-        graphs = {stage.graph: its.graph for stage, its in zip(alone, used, strict=True)}
-        return replace(self, graph=graphs.get(self.graph, self.graph), stages=used)
-
-    def compiled(self) -> "tuple[Component, ...]":
-        """What is compiled by itself: the stages, or the component."""
-        return tuple(self.part(stage.name) for stage in self.stages) if self.in_stages else (self,)
 
 
 @dataclass(frozen=True)
@@ -178,11 +101,6 @@ class Bundle:
 
     def path(self, file: File) -> Path:
         return self.folder / file.path
-
-
-def grouped_name(stage: str, count: int) -> str:
-    """The name of the form of ``stage`` for ``count`` devices that divide the tokens, or of a dimension in it."""
-    return stage if count == 1 else f"{stage}_of_{count}"
 
 
 def sha256_of(path: Path) -> str:

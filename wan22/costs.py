@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
-from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec, Precision
+from wan22.precision import Precision
+from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 from wan22.strips import Half, edge_scale
 
 TIME_TAPS = 3  # of the convolutions over time alone

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from wan22.backends import runs_graphs
-from wan22.bundle import Bundle, Component
+from wan22.bundle import Bundle
+from wan22.component import Component
 from wan22.errors import UserError
 
 # Messages of onnx.proto that can contain a tensor: field number → message.

@@ -22,8 +22,9 @@ from wan22.costs import (
 )
 from wan22.errors import UserError
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
+from wan22.precision import Precision
 from wan22.quantities import human_bytes
-from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, tokens
+from wan22.specs import TEXT_TOKENS, ModelSpec, tokens
 from wan22.strips import Half, half_of
 from wan22.vae_memory import staged_vae
 

@@ -1,6 +1,6 @@
 """Named dimensions: their sizes in a call, the shapes that follow, and whether an engine supports them.
 
-A graph's inputs and outputs share dimension names (``wan22.bundle.Tensor``): "frames", "height" and "width" of the
+A graph's inputs and outputs share dimension names (``wan22.component.Tensor``): "frames", "height" and "width" of the
 latents, "rows" and "columns" of the token grid (half of those), "tokens" of text, and multiples such as "8*height".
 Engines store only ranges of the names; the builder and the runtime derive everything else with this module. It also
 parses sizes that users type.
@@ -9,7 +9,7 @@ parses sizes that users type.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from wan22.bundle import Tensor
+from wan22.component import Tensor
 from wan22.errors import UserError
 from wan22.specs import PATCH
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 
 from wan22.errors import DAMAGED_JSON, UserError
+from wan22.precision import Precision
 from wan22.shapes import Profile
-from wan22.specs import Precision
 
 PREFIX = "wan-trt "
 IN_CLEAR = re.compile(re.escape(PREFIX).encode() + rb"\{[ -~]*")

@@ -9,7 +9,7 @@ from typing import Any
 
 from wan22.costs import motion_parameters, vae_parameters
 from wan22.parts import VaeSpec
-from wan22.specs import Precision
+from wan22.precision import Precision
 from wan22.strips import (
     IN_STRIPS,
     VAE_STAGES,

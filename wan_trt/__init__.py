@@ -17,7 +17,7 @@ _WHERE = {
     "ExportOptions": "export.options",
     "LoraChoice": "export.lora.merge",
     "Pipeline": "runtime.pipeline",
-    "Precision": "wan22.specs",
+    "Precision": "wan22.precision",
     "Request": "runtime.request",
     "SPECS": "wan22.specs",
     "UserError": "wan22.errors",

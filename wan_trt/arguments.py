@@ -12,15 +12,13 @@ import typer
 from typer.models import OptionInfo
 
 from wan22.errors import UserError
-from wan22.quantities import parse_bytes
+from wan22.precision import Number, Precision
 from wan22.shapes import parse_size
-from wan22.specs import Number, Precision
 from wan_trt.cache_options import caching_from
 from wan_trt.prompt_options import terms_from
 
 if TYPE_CHECKING:
     from runtime.arrays import F32
-    from runtime.block_backend import BlockOptions
     from runtime.request import Request
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -71,24 +69,6 @@ Residency = Annotated[
         metavar="HOW", help="Engines that stay loaded: all, one-expert, one-component, auto (as many as fit)."
     ),
 ]
-WeightsIn = Annotated[
-    Literal["auto", "vram", "host", "disk"] | None,
-    typer.Option(
-        metavar="PLACE", help="Blocks at rest: vram, host, disk, or by default auto (as many in VRAM as fit)."
-    ),
-]
-Vram = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE", help="Memory for what streams and for the VAE, as 8GiB; by default what is free."),
-]
-VaeStrips = Annotated[
-    str | None,
-    typer.Option(metavar="N", help="Strips of the VAE's pictures, or by default auto: as many as memory needs."),
-]
-Gpus = Annotated[str | None, typer.Option(metavar="0,1", help="GPUs to use; for target cpu, as many threads.")]
-Parallel = Annotated[
-    str | None, typer.Option(metavar="HOW", help="Their split: cfg2, ulyssesN, experts, vaeN with commas, or auto.")
-]
 Schedule = Annotated[
     Literal["official", "diffusers"] | None,
     typer.Option(metavar="NAME", help="Timesteps of official or diffusers; by default the preset's."),
@@ -111,8 +91,6 @@ SAMPLING = {
     "negative_prompt": NegativePrompt, "preset": Preset, "boundary": Boundary, "steps": Steps, "shift": Shift,
     "guidance_high_noise": ExpertGuidance, "guidance_low_noise": ExpertGuidance, "guidance": Guidance, "solver": Solver,
 }  # fmt: skip
-MEMORY = {"weights_in": WeightsIn, "vram": Vram, "vae_strips": VaeStrips}
-BLOCKS = {**MEMORY, "gpus": Gpus, "parallel": Parallel}
 SLOTS = {
     "loras": Annotated[
         list[str] | None,
@@ -150,7 +128,7 @@ GROUPS = {
     ),
     "Memory": ("residency", "weights_in", "vram", "vae_strips"),
     "Devices": ("gpus", "parallel"),
-    "LoRA": ("lora", "loras", "lora_ignore_unmatched"),
+    "LoRA": ("lora", "loras", "lora_ignore_unmatched", "checkpoint"),
     "Comparison": (
         "prompts", "seeds", "compare", "gate", "list_gates", "bench", "reference_device", "official", "official_repo",
     ),
@@ -239,18 +217,6 @@ def seed_of(typed: int | None) -> int:
     drawn = secrets.randbelow(2**32)  # torch uses the low 32 bits
     typer.echo(f"seed {drawn}", err=True)
     return drawn
-
-
-def blocks_options(options: Mapping[str, Any]) -> "BlockOptions":
-    """Where the weights of engines in blocks are, how the VAE takes pictures, and the devices: by :data:`BLOCKS`."""
-    from runtime.block_backend import BlockOptions
-
-    vram, strips = options.get("vram"), options.get("vae_strips") or "auto"
-    if strips != "auto" and not re.fullmatch(r"[1-9]\d{0,3}", strips):
-        raise UserError(f"--vae-strips {strips!r}", "a number from 1 on, or auto", "write it as 4")
-    budget, count = None if vram is None else parse_bytes(vram, "--vram"), None if strips == "auto" else int(strips)
-    gpus, parallel = options.get("gpus"), options.get("parallel")
-    return BlockOptions(options.get("weights_in") or "auto", budget, count, gpus, parallel)
 
 
 def noise_of(path: Path | None) -> "F32 | None":

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from engines.cpu.passes import fit_decoder, fit_transformer
 from engines.cpu.prompt import split_at_prompt
 from wan22.backends import loading
-from wan22.bundle import Bundle, Component, File, Stage, file_entry
+from wan22.bundle import Bundle, file_entry
+from wan22.component import Component, File, Stage
+from wan22.precision import Precision
 from wan22.progress import Progress
-from wan22.specs import Precision
 
 if TYPE_CHECKING:
     import onnx_ir as ir

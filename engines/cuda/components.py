@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from engines.cuda.kernels import check_kernels
 from engines.cuda.passes import fit_transformer, lower_opset
-from wan22.bundle import Bundle, Component, File, file_entry
+from wan22.bundle import Bundle, file_entry
+from wan22.component import Component, File
 from wan22.progress import Progress
 from wan22.specs import ModelSpec
 

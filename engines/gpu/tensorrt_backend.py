@@ -25,11 +25,11 @@ from engines.gpu.timing_cache import timing_cache
 from engines.profiles import input_shapes
 from engines.targets import Target
 from wan22.backends import MODULES, Backend, require_module
-from wan22.bundle import Tensor
+from wan22.component import Tensor
 from wan22.errors import UserError
+from wan22.precision import Number
 from wan22.progress import Progress, silent
 from wan22.shapes import Profile, own_profiles
-from wan22.specs import Number
 
 OLDEST_TENSORRT, OLDEST_WITH_FP4 = (10, 13), (11, 0)
 ERRORS_KEPT = 20

@@ -5,7 +5,8 @@ from typing import Any
 
 from wan22.backends import runs_graphs
 from wan22.block_layout import read_block_layout
-from wan22.bundle import MANIFEST, Bundle, Component, kind_of, open_bundle, read_manifest
+from wan22.bundle import MANIFEST, Bundle, kind_of, open_bundle, read_manifest
+from wan22.component import Component
 from wan22.errors import UserError
 from wan22.quantities import human_bytes
 

@@ -16,7 +16,8 @@ from engines.inspect.report import FusionReport
 from engines.profiles import profile_between, profiles_for
 from engines.targets import Target, check_bundle, target_named
 from wan22.backends import runs_graphs
-from wan22.bundle import Bundle, Component, File, open_bundle
+from wan22.bundle import Bundle, open_bundle
+from wan22.component import Component, File
 from wan22.errors import UserError
 from wan22.files import scratch_folder
 from wan22.onnx_file import check_graphs

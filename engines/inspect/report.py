@@ -13,8 +13,8 @@ from typing import Any
 
 from engines.inspect.log import Compiled, Kernel
 from engines.targets import Target
+from wan22.precision import Number, Precision
 from wan22.quantities import human_bytes
-from wan22.specs import Number, Precision
 
 EVERY_BLOCK = "blocks.*"  # the block of a stage's kernels
 OF_A_BLOCK = ("text_kv", "qkv", "attend", "rest", "layer")  # stages that every block calls

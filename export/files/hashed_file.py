@@ -24,7 +24,7 @@ from export.files.direct_io import (
     round_up_to_block,
     transfer_or_reopen,
 )
-from wan22.bundle import File
+from wan22.component import File
 
 if TYPE_CHECKING:
     from hashlib import _Hash

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from wan22.bundle import File, refuse_existing
+from wan22.bundle import refuse_existing
+from wan22.component import File
 from wan22.errors import DAMAGED_JSON, DISK_FULL
 from wan22.files import claim, hidden_folder
 

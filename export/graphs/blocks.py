@@ -31,7 +31,7 @@ from export.graphs.builder import FLOAT, GraphBuilder
 from export.graphs.dit import Ends
 from export.graphs.dit_block import Blocks, Modulation, Tables
 from export.graphs.linear import CODES, FLOAT8, Linears, Operand, Quantised
-from wan22.bundle import File, Stage, Tensor, grouped_name
+from wan22.component import File, Stage, Tensor, grouped_name
 from wan22.parallel import group_sizes
 from wan22.parts import DitSpec
 from wan22.specs import PATCH, TEXT_TOKENS

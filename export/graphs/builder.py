@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from wan22.bundle import Tensor
+from wan22.component import Tensor
 
 TENSORRT = "trt"  # the domain of TensorRT's own operators
 OPSET = 23  # the first with Attention, RMSNormalization and bfloat16 everywhere

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from export.graphs.builder import FLOAT, TENSORRT, GraphBuilder
-from wan22.specs import Number
+from wan22.precision import Number
 
 FLOAT8, INT8, FLOAT4 = ir.DataType.FLOAT8E4M3FN, ir.DataType.INT8, ir.DataType.FLOAT4E2M1
 FLOAT8_MAX, INT8_MAX = 448.0, 127.0

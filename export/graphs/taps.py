@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
-from wan22.bundle import Tensor
+from wan22.component import Tensor
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 LARGEST, MEANS, TOPS, BOTTOMS, SQUARES = "amax", "means", "tops", "bottoms", "squares"

@@ -21,7 +21,7 @@ from export.files.safetensors_file import header_bytes
 from export.files.tensor_file import FLOAT8, Array, Pieces, Planned, as_torch, check_finite, extremes
 from export.graphs.builder import FLOAT, GraphBuilder, Placed
 from export.graphs.linear import FLOAT4
-from wan22.bundle import File
+from wan22.component import File
 from wan22.errors import UserError
 
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """Measure the inputs of an expert's linears without any data, while its weights stream past.
 
-One forward over a small video of noise, without text, at timesteps of the expert. Each matrix is in memory once, in
+One forward over a small video of noise, without text, at two timesteps of the expert. Each matrix is in memory once, in
 float32, so the largest one bounds the memory. On a small model with the real one's outliers, means and factors measured
 so do as well as those of a run with another prompt (docs/figures.md): outliers are a property of the weights.
 
@@ -70,12 +70,19 @@ def inputs_of_zeros(dit: DitSpec) -> dict[str, MeasuredInput]:
 
 
 def timesteps_of(spec: ModelSpec, expert: str) -> tuple[float, float]:
-    """An early and a late timestep of ``expert``."""
-    boundary = TRAIN_TIMESTEPS * (spec.sampling.boundary or 0.0)
-    first, last = {"low_noise": (boundary, 0.0), "high_noise": (TRAIN_TIMESTEPS, boundary)}.get(
-        expert, (TRAIN_TIMESTEPS, 0.0)
-    )
-    return last + 0.9 * (first - last), last + 0.3 * (first - last)
+    """The timesteps after a quarter and three quarters of the steps that ``expert`` makes of a usual run.
+
+    Steps are even in the noise level before it is shifted (wan22.md §5.2), so most of them are at high noise.
+    """
+    shift, boundary = spec.sampling.shift, spec.sampling.boundary or 0.0
+    unshifted = boundary / (shift - (shift - 1) * boundary)
+    first, last = {"high_noise": (1.0, unshifted), "low_noise": (unshifted, 0.0)}.get(expert, (1.0, 0.0))
+    early, late = (first + share * (last - first) for share in (0.25, 0.75))
+    return _shifted(early, shift), _shifted(late, shift)
+
+
+def _shifted(level: float, shift: float) -> float:
+    return TRAIN_TIMESTEPS * shift * level / (1 + (shift - 1) * level)
 
 
 class _Forward:

@@ -22,7 +22,7 @@ from export.quantise.inputs import MeasuredInput
 from export.quantise.nvfp4 import Nvfp4Matrix, compensated, joined, stored_matrix
 from export.quantise.rounding import rounded, row_scales
 from wan22.parts import DitSpec
-from wan22.specs import Number
+from wan22.precision import Number
 
 Read = Callable[[str], np.ndarray]
 

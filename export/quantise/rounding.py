@@ -7,7 +7,7 @@ import numpy as np
 
 from export.files.tensor_file import as_torch, check_finite
 from export.graphs.linear import CODES
-from wan22.specs import Number
+from wan22.precision import Number
 
 PIECE_ELEMENTS, BLOCK_ELEMENTS = 2**22, 2**16
 SMALLEST_SCALE = 1e-12

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from validate.bench.machine import load_average
-from wan22.specs import ModelSpec, Precision, spec_named
+from wan22.precision import Precision
+from wan22.specs import ModelSpec, spec_named
 from wan_trt.console import bars
 
 

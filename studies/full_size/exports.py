@@ -23,8 +23,9 @@ from studies.full_size.repacked import repack
 from wan22 import files
 from wan22.memory import peak_rss_bytes
 from wan22.outputs import check_disk
+from wan22.precision import Precision
 from wan22.renames import sync_tree
-from wan22.specs import ModelSpec, Precision
+from wan22.specs import ModelSpec
 from wan_trt.console import bars, console
 
 T = TypeVar("T")

@@ -16,8 +16,8 @@ from export.graphs.builder import BFLOAT16, FLOAT, FLOAT16, GraphBuilder
 from studies.gpu.random_model import opened
 from studies.gpu.stage import Measurement, StageSettings, reason_of
 from studies.gpu.timing import median_ms
-from wan22.bundle import Component, File
-from wan22.specs import Number, Precision
+from wan22.component import Component, File
+from wan22.precision import Number, Precision
 
 HEADS, HEAD, TOKENS, RUNS = 40, 128, 32_760, 5  # of T2V-A14B at 832x480, 81 frames
 PRECISIONS = {Precision.BF16: BFLOAT16, Precision.FP16: FLOAT16}

@@ -25,8 +25,9 @@ from runtime.engine import Engine
 from runtime.engine_cuda import CudaDevice
 from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from validate.reference.parts import lower
-from wan22.bundle import Component, File
-from wan22.specs import ModelSpec, Precision
+from wan22.component import Component, File
+from wan22.precision import Precision
+from wan22.specs import ModelSpec
 
 Weights = Mapping[str, torch.Tensor]  # by official name
 Place = Callable[[Mapping[str, Any]], dict[str, Any]]  # arrays by name, moved to where an engine computes

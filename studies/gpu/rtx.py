@@ -21,8 +21,9 @@ from runtime.noise import standard_normal
 from studies.gpu.random_model import random_weights, write_weights
 from studies.gpu.stage import Measurement, StageSettings, reason_of
 from studies.gpu.timing import median_ms
-from wan22.bundle import Component, File
-from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, spec_named
+from wan22.component import Component, File
+from wan22.precision import Precision
+from wan22.specs import TEXT_TOKENS, ModelSpec, spec_named
 
 VIDEO = (256, 160, 17)
 RUNS = 20

@@ -21,8 +21,9 @@ from validate.bench.samples import Ratio
 from validate.reference.parts import timesteps_of, transformer
 from wan22.costs import dit_flops
 from wan22.errors import UserError
+from wan22.precision import Precision
 from wan22.residency import Video
-from wan22.specs import TEXT_TOKENS, ModelSpec, Precision, spec_named, tokens
+from wan22.specs import TEXT_TOKENS, ModelSpec, spec_named, tokens
 
 TIMESTEP = 900.0
 RUNS = 5

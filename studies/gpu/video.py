@@ -18,7 +18,8 @@ from runtime.vae import decode
 from runtime.video import encode_video
 from studies.gpu.random_model import decoder_engines, random_weights, transformer_engine
 from studies.gpu.stage import Measurement, StageSettings
-from wan22.specs import TEXT_TOKENS, Precision, spec_named
+from wan22.precision import Precision
+from wan22.specs import TEXT_TOKENS, spec_named
 
 STEPS = 10
 

@@ -17,9 +17,10 @@ from export.graphs.blocks import stage_graphs
 from export.precisions import compute_type, usual_quantised
 from studies.precision.result import Study
 from wan22.errors import UserError
+from wan22.precision import Precision
 from wan22.progress import Progress, silent
 from wan22.residency import dit_weights_bytes
-from wan22.specs import T2V_A14B, ModelSpec, Precision
+from wan22.specs import T2V_A14B, ModelSpec
 
 CARDS = ("rtx3090", "rtx4090", "rtx5090", "rtx-pro-6000-blackwell", "a100", "h100", "b200")
 BUILT_FOR = ("rtx3090", "rtx4090", "rtx5090")  # one of each architecture that TensorRT-RTX builds for

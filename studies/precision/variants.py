@@ -21,7 +21,7 @@ from studies.precision.ablation import Patch, keep_k_mean, scale_v_per_tensor, s
 from studies.precision.session import fill, open_graph
 from validate.ladder.thresholds import BF16, FP16
 from wan22.parts import DitSpec
-from wan22.specs import Number, Precision
+from wan22.precision import Number, Precision
 
 PLAIN = "float32, ONNX Runtime's own kernels"
 ROUNDED = "the exported graph in float32, rounded to {} wherever it keeps 16 bits; sums in float32"
@@ -77,7 +77,7 @@ VARIANTS = (
     *_exported(Precision.FP8, FP8, 0.02),
     Variant("fp8 without means", BFLOAT16, QUANTISED, 0.0, FP8),
     Variant("fp8, token means at run time", BFLOAT16, QUANTISED, 0.0, FP8, patch=subtract_token_means, note=WITHIN),
-    Variant("fp8, static scales", BFLOAT16, QUANTISED, 0.0, FP8, static=True, note=f"{BEFOREHAND}, 10 % margin"),
+    Variant("fp8, static scales", BFLOAT16, QUANTISED, 0.02, FP8, static=True, note=f"{BEFOREHAND}, 10 % margin"),
     *_exported(Precision.FP8_ATTN, FP8_ATTN, 0.04),
     *(Variant(f"fp8-attn, {less}", BFLOAT16, QUANTISED, 0.0, FP8_ATTN, "export", patch=LESS[less]) for less in LESS),
     *_exported(Precision.INT8, INT8, 0.01),

@@ -40,9 +40,10 @@ from validate.ladder.onnx_side import open_for_comparison
 from wan22.caching import Caching
 from wan22.errors import UserError
 from wan22.files import claim, write_file
+from wan22.precision import Precision
 from wan22.progress import Progress
 from wan22.quantities import counted
-from wan22.specs import Precision, spec_named
+from wan22.specs import spec_named
 from wan_trt.console import bars, console
 from wan_trt.guard import command_of
 from wan_trt.recipes.calibrate import CalibrateOptions, calibrate

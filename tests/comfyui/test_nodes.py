@@ -20,7 +20,8 @@ from export.options import ExportOptions
 from runtime.generate import generate
 from runtime.request import Request
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 from wan_trt.diffusers import WanTrtPipeline
 
 ROOT = Path(__file__).parents[2] / "comfyui"

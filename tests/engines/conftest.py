@@ -13,7 +13,8 @@ from engines.targets import TARGETS
 from export.graphs.builder import BFLOAT16, Placed
 from export.graphs.dit import dit_graph
 from export.precisions import usual_quantised
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 QUANTISED = {precision: usual_quantised(precision) for precision in Precision}
 REPEATED_VALUES = 2**20 + 7  # an odd length, so that no two rows are equal

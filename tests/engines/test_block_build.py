@@ -18,7 +18,8 @@ from tests.export.test_calibrated import written
 from wan22.block_layout import read_block_layout
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 STAGES = ["time", "text", "text_kv", "patches", "qkv", "attend", "rest", "velocity"]
 

@@ -15,7 +15,7 @@ from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from wan22.bundle import open_bundle, sha256_of
 from wan22.errors import UserError
-from wan22.specs import Precision
+from wan22.precision import Precision
 
 
 def test_the_manifest_says_what_built_it(tiny_engines):

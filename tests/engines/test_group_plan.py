@@ -10,7 +10,8 @@ from engines.plan import make_plan
 from engines.targets import TARGETS
 from wan22.errors import UserError
 from wan22.parallel import Split
-from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS, T2V_A14B, TI2V_5B
 from wan_trt.cli import app
 
 HD, SD = (1280, 720, 81), (832, 480, 81)

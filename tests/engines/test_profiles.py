@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.profiles import PRESETS, input_shapes, profile_between, profiles_for
-from wan22.bundle import Tensor
+from wan22.component import Tensor
 from wan22.errors import UserError
 from wan22.shapes import fitting_profile, is_static, own_profiles, restrict, sizes_of
 from wan22.specs import T2V_A14B, TI2V_5B

@@ -5,7 +5,7 @@ import pytest
 from engines import targets
 from engines.targets import TARGETS, check_precision, detect, target_named
 from wan22.errors import UserError
-from wan22.specs import Precision
+from wan22.precision import Precision
 
 GPUS = [target for target in TARGETS.values() if target.name != "cpu"]
 

@@ -17,7 +17,8 @@ from export.lora.merge import LoraChoice
 from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
 from wan22.errors import UserError
-from wan22.specs import Precision, spec_named
+from wan22.precision import Precision
+from wan22.specs import spec_named
 
 SPEC = spec_named("ti2v-5b-tiny")
 THEIRS = {name: theirs.removesuffix(".weight") for name, theirs in diffusers_names("dit", SPEC).items()}

@@ -19,7 +19,8 @@ from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
 from wan22.bundle import open_bundle, sha256_of
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 FORBIDDEN = {"ScatterND", "ScatterElements", "NonZero", "Loop", "Scan", "If", "GatherND", "Resize"}
 BF16 = ExportOptions(Precision.BF16)

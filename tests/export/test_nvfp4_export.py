@@ -18,7 +18,8 @@ from studies.precision.session import fill, open_graph
 from tests.export.checkpoint.forms import save, tensors_of
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.specs import SPECS, Number, Precision
+from wan22.precision import Number, Precision
+from wan22.specs import SPECS
 from wan_trt.cli import app
 
 NAME = "ti2v-5b-tiny"

@@ -12,7 +12,8 @@ from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 LINKED = ExportOptions(Precision.FP32, link=True)
 

@@ -1,18 +1,21 @@
 """A request's values as an order: what is computed from them, for each model, without a server."""
 
 import io
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from gateway.api_error import ApiError
 from gateway.body import canonical
 from gateway.mlperf import benchmark_values
-from gateway.order import make_order
+from gateway.order import Latents, make_order
 from gateway.served import ServedModel
 from triton_repo.settings import Limits
 from wan22.bundle import Build, Manifest, Source
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 
 def served(name, profiles=()):
@@ -145,3 +148,13 @@ def test_mlperfs_request_is_the_benchmarks():
     expected |= {"flow_shift": 3.0, "guidance_high_noise": 4.0, "guidance_low_noise": 3.0}
     assert expected.items() <= made.items()
     assert wants_path
+    sent = {"prompt": "x", "size": "720x1280", "seconds": 5.0, "fps": 16, "num_inference_steps": 20, "seed": 42,
+            "guidance_scale": 4.0, "guidance_scale_2": 3.0, "num_frames": 81, "boundary_ratio": 0.875,
+            "latent_path": "/data/fixed.pt", "output_format": "auto", "response_format": "video_path"}  # fmt: skip
+    latents = Latents(
+        {"fixed": np.zeros((1, 16, 21, 90, 160), np.float32).tobytes()}, {"fixed": Path("/data/fixed.pt")}
+    )
+    values, _ = benchmark_values(sent, model)
+    made = make_order(values, model, latents=latents)
+    assert expected.items() | {("latent", "fixed")} <= made.echo.items()
+    assert "noise" not in made.inputs  # the queue has its name

@@ -17,9 +17,10 @@ from export.precisions import usual_quantised
 from runtime.block_transformer import BlockTransformer, SharedBlocks
 from tests.export.graphs.test_dit import inputs_for
 from wan22.block_layout import ITEM_BYTES
-from wan22.bundle import Component, File
+from wan22.component import Component, File
+from wan22.precision import Precision
 from wan22.shapes import shape_of
-from wan22.specs import T2V_A14B, TI2V_5B, Precision
+from wan22.specs import T2V_A14B, TI2V_5B
 
 MIB = 2**20
 SCRATCH_MIB = {  # at so many tokens, built by TensorRT-RTX 1.7.1 in fp8-attn; nothing else takes more

@@ -10,7 +10,8 @@ import pytest
 from wan22.block_layout import read_block_layout
 from wan22.block_memory import BlockChoice, block_memory
 from wan22.bundle import open_bundle
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 LAYERS, MIB = 16, 2**20
 CHILD = """

@@ -24,8 +24,9 @@ from tests.export.graphs.test_dit import inputs_for, relative_l2
 from wan22.block_memory import BlockChoice, block_memory, transformer_blocks
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
+from wan22.precision import Precision
 from wan22.quantities import parse_bytes
-from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
+from wan22.specs import SPECS, T2V_A14B, TI2V_5B
 
 MODELS = ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"]
 

@@ -7,9 +7,11 @@ from msgspec.structs import replace as replaced
 
 from engines.profiles import profiles_for
 from runtime.built_for import check_build, check_plan, check_plans, check_video, default_video
-from wan22.bundle import Build, Bundle, Component, File, Manifest, Source, Tensor
+from wan22.bundle import Build, Bundle, Manifest, Source
+from wan22.component import Component, File, Tensor
 from wan22.errors import UserError
-from wan22.specs import SPECS, T2V_A14B, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS, T2V_A14B
 from wan22.stamp import Stamp
 
 PROFILE = {"frames": (5, 5, 9), "height": (8, 8, 8)}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from runtime.engine import check_inputs
-from wan22.bundle import Tensor
+from wan22.component import Tensor
 from wan22.errors import UserError
 
 EDGES = (Tensor("latents", "float32", (1, 16, "height", "width")), Tensor("text", "float32", (1, 4)))

@@ -23,7 +23,7 @@ from runtime.generate import generate
 from runtime.request import Request
 from tests.runtime.fake_gpu import DeviceArray, FakeCupy, Memory
 from wan22.errors import UserError
-from wan22.specs import Precision
+from wan22.precision import Precision
 
 CPU = "CPUExecutionProvider"
 

@@ -10,9 +10,11 @@ import pytest
 from runtime import engine_tensorrt, rtx
 from runtime.engine_tensorrt import Device, TensorRTEngine
 from tests.runtime.fake_gpu import DeviceArray, FakeCupy, FakeEngine, FakeTensorRT, Memory, at
-from wan22.bundle import Build, Component, File, Manifest, Source, Tensor
+from wan22.bundle import Build, Manifest, Source
+from wan22.component import Component, File, Tensor
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 from wan22.stamp import Stamp
 
 X, Y = Tensor("x", "float32", (1, "frames")), Tensor("y", "float32", (1, "frames"))

@@ -21,11 +21,13 @@ from runtime.generate import generate
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from tests.runtime.fake_gpu import FakeCupy, Memory, paper_tensorrt
-from wan22.bundle import Build, Bundle, Component, File, Manifest, Source
+from wan22.bundle import Build, Bundle, Manifest, Source
+from wan22.component import Component, File
 from wan22.errors import UserError
+from wan22.precision import Precision
 from wan22.residency import engines_memory, usual_precisions
 from wan22.shapes import own_profiles
-from wan22.specs import SPECS, T2V_A14B, TI2V_5B, Precision
+from wan22.specs import SPECS, T2V_A14B, TI2V_5B
 from wan22.stamp import Stamp
 
 README = {"t2v-a14b": ("rtx5090", (832, 480, 81)), "ti2v-5b": ("rtx4090", (1280, 704, 121))}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from runtime.vae import decode, encode
-from wan22.bundle import Tensor
+from wan22.component import Tensor
 
 
 class Stage:

@@ -23,11 +23,13 @@ from runtime.engine_cuda import CudaDevice
 from runtime.pipeline import Pipeline
 from runtime.vae_choice import PipelineVae
 from tests.runtime.fake_gpu import DeviceArray, FakeCupy, Memory, paper_tensorrt
-from wan22.bundle import Build, Bundle, Component, File, Manifest, Source, Stage, open_bundle
+from wan22.bundle import Build, Bundle, Manifest, Source, open_bundle
+from wan22.component import Component, File, Stage
 from wan22.errors import UserError
+from wan22.precision import Precision
 from wan22.quantities import parse_bytes
 from wan22.shapes import own_profiles
-from wan22.specs import T2V_A14B, TI2V_5B, Precision
+from wan22.specs import T2V_A14B, TI2V_5B
 from wan22.stamp import Stamp
 from wan22.strips import VAE_STAGES
 from wan22.vae_memory import choices, staged_vae

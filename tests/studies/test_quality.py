@@ -11,7 +11,7 @@ from studies.tiny_model.clips import random_clip
 from studies.tiny_model.evaluate import Rendered
 from studies.tiny_model.quality import WAYS, Way, app, measured, picture, table
 from wan22.caching import Caching
-from wan22.specs import Precision
+from wan22.precision import Precision
 
 FEW = (
     Way("fp32"),

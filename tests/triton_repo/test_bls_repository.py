@@ -12,7 +12,7 @@ from triton_repo.bls_repository import largest_call_bytes
 from triton_repo.repository import RepositoryOptions, write_repository
 from triton_repo.settings import Limits
 from wan22.errors import UserError
-from wan22.specs import Precision
+from wan22.precision import Precision
 from wan22.stamp import Stamp
 
 BLS = RepositoryOptions(topology="bls")

@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from runtime.block_backend import BlockOptions
 from tests.triton_repo.serving import HANGS_S, serving
 from tests.triton_repo.test_queue import Background
+from triton_repo.job import CancelledError
 from triton_repo.probe import MAX_FAILURES, read, troubles
+from triton_repo.relay import Relay
 
 JOB = {"width": 128, "height": 96, "num_frames": 9, "steps": 24, "seed": 3}
 
@@ -57,6 +60,31 @@ def test_two_jobs_are_in_work_and_each_has_its_own_events_and_its_own_end(server
     assert starts[0] < starts[1] < starts[0] + 1000 * first.result.event["seconds"]
     server.wait_for("wan22_in_flight", 0)
     assert server.metric("wan22_requests_total", outcome="done") == 2
+
+
+def test_a_job_that_waits_for_the_last_expert_can_be_given_up():
+    relay, over, ended = Relay(), threading.Event(), []
+
+    def first():
+        relay.pass_on(lambda: None)
+        assert over.wait(HANGS_S)
+
+    def gives_up():
+        raise CancelledError
+
+    def second():
+        try:
+            relay.pass_on(gives_up)
+        except CancelledError:
+            ended.append("second")
+
+    relay.run(first)
+    relay.run(second)
+    assert ended == ["second"]
+    over.set()
+    relay.wait()
+    relay.run(first)
+    relay.wait()
 
 
 BREAKS = """

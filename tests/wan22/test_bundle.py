@@ -13,11 +13,8 @@ from wan22 import bundle
 from wan22.bundle import (
     MANIFEST,
     Build,
-    Component,
-    File,
     Manifest,
     Source,
-    Tensor,
     file_entry,
     kind_of,
     open_bundle,
@@ -25,8 +22,10 @@ from wan22.bundle import (
     staged,
     write_manifest,
 )
+from wan22.component import Component, File, Tensor
 from wan22.errors import UserError, refusing_disk_errors
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 
 def write_bundle(folder: Path, **changes: object) -> Manifest:

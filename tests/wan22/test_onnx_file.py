@@ -120,8 +120,10 @@ def pointing(tmp_path):
         (tmp_path / "other.bin").write_bytes(bytes(8))
         (tmp_path / "dit.onnx").write_bytes(model(graph([], [external("t", location, **more)])))
         weights = (file_entry(tmp_path, tmp_path / "weights.bin"),)
-        from wan22.bundle import Component, Manifest, Source
-        from wan22.specs import SPECS, Precision
+        from wan22.bundle import Manifest, Source
+        from wan22.component import Component
+        from wan22.precision import Precision
+        from wan22.specs import SPECS
 
         entry = file_entry(tmp_path, tmp_path / "dit.onnx")
         component = Component("dit", entry, weights, (), (), Precision.FP32)

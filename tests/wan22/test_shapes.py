@@ -2,7 +2,7 @@
 
 import pytest
 
-from wan22.bundle import Tensor
+from wan22.component import Tensor
 from wan22.errors import UserError
 from wan22.shapes import fitting_profile, names_in, parse_size, shape_of, sizes_of
 

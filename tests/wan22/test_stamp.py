@@ -3,7 +3,7 @@
 import pytest
 
 from wan22.errors import UserError
-from wan22.specs import Precision
+from wan22.precision import Precision
 from wan22.stamp import Stamp, check_stamp, read_name
 
 STAMP = Stamp("h100", Precision.FP8, ({"frames": (5, 5, 9), "height": (8, 8, 8)}, {"frames": (1, 1, 1)}))

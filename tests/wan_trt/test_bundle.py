@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from wan22.bundle import file_entry, open_bundle, write_manifest
-from wan22.specs import Precision
+from wan22.precision import Precision
 from wan22.stamp import Stamp
 from wan_trt.cli import app
 

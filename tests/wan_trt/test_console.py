@@ -16,7 +16,8 @@ from engines.plan import make_plan
 from engines.plan_view import as_text
 from engines.targets import TARGETS
 from wan22.errors import UserError
-from wan22.specs import PUBLISHED, Precision
+from wan22.precision import Precision
+from wan22.specs import PUBLISHED
 from wan_trt.arguments import GROUPS, seed_of
 from wan_trt.cli import app
 from wan_trt.commands import presets

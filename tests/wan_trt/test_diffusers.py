@@ -15,7 +15,8 @@ from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 from wan_trt.diffusers import WanTrtPipeline
 
 NEGATIVE = "Bright tones, overexposed, static"

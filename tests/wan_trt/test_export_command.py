@@ -8,7 +8,7 @@ from export.files.safetensors_file import read_safetensors
 from tests.wan_trt.test_cli import refused, status
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.specs import Number, Precision
+from wan22.precision import Number, Precision
 from wan_trt.cli import app
 
 

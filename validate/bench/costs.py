@@ -21,8 +21,9 @@ from validate.bench.machine import usable_cores
 from validate.bench.work import DECODER, ENCODER, TEXT, Work, components_of
 from wan22.bundle import Bundle
 from wan22.costs import dit_flops, text_encoder_flops, vae_flops
+from wan22.precision import Precision
 from wan22.shapes import shape_of
-from wan22.specs import PATCH, TEXT_TOKENS, Precision
+from wan22.specs import PATCH, TEXT_TOKENS
 
 MATRIX = 2048  # rows of the measured product: 50 MB of operands, beyond most caches
 COPY_BYTES = 2**28

@@ -18,7 +18,8 @@ from validate.bench.step_cache import MEASURED, SUBJECT, CacheTimes
 from validate.bench.whole_run import Runs, step_ratio, total_ratio
 from validate.bench.work import COMPILED, EAGER, OURS, RUN, pieces_of
 from wan22.errors import UserError
-from wan22.specs import ModelSpec, Precision
+from wan22.precision import Precision
+from wan22.specs import ModelSpec
 
 FORMAT = "wan-trt bench 1"
 FIELDS = {  # of the JSON, for later calculations

@@ -24,8 +24,8 @@ from validate.reference.parts import F32
 from validate.reference.reference import NO_IMAGE, ImageCondition, ImageInputs, Reference
 from validate.reference.whole_run import ReferenceStep, run
 from wan22.errors import NonFiniteError
+from wan22.precision import Precision
 from wan22.progress import Progress
-from wan22.specs import Precision
 
 Watched = TypeVar("Watched")
 

@@ -15,10 +15,11 @@ from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from runtime.pipeline import Pipeline
 from validate.ladder.polygraphy_files import RecordingPipeline
 from wan22.backends import loading
-from wan22.bundle import Build, Component, Manifest, kind_of, open_bundle
+from wan22.bundle import Build, Manifest, kind_of, open_bundle
+from wan22.component import Component
 from wan22.onnx_file import check_graphs
+from wan22.precision import Precision
 from wan22.residency import ONE_EXPERT, ResidencyChoice
-from wan22.specs import Precision
 
 BY_KERNELS = "computed by kernels"
 BY_ROUNDING = "emulated by rounding"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from validate.ladder.metrics import Metrics, incomparable, single_metric
 from validate.ladder.thresholds import Limit
-from wan22.specs import Precision
+from wan22.precision import Precision
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from validate.ladder.thresholds import Limit, Measure
 from validate.reference.parts import F32, time_features
 from validate.reference.reference import Reference
 from validate.reference.whole_run import ReferenceStep, initial_noise, sigmas_and_timesteps
+from wan22.precision import Precision
 from wan22.quantities import counted
-from wan22.specs import TRAIN_TIMESTEPS, ModelSpec, Precision
+from wan22.specs import TRAIN_TIMESTEPS, ModelSpec
 
 VELOCITY_POINTS = 4  # timesteps per expert, evenly spaced over its range
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from validate.ladder.metrics import Metrics
-from wan22.specs import Number, Precision
+from wan22.precision import Number, Precision
 
 Measure = Literal["max_abs", "relative_l2", "psnr_db", "ssim", "lpips", "excess"]
 AT_LEAST = frozenset({"psnr_db", "ssim"})  # measures of similarity, not of distance

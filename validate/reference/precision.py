@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from wan22.specs import Number, Precision
+from wan22.precision import Number, Precision
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = {Number.FP32: torch.float32, Number.BF16: torch.bfloat16, Number.FP16: torch.float16}

@@ -21,8 +21,9 @@ from validate.reference.image import conditioning, pixels
 from validate.reference.parts import F32, I64, load_part, timesteps_of, to_numpy
 from validate.reference.precision import attention_of, dtype_of, lower_precision, onednn_convolutions
 from wan22.errors import UserError
+from wan22.precision import Precision
 from wan22.progress import Progress, silent
-from wan22.specs import TEXT_TOKENS, Precision
+from wan22.specs import TEXT_TOKENS
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from validate.options import ValidateOptions
 from validate.reference.device import Device
 from wan22.bundle import Manifest
 from wan22.caching import Caching
+from wan22.precision import Precision
 from wan22.quantities import counted, video_text
-from wan22.specs import Precision
 
 if TYPE_CHECKING:
     from export.checkpoint.checkpoint import Checkpoint

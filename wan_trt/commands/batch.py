@@ -12,6 +12,7 @@ import typer
 from wan22.errors import UserError
 from wan22.inputs import secret_in
 from wan_trt import arguments as given
+from wan_trt import memory_options
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 BEAT_S = 60.0  # between signs of life, where there is no terminal for a bar
 
 
-@given.with_options(given.MEMORY)
+@given.with_options(memory_options.MEMORY)
 def run(
     jobs: Annotated[Path, typer.Argument(help="JSON lines, one job each.", show_default=False)],
     output: Annotated[
@@ -66,7 +67,7 @@ def run(
             who = server_workers(server, model, secret)
         else:
             assert engines is not None
-            opening = Opening(engines, residency, given.blocks_options(shared))
+            opening = Opening(engines, residency, memory_options.blocks_options(shared))
             here = None if ray else visible_gpus(engines, gpus)
             found = ray_workers(opening, ray, workers) if ray else local_workers(opening, workers, here or ())
             who = stack.enter_context(found)

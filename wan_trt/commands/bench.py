@@ -14,7 +14,7 @@ from wan22.errors import UserError
 from wan22.files import whole_file
 from wan22.outputs import check_apart, check_no_source
 from wan_trt import arguments as given
-from wan_trt import cache_options
+from wan_trt import cache_options, memory_options
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ ServerTopology = Annotated[
 ]
 
 
-@given.with_options(cache_options.OPTIONS, given.BLOCKS)
+@given.with_options(cache_options.OPTIONS, memory_options.OPTIONS)
 def run(
     engines: given.Engines,
     checkpoint: Annotated[str | None, typer.Argument(help="Their checkpoint, to measure PyTorch as well.")] = None,
@@ -78,7 +78,7 @@ def run(
 
     options = BenchOptions(
         request, tuple(only or ()), runs or RUNS, warmup, compiled, memory, whole_runs, reference_device, residency,
-        command_line(), given.blocks_options(shared),
+        command_line(), memory_options.blocks_options(shared),
     )  # fmt: skip
     if list_gates:
         return _list_gates(engines)

@@ -9,8 +9,9 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import claim, whole_folder, write_file
+from wan22.precision import Precision
 from wan22.quantities import counted
-from wan22.specs import ModelSpec, Precision, spec_named
+from wan22.specs import ModelSpec, spec_named
 from wan_trt.commands import build, export, generate, synth, validate
 from wan_trt.console import console
 

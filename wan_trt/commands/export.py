@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from wan22.errors import UserError
+from wan22.precision import Number, Precision, precision_named
 from wan22.quantities import human_bytes
-from wan22.specs import Number, Precision, precision_named
 from wan_trt.arguments import PRECISIONS, Frames, Overwrite, Size, kept_of, size_of
 from wan_trt.console import bars, command_line, console
 

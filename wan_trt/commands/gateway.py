@@ -18,7 +18,7 @@ from wan22.errors import UserError
 from wan22.inputs import secret_in
 from wan22.quantities import parse_bytes
 from wan_trt import arguments as given
-from wan_trt import prompt_options
+from wan_trt import memory_options, prompt_options
 from wan_trt.commands.serve import Loras, starting
 from wan_trt.console import console
 
@@ -92,7 +92,7 @@ OWN_SERVER = {
 }
 
 
-@given.with_options(KEPT, REQUESTS, ACCESS, OWN_SERVER, given.LIMITS, given.BLOCKS)
+@given.with_options(KEPT, REQUESTS, ACCESS, OWN_SERVER, given.LIMITS, memory_options.OPTIONS)
 def run(
     engines: Annotated[
         Path | None, typer.Argument(help="Engines to start a server of; or give --server.", show_default=False)
@@ -208,7 +208,7 @@ def _own_server(engines: Path, options: dict[str, Any]) -> "Iterator[Server]":
     http_port, grpc_port, metrics_port = free_ports(3)
     ports = ServeOptions("127.0.0.1", http_port, grpc_port, metrics_port, quiet=not options["verbose"])
     limits = {key: options[key] for key in given.LIMITS} | {"longest_job_s": options["longest_job"]}
-    blocks = given.blocks_options(options)
+    blocks = memory_options.blocks_options(options)
     packing = RepositoryOptions(options["name"], "owner", limits, residency=options["residency"], blocks=blocks)
     loras = (options["lora"] or (), options["checkpoint"])
     with starting(engines, packing, ports, (options["environment"], None), loras) as server:

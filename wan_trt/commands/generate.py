@@ -12,16 +12,22 @@ from wan22.errors import UserError
 from wan22.outputs import check_no_source
 from wan22.quantities import human_bytes, video_text
 from wan_trt import arguments as given
-from wan_trt import cache_options, prompt_options
+from wan_trt import cache_options, memory_options, prompt_options
 from wan_trt.console import bars, console
 
 if TYPE_CHECKING:
     from runtime.generate import Timings
+    from runtime.pipeline import Pipeline
     from runtime.request import Request
 
 
 @given.with_options(
-    given.SAMPLING, cache_options.OPTIONS, prompt_options.OPTIONS, prompt_options.EXTENSION, given.BLOCKS, given.SLOTS
+    given.SAMPLING,
+    cache_options.OPTIONS,
+    prompt_options.OPTIONS,
+    prompt_options.EXTENSION,
+    memory_options.OPTIONS,
+    given.SLOTS,
 )
 def run(
     engines: given.Engines,
@@ -64,7 +70,7 @@ def run(
     given.check_used(output, quality, image, fit, exact_official=exact_official)
     if again is not None:
         request, fps, quality = _again(again, request, engines, fps, quality)
-    blocks = given.blocks_options(shared)
+    blocks = memory_options.blocks_options(shared)
     opened = Pipeline.open(engines, residency=residency, once=True, tell=console.print, blocks=blocks)
     with (
         bars() as progress,
@@ -78,17 +84,7 @@ def run(
         encoding = Encoding(fps, QUALITY if quality is None else quality, overwrite)
         result = generate(pipeline, request, output, encoding, progress=progress)
     if verbose:
-        _print_timings(result.timings)
-        if (streamed := pipeline.streamed) is not None:
-            size, times = human_bytes(streamed.size_bytes), f"took {streamed.seconds_copied:.2f} s"
-            waited = f"{streamed.seconds_waited:.2f} s of it not hidden"
-            at_switch = f"{streamed.seconds_waited_at_switches:.2f} s at the change of expert"
-            console.print(f"weights of blocks: {size} in {streamed.blocks:,} copies {times}, {waited}, {at_switch}")
-        if links := pipeline.backend.links:
-            most = max(links, key=lambda link: link.sent_bytes)
-            console.print(
-                f"a device sent {human_bytes(most.sent_bytes)} to others, in {most.seconds:.2f} s of exchanges"
-            )
+        _print_timings(result.timings, pipeline)
     shown = video_text(result.width, result.height, result.frames)
     console.print(f"{output}: {shown} at {result.fps} fps, seed {result.seed}")
     if result.cache is not None:
@@ -113,7 +109,7 @@ def _again(
     return recipe.request(given_files), fps or recipe.fps, recipe.quality if quality is None else quality
 
 
-def _print_timings(timings: "Timings") -> None:
+def _print_timings(timings: "Timings", pipeline: "Pipeline") -> None:
     table = Table("step", "timestep", "expert", "engine ms", "total ms", title="Denoising")
     for step in timings.steps:
         times = [f"{1000 * s:.1f}" for s in (step.engine_seconds, step.total_seconds)]
@@ -123,3 +119,11 @@ def _print_timings(timings: "Timings") -> None:
     for stage, seconds in timings.stages.items():
         console.print(f"{stage}: {seconds:.2f} s")
     console.print(f"sampler overhead outside engines: {100 * timings.sampler_overhead:.1f} % of a step (median)")
+    if (streamed := pipeline.streamed) is not None:
+        size, took = human_bytes(streamed.size_bytes), f"took {streamed.seconds_copied:.2f} s"
+        waited = f"{streamed.seconds_waited:.2f} s of it not hidden"
+        at_switch = f"{streamed.seconds_waited_at_switches:.2f} s at the change of expert"
+        console.print(f"weights of blocks: {size} in {streamed.blocks:,} copies {took}, {waited}, {at_switch}")
+    if links := pipeline.backend.links:
+        most = max(links, key=lambda link: link.sent_bytes)
+        console.print(f"a device sent {human_bytes(most.sent_bytes)} to others, in {most.seconds:.2f} s of exchanges")

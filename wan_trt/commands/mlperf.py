@@ -8,6 +8,7 @@ import typer
 from wan22.errors import UserError
 from wan22.outputs import check_no_source
 from wan_trt import arguments as given
+from wan_trt import memory_options
 from wan_trt.console import bars, command_line, console
 
 PROMPTS = (
@@ -18,7 +19,7 @@ PROMPTS = (
 )
 
 
-@given.with_options(given.BLOCKS)
+@given.with_options(memory_options.OPTIONS)
 def run(
     engines: given.Engines,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for LoadGen's logs and the videos.")],
@@ -51,7 +52,7 @@ def run(
     if accuracy and (samples is not None or min_duration_s is not None):
         found = "--accuracy with --samples or --min-duration-s"
         raise UserError(found, "an accuracy run, which makes every prompt once", "leave them out")
-    blocks, least = given.blocks_options(shared), min_duration_s or 0.0
+    blocks, least = memory_options.blocks_options(shared), min_duration_s or 0.0
     options = MlperfOptions(scenario, samples or 1, accuracy, least, audit, overwrite, command_line(), blocks)
     check_options(options)
     texts = [prompt.text for prompt in read_prompts(prompts, "no")] if prompts else list(PROMPTS)

@@ -1,23 +1,44 @@
 """``wan-trt plan``: the cost of a model on a target, without its weights."""
 
 import json
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
 
 from wan22.errors import UserError
 from wan22.parallel import parse_split
+from wan22.precision import Precision, precision_named
 from wan22.quantities import parse_bytes
-from wan22.specs import Precision, precision_named, spec_named
-from wan_trt.arguments import PRECISIONS, Frames, Size, Vram, size_of
+from wan22.specs import spec_named
+from wan_trt.arguments import PRECISIONS, Frames, Size, size_of, with_options
 from wan_trt.console import console
+from wan_trt.memory_options import Vram
 
 if TYPE_CHECKING:
     from engines.group_plan import Goal, Link
     from engines.plan import Plan
 
 
+GROUPS = {
+    "gpus": Annotated[int | None, typer.Option(help="Compare how so many GPUs divide the work.", min=1, max=72)],
+    "parallel": Annotated[
+        str | None, typer.Option(metavar="HOW", help="Only this split: cfg2, ulyssesN, experts, vaeN with commas.")
+    ],
+    "link": Annotated[
+        Literal["nvlink", "pcie4", "pcie5"] | None, typer.Option(help="Between GPUs; by default the GPU's.")
+    ],
+    "goal": Annotated[
+        Literal["latency", "throughput"] | None, typer.Option(help="The best split for this; by default for both.")
+    ],
+    "efficiency": Annotated[
+        float | None,
+        typer.Option(help="Share of the roofline that a GPU reaches, by wan-trt bench; by default 1.", min=0.01, max=1),
+    ],
+}
+
+
+@with_options(GROUPS)
 def run(
     model: Annotated[str, typer.Argument(help="A model, such as t2v-a14b.", show_default=False)],
     target: Annotated[
@@ -38,20 +59,8 @@ def run(
     bus: Annotated[
         float | None, typer.Option(help="GB/s from host memory to the card; by default its PCIe's.", min=0.1)
     ] = None,
-    gpus: Annotated[int | None, typer.Option(help="Compare how so many GPUs divide the work.", min=1, max=72)] = None,
-    parallel: Annotated[
-        str | None, typer.Option(metavar="HOW", help="Only this split: cfg2, ulyssesN, experts, vaeN with commas.")
-    ] = None,
-    link: Annotated[
-        Literal["nvlink", "pcie4", "pcie5"] | None, typer.Option(help="Between GPUs; by default the GPU's.")
-    ] = None,
-    goal: Annotated[
-        Literal["latency", "throughput"] | None, typer.Option(help="The best split for this; by default for both.")
-    ] = None,
-    efficiency: Annotated[
-        float, typer.Option(help="Share of the roofline that a GPU reaches, by wan-trt bench.", min=0.01, max=1)
-    ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    **shared: Any,
 ) -> None:
     """Print sizes, memory, arithmetic and roofline times of a model, without weights or a GPU."""
     from engines.plan import card_plans, make_plan
@@ -65,8 +74,9 @@ def run(
     video = (width, height, spec.sampling.frames if frames is None else frames)
     asked = None if precision is None else precision_named(precision)
     budget = None if vram is None else parse_bytes(vram, "--vram")
+    in_groups = shared["gpus"] is not None or shared["parallel"] is not None
     if cards:
-        if target is not None or vram is not None or gpus is not None or parallel is not None:
+        if target is not None or vram is not None or in_groups:
             found = "--cards with --target, --vram, --gpus or --parallel"
             raise UserError(found, "all cards, each alone with all of its memory", "leave them out")
         narrowest = min(Precision, key=lambda each: (each.linears.bits, each.attention.bits))
@@ -81,8 +91,8 @@ def run(
             raise UserError("no --target", "a GPU, cpu or auto", "name one, or give --cards for all")
         aim = target_named(target)
         plans = [make_plan(spec, aim, asked or aim.default_precision, video, steps, budget, bus)]
-    if gpus is not None or parallel is not None:
-        _of_groups(plans[0], gpus, parallel, link, goal, efficiency, as_json=as_json)
+    if in_groups:
+        _of_groups(plans[0], **shared, as_json=as_json)
         return
     if as_json:
         entries = [plan.as_json() for plan in plans]
@@ -102,7 +112,7 @@ def _of_groups(
     parallel: str | None,
     link: "Link | None",
     goal: "Goal | None",
-    efficiency: float,
+    efficiency: float | None,
     *,
     as_json: bool,
 ) -> None:
@@ -112,7 +122,7 @@ def _of_groups(
     target = plan.request.target
     if plan.step_seconds is None:
         raise UserError(f"--gpus for {target.name}", "a GPU whose figures are known", "name another --target")
-    link = link or usual_link(target)
+    link, share = link or usual_link(target), efficiency or 1.0
     link_gb_s(target, link)
     if parallel is not None:
         split = parse_split(parallel)
@@ -121,9 +131,9 @@ def _of_groups(
         if count % split.members:
             found = f"--gpus {count} for --parallel {split}"
             raise UserError(found, f"a multiple of {split.members}", f"use --gpus {split.members}")
-        plans = [GroupPlan(plan, split, count, link, efficiency)]
+        plans = [GroupPlan(plan, split, count, link, share)]
     else:
-        plans = group_plans(plan, gpus or 1, link, efficiency)
+        plans = group_plans(plan, gpus or 1, link, share)
     of_goals = [(each, best(plans, each)) for each in ((goal,) if goal else GOALS)]
     chosen = [(each, its) for each, its in of_goals if its is not None and parallel is None]
     if as_json:

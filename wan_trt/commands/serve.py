@@ -13,6 +13,7 @@ import typer
 from wan22.errors import UserError
 from wan22.files import scratch_folder
 from wan_trt import arguments as given
+from wan_trt import memory_options
 from wan_trt.commands.triton import memory_gib
 from wan_trt.console import bars, console, report_unstamped
 
@@ -29,7 +30,7 @@ Loras = Annotated[
 ]
 
 
-@given.with_options(given.LIMITS, given.BLOCKS)
+@given.with_options(given.LIMITS, memory_options.OPTIONS)
 def run(
     engines: given.Engines,
     server: Annotated[Path | None, typer.Option(help="The tritonserver to start; by default the first found.")] = None,
@@ -72,7 +73,7 @@ def run(
         limits,
         residency=residency,
         memory_gib=memory_gib(engines, topology, gpu_memory),
-        blocks=given.blocks_options(shared),
+        blocks=memory_options.blocks_options(shared),
     )
     ready = f"{name} is ready: wan-trt client {address}:{grpc_port} PROMPT -o out.mp4"
     with starting(engines, packing, options, (environment, server), (lora or (), checkpoint)) as tritonserver:

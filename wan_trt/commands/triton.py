@@ -9,6 +9,7 @@ from wan22.errors import UserError
 from wan22.files import check_room
 from wan22.outputs import check_no_source
 from wan_trt import arguments as given
+from wan_trt import memory_options
 from wan_trt.console import console, report_unstamped
 
 Prometheus = Annotated[str, typer.Option(help="URL from which the autoscaler reads metrics.")]
@@ -18,7 +19,7 @@ DatabaseSecret = Annotated[
 ]
 
 
-@given.with_options(given.LIMITS, given.BLOCKS)
+@given.with_options(given.LIMITS, memory_options.OPTIONS)
 def run(
     engines: given.Engines,
     repository: Annotated[Path, typer.Argument(help="Folder to write the repository to.", show_default=False)],
@@ -61,7 +62,7 @@ def run(
         drain_flag=str(DRAIN_FLAG) if kubernetes else "",
         memory_gib=memory_gib(engines, topology, gpu_memory),
         overwrite=overwrite,
-        blocks=given.blocks_options(shared),
+        blocks=memory_options.blocks_options(shared),
     )
     cluster = ClusterOptions(image, namespace, max_pods, prometheus, GatewayPods(gateway_image, database_secret))
     if kubernetes is not None:

@@ -9,7 +9,7 @@ import typer
 from wan22.errors import UserError
 from wan22.outputs import check_no_source
 from wan_trt import arguments as given
-from wan_trt import cache_options
+from wan_trt import cache_options, memory_options
 from wan_trt.console import bars, command_line, console
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Official = Annotated[bool, typer.Option("--official", help="Compare with the off
 OfficialRepo = Annotated[Path | None, typer.Option(help="The same with a clone of Wan-Video/Wan2.2.")]
 
 
-@given.with_options(given.SAMPLING, cache_options.OPTIONS, given.BLOCKS, given.SLOTS)
+@given.with_options(given.SAMPLING, cache_options.OPTIONS, memory_options.OPTIONS, given.SLOTS)
 def run(
     engines: Engines = None,
     checkpoint: Checkpoint = None,
@@ -71,7 +71,7 @@ def run(
     if precision_study or model is not None:
         remedy = "run it in a checkout of the source"
         raise UserError("validate --precision-study has moved", "python -m studies.precision -o DIR", remedy)
-    blocks = given.blocks_options(shared)
+    blocks = memory_options.blocks_options(shared)
     parallel = blocks.gpus is not None or blocks.parallel is not None
     if engines is None or (checkpoint is None and not parallel):
         raise UserError("no ENGINES and CHECKPOINT", "both", "see wan-trt validate --help")

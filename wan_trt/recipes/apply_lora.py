@@ -20,7 +20,8 @@ from export.options import ExportOptions
 from export.shared_files import share
 from runtime.signature import SIGNATURE
 from wan22.block_layout import read_block_layout
-from wan22.bundle import Bundle, Component, File, open_bundle, refuse_existing, staged, write_manifest
+from wan22.bundle import Bundle, open_bundle, refuse_existing, staged, write_manifest
+from wan22.component import Component, File
 from wan22.errors import UserError
 from wan22.outputs import check_disk, check_no_source
 from wan22.progress import Progress, silent

@@ -45,15 +45,16 @@ from runtime.pipeline import Pipeline
 from runtime.prompts import Prompt, read_prompts
 from runtime.request import CompleteRequest, Request
 from wan22.backends import runs_graphs
-from wan22.bundle import Bundle, Component, Manifest, file_entry, open_bundle, write_manifest
+from wan22.bundle import Bundle, Manifest, file_entry, open_bundle, write_manifest
+from wan22.component import Component
 from wan22.errors import UserError
 from wan22.files import whole_file
 from wan22.onnx_file import check_graphs
 from wan22.outputs import check_apart, check_no_source
+from wan22.precision import Precision
 from wan22.progress import Progress, silent
 from wan22.quantities import counted
 from wan22.residency import ONE_EXPERT, ResidencyChoice
-from wan22.specs import Precision
 
 if TYPE_CHECKING:
     from export.graphs.taps import Tapped, Taps

@@ -33,7 +33,8 @@ from wan22.block_layout import (
     varies,
     write_block_layout,
 )
-from wan22.bundle import Bundle, Component, file_entry, open_bundle, write_manifest
+from wan22.bundle import Bundle, file_entry, open_bundle, write_manifest
+from wan22.component import Component
 from wan22.errors import UserError
 from wan22.files import scratch_folder
 from wan22.outputs import check_disk

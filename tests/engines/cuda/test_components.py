@@ -14,7 +14,8 @@ from runtime.engine_onnxruntime import OnnxRuntimeEngine
 from triton_repo.driver import gpus
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 from wan_trt.cli import app as wan_trt
 
 CPU = ("CPUExecutionProvider",)

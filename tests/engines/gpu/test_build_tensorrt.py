@@ -11,7 +11,7 @@ from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.specs import Precision
+from wan22.precision import Precision
 from wan22.strips import half_of
 
 pytest.importorskip("tensorrt_rtx")

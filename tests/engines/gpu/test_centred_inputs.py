@@ -2,7 +2,7 @@
 
 from export.graphs.linear import Quantised
 from tests.engines import conftest
-from wan22.specs import Precision
+from wan22.precision import Precision
 
 
 def test_a_block_with_measured_inputs_has_no_more_kernels(compiled, monkeypatch):

@@ -11,7 +11,8 @@ from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
 from tests.engines.inspect.test_log import check_block
 from wan22.bundle import open_bundle
-from wan22.specs import SPECS, T2V_A14B, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS, T2V_A14B
 
 TINY = SPECS["ti2v-5b-tiny"]  # one transformer and small parts around it
 BLOCK_BYTES = 8 * 5120**2 + 2 * 5120 * 13824  # its matrices in FP8

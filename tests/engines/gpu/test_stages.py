@@ -17,8 +17,9 @@ from export.graphs.builder import BFLOAT16
 from export.graphs.text_encoder import text_stages
 from tests.engines.conftest import QUANTISED
 from wan22.block_memory import BlockChoice, block_memory, text_layer_bytes, text_layers
-from wan22.bundle import File
-from wan22.specs import SPECS, Precision
+from wan22.component import File
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 MIB = 2**20
 TOKENS = {"t2v-a14b": 75_600, "ti2v-5b": 27_280}  # 720p

@@ -18,8 +18,9 @@ from export.options import ExportOptions
 from runtime.built_for import check_plans
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
+from wan22.precision import Precision
 from wan22.shapes import fitting_profile, own_profiles
-from wan22.specs import T2V_A14B, TI2V_5B, Precision
+from wan22.specs import T2V_A14B, TI2V_5B
 from wan22.strips import VAE_STAGES, strips_of
 from wan22.vae_memory import stage_scratch_bytes
 

@@ -8,7 +8,7 @@ from engines.inspect.inspection import inspect_bundle, inspect_engines
 from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from wan22.errors import UserError
-from wan22.specs import Precision
+from wan22.precision import Precision
 
 pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
 

@@ -9,7 +9,7 @@ from engines.inspect.report import FusionReport
 from engines.inspect.views import as_html, as_text, by_dtype
 from engines.targets import TARGETS
 from wan22.errors import UserError
-from wan22.specs import Precision
+from wan22.precision import Precision
 
 # the most kernels that a block may have: a model of one block, whose ends count for it, in TensorRT-RTX 1.7.1
 KERNELS = {Precision.BF16: 18, Precision.FP8: 19, Precision.FP8_ATTN: 21}

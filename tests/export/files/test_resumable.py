@@ -15,9 +15,11 @@ from export.files.resumable import Journal, partial_folder, resumable_folder
 from export.graphs import weights_file
 from export.options import ExportOptions
 from export.synth.checkpoint import synthesise
-from wan22.bundle import File, sha256_of
+from wan22.bundle import sha256_of
+from wan22.component import File
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 BF16 = ExportOptions(Precision.BF16)
 

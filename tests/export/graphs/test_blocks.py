@@ -17,7 +17,8 @@ from export.quantise.inputs import CENTRED, MeasuredInput, input_width
 from export.quantise.quantised_weights import QuantisedWeights
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
-from wan22.specs import SPECS, Number
+from wan22.precision import Number
+from wan22.specs import SPECS
 
 MODELS = ["t2v-a14b-tiny", "i2v-a14b-tiny", "ti2v-5b-tiny"]
 SHAPE = (3, 10, 18)  # 135 tokens

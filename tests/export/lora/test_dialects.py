@@ -18,7 +18,8 @@ from export.synth.checkpoint import synthesise
 from validate.reference.loras import with_loras
 from wan22.bundle import Manifest
 from wan22.errors import UserError
-from wan22.specs import Precision, spec_named
+from wan22.precision import Precision
+from wan22.specs import spec_named
 
 SPEC = spec_named("t2v-a14b-tiny")
 Q, FFN, PATCHES = "blocks.0.self_attn.q", "blocks.1.ffn.0", "patch_embedding"

@@ -11,7 +11,8 @@ from export.files.safetensors_file import read_safetensors
 from export.options import ExportOptions
 from export.quantise.input_scales import LinearScales, check_weights, read_input_scales, write_input_scales
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 
 # Entries of NVIDIA/TensorRT-Model-Connect, families/wan2_2_ti2v/data (Apache-2.0), unmodified.
 NVIDIA = """{

@@ -16,7 +16,8 @@ from export.quantise.quantised_weights import QuantisedWeights
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
 from wan22.errors import UserError
-from wan22.specs import SPECS, Number, Precision
+from wan22.precision import Number, Precision
+from wan22.specs import SPECS
 
 TINY = SPECS["t2v-a14b-tiny"]
 SPEC = TINY.dit

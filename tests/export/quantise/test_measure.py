@@ -17,7 +17,8 @@ from studies.precision.session import fill, open_graph
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
 from wan22.errors import UserError
-from wan22.specs import SPECS, TEXT_TOKENS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS, TEXT_TOKENS
 
 TINY = SPECS["t2v-a14b-tiny"]
 

@@ -22,7 +22,8 @@ from studies.gpu.random_model import random_weights, transformer_engine
 from studies.gpu.stage import StageResult, StageSettings
 from tests.runtime.fake_gpu import DeviceArray, FakeCupy
 from wan22.errors import UserError
-from wan22.specs import TEXT_TOKENS, Precision, spec_named
+from wan22.precision import Precision
+from wan22.specs import TEXT_TOKENS, spec_named
 
 COMMAND = [sys.executable, "-m", "studies.gpu"]
 BY_NAME = {stage.name: stage for stage in STAGES}

@@ -12,7 +12,8 @@ from studies.precision.ablation import keep_k_mean, scale_v_per_tensor, subtract
 from studies.precision.session import fill, open_graph
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
-from wan22.specs import SPECS, Number
+from wan22.precision import Number
+from wan22.specs import SPECS
 
 SPEC = SPECS["t2v-a14b-tiny"].dit
 BOTH = Quantised(self_attention=True, cross_attention=True)

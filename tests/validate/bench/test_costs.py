@@ -9,7 +9,8 @@ from runtime.request import Request
 from validate.bench.costs import Cost, costs_of, peak_of
 from validate.bench.work import BenchOptions, work_for
 from wan22.bundle import Bundle, open_bundle
-from wan22.specs import TEXT_TOKENS, Precision
+from wan22.precision import Precision
+from wan22.specs import TEXT_TOKENS
 
 
 @pytest.fixture(scope="module")

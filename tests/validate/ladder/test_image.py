@@ -149,7 +149,7 @@ def test_the_diffusers_layout_matches_too(tmp_path, model):
     from export.exporter import export_checkpoint
     from export.options import ExportOptions
     from export.synth.checkpoint import synthesise
-    from wan22.specs import Precision
+    from wan22.precision import Precision
 
     synthesise(SPECS[model], tmp_path / "checkpoint", "diffusers", seed=4)
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "onnx", ExportOptions(Precision.FP32))

@@ -19,7 +19,8 @@ from validate import ValidateOptions, validate
 from validate.ladder.rungs import velocity_points
 from validate.report.worst import FAILED, known, worst_values
 from wan22.errors import NonFiniteError, UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 from wan_trt.cli import app
 
 SMALL = ValidateOptions(Request(size=(64, 64), frames=5, steps=4, seed=3))

@@ -13,7 +13,7 @@ from validate import ValidateOptions, validate
 from validate.ladder.onnx_side import BY_KERNELS, BY_ROUNDING, how_made
 from validate.ladder.thresholds import EXCESS, thresholds_for
 from wan22.bundle import open_bundle
-from wan22.specs import Precision
+from wan22.precision import Precision
 
 SMALL = ValidateOptions(Request(size=(32, 32), frames=5, steps=2, seed=3))
 

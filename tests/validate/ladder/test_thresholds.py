@@ -15,7 +15,7 @@ from validate.ladder.thresholds import (
     Thresholds,
     thresholds_for,
 )
-from wan22.specs import Precision
+from wan22.precision import Precision
 
 
 def test_the_promise_of_float32():

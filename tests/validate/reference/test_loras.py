@@ -17,8 +17,9 @@ from validate import ValidateOptions, validate
 from validate.reference.loras import with_loras
 from validate.reference.parts import load_part
 from wan22.errors import UserError
+from wan22.precision import Precision
 from wan22.progress import silent
-from wan22.specs import SPECS, Precision
+from wan22.specs import SPECS
 
 SPEC = SPECS["t2v-a14b-tiny"]
 SMALL = ValidateOptions(Request(size=(64, 64), frames=1, steps=2))

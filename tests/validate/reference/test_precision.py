@@ -9,7 +9,8 @@ from export.checkpoint.checkpoint import open_checkpoint
 from validate.ladder.metrics import compare
 from validate.reference.precision import Fp8Linear, Int8Linear, attention_of, onednn_convolutions
 from validate.reference.reference import Reference
-from wan22.specs import SPECS, TEXT_TOKENS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS, TEXT_TOKENS
 
 SPEC = SPECS["t2v-a14b-tiny"]
 RANDOM = np.random.default_rng(0)

@@ -17,7 +17,7 @@ from validate.report.report import ValidationReport
 from validate.report.to_html import as_html
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.specs import Precision
+from wan22.precision import Precision
 
 BENCH = {
     "format": "wan-trt bench 1", "model": "t2v-a14b-tiny", "precision": "fp32", "machine": {},

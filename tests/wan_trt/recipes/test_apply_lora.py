@@ -12,7 +12,8 @@ from export.lora.merge import LoraChoice
 from export.options import ExportOptions
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 from wan_trt.cli import app
 from wan_trt.recipes.apply_lora import apply_lora
 

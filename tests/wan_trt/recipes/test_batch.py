@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -345,16 +346,26 @@ def test_a_ray_cluster_that_loses_a_node_accounts_for_every_job(tiny_engines, tm
     from wan_trt.recipes.batch.workers import Opening, ray_workers
 
     jobs = jobs_file(tmp_path / "jobs.jsonl", *({"name": f"j{n}", "prompt": f"Cat {n}", **SMALL} for n in range(16)))
-    killed, told = [], []
+    killed, told, opened = [], [], threading.Semaphore(0)
     with ray_cluster(2) as (cluster, nodes), ray_workers(Opening(tiny_engines), cluster.address) as workers:
         assert workers.count == 2  # the head has no cores for an actor
 
+        @contextmanager
+        def open_worker(index):
+            with workers.open(index) as worker:
+                opened.release()
+                yield worker
+
         def kill_one(task, done, total, unit=""):
-            if done == 3 and not killed:
+            if done == 1:
+                assert opened.acquire(timeout=60)
+                assert opened.acquire(timeout=60)  # both render from here on
+            if not killed and done and len({each["worker"] for each in results_of(tmp_path / "out")}) == 2:
                 cluster.remove_node(nodes[1], allow_graceful=False)
                 killed.append(done)
 
-        summary = run_batch(jobs, str(tmp_path / "out"), workers, progress=kill_one, tell=told.append)
+        both = replace(workers, open=open_worker)
+        summary = run_batch(jobs, str(tmp_path / "out"), both, progress=kill_one, tell=told.append)
     assert killed
     assert (summary.done, summary.failed, summary.missing) == (16, 0, 0), told
     found = results_of(tmp_path / "out")

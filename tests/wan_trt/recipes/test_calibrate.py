@@ -19,7 +19,8 @@ from runtime.request import Request
 from studies.precision.session import open_graph
 from tests.export.graphs.test_dit import inputs_for, relative_l2
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 from wan_trt.recipes.calibrate import CalibrateOptions, calibrate
 
 TINY = SPECS["t2v-a14b-tiny"]

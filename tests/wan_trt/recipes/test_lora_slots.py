@@ -29,9 +29,11 @@ from tests.export.graphs.test_dit import relative_l2
 from triton_repo.loading import load
 from triton_repo.settings import Limits, settings_of
 from validate.ladder.onnx_side import open_for_comparison
-from wan22.bundle import File, open_bundle
+from wan22.bundle import open_bundle
+from wan22.component import File
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 from wan_trt.cli import app
 from wan_trt.recipes.apply_lora import apply_lora
 from wan_trt.recipes.lora_slots import Region, fill_linear, write_slot_set

@@ -8,7 +8,7 @@ from export.exporter import export_checkpoint
 from export.options import ExportOptions
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
-from wan22.specs import Precision
+from wan22.precision import Precision
 from wan_trt.recipes.pack import pack
 
 

@@ -18,7 +18,8 @@ from triton_repo.loading import load
 from triton_repo.settings import Limits, settings_of
 from wan22.bundle import MergedLora, open_bundle
 from wan22.errors import UserError
-from wan22.specs import SPECS, Precision
+from wan22.precision import Precision
+from wan22.specs import SPECS
 from wan_trt.recipes.apply_lora import apply_lora
 from wan_trt.recipes.weight_sets import make_weight_sets, parse_named
 
