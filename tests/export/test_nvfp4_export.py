@@ -136,7 +136,7 @@ def test_from_the_command_line_to_a_proved_bundle(flow_of, tmp_path):
     small = ["--size", "64x48", "--frames", "1", "--steps", "2"]
     proved = runner.invoke(app, ["validate", str(bundle.folder), str(checkpoint), "-o", f"{tmp_path}/r", *small])
     assert proved.exit_code == 0, proved.output
-    for target in ("rtx4090", "rtx3090", "h100"):
+    for target in ("rtx4090", "h100"):
         with pytest.raises(UserError, match=r"compute capability [\d.]+ has no NVFP4 units.*use --precision int8"):
             build_engines(bundle.folder, tmp_path / "e", BuildOptions(target))
 
