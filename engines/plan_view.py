@@ -84,25 +84,25 @@ def _split(plan: GroupPlan) -> str:
 def precisions_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
     """The output of ``wan-trt plan --compare-precisions``: what every precision of a card costs and saves."""
     plan, figures = plans[0], read_figures()
-    target, wide = plan.request.target, next((p for p in plans if p.request.precision is Precision.BF16), plan)
+    target, layers = plan.request.target, plan.request.spec.dit.layers
     table = Table(
-        "precision", "velocity error", "aim", "latents", "experts", "resident", "kernels", "step s", "to bf16",
+        "precision", "error", "dB", "GiB", "blocks", "kernels", "step s",
         title=f"{plan.request.spec.name} on {target.name}: {video_text(*plan.request.video)}, {plan.tokens:,} tokens",
         title_justify="left",
     )  # fmt: skip
-    table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.no_wrap = True
     for each in plans:
-        found = figures.get(each.request.precision)
-        row = [str(each.request.precision), "", "", ""]
+        found, error, latents = figures.get(each.request.precision), "", ""
         if found is not None:
-            aim = f"{found.aim:.1%}{'' if found.meets_aim else ', missed'}"
-            row[1:] = [f"{found.worst:.2%}", aim, f"{min(found.latents_db.values()):.1f} dB"]
-        experts = sum(each.weights_bytes[expert] for expert in each.request.spec.experts)
+            error = f"{found.worst:.2%}{'' if found.meets_aim else '*'}"
+            latents = f"{min(found.latents_db.values()):.1f}"
+        experts = sum(each.weights_bytes[expert] for expert in each.request.spec.experts) / 2**30
+        blocks = _blocks(each).replace(f" of {layers}", "").replace(" in", ",")
         kernels = found.kernels.get(target.name, ()) if found is not None else ()
-        row += [human_bytes(experts), _blocks(each), " + ".join(map(str, kernels))]
-        if each.step_seconds is not None and wide.step_seconds is not None:
-            row += [f"{each.step_seconds:.2f}", f"{each.step_seconds / wide.step_seconds - 1:+.0%}"]
-        table.add_row(*row)
+        seconds = "" if each.step_seconds is None else f"{each.step_seconds:.2f}"
+        row = (error, latents, f"{experts:.1f}", blocks, " + ".join(map(str, kernels)), seconds)
+        table.add_row(str(each.request.precision), *row)
     yield table
     best = target.recommended_precision
     reason = "of the highest peaks, the one that errs least" if target.bf16_tflops else "no figures of this target"
@@ -112,7 +112,8 @@ def precisions_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
             check_precision(target, refused)
         except UserError as error:
             yield f"{error.found}: {error.remedy}"
-    yield "errors: worst step and worst of two small twins with real outliers; times: rooflines, not measurements"
+    yield "error of a velocity (* misses its aim), dB of finished latents: the worst of two small twins with outliers"
+    yield f"GiB: of all experts; blocks: resident ones of {layers}; seconds: by roofline, not measured"
 
 
 def _text_layers(plan: Plan) -> str:

@@ -6,6 +6,7 @@ ways. Unless ``exact_official`` is set, the grid is computed in integers, becaus
 turns an 832x480 image into 832x464. And ``fit="crop"`` gives exactly the requested size for any image.
 """
 
+from collections.abc import Callable
 from math import isqrt
 from typing import Literal
 
@@ -163,3 +164,30 @@ def i2v_condition(latents: F32, *, has_last: bool = False) -> F32:
     """The ``condition`` input, ``[1, 4 + z, T, h, w]``: the mask, then the encoded conditioning video."""
     mask = conditioning_mask(*latents.shape[2:], has_last=has_last)
     return np.concatenate([mask, latents], axis=1)
+
+
+def condition_inputs(
+    spec: ModelSpec,
+    images: tuple[Image.Image | None, Image.Image | None],
+    video: tuple[int, int, int],
+    fit: Fit,
+    encode: Callable[[F32], F32],
+) -> dict[str, F32]:
+    """The sampler's inputs from images: ``condition`` (I2V), ``first_frame`` (TI2V) or none.
+
+    Args:
+        spec: the model.
+        images: the first image and the last one.
+        video: width, height, frames.
+        fit: how images are made that size.
+        encode: frames ``[1, 3, F, H, W]`` to normalised latents.
+    """
+    first, last = images
+    if first is None:
+        return {}
+    shape = spec.takes.resizing, video[:2], fit
+    if spec.takes.clean_first_frame:
+        return {"first_frame": encode(fit_image(first, *shape))}
+    final = None if last is None else fit_image(last, *shape)
+    latents = encode(conditioning_video(fit_image(first, *shape), video[2], final))
+    return {"condition": i2v_condition(latents, has_last=last is not None)}

@@ -17,7 +17,7 @@ from runtime.built_for import check_video, default_video, fill_defaults
 from runtime.denoise import Conditions, Step, denoise
 from runtime.engine import Engine, OnCall
 from runtime.forward_inputs import text_rows
-from runtime.image_condition import conditioning_video, fit_image, i2v_condition
+from runtime.image_condition import condition_inputs
 from runtime.request import CompleteRequest, Request
 from runtime.tokenizer import TokenIds, Tokenizer
 from runtime.vae_choice import PipelineVae
@@ -80,11 +80,8 @@ class Pipeline:
         self.weight_sets = WeightSets(bundle, {})  # may be replaced before the first request
         self.tokenizer = Tokenizer(bundle.folder / "tokenizer")
         self._shared = ExitStack()  # closed after all engines
-        self.backend = (
-            Backend(new_engine, available_host_bytes)
-            if new_engine
-            else open_backend(bundle, self._shared, blocks, devices, tell)
-        )
+        of_others = Backend(new_engine, available_host_bytes) if new_engine else None
+        self.backend = of_others or open_backend(bundle, self._shared, blocks, devices, tell)
         for in_blocks in self.backend.every_blocks:
             in_blocks.component = self._component
         self._open, self._engines = dict[str, ExitStack](), dict[str, Engine]()
@@ -225,10 +222,7 @@ class Pipeline:
             self.release(name)
 
     def use_weights(self, lora: str | None) -> bool:
-        """Take the experts from the weight set ``lora`` from now on; True if it was another.
-
-        Closes those in use, but not engines with slots on one device.
-        """
+        """Take the experts from the set ``lora``; True if it was another. Closes them, unless one device has slots."""
         changed, every = self.weight_sets.choose(lora), self.backend.every_blocks
         if changed and self.weight_sets.rank and len(every) == 1:
             every[0].renew()
@@ -251,9 +245,7 @@ class Pipeline:
         tokens = self.tokenizer.encode(prompt, allow_empty=allow_empty)
         if tokens.truncated:
             log.warning("prompt cut to %d tokens", TEXT_TOKENS)  # users' prompts do not belong in logs
-        embeddings = self.engine("text_encoder")(input_ids=tokens.ids)
-        assert isinstance(embeddings, np.ndarray)
-        return tokens, embeddings
+        return tokens, np.asarray(self.engine("text_encoder")(input_ids=tokens.ids))
 
     def text(self, prompt: str, *, allow_empty: bool = False) -> F32:
         """The transformer's text input, read-only: ``[1, 512, text width]``, with exact zeros after the last token."""
@@ -263,17 +255,10 @@ class Pipeline:
         return padded
 
     def image_condition(self, request: CompleteRequest) -> dict[str, F32]:
-        """The sampler's inputs from the request's images: ``condition`` (I2V), ``first_frame`` (TI2V) or none."""
-        if request.image is None:
-            return {}
-        shape = self.spec.takes.resizing, (request.width, request.height), request.fit
-        first = fit_image(request.image, *shape)
-        if self.spec.takes.clean_first_frame:
-            return {"first_frame": self.encode(first)}
-        last = None if request.last_image is None else fit_image(request.last_image, *shape)
-        video = conditioning_video(first, request.frames, last)
-        latents = self.encode(video)
-        return {"condition": i2v_condition(latents, has_last=last is not None)}
+        """The sampler's inputs from the request's images: see :func:`runtime.image_condition.condition_inputs`."""
+        images = request.image, request.last_image
+        video = (request.width, request.height, request.frames)
+        return condition_inputs(self.spec, images, video, request.fit, self.encode)
 
     def denoise(self, request: CompleteRequest, steps: range | None = None) -> Generator[Step, F32 | None, None]:
         """Run the sampler and yield after every step; the last step carries the clean latents.

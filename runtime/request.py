@@ -46,8 +46,7 @@ class Request:
     exact_official: bool = False  # round sizes as the official code does, including its float errors
     # sampling
     seed: int = 0
-    # [z, T, h, w], [1, z, T, h, w], or those values flat; replaces the seed's
-    noise: F32 | None = field(default=None, compare=False)
+    noise: F32 | None = field(default=None, compare=False)  # [z, T, h, w], with a 1 before or flat; not the seed's
     preset: str | None = None  # a name of wan22.sampling.PRESETS
     boundary: float | None = None  # fraction of the timestep range above which the high-noise expert is used
     steps: int | None = None

@@ -1,5 +1,7 @@
 """``wan-trt generate``: engines and a prompt → video."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from runtime.generate import Timings
     from runtime.pipeline import Pipeline
     from runtime.request import Request
+    from wan22.progress import Progress
 
 
 @given.with_options(
@@ -63,7 +66,6 @@ def run(
     from runtime.pipeline import Pipeline
     from runtime.video import QUALITY
     from runtime.weight_sets import WeightSets
-    from wan_trt.recipes.lora_slots import SET, filled_slots
 
     listed = cache_options.skip_steps_file(shared.get("skip_steps"))
     check_no_source(output, noise, again, image, last_image, listed)
@@ -74,10 +76,12 @@ def run(
     opened = Pipeline.open(engines, residency=residency, once=True, tell=console.print, blocks=blocks)
     with (
         bars() as progress,
-        filled_slots(engines, shared.get("loras") or (), checkpoint, progress) as filled,
+        _filled_slots(engines, shared.get("loras"), checkpoint, progress) as filled,
         opened as pipeline,
     ):
         if filled is not None:
+            from wan_trt.recipes.lora_slots import SET
+
             pipeline.weight_sets = WeightSets(pipeline.bundle, {SET: open_bundle(filled, "engines")})
             request = replace(request, lora=SET)
         request = prompt_options.extended_request(shared, request, pipeline)
@@ -89,6 +93,17 @@ def run(
     console.print(f"{output}: {shown} at {result.fps} fps, seed {result.seed}")
     if result.cache is not None:
         cache_options.print_decisions(result.timings.skipped, result.timings.late, len(result.timings.steps))
+
+
+def _filled_slots(
+    engines: Path, loras: Sequence[str] | None, checkpoint: str | None, progress: "Progress"
+) -> AbstractContextManager[Path | None]:
+    """The weight set for ``loras``. Without any, nothing of the export is imported."""
+    if not loras:
+        return nullcontext()
+    from wan_trt.recipes.lora_slots import filled_slots
+
+    return filled_slots(engines, loras, checkpoint, progress)
 
 
 def _again(
