@@ -26,9 +26,12 @@ from runtime.weight_sets import WeightSets
 from tests.export.conftest import made_up, run_graph  # noqa: F401  # a fixture
 from tests.export.graphs.test_blocks import Stages, given_to
 from tests.export.graphs.test_dit import relative_l2
+from tests.runtime.test_block_transformer import given_to as given_to_engines
+from tests.runtime.test_blocks_tensorrt import gpu  # noqa: F401  # a fixture
 from triton_repo.loading import load
 from triton_repo.settings import Limits, settings_of
 from validate.ladder.onnx_side import open_for_comparison
+from wan22.block_layout import read_block_layout
 from wan22.bundle import open_bundle
 from wan22.component import File
 from wan22.errors import UserError
@@ -245,3 +248,22 @@ def test_merging_into_engines_with_slots_leaves_them_empty(slotted, loras, tmp_p
         made = write_slot_set(other.bundle, [parse_lora(loras["ink"][0])], tmp_path / "set")
         other.weight_sets = WeightSets(other.bundle, {"ink": open_bundle(made, "engines")})
         assert relative_l2(latents(merged), latents(other, "ink")) < 1e-5
+
+
+def test_a_gpu_copies_what_a_lora_replaces_and_no_block(slotted, loras, tmp_path, gpu):  # noqa: F811
+    made = write_slot_set(open_bundle(slotted, "engines"), [parse_lora(loras["ink"][0])], tmp_path / "set")
+    given, found = given_to_engines("t2v-a14b-tiny"), {}
+    for weights_in in ("vram", "disk"):
+        cupy, bundle, backend = gpu(slotted, weights_in)
+        sets = WeightSets(bundle, {"ink": open_bundle(made, "engines")})
+        backend.blocks.component = sets.component
+        step_bytes = read_block_layout(bundle.path(bundle.component("high_noise").weights[0])).step_bytes
+        with backend.new_engine(bundle.component("high_noise")) as engine:
+            for name in (None, "ink", None, "ink"):
+                sets.choose(name)
+                backend.blocks.renew()
+                cupy.copied.clear()
+                velocity = engine(**given)
+                assert np.array_equal(found.setdefault(name, velocity), velocity)
+        assert max(cupy.copied) < step_bytes  # both blocks stay; only parts of them are copied
+    assert relative_l2(found["ink"], found[None]) > 0.05
