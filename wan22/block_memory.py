@@ -129,7 +129,7 @@ def block_memory(
         rest = 6.4 + 4 * ratio
     if slots:  # another 16-bit product beside the largest ones
         qkv, rest = qkv + 3 * wide, rest + ratio * wide
-    attend = 6.1 if precision.attention is Number.FP8 and not in_codes else 2 * number
+    attend = 6.1 if precision.attention.bits < 16 and not in_codes else 2 * number
     scratch = max(qkv / choice.slices, attend, rest / choice.slices, 4.1 / choice.slices)
     text = PROMPTS * spec.layers * 2 * TEXT_TOKENS * spec.width * wide
     residual = 4 * rows * (1 + 1 / choice.slices)  # slices go through an array of one slice
