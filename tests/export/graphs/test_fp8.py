@@ -18,7 +18,7 @@ from export.files.safetensors_file import read_safetensors
 from export.graphs.builder import BFLOAT16, FLOAT
 from export.graphs.dit import dit_graph
 from export.graphs.linear import FLOAT8, Quantised, coded_matrices
-from export.quantise import quantised_weights
+from export.quantise import quantised_weights, rounding
 from export.quantise.quantised_weights import QuantisedWeights
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
@@ -97,7 +97,7 @@ def test_the_largest_weight_of_every_row_becomes_the_largest_fp8_number(weights)
 
 
 def test_pieces_are_the_matrix_and_are_made_as_they_are_asked_for(weights, monkeypatch):
-    monkeypatch.setattr(quantised_weights, "PIECE_ELEMENTS", 10_000)
+    monkeypatch.setattr(rounding, "PIECE_ELEMENTS", 10_000)
     key, asked = "blocks.0.self_attn.qkv.weight", []
     whole = QuantisedWeights(weights.__getitem__, SPEC, {key: Number.FP8})(key)
     read = QuantisedWeights(lambda name: (asked.append(name), weights[name])[1], SPEC, {key: Number.FP8})
