@@ -233,8 +233,8 @@ def _next_best(target: Target, precision: Precision) -> Precision:
     if not precision.quantised:
         return target.default_precision
     alike = [p for p in target.precisions if p.attention in (precision.attention, precision.attention.wide)]
-    found = min(alike, key=lambda p: (p.linears.bits, -p.linears.significand, p.attention.bits), default=precision)
-    return found if found.quantised else target.default_precision
+    alike.sort(key=lambda p: (p.linears.bits, -p.linears.significand, p.attention.bits))
+    return alike[0] if alike and alike[0].quantised else target.default_precision
 
 
 def number_of_peaked(target: str | None) -> Number:

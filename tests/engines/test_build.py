@@ -50,7 +50,7 @@ def test_bfloat16_on_the_cpu_is_refused_with_the_way_out(tmp_path, tiny_checkpoi
     ("precision", "target", "found", "remedy"),
     [
         (Precision.FP8, "cpu", "precision fp8 for cpu", "in wan-trt export use --precision fp32, or name another"),
-        (Precision.FP8, "rtx3090", "precision fp8 for rtx3090", "in wan-trt export use --precision bf16"),
+        (Precision.FP8, "rtx3090", "precision fp8 for rtx3090", "in wan-trt export use --precision int8"),
         (Precision.FP32, "rtx4090", "text_encoder in fp32 for rtx4090", "in wan-trt export use --text-encoder bf16"),
     ],
 )

@@ -40,7 +40,7 @@ def test_an_export_and_cp_take_turns_and_nothing_is_left(tmp_path, case):
 @pytest.mark.slow
 def test_parts_that_are_measured_alone_end_in_one_file(tmp_path):
     scaled(tmp_path, "--only", "graph")
-    for case in ("fp8-attn", "linked"):
+    for case in ("fp32 → fp8-attn", "linked"):
         outcome, figures = scaled(tmp_path, "--only", "memory", "--case", case)
         assert outcome.exit_code == 0, outcome.output
     assert figures["graph_seconds"] > 0
