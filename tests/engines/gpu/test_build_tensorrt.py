@@ -69,7 +69,7 @@ def test_fixed_shapes_and_fp8_attention_compile(tmp_path, flow_of):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (BuildOptions("rtx3090"), "use --precision bf16"),
+        (BuildOptions("rtx3090"), "use --precision int8"),
         (BuildOptions("h100"), "pip install tensorrt"),
         (BuildOptions("rtx4090", size="100x100"), "size 100x100"),
         (BuildOptions("cpu"), "ONNX Runtime does not compute it"),
