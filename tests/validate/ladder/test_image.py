@@ -92,7 +92,7 @@ def test_wrong_pixels_are_found_at_the_pixels(i2v, tmp_path, monkeypatch):
     def smooth(image, resizing, size, fit="official"):
         return fit_image(image.resize(size, Image.Resampling.LANCZOS), resizing, size, fit)
 
-    for user in ("runtime.pipeline", "validate.ladder.engines_side"):
+    for user in ("runtime.image_condition", "validate.ladder.engines_side"):
         monkeypatch.setattr(f"{user}.fit_image", smooth)
     found = validate(i2v.engines, i2v.checkpoint, tmp_path, SMALL)
     failed = names(found.failed)
