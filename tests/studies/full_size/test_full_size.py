@@ -60,9 +60,9 @@ def test_a_file_of_other_figures_is_not_overwritten(tmp_path, content, message):
 
 
 def test_an_unknown_case_is_refused_before_anything_is_written(tmp_path):
-    result, _ = scaled(tmp_path, "--case", "fp4")
+    result, _ = scaled(tmp_path, "--case", "fp5")
     assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
-    assert "--case 'fp4'" in result.stderr
+    assert "--case 'fp5'" in result.stderr
 
 
 def test_figures_that_cannot_be_written_are_reported_in_one_line(tmp_path):
