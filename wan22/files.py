@@ -216,7 +216,8 @@ def _parents(folder: Path) -> Iterator[None]:
 def _acquire_lock(folder: Path, named: str, *, wait: bool) -> int:
     """Create the hidden ``folder`` and return the descriptor that holds its lock."""
     while True:
-        folder.mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # not exist_ok, which raises if another process removes it at that moment
+            folder.mkdir()
         with suppress(FileNotFoundError):
             if LOCK not in (names := [path.name for path in folder.iterdir()]) and names:
                 raise UserError(f"{folder} is in the way", f"a name free for {named} while it is made", "rename it")
