@@ -68,7 +68,7 @@ def test_models_are_told_apart_in_their_own_file_only(trees):
 
 def test_quantised_precisions_are_named_in_their_own_file_only(trees):
     quantised = {precision.name for precision in Precision if precision.quantised and precision.attention.bits < 16}
-    assert {"FP8_ATTN", "INT8_FP8_ATTN"} <= quantised
+    assert quantised == {"FP8_ATTN", "INT8_FP8_ATTN", "NVFP4_FP8_ATTN", "NVFP4_FFN_FP8_ATTN"}
     for path, tree in trees.items():
         assert path == "wan22/precision.py" or not attributes_of(tree, "Precision") & quantised, path
 

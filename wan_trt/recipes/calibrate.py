@@ -47,7 +47,7 @@ from runtime.request import CompleteRequest, Request
 from wan22.backends import runs_graphs
 from wan22.bundle import Bundle, Manifest, file_entry, open_bundle, write_manifest
 from wan22.component import Component
-from wan22.errors import UserError
+from wan22.errors import NonFiniteError, UserError
 from wan22.files import whole_file
 from wan22.onnx_file import check_graphs
 from wan22.outputs import check_apart, check_no_source
@@ -123,6 +123,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
     Raises:
         UserError: not an ONNX bundle, it is already quantised, no prompts, too few steps for both experts, numbers that
             overflow, a target that cannot run it, an existing file.
+        NonFiniteError: the model computes NaN or infinity.
     """
     for path in filter(None, (out, options.means)):
         if path.exists() and not options.overwrite:
@@ -200,7 +201,10 @@ def write_tapped(source: Bundle, folder: Path, target: str, progress: Progress) 
             rows = {n: (x, input_width(spec.dit, n)) for n, x in entering.items() if kind_of(n) in CENTRED}
             done, total = len(taps) * spec.dit.layers, len(spec.experts) * spec.dit.layers
             read = _reader(source.path(component.graph))
-            without_data = measure_inputs(read, spec, component.name, progress, done, total)
+            try:
+                without_data = measure_inputs(read, spec, component.name, progress, done, total)
+            except UserError as error:  # its only one: to this command the model is no input of the user's making
+                raise NonFiniteError(f"{component.name}, {error.found}") from None
             vectors = {name: measured.vectors for name, measured in without_data.items()}
             taps[component.name] = found = add_taps(model, entering, rows, vectors)
             tapped = replace(tapped, outputs=(*tapped.outputs, *found.outputs))

@@ -54,8 +54,13 @@ def test_finer_types_err_less(results):
     assert worst["int8"] < worst["int8 without factors"] < worst["int8 without means and factors"]
     assert worst["int8"] < 0.5 * worst["fp8"]
     assert worst["int8"] < worst["int8+fp8-attn"] < worst["fp8-attn"]
-    for name in PRECISIONS:  # what an export measures without data is not far from a run of the same prompt
-        assert worst[name] < 1.6 * worst[f"{name}, calibrated"]
+    assert worst["fp8"] < 0.9 * worst["fp8 without means"]
+    for name in PRECISIONS:
+        assert worst[f"{name}, calibrated"] < worst[name]
+        assert results[f"{name}, calibrated"].psnr_db > results[name].psnr_db
+    for name, plain in (("fp8", "fp8 without means"), ("int8", "int8 without means and factors")):
+        possible, reached = (worst[plain] - worst[found] for found in (f"{name}, calibrated", name))
+        assert reached > 0.5 * possible  # of what prompts can tell, an export without data knows most
     assert results["int8"].psnr_db > results["fp8"].psnr_db > results["fp8 without means"].psnr_db
 
 

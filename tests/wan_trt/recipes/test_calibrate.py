@@ -16,6 +16,7 @@ from export.graphs.linear import FLOAT8_MAX
 from export.options import ExportOptions
 from export.quantise.input_scales import read_input_scales
 from export.quantise.inputs import CENTRED, crests_by_kind
+from export.quantise.measure import inputs_of_zeros
 from runtime.request import Request
 from studies.precision.session import open_graph
 from tests.export.graphs.test_dit import inputs_for, relative_l2
@@ -118,8 +119,13 @@ def test_a_graph_with_measured_scales_errs_little_more_than_one_that_scales_ever
     assert 0.01 < error_of(input_scales=calibrated[0]) < 1.2 * per_token
 
 
-def test_a_graph_with_means_of_prompts_errs_less_than_one_with_means_without_data(calibrated, error_of, per_token):
-    assert 0.01 < error_of(input_means=calibrated[0].with_name("means")) < per_token
+def test_a_graph_with_means_of_prompts_errs_less_than_one_with_means_without_data_or_none(
+    calibrated, error_of, per_token, monkeypatch
+):
+    found = error_of(input_means=calibrated[0].with_name("means"))
+    assert 0.01 < found < per_token
+    monkeypatch.setattr("export.measured.measure_inputs", lambda *_, **__: inputs_of_zeros(TINY.dit))
+    assert found < 0.95 * error_of()
 
 
 def test_it_tells_what_int8_would_cost(calibrated):
