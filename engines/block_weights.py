@@ -80,7 +80,7 @@ def layout_of(stages: Sequence[Stage], blocks: int, beside: Iterable[Tensor] = (
     ends, end = _places(ordered["ends"], 0)
     step, step_bytes = _places(ordered["step"], 0)
     prompt, size = _places(ordered["prompt"], step_bytes)
-    first, stride = _round_up(end, PAGE_BYTES), _round_up(size, PAGE_BYTES)
+    first, stride = round_up(end, PAGE_BYTES), round_up(size, PAGE_BYTES)
     return BlockLayout(ends, step + prompt, blocks, first, stride, step_bytes, max(ranks, default=0))
 
 
@@ -99,11 +99,11 @@ def _places(tensors: Iterable[Tensor], start: int) -> tuple[tuple[Place, ...], i
     places, end = [], start
     for tensor in tensors:
         places.append(Place(tensor.name, end, size_bytes(tensor), tuple(map(int, tensor.dims))))
-        end = _round_up(end + places[-1].size_bytes, ALIGNMENT_BYTES)
+        end = round_up(end + places[-1].size_bytes, ALIGNMENT_BYTES)
     return tuple(places), end
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 

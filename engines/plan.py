@@ -194,11 +194,15 @@ class Plan:
     def step_seconds(self) -> float | None:
         """Roofline of one step: linears and attention at the peaks of their types, or reading the weights if slower."""
         request, flops = self.request, dit_flops(self.request.spec.dit, self.tokens)
-        numbers = (request.precision.linears, request.precision.attention)
-        linear_peak, attention_peak = map(request.target.peak_tflops, numbers)
-        if not linear_peak or not attention_peak:
+        precision, peak = request.precision, request.target.peak_tflops
+        work = (
+            (flops.feed_forward, peak(precision.linears)),
+            (flops.linears - flops.feed_forward, peak(precision.beside_feed_forward)),
+            (flops.self_attention + flops.cross_attention, peak(precision.attention)),
+        )
+        if not all(rate for _, rate in work):
             return None
-        seconds = flops.linears / linear_peak + (flops.self_attention + flops.cross_attention) / attention_peak
+        seconds = sum(flop / rate for flop, rate in work if rate)
         weights = dit_weights_bytes(request.spec.dit, request.precision) / (request.target.bandwidth_gb_s * 1e9)
         return self.forwards_per_step * max(seconds / 1e12, weights)
 

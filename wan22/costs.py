@@ -42,6 +42,7 @@ class DitFlops:
     """FLOPs of one forward: one expert, one step, one of the two guidance branches."""
 
     linears: float  # for tokens and text
+    feed_forward: float  # of these, the two linears of the feed-forward
     self_attention: float
     cross_attention: float
 
@@ -98,6 +99,7 @@ def dit_flops(spec: DitSpec, tokens: int) -> DitFlops:
     n, width = spec.layers, spec.width
     return DitFlops(
         linears=n * tokens * (12 * width**2 + 4 * width * spec.ffn_width) + n * TEXT_TOKENS * 4 * width**2,
+        feed_forward=n * tokens * 4 * width * spec.ffn_width,
         self_attention=4 * n * tokens**2 * width,
         cross_attention=4 * n * tokens * TEXT_TOKENS * width,
     )

@@ -174,14 +174,3 @@ def _values(codes: "Tensor") -> "Tensor":
 
     magnitudes = torch.tensor([*MAGNITUDES, *(-value for value in MAGNITUDES)])
     return magnitudes[codes.long()]
-
-
-def low_rank(matrix: F32, rank: int) -> tuple[F32, F32]:
-    """``down [rank, in]`` and ``up [out, rank]``, whose product is nearest to ``matrix [out, in]`` (Li et al. 2024)."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        left, values, right = torch.svd_lowrank(torch.from_numpy(matrix), q=min(rank + 8, *matrix.shape), niter=4)
-    root = values[:rank].sqrt()
-    return (right[:, :rank] * root).T.contiguous().numpy(), (left[:, :rank] * root).contiguous().numpy()

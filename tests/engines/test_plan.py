@@ -81,6 +81,14 @@ def test_a_faster_type_takes_less_time_and_fewer_bytes():
     assert sizes[0] > 1.5 * sizes[1]
 
 
+def test_a_mixture_takes_the_time_of_its_linears():
+    both = (Precision.NVFP4, Precision.NVFP4_FFN, Precision.INT8)
+    nvfp4, mixed, int8 = (make_plan(T2V_A14B, TARGETS["rtx5090"], p, SD).step_seconds for p in both)
+    assert nvfp4 < mixed < int8
+    shares = 4 * 13824 / (12 * 5120 + 4 * 13824)  # of the feed-forward in the linears of a token (wan22.md §2.8)
+    assert (int8 - mixed) / (int8 - nvfp4) == pytest.approx(shares, rel=0.02)  # the text's linears are the rest
+
+
 def test_the_cpu_has_no_figures_for_time():
     plan = make_plan(SPECS["t2v-a14b-tiny"], TARGETS["cpu"], Precision.FP32)
     assert (plan.step_seconds, plan.video_seconds) == (None, None)

@@ -5,11 +5,9 @@ On a CPU a device is a thread, so the one device has as many threads in a sessio
 
 import math
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from runtime.denoise import Conditions, denoise
 from runtime.engine_onnxruntime import threads_of_sessions
 from runtime.pipeline import Pipeline
 from validate.bench.machine import load_average, machine
+from validate.bench.samples import measure_time
 from validate.bench.work import BenchOptions, Work, work_for
 from wan22.bundle import Bundle, open_bundle
 from wan22.errors import UserError
@@ -171,11 +170,5 @@ def _run(pipeline: Pipeline, work: Work) -> _Run:
             sent = max([sent, *(after - was for after, was in zip(now, before, strict=True))])
         before, expert, latents = now, step.expert, step.latents
     velocity = latents.nbytes if pipeline.split.cfg > 1 and request.guided else 0
-    decode = _seconds(lambda: [None for _ in pipeline.decode(latents)])
+    decode = measure_time(lambda: [None for _ in pipeline.decode(latents)])[1]
     return _Run(seconds or [math.nan], decode, sent + velocity)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = perf_counter()
-    work()
-    return perf_counter() - started

@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from engines.block_weights import ALIGNMENT_BYTES, PAGE_BYTES, V_NORMS
+from engines.block_weights import ALIGNMENT_BYTES, PAGE_BYTES, V_NORMS, round_up
 from engines.build import RANKS
 from export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from export.lora.merge import Lora, LoraChoice, merged, open_lora, parse_lora
@@ -182,9 +182,9 @@ class _ExpertSlots:
         places, end = [], 0
         for place in (place for place in self._layout.ends if place.name in self._changes.ends):
             places.append(_moved(place, end))
-            end = _round_up(end + place.size_bytes, ALIGNMENT_BYTES)
+            end = round_up(end + place.size_bytes, ALIGNMENT_BYTES)
         start, stop = self._layout.varying
-        return Overlay(tuple(places), _round_up(end, PAGE_BYTES), _round_up(stop - start, PAGE_BYTES))
+        return Overlay(tuple(places), round_up(end, PAGE_BYTES), round_up(stop - start, PAGE_BYTES))
 
     def _change(self, block: int, region: Region) -> None:
         """Fill the slots of a block, and change its vectors."""
@@ -287,7 +287,3 @@ def _stored(values: F32, dtype: np.dtype | str, name: str) -> np.ndarray:
     if not np.isfinite(found.astype(np.float32)).all():
         raise UserError(f"LoRA: NaN, infinity or values beyond {kind.name} for {name}", "finite weights", MERGE)
     return found
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
