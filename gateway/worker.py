@@ -230,17 +230,19 @@ class Worker(threading.Thread):
 
 
 class Reporter:
-    """Stores the events of a run, at most so many a second."""
+    """Stores the events of a run, at most so many a second; a new phase and a new expert always."""
 
     def __init__(self, run: Run, around: Surroundings, progress: Progress) -> None:
         self._run, self._around, self._progress = run, around, progress
         self._phase, self._phase_at, self._at = "", 0.0, 0.0
+        self._expert: str | None = None
 
     def report(self, event: Event) -> None:
         values: dict[str, Any] = self._progress.values(event)
         now, wall = time.monotonic(), time.time()
         begins, changes = not self._phase, values["phase"] != self._phase
-        if not changes and now - self._at < REPORT_EVERY_S:
+        expert = values.get("expert", self._expert)
+        if not changes and expert == self._expert and now - self._at < REPORT_EVERY_S:
             return
         if changes:
             values["phase_at"] = wall
@@ -255,7 +257,7 @@ class Reporter:
             if not begins:
                 self._around.phase(self._run.claim.job["model"], self._phase, now - self._phase_at)
             self._phase, self._phase_at = values["phase"], now
-        self._at = now
+        self._expert, self._at = expert, now
         if not kept:
             self._run.end()
         self._around.changed(self._run.id)

@@ -71,10 +71,28 @@ def plays(card):
     )
 
 
+# Every call of an engine begins later: a job of the tiny model may be over before the page has asked for its events.
+UNHURRIED = """
+import time
+
+
+class TritonPythonModel(TritonPythonModel):
+    def initialize(self, args):
+        super().initialize(args)
+        kind = type(self.pipeline)
+        at_once = kind.pause
+        kind.pause = property(lambda pipeline: lambda: (time.sleep(0.2), at_once.fget(pipeline)()), at_once.fset)
+"""
+
+
 @in_browser
 @pytest.mark.slow
-def test_from_a_prompt_to_a_playing_video_with_the_keyboard_alone(gateway, chromium):
-    with window(chromium, gateway.url) as page:
+def test_from_a_prompt_to_a_playing_video_with_the_keyboard_alone(installation, tiny_engines, chromium, tmp_path):
+    with (
+        serving(installation, tmp_path, {"wan22": tiny_engines}, added=UNHURRIED) as server,
+        gateway_in_front(tmp_path / "data", [server.url], "--finish-within", 0) as gateway,
+        window(chromium, gateway.url) as page,
+    ):
         watch(page)
         page.get_by_label("Prompt", exact=True).focus()
         page.keyboard.type("A red panda")
