@@ -6,7 +6,9 @@ file and keeps the others.
 """
 
 import json
+import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +24,7 @@ from studies.full_size.builds import BUILDS, measure_build
 from studies.full_size.exports import CASES, TIMED, TIMED_QUANTISED, memory_of, throughput_of
 from wan22.errors import UserError
 from wan22.files import write_file
+from wan22.quantities import human_bytes
 from wan22.specs import ModelSpec, spec_named
 from wan_trt.console import console
 from wan_trt.guard import command_of
@@ -178,9 +181,12 @@ def _throughput_table(figures: Figures) -> Table:
 
 
 def _builds_table(figures: Figures) -> Table:
-    table = Table("build", "time", "memory", "engines", "kernels per block", title="Builds without a GPU")
+    table = Table("build", "time", "memory", "plans", "kernels per block", title="Builds without a GPU")
     for build in figures["builds"]:
-        sizes = ", ".join(f"{name} {_gb(size)}" for name, size in build["engine_bytes"].items())
+        whole: Counter[str] = Counter()
+        for name, size in build["engine_bytes"].items():
+            whole[re.sub("(?<=coder)_.*", "", name.split(".")[0])] += size
+        sizes = "\n".join(f"{name} {human_bytes(size)}" for name, size in whole.items())
         kernels = ", ".join(f"{count} {style}" for style, count in build["kernels_per_block"].items())
         times = f"{build['build_seconds']:.0f} s", _gb(build["peak_rss_bytes"])
         table.add_row(build["case"], *times, sizes, kernels)
