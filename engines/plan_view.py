@@ -167,6 +167,8 @@ def _machine(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "GPU memory, at least", human_bytes(plan.in_blocks.least_bytes)
         yield "resident blocks", _blocks(plan)
         yield "text encoder", f"{_text_layers(plan)} layers in memory"
+    if in_blocks and plan.request.vram is not None:  # which whole engines do not obey
+        return
     prefix = "whole" if in_blocks else "GPU memory"
     for way, size in plan.vram.items():
         verdict = "" if not usable else f"; {'fits' if plan.fits[way] else 'exceeds'} {human_bytes(usable)}"
