@@ -315,6 +315,12 @@ def test_an_image_that_never_changes_is_not_measured(clean_first_frame):
             "skip step 26 | expected none of steps 0, 1, 26, 27: ",
         ),
         (Request("x", steps=40, guidance={"high_noise": 1}, cache=Caching(late_cfg=(4,))), "late-cfg step 4 |"),
+        (Request("x", steps=40, cache=Caching(easy=True, reuse="best")), "reuse 'best' | expected one of rescale, "),
+        (Request("x", steps=40, cache=Caching(skip_steps="11,12")), "skip steps '11,12' | expected numbers of steps"),
+        (
+            Request("x", steps=40, cache=Caching(late_cfg="all")),
+            "late cfg 'all' | expected numbers of steps, or",
+        ),
         (
             Request("x", steps=40, cache=Caching(skip_steps="magcache", late_cfg=(12, 13))),
             "skip and late-cfg step 12 |",
