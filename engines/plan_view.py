@@ -170,6 +170,8 @@ def _machine(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "resident blocks", _blocks(plan)
         layers, slots = plan.request.spec.text_encoder.layers, plan.in_blocks.text_slots
         yield "text encoder", "does not fit" if slots is None else f"{slots} of {layers} layers in memory"
+    if in_blocks and plan.request.vram is not None:  # which whole engines do not obey
+        return
     prefix = "whole" if in_blocks else "GPU memory"
     for way, size in plan.vram.items():
         verdict = "" if not usable else f"; {'fits' if plan.fits[way] else 'exceeds'} {human_bytes(usable)}"

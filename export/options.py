@@ -14,7 +14,7 @@ class ExportOptions:
     # precision
     precision: Precision = Precision.FP32
     precisions: Mapping[str, Precision] = field(default_factory=dict)  # keys: experts, text_encoder, vae_decoder
-    fp8_attention: Literal["both", "self", "cross"] = "both"  # attention that fp8-attn computes in FP8
+    fp8_attention: Literal["both", "self", "cross"] | None = None  # what fp8-attn computes in FP8; None: both
     keep_high_precision: frozenset[int] = frozenset()  # transformer blocks in 16 bits
     exceptions: Mapping[str, Number] = field(default_factory=dict)  # linears, as in Quantised, → another number type
     by_crest: Number | None = None  # the type of linears whose inputs have too large a crest for INT8; None: INT8

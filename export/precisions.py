@@ -71,7 +71,7 @@ def quantised_of(
     """
     if not precision.quantised:
         return None
-    in_fp8 = {options.fp8_attention} if precision.attention is Number.FP8 else set()
+    in_fp8 = {options.fp8_attention or "both"} if precision.attention is Number.FP8 else set()
     exceptions = {**usual_exceptions(precision), **exceptions}
     made = Quantised(
         self_attention=bool(in_fp8 & {"both", "self"}),
@@ -122,7 +122,6 @@ def check_quantised(spec: ModelSpec, options: ExportOptions) -> None:
     """Raise UserError for options of quantised linears without any, and for blocks and linears that do not exist."""
     precisions = precisions_of(spec, options)
     linears = {precisions[expert].linears for expert in spec.experts}
-    attention = {precisions[expert].attention for expert in spec.experts}
     quantised = any(number.bits < 16 for number in linears)
     if beyond := [block for block in sorted(options.keep_high_precision) if block >= spec.dit.layers]:
         expected = f"blocks 0 to {spec.dit.layers - 1} of {spec.name}"
@@ -146,9 +145,10 @@ def check_quantised(spec: ModelSpec, options: ExportOptions) -> None:
             raise UserError(f"{option} without FP8 or INT8", "a transformer in fp8 or int8", f"leave {option} out")
     if options.input_scales and Number.FP8 not in linears:
         raise UserError("--input-scales without FP8", "a transformer in fp8 or fp8-attn", "leave --input-scales out")
-    if options.fp8_attention != "both" and Number.FP8 not in attention:
-        found = f"--fp8-attention {options.fp8_attention} without FP8 attention"
-        raise UserError(found, "fp8-attn or int8+fp8-attn", "use one of these for --precision")
+    if options.fp8_attention and all(precisions[expert].attention is not Number.FP8 for expert in spec.experts):
+        each = ", ".join(f"{expert} in {precisions[expert]}" for expert in spec.experts)
+        found = f"--fp8-attention {options.fp8_attention} without FP8 attention: {each}"
+        raise UserError(found, "a transformer in fp8-attn or int8+fp8-attn", "leave it out or choose one of these")
     if quantised and (odd := [size for size in (spec.dit.width, spec.dit.ffn_width) if size % ALIGNED]):
         told = (
             f"{next(iter(linears))} for a transformer of width {spec.dit.width} and feed-forward {spec.dit.ffn_width}"
@@ -166,6 +166,6 @@ def why_higher(part: str, precision: Precision, options: ExportOptions, exceptio
         reasons.append(f"requested: 16 bits in blocks {blocks}")
     if kept := [linear for linear, number in exceptions.items() if number.significand > precision.linears.significand]:
         reasons.append(f"kept: {', '.join(f'{linear} in {exceptions[linear]}' for linear in sorted(kept))}")
-    if precision.attention is Number.FP8 and options.fp8_attention != "both":
+    if precision.attention is Number.FP8 and options.fp8_attention in ("self", "cross"):
         reasons.append(f"requested: only {options.fp8_attention}-attention in FP8")
     return "; ".join(reasons)

@@ -145,14 +145,26 @@ class Claims:
         ended = {row.id for row in rows if row.deleted or row.status not in ("queued", "in_progress")}
         return {row.id for row in rows} - ended, ended
 
-    def report(self, job_id: str, worker: str, kind: str, values: Mapping[str, Any], preview: bytes = b"") -> bool:
-        """Store progress and its event. False if the worker no longer holds the job, or somebody has ended it."""
+    def report(
+        self,
+        job_id: str,
+        worker: str,
+        kind: str,
+        values: Mapping[str, Any],
+        preview: bytes = b"",
+        *,
+        cached: bool = False,
+    ) -> bool:
+        """Store progress and its event. False if the worker no longer holds the job, or somebody has ended it.
+
+        ``cached``: a step cache estimated the step, which its event alone says.
+        """
         with self._database.write() as connection:
             mine = _held(job_id, worker)
             changed = connection.execute(update(jobs).where(mine, OPEN).values(**values, events=jobs.c.events + 1))
             if not changed.rowcount:
                 return False
-            _add_event(connection, job_id, kind)
+            _add_event(connection, job_id, kind, cached=cached)
             if preview:
                 connection.execute(delete(blobs).where(blobs.c.job == job_id, blobs.c.name == "preview"))
                 connection.execute(insert(blobs).values(job=job_id, name="preview", content=preview))
@@ -263,9 +275,10 @@ def _held(job_id: str, worker: str) -> ColumnElement[bool]:
     return and_(jobs.c.id == job_id, jobs.c.worker == worker)
 
 
-def _add_event(connection: Connection, job_id: str, kind: str) -> None:
-    """The event of a row that has just changed; what a client is told is made from the row."""
+def _add_event(connection: Connection, job_id: str, kind: str, *, cached: bool = False) -> None:
+    """The event of a row that has just changed; what a client is told is made from the row, except ``cached``."""
     job = connection.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()
     told = ("status", "progress", "phase", "step", "steps", "expert", "eta_s")
-    data = json.dumps({name: job[name] for name in told if job[name] is not None})
+    values = {name: job[name] for name in told if job[name] is not None}
+    data = json.dumps({**values, "cached": True} if cached else values)
     connection.execute(insert(events).values(job=job_id, number=job["events"], kind=kind, data=data))

@@ -29,7 +29,7 @@ IMAGES = {"input_reference": "image", "last_image": "last_image"}  # → input o
 FORMATS = {"mp4": "video/mp4", "webm": "video/webm"}
 PRIORITIES = (1, 2)
 EXTENSION = ("written_prompt", "extended_by", "extend_warning")  # set by :mod:`gateway.extension`
-# a word of the model's error → the field that it is about; the first that occurs
+# a word of the model's error → the field that it is about; the first that occurs, if possible of the client's fields
 ABOUT = {
     "noise of": "latent", "seed": "seed",
     "last image": "last_image", "last_image": "last_image", "image": "input_reference",
@@ -103,7 +103,7 @@ def make_order(
         latents = latents or Latents()
         values = {**values, "latent": latents.name_of(values["latent"])}
         own_noise = {"noise": latents.values[values["latent"]]}
-    asked = _checked({**inputs, **images, **own_noise}, model)
+    asked = _checked({**inputs, **images, **own_noise}, model, values.keys())
     priority = values.get("priority", 2)
     if priority not in PRIORITIES:
         raise invalid("priority", f"priority {priority} | expected 1, which goes first, or 2")
@@ -198,14 +198,15 @@ def _length(values: Mapping[str, Any], model: ServedModel) -> dict[str, Setting]
     return {**length, "num_frames": frames}
 
 
-def _checked(inputs: Mapping[str, Setting], model: ServedModel) -> JobRequest:
-    """The complete request, as the served model will see it."""
+def _checked(inputs: Mapping[str, Setting], model: ServedModel, given: Collection[str]) -> JobRequest:
+    """The complete request, as the served model will see it; ``given`` holds the fields of the client."""
     try:
         return parse_request(arrays_of(inputs), model.manifest, model.limits, model.loras)
     except UserError as error:
         failure = Failure.of(error)
         text = f"{error.found} {error.expected}".lower()
-        param = next((name for word, name in ABOUT.items() if word in text), None)
+        names = [name for word, name in ABOUT.items() if word in text]
+        param = next((name for name in names if name in given), names[0] if names else None)
         raise ApiError(400, "invalid_value", _with_known_sizes(failure.message, param, model), param) from None
 
 

@@ -230,19 +230,26 @@ class Worker(threading.Thread):
 
 
 class Reporter:
-    """Stores the events of a run, at most so many a second; a new phase and a new expert always."""
+    """Stores the events of a run, at most so many a second.
+
+    A new phase and a new expert are always stored, and so are the first of some steps that a step cache estimates and
+    the first that is computed again.
+    """
 
     def __init__(self, run: Run, around: Surroundings, progress: Progress) -> None:
         self._run, self._around, self._progress = run, around, progress
         self._phase, self._phase_at, self._at = "", 0.0, 0.0
         self._expert: str | None = None
+        self._cached = False
 
     def report(self, event: Event) -> None:
         values: dict[str, Any] = self._progress.values(event)
         now, wall = time.monotonic(), time.time()
         begins, changes = not self._phase, values["phase"] != self._phase
         expert = values.get("expert", self._expert)
-        if not changes and expert == self._expert and now - self._at < REPORT_EVERY_S:
+        cached = bool(event.get("cached", False))
+        steady = (changes, expert, cached) == (False, self._expert, self._cached)
+        if steady and now - self._at < REPORT_EVERY_S:
             return
         if changes:
             values["phase_at"] = wall
@@ -250,14 +257,14 @@ class Reporter:
             values |= {"status": "in_progress", "started_at": wall}
         kind, preview = "status" if begins else "progress", event.get("preview", b"")
         try:
-            kept = self._around.claims.report(self._run.id, self._run.worker, kind, values, preview)
+            kept = self._around.claims.report(self._run.id, self._run.worker, kind, values, preview, cached=cached)
         except ApiError:  # the database is away; the job goes on
             return
         if changes:
             if not begins:
                 self._around.phase(self._run.claim.job["model"], self._phase, now - self._phase_at)
             self._phase, self._phase_at = values["phase"], now
-        self._expert, self._at = expert, now
+        self._expert, self._cached, self._at = expert, cached, now
         if not kept:
             self._run.end()
         self._around.changed(self._run.id)

@@ -8,13 +8,15 @@ sigma.
 
 Nothing passes from one expert to the other: each starts with two computed steps.
 
-Between steps a cache keeps one array in the shape of the latents for ``rescale`` and ``hold``, two for ``taylor1``, two
-more for late guidance, and EasyCache's samples, a ninth of two arrays.
+Between steps a cache keeps at most three arrays in the shape of the latents: one for ``rescale`` and ``hold``, one and
+a half for ``taylor1``, one more for late guidance, and EasyCache's samples. The change of the velocity and the guidance
+residuals, which are small beside the velocity, are kept in 16 bits.
 """
 
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,35 +27,63 @@ FLOOR = 1e-8  # of norms that divide
 LATE_FROM = 0.4  # share of the run after which "auto" extrapolates the residual
 FARTHEST = 2.0  # extrapolation in units of the last gap between residuals
 # EasyCache measures every third row and column of latents with at least so many positions; patches are of 2 x 2, so all
-# places in a patch take turns.
-SAMPLED_FROM, EVERY = 1024, 3
+# places in a patch take turns. Smaller latents are measured whole, or at every fifth position where the whole would
+# take more than three latents of memory.
+SAMPLED_FROM, EVERY, EVERY_OF_SMALL = 1024, 3, 5
+
+
+class Rounded:
+    """Values as 16-bit integers, of which the largest magnitude is 32767: an error of 1.5e-5 of it.
+
+    The conversion to float16 takes numpy seven times as long.
+    """
+
+    def __init__(self, values: F32) -> None:
+        """Round ``values``, which this changes."""
+        xp = array_namespace(values)
+        self._unit = xp.maximum(xp.maximum(values.max(), -values.min()), np.float32(1e-30)) / np.float32(32767)
+        values /= self._unit
+        xp.rint(values, out=values)
+        self.integers = values.astype(np.int16)
+
+    def __call__(self) -> F32:
+        values: F32 = self.integers * self._unit
+        return values
 
 
 @dataclass(frozen=True, eq=False)
 class Computed:
-    """A computed step: its guided velocity, for ``rescale`` less the latents before the step."""
+    """A computed step: its guided velocity, for ``rescale`` less the latents before the step.
+
+    For ``taylor1`` it also has the change of sigma and velocity since the computed step before it.
+    """
 
     sigma: float
     kept: F32
+    change: tuple[float, Rounded] | None = None
 
 
-Strategy = Callable[[Computed, Computed | None, float, F32], F32]
+Strategy = Callable[[Computed, float, F32], F32]
 
 
-def rescale(last: Computed, _before: Computed | None, _sigma: float, latents: F32) -> F32:
+def rescale(last: Computed, _sigma: float, latents: F32) -> F32:
     """EasyCache's estimate: the last difference of velocity and latents, ``x + (v_last - x_last)``."""
     return last.kept + latents
 
 
-def hold(last: Computed, _before: Computed | None, _sigma: float, _latents: F32) -> F32:
+def hold(last: Computed, _sigma: float, _latents: F32) -> F32:
     """The last velocity."""
     return last.kept
 
 
-def taylor1(last: Computed, before: Computed | None, sigma: float, _latents: F32) -> F32:
+def taylor1(last: Computed, sigma: float, _latents: F32) -> F32:
     """Linear extrapolation of the last two velocities in sigma."""
-    assert before is not None
-    return _extrapolate(before.kept, last.kept, (sigma - last.sigma) / (last.sigma - before.sigma))
+    assert last.change is not None
+    gap, change = last.change
+    estimate = change()
+    estimate *= np.float32((sigma - last.sigma) / gap)
+    estimate += last.kept
+    return estimate
 
 
 STRATEGIES: dict[Reuse, Strategy] = {"rescale": rescale, "hold": hold, "taylor1": taylor1}
@@ -89,18 +119,17 @@ class StepCache:
         self._late = None if late is None else LateGuidance(late, sigmas, experts, unguided)
         self._skips_any = self.easy is not None or bool(self._listed)
         self._last: Computed | None = None
-        self._before: Computed | None = None
 
     def skips(self, step: int) -> bool:
         """True if ``step`` needs no forward."""
         if step in self._first:
-            self._last = self._before = None
+            self._last = None
         return self.easy.skips(step) if self.easy else self._listed is not None and step in self._listed
 
     def estimate(self, step: int, latents: F32) -> F32:
         """The velocity of a skipped step at ``latents``; the caller must not change it."""
         assert self._last is not None
-        return self._strategy(self._last, self._before, self._sigmas[step], latents)
+        return self._strategy(self._last, self._sigmas[step], latents)
 
     def residual(self, step: int) -> F32 | None:
         """The estimate of guided minus conditional velocity in a computed step; None if it has to be computed."""
@@ -113,9 +142,10 @@ class StepCache:
         if self._late:
             self._late.observe(step, conditional, velocity)
         if self._skips_any:
-            self._before = self._last if self._strategy is taylor1 else None
-            kept = velocity - latents if self._strategy is rescale else velocity
-            self._last = Computed(self._sigmas[step], kept)
+            sigma, change = self._sigmas[step], None
+            if self._strategy is taylor1 and self._last is not None:
+                change = sigma - self._last.sigma, Rounded(velocity - self._last.kept)
+            self._last = Computed(sigma, velocity - latents if self._strategy is rescale else velocity, change)
 
     def moved(self, before: F32, after: F32) -> None:
         """Measure the solver's step from ``before`` to ``after``."""
@@ -125,8 +155,9 @@ class StepCache:
     @property
     def held_bytes(self) -> int:
         """Bytes of all arrays that are kept for later steps."""
-        arrays = [each.kept for each in (self._last, self._before) if each]
-        arrays += [*(self.easy.arrays if self.easy else ()), *(self._late.arrays if self._late else ())]
+        arrays: list[Any] = [*(self.easy.arrays if self.easy else ()), *(self._late.arrays if self._late else ())]
+        if self._last is not None:
+            arrays += [self._last.kept, *([self._last.change[1].integers] if self._last.change else ())]
         return sum({id(array): array.nbytes for array in arrays}.values())
 
 
@@ -140,6 +171,7 @@ class EasyGate:
         self._first = {experts.index(name) for name in experts}
         self._threshold, self._most_in_a_row = settings.threshold, settings.max_consecutive
         self._first_measured = 1 if clean_first_frame else 0
+        self._whole = settings.reuse != "taylor1" and settings.late_cfg is None  # which leave room for two latents
         self.error, self.gain = math.nan, math.nan
         self.arrays: tuple[F32, ...] = ()  # samples of latents and conditional velocity, of the last computed step
         self._sum, self._in_a_row, self._size, self._move = 0.0, 0, 0.0, 0.0
@@ -156,7 +188,7 @@ class EasyGate:
 
     def observe(self, latents: F32, conditional: F32) -> None:
         """Measure how the velocity follows the latents from the last computed step to this one."""
-        sampled = (_sample(latents), _sample(conditional))
+        sampled = (self._sample(latents), self._sample(conditional))
         if self.arrays:
             moved, changed = map(self._distance, sampled, self.arrays)
             self.gain = changed / max(moved, FLOOR)
@@ -164,7 +196,19 @@ class EasyGate:
         self.arrays = sampled
 
     def moved(self, before: F32, after: F32) -> None:
-        self._move = self._distance(_sample(after), _sample(before))
+        self._move = self._distance(self._sample(after), self._sample(before))
+
+    def _sample(self, values: F32) -> F32:
+        """What is measured of ``[1, z, T, h, w]``: two of these arrays are kept."""
+        positions = values.shape[-2] * values.shape[-1]
+        if positions >= SAMPLED_FROM:
+            sampled = values[..., ::EVERY, ::EVERY]
+        elif self._whole:
+            return values
+        else:
+            sampled = values.reshape(*values.shape[:3], 1, positions)[..., ::EVERY_OF_SMALL]
+        alone: F32 = sampled.copy()  # a view would keep all of them
+        return alone
 
     def _distance(self, one: F32, other: F32) -> float:
         return _mean_abs(one[:, :, self._first_measured :] - other[:, :, self._first_measured :])
@@ -188,12 +232,12 @@ class LateGuidance:
             self._steps = set(steps)
         self._unguided = {step for step, name in enumerate(experts) if name in unguided}
         self._steps -= self._unguided
-        self._computed: list[tuple[float, F32]] = []  # sigma and residual
+        self._computed: list[tuple[float, Rounded]] = []  # sigma and residual
         self._extrapolated = False  # in the step before
 
     @property
-    def arrays(self) -> tuple[F32, ...]:
-        return tuple(residual for _, residual in self._computed)
+    def arrays(self) -> tuple[Any, ...]:
+        return tuple(residual.integers for _, residual in self._computed)
 
     def residual(self, step: int) -> F32 | None:
         if step in self._first:
@@ -207,27 +251,15 @@ class LateGuidance:
         if abs(share) > FARTHEST:
             return None
         self._extrapolated = True
-        return _extrapolate(before, last, share)
+        latest = last()
+        estimate: F32 = latest - before()
+        estimate *= np.float32(share)
+        estimate += latest
+        return estimate
 
     def observe(self, step: int, conditional: F32, velocity: F32) -> None:
         if not self._extrapolated and step not in self._unguided:
-            self._computed = [*self._computed[-1:], (self._sigmas[step], velocity - conditional)]
-
-
-def _extrapolate(before: F32, last: F32, share: float) -> F32:
-    """``last + share (last - before)``."""
-    estimate: F32 = last - before
-    estimate *= np.float32(share)
-    estimate += last
-    return estimate
-
-
-def _sample(values: F32) -> F32:
-    """What EasyCache measures of ``[1, z, T, h, w]``: small arrays themselves, a ninth of large ones."""
-    if values.shape[-2] * values.shape[-1] < SAMPLED_FROM:
-        return values
-    sampled: F32 = values[..., ::EVERY, ::EVERY].copy()  # a view would keep all of them
-    return sampled
+            self._computed = [*self._computed[-1:], (self._sigmas[step], Rounded(velocity - conditional))]
 
 
 def _mean_abs(values: F32) -> float:

@@ -36,6 +36,14 @@ class ValidateOptions:
     command: str = ""
     blocks: BlockOptions = BLOCKS_AS_FIT  # where the weights of transformers in blocks are
     lora: tuple[str, Path] | None = None  # name and folder of a weight set for the engines' slots
+    overwrite: bool = False  # an earlier report in the folder may be replaced
+
+
+def check_no_report(*files: Path, overwrite: bool) -> None:
+    """Refuse to replace the files of an earlier report, except with ``overwrite``. Raises UserError."""
+    for path in () if overwrite else files:
+        if path.exists():
+            raise UserError(f"{path} exists", "a folder without a report", "choose another or add --overwrite")
 
 
 def official_wheel() -> Path:

@@ -13,7 +13,7 @@ from runtime.weight_sets import WeightSets
 from validate.cases import Case, cases_of
 from validate.ladder.onnx_side import how_made, open_for_comparison
 from validate.ladder.polygraphy_files import check_calls
-from validate.options import ValidateOptions, complete_request
+from validate.options import ValidateOptions, check_no_report, complete_request
 from validate.reference.checkpoint import open_same_model
 from validate.reference.device import Device, Residence, catch_out_of_memory, reference_device
 from validate.report.conditions import facts
@@ -53,13 +53,14 @@ def validate(
 
     Raises:
         UserError: the engines are of another checkpoint; a folder, the request, or a file of gates, prompts or a bench
-            is invalid; ``out`` is not writable; or the GPU for the reference is missing or too small.
+            is invalid; ``out`` has a report or is not writable; or the GPU for the reference is missing or too small.
     """
     from validate.report.extras import read_attachments
-    from validate.report.report import ValidationReport, write_report
+    from validate.report.report import FILES, ValidationReport, write_report
 
     options = options or ValidateOptions()
     check_no_source(out / "report.json", engines, options.bench, options.gate, options.prompts)
+    check_no_report(*(out / name for name in FILES), overwrite=options.overwrite)
     if options.calls is not None:
         check_calls(options.calls)
     opened = open_for_comparison(engines, options.calls, options.residency, options.blocks)

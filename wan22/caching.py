@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from wan22.errors import UserError, shortened, some_of
 
@@ -46,13 +46,14 @@ class Caching:
             guidance: the scale of every expert.
 
         Raises:
-            UserError: the run is too short, a number is out of range, a listed step has to be computed or is in both
-                lists, or late guidance has no guidance to extrapolate.
+            UserError: the run is too short, a word is unknown, a number is out of range, a listed step has to be
+                computed or is in both lists, or late guidance has no guidance to extrapolate.
         """
         steps = len(experts)
         if steps < LEAST_STEPS:
             expected = f"at least {LEAST_STEPS}, of which some can be skipped"
             raise UserError(f"a step cache with {steps} steps", expected, "use more steps or no cache")
+        self._check_words()
         if self.easy:
             self._check_easy(steps)
         for what, listed in (("skip step", self.skip_steps), ("late-cfg step", self.late_cfg)):
@@ -60,6 +61,14 @@ class Caching:
                 _check_listed(what, step, experts)
         if self.late_cfg is not None:
             self._check_late(self.late_cfg, experts, guidance)
+
+    def _check_words(self) -> None:
+        """Refuse what a program may pass in the place of a word or a list."""
+        if self.reuse not in get_args(Reuse):
+            raise UserError(f"reuse {self.reuse!r}", f"one of {', '.join(get_args(Reuse))}", "choose one of these")
+        for what, listed, word in (("skip steps", self.skip_steps, "magcache"), ("late cfg", self.late_cfg, "auto")):
+            if isinstance(listed, str) and listed != word:
+                raise UserError(f"{what} {listed!r}", f"numbers of steps, or {word!r}", "pass a tuple of them")
 
     def _check_late(
         self, late_cfg: tuple[int, ...] | Literal["auto"], experts: Sequence[str], guidance: Mapping[str, float]

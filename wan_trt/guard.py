@@ -5,15 +5,17 @@ by Ctrl-C or SIGTERM. A bug keeps its traceback.
 """
 
 import functools
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import typer
 
-from wan22.errors import NonFiniteError, UserError, disk_error
+from wan22.errors import NonFiniteError, UserError, disk_error, shortened
 from wan22.memory import available_host_bytes
 from wan22.quantities import human_bytes
 from wan_trt.console import tolerate_any_encoding
@@ -86,13 +88,54 @@ def _usage_line(error: Exception, program: str) -> str | None:
     """The line for arguments that do not parse; "" if the help was printed instead, None for another error."""
     if not isinstance(error, USAGE):
         return None
-    if type(error).__name__ == "NoArgsIsHelpError":
+    kind, context = type(error).__name__, error.ctx
+    if kind == "NoArgsIsHelpError":
         return ""
-    said = " ".join(error.format_message().split()).removesuffix(".")
-    if (context := error.ctx) is None:  # the last word is an option without its value
-        return f"{program}: {said} | expected a value after it | see --help"
-    usage = " ".join(context.get_usage().split()).removeprefix("Usage: ")
-    return f"{context.command_path}: {said} | expected {usage} | see {context.command_path} --help"
+    path = program if context is None else context.command_path
+    usage = "" if context is None else context.get_usage().removeprefix("Usage: ")
+    said, remedy = error.format_message().removesuffix("."), f"see {path} --help"
+    found, expected = said, usage
+    if kind == "NoSuchOption":
+        known = [name for param in context.command.params if not getattr(param, "hidden", False) for name in param.opts]
+        found, expected = f"no option {shortened(error.option_name)}", _nearest(error.option_name, known) or usage
+    elif (named := re.match(r"No such command '(.*?)'", said)) is not None:
+        known = context.command.list_commands(context)
+        found, expected = f"no command {shortened(named[1])}", _nearest(named[1], known) or ", ".join(known)
+    elif kind == "BadOptionUsage":  # the parser does not say of which command
+        none = "requires" in said
+        found = f"{error.option_name} {'without' if none else 'with'} a value"
+        expected, remedy = ("a value after it", "see --help") if none else (error.option_name, "leave the value out")
+    elif kind == "MissingParameter":
+        found = f"no {' or '.join(error.param.opts)}"
+    elif kind == "BadParameter" and hasattr(error.__cause__, "errors"):
+        typed, wanted = error.__cause__.errors()[0]["input"], _wanted(error.param, error.__cause__)
+        found, expected = f"{error.param.opts[-1]} {shortened(str(typed))}", wanted or said
+    elif (extra := re.fullmatch(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", said, re.DOTALL)) is not None:
+        found = f"{shortened(extra[1])} after the last argument"
+    return " ".join(f"{path}: {found} | expected {expected} | {remedy}".split())
+
+
+def _nearest(typed: str, known: Sequence[str]) -> str:
+    """The names that ``typed`` begins or nearly is; "" without one."""
+    begun = [name for name in known if len(typed) > 3 and name.startswith(typed)]
+    return _any_of((begun or get_close_matches(typed, known, 3, 0.7))[:3])
+
+
+def _any_of(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def _wanted(param: Any, error: Any) -> str:
+    """What an option takes whose value is pydantic's ``error``; "" where this is not known."""
+    (wrong, *_) = error.errors()
+    if wrong["type"] == "value_error":
+        _, _, choices = wrong["msg"].removesuffix(".").partition(" is not one of ")
+        return _any_of([choice.strip("'") for choice in choices.split(", ")])
+    number = {"int": "a whole number", "float": "a number"}.get(error.title.removeprefix("constrained-"), "")
+    least, most = param.min, param.max
+    bounds = f" of at least {least:g}" if least is not None else ""
+    bounds += f"{' and' if bounds else ' of'} at most {most:g}" if most is not None else ""
+    return f"{number}{bounds}" if number else ""
 
 
 def _out_of_memory(error: MemoryError) -> str:

@@ -58,6 +58,12 @@ def _refuse_other_gguf(part: str, found: WeightsFile) -> None:
 
 def read_files(place: Path, part: str) -> WeightsFile:
     """Read a part as :func:`read_part`, but without changing names or applying scales."""
+    if place.name.endswith(".safetensors.index.json"):
+        return _indexed(place.parent, place)
+    if (shard := re.fullmatch(r"(.+)-0*(\d+)-of-0*(\d+)(?:\.\w+)?\.safetensors", place.name)) and shard[3] != "1":
+        index = place.with_name(index_file(shard[1]))
+        remedy = f"name {index if index.is_file() else place.parent}"
+        raise UserError(f"{place} is shard {shard[2]} of {shard[3]}", "all shards of the part", remedy)
     if place.is_dir() or not place.suffix:
         return _folder(place, TEXT_ENCODER_STEM if part == "text_encoder" else TRANSFORMER_STEM)
     return read_weights(place)

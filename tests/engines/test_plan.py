@@ -94,6 +94,15 @@ def test_the_cpu_has_no_figures_for_time():
     assert (plan.step_seconds, plan.video_seconds) == (None, None)
 
 
+def test_a_limit_for_blocks_shows_no_residency_of_whole_engines():
+    console = Console(record=True, width=200)
+    console.print(*as_text(make_plan(TI2V_5B, TARGETS["rtx5090"], Precision.FP8, vram=8 * 2**30)))
+    text = console.export_text()
+    assert "resident blocks" in text
+    assert "whole, " not in text
+    assert "--residency" not in text
+
+
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 def test_every_target_has_a_plan_that_says_what_auto_chooses(target):
     plan = make_plan(TI2V_5B, target, target.default_precision)

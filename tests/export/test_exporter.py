@@ -271,6 +271,15 @@ def test_either_attention_may_stay_in_sixteen_bits(tmp_path, tiny_checkpoint, ch
         (ExportOptions(Precision.BF16, input_scales=Path("s.json")), "--input-scales without FP8"),
         (ExportOptions(Precision.FP32, input_means=Path("m")), "--input-means without FP8"),
         (ExportOptions(Precision.FP8, fp8_attention="self"), "--fp8-attention self without FP8 attention"),
+        (ExportOptions(Precision.FP8, fp8_attention="both"), "--fp8-attention both without FP8 attention"),
+        (
+            ExportOptions(
+                Precision.FP8_ATTN,
+                {"high_noise": Precision.FP8, "low_noise": Precision.BF16},
+                fp8_attention="cross",
+            ),
+            "--fp8-attention cross without FP8 attention: high_noise in fp8, low_noise in bf16",
+        ),
     ],
 )
 def test_what_says_how_fp8_is_done_where_none_is_is_refused(tmp_path, tiny_checkpoint, options, told):

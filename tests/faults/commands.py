@@ -82,7 +82,7 @@ COMMANDS = {
     ),
     "validate": Command(
         lambda its, to: [
-            *("validate", its.engines, its.checkpoint, "-o", to / "r", "--calls", to / "calls"),
+            *("validate", its.engines, its.checkpoint, "-o", to / "r", "--calls", to / "calls", "--overwrite"),
             *("--size", "64x64", "--frames", "1", "--steps", "2"),
         ],
         ("r", "calls"),

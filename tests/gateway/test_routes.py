@@ -102,6 +102,16 @@ def events(gateway, video_id, last="", until=None):
     return found
 
 
+def test_events_say_where_a_step_cache_estimates(gateway):
+    skipped = [3, 4, 7]  # from 0
+    whole = events(gateway, gateway.create(**{**SMALL, "num_inference_steps": 12, "skip_steps": skipped}))
+    cached = {data["step"] - 1 for _, _, data in whole if data.get("cached")}
+    assert {3, 7} <= cached <= set(skipped)  # the first of each series at least
+    computed = {data["step"] - 1 for _, _, data in whole if data.get("step") and "cached" not in data}
+    assert {5, 8} <= computed
+    assert {kind for _, kind, data in whole if data.get("cached")} == {"progress"}
+
+
 def test_events_tell_every_phase_in_order_and_go_on_after_the_last_one_seen(gateway):
     video_id = gateway.create(**{**MEDIUM, "num_frames": 17})
     seen = events(gateway, video_id, until="progress")

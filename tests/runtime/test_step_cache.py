@@ -1,6 +1,7 @@
 """Step caches skip what their rule skips, estimate what their formula says, and replay exactly."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from runtime.forward_inputs import time_features
 from runtime.request import Request
 from runtime.schedule import make_schedule
 from runtime.solver import make_solver
-from runtime.step_cache import EasyGate, StepCache
+from runtime.step_cache import EasyGate, Rounded, StepCache
 from wan22.caching import Caching
 from wan22.errors import UserError
 from wan22.specs import SPECS
@@ -167,21 +168,66 @@ def test_without_a_cache_nothing_changes():
     assert not any(step.cached or step.late_cfg for step in steps)
 
 
+EASY, LISTED, LATE = Caching(easy=True), Caching(skip_steps=(5, 30)), Caching(late_cfg="auto")
+
+
 @pytest.mark.parametrize(
     ("caching", "latents"),
     [
-        (Caching(easy=True), 1 + SAMPLES),
-        (Caching(easy=True, reuse="hold"), 1 + SAMPLES),
-        (Caching(easy=True, reuse="taylor1"), 2 + SAMPLES),
-        (Caching(skip_steps=(5, 30)), 1),
-        (Caching(skip_steps=(5, 30), reuse="taylor1"), 2),
-        (Caching(late_cfg="auto"), 2),
-        (Caching(skip_steps=(5, 30), late_cfg="auto"), 3),
+        (EASY, 1 + SAMPLES),
+        (replace(EASY, reuse="hold"), 1 + SAMPLES),
+        (replace(EASY, reuse="taylor1"), 1.5 + SAMPLES),
+        (replace(EASY, late_cfg="auto"), 2 + SAMPLES),
+        (replace(EASY, reuse="hold", late_cfg="auto"), 2 + SAMPLES),
+        (replace(EASY, reuse="taylor1", late_cfg="auto"), 2.5 + SAMPLES),
+        (LISTED, 1),
+        (replace(LISTED, reuse="hold"), 1),
+        (replace(LISTED, reuse="taylor1"), 1.5),
+        (replace(LISTED, late_cfg="auto"), 2),
+        (replace(LISTED, reuse="hold", late_cfg="auto"), 2),
+        (replace(LISTED, reuse="taylor1", late_cfg="auto"), 2.5),
+        (LATE, 1),
     ],
 )
 def test_a_cache_keeps_at_most_three_latents(caching, latents):
     _, _, held = run(caching, shape=LARGE)
     assert held == latents * 4 * math.prod(LARGE)
+    assert latents <= 3
+
+
+@pytest.mark.parametrize("reuse", ["rescale", "hold", "taylor1"])
+@pytest.mark.parametrize("late_cfg", [None, "auto"])
+@pytest.mark.parametrize("shape", [(1, 16, 1, 2, 2), (1, 16, 2, 2, 4), (1, 16, 2, 8, 8), SHAPE])
+def test_no_cache_keeps_more_than_three_of_small_latents(reuse, late_cfg, shape):
+    steps, _, held = run(Caching(easy=True, threshold=0.3, reuse=reuse, late_cfg=late_cfg), shape=shape)
+    assert held <= 3 * 4 * math.prod(shape)
+    assert skipped(steps)
+
+
+@pytest.mark.parametrize("caching", [replace(LISTED, reuse="taylor1"), replace(LISTED, late_cfg=(12, 32)), LATE])
+def test_16_bits_for_what_is_extrapolated_do_not_show(caching, monkeypatch):
+    kept = run(caching)[0][-1].latents
+    monkeypatch.setattr("runtime.step_cache.Rounded", InFull)
+    full = run(caching)[0][-1].latents
+    assert (kept != full).any()
+    assert mean_abs(kept - full) < 1e-5 * mean_abs(full)  # float32 itself has 6e-8; the skipped steps change 1e-2
+
+
+class InFull:
+    """In the place of ``Rounded``: nothing is lost."""
+
+    def __init__(self, values):
+        self.integers = values
+
+    def __call__(self):
+        return self.integers.copy()
+
+
+def test_values_of_any_size_fit_into_16_bits():
+    for largest in (1e-12, 1.0, 1e30):
+        values = np.linspace(-largest, largest, 1001, dtype=np.float32).reshape(1, 1, 1, 7, 143)
+        np.testing.assert_allclose(Rounded(values.copy())(), values, atol=1.6e-5 * largest)
+    assert not Rounded(np.zeros((1, 1, 1, 2, 2), np.float32))().any()
 
 
 def test_easy_decides_from_a_ninth_of_large_latents_as_from_all(monkeypatch):
@@ -269,6 +315,12 @@ def test_an_image_that_never_changes_is_not_measured(clean_first_frame):
             "skip step 26 | expected none of steps 0, 1, 26, 27: ",
         ),
         (Request("x", steps=40, guidance={"high_noise": 1}, cache=Caching(late_cfg=(4,))), "late-cfg step 4 |"),
+        (Request("x", steps=40, cache=Caching(easy=True, reuse="best")), "reuse 'best' | expected one of rescale, "),
+        (Request("x", steps=40, cache=Caching(skip_steps="11,12")), "skip steps '11,12' | expected numbers of steps"),
+        (
+            Request("x", steps=40, cache=Caching(late_cfg="all")),
+            "late cfg 'all' | expected numbers of steps, or",
+        ),
         (
             Request("x", steps=40, cache=Caching(skip_steps="magcache", late_cfg=(12, 13))),
             "skip and late-cfg step 12 |",

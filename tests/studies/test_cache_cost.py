@@ -17,7 +17,13 @@ def test_every_cache_is_measured_beside_the_steps_of_gpus(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "latents"), [("easy, taylor1", 2 + 2 * 10 * 18 / (30 * 52)), ("magcache, late-cfg", 3), ("late-cfg", 2)]
+    ("name", "latents"),
+    [
+        ("easy, taylor1", 1.5 + 2 * 10 * 18 / (30 * 52)),
+        ("easy, taylor1, late-cfg", 2.5 + 2 * 10 * 18 / (30 * 52)),
+        ("magcache, late-cfg", 2),
+        ("late-cfg", 1),
+    ],
 )
 def test_the_memory_is_that_of_the_arrays(name, latents):
     noise = standard_normal((1, 16, 2, 30, 52), 0)

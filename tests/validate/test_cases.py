@@ -92,7 +92,7 @@ def test_the_first_case_climbs_the_full_ladder_and_the_others_what_differs(tiny_
     first, second = ({row.subject for row in case.rows} for case in found.cases)
     assert second == {"token_ids", "embeddings", "latents", "frames", "ssim"}
     assert first > second
-    again = ValidateOptions(replace(asked.request, seed=3))
+    again = ValidateOptions(replace(asked.request, seed=3), overwrite=True)
     alone = validate(tiny_engines, tiny_checkpoint, tmp_path, again)
     latents = [[row.metrics for row in case.steps] for case in (found.cases[1], alone.cases[0])]
     assert latents[0] == latents[1]

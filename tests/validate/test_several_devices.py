@@ -27,6 +27,13 @@ def test_devices_that_divide_guidance_are_equal_in_every_row(tiny_engines, tmp_p
     with pytest.raises(SystemExit) as left:
         app(["validate", str(tiny_engines), *words, "-o", str(tmp_path / "report")])
     assert left.value.code == 0
+    with pytest.raises(SystemExit) as left:
+        app(["validate", str(tiny_engines), *words, "-o", str(tmp_path / "report")])
+    assert left.value.code == 2
+    assert "parallel.json exists | expected a folder without a report" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        app(["validate", str(tiny_engines), *words, "-o", str(tmp_path / "report"), "--overwrite"])
+    assert left.value.code == 0
     found = json.loads((tmp_path / "report" / "parallel.json").read_text())
     assert {row["found"] for row in found["rows"]} == {0.0}
     names = {row["name"] for row in found["rows"]}

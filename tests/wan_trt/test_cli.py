@@ -77,15 +77,44 @@ def test_every_group_of_terms_has_an_option(command):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["generate"], "wan-trt generate: Missing argument 'engines' | expected wan-trt generate [OPTIONS] {engines} "),
-        (["plan", "m", "--target", "cpu", "--stepz", "3"], "wan-trt plan: No such option: --stepz (Possible options: "),
-        (["plan", "m", "--target", "cpu", "--steps", "x"], "wan-trt plan: Invalid value for '--steps': "),
+        (["generate"], "wan-trt generate: no engines | expected wan-trt generate [OPTIONS] {engines} [prompt] | see "),
         (
-            ["plan", "--target"],
-            "wan-trt: Option '--target' requires an argument | expected a value after it | see --help",
+            ["client", "x", "y"],
+            "wan-trt client: no -o or --output | expected wan-trt client [OPTIONS] {url} {prompt} | see ",
         ),
-        (["frobnicate"], "wan-trt: No such command 'frobnicate' | expected wan-trt [OPTIONS] COMMAND [ARGS]... | see "),
-        (["bundle", "eat"], "wan-trt bundle: No such command 'eat' | expected wan-trt bundle "),
+        (["plan", "m", "--stepz", "3"], "wan-trt plan: no option --stepz | expected --steps | see "),
+        (["plan", "m", "--compare", "3"], "wan-trt plan: no option --compare | expected --compare-precisions | see "),
+        (
+            ["looks", "--model"],
+            "wan-trt looks: no option --model | expected wan-trt looks [OPTIONS] | see wan-trt looks",
+        ),
+        (["plan", "m", "--steps", "x"], "wan-trt plan: --steps x | expected a whole number of at least 1 | see "),
+        (["generate", "e", "--shift", "x"], "wan-trt generate: --shift x | expected a number | see "),
+        (
+            ["serve", "e", "--queue-size", "0"],
+            "wan-trt serve: --queue-size 0 | expected a whole number of at least 1 | ",
+        ),
+        (
+            ["gateway", "e", "--port", "99999"],
+            "wan-trt gateway run: --port 99999 | expected a whole number of at least 1 and at most 65535 | see ",
+        ),
+        (
+            ["generate", "e", "--fit", "z"],
+            "wan-trt generate: --fit z | expected official or crop | see wan-trt generate",
+        ),
+        (
+            ["plan", "m", "n"],
+            "wan-trt plan: n after the last argument | expected wan-trt plan [OPTIONS] {model} | see ",
+        ),
+        (["plan", "--target"], "wan-trt: --target without a value | expected a value after it | see --help"),
+        (["plan", "--rows=3"], "wan-trt plan: no option --rows | expected wan-trt plan [OPTIONS] {model} "),
+        (
+            ["generate", "--overwrite=3"],
+            "wan-trt: --overwrite with a value | expected --overwrite | leave the value out",
+        ),
+        (["generat"], "wan-trt: no command generat | expected generate | see wan-trt --help"),
+        (["frobnicate"], "wan-trt: no command frobnicate | expected synth, export, "),
+        (["bundle", "eat"], "wan-trt bundle: no command eat | expected verify, sign, pack, clean | see wan-trt bundle"),
     ],
 )
 def test_what_does_not_parse_is_one_line(capsys, words, line):

@@ -65,6 +65,21 @@ def test_bad_options(i2v, tmp_path, capsys, options, told):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_an_earlier_report_is_replaced_only_when_that_is_asked_for(i2v, tmp_path, capsys, name):
+    folder, options = tmp_path / "out", ["--preset", "lightning", "--size", "48x48", "--frames", 1]
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / name).write_text("earlier")
+    assert status("validate", i2v.engines, i2v.checkpoint, "-o", folder, *options) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{folder / name} exists | expected a folder without a report | choose another or add --overwrite" in line
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["notes.txt", name])
+    assert status("validate", i2v.engines, i2v.checkpoint, "-o", folder, *options, "--overwrite") == 0
+    assert json.loads((folder / "report.json").read_text())["passed"]
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
 def test_an_image_is_not_for_a_text_model(tiny_engines, tiny_checkpoint, tmp_path, capsys):
     (tmp_path / "photo.png").write_bytes(built_in_picture(90, 60))
     options = ["--image", tmp_path / "photo.png"]

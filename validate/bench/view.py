@@ -201,7 +201,7 @@ def _cache(found: CacheTimes) -> "Table":
     share = 100 * found.overhead_ms / found.step_ms
     table.caption = (
         f"the cache adds {found.overhead_ms:.3f} ms to a computed step of {found.step_ms:,.1f} ms ({share:.2f} %) "
-        f"and keeps {found.held_latents:g} latents"
+        f"and keeps {found.held_latents:.2g} latents"
     )
     table.caption_justify = "left"
     return table

@@ -2,9 +2,9 @@
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from rich.table import Table
@@ -128,18 +128,21 @@ class ValidationReport:
         return table
 
 
+FILES: dict[str, Callable[[ValidationReport], bytes]] = {
+    "report.json": as_json,
+    "report.xml": as_junit,
+    "report.md": lambda report: as_markdown(report).encode(),
+    "report.html": lambda report: as_html(report).encode(),
+}
+
+
 def write_report(report: ValidationReport, claimed: Claim) -> None:
     """Write all files of the report into the folder of ``claimed``, replacing those of an earlier report.
 
     Raises:
         UserError: the files cannot be written there. They are then in a temporary folder that the error names.
     """
-    files = {
-        "report.json": lambda: as_json(report),
-        "report.xml": lambda: as_junit(report),
-        "report.md": lambda: as_markdown(report).encode(),
-        "report.html": lambda: as_html(report).encode(),
-    }
+    files = {name: partial(content, report) for name, content in FILES.items()}
     try:
         write_files(claimed, files)
     except (UserError, OSError) as error:

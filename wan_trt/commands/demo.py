@@ -65,7 +65,7 @@ def _run(spec: ModelSpec, folder: Path, prompt: str | None, seed: int) -> int:
     write_file(folder / "filmstrip.png", _filmstrip(videos))
     console.print(f"{folder / 'filmstrip.png'}: frames of {counted(len(videos), 'video')}")
     console.rule("validate against PyTorch")
-    return validate.run(engines, str(checkpoint), folder, prompt=prompt, image=image, seed=seed)
+    return validate.run(engines, str(checkpoint), folder, prompt=prompt, image=image, seed=seed, overwrite=True)
 
 
 def _filmstrip(videos: Sequence[Path]) -> bytes:

@@ -35,7 +35,8 @@ Vae = Annotated[Path | None, typer.Option(metavar="FILE", help="A file to use in
 Tokenizer = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with tokenizer.json, or a spiece.model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub name.")]
 Fp8Attention = Annotated[
-    Literal["both", "self", "cross"], typer.Option(help="Attention that fp8-attn computes in FP8.")
+    Literal["both", "self", "cross"] | None,
+    typer.Option(help="Attention that fp8-attn computes in FP8; by default both."),
 ]
 Kept = Annotated[
     str,
@@ -73,7 +74,7 @@ def run(
     tokenizer: Tokenizer = None,
     revision: Revision = None,
     vae_decoder: PartPrecision = None,
-    fp8_attention: Fp8Attention = "both",
+    fp8_attention: Fp8Attention = None,
     keep_high_precision: Kept = "",
     input_scales: InputScales = None,
     input_means: InputMeans = None,

@@ -60,6 +60,7 @@ def run(
     reference_device: given.ReferenceDevice = "auto",
     official: Official = False,
     official_repo: OfficialRepo = None,
+    overwrite: given.Overwrite = False,
     **shared: Any,
 ) -> int:
     """Prove that the engines compute the same as PyTorch.
@@ -77,18 +78,21 @@ def run(
         raise UserError("no ENGINES and CHECKPOINT", "both", "see wan-trt validate --help")
     request, several = given.request_from(locals() | shared), given.seeds_of(seeds)
     from validate import ValidateOptions, official_wheel
+    from validate.options import check_no_report
     from wan_trt.recipes.lora_slots import SET, filled_slots
 
-    reports = [output / f"report.{ending}" for ending in ("json", "xml", "md", "html")]
+    reports = [output / f"report.{ending}" for ending in ("json", "xml", "md", "html")] if checkpoint else []
+    reports += [output / "parallel.json"] if parallel else []
     for path in (*reports, None if calls is None else calls / "calls"):
-        check_no_source(path, cache_options.skip_steps_file(shared.get("skip_steps")))
+        check_no_source(path, engines, bench, gate, prompts, cache_options.skip_steps_file(shared.get("skip_steps")))
+    check_no_report(*reports, overwrite=overwrite)
     if official and official_repo is not None:
         raise UserError("both --official and --official-repo", "one of them", "leave one out")
     if official:
         official_repo = official_wheel()
     options = ValidateOptions(
         request, prompts, several, residency, reference_device, official_repo, calls, gate, bench, command_line(),
-        blocks,
+        blocks, overwrite=overwrite,
     )  # fmt: skip
     same = _compare_devices(engines, output, options) if parallel else 0
     if checkpoint is None:
@@ -103,7 +107,6 @@ def _compare_devices(engines: Path, output: Path, options: "ValidateOptions") ->
     from validate.parallel import validate_parallel, write_parallel
     from wan22.files import whole_file
 
-    check_no_source(output / "parallel.json", engines)
     with whole_file(output / "parallel.json", "the report") as path, bars() as progress:
         report = validate_parallel(engines, options, progress)
         write_parallel(report, path)

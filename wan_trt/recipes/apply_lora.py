@@ -94,11 +94,11 @@ def export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder:
     return bundle
 
 
-def _fp8_attention(old: Bundle) -> Literal["both", "self", "cross"]:
-    """The attention that the engines compute in FP8; "both" if none."""
+def _fp8_attention(old: Bundle) -> Literal["self", "cross"] | None:
+    """The only attention that the engines compute in FP8; None for both or none."""
     scales = old.manifest.build.attention_scales if old.manifest.build else {}
     kinds = {name.split(".")[-2] for name in scales}
-    return "self" if kinds == {"self_attn"} else "cross" if kinds == {"cross_attn"} else "both"
+    return "self" if kinds == {"self_attn"} else "cross" if kinds == {"cross_attn"} else None
 
 
 def check_attention(old: Bundle, merged: Bundle) -> None:

@@ -203,6 +203,19 @@ def test_shards_without_an_index_are_read_where_none_is_missing(made, copied):
         open_checkpoint(folder)
 
 
+def test_one_shard_is_refused_by_the_name_of_the_index_which_is_taken(made, copied):
+    folder = copied(MODELS[0], "official")
+    experts = {name: folder / f"{name}_model" for name in ("high_noise", "low_noise")}
+    index = experts["low_noise"] / "diffusion_pytorch_model.safetensors.index.json"
+    same(open_checkpoint(str(Place(str(folder), {"low_noise": index}))), made(MODELS[0]), "low_noise", torch.float32)
+    shard = experts["low_noise"] / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    for place, remedy in (("low_noise", index), ("high_noise", shard.parent)):
+        with pytest.raises(UserError) as error:
+            open_checkpoint(str(Place(str(folder), {place: shard})))
+        assert str(error.value) == f"{shard} is shard 2 of 2 | expected all shards of the part | name {remedy}"
+        index.unlink(missing_ok=True)
+
+
 def test_safetensors_in_place_of_pickles(made, copied):
     folder = copied(MODELS[0], "official")
     for stem in ("models_t5_umt5-xxl-enc-bf16", "Wan2.1_VAE"):
