@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engines.block_weights import V_NORMS
+from engines.block_weights import V_NORMS, layout_of, write_block_weights
 from engines.build import BuildOptions, build_engines
 from engines.inspect.inspection import inspect_engines
 from engines.inspect.views import blocks_as_text
@@ -19,6 +19,7 @@ from wan22.block_layout import read_block_layout
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.precision import Precision
+from wan22.progress import silent
 from wan22.specs import SPECS
 
 STAGES = ["time", "text", "text_kv", "patches", "qkv", "attend", "rest", "velocity"]
@@ -190,3 +191,13 @@ def test_experts_of_different_precision_have_their_own_stages(tmp_path):
     found = {path.name for path in built.folder.glob("*.weights")}
     assert found == {"high_noise.weights", "low_noise.weights", "text_encoder.weights"}
     assert not [path.name for path in built.folder.glob("*_noise.safetensors")]
+
+
+@pytest.mark.parametrize("blocks", [1, 10**9])
+def test_a_manifest_with_other_blocks_than_the_graph_is_refused(tiny_bundle, tmp_path, blocks):
+    bundle = open_bundle(tiny_bundle, "graphs")
+    component = bundle.component("high_noise")
+    layout = layout_of([stage for stage in component.stages if stage.groups == 1], blocks)
+    with pytest.raises(UserError, match=rf"high_noise.onnx with 2 blocks \| expected {blocks} by bundle.json"):
+        write_block_weights(bundle.path(component.graph), layout, tmp_path / "w", silent)
+    assert not (tmp_path / "w").exists()
