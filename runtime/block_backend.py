@@ -78,6 +78,11 @@ def devices_of(bundle: Bundle, options: BlockOptions) -> Devices:
     most = (most_strips(bundle) or LARGEST_GROUP) if in_strips else 0
     devices = choose_devices(spec, options.gpus, options.parallel, groups, most)
     split = devices.split
+    if any(split.ulysses in component.older_groups for component in components):
+        found = f"--parallel {split} for {bundle.folder}, whose stages for it are an older version's"
+        raise UserError(
+            found, "those of this version", f"export and build again: {bundle.manifest.command} --overwrite"
+        )
     if split.ulysses > 1 and split.ulysses not in groups:
         found, asked = f"--parallel {split} for {bundle.folder}", f"--parallel ulysses{split.ulysses}"
         raise UserError(found, f"engines built for {split.ulysses} devices", f"run wan-trt build {asked}")
