@@ -181,6 +181,24 @@ def test_splits_that_cannot_be_are_one_line(divisible, tiny_engines):
     assert str(devices.split) == "cfg2,ulysses2,vae4"
 
 
+def test_stages_that_an_older_version_made_for_several_devices_are_named(divisible):
+    bundle, made = open_bundle(divisible("i2v-a14b-tiny", HEADS), "engines"), []
+    for component in bundle.manifest.components:
+        older = [replace(s, name=s.name.replace("join", "rest")) for s in component.stages]
+        made.append(replace(component, stages=tuple(older)))
+    older = replace(
+        bundle, manifest=replace(bundle.manifest, components=tuple(made), command="wan-trt build onnx engines")
+    )
+    expected = (
+        "an older version's | expected those of this version | export and build again: wan-trt build onnx engines"
+    )
+    with pytest.raises(UserError) as error:
+        check_options(older, BlockOptions(parallel="ulysses2"))
+    assert expected in str(error.value)
+    assert not check_options(older, BlockOptions()).together
+    assert str(check_options(older, BlockOptions(gpus="0,1", parallel="cfg2")).split) == "cfg2"
+
+
 def test_weights_that_change_while_devices_open_them_are_one_line(tiny_engines, tmp_path, monkeypatch):
     folder = tmp_path / "engines"
     shutil.copytree(tiny_engines, folder)
