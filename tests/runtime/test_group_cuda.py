@@ -17,7 +17,7 @@ from runtime.block_backend import BlockOptions
 from runtime.engine_tensorrt import Device
 from runtime.group import Group
 from runtime.group_backend import GroupBackend
-from runtime.group_cuda import NcclLink, link_of, use_gpu
+from runtime.group_cuda import NcclLink, begin, link_of, use_gpu
 from tests.export.graphs.test_dit import relative_l2
 from tests.runtime.fake_gpu import FakeTensorRT
 from tests.runtime.test_blocks_tensorrt import Event, StreamingCupy, runs_onnx
@@ -217,9 +217,16 @@ def test_gpus_that_are_not_there_and_those_that_do_not_reach_each_other(monkeypa
         use_gpu(0, (0, 2))
     assert use_gpu(0, (0, 1)) == [1]
     assert (used, enabled) == ([0], [])
+    told = []
+    with Group(["GPU 0", "GPU 1"]) as group:
+        assert not begin(group, (0, 1), told.append)
+    assert told == ["GPUs 0 and 1 do not reach each other's memory: what they exchange goes through host memory"]
     runtime.deviceCanAccessPeer = lambda one, other: 1
     assert use_gpu(1, (0, 1)) == []
     assert enabled == [0]
+    with Group(["GPU 0", "GPU 1"]) as group:
+        assert begin(group, (0, 1), told.append)
+    assert len(told) == 1
 
 
 def test_the_calls_are_those_of_the_installed_cupy():
