@@ -220,6 +220,25 @@ def test_weights_that_change_while_devices_open_them_are_one_line(tiny_engines, 
             engine.__enter__()
 
 
+def test_a_weights_file_that_is_cut_short_meanwhile_is_one_line_and_the_group_goes_on(divisible, tmp_path):
+    folder = tmp_path / "engines"
+    shutil.copytree(divisible("ti2v-5b-tiny", HEADS), folder)
+    path = folder / open_bundle(folder, "engines").component("dit").weights[1].path
+    whole = path.read_bytes()
+    with opened(folder, "ulysses2") as pipeline:
+        engine, given = pipeline.engine("dit"), given_to(pipeline.spec.dit)
+        pipeline.backend.group._deadline_s = pipeline.backend.links[0]._meeting._deadline_s = 60
+        expected = engine(**given)
+        os.truncate(path, len(whole) // 2)  # one device reads the text's weights of the blocks that are left
+        other = given | {"text": given["text"].copy()}
+        with pytest.raises(
+            UserError, match=r"dit.weights ends at \d+ bytes \| expected \d+ \| run wan-trt build again"
+        ):
+            engine(**other)
+        path.write_bytes(whole)
+        assert np.array_equal(engine(**other), expected)
+
+
 def test_a_device_that_fails_ends_the_job_and_closes_the_group(tiny_engines):
     with opened(tiny_engines, "cfg2") as pipeline:
         engine = pipeline.engine("high_noise")
