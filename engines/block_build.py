@@ -17,7 +17,7 @@ from engines.gpu.attention import drop_batch, writes_its_output
 from engines.lora_slots import add_slots, with_slots
 from engines.targets import Target
 from wan22.block_layout import EMBEDDING, BlockLayout, write_block_layout
-from wan22.bundle import Bundle, file_entry
+from wan22.bundle import Bundle, file_entry, overwriting
 from wan22.component import Component, File, Stage, Tensor
 from wan22.errors import UserError
 from wan22.files import scratch_folder
@@ -62,7 +62,8 @@ class BlockBuild:
             missing = set(self.groups) - set(component.groups)
             if missing and component.name != TEXT_ENCODER:
                 found = f"--parallel ulysses{min(missing)} for {component.name}"
-                raise UserError(found, "a bundle with stages for groups of devices", "export again")
+                again = f"export again: {overwriting(self.source.manifest.command)}"
+                raise UserError(found, "a bundle with this version's stages for several devices", again)
 
     def stages(self, component: Component) -> tuple[Stage, ...]:
         """The stages to build: those for one device, and those for the asked groups."""

@@ -111,6 +111,19 @@ def test_attention_of_a_group_is_compiled_in_the_form_that_its_target_fuses(tmp_
     assert found == {"rtx4090": {"attend_of_2"}, "rtx3090": set(), None: set()}
 
 
+def test_stages_that_an_older_version_exported_for_a_group_are_refused(tmp_path, tiny_bundle):
+    source = open_bundle(tiny_bundle, "graphs")
+    older = [
+        replace(c, stages=tuple(replace(s, name=s.name.replace("join", "rest")) for s in c.stages))
+        for c in source.manifest.components
+    ]
+    manifest = replace(source.manifest, components=tuple(older), command="wan-trt export model onnx")
+    build = BlockBuild(replace(source, manifest=manifest), tmp_path, silent, None, groups=(2,))
+    with pytest.raises(UserError, match=r"--parallel ulysses2 .* export again: wan-trt export model onnx --overwrite"):
+        build.check()
+    replace(build, groups=()).check()
+
+
 @pytest.mark.slow
 def test_every_block_has_its_own_weights_as_the_bundle_stores_them(fp8_blocks):
     source, built = fp8_blocks
