@@ -67,7 +67,7 @@ def groups_as_text(plans: Sequence[GroupPlan], chosen: Sequence[tuple[Goal, Grou
     speed = link_gb_s(request.target, first.link)
     what = f"{request.spec.name}, {request.precision}, on {count} of {request.target.name}"
     share = "the roofline" if first.efficiency == 1 else f"{100 * first.efficiency:.0f} % of the roofline"
-    title = f"{what}: {video_text(*request.video)}, {request.steps} steps, {first.link} {speed:g} GB/s, {share}"
+    title = f"{what}\n{video_text(*request.video)}, {request.steps} steps, {first.link} {speed:g} GB/s, {share}"
     columns = ("--parallel", "videos", "GiB", "sent GB", "step s", "video s", "an hour", "scaling")
     table = Table(*columns, title=title, title_justify="left")
     table.columns[0].no_wrap = True
@@ -75,13 +75,16 @@ def groups_as_text(plans: Sequence[GroupPlan], chosen: Sequence[tuple[Goal, Grou
         row = [_split(each), str(each.replicas), f"{each.memory_bytes / 2**30:.1f}" if each.fits else "too large"]
         row.append(f"{each.step_bytes / 1e9:.3g}")
         figures = (each.step_seconds, each.video_seconds, each.videos_per_hour)
-        row += ["" if figure is None else f"{figure:.3g}" for figure in figures]
+        row += [
+            "" if figure is None else f"{figure:,.3g}" if figure < 999.5 else f"{figure:,.0f}" for figure in figures
+        ]
         scaling = each.efficiency_of_scaling
         table.add_row(*row, "" if scaling is None else f"{100 * scaling:.0f} %")
     yield table
-    yield "videos: at a time, on all GPUs; GiB, and sent in a step: of the GPU that has most"
+    yield "videos: at a time, on all GPUs; GiB, sent in a step: of the GPU that has most"
     for goal, best in chosen:
-        yield f"best for {goal}: {_split(best)}: {reason(best, goal)}"
+        yield f"best for {goal}: {_split(best)}"
+        yield from (f"  {part}" for part in reason(best, goal).split("; "))
 
 
 def _split(plan: GroupPlan) -> str:
