@@ -13,9 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.block_weights import attention_scales, layout_of, lora_rank, write_block_weights
+from engines.gpu.attention import drop_batch, writes_its_output
 from engines.lora_slots import add_slots, with_slots
+from engines.targets import Target
 from wan22.block_layout import EMBEDDING, BlockLayout, write_block_layout
-from wan22.bundle import Bundle, file_entry
+from wan22.bundle import Bundle, file_entry, overwriting
 from wan22.component import Component, File, Stage, Tensor
 from wan22.errors import UserError
 from wan22.files import scratch_folder
@@ -39,6 +41,7 @@ class BlockBuild:
     compile: Compile
     groups: tuple[int, ...] = ()  # numbers of devices that shall be able to divide the tokens
     lora_slots: int | None = None  # the rank of slots for LoRAs in every linear of a transformer's blocks
+    target: Target | None = None  # of the compiler, if it is one
     _built: dict[tuple[Stage, ...], tuple[tuple[Stage, ...], File, BlockLayout]] = field(default_factory=dict)
 
     def applies_to(self, component: Component) -> bool:
@@ -59,7 +62,8 @@ class BlockBuild:
             missing = set(self.groups) - set(component.groups)
             if missing and component.name != TEXT_ENCODER:
                 found = f"--parallel ulysses{min(missing)} for {component.name}"
-                raise UserError(found, "a bundle with stages for groups of devices", "export again")
+                again = f"export again: {overwriting(self.source.manifest.command)}"
+                raise UserError(found, "a bundle with this version's stages for several devices", again)
 
     def stages(self, component: Component) -> tuple[Stage, ...]:
         """The stages to build: those for one device, and those for the asked groups."""
@@ -103,11 +107,16 @@ class BlockBuild:
     def _stage(self, component: Component, stage: Stage) -> Stage:
         """``stage`` as an engine. The scales of FP8 attention become constants, as compilers need them."""
         graph, constants = self.source.path(stage.graph), self.attention_scales
-        weights = tuple(tensor for tensor in stage.weights if tensor.name not in constants)
-        if len(weights) == len(stage.weights) and not any(map(lora_rank, weights)):
+        weights, direct = (
+            tuple(t for t in stage.weights if t.name not in constants),
+            writes_its_output(stage, self.target),
+        )
+        if len(weights) == len(stage.weights) and not direct and not any(map(lora_rank, weights)):
             return replace(stage, graph=self.compile(graph, component, stage))
         model = ir.load(graph)
         add_slots(model, stage)
+        if direct:
+            drop_batch(model.graph)
         for value in [value for value in model.graph.inputs if value.name in constants]:
             model.graph.inputs.remove(value)
             value.const_value = ir.tensor(np.array(constants[str(value.name)], np.float32), name=value.name)

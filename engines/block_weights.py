@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from engines.cpu.nvfp4 import GROUP, values_of
 from wan22.block_layout import LORA_DOWN, LORA_UP, BlockLayout, Place, parts_of, size_bytes, varies
+from wan22.bundle import MANIFEST
 from wan22.component import File, Stage, Tensor
 from wan22.errors import UserError
 from wan22.progress import Progress
@@ -108,8 +109,15 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def write_block_weights(graph: Path, layout: BlockLayout, path: Path, progress: Progress) -> File:
-    """Copy the weights of the whole ``graph`` to ``path`` in the order of ``layout``."""
+    """Copy the weights of the whole ``graph`` to ``path`` in the order of ``layout``.
+
+    Raises:
+        UserError: the graph has weights of more or fewer blocks, or they are cut short.
+    """
     stored, folder = stored_tensors(graph), graph.parent
+    blocks = {name.split(".")[1] for name in stored if name.startswith("blocks.")}
+    if blocks != set(map(str, range(min(layout.blocks, len(blocks) + 1)))):
+        raise UserError(f"{graph} with {len(blocks)} blocks", f"{layout.blocks} by {MANIFEST}", "export again")
     with path.open("wb") as stream, ThreadPoolExecutor(1, "hash") as pool:
         file = _HashedFile(stream, pool)
         for place in layout.ends:

@@ -264,7 +264,7 @@ def _compile_tensorrt(
         return file_entry(folder, plan)
 
     in_blocks, groups = options.topology == "blocks", groups_of(options.parallel)
-    blocks = BlockBuild(source, folder, progress, compile_stage, groups, options.lora_slots)
+    blocks = BlockBuild(source, folder, progress, compile_stage, groups, options.lora_slots, target)
     if in_blocks:
         blocks.check()
     compiled: list[Component] = []

@@ -1,5 +1,6 @@
 """A plan in the terminal."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from rich.console import RenderableType
@@ -26,8 +27,11 @@ def as_text(plan: Plan) -> list[RenderableType]:
 
 def cards_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
     """The output of ``wan-trt plan --cards``: what runs on which card in blocks."""
-    plan = plans[0]
-    what = f"{plan.request.spec.name}, {plan.request.precision}: {video_text(*plan.request.video)}"
+    plan, by_precision = plans[0], defaultdict[Precision, list[str]](list)
+    for each in plans:
+        by_precision[each.request.precision].append(each.request.target.name)
+    used = plan.request.precision if len(by_precision) == 1 else "each card in the precision recommended for it"
+    what = f"{plan.request.spec.name}, {used}: {video_text(*plan.request.video)}"
     layers, text_layers = plan.request.spec.dit.layers, plan.request.spec.text_encoder.layers
     table = Table(
         "card", "GiB", "GB/s", "blocks", "text", "VAE", "seconds", "copy",
@@ -45,12 +49,15 @@ def cards_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
             row += [f"{forward:.3g}", f"{copy * blocks.stack.blocks / blocks.forward_seconds:.0%}"]
         table.add_row(*row)
     yield table
-    least, block = human_bytes(plan.in_blocks.least_bytes), human_bytes(plan.in_blocks.block_bytes)
+    least = human_bytes(min(each.in_blocks.least_bytes for each in plans))
+    block = human_bytes(plan.in_blocks.block_bytes)
     yield f"blocks: resident ones of {layers}; a transformer takes at least {least}, and blocks of {block} stream"
     yield f"text: layers of the text encoder in memory, of {text_layers}"
     one = human_bytes(plan.half_precision_decoder.one.total)
     yield f"VAE: strips of a decoder in fp16 (export --vae-decoder fp16; one takes {one})"
     yield "seconds: of a forward, by roofline; copy: of a block, of the time of its kernels, hidden below 100%"
+    if len(by_precision) > 1:
+        yield from (f"{precision}: {', '.join(names)}" for precision, names in by_precision.items())
 
 
 def groups_as_text(plans: Sequence[GroupPlan], chosen: Sequence[tuple[Goal, GroupPlan]]) -> Iterable[RenderableType]:
@@ -60,7 +67,7 @@ def groups_as_text(plans: Sequence[GroupPlan], chosen: Sequence[tuple[Goal, Grou
     speed = link_gb_s(request.target, first.link)
     what = f"{request.spec.name}, {request.precision}, on {count} of {request.target.name}"
     share = "the roofline" if first.efficiency == 1 else f"{100 * first.efficiency:.0f} % of the roofline"
-    title = f"{what}: {video_text(*request.video)}, {request.steps} steps, {first.link} {speed:g} GB/s, {share}"
+    title = f"{what}\n{video_text(*request.video)}, {request.steps} steps, {first.link} {speed:g} GB/s, {share}"
     columns = ("--parallel", "videos", "GiB", "sent GB", "step s", "video s", "an hour", "scaling")
     table = Table(*columns, title=title, title_justify="left")
     table.columns[0].no_wrap = True
@@ -68,13 +75,16 @@ def groups_as_text(plans: Sequence[GroupPlan], chosen: Sequence[tuple[Goal, Grou
         row = [_split(each), str(each.replicas), f"{each.memory_bytes / 2**30:.1f}" if each.fits else "too large"]
         row.append(f"{each.step_bytes / 1e9:.3g}")
         figures = (each.step_seconds, each.video_seconds, each.videos_per_hour)
-        row += ["" if figure is None else f"{figure:.3g}" for figure in figures]
+        row += [
+            "" if figure is None else f"{figure:,.3g}" if figure < 999.5 else f"{figure:,.0f}" for figure in figures
+        ]
         scaling = each.efficiency_of_scaling
         table.add_row(*row, "" if scaling is None else f"{100 * scaling:.0f} %")
     yield table
-    yield "videos: at a time, on all GPUs; GiB, and sent in a step: of the GPU that has most"
+    yield "videos: at a time, on all GPUs; GiB, sent in a step: of the GPU that has most"
     for goal, best in chosen:
-        yield f"best for {goal}: {_split(best)}: {reason(best, goal)}"
+        yield f"best for {goal}: {_split(best)}"
+        yield from (f"  {part}" for part in reason(best, goal).split("; "))
 
 
 def _split(plan: GroupPlan) -> str:
@@ -114,11 +124,6 @@ def precisions_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
             yield f"{error.found}: {error.remedy}"
     yield "error of a velocity (* misses its aim), dB of finished latents: the worst of two small twins with outliers"
     yield f"GiB: of all experts; blocks: resident ones of {layers}; seconds: by roofline, not measured"
-
-
-def _text_layers(plan: Plan) -> str:
-    layers, slots = plan.request.spec.text_encoder.layers, plan.in_blocks.text_slots
-    return "none fit" if slots is None else f"{slots} of {layers}"
 
 
 def _remarks(plan: Plan) -> Iterable[str]:
@@ -166,7 +171,8 @@ def _machine(plan: Plan) -> Iterable[tuple[str, str]]:
     if usable and in_blocks:
         yield "GPU memory, at least", human_bytes(plan.in_blocks.least_bytes)
         yield "resident blocks", _blocks(plan)
-        yield "text encoder", f"{_text_layers(plan)} layers in memory"
+        layers, slots = plan.request.spec.text_encoder.layers, plan.in_blocks.text_slots
+        yield "text encoder", "does not fit" if slots is None else f"{slots} of {layers} layers in memory"
     if in_blocks and plan.request.vram is not None:  # which whole engines do not obey
         return
     prefix = "whole" if in_blocks else "GPU memory"

@@ -25,7 +25,7 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         message = self.message if len(self.message) <= MAX_MESSAGE else self.message[:MAX_MESSAGE] + "…"
-        error = {"message": message, "type": kind, "param": self.param, "code": self.code}
+        error = {"message": _utf8(message), "type": kind, "param": self.param and _utf8(self.param), "code": self.code}
         return JSONResponse({"error": error}, self.status, headers=self._headers())
 
     def _headers(self) -> dict[str, str]:
@@ -39,6 +39,11 @@ class ApiError(Exception):
         if self.status == 401:
             headers["www-authenticate"] = 'Bearer realm="wan-trt"'
         return headers
+
+
+def _utf8(text: str) -> str:
+    """``text`` with halves of surrogates, which JSON's escapes can have, as escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:

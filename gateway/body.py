@@ -4,7 +4,6 @@ The official client always sends multipart forms, in which everything is text an
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -169,9 +168,8 @@ def _names(name: str, value: Any) -> list[str]:
     """A list of texts, or one text with commas."""
     given = value if isinstance(value, list) else [value]
     if not all(isinstance(each, str) for each in given):
-        raise invalid(
-            name, f"{name} {json.dumps(value)[:40]} | expected a look, or a list of looks and terms", "invalid_type"
-        )
+        shown = json.dumps(value, default=lambda _: "a file")[:40]
+        raise invalid(name, f"{name} {shown} | expected a look, or a list of looks and terms", "invalid_type")
     return [part.strip() for each in given for part in _text(name, each).split(",") if part.strip()]
 
 
@@ -183,10 +181,12 @@ def _number(field: Field, name: str, value: Any) -> int | float:
     if isinstance(value, str) and len(value.strip()) <= MAX_DIGITS and NUMBER.fullmatch(value.strip()):
         text = value.strip()
         value = int(text) if text.lstrip("+-").isdigit() else float(text)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong
+    if not abs(value) < 2**63:  # NaN is not, either
         raise wrong
     if field.kind == "int":
-        if value != int(value) or abs(value) >= 2**63:
+        if value != int(value):
             raise wrong
         return int(value)
     return value if abs(value) < 1e12 else _refuse(wrong)

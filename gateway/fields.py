@@ -8,6 +8,7 @@ from typing import Literal
 from wan22.looks import GROUPS, LOOKS
 
 Kind = Literal["text", "int", "number", "bool", "size", "image", "list", "names"]
+LONGEST_GUESS = 40  # characters of a name that may be one of ours, misspelt
 JSON_TYPES = {"text": "string", "int": "integer", "number": "number", "bool": "boolean", "size": "string"}
 
 
@@ -77,6 +78,8 @@ BY_NAME: Mapping[str, Field] = {name: each for each in FIELDS for name in (each.
 
 def nearest(name: str) -> str | None:
     """The known name that is most like ``name``; None if none is."""
+    if len(name) > LONGEST_GUESS:  # comparing takes the square of its length
+        return None
     close = get_close_matches(name.lower(), BY_NAME, n=1, cutoff=0.6)
     return close[0] if close else None
 

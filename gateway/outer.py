@@ -4,8 +4,10 @@ What is not HTTP never becomes a request: :class:`Protocol` refuses it in the sh
 """
 
 import asyncio
+import resource
 import secrets
 import time
+from operator import attrgetter
 
 import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +15,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gateway.api_error import ApiError
 
+HEAD_WITHIN_S = 30.0  # for a request's head to arrive
+FILES_KEPT = 400  # of those that a process may open: for the database, videos, servers, and connections of one moment
+BACKLOG = 128  # connections that are taken in one moment
 DRAINED = 4  # times the limit: what is read and thrown away, so that the client reads the answer
 
 
@@ -44,6 +49,52 @@ class Outer:
 
 
 class Protocol(H11Protocol):
+    """Neither connections that send nothing, nor those that send a head byte by byte, keep others out for long.
+
+    A request's head has some seconds to arrive. When so many connections are open that files of the gateway itself may
+    soon not be, a new one takes the place of the one that has been waiting for a request for longest.
+    """
+
+    _since, _head = 0.0, None  # when it began to wait for a request, and the end of that
+
+    @property
+    def waits(self) -> bool:
+        """True outside of a request and its answer."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FILES_KEPT
+        here = [each for each in self.connections if not each.transport.is_closing()]
+        if len(here) > most > 0:
+            waiting = [each for each in here if isinstance(each, Protocol) and each.waits]  # this one is among them
+            min(waiting, key=attrgetter("_since")).transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unset()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.waits:
+            self._unset()
+        elif self._head is None:
+            self._wait()
+
+    def on_response_complete(self) -> None:
+        self._since = self.loop.time()
+        super().on_response_complete()
+
+    def _wait(self) -> None:
+        self._since = self.loop.time()
+        self._head = self.loop.call_later(HEAD_WITHIN_S, self.transport.abort)
+
+    def _unset(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are not HTTP and close the connection; uvicorn itself answers with plain text."""
         answer = ApiError(400, "invalid_http", f"{msg.rstrip('.').lower()} | expected HTTP/1.1").response()

@@ -20,7 +20,7 @@ from gateway.hub import Hub
 from gateway.jobs import Jobs
 from gateway.keys import Keys
 from gateway.metrics import GatewayMetrics, State, Values
-from gateway.outer import Protocol
+from gateway.outer import BACKLOG, Protocol
 from gateway.store import open_store
 from gateway.sweep import Keep, Sweep
 from gateway.worker import Surroundings
@@ -78,7 +78,8 @@ def run_gateway(options: GatewayOptions, ready: Callable[[], None], trouble: Cal
         workers.start()
         server = _Server(uvicorn.Config(
             make_app(gateway), http=Protocol, log_config=None, access_log=False, server_header=False,
-            timeout_keep_alive=75, timeout_graceful_shutdown=10, h11_max_incomplete_event_size=64 * 1024,
+            backlog=BACKLOG, timeout_keep_alive=75, timeout_graceful_shutdown=10,
+            h11_max_incomplete_event_size=64 * 1024,
         ), gateway)  # fmt: skip
         threading.Thread(target=server.watch, args=(ready, trouble, options), daemon=True).start()
         server.run([listening])

@@ -18,7 +18,7 @@ from wan22.block_memory import (
     text_layers,
     transformer_blocks,
 )
-from wan22.bundle import Bundle
+from wan22.bundle import Bundle, overwriting
 from wan22.component import Component, File
 from wan22.errors import UserError
 from wan22.parallel import LARGEST_GROUP, ONE_DEVICE, Devices, choose_devices
@@ -78,6 +78,11 @@ def devices_of(bundle: Bundle, options: BlockOptions) -> Devices:
     most = (most_strips(bundle) or LARGEST_GROUP) if in_strips else 0
     devices = choose_devices(spec, options.gpus, options.parallel, groups, most)
     split = devices.split
+    if any(split.ulysses in component.older_groups for component in components):
+        found = f"--parallel {split} for {bundle.folder}, whose stages for it are an older version's"
+        raise UserError(
+            found, "those of this version", f"export and build again: {overwriting(bundle.manifest.command)}"
+        )
     if split.ulysses > 1 and split.ulysses not in groups:
         found, asked = f"--parallel {split} for {bundle.folder}", f"--parallel ulysses{split.ulysses}"
         raise UserError(found, f"engines built for {split.ulysses} devices", f"run wan-trt build {asked}")

@@ -9,7 +9,7 @@ import numpy as np
 from runtime.block_stream import Transfers
 from runtime.group import Link
 from wan22.block_layout import Overlay, Place
-from wan22.component import Stage, Tensor
+from wan22.component import BY_HEAD, Stage, Tensor
 from wan22.parallel import shares
 from wan22.specs import PATCH
 
@@ -57,7 +57,7 @@ class BlockForward:
     """The arrays of one forward. Stages that take slices run once for each.
 
     With a ``link``, its members divide the tokens: each has ``tokens`` of its own in all stages but "attend", which
-    takes the tokens of all with a part of the heads.
+    takes the tokens of all with a part of the heads. "join" follows it, on all of the own tokens.
     """
 
     def __init__(
@@ -84,11 +84,9 @@ class BlockForward:
         if self._link is not None:
             qkv = {name: self._of_all_tokens(name, array) for name, array in qkv.items()}
         attended = self._arrays("attend", self._shares[-1].stop)
-        needed = {tensor.name for tensor in self._stages["attend"].inputs}
-        entering = {name: array for name, array in (qkv | scales).items() if name in needed}
-        self._device.run("attend", entering, attended, weights)
+        self._device.run("attend", self._entering("attend", qkv | scales), attended, weights)
         if self._link is not None:
-            attended = {"o": self._of_all_heads(attended["o"])}
+            attended = self._joined(attended[BY_HEAD], scales, weights)
         inputs = {"x": x, **attended, **text, **scales}
         if len(self._cuts) > 1:
             self._replace_by_slices(x, inputs, weights)
@@ -107,13 +105,21 @@ class BlockForward:
         self._link.all_to_all(sends, [every[rows] for rows in self._shares])
         return every
 
-    def _of_all_heads(self, o: Any) -> Any:
-        """Exchange own heads of all tokens for ``[groups, positions, heads, head]`` of own tokens."""
+    def _joined(self, o: Any, scales: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+        """Exchange ``[own heads, all tokens, head]`` for ``[heads, own tokens, head]``; the rows of these."""
         assert self._link is not None
-        (tensor,) = (tensor for tensor in self._stages["rest"].inputs if tensor.name == "o")
-        messages = self._array("own o", tensor, self._tokens)
-        self._link.all_to_all([o[rows] for rows in self._shares], [messages[peer] for peer in range(self._link.size)])
-        return messages
+        (tensor,) = (tensor for tensor in self._stages["join"].inputs if tensor.name == BY_HEAD)
+        own, count = self._array("own o", tensor, self._tokens), len(o)
+        receives = [own[peer * count :][:count] for peer in range(self._link.size)]
+        self._link.all_to_all([o[:, rows] for rows in self._shares], receives, pieces=count)
+        joined = self._arrays("join", self._tokens)
+        self._device.run("join", self._entering("join", {BY_HEAD: own, **scales}), joined, weights)
+        return joined
+
+    def _entering(self, stage: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of ``arrays`` that ``stage`` takes."""
+        needed = {tensor.name for tensor in self._stages[stage].inputs}
+        return {name: array for name, array in arrays.items() if name in needed}
 
     def gathered(self, name: str, part: Any) -> Any:
         """The rows of all members, each of which has ``part`` of the output ``name`` of "velocity"."""
@@ -136,7 +142,7 @@ class BlockForward:
         """The outputs of stage ``name`` for all tokens; inputs and outputs with an axis of tokens are cut."""
         outputs, tensors = self._arrays(name, self._tokens), self._stages[name].outputs
         for rows in self._cuts:
-            made = {t.name: self._cut(f"part of {t.name}", t, outputs[t.name], rows) for t in tensors}
+            made = {tensor.name: self._part(tensor, outputs[tensor.name], rows) for tensor in tensors}
             self._run_cut(name, rows, inputs, made, weights)
             for tensor in tensors:
                 if self._is_by_group(tensor):
@@ -150,20 +156,19 @@ class BlockForward:
         given = {}
         for tensor in self._stages[name].inputs:
             array = inputs.get(tensor.name, self._given.get(tensor.name))
-            given[tensor.name] = self._cut(f"part of {tensor.name}", tensor, array, rows)
-            if self._is_by_group(tensor):
-                self._device.move(array[:, rows], given[tensor.name])
+            given[tensor.name] = array[rows] if _is_own(tensor.dims[0]) else array
         self._device.run(name, given, made, weights)
 
     def _is_by_group(self, tensor: Tensor) -> bool:
         """True if slices of ``tensor`` are not contiguous, so that they are copied."""
         return any(map(_is_own, tensor.dims[1:])) and len(self._cuts) > 1
 
-    def _cut(self, name: str, tensor: Tensor, array: Any, rows: slice) -> Any:
-        """The ``rows`` of ``array``, an array of their own if those are not contiguous, or all of it without such."""
+    def _part(self, tensor: Tensor, output: Any, rows: slice) -> Any:
+        """The ``rows`` of ``output``, an array of their own if those are not contiguous, or all of it."""
         if self._is_by_group(tensor):
-            return self._array(f"{name}, {rows.stop - rows.start}", tensor, rows.stop - rows.start)
-        return array[rows] if _is_own(tensor.dims[0]) else array
+            size = rows.stop - rows.start
+            return self._array(f"part of {tensor.name}, {size}", tensor, size)
+        return output[rows] if _is_own(tensor.dims[0]) else output
 
     def _arrays(self, stage: str, positions: int) -> dict[str, Any]:
         """Arrays for the outputs of ``stage``, the same in every block."""

@@ -1,9 +1,9 @@
 """A transformer in stages, called like an engine: the weights of its blocks are resident or stream past.
 
 ``time`` runs once per schedule and ``text`` with ``text_kv`` once per prompt; their results are kept. A forward then
-calls ``qkv``, ``attend`` and ``rest`` for every block. Tokens may go through ``qkv`` and ``rest`` in slices, which
-divides their scratch memory; ``attend`` reads the keys of all tokens. The residual stream ``x`` is never input and
-output of one call: compilers may keep other tensors in an output's memory.
+calls ``qkv``, ``attend`` and ``rest`` for every block; several devices call ``join`` before ``rest``. Tokens may go
+through ``qkv`` and ``rest`` in slices, which divides their scratch memory; ``attend`` reads the keys of all tokens. The
+residual stream ``x`` is never input and output of one call: compilers may keep other tensors in an output's memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence

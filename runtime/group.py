@@ -87,8 +87,8 @@ class Meeting:
 class Link:
     """One member's end of the connections among ``size`` members, of which it is number ``rank``.
 
-    All members make the same calls in the same order. Arrays are contiguous, and those that a call receives into must
-    not be read before it returns; on a GPU this holds for later work of its stream.
+    All members make the same calls in the same order. Arrays are contiguous unless a call says otherwise, and those
+    that it receives into must not be read before it returns; on a GPU this holds for later work of its stream.
     """
 
     def __init__(self, meeting: Meeting, rank: int, size: int) -> None:
@@ -100,9 +100,12 @@ class Link:
         """How often the members began anew after a call that did not end; what they keep from before may differ."""
         return self._meeting.resumed
 
-    def all_to_all(self, sends: Sequence[Any], receives: Sequence[Any]) -> None:
-        """Send every member its array of ``sends``, by rank, and receive from each into that of ``receives``."""
-        self._exchange(dict(enumerate(sends)), dict(enumerate(receives)))
+    def all_to_all(self, sends: Sequence[Any], receives: Sequence[Any], pieces: int = 1) -> None:
+        """Send every member its array of ``sends``, by rank, and receive from each into that of ``receives``.
+
+        With several ``pieces``, arrays of ``sends`` may be contiguous along their first axis alone, which is so long.
+        """
+        self._exchange(dict(enumerate(sends)), dict(enumerate(receives)), pieces)
 
     def all_gather(self, part: Any, receives: Sequence[Any]) -> None:
         """Send ``part`` to all members, and receive theirs."""
@@ -119,7 +122,7 @@ class Link:
         """Overwrite ``array`` of member ``target`` with that of ``source``; nothing for all others."""
         self._exchange({target: array} if self.rank == source else {}, {source: array} if self.rank == target else {})
 
-    def _exchange(self, sends: Mapping[int, Any], receives: Mapping[int, Any]) -> None:
+    def _exchange(self, sends: Mapping[int, Any], receives: Mapping[int, Any], pieces: int = 1) -> None:  # noqa: ARG002
         started = perf_counter()
         others = {peer: array for peer, array in sends.items() if peer != self.rank}
         for peer, array in others.items():

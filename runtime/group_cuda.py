@@ -27,6 +27,7 @@ class PeerLink(Link):
     def __init__(self, meeting: Meeting, rank: int, size: int, device: "Device") -> None:
         super().__init__(meeting, rank, size)
         self._cupy, self._stream, self._number = device.cupy, device.stream, device.number
+        self._reaches_peers = device.reaches_peers
 
     def _offered(self, array: Any) -> tuple[Any, Any, int]:
         return array, self._record(), self._number
@@ -35,9 +36,20 @@ class PeerLink(Link):
         array, ready, source = given
         if source != self._number:
             self._stream.wait_event(ready)
+        if array.flags.c_contiguous:
+            self._copy_piece(array, source, target)
+        elif source == self._number or self._reaches_peers:
+            runtime, size = self._cupy.cuda.runtime, array[0].nbytes
+            of_target, of_source = (int(target.data.ptr), size), (int(array.data.ptr), array.strides[0])
+            runtime.memcpy2DAsync(*of_target, *of_source, size, len(array), runtime.memcpyDefault, self._stream.ptr)
+        else:
+            for piece, its_target in zip(array, target, strict=True):
+                self._copy_piece(piece, source, its_target)
+        return self._record()
+
+    def _copy_piece(self, array: Any, source: int, target: Any) -> None:
         here = (int(target.data.ptr), self._number)
         self._cupy.cuda.runtime.memcpyPeerAsync(*here, int(array.data.ptr), source, array.nbytes, self._stream.ptr)
-        return self._record()
 
     def _free_to_change(self, answer: Any) -> None:
         self._stream.wait_event(answer)
@@ -56,7 +68,7 @@ class NcclLink(PeerLink):
         self._nccl: Any = import_module(*NCCL)
         self._communicator: Any = None
 
-    def _exchange(self, sends: Mapping[int, Any], receives: Mapping[int, Any]) -> None:
+    def _exchange(self, sends: Mapping[int, Any], receives: Mapping[int, Any], pieces: int = 1) -> None:
         if self._communicator is None:
             self._join()
         own, peers = sends.get(self.rank), sorted({*sends, *receives} - {self.rank})
@@ -67,13 +79,16 @@ class NcclLink(PeerLink):
         for peer in peers:
             if peer in sends:
                 self.sent_bytes += sends[peer].nbytes
-                self._communicator.send(*self._message(sends[peer]), peer, self._stream.ptr)
+                for message in self._messages(sends[peer], pieces):
+                    self._communicator.send(*message, peer, self._stream.ptr)
             if peer in receives:
-                self._communicator.recv(*self._message(receives[peer]), peer, self._stream.ptr)
+                for message in self._messages(receives[peer], pieces):
+                    self._communicator.recv(*message, peer, self._stream.ptr)
         self._nccl.groupEnd()
 
-    def _message(self, array: Any) -> tuple[int, int, int]:
-        return int(array.data.ptr), array.nbytes, self._nccl.NCCL_UINT8
+    def _messages(self, array: Any, pieces: int) -> list[tuple[int, int, int]]:
+        parts = [array] if pieces == 1 else list(array)
+        return [(int(part.data.ptr), part.nbytes, self._nccl.NCCL_UINT8) for part in parts]
 
     def _join(self) -> None:
         """Make the communicator, which all members do at once."""

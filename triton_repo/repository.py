@@ -20,6 +20,7 @@ from wan22.errors import UserError
 from wan22.files import whole_folder
 from wan22.onnx_file import check_graphs
 from wan22.outputs import check_no_source
+from wan22.parallel import Devices
 from wan22.residency import ResidencyChoice
 
 Topology = Literal["owner", "bls"]
@@ -49,6 +50,22 @@ class Written:
     devices: int = 1  # of one server
 
 
+def check_devices(bundle: Bundle, options: RepositoryOptions, *, with_loras: bool) -> Devices:
+    """The devices of ``options``, if the engines of ``bundle`` can be served on them so.
+
+    Raises:
+        UserError: they cannot.
+    """
+    devices = check_options(bundle, options.blocks)
+    if options.topology == "bls" and (options.blocks.vae_strips is not None or devices.together):
+        found = f"--{'parallel' if devices.together else 'vae-strips'} in topology bls"
+        raise UserError(found, "whole engines on one device", "leave it out, or use --topology owner")
+    if devices.split.experts > 1 and with_loras:
+        remedy = "leave one of them out"
+        raise UserError("--lora with --parallel experts", "jobs with the same weights, two at a time", remedy)
+    return devices
+
+
 def write_repository(engines: Path, folder: Path, options: RepositoryOptions | None = None) -> Written:
     """Write the repository ``folder`` for the engine bundle at ``engines``, after a full check.
 
@@ -63,13 +80,7 @@ def write_repository(engines: Path, folder: Path, options: RepositoryOptions | N
     check_name(options.name)
     bundle = open_bundle(engines, "engines", full_check=True)
     check_graphs(bundle)
-    devices = check_options(bundle, options.blocks)
-    if options.topology == "bls" and (options.blocks.vae_strips is not None or devices.together):
-        found = f"--{'parallel' if devices.together else 'vae-strips'} in topology bls"
-        raise UserError(found, "whole engines on one device", "leave it out, or use --topology owner")
-    if devices.split.experts > 1 and options.loras:
-        remedy = "leave one of them out"
-        raise UserError("--lora with --parallel experts", "jobs with the same weights, two at a time", remedy)
+    devices = check_devices(bundle, options, with_loras=bool(options.loras))
     unread = check_plans(bundle)
     if options.topology == "bls":
         if options.residency not in ("auto", "all"):

@@ -10,6 +10,7 @@ import numpy as np
 from runtime.request import Request
 from triton_repo.schema import CACHE_INPUTS, INPUTS, INPUTS_BY_NAME, NUMPY, Field, Setting
 from wan22.errors import UserError
+from wan22.inputs import check_regular
 
 WIRE_NAMES = {"STRING": "BYTES"}  # the protocol's name
 
@@ -43,9 +44,11 @@ def content_of(image: bytes | Path | None) -> bytes | None:
     if not isinstance(image, Path):
         return image
     try:
+        check_regular(image)
         return image.read_bytes()
-    except OSError as error:
-        raise UserError(f"{image}: {error.strerror}", "a readable image", "name an image file") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        found = f"{image}: {getattr(error, 'strerror', error)}"
+        raise UserError(found, "a readable image", "name an image file") from None
 
 
 def input_tensors(settings: Mapping[str, Setting | None]) -> list[Any]:

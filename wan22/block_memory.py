@@ -116,13 +116,13 @@ def block_memory(
     """The memory of a forward with ``choice``; ``step_bytes`` are the weights of a block.
 
     ``tokens`` are those of one of ``groups`` devices, which keep what enters and leaves attention twice: all heads of
-    these tokens, and some heads of all.
+    these tokens, and some heads of all. The rows that they join of it come on top.
     """
     wide, rows = precision.wide.linears.bits / 8, float(tokens * spec.width)
     ratio, number = spec.ffn_width / spec.width, wide / 2
     in_codes = precision.quantised and precision.beside_feed_forward is not Number.NVFP4  # what enters O
-    operands, attended = precision.attention.bits / 8, (1 if in_codes and groups == 1 else wide)
-    copies = 1 if groups == 1 else 2
+    operands, attended = precision.attention.bits / 8, (1 if in_codes else wide)
+    exchanged = 0.0 if groups == 1 else 3 * operands + 2 * wide
     qkv = 7.1 if in_codes else 8.6 if precision.quantised else 8.1 * number
     rest = 5.1 + 3 * ratio if precision.quantised else (4.7 + 4 * ratio) * number
     if precision.linears is Number.NVFP4:
@@ -133,7 +133,7 @@ def block_memory(
     scratch = max(qkv / choice.slices, attend, rest / choice.slices, 4.1 / choice.slices)
     text = PROMPTS * spec.layers * 2 * TEXT_TOKENS * spec.width * wide
     residual = 4 * rows * (1 + 1 / choice.slices)  # slices go through an array of one slice
-    edges = copies * (3 * operands + attended) * rows
+    edges = (3 * operands + attended + exchanged) * rows
     return BlockMemory(residual, edges, scratch * rows, text, choice.slots * step_bytes)
 
 

@@ -159,7 +159,12 @@ def _again(manifest: Manifest, folder: Path) -> str:
         return f"run {STAGE_OF[manifest.kind]} again"
     if folder.resolve().name not in (Path(word).name for word in command.split()):
         return f"copy it again, or run {command}"  # which made the bundle that this is a copy of
-    return f"run {command}" if "--overwrite" in command else f"run {command} --overwrite"
+    return f"run {overwriting(command)}"
+
+
+def overwriting(command: str) -> str:
+    """``command`` so that it replaces what it made before."""
+    return command if "--overwrite" in command else f"{command} --overwrite"
 
 
 def kind_of(folder: Path) -> Kind:

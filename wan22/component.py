@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, replace
 
 from wan22.precision import Number, Precision
 
+BY_HEAD = "o_by_head"  # of a transformer in stages: the result of attention, between devices that divide the tokens
+
 
 @dataclass(frozen=True)
 class File:
@@ -68,16 +70,20 @@ class Component:
     @property
     def groups(self) -> tuple[int, ...]:
         """The numbers of devices among which the stages can divide the tokens."""
-        return tuple(sorted({stage.groups for stage in self.stages} - {1}))
+        return tuple(sorted(stage.groups for stage in self.stages if stage.name == grouped_name("join", stage.groups)))
+
+    @property
+    def older_groups(self) -> tuple[int, ...]:
+        """Those for which an older version made stages that no longer fit."""
+        return tuple(sorted({stage.groups for stage in self.stages} - {1, *self.groups}))
 
     def in_groups(self, count: int) -> "Component":
-        """The component with the stages of one device, or with those of ``count`` devices in their place."""
-        alone = [stage for stage in self.stages if stage.groups == 1]
-        shared = {grouped_name(name, count): name for name in (stage.name for stage in alone)}
-        found = {shared[stage.name]: stage for stage in self.stages if stage.groups == count > 1}
-        used = tuple(replace(found.get(stage.name, stage), name=stage.name) for stage in alone)
-        graphs = {stage.graph: its.graph for stage, its in zip(alone, used, strict=True)}
-        return replace(self, graph=graphs.get(self.graph, self.graph), stages=used)
+        """The component with the stages of one device, or with those of ``count`` devices where they have a form."""
+        found = {stage.name: stage for stage in self.stages if stage.groups == 1}
+        for stage in (stage for stage in self.stages if stage.groups == count > 1):
+            name = stage.name.removesuffix(grouped_name("", count))
+            found[name] = replace(stage, name=name)
+        return replace(self, stages=tuple(found.values()))
 
     def compiled(self) -> "tuple[Component, ...]":
         """What is compiled by itself: the stages, or the component."""

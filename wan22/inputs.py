@@ -20,7 +20,7 @@ def check_regular(path: Path) -> None:
     """Refuse a path that exists but is not a regular file: reading a pipe or device may block or never end."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return
     if kind in SPECIAL:
         raise UserError(f"{path} is {SPECIAL[kind]}", "a file", "copy its content into a file")

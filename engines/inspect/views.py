@@ -25,20 +25,26 @@ def as_text(report: FusionReport) -> list[RenderableType]:
 
 
 def blocks_as_text(reports: Sequence[FusionReport]) -> Iterator[str]:
-    """Yield a line for each component in stages, and for each form of it: what a step runs of every block."""
+    """Yield a line for each component in stages, and for each form of it: what a step runs of every block.
+
+    A stage without a form for several devices was compiled for all tokens: of it a device has its share.
+    """
     forms: dict[tuple[str, str], list[FusionReport]] = {}
     for report in (r for r in reports if r.is_block and not r.component.endswith(".text_kv")):
         component, _, stage = report.component.rpartition(".")
         forms.setdefault((component, stage.partition("_of_")[2]), []).append(report)
-    for (component, devices), parts in forms.items():
+    for (component, devices), own in forms.items():
         what = f"{component} on one of {devices} devices" if devices else component
-        scratch = ", ".join(human_bytes(report.compiled.scratch_bytes, 0) for report in parts)
-        names = " + ".join(report.component.rpartition(".")[2] for report in parts)
-        kernels = " + ".join(str(len(report.compiled.kernels)) for report in parts)
-        seconds = sum(report.total(report.typical_block) for report in parts)
+        formed = {report.component.partition("_of_")[0] for report in own}
+        shared = [r for r in forms[component, ""] if r.component not in formed] if devices else []
+        parts = [*((report, 1) for report in own), *((report, int(devices)) for report in shared)]
+        scratch = ", ".join(human_bytes(report.compiled.scratch_bytes / share, 0) for report, share in parts)
+        names = " + ".join(report.component.rpartition(".")[2] for report, _ in parts)
+        kernels = " + ".join(str(len(report.compiled.kernels)) for report, _ in parts)
+        seconds = sum(report.total(report.typical_block) / share for report, share in parts)
         yield (
             f"{what}: a block is {names}, {kernels} kernels, {seconds * 1e3:.2f} ms by roofline; "
-            f"{parts[0].blocks_in_model} blocks {seconds * parts[0].blocks_in_model:.3f} s; scratch memory {scratch}"
+            f"{own[0].blocks_in_model} blocks {seconds * own[0].blocks_in_model:.3f} s; scratch memory {scratch}"
         )
 
 

@@ -18,14 +18,17 @@ from export.graphs.builder import FLOAT, GraphBuilder
 from export.graphs.linear import FLOAT8_MAX, LARGEST_QUANTISED, SMALLEST_ROW, Linears
 
 
-def attention(g: GraphBuilder, compute: ir.DataType, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+def attention(
+    g: GraphBuilder, compute: ir.DataType, q: ir.Value, k: ir.Value, v: ir.Value, *, by_head: bool = False
+) -> ir.Value:
     """Attention of float32 ``q [L, heads, head]``, already divided by ``sqrt(head)``, to ``k, v [S, heads, head]``.
 
-    Computes in ``compute`` and returns ``[L, heads, head]`` in ``compute``.
+    Computes in ``compute`` and returns ``[L, heads, head]`` in ``compute``, or ``[heads, L, head]`` if ``by_head``.
     """
     q, k, v = (g.cast(x, compute) for x in (q, k, v))
     probabilities = g.op("Softmax", g.op("MatMul", _by_head(g, q), _by_head(g, k, turned=True)), axis=-1)
-    return _by_token(g, g.op("MatMul", probabilities, _by_head(g, v)))
+    y = g.op("MatMul", probabilities, _by_head(g, v))
+    return g.op("Squeeze", y, g.constant([0])) if by_head else _by_token(g, y)
 
 
 def fp8_attention(linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
@@ -36,7 +39,7 @@ def fp8_attention(linears: Linears, key: str, q: ir.Value, k: ir.Value, v: ir.Va
     q8 = linears.through_fp8(_by_head(g, q), g.weight(f"{key}.q_scale", (), FLOAT))
     k8 = linears.through_fp8(_by_head(g, k, turned=True), g.weight(f"{key}.k_scale", (), FLOAT))
     v8 = linears.through_fp8(_by_head(g, v), g.constant(1.0, FLOAT))
-    return g.mul(_of_fp8(linears, q8, k8, v8), v_scale)
+    return g.mul(g.cast(_by_token(g, _of_fp8(linears, q8, k8, v8)), FLOAT), v_scale)
 
 
 def attention_of_fp8(
@@ -45,21 +48,23 @@ def attention_of_fp8(
     """:func:`fp8_attention` of operands that are in FP8 already: ``[L, heads, head]``, V divided by ``v_scale``.
 
     They are dequantised before anything else: compilers refuse any other reader of an FP8 tensor. Without ``v_scale``
-    the result is still divided by it.
+    the result is ``[heads, L, head]`` in 16 bits, and still divided by it.
     """
     g = linears.g
     scales = (g.weight(f"{key}.q_scale", (), FLOAT), g.weight(f"{key}.k_scale", (), FLOAT), g.constant(1.0, FLOAT))
     q, k, v = (linears.dequantise(x, scale) for x, scale in zip((q, k, v), scales, strict=True))
     y = _of_fp8(linears, _by_head(g, q), _by_head(g, k, turned=True), _by_head(g, v))
-    return y if v_scale is None else g.mul(y, v_scale)
+    if v_scale is None:
+        return g.op("Squeeze", y, g.constant([0]))
+    return g.mul(g.cast(_by_token(g, y), FLOAT), v_scale)
 
 
 def _of_fp8(linears: Linears, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
-    """Float32 ``[L, heads, head]`` from dequantised operands by head."""
+    """``[1, heads, L, head]`` from dequantised operands by head."""
     g = linears.g
     probabilities = g.op("Softmax", g.op("MatMul", q, k), axis=-1)
     p8 = linears.through_fp8(probabilities, g.constant(1 / FLOAT8_MAX, FLOAT))
-    return g.cast(_by_token(g, g.op("MatMul", p8, v)), FLOAT)
+    return g.op("MatMul", p8, v)
 
 
 def _by_head(g: GraphBuilder, x: ir.Value, *, turned: bool = False) -> ir.Value:

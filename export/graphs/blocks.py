@@ -14,9 +14,10 @@ Each rule below saves copies of all tokens in compiled engines:
 * The result of attention and the text are quantised where they are made, not where they are read.
 
 Several devices can divide the tokens (Ulysses). Each has the rows of its tokens in ``qkv`` and ``rest``, and all tokens
-of its heads in ``attend``. In this form q, k, v and o are ``[groups, positions, heads / groups, head]`` where they have
-all heads: a group of heads is one contiguous message. What leaves ``attend`` is in 16 bits, as the rows of o, whose
-scales FP8 needs, are complete in ``rest`` alone.
+of its heads in ``attend``. In this form q, k and v leave ``qkv`` as ``[groups, positions, heads / groups, head]``: a
+group of heads is one contiguous message. The result leaves ``attend`` in 16 bits as the kernel of attention writes it,
+head by head, so that a head's part of a message is contiguous. ``join`` makes of all heads the rows that ``rest``
+takes, as ``attend`` does on one device: FP8 scales whole rows. So ``rest`` has no other form, and no kernel is added.
 
 In FP8 attention, softmax ignores any constant vector subtracted from K, so ``k_center`` need not be its exact mean, and
 ``v_scale`` only must not overflow: neither needs a second pass over the tokens. Cross-attention is in 16 bits.
@@ -31,7 +32,7 @@ from export.graphs.builder import FLOAT, GraphBuilder
 from export.graphs.dit import Ends
 from export.graphs.dit_block import Blocks, Modulation, Tables
 from export.graphs.linear import CODES, FLOAT8, Linears, Operand, Quantised
-from wan22.component import File, Stage, Tensor, grouped_name
+from wan22.component import BY_HEAD, File, Stage, Tensor, grouped_name
 from wan22.parallel import group_sizes
 from wan22.parts import DitSpec
 from wan22.specs import PATCH, TEXT_TOKENS
@@ -89,7 +90,8 @@ def stage_graphs(
         "rest": _rest,
         "velocity": _velocity,
     }
-    grouped = {(name, groups): stages[name] for groups in group_sizes(spec) for name in ("qkv", "attend", "rest")}
+    shared = {"qkv": _qkv, "attend": _attend, "join": _join}
+    grouped = {(name, groups): write for groups in group_sizes(spec) for name, write in shared.items()}
     graphs = {}
     for (name, groups), write in ({(name, 1): write for name, write in stages.items()} | grouped).items():
         stage = _Stage(grouped_name(name, groups), spec, compute, quantised, groups)
@@ -138,19 +140,22 @@ class _Stage:
         codes = self.input(name, [rows, width], CODES[number].dtype)
         return self.linears.quantised_rows(codes, self.input(f"{name}_scale", [rows, 1]), number)
 
-    def own_heads(self, rows: str) -> list[int | str]:
+    @property
+    def own_heads(self) -> int:
         """Those of one device of a group."""
-        return [rows, self.spec.heads // self.groups, self.spec.head_width]
+        return self.spec.heads // self.groups
 
     def messages(self) -> list[int | str]:
         """All heads of the device's tokens; for a group, by the device that attends to them."""
-        return self.heads(self.rows) if self.groups == 1 else [self.groups, *self.own_heads(self.rows)]
+        if self.groups == 1:
+            return self.heads(self.rows)
+        return [self.groups, self.rows, self.own_heads, self.spec.head_width]
 
     def by_group(self, x: ir.Value) -> ir.Value:
         """``[positions, heads, head]`` → :meth:`messages`."""
         if self.groups == 1:
             return x
-        parted = self.g.reshape(x, [-1, self.groups, self.spec.heads // self.groups, self.spec.head_width])
+        parted = self.g.reshape(x, [-1, self.groups, self.own_heads, self.spec.head_width])
         return self.g.transpose(parted, 1, 0, 2, 3)
 
     def time_modulation(self) -> ir.Value:
@@ -228,25 +233,35 @@ def _qkv(s: _Stage) -> None:
 
 
 def _attend(s: _Stage) -> None:
-    g, compute = s.g, s.linears.compute
-    q, k, v = (s.input(n, s.own_heads(r), s.operands) for n, r in (("q", "positions"), ("k", "keys"), ("v", "keys")))
+    g, compute, key = s.g, s.linears.compute, f"{BLOCK}.self_attn"
+    of_rows = (("q", "positions"), ("k", "keys"), ("v", "keys"))
+    q, k, v = (s.input(name, [rows, s.own_heads, s.spec.head_width], s.operands) for name, rows in of_rows)
     if s.groups > 1:
         fp8 = s.fp8_attention
-        y = attention_of_fp8(s.linears, f"{BLOCK}.self_attn", q, k, v) if fp8 else attention(g, compute, q, k, v)
-        g.output("o", g.cast(y, compute), s.own_heads("positions"), compute)
+        y = attention_of_fp8(s.linears, key, q, k, v) if fp8 else attention(g, compute, q, k, v, by_head=True)
+        g.output(BY_HEAD, g.cast(y, compute), [s.own_heads, "positions", s.spec.head_width], compute)
         return
     if s.fp8_attention:
         v_scale = g.reshape(s.input("v_scale", [1, s.spec.width]), [1, s.spec.heads, s.spec.head_width])
-        y = attention_of_fp8(s.linears, f"{BLOCK}.self_attn", q, k, v, v_scale)
+        y = attention_of_fp8(s.linears, key, q, k, v, v_scale)
     else:
         y = attention(g, compute, q, k, v)
-    s.output_rows("o", g.reshape(y, [-1, s.spec.width]), "positions", f"{BLOCK}.self_attn.o")
+    s.output_rows("o", g.reshape(y, [-1, s.spec.width]), "positions", f"{key}.o")
+
+
+def _join(s: _Stage) -> None:
+    g, width = s.g, s.spec.width
+    o = s.input(BY_HEAD, [s.spec.heads, s.rows, s.spec.head_width], s.linears.compute)
+    rows = g.reshape(g.transpose(o, 1, 0, 2), [-1, width])
+    if s.fp8_attention:
+        rows = g.mul(g.cast(rows, FLOAT), s.input("v_scale", [1, width]))
+    s.output_rows("o", rows, s.rows, f"{BLOCK}.self_attn.o")
 
 
 def _rest(s: _Stage) -> None:
     g, width, compute, cross = s.g, s.spec.width, s.linears.compute, f"{BLOCK}.cross_attn"
-    x = s.input("x", [s.rows, width])
-    attended = _attended(s)
+    x = s.input("x", ["positions", width])
+    attended = s.input_rows("o", "positions", f"{BLOCK}.self_attn.o")
     modulation = s.time_modulation()
     text_k, text_v = (s.input(name, s.heads(TEXT_TOKENS), compute) for name in ("text_k", "text_v"))
     blocks = s.blocks(s.modulation())
@@ -256,15 +271,6 @@ def _rest(s: _Stage) -> None:
     y = g.reshape(attention(g, compute, q, text_k, text_v), [-1, width])
     x = g.add(x, blocks.project_out(cross, y))
     g.output("x_out", blocks.add_feed_forward(BLOCK, x, rows), [s.rows, width])
-
-
-def _attended(s: _Stage) -> Operand | ir.Value:
-    """The output of attention as the input of a linear."""
-    g, width = s.g, s.spec.width
-    if s.groups == 1:
-        return s.input_rows("o", "positions", f"{BLOCK}.self_attn.o")
-    rows = g.reshape(g.transpose(s.input("o", s.messages(), s.linears.compute), 1, 0, 2, 3), [-1, width])
-    return g.mul(g.cast(rows, FLOAT), s.input("v_scale", [1, width])) if s.fp8_attention else rows
 
 
 def _velocity(s: _Stage) -> None:

@@ -1,14 +1,17 @@
 """``--topology blocks``: stages instead of a transformer, and weights files with equal offsets in every block."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from engines.block_weights import V_NORMS
+from engines.block_build import BlockBuild
+from engines.block_weights import V_NORMS, layout_of, write_block_weights
 from engines.build import BuildOptions, build_engines
 from engines.inspect.inspection import inspect_engines
 from engines.inspect.views import blocks_as_text
+from engines.targets import TARGETS
 from export.exporter import export_checkpoint
 from export.files.safetensors_file import read_safetensors
 from export.options import ExportOptions
@@ -19,8 +22,11 @@ from wan22.block_layout import read_block_layout
 from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.precision import Precision
+from wan22.progress import silent
+from wan22.quantities import human_bytes
 from wan22.specs import SPECS
 
+OF_GROUPS = ["qkv_of_2", "attend_of_2", "join_of_2"]
 STAGES = ["time", "text", "text_kv", "patches", "qkv", "attend", "rest", "velocity"]
 
 
@@ -66,6 +72,56 @@ def test_both_experts_share_stages_of_a_few_kernels(fp8_blocks):
     layer, block = blocks_as_text(list(reports.values()))
     assert layer.startswith("text_encoder: a block is layer, ")
     assert block.startswith("high_noise: a block is qkv + attend + rest, 4 + 2 + 12 kernels, ")
+
+
+@pytest.mark.slow
+def test_one_of_two_devices_has_as_many_kernels_and_the_same_rest(tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
+    spec = SPECS["t2v-a14b-tiny"]
+    spec = replace(spec, dit=replace(spec.dit, heads=4, width=512))  # attention of one head is no fused kernel
+    synthesise(spec, tmp_path / "c", "official", seed=0)
+    export_checkpoint(tmp_path / "c", tmp_path / "b", ExportOptions(Precision.FP8_ATTN))
+    build_engines(tmp_path / "b", tmp_path / "e", BuildOptions("rtx4090", "256x160", "17", parallel="ulysses2"))
+    reports = {report.component: report for report in inspect_engines(tmp_path / "e")}
+    assert not [report.problems for report in reports.values() if report.problems]
+    assert [name.removeprefix("high_noise.") for name in reports if "_of_2" in name] == OF_GROUPS
+    _, alone, of_two = blocks_as_text(list(reports.values()))
+    assert alone.startswith("high_noise: a block is qkv + attend + rest, 4 + 2 + 12 kernels, ")
+    names = "qkv_of_2 + attend_of_2 + join_of_2 + rest"
+    assert of_two.startswith(f"high_noise on one of 2 devices: a block is {names}, 4 + 1 + 1 + 12 kernels, ")
+    assert of_two.endswith(f", {human_bytes(reports['high_noise.rest'].compiled.scratch_bytes / 2, 0)}")
+
+
+def test_attention_of_a_group_is_compiled_in_the_form_that_its_target_fuses(tmp_path, tiny_bundle):
+    source, found = open_bundle(tiny_bundle, "graphs"), {}
+    for target in ("rtx4090", "rtx3090", None):
+        compiled = {}
+
+        def compile_stage(graph, _component, stage, compiled=compiled):
+            import onnx_ir as ir
+
+            compiled[stage.name] = {node.op_type for node in ir.load(graph).graph}
+            return stage.graph
+
+        aim = None if target is None else TARGETS[target]
+        build = BlockBuild(source, tmp_path, silent, compile_stage, groups=(2,), target=aim)
+        build.component(source.component("high_noise"))
+        assert list(compiled) == STAGES + OF_GROUPS
+        found[target] = {name for name in compiled if "Unsqueeze" not in compiled[name] and "Softmax" in compiled[name]}
+    assert found == {"rtx4090": {"attend_of_2"}, "rtx3090": set(), None: set()}
+
+
+def test_stages_that_an_older_version_exported_for_a_group_are_refused(tmp_path, tiny_bundle):
+    source = open_bundle(tiny_bundle, "graphs")
+    older = [
+        replace(c, stages=tuple(replace(s, name=s.name.replace("join", "rest")) for s in c.stages))
+        for c in source.manifest.components
+    ]
+    manifest = replace(source.manifest, components=tuple(older), command="wan-trt export model onnx")
+    build = BlockBuild(replace(source, manifest=manifest), tmp_path, silent, None, groups=(2,))
+    with pytest.raises(UserError, match=r"--parallel ulysses2 .* export again: wan-trt export model onnx --overwrite"):
+        build.check()
+    replace(build, groups=()).check()
 
 
 @pytest.mark.slow
@@ -190,3 +246,13 @@ def test_experts_of_different_precision_have_their_own_stages(tmp_path):
     found = {path.name for path in built.folder.glob("*.weights")}
     assert found == {"high_noise.weights", "low_noise.weights", "text_encoder.weights"}
     assert not [path.name for path in built.folder.glob("*_noise.safetensors")]
+
+
+@pytest.mark.parametrize("blocks", [1, 10**9])
+def test_a_manifest_with_other_blocks_than_the_graph_is_refused(tiny_bundle, tmp_path, blocks):
+    bundle = open_bundle(tiny_bundle, "graphs")
+    component = bundle.component("high_noise")
+    layout = layout_of([stage for stage in component.stages if stage.groups == 1], blocks)
+    with pytest.raises(UserError, match=rf"high_noise.onnx with 2 blocks \| expected {blocks} by bundle.json"):
+        write_block_weights(bundle.path(component.graph), layout, tmp_path / "w", silent)
+    assert not (tmp_path / "w").exists()

@@ -104,6 +104,24 @@ def test_the_command(capsys):
         assert (code, line in told) == (2, True), told
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("i2v-a14b", "--target", "rtx-pro-6000-blackwell", "--precision", "nvfp4-ffn+fp8-attn", "--efficiency", "0.37"),
+        ("t2v-a14b", "--target", "h100", "--precision", "fp8-attn", "--size", "1280x720"),
+        ("t2v-a14b", "--target", "rtx4090", "--precision", "bf16", "--size", "1280x720"),
+        ("ti2v-5b", "--target", "rtx4060", "--precision", "bf16"),
+    ],
+)
+def test_the_table_fits_a_terminal_of_80_columns(capsys, words):
+    with pytest.raises(SystemExit):
+        app(["plan", *words, "--gpus", "8"])
+    told = capsys.readouterr().out
+    assert "experts" in told or words[0] == "ti2v-5b"
+    assert [line for line in told.splitlines() if len(line) > 80] == []
+    assert "e+0" not in told
+
+
 def test_a_plan_that_does_not_fit_says_so():
     small = GroupPlan(plan(target="rtx4060", precision=Precision.BF16), Split(), 1, "pcie4")
     assert not small.fits

@@ -135,6 +135,22 @@ def test_the_table_of_cards_follows_the_bus_and_the_size():
     assert list(table.columns[0].cells) == [plan.request.target.name for plan in large]
 
 
+def test_the_table_of_all_cards_has_each_in_its_recommended_precision():
+    plans = card_plans(T2V_A14B, None, SD)
+    every = [
+        target for target in TARGETS.values() if target.backend in ("tensorrt", "tensorrt-rtx") and target.memory_gib
+    ]
+    assert {plan.request.target.name for plan in plans} >= {"a100", "rtx3090", "rtx4060", "rtx5090", "h100", "b200"}
+    assert len(plans) == len(every)
+    assert all(plan.request.precision == plan.request.target.recommended_precision for plan in plans)
+    console = Console(record=True, width=80)
+    console.print(*cards_as_text(plans), sep="\n")
+    text = console.export_text()
+    assert "each card in the precision recommended for it" in text
+    assert re.search(r"^int8: .*rtx3090", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_a_compute_capability_has_sizes_and_no_verdicts():
     plan = make_plan(T2V_A14B, target_named("sm89"), FP8, SD)
     assert (plan.residency, plan.step_seconds) == (None, None)

@@ -3,13 +3,20 @@
 import asyncio
 import base64
 import io
+import resource
+import socket
 import subprocess
+import threading
 import time
-from contextlib import contextmanager
+import urllib.request
+from contextlib import ExitStack, contextmanager
 
 import pytest
+import uvicorn
 from PIL import Image
+from starlette.responses import PlainTextResponse
 
+from gateway import outer
 from gateway.api_error import ApiError
 from gateway.images import image_content, public_address
 from gateway.outer import Outer
@@ -155,3 +162,41 @@ def test_a_body_that_is_too_slow_is_given_up():
 
     asyncio.run(run())
     assert told == [(408, "timeout")]
+
+
+@contextmanager
+def answering():
+    """The port of a server that answers every request at once."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        app = PlainTextResponse("fine")
+        server = uvicorn.Server(uvicorn.Config(app, http=outer.Protocol, log_config=None, lifespan="off"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def test_connections_that_send_nothing_keep_nobody_out(monkeypatch):
+    monkeypatch.setattr(outer, "FILES_KEPT", resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 10, raising=False)
+    with answering() as port, ExitStack() as stack:
+        held, *silent = (
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60)) for _ in range(21)
+        )
+        for _ in range(2):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as answer:
+                assert answer.read() == b"fine"
+        for connection in (held, *silent[:10]):  # the ones that have been silent for longest
+            assert connection.recv(1) == b""
+
+
+def test_a_head_that_does_not_end_is_given_up(monkeypatch):
+    monkeypatch.setattr(outer, "HEAD_WITHIN_S", 0.1, raising=False)
+    with answering() as port, socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        while not (answer := connection.recv(1000)).endswith(b"fine"):
+            assert answer
+        connection.sendall(b"GET / HTTP/1.1\r\nhost:")
+        assert connection.recv(1) == b""

@@ -1,6 +1,7 @@
 """A request's values as an order: what is computed from them, for each model, without a server."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from gateway.api_error import ApiError
-from gateway.body import canonical
+from gateway.body import canonical, read_body
 from gateway.mlperf import benchmark_values
 from gateway.order import Latents, make_order
 from gateway.served import ServedModel
@@ -162,3 +163,31 @@ def test_mlperfs_request_is_the_benchmarks():
     made = make_order(values, model, latents=latents)
     assert expected.items() | {("latent", "fixed")} <= made.echo.items()
     assert "noise" not in made.inputs  # the queue has its name
+
+
+FILE = b'--x\r\nContent-Disposition: form-data; name="look[]"; filename="a"\r\n\r\ny\r\n--x--\r\n'
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "code"),
+    [
+        ("application/json", rb'{"\ud800": 1}', "unknown_field"),
+        ("application/json", rb'{"\ud800": 1, "\ud800": 2}', "duplicate_field"),
+        ("application/json", rb'{"extra_body": {"\ud800": 1}}', "unknown_field"),
+        ("application/json", b'{"seed": ' + b"9" * 400 + b"}", "invalid_type"),
+        ("application/json", b'{"boundary": ' + b"9" * 400 + b"}", "invalid_type"),
+        ("multipart/form-data; boundary=x", FILE, "invalid_type"),
+    ],
+)
+def test_names_numbers_and_files_that_are_no_text_are_refused_in_utf8(kind, body, code):
+    with pytest.raises(ApiError) as error:
+        read_body(kind, body)
+    assert error.value.code == code
+    assert json.loads(error.value.response().body)["error"]["code"] == code
+
+
+def test_a_name_of_many_megabytes_is_refused_at_once(monkeypatch):
+    """Comparing it with the known names would take minutes."""
+    monkeypatch.setattr("gateway.fields.get_close_matches", lambda name, *_, **__: pytest.fail(f"{len(name)}"))
+    with pytest.raises(ApiError, match="unknown field"):
+        read_body("application/x-www-form-urlencoded", b"a" * 10**7 + b"=1")

@@ -14,9 +14,13 @@ from export.graphs.blocks import stage_graphs
 from export.graphs.builder import BFLOAT16
 from export.graphs.dit import dit_graph
 from export.precisions import usual_quantised
+from runtime.block_forward import BlockForward
 from runtime.block_transformer import BlockTransformer, SharedBlocks
 from tests.export.graphs.test_dit import inputs_for
+from tests.runtime.test_parallel import HEADS, rows_of, velocities
 from wan22.block_layout import ITEM_BYTES
+from wan22.block_memory import BlockChoice, block_memory
+from wan22.bundle import open_bundle
 from wan22.component import Component, File
 from wan22.precision import Precision
 from wan22.shapes import shape_of
@@ -134,3 +138,18 @@ def test_a_card_runs_within_its_memory(spec, video):
                 engine(**given | {"text": text})
         assert 0.8 * plan.in_blocks.stack.memory(choice).total < device.peak <= usable, plan.request.target.name
     assert len(tried) > 1 or spec is TI2V_5B
+
+
+def test_arrays_around_attention_of_one_of_two_devices_are_those_of_its_plan(divisible, monkeypatch):
+    folder, kept, block = divisible("ti2v-5b-tiny", HEADS), {}, BlockForward.block
+
+    def recorded(self, *given):
+        found = block(self, *given)
+        kept[self._link.rank] = {name: array.nbytes for name, array in self._kept.items() if not name.startswith("x")}
+        return found
+
+    monkeypatch.setattr(BlockForward, "block", recorded)
+    velocities(folder, "ti2v-5b-tiny", "ulysses2")
+    spec = open_bundle(folder, "engines").manifest.spec.dit
+    planned = block_memory(spec, Precision.FP32, rows_of(2)[0], BlockChoice(2, 1), 0.0, 2).edges
+    assert 0.98 * planned <= sum(kept[0].values()) <= planned

@@ -17,7 +17,7 @@ from runtime.block_backend import BlockOptions
 from runtime.engine_tensorrt import Device
 from runtime.group import Group
 from runtime.group_backend import GroupBackend
-from runtime.group_cuda import NcclLink, link_of, use_gpu
+from runtime.group_cuda import NcclLink, begin, link_of, use_gpu
 from tests.export.graphs.test_dit import relative_l2
 from tests.runtime.fake_gpu import FakeTensorRT
 from tests.runtime.test_blocks_tensorrt import Event, StreamingCupy, runs_onnx
@@ -52,7 +52,9 @@ class Card(StreamingCupy):
         super().__init__(pinned_bytes=2**30)
         self.copies = []
         self.cuda.Event = TimedEvent
+        self.strided = 0
         self.cuda.runtime.memcpyPeerAsync = self.copy_between
+        self.cuda.runtime.memcpyDefault, self.cuda.runtime.memcpy2DAsync = 4, self.copy_pitched
 
     def stream(self, non_blocking=False):
         made = super().stream(non_blocking)
@@ -66,6 +68,16 @@ class Card(StreamingCupy):
             assert ready.recorded_on not in self.streams, "a copy waits for the GPU that it reads"
         self.copies.append((from_gpu, to_gpu, size))
         ctypes.memmove(target, source, size)
+
+    def copy_pitched(self, target, to_pitch, source, from_pitch, *sizes_and_rest):
+        """A copy whose GPUs the driver finds by the addresses."""
+        width, height, kind, stream = sizes_and_rest
+        assert kind == self.cuda.runtime.memcpyDefault
+        assert width <= min(to_pitch, from_pitch)
+        assert self.streams_by_number[stream] in self.streams
+        self.strided += 1
+        for row in range(height):
+            ctypes.memmove(target + row * to_pitch, source + row * from_pitch, width)
 
 
 @pytest.fixture
@@ -82,8 +94,13 @@ def cards():
         yield found
 
 
-@pytest.mark.parametrize("weights_in", ["vram", "disk"])
-def test_two_gpus_compute_what_one_computes(divisible, cards, weights_in):
+@pytest.mark.parametrize(("weights_in", "way"), [("vram", "peers"), ("disk", "peers"), ("disk", "driver")])
+def test_two_gpus_compute_what_one_computes(divisible, cards, weights_in, way, monkeypatch):
+    """Through each other's memory or, without NCCL, through the driver's copies, which are of whole pieces alone."""
+    if way == "driver":
+        monkeypatch.setattr("runtime.group_cuda.import_module", lambda *_: SimpleNamespace(available=False))
+    for card in cards:
+        card.reaches_peers = way == "peers"
     folder = divisible(NAME, HEADS)
     bundle = open_bundle(folder, "engines").in_groups(2)
     expected, _ = velocities(folder, NAME)
@@ -97,7 +114,29 @@ def test_two_gpus_compute_what_one_computes(divisible, cards, weights_in):
     for number, card in enumerate(cards):
         crossed = [size for source, target, size in card.cupy.copies if source != target]
         assert {target for _, target, _ in card.cupy.copies} == {number}
-        assert len(crossed) >= 4 * bundle.manifest.spec.dit.layers
+        layers = bundle.manifest.spec.dit.layers
+        if way == "peers":
+            assert len(crossed) >= 3 * layers
+            assert card.cupy.strided == 2 * 2 * layers  # own and received heads, twice
+        else:
+            assert len(crossed) >= (3 + HEADS // 2) * layers
+            assert card.cupy.strided == 2 * layers  # within the GPU
+
+
+def test_two_gpus_compute_it_through_nccl_too(divisible, cards, monkeypatch):
+    nccl = Nccl()
+    monkeypatch.setattr("runtime.group_cuda.import_module", lambda *_: nccl)
+    for card in cards:
+        card.reaches_peers = False
+    folder = divisible(NAME, HEADS)
+    bundle, devices = open_bundle(folder, "engines").in_groups(2), Devices(Split(ulysses=2), (0, 1))
+    expected, _ = velocities(folder, NAME)
+    with Group(["GPU 0", "GPU 1"], deadline_s=20) as group:
+        members = [tensorrt_backend(bundle, card, BlockOptions("disk")) for card in cards]
+        backend = GroupBackend(bundle, group, devices, members)
+        with backend.engine(bundle.component("dit")) as engine:
+            assert relative_l2(engine(**given_to(bundle.manifest.spec.dit)), expected["dit"]) <= 1e-6
+    assert not any(source != target for card in cards for source, target, _ in card.cupy.copies)
 
 
 class Nccl:
@@ -149,12 +188,18 @@ def test_nccl_moves_messages_of_uneven_sizes_where_gpus_do_not_reach_each_other(
             every = put(np.zeros(5, np.float32))
             for _ in range(2):
                 links[rank].all_to_all(list(own), [every[its] for its in rows])
-            return np.array(every)
+            heads = put(np.stack([every, every + 1000]))  # two of each member
+            joined = put(np.zeros((4, 3 - rank), np.float32))
+            links[rank].all_to_all([heads[:, its] for its in rows], [joined[:2], joined[2:]], pieces=2)
+            return np.array(every), np.array(joined)
 
         found = group.run({rank: partial(exchange, rank) for rank in range(2)})
-    assert found[0].tolist() == [0, 1, 2, 100, 101]
-    assert found[1].tolist() == [3, 4, 5, 102, 103]
-    assert [link.sent_bytes for link in links] == [2 * 12, 2 * 8]
+    assert found[0][0].tolist() == [0, 1, 2, 100, 101]
+    assert found[1][0].tolist() == [3, 4, 5, 102, 103]
+    of_first, of_last = found[0][0], found[1][0]
+    for (_, joined), its in zip((found[0], found[1]), rows, strict=True):
+        assert np.array_equal(joined, [of_first[its], of_first[its] + 1000, of_last[its], of_last[its] + 1000])
+    assert [link.sent_bytes for link in links] == [2 * 12 + 2 * 8, 2 * 8 + 2 * 12]
 
 
 def test_gpus_that_are_not_there_and_those_that_do_not_reach_each_other(monkeypatch):
@@ -172,9 +217,16 @@ def test_gpus_that_are_not_there_and_those_that_do_not_reach_each_other(monkeypa
         use_gpu(0, (0, 2))
     assert use_gpu(0, (0, 1)) == [1]
     assert (used, enabled) == ([0], [])
+    told = []
+    with Group(["GPU 0", "GPU 1"]) as group:
+        assert not begin(group, (0, 1), told.append)
+    assert told == ["GPUs 0 and 1 do not reach each other's memory: what they exchange goes through host memory"]
     runtime.deviceCanAccessPeer = lambda one, other: 1
     assert use_gpu(1, (0, 1)) == []
     assert enabled == [0]
+    with Group(["GPU 0", "GPU 1"]) as group:
+        assert begin(group, (0, 1), told.append)
+    assert len(told) == 1
 
 
 def test_the_calls_are_those_of_the_installed_cupy():
@@ -183,6 +235,10 @@ def test_the_calls_are_those_of_the_installed_cupy():
     nccl = pytest.importorskip("cupy.cuda.nccl", reason="its NCCL")
     told = cupy.cuda.runtime.memcpyPeerAsync.__doc__
     assert "(intptr_t dst, int dstDevice, intptr_t src, int srcDevice, size_t size, intptr_t stream)" in told
+    told = cupy.cuda.runtime.memcpy2DAsync.__doc__
+    assert "(intptr_t dst, size_t dpitch, intptr_t src, size_t spitch, size_t width, size_t height, " in told
+    assert "MemoryKind kind, intptr_t stream)" in told
+    assert cupy.cuda.runtime.memcpyDefault == 4
     assert "(int device, int peerDevice)" in cupy.cuda.runtime.deviceCanAccessPeer.__doc__
     assert "(int peerDevice)" in cupy.cuda.runtime.deviceEnablePeerAccess.__doc__
     assert "(int ndev, bytes commId, int rank" in nccl.NcclCommunicator.__doc__

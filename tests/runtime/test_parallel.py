@@ -181,6 +181,24 @@ def test_splits_that_cannot_be_are_one_line(divisible, tiny_engines):
     assert str(devices.split) == "cfg2,ulysses2,vae4"
 
 
+def test_stages_that_an_older_version_made_for_several_devices_are_named(divisible):
+    bundle, made = open_bundle(divisible("i2v-a14b-tiny", HEADS), "engines"), []
+    for component in bundle.manifest.components:
+        older = [replace(s, name=s.name.replace("join", "rest")) for s in component.stages]
+        made.append(replace(component, stages=tuple(older)))
+    older = replace(
+        bundle, manifest=replace(bundle.manifest, components=tuple(made), command="wan-trt build onnx engines")
+    )
+    expected = (
+        "an older version's | expected those of this version | export and build again: wan-trt build onnx engines"
+    )
+    with pytest.raises(UserError) as error:
+        check_options(older, BlockOptions(parallel="ulysses2"))
+    assert expected in str(error.value)
+    assert not check_options(older, BlockOptions()).together
+    assert str(check_options(older, BlockOptions(gpus="0,1", parallel="cfg2")).split) == "cfg2"
+
+
 def test_weights_that_change_while_devices_open_them_are_one_line(tiny_engines, tmp_path, monkeypatch):
     folder = tmp_path / "engines"
     shutil.copytree(tiny_engines, folder)
@@ -200,6 +218,25 @@ def test_weights_that_change_while_devices_open_them_are_one_line(tiny_engines, 
         monkeypatch.setattr(engine, "_enter", one_after_the_other)
         with pytest.raises(UserError, match=r"of device 1 is not that of device 0 \| expected the same plans and"):
             engine.__enter__()
+
+
+def test_a_weights_file_that_is_cut_short_meanwhile_is_one_line_and_the_group_goes_on(divisible, tmp_path):
+    folder = tmp_path / "engines"
+    shutil.copytree(divisible("ti2v-5b-tiny", HEADS), folder)
+    path = folder / open_bundle(folder, "engines").component("dit").weights[1].path
+    whole = path.read_bytes()
+    with opened(folder, "ulysses2") as pipeline:
+        engine, given = pipeline.engine("dit"), given_to(pipeline.spec.dit)
+        pipeline.backend.group._deadline_s = pipeline.backend.links[0]._meeting._deadline_s = 60
+        expected = engine(**given)
+        os.truncate(path, len(whole) // 2)  # one device reads the text's weights of the blocks that are left
+        other = given | {"text": given["text"].copy()}
+        with pytest.raises(
+            UserError, match=r"dit.weights ends at \d+ bytes \| expected \d+ \| run wan-trt build again"
+        ):
+            engine(**other)
+        path.write_bytes(whole)
+        assert np.array_equal(engine(**other), expected)
 
 
 def test_a_device_that_fails_ends_the_job_and_closes_the_group(tiny_engines):

@@ -12,6 +12,7 @@ from tests.triton_repo.test_queue import Background
 from triton_repo.job import CancelledError
 from triton_repo.probe import MAX_FAILURES, read, troubles
 from triton_repo.relay import Relay
+from wan_trt.cli import app
 
 JOB = {"width": 128, "height": 96, "num_frames": 9, "steps": 24, "seed": 3}
 
@@ -109,3 +110,11 @@ def test_a_server_that_lost_a_device_asks_to_be_replaced(installation, tiny_engi
         server.wait_for("wan22_failures_in_a_row", MAX_FAILURES)
         assert Background(server, **JOB).join().error.status == "INTERNAL"
         assert "the last" in next(troubles(read(f"http://127.0.0.1:{server.options.metrics_port}/metrics")))
+
+
+def test_loras_with_an_expert_each_are_refused_before_one_is_read(tiny_engines, tmp_path, capsys):
+    lora = f"ink={tmp_path / 'missing.safetensors'}"
+    with pytest.raises(SystemExit) as left:
+        app(["serve", str(tiny_engines), "--lora", lora, "--parallel", "experts"])
+    assert left.value.code == 2
+    assert "--lora with --parallel experts | expected jobs with the same weights" in capsys.readouterr().err

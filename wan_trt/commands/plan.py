@@ -79,8 +79,7 @@ def run(
         if target is not None or vram is not None or in_groups:
             found = "--cards with --target, --vram, --gpus or --parallel"
             raise UserError(found, "all cards, each alone with all of its memory", "leave them out")
-        narrowest = min(Precision, key=lambda each: (each.linears.bits, each.attention.bits))
-        plans = card_plans(spec, asked or narrowest, video, steps, bus)
+        plans = card_plans(spec, asked, video, steps, bus)
     elif compare_precisions:
         if target is None or precision is not None or vram is not None:
             found = "--compare-precisions without --target, or with --precision or --vram"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wan22.bundle import open_bundle
 from wan22.errors import UserError
 from wan22.files import scratch_folder
 from wan_trt import arguments as given
@@ -100,7 +101,7 @@ def starting(
     from triton_repo.bls_repository import CPU
     from triton_repo.driver import check_gpu
     from triton_repo.installation import default_environments, find_installation
-    from triton_repo.repository import is_for_gpu, write_repository
+    from triton_repo.repository import check_devices, is_for_gpu, write_repository
     from triton_repo.server import run_server
     from wan_trt.recipes.weight_sets import make_weight_sets, parse_named
 
@@ -109,6 +110,8 @@ def starting(
     check_gpu(engines)
     if parsed and packing.topology == "bls":
         raise UserError("--lora with --topology bls", "topology owner, which holds the weights", "leave one out")
+    if parsed:  # merging takes minutes
+        check_devices(open_bundle(engines, "engines"), packing, with_loras=True)
     installation = find_installation(default_environments() if environment is None else (environment,), binary)
     with scratch_folder("serve") as folder:
         with bars() as progress:

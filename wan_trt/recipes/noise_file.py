@@ -7,6 +7,7 @@ import numpy as np
 from export.files.torch_reader import read_tensor
 from runtime.arrays import F32
 from wan22.errors import UserError
+from wan22.inputs import check_regular
 
 
 def read_noise(path: Path) -> F32:
@@ -15,6 +16,7 @@ def read_noise(path: Path) -> F32:
     Raises:
         UserError: there is no such file, it has another format, several arrays, or an array of another type.
     """
+    check_regular(path)
     if path.suffix in (".pt", ".pth"):
         found = read_tensor(path).read()
     elif path.suffix in (".npz", ".npy"):

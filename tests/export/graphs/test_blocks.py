@@ -187,15 +187,13 @@ def divided(stages, block, x, given, attends):
     cut = [{name: array[r] for name, array in ({"x": x} | of_tokens | first).items()} for r in rows]
     sent = [stages("qkv_of_2", block, time_modulation=time, **own, **attends) for own in cut]
     every = [{n: np.concatenate([array_of(part[n])[device] for part in sent]) for n in "qkv"} for device in range(2)]
-    attended = [stages("attend_of_2", block, **each)["o"].numpy() for each in every]
+    attended = [stages("attend_of_2", block, **each)["o_by_head"].numpy() for each in every]
     scale = {name: value for name, value in attends.items() if name == "v_scale"}
-    behind = [
-        stages(
-            "rest_of_2", block, x=x[r], o=np.stack([o[r] for o in attended]), time_modulation=time, **text, **scale,
-            **{name: array[r] for name, array in first.items()},
-        )["x_out"].numpy()
-        for r in rows
-    ]  # fmt: skip
+    behind = []
+    for r in rows:
+        joined = stages("join_of_2", block, o_by_head=np.concatenate([o[:, r] for o in attended]), **scale)
+        own = {name: array[r] for name, array in ({"x": x} | first).items()}
+        behind.append(stages("rest", block, **own, **joined, time_modulation=time, **text)["x_out"].numpy())
     return np.concatenate(behind)
 
 
@@ -235,9 +233,12 @@ def test_stages_take_every_official_tensor_once(name):
     """
     spec = SPECS[name].dit
     taken, graphs = {}, stage_graphs(spec)
+    for count in {g.groups for g in graphs.values()} - {1}:
+        assert {f"{stage}_of_{count}" for stage in ("qkv", "attend", "join")} <= graphs.keys()
     for stage, g in graphs.items():
         if g.groups > 1:
-            assert g.weights.keys() == graphs[stage.removesuffix(f"_of_{g.groups}")].weights.keys()
+            of_one = stage.removesuffix(f"_of_{g.groups}").replace("join", "attend")
+            assert g.weights.keys() == graphs[of_one].weights.keys()
             continue
         for key, value in g.weights.items():
             taken.setdefault(key, []).append((stage, int(np.prod(tuple(value.shape)))))

@@ -1,5 +1,6 @@
 """A batch makes every video once: over broken lines, killed runs, lost workers, nodes and servers."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from wan22.errors import UserError
+from wan22.files import LOCK, claim, hidden_folder
 from wan_trt.cli import app
 from wan_trt.recipes.batch.jobs import Job, Result, read_jobs
 from wan_trt.recipes.batch.run import WorkerLostError, Workers, run_batch
@@ -159,6 +161,29 @@ def test_a_broken_line_is_a_failed_job(line, told, tmp_path):
     assert isinstance(fine, Job)
 
 
+def test_an_image_with_a_name_that_no_file_can_have_is_a_failed_job(tmp_path):
+    jobs = jobs_file(tmp_path / "jobs.jsonl", r'{"name": "a", "prompt": "x", "image": "\ud800.png"}', {"prompt": "y"})
+    summary = run_batch(jobs, str(tmp_path / "out"), playing(1, lambda job: b"video"))
+    assert (summary.done, summary.failed) == (1, 1)
+    (error,) = (each["error"] for each in results_of(tmp_path / "out") if each["name"] == "a")
+    assert r"\ud800.png" in error
+
+
+@pytest.mark.parametrize("key", ["image", "noise"])
+def test_a_pipe_or_a_device_in_a_job_is_a_failed_job(tmp_path, key):
+    name = {"image": "endless", "noise": "endless.npy"}[key]
+    os.mkfifo(tmp_path / name)
+    jobs = jobs_file(tmp_path / "jobs.jsonl", {"prompt": "x", key: name}, {"prompt": "y"})
+    broken, _ = read_jobs(jobs)
+    assert f"{name} is a named pipe" in broken.error
+
+
+def test_a_pipe_for_a_file_of_jobs_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "jobs.jsonl")
+    with pytest.raises(UserError, match="a named pipe"):
+        next(read_jobs(tmp_path / "jobs.jsonl"))
+
+
 def test_a_folder_of_another_batch_or_of_other_files_is_refused(tiny_engines, flow_of, tmp_path, capsys):
     out = tmp_path / "out"
     first = jobs_file(tmp_path / "first.jsonl", {"name": "a", "prompt": "A cat", **SMALL})
@@ -244,6 +269,55 @@ def test_workers_that_cannot_render_are_left_out_and_the_last_ones_error_ends_th
     with pytest.raises(UserError, match="no engines"):
         run_batch(jobs, str(tmp_path / "none"), playing(2, lambda job: b"video", none))
     assert results_of(tmp_path / "none") == []
+
+
+def test_a_worker_that_ends_in_an_unexpected_error_ends_the_batch_where_it_was_the_last(tmp_path):
+    def no_room(index):
+        if index == 0:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    jobs = jobs_file(tmp_path / "jobs.jsonl", *({"name": name, "prompt": "x"} for name in "abc"))
+    summary = run_batch(jobs, str(tmp_path / "out"), playing(2, lambda job: b"video", no_room))
+    assert (summary.done, summary.missing) == (3, 0)
+    with pytest.raises(OSError, match=os.strerror(errno.EAGAIN)):
+        run_batch(jobs, str(tmp_path / "none"), playing(1, lambda job: b"video", no_room))
+
+    def leave(job):
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        run_batch(jobs, str(tmp_path / "left"), playing(1, leave))
+
+
+def test_an_error_that_is_no_utf8_is_recorded(tmp_path):
+    def play(job):
+        raise RuntimeError("no \ud800")
+
+    jobs = jobs_file(tmp_path / "jobs.jsonl", {"name": "a", "prompt": "x"})
+    assert run_batch(jobs, str(tmp_path / "out"), playing(1, play)).failed == 1
+    assert results_of(tmp_path / "out")[0]["error"] == r"line 1: no \ud800"
+
+
+def test_what_a_store_raises_is_one_line_and_a_file_url_is_a_folder(tmp_path, monkeypatch):
+    jobs = jobs_file(tmp_path / "jobs.jsonl", {"name": "a", "prompt": "x"})
+    files = fsspec.filesystem("memory")
+    monkeypatch.setattr(type(files), "pipe_file", lambda *_: (_ for _ in ()).throw(RuntimeError("credentials")))
+    with pytest.raises(UserError, match=r"memory://batch/two: RuntimeError: credentials \| expected a store"):
+        run_batch(jobs, "memory://batch/two", playing(1, lambda job: b"video"))
+    url = f"file://{tmp_path / 'out'}"
+    with claim(tmp_path / "out" / "results.jsonl"), pytest.raises(UserError, match="another process writes"):
+        run_batch(jobs, url, playing(1, lambda job: b"video"))
+    assert run_batch(jobs, url, playing(1, lambda job: b"video")).done == 1
+    assert len(results_of(tmp_path / "out")) == 1
+
+
+def test_a_run_that_was_killed_before_its_first_line_is_no_other_folder(tmp_path):
+    jobs, out = jobs_file(tmp_path / "jobs.jsonl", {"name": "a", "prompt": "x"}), tmp_path / "out"
+    hidden = hidden_folder(out / "results.jsonl")
+    hidden.mkdir(parents=True)
+    (hidden / LOCK).touch()
+    assert run_batch(jobs, str(out), playing(1, lambda job: b"video")).done == 1
+    assert {path.name for path in out.iterdir()} == {"a.mp4", "results.jsonl"}
 
 
 def test_results_under_a_url_are_the_same_and_go_on(tmp_path):

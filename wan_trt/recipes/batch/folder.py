@@ -11,7 +11,7 @@ import msgspec
 
 from wan22.bundle import sha256_of
 from wan22.errors import DAMAGED_JSON, UserError
-from wan22.files import claim, write_file
+from wan22.files import claim, hidden_folder, write_file
 
 RESULTS = "results.jsonl"
 
@@ -37,11 +37,12 @@ class Folder(Generic[R]):
         Raises:
             UserError: it holds other things than a batch, another process writes it, or it cannot be used.
         """
-        if "://" in output:
+        if "://" in (output := output.removeprefix("file://")):
             yield _Remote(output, kind)
             return
         folder = Path(output)
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / RESULTS).is_file():
+        claimed = hidden_folder((folder / RESULTS).absolute())  # another process's, or left by a killed one
+        if folder.is_dir() and set(folder.absolute().iterdir()) - {claimed} and not (folder / RESULTS).is_file():
             raise UserError(f"{folder} holds other files", "an empty folder, or that of a batch", "name another")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file", "a folder", "name another")
@@ -103,23 +104,37 @@ class _Remote(Folder[R]):
     def __init__(self, url: str, kind: type[R]) -> None:
         import fsspec
 
+        self._url = url
         try:
             files, self._root = fsspec.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise UserError(f"{url}: {error}", "a folder or a URL that fsspec opens", "install its package") from None
         self._files: Any = files
-        self._files.makedirs(self._root, exist_ok=True)
         path = self._at(RESULTS)
-        self.results, self._lines = _results(self._files.cat_file(path) if self._files.exists(path) else b"", kind)
+        with self._refusing():
+            self._files.makedirs(self._root, exist_ok=True)
+            content = self._files.cat_file(path) if self._files.exists(path) else b""
+        self.results, self._lines = _results(content, kind)
 
     def _at(self, name: str) -> str:
         return posixpath.join(self._root, name)
 
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Whatever a store raises, and each has errors of its own, is one line."""
+        try:
+            yield
+        except Exception as error:
+            found = f"{self._url}: {type(error).__name__}: {error}"
+            raise UserError(found, "a store that answers and can be written", "see its address and keys") from error
+
     def has(self, name: str, sha256: str) -> bool:  # noqa: ARG002 - hashing it would download it
-        return bool(self._files.exists(self._at(name)))
+        with self._refusing():
+            return bool(self._files.exists(self._at(name)))
 
     def write(self, name: str, content: bytes) -> None:
-        self._files.pipe_file(self._at(name), content)
+        with self._refusing():
+            self._files.pipe_file(self._at(name), content)
 
     def add(self, result: R) -> None:
         self._lines += msgspec.json.encode(result) + b"\n"

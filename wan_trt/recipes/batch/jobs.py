@@ -17,6 +17,7 @@ from triton_repo.schema import ANY, INPUTS_BY_NAME, ONE_FRAME, VIDEO_FORMATS, Dt
 from triton_repo.wire import content_of
 from wan22.bundle import Manifest
 from wan22.errors import UserError, shortened
+from wan22.inputs import check_regular
 from wan22.looks import with_terms
 from wan22.shapes import parse_size
 from wan_trt.recipes.noise_file import read_noise
@@ -50,6 +51,9 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     worker: str = ""
     error: str = ""
 
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "error", self.error.encode(errors="backslashreplace").decode())
+
 
 @dataclass(frozen=True)
 class Job:
@@ -74,6 +78,7 @@ def read_jobs(path: Path) -> Iterator[Job | Result]:
         UserError: the file cannot be read, has no jobs, or two jobs of one name.
     """
     try:
+        check_regular(path)
         if path.stat().st_size > JOBS_MOST_BYTES:
             raise UserError(f"{path}: more than 1 GiB", "a file of jobs", "split it")
         lines = path.read_bytes().splitlines()

@@ -170,7 +170,7 @@ class _Rendering:
         self, workers: Workers, todo: "queue.SimpleQueue[tuple[Job, int]]", left: int, tell: Callable[[str], None]
     ) -> None:
         self._workers, self._todo, self.left, self._tell = workers, todo, left, tell
-        self._made: queue.Queue[tuple[Result, bytes | None] | UserError | None] = queue.Queue(workers.count)
+        self._made: queue.Queue[tuple[Result, bytes | None] | BaseException | None] = queue.Queue(workers.count)
         self._stop, self._open = threading.Event(), dict[int, Worker]()
         self._running = dict[int, tuple[str, float]]()  # by worker: its job, since when
 
@@ -200,7 +200,7 @@ class _Rendering:
             except queue.Empty:
                 self._tell(self._beat())
                 continue
-            if made is None or isinstance(made, UserError):
+            if made is None or isinstance(made, BaseException):
                 alive -= 1
                 error = made or error
                 continue
@@ -226,6 +226,9 @@ class _Rendering:
             self._made.put(None)
         except UserError as error:
             self._tell(f"a worker less: {error}")
+            self._made.put(error)
+        except BaseException as error:  # a bug, which the main thread raises where no other worker is left
+            self._tell(f"a worker less: {type(error).__name__}: {error}")
             self._made.put(error)
 
     def _rendered(self, worker: Worker, index: int) -> bool:
