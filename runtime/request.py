@@ -172,9 +172,10 @@ class Request:
                 expected = f"a finite number from 0 to {MOST_GUIDANCE}"
                 raise UserError(f"guidance {value} for {name}", expected, "the models use 3 to 5; 1 means no guidance")
         preset = PRESETS.get(sampling.preset)
-        if self.preset is not None and preset and preset.distilled and set(given.values()) - {1}:
+        if preset and preset.distilled and set(given.values()) - {1}:
             found = f"guidance with preset {sampling.preset}"
-            raise UserError(found, "none: its checkpoints were distilled to run without", "leave the guidance out")
+            remedy = "leave the guidance out, or ask for the preset official, which tries it"
+            raise UserError(found, "none: its checkpoints were distilled to run without", remedy)
         return {**sampling.guidance, **given}
 
 

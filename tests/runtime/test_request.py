@@ -73,6 +73,8 @@ def test_a_bundle_samples_with_its_own_preset_until_another_is_asked_for(caplog)
     official = Request("x", preset="official").completed(distilled)
     assert official == Request("x").completed(T2V_A14B)
     assert "40 steps with guidance on a checkpoint distilled for lightx2v-4step" in caplog.text
+    with pytest.raises(UserError, match=r"guidance with preset lightx2v-4step \| .* preset official"):
+        Request("x", steps=40, guidance={"high_noise": 4.0}).completed(distilled)
 
 
 def test_a_list_of_noise_levels_takes_no_steps_beside_it():
