@@ -27,7 +27,10 @@ def test_the_precisions_of_a_card_are_compared(capsys):
     assert status(["plan", "t2v-a14b", "--target", "rtx3090", "--compare-precisions"]) == 0
     told = capsys.readouterr().out
     assert "recommended: --precision int8" in told
-    assert "fp8 for rtx3090 (compute capability 8.6 has no FP8 units): use --precision int8" in told
+    refused_precisions = [" ".join(part.split()) for part in told.split("not ")]
+    no_fp8 = "fp8, fp8-attn, int8+fp8-attn: compute capability 8.6 has no FP8 units"
+    assert no_fp8 in refused_precisions
+    assert sum("compute capability" in part for part in refused_precisions) == 2  # a line a reason: FP8 and NVFP4
     assert status(["plan", "t2v-a14b", "--target", "rtx4090", "--compare-precisions", "--json"]) == 0
     plans = {plan["precision"]: plan for plan in json.loads(capsys.readouterr().out)}
     steps = {name: plan["roofline_step_s"] for name, plan in plans.items()}
@@ -47,6 +50,12 @@ def test_the_precisions_of_a_card_are_compared(capsys):
         (["t2v-a14b", "--target", "a100", "--precision", "fp8"], "use --precision int8"),
         (["t2v-a14b", "--target", "h100", "--frames", "80"], "80 frames"),
         (["t2v-a14b", "--compare-precisions"], "--compare-precisions without --target"),
+        (["t2v-a14b", "--compare-precisions", "--cards"], "--cards with --compare-precisions"),
+        (["t2v-a14b", "--compare-precisions", "--target", "h100", "--gpus", "2"], "with --gpus"),
+        (["t2v-a14b", "--compare-precisions", "--target", "h100", "--bus", "2"], "with --bus"),
+        (["t2v-a14b", "--cards", "--link", "pcie4"], "--cards with --link"),
+        (["t2v-a14b", "--target", "h100", "--goal", "latency"], "one GPU with --goal"),
+        (["t2v-a14b", "--target", "h100", "--link", "pcie4", "--efficiency", "0.5"], "--link, --efficiency"),
     ],
 )
 def test_plans_that_cannot_be(capsys, arguments, told):
