@@ -33,6 +33,9 @@ from wan_trt.cli import app
         (("--server", "localhost", "--extend-model", "qwen"), "--extend-model without --extend"),
         (("--server", "localhost", "--extend", "http://h/v1", "--extend-key", "none"), "--extend-key none"),
         (("move",), "no --database"),
+        (("--server", "localhost", "--lora", "a=b", "--vram", "8GiB"), "--lora, --vram with --server"),
+        (("--server", "localhost", "--max-steps", "9", "--residency", "all"), "--max-steps, --residency with --server"),
+        (("--server", "localhost", "--longest-job", "60"), "--longest-job with --server"),
     ],
 )
 def test_what_cannot_be_is_one_line(words, told, tmp_path, monkeypatch, capsys):

@@ -126,6 +126,8 @@ def run(
     options = locals() | shared
     if (engines is None) == (not server):
         raise UserError("engines and --server" if server else "no engines and no --server", "one of them", "give one")
+    if server:
+        _refuse_unused(options)
     from gateway.gateway import Options
     from gateway.start import GatewayOptions, run_gateway
     from gateway.sweep import Keep
@@ -155,6 +157,15 @@ def run(
     if reason:
         raise UserError(reason, "a server that runs until stopped", "start again; the queue is kept")
     return 0
+
+
+def _refuse_unused(options: Mapping[str, Any]) -> None:
+    """Refuse options of a server that the gateway does not start."""
+    names = (*OWN_SERVER, *given.LIMITS, *memory_options.OPTIONS, "residency", "longest_job")
+    usual = {"residency": "auto", "longest_job": 3600}
+    if unused := [name for name in names if options[name] != usual.get(name)]:
+        found = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise UserError(f"{found} with --server", "engines to start a server of", "give it to wan-trt serve instead")
 
 
 def _latents(arguments: Sequence[str]) -> "Latents":
