@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from engines.build import BuildOptions, build_engines
 from tests.wan_trt.test_cli import refused, status
@@ -74,6 +76,24 @@ def test_engines_and_graphs_without_compiled_kernels_are_described(capsys, tiny_
     assert "a GPU" in refused(capsys, "inspect", tiny_bundle, "--target", "cpu")
     assert "name a --target" in refused(capsys, "inspect", tiny_bundle, "--size", "64x64")
     assert "add --target" in refused(capsys, "inspect", tiny_bundle, "--component", "high_noise")
+
+
+def test_files_of_calibrate_are_described_and_others_without_weights_refused(capsys, tmp_path, tiny_bundle):
+    means, scales = tmp_path / "means.safetensors", tmp_path / "scales.json"
+    save_file({"high_noise.blocks.0.ffn.0.input_mean": np.zeros(4, np.float32)}, means)
+    scales.write_text('{"high_noise": {"blocks.0.ffn.net.0.proj": {"input_scale": 0.5}}}')
+    for path, option in ((means, "--input-means"), (scales, "--input-scales")):
+        assert status(["inspect", str(path), "--json"]) == 0
+        (entry,) = json.loads(capsys.readouterr().out)
+        assert (entry["is"].endswith("of 1 linears, by wan-trt calibrate"), entry["export"]) == (
+            True,
+            f"reads it with {option} {path}",
+        )
+    (tmp_path / "prompts.txt").write_text("A fox")
+    for path in (tmp_path / "prompts.txt", tiny_bundle / "bundle.json", tiny_bundle / "high_noise.onnx"):
+        told = refused(capsys, "inspect", path)
+        assert "is no file of weights" in told
+        assert "download" not in told
 
 
 def test_a_file_of_weights_of_engines_says_whose_it_is(capsys, tmp_path, tiny_bundle):
