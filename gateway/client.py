@@ -68,7 +68,9 @@ class GatewayClient:
             connection.request(method, self._path + path, body, sent)
             answer = connection.getresponse()
             content = answer.read()
-        except (OSError, http.client.HTTPException) as error:
+        except http.client.HTTPException:  # whose text may be any bytes of the answer
+            raise RefusedError(0, "no_answer", f"{self.url}: an answer that is not HTTP") from None
+        except OSError as error:
             raise RefusedError(0, "no_answer", f"{self.url}: {error or type(error).__name__}") from None
         finally:
             connection.close()
