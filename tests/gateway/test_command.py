@@ -9,6 +9,17 @@ from triton_repo.server import free_ports
 from wan_trt.cli import app
 
 
+def test_the_list_of_keys_has_their_limits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words in (("add", "ann"), ("add", "bob", "--waiting", "51", "--running", "7", "--priority", "2"), ("list",)):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            app(["gateway", "key", *words])
+        assert not left.value.code
+    ann, bob = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith((" ann", " bob")))
+    assert (ann[3:], bob[3:]) == (["valid", "1"], ["valid", "51", "7", "2"])
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -78,6 +78,16 @@ def test_engines_and_graphs_without_compiled_kernels_are_described(capsys, tiny_
     assert "add --target" in refused(capsys, "inspect", tiny_bundle, "--component", "high_noise")
 
 
+def test_options_and_folders_that_do_not_match_are_named_as_given(capsys, tmp_path, tiny_bundle, tiny_engines):
+    told = refused(capsys, "export", tiny_bundle, tmp_path / "b", "--precision", "fp32")
+    assert "is a bundle made by wan-trt" in told
+    told = refused(capsys, "generate", tiny_engines, "A fox", "-o", tmp_path / "a.mp4", "--vram", "8GiB")
+    assert "--vram for whole engines" in told
+    assert "--weights-in" not in told
+    told = refused(capsys, "generate", tiny_engines, "A", "-o", tmp_path / "a.mp4", "--extend", "localhost:8000/v1")
+    assert "begin it with http://" in told
+
+
 def test_files_of_calibrate_are_described_and_others_without_weights_refused(capsys, tmp_path, tiny_bundle):
     means, scales = tmp_path / "means.safetensors", tmp_path / "scales.json"
     save_file({"high_noise.blocks.0.ffn.0.input_mean": np.zeros(4, np.float32)}, means)

@@ -277,11 +277,14 @@ def add(
 
 def list_keys(data: Data = DATA, database: DatabaseUrl = "") -> None:
     """List the keys."""
-    shown = Table("name", "id", "made", "state")
+    shown = Table("name", "id", "made", "state", "waiting", "running", "priority")
     for row in _keys(data, database, exist=True).list():
         made = time.strftime("%Y-%m-%d", time.gmtime(row["created_at"]))
-        shown.add_row(row["name"], row["id"], made, "revoked" if row["revoked_at"] else "valid")
+        most = ("" if row[limit] is None else str(row[limit]) for limit in ("most_waiting", "most_running"))
+        state = "revoked" if row["revoked_at"] else "valid"
+        shown.add_row(row["name"], row["id"], made, state, *most, str(row["best_priority"]))
     console.print(shown)
+    console.print("waiting, running: most jobs at a time, the gateway's own limit where empty; priority: the best")
 
 
 def revoke(
