@@ -1,9 +1,11 @@
 """``wan-trt gateway``: what it refuses, and how it starts a server of its own."""
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 
+from gateway.worker import Worker
 from tests.gateway.running import SMALL, start, wait_until_ready
 from triton_repo.server import free_ports
 from wan_trt.cli import app
@@ -59,6 +61,17 @@ def test_what_cannot_be_is_one_line(words, told, tmp_path, monkeypatch, capsys):
     assert told in printed
     assert printed.count("\n") == 1
     assert not (tmp_path / "typo").exists()
+
+
+def test_a_server_that_is_not_there_is_named_once(caplog):
+    answers = iter((False, False, True, False))
+    server = SimpleNamespace(url="gpu1:8001", is_ready=lambda: next(answers), model=lambda: "model")
+    worker = Worker("a worker", server, SimpleNamespace(claims=SimpleNamespace(saw=lambda url, model: None)))
+    told = []
+    for _ in range(4):
+        worker._look()
+        told.append(caplog.text.count("server gpu1:8001 takes no jobs"))
+    assert told == [1, 1, 1, 2]
 
 
 def test_engines_alone_are_enough_for_a_video(installation, tiny_engines, tmp_path):
