@@ -283,15 +283,18 @@ def card_plans(
     steps: int | None = None,
     bus_gb_s: float | None = None,
 ) -> list[Plan]:
-    """The plans for every card of :mod:`engines.targets` that computes in ``precision``, the smallest first.
+    """The plans for the cards of :mod:`engines.targets`, the smallest first.
 
-    Without a ``precision`` every card has the one that is recommended for it.
+    Args:
+        spec: the model.
+        precision: only cards that compute in it; None: all, each in its recommended precision.
+        video: as for :func:`make_plan`.
+        steps: as for :func:`make_plan`.
+        bus_gb_s: from host memory; None: each card's own.
 
     Raises:
         UserError: the model does not support the size.
     """
-    cards = [
-        t for t in TARGETS.values() if not runs_graphs(t.backend) and (precision or t.precisions[0]) in t.precisions
-    ]
+    cards = [t for t in TARGETS.values() if not runs_graphs(t.backend) and precision in (None, *t.precisions)]
     plans = [make_plan(spec, t, precision or t.recommended_precision, video, steps, None, bus_gb_s) for t in cards]
     return sorted(plans, key=lambda plan: (plan.request.target.memory_gib, plan.step_seconds or 0.0))

@@ -1,17 +1,16 @@
 """A plan in the terminal."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
 
+from engines.block_plan import BlockPlan
 from engines.group_plan import Goal, GroupPlan, link_gb_s, reason
 from engines.plan import EXPORT_RAM_GIB, Plan
 from engines.precision_figures import read_figures
-from engines.targets import check_precision
+from engines.targets import Target, unsupported_reason
 from wan22.costs import dit_flops, model_parameters
-from wan22.errors import UserError
 from wan22.precision import Precision
 from wan22.quantities import human_bytes, video_text
 from wan22.vae_memory import StagedVae
@@ -27,11 +26,13 @@ def as_text(plan: Plan) -> list[RenderableType]:
 
 def cards_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
     """The output of ``wan-trt plan --cards``: what runs on which card in blocks."""
-    plan, by_precision = plans[0], defaultdict[Precision, list[str]](list)
+    plan = plans[0]
+    names: dict[str, list[str]] = {}
     for each in plans:
-        by_precision[each.request.precision].append(each.request.target.name)
-    used = plan.request.precision if len(by_precision) == 1 else "each card in the precision recommended for it"
-    what = f"{plan.request.spec.name}, {used}: {video_text(*plan.request.video)}"
+        names.setdefault(str(each.request.precision), []).append(each.request.target.name)
+    usual = max(names, key=lambda name: len(names[name]))
+    what = plan.request.spec.name if len(names) > 1 else f"{plan.request.spec.name}, {usual}"
+    what += f": {video_text(*plan.request.video)}"
     layers, text_layers = plan.request.spec.dit.layers, plan.request.spec.text_encoder.layers
     table = Table(
         "card", "GiB", "GB/s", "blocks", "text", "VAE", "seconds", "copy",
@@ -49,15 +50,22 @@ def cards_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
             row += [f"{forward:.3g}", f"{copy * blocks.stack.blocks / blocks.forward_seconds:.0%}"]
         table.add_row(*row)
     yield table
-    least = human_bytes(min(each.in_blocks.least_bytes for each in plans))
-    block = human_bytes(plan.in_blocks.block_bytes)
+    if len(names) > 1:
+        others = "".join(f", {name} on {', '.join(cards)}" for name, cards in names.items() if name != usual)
+        yield f"precision: the recommended one of each card, {usual}{others}"
+    least = _range(each.in_blocks.least_bytes for each in plans)
+    block = _range(each.in_blocks.block_bytes for each in plans)
     yield f"blocks: resident ones of {layers}; a transformer takes at least {least}, and blocks of {block} stream"
     yield f"text: layers of the text encoder in memory, of {text_layers}"
     one = human_bytes(plan.half_precision_decoder.one.total)
     yield f"VAE: strips of a decoder in fp16 (export --vae-decoder fp16; one takes {one})"
     yield "seconds: of a forward, by roofline; copy: of a block, of the time of its kernels, hidden below 100%"
-    if len(by_precision) > 1:
-        yield from (f"{precision}: {', '.join(names)}" for precision, names in by_precision.items())
+
+
+def _range(sizes: Iterable[float]) -> str:
+    """As 5.63 GiB to 6.72 GiB; one size if all are alike."""
+    ordered = sorted(sizes)
+    return " to ".join(dict.fromkeys(map(human_bytes, (ordered[0], ordered[-1]))))
 
 
 def groups_as_text(plans: Sequence[GroupPlan], chosen: Sequence[tuple[Goal, GroupPlan]]) -> Iterable[RenderableType]:
@@ -70,9 +78,10 @@ def groups_as_text(plans: Sequence[GroupPlan], chosen: Sequence[tuple[Goal, Grou
     title = f"{what}\n{video_text(*request.video)}, {request.steps} steps, {first.link} {speed:g} GB/s, {share}"
     columns = ("--parallel", "videos", "GiB", "sent GB", "step s", "video s", "an hour", "scaling")
     table = Table(*columns, title=title, title_justify="left")
-    table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.no_wrap = True
     for each in plans:
-        row = [_split(each), str(each.replicas), f"{each.memory_bytes / 2**30:.1f}" if each.fits else "too large"]
+        row = [_split(each), str(each.replicas), f"{each.memory_bytes / 2**30:.1f}" if each.fits else "no fit"]
         row.append(f"{each.step_bytes / 1e9:.3g}")
         figures = (each.step_seconds, each.video_seconds, each.videos_per_hour)
         row += [
@@ -108,7 +117,7 @@ def precisions_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
             error = f"{found.worst:.2%}{'' if found.meets_aim else '*'}"
             latents = f"{min(found.latents_db.values()):.1f}"
         experts = sum(each.weights_bytes[expert] for expert in each.request.spec.experts) / 2**30
-        blocks = _blocks(each).replace(f" of {layers}", "").replace(" in", ",")
+        blocks = _blocks(each).replace(f" of {layers}", "").replace(" in", ",") if each.has_blocks else ""
         kernels = found.kernels.get(target.name, ()) if found is not None else ()
         seconds = "" if each.step_seconds is None else f"{each.step_seconds:.2f}"
         row = (error, latents, f"{experts:.1f}", blocks, " + ".join(map(str, kernels)), seconds)
@@ -117,13 +126,18 @@ def precisions_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:
     best = target.recommended_precision
     reason = "of the highest peaks, the one that errs least" if target.bf16_tflops else "no figures of this target"
     yield f"recommended: --precision {best} ({reason})"
-    for refused in (p for p in Precision if p.quantised and p not in target.precisions):
-        try:
-            check_precision(target, refused)
-        except UserError as error:
-            yield f"{error.found}: {error.remedy}"
+    yield from _lacking(target)
     yield "error of a velocity (* misses its aim), dB of finished latents: the worst of two small twins with outliers"
     yield f"GiB: of all experts; blocks: resident ones of {layers}; seconds: by roofline, not measured"
+
+
+def _lacking(target: Target) -> Iterable[str]:
+    """Why the target has no other quantised precision: a line for every reason."""
+    reasons: dict[str, list[str]] = {}
+    for precision in (p for p in Precision if p.quantised and p not in target.precisions):
+        reasons.setdefault(unsupported_reason(target, precision), []).append(str(precision))
+    for why, names in reasons.items():
+        yield f"not {', '.join(names)}: {why}"
 
 
 def _remarks(plan: Plan) -> Iterable[str]:
@@ -171,6 +185,8 @@ def _machine(plan: Plan) -> Iterable[tuple[str, str]]:
     if usable and in_blocks:
         yield "GPU memory, at least", human_bytes(plan.in_blocks.least_bytes)
         yield "resident blocks", _blocks(plan)
+        if copy := _copy(plan.in_blocks):
+            yield f"copy of a block at {plan.in_blocks.bus_gb_s:g} GB/s", copy
         layers, slots = plan.request.spec.text_encoder.layers, plan.in_blocks.text_slots
         yield "text encoder", "does not fit" if slots is None else f"{slots} of {layers} layers in memory"
     if in_blocks and plan.request.vram is not None:  # which whole engines do not obey
@@ -191,6 +207,14 @@ def _blocks(plan: Plan) -> str:
         return "does not fit"
     slices = "" if choice.slices == 1 else f" in {choice.slices} slices"
     return f"{plan.in_blocks.resident} of {layers}{slices}"
+
+
+def _copy(blocks: BlockPlan) -> str:
+    """The share of a block's kernels that its copy takes; empty where every block is resident, or without figures."""
+    if blocks.resident in (None, blocks.stack.blocks) or not blocks.forward_seconds or blocks.copy_seconds is None:
+        return ""
+    share = blocks.copy_seconds * blocks.stack.blocks / blocks.forward_seconds
+    return f"{share:.0%} of its kernels' time, {'hidden' if share <= 1 else 'not all hidden'}"
 
 
 def _work(plan: Plan) -> Iterable[tuple[str, str]]:

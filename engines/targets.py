@@ -242,6 +242,18 @@ def number_of_peaked(target: str | None) -> Number:
     return Number.FP8 if target is None or Number.FP8 in target_named(target).numbers else Number.BF16
 
 
+def unsupported_reason(target: Target, precision: Precision) -> str:
+    """Why ``target`` does not compute in ``precision``, which is none of its own."""
+    if target.backend == "onnxruntime-gpu":
+        return "ONNX Runtime has no products of 8 or 4 bits" if precision.quantised else "flash attention takes 16 bits"
+    if target.backend == "onnxruntime":
+        return "ONNX Runtime does not compute it on a CPU"
+    if not precision.quantised:
+        return "not supported there"
+    lacking = next((n for n in (precision.linears, precision.attention) if n not in target.numbers), precision.linears)
+    return f"compute capability {target.compute_capability} has no {lacking.upper()} units"
+
+
 def check_precision(target: Target, precision: Precision, where: str = "", what: str = "precision ") -> None:
     """Refuse a precision that ``target`` does not support, and name the next best one.
 
@@ -254,16 +266,9 @@ def check_precision(target: Target, precision: Precision, where: str = "", what:
     if precision in target.precisions:
         return
     instead = _next_best(target, precision)
-    lacking = next((n for n in (precision.linears, precision.attention) if n not in target.numbers), precision.linears)
-    units = f"compute capability {target.compute_capability} has no {lacking.upper()} units"
-    why = units if precision.quantised else "not supported there"
-    if target.backend == "onnxruntime-gpu":
-        why = "ONNX Runtime has no 8-bit products" if precision.quantised else "flash attention takes 16 bits"
-    if target.backend == "onnxruntime":
-        why = "ONNX Runtime does not compute it on a CPU"
     allowed = ", ".join(target.precisions)
     another = ", or name another --target" if where else ""
-    found = f"{what}{precision} for {target.name} ({why})"
+    found = f"{what}{precision} for {target.name} ({unsupported_reason(target, precision)})"
     raise UserError(found, allowed, f"{where}use --precision {instead}{another}")
 
 

@@ -78,13 +78,17 @@ class GatewayClient:
             while chunk := answer.read1(2**16):
                 content += chunk
                 if len(content) > most_bytes:
-                    raise http.client.HTTPException(f"an answer of more than {human_bytes(most_bytes)}")
+                    raise OSError(f"an answer of more than {human_bytes(most_bytes)}")
                 if (left := until - time.monotonic()) <= 0:
                     raise TimeoutError(f"no whole answer within {within_s:g} s")
                 sock.settimeout(min(self._timeout_s, left))
             if answer.length:
-                raise http.client.HTTPException(f"an answer that lacks {human_bytes(answer.length)}")
-        except (OSError, http.client.HTTPException) as error:
+                raise OSError(f"an answer that lacks {human_bytes(answer.length)}")
+        except http.client.IncompleteRead:
+            raise RefusedError(0, "no_answer", f"{self.url}: an answer that was cut off") from None
+        except http.client.HTTPException:  # whose text may be any bytes of the answer
+            raise RefusedError(0, "no_answer", f"{self.url}: an answer that is not HTTP") from None
+        except OSError as error:
             why = " ".join(f"{error or type(error).__name__}".split())
             raise RefusedError(0, "no_answer", f"{self.url}: {shortened(why, 200)}") from None
         finally:

@@ -72,6 +72,7 @@ class Worker(threading.Thread):
         self.run_now: Run | None = None
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._seen_at, self._refusals = 0.0, 0
+        self._is_missing = False  # and the log says so
 
     def wake(self) -> None:
         self._wake.set()
@@ -110,8 +111,11 @@ class Worker(threading.Thread):
     def _look(self) -> None:
         """Ask the server whether it takes jobs, and for its model after every start of it."""
         if not self.server.is_ready():
-            self.model = None
+            if not self._is_missing:
+                log.warning("server %s takes no jobs: not there, or not ready", self.server.url)
+            self.model, self._is_missing = None, True
             return
+        self._is_missing = False
         if self.model is None or time.monotonic() - self._seen_at > SEEN_EVERY_S:
             try:
                 self.model = self.server.model()

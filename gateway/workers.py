@@ -110,7 +110,7 @@ class Workers:
         try:
             there = {address for name in self._behind for address in addresses(name)}
         except OSError as error:  # nothing is behind the name, or nobody answers: servers that are gone are not ready
-            log.warning("%s", error)
+            log.warning("no address of %s: %s", ", ".join(self._behind), error)
             return
         for address, worker in list(self._found.items()):
             if address not in there:

@@ -51,8 +51,10 @@ def check_options(bundle: Bundle, options: BlockOptions) -> Devices:
     """Refuse options that the engines of ``bundle`` cannot follow; the devices that they name."""
     in_blocks = any(component.in_blocks for component in bundle.manifest.components)
     if options.of_blocks != BLOCKS_AS_FIT and not in_blocks:
-        remedy = "leave --weights-in and --vram out, or run wan-trt build --topology blocks"
-        raise UserError(f"--weights-in or --vram for {bundle.folder}", "engines in blocks", remedy)
+        given = (("--weights-in", options.weights_in != "auto"), ("--vram", options.vram is not None))
+        named = " and ".join(name for name, is_given in given if is_given)
+        remedy = f"leave {named} out, or run wan-trt build --topology blocks"
+        raise UserError(f"{named} for whole engines, {bundle.folder}", "engines in blocks", remedy)
     asked, most, build = options.vae_strips, most_strips(bundle), bundle.manifest.build
     vae = [component for component in bundle.manifest.components if component.name.startswith("vae")]
     if asked is not None and not any(component.stages for component in vae):

@@ -71,7 +71,8 @@ class Endpoint:
             usable = False
         if not usable or parts.query or parts.fragment or not self.url.isprintable() or " " in self.url:
             expected = "a base URL such as http://localhost:11434/v1, without a key in it"
-            raise UserError(f"--extend {shortened(self.url)!r}", expected, f"put the key into {KEY_VARIABLE}")
+            remedy = f"begin it with http:// or https://; a key belongs into {KEY_VARIABLE}"
+            raise UserError(f"--extend {shortened(self.url)!r}", expected, remedy)
         if "\n" in self.key or "\r" in self.key or not self.key.isascii():
             raise UserError(f"{KEY_VARIABLE} with a line break or other than ASCII", "one key", "set it again")
 

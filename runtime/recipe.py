@@ -54,7 +54,7 @@ class Recipe(msgspec.Struct, frozen=True, omit_defaults=True):
     cache: Caching | None = None  # with the lists of the steps that the run skipped
     written: str = ""  # the user's own prompt, where a language model rewrote it
     extended_by: str = ""
-    lora: str = ""  # the server's name of the weights, which ``bundle`` identifies
+    lora: str = ""  # the server's name of the weights, which ``bundle`` identifies; of generate --lora the files' names
 
     def encoded(self) -> str:
         return msgspec.json.encode(self).decode()

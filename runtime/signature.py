@@ -14,6 +14,8 @@ from wan22.files import write_file
 
 SIGNATURE = "bundle.json.sig"  # 64 bytes
 PEM_MAX_BYTES = 64 * 1024
+PUBLIC_OF = "openssl pkey -in {} -pubout -out public.pem, then give public.pem"
+PRIVATE_FOR = "give the private key that it belongs to"
 MAKE_KEYS = "openssl genpkey -algorithm ed25519 -out key.pem; openssl pkey -in key.pem -pubout -out public.pem"
 
 
@@ -74,6 +76,7 @@ def _load(path: Path, kind: str, load: Any) -> Any:
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # damaged, of another kind, or with a passphrase
         other = "public" if kind == "private" else "private"
         if f"{other} key-----".upper().encode() in content:
-            raise UserError(f"{path}: a {other} key", f"an Ed25519 {kind} key", MAKE_KEYS) from None
+            remedy = PRIVATE_FOR if kind == "private" else PUBLIC_OF.format(path)  # and not a new key in its place
+            raise UserError(f"{path}: a {other} key", f"an Ed25519 {kind} key", remedy) from None
         reason = str(error).partition("\n")[0][:80]
         raise UserError(f"{path}: {reason}", f"{expected}, without a passphrase", MAKE_KEYS) from None

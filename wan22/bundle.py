@@ -44,6 +44,11 @@ class MergedLora:
     experts: tuple[str, ...]
     config_sha256: str = ""  # of the adapter's configuration next to the file, if one determines its scale
 
+    def shown(self, spec: ModelSpec) -> str:
+        """As a command takes it, without its folder: ``style.safetensors@0.8:high``."""
+        only = "" if len(self.experts) == len(spec.experts) else f":{self.experts[0].removesuffix('_noise')}"
+        return f"{Path(self.file).name}@{self.strength:g}{only}"
+
 
 @dataclass(frozen=True)
 class Build:

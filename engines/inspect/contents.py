@@ -33,8 +33,10 @@ def contents(folder: Path) -> list[dict[str, Any]] | None:
     }
     if manifest.size is not None:
         whole["shapes"] = "{}x{}, {} frames".format(*manifest.size)
+    if build is not None and (rank := build.options.get("lora_slots")):
+        whole["LoRA slots"] = f"of rank {rank}, for --lora"
     if manifest.loras:
-        whole["LoRAs"] = [f"{Path(lora.file).name}@{lora.strength:g}" for lora in manifest.loras]
+        whole["LoRAs"] = [lora.shown(manifest.spec) for lora in manifest.loras]
     return [whole, *(_component(bundle, component) for component in manifest.components)]
 
 

@@ -8,6 +8,7 @@ from export.checkpoint import diffusers, official, single_files
 from export.checkpoint.describe import describe
 from export.checkpoint.place import listing
 from export.checkpoint.spec import Parts
+from wan22.bundle import MANIFEST
 from wan22.errors import UserError
 from wan22.specs import ModelSpec
 
@@ -47,7 +48,10 @@ def layout_of(folder: Path) -> Layout:
         raise UserError(f"{folder} is a file: {_described(folder)}", whole, f"name it by its part: {options}")
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist", whole, f"point to the folder or a hub name such as {EXAMPLE}")
-    if layout := layout_named(listing(folder)):
+    names = listing(folder)
+    if MANIFEST in names:
+        raise UserError(f"{folder} is a bundle made by wan-trt", whole, "name the checkpoint that it was exported from")
+    if layout := layout_named(names):
         return layout
     found = f"{folder} has neither {diffusers.MODEL_INDEX} nor {official.TEXT_ENCODER_FILE}"
     raise UserError(found, whole, "point to that folder")

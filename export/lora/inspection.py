@@ -1,5 +1,6 @@
 """Describe a file or folder of weights and how an export would use it, without exporting."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from export.lora.keys import Role
 from wan22.errors import UserError
 
 FILES_MAX = 60
+NOT_WEIGHTS = (".json", ".jsonl", ".onnx", ".txt", ".npz", ".npy", ".html", ".md")
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 KIND_OF = {Role.DOWN: "LoRA", Role.HADA_W1_B: "LoHa", Role.LOKR_W1: "LoKr", Role.LOKR_W1_B: "LoKr"}
 KIND_OF |= {Role.MAGNITUDE: "DoRA", Role.DIFF: "differences", Role.DIFF_BIAS: "differences"}
@@ -37,7 +39,7 @@ def inspect_weights(path: Path) -> list[dict[str, Any]]:
             f"{path} does not exist", "engines, a bundle, a checkpoint or a file of weights", "check the path"
         )
     if path.is_file():
-        return [_file(path)]
+        return [_measured(path) or _file(path)]
     folder = real_folder(path)
     names = listing(folder)
     if BESIDE in names:
@@ -51,10 +53,36 @@ def inspect_weights(path: Path) -> list[dict[str, Any]]:
     return [_file_of_several(folder / name) for name in files]
 
 
+def _measured(path: Path) -> dict[str, Any] | None:
+    """The entry of a file that ``wan-trt calibrate`` wrote; None for others.
+
+    Raises:
+        UserError: the file's name says that it holds no weights.
+    """
+    if path.suffix == ".safetensors":
+        linears = [name for name in read_weights(path).tensors if name.endswith(".input_mean")]
+        what, option = f"means and factors of the inputs of {len(linears)} linears", "--input-means"
+    elif path.suffix in NOT_WEIGHTS:
+        try:
+            content = json.loads(path.read_text()) if path.suffix == ".json" else {}
+        except (ValueError, OSError, RecursionError):
+            content = {}
+        parts = [part for part in content.values() if isinstance(part, dict)] if isinstance(content, dict) else []
+        linears = [name for part in parts for name, of in part.items() if isinstance(of, dict) and "input_scale" in of]
+        what, option = f"static FP8 scales of the inputs of {len(linears)} linears", "--input-scales"
+        if not linears:
+            expected = "a file of weights, or one that wan-trt calibrate wrote"
+            raise UserError(f"{path} is no file of weights", expected, "inspect the folder that it belongs to")
+    else:
+        return None
+    use = f"reads it with {option} {path}"
+    return {"path": str(path), "is": f"{what}, by wan-trt calibrate", "export": use} if linears else None
+
+
 def _file_of_several(path: Path) -> dict[str, Any]:
     """The entry of a file beside others, also of one that cannot be read."""
     try:
-        return _file(path)
+        return _measured(path) or _file(path)
     except UserError as error:
         return {"path": str(path), "is": error.found, "export": "refuses it"}
 

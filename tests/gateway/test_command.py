@@ -1,12 +1,25 @@
 """``wan-trt gateway``: what it refuses, and how it starts a server of its own."""
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 
+from gateway.worker import Worker
 from tests.gateway.running import SMALL, start, wait_until_ready
 from triton_repo.server import free_ports
 from wan_trt.cli import app
+
+
+def test_the_list_of_keys_has_their_limits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words in (("add", "ann"), ("add", "bob", "--waiting", "51", "--running", "7", "--priority", "2"), ("list",)):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            app(["gateway", "key", *words])
+        assert not left.value.code
+    ann, bob = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith((" ann", " bob")))
+    assert (ann[3:], bob[3:]) == (["valid", "1"], ["valid", "51", "7", "2"])
 
 
 @pytest.mark.parametrize(
@@ -33,6 +46,9 @@ from wan_trt.cli import app
         (("--server", "localhost", "--extend-model", "qwen"), "--extend-model without --extend"),
         (("--server", "localhost", "--extend", "http://h/v1", "--extend-key", "none"), "--extend-key none"),
         (("move",), "no --database"),
+        (("--server", "localhost", "--lora", "a=b", "--vram", "8GiB"), "--lora, --vram with --server"),
+        (("--server", "localhost", "--max-steps", "9", "--residency", "all"), "--max-steps, --residency with --server"),
+        (("--server", "localhost", "--longest-job", "60"), "--longest-job with --server"),
     ],
 )
 def test_what_cannot_be_is_one_line(words, told, tmp_path, monkeypatch, capsys):
@@ -45,6 +61,17 @@ def test_what_cannot_be_is_one_line(words, told, tmp_path, monkeypatch, capsys):
     assert told in printed
     assert printed.count("\n") == 1
     assert not (tmp_path / "typo").exists()
+
+
+def test_a_server_that_is_not_there_is_named_once(caplog):
+    answers = iter((False, False, True, False))
+    server = SimpleNamespace(url="gpu1:8001", is_ready=lambda: next(answers), model=lambda: "model")
+    worker = Worker("a worker", server, SimpleNamespace(claims=SimpleNamespace(saw=lambda url, model: None)))
+    told = []
+    for _ in range(4):
+        worker._look()
+        told.append(caplog.text.count("server gpu1:8001 takes no jobs"))
+    assert told == [1, 1, 1, 2]
 
 
 def test_engines_alone_are_enough_for_a_video(installation, tiny_engines, tmp_path):

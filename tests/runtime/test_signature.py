@@ -84,10 +84,17 @@ def test_files_that_hold_no_key_are_refused(signed, tmp_path, content):
 
 def test_the_other_key_of_the_pair_is_named(signed, tmp_path):
     private, public = pem(tmp_path, "pair")
-    with pytest.raises(UserError, match=r"pair\.public\.pem: a public key \| expected an Ed25519 private key \|"):
+    with pytest.raises(
+        UserError, match=r"pair\.public\.pem: a public key \| expected an Ed25519 private key \|"
+    ) as left:
         sign(signed[0], public)
-    with pytest.raises(UserError, match=r"pair\.pem: a private key \| expected an Ed25519 public key \|"):
+    with pytest.raises(UserError, match=r"pair\.pem: a private key \| expected an Ed25519 public key \|") as right:
         check_signature(signed[0], private)
+    for refused in (left, right):  # a new key there would replace the user's own
+        assert "genpkey" not in str(refused.value)
+    command, _ = right.value.remedy.split(", then give ")
+    subprocess.run(command.split(), check=True, cwd=tmp_path, capture_output=True)
+    assert (tmp_path / "public.pem").read_bytes() == public.read_bytes()
 
 
 def test_keys_of_another_kind_are_refused(signed, tmp_path):

@@ -205,6 +205,8 @@ def test_the_demo_does_not_remove_what_it_did_not_make(tmp_path, capsys):
         (["inspect", "e", "--html", "."], "page .: a folder"),
         (["demo", "file"], "cannot write the demo file/.made-by-wan-trt-demo: Not a directory"),
         (["export", "ck", "b", "--keep-high-precision", "0,5-1"], "expected ranges that go up | write 1-5"),
+        (["triton", "e", "r", "--namespace", "n", "--max-pods", "2"], "--namespace, --max-pods without --kubernetes"),
+        (["triton", "e", "r", "--prometheus", "http://p"], "--prometheus without --kubernetes"),
         (["triton", "e", "r", "--kubernetes", "r"], "r for repository and manifests"),
         (["triton", "e", "r", "--kubernetes", "k", "--image", "an image"], "image 'an image'"),
     ],

@@ -12,8 +12,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import wan_trt
-from engines.plan import make_plan
-from engines.plan_view import as_text
+from engines.group_plan import group_plans, usual_link
+from engines.plan import card_plans, make_plan
+from engines.plan_view import as_text, cards_as_text, groups_as_text, precisions_as_text
+from engines.precision_figures import compare_precisions
 from engines.targets import TARGETS
 from wan22.errors import UserError
 from wan22.precision import Precision
@@ -113,6 +115,22 @@ def test_a_plan_fits_80_columns(spec, target):
     tables = [part for part in as_text(make_plan(spec, TARGETS[target], precision)) if isinstance(part, Table)]
     assert 2 <= len(tables) <= 3  # the third: the VAE in stages
     assert all(map(fits, tables))
+
+
+@pytest.mark.parametrize("target", ["h100", "rtx4060"])
+def test_plans_of_cards_precisions_and_groups_fit_80_columns(target):
+    plan = make_plan(PUBLISHED[0], TARGETS[target], Precision.FP8_ATTN)
+    groups = groups_as_text(group_plans(plan, 8, usual_link(TARGETS[target]), 1.0), [])
+    cards = cards_as_text(card_plans(PUBLISHED[0], None))
+    precisions = precisions_as_text(compare_precisions(PUBLISHED[0], TARGETS[target]))
+    tables = [part for shown in (groups, cards, precisions) for part in shown if isinstance(part, Table)]
+    assert len(tables) == 3
+    for table in tables:
+        table.title = None  # which is a sentence
+        assert fits(table)
+    told = io.StringIO()
+    Console(file=told, width=80).print(tables[0])
+    assert "e+" not in told.getvalue()
 
 
 def test_the_presets_fit_80_columns(monkeypatch):

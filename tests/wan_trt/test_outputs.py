@@ -105,6 +105,9 @@ def test_leftovers_are_cleaned_up_by_a_command(tmp_path, monkeypatch):
     assert cleaned.output == f"{dead}: 0 B removed\n"
     assert again.output == f"{tmp_path}: no leftovers of wan-trt\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["living", "tmp"]
+    nowhere = CliRunner().invoke(app, ["bundle", "clean", str(tmp_path / "typo")])
+    assert nowhere.exit_code == 2
+    assert "typo is not a folder" in " ".join(nowhere.output.split())
 
 
 OVER_INPUTS = {  # words after wan-trt; b and e are bundles, r a folder with the mark of written repositories

@@ -54,10 +54,12 @@ def run(
         raise UserError("engines and servers" if engines else "no engines", "--engines or --server", "name one of them")
     if server and (ray or workers or gpus):
         raise UserError("--server with --ray, --workers or --gpus", "one way to render", "leave the others out")
-    if server and any(shared.values()):
+    if server and (any(shared.values()) or residency != "auto"):
         raise UserError("options of memory with --server", "the server's own", "give them to wan-trt serve")
-    if key is not None and not server:
-        raise UserError("--key without --server", "a gateway beside it", "add --server http://HOST:PORT")
+    if key is not None and not any(url.startswith(("http://", "https://")) for url in server or ()):
+        raise UserError("--key without a gateway", "a gateway beside it", "add --server http://HOST:PORT")
+    if model != "wan22" and not server:
+        raise UserError("--model without --server", "servers, which have models by name", "leave it out")
     if ray and gpus:
         raise UserError("--gpus with --ray", "--workers", "Ray places actors on GPUs itself")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C

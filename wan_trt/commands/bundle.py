@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from wan22.bundle import kind_of, open_bundle
+from wan22.errors import UserError
 from wan22.files import remove_leftovers
 from wan22.onnx_file import check_graphs
 from wan22.quantities import human_bytes
@@ -63,6 +64,8 @@ def pack(
 
 def clean(folder: Annotated[Path, typer.Argument(help="Folder with the outputs.")] = Path()) -> None:
     """Remove leftovers of killed commands, unfinished exports too, from a folder and the temporary folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder", "the folder in which outputs are", "check the path")
     removed = remove_leftovers(folder)
     for leftover, size_bytes in removed.items():
         console.print(f"{leftover}: {human_bytes(size_bytes)} removed")

@@ -126,6 +126,8 @@ def run(
     options = locals() | shared
     if (engines is None) == (not server):
         raise UserError("engines and --server" if server else "no engines and no --server", "one of them", "give one")
+    if server:
+        _refuse_unused(options)
     from gateway.gateway import Options
     from gateway.start import GatewayOptions, run_gateway
     from gateway.sweep import Keep
@@ -155,6 +157,15 @@ def run(
     if reason:
         raise UserError(reason, "a server that runs until stopped", "start again; the queue is kept")
     return 0
+
+
+def _refuse_unused(options: Mapping[str, Any]) -> None:
+    """Refuse options of a server that the gateway does not start."""
+    names = (*OWN_SERVER, *given.LIMITS, *memory_options.OPTIONS, "residency", "longest_job")
+    usual = {"residency": "auto", "longest_job": 3600}
+    if unused := [name for name in names if options[name] != usual.get(name)]:
+        found = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise UserError(f"{found} with --server", "engines to start a server of", "give it to wan-trt serve instead")
 
 
 def _latents(arguments: Sequence[str]) -> "Latents":
@@ -266,11 +277,14 @@ def add(
 
 def list_keys(data: Data = DATA, database: DatabaseUrl = "") -> None:
     """List the keys."""
-    shown = Table("name", "id", "made", "state")
+    shown = Table("name", "id", "made", "state", "waiting", "running", "priority")
     for row in _keys(data, database, exist=True).list():
         made = time.strftime("%Y-%m-%d", time.gmtime(row["created_at"]))
-        shown.add_row(row["name"], row["id"], made, "revoked" if row["revoked_at"] else "valid")
+        most = ("" if row[limit] is None else str(row[limit]) for limit in ("most_waiting", "most_running"))
+        state = "revoked" if row["revoked_at"] else "valid"
+        shown.add_row(row["name"], row["id"], made, state, *most, str(row["best_priority"]))
     console.print(shown)
+    console.print("waiting, running: most jobs at a time, the gateway's own limit where empty; priority: the best")
 
 
 def revoke(

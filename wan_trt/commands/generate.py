@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from runtime.generate import Timings
     from runtime.pipeline import Pipeline
     from runtime.request import Request
+    from wan22.bundle import Manifest
     from wan22.progress import Progress
 
 
@@ -71,7 +72,7 @@ def run(
     check_no_source(output, noise, again, image, last_image, listed)
     given.check_used(output, quality, image, fit, exact_official=exact_official)
     if again is not None:
-        request, fps, quality = _again(again, request, engines, fps, quality)
+        request, fps, quality = _again(again, request, engines, fps, quality, with_loras=bool(shared.get("loras")))
     blocks = memory_options.blocks_options(shared)
     opened = Pipeline.open(engines, residency=residency, once=True, tell=console.print, blocks=blocks)
     with (
@@ -80,10 +81,12 @@ def run(
         opened as pipeline,
     ):
         if filled is not None:
-            from wan_trt.recipes.lora_slots import SET
-
-            pipeline.weight_sets = WeightSets(pipeline.bundle, {SET: open_bundle(filled, "engines")})
-            request = replace(request, lora=SET)
+            own = open_bundle(filled, "engines")
+            name = ", ".join(lora.shown(own.manifest.spec) for lora in own.manifest.loras)
+            pipeline.weight_sets = WeightSets(pipeline.bundle, {name: own})
+            request = replace(request, lora=name)
+        if again is not None:
+            _print_differences(again, pipeline.weight_sets.manifest(request.lora))
         request = prompt_options.extended_request(shared, request, pipeline)
         encoding = Encoding(fps, QUALITY if quality is None else quality, overwrite)
         result = generate(pipeline, request, output, encoding, progress=progress)
@@ -100,6 +103,8 @@ def _filled_slots(
 ) -> AbstractContextManager[Path | None]:
     """The weight set for ``loras``. Without any, nothing of the export is imported."""
     if not loras:
+        if checkpoint is not None:
+            raise UserError("--checkpoint without --lora", "a LoRA beside it", "leave it out")
         return nullcontext()
     from wan_trt.recipes.lora_slots import filled_slots
 
@@ -107,10 +112,11 @@ def _filled_slots(
 
 
 def _again(
-    video: Path, given_files: "Request", engines: Path, fps: int | None, quality: int | None
+    video: Path, given_files: "Request", engines: Path, fps: int | None, quality: int | None, *, with_loras: bool
 ) -> "tuple[Request, int, int]":
-    """The request, frame rate and quality of ``video``; prints a warning if other engines made it."""
+    """The request, frame rate and quality of ``video``, whose LoRAs have to be given again for engines with slots."""
     from runtime.recipe import read_recipe
+    from runtime.weight_sets import lora_slots
     from wan22.bundle import read_manifest
 
     recipe = read_recipe(video)
@@ -119,9 +125,25 @@ def _again(
         raise UserError(
             f"{video} was made by {recipe.model}", f"engines of {recipe.model}", "name others, or its prompt"
         )
-    if manifest.own_sha256 != recipe.bundle:
-        console.print(f"{video} was made by other engines ({recipe.model}): frames will differ")
+    if recipe.lora and lora_slots(manifest) and not with_loras:
+        found = f"no --lora, which {video} was made with: {recipe.lora}"
+        raise UserError(found, "the same LoRAs, which engines with slots do not hold", "give its --lora again")
+    if with_loras and not recipe.lora:
+        raise UserError(f"--lora for {video}", "none, as in the first run", "leave it out")
     return recipe.request(given_files), fps or recipe.fps, recipe.quality if quality is None else quality
+
+
+def _print_differences(video: Path, weights: "Manifest") -> None:
+    """A line if other engines, or other LoRAs, made ``video`` than those of ``weights``."""
+    from runtime.recipe import read_recipe
+
+    recipe = read_recipe(video)
+    if weights.own_sha256 == recipe.bundle:
+        return
+    if recipe.lora:
+        console.print(f"{video} was made with the LoRAs {recipe.lora}, by other engines or files: frames may differ")
+    else:
+        console.print(f"{video} was made by other engines ({recipe.model}): frames will differ")
 
 
 def _print_timings(timings: "Timings", pipeline: "Pipeline") -> None:

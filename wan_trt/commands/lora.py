@@ -23,11 +23,11 @@ def apply(
     from export.lora.merge import parse_lora
     from wan_trt.recipes.apply_lora import ApplyOptions, apply_lora
 
-    earlier = open_bundle(engines, "engines").manifest.loras
+    manifest = open_bundle(engines, "engines").manifest
     options = ApplyOptions(checkpoint, overwrite, command_line())
     with bars() as progress:
         apply_lora(engines, output, tuple(map(parse_lora, lora)), options, progress)
-    console.print(f"{len(lora)} LoRA(s) merged: {output}")
-    if earlier:
-        replaced = ", ".join(f"{Path(each.file).name}@{each.strength:g}" for each in earlier)
+    console.print(f"{len(lora)} {'LoRA' if len(lora) == 1 else 'LoRAs'} merged: {output}")
+    if manifest.loras:
+        replaced = ", ".join(each.shown(manifest.spec) for each in manifest.loras)
         console.print(f"replaces: {replaced}", highlight=False)

@@ -58,7 +58,8 @@ def run(
     texts = [prompt.text for prompt in read_prompts(prompts, "no")] if prompts else list(PROMPTS)
     with bars() as progress:
         result = run_mlperf(engines, output, texts, request, options, progress)
-    console.print(f"{scenario}, {result.videos} videos: {result.figure or 'no figure'}: {output}")
+    figure = result.figure or "an accuracy run has no figure"
+    console.print(f"{scenario}, {result.videos} videos: {figure}: {output}")
     console.print(f"no submission; it lacks {'; '.join(result.lacks)}", highlight=False)
     if not accuracy and not result.valid:
         console.print("LoadGen calls the run INVALID; its summary says why")

@@ -1,6 +1,7 @@
 """``wan-trt plan``: the cost of a model on a target, without its weights."""
 
 import json
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -74,20 +75,25 @@ def run(
     video = (width, height, spec.sampling.frames if frames is None else frames)
     asked = None if precision is None else precision_named(precision)
     budget = None if vram is None else parse_bytes(vram, "--vram")
+    given = {"--target": target, "--precision": precision, "--vram": vram, "--bus": bus}
+    given |= {f"--{name}": shared[name] for name in GROUPS}
     in_groups = shared["gpus"] is not None or shared["parallel"] is not None
+    if cards and compare_precisions:
+        raise UserError("--cards with --compare-precisions", "one table", "name a --target for all of its precisions")
     if cards:
-        if target is not None or vram is not None or in_groups:
-            found = "--cards with --target, --vram, --gpus or --parallel"
-            raise UserError(found, "all cards, each alone with all of its memory", "leave them out")
+        _refuse_beside("--cards", given, ("--precision", "--bus"), "all cards, each alone with all of its memory")
         plans = card_plans(spec, asked, video, steps, bus)
     elif compare_precisions:
-        if target is None or precision is not None or vram is not None:
-            found = "--compare-precisions without --target, or with --precision or --vram"
-            raise UserError(found, "a target, in all of its precisions", "name a --target alone")
+        if target is None:
+            raise UserError("--compare-precisions without --target", "a target, in all of its precisions", "name one")
+        _refuse_beside("--compare-precisions", given, ("--target",), "a target, in all of its precisions")
         plans = plans_of(spec, target_named(target), video, steps)
     else:
         if target is None:
             raise UserError("no --target", "a GPU, cpu or auto", "name one, or give --cards for all")
+        if not in_groups:
+            several = ("--link", "--goal", "--efficiency")
+            _refuse_beside("one GPU", given, given.keys() - several, "several GPUs for it", "add --gpus N")
         aim = target_named(target)
         plans = [make_plan(spec, aim, asked or aim.default_precision, video, steps, budget, bus)]
     if in_groups:
@@ -103,6 +109,15 @@ def run(
     shown = cards_as_text(plans) if cards else precisions_as_text(plans) if compare_precisions else as_text(plans[0])
     for part in shown:
         console.print(part)
+
+
+def _refuse_beside(
+    what: str, given: Mapping[str, object], taken: Collection[str], expected: str, remedy: str = "leave the others out"
+) -> None:
+    """Refuse the options that ``what`` would not use."""
+    unused = [name for name, value in given.items() if value is not None and name not in taken]
+    if unused:
+        raise UserError(f"{what} with {', '.join(unused)}", expected, remedy)
 
 
 def _of_groups(

@@ -1,5 +1,6 @@
 """``wan-trt triton``: engines → Triton model repository."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,14 @@ from wan_trt import arguments as given
 from wan_trt import memory_options
 from wan_trt.console import console, report_unstamped
 
+POD_OPTIONS = {
+    "image": "wan-trt:26.07",
+    "gateway_image": "wan-trt-gateway:0.1.0",
+    "database_secret": "",
+    "namespace": "wan22",
+    "prometheus": "http://prometheus-server.monitoring.svc",
+}  # defaults of what --kubernetes alone uses
+MAX_PODS = 4
 Prometheus = Annotated[str, typer.Option(help="URL from which the autoscaler reads metrics.")]
 GatewayImage = Annotated[str, typer.Option(help="Image of the gateway's pods: the target gateway of Containerfile.")]
 DatabaseSecret = Annotated[
@@ -34,12 +43,12 @@ def run(
     kubernetes: Annotated[Path | None, typer.Option(help="Folder to write Kubernetes manifests to as well.")] = None,
     image: Annotated[
         str, typer.Option(help="Image of the pods: tritonserver 26.07 or later with wan-trt installed.")
-    ] = "wan-trt:26.07",
-    gateway_image: GatewayImage = "wan-trt-gateway:0.1.0",
-    database_secret: DatabaseSecret = "",
-    namespace: Annotated[str, typer.Option(help="Kubernetes namespace of the pods.")] = "wan22",
-    max_pods: Annotated[int, typer.Option(help="Maximum number of pods for the autoscaler.", min=1)] = 4,
-    prometheus: Prometheus = "http://prometheus-server.monitoring.svc",
+    ] = POD_OPTIONS["image"],
+    gateway_image: GatewayImage = POD_OPTIONS["gateway_image"],
+    database_secret: DatabaseSecret = POD_OPTIONS["database_secret"],
+    namespace: Annotated[str, typer.Option(help="Kubernetes namespace of the pods.")] = POD_OPTIONS["namespace"],
+    max_pods: Annotated[int, typer.Option(help="Maximum number of pods for the autoscaler.", min=1)] = MAX_PODS,
+    prometheus: Prometheus = POD_OPTIONS["prometheus"],
     overwrite: given.Overwrite = False,
     **shared: Any,
 ) -> None:
@@ -53,6 +62,8 @@ def run(
     from triton_repo.probe import DRAIN_FLAG
     from triton_repo.repository import MARK, RepositoryOptions, write_repository
 
+    if kubernetes is None:
+        _refuse_without_pods(locals())
     options = RepositoryOptions(
         name,
         topology,
@@ -79,6 +90,14 @@ def run(
     if topology == "bls":
         mebibytes = largest_call_bytes(written.bundle, written.limits) / 2**20
         console.print(f"its largest engine call moves {mebibytes:.0f} MiB through /dev/shm: reserve 3 times that")
+
+
+def _refuse_without_pods(options: Mapping[str, Any]) -> None:
+    """Refuse options of manifests that are not written."""
+    unused = [name for name, usual in (POD_OPTIONS | {"max_pods": MAX_PODS}).items() if options[name] != usual]
+    if unused:
+        found = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise UserError(f"{found} without --kubernetes", "a folder for manifests", "add --kubernetes FOLDER")
 
 
 def memory_gib(engines: Path, topology: str, stated: float | None) -> float:

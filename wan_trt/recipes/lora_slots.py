@@ -102,7 +102,9 @@ def filled_slots(
         return
     base, choices = open_bundle(engines, "engines"), [parse_lora(argument) for argument in arguments]
     if not lora_slots(base.manifest):
-        remedy = "build with --lora-slots RANK, or merge it: wan-trt lora apply"
+        blocks = base.component(base.manifest.spec.experts[0]).stages
+        merge = "merge it: wan-trt lora apply" if blocks else "merge it: wan-trt export --lora"
+        remedy = f"build with --lora-slots RANK, or {merge}"
         raise UserError(f"--lora for {engines}", "engines with slots", remedy)
     refuse_merged(base)
     with scratch_folder("lora") as folder:
@@ -113,7 +115,7 @@ def refuse_merged(base: Bundle) -> None:
     """Refuse engines into which LoRAs are merged: a set is made from the checkpoint and would lack them."""
     if merged_in := base.manifest.loras:
         found = f"--lora for {base.folder}, into which {', '.join(lora.file for lora in merged_in)} is merged"
-        remedy = "build without, and name it in the sets as well: --lora A=MERGED --lora A=OTHER has both"
+        remedy = "take engines without, and name the merged LoRA beside the other one, with a --lora for each"
         raise UserError(found, "engines without merged LoRAs", remedy)
 
 

@@ -68,9 +68,10 @@ class MlperfResult:
 
     @property
     def figure(self) -> str:
-        """The figure of the scenario, in LoadGen's words."""
-        wanted = ("90.0th percentile latency (ns)", "Samples per second")
-        return ", ".join(f"{key}: {self.summary[key]}" for key in wanted if key in self.summary)
+        """The figure of the scenario, from LoadGen's summary."""
+        latency, rate = (self.summary.get(key) for key in ("90.0th percentile latency (ns)", "Samples per second"))
+        found = [] if latency is None else [f"90th percentile latency: {float(latency) / 1e9:.4g} s"]
+        return ", ".join(found if rate is None else [*found, f"Samples per second: {float(rate):.4g}"])
 
 
 def run_mlperf(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -182,6 +183,44 @@ def test_a_pipe_for_a_file_of_jobs_is_refused(tmp_path):
     os.mkfifo(tmp_path / "jobs.jsonl")
     with pytest.raises(UserError, match="a named pipe"):
         next(read_jobs(tmp_path / "jobs.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--server", "localhost:1", "--residency", "all"), "options of memory with --server"),
+        (("--server", "localhost:1", "--key", "key"), "--key without a gateway"),
+        (("--engines", "ENGINES", "--model", "mine"), "--model without --server"),
+        (("--engines", "ENGINES", "--gpus", "0"), "engines for GPUs | leave it out; --workers N divides the cores"),
+    ],
+)
+def test_options_that_this_way_to_render_would_not_use_are_refused(words, told, tiny_engines, tmp_path, capsys):
+    jobs = jobs_file(tmp_path / "jobs.jsonl", {"name": "a", "prompt": "A cat", **SMALL})
+    given = [str(tiny_engines) if word == "ENGINES" else word for word in words]
+    assert batch(jobs, tmp_path / "out", *given) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_address_that_does_not_speak_http_is_no_gateway_and_its_bytes_are_not_printed(tmp_path, capsys):
+    jobs = jobs_file(tmp_path / "jobs.jsonl", {"name": "a", "prompt": "A cat", **SMALL})
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"\0\0\x18\4\0\x1b[31m@\xfe\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        assert batch(jobs, tmp_path / "out", "--server", address) == 2
+        thread.join()
+    told = capsys.readouterr().err
+    assert "an answer that is not HTTP" in told
+    assert "a Triton server is named as HOST:PORT" in told
+    assert told.rstrip("\n").isprintable()
 
 
 def test_a_folder_of_another_batch_or_of_other_files_is_refused(tiny_engines, flow_of, tmp_path, capsys):

@@ -21,6 +21,7 @@ from export.options import ExportOptions
 from export.quantise.quantised_weights import QuantisedWeights
 from runtime.block_backend import BlockOptions
 from runtime.pipeline import Pipeline
+from runtime.recipe import read_recipe
 from runtime.request import Request
 from runtime.weight_sets import WeightSets
 from tests.export.conftest import made_up, run_graph  # noqa: F401  # a fixture
@@ -214,6 +215,30 @@ def test_a_command_makes_a_video_with_a_lora_and_proves_it_against_the_merged_re
     refused = runner.invoke(app, ["generate", str(tiny_engines), "-o", f"{tmp_path}/b.npz", "a fox", *sizes, *lora])
     assert refused.exit_code == 2
     assert "engines with slots" in re.sub(r"\s+", " ", refused.output)
+
+
+def test_a_video_with_loras_is_made_again_with_the_same_ones(slotted, tiny_engines, loras, tmp_path):
+    def run(*words):
+        done = CliRunner().invoke(app, ["generate", *map(str, words)])
+        return done.exit_code, re.sub(r"\s+", " ", done.output)
+
+    lora = [word for each in loras["oil"] for word in ("--lora", each)]
+    sizes, first = ["--size", "64x48", "--frames", "1", "--steps", "2"], tmp_path / "a.png"
+    assert run(slotted, "a fox", "-o", first, *sizes, *lora)[0] == 0
+    assert read_recipe(first).lora == "oil.safetensors@1, wax.safetensors@-0.5:low"
+    code, told = run(slotted, "--again", first, "-o", tmp_path / "b.png", *lora)
+    assert (code, "differ" in told) == (0, False), told
+    assert (tmp_path / "b.png").read_bytes() == first.read_bytes()
+    code, told = run(slotted, "--again", first, "-o", tmp_path / "c.png", "--lora", loras["ink"][0])
+    assert (code, "frames may differ" in told) == (0, True), told
+    code, told = run(slotted, "--again", first, "-o", tmp_path / "d.png")
+    assert (code, "wax.safetensors@-0.5:low" in told, "give its --lora again" in told) == (2, True, True), told
+    code, told = run(slotted, "a fox", "-o", tmp_path / "e.png", *sizes, "--checkpoint", "x")
+    assert (code, "--checkpoint without --lora" in told) == (2, True), told
+    code, told = run(tiny_engines, "a fox", "-o", tmp_path / "f.png", *sizes, *lora)
+    assert (code, "export --lora" in told, "lora apply" in told) == (2, True, False), told  # lora apply needs blocks
+    described = CliRunner().invoke(app, ["inspect", str(slotted)])
+    assert f"of rank {RANK}" in described.output
 
 
 def test_what_does_not_fit_is_refused_with_the_smallest_rank_that_does(slotted, tiny_engines, loras, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,11 +18,19 @@ from wan22.errors import UserError
 from wan22.specs import SPECS
 from wan_trt.cli import app
 from wan_trt.recipes import mlperf
-from wan_trt.recipes.mlperf import MlperfOptions, run_mlperf
+from wan_trt.recipes.mlperf import MlperfOptions, MlperfResult, run_mlperf
 
 SMALL = Request(size=(64, 48), frames=5, steps=2, seed=42, preset="mlperf")
 PROMPTS = ("a red ball", "a blue ball")
 LOADGEN = pytest.mark.skipif(find_spec("mlperf_loadgen") is None, reason="needs mlcommons-loadgen")
+
+
+def test_figures_have_units_that_are_read_at_once():
+    summary = {"90.0th percentile latency (ns)": "1984903758"}
+    result = MlperfResult(Path(), valid=False, summary=summary, videos=2, lacks=())
+    assert result.figure == "90th percentile latency: 1.985 s"
+    assert replace(result, summary={"Samples per second": "0.645934"}).figure == "Samples per second: 0.6459"
+    assert replace(result, summary={}).figure == ""
 
 
 @LOADGEN

@@ -100,8 +100,10 @@ def visible_gpus(engines: Path, asked: str = "") -> tuple[str, ...]:
         UserError: not numbers, or engines for the CPU.
     """
     on_gpu = _runs_on_gpu(open_bundle(engines, "engines").manifest)
-    if asked and not (on_gpu and all(number.strip().isdecimal() for number in asked.split(","))):
-        raise UserError(f"--gpus {asked!r} for {engines}", "numbers of GPUs, and engines for them", "write 0,1")
+    if asked and not on_gpu:
+        raise UserError(f"--gpus for {engines}", "engines for GPUs", "leave it out; --workers N divides the cores")
+    if asked and not all(number.strip().isdecimal() for number in asked.split(",")):
+        raise UserError(f"--gpus {asked!r}", "numbers of GPUs", "write 0,1")
     if asked or not on_gpu:
         return tuple(number.strip() for number in asked.split(",")) if asked else ()
     if "CUDA_VISIBLE_DEVICES" in os.environ:
