@@ -11,7 +11,8 @@ is 1 / sqrt(12) of a step. FP8 errs by 2.6 % whatever the row, so INT8 is the be
 
 A file holds, by expert and official name of the linear, ``low_noise.blocks.0.ffn.2.input_mean`` [in] float32, where
 INT8 uses them also ``input_factor`` [in] and ``crest`` [], and ``weight_scale``, the largest weight over 448, which
-identifies the model.
+identifies the model. ``low_noise.forwards.video``, ``.time_features`` and ``.text`` are parts of the forwards that were
+run, from which an export computes the rows that it rounds matrices for; all rows would take gigabytes.
 """
 
 import math
@@ -24,18 +25,19 @@ import numpy as np
 
 from export.checkpoint.schema import dit_tensors
 from export.files.safetensors_file import read_safetensors, write_safetensors
-from export.files.tensor_file import Array, Planned
+from export.files.tensor_file import Array, Planned, Stored
 from export.graphs.linear import kind_of
 from export.quantise.input_scales import LinearScales, Scales
 from wan22.errors import UserError
 from wan22.parts import DitSpec
-from wan22.specs import ModelSpec
+from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 # Linears with centred inputs. k and v of cross-attention read the text, which is quantised once for all blocks.
 CENTRED = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
 CREST_TO_ERROR = 440.0  # 127 · sqrt(12)
 FP8_ERROR = 0.026  # of a row, whatever its values
 LARGEST_INT8_CREST = 11.5  # beyond, FP8 errs less: FP8_ERROR · CREST_TO_ERROR
+FORWARDS = ("video", "time_features", "text")
 SMOOTHED_SHARE = 0.5  # of an outlier that moves into the matrix; 0.4 to 0.75 do as well
 
 
@@ -63,11 +65,27 @@ class MeasuredInput:
 
 
 @dataclass(frozen=True, eq=False)
+class Forwards:
+    """Small parts of forwards, all float32 and of the same size, or forwards over noise."""
+
+    video: Array  # [runs, C, f, h, w]: latents, and behind their channels the condition if the model takes one
+    time_features: Array  # [runs, 256]
+    text: Array  # [runs or 1, at most 512, text width]; zeros follow
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens."""
+        frames, height, width = self.video.shape[2:]
+        return frames, height // PATCH[1], width // PATCH[2]
+
+
+@dataclass(frozen=True, eq=False)
 class ExpertInputs:
     """The measured inputs of one expert."""
 
     inputs: Mapping[str, MeasuredInput]  # by linear
     weights: Scales  # the largest weight of each linear, which identifies the model
+    forwards: Forwards | None = None  # of the runs that were measured
 
 
 def input_width(spec: DitSpec, linear: str) -> int:
@@ -140,7 +158,30 @@ def read_inputs(path: Path, spec: ModelSpec) -> dict[str, ExpertInputs]:
         weights[rest] = LinearScales(1.0, float(scale.read().item()) if scale else None)
     if not found:
         raise UserError(f"{path} has no means", f"means of {spec.name}", "write them with wan-trt calibrate --means")
-    return {expert: ExpertInputs(*both) for expert, both in found.items()}
+    return {expert: ExpertInputs(*both, _forwards(path, expert, tensors, spec.dit)) for expert, both in found.items()}
+
+
+def _forwards(path: Path, expert: str, tensors: Mapping[str, Stored], dit: DitSpec) -> Forwards | None:
+    """The parts of forwards of ``expert`` in the file, if it has them."""
+    stored = {leaf: found for leaf in FORWARDS if (found := tensors.get(f"{expert}.forwards.{leaf}")) is not None}
+    if not stored:
+        return None
+    shapes = {leaf: tuple(tensor.shape) for leaf, tensor in stored.items()}
+    runs, channels, *sides = (*shapes.get("video", ()), 0, 0)[:5]
+    whole = (
+        len(sides) == 3
+        and min(runs, *sides) > 0
+        and not any(side % patch for side, patch in zip(sides, PATCH, strict=True))
+    )
+    texts, tokens, width = shapes.get("text", (0, 0, 0))
+    alike = shapes.get("time_features") == (runs, dit.freq_width) and texts in (1, runs) and 0 < tokens <= TEXT_TOKENS
+    if not (whole and alike and channels == dit.in_channels and width == dit.text_width):
+        raise UserError(
+            f"{path}: {expert}.forwards {list(shapes.values())}", "forwards of this model", "calibrate again"
+        )
+    values = {leaf: np.array(tensor.read(), np.float32) for leaf, tensor in stored.items()}
+    _check_values(f"{path}: {expert}.forwards", values)
+    return Forwards(**values)
 
 
 def _check_values(what: str, values: Mapping[str, Array]) -> None:
@@ -162,5 +203,7 @@ def write_inputs(path: Path, experts: Mapping[str, ExpertInputs]) -> None:
             for leaf, value in (values | {"weight_scale": part.weights[linear].weight or 0.0}).items():
                 if value is not None:
                     tensors[f"{expert}.{linear}.{leaf}"] = np.asarray(value, np.float32)
+        for leaf in FORWARDS if part.forwards is not None else ():
+            tensors[f"{expert}.forwards.{leaf}"] = getattr(part.forwards, leaf)
     planned = {name: Planned(array.dtype, array.shape) for name, array in tensors.items()}
     write_safetensors(path, planned, lambda name: [tensors[name]])
