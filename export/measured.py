@@ -8,10 +8,11 @@ from pathlib import Path
 from export.checkpoint.checkpoint import Checkpoint, Weights
 from export.files.decoded import Codes, Nvfp4
 from export.graphs.linear import CODES, kind_of
+from export.graphs.taps import Forwards
 from export.options import ExportOptions
 from export.precisions import LINEARS, precisions_of, usual_exceptions
 from export.quantise.input_scales import Scales, check_weights, read_input_scales
-from export.quantise.inputs import Forwards, MeasuredInput, read_inputs, too_peaked
+from export.quantise.inputs import MeasuredInput, read_inputs, too_peaked
 from export.quantise.measure import GRID, GRID_FOR_FP4, forwards_of_noise, inputs_of_zeros, measure_inputs
 from export.quantise.published import SAME_INPUT, published
 from wan22.errors import UserError

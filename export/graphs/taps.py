@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 
 from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
-from export.quantise.inputs import Forwards
 from wan22.component import Tensor
 from wan22.specs import PATCH
 
@@ -21,6 +20,21 @@ PARTS, KEPT = 4, 16  # of a forward that are drawn, and of all forwards that are
 GRID = (2, 8, 8)  # frames, rows and columns of tokens of a part, at most
 SEED = 0
 Vectors = tuple[np.ndarray, np.ndarray]  # float32 [length] each: a mean to subtract, factors to multiply by
+
+
+@dataclass(frozen=True, eq=False)
+class Forwards:
+    """Small parts of forwards, all float32 and of the same size, or forwards over noise."""
+
+    video: np.ndarray  # [runs, C, f, h, w]: latents, and behind their channels the condition if the model takes one
+    time_features: np.ndarray  # [runs, 256]
+    text: np.ndarray  # [runs or 1, at most 512, text width]; zeros follow
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens."""
+        frames, height, width = self.video.shape[2:]
+        return frames, height // PATCH[1], width // PATCH[2]
 
 
 class Tapped:

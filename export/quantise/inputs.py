@@ -27,6 +27,7 @@ from export.checkpoint.schema import dit_tensors
 from export.files.safetensors_file import read_safetensors, write_safetensors
 from export.files.tensor_file import Array, Planned, Stored
 from export.graphs.linear import kind_of
+from export.graphs.taps import Forwards
 from export.quantise.input_scales import LinearScales, Scales
 from wan22.errors import UserError
 from wan22.parts import DitSpec
@@ -62,21 +63,6 @@ class MeasuredInput:
     def vectors(self) -> tuple[Array, Array]:
         """Mean and factors; ones without factors."""
         return self.mean, np.ones(len(self.mean), np.float32) if self.factor is None else self.factor
-
-
-@dataclass(frozen=True, eq=False)
-class Forwards:
-    """Small parts of forwards, all float32 and of the same size, or forwards over noise."""
-
-    video: Array  # [runs, C, f, h, w]: latents, and behind their channels the condition if the model takes one
-    time_features: Array  # [runs, 256]
-    text: Array  # [runs or 1, at most 512, text width]; zeros follow
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of tokens."""
-        frames, height, width = self.video.shape[2:]
-        return frames, height // PATCH[1], width // PATCH[2]
 
 
 @dataclass(frozen=True, eq=False)

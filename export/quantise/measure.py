@@ -18,7 +18,8 @@ import numpy as np
 
 from export.files.tensor_file import BFLOAT16, Array, as_torch, check_finite
 from export.graphs.linear import kind_of
-from export.quantise.inputs import CENTRED, Forwards, MeasuredInput, input_width, smoothing_factors
+from export.graphs.taps import Forwards
+from export.quantise.inputs import CENTRED, MeasuredInput, input_width, smoothing_factors
 from wan22.parts import DitSpec, rope_split
 from wan22.progress import Progress, silent
 from wan22.specs import PATCH, TEXT_TOKENS, TRAIN_TIMESTEPS, ModelSpec
@@ -88,15 +89,16 @@ def forwards_of_noise(spec: ModelSpec, expert: str, grid: tuple[int, int, int] =
 
 
 def timesteps_of(spec: ModelSpec, expert: str) -> tuple[float, ...]:
-    """The timesteps in the middle of sixteen equal parts of the steps that ``expert`` makes of a usual run.
+    """The timesteps at the beginning of sixteen equal parts of the steps that ``expert`` makes of a usual run.
 
-    Steps are even in the noise level before it is shifted (wan22.md §5.2), so most of them are at high noise.
+    Steps are even in the noise level before it is shifted (wan22.md §5.2), so most of them are at high noise. The first
+    of a run is always among them.
     """
     shift, boundary = spec.sampling.shift, spec.sampling.boundary or 0.0
     unshifted = boundary / (shift - (shift - 1) * boundary)
     first, last = {"high_noise": (1.0, unshifted), "low_noise": (unshifted, 0.0)}.get(expert, (1.0, 0.0))
-    middles = (first + (part + 0.5) / TIMESTEPS * (last - first) for part in range(TIMESTEPS))
-    return tuple(_shifted(level, shift) for level in middles)
+    levels = (first + part / TIMESTEPS * (last - first) for part in range(TIMESTEPS))
+    return tuple(_shifted(level, shift) for level in levels)
 
 
 def _shifted(level: float, shift: float) -> float:

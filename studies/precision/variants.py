@@ -84,10 +84,10 @@ VARIANTS = (
     Variant("int8 without factors", BFLOAT16, QUANTISED, 0.0, INT8, "export", smoothed=False),
     Variant("int8 without means and factors", BFLOAT16, QUANTISED, 0.0, INT8),
     *_exported(Precision.INT8_FP8_ATTN, INT8_FP8_ATTN, 0.02),
-    *_exported(Precision.NVFP4, NVFP4, 0.045)[:1],
+    *_exported(Precision.NVFP4, NVFP4, 0.045),
     Variant("nvfp4 without factors", BFLOAT16, QUANTISED, 0.0, NVFP4, "export", smoothed=False),
     Variant("nvfp4, nearest codes of plain inputs", BFLOAT16, QUANTISED, 0.0, NVFP4),
-    *_exported(Precision.NVFP4_FFN, NVFP4_FFN, 0.04)[:1],
+    *_exported(Precision.NVFP4_FFN, NVFP4_FFN, 0.04),
 )
 
 
