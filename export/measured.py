@@ -22,7 +22,6 @@ from wan22.progress import Progress
 log = logging.getLogger(__name__)
 
 COMPENSATED = (Number.NVFP4, Number.FP8)  # matrices that are rounded for rows of inputs
-SOME_MATRIX = "blocks.0.ffn.0.weight"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +57,7 @@ def read_measured(
         if expert in takes_scales and theirs.input_scales:
             measured[expert] = Measured(theirs.input_scales, wide_blocks=theirs.wide_blocks)
             continue
-        if expert not in takes_scales and isinstance(weights.codes(SOME_MATRIX), Codes):
-            log.warning(f"{expert} is stored in FP8 and rounded again; --precision fp8 would keep it bit for bit")
+        _warn_of_codes(expert, weights.codes(f"blocks.{spec.dit.layers // 2}.ffn.0.weight"), precisions[expert])
         if options.sparse:
             measured[expert] = Measured(inputs=inputs_of_zeros(spec.dit))
     for expert in (expert for expert in chosen if not measured.get(expert, Measured()).scales):
@@ -96,6 +94,14 @@ def _from_files(
             if expert in chosen:
                 measured[expert] = Measured(inputs=of_expert.inputs, forwards=of_expert.forwards)
     return measured
+
+
+def _warn_of_codes(expert: str, stored: Codes | Nvfp4 | None, precision: Precision) -> None:
+    """Say so if the checkpoint's codes are rounded to those of another type."""
+    number = {Codes: Number.FP8, Nvfp4: Number.NVFP4}.get(type(stored))
+    if number is not None and precision.linears is not number:
+        kept = f"--precision {number} would keep it bit for bit"
+        log.warning(f"{expert} is stored in {number.upper()} and rounded again to {precision.linears.upper()}; {kept}")
 
 
 def _kept_by_crest(

@@ -153,15 +153,7 @@ def _forwards(path: Path, expert: str, tensors: Mapping[str, Stored], dit: DitSp
     if not stored:
         return None
     shapes = {leaf: tuple(tensor.shape) for leaf, tensor in stored.items()}
-    runs, channels, *sides = (*shapes.get("video", ()), 0, 0)[:5]
-    whole = (
-        len(sides) == 3
-        and min(runs, *sides) > 0
-        and not any(side % patch for side, patch in zip(sides, PATCH, strict=True))
-    )
-    texts, tokens, width = shapes.get("text", (0, 0, 0))
-    alike = shapes.get("time_features") == (runs, dit.freq_width) and texts in (1, runs) and 0 < tokens <= TEXT_TOKENS
-    if not (whole and alike and channels == dit.in_channels and width == dit.text_width):
+    if not _are_forwards(shapes, dit):
         raise UserError(
             f"{path}: {expert}.forwards {list(shapes.values())}", "forwards of this model", "calibrate again"
         )
@@ -170,13 +162,24 @@ def _forwards(path: Path, expert: str, tensors: Mapping[str, Stored], dit: DitSp
     return Forwards(**values)
 
 
+def _are_forwards(shapes: Mapping[str, tuple[int, ...]], dit: DitSpec) -> bool:
+    video, text = shapes.get("video", ()), shapes.get("text", ())
+    if len(video) != 5 or len(text) != 3 or min(*video, *text) < 1:
+        return False
+    runs, channels, *sides = video
+    whole = not any(side % patch for side, patch in zip(sides, PATCH, strict=True))
+    alike = shapes.get("time_features") == (runs, dit.freq_width) and text[0] in (1, runs)
+    return whole and alike and channels == dit.in_channels and text[1] <= TEXT_TOKENS and text[2] == dit.text_width
+
+
 def _check_values(what: str, values: Mapping[str, Array]) -> None:
     for leaf, array in values.items():
         if not np.isfinite(array).all():
             raise UserError(f"{what}.{leaf} holds NaN or infinity", "finite numbers", "calibrate again")
     if "input_factor" in values and not float(values["input_factor"].min()) > 0:
         raise UserError(f"{what}.input_factor holds 0 or less", "positive factors", "calibrate again")
-    if "crest" in values and not 1 <= (crest := float(values["crest"])) <= (most := len(values["input_mean"]) ** 0.5):
+    crest, most = float(values.get("crest", 1.0)), len(values.get("input_mean", [0])) ** 0.5
+    if not 1 <= crest <= most:
         raise UserError(f"{what}.crest {crest:.3g}", f"1 to {most:.3g}, as rows have", "calibrate again")
 
 

@@ -167,24 +167,25 @@ class _Forward:
         x = self.x
         q, k, v = self.linears(self.norm(x) * (1 + scale) + shift, attention, "qkv")
         q, k = (self.rotate(self.head_norm(each, f"{attention}.norm_{n}")) for n, each in (("q", q), ("k", k)))
-        (y,) = self.linears(self.attend(q, k, v), attention, "o")
+        (y,) = self.linears(self.attend(q, k, v, self.runs), attention, "o")
         x = x + y * gate
         affine = self.tensor(f"{key}.norm3.weight"), self.tensor(f"{key}.norm3.bias")
         (q,) = self.linears(functional.layer_norm(x, (dit.width,), *affine, dit.eps), cross, "q")
         k, v = self.linears(self.text, cross, "kv")
         q, k = self.head_norm(q, f"{cross}.norm_q"), self.head_norm(k, f"{cross}.norm_k")
-        (y,) = self.linears(self.attend(q, k, v), cross, "o")
+        (y,) = self.linears(self.attend(q, k, v, self.texts), cross, "o")
         x = x + y
         (hidden,) = self.linears(self.norm(x) * (1 + ffn_scale) + ffn_shift, f"{key}.ffn", "0")
         (y,) = self.linears(functional.gelu(hidden, approximate="tanh"), f"{key}.ffn", "2")
         self.x = x + y * ffn_gate
 
-    def attend(self, q: "Tensor", k: "Tensor", v: "Tensor") -> "Tensor":
-        """``[runs * tokens, D]``; keys and values of a single text serve all runs."""
+    def attend(self, q: "Tensor", k: "Tensor", v: "Tensor", texts: int) -> "Tensor":
+        """``[runs * tokens, D]``; ``k`` and ``v`` are those of ``texts`` runs, and a single one serves all."""
         from torch.nn import functional
 
-        keys, values = (self.by_head(each).expand(self.runs, -1, -1, -1) for each in (k, v))
-        return functional.scaled_dot_product_attention(self.by_head(q), keys, values).transpose(1, 2).reshape(q.shape)
+        keys, values = (self.by_head(each, texts).expand(self.runs, -1, -1, -1) for each in (k, v))
+        y = functional.scaled_dot_product_attention(self.by_head(q, self.runs), keys, values)
+        return y.transpose(1, 2).reshape(q.shape)
 
     def norm(self, x: "Tensor") -> "Tensor":
         from torch.nn import functional
@@ -202,9 +203,8 @@ class _Forward:
         pairs = torch.view_as_complex(x.view(self.runs, -1, self.dit.heads, self.dit.head_width // 2, 2))
         return torch.view_as_real(pairs * self.rotation).reshape(x.shape)
 
-    def by_head(self, x: "Tensor") -> "Tensor":
-        """``[runs * tokens, D] → [runs, heads, tokens, head]``, or of the text, which may be one for all runs."""
-        runs = self.texts if x.shape == self.text.shape else self.runs
+    def by_head(self, x: "Tensor", runs: int) -> "Tensor":
+        """``[runs * tokens, D] → [runs, heads, tokens, head]``."""
         return x.view(runs, -1, self.dit.heads, self.dit.head_width).transpose(1, 2)
 
 

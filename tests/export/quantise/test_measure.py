@@ -18,7 +18,7 @@ from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
 from wan22.errors import UserError
 from wan22.precision import Precision
-from wan22.specs import SPECS
+from wan22.specs import SPECS, TEXT_TOKENS
 
 TINY = SPECS["t2v-a14b-tiny"]
 
@@ -84,6 +84,12 @@ def test_kept_rows_are_what_the_graph_meets_in_recorded_forwards():
         expected = np.concatenate(of_both)
         expected = expected[:: -(-len(expected) // MOST_ROWS)]
         assert relative_l2(measured[name].rows.astype(np.float32), expected) < 4e-3, name  # bfloat16
+
+
+def test_as_many_tokens_as_rows_of_text_are_no_text():
+    forwards = forwards_of_noise(TINY, "low_noise", (2, 4, 4))
+    assert np.prod(forwards.grid) * len(forwards.video) == TEXT_TOKENS
+    measure_inputs(made_up(dit_tensors(TINY.dit)).__getitem__, TINY, "low_noise", given=forwards)
 
 
 def test_timesteps_are_those_of_the_expert():
