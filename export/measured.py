@@ -1,18 +1,19 @@
 """The measurements behind quantised experts: from files, by the checkpoint's publisher, or made here without data."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from export.checkpoint.checkpoint import Checkpoint, Weights
 from export.files.decoded import Codes, Nvfp4
 from export.graphs.linear import CODES, kind_of
+from export.graphs.taps import Forwards
 from export.options import ExportOptions
 from export.precisions import LINEARS, precisions_of, usual_exceptions
 from export.quantise.input_scales import Scales, check_weights, read_input_scales
 from export.quantise.inputs import MeasuredInput, read_inputs, too_peaked
-from export.quantise.measure import inputs_of_zeros, measure_inputs
+from export.quantise.measure import GRID, GRID_FOR_FP4, forwards_of_noise, inputs_of_zeros, measure_inputs
 from export.quantise.published import SAME_INPUT, published
 from wan22.errors import UserError
 from wan22.precision import Number, Precision
@@ -20,7 +21,7 @@ from wan22.progress import Progress
 
 log = logging.getLogger(__name__)
 
-SOME_MATRIX = "blocks.0.ffn.0.weight"
+COMPENSATED = (Number.NVFP4, Number.FP8)  # matrices that are rounded for rows of inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Measured:
 
     scales: Mapping[str, float] = field(default_factory=dict)
     inputs: Mapping[str, MeasuredInput] = field(default_factory=dict)
+    forwards: Forwards | None = None  # to take rows of inputs from
     wide_blocks: frozenset[int] = frozenset()  # blocks that the checkpoint's publisher did not quantise
     exceptions: Mapping[str, Number] = field(default_factory=dict)  # linears of a type other than the precision's
 
@@ -48,40 +50,58 @@ def read_measured(
     spec, precisions = source.spec, precisions_of(source.spec, options)
     chosen = [e for e in spec.experts if precisions[e].quantised and (not options.parts or e in options.parts)]
     takes_scales = [expert for expert in chosen if (n := precisions[expert].linears) in CODES and CODES[n].takes_scales]
-    measured: dict[str, Measured] = {}
-    if scales is not None:
-        for expert, part in read_input_scales(scales, spec).items():
-            _check_weights(scales, part, expert, (source, base))
-            if expert in takes_scales:
-                measured[expert] = Measured(scales={linear: entry.input for linear, entry in part.items()})
-    if means is not None:
-        for expert, of_expert in read_inputs(means, spec).items():
-            _check_weights(means, of_expert.weights, expert, (source, base))
-            if expert in chosen:
-                measured[expert] = Measured(inputs=of_expert.inputs)
+    measured = _from_files(source, base, options, chosen, takes_scales)
     for expert in (expert for expert in chosen if expert not in measured):
         weights = source.weights[expert]
         theirs = published(weights, spec.dit.layers)
         if expert in takes_scales and theirs.input_scales:
             measured[expert] = Measured(theirs.input_scales, wide_blocks=theirs.wide_blocks)
             continue
-        if expert not in takes_scales and isinstance(weights.codes(SOME_MATRIX), Codes):
-            log.warning(f"{expert} is stored in FP8 and rounded again; --precision fp8 would keep it bit for bit")
+        _warn_of_codes(expert, weights.codes(f"blocks.{spec.dit.layers // 2}.ffn.0.weight"), precisions[expert])
         if options.sparse:
             measured[expert] = Measured(inputs=inputs_of_zeros(spec.dit))
-            continue
-        done, total = chosen.index(expert) * spec.dit.layers, len(chosen) * spec.dit.layers
-        kept_rows = fp4_kinds(precisions[expert], options)
-        inputs = measure_inputs(weights.read, spec, expert, progress, done, total, kept_rows)
-        measured[expert] = Measured(inputs=inputs)
-    for expert in (expert for expert in measured if fp4_kinds(precisions[expert], options)):
-        kinds, weights = fp4_kinds(precisions[expert], options), source.weights[expert]
-        measure = means is not None and not options.sparse  # a file has no rows
-        rows = measure_inputs(weights.read, spec, expert, progress, keep=kinds) if measure else {}
-        measured[expert] = _as_stored(_with_rows(measured[expert], rows), weights, expert, kinds)
+    for expert in (expert for expert in chosen if not measured.get(expert, Measured()).scales):
+        kinds, weights = kinds_of(precisions[expert], options, COMPENSATED), source.weights[expert]
+        known = measured.get(expert, Measured())
+        fp4 = kinds_of(precisions[expert], options, (Number.NVFP4,))
+        if not options.sparse and (kinds or not known.inputs):
+            given = known.forwards or forwards_of_noise(spec, expert, GRID_FOR_FP4 if fp4 else GRID)
+            blocks = chosen.index(expert) * spec.dit.layers, len(chosen) * spec.dit.layers
+            known = _with(known, measure_inputs(weights.read, spec, expert, progress, blocks, kinds, given))
+        measured[expert] = _as_stored(known, weights, expert, fp4)
     kept = _kept_by_crest(measured, precisions, options) | dict(options.exceptions)
     usual = {expert: usual_exceptions(precisions[expert]) for expert in measured}
     return {expert: replace(known, exceptions=usual[expert] | kept) for expert, known in measured.items()}
+
+
+def _from_files(
+    source: Checkpoint,
+    base: Checkpoint,
+    options: ExportOptions,
+    chosen: Collection[str],
+    takes_scales: Collection[str],
+) -> dict[str, Measured]:
+    """The measurements of the files that ``options`` name, of the experts that are ``chosen``."""
+    measured: dict[str, Measured] = {}
+    if (scales := options.input_scales) is not None:
+        for expert, part in read_input_scales(scales, source.spec).items():
+            _check_weights(scales, part, expert, (source, base))
+            if expert in takes_scales:
+                measured[expert] = Measured(scales={linear: entry.input for linear, entry in part.items()})
+    if (means := options.input_means) is not None:
+        for expert, of_expert in read_inputs(means, source.spec).items():
+            _check_weights(means, of_expert.weights, expert, (source, base))
+            if expert in chosen:
+                measured[expert] = Measured(inputs=of_expert.inputs, forwards=of_expert.forwards)
+    return measured
+
+
+def _warn_of_codes(expert: str, stored: Codes | Nvfp4 | None, precision: Precision) -> None:
+    """Say so if the checkpoint's codes are rounded to those of another type."""
+    number = {Codes: Number.FP8, Nvfp4: Number.NVFP4}.get(type(stored))
+    if number is not None and precision.linears is not number:
+        kept = f"--precision {number} would keep it bit for bit"
+        log.warning(f"{expert} is stored in {number.upper()} and rounded again to {precision.linears.upper()}; {kept}")
 
 
 def _kept_by_crest(
@@ -93,7 +113,7 @@ def _kept_by_crest(
     """
     peaked: dict[str, float] = {}
     for expert in (expert for expert in measured if precisions[expert].linears.smoothed):
-        fp4 = fp4_kinds(precisions[expert], options)
+        fp4 = kinds_of(precisions[expert], options, (Number.NVFP4,))
         for kind, crest in too_peaked(measured[expert].inputs).items():
             if kind not in (*options.exceptions, *fp4):
                 peaked[kind] = max(crest, peaked.get(kind, 0.0))
@@ -105,14 +125,15 @@ def _kept_by_crest(
     return {}
 
 
-def fp4_kinds(precision: Precision, options: ExportOptions) -> list[str]:
-    """The kinds of linears ("ffn.2") that multiply NVFP4."""
+def kinds_of(precision: Precision, options: ExportOptions, of: Collection[Number]) -> list[str]:
+    """The kinds of linears ("ffn.2") that multiply one of the number types ``of``."""
     numbers = dict.fromkeys(LINEARS, precision.linears) | usual_exceptions(precision) | dict(options.exceptions)
-    return [kind for kind in LINEARS if numbers[kind] is Number.NVFP4]
+    return [kind for kind in LINEARS if numbers[kind] in of]
 
 
-def _with_rows(known: Measured, rows: Mapping[str, MeasuredInput]) -> Measured:
-    inputs = {linear: replace(known.inputs[linear], rows=found.rows) for linear, found in rows.items()}
+def _with(known: Measured, found: Mapping[str, MeasuredInput]) -> Measured:
+    """``known`` with the rows of ``found``, and all of it for linears that are not known."""
+    inputs = {linear: replace(known.inputs.get(linear, here), rows=here.rows) for linear, here in found.items()}
     return replace(known, inputs={**known.inputs, **inputs})
 
 

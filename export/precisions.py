@@ -84,7 +84,7 @@ def quantised_of(
     return replace(
         made,
         static=frozenset(linear for linear in static if (n := numbers[linear]) in CODES and CODES[n].takes_scales),
-        centred=frozenset(kind_of(linear) for linear in inputs if numbers[linear] is not None),
+        centred=frozenset(kind_of(linear) for linear in inputs if numbers[linear] is not None) & set(CENTRED),
         smoothed=frozenset(
             kind_of(linear)
             for linear, found in inputs.items()

@@ -1,17 +1,40 @@
-"""Extra graph outputs that measure tensors: the largest magnitude of some, the channels and the crest of others."""
+"""Extra graph outputs that measure tensors: the largest magnitude of some, the channels and the crest of others.
+
+Parts of the forwards themselves are kept too, from which an export computes rows that matrices are rounded for.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from export.checkpoint.schema import DIT_LINEARS_PER_BLOCK
 from wan22.component import Tensor
+from wan22.specs import PATCH
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 LARGEST, MEANS, TOPS, BOTTOMS, SQUARES = "amax", "means", "tops", "bottoms", "squares"
+PARTS, KEPT = 4, 16  # of a forward that are drawn, and of all forwards that are kept
+GRID = (2, 8, 8)  # frames, rows and columns of tokens of a part, at most
+SEED = 0
 Vectors = tuple[np.ndarray, np.ndarray]  # float32 [length] each: a mean to subtract, factors to multiply by
+
+
+@dataclass(frozen=True, eq=False)
+class Forwards:
+    """Small parts of forwards, all float32 and of the same size, or forwards over noise."""
+
+    video: np.ndarray  # [runs, C, f, h, w]: latents, and behind their channels the condition if the model takes one
+    time_features: np.ndarray  # [runs, 256]
+    text: np.ndarray  # [runs or 1, at most 512, text width]; zeros follow
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens."""
+        frames, height, width = self.video.shape[2:]
+        return frames, height // PATCH[1], width // PATCH[2]
 
 
 class Tapped:
@@ -23,6 +46,7 @@ class Tapped:
         columns = sum(taps.rows.values())
         self._sums, self._squares = np.zeros(columns), np.zeros(2 * len(taps.prepared))
         self._tops, self._bottoms = np.full(columns, -np.inf, np.float32), np.full(columns, np.inf, np.float32)
+        self._random, self._kept, self._offered = np.random.default_rng(SEED), list[tuple[np.ndarray, ...]](), 0
 
     def __call__(self, **inputs: np.ndarray) -> np.ndarray:
         """The graph's first output."""
@@ -36,7 +60,32 @@ class Tapped:
         if self.taps.prepared:
             self._squares += rest[0]
         self.calls += 1
+        for _ in range(PARTS):
+            self._keep(**inputs)
         return first
+
+    def _keep(self, latents: np.ndarray, time_features: np.ndarray, text: np.ndarray, **others: np.ndarray) -> None:
+        """Keep a part of this call; of more than there is room for, each is kept with the same probability."""
+        self._offered += 1
+        place = len(self._kept) if self._offered <= KEPT else int(self._random.integers(self._offered))
+        if place >= KEPT:
+            return
+        video = np.concatenate([_on_host(x)[0] for x in (latents, others.get("condition")) if x is not None])
+        part = []
+        for length, tokens, step in zip(video.shape[1:], GRID, PATCH, strict=True):
+            first = step * int(self._random.integers(max(length // step - tokens, 0) + 1))
+            part.append(slice(first, first + step * tokens))
+        padded = _on_host(text)[0]
+        words = padded[: int(np.flatnonzero(padded.any(1)).max(initial=0)) + 1]
+        self._kept[place : place + 1] = [(video[:, *part].copy(), _on_host(time_features)[-1], words.copy())]
+
+    @property
+    def forwards(self) -> Forwards:
+        """The parts of forwards that were kept."""
+        videos, features, texts = zip(*self._kept, strict=True)
+        longest = max(map(len, texts))
+        padded = [np.pad(text, ((0, longest - len(text)), (0, 0))) for text in texts]
+        return Forwards(*(np.stack(each).astype(np.float32) for each in (videos, features, padded)))
 
     @property
     def largest(self) -> dict[str, float]:
@@ -64,6 +113,11 @@ class Tapped:
     def _by_label(self, joined: np.ndarray) -> dict[str, np.ndarray]:
         ends = np.cumsum(list(self.taps.rows.values()))[:-1]
         return dict(zip(self.taps.rows, np.split(joined, ends), strict=True))
+
+
+def _on_host(x: Any) -> np.ndarray:
+    host: np.ndarray = x.get() if hasattr(x, "get") else x
+    return host
 
 
 @dataclass(frozen=True)

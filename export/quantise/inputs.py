@@ -11,7 +11,8 @@ is 1 / sqrt(12) of a step. FP8 errs by 2.6 % whatever the row, so INT8 is the be
 
 A file holds, by expert and official name of the linear, ``low_noise.blocks.0.ffn.2.input_mean`` [in] float32, where
 INT8 uses them also ``input_factor`` [in] and ``crest`` [], and ``weight_scale``, the largest weight over 448, which
-identifies the model.
+identifies the model. ``low_noise.forwards.video``, ``.time_features`` and ``.text`` are parts of the forwards that were
+run, from which an export computes the rows that it rounds matrices for; all rows would take gigabytes.
 """
 
 import math
@@ -24,18 +25,20 @@ import numpy as np
 
 from export.checkpoint.schema import dit_tensors
 from export.files.safetensors_file import read_safetensors, write_safetensors
-from export.files.tensor_file import Array, Planned
+from export.files.tensor_file import Array, Planned, Stored
 from export.graphs.linear import kind_of
+from export.graphs.taps import Forwards
 from export.quantise.input_scales import LinearScales, Scales
 from wan22.errors import UserError
 from wan22.parts import DitSpec
-from wan22.specs import ModelSpec
+from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 
 # Linears with centred inputs. k and v of cross-attention read the text, which is quantised once for all blocks.
 CENTRED = ("self_attn.q", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
 CREST_TO_ERROR = 440.0  # 127 · sqrt(12)
 FP8_ERROR = 0.026  # of a row, whatever its values
 LARGEST_INT8_CREST = 11.5  # beyond, FP8 errs less: FP8_ERROR · CREST_TO_ERROR
+FORWARDS = ("video", "time_features", "text")
 SMOOTHED_SHARE = 0.5  # of an outlier that moves into the matrix; 0.4 to 0.75 do as well
 
 
@@ -68,6 +71,7 @@ class ExpertInputs:
 
     inputs: Mapping[str, MeasuredInput]  # by linear
     weights: Scales  # the largest weight of each linear, which identifies the model
+    forwards: Forwards | None = None  # of the runs that were measured
 
 
 def input_width(spec: DitSpec, linear: str) -> int:
@@ -140,7 +144,32 @@ def read_inputs(path: Path, spec: ModelSpec) -> dict[str, ExpertInputs]:
         weights[rest] = LinearScales(1.0, float(scale.read().item()) if scale else None)
     if not found:
         raise UserError(f"{path} has no means", f"means of {spec.name}", "write them with wan-trt calibrate --means")
-    return {expert: ExpertInputs(*both) for expert, both in found.items()}
+    return {expert: ExpertInputs(*both, _forwards(path, expert, tensors, spec.dit)) for expert, both in found.items()}
+
+
+def _forwards(path: Path, expert: str, tensors: Mapping[str, Stored], dit: DitSpec) -> Forwards | None:
+    """The parts of forwards of ``expert`` in the file, if it has them."""
+    stored = {leaf: found for leaf in FORWARDS if (found := tensors.get(f"{expert}.forwards.{leaf}")) is not None}
+    if not stored:
+        return None
+    shapes = {leaf: tuple(tensor.shape) for leaf, tensor in stored.items()}
+    if not _are_forwards(shapes, dit):
+        raise UserError(
+            f"{path}: {expert}.forwards {list(shapes.values())}", "forwards of this model", "calibrate again"
+        )
+    values = {leaf: np.array(tensor.read(), np.float32) for leaf, tensor in stored.items()}
+    _check_values(f"{path}: {expert}.forwards", values)
+    return Forwards(**values)
+
+
+def _are_forwards(shapes: Mapping[str, tuple[int, ...]], dit: DitSpec) -> bool:
+    video, text = shapes.get("video", ()), shapes.get("text", ())
+    if len(video) != 5 or len(text) != 3 or min(*video, *text) < 1:
+        return False
+    runs, channels, *sides = video
+    whole = not any(side % patch for side, patch in zip(sides, PATCH, strict=True))
+    alike = shapes.get("time_features") == (runs, dit.freq_width) and text[0] in (1, runs)
+    return whole and alike and channels == dit.in_channels and text[1] <= TEXT_TOKENS and text[2] == dit.text_width
 
 
 def _check_values(what: str, values: Mapping[str, Array]) -> None:
@@ -149,7 +178,8 @@ def _check_values(what: str, values: Mapping[str, Array]) -> None:
             raise UserError(f"{what}.{leaf} holds NaN or infinity", "finite numbers", "calibrate again")
     if "input_factor" in values and not float(values["input_factor"].min()) > 0:
         raise UserError(f"{what}.input_factor holds 0 or less", "positive factors", "calibrate again")
-    if "crest" in values and not 1 <= (crest := float(values["crest"])) <= (most := len(values["input_mean"]) ** 0.5):
+    crest, most = float(values.get("crest", 1.0)), len(values.get("input_mean", [0])) ** 0.5
+    if not 1 <= crest <= most:
         raise UserError(f"{what}.crest {crest:.3g}", f"1 to {most:.3g}, as rows have", "calibrate again")
 
 
@@ -162,5 +192,7 @@ def write_inputs(path: Path, experts: Mapping[str, ExpertInputs]) -> None:
             for leaf, value in (values | {"weight_scale": part.weights[linear].weight or 0.0}).items():
                 if value is not None:
                     tensors[f"{expert}.{linear}.{leaf}"] = np.asarray(value, np.float32)
+        for leaf in FORWARDS if part.forwards is not None else ():
+            tensors[f"{expert}.forwards.{leaf}"] = getattr(part.forwards, leaf)
     planned = {name: Planned(array.dtype, array.shape) for name, array in tensors.items()}
     write_safetensors(path, planned, lambda name: [tensors[name]])

@@ -1,10 +1,12 @@
-"""Measure the inputs of an expert's linears without any data, while its weights stream past.
+"""Measure the inputs of an expert's linears, while its weights stream past: on noise, or on parts of recorded forwards.
 
-One forward over a small video of noise, without text, at two timesteps of the expert. Each matrix is in memory once, in
-float32, so the largest one bounds the memory. On a small model with the real one's outliers, means and factors measured
-so do as well as those of a run with another prompt (docs/figures.md): outliers are a property of the weights.
+One forward over small videos, each at a timestep of its own. Each matrix is in memory once, in float32, so the largest
+one bounds the memory. Without data the videos and their text are noise. On a small model with the real one's outliers,
+means and factors measured so do nearly as well as those of a run with another prompt (docs/figures.md): outliers are a
+property of the weights. Many timesteps matter, since modulation differs between them; many tokens do not.
 
-Without text all rows that cross-attention reads are equal, and so is every row of its result, whatever the queries.
+Matrices that are rounded for rows of inputs gain far more by those of prompts: the parts of forwards that
+``wan-trt calibrate`` keeps.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,16 +17,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.files.tensor_file import BFLOAT16, Array, as_torch, check_finite
+from export.graphs.linear import kind_of
+from export.graphs.taps import Forwards
 from export.quantise.inputs import CENTRED, MeasuredInput, input_width, smoothing_factors
 from wan22.parts import DitSpec, rope_split
 from wan22.progress import Progress, silent
-from wan22.specs import PATCH, TRAIN_TIMESTEPS, ModelSpec
+from wan22.specs import PATCH, TEXT_TOKENS, TRAIN_TIMESTEPS, ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-GRID = (2, 8, 8)  # frames, rows and columns of tokens
-GRID_OF_ROWS = (2, 16, 16)  # where rows are kept: NVFP4 gains by more of them, means and factors do not
+TIMESTEPS = 16  # of an expert
+GRID = (1, 4, 4)  # frames, rows and columns of tokens at each
+GRID_FOR_FP4 = (2, 4, 8)  # whose rounding gains by more rows; that of FP8, means and factors do not
+NOISE_TOKENS, NOISE_OF_TEXT = 40, 1 / 3  # tokens of the text, and their magnitude, that of UMT5's final norm
+MOST_ROWS = 1024  # that are kept of an input
 SEED = 0
 THETA = 10000.0  # of sinusoid and rotary embedding (wan22.md §2.2, §2.3)
 NEARLY_EQUAL = 1e-4  # rows that differ by less than this share of their mean tell nothing of a channel's spread
@@ -37,9 +44,9 @@ def measure_inputs(
     spec: ModelSpec,
     expert: str,
     progress: Progress = silent,
-    done: int = 0,
-    total: int = 0,
+    blocks: tuple[int, int] = (0, 0),
     keep: Collection[str] = (),
+    given: Forwards | None = None,
 ) -> dict[str, MeasuredInput]:
     """The inputs of the linears in the blocks of ``expert``, by linear ("blocks.0.ffn.2"; q stands for q, k and v).
 
@@ -48,17 +55,17 @@ def measure_inputs(
         spec: the model.
         expert: its name.
         progress: called after every block.
-        done: blocks of other experts measured before.
-        total: blocks of all experts.
+        blocks: of other experts measured before, and of all experts.
         keep: kinds of linears ("ffn.2") whose inputs are kept.
+        given: parts of forwards to measure instead of noise.
 
     Raises:
         UserError: the weights make NaN or infinity.
     """
-    forward = _Forward(read, spec.dit, timesteps_of(spec, expert), keep)
+    forward = _Forward(read, spec.dit, given or forwards_of_noise(spec, expert), keep)
     for block in range(spec.dit.layers):
         forward.block(f"blocks.{block}")
-        progress("measure inputs", done + block + 1, total or spec.dit.layers, "blocks")
+        progress("measure inputs", blocks[0] + block + 1, blocks[1] or spec.dit.layers, "blocks")
     return forward.found
 
 
@@ -69,16 +76,29 @@ def inputs_of_zeros(dit: DitSpec) -> dict[str, MeasuredInput]:
     return {n: MeasuredInput(np.zeros(w, np.float32), np.ones(w, np.float32)) for n, w in widths.items()}
 
 
-def timesteps_of(spec: ModelSpec, expert: str) -> tuple[float, float]:
-    """The timesteps after a quarter and three quarters of the steps that ``expert`` makes of a usual run.
+def forwards_of_noise(spec: ModelSpec, expert: str, grid: tuple[int, int, int] = GRID) -> Forwards:
+    """One forward at every one of :func:`timesteps_of`, over ``grid`` tokens of noise and a text of noise."""
+    dit, random, timesteps = spec.dit, np.random.default_rng(SEED), timesteps_of(spec, expert)
+    (frames, rows, columns), runs = grid, len(timesteps)
+    size = (runs, dit.out_channels, frames, rows * PATCH[1], columns * PATCH[2])
+    video = random.standard_normal(size, np.float32)
+    condition = np.zeros((runs, dit.condition_channels, *size[2:]), np.float32)
+    text = NOISE_OF_TEXT * random.standard_normal((1, NOISE_TOKENS, dit.text_width), np.float32)
+    features = _sinusoid(timesteps, dit.freq_width)
+    return Forwards(np.concatenate([video, condition], 1), features, np.asarray(text, np.float32))
 
-    Steps are even in the noise level before it is shifted (wan22.md §5.2), so most of them are at high noise.
+
+def timesteps_of(spec: ModelSpec, expert: str) -> tuple[float, ...]:
+    """The timesteps at the beginning of sixteen equal parts of the steps that ``expert`` makes of a usual run.
+
+    Steps are even in the noise level before it is shifted (wan22.md §5.2), so most of them are at high noise. The first
+    of a run is always among them.
     """
     shift, boundary = spec.sampling.shift, spec.sampling.boundary or 0.0
     unshifted = boundary / (shift - (shift - 1) * boundary)
     first, last = {"high_noise": (1.0, unshifted), "low_noise": (unshifted, 0.0)}.get(expert, (1.0, 0.0))
-    early, late = (first + share * (last - first) for share in (0.25, 0.75))
-    return _shifted(early, shift), _shifted(late, shift)
+    levels = (first + part / TIMESTEPS * (last - first) for part in range(TIMESTEPS))
+    return tuple(_shifted(level, shift) for level in levels)
 
 
 def _shifted(level: float, shift: float) -> float:
@@ -86,29 +106,23 @@ def _shifted(level: float, shift: float) -> float:
 
 
 class _Forward:
-    """A forward in float32, block by block; the rows of all ``timesteps`` are one matrix ``[runs * tokens, D]``."""
+    """Forwards in float32, block by block; the tokens of all runs are the rows of one matrix ``[runs * tokens, D]``."""
 
-    def __init__(self, read: Read, dit: DitSpec, timesteps: Sequence[float], keep: Collection[str]) -> None:
+    def __init__(self, read: Read, dit: DitSpec, forwards: Forwards, keep: Collection[str]) -> None:
         import torch
         from torch.nn import functional
 
-        self.read, self.dit, self.runs, self.keep = read, dit, len(timesteps), keep
+        self.read, self.dit, self.runs, self.keep = read, dit, len(forwards.video), keep
         self.found: dict[str, MeasuredInput] = {}
-        random = np.random.default_rng(SEED)
-        self.grid = GRID_OF_ROWS if keep else GRID
-        frames, rows, columns = self.grid
-        size = (1, dit.out_channels, frames, rows * PATCH[1], columns * PATCH[2])
-        video = torch.from_numpy(random.standard_normal(size, np.float32))
-        if dit.condition_channels:
-            video = torch.cat([video, torch.zeros(1, dit.condition_channels, *size[2:])], 1)
-        x = functional.conv3d(video, self.tensor("patch_embedding.weight"), self.tensor("patch_embedding.bias"), PATCH)
-        self.x = x.flatten(2)[0].T.repeat(self.runs, 1)
-        features = torch.from_numpy(_sinusoid(timesteps, dit.freq_width))
-        time = self.plain(functional.silu(self.plain(features, "time_embedding.0")), "time_embedding.2")
+        patches = self.tensor("patch_embedding.weight"), self.tensor("patch_embedding.bias"), PATCH
+        self.x = functional.conv3d(torch.from_numpy(forwards.video), *patches).flatten(2).transpose(1, 2).flatten(0, 1)
+        time = self.plain(torch.from_numpy(forwards.time_features), "time_embedding.0")
+        time = self.plain(functional.silu(time), "time_embedding.2")
         self.modulation = self.plain(functional.silu(time), "time_projection.1").view(self.runs, 6, dit.width)
-        text = self.plain(torch.zeros(1, dit.text_width), "text_embedding.0")
-        self.context = self.plain(functional.gelu(text, approximate="tanh"), "text_embedding.2")
-        angles = torch.from_numpy(_angles(dit.head_width, self.grid))
+        text = functional.pad(torch.from_numpy(forwards.text), (0, 0, 0, TEXT_TOKENS - forwards.text.shape[1]))
+        text = self.plain(functional.gelu(self.plain(text, "text_embedding.0"), approximate="tanh"), "text_embedding.2")
+        self.texts, self.text = len(text), text.flatten(0, 1)  # [texts * 512, D]
+        angles = torch.from_numpy(_angles(dit.head_width, forwards.grid))
         self.rotation = torch.polar(torch.ones_like(angles), angles)[:, None]  # [tokens, 1, head/2]
 
     def tensor(self, key: str) -> "Tensor":
@@ -120,7 +134,7 @@ class _Forward:
 
         return functional.linear(x, self.tensor(f"{key}.weight"), self.tensor(f"{key}.bias"))
 
-    def linears(self, x: "Tensor", key: str, parts: str, *, computed: bool = True) -> "Iterator[Tensor]":
+    def linears(self, x: "Tensor", key: str, parts: str) -> "Iterator[Tensor]":
         """``x`` through the linears ``parts`` of ``key``, and the record of their input under the first."""
         import torch
         from torch.nn import functional
@@ -130,13 +144,16 @@ class _Forward:
             weight = self.tensor(f"{key}.{part}.weight")
             smallest, largest = torch.aminmax(weight, dim=0)
             columns = torch.maximum(columns, torch.maximum(-smallest, largest))
-            if computed:
-                yield functional.linear(x, weight, self.tensor(f"{key}.{part}.bias"))
+            yield functional.linear(x, weight, self.tensor(f"{key}.{part}.bias"))
             del weight
         linear = f"{key}.{parts[0]}"
-        self.found[linear] = _measured(linear, x, columns)
-        if linear.split(".", 2)[2] in self.keep:
-            self.found[linear] = replace(self.found[linear], rows=_on_disk(x.numpy()))
+        kept = x[:: -(-len(x) // MOST_ROWS)].numpy() if kind_of(linear) in self.keep else None
+        if kind_of(linear) in CENTRED:
+            self.found[linear] = _measured(linear, x, columns)
+        elif kept is not None:
+            self.found[linear] = MeasuredInput(np.zeros(x.shape[1], np.float32))
+        if kept is not None:
+            self.found[linear] = replace(self.found[linear], rows=_on_disk(kept))
 
     def block(self, key: str) -> None:
         """Replace ``x`` by the output of the block ``key``."""
@@ -150,17 +167,25 @@ class _Forward:
         x = self.x
         q, k, v = self.linears(self.norm(x) * (1 + scale) + shift, attention, "qkv")
         q, k = (self.rotate(self.head_norm(each, f"{attention}.norm_{n}")) for n, each in (("q", q), ("k", k)))
-        attended = functional.scaled_dot_product_attention(self.by_head(q), self.by_head(k), self.by_head(v))
-        (y,) = self.linears(attended.transpose(1, 2).reshape(x.shape), attention, "o")
+        (y,) = self.linears(self.attend(q, k, v, self.runs), attention, "o")
         x = x + y * gate
         affine = self.tensor(f"{key}.norm3.weight"), self.tensor(f"{key}.norm3.bias")
-        for _ in self.linears(functional.layer_norm(x, (dit.width,), *affine, dit.eps), cross, "q", computed=False):
-            pass
-        (y,) = self.linears(self.plain(self.context, f"{cross}.v"), cross, "o")
+        (q,) = self.linears(functional.layer_norm(x, (dit.width,), *affine, dit.eps), cross, "q")
+        k, v = self.linears(self.text, cross, "kv")
+        q, k = self.head_norm(q, f"{cross}.norm_q"), self.head_norm(k, f"{cross}.norm_k")
+        (y,) = self.linears(self.attend(q, k, v, self.texts), cross, "o")
         x = x + y
         (hidden,) = self.linears(self.norm(x) * (1 + ffn_scale) + ffn_shift, f"{key}.ffn", "0")
         (y,) = self.linears(functional.gelu(hidden, approximate="tanh"), f"{key}.ffn", "2")
         self.x = x + y * ffn_gate
+
+    def attend(self, q: "Tensor", k: "Tensor", v: "Tensor", texts: int) -> "Tensor":
+        """``[runs * tokens, D]``; ``k`` and ``v`` are those of ``texts`` runs, and a single one serves all."""
+        from torch.nn import functional
+
+        keys, values = (self.by_head(each, texts).expand(self.runs, -1, -1, -1) for each in (k, v))
+        y = functional.scaled_dot_product_attention(self.by_head(q, self.runs), keys, values)
+        return y.transpose(1, 2).reshape(q.shape)
 
     def norm(self, x: "Tensor") -> "Tensor":
         from torch.nn import functional
@@ -178,9 +203,9 @@ class _Forward:
         pairs = torch.view_as_complex(x.view(self.runs, -1, self.dit.heads, self.dit.head_width // 2, 2))
         return torch.view_as_real(pairs * self.rotation).reshape(x.shape)
 
-    def by_head(self, x: "Tensor") -> "Tensor":
+    def by_head(self, x: "Tensor", runs: int) -> "Tensor":
         """``[runs * tokens, D] → [runs, heads, tokens, head]``."""
-        return x.view(self.runs, -1, self.dit.heads, self.dit.head_width).transpose(1, 2)
+        return x.view(runs, -1, self.dit.heads, self.dit.head_width).transpose(1, 2)
 
 
 def _measured(key: str, x: "Tensor", columns: "Tensor") -> MeasuredInput:

@@ -20,6 +20,7 @@ from export.files.tensor_file import Array, check_finite, extremes
 from export.graphs.linear import CODES, FLOAT8_MAX
 from export.quantise.inputs import MeasuredInput
 from export.quantise.nvfp4 import Nvfp4Matrix, compensated, joined, stored_matrix
+from export.quantise.rounding import compensated as compensated_fp8
 from export.quantise.rounding import rounded, row_scales
 from wan22.parts import DitSpec
 from wan22.precision import Number
@@ -91,6 +92,9 @@ class QuantisedWeights:
             yield self._in_fp4(key, parts).codes
             return
         scales, first = self._measure(key, parts), 0
+        if len(rows := self._rows(key, parts)) and number is Number.FP8:
+            yield compensated_fp8(np.concatenate([part.astype(np.float32) for part in parts.values()]), scales, rows)
+            return
         for part in parts.values():
             yield from rounded(part, scales[first : first + len(part)], self._factor(key), number)
             first += len(part)
@@ -136,7 +140,7 @@ class QuantisedWeights:
         return found if found is not None else self._in_fp4(key, self._parts(key))
 
     def _in_fp4(self, key: str, parts: Mapping[str, np.ndarray]) -> Nvfp4Matrix:
-        """As stored by the checkpoint, else rounded for the rows that were measured."""
+        """As stored by the checkpoint, else rounded for the rows that were kept."""
         self._restore_biases(parts)
         kept = [self._codes(name) for name in self._names(key)]
         factor = self._factor(key)
@@ -145,11 +149,15 @@ class QuantisedWeights:
         else:
             matrix = np.concatenate([part.astype(np.float32) for part in parts.values()])
             check_finite(key, extremes(matrix))
-            found = self._inputs.get(_input_owner(self._names(key)[0].removesuffix(".weight")))
-            rows = np.zeros((0, matrix.shape[1])) if found is None else found.prepared_rows
-            made = compensated(matrix if factor is None else matrix / factor, np.asarray(rows, np.float32))
+            made = compensated(matrix if factor is None else matrix / factor, self._rows(key, parts))
         self._last_fp4 = {key: made}
         return made
+
+    def _rows(self, key: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The kept inputs ``[rows, in]`` of the stored matrix ``key``, made of ``parts``; no rows if none were kept."""
+        found = self._inputs.get(_input_owner(self._names(key)[0].removesuffix(".weight")))
+        width = next(iter(parts.values())).shape[1]
+        return np.zeros((0, width), np.float32) if found is None else found.prepared_rows
 
     # -- biases and inputs
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from export.precisions import LINEARS
-from export.quantise.measure import measure_inputs
+from export.quantise.measure import GRID_FOR_FP4, forwards_of_noise, measure_inputs
 from runtime.arrays import F32
 from runtime.schedule import Schedule
 from studies.precision.result import VariantResult
@@ -57,11 +57,13 @@ class ReferenceRun:
     def calibration(self, twin: Twin, expert: str) -> Calibration:
         """What this run and an export measure on the inputs of the twin's linears."""
         tapped, weights = self._tapped[expert], twin.weights[expert]
-        return Calibration(
-            tapped.largest,
-            inputs_of(tapped, weights),
-            measure_inputs(weights.__getitem__, twin.spec, expert, keep=LINEARS),
+        for_fp4 = forwards_of_noise(twin.spec, expert, GRID_FOR_FP4)
+        without_data, without_data_for_fp4, of_the_run = (
+            measure_inputs(weights.__getitem__, twin.spec, expert, keep=LINEARS, given=given)
+            for given in (None, for_fp4, tapped.forwards)
         )
+        by_run = inputs_of(tapped, weights, of_the_run)
+        return Calibration(tapped.largest, by_run, without_data, without_data_for_fp4)
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,10 +84,10 @@ VARIANTS = (
     Variant("int8 without factors", BFLOAT16, QUANTISED, 0.0, INT8, "export", smoothed=False),
     Variant("int8 without means and factors", BFLOAT16, QUANTISED, 0.0, INT8),
     *_exported(Precision.INT8_FP8_ATTN, INT8_FP8_ATTN, 0.02),
-    *_exported(Precision.NVFP4, NVFP4, 0.045)[:1],
+    *_exported(Precision.NVFP4, NVFP4, 0.045),
     Variant("nvfp4 without factors", BFLOAT16, QUANTISED, 0.0, NVFP4, "export", smoothed=False),
     Variant("nvfp4, nearest codes of plain inputs", BFLOAT16, QUANTISED, 0.0, NVFP4),
-    *_exported(Precision.NVFP4_FFN, NVFP4_FFN, 0.04)[:1],
+    *_exported(Precision.NVFP4_FFN, NVFP4_FFN, 0.04),
 )
 
 
@@ -115,9 +115,10 @@ class Calibration:
     largest: Mapping[str, float]
     by_run: Mapping[str, MeasuredInput]
     by_export: Mapping[str, MeasuredInput]
+    by_export_in_fp4: Mapping[str, MeasuredInput]  # over more tokens
 
 
-NO_CALIBRATION = Calibration({}, {}, {})
+NO_CALIBRATION = Calibration({}, {}, {}, {})
 
 
 def open_variant(
@@ -140,13 +141,16 @@ def open_reference(spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
     return Tapped(open_graph(model), taps)
 
 
-def inputs_of(tapped: Tapped, weights: Mapping[str, F32]) -> dict[str, MeasuredInput]:
-    """Means and factors from the calls of a tapped graph."""
+def inputs_of(
+    tapped: Tapped, weights: Mapping[str, F32], rows: Mapping[str, MeasuredInput]
+) -> dict[str, MeasuredInput]:
+    """Means and factors from the calls of a tapped graph; ``rows`` from parts of them."""
     spreads = tapped.spreads
-    return {
+    vectors = {
         name: MeasuredInput(mean, smoothing_factors(spreads[name], column_maxima(weights.__getitem__, name)))
         for name, mean in tapped.means.items()
     }
+    return {name: replace(vectors.get(name, found), rows=found.rows) for name, found in rows.items()}
 
 
 def open_noted(variant: Variant, spec: DitSpec, weights: Mapping[str, F32]) -> Tapped:
@@ -172,11 +176,16 @@ def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured
     if made is None:
         return fill(dit_graph(spec, variant.compute), weights.__getitem__)
     scales = {name: MARGIN * value / FLOAT8_MAX for name, value in measured.largest.items()} if variant.static else {}
-    known = {"": {}, "export": measured.by_export, "run": measured.by_run}[variant.inputs]
+    by_export = measured.by_export_in_fp4 if made.linears is Number.NVFP4 else measured.by_export
+    known = {"": {}, "export": by_export, "run": measured.by_run}[variant.inputs]
     used = {linear: found for linear, found in known.items() if made.number(linear) is not None}
-    smooth = {name for name in used if variant.smoothed and (number := made.number(name)) and number.smoothed}
+    smooth = {
+        name
+        for name, found in used.items()
+        if variant.smoothed and found.factor is not None and (number := made.number(name)) and number.smoothed
+    }
     used = {name: found if name in smooth else replace(found, factor=None) for name, found in used.items()}
-    centred, smoothed = frozenset(map(kind_of, used)), frozenset(map(kind_of, smooth))
+    centred, smoothed = frozenset(map(kind_of, used)) & set(CENTRED), frozenset(map(kind_of, smooth))
     made = replace(made, static=frozenset(scales), centred=centred, smoothed=smoothed)
     g = dit_graph(spec, variant.compute, None, made)
     if variant.patch:

@@ -83,6 +83,9 @@ def test_int8_needs_nothing_else_and_linears_can_be_kept_out_of_it(tmp_path, tin
         (["--precision", "int9"], "precision 'int9' | expected one of fp32, "),
         (["--precision", "int8", "--text-encoder", "int8"], "text_encoder in int8"),
         (["--target", "a100", "--precision", "int8+fp8-attn"], "no FP8 units"),
+        (["--target", "rtx4090", "--precision", "nvfp4"], "no NVFP4 units"),
+        (["--target", "rtx4090", "--high-noise", "nvfp4", "--low-noise", "fp8"], "no NVFP4 units"),
+        (["--precision", "int8", "--keep-high-precision", "ffn.2=nvfp4"], "use --precision nvfp4"),
         (
             ["--target", "a100", "--precision", "int8", "--keep-high-precision", "ffn.2=fp8"],
             "--keep-high-precision ffn.2=fp8 for a100",

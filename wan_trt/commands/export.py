@@ -130,7 +130,7 @@ def _for_target(target: str | None, precision: Precision | None, parts: dict[str
     """The model's precision for ``target``; a different one of the text encoder is added to ``parts``.
 
     Raises:
-        UserError: ``target`` does not support ``precision``.
+        UserError: ``target`` does not support ``precision``, or the quantised one of a part.
     """
     from engines.targets import check_precision, target_named
 
@@ -139,6 +139,9 @@ def _for_target(target: str | None, precision: Precision | None, parts: dict[str
         console.print("fp32, for target cpu; for a GPU add --target or --precision")
     elif target is not None and precision is not None:
         check_precision(aim, precision)
+    for of_part in parts.values():
+        if target is not None and of_part.quantised:
+            check_precision(aim, of_part)
     chosen = precision or aim.default_precision
     if target is not None and aim.text_encoder_precision(chosen) != chosen.wide:
         parts.setdefault("text_encoder", aim.text_encoder_precision(chosen))

@@ -152,7 +152,7 @@ def calibrate(bundle: Path, out: Path, options: CalibrateOptions, progress: Prog
         measured = {expert: _measured(read[expert], found[expert]) for expert in spec.experts}
         write_input_scales(new, scales, spec)
         if new_means is not None:
-            write_inputs(new_means, {expert: ExpertInputs(measured[expert], scales[expert]) for expert in spec.experts})
+            write_inputs(new_means, {e: ExpertInputs(measured[e], scales[e], found[e].forwards) for e in spec.experts})
     forwards = {expert: found[expert].calls for expert in spec.experts}
     return Calibration(inputs, scales, measured, forwards, len(requests), requests[0].steps)
 
@@ -199,10 +199,10 @@ def write_tapped(source: Bundle, folder: Path, target: str, progress: Progress) 
         if component.name in spec.experts:
             entering = linear_inputs(model)
             rows = {n: (x, input_width(spec.dit, n)) for n, x in entering.items() if kind_of(n) in CENTRED}
-            done, total = len(taps) * spec.dit.layers, len(spec.experts) * spec.dit.layers
+            blocks = len(taps) * spec.dit.layers, len(spec.experts) * spec.dit.layers
             read = _reader(source.path(component.graph))
             try:
-                without_data = measure_inputs(read, spec, component.name, progress, done, total)
+                without_data = measure_inputs(read, spec, component.name, progress, blocks)
             except UserError as error:  # its only one: to this command the model is no input of the user's making
                 raise NonFiniteError(f"{component.name}, {error.found}") from None
             vectors = {name: measured.vectors for name, measured in without_data.items()}

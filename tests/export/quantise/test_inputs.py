@@ -1,5 +1,7 @@
 """A centred input is rounded more precisely, and the bias restores the mean."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,9 +11,18 @@ from export.files.safetensors_file import read_safetensors
 from export.graphs.builder import FLOAT
 from export.graphs.dit import dit_graph
 from export.graphs.linear import Quantised, coded_matrices
+from export.graphs.taps import Forwards
 from export.options import ExportOptions
 from export.quantise.input_scales import LinearScales, largest_magnitude
-from export.quantise.inputs import CENTRED, ExpertInputs, MeasuredInput, input_width, read_inputs, write_inputs
+from export.quantise.inputs import (
+    CENTRED,
+    FORWARDS,
+    ExpertInputs,
+    MeasuredInput,
+    input_width,
+    read_inputs,
+    write_inputs,
+)
 from export.quantise.quantised_weights import QuantisedWeights
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
@@ -89,13 +100,17 @@ def test_centring_pays_where_channels_are_large_for_every_token(run_graph):
 def test_what_is_written_is_read_again(tmp_path):
     inputs = {name: MeasuredInput(mean, np.exp(mean), 4.5) for name, mean in means().items()}
     scales = {name: LinearScales(1.0, 0.25) for name in LINEARS}
-    write_inputs(tmp_path / "m.safetensors", {"low_noise": ExpertInputs(inputs, scales)})
+    parts = replace(PART, text=PART.text + 0.5)
+    write_inputs(tmp_path / "m.safetensors", {"low_noise": ExpertInputs(inputs, scales, parts)})
     found = read_inputs(tmp_path / "m.safetensors", TINY)["low_noise"]
     for name, entry in inputs.items():
         assert np.array_equal(found.inputs[name].mean, entry.mean)
         assert np.array_equal(found.inputs[name].factor, entry.factor)
         assert found.inputs[name].crest == entry.crest
     assert found.weights == scales
+    assert found.forwards.grid == (1, 2, 3)
+    for leaf in FORWARDS:
+        assert np.array_equal(getattr(found.forwards, leaf), getattr(parts, leaf)), leaf
 
 
 def test_an_export_subtracts_them(tmp_path, tiny_checkpoint, tiny_bundle):
@@ -129,6 +144,41 @@ def test_means_of_another_model_are_refused(tmp_path, tiny_checkpoint, change, t
     with pytest.raises(UserError, match=told):
         export_checkpoint(tiny_checkpoint, tmp_path / "b", ExportOptions(Precision.FP8, input_means=tmp_path / "m"))
     assert not (tmp_path / "b").exists()
+
+
+PART = Forwards(
+    np.zeros((2, SPEC.in_channels, 1, 4, 6), np.float32),
+    np.zeros((2, SPEC.freq_width), np.float32),
+    np.zeros((2, 9, SPEC.text_width), np.float32),
+)
+OTHERS = "high_noise.forwards .* expected forwards of this model .* calibrate again"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"crest": 0.5}, r"blocks\.0\.ffn\.0\.crest 0\.5 \| expected 1 to 16, as rows have \| calibrate again"),
+        ({"crest": 17.0}, r"crest 17 \| expected 1 to 16"),
+        ({"crest": np.nan}, "crest holds NaN"),
+        ({"factor": np.zeros(256, np.float32)}, "input_factor holds 0 or less"),
+        ({"factor": np.ones(128, np.float32)}, r"input_factor \[128\]"),
+        ({"video": PART.video[:, :3]}, OTHERS),
+        ({"video": PART.video[:1]}, OTHERS),
+        ({"video": PART.video[..., :5]}, OTHERS),
+        ({"video": PART.video[0]}, OTHERS),
+        ({"time_features": PART.time_features[:, :9]}, OTHERS),
+        ({"text": PART.text[0]}, OTHERS),
+        ({"text": np.zeros((2, 513, SPEC.text_width))}, OTHERS),
+        ({"text": PART.text * np.nan}, r"forwards\.text holds NaN"),
+    ],
+)
+def test_measurements_that_no_model_has_are_refused(tmp_path, change, told):
+    entry = MeasuredInput(np.zeros(256, np.float32), change.get("factor"), change.get("crest", 4.0))
+    parts = replace(PART, **{leaf: array for leaf, array in change.items() if leaf in FORWARDS})
+    name, scales = "blocks.0.ffn.0", LinearScales(1.0, 0.01)
+    write_inputs(tmp_path / "m", {"high_noise": ExpertInputs({name: entry}, {name: scales}, parts)})
+    with pytest.raises(UserError, match=told):
+        read_inputs(tmp_path / "m", TINY)
 
 
 def test_means_and_static_scales_exclude_each_other(tmp_path, tiny_checkpoint):

@@ -7,12 +7,12 @@ from export.checkpoint.schema import dit_tensors
 from export.graphs.builder import FLOAT
 from export.graphs.dit import dit_graph
 from export.graphs.linear import coded_matrices, kind_of
-from export.graphs.taps import Tapped, add_taps, linear_inputs
+from export.graphs.taps import PARTS, Forwards, Tapped, Taps, add_taps, linear_inputs
 from export.precisions import used_inputs, usual_quantised
 from export.quantise.inputs import CENTRED, LARGEST_INT8_CREST, crests_by_kind, input_width
-from export.quantise.measure import GRID, SEED, measure_inputs, timesteps_of
+from export.quantise.measure import GRID, MOST_ROWS, TIMESTEPS, forwards_of_noise, measure_inputs, timesteps_of
 from export.quantise.quantised_weights import QuantisedWeights
-from runtime.forward_inputs import forward_inputs
+from runtime.forward_inputs import forward_inputs, text_rows
 from studies.precision.session import fill, open_graph
 from tests.export.conftest import made_up
 from tests.export.graphs.test_dit import inputs_for, relative_l2
@@ -40,12 +40,11 @@ def tapped_on_the_same_input(spec, expert, weights, measured):
     rows = {name: (x, input_width(spec.dit, name)) for name, x in linear_inputs(model).items()}
     rows = {name: row for name, row in rows.items() if kind_of(name) in CENTRED}
     taps = add_taps(model, linear_inputs(model), rows, {name: found.vectors for name, found in measured.items()})
-    tapped, (frames, height, width) = Tapped(open_graph(model), taps), GRID
-    size = (1, spec.dit.out_channels, frames, 2 * height, 2 * width)
-    noise = np.random.default_rng(SEED).standard_normal(size, np.float32)
-    condition = np.zeros((1, spec.dit.condition_channels, *size[2:]), np.float32)
-    text = np.zeros((1, TEXT_TOKENS, spec.dit.text_width), np.float32)
-    for timestep in timesteps_of(spec, expert):
+    tapped, forwards = Tapped(open_graph(model), taps), forwards_of_noise(spec, expert)
+    assert forwards.grid == GRID
+    for video, timestep in zip(forwards.video[:, None], timesteps_of(spec, expert), strict=True):
+        noise, condition = np.split(video, [spec.dit.out_channels], axis=1)
+        text = text_rows(forwards.text)
         tapped(**forward_inputs(spec.dit, noise, timestep, text, condition if spec.dit.condition_channels else None))
     return tapped
 
@@ -61,16 +60,44 @@ def test_it_is_what_the_graph_meets(name, expert):
     tapped = tapped_on_the_same_input(spec, expert, weights, measured)
     for linear, found in measured.items():
         assert relative_l2(found.mean, tapped.means[linear]) < 1e-4, linear
-        if found.crest is not None:
-            assert found.crest == pytest.approx(tapped.crests[linear], rel=1e-3), linear
-    assert [linear for linear, found in measured.items() if found.crest is None] == [
-        f"blocks.{n}.cross_attn.o" for n in range(spec.dit.layers)  # all rows are equal without text
-    ]  # fmt: skip
+        assert found.crest == pytest.approx(tapped.crests[linear], rel=1e-3), linear
+
+
+def test_kept_rows_are_what_the_graph_meets_in_recorded_forwards():
+    """Two forwards of different texts, recorded whole; the rows of the text are kept too."""
+    spec = SPECS["ti2v-5b-tiny"]
+    weights, kinds = made_up(dit_tensors(spec.dit)), (*CENTRED, "cross_attn.k")
+    model = fill(dit_graph(spec.dit), weights.__getitem__)
+    values = {name: value for name, value in linear_inputs(model).items() if kind_of(name) in kinds}
+    model.graph.outputs.extend(values.values())
+    run, tapped, rows = open_graph(model), Tapped(lambda **_: (np.zeros(1), np.zeros(0)), Taps(())), []
+    for seed, timestep in ((1, 900.0), (2, 300.0)):
+        inputs = inputs_for(spec.dit, 2, 6, 8, [timestep] * 2, seed)
+        inputs["text"][:, 30 + seed :] = 0
+        tapped(**inputs)
+        rows.append(run(**inputs)[1:])
+    parts = tapped.forwards
+    assert parts.video.shape == (2 * PARTS, spec.dit.out_channels, 2, 6, 8)
+    whole = Forwards(parts.video[::PARTS], parts.time_features[::PARTS], parts.text[::PARTS])
+    measured = measure_inputs(weights.__getitem__, spec, "dit", keep=kinds, given=whole)
+    for name, of_both in zip(values, zip(*rows, strict=True), strict=True):
+        expected = np.concatenate(of_both)
+        expected = expected[:: -(-len(expected) // MOST_ROWS)]
+        assert relative_l2(measured[name].rows.astype(np.float32), expected) < 4e-3, name  # bfloat16
+
+
+def test_as_many_tokens_as_rows_of_text_are_no_text():
+    forwards = forwards_of_noise(TINY, "low_noise", (2, 4, 4))
+    assert np.prod(forwards.grid) * len(forwards.video) == TEXT_TOKENS
+    measure_inputs(made_up(dit_tensors(TINY.dit)).__getitem__, TINY, "low_noise", given=forwards)
 
 
 def test_timesteps_are_those_of_the_expert():
     early, late = timesteps_of(TINY, "high_noise"), timesteps_of(TINY, "low_noise")
-    assert 1000 > early[0] > early[1] > 875 > late[0] > late[1] > 0
+    assert len(early) == len(late) == TIMESTEPS
+    assert [*early, *late] == sorted({*early, *late}, reverse=True)
+    assert 1000 == early[0] > early[-1] > 875 == pytest.approx(late[0])
+    assert late[-1] > 0
 
 
 def velocity(run_graph, weights, precision, inputs):
