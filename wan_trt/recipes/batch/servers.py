@@ -99,8 +99,8 @@ def _ready_servers(gateway: GatewayClient, model: str, wait_s: float = 0.0) -> i
         except RefusedError as error:
             problem = error.message
             if error.status in REFUSED_KEY:
-                found = f"gateway {gateway.url}: {problem.partition(' | ')[0]}"
-                raise UserError(found, "a key of it", f"set {KEY_VARIABLE}, or name its file with --key") from None
+                refused = f"gateway {gateway.url}: {problem.partition(' | ')[0]}"
+                raise UserError(refused, "a key of it", f"set {KEY_VARIABLE}, or name its file with --key") from None
         if time.monotonic() >= until:
             remedy = "is it started, and ready? a Triton server is named as HOST:PORT, without http://"
             raise UserError(f"gateway {gateway.url}: {problem}", "a running gateway", remedy)
