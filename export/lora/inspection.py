@@ -39,7 +39,7 @@ def inspect_weights(path: Path) -> list[dict[str, Any]]:
             f"{path} does not exist", "engines, a bundle, a checkpoint or a file of weights", "check the path"
         )
     if path.is_file():
-        return [_measured(path) or _file(path)]
+        return [_file(path)]
     folder = real_folder(path)
     names = listing(folder)
     if BESIDE in names:
@@ -82,7 +82,7 @@ def _measured(path: Path) -> dict[str, Any] | None:
 def _file_of_several(path: Path) -> dict[str, Any]:
     """The entry of a file beside others, also of one that cannot be read."""
     try:
-        return _measured(path) or _file(path)
+        return _file(path)
     except UserError as error:
         return {"path": str(path), "is": error.found, "export": "refuses it"}
 
@@ -91,6 +91,8 @@ def _file(path: Path) -> dict[str, Any]:
     if (shard := SHARD.search(path.name)) and int(shard[2]) > 1:
         place = f"part {int(shard[1])} of {int(shard[2])} of one file of weights"
         return {"path": str(path), "is": place, "export": "reads the folder that holds all parts"}
+    if (measured := _measured(path)) is not None:
+        return measured
     found = describe(path)
     if found.model == "a LoRA":
         return _lora(path)
