@@ -21,7 +21,8 @@ from wan22.progress import Progress
 
 log = logging.getLogger(__name__)
 
-COMPENSATED = (Number.NVFP4, Number.FP8)  # matrices that are rounded for rows of inputs
+# Matrices that are rounded for rows of inputs: of recorded forwards, or of noise, by which FP8 gains too little.
+FOR_RECORDED, FOR_NOISE = (Number.NVFP4, Number.FP8), (Number.NVFP4,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +62,8 @@ def read_measured(
         if options.sparse:
             measured[expert] = Measured(inputs=inputs_of_zeros(spec.dit))
     for expert in (expert for expert in chosen if not measured.get(expert, Measured()).scales):
-        kinds, weights = kinds_of(precisions[expert], options, COMPENSATED), source.weights[expert]
-        known = measured.get(expert, Measured())
+        known, weights = measured.get(expert, Measured()), source.weights[expert]
+        kinds = kinds_of(precisions[expert], options, FOR_RECORDED if known.forwards else FOR_NOISE)
         fp4 = kinds_of(precisions[expert], options, (Number.NVFP4,))
         if not options.sparse and (kinds or not known.inputs):
             given = known.forwards or forwards_of_noise(spec, expert, GRID_FOR_FP4 if fp4 else GRID)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TIMESTEPS = 16  # of an expert
 GRID = (1, 4, 4)  # frames, rows and columns of tokens at each
-GRID_FOR_FP4 = (2, 4, 8)  # whose rounding gains by more rows; that of FP8, means and factors do not
+GRID_FOR_FP4 = (2, 4, 8)  # whose rounding needs rows; means and factors gain nothing by more of them
 NOISE_TOKENS, NOISE_OF_TEXT = 40, 1 / 3  # tokens of the text, and their magnitude, that of UMT5's final norm
 MOST_ROWS = 1024  # that are kept of an input
 SEED = 0

@@ -59,8 +59,8 @@ class ReferenceRun:
         tapped, weights = self._tapped[expert], twin.weights[expert]
         for_fp4 = forwards_of_noise(twin.spec, expert, GRID_FOR_FP4)
         without_data, without_data_for_fp4, of_the_run = (
-            measure_inputs(weights.__getitem__, twin.spec, expert, keep=LINEARS, given=given)
-            for given in (None, for_fp4, tapped.forwards)
+            measure_inputs(weights.__getitem__, twin.spec, expert, keep=kept, given=given)
+            for kept, given in (((), None), (LINEARS, for_fp4), (LINEARS, tapped.forwards))
         )
         by_run = inputs_of(tapped, weights, of_the_run)
         return Calibration(tapped.largest, by_run, without_data, without_data_for_fp4)

@@ -13,9 +13,10 @@ from export.exporter import export_checkpoint
 from export.files.safetensors_file import read_safetensors
 from export.graphs.builder import BFLOAT16
 from export.graphs.linear import FLOAT8_MAX
+from export.graphs.taps import KEPT
 from export.options import ExportOptions
 from export.quantise.input_scales import read_input_scales
-from export.quantise.inputs import CENTRED, crests_by_kind
+from export.quantise.inputs import CENTRED, crests_by_kind, read_inputs, write_inputs
 from export.quantise.measure import inputs_of_zeros
 from runtime.request import Request
 from studies.precision.session import open_graph
@@ -126,6 +127,27 @@ def test_a_graph_with_means_of_prompts_errs_less_than_one_with_means_without_dat
     assert 0.01 < found < per_token
     monkeypatch.setattr("export.measured.measure_inputs", lambda *_, **__: inputs_of_zeros(TINY.dit))
     assert found < 0.95 * error_of()
+
+
+def test_matrices_are_rounded_for_parts_of_the_calibrated_runs(tmp_path, calibrated, tiny_checkpoint):
+    """NVFP4 of an expert with the file, and with the same file without its parts of forwards, which are noise then."""
+    known = read_inputs(calibrated[0].with_name("means"), TINY)
+    parts = known["high_noise"].forwards
+    assert parts.video.shape == (KEPT, 16, 2, 6, 8)  # of videos of 2 latent frames, 6 x 8
+    assert 1 < parts.text.shape[1] < 512  # of the negative prompt
+    files = {"prompts": known, "noise": {expert: replace(part, forwards=None) for expert, part in known.items()}}
+    weights = {}
+    for name, content in files.items():
+        write_inputs(tmp_path / name, content)
+        options = ExportOptions(Precision.NVFP4, input_means=tmp_path / name, parts=frozenset({"high_noise"}))
+        bundle = export_checkpoint(tiny_checkpoint, tmp_path / f"{name}-onnx", options)
+        weights[name] = read_safetensors(bundle.folder / "high_noise.safetensors")
+    for leaf in ("input_mean", "input_factor", "bias"):
+        same = (weights[name][f"blocks.1.ffn.2.{leaf}"].read() for name in files)
+        assert np.array_equal(*same), leaf
+    for matrix in ("self_attn.qkv", "cross_attn.kv", "ffn.2"):
+        codes = (weights[name][f"blocks.1.{matrix}.weight"].read() for name in files)
+        assert not np.array_equal(*codes), matrix
 
 
 def test_it_tells_what_int8_would_cost(calibrated):
