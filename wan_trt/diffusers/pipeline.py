@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Self
@@ -231,6 +232,9 @@ class WanTrtPipeline(LoraLoader):
 
     def _guidance(self, scale: float | None, scale_2: float | None) -> dict[str, float]:
         experts = self.pipeline.spec.experts
+        for name, value in (("guidance_scale", scale), ("guidance_scale_2", scale_2)):
+            if not isinstance(value, Real | None):
+                raise UserError(f"{name} {value!r}", "a number", "correct it")
         if scale is None and scale_2 is not None:
             raise UserError("guidance_scale_2 alone", "guidance_scale too", "give both")
         if scale_2 is not None and len(experts) == 1:

@@ -23,10 +23,21 @@ def is_tensor(value: Any) -> bool:
 
 
 def as_array(values: Any) -> F32:
-    """A float32 array on the host of any array or tensor."""
-    if is_tensor(values):
-        values = values.detach().cpu().numpy()
-    return np.ascontiguousarray(values, np.float32)
+    """A float32 array on the host of any array or tensor of real numbers.
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        if is_tensor(values):
+            values = values.detach().cpu()
+            values = (values if values.is_complex() else values.float()).numpy()  # numpy has no bfloat16
+        if not np.iscomplexobj(values):
+            return np.ascontiguousarray(values, np.float32)
+    except (TypeError, ValueError, NotImplementedError):  # also what is sparse, or has no data
+        pass
+    kind = getattr(values, "dtype", type(values).__name__)
+    raise UserError(f"latents of {kind}", "an array or a dense tensor of real numbers", "pass float32")
 
 
 def as_tensor(values: F32) -> Any:
