@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Self
@@ -25,7 +24,17 @@ from wan22.specs import TEXT_TOKENS
 from wan_trt.console import bars
 from wan_trt.diffusers.loras import LoraLoader
 from wan_trt.diffusers.scheduler import Config, scheduler_of, settings_of
-from wan_trt.diffusers.values import as_array, as_tensor, frames_of, in_form, is_tensor, noises_of, png_of
+from wan_trt.diffusers.values import (
+    as_array,
+    as_tensor,
+    check_counts,
+    check_numbers,
+    frames_of,
+    in_form,
+    is_tensor,
+    noises_of,
+    png_of,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +188,7 @@ class WanTrtPipeline(LoraLoader):
             UserError: an argument that the engines or the model do not support.
         """
         _check_names(prompt, output_type, callback_on_step_end_tensor_inputs, max_sequence_length)
-        _check_counts(
+        check_counts(
             height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps,
             num_videos_per_prompt=num_videos_per_prompt,
         )  # fmt: skip
@@ -232,9 +241,7 @@ class WanTrtPipeline(LoraLoader):
 
     def _guidance(self, scale: float | None, scale_2: float | None) -> dict[str, float]:
         experts = self.pipeline.spec.experts
-        for name, value in (("guidance_scale", scale), ("guidance_scale_2", scale_2)):
-            if not isinstance(value, Real | None):
-                raise UserError(f"{name} {value!r}", "a number", "correct it")
+        check_numbers(guidance_scale=scale, guidance_scale_2=scale_2)
         if scale is None and scale_2 is not None:
             raise UserError("guidance_scale_2 alone", "guidance_scale too", "give both")
         if scale_2 is not None and len(experts) == 1:
@@ -263,12 +270,6 @@ def _check_names(prompt: Any, output_type: str, tensor_inputs: Sequence[str], ma
         raise UserError(found, '["latents"]', "leave it out")
     if max_sequence_length != TEXT_TOKENS:
         raise UserError(f"max_sequence_length {max_sequence_length}", f"{TEXT_TOKENS}", "leave it out")
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and not (isinstance(value, int) and value > 0):
-            raise UserError(f"{name} {value!r}", "a whole number above 0", "correct it")
 
 
 def _texts(name: str, given: Any) -> list[str]:

@@ -5,6 +5,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,20 @@ def is_tensor(value: Any) -> bool:
     """Whether ``value``, or the first of a list, comes from torch."""
     first = value[0] if isinstance(value, list | tuple) and value else value
     return type(first).__module__.partition(".")[0] == "torch"
+
+
+def check_numbers(**given: Any) -> None:
+    """Refuse what is neither a number nor None."""
+    for name, value in given.items():
+        if not isinstance(value, Real | None):
+            raise UserError(f"{name} {value!r}", "a number", "correct it")
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse what is neither a whole number above 0 nor None."""
+    for name, value in counts.items():
+        if value is not None and not (isinstance(value, int) and value > 0):
+            raise UserError(f"{name} {value!r}", "a whole number above 0", "correct it")
 
 
 def as_array(values: Any) -> F32:
