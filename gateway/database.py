@@ -228,7 +228,7 @@ class Database:
 def _file_number(path: Path | None) -> int | None:
     """What tells a file from others that had its name; None for none."""
     try:
-        return path and path.stat().st_ino
+        return path.stat().st_ino if path else None
     except OSError:
         return None
 

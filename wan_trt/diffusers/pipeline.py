@@ -34,7 +34,8 @@ from wan_trt.diffusers.values import (
     is_tensor,
     noises_of,
     png_of,
-)  # fmt: skip
+    texts_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ class WanTrtPipeline(LoraLoader):
             height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps,
             num_videos_per_prompt=num_videos_per_prompt,
         )  # fmt: skip
-        prompts = _texts("prompt", prompt)
+        prompts = texts_of("prompt", prompt)
         shared = Request(
             size=_size(width, height),
             frames=_rounded_frames(num_frames),
@@ -272,13 +273,6 @@ def _check_names(prompt: Any, output_type: str, tensor_inputs: Sequence[str], ma
         raise UserError(f"max_sequence_length {max_sequence_length}", f"{TEXT_TOKENS}", "leave it out")
 
 
-def _texts(name: str, given: Any) -> list[str]:
-    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{name} {given!r}", "a text or a list of texts", "correct it")
-    return texts
-
-
 def _size(width: int | None, height: int | None) -> tuple[int, int] | None:
     if width is not None and height is not None:
         return width, height
@@ -297,7 +291,7 @@ def _rounded_frames(frames: int | None) -> int | None:
 
 def _one_each(negative: str | Sequence[str] | None, prompts: Sequence[str]) -> list[str]:
     alone = negative is None or isinstance(negative, str)
-    given = [str(negative or "")] * len(prompts) if alone else _texts("negative_prompt", negative)
+    given = [str(negative or "")] * len(prompts) if alone else texts_of("negative_prompt", negative)
     if len(given) != len(prompts):
         raise UserError(f"{len(given)} negative prompts", f"one, or {len(prompts)} as prompts", "give as many")
     return given

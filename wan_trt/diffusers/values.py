@@ -37,6 +37,14 @@ def check_counts(**counts: int | None) -> None:
             raise UserError(f"{name} {value!r}", "a whole number above 0", "correct it")
 
 
+def texts_of(name: str, given: Any) -> list[str]:
+    """The texts of one or a list. Raises UserError for anything else."""
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{name} {given!r}", "a text or a list of texts", "correct it")
+    return texts
+
+
 def as_array(values: Any) -> F32:
     """A float32 array on the host of any array or tensor of real numbers.
 
