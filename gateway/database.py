@@ -170,14 +170,19 @@ class Database:
                 tables.create_all(connection)
         except DBAPIError as error:
             raise _unusable(str(error.orig).partition("\n")[0]) from None
+        self._file = None if self.is_postgres or not address.database else Path(address.database)
+        self._number = _file_number(self._file)
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction that may change rows.
 
         Raises:
-            ApiError: 503, the database does not answer or its disk is full.
+            ApiError: 503, the database does not answer, its disk is full, or its file has been removed.
         """
+        if self._number != _file_number(self._file):  # what is written now would be gone with this process
+            message = "the database's file has been removed or replaced | restart the gateway"
+            raise ApiError(503, "database_unavailable", message, retry_after_s=30)
         with self._reported(), self.engine.connect().execution_options(writes=True) as connection, connection.begin():
             yield connection
 
@@ -218,6 +223,14 @@ class Database:
                 raise
             self.trouble_at = time.monotonic()
             raise ApiError(503, "database_unavailable", "the database does not answer", retry_after_s=5) from error
+
+
+def _file_number(path: Path | None) -> int | None:
+    """What tells a file from others that had its name; None for none."""
+    try:
+        return path.stat().st_ino if path else None
+    except OSError:
+        return None
 
 
 def sqlite_url(folder: Path) -> str:

@@ -54,7 +54,7 @@ class GatewayOptions:
 def database_url(data: Path, database: str) -> str:
     """The database of a gateway; its folder is made. Raises UserError for a folder that cannot be used."""
     if not database:
-        data.mkdir(parents=True, exist_ok=True)
+        _make_folder(data)
     return database or sqlite_url(data)
 
 
@@ -164,10 +164,17 @@ def _listen(address: str, port: int) -> socket.socket:
     return made
 
 
+def _make_folder(data: Path) -> None:
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{data}: {error.strerror}", "a folder that can be made", "choose another --data") from None
+
+
 @contextmanager
 def only_one(data: Path, *, shared: bool) -> Iterator[None]:
     """Hold the folder: gateways that share work do so by PostgreSQL."""
-    data.mkdir(parents=True, exist_ok=True)
+    _make_folder(data)
     if shared:
         yield
         return

@@ -14,13 +14,17 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import uvicorn
 from PIL import Image
+from sqlalchemy import text
 from starlette.responses import PlainTextResponse
 
 from gateway import outer
 from gateway.api_error import ApiError
+from gateway.database import SQLITE, Database, sqlite_url
 from gateway.images import image_content, public_address
 from gateway.outer import Outer
+from gateway.start import database_url, only_one
 from tests.gateway.running import SMALL, gateway_in_front
+from wan22.errors import UserError
 
 FILLER = "filler"
 
@@ -200,3 +204,24 @@ def test_a_head_that_does_not_end_is_given_up(monkeypatch):
             assert answer
         connection.sendall(b"GET / HTTP/1.1\r\nhost:")
         assert connection.recv(1) == b""
+
+
+def test_a_database_whose_file_is_gone_takes_no_jobs(tmp_path):
+    database = Database(sqlite_url(tmp_path))
+    with database.write() as connection:
+        connection.execute(text("SELECT 1"))
+    (tmp_path / SQLITE).rename(tmp_path / "elsewhere")
+    with pytest.raises(ApiError, match="removed or replaced") as error, database.write():
+        pass
+    assert error.value.status == 503
+    (tmp_path / "elsewhere").rename(tmp_path / SQLITE)
+    with database.write() as connection:
+        connection.execute(text("SELECT 1"))
+
+
+def test_a_file_in_place_of_the_gateways_folder_is_refused(tmp_path):
+    (tmp_path / "data").touch()
+    with pytest.raises(UserError, match=r"data: File exists \| expected a folder"):
+        database_url(tmp_path / "data", "")
+    with pytest.raises(UserError, match="File exists"), only_one(tmp_path / "data", shared=True):
+        pass

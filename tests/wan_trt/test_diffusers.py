@@ -18,6 +18,7 @@ from wan22.errors import UserError
 from wan22.precision import Precision
 from wan22.specs import SPECS
 from wan_trt.diffusers import WanTrtPipeline
+from wan_trt.diffusers.values import as_array
 
 NEGATIVE = "Bright tones, overexposed, static"
 
@@ -169,6 +170,10 @@ def test_without_torch_a_seed_repeats_and_defaults_are_the_bundles(tiny_engines)
         ({"prompt": "A cat", "generator": [1, 2]}, "2 generators"),
         ({"prompt": "A cat", "generator": "seven"}, "torch.Generator, a seed"),
         ({"prompt": "A cat", "latents": np.zeros((1, 16, 1, 8, 9))}, "latents [1, 16, 1, 8, 9]"),
+        ({"prompt": "A cat", "latents": "noise"}, "latents of str"),
+        ({"prompt": "A cat", "latents": np.zeros((1, 16, 1, 8, 8), complex)}, "latents of complex128"),
+        ({"prompt": "A cat", "guidance_scale": "3"}, "guidance_scale '3'"),
+        ({"prompt": "A cat", "guidance_scale": 3.0, "guidance_scale_2": [2]}, "guidance_scale_2 [2]"),
         ({"prompt": "A cat", "guidance_scale_2": 3.0}, "guidance_scale too"),
         ({"prompt": "A cat", "max_sequence_length": 226}, "max_sequence_length 226"),
         ({"prompt": "A cat", "image": np.zeros((8, 8))}, "one picture in RGB"),
@@ -192,3 +197,11 @@ def test_schedulers_that_no_solver_computes_are_refused(tiny_engines):
                 pipe("A cat")
     with pytest.raises(UserError, match="argument of diffusers"):
         WanTrtPipeline.from_pretrained(tiny_engines, engine="fast")
+
+
+def test_arrays_of_every_type_of_torch():
+    for kind in (torch.bfloat16, torch.float16, torch.float64, torch.int32):
+        assert np.array_equal(as_array(torch.tensor([1.0, 2.0]).to(kind)), np.float32([1, 2]))
+    for unusable in (torch.ones(2, device="meta"), torch.ones(2).to_sparse(), torch.ones(2, dtype=torch.complex64)):
+        with pytest.raises(UserError, match="dense tensor of real numbers"):
+            as_array(unusable)

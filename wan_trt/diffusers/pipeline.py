@@ -24,7 +24,18 @@ from wan22.specs import TEXT_TOKENS
 from wan_trt.console import bars
 from wan_trt.diffusers.loras import LoraLoader
 from wan_trt.diffusers.scheduler import Config, scheduler_of, settings_of
-from wan_trt.diffusers.values import as_array, as_tensor, frames_of, in_form, is_tensor, noises_of, png_of
+from wan_trt.diffusers.values import (
+    as_array,
+    as_tensor,
+    check_counts,
+    check_numbers,
+    frames_of,
+    in_form,
+    is_tensor,
+    noises_of,
+    png_of,
+    texts_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -178,11 +189,11 @@ class WanTrtPipeline(LoraLoader):
             UserError: an argument that the engines or the model do not support.
         """
         _check_names(prompt, output_type, callback_on_step_end_tensor_inputs, max_sequence_length)
-        _check_counts(
+        check_counts(
             height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps,
             num_videos_per_prompt=num_videos_per_prompt,
         )  # fmt: skip
-        prompts = _texts("prompt", prompt)
+        prompts = texts_of("prompt", prompt)
         shared = Request(
             size=_size(width, height),
             frames=_rounded_frames(num_frames),
@@ -231,6 +242,7 @@ class WanTrtPipeline(LoraLoader):
 
     def _guidance(self, scale: float | None, scale_2: float | None) -> dict[str, float]:
         experts = self.pipeline.spec.experts
+        check_numbers(guidance_scale=scale, guidance_scale_2=scale_2)
         if scale is None and scale_2 is not None:
             raise UserError("guidance_scale_2 alone", "guidance_scale too", "give both")
         if scale_2 is not None and len(experts) == 1:
@@ -261,19 +273,6 @@ def _check_names(prompt: Any, output_type: str, tensor_inputs: Sequence[str], ma
         raise UserError(f"max_sequence_length {max_sequence_length}", f"{TEXT_TOKENS}", "leave it out")
 
 
-def _check_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and not (isinstance(value, int) and value > 0):
-            raise UserError(f"{name} {value!r}", "a whole number above 0", "correct it")
-
-
-def _texts(name: str, given: Any) -> list[str]:
-    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{name} {given!r}", "a text or a list of texts", "correct it")
-    return texts
-
-
 def _size(width: int | None, height: int | None) -> tuple[int, int] | None:
     if width is not None and height is not None:
         return width, height
@@ -292,7 +291,7 @@ def _rounded_frames(frames: int | None) -> int | None:
 
 def _one_each(negative: str | Sequence[str] | None, prompts: Sequence[str]) -> list[str]:
     alone = negative is None or isinstance(negative, str)
-    given = [str(negative or "")] * len(prompts) if alone else _texts("negative_prompt", negative)
+    given = [str(negative or "")] * len(prompts) if alone else texts_of("negative_prompt", negative)
     if len(given) != len(prompts):
         raise UserError(f"{len(given)} negative prompts", f"one, or {len(prompts)} as prompts", "give as many")
     return given

@@ -5,6 +5,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,44 @@ def is_tensor(value: Any) -> bool:
     return type(first).__module__.partition(".")[0] == "torch"
 
 
+def check_numbers(**given: Any) -> None:
+    """Refuse what is neither a number nor None."""
+    for name, value in given.items():
+        if not isinstance(value, Real | None):
+            raise UserError(f"{name} {value!r}", "a number", "correct it")
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse what is neither a whole number above 0 nor None."""
+    for name, value in counts.items():
+        if value is not None and not (isinstance(value, int) and value > 0):
+            raise UserError(f"{name} {value!r}", "a whole number above 0", "correct it")
+
+
+def texts_of(name: str, given: Any) -> list[str]:
+    """The texts of one or a list. Raises UserError for anything else."""
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{name} {given!r}", "a text or a list of texts", "correct it")
+    return texts
+
+
 def as_array(values: Any) -> F32:
-    """A float32 array on the host of any array or tensor."""
-    if is_tensor(values):
-        values = values.detach().cpu().numpy()
-    return np.ascontiguousarray(values, np.float32)
+    """A float32 array on the host of any array or tensor of real numbers.
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        if is_tensor(values):
+            values = values.detach().cpu()
+            values = (values if values.is_complex() else values.float()).numpy()  # numpy has no bfloat16
+        if not np.iscomplexobj(values):
+            return np.ascontiguousarray(values, np.float32)
+    except (TypeError, ValueError, NotImplementedError):  # also what is sparse, or has no data
+        pass
+    kind = getattr(values, "dtype", type(values).__name__)
+    raise UserError(f"latents of {kind}", "an array or a dense tensor of real numbers", "pass float32")
 
 
 def as_tensor(values: F32) -> Any:
