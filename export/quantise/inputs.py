@@ -127,8 +127,9 @@ def read_inputs(path: Path, spec: ModelSpec) -> dict[str, ExpertInputs]:
     for name in (name for name in tensors if name.endswith(".input_mean")):
         expert, _, rest = name.removesuffix(".input_mean").partition(".")
         width = input_width(spec.dit, rest)
-        stored = {leaf: tensors.get(f"{expert}.{rest}.{leaf}") for leaf in ("input_mean", "input_factor", "crest")}
-        for leaf, expected in (("input_mean", (width,)), ("input_factor", (width,)), ("crest", ())):
+        shapes = {"input_mean": (width,), "input_factor": (width,), "crest": (), "weight_scale": ()}
+        stored = {leaf: tensors.get(f"{expert}.{rest}.{leaf}") for leaf in shapes}
+        for leaf, expected in shapes.items():
             tensor = stored[leaf]
             if tensor is None:
                 continue
@@ -137,11 +138,10 @@ def read_inputs(path: Path, spec: ModelSpec) -> dict[str, ExpertInputs]:
                 raise UserError(told, f"means of {spec.name}", "calibrate this model")
         values = {leaf: np.array(tensor.read(), np.float32) for leaf, tensor in stored.items() if tensor is not None}
         _check_values(f"{path}: {expert}.{rest}", values)
-        scale = tensors.get(f"{expert}.{rest}.weight_scale")
         inputs, weights = found.setdefault(expert, ({}, {}))
         crest = float(values["crest"]) if "crest" in values else None
         inputs[rest] = MeasuredInput(values["input_mean"], values.get("input_factor"), crest)
-        weights[rest] = LinearScales(1.0, float(scale.read().item()) if scale else None)
+        weights[rest] = LinearScales(1.0, float(values["weight_scale"]) if "weight_scale" in values else None)
     if not found:
         raise UserError(f"{path} has no means", f"means of {spec.name}", "write them with wan-trt calibrate --means")
     return {expert: ExpertInputs(*both, _forwards(path, expert, tensors, spec.dit)) for expert, both in found.items()}
@@ -178,6 +178,8 @@ def _check_values(what: str, values: Mapping[str, Array]) -> None:
             raise UserError(f"{what}.{leaf} holds NaN or infinity", "finite numbers", "calibrate again")
     if "input_factor" in values and not float(values["input_factor"].min()) > 0:
         raise UserError(f"{what}.input_factor holds 0 or less", "positive factors", "calibrate again")
+    if float(values.get("weight_scale", 0.0)) < 0:
+        raise UserError(f"{what}.weight_scale is negative", "0 or more", "calibrate again")
     crest, most = float(values.get("crest", 1.0)), len(values.get("input_mean", [0])) ** 0.5
     if not 1 <= crest <= most:
         raise UserError(f"{what}.crest {crest:.3g}", f"1 to {most:.3g}, as rows have", "calibrate again")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from export.checkpoint.schema import dit_tensors
 from export.exporter import export_checkpoint
@@ -177,6 +178,22 @@ def test_measurements_that_no_model_has_are_refused(tmp_path, change, told):
     parts = replace(PART, **{leaf: array for leaf, array in change.items() if leaf in FORWARDS})
     name, scales = "blocks.0.ffn.0", LinearScales(1.0, 0.01)
     write_inputs(tmp_path / "m", {"high_noise": ExpertInputs({name: entry}, {name: scales}, parts)})
+    with pytest.raises(UserError, match=told):
+        read_inputs(tmp_path / "m", TINY)
+
+
+@pytest.mark.parametrize(
+    ("scale", "told"),
+    [
+        (np.ones(7), r"weight_scale \[7\] \| expected means of t2v-a14b-tiny"),
+        (np.array(-1.0), "weight_scale is negative"),
+        (np.array(np.nan), "weight_scale holds NaN"),
+    ],
+)
+def test_weight_scales_that_no_matrix_has_are_refused(tmp_path, scale, told):
+    name = "high_noise.blocks.0.ffn.0"
+    values = {f"{name}.input_mean": np.zeros(256, np.float32), f"{name}.weight_scale": scale.astype(np.float32)}
+    save_file(values, tmp_path / "m")
     with pytest.raises(UserError, match=told):
         read_inputs(tmp_path / "m", TINY)
 
