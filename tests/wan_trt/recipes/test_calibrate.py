@@ -115,9 +115,11 @@ def per_token(error_of):
 
 
 def test_a_graph_with_measured_scales_errs_little_more_than_one_that_scales_every_token(
-    calibrated, error_of, per_token
+    calibrated, error_of, monkeypatch
 ):
-    assert 0.01 < error_of(input_scales=calibrated[0]) < 1.2 * per_token
+    found = error_of(input_scales=calibrated[0])
+    monkeypatch.setattr("export.measured.measure_inputs", lambda *_, **__: inputs_of_zeros(TINY.dit))
+    assert 0.01 < found < 1.2 * error_of()  # neither has means
 
 
 def test_a_graph_with_means_of_prompts_errs_less_than_one_with_means_without_data_or_none(
@@ -129,8 +131,9 @@ def test_a_graph_with_means_of_prompts_errs_less_than_one_with_means_without_dat
     assert found < 0.95 * error_of()
 
 
-def test_matrices_are_rounded_for_parts_of_the_calibrated_runs(tmp_path, calibrated, tiny_checkpoint):
-    """NVFP4 of an expert with the file, and with the same file without its parts of forwards, which are noise then."""
+@pytest.mark.parametrize("precision", [Precision.NVFP4, Precision.FP8])
+def test_matrices_are_rounded_for_parts_of_the_calibrated_runs(tmp_path, calibrated, tiny_checkpoint, precision):
+    """An expert with the file, and with the same file without its parts of forwards, where NVFP4 takes noise."""
     known = read_inputs(calibrated[0].with_name("means"), TINY)
     parts = known["high_noise"].forwards
     assert parts.video.shape == (KEPT, 16, 2, 6, 8)  # of videos of 2 latent frames, 6 x 8
@@ -139,15 +142,15 @@ def test_matrices_are_rounded_for_parts_of_the_calibrated_runs(tmp_path, calibra
     weights = {}
     for name, content in files.items():
         write_inputs(tmp_path / name, content)
-        options = ExportOptions(Precision.NVFP4, input_means=tmp_path / name, parts=frozenset({"high_noise"}))
+        options = ExportOptions(precision, input_means=tmp_path / name, parts=frozenset({"high_noise"}))
         bundle = export_checkpoint(tiny_checkpoint, tmp_path / f"{name}-onnx", options)
         weights[name] = read_safetensors(bundle.folder / "high_noise.safetensors")
-    for leaf in ("input_mean", "input_factor", "bias"):
+    for leaf in ("input_mean", "bias"):
         same = (weights[name][f"blocks.1.ffn.2.{leaf}"].read() for name in files)
         assert np.array_equal(*same), leaf
     for matrix in ("self_attn.qkv", "cross_attn.kv", "ffn.2"):
-        codes = (weights[name][f"blocks.1.{matrix}.weight"].read() for name in files)
-        assert not np.array_equal(*codes), matrix
+        codes = [weights[name][f"blocks.1.{matrix}.weight"].read().view(np.uint8) for name in files]
+        assert (codes[0] != codes[1]).mean() > 0.02, matrix
 
 
 def test_it_tells_what_int8_would_cost(calibrated):
