@@ -37,6 +37,7 @@ def prompts(tmp_path_factory):
 
 
 SMALL = Request(size=(64, 48), frames=5, steps=4)
+STEPS = (922.0, 999.0)  # of its high-noise expert
 
 
 def options(prompts, request=SMALL, **more):
@@ -86,7 +87,7 @@ def test_a_bundle_in_float32_has_nearly_the_maxima_of_one_in_bfloat16(tmp_path, 
 @pytest.fixture(scope="module")
 def error_of(tmp_path_factory, tiny_checkpoint, tiny_bundle):
     """``error_of(options)`` → relative L2 error of velocities of the high-noise expert exported so, on average."""
-    calls = [inputs_for(TINY.dit, 2, 6, 8, [timestep], seed) for timestep in (900.0, 999.0) for seed in (1, 2, 3)]
+    calls = [inputs_for(TINY.dit, 2, 6, 8, [timestep], seed) for timestep in STEPS for seed in (1, 2, 3)]
     for inputs in calls:
         inputs["text"] *= np.where(np.arange(512) < 20, 0.3, 0.0)[:, None].astype(np.float32)  # as prompts are
 
@@ -131,9 +132,8 @@ def test_a_graph_with_means_of_prompts_errs_less_than_one_with_means_without_dat
     assert found < 0.95 * error_of()
 
 
-@pytest.mark.parametrize("precision", [Precision.NVFP4, Precision.FP8])
-def test_matrices_are_rounded_for_parts_of_the_calibrated_runs(tmp_path, calibrated, tiny_checkpoint, precision):
-    """An expert with the file, and with the same file without its parts of forwards, where NVFP4 takes noise."""
+def test_matrices_are_rounded_for_parts_of_the_calibrated_runs(tmp_path, calibrated, tiny_checkpoint):
+    """NVFP4 with the file, and with the same file without its parts of forwards, where noise takes their place."""
     known = read_inputs(calibrated[0].with_name("means"), TINY)
     parts = known["high_noise"].forwards
     assert parts.video.shape == (KEPT, 16, 2, 6, 8)  # of videos of 2 latent frames, 6 x 8
@@ -142,13 +142,13 @@ def test_matrices_are_rounded_for_parts_of_the_calibrated_runs(tmp_path, calibra
     weights = {}
     for name, content in files.items():
         write_inputs(tmp_path / name, content)
-        options = ExportOptions(precision, input_means=tmp_path / name, parts=frozenset({"high_noise"}))
+        options = ExportOptions(Precision.NVFP4, input_means=tmp_path / name, parts=frozenset({"high_noise"}))
         bundle = export_checkpoint(tiny_checkpoint, tmp_path / f"{name}-onnx", options)
         weights[name] = read_safetensors(bundle.folder / "high_noise.safetensors")
     for leaf in ("input_mean", "bias"):
         same = (weights[name][f"blocks.1.ffn.2.{leaf}"].read() for name in files)
         assert np.array_equal(*same), leaf
-    for matrix in ("self_attn.qkv", "cross_attn.kv", "ffn.2"):
+    for matrix in ("self_attn.qkv", "ffn.2"):
         codes = [weights[name][f"blocks.1.{matrix}.weight"].read().view(np.uint8) for name in files]
         assert (codes[0] != codes[1]).mean() > 0.02, matrix
 
