@@ -21,9 +21,6 @@ from wan22.progress import Progress
 
 log = logging.getLogger(__name__)
 
-# Matrices that are rounded for rows of inputs: of recorded forwards, or of noise, by which FP8 gains too little.
-FOR_RECORDED, FOR_NOISE = (Number.NVFP4, Number.FP8), (Number.NVFP4,)
-
 
 @dataclass(frozen=True, eq=False)
 class Measured:
@@ -63,12 +60,11 @@ def read_measured(
             measured[expert] = Measured(inputs=inputs_of_zeros(spec.dit))
     for expert in (expert for expert in chosen if not measured.get(expert, Measured()).scales):
         known, weights = measured.get(expert, Measured()), source.weights[expert]
-        kinds = kinds_of(precisions[expert], options, FOR_RECORDED if known.forwards else FOR_NOISE)
-        fp4 = kinds_of(precisions[expert], options, (Number.NVFP4,))
-        if not options.sparse and (kinds or not known.inputs):
+        fp4 = fp4_kinds(precisions[expert], options)
+        if not options.sparse and (fp4 or not known.inputs):
             given = known.forwards or forwards_of_noise(spec, expert, GRID_FOR_FP4 if fp4 else GRID)
             blocks = chosen.index(expert) * spec.dit.layers, len(chosen) * spec.dit.layers
-            known = _with(known, measure_inputs(weights.read, spec, expert, progress, blocks, kinds, given))
+            known = _with(known, measure_inputs(weights.read, spec, expert, progress, blocks, fp4, given))
         measured[expert] = _as_stored(known, weights, expert, fp4)
     kept = _kept_by_crest(measured, precisions, options) | dict(options.exceptions)
     usual = {expert: usual_exceptions(precisions[expert]) for expert in measured}
@@ -114,7 +110,7 @@ def _kept_by_crest(
     """
     peaked: dict[str, float] = {}
     for expert in (expert for expert in measured if precisions[expert].linears.smoothed):
-        fp4 = kinds_of(precisions[expert], options, (Number.NVFP4,))
+        fp4 = fp4_kinds(precisions[expert], options)
         for kind, crest in too_peaked(measured[expert].inputs).items():
             if kind not in (*options.exceptions, *fp4):
                 peaked[kind] = max(crest, peaked.get(kind, 0.0))
@@ -126,10 +122,10 @@ def _kept_by_crest(
     return {}
 
 
-def kinds_of(precision: Precision, options: ExportOptions, of: Collection[Number]) -> list[str]:
-    """The kinds of linears ("ffn.2") that multiply one of the number types ``of``."""
+def fp4_kinds(precision: Precision, options: ExportOptions) -> list[str]:
+    """The kinds of linears ("ffn.2") that multiply NVFP4."""
     numbers = dict.fromkeys(LINEARS, precision.linears) | usual_exceptions(precision) | dict(options.exceptions)
-    return [kind for kind in LINEARS if numbers[kind] in of]
+    return [kind for kind in LINEARS if numbers[kind] is Number.NVFP4]
 
 
 def _with(known: Measured, found: Mapping[str, MeasuredInput]) -> Measured:

@@ -1,7 +1,7 @@
 """Measure the inputs of an expert's linears, while its weights stream past: on noise, or on parts of recorded forwards.
 
 One forward over small videos, each at a timestep of its own. Each matrix is in memory once, in float32, so the largest
-one bounds the memory. Without data the videos and their text are noise. On a small model with the real one's outliers,
+one bounds the memory. Without data the videos are noise, without text. On a small model with the real one's outliers,
 means and factors measured so do nearly as well as those of a run with another prompt (docs/figures.md): outliers are a
 property of the weights. Many timesteps matter, since modulation differs between them; many tokens do not.
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 TIMESTEPS = 16  # of an expert
 GRID = (1, 4, 4)  # frames, rows and columns of tokens at each
 GRID_FOR_FP4 = (2, 4, 8)  # whose rounding needs rows; means and factors gain nothing by more of them
-NOISE_TOKENS, NOISE_OF_TEXT = 40, 1 / 3  # tokens of the text, and their magnitude, that of UMT5's final norm
 MOST_ROWS = 1024  # that are kept of an input
 SEED = 0
 THETA = 10000.0  # of sinusoid and rotary embedding (wan22.md §2.2, §2.3)
@@ -77,15 +76,15 @@ def inputs_of_zeros(dit: DitSpec) -> dict[str, MeasuredInput]:
 
 
 def forwards_of_noise(spec: ModelSpec, expert: str, grid: tuple[int, int, int] = GRID) -> Forwards:
-    """One forward at every one of :func:`timesteps_of`, over ``grid`` tokens of noise and a text of noise."""
+    """One forward at every one of :func:`timesteps_of`, over ``grid`` tokens of noise, without text."""
     dit, random, timesteps = spec.dit, np.random.default_rng(SEED), timesteps_of(spec, expert)
     (frames, rows, columns), runs = grid, len(timesteps)
     size = (runs, dit.out_channels, frames, rows * PATCH[1], columns * PATCH[2])
     video = random.standard_normal(size, np.float32)
     condition = np.zeros((runs, dit.condition_channels, *size[2:]), np.float32)
-    text = NOISE_OF_TEXT * random.standard_normal((1, NOISE_TOKENS, dit.text_width), np.float32)
+    text = np.zeros((1, 1, dit.text_width), np.float32)
     features = _sinusoid(timesteps, dit.freq_width)
-    return Forwards(np.concatenate([video, condition], 1), features, np.asarray(text, np.float32))
+    return Forwards(np.concatenate([video, condition], 1), features, text)
 
 
 def timesteps_of(spec: ModelSpec, expert: str) -> tuple[float, ...]:
@@ -147,7 +146,8 @@ class _Forward:
             yield functional.linear(x, weight, self.tensor(f"{key}.{part}.bias"))
             del weight
         linear = f"{key}.{parts[0]}"
-        kept = x[:: -(-len(x) // MOST_ROWS)].numpy() if kind_of(linear) in self.keep else None
+        tells = x is not self.text or self.texts > 1  # without text all its rows are equal
+        kept = x[:: -(-len(x) // MOST_ROWS)].numpy() if tells and kind_of(linear) in self.keep else None
         if kind_of(linear) in CENTRED:
             self.found[linear] = _measured(linear, x, columns)
         elif kept is not None:

@@ -20,7 +20,6 @@ from export.files.tensor_file import Array, check_finite, extremes
 from export.graphs.linear import CODES, FLOAT8_MAX
 from export.quantise.inputs import MeasuredInput
 from export.quantise.nvfp4 import Nvfp4Matrix, compensated, joined, stored_matrix
-from export.quantise.rounding import compensated as compensated_fp8
 from export.quantise.rounding import rounded, row_scales
 from wan22.parts import DitSpec
 from wan22.precision import Number
@@ -92,9 +91,6 @@ class QuantisedWeights:
             yield self._in_fp4(key, parts).codes
             return
         scales, first = self._measure(key, parts), 0
-        if len(rows := self._rows(key, parts)) and number is Number.FP8:
-            yield compensated_fp8(np.concatenate([part.astype(np.float32) for part in parts.values()]), scales, rows)
-            return
         for part in parts.values():
             yield from rounded(part, scales[first : first + len(part)], self._factor(key), number)
             first += len(part)

@@ -1,18 +1,13 @@
 """Matrices of codes with one scale for every row: FP8 and INT8."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 
 from export.files.tensor_file import as_torch, check_finite
 from export.graphs.linear import CODES
-from export.quantise.compensation import F32, compensate
 from wan22.precision import Number
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PIECE_ELEMENTS, BLOCK_ELEMENTS = 2**22, 2**16
 SMALLEST_SCALE = 1e-12
@@ -61,27 +56,3 @@ def rounded(matrix: np.ndarray, scales: np.ndarray, factor: np.ndarray | None, n
             result[place - start : stop - start] = values.round_() if whole else values
         flat = result.reshape(-1)
         yield flat.numpy() if whole else flat.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-
-
-def compensated(matrix: F32, scales: F32, inputs: F32) -> np.ndarray:
-    """The FP8 codes of ``matrix [out, in]``, rounded so that products with ``inputs [rows, in]`` change little."""
-    made = _Fp8(scales, matrix.shape)
-    compensate(matrix, inputs, made)
-    return made.codes.view(made.torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-
-
-class _Fp8:
-    """The codes of a matrix in FP8 while its columns are rounded."""
-
-    def __init__(self, scales: F32, shape: tuple[int, ...]) -> None:
-        import torch
-
-        self.torch, self.scales = torch, torch.from_numpy(np.ascontiguousarray(scales))
-        self.codes, self.limit = torch.empty(shape, dtype=torch.float8_e4m3fn), CODES[Number.FP8].largest
-
-    def begin(self, group: "Tensor", first: int, importance: "Tensor") -> None:
-        """A row has one scale."""
-
-    def round(self, values: "Tensor", column: int) -> "Tensor":
-        self.codes[:, column] = (values / self.scales).clamp(-self.limit, self.limit).to(self.codes.dtype)
-        return self.codes[:, column].float() * self.scales

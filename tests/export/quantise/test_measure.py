@@ -60,7 +60,11 @@ def test_it_is_what_the_graph_meets(name, expert):
     tapped = tapped_on_the_same_input(spec, expert, weights, measured)
     for linear, found in measured.items():
         assert relative_l2(found.mean, tapped.means[linear]) < 1e-4, linear
-        assert found.crest == pytest.approx(tapped.crests[linear], rel=1e-3), linear
+        if found.crest is not None:
+            assert found.crest == pytest.approx(tapped.crests[linear], rel=1e-3), linear
+    assert [linear for linear, found in measured.items() if found.crest is None] == [
+        f"blocks.{n}.cross_attn.o" for n in range(spec.dit.layers)  # all rows are equal without text
+    ]  # fmt: skip
 
 
 def test_kept_rows_are_what_the_graph_meets_in_recorded_forwards():

@@ -37,6 +37,7 @@ def prompts(tmp_path_factory):
 
 
 SMALL = Request(size=(64, 48), frames=5, steps=4)
+STEPS = (922.0, 999.0)  # of its high-noise expert
 
 
 def options(prompts, request=SMALL, **more):
@@ -86,7 +87,7 @@ def test_a_bundle_in_float32_has_nearly_the_maxima_of_one_in_bfloat16(tmp_path, 
 @pytest.fixture(scope="module")
 def error_of(tmp_path_factory, tiny_checkpoint, tiny_bundle):
     """``error_of(options)`` → relative L2 error of velocities of the high-noise expert exported so, on average."""
-    calls = [inputs_for(TINY.dit, 2, 6, 8, [timestep], seed) for timestep in (900.0, 999.0) for seed in (1, 2, 3)]
+    calls = [inputs_for(TINY.dit, 2, 6, 8, [timestep], seed) for timestep in STEPS for seed in (1, 2, 3)]
     for inputs in calls:
         inputs["text"] *= np.where(np.arange(512) < 20, 0.3, 0.0)[:, None].astype(np.float32)  # as prompts are
 
@@ -115,9 +116,11 @@ def per_token(error_of):
 
 
 def test_a_graph_with_measured_scales_errs_little_more_than_one_that_scales_every_token(
-    calibrated, error_of, per_token
+    calibrated, error_of, monkeypatch
 ):
-    assert 0.01 < error_of(input_scales=calibrated[0]) < 1.2 * per_token
+    found = error_of(input_scales=calibrated[0])
+    monkeypatch.setattr("export.measured.measure_inputs", lambda *_, **__: inputs_of_zeros(TINY.dit))
+    assert 0.01 < found < 1.2 * error_of()  # neither has means
 
 
 def test_a_graph_with_means_of_prompts_errs_less_than_one_with_means_without_data_or_none(
@@ -130,7 +133,7 @@ def test_a_graph_with_means_of_prompts_errs_less_than_one_with_means_without_dat
 
 
 def test_matrices_are_rounded_for_parts_of_the_calibrated_runs(tmp_path, calibrated, tiny_checkpoint):
-    """NVFP4 of an expert with the file, and with the same file without its parts of forwards, which are noise then."""
+    """NVFP4 with the file, and with the same file without its parts of forwards, where noise takes their place."""
     known = read_inputs(calibrated[0].with_name("means"), TINY)
     parts = known["high_noise"].forwards
     assert parts.video.shape == (KEPT, 16, 2, 6, 8)  # of videos of 2 latent frames, 6 x 8
@@ -142,12 +145,12 @@ def test_matrices_are_rounded_for_parts_of_the_calibrated_runs(tmp_path, calibra
         options = ExportOptions(Precision.NVFP4, input_means=tmp_path / name, parts=frozenset({"high_noise"}))
         bundle = export_checkpoint(tiny_checkpoint, tmp_path / f"{name}-onnx", options)
         weights[name] = read_safetensors(bundle.folder / "high_noise.safetensors")
-    for leaf in ("input_mean", "input_factor", "bias"):
+    for leaf in ("input_mean", "bias"):
         same = (weights[name][f"blocks.1.ffn.2.{leaf}"].read() for name in files)
         assert np.array_equal(*same), leaf
-    for matrix in ("self_attn.qkv", "cross_attn.kv", "ffn.2"):
-        codes = (weights[name][f"blocks.1.{matrix}.weight"].read() for name in files)
-        assert not np.array_equal(*codes), matrix
+    for matrix in ("self_attn.qkv", "ffn.2"):
+        codes = [weights[name][f"blocks.1.{matrix}.weight"].read().view(np.uint8) for name in files]
+        assert (codes[0] != codes[1]).mean() > 0.02, matrix
 
 
 def test_it_tells_what_int8_would_cost(calibrated):
