@@ -95,8 +95,8 @@ def _from_files(
 
 def _warn_of_codes(expert: str, stored: Codes | Nvfp4 | None, precision: Precision) -> None:
     """Say so if the checkpoint's codes are rounded to those of another type."""
-    number = {Codes: Number.FP8, Nvfp4: Number.NVFP4}.get(type(stored))
-    if number is not None and precision.linears is not number:
+    number = {Codes: "fp8", Nvfp4: "nvfp4"}.get(type(stored))
+    if number is not None and precision.linears != number:
         kept = f"--precision {number} would keep it bit for bit"
         log.warning(f"{expert} is stored in {number.upper()} and rounded again to {precision.linears.upper()}; {kept}")
 

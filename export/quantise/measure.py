@@ -3,7 +3,7 @@
 One forward over small videos, each at a timestep of its own. Each matrix is in memory once, in float32, so the largest
 one bounds the memory. Without data the videos are noise, without text. On a small model with the real one's outliers,
 means and factors measured so do nearly as well as those of a run with another prompt (docs/figures.md): outliers are a
-property of the weights. Many timesteps matter, since modulation differs between them; many tokens do not.
+property of the weights.
 
 Matrices that are rounded for rows of inputs gain far more by those of prompts: the parts of forwards that
 ``wan-trt calibrate`` keeps.
@@ -27,9 +27,9 @@ from wan22.specs import PATCH, TEXT_TOKENS, TRAIN_TIMESTEPS, ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-TIMESTEPS = 16  # of an expert
-GRID = (1, 4, 4)  # frames, rows and columns of tokens at each
-GRID_FOR_FP4 = (2, 4, 8)  # whose rounding needs rows; means and factors gain nothing by more of them
+TIMESTEPS = 2  # of an expert
+GRID = (2, 8, 8)  # frames, rows and columns of tokens at each
+GRID_FOR_FP4 = (2, 16, 16)  # whose rounding needs rows; means and factors gain nothing by more of them
 MOST_ROWS = 1024  # that are kept of an input
 SEED = 0
 THETA = 10000.0  # of sinusoid and rotary embedding (wan22.md §2.2, §2.3)
@@ -80,7 +80,7 @@ def forwards_of_noise(spec: ModelSpec, expert: str, grid: tuple[int, int, int] =
     dit, random, timesteps = spec.dit, np.random.default_rng(SEED), timesteps_of(spec, expert)
     (frames, rows, columns), runs = grid, len(timesteps)
     size = (runs, dit.out_channels, frames, rows * PATCH[1], columns * PATCH[2])
-    video = random.standard_normal(size, np.float32)
+    video = np.repeat(random.standard_normal((1, *size[1:]), np.float32), runs, 0)
     condition = np.zeros((runs, dit.condition_channels, *size[2:]), np.float32)
     text = np.zeros((1, 1, dit.text_width), np.float32)
     features = _sinusoid(timesteps, dit.freq_width)
@@ -88,15 +88,14 @@ def forwards_of_noise(spec: ModelSpec, expert: str, grid: tuple[int, int, int] =
 
 
 def timesteps_of(spec: ModelSpec, expert: str) -> tuple[float, ...]:
-    """The timesteps at the beginning of sixteen equal parts of the steps that ``expert`` makes of a usual run.
+    """The timesteps after a quarter and three quarters of the steps that ``expert`` makes of a usual run.
 
-    Steps are even in the noise level before it is shifted (wan22.md §5.2), so most of them are at high noise. The first
-    of a run is always among them.
+    Steps are even in the noise level before it is shifted (wan22.md §5.2), so most of them are at high noise.
     """
     shift, boundary = spec.sampling.shift, spec.sampling.boundary or 0.0
     unshifted = boundary / (shift - (shift - 1) * boundary)
     first, last = {"high_noise": (1.0, unshifted), "low_noise": (unshifted, 0.0)}.get(expert, (1.0, 0.0))
-    levels = (first + part / TIMESTEPS * (last - first) for part in range(TIMESTEPS))
+    levels = (first + (part + 0.5) / TIMESTEPS * (last - first) for part in range(TIMESTEPS))
     return tuple(_shifted(level, shift) for level in levels)
 
 

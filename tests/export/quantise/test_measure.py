@@ -91,7 +91,7 @@ def test_kept_rows_are_what_the_graph_meets_in_recorded_forwards():
 
 
 def test_as_many_tokens_as_rows_of_text_are_no_text():
-    forwards = forwards_of_noise(TINY, "low_noise", (2, 4, 4))
+    forwards = forwards_of_noise(TINY, "low_noise", (2, 16, 8))
     assert np.prod(forwards.grid) * len(forwards.video) == TEXT_TOKENS
     measure_inputs(made_up(dit_tensors(TINY.dit)).__getitem__, TINY, "low_noise", given=forwards)
 
@@ -99,9 +99,7 @@ def test_as_many_tokens_as_rows_of_text_are_no_text():
 def test_timesteps_are_those_of_the_expert():
     early, late = timesteps_of(TINY, "high_noise"), timesteps_of(TINY, "low_noise")
     assert len(early) == len(late) == TIMESTEPS
-    assert [*early, *late] == sorted({*early, *late}, reverse=True)
-    assert 1000 == early[0] > early[-1] > 875 == pytest.approx(late[0])
-    assert late[-1] > 0
+    assert 1000 > early[0] > early[1] > 875 > late[0] > late[1] > 0
 
 
 def velocity(run_graph, weights, precision, inputs):
