@@ -1,10 +1,13 @@
 """Matrices in NVFP4: codes of 4 bits, an E4M3 scale for 16 inputs and a float32 scale for every row.
 
-A value is ``e2m1(code) · group · row``. :func:`quantise` rounds to the nearest code, :func:`compensated` for inputs:
-the rows that the linear multiplies, centred and smoothed.
+A value is ``e2m1(code) · group · row``. :func:`quantise` rounds to the nearest code. :func:`compensated` rounds column
+after column and lets the columns that follow make up for the error, as far as the linear's own inputs are alike there
+(GPTQ, Frantar et al. 2023). The inputs are the rows that the linear multiplies: centred and smoothed.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from export.files.decoded import Nvfp4
-from export.quantise.compensation import F32, GROUP, compensate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+F32 = npt.NDArray[np.float32]
+GROUP = 16  # inputs that share a scale
 LARGEST_CODE, LARGEST_SCALE = 6.0, 448.0
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; bit 3 is the sign
 SCALES_TRIED = (1.0, 0.9, 0.8, 1.2)  # multiples of the scale that has no overflow
+# Added to every input's variance, as a share of the mean one: few rows do not tell what else the inputs have.
+DAMPING, OF_FEW_ROWS, LARGEST_DAMPING = 0.01, 0.04, 0.5  # at least, by the square of inputs over rows, at most
+AT_ONCE = 64  # columns, a multiple of a group, after which all that follow are updated
+FEW_ELEMENTS = 2**22  # of a matrix for which one thread is faster
 SMALLEST_ROW = 1e-30  # keeps divisors positive
 
 
@@ -59,41 +67,79 @@ def quantise(matrix: F32) -> Nvfp4Matrix:
 
 
 def compensated(matrix: npt.NDArray[Any], inputs: F32) -> Nvfp4Matrix:
-    """``matrix [out, in]``, rounded so that products with ``inputs [rows, in]`` change little."""
-    made = _Rounding(matrix)
-    compensate(matrix, inputs, made)
-    return made.matrix
+    """``matrix [out, in]``, rounded so that products with ``inputs [rows, in]`` change little.
+
+    With few rows the covariance ``H = l I + X^T X`` is never formed. The columns that follow column j fit its error
+    best with ``x_k^T P x_j``, where ``P`` is the inverse of ``l I + X X^T`` over those columns: ``[rows, rows]``.
+    """
+    with _threads(matrix.size):
+        return _compensated(matrix, inputs)
 
 
-class _Rounding:
-    """The codes and scales of a matrix while its columns are rounded."""
+@contextmanager
+def _threads(elements: int) -> Iterator[None]:
+    """All cores for a large matrix: whoever writes weights files has left one thread to PyTorch."""
+    import torch
 
-    def __init__(self, matrix: npt.NDArray[Any]) -> None:
-        import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads((os.cpu_count() or 1) if elements > FEW_ELEMENTS else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-        leaving, entering = matrix.shape
-        largest = torch.from_numpy(np.abs(matrix).max(1).astype(np.float32))
-        self.rows = (largest / (LARGEST_CODE * LARGEST_SCALE)).clamp(min=SMALLEST_ROW)
-        self.codes = torch.empty(leaving, entering, dtype=torch.uint8)
-        self.groups = torch.empty(leaving, entering // GROUP, dtype=torch.float8_e4m3fn)
-        self.steps = self.rows
 
-    def begin(self, group: "Tensor", first: int, importance: "Tensor") -> None:
-        scale = _scale(group, self.rows, importance)
-        self.groups[:, first // GROUP] = scale
-        self.steps = scale.float() * self.rows
+def _compensated(matrix: npt.NDArray[Any], inputs: F32) -> Nvfp4Matrix:
+    import torch
 
-    def round(self, values: "Tensor", column: int) -> "Tensor":
-        self.codes[:, column] = _nearest(values, self.steps)
-        return _values(self.codes[:, column]) * self.steps
+    weight, (leaving, entering) = torch.from_numpy(np.array(matrix, np.float32)), matrix.shape
+    assert entering % GROUP == 0
+    x = torch.from_numpy(np.asarray(inputs, np.float32))
+    fits, importance = _fits(x)
+    rows = (weight.abs().amax(1) / (LARGEST_CODE * LARGEST_SCALE)).clamp(min=SMALLEST_ROW)
+    codes = torch.empty(leaving, entering, dtype=torch.uint8)
+    groups = torch.empty(leaving, entering // GROUP, dtype=torch.float8_e4m3fn)
+    owed = torch.zeros(leaving, len(x))  # what the columns so far leave to those that follow
+    scaled = x / max(len(x), 1) ** 0.5
+    for start in range(0, entering, AT_ONCE):
+        end = min(start + AT_ONCE, entering)
+        part, errors = weight[:, start:end] + owed @ scaled[:, start:end], torch.empty(leaving, end - start)
+        within = fits[start:end] @ scaled[:, start:end]
+        for first in range(0, end - start, GROUP):
+            last = first + GROUP
+            scale = _scale(part[:, first:last], rows, importance[start + first : start + last])
+            groups[:, (start + first) // GROUP] = scale
+            steps = scale.float() * rows
+            for column in range(first, last):
+                codes[:, start + column] = _nearest(part[:, column], steps)
+                errors[:, column] = part[:, column] - _values(codes[:, start + column]) * steps
+                part[:, column + 1 : last] += errors[:, column, None] * within[column, column + 1 : last]
+            part[:, last:] += errors[:, first:last] @ within[first:last, last:]
+        owed += errors @ fits[start:end]
+    packed = (codes[:, 0::2] | (codes[:, 1::2] << 4)).numpy()
+    return Nvfp4Matrix(packed, groups.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), rows.numpy())
 
-    @property
-    def matrix(self) -> Nvfp4Matrix:
-        import torch
 
-        packed = (self.codes[:, 0::2] | (self.codes[:, 1::2] << 4)).numpy()
-        groups = self.groups.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-        return Nvfp4Matrix(packed, groups, self.rows.numpy())
+def _fits(x: "Tensor") -> "tuple[Tensor, Tensor]":
+    """For every column of ``x [rows, in]``: how later ones fit it, ``[in, rows]``, and what its own error costs."""
+    import torch
+
+    wide = x.double() / max(len(x), 1) ** 0.5
+    share = min(max(DAMPING, OF_FEW_ROWS * (x.shape[1] / max(len(x), 1)) ** 2), LARGEST_DAMPING)
+    damping = max(share * float((wide**2).sum(0).mean()), SMALLEST_ROW)
+    inverse = torch.linalg.inv(wide @ wide.T + damping * torch.eye(len(x), dtype=torch.float64))
+    fits, importance = torch.empty(x.shape[1], len(x)), torch.empty(x.shape[1])
+    for start in range(0, x.shape[1], AT_ONCE):
+        part = wide[:, start : start + AT_ONCE]
+        projected, left = inverse @ part, torch.empty(part.shape[1], dtype=torch.float64)
+        for column in range(part.shape[1]):  # each leaves the inverse to those that follow without itself
+            before = projected[:, :column]
+            projected[:, column] += before @ ((before.T @ part[:, column]) / left[:column])
+            left[column] = 1 - part[:, column] @ projected[:, column]
+        fits[start : start + AT_ONCE] = (projected / left).T
+        importance[start : start + AT_ONCE] = damping / left
+        inverse += (projected / left) @ projected.T
+    return fits, importance / importance.mean()
 
 
 def _scale(group: "Tensor", rows: "Tensor", importance: "Tensor") -> "Tensor":
