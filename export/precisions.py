@@ -150,9 +150,8 @@ def check_quantised(spec: ModelSpec, options: ExportOptions) -> None:
         found = f"--fp8-attention {options.fp8_attention} without FP8 attention: {each}"
         raise UserError(found, "a transformer in fp8-attn or int8+fp8-attn", "leave it out or choose one of these")
     if quantised and (odd := [size for size in (spec.dit.width, spec.dit.ffn_width) if size % ALIGNED]):
-        told = (
-            f"{next(iter(linears))} for a transformer of width {spec.dit.width} and feed-forward {spec.dit.ffn_width}"
-        )
+        number, dit = min(linears, key=lambda number: number.bits), spec.dit
+        told = f"{number} for a transformer of width {dit.width} and feed-forward {dit.ffn_width}"
         raise UserError(told, f"multiples of {ALIGNED}, not {odd[0]}", "use --precision bf16")
 
 

@@ -43,6 +43,7 @@ SILENCE = {  # after which a connection to a database that has vanished counts a
 }  # fmt: skip
 FULL = ("database or disk is full", "No space left on device", "DiskFull")
 SQLITE = "gateway.sqlite"  # in the folder of a gateway
+MOVED = 1  # SQLite's user_version once another database has the records
 tables = MetaData()
 
 jobs = Table(
@@ -141,12 +142,13 @@ class Database:
 
     Args:
         url: ``sqlite:///FILE`` or ``postgresql://...``.
+        moved: open it also if its records have moved to another database.
 
     Raises:
-        UserError: the address is invalid, or the database does not answer.
+        UserError: the address is invalid, the database does not answer, or its records have moved.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, moved: bool = False) -> None:
         try:
             address = make_url(url)
         except ArgumentError:
@@ -167,6 +169,9 @@ class Database:
             with self.engine.begin() as connection:
                 if self.is_postgres:  # one gateway at a time makes the tables
                     connection.execute(text("SELECT pg_advisory_xact_lock(20011)"))
+                elif not moved and connection.exec_driver_sql("PRAGMA user_version").scalar_one() == MOVED:
+                    found = f"{address.database}: its records have moved to another database"
+                    raise UserError(found, "a database that runs its jobs alone", "name the other one with --database")
                 tables.create_all(connection)
         except DBAPIError as error:
             raise _unusable(str(error.orig).partition("\n")[0]) from None
@@ -191,6 +196,11 @@ class Database:
         """A transaction that changes nothing. Raises as :meth:`write`."""
         with self._reported(), self.engine.connect() as connection, connection.begin():
             yield connection
+
+    def mark_moved(self) -> None:
+        """Let no gateway start on this SQLite database again: another one has its records, and runs its jobs."""
+        with self.write() as connection:
+            connection.exec_driver_sql(f"PRAGMA user_version = {MOVED}")
 
     def now(self, connection: Connection) -> float:
         """Unix seconds by the database's clock."""

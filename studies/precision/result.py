@@ -10,6 +10,7 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
+from export.precisions import LINEARS
 from studies.precision.attention import AttentionError
 from studies.precision.outliers import Range
 from studies.precision.variants import Variant
@@ -62,7 +63,10 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class PartError:
-    """FP8 in a single place; ``error`` is that of the first velocity. In ``name``, a comma precedes what is omitted."""
+    """Fewer bits in a single place; ``error`` is that of the first velocity.
+
+    In ``name``, a comma precedes what is omitted.
+    """
 
     name: str
     error: float
@@ -127,7 +131,8 @@ class Study:
                 if result.verdict == verdict:
                     aim = f", aim {result.aim}" if result.aim else ""
                     worst = result.percent(result.worst)
-                    found.append(f"{result.variant.name} {verdict}: {worst} in the worst step{aim}")
+                    causes = "" if verdict == "meets its aim" else self._causes(result.variant)
+                    found.append(f"{result.variant.name} {verdict}: {worst} in the worst step{aim}{causes}")
         errors = {part.name: part.error for part in self.parts}
         ablated = {name: error for name, error in errors.items() if ", " in name}
         for name, error in ablated.items():
@@ -137,6 +142,15 @@ class Study:
     @property
     def largest_part(self) -> float:
         return max(part.error for part in self.parts)
+
+    def _causes(self, variant: Variant) -> str:
+        """What each linear of ``variant`` costs if it alone has its number type, the largest first."""
+        made, errors = variant.quantised, {part.name: part.error for part in self.parts}
+        if made is None:
+            return ""
+        alone = {linear: errors.get(f"{made.number(f'blocks.0.{linear}')} in {linear}") for linear in LINEARS}
+        found = sorted(((error, linear) for linear, error in alone.items() if error is not None), reverse=True)
+        return "; alone " * bool(found) + ", ".join(f"{linear} {error:.1%}" for error, linear in found)
 
     def _long_sequences(self) -> list[str]:
         worst = max(self.attention, key=lambda error: error.as_written, default=None)

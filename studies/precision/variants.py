@@ -94,7 +94,7 @@ VARIANTS = (
 def parts(linears: Sequence[str] = LINEARS) -> list[Variant]:
     """Variants with lower precision in a single place, which show the error of each place."""
     alone: list[tuple[str, Quantised, Patch | None]] = []
-    for number in (Number.FP8, Number.INT8):
+    for number in (Number.FP8, Number.INT8, Number.NVFP4):
         for linear in linears:
             others = {other: Number.BF16 for other in LINEARS if other != linear}
             alone.append((f"{number} in {linear}", Quantised(linears=number, exceptions=others), None))

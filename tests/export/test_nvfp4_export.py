@@ -1,5 +1,7 @@
 """NVFP4 from the checkpoint to the bundle: its own codes bit for bit, or made here, and what targets say to it."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from export.files.safetensors_file import read_safetensors
 from export.graphs.builder import BFLOAT16, FLOAT, GraphBuilder
 from export.graphs.linear import Linears, Quantised
 from export.options import ExportOptions
+from export.precisions import check_quantised
 from export.quantise.nvfp4 import quantise
 from studies.precision.session import fill, open_graph
 from tests.export.checkpoint.forms import save, tensors_of
@@ -155,3 +158,15 @@ def test_codes_scales_and_factors_are_the_matrix_and_the_bias_restores_the_mean(
     assert np.linalg.norm(found - exact) < 0.25 * np.linalg.norm(exact)
     bias = official[f"{key}.bias"].numpy() + official[f"{key}.weight"].numpy() @ stored[f"{key}.input_mean"].read()
     assert np.allclose(stored[f"{key}.bias"].read(), bias, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"width": 40, "heads": 2}, {"ffn_width": 1000}])
+@pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
+def test_dimensions_that_no_kernel_takes_are_refused(change, expert):
+    spec = SPECS["t2v-a14b-tiny"]
+    odd = replace(spec, dit=replace(spec.dit, **change))
+    for precision in (Precision.NVFP4, Precision.INT8):
+        options = ExportOptions(Precision.BF16, precisions={expert: precision})
+        check_quantised(spec, options)
+        with pytest.raises(UserError, match=f"{precision} for a transformer .*multiples of 16, not .*--precision bf16"):
+            check_quantised(odd, options)

@@ -172,6 +172,10 @@ def test_records_move_from_sqlite_to_postgresql(triton, tmp_path):
         assert b"records moved" in subprocess.run(move, check=True, capture_output=True).stdout
         again = subprocess.run(move, check=False, capture_output=True, text=True)
         assert (again.returncode, "expected an empty database" in again.stderr) == (2, True)
+        for words in (["--server", triton.url], ["key", "list"]):  # its jobs would run twice
+            old = [WAN_TRT, "gateway", *words, "--data", data]
+            refused = subprocess.run(old, check=False, capture_output=True, text=True, timeout=60)
+            assert (refused.returncode, "name the other one with --database" in refused.stderr) == (2, True)
         options = ["--database", database.url, "--videos", data / "videos", "--finish-within", 0]
         with gateway_in_front(data, [triton.url], *options, path="/health") as moved:
             moved.key = gateway.key

@@ -70,7 +70,7 @@ def test_every_variant_has_an_error_for_every_step(study, results):
 
 def test_lower_precision_in_one_place_costs_less_than_in_all(study, results):
     linears = [part for part in study.parts if "attention" not in part.name]
-    assert {part.name for part in linears} == {"fp8 in ffn.2", "int8 in ffn.2"}
+    assert {part.name for part in linears} == {"fp8 in ffn.2", "int8 in ffn.2", "nvfp4 in ffn.2"}
     assert all(0 < part.error < results[part.name.partition(" in ")[0]].errors[0] for part in linears)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -71,3 +72,17 @@ def test_an_error_just_beyond_its_aim_does_not_look_like_the_aim():
     (said,) = [sentence for sentence in study.sentences if "misses its aim" in sentence]
     assert f"{aim} in the worst step" not in said
     assert f"{OFFERED.aim + 2e-6:.4%} in the worst step, aim {aim}" in said
+
+
+def test_a_miss_names_the_linears_that_cause_it():
+    mixed = next(variant for variant in VARIANTS if variant.name == "nvfp4-ffn")
+    errors = {
+        "int8 in self_attn.o": 0.004,
+        "nvfp4 in ffn.0": 0.02,
+        "nvfp4 in ffn.2": 0.031,
+        "nvfp4 in self_attn.o": 0.3,
+    }
+    parts = tuple(PartError(name, error) for name, error in errors.items())
+    said = [replace(study_of(VariantResult(mixed, (e,), 40.0, 1.0)), parts=parts).sentences[0] for e in (0.05, 0.01)]
+    assert said[0].endswith("; alone ffn.2 3.1%, ffn.0 2.0%, self_attn.o 0.4%")
+    assert "alone" not in said[1]
