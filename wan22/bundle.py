@@ -81,6 +81,12 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     own_sha256: str = ""  # of the manifest with this field empty
 
+    @property
+    def precision_text(self) -> str:
+        """The precision of the transformers: ``bf16``, or ``nvfp4 and fp8`` of experts that differ."""
+        of_experts = [c.precision for c in self.components if c.name in self.spec.experts]
+        return " and ".join(dict.fromkeys(of_experts)) or str(self.precision)
+
     def files(self) -> dict[str, File]:
         """Every file of the bundle by path; weights that graphs share appear once."""
         parts = [f for c in self.components for f in (c.graph, *c.halves, *c.weights, *(s.graph for s in c.stages))]

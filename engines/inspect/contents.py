@@ -26,7 +26,7 @@ def contents(folder: Path) -> list[dict[str, Any]] | None:
     made = f"engines for {build.target} ({build.backend} {build.backend_version})" if build else "ONNX graphs"
     whole: dict[str, Any] = {
         "path": str(folder),
-        "is": f"{made} of {manifest.spec.name}, {manifest.precision}",
+        "is": f"{made} of {manifest.spec.name}, {manifest.precision_text}",
         "size": human_bytes(sum(file.size_bytes for file in manifest.files().values())),
         "source": f"{manifest.source.checkpoint} ({manifest.source.layout})",
         "preset": manifest.spec.sampling.preset,

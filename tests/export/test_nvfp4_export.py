@@ -128,6 +128,7 @@ def test_from_the_command_line_to_a_proved_bundle(flow_of, tmp_path):
     words = ["export", str(checkpoint), f"{tmp_path}/onnx", "--precision", "fp8", "--high-noise", "nvfp4-ffn"]
     made = runner.invoke(app, words)
     assert made.exit_code == 0, made.output
+    assert "t2v-a14b-tiny nvfp4-ffn and fp8, " in made.output
     bundle = open_bundle(tmp_path / "onnx", "graphs")
     high = bundle.component("high_noise")
     assert {kind for kind, number in high.exceptions.items() if number is Number.INT8} >= {

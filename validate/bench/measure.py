@@ -226,7 +226,7 @@ def facts(work: Work, bundle: Bundle) -> dict[str, Any]:
     request = work.request
     return {
         "model": work.spec.name,
-        "precision": str(bundle.manifest.precision),
+        "precision": bundle.manifest.precision_text,
         "width": request.width,
         "height": request.height,
         "frames": request.frames,

@@ -129,7 +129,7 @@ def sweep(
             points.append(Point(request.steps if axis == "steps" else setting.work.tokens, label, seconds, pixels))
         progress(f"sweep {axis}", done, len(chosen), "points")
     conditions |= {"load_average": [load, load_average()]}
-    described = (str(manifest.precision), machine(), conditions)
+    described = (manifest.precision_text, machine(), conditions)
     return Sweep(axis, manifest.spec.name, tuple(points), *described, tuple(faults))
 
 

@@ -42,7 +42,7 @@ def facts(
     where = str(checkpoint.folder) if checkpoint.folder != Path() else checkpoint.source.checkpoint  # or its files
     return {
         "model": manifest.spec.name,
-        "precision": "; ".join((str(manifest.precision), *higher)),
+        "precision": "; ".join((manifest.precision_text, *higher)),
         **({"target": build.target, "backend": f"{build.backend} {build.backend_version}"} if build else {}),
         "checkpoint": f"{where} ({checkpoint.source.layout} layout)",
         "fingerprint": checkpoint.source.fingerprint,

@@ -64,7 +64,7 @@ def _bench_of(path: Path, manifest: Manifest) -> Mapping[str, Any]:
     """
     found, build = read_bench(path), manifest.build
     measured = [found["model"], found["precision"]]
-    ours = [manifest.spec.name, str(manifest.precision)]
+    ours = [manifest.spec.name, manifest.precision_text]
     if build is not None:  # a bundle of graphs accepts a bench of any engines built from it
         measured.append(found["conditions"].get("target"))
         ours.append(build.target)

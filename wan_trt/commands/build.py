@@ -60,7 +60,7 @@ def run(
     assert build is not None
     cost = f"{build.seconds:.1f} s, {human_bytes(build.peak_rss_bytes)} of memory"
     summary = f"{build.target} ({build.backend} {build.backend_version}, {cost})"
-    console.print(f"{result.manifest.spec.name} {result.manifest.precision} for {summary}: {engines}")
+    console.print(f"{result.manifest.spec.name} {result.manifest.precision_text} for {summary}: {engines}")
     graphs = [component.graph for component in result.manifest.components]
     graphs += [stage.graph for component in result.manifest.components for stage in component.stages]
     sizes = {graph.path: graph.size_bytes for graph in graphs}

@@ -123,7 +123,7 @@ def run(
         manifest = export_checkpoint(where, bundle, options, progress).manifest
     size_bytes = sum(file.size_bytes for file in manifest.files().values())
     names = ", ".join(component.name for component in manifest.components)
-    console.print(f"{manifest.spec.name} {manifest.precision}, {human_bytes(size_bytes)}: {bundle} ({names})")
+    console.print(f"{manifest.spec.name} {manifest.precision_text}, {human_bytes(size_bytes)}: {bundle} ({names})")
 
 
 def _for_target(target: str | None, precision: Precision | None, parts: dict[str, Precision]) -> Precision:

@@ -223,7 +223,7 @@ def _facts(bundle: Bundle, loadgen: Any, request: Request, options: MlperfOption
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "loadgen": str(getattr(loadgen, "__version__", "")) or _version(),
         "model": bundle.manifest.spec.name,
-        "precision": str(bundle.manifest.precision),
+        "precision": bundle.manifest.precision_text,
         "target": build.target if build else "",
         "bundle": bundle.manifest.own_sha256,
         "scenario": options.scenario,

@@ -62,7 +62,7 @@ def make_weight_sets(
     blocks = in_blocks(base)
     graphs = build is not None and runs_graphs(build.backend) and not blocks
     if graphs and any(precision.quantised for precision in precisions):
-        found = f"--lora with {base.manifest.precision} engines for ONNX Runtime"
+        found = f"--lora with {base.manifest.precision_text} engines for ONNX Runtime"
         raise UserError(found, "weights of 16 or 32 bits", "export again in a wider precision")
     if not graphs and not blocks:
         raise UserError(f"{engines} has embedded weights", "engines in blocks", "build with --topology blocks")
