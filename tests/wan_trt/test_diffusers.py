@@ -163,6 +163,7 @@ def test_without_torch_a_seed_repeats_and_defaults_are_the_bundles(tiny_engines)
         ({"prompt": 5}, "prompt 5"),
         ({"prompt": "A cat", "negative_prompt": 3}, "negative_prompt 3"),
         ({"prompt": "A cat", "num_videos_per_prompt": 0}, "num_videos_per_prompt 0"),
+        ({"prompt": "A cat", "num_videos_per_prompt": 10**9}, "a whole number from 1 to 100000"),
         ({"prompt": "A cat", "num_frames": 5.0}, "num_frames 5.0"),
         ({"prompt": "A cat", "height": 64}, "both or neither"),
         ({"prompt": "A cat", "output_type": "gif"}, "np, pil, pt or latent"),

@@ -86,12 +86,10 @@ def run(
 
 
 def _print_counts(output: str, summary: "Summary", *, on_gpu: bool) -> None:
-    rate = f"{summary.videos_per_hour:.0f} videos an hour" if summary.done else "none made"
-    each = (
-        f", {summary.worker_seconds / summary.done:.1f} {'GPU-' if on_gpu else 'worker-'}seconds each"
-        if summary.done
-        else ""
-    )
+    rate = ""
+    if summary.done:
+        each = f"{summary.worker_seconds / summary.done:.1f} {'GPU-' if on_gpu else 'worker-'}seconds each"
+        rate = f"; {summary.videos_per_hour:.0f} videos an hour, {each}"
     missing = f", {summary.missing} not made" if summary.missing else ""
     counts = f"{summary.done} done, {summary.failed} failed, {summary.earlier} from earlier runs{missing}"
-    console.print(f"{output}: {counts}; {rate}{each}")
+    console.print(f"{output}: {counts}{rate}")

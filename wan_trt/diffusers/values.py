@@ -16,6 +16,8 @@ from runtime.arrays import F32
 from runtime.noise import standard_normal
 from wan22.errors import UserError
 
+MOST = 100_000  # of anything that is counted: beyond, a list of requests alone would fill the memory
+
 
 def is_tensor(value: Any) -> bool:
     """Whether ``value``, or the first of a list, comes from torch."""
@@ -31,10 +33,10 @@ def check_numbers(**given: Any) -> None:
 
 
 def check_counts(**counts: int | None) -> None:
-    """Refuse what is neither a whole number above 0 nor None."""
+    """Refuse what is neither a whole number from 1 to ``MOST`` nor None."""
     for name, value in counts.items():
-        if value is not None and not (isinstance(value, int) and value > 0):
-            raise UserError(f"{name} {value!r}", "a whole number above 0", "correct it")
+        if value is not None and not (isinstance(value, int) and 0 < value <= MOST):
+            raise UserError(f"{name} {value!r}", f"a whole number from 1 to {MOST}", "correct it")
 
 
 def texts_of(name: str, given: Any) -> list[str]:
