@@ -5,6 +5,7 @@ memory planner; the estimates are within 15 % of builds of real-size blocks and 
 with ``residency="auto"`` use the same figures.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -159,10 +160,10 @@ def largest_fitting(
     lengths = [*range(frames, frames // 2, -stride), 1]
     sizes = [tuple(max(1, side * share // (16 * multiple)) * multiple for side in (width, height)) for share in SHARES]
     for several in (lengths[:-1], lengths[-1:]):
-        for wide, high in sizes:
-            for length in several:
-                if fits((wide, high), length):
-                    return wide, high, length
+        for wide, high in sizes:  # fewer frames never take more
+            first = bisect_left(several, True, key=lambda length, size=(wide, high): fits(size, length))
+            if first < len(several):
+                return wide, high, several[first]
     return None
 
 

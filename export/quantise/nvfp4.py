@@ -94,13 +94,15 @@ def _compensated(matrix: npt.NDArray[Any], inputs: F32) -> Nvfp4Matrix:
 
     weight, (leaving, entering) = torch.from_numpy(np.array(matrix, np.float32)), matrix.shape
     assert entering % GROUP == 0
-    x = torch.from_numpy(np.asarray(inputs, np.float32))
-    fits, importance = _fits(x)
+    count, x = max(len(inputs), 1), torch.from_numpy(np.asarray(inputs, np.float32))
+    if count > entering:  # as many rows as inputs have the same X^T X
+        x = torch.linalg.qr(x.double(), mode="r").R.float()
+    fits, importance = _fits(x, count)
     rows = (weight.abs().amax(1) / (LARGEST_CODE * LARGEST_SCALE)).clamp(min=SMALLEST_ROW)
     codes = torch.empty(leaving, entering, dtype=torch.uint8)
     groups = torch.empty(leaving, entering // GROUP, dtype=torch.float8_e4m3fn)
     owed = torch.zeros(leaving, len(x))  # what the columns so far leave to those that follow
-    scaled = x / max(len(x), 1) ** 0.5
+    scaled = x / count**0.5
     for start in range(0, entering, AT_ONCE):
         end = min(start + AT_ONCE, entering)
         part, errors = weight[:, start:end] + owed @ scaled[:, start:end], torch.empty(leaving, end - start)
@@ -120,12 +122,15 @@ def _compensated(matrix: npt.NDArray[Any], inputs: F32) -> Nvfp4Matrix:
     return Nvfp4Matrix(packed, groups.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), rows.numpy())
 
 
-def _fits(x: "Tensor") -> "tuple[Tensor, Tensor]":
-    """For every column of ``x [rows, in]``: how later ones fit it, ``[in, rows]``, and what its own error costs."""
+def _fits(x: "Tensor", count: int) -> "tuple[Tensor, Tensor]":
+    """For every column of ``x [rows, in]``: how later ones fit it, ``[in, rows]``, and what its own error costs.
+
+    ``count`` is the number of inputs that ``x`` stands for.
+    """
     import torch
 
-    wide = x.double() / max(len(x), 1) ** 0.5
-    share = min(max(DAMPING, OF_FEW_ROWS * (x.shape[1] / max(len(x), 1)) ** 2), LARGEST_DAMPING)
+    wide = x.double() / count**0.5
+    share = min(max(DAMPING, OF_FEW_ROWS * (x.shape[1] / count) ** 2), LARGEST_DAMPING)
     damping = max(share * float((wide**2).sum(0).mean()), SMALLEST_ROW)
     inverse = torch.linalg.inv(wide @ wide.T + damping * torch.eye(len(x), dtype=torch.float64))
     fits, importance = torch.empty(x.shape[1], len(x)), torch.empty(x.shape[1])

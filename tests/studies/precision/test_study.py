@@ -40,6 +40,7 @@ def results(study):
     return {result.variant.name: result for result in study.results}
 
 
+@pytest.mark.slow
 def test_the_twin_is_as_large_as_the_real_model(study):
     assert len(study.statistics) == 8
     for statistic in study.statistics:
@@ -47,6 +48,7 @@ def test_the_twin_is_as_large_as_the_real_model(study):
             assert twin == pytest.approx(real, rel=0.15), statistic.what
 
 
+@pytest.mark.slow
 def test_finer_types_err_less(results):
     worst = {name: result.worst for name, result in results.items()}
     assert 0 < worst["fp16"] < worst["bf16"] < worst["fp8"] < 0.1
@@ -64,26 +66,31 @@ def test_finer_types_err_less(results):
     assert results["int8"].psnr_db > results["fp8"].psnr_db > results["fp8 without means"].psnr_db
 
 
+@pytest.mark.slow
 def test_every_variant_has_an_error_for_every_step(study, results):
     assert {len(result.errors) for result in results.values()} == {len(study.timesteps)} == {2}
 
 
+@pytest.mark.slow
 def test_lower_precision_in_one_place_costs_less_than_in_all(study, results):
     linears = [part for part in study.parts if "attention" not in part.name]
     assert {part.name for part in linears} == {"fp8 in ffn.2", "int8 in ffn.2", "nvfp4 in ffn.2"}
     assert all(0 < part.error < results[part.name.partition(" in ")[0]].errors[0] for part in linears)
 
 
+@pytest.mark.slow
 def test_the_order_of_quantising_and_normalising_is_reported(study):
     assert {error.tokens for error in study.attention} == {256}
     assert all(0 < error.as_fused < 0.1 and 0 < error.as_written < 0.1 for error in study.attention)
 
 
+@pytest.mark.slow
 def test_the_largest_magnitudes_of_every_block_are_recorded(study):
     assert [(found.expert, found.block) for found in study.magnitudes] == [("dit", block) for block in range(3)]
     assert all(found.kept > 1 and found.headroom > 1 and found.residual > 1 for found in study.magnitudes)
 
 
+@pytest.mark.slow
 def test_programs_read_what_people_read(study, folder):
     content = json.loads((folder / "study.json").read_text())
     assert content["passed"] is bool(study) is True
@@ -96,6 +103,7 @@ def test_programs_read_what_people_read(study, folder):
     assert "<script" not in page and "@import" not in page and "url(" not in page
 
 
+@pytest.mark.slow
 def test_progress_ends_with_everything_done(study, seen):
     assert [done for _, done, _, _ in seen] == list(range(len(seen)))
     assert seen[-1][1] == seen[-1][2]
