@@ -160,10 +160,9 @@ def largest_fitting(
     lengths = [*range(frames, frames // 2, -stride), 1]
     sizes = [tuple(max(1, side * share // (16 * multiple)) * multiple for side in (width, height)) for share in SHARES]
     for several in (lengths[:-1], lengths[-1:]):
-        for wide, high in sizes:  # fewer frames never take more
-            first = bisect_left(several, True, key=lambda length, size=(wide, high): fits(size, length))
-            if first < len(several):
-                return wide, high, several[first]
+        for wide, high in sizes:
+            if several and fits((wide, high), several[-1]):  # fewer frames never take more
+                return wide, high, several[bisect_left(several, True, key=lambda n, s=(wide, high): fits(s, n))]
     return None
 
 
