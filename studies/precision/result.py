@@ -131,7 +131,7 @@ class Study:
                 if result.verdict == verdict:
                     aim = f", aim {result.aim}" if result.aim else ""
                     worst = result.percent(result.worst)
-                    causes = "" if verdict == "meets its aim" else self._causes(result.variant)
+                    causes = self._causes(result.variant) if verdict == "misses its aim" else ""
                     found.append(f"{result.variant.name} {verdict}: {worst} in the worst step{aim}{causes}")
         errors = {part.name: part.error for part in self.parts}
         ablated = {name: error for name, error in errors.items() if ", " in name}
