@@ -28,15 +28,17 @@ class BlockPlan:
     usable_bytes: float  # of the card, or of --vram
     bus_gb_s: float  # from pinned host memory; 0 if unknown
     forward_seconds: float | None  # the roofline of a forward with all weights in memory
+    low_rank: int = 0  # of the branches beside NVFP4 matrices
 
     @property
     def block_bytes(self) -> float:
         """The weights of one block that a step reads."""
-        return block_step_bytes(self.spec.dit, self.precision)
+        return block_step_bytes(self.spec.dit, self.precision, self.low_rank)
 
     @cached_property
     def stack(self) -> BlockStack:
-        return transformer_blocks(self.spec.dit, self.precision, self.tokens, self.block_bytes)
+        sizes, beside = (self.tokens, self.block_bytes), int(bool(self.low_rank))
+        return transformer_blocks(self.spec.dit, self.precision, *sizes, beside=beside)
 
     @cached_property
     def choice(self) -> BlockChoice | None:

@@ -17,7 +17,17 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.cpu.nvfp4 import GROUP, values_of
-from wan22.block_layout import LORA_DOWN, LORA_UP, BlockLayout, Place, parts_of, size_bytes, varies
+from wan22.block_layout import (
+    LORA_DOWN,
+    LORA_UP,
+    LOW_RANK_DOWN,
+    LOW_RANK_UP,
+    BlockLayout,
+    Place,
+    parts_of,
+    size_bytes,
+    varies,
+)
 from wan22.bundle import MANIFEST
 from wan22.component import File, Stage, Tensor
 from wan22.errors import UserError
@@ -194,7 +204,7 @@ def _copy(sources: Sequence[StoredTensor], folder: Path, file: _HashedFile, offs
 
 
 def _v_norms(stored: Stored, folder: Path, block: int, width: int) -> np.ndarray:
-    """The Euclidean norms of the rows of V's matrix of codes, float32 ``[D]``, without the factors of its columns."""
+    """The Euclidean norms of the rows of V's matrix, float32 ``[D]``, without the factors of its columns."""
 
     def read(leaf: str, start: int, count: int) -> np.ndarray | None:
         tensor = stored.get(f"{BLOCK.format(block)}{leaf}")
@@ -214,5 +224,12 @@ def _v_norms(stored: Stored, folder: Path, block: int, width: int) -> np.ndarray
     if groups is not None:
         codes = codes.reshape(-1, GROUP) * groups.astype(np.float32)[:, None]
     rows = np.array_split(codes.reshape(width, width), 16)
+    if (branch := stored.get(f"{BLOCK.format(block)}qkv.{LOW_RANK_DOWN}")) is not None:
+        rank = branch.size_bytes // branch.dtype.itemsize // width
+        down = read(f"qkv.{LOW_RANK_DOWN}", 0, rank * width)
+        up = read(f"qkv.{LOW_RANK_UP}", 2 * width * rank, width * rank)
+        assert down is not None and up is not None
+        down, ups = down.astype(np.float32).reshape(rank, width), np.array_split(up.reshape(width, rank), 16)
+        rows = [part + each.astype(np.float32) @ down for part, each in zip(rows, ups, strict=True)]
     norms: np.ndarray = np.concatenate([np.linalg.norm(part.astype(np.float32) * divisors, axis=1) for part in rows])
     return np.asarray(norms * scales, np.float32)

@@ -163,7 +163,8 @@ class GroupPlan:
 
     def _bytes(self, *, resident: bool) -> float:
         blocks, precision = self.plan.in_blocks, self.plan.request.precision
-        stack = transformer_blocks(self.spec.dit, precision, self.plan.tokens, blocks.block_bytes, self.split.ulysses)
+        sizes, beside = (self.plan.tokens, blocks.block_bytes, self.split.ulysses), int(bool(blocks.low_rank))
+        stack = transformer_blocks(self.spec.dit, precision, *sizes, beside=beside)
         held = 1 if self.split.experts > 1 else len(self.spec.experts)
         transformer = stack.memory(stack.most if resident else stack.least).total
         if resident:

@@ -1,8 +1,6 @@
 """The memory, disk space and time that a model needs on a target, without weights or a GPU: ``wan-trt plan``.
 
-Sizes of weights are exact. Scratch memory is the graph's peak of live tensors times a factor measured on the compiler's
-memory planner; the estimates are within 15 % of builds of real-size blocks and VAEs. Times are rooflines: no run is
-faster, and real runs are often half as fast.
+Sizes are those of :mod:`wan22.residency`. Times are rooflines: no run is faster, and real runs are often half as fast.
 """
 
 from dataclasses import asdict, dataclass
@@ -56,6 +54,7 @@ class Request:
     guided: bool = True  # two forwards per step
     vram: float | None = None  # bytes that a component in blocks may take; None: what the card has
     bus_gb_s: float | None = None  # from host memory; None: the target's
+    low_rank: int = 0  # of the branches beside NVFP4 matrices
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,9 @@ class Plan:
     @cached_property
     def weights_bytes(self) -> dict[str, float]:
         """Sizes in the bundle, by part: the VAE in float32, the text encoder never below 16 bits."""
-        spec, precision = self.request.spec, self.request.precision
+        spec, precision, rank = self.request.spec, self.request.precision, self.request.low_rank
         text = text_encoder_weights_bytes(spec.text_encoder, self.precisions["text_encoder"])
-        sizes = {"text_encoder": text} | dict.fromkeys(spec.experts, dit_weights_bytes(spec.dit, precision))
+        sizes = {"text_encoder": text} | dict.fromkeys(spec.experts, dit_weights_bytes(spec.dit, precision, rank))
         return {part: sizes.get(part, 4.0 * count) for part, count in model_parameters(spec).items()}
 
     @property
@@ -104,7 +103,8 @@ class Plan:
     @cached_property
     def memory(self) -> list[Memory]:
         """The memory of every engine."""
-        return list(engines_memory(self.request.spec, self.precisions, self.request.video).values())
+        request = self.request
+        return list(engines_memory(request.spec, self.precisions, request.video, low_rank=request.low_rank).values())
 
     @cached_property
     def precisions(self) -> dict[str, Precision]:
@@ -132,8 +132,8 @@ class Plan:
     def refusal(self) -> UserError:
         """The error if nothing fits, with the video that would fit."""
         request, memory = self.request, {each.component: each for each in self.memory}
-        fitting = largest_fitting(request.spec, self.precisions, request.video, self.usable_vram_bytes)
-        return refusal(self.needed, memory, self.usable_vram_bytes, fitting)
+        given, room = (request.spec, self.precisions, request.video), self.usable_vram_bytes
+        return refusal(self.needed, memory, room, largest_fitting(*given, room, low_rank=request.low_rank))
 
     @property
     def usable_vram_bytes(self) -> float:
@@ -155,7 +155,7 @@ class Plan:
         usable = self.usable_vram_bytes if request.vram is None else request.vram
         forward = None if self.step_seconds is None else self.step_seconds / self.forwards_per_step
         bus = request.bus_gb_s or request.target.bus_gb_s
-        return BlockPlan(request.spec, request.precision, text, self.tokens, usable, bus, forward)
+        return BlockPlan(request.spec, request.precision, text, self.tokens, usable, bus, forward, request.low_rank)
 
     # -- the VAE in stages
 
@@ -203,7 +203,7 @@ class Plan:
         if not all(rate for _, rate in work):
             return None
         seconds = sum(flop / rate for flop, rate in work if rate)
-        weights = dit_weights_bytes(request.spec.dit, request.precision) / (request.target.bandwidth_gb_s * 1e9)
+        weights = self.weights_bytes[request.spec.experts[0]] / (request.target.bandwidth_gb_s * 1e9)
         return self.forwards_per_step * max(seconds / 1e12, weights)
 
     @cached_property
@@ -219,9 +219,8 @@ class Plan:
     @property
     def vae_flops(self) -> float:
         frames, size = self.latent_shape[2], (self.latent_shape[3], self.latent_shape[4])
-        halves = [part for part in self.weights_bytes if part.startswith("vae")]
         encoded = frames if self.request.spec.dit.condition_channels else 1
-        lengths = {half: frames if half == "vae_decoder" else encoded for half in halves}
+        lengths = {n: frames if n == "vae_decoder" else encoded for n in self.weights_bytes if n.startswith("vae")}
         return sum(vae_flops(self.request.spec.vae, half, size, length) for half, length in lengths.items())
 
     def as_json(self) -> dict[str, Any]:
@@ -231,6 +230,7 @@ class Plan:
             "model": request.spec.name,
             "target": request.target.name,
             "precision": str(request.precision),
+            "low_rank": request.low_rank,
             "video": list(request.video),
             "tokens": self.tokens,
             "parameters": model_parameters(request.spec),

@@ -150,7 +150,8 @@ def _remarks(plan: Plan) -> Iterable[str]:
 
 def _components(plan: Plan) -> Table:
     width, height, frames = plan.request.video
-    what = f"{plan.request.spec.name}, {plan.request.precision}, for {plan.request.target.name}"
+    rank = f" with branches of rank {plan.request.low_rank}" if plan.request.low_rank else ""
+    what = f"{plan.request.spec.name}, {plan.request.precision}{rank}, for {plan.request.target.name}"
     table = Table(
         "component", "parameters", "weights", "scratch", "inputs, outputs",
         title=f"{what}: {video_text(width, height, frames)}, {plan.tokens:,} tokens", title_justify="left",

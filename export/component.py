@@ -28,6 +28,7 @@ class ExportPart:
     # what the graphs use of measurements on the inputs of linears, by linear
     input_scales: Mapping[str, float] = field(default_factory=dict)
     inputs: Mapping[str, MeasuredInput] = field(default_factory=dict)
+    low_rank: int = 0  # of the branches beside NVFP4 matrices
     # tensors left in the checkpoint's files
     shared: Mapping[str, Stored] = field(default_factory=dict)
     # of every graph of a VAE
@@ -66,7 +67,7 @@ class ExportPart:
         weights = source.weights[self.weights]
         if not self.quantised:
             return weights.pieces
-        measured = self.input_scales, self.inputs
+        measured = self.input_scales, self.inputs, self.low_rank
         made = QuantisedWeights(weights.read, source.spec.dit, self.quantised, *measured, weights.codes)
         stored = frozenset(weights.names()) - self.remade
         return lambda key: weights.pieces(key) if key in stored else made.pieces(key)

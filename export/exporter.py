@@ -149,7 +149,8 @@ def _expert_parts(
             authored += alike
         *_, graph, stages = alike[0]
         measurements = known.exceptions, known.scales, used_inputs(quantised, known.inputs)
-        parts[expert] = ExportPart(expert, precision, {expert: graph}, stages, *measurements)
+        low_rank = 0 if quantised is None else quantised.low_rank
+        parts[expert] = ExportPart(expert, precision, {expert: graph}, stages, *measurements, low_rank)
     return parts
 
 
@@ -187,8 +188,9 @@ class _Writer:
             why = why_higher(name, part.precision, self.options, part.exceptions)
             edges, stages = graph.edges(), self.stages(name, part)
             stages += tuple(self.vae_stage(g, placed) for g in part.vae_stages.get(component, {}).items())
-            kept, precision = dict(part.exceptions), part.precision
-            components.append(Component(component, entry, files, *edges, precision, why, kept, stages=stages))
+            kept, precision, rank = dict(part.exceptions), part.precision, part.low_rank
+            made = Component(component, entry, files, *edges, precision, why, kept, low_rank=rank, stages=stages)
+            components.append(made)
         return components
 
     def stages(self, name: str, part: ExportPart) -> tuple[Stage, ...]:

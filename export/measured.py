@@ -65,7 +65,7 @@ def read_measured(
             given = known.forwards or forwards_of_noise(spec, expert, GRID_FOR_FP4 if fp4 else GRID)
             blocks = chosen.index(expert) * spec.dit.layers, len(chosen) * spec.dit.layers
             known = _with(known, measure_inputs(weights.read, spec, expert, progress, blocks, fp4, given))
-        measured[expert] = _as_stored(known, weights, expert, fp4)
+        measured[expert] = _as_stored(known, weights, expert, fp4, options.low_rank)
     kept = _kept_by_crest(measured, precisions, options) | dict(options.exceptions)
     usual = {expert: usual_exceptions(precisions[expert]) for expert in measured}
     return {expert: replace(known, exceptions=usual[expert] | kept) for expert, known in measured.items()}
@@ -134,7 +134,7 @@ def _with(known: Measured, found: Mapping[str, MeasuredInput]) -> Measured:
     return replace(known, inputs={**known.inputs, **inputs})
 
 
-def _as_stored(known: Measured, weights: Weights, expert: str, kinds: Sequence[str]) -> Measured:
+def _as_stored(known: Measured, weights: Weights, expert: str, kinds: Sequence[str], low_rank: int) -> Measured:
     """``known`` without factors for the ``kinds`` that the checkpoint has in NVFP4: its codes stay, bit for bit.
 
     A block whose matrix has another type, as the first and last ones of NVIDIA's releases, is quantised here.
@@ -146,6 +146,9 @@ def _as_stored(known: Measured, weights: Weights, expert: str, kinds: Sequence[s
             found = [weights.codes(f"blocks.{block}.{linear}.weight") for linear in group]
             if all(isinstance(codes, Nvfp4) for codes in found):
                 stored.setdefault(group[0], set()).add(block)
+    if stored and low_rank:
+        told = f"{expert}: --low-rank {low_rank} adds zeros beside the checkpoint's own NVFP4 matrices"
+        log.warning(f"{told}, which stay bit for bit")
     if others := sorted(set().union(*(blocks - of_kind for of_kind in stored.values()))):
         shown = ", ".join(map(str, others))
         told = f"{expert}: blocks {shown} are not NVFP4 in the checkpoint and are rounded now"

@@ -20,6 +20,7 @@ class ExportOptions:
     by_crest: Number | None = None  # the type of linears whose inputs have too large a crest for INT8; None: INT8
     input_scales: Path | None = None  # static FP8 scales of activations; linears without one are scaled per token
     input_means: Path | None = None  # means and factors of inputs; None: measured without data
+    low_rank: int = 0  # of a 16-bit branch beside every NVFP4 matrix; 0: none
     # shapes
     size: tuple[int, int] | None = None  # width, height in pixels; with frames: fixed shapes
     frames: int | None = None

@@ -11,7 +11,7 @@ from export.graphs.linear import CODES, Quantised, kind_of
 from export.options import ExportOptions
 from export.quantise.inputs import CENTRED, MeasuredInput
 from wan22.errors import UserError
-from wan22.precision import Number, Precision
+from wan22.precision import Number, Precision, check_low_rank
 from wan22.specs import ModelSpec
 
 IN_GRAPHS = {Number.FP32: FLOAT, Number.BF16: BFLOAT16, Number.FP16: FLOAT16}
@@ -79,6 +79,7 @@ def quantised_of(
         linears=precision.linears,
         exceptions=exceptions,
         high_precision_blocks=options.keep_high_precision,
+        low_rank=options.low_rank if precision.linears is Number.NVFP4 else 0,
     )
     numbers = {linear: made.number(linear) for linear in (*static, *inputs)}
     return replace(
@@ -143,6 +144,7 @@ def check_quantised(spec: ModelSpec, options: ExportOptions) -> None:
     }.items():
         if given and not quantised:
             raise UserError(f"{option} without FP8 or INT8", "a transformer in fp8 or int8", f"leave {option} out")
+    check_low_rank(options.low_rank, linears)
     if options.input_scales and Number.FP8 not in linears:
         raise UserError("--input-scales without FP8", "a transformer in fp8 or fp8-attn", "leave --input-scales out")
     if options.fp8_attention and all(precisions[expert].attention is not Number.FP8 for expert in spec.experts):

@@ -219,8 +219,10 @@ class BlockBackend:
         spec, layout = self._bundle.manifest.spec, self._layout(component)
         if component.name == TEXT_ENCODER:
             return text_layers(spec.text_encoder, component.precision, layout.step_bytes)
-        groups, slots = self._groups, bool(layout.lora_rank)
-        return transformer_blocks(spec.dit, component.precision, count * groups, layout.step_bytes, groups, slots=slots)
+        groups, beside = self._groups, bool(layout.lora_rank) + bool(component.low_rank)
+        return transformer_blocks(
+            spec.dit, component.precision, count * groups, layout.step_bytes, groups, beside=beside
+        )
 
     @property
     def _groups(self) -> int:

@@ -160,7 +160,8 @@ class Pipeline:
     def _memory(self, video: Video, *, resident: bool = False) -> dict[str, Memory]:
         """The engines' memory; of transformers in stages with all blocks ``resident`` or as few as possible."""
         sets, strips = self.backend.cache_sets, self._vae.chosen(video)
-        found = engines_memory(self.spec, self._precisions, video, cache_sets=sets, vae_strips=strips)
+        rank = max(component.low_rank for component in self.bundle.manifest.components)
+        found = engines_memory(self.spec, self._precisions, video, cache_sets=sets, vae_strips=strips, low_rank=rank)
         if (blocks := self.backend.blocks) is not None:
             in_stages = [name for name in found if blocks.applies_to(name)]
             found |= {name: blocks.memory(name, video, resident=resident) for name in in_stages}

@@ -15,6 +15,7 @@ from wan22.errors import DAMAGED_JSON, UserError
 
 T = TypeVar("T")
 LORA_DOWN, LORA_UP = "lora_down", "lora_up"  # the slots of a linear: [parts · rank, in] and [out, parts · rank]
+LOW_RANK_DOWN, LOW_RANK_UP = "low_rank_down", "low_rank_up"  # of an NVFP4 matrix's branch: [rank, in] and [out, rank]
 JOINED = ("qkv", "kv")  # linears stored as one
 EMBEDDING = "token_embedding.weight"  # of a text encoder in stages: its rows are read one by one
 FLOAT4 = "float4_e2m1fn"  # two numbers a byte

@@ -77,16 +77,16 @@ class BlockStack:
 
 
 def transformer_blocks(
-    spec: DitSpec, precision: Precision, tokens: int, step_bytes: float, groups: int = 1, *, slots: bool = False
+    spec: DitSpec, precision: Precision, tokens: int, step_bytes: float, groups: int = 1, *, beside: int = 0
 ) -> BlockStack:
     """The blocks of a transformer on one of ``groups`` devices that divide the ``tokens`` of a video.
 
-    ``slots``: engines with slots for LoRAs.
+    ``beside``: 16-bit products that are added to each linear's, one of slots for LoRAs and one of branches of low rank.
     """
     own = -(-tokens // groups)
 
     def memory(choice: BlockChoice) -> BlockMemory:
-        return block_memory(spec, precision, own, choice, step_bytes, groups, slots=slots)
+        return block_memory(spec, precision, own, choice, step_bytes, groups, beside=beside)
 
     return BlockStack(spec.layers, step_bytes, memory)
 
@@ -111,7 +111,7 @@ def block_memory(
     step_bytes: float,
     groups: int = 1,
     *,
-    slots: bool = False,
+    beside: int = 0,
 ) -> BlockMemory:
     """The memory of a forward with ``choice``; ``step_bytes`` are the weights of a block.
 
@@ -125,10 +125,9 @@ def block_memory(
     exchanged = 0.0 if groups == 1 else 3 * operands + 2 * wide
     qkv = 7.1 if in_codes else 8.6 if precision.quantised else 8.1 * number
     rest = 5.1 + 3 * ratio if precision.quantised else (4.7 + 4 * ratio) * number
-    if precision.linears is Number.NVFP4:
-        rest = 6.4 + 4 * ratio
-    if slots:  # another 16-bit product beside the largest ones
-        qkv, rest = qkv + 3 * wide, rest + ratio * wide
+    if precision.linears is Number.NVFP4:  # with products beside it the feed-forward decides alone
+        rest = 0.5 + 6.1 * ratio if beside else 6.4 + 4 * ratio
+    qkv, rest = qkv + beside * 3 * wide, rest + beside * ratio * wide
     attend = 6.1 if precision.attention.bits < 16 and not in_codes else 2 * number
     scratch = max(qkv / choice.slices, attend, rest / choice.slices, 4.1 / choice.slices)
     text = PROMPTS * spec.layers * 2 * TEXT_TOKENS * spec.width * wide
@@ -137,16 +136,19 @@ def block_memory(
     return BlockMemory(residual, edges, scratch * rows, text, choice.slots * step_bytes)
 
 
-def block_step_bytes(spec: DitSpec, precision: Precision) -> float:
-    """The weights of a block that a step reads: all but those of the text's keys and values."""
+def block_step_bytes(spec: DitSpec, precision: Precision, low_rank: int = 0) -> float:
+    """The weights of a block that a step reads: all but those of the text's keys and values.
+
+    ``low_rank``: as for :func:`wan22.costs.matrices_bytes`.
+    """
     block, stored = block_parameters(spec), precision.beside_feed_forward.stored_bits / 8
     wide = precision.wide.linears.bits / 8
     bias = 4 if precision.quantised else wide
     of_text = 2 * spec.width * (spec.width * stored + bias) + 4 * spec.width  # the norm of K too
     of_text += 4 * 2 * spec.width if precision.quantised else 0  # scales
-    return (
-        matrices_bytes(spec, precision) + bias * block.bias + 4 * block.other + vectors_bytes(spec, precision) - of_text
-    )
+    of_text += 2 * low_rank * 3 * spec.width if precision.beside_feed_forward is Number.NVFP4 else 0
+    matrices = matrices_bytes(spec, precision, low_rank)
+    return matrices + bias * block.bias + 4 * block.other + vectors_bytes(spec, precision) - of_text
 
 
 def text_layer_bytes(spec: TextEncoderSpec, precision: Precision) -> float:

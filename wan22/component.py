@@ -46,6 +46,7 @@ class Component:
     why_higher: str = ""  # the reason if its precision, or part of it, is above the bundle's
     # linears of a type other than its precision's, as "ffn.2" or "blocks.3.ffn.2"
     exceptions: dict[str, Number] = field(default_factory=dict, hash=False)
+    low_rank: int = 0  # of the 16-bit branch beside every NVFP4 matrix
     halves: tuple[File, ...] = ()  # the same graph as two, if built so: for the prompt alone, and for a step
     stages: tuple[Stage, ...] = ()  # the same graph as stages; if it was built so, ``graph`` is one of theirs
 

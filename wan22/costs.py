@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
-from wan22.precision import Precision
+from wan22.precision import Number, Precision
 from wan22.specs import PATCH, TEXT_TOKENS, ModelSpec
 from wan22.strips import Half, edge_scale
 
@@ -62,12 +62,17 @@ def block_vectors(spec: DitSpec) -> BlockVectors:
     return BlockVectors(9 * width + ffn, 5 * width + ffn)
 
 
-def matrices_bytes(spec: DitSpec, precision: Precision) -> float:
-    """The size of a block's matrices in ``precision``, which may have another type outside the feed-forward."""
+def matrices_bytes(spec: DitSpec, precision: Precision, low_rank: int = 0) -> float:
+    """The size of a block's matrices in ``precision``, which may have another type outside the feed-forward.
+
+    ``low_rank`` is that of a 16-bit branch beside each one in NVFP4.
+    """
     feed_forward = 2 * spec.width * spec.ffn_width
     others = block_parameters(spec).linear - feed_forward
     beside = precision.beside_feed_forward
-    return (feed_forward * precision.linears.stored_bits + others * beside.stored_bits) / 8
+    sides = 2 * (spec.width + spec.ffn_width) if precision.linears is Number.NVFP4 else 0
+    sides += 13 * spec.width if beside is Number.NVFP4 else 0  # q, k and v are one matrix, as k and v of the text
+    return (feed_forward * precision.linears.stored_bits + others * beside.stored_bits + 16 * low_rank * sides) / 8
 
 
 def vectors_bytes(spec: DitSpec, precision: Precision) -> float:

@@ -1,5 +1,6 @@
 """Precisions: a number type for linears and one for attention."""
 
+from collections.abc import Collection
 from enum import StrEnum
 
 from wan22.errors import UserError
@@ -108,6 +109,7 @@ _AXES = {  # linears, attention
     Precision.NVFP4_FFN: (Number.NVFP4, Number.BF16),
     Precision.NVFP4_FFN_FP8_ATTN: (Number.NVFP4, Number.FP8),
 }
+LOW_RANKS = range(16, 129, 16)  # of 16-bit branches beside NVFP4 matrices
 _BESIDE = dict.fromkeys((Precision.NVFP4_FFN, Precision.NVFP4_FFN_FP8_ATTN), Number.INT8)
 
 
@@ -124,3 +126,13 @@ def precision_named(text: str) -> Precision:
         found += " (in INT8, every form of attention that compilers take stores a matrix of tokens by tokens)"
         remedy = f"use {Precision.INT8_FP8_ATTN} on Ada and Blackwell, {Precision.INT8} elsewhere"
     raise UserError(found, f"one of {', '.join(Precision)}", remedy)
+
+
+def check_low_rank(rank: int, linears: Collection[Number]) -> None:
+    """Raise UserError for a ``rank`` of branches beside NVFP4 that none can have, or without NVFP4 in ``linears``."""
+    if rank and Number.NVFP4 not in linears:
+        expected = f"a transformer in {Precision.NVFP4} or {Precision.NVFP4_FFN}"
+        raise UserError(f"--low-rank {rank} without NVFP4", expected, "leave --low-rank out")
+    if rank and rank not in LOW_RANKS:
+        expected = f"a multiple of {LOW_RANKS.step} from {LOW_RANKS[0]} to {LOW_RANKS[-1]}"
+        raise UserError(f"--low-rank {rank}", expected, "use --low-rank 32")

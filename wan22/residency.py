@@ -23,7 +23,7 @@ from wan22.costs import (
 )
 from wan22.errors import UserError
 from wan22.parts import DitSpec, TextEncoderSpec, VaeSpec
-from wan22.precision import Precision
+from wan22.precision import Number, Precision
 from wan22.quantities import human_bytes
 from wan22.specs import TEXT_TOKENS, ModelSpec, tokens
 from wan22.strips import Half, half_of
@@ -36,6 +36,7 @@ ResidencyChoice = Literal["all", "one-expert", "one-component", "auto"]
 Video = tuple[int, int, int]  # width, height in pixels; frames
 
 PLANNER_FACTOR = 1.3  # ratio of scratch memory to live tensors: 1.14 to 1.36 in builds for SM89 and SM120
+OF_HIDDEN_AGAIN = 0.6  # share of the hidden rows that NVFP4, and then a branch, keep once more, in builds for SM120
 # ratio of a VAE's scratch memory to its largest tensor, measured at 720p, by bits: norms are in float32 in any case
 VAE_TENSORS = {("2.1", 32): 1.9, ("2.1", 16): 2.8, ("2.2", 32): 3.9, ("2.2", 16): 5.3}
 VRAM_RESERVED = 0.06  # fraction of the card: driver, context, ECC, fragmentation
@@ -84,6 +85,7 @@ def engines_memory(
     *,
     cache_sets: int = 2,
     vae_strips: Mapping[Half, int] = WHOLE_VAE,
+    low_rank: int = 0,
 ) -> dict[str, Memory]:
     """The memory of the engines of ``spec`` for ``video``, by component; only those in ``precisions``.
 
@@ -93,6 +95,7 @@ def engines_memory(
         video: width, height, frames.
         cache_sets: sets of VAE caches in memory during a call: 2 if read and written separately, 1 if overwritten.
         vae_strips: halves of the VAE in stages, and the number of strips of their pictures.
+        low_rank: of the branches beside NVFP4 matrices.
 
     Raises:
         UserError: the model does not support the size or number of frames, or there are too many strips.
@@ -110,7 +113,7 @@ def engines_memory(
         elif name.startswith("vae"):
             found[name] = _vae(spec.vae, name, precisions[name], shape, cache_sets)
         else:
-            found[name] = _expert(spec, name, precisions[name], shape)
+            found[name] = _expert(spec, name, precisions[name], shape, low_rank)
     return found
 
 
@@ -136,6 +139,7 @@ def largest_fitting(
     available: float,
     *,
     cache_sets: int = 2,
+    low_rank: int = 0,
     memory_of: Callable[[Video], Mapping[str, Memory]] | None = None,
 ) -> Video | None:
     """The largest video of about the same aspect ratio that fits with one component at a time.
@@ -150,7 +154,7 @@ def largest_fitting(
             if memory_of is not None:
                 memory = memory_of(asked)
             else:
-                memory = engines_memory(spec, precisions, asked, cache_sets=cache_sets)
+                memory = engines_memory(spec, precisions, asked, cache_sets=cache_sets, low_rank=low_rank)
         except UserError:  # such as fewer rows than strips
             return False
         return needed_bytes(spec, memory)["one-component"] <= available
@@ -205,37 +209,40 @@ def text_encoder_weights_bytes(spec: TextEncoderSpec, precision: Precision) -> f
     return wide * (count - feed_forward) + linears * feed_forward + scales
 
 
-def _expert(spec: ModelSpec, name: str, precision: Precision, latent_shape: tuple[int, ...]) -> Memory:
+def _expert(spec: ModelSpec, name: str, precision: Precision, latent_shape: tuple[int, ...], low_rank: int) -> Memory:
     dit, positions = spec.dit, latent_shape[2] * latent_shape[3] * latent_shape[4]
     count = tokens(latent_shape)
     channels = dit.in_channels + dit.out_channels
     rope = 2 * count * dit.head_width / 2
     given = TEXT_TOKENS * dit.text_width + dit.time_rows * dit.freq_width
     edges = 4.0 * (channels * positions + rope + given)
-    return Memory(name, dit_weights_bytes(dit, precision), dit_scratch_bytes(dit, count, precision), edges)
+    weights, scratch = dit_weights_bytes(dit, precision, low_rank), dit_scratch_bytes(dit, count, precision, low_rank)
+    return Memory(name, weights, scratch, edges)
 
 
-def dit_weights_bytes(spec: DitSpec, precision: Precision) -> float:
+def dit_weights_bytes(spec: DitSpec, precision: Precision, low_rank: int = 0) -> float:
     """The size of one expert's stored weights: matrices in ``precision``, embeddings in its ``wide``, rest float32."""
     wide, block = precision.wide.linears.bits / 8, block_parameters(spec)
     width = spec.width
-    per_block = matrices_bytes(spec, precision) + (4 if precision.quantised else wide) * block.bias + 4 * block.other
-    per_block += vectors_bytes(spec, precision)
+    per_block = matrices_bytes(spec, precision, low_rank) + vectors_bytes(spec, precision)
+    per_block += (4 if precision.quantised else wide) * block.bias + 4 * block.other
     text_and_patch = (spec.text_width + width + 2) * width + (4 * spec.in_channels + 1) * width
     rest = dit_parameters(spec) - spec.layers * block.total - text_and_patch
     return float(spec.layers * per_block + wide * text_and_patch + 4 * rest)
 
 
-def dit_scratch_bytes(spec: DitSpec, count: int, precision: Precision) -> float:
+def dit_scratch_bytes(spec: DitSpec, count: int, precision: Precision, low_rank: int = 0) -> float:
     """The memory between kernels for ``count`` tokens: the larger of two peaks, in rows of D 16-bit numbers.
 
     Attention: the float32 residual stream (2), the joint q, k, v (3) and the same three as attention's operands.
-    Feed-forward: the residual stream and the hidden rows, in FP8 also their quantised copy.
+    Feed-forward: the residual stream and the hidden rows, in FP8 also their quantised copy; part of them once more for
+    NVFP4, which a kernel of its own quantises, and for the products of branches.
     """
     wide = precision.wide.linears.bits / 16  # rows are twice as wide in float32
     hidden = spec.ffn_width / spec.width
     attention = 2 + 3 * wide + 3 * precision.attention.bits / 16
     feed_forward = 2 + ((wide + precision.linears.bits / 16) * hidden if precision.quantised else wide * (1 + hidden))
+    feed_forward += OF_HIDDEN_AGAIN * hidden * ((precision.linears is Number.NVFP4) + bool(low_rank))
     return PLANNER_FACTOR * max(attention, feed_forward) * 2.0 * count * spec.width
 
 

@@ -37,6 +37,10 @@ NegativePrompt = Annotated[
     str | None, typer.Option(help="Text that the video should not match; by default the official one.")
 ]
 Quality = Annotated[int | None, typer.Option(metavar="1...10", help="Of mp4 and webm; by default the official 8.")]
+LowRank = Annotated[
+    int,
+    typer.Option(metavar="RANK", help="Rank of 16-bit branches beside NVFP4 matrices, as 32; by default none."),
+]
 PRECISIONS = f"{', '.join(list(Precision)[:-1])} or {list(Precision)[-1]}"
 Image = Annotated[Path | None, typer.Option(help="JPEG, PNG or WebP to start from (I2V, TI2V).")]
 LastImage = Annotated[Path | None, typer.Option(help="Image to end with (I2V).")]

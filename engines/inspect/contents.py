@@ -51,6 +51,8 @@ def _component(bundle: Bundle, component: Component) -> dict[str, Any]:
         ],
         "weights": human_bytes(sum(file.size_bytes for file in component.weights)),
     }
+    if component.low_rank:
+        entry["beside NVFP4"] = f"a 16-bit branch of rank {component.low_rank}"
     if component.in_stages:
         entry["stages"] = [stage.name for stage in component.stages]
     return entry | ({"why": component.why_higher} if component.why_higher else {})

@@ -18,7 +18,7 @@ from wan22.quantities import human_bytes
 
 EVERY_BLOCK = "blocks.*"  # the block of a stage's kernels
 OF_A_BLOCK = ("text_kv", "qkv", "attend", "join", "rest", "layer")  # stages that every block calls
-NARROW = ("fp8", "int8", "fp4")  # types of quantised products
+NARROW = ("fp8", "int8", "fp4", "nvfp4")  # types of quantised products
 SLOW_UNFUSED_BYTES = 2**26  # smaller copies are not reported
 
 

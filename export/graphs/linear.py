@@ -11,6 +11,9 @@ they are scaled, and the bias restores it; a mean computed at run time costs two
 little, because it multiplies already rounded weights. ``input_factor`` multiplies the rows, and the matrix is divided
 by it before it is rounded (SmoothQuant, arXiv 2211.10438): it moves outliers of the rows into the matrix.
 
+An NVFP4 matrix may have a branch of low rank beside it (SVDQuant, arXiv 2411.05007): two small 16-bit matrices that
+multiply the rows as they were before NVFP4. The second product adds the large one, in one kernel.
+
 The raw product stays in the compute type, bfloat16: it reaches 2e8, more than float16 holds.
 
 The consumer of a linear requests its float32 values, optionally of some columns or reshaped, and may do so twice: a
@@ -23,6 +26,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from export.graphs.builder import FLOAT, TENSORRT, GraphBuilder
+from wan22.block_layout import LOW_RANK_DOWN, LOW_RANK_UP
 from wan22.precision import Number
 
 FLOAT8, INT8, FLOAT4 = ir.DataType.FLOAT8E4M3FN, ir.DataType.INT8, ir.DataType.FLOAT4E2M1
@@ -72,6 +76,7 @@ class Quantised:
     static: frozenset[str] = frozenset()  # full names of FP8 linears with a stored ``input_scale``
     centred: frozenset[str] = frozenset()  # kinds with a stored ``input_mean`` in every block
     smoothed: frozenset[str] = frozenset()  # kinds with a stored ``input_factor`` in every block
+    low_rank: int = 0  # of the branch beside every NVFP4 matrix; 0: none
 
     @property
     def uniform(self) -> bool:
@@ -103,6 +108,7 @@ class Operand:
     value: ir.Value
     scale: ir.Value | None = None  # float32 [L, 1]
     number: Number | None = None  # of the quantised value
+    rows: ir.Value | None = None  # what NVFP4 rounded to ``value``, in the compute type
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ class Linears:
             how = {"axis": -1, "block_size": GROUP, "scale_type": int(FLOAT8)}
             codes, steps = g.multi("TRT_FP4DynamicQuantize", 2, rows, step, domain=TENSORRT, **how)
             codes.type, steps.type = ir.TensorType(FLOAT4), ir.TensorType(FLOAT8)
-            return Operand(self.from_fp4(codes, steps, step), scale, Number.NVFP4)
+            return Operand(self.from_fp4(codes, steps, step), scale, Number.NVFP4, rows)
 
     def from_fp4(self, codes: ir.Value, steps: ir.Value, step: ir.Value) -> ir.Value:
         """``codes`` in the compute type, times the E4M3 scales ``steps`` of groups and the constant ``step``."""
@@ -232,7 +238,12 @@ class Linears:
         else:
             stored = g.weight(f"{name}.weight", shape, CODES[x.number].dtype)
             matrix = g.transpose(self.dequantise(stored, one), 1, 0)
-        return g.op("MatMul", x.value, matrix), g.weight(f"{name}.weight_scale", shape[:1], FLOAT)
+        raw = g.op("MatMul", x.value, matrix)
+        if x.rows is not None and self.quantised is not None and (rank := self.quantised.low_rank):
+            down = g.weight(f"{name}.{LOW_RANK_DOWN}", (rank, shape[1]), self.compute)
+            up = g.weight(f"{name}.{LOW_RANK_UP}", (shape[0], rank), self.compute)  # divided by the matrix's scales
+            raw = g.op("Gemm", g.op("Gemm", x.rows, down, transB=1), up, raw, transB=1)
+        return raw, g.weight(f"{name}.weight_scale", shape[:1], FLOAT)
 
     def dequantise(self, x: ir.Value, scale: ir.Value) -> ir.Value:
         """``x`` in the compute type. The float32 scale avoids overflow and keeps the product's range."""

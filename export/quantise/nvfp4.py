@@ -3,12 +3,15 @@
 A value is ``e2m1(code) · group · row``. :func:`quantise` rounds to the nearest code. :func:`compensated` rounds column
 after column and lets the columns that follow make up for the error, as far as the linear's own inputs are alike there
 (GPTQ, Frantar et al. 2023). The inputs are the rows that the linear multiplies: centred and smoothed.
+
+A matrix may be split into one of low rank, its largest singular vectors, which stays in 16 bits, and the rest, whose
+codes have smaller steps (SVDQuant, Li et al. 2024). Vectors that count the inputs' covariance gained nothing.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -30,6 +33,7 @@ DAMPING, OF_FEW_ROWS, LARGEST_DAMPING = 0.01, 0.04, 0.5  # at least, by the squa
 AT_ONCE = 64  # columns, a multiple of a group, after which all that follow are updated
 FEW_ELEMENTS = 2**22  # of a matrix for which one thread is faster
 SMALLEST_ROW = 1e-30  # keeps divisors positive
+MORE_VECTORS, ITERATIONS, SEED = 16, 3, 0  # of the search for singular vectors
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,11 @@ class Nvfp4Matrix:
     codes: npt.NDArray[np.uint8]  # [out, in/2], two a byte, the even column in the low half
     groups: npt.NDArray[Any]  # float8_e4m3fn [out, in/16]
     rows: F32  # [out]
+    up: F32 | None = None  # [out, rank], divided by ``rows``
+    down: F32 | None = None  # [rank, in], rounded to bfloat16
 
     def decoded(self) -> F32:
-        """The matrix ``[out, in]``."""
+        """The matrix ``[out, in]`` of the codes, without ``up · down``."""
         codes = np.stack((self.codes & 15, self.codes >> 4), -1).reshape(len(self.codes), -1, GROUP)
         values = np.where(codes & 8, -1, 1) * np.array(MAGNITUDES, np.float32)[codes & 7]
         steps = self.groups.astype(np.float32) * self.rows[:, None]
@@ -66,14 +72,16 @@ def quantise(matrix: F32) -> Nvfp4Matrix:
     return compensated(matrix, np.zeros((1, matrix.shape[1]), np.float32))
 
 
-def compensated(matrix: npt.NDArray[Any], inputs: F32) -> Nvfp4Matrix:
+def compensated(matrix: npt.NDArray[Any], inputs: F32, low_rank: int = 0) -> Nvfp4Matrix:
     """``matrix [out, in]``, rounded so that products with ``inputs [rows, in]`` change little.
+
+    With ``low_rank``, at most the smaller side of the matrix, only what ``up · down`` of this rank leaves is rounded.
 
     With few rows the covariance ``H = l I + X^T X`` is never formed. The columns that follow column j fit its error
     best with ``x_k^T P x_j``, where ``P`` is the inverse of ``l I + X X^T`` over those columns: ``[rows, rows]``.
     """
     with _threads(matrix.size):
-        return _compensated(matrix, inputs)
+        return _compensated(matrix, inputs, low_rank)
 
 
 @contextmanager
@@ -89,11 +97,15 @@ def _threads(elements: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _compensated(matrix: npt.NDArray[Any], inputs: F32) -> Nvfp4Matrix:
+def _compensated(matrix: npt.NDArray[Any], inputs: F32, low_rank: int) -> Nvfp4Matrix:
     import torch
 
     weight, (leaving, entering) = torch.from_numpy(np.array(matrix, np.float32)), matrix.shape
     assert entering % GROUP == 0
+    up = down = None
+    if low_rank:
+        up, down = _split(weight, low_rank)
+        weight.addmm_(up, down, alpha=-1)
     count, x = max(len(inputs), 1), torch.from_numpy(np.asarray(inputs, np.float32))
     if count > entering:  # as many rows as inputs have the same X^T X
         x = torch.linalg.qr(x.double(), mode="r").R.float()
@@ -119,7 +131,26 @@ def _compensated(matrix: npt.NDArray[Any], inputs: F32) -> Nvfp4Matrix:
             part[:, last:] += errors[:, first:last] @ within[first:last, last:]
         owed += errors @ fits[start:end]
     packed = (codes[:, 0::2] | (codes[:, 1::2] << 4)).numpy()
-    return Nvfp4Matrix(packed, groups.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), rows.numpy())
+    made = Nvfp4Matrix(packed, groups.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), rows.numpy())
+    if up is None or down is None:
+        return made
+    return replace(made, up=(up / rows[:, None]).numpy(), down=down.numpy())
+
+
+def _split(weight: "Tensor", rank: int) -> "tuple[Tensor, Tensor]":
+    """``up [out, rank]`` and ``down [rank, in]``, whose product is nearly the nearest to ``weight`` of this rank.
+
+    The vectors are found by iteration from random ones (Halko et al. 2011): a whole decomposition takes minutes.
+    """
+    import torch
+
+    wanted = min(rank + MORE_VECTORS, *weight.shape)
+    found = torch.randn(weight.shape[1], wanted, generator=torch.Generator().manual_seed(SEED))
+    for _ in range(ITERATIONS):
+        found = torch.linalg.qr(weight.T @ torch.linalg.qr(weight @ found)[0])[0]
+    *_, largest = torch.linalg.svd(weight @ found, full_matrices=False)
+    down = largest[:rank] @ found.T
+    return weight @ down.T, down.bfloat16().float()
 
 
 def _fits(x: "Tensor", count: int) -> "tuple[Tensor, Tensor]":

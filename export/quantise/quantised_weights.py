@@ -4,7 +4,8 @@ A matrix has one scale for every row, its largest magnitude over the largest cod
 and ``kv`` concatenate the rows of their parts. A matrix that the checkpoint stores in FP8 keeps its codes and scales.
 
 A graph may subtract a mean from the input of a linear, which the bias restores: ``W x = W (x - m) + W m``. It may
-multiply the rest by factors, by which the matrix is divided before it is rounded.
+multiply the rest by factors, by which the matrix is divided before it is rounded. A branch of low rank beside an NVFP4
+matrix takes its largest singular vectors; that of codes which the checkpoint stores is zeros.
 
 The bias of V moves behind the output projection: probabilities sum to 1, so ``O(P (V + b)) = O(P V) + O b``, and the
 float32 addition there avoids rounding. If the input of O has a static scale, the bias stays in V, because the scale was
@@ -21,6 +22,7 @@ from export.graphs.linear import CODES, FLOAT8_MAX
 from export.quantise.inputs import MeasuredInput
 from export.quantise.nvfp4 import Nvfp4Matrix, compensated, joined, stored_matrix
 from export.quantise.rounding import rounded, row_scales
+from wan22.block_layout import LOW_RANK_DOWN, LOW_RANK_UP
 from wan22.parts import DitSpec
 from wan22.precision import Number
 
@@ -42,6 +44,7 @@ class QuantisedWeights:
         quantised: names of the weights that the graph stores as codes, and their number type.
         input_scales: static activation scales by linear ("blocks.0.ffn.0" → largest input / 448).
         inputs: the means that the graph subtracts from inputs, and the factors that it multiplies by, by linear.
+        low_rank: of the branch beside every NVFP4 matrix.
         codes: returns a matrix that is already stored in FP8 or NVFP4, which is not rounded again; None for any other.
     """
 
@@ -52,11 +55,12 @@ class QuantisedWeights:
         quantised: Mapping[str, Number],
         input_scales: Mapping[str, float] | None = None,
         inputs: Mapping[str, MeasuredInput] | None = None,
+        low_rank: int = 0,
         codes: Callable[[str], Codes | Nvfp4 | None] = lambda _name: None,
     ) -> None:
         self._official, self._spec, self._quantised = official, spec, quantised
         self._input_scales, self._inputs = input_scales or {}, inputs or {}
-        self._codes = codes
+        self._low_rank, self._codes = low_rank, codes
         self._scales: dict[str, np.ndarray] = {}  # [out] of stored matrices
         self._held: dict[str, np.ndarray] = {}  # official matrices currently in memory
         self._last_fp4: dict[str, Nvfp4Matrix] = {}
@@ -99,8 +103,8 @@ class QuantisedWeights:
         stem, leaf = key.rsplit(".", 1)
         if key in self._quantised:
             return self._whole(key)
-        if leaf == "group_scale":
-            return self._fp4(f"{stem}.weight").groups
+        if leaf in ("group_scale", LOW_RANK_DOWN, LOW_RANK_UP):
+            return self._beside_fp4(f"{stem}.weight", leaf)
         if leaf.endswith("_scale") and not leaf.startswith("input"):
             return self._scales_of(f"{stem}.weight") if leaf == "weight_scale" else self._head_scale(stem, leaf[0])
         if leaf.startswith("input_"):
@@ -145,9 +149,20 @@ class QuantisedWeights:
         else:
             matrix = np.concatenate([part.astype(np.float32) for part in parts.values()])
             check_finite(key, extremes(matrix))
-            made = compensated(matrix if factor is None else matrix / factor, self._rows(key, parts))
+            stored = matrix if factor is None else matrix / factor
+            made = compensated(stored, self._rows(key, parts), self._low_rank)
         self._last_fp4 = {key: made}
         return made
+
+    def _beside_fp4(self, key: str, leaf: str) -> np.ndarray:
+        """Scales of groups of the matrix ``key``, or its branch: zeros if the checkpoint stores the matrix in NVFP4."""
+        made = self._fp4(key)
+        if leaf == "group_scale":
+            return made.groups
+        leaving, entering = len(made.codes), 2 * made.codes.shape[1]
+        if leaf == LOW_RANK_DOWN:
+            return np.zeros((self._low_rank, entering), np.float32) if made.down is None else made.down
+        return np.zeros((leaving, self._low_rank), np.float32) if made.up is None else made.up
 
     def _rows(self, key: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
         """The kept inputs ``[rows, in]`` of the stored matrix ``key``, made of ``parts``; no rows if none were kept."""

@@ -32,6 +32,7 @@ WITHIN = "subtracts from every linear's input its mean over the tokens of the ca
 LESS = {"K not smoothed": keep_k_mean, "V per tensor": scale_v_per_tensor}  # attention without one of its precautions
 FP8, INT8 = Quantised(), Quantised(linears=Number.INT8)
 NVFP4 = Quantised(linears=Number.NVFP4)
+NVFP4_RANK_32 = replace(NVFP4, low_rank=32)
 NVFP4_FFN = Quantised(linears=Number.NVFP4, exceptions=usual_exceptions(Precision.NVFP4_FFN))
 FP8_ATTN, INT8_FP8_ATTN = Quantised(True, True), Quantised(True, True, Number.INT8)
 
@@ -85,6 +86,8 @@ VARIANTS = (
     Variant("int8 without means and factors", BFLOAT16, QUANTISED, 0.0, INT8),
     *_exported(Precision.INT8_FP8_ATTN, INT8_FP8_ATTN, 0.02),
     *_exported(Precision.NVFP4, NVFP4, 0.045),
+    Variant("nvfp4, rank 32", BFLOAT16, QUANTISED, 0.0, NVFP4_RANK_32, "export", note=WITHOUT_DATA),
+    Variant("nvfp4, rank 32, calibrated", BFLOAT16, QUANTISED, 0.045, NVFP4_RANK_32, "run", note=BEFOREHAND),
     Variant("nvfp4 without factors", BFLOAT16, QUANTISED, 0.0, NVFP4, "export", smoothed=False),
     Variant("nvfp4, nearest codes of plain inputs", BFLOAT16, QUANTISED, 0.0, NVFP4),
     *_exported(Precision.NVFP4_FFN, NVFP4_FFN, 0.04),
@@ -190,4 +193,5 @@ def _model(variant: Variant, spec: DitSpec, weights: Mapping[str, F32], measured
     g = dit_graph(spec, variant.compute, None, made)
     if variant.patch:
         variant.patch(g)
-    return fill(g, QuantisedWeights(weights.__getitem__, spec, coded_matrices(g), scales, used))
+    made_weights = QuantisedWeights(weights.__getitem__, spec, coded_matrices(g), scales, used, made.low_rank)
+    return fill(g, made_weights)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from engines.build import BuildOptions, build_engines
 from engines.inspect.inspection import inspect_engines
 from engines.inspect.views import blocks_as_text
 from engines.targets import TARGETS
+from export.checkpoint.checkpoint import open_checkpoint
 from export.exporter import export_checkpoint
 from export.files.safetensors_file import read_safetensors
 from export.options import ExportOptions
@@ -256,3 +258,34 @@ def test_a_manifest_with_other_blocks_than_the_graph_is_refused(tiny_bundle, tmp
     with pytest.raises(UserError, match=rf"high_noise.onnx with 2 blocks \| expected {blocks} by bundle.json"):
         write_block_weights(bundle.path(component.graph), layout, tmp_path / "w", silent)
     assert not (tmp_path / "w").exists()
+
+
+def test_blocks_have_their_branches_and_norms_of_v_count_them(tmp_path, tiny_checkpoint):
+    options = ExportOptions(Precision.NVFP4_FP8_ATTN, parts=frozenset({"high_noise"}), low_rank=32)
+    bundle = export_checkpoint(tiny_checkpoint, tmp_path / "b", options)
+    component, layers = bundle.component("high_noise"), bundle.manifest.spec.dit.layers
+    layout = layout_of([stage for stage in component.stages if stage.groups == 1], layers)
+    write_block_weights(bundle.path(component.graph), layout, tmp_path / "w", silent)
+    place = next(place for place in layout.block if place.name == V_NORMS)
+    stored, width = read_safetensors(bundle.folder / "high_noise.safetensors"), bundle.manifest.spec.dit.width
+    branches = [place for place in layout.block if ".low_rank_" in place.name]
+    assert len(branches) == 2 * 7
+    for block in range(layers):
+        for branch in branches:
+            expected = stored[f"blocks.{block}.{branch.name}"].read().tobytes()
+            copied = np.fromfile(
+                tmp_path / "w", np.uint8, branch.size_bytes, offset=layout.region(block) + branch.offset
+            )
+            assert copied.tobytes() == expected
+        found = np.fromfile(tmp_path / "w", np.float32, width, offset=layout.region(block) + place.offset)
+        leaves = ("weight", "group_scale", "weight_scale", "low_rank_up")
+        key = f"blocks.{block}.self_attn"
+        codes, groups, rows, up = (stored[f"{key}.qkv.{leaf}"].read()[2 * width :] for leaf in leaves)
+        codes = np.stack((codes & 15, codes >> 4), -1).view(ml_dtypes.float4_e2m1fn).reshape(width, -1, 16)
+        rest = (codes.astype(np.float64) * groups.astype(np.float64)[:, :, None]).reshape(width, width)
+        down = stored[f"{key}.qkv.low_rank_down"].read().astype(np.float64)
+        factor = stored[f"{key}.q.input_factor"].read()
+        matrix = (rest + up.astype(np.float64) @ down) * rows[:, None] * factor
+        assert np.allclose(found, np.linalg.norm(matrix, axis=1), rtol=1e-4)
+        official = open_checkpoint(tiny_checkpoint).weights["high_noise"].read(f"{key}.v.weight")
+        assert np.linalg.norm(matrix - official) < 0.2 * np.linalg.norm(official)  # without the branch half of it

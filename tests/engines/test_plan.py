@@ -2,17 +2,22 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from engines.block_weights import layout_of
 from engines.plan import card_plans, dit_scratch_bytes, dit_weights_bytes, make_plan
 from engines.plan_view import as_text, cards_as_text
 from engines.targets import TARGETS, target_named
+from export.graphs.blocks import stage_graphs
 from export.graphs.builder import BFLOAT16
 from export.graphs.dit import dit_graph
 from export.graphs.weights_file import declare_weights
 from export.precisions import usual_quantised
+from wan22.block_memory import block_step_bytes
+from wan22.component import File
 from wan22.errors import UserError
 from wan22.precision import Precision
 from wan22.quantities import human_bytes
@@ -40,6 +45,22 @@ def test_weights_are_what_the_graph_stores(name, precision):
     assert dit_weights_bytes(spec, precision) == pytest.approx(stored, abs=4096)
 
 
+@pytest.mark.parametrize("precision", [Precision.NVFP4, Precision.NVFP4_FFN_FP8_ATTN], ids=str)
+@pytest.mark.parametrize("spec", [T2V_A14B, TI2V_5B], ids=["a14b", "5b"])
+def test_branches_take_what_the_graph_and_the_blocks_store(spec, precision):
+    quantised = replace(usual_quantised(precision), low_rank=32)
+    stored = sum(s.size_bytes for s in declare_weights([dit_graph(spec.dit, BFLOAT16, None, quantised)]).values())
+    assert dit_weights_bytes(spec.dit, precision, 32) == pytest.approx(stored, abs=4096)
+    stages = [g.stage(File("", "", 0)) for g in stage_graphs(spec.dit, BFLOAT16, quantised).values() if g.groups == 1]
+    read = layout_of(stages, spec.dit.layers).step_bytes
+    assert block_step_bytes(spec.dit, precision, 32) == pytest.approx(read, rel=1e-3)
+    plan = make_plan(spec, TARGETS["rtx5090"], precision)
+    beside = replace(plan, request=replace(plan.request, low_rank=32))
+    assert beside.in_blocks.block_bytes == block_step_bytes(spec.dit, precision, 32)
+    assert beside.weights_bytes[spec.experts[0]] == dit_weights_bytes(spec.dit, precision, 32)
+    assert beside.in_blocks.least_bytes > plan.in_blocks.least_bytes
+
+
 @pytest.mark.parametrize(
     ("spec", "count", "built_bytes"),
     [
@@ -52,6 +73,12 @@ def test_scratch_memory_is_near_that_of_three_block_builds(spec, count, built_by
     """Built with TensorRT-RTX 1.7.1 for SM89."""
     for precision, built in built_bytes.items():
         assert dit_scratch_bytes(spec.dit, count, precision) == pytest.approx(built, rel=0.15)
+
+
+@pytest.mark.parametrize(("rank", "built_bytes"), [(0, 2.262e9), (32, 2.885e9)])
+def test_scratch_memory_of_nvfp4_is_near_that_of_two_block_builds(rank, built_bytes):
+    """Built with TensorRT-RTX 1.7.1 for SM120."""
+    assert dit_scratch_bytes(TI2V_5B.dit, 27_280, Precision.NVFP4, rank) == pytest.approx(built_bytes, rel=0.05)
 
 
 def test_the_experts_of_720p_do_not_share_a_4090_but_one_in_fp8_runs():

@@ -16,7 +16,7 @@ from export.graphs.builder import BFLOAT16, FLOAT, GraphBuilder
 from export.graphs.linear import Linears, Quantised
 from export.options import ExportOptions
 from export.precisions import check_quantised
-from export.quantise.nvfp4 import quantise
+from export.quantise.nvfp4 import compensated, quantise
 from studies.precision.session import fill, open_graph
 from tests.export.checkpoint.forms import save, tensors_of
 from wan22.bundle import open_bundle
@@ -101,14 +101,47 @@ def tiled(scales):
     return torch.from_numpy(out).view(torch.float8_e4m3fn).reshape(tall * 128, wide * 4)
 
 
+@pytest.mark.parametrize("rank", [0, 16])
+def test_a_branch_multiplies_rows_as_they_were_before_nvfp4(rank):
+    rng = np.random.default_rng(2)
+    x = (rng.standard_normal((7, 64)) * np.exp(rng.standard_normal(64))).astype(np.float32)
+    matrix, bias = rng.standard_normal((24, 64), np.float32), rng.standard_normal(24, np.float32)
+    matrix += 3 * (rng.standard_normal((24, 8), np.float32) @ rng.standard_normal((8, 64), np.float32))
+    g = GraphBuilder("linear")
+    linears = Linears(g, BFLOAT16, Quantised(linears=Number.NVFP4, low_rank=rank))
+    entering = linears.operand(g.input("x", FLOAT, ["tokens", 64]), "blocks.0.ffn.0", 64)
+    g.output("y", linears.values(linears(entering, "blocks.0.ffn", "0", (64, 24))), ["tokens", 24])
+    made = compensated(matrix, np.zeros((0, 64), np.float32), rank)
+    leaves = {"weight": made.codes, "group_scale": made.groups, "weight_scale": made.rows, "bias": bias}
+    leaves |= {"low_rank_down": made.down, "low_rank_up": made.up}
+    model = fill(g, lambda key: leaves[key.rpartition(".")[2]])
+    emulate(model)
+    found = open_graph(model)(x=x)[0]
+    rows, scale = through_nvfp4(x)
+    expected = rows @ made.decoded().T
+    if rank:
+        in_16_bits = (part.astype(ml_dtypes.bfloat16) for part in (made.up, made.down, x / scale))
+        up, down, whole = (part.astype(np.float32) for part in in_16_bits)
+        expected += whole @ down.T @ (up * made.rows[:, None]).T
+    expected = expected * scale + bias
+    assert np.linalg.norm(found - expected) < 5e-3 * np.linalg.norm(expected)
+    exact = x @ matrix.T + bias
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert error < 0.04 if rank else error > 0.08
+
+
 @pytest.mark.parametrize("comfy", [True, False], ids=["ComfyUI", "ModelOpt"])
-def test_codes_of_a_checkpoint_stay_bit_for_bit(flow_of, tmp_path, comfy):
+def test_codes_of_a_checkpoint_stay_bit_for_bit(flow_of, tmp_path, comfy, caplog):
     checkpoint = flow_of(NAME).checkpoint
     codes = published(checkpoint, tmp_path / "dit.safetensors", comfy=comfy)
     where = f"{checkpoint},dit={tmp_path / 'dit.safetensors'}"
-    options = ExportOptions(Precision.NVFP4, parts=frozenset({"dit"}))
+    options = ExportOptions(Precision.NVFP4, parts=frozenset({"dit"}), low_rank=0 if comfy else 16)
     bundle = export_checkpoint(where, tmp_path / "onnx", options)
     stored = read_safetensors(bundle.folder / "dit.safetensors")
+    branches = [stored[key].read() for key in stored if ".low_rank_" in key]
+    assert len(branches) == (0 if comfy else 2 * 7 * SPECS[NAME].dit.layers)
+    assert not any(np.asarray(each).astype(np.float32).any() for each in branches)
+    assert ("--low-rank 16 adds zeros beside the checkpoint's own" in caplog.text) != comfy
     for stem, (packed, groups, world) in codes.items():
         module, _, name = stem.rpartition(".")
         joined = {"self_attn": "qkv", "cross_attn": "kv"}.get(module.rpartition(".")[2], "")
@@ -145,9 +178,11 @@ def test_from_the_command_line_to_a_proved_bundle(flow_of, tmp_path):
             build_engines(bundle.folder, tmp_path / "e", BuildOptions(target))
 
 
-def test_codes_scales_and_factors_are_the_matrix_and_the_bias_restores_the_mean(flow_of, tmp_path):
+@pytest.mark.parametrize("rank", [0, 32])
+def test_codes_scales_and_factors_are_the_matrix_and_the_bias_restores_the_mean(flow_of, tmp_path, rank):
     checkpoint, spec = flow_of(NAME).checkpoint, SPECS[NAME].dit
-    bundle = export_checkpoint(checkpoint, tmp_path / "onnx", ExportOptions(Precision.NVFP4, parts=frozenset({"dit"})))
+    options = ExportOptions(Precision.NVFP4, parts=frozenset({"dit"}), low_rank=rank)
+    bundle = export_checkpoint(checkpoint, tmp_path / "onnx", options)
     stored = read_safetensors(bundle.folder / "dit.safetensors")
     key, official = "blocks.1.ffn.2", tensors_of(checkpoint, "dit")
     factor = stored[f"{key}.input_factor"].read()
@@ -156,7 +191,19 @@ def test_codes_scales_and_factors_are_the_matrix_and_the_bias_restores_the_mean(
     groups, rows = stored[f"{key}.group_scale"].read().astype(np.float32), stored[f"{key}.weight_scale"].read()
     values = E2M1[np.stack((codes & 15, codes >> 4), -1)].reshape(spec.width, -1, 16)
     found = (values * groups[:, :, None] * rows[:, None, None]).reshape(exact.shape)
+    if rank:
+        up, down = (stored[f"{key}.low_rank_{leaf}"].read().astype(np.float32) for leaf in ("up", "down"))
+        assert (up.shape, down.shape) == ((spec.width, rank), (rank, spec.ffn_width))
+        left = np.linalg.svd(exact, compute_uv=False)[rank:]
+        branch = up * rows[:, None] @ down
+        assert np.linalg.norm(exact - branch) < 1.05 * np.linalg.norm(left)
+        assert np.linalg.norm(found + branch - exact) < 0.25 * np.linalg.norm(left)
+        found += branch
     assert np.linalg.norm(found - exact) < 0.25 * np.linalg.norm(exact)
+    component = bundle.component("dit")
+    names = {tensor.name for tensor in component.stage("rest").weights}
+    assert component.low_rank == rank
+    assert ("ffn.2.low_rank_up" in names) == (rank > 0)
     bias = official[f"{key}.bias"].numpy() + official[f"{key}.weight"].numpy() @ stored[f"{key}.input_mean"].read()
     assert np.allclose(stored[f"{key}.bias"].read(), bias, rtol=1e-4, atol=1e-5)
 
@@ -171,3 +218,18 @@ def test_dimensions_that_no_kernel_takes_are_refused(change, expert):
         check_quantised(spec, options)
         with pytest.raises(UserError, match=f"{precision} for a transformer .*multiples of 16, not .*--precision bf16"):
             check_quantised(odd, options)
+
+
+@pytest.mark.slow
+def test_branches_have_the_same_bytes_every_time_and_are_proved(flow_of, tmp_path):
+    checkpoint, runner = flow_of(NAME).checkpoint, CliRunner()
+    hashes = []
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        words = ["--precision", "nvfp4", "--low-rank", "32"]
+        made = runner.invoke(app, ["export", str(checkpoint), str(folder), *words])
+        assert made.exit_code == 0, made.output
+        hashes.append([file.sha256 for file in open_bundle(folder, "graphs").component("dit").weights])
+    assert hashes[0] == hashes[1]
+    small = ["--size", "64x64", "--frames", "5", "--steps", "2"]
+    proved = runner.invoke(app, ["validate", f"{tmp_path}/first", str(checkpoint), "-o", f"{tmp_path}/r", *small])
+    assert proved.exit_code == 0, proved.output

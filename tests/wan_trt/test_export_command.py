@@ -68,6 +68,18 @@ def test_int8_needs_nothing_else_and_linears_can_be_kept_out_of_it(tmp_path, tin
         check_bundle(target_named("rtx3090"), manifest)
 
 
+def test_a_branch_is_beside_what_is_in_nvfp4_and_recorded(tmp_path, tiny_checkpoint, capsys):
+    words = ["--precision", "fp8", "--high-noise", "nvfp4-ffn", "--low-rank", "48"]
+    _, manifest = exported(tiny_checkpoint, tmp_path / "onnx", *words)
+    assert {c.name: c.low_rank for c in manifest.components if c.low_rank} == {"high_noise": 48}
+    stored = read_safetensors(tmp_path / "onnx/high_noise.safetensors")
+    branches = {name.rpartition(".")[0].split(".", 2)[2] for name in stored if ".low_rank_" in name}
+    assert branches == {"ffn.0", "ffn.2"}
+    assert not [name for name in read_safetensors(tmp_path / "onnx/low_noise.safetensors") if ".low_rank_" in name]
+    assert status(["inspect", str(tmp_path / "onnx")]) == 0
+    assert "a 16-bit branch of rank 48" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -81,6 +93,13 @@ def test_int8_needs_nothing_else_and_linears_can_be_kept_out_of_it(tmp_path, tin
         (["--precision", "int8-attn"], "a matrix of tokens by tokens"),
         (["--high-noise", "int8-attn"], "a matrix of tokens by tokens"),
         (["--precision", "int9"], "precision 'int9' | expected one of fp32, "),
+        (["--precision", "int8", "--low-rank", "32"], "--low-rank 32 without NVFP4 | expected a transformer in nvfp4"),
+        (
+            ["--precision", "nvfp4", "--low-rank", "24"],
+            "--low-rank 24 | expected a multiple of 16 from 16 to 128 | use",
+        ),
+        (["--precision", "nvfp4", "--low-rank", "144"], "--low-rank 144 | expected a multiple of 16 from 16 to 128"),
+        (["--precision", "nvfp4", "--low-rank", "-16"], "--low-rank -16 | expected a multiple of 16 from 16 to 128"),
         (["--precision", "int8", "--text-encoder", "int8"], "text_encoder in int8"),
         (["--target", "a100", "--precision", "int8+fp8-attn"], "no FP8 units"),
         (["--target", "rtx4090", "--precision", "nvfp4"], "no NVFP4 units"),

@@ -3,8 +3,9 @@
 16-bit precisions are those of diffusers and transformers: weights, activations and the residual stream use that dtype,
 and the modules that the libraries keep in float32 stay there. PyTorch has no FP8 or INT8 transformer to compare with,
 so those modules get a plain recipe: one scale per token, one per matrix of a block in FP8 and one per row of it in
-INT8, and 16 bits elsewhere. FP8 attention follows SageAttention (arXiv 2410.02367) with one scale per tensor. Means and
-factors that a bundle applies are not applied here, and what it keeps in higher precision by choice is not kept higher.
+INT8, and 16 bits elsewhere. FP8 attention follows SageAttention (arXiv 2410.02367) with one scale per tensor. Means,
+factors and branches of low rank that a bundle has are not here, and what it keeps in higher precision by choice is not
+kept higher.
 
 Convolutions on the CPU can use oneDNN. This changes their speed, not the formula.
 """

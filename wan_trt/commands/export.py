@@ -9,7 +9,7 @@ import typer
 from wan22.errors import UserError
 from wan22.precision import Number, Precision, precision_named
 from wan22.quantities import human_bytes
-from wan_trt.arguments import PRECISIONS, Frames, Overwrite, Size, kept_of, size_of
+from wan_trt.arguments import PRECISIONS, Frames, LowRank, Overwrite, Size, kept_of, size_of
 from wan_trt.console import bars, command_line, console
 
 Checkpoint = Annotated[
@@ -78,6 +78,7 @@ def run(
     keep_high_precision: Kept = "",
     input_scales: InputScales = None,
     input_means: InputMeans = None,
+    low_rank: LowRank = 0,
     preset: SamplingPreset = None,
     size: Size = None,
     frames: Frames = None,
@@ -110,6 +111,7 @@ def run(
         (kept_in or number_of_peaked(target)) if by_crest else None,
         input_scales,
         input_means,
+        low_rank,
         preset=preset,
         size=fixed,
         frames=frames,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -9,10 +10,10 @@ import typer
 
 from wan22.errors import UserError
 from wan22.parallel import parse_split
-from wan22.precision import Precision, precision_named
+from wan22.precision import Precision, check_low_rank, precision_named
 from wan22.quantities import parse_bytes
 from wan22.specs import spec_named
-from wan_trt.arguments import PRECISIONS, Frames, Size, size_of, with_options
+from wan_trt.arguments import PRECISIONS, Frames, LowRank, Size, size_of, with_options
 from wan_trt.console import console
 from wan_trt.memory_options import Vram
 
@@ -49,6 +50,7 @@ def run(
         str | None,
         typer.Option(metavar="PRECISION", help=f"{PRECISIONS}; by default fp32 for cpu, bf16 for a GPU."),
     ] = None,
+    low_rank: LowRank = 0,
     size: Size = None,
     frames: Frames = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
@@ -75,7 +77,7 @@ def run(
     video = (width, height, spec.sampling.frames if frames is None else frames)
     asked = None if precision is None else precision_named(precision)
     budget = None if vram is None else parse_bytes(vram, "--vram")
-    given = {"--target": target, "--precision": precision, "--vram": vram, "--bus": bus}
+    given = {"--target": target, "--precision": precision, "--vram": vram, "--bus": bus, "--low-rank": low_rank or None}
     given |= {f"--{name}": shared[name] for name in GROUPS}
     in_groups = shared["gpus"] is not None or shared["parallel"] is not None
     if cards and compare_precisions:
@@ -95,7 +97,9 @@ def run(
             several = ("--link", "--goal", "--efficiency")
             _refuse_beside("one GPU", given, given.keys() - several, "several GPUs for it", "add --gpus N")
         aim = target_named(target)
-        plans = [make_plan(spec, aim, asked or aim.default_precision, video, steps, budget, bus)]
+        plan = make_plan(spec, aim, asked or aim.default_precision, video, steps, budget, bus)
+        check_low_rank(low_rank, [plan.request.precision.linears])
+        plans = [replace(plan, request=replace(plan.request, low_rank=low_rank))]
     if in_groups:
         _of_groups(plans[0], **shared, as_json=as_json)
         return

@@ -82,6 +82,7 @@ def export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder:
         experts,
         fp8_attention=_fp8_attention(old),
         exceptions={linear: number for component in built for linear, number in component.exceptions.items()},
+        low_rank=max(component.low_rank for component in built),
         size=size,
         frames=frames,
         loras=tuple(loras),

@@ -1,5 +1,6 @@
 """A CPU reproduces a bfloat16 graph: float32 arithmetic, rounded where the graph stores 16 bits."""
 
+from dataclasses import replace
 from math import erf
 
 import ml_dtypes
@@ -82,3 +83,17 @@ def test_exported_quantised_graphs_run(precision):
     assert not [v for node in model.graph for v in node.outputs if v.dtype == BFLOAT16 and "/16" not in v.name]
     exact = open_graph(fill(dit_graph(SPEC), weights.__getitem__))(**inputs)[0]
     assert 0.003 < relative_l2(open_graph(model)(**inputs)[0], exact) < 0.05
+
+
+def test_a_branch_beside_nvfp4_takes_a_part_of_its_error():
+    weights, inputs = made_up(dit_tensors(SPEC)), inputs_for(SPEC, 1, 8, 8, [900.0])
+    exact = open_graph(fill(dit_graph(SPEC), weights.__getitem__))(**inputs)[0]
+    errors = []
+    for rank in (0, 32, 96):
+        g = dit_graph(SPEC, BFLOAT16, None, replace(usual_quantised(Precision.NVFP4), low_rank=rank))
+        read = QuantisedWeights(weights.__getitem__, SPEC, coded_matrices(g), low_rank=rank)
+        model = fill(g, read)
+        emulate(model)
+        assert not [v for node in model.graph for v in node.outputs if v.dtype == BFLOAT16 and "/16" not in v.name]
+        errors.append(relative_l2(open_graph(model)(**inputs)[0], exact))
+    assert errors[2] < 0.9 * errors[1] < 0.85 * errors[0] < 0.2, errors

@@ -42,11 +42,13 @@ def compiled(tmp_path):
     """``compiled(model, target, precision, tokens, stages)`` → the compiled stages and their plans, in order."""
     pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
 
-    def build(model, target, precision, tokens, stages=STAGES, rank=0):
+    def build(model, target, precision, tokens, stages=STAGES, rank=0, low_rank=0):
         names = ("positions", "positions_of_4", "keys")
         profile = {**dict.fromkeys(names, (256, tokens, tokens)), "steps": (1, 40, 80)}
-        found = []
-        for name, g in stage_graphs(SPECS[model].dit, BFLOAT16, QUANTISED[precision]).items():
+        quantised, found = QUANTISED[precision], []
+        if low_rank:
+            quantised = replace(quantised, low_rank=low_rank)
+        for name, g in stage_graphs(SPECS[model].dit, BFLOAT16, quantised).items():
             if name not in stages:
                 continue
             for scale in ("self_attn.q_scale", "self_attn.k_scale"):
@@ -140,7 +142,7 @@ def test_a_lora_is_two_small_products_that_read_what_the_large_one_reads(compile
         if precision.quantised:  # in 16 bits V is copied without slots as well
             assert not [k.name for k in found.kernels if k.role == "copy" and k.size_bytes > tokens * spec.width]
     whole = max(found.scratch_bytes for found, _, _ in built)
-    assert whole <= block_memory(spec, precision, tokens, BlockChoice(0, 1), 0, slots=True).scratch
+    assert whole <= block_memory(spec, precision, tokens, BlockChoice(0, 1), 0, beside=1).scratch
     main = {k.dtype for found, _, _ in built for k in found.kernels if k.role == "gemm" and "lora" not in k.name}
     assert main <= {precision.linears, "bf16", "fp32"}
     assert precision.linears in main
@@ -165,6 +167,32 @@ def test_nvfp4_multiplies_4_bit_codes_that_are_inputs(compiled, precision, kerne
     assert codes <= read  # in place; the small scales of groups are put into another order
     (mha,) = [k for k in built[1][0].kernels if k.role == "attention"]
     assert mha.dtype == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "slots", "kernels", "products"),
+    [
+        ("t2v-a14b", Precision.NVFP4_FP8_ATTN, 0, (11, 44), 6),
+        ("t2v-a14b", Precision.NVFP4_FFN_FP8_ATTN, 0, (4, 25), 2),
+        ("ti2v-5b", Precision.NVFP4, 0, (11, 44), 6),
+        ("ti2v-5b", Precision.NVFP4, 16, (14, 59), 6),
+    ],
+)
+def test_a_branch_is_two_small_products_beside_each_in_4_bits(compiled, model, precision, slots, kernels, products):
+    built = compiled(model, "rtx5090", precision, TOKENS[model], ("qkv", "rest"), slots, low_rank=32)
+    assert tuple(len(found.kernels) for found, _, _ in built) == kernels
+    gemms = [k for found, _, _ in built for k in found.kernels if k.role == "gemm"]
+    assert [k.dtype for k in gemms].count("nvfp4") == products
+    of_branches = {name for _, _, weights in built for name in weights if ".low_rank_" in name}
+    reading = [{o.name for o in k.inputs} & of_branches for k in gemms]
+    assert len(of_branches) == sum(map(len, reading)) == 2 * products  # each by a product of its own, in place
+    assert max(map(len, reading)) == 1
+    spec, tokens = SPECS[model].dit, TOKENS[model]
+    planned = block_memory(spec, precision, tokens, BlockChoice(0, 1), 0, beside=2 if slots else 1)
+    assert 0.9 * planned.scratch < max(found.scratch_bytes for found, _, _ in built) <= planned.scratch
+    for found, _, weights in built:
+        assert not copied_matrices(found, {name: shape for name, shape in weights.items() if name in of_branches})
+        assert FusionReport(f"{model}.rest", TARGETS["rtx5090"], found, precision).problems == []
 
 
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8, Precision.FP8_ATTN], ids=str)

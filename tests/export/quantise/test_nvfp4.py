@@ -99,3 +99,38 @@ def test_later_columns_make_up_for_errors_as_in_the_slow_formula(layer):
         return np.linalg.norm(inputs @ (rounded - matrix).T) / np.linalg.norm(inputs @ matrix.T)
 
     assert error(found.decoded()) < 0.6 * error(quantise(matrix).decoded())
+
+
+def outer(made):
+    """What the branch of ``made`` multiplies by, as its graph stores it."""
+    stored = [part.astype(ml_dtypes.bfloat16).astype(np.float64) for part in (made.up, made.down)]
+    return (stored[0] * made.rows[:, None]) @ stored[1]
+
+
+@pytest.mark.parametrize("rank", [1, 16, 24])
+def test_a_branch_has_the_largest_singular_vectors_and_the_codes_have_the_rest(layer, rank):
+    matrix, inputs = layer
+    rng = np.random.default_rng(1)
+    matrix = matrix + (rng.standard_normal((24, 3)) @ rng.standard_normal((3, 160))).astype(np.float32)
+    found, plain = compensated(matrix, inputs, rank), compensated(matrix, inputs)
+    assert (found.up.shape, found.down.shape) == ((24, rank), (rank, 160))
+    left = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[rank:]
+    rest = np.linalg.norm(matrix - outer(found))
+    assert rest <= 1.02 * np.linalg.norm(left) + 4e-3 * np.linalg.norm(matrix)  # of bfloat16
+    errors = [found.decoded() + outer(found) - matrix, plain.decoded() - matrix]
+    whole, without = (np.linalg.norm(error) for error in errors)
+    assert whole < 0.25 * rest + 4e-3 * np.linalg.norm(matrix)
+    of_products = [np.linalg.norm(inputs @ error.T) for error in errors]
+    assert of_products[0] < (0.9 if rank == 1 else 0.2) * of_products[1]
+    assert whole < (0.9 if rank == 1 else 0.2) * without
+
+
+def test_a_branch_has_the_same_bytes_every_time_and_zeros_stay_zeros(layer):
+    matrix, inputs = layer
+    first, second = (compensated(matrix, inputs, 16) for _ in range(2))
+    for leaf in ("codes", "groups", "rows", "up", "down"):
+        assert getattr(first, leaf).tobytes() == getattr(second, leaf).tobytes(), leaf
+    nothing = compensated(np.zeros_like(matrix), inputs, 16)
+    assert not nothing.decoded().any()
+    assert not outer(nothing).any()
+    assert np.isfinite(nothing.down).all()

@@ -63,6 +63,8 @@ def test_finer_types_err_less(results):
     for name, plain in (("fp8", "fp8 without means"), ("int8", "int8 without means and factors")):
         possible, reached = (worst[plain] - worst[found] for found in (f"{name}, calibrated", name))
         assert reached > 0.5 * possible  # of what prompts can tell, an export without data knows most
+    for name in ("nvfp4", "nvfp4, calibrated"):
+        assert worst[name.replace("nvfp4", "nvfp4, rank 32")] < 0.95 * worst[name]
     assert results["int8"].psnr_db > results["fp8"].psnr_db > results["fp8 without means"].psnr_db
 
 

@@ -63,18 +63,19 @@ def test_engines_with_their_weights_inside_are_refused(tmp_path, tiny_engines):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP8_ATTN])
-def test_loras_make_new_files_of_blocks_as_a_build_of_them_would(tmp_path, tiny_checkpoint, precision):
-    target = ("cpu",) if precision is Precision.FP32 else ("rtx4090", "256x160", "5..17")
+@pytest.mark.parametrize(
+    ("precision", "rank"), [(Precision.FP32, 0), (Precision.FP8_ATTN, 0), (Precision.NVFP4_FP8_ATTN, 32)]
+)
+def test_loras_make_new_files_of_blocks_as_a_build_of_them_would(tmp_path, tiny_checkpoint, precision, rank):
+    target = ("cpu",) if precision is Precision.FP32 else ("rtx5090" if rank else "rtx4090", "256x160", "5..17")
     if precision is not Precision.FP32:
         pytest.importorskip("tensorrt_rtx", reason="builds need tensorrt-rtx")
     lora, shape = tmp_path / "style.safetensors", (SPECS[TINY].dit.ffn_width, SPECS[TINY].dit.width)
     save_file({"diffusion_model.blocks.0.ffn.0.diff": np.full(shape, 0.1, np.float32)}, lora)
     experts, choice = frozenset({"high_noise", "low_noise"}), LoraChoice(lora)
     for folder, loras in (("plain", ()), ("styled", (choice,))):
-        export_checkpoint(
-            tiny_checkpoint, tmp_path / folder / "b", ExportOptions(precision, parts=experts, loras=loras)
-        )
+        options = ExportOptions(precision, parts=experts, loras=loras, low_rank=rank)
+        export_checkpoint(tiny_checkpoint, tmp_path / folder / "b", options)
         build_engines(tmp_path / folder / "b", tmp_path / folder / "e", BuildOptions(*target, topology="blocks"))
     apply_lora(tmp_path / "plain" / "e", tmp_path / "applied", [choice])
     applied, styled = (open_bundle(tmp_path / name, "engines", full_check=True) for name in ("applied", "styled/e"))
