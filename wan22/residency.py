@@ -8,6 +8,7 @@ with ``residency="auto"`` use the same figures.
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 from wan22.costs import (
@@ -166,7 +167,7 @@ def largest_fitting(
     for several in (lengths[:-1], lengths[-1:]):
         for wide, high in sizes:
             if several and fits((wide, high), several[-1]):  # fewer frames never take more
-                return wide, high, several[bisect_left(several, True, key=lambda n, s=(wide, high): fits(s, n))]
+                return wide, high, several[bisect_left(several, True, key=partial(fits, (wide, high)))]
     return None
 
 

@@ -125,7 +125,8 @@ def bench_scaling(engines: Path, options: BenchOptions, progress: Progress) -> S
                     runs[name] += [found] if done else []  # the first is not timed
                 progress("bench", number * (options.runs + 1) + done + 1, len(rounds) * (options.runs + 1), "runs")
     request = work.request
-    shown = f"{work.spec.name}, {bundle.manifest.precision_text}: {video_text(request.width, request.height, request.frames)}"
+    video = video_text(request.width, request.height, request.frames)
+    shown = f"{work.spec.name}, {bundle.manifest.precision_text}: {video}"
     facts = {
         "work": f"{shown}, {work.tokens:,} tokens",
         "model": work.spec.name,
