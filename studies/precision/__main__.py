@@ -29,7 +29,7 @@ def run(
     """Compare precisions with float32. The exit code is 1 if a precision that can be exported collapses."""
     from engines.precision_figures import write_figures
     from studies.precision.run import StudyOptions, precision_study
-    from studies.precision.table import figures_of, kernels_of, table_of
+    from studies.precision.table import figures_of, kernels_of, tables_of
 
     studies, drawn = {}, seed_of(seed)
     for name in model or MODELS:
@@ -43,7 +43,8 @@ def run(
     with bars() as progress:
         precisions = [r.variant.precision for r in study.results if r.variant.precision is not None]
         figures = figures_of(studies, kernels_of(precisions, progress))
-    console.print(table_of(figures))
+    for table in tables_of(figures):
+        console.print(table)
     if write is not None:
         write_figures(write, figures)
     return 0 if all(studies.values()) else 1

@@ -22,7 +22,10 @@ from wan22.progress import Progress, silent
 from wan22.residency import dit_weights_bytes
 from wan22.specs import T2V_A14B, ModelSpec
 
-CARDS = ("rtx3090", "rtx4090", "rtx5090", "rtx-pro-6000-blackwell", "a100", "h100", "b200")
+CARDS = {
+    "rtx3090": "3090", "rtx4090": "4090", "rtx5090": "5090", "rtx-pro-6000-blackwell": "PRO 6000", "a100": "A100",
+    "h100": "H100", "b200": "B200",
+}  # fmt: skip
 BUILT_FOR = ("rtx3090", "rtx4090", "rtx5090")  # one of each architecture that TensorRT-RTX builds for
 OF_A_BLOCK = ("qkv", "attend", "rest")
 TOKENS = 75_600  # 1280x720, 81 frames
@@ -73,21 +76,23 @@ def block_kernels(spec: ModelSpec, target: Target, precision: Precision, tokens:
     return tuple(counts)
 
 
-def table_of(figures: Sequence[PrecisionFigures], spec: ModelSpec = T2V_A14B) -> Table:
-    """Accuracy, size, kernels and rooflines at the model's first size."""
+def tables_of(figures: Sequence[PrecisionFigures], spec: ModelSpec = T2V_A14B) -> tuple[Table, Table]:
+    """Accuracy and kernels; size, and the rooflines of a step at the model's first size."""
     models = list(figures[0].velocity)
-    errors, latents = (f"velocity {m}" for m in models), (f"latents {m}" for m in models)
-    title = f"{spec.name}: error of the worst step, PSNR of latents, kernels of a block, roofline seconds of a step"
-    table = Table("precision", "aim", *errors, *latents, "GB", "kernels", *CARDS, title=title)
+    short = [model.rpartition("-")[2].upper() for model in models]
+    title = "Velocity error of the worst step, PSNR of latents, kernels of a block"
+    accuracy = Table("precision", *short, "aim", *(f"{each}, dB" for each in short), "kernels", title=title)
+    speed = Table("precision", "GB", *CARDS.values(), title=f"{spec.name}: roofline seconds of a step")
     for each in figures:
         missed = "" if each.meets_aim else " missed"
-        row = [str(each.precision), f"{each.aim:.1%}{missed}", *(f"{each.velocity[m]:.2%}" for m in models)]
-        row += [f"{each.latents_db[m]:.1f}" for m in models]
+        row = [str(each.precision), *(f"{each.velocity[m]:.2%}" for m in models), f"{each.aim:.1%}{missed}"]
         size = len(spec.experts) * dit_weights_bytes(spec.dit, each.precision)
-        row += [f"{size / 1e9:.1f}", "; ".join(dict.fromkeys(" + ".join(map(str, n)) for n in each.kernels.values()))]
+        kernels = dict.fromkeys("+".join(map(str, n)) for n in each.kernels.values())
+        accuracy.add_row(*row, *(f"{each.latents_db[m]:.1f}" for m in models), "; ".join(kernels))
+        seconds = []
         for card in CARDS:
             allowed = each.precision in TARGETS[card].precisions
-            seconds = make_plan(spec, TARGETS[card], each.precision).step_seconds if allowed else None
-            row.append("" if seconds is None else f"{seconds:.1f}")
-        table.add_row(*row)
-    return table
+            found = make_plan(spec, TARGETS[card], each.precision).step_seconds if allowed else None
+            seconds.append("" if found is None else f"{found:.1f}")
+        speed.add_row(str(each.precision), f"{size / 1e9:.1f}", *seconds)
+    return accuracy, speed
