@@ -20,6 +20,7 @@ EVERY_BLOCK = "blocks.*"  # the block of a stage's kernels
 OF_A_BLOCK = ("text_kv", "qkv", "attend", "join", "rest", "layer")  # stages that every block calls
 NARROW = ("fp8", "int8", "fp4", "nvfp4")  # types of quantised products
 SLOW_UNFUSED_BYTES = 2**26  # smaller copies are not reported
+FEW_TOKENS = 1024  # as many as a rank, or groups of inputs with a scale of their own, may be
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class FusionReport:
         for kernel in self.compiled.kernels:
             for operand in kernel.outputs:  # a tokens x tokens matrix is the sign of unfused attention
                 tokens = None if has_biases else self.compiled.tokens
-                if tokens is not None and operand.dims[-2:] == (tokens, tokens):
+                rows_of_few = len(operand.dims) == 2 and (tokens or 0) < FEW_TOKENS  # scores have heads as well
+                if tokens is not None and operand.dims[-2:] == (tokens, tokens) and not rows_of_few:
                     stored = f"{list(operand.dims)} {operand.dtype}, {human_bytes(operand.size_bytes)}"
                     squares.append(f"{kernel.name} writes tokens x tokens: {stored}")
             softmax = [node for node in kernel.nodes if node.endswith(("Softmax", "Attention"))]

@@ -114,6 +114,14 @@ def test_a_matrix_of_tokens_times_tokens_is_an_error(dims):
     ]
 
 
+@pytest.mark.parametrize(("tokens", "problems"), [(32, 0), (4096, 1)])
+def test_few_tokens_may_be_as_many_as_another_dimension(tokens, problems):
+    edges = f"I/O Tensors:\n Name: rope_cos, IOMode: Input, DataType: Float, MaxShape: [1,1,{tokens},64], Format"
+    line = kernel("qkv/Gemm", "gemm", outputs=[("small", f"{tokens},{tokens}", "BFloat16")])
+    report = FusionReport("dit", TARGETS["rtx5090"], parse(f"Layers:\n{line}{edges}"), Precision.NVFP4)
+    assert len(report.problems) == problems
+
+
 def test_softmax_outside_an_attention_kernel_is_an_error():
     line = kernel("__myl_MaxrSubExpSoft", nodes=["blocks.0/self_attn/Softmax"])
     assert report_of(line).problems == ["blocks.0/self_attn/Softmax is not inside an attention kernel"]
