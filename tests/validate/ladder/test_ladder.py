@@ -173,6 +173,7 @@ def test_fp16_engines_keep_the_limits_of_fp16_and_miss_those_of_fp32(tiny_checkp
     assert all(row.limit in (FP32.vae, FP32.streaming) for row in vae)  # the VAE stays in float32
 
 
+@pytest.mark.slow
 def test_a_decoder_in_16_bits_and_strips_shows_what_16_bits_cost(tiny_checkpoint, tmp_path):
     options = ExportOptions(Precision.FP32, {"vae_decoder": Precision.FP16})
     export_checkpoint(tiny_checkpoint, tmp_path / "onnx", options)
