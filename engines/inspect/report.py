@@ -87,11 +87,11 @@ class FusionReport:
         """Faults that make an engine slow or impossible to run, one line each."""
         squares, loose, widened = [], [], []
         has_biases = self.component.startswith("text_encoder")  # one for each pair of its few tokens
+        tokens = 0 if has_biases else self.compiled.tokens or 0
         for kernel in self.compiled.kernels:
             for operand in kernel.outputs:  # a tokens x tokens matrix is the sign of unfused attention
-                tokens = None if has_biases else self.compiled.tokens
-                rows_of_few = len(operand.dims) == 2 and (tokens or 0) < FEW_TOKENS  # scores have heads as well
-                if tokens is not None and operand.dims[-2:] == (tokens, tokens) and not rows_of_few:
+                has_heads = len(operand.dims) > 2
+                if tokens and operand.dims[-2:] == (tokens, tokens) and (has_heads or tokens >= FEW_TOKENS):
                     stored = f"{list(operand.dims)} {operand.dtype}, {human_bytes(operand.size_bytes)}"
                     squares.append(f"{kernel.name} writes tokens x tokens: {stored}")
             softmax = [node for node in kernel.nodes if node.endswith(("Softmax", "Attention"))]

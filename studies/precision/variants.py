@@ -86,7 +86,7 @@ VARIANTS = (
     Variant("int8 without means and factors", BFLOAT16, QUANTISED, 0.0, INT8),
     *_exported(Precision.INT8_FP8_ATTN, INT8_FP8_ATTN, 0.02),
     *_exported(Precision.NVFP4, NVFP4, 0.045),
-    Variant("nvfp4, rank 32", BFLOAT16, QUANTISED, 0.0, NVFP4_RANK_32, "export", note=WITHOUT_DATA),
+    Variant("nvfp4, rank 32", BFLOAT16, QUANTISED, 0.045, NVFP4_RANK_32, "export", note=WITHOUT_DATA),
     Variant("nvfp4, rank 32, calibrated", BFLOAT16, QUANTISED, 0.045, NVFP4_RANK_32, "run", note=BEFOREHAND),
     Variant("nvfp4 without factors", BFLOAT16, QUANTISED, 0.0, NVFP4, "export", smoothed=False),
     Variant("nvfp4, nearest codes of plain inputs", BFLOAT16, QUANTISED, 0.0, NVFP4),

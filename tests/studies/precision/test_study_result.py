@@ -86,3 +86,7 @@ def test_a_miss_names_the_linears_that_cause_it():
     said = [replace(study_of(VariantResult(mixed, (e,), 40.0, 1.0)), parts=parts).sentences[0] for e in (0.05, 0.01)]
     assert said[0].endswith("; alone ffn.2 3.1%, ffn.0 2.0%, self_attn.o 0.4%")
     assert "alone" not in said[1]
+
+
+def test_every_variant_that_can_be_exported_has_an_aim():
+    assert [variant.name for variant in VARIANTS if not variant.ablation and not variant.aim] == []
