@@ -97,7 +97,7 @@ def groups_as_text(plans: Sequence[GroupPlan], chosen: Sequence[tuple[Goal, Grou
 
 
 def _split(plan: GroupPlan) -> str:
-    return str(plan.split) or "none"
+    return str(plan.split) or "one"
 
 
 def precisions_as_text(plans: Sequence[Plan]) -> Iterable[RenderableType]:

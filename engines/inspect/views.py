@@ -17,11 +17,13 @@ NARROWEST_BAR, WIDEST_BAR = 2.0, 100.0  # per cent
 
 def as_text(report: FusionReport) -> list[RenderableType]:
     """The terminal output for one component: counts, then the kernels of a typical block."""
-    lines: list[RenderableType] = [_counts(report)]
-    if report.typical_block:
-        lines.append(_kernels(report))
-    lines += [Text(f"problem: {problem}", style="bold red") for problem in report.problems]
-    return lines
+    return [_counts(report), *([_kernels(report)] if report.typical_block else [])]
+
+
+def problems_as_text(reports: Sequence[FusionReport]) -> list[Text]:
+    """A line for each problem, with its component: what the terminal shows last, and so in sight."""
+    named = [f"problem: {report.component}: {problem}" for report in reports for problem in report.problems]
+    return [Text(line, style="bold red") for line in named]
 
 
 def blocks_as_text(reports: Sequence[FusionReport]) -> Iterator[str]:

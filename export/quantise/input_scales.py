@@ -52,7 +52,7 @@ def read_input_scales(path: Path, spec: ModelSpec) -> dict[str, Scales]:
                     float(entry["input_scale"]), None if weight is None else float(weight)
                 )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        layout = isinstance(error, (KeyError, TypeError, AttributeError))
+        layout = isinstance(error, (KeyError, TypeError, AttributeError, UnicodeError))
         reason = getattr(error, "strerror", None) or ("another layout" if layout else str(error))
         raise UserError(f"{path}: {reason}", "a JSON of input scales by linear", "write one with calibrate") from None
     names = {theirs.removesuffix(".weight"): ours for ours, theirs in diffusers_names("dit", spec).items()}

@@ -35,7 +35,7 @@ def run(
         return _video(folder, as_json=as_json)
     from engines.inspect.contents import contents
     from engines.inspect.inspection import inspect_bundle, inspect_engines
-    from engines.inspect.views import as_html, as_text, blocks_as_text
+    from engines.inspect.views import as_html, as_text, blocks_as_text, problems_as_text
 
     if html is None and target is None:
         if not (folder / MANIFEST).is_file():
@@ -60,7 +60,8 @@ def run(
     if as_json:
         print(json.dumps([report.summary() for report in reports]))
     else:
-        for part in (*(part for report in reports for part in as_text(report)), *blocks_as_text(reports)):
+        components = (part for report in reports for part in as_text(report))
+        for part in (*components, *blocks_as_text(reports), *problems_as_text(reports)):
             console.print(part)
     return 1 if any(report.problems for report in reports) else 0
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from engines.block_build import slotted_stages
 from engines.block_weights import attention_scales, layout_of, write_block_weights
+from export.checkpoint.hub import is_hub_name
 from export.checkpoint.place import Place
 from export.exporter import export_checkpoint
 from export.lora.merge import LoraChoice
@@ -54,7 +55,10 @@ def apply_lora(
     old = open_bundle(engines, "engines")
     manifest = old.manifest
     checkpoint = options.checkpoint or manifest.source.checkpoint
-    check_no_source(folder, engines, *Place.parse(checkpoint).paths, *(lora.path for lora in loras))
+    place = Place.parse(checkpoint)
+    if options.checkpoint is None and not is_hub_name(checkpoint) and not all(path.exists() for path in place.paths):
+        raise UserError(f"no {checkpoint}", "the checkpoint where the export read it", "name it with --checkpoint")
+    check_no_source(folder, engines, *place.paths, *(lora.path for lora in loras))
     if not in_blocks(old):
         raise UserError(f"{engines} has embedded weights", "engines in blocks", "build with --topology blocks")
     check_disk(folder, 2 * sum(old.component(e).weights[1].size_bytes for e in manifest.spec.experts))

@@ -6,7 +6,7 @@ import pytest
 
 from engines.inspect.log import parse
 from engines.inspect.report import FusionReport
-from engines.inspect.views import as_html, as_text, by_dtype
+from engines.inspect.views import as_html, as_text, by_dtype, problems_as_text
 from engines.targets import TARGETS
 from wan22.errors import UserError
 from wan22.precision import Precision
@@ -124,7 +124,9 @@ def test_few_tokens_may_be_as_many_as_another_dimension(tokens, problems):
 
 def test_softmax_outside_an_attention_kernel_is_an_error():
     line = kernel("__myl_MaxrSubExpSoft", nodes=["blocks.0/self_attn/Softmax"])
-    assert report_of(line).problems == ["blocks.0/self_attn/Softmax is not inside an attention kernel"]
+    report = report_of(line)
+    assert report.problems == ["blocks.0/self_attn/Softmax is not inside an attention kernel"]
+    assert [str(each) for each in problems_as_text([report, report])] == [f"problem: dit: {report.problems[0]}"] * 2
 
 
 @pytest.mark.parametrize(("name", "kind"), [("blocks.0/ffn/0/MatMul", "gemm"), ("_gemm_mha_v2", "kgen")])

@@ -77,6 +77,12 @@ def test_a_file_without_scales_is_refused(tmp_path, content, told):
         read_input_scales(tmp_path / "s.json", TINY)
 
 
+def test_means_in_place_of_scales_are_another_layout(tmp_path):
+    (tmp_path / "means.safetensors").write_bytes(b"\xff\xfe\0\0")
+    with pytest.raises(UserError, match=r"another layout \| expected a JSON of input scales"):
+        read_input_scales(tmp_path / "means.safetensors", TINY)
+
+
 def test_scales_of_other_weights_are_refused():
     scales = {"blocks.0.ffn.0": LinearScales(0.1, 0.5 / 448)}
     check_weights("s.json", scales, "dit", lambda _: np.array([0.1, -0.45]))

@@ -1,5 +1,9 @@
 """LoRAs for engines in blocks: new files of weights, the stages that are there."""
 
+import os
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -10,7 +14,7 @@ from export.exporter import export_checkpoint
 from export.lora.file import lora_file
 from export.lora.merge import LoraChoice
 from export.options import ExportOptions
-from wan22.bundle import open_bundle
+from wan22.bundle import open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.precision import Precision
 from wan22.specs import SPECS
@@ -60,6 +64,16 @@ def test_engines_with_their_weights_inside_are_refused(tmp_path, tiny_engines):
     with pytest.raises(UserError, match="has embedded weights"):
         apply_lora(tiny_engines, tmp_path / "new", [LoraChoice(tmp_path / "style.safetensors")])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_moved_is_told_with_the_option_that_names_it(tmp_path, tiny_engines):
+    old = open_bundle(tiny_engines, "engines").manifest
+    gone = replace(old.source, checkpoint=f"{tmp_path / 'gone'},vae={tmp_path / 'vae.safetensors'}")
+    write_manifest(shutil.copytree(tiny_engines, tmp_path / "e", copy_function=os.link), replace(old, source=gone))
+    told = CliRunner().invoke(app, ["lora", "apply", str(tmp_path / "e"), "x.safetensors", "-o", str(tmp_path / "new")])
+    assert told.exit_code == 2
+    assert "gone" in told.output
+    assert "name it with --checkpoint" in told.output.replace("\n", " ")
 
 
 @pytest.mark.slow
