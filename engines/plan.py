@@ -11,7 +11,7 @@ from engines.block_plan import BlockPlan
 from engines.disk_space import kernel_bytes
 from engines.targets import TARGETS, Target, check_precision
 from wan22.backends import runs_graphs
-from wan22.costs import dit_flops, model_parameters, text_encoder_flops, vae_flops
+from wan22.costs import branch_flops, dit_flops, model_parameters, text_encoder_flops, vae_flops
 from wan22.errors import UserError
 from wan22.precision import Number, Precision
 from wan22.residency import (
@@ -199,12 +199,12 @@ class Plan:
             (flops.feed_forward, peak(precision.linears)),
             (flops.linears - flops.feed_forward, peak(precision.beside_feed_forward)),
             (flops.self_attention + flops.cross_attention, peak(precision.attention)),
+            (branch_flops(request.spec.dit, self.tokens, precision, request.low_rank), peak(Number.BF16)),
         )
-        if not all(rate for _, rate in work):
+        if not all(rate for flop, rate in work if flop):
             return None
-        seconds = sum(flop / rate for flop, rate in work if rate)
         weights = self.weights_bytes[request.spec.experts[0]] / (request.target.bandwidth_gb_s * 1e9)
-        return self.forwards_per_step * max(seconds / 1e12, weights)
+        return self.forwards_per_step * max(sum(flop / rate for flop, rate in work if rate) / 1e12, weights)
 
     @cached_property
     def video_seconds(self) -> float | None:

@@ -69,10 +69,21 @@ def matrices_bytes(spec: DitSpec, precision: Precision, low_rank: int = 0) -> fl
     """
     feed_forward = 2 * spec.width * spec.ffn_width
     others = block_parameters(spec).linear - feed_forward
-    beside = precision.beside_feed_forward
-    sides = 2 * (spec.width + spec.ffn_width) if precision.linears is Number.NVFP4 else 0
-    sides += 13 * spec.width if beside is Number.NVFP4 else 0  # q, k and v are one matrix, as k and v of the text
+    beside, sides = precision.beside_feed_forward, sum(_branch_sides(spec, precision))
     return (feed_forward * precision.linears.stored_bits + others * beside.stored_bits + 16 * low_rank * sides) / 8
+
+
+def branch_flops(spec: DitSpec, tokens: int, precision: Precision, low_rank: int) -> float:
+    """FLOPs of the branches beside NVFP4 matrices in one forward; those of the text are left out."""
+    return 2 * spec.layers * tokens * low_rank * _branch_sides(spec, precision)[0]
+
+
+def _branch_sides(spec: DitSpec, precision: Precision) -> tuple[int, int]:
+    """Inputs and outputs of a block's NVFP4 matrices that tokens enter, and that the text enters."""
+    feed_forward = 2 * (spec.width + spec.ffn_width) if precision.linears is Number.NVFP4 else 0
+    if precision.beside_feed_forward is not Number.NVFP4:
+        return feed_forward, 0
+    return feed_forward + 10 * spec.width, 3 * spec.width  # q, k and v are one matrix, as are k and v of the text
 
 
 def vectors_bytes(spec: DitSpec, precision: Precision) -> float:

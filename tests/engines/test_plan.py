@@ -1,6 +1,7 @@
 """Plans agree with the facts about the models, and say what fits."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -49,7 +50,8 @@ def test_weights_are_what_the_graph_stores(name, precision):
 @pytest.mark.parametrize("spec", [T2V_A14B, TI2V_5B], ids=["a14b", "5b"])
 def test_branches_take_what_the_graph_and_the_blocks_store(spec, precision):
     quantised = replace(usual_quantised(precision), low_rank=32)
-    stored = sum(s.size_bytes for s in declare_weights([dit_graph(spec.dit, BFLOAT16, None, quantised)]).values())
+    declared = declare_weights([dit_graph(spec.dit, BFLOAT16, None, quantised)])
+    stored = sum(each.size_bytes for each in declared.values())
     assert dit_weights_bytes(spec.dit, precision, 32) == pytest.approx(stored, abs=4096)
     stages = [g.stage(File("", "", 0)) for g in stage_graphs(spec.dit, BFLOAT16, quantised).values() if g.groups == 1]
     read = layout_of(stages, spec.dit.layers).step_bytes
@@ -59,6 +61,10 @@ def test_branches_take_what_the_graph_and_the_blocks_store(spec, precision):
     assert beside.in_blocks.block_bytes == block_step_bytes(spec.dit, precision, 32)
     assert beside.weights_bytes[spec.experts[0]] == dit_weights_bytes(spec.dit, precision, 32)
     assert beside.in_blocks.least_bytes > plan.in_blocks.least_bytes
+    branches = [each.shape for name, each in declared.items() if "low_rank" in name and "cross_attn.kv" not in name]
+    flops = 2 * 2 * plan.tokens * sum(math.prod(shape) for shape in branches)  # with and without guidance
+    longer = flops / (plan.request.target.bf16_tflops * 1e12)
+    assert beside.step_seconds - plan.step_seconds == pytest.approx(longer, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ def apply_lora(
         raise UserError(f"{engines} has embedded weights", "engines in blocks", "build with --topology blocks")
     check_disk(folder, 2 * sum(old.component(e).weights[1].size_bytes for e in manifest.spec.experts))
     with staged(folder, overwrite=options.overwrite) as temporary:
-        with tempfile.TemporaryDirectory(dir=temporary) as place:
-            merged = export_experts(old, checkpoint, loras, Path(place) / "onnx", progress)
+        with tempfile.TemporaryDirectory(dir=temporary) as scratch:
+            merged = export_experts(old, checkpoint, loras, Path(scratch) / "onnx", progress)
             components = _replace_weights(old, merged, temporary, progress)
         manifest = replace(manifest, components=components, loras=merged.manifest.loras, command=options.command)
         write_manifest(temporary, manifest)
