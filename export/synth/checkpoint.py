@@ -25,7 +25,7 @@ from export.files.tensor_file import BFLOAT16, Pieces, Planned
 from export.files.torch_file import write_torch
 from export.synth.tokenizer import write_tokenizer
 from export.synth.trained import trained_folder, trained_pieces, trained_tokenizer
-from export.synth.weights import PIECE_ELEMENTS, pieces
+from export.synth.weights import pieces
 from wan22.bundle import staged
 from wan22.errors import UserError
 from wan22.outputs import check_disk
@@ -33,6 +33,7 @@ from wan22.progress import Progress, silent
 from wan22.specs import TEXT_TOKENS, ModelSpec
 
 SHARD_MAX_BYTES = 10**10
+HOLE_ELEMENTS = 2**19  # of zeros at a time in sparse files: they stay in the processor's cache
 FLOAT32 = np.dtype(np.float32)
 
 
@@ -108,8 +109,8 @@ class _Tensors:
             name = official[written]
             if self.sparse:
                 count = prod(shapes[name])
-                zeros = np.zeros(min(count, PIECE_ELEMENTS), dtype)
-                yield from (zeros[: count - start] for start in range(0, count, PIECE_ELEMENTS))
+                zeros = np.zeros(min(count, HOLE_ELEMENTS), dtype)
+                yield from (zeros[: count - start] for start in range(0, count, HOLE_ELEMENTS))
             elif trained is not None:
                 yield from trained_pieces(trained, part, name)
             else:
