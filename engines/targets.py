@@ -191,8 +191,8 @@ def target_named(name: str) -> Target:
     """
     if name == "auto":
         return detect(_gpus())
-    system, _, card = name.partition(":")
-    on_cuda = _on_cuda(card) if system == ON_CUDA else None
+    system, colon, card = name.partition(":")
+    on_cuda = _on_cuda(card) if system == ON_CUDA and bool(colon) == bool(card) else None
     if found := TARGETS.get(name) or _BY_CAPABILITY.get(name.lower()) or on_cuda:
         return found
     capabilities = ", ".join(_BY_CAPABILITY)

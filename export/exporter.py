@@ -36,7 +36,7 @@ from wan22.bundle import Bundle, Manifest, file_entry, refuse_existing, write_ma
 from wan22.component import Component, File, Stage
 from wan22.errors import UserError
 from wan22.outputs import check_disk, check_no_source
-from wan22.precision import Precision
+from wan22.precision import Precision, check_low_rank
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec
 from wan22.strips import VAE_STAGES
@@ -56,6 +56,7 @@ def export_checkpoint(
             interrupted export leaves a hidden folder, from which the next export of the same input resumes.
     """
     options = options or ExportOptions()
+    check_low_rank(options.low_rank, {each.linears for each in (options.precision, *options.precisions.values())})
     refuse_existing(folder, "graphs", overwrite=options.overwrite)
     measured = (options.input_scales, options.input_means)
     check_no_source(folder, *Place.parse(checkpoint).paths, *(lora.path for lora in options.loras), *measured)

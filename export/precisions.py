@@ -143,7 +143,9 @@ def check_quantised(spec: ModelSpec, options: ExportOptions) -> None:
         "--input-means": options.input_means,
     }.items():
         if given and not quantised:
-            raise UserError(f"{option} without FP8 or INT8", "a transformer in fp8 or int8", f"leave {option} out")
+            raise UserError(
+                f"{option} without 8 or 4 bits", "a transformer in fp8, int8 or nvfp4", f"leave {option} out"
+            )
     check_low_rank(options.low_rank, linears)
     if options.input_scales and Number.FP8 not in linears:
         raise UserError("--input-scales without FP8", "a transformer in fp8 or fp8-attn", "leave --input-scales out")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan22.errors import UserError
+from wan22.inputs import check_regular
 from wan22.specs import ImageUse
 
 
@@ -25,6 +26,7 @@ def read_prompts(path: Path, image_use: ImageUse) -> list[Prompt]:
         UserError: the file is missing or has no prompts, a JSON line has no prompt or an empty one, or an image is
             missing or not supported.
     """
+    check_regular(path)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from rich.text import Text
 
 from wan22.errors import UserError
+from wan22.inputs import check_regular
 
 TABLES = ("bench", "validate")  # the commands that support gates
 BOUNDS = ("min", "max")
@@ -120,6 +121,7 @@ def judge(gates: Collection[Gate], measured: Mapping[str, float]) -> tuple[Verdi
 
 
 def _content(path: Path) -> dict[str, Any]:
+    check_regular(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -28,7 +28,7 @@ STAGE_OF: dict[Kind, str] = {"graphs": "wan-trt export", "engines": "wan-trt bui
 
 @dataclass(frozen=True)
 class Source:
-    """The origin of the weights. ``fingerprint`` covers names, dtypes, shapes and sizes of all files read."""
+    """The origin of the weights. ``fingerprint`` covers names, dtypes, shapes, sizes and a few bytes of all files."""
 
     checkpoint: str
     layout: str  # name of the module that read it
@@ -83,8 +83,9 @@ class Manifest:
 
     @property
     def precision_text(self) -> str:
-        """The precision of the transformers: ``bf16``, or ``nvfp4 and fp8`` of experts that differ."""
-        of_experts = [c.precision for c in self.components if c.name in self.spec.experts]
+        """The precision of the transformers: ``bf16``, ``nvfp4 with rank 32``, or ``nvfp4 and fp8`` of two experts."""
+        experts = [component for component in self.components if component.name in self.spec.experts]
+        of_experts = [f"{each.precision}{f' with rank {each.low_rank}' if each.low_rank else ''}" for each in experts]
         return " and ".join(dict.fromkeys(of_experts)) or str(self.precision)
 
     def files(self) -> dict[str, File]:

@@ -170,8 +170,9 @@ def check_room(folder: Path, replaces: str = "") -> None:
         UserError: the folder has other content, or the path is a link, a mount point or a file.
     """
     with refusing_disk_errors(str(folder)):
-        if folder.is_symlink() or folder.is_mount():
-            kind = "a link" if folder.is_symlink() else "a mount point"
+        here = folder.exists() and folder.samefile(Path())
+        if here or folder.is_symlink() or folder.is_mount():
+            kind = "the working folder" if here else "a link" if folder.is_symlink() else "a mount point"
             expected = "a folder that can be replaced at the end"
             raise UserError(f"{folder} is {kind}", expected, "name one inside it")
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):

@@ -45,6 +45,12 @@ def check_apart(*outputs: Path | None) -> None:
         places.add(output.resolve())
 
 
+def check_ending(output: Path, option: str, ending: str) -> None:
+    """Refuse a file of another name for what replaces earlier files: it may be something else. Raises UserError."""
+    if output.suffix.lower() != ending and (output.is_file() or not output.exists()):
+        raise UserError(f"{option} {output}", f"a file that ends in {ending}", f"add {ending} to the name")
+
+
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Refuse to write more than the disk of ``folder``, which need not exist, can hold."""
     existing = next(parent for parent in folder.absolute().parents if parent.exists())

@@ -179,16 +179,16 @@ def size_of(text: str | None) -> tuple[int, int] | None:
     return None if text is None else parse_size(text)
 
 
-def kept_of(text: str) -> tuple[frozenset[int], dict[str, Number], bool, Number | None]:
+def kept_of(text: str | None) -> tuple[frozenset[int], dict[str, Number], bool, Number | None]:
     """The blocks, the linears and their types, whether by crest, and in what type, of ``--keep-high-precision``.
 
     ``"0-2,39,ffn.2=fp8,3.self_attn.o,auto"``: blocks 0, 1, 2 and 39 in 16 bits, the linear ``ffn.2`` of every block in
     FP8, one of block 3 in bfloat16, and by their crest the linears that INT8 does not suit.
     """
     blocks, linears, by_crest, number = [], dict[str, Number](), False, None
-    for part in text.split(",") if text else ():
-        name, _, typed = part.strip().partition("=")
-        if typed and typed not in list(Number):
+    for part in text.split(",") if text is not None else ():
+        name, equals, typed = part.strip().partition("=")
+        if equals and typed not in list(Number):
             raise UserError(f"--keep-high-precision {part}", "bf16, fp8 or int8 after =", "choose one of these")
         if name == "auto":
             by_crest, number = True, Number(typed) if typed else None

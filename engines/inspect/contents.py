@@ -13,16 +13,14 @@ from wan22.quantities import human_bytes
 WEIGHTS = ".weights"
 
 
-def contents(folder: Path) -> list[dict[str, Any]] | None:
-    """An entry for the bundle at ``folder`` and one for each component; None for engines with compiled kernels.
+def contents(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """An entry for the bundle at ``folder``, and one for each component that has no compiled kernels.
 
     Raises:
         UserError: the bundle is damaged.
     """
     bundle = open_bundle(folder, kind_of(folder))
     manifest, build = bundle.manifest, bundle.manifest.build
-    if build is not None and not runs_graphs(build.backend):
-        return None
     made = f"engines for {build.target} ({build.backend} {build.backend_version})" if build else "ONNX graphs"
     whole: dict[str, Any] = {
         "path": str(folder),
@@ -37,7 +35,9 @@ def contents(folder: Path) -> list[dict[str, Any]] | None:
         whole["LoRA slots"] = f"of rank {rank}, for --lora"
     if manifest.loras:
         whole["LoRAs"] = [lora.shown(manifest.spec) for lora in manifest.loras]
-    return [whole, *(_component(bundle, component) for component in manifest.components)]
+    if build is not None and not runs_graphs(build.backend):
+        return whole, []
+    return whole, [_component(bundle, component) for component in manifest.components]
 
 
 def _component(bundle: Bundle, component: Component) -> dict[str, Any]:
@@ -51,8 +51,11 @@ def _component(bundle: Bundle, component: Component) -> dict[str, Any]:
         ],
         "weights": human_bytes(sum(file.size_bytes for file in component.weights)),
     }
+    others = [each for each in bundle.manifest.components if each is not component]
+    if sharing := [each.name for each in others if set(each.weights) & set(component.weights)]:
+        entry["weights"] += f", shared with {', '.join(sharing)}"
     if component.low_rank:
-        entry["beside NVFP4"] = f"a 16-bit branch of rank {component.low_rank}"
+        entry["branches"] = f"of rank {component.low_rank} in 16 bits, beside NVFP4"
     if component.in_stages:
         entry["stages"] = [stage.name for stage in component.stages]
     return entry | ({"why": component.why_higher} if component.why_higher else {})

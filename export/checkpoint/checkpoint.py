@@ -30,11 +30,13 @@ from export.files.decoded import Codes, Decoded, Nvfp4, Scaled, Tensor, codes_of
 from export.files.tensor_file import BFLOAT16, Array, Stored
 from wan22.bundle import Source
 from wan22.errors import UserError, some_of, warn_once
+from wan22.inputs import check_regular
 from wan22.progress import Progress, silent
 from wan22.specs import ModelSpec
 
 READABLE = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 NAMES_SHOWN = 3
+SAMPLE_BYTES = 4096
 EXPERTS = frozenset({"high_noise", "low_noise"})
 SMALL = ("head.head.bias", "head.modulation", "patch_embedding.bias")  # tensors that differ between experts
 
@@ -126,6 +128,8 @@ def _locate(place: Place) -> tuple[Path, Layout, dict[str, Path]]:
     for part, path in place.files.items():
         if not path.exists():
             raise UserError(f"{path} does not exist", f"the {part.replace('_', ' ')}", "check the path")
+    for path in (path for path in place.paths if not path.is_dir()):
+        check_regular(path)
     if not place.whole:
         check_complete(place.files)
         return Path(), single_files, dict(place.files)
@@ -229,7 +233,10 @@ def _stored_type(tensor: Tensor) -> np.dtype[Any]:
 
 
 def _fingerprint(folder: Path, parts: Parts) -> str:
-    """The SHA-256 of all tensors' names, dtypes and shapes and all files' sizes; reads no data."""
+    """The SHA-256 of all tensors' names, dtypes and shapes, and of all files' sizes and a few of their bytes.
+
+    The bytes tell fine-tuned models of the same structure apart. To read all of them would take minutes.
+    """
     lines = [
         f"{part}/{name} {stored.dtype} {list(stored.shape)}"
         for part, tensors in parts.items()
@@ -237,5 +244,15 @@ def _fingerprint(folder: Path, parts: Parts) -> str:
     ]
     files = {stored.path for tensors in parts.values() for stored in tensors.values()}
     inside = {path: path.relative_to(folder).as_posix() for path in files if path.is_relative_to(folder)}
-    lines += [f"{inside.get(path, path.name)} {path.stat().st_size}" for path in files]
+    lines += [f"{inside.get(path, path.name)} {path.stat().st_size} {_samples(path)}" for path in files]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _samples(path: Path) -> str:
+    """The SHA-256 of some KiB at a quarter, half and three quarters of a file."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for quarter in (1, 2, 3):
+            file.seek(size * quarter // 4)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -26,6 +26,7 @@ from wan22.errors import UserError
 from wan22.specs import ModelSpec
 
 SYNTAX = "FILE[@STRENGTH][:high|:low]"
+MOST_STRENGTH = 1000
 WEIGHT_FILE = "|".join(re.escape(suffix) for suffix in WEIGHT_SUFFIXES)
 ARGUMENT = re.compile(
     rf"(?P<file>.+(?:{WEIGHT_FILE})|.+?)(?:@(?P<first>[^@:/]*))?(?::(?P<expert>[^:/]*))?(?::(?P<last>[^:/]*))?"
@@ -119,13 +120,14 @@ def parse_lora(argument: str, found: str = "", syntax: str = SYNTAX) -> LoraChoi
 
 
 def finite_strength(found: str, text: str, syntax: str) -> float:
-    """The number in ``text``. Raises UserError, which begins with ``found``, for anything but a finite number."""
+    """The number in ``text``. Raises UserError, which begins with ``found``, for none, or one of absurd size."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f"{found}: strength {text!r}", "a finite number", f"write {syntax}")
+    if not abs(value) <= MOST_STRENGTH:
+        expected = f"a number from -{MOST_STRENGTH} to {MOST_STRENGTH}"
+        raise UserError(f"{found}: strength {text!r}", expected, f"write {syntax}")
     return value
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from export.checkpoint.keys import diffusers_names
 from export.graphs.linear import FLOAT8_MAX
 from wan22.errors import UserError
+from wan22.inputs import check_regular
 from wan22.specs import ModelSpec
 
 MARGIN = 1.1  # over the largest input seen, same as NVIDIA's file
@@ -40,6 +41,7 @@ def read_input_scales(path: Path, spec: ModelSpec) -> dict[str, Scales]:
     Raises:
         UserError: the file is missing, has another layout or another model's linears, or a scale is not positive.
     """
+    check_regular(path)
     try:
         content = json.loads(path.read_text())
         by_expert = content.keys() and content.keys() <= set(spec.experts)

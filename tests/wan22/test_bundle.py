@@ -156,13 +156,17 @@ def test_a_path_that_no_disk_has_is_refused(tmp_path, path):
 
 
 @pytest.mark.parametrize("target", ["nowhere", "empty"])
-def test_what_nothing_can_take_the_place_of_is_refused_before_the_work(tmp_path, target):
+def test_what_nothing_can_take_the_place_of_is_refused_before_the_work(tmp_path, target, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / target)
     with pytest.raises(UserError, match=r"link is a link .* name one inside it"), staged(tmp_path / "link"):
         raise AssertionError("it was begun")
     with pytest.raises(UserError, match=r"/ is a mount point .* name one inside it"), staged(Path("/")):
         raise AssertionError("it was begun")
+    monkeypatch.chdir(tmp_path / "empty")
+    for here in (Path(), tmp_path / "empty"):
+        with pytest.raises(UserError, match=r"is the working folder .* name one inside it"), staged(here):
+            raise AssertionError("it was begun")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
 
 

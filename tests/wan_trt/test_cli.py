@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import wan_trt
 from runtime.request import Request
 from wan22.looks import GROUPS
+from wan_trt.__main__ import main
 from wan_trt.cli import app
 from wan_trt.commands import client, generate, validate
 from wan_trt.guard import command_of
@@ -88,7 +89,10 @@ def test_every_group_of_terms_has_an_option(command):
             ["looks", "--model"],
             "wan-trt looks: no option --model | expected wan-trt looks [OPTIONS] | see wan-trt looks",
         ),
-        (["plan", "m", "--steps", "x"], "wan-trt plan: --steps x | expected a whole number of at least 1 | see "),
+        (
+            ["plan", "m", "--steps", "x"],
+            "wan-trt plan: --steps x | expected a whole number of at least 1 and at most 1000",
+        ),
         (["generate", "e", "--shift", "x"], "wan-trt generate: --shift x | expected a number | see "),
         (
             ["serve", "e", "--queue-size", "0"],
@@ -224,6 +228,30 @@ def test_what_cannot_be_is_told_before_anything_is_read(tmp_path, monkeypatch, c
 )
 def test_numbers_that_are_out_of_the_world_are_the_parsers_to_refuse(option):
     assert status(["serve", "engines", option]) == 2
+
+
+@pytest.mark.parametrize("option", ["--steps=1001", "--steps=100000000000000000000", "--bus=inf", "--bus=nan"])
+def test_a_plan_of_what_nobody_has_is_the_parsers_to_refuse(option):
+    assert status(["plan", "t2v-a14b", "--target", "rtx5090", option]) == 2
+
+
+def test_ctrl_c_while_the_modules_load_ends_in_a_line(monkeypatch, capsys):
+    class Interrupting:
+        def find_spec(self, name, *_):
+            if name == "wan_trt.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "wan_trt.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "wan-trt: interrupted\n"
+
+
+def test_the_package_is_a_program():
+    done = subprocess.run([sys.executable, "-m", "wan_trt", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"wan-trt {wan_trt.__version__}\n"
 
 
 def test_too_little_memory_is_told_in_one_line(tmp_path, tiny_engines, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """``wan-trt export`` makes what ``wan-trt build`` of the same target takes, of a checkpoint or of single files."""
 
+import re
+
 import pytest
 from typer.testing import CliRunner
 
@@ -77,7 +79,10 @@ def test_a_branch_is_beside_what_is_in_nvfp4_and_recorded(tmp_path, tiny_checkpo
     assert branches == {"ffn.0", "ffn.2"}
     assert not [name for name in read_safetensors(tmp_path / "onnx/low_noise.safetensors") if ".low_rank_" in name]
     assert status(["inspect", str(tmp_path / "onnx")]) == 0
-    assert "a 16-bit branch of rank 48" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "ONNX graphs of t2v-a14b-tiny, nvfp4-ffn with rank 48 and fp8" in shown
+    assert "branches of rank 48 in 16 bits, beside NVFP4" in shown
+    assert re.search(r"is vae_decoder_first .* shared with vae_decoder_next", shown)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +93,9 @@ def test_a_branch_is_beside_what_is_in_nvfp4_and_recorded(tmp_path, tiny_checkpo
         (["--precision", "int8", "--keep-high-precision", "ffn.2=fp9"], "bf16, fp8 or int8 after ="),
         (["--precision", "int8", "--keep-high-precision", "ffn.2=fp32"], "bf16, fp8 or int8"),
         (["--precision", "int8", "--keep-high-precision", "x"], "write them as 0-2,39, ffn.2=fp8 or auto"),
-        (["--precision", "bf16", "--keep-high-precision", "auto"], "without FP8 or INT8"),
+        (["--precision", "bf16", "--keep-high-precision", "auto"], "without 8 or 4 bits"),
+        (["--precision", "int8", "--keep-high-precision", ""], "write them as 0-2,39, ffn.2=fp8 or auto"),
+        (["--precision", "int8", "--keep-high-precision", "ffn.2="], "bf16, fp8 or int8 after ="),
         (["--precision", "int8", "--input-scales", "s.json"], "--input-scales without FP8"),
         (["--precision", "int8-attn"], "a matrix of tokens by tokens"),
         (["--high-noise", "int8-attn"], "a matrix of tokens by tokens"),

@@ -61,6 +61,38 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(output, tiny_engine
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("words", ["bench e -o notes.txt", "bench e -o notes", "inspect e --html notes.txt"])
+def test_what_may_be_another_file_is_not_replaced(words, tiny_engines, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("e").symlink_to(tiny_engines)
+    Path("notes.txt").write_text("mine")
+    assert "expected a file that ends in ." in refused(capsys, *words.split())
+    assert Path("notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "export c o --precision fp8 --input-scales pipe",
+        "export c o --precision fp8 --input-means pipe",
+        "export pipe o",
+        "export c o --vae pipe",
+        "export c o --tokenizer pipe",
+        "calibrate b s.json --prompts pipe",
+        "validate e c --prompts pipe",
+        "validate e c --gate pipe",
+        "bench e --gate pipe",
+    ],
+)
+def test_a_pipe_is_refused_and_not_waited_for(words, inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    for name, path in (("c", inputs.checkpoint), ("b", inputs.graphs), ("e", inputs.engines)):
+        Path(name).symlink_to(path)
+    assert "pipe is a named pipe | expected a file | copy its content" in refused(capsys, *words.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c", "e", "pipe"]
+
+
 @pytest.mark.parametrize("command", ["bench", "sweep"])
 def test_a_device_is_not_replaced_by_a_file(command, tiny_engines, capsys):
     words = ["--sweep", "steps", "--values", "1,2"] if command == "sweep" else ["--only", "text_encoder"]

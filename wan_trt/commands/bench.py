@@ -12,7 +12,7 @@ import typer
 
 from wan22.errors import UserError
 from wan22.files import whole_file
-from wan22.outputs import check_apart, check_no_source
+from wan22.outputs import check_apart, check_ending, check_no_source
 from wan_trt import arguments as given
 from wan_trt import cache_options, memory_options
 from wan_trt.console import bars, command_line, console
@@ -141,6 +141,8 @@ def _check(asked: Mapping[str, Any]) -> None:
     for path in (asked["output"], asked["plot"]):
         if path is not None and not path.is_dir():  # a folder is refused by its type later
             check_no_source(path, *sources, cache_options.skip_steps_file(asked["shared"].get("skip_steps")))
+    if asked["output"] is not None and str(asked["output"]) != "-":
+        check_ending(asked["output"], "--json", ".json")
 
 
 def _served(

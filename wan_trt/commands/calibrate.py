@@ -23,12 +23,13 @@ def run(
     margin: Annotated[float, typer.Option(help="Factor applied to the largest measured input.", min=1, max=4)] = 1.1,
     target: Annotated[str, typer.Option(help="Target to run it on, as in wan-trt build.")] = "cpu",
     means: Annotated[
-        Path | None, typer.Option(help="Also write .safetensors for wan-trt export --input-means, for FP8 and INT8.")
+        Path | None,
+        typer.Option(help="Also write .safetensors for wan-trt export --input-means, for 8 and 4 bits."),
     ] = None,
     residency: given.Residency = "auto",
     overwrite: given.Overwrite = False,
 ) -> None:
-    """Run prompts and measure the inputs of all linear layers: static FP8 scales, and what INT8 costs."""
+    """Run prompts and measure the inputs of all linear layers: static FP8 scales, what INT8 costs, means."""
     request = given.request_from(locals())
     from wan_trt.recipes.calibrate import CalibrateOptions, calibrate
 

@@ -39,7 +39,7 @@ Fp8Attention = Annotated[
     typer.Option(help="Attention that fp8-attn computes in FP8; by default both."),
 ]
 Kept = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="WHAT",
         help="As 0-2,39: blocks in 16 bits; as ffn.2=fp8: linears in another type; auto: those INT8 does not suit.",
@@ -75,7 +75,7 @@ def run(
     revision: Revision = None,
     vae_decoder: PartPrecision = None,
     fp8_attention: Fp8Attention = None,
-    keep_high_precision: Kept = "",
+    keep_high_precision: Kept = None,
     input_scales: InputScales = None,
     input_means: InputMeans = None,
     low_rank: LowRank = 0,

@@ -1,6 +1,7 @@
 """``wan-trt inspect``: the kernels of engines, or the kind of a file of weights."""
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from wan22.bundle import MANIFEST, kind_of
 from wan22.errors import UserError
 from wan22.files import whole_file
-from wan22.outputs import check_no_source
+from wan22.outputs import check_ending, check_no_source
 from wan_trt.console import bars, console
 
 
@@ -33,35 +34,53 @@ def run(
     """
     if folder.suffix.lower() in (".mp4", ".webm", ".png"):
         return _video(folder, as_json=as_json)
-    from engines.inspect.contents import contents
+    of_kernels = any(option is not None for option in (target, component or None, size, frames, html))
+    if not of_kernels and not (folder / MANIFEST).is_file():
+        return _weights(folder, as_json=as_json)
+    if not of_kernels:
+        from engines.inspect.contents import contents
+
+        whole, components = contents(folder)
+        if components or not as_json:
+            _print_entries([whole, *components], as_json=as_json)
+        if components:
+            return 0
+    return _kernels(folder, target, (size, frames), component or (), html, as_json=as_json)
+
+
+def _kernels(
+    folder: Path,
+    target: str | None,
+    video: tuple[str | None, str | None],
+    components: Sequence[str],
+    html: Path | None,
+    *,
+    as_json: bool,
+) -> int:
     from engines.inspect.inspection import inspect_bundle, inspect_engines
     from engines.inspect.views import as_html, as_text, blocks_as_text, problems_as_text
 
-    if html is None and target is None:
-        if not (folder / MANIFEST).is_file():
-            return _weights(folder, as_json=as_json)
-        asked = size is not None or frames is not None or component
-        if not asked and (entries := contents(folder)) is not None:
-            return _print_entries(entries, as_json=as_json)
     check_no_source(html, folder)
+    if html is not None:
+        check_ending(html, "--html", ".html")
     page = whole_file(html, "page", make_folder=False) if html is not None else nullcontext()
     with page as new:
         if target is None:
-            if size is not None or frames is not None:
+            if video != (None, None):
                 raise UserError("--size or --frames", "an ONNX bundle to compile", "name a --target as well")
             if kind_of(folder) == "graphs":
                 raise UserError(f"{folder} is an ONNX bundle", "engines, or a target to compile it for", "add --target")
-            reports = inspect_engines(folder, component or ())
+            reports = inspect_engines(folder, components)
         else:
             with bars(to_stderr=as_json) as progress:
-                reports = inspect_bundle(folder, target, (size, frames), component or (), progress)
+                reports = inspect_bundle(folder, target, video, components, progress)
         if new is not None:
             new.write_text(as_html(reports, str(folder)), encoding="utf-8")
     if as_json:
         print(json.dumps([report.summary() for report in reports]))
     else:
-        components = (part for report in reports for part in as_text(report))
-        for part in (*components, *blocks_as_text(reports), *problems_as_text(reports)):
+        tables = (part for report in reports for part in as_text(report))
+        for part in (*tables, *blocks_as_text(reports), *problems_as_text(reports)):
             console.print(part)
     return 1 if any(report.problems for report in reports) else 0
 

@@ -53,14 +53,15 @@ def run(
     low_rank: LowRank = 0,
     size: Size = None,
     frames: Frames = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1, max=1000)] = None,
     vram: Vram = None,
     cards: Annotated[bool, typer.Option("--cards", help="A table of all cards, for engines in blocks.")] = False,
     compare_precisions: Annotated[
         bool, typer.Option("--compare-precisions", help="A table of all precisions of the target.")
     ] = False,
     bus: Annotated[
-        float | None, typer.Option(help="GB/s from host memory to the card; by default its PCIe's.", min=0.1)
+        float | None,
+        typer.Option(help="GB/s from host memory to the card; by default its PCIe's.", min=0.1, max=1e4),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
     **shared: Any,

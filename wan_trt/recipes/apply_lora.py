@@ -13,6 +13,7 @@ from typing import Literal
 
 from engines.block_build import slotted_stages
 from engines.block_weights import attention_scales, layout_of, write_block_weights
+from export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from export.checkpoint.hub import is_hub_name
 from export.checkpoint.place import Place
 from export.exporter import export_checkpoint
@@ -66,9 +67,10 @@ def apply_lora(
         with tempfile.TemporaryDirectory(dir=temporary) as scratch:
             merged = export_experts(old, checkpoint, loras, Path(scratch) / "onnx", progress)
             components = _replace_weights(old, merged, temporary, progress)
-        manifest = replace(manifest, components=components, loras=merged.manifest.loras, command=options.command)
-        write_manifest(temporary, manifest)
-    return Bundle(folder, manifest)
+        found = merged.manifest
+        manifest = replace(manifest, components=components, source=found.source, loras=found.loras)
+        write_manifest(temporary, replace(manifest, command=options.command))
+    return open_bundle(folder, "engines")
 
 
 def in_blocks(bundle: Bundle) -> bool:
@@ -76,8 +78,9 @@ def in_blocks(bundle: Bundle) -> bool:
 
 
 def export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder: Path, progress: Progress) -> Bundle:
-    """The experts with the LoRAs, in the precisions of the engines."""
+    """The experts with the LoRAs, in the precisions of the engines, if ``where`` is the checkpoint of these."""
     manifest = old.manifest
+    check_same_checkpoint(old, open_checkpoint(where, progress))
     size, frames = (manifest.size[:2], manifest.size[2]) if manifest.size else (None, None)
     built = [component for component in manifest.components if component.name in manifest.spec.experts]
     experts = {component.name: component.precision for component in built}
@@ -92,11 +95,15 @@ def export_experts(old: Bundle, where: str, loras: Sequence[LoraChoice], folder:
         loras=tuple(loras),
         parts=frozenset(experts),
     )
-    bundle = export_checkpoint(where, folder, options, progress)
-    if bundle.manifest.source.fingerprint != manifest.source.fingerprint:
-        found = f"{where}: not the checkpoint of the engines"
-        raise UserError(found, manifest.source.checkpoint, "name it with --checkpoint")
-    return bundle
+    return export_checkpoint(where, folder, options, progress)
+
+
+def check_same_checkpoint(engines: Bundle, opened: Checkpoint) -> None:
+    """Raise UserError unless ``opened`` is what the engines were exported from, wherever it is now."""
+    source, spec = engines.manifest.source, engines.manifest.spec
+    if opened.source.fingerprint != source.fingerprint:
+        found = f"{opened.source.checkpoint}, a {opened.spec.name}: not the checkpoint of the engines"
+        raise UserError(found, f"that of {spec.name} at {source.checkpoint}", "name it with --checkpoint")
 
 
 def _fp8_attention(old: Bundle) -> Literal["self", "cross"] | None:

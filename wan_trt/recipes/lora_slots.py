@@ -39,6 +39,7 @@ from wan22.errors import UserError
 from wan22.files import scratch_folder
 from wan22.outputs import check_disk
 from wan22.progress import Progress, silent
+from wan_trt.recipes.apply_lora import check_same_checkpoint
 
 F32 = np.ndarray
 LARGEST_CODES = {"float8_e4m3fn": 448.0, "int8": 127.0}  # of slots that have codes; their scales are in the next matrix
@@ -121,9 +122,7 @@ def refuse_merged(base: Bundle) -> None:
 
 def _same_checkpoint(base: Bundle, where: str, progress: Progress) -> Checkpoint:
     opened = open_checkpoint(where, progress)
-    if opened.source.fingerprint != base.manifest.source.fingerprint:
-        found = f"{where}: not the checkpoint of the engines"
-        raise UserError(found, base.manifest.source.checkpoint, "name it with --checkpoint")
+    check_same_checkpoint(base, opened)
     return opened
 
 

@@ -87,6 +87,8 @@ def test_a_card_gives_a_plan_its_figures():
 def test_a_card_that_is_not_in_the_table_is_refused():
     with pytest.raises(UserError, match=r"target 'cuda:cpu' \| .* cuda, cuda:GPU"):
         target_named("cuda:cpu")
+    with pytest.raises(UserError, match=r"target 'cuda:' \|"):
+        target_named("cuda:")
     with pytest.raises(UserError, match="no products of 8 or 4 bits"):
         check_precision(target_named("cuda:h100"), Precision.FP8_ATTN)
 

@@ -104,6 +104,14 @@ def test_the_fingerprint_follows_the_structure_not_the_place(made, copied):
     assert open_checkpoint(made(TINY[1], "official")).source.fingerprint != first
 
 
+def test_the_fingerprint_tells_weights_of_the_same_structure_apart(made, copied):
+    first, folder = open_checkpoint(made(TINY[0], "official")).source.fingerprint, copied(TINY[0], "official")
+    with (folder / "high_noise_model" / SHARD.format(1)).open("r+b") as shard:
+        shard.seek(shard.seek(0, os.SEEK_END) // 2)
+        shard.write(bytes(16))
+    assert open_checkpoint(folder).source.fingerprint != first
+
+
 def test_one_unsharded_file_will_do(copied):
     folder = copied(TINY[0], "diffusers") / "transformer"
     tensors = {k: v for n in (1, 2) for k, v in safetensors.torch.load_file(folder / SHARD.format(n)).items()}

@@ -9,16 +9,18 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from engines.build import BuildOptions, build_engines
+from export.checkpoint.checkpoint import open_checkpoint
 from export.exporter import export_checkpoint
 from export.lora.file import lora_file
 from export.lora.merge import LoraChoice
 from export.options import ExportOptions
+from export.synth.checkpoint import synthesise
 from wan22.bundle import open_bundle, write_manifest
 from wan22.errors import UserError
 from wan22.precision import Precision
 from wan22.specs import SPECS
 from wan_trt.cli import app
-from wan_trt.recipes.apply_lora import apply_lora
+from wan_trt.recipes.apply_lora import apply_lora, check_same_checkpoint
 
 TINY = "t2v-a14b-tiny"
 
@@ -73,6 +75,15 @@ def test_a_checkpoint_that_moved_is_told_with_the_option_that_names_it(tmp_path,
     assert told.exit_code == 2
     assert "gone" in told.output
     assert "name it with --checkpoint" in told.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("model", "seed"), [(TINY, 1), ("ti2v-5b-tiny", 0)], ids=["other weights", "another model"])
+def test_another_checkpoint_is_refused(tmp_path, tiny_engines, model, seed):
+    synthesise(SPECS[model], tmp_path / "other", "official", seed)
+    engines = open_bundle(tiny_engines, "engines")
+    check_same_checkpoint(engines, open_checkpoint(engines.manifest.source.checkpoint))
+    with pytest.raises(UserError, match=rf"a {model}: not the checkpoint of the engines \| expected that of {TINY} at"):
+        check_same_checkpoint(engines, open_checkpoint(tmp_path / "other"))
 
 
 @pytest.mark.slow

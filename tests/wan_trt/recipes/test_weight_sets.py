@@ -153,7 +153,7 @@ def test_other_names_files_and_strengths_are_refused(argument):
         ("x=style.safetensors:mid:1", "expert 'mid' | expected high or low"),
         ("x=style.safetensors:High", "expert 'High' | expected high or low"),
         ("x=style.safetensors:0.5", "expert '0.5' | expected high or low"),
-        ("x=style.safetensors:high:nan", "strength 'nan' | expected a finite number"),
+        ("x=style.safetensors:high:nan", "strength 'nan' | expected a number from"),
         ("x=style.safetensors@0.5:high:2", "two strengths"),
     ],
 )
