@@ -9,7 +9,7 @@ from runtime.built_for import default_video, fill_defaults
 from runtime.request import CompleteRequest, Request
 from validate.reference.device import Choice
 from validate.sample_image import picture_for
-from wan22.bundle import Manifest
+from wan22.bundle import MANIFEST, Manifest
 from wan22.errors import UserError
 from wan22.residency import ResidencyChoice
 
@@ -40,7 +40,10 @@ class ValidateOptions:
 
 
 def check_no_report(*files: Path, overwrite: bool) -> None:
-    """Refuse to replace the files of an earlier report, except with ``overwrite``. Raises UserError."""
+    """Refuse to write into a bundle, and to replace an earlier report without ``overwrite``. Raises UserError."""
+    for folder in {path.parent for path in files}:
+        if (folder / MANIFEST).is_file():
+            raise UserError(f"{folder} is a bundle", "a folder of its own for the report", "choose another")
     for path in () if overwrite else files:
         if path.exists():
             raise UserError(f"{path} exists", "a folder without a report", "choose another or add --overwrite")

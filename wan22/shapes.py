@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from wan22.component import Tensor
-from wan22.errors import UserError
+from wan22.errors import UserError, shortened
 from wan22.specs import PATCH
 
 Profile = dict[str, tuple[int, int, int]]  # named dimension → min, opt, max
+MOST_DIGITS = 6  # of a width or height that somebody types
 HALVES = {"rows": ("height", PATCH[1]), "columns": ("width", PATCH[2])}
 
 
@@ -25,9 +26,11 @@ def parse_size(
     Raises:
         UserError: ``text`` is not a size; the message uses ``expected`` and ``remedy``.
     """
-    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX×*]\s*(\d{1,6})\s*", text)
+    match = re.fullmatch(r"\s*(\d+)\s*[xX×*]\s*(\d+)\s*", text)
     if not match:
         raise UserError(f"size {text!r}", expected, remedy)
+    if max(map(len, match.groups())) > MOST_DIGITS:
+        raise UserError(f"size {shortened(text)}", f"at most {MOST_DIGITS} digits a side", remedy)
     return int(match[1]), int(match[2])
 
 

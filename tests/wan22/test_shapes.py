@@ -25,6 +25,11 @@ def test_what_is_no_size_is_refused(text):
         parse_size(text)
 
 
+def test_a_size_that_nobody_has_is_told_from_what_is_no_size():
+    with pytest.raises(UserError, match=r"size 9{60}… \| expected at most 6 digits a side"):
+        parse_size("9" * 5000 + "x480")
+
+
 def test_sizes_are_read_off_the_shapes_of_a_call():
     sizes = sizes_of([LATENTS, ROPE], SHAPES)
     assert sizes == {"frames": 21, "height": 60, "width": 104, "rows": 30, "columns": 52}

@@ -80,6 +80,14 @@ def test_an_earlier_report_is_replaced_only_when_that_is_asked_for(i2v, tmp_path
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("kind", ["bundle", "engines"])
+def test_a_report_does_not_go_into_a_bundle(i2v, capsys, kind):
+    folder = getattr(i2v, kind)
+    assert status("validate", i2v.engines, i2v.checkpoint, "-o", folder, "--overwrite") == 2
+    assert f"{folder} is a bundle | expected a folder of its own for the report" in capsys.readouterr().err
+    assert not (folder / "report.json").exists()
+
+
 def test_an_image_is_not_for_a_text_model(tiny_engines, tiny_checkpoint, tmp_path, capsys):
     (tmp_path / "photo.png").write_bytes(built_in_picture(90, 60))
     options = ["--image", tmp_path / "photo.png"]
