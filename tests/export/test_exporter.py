@@ -267,9 +267,12 @@ def test_either_attention_may_stay_in_sixteen_bits(tmp_path, tiny_checkpoint, ch
             ExportOptions(Precision.FP8, keep_high_precision=frozenset({1, 2})),
             "--keep-high-precision 2 .* blocks 0 to 1",
         ),
-        (ExportOptions(Precision.BF16, keep_high_precision=frozenset({1})), "--keep-high-precision without FP8"),
+        (
+            ExportOptions(Precision.BF16, keep_high_precision=frozenset({1})),
+            "--keep-high-precision without 8 or 4 bits",
+        ),
         (ExportOptions(Precision.BF16, input_scales=Path("s.json")), "--input-scales without FP8"),
-        (ExportOptions(Precision.FP32, input_means=Path("m")), "--input-means without FP8"),
+        (ExportOptions(Precision.FP32, input_means=Path("m")), "--input-means without 8 or 4 bits"),
         (ExportOptions(Precision.FP8, fp8_attention="self"), "--fp8-attention self without FP8 attention"),
         (ExportOptions(Precision.FP8, fp8_attention="both"), "--fp8-attention both without FP8 attention"),
         (
