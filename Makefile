@@ -10,6 +10,9 @@ TOOLS := .venv-tools/installed
 COMPILE = .venv-tools/bin/uv pip compile --quiet $(UPGRADE) --generate-hashes --no-annotate --no-header \
 	--python-platform x86_64-manylinux_2_36 --python-version
 
+# Hundreds of processes of the tests would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo picture test slow check triton official checkov vbench lock sbom scale clean
 
 demo: $(INSTALLED)
