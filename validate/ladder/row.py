@@ -42,11 +42,7 @@ class Row:
 
 
 def excess(rows: Sequence[Row], limit: Limit) -> Row | None:
-    """Our error in ``rows`` over the reference's error in the same precision; None if all are float32.
-
-    None too if the reference errs nowhere, such as in a video of one frame that is the request's image: the rows' own
-    limits judge our error there.
-    """
+    """Our error in ``rows`` over the reference's error in the same precision; None if all are float32."""
     pairs = [(row.metrics, row.in_precision) for row in rows if row.in_precision is not None]
     if not pairs:
         return None
@@ -54,9 +50,7 @@ def excess(rows: Sequence[Row], limit: Limit) -> Row | None:
     ours = _root_mean_square([total.relative_l2 for total, _ in pairs])
     theirs = _root_mean_square([found.alone.relative_l2 for _, found in pairs])
     problems = [m.problem for total, found in pairs for m in (total, found.alone) if m.problem]
-    if not theirs and not problems:
-        return None
-    metrics = incomparable(problems[0]) if problems else single_metric("excess", ours / theirs)
+    metrics = incomparable(problems[0]) if problems else single_metric("excess", ours / theirs if theirs else math.inf)
     note = f"rel L2 {ours:.1e} of ours, {theirs:.1e} of PyTorch in {precision}"
     return Row(f"error over PyTorch's own in {precision}", rows[0].component, metrics, limit, note)
 
